@@ -1,0 +1,1 @@
+"""dray moves reinforcement-learning payloads from the processes that make them to those that learn from them."""

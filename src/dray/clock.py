@@ -1,0 +1,76 @@
+"""Time, in one place: a `Clock` that tests can replace, and the `Deadline` that bounds every wait."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Anything that tells monotonic seconds."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+        ...
+
+
+class MonotonicClock:
+    """The machine's monotonic clock."""
+
+    __slots__ = ()
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+MONOTONIC: Clock = MonotonicClock()
+
+
+class Deadline:
+    """A fixed point in time that an operation and everything under it must not outlive.
+
+    One deadline is made where the operation starts and is handed down; nobody below makes a later one.
+    """
+
+    __slots__ = ("_clock", "_started", "at")
+
+    def __init__(self, at: float, clock: Clock = MONOTONIC) -> None:
+        self._clock = clock
+        self._started = clock.now()
+        self.at = at
+
+    @classmethod
+    def after(cls, seconds: float | None, clock: Clock = MONOTONIC) -> Deadline:
+        """The deadline `seconds` from now; ``None`` means that only the caller's own end bounds the wait."""
+        return cls(math.inf if seconds is None else clock.now() + seconds, clock)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, never negative; ``inf`` without a bound."""
+        return max(0.0, self.at - self._clock.now())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this deadline was made."""
+        return self._clock.now() - self._started
+
+    @property
+    def expired(self) -> bool:
+        return self._clock.now() >= self.at
+
+    @property
+    def timeout(self) -> float | None:
+        """What is left, in the form that `threading` and `select` take: seconds, or ``None`` for no bound."""
+        return None if self.at == math.inf else self.remaining
+
+    def share(self, part: float) -> Deadline:
+        """A deadline that gets `part` (0 … 1) of what is left of this one."""
+        return self if self.at == math.inf else Deadline(self._clock.now() + self.remaining * part, self._clock)
+
+    def sooner(self, seconds: float) -> Deadline:
+        """The earlier of this deadline and `seconds` from now."""
+        return Deadline(min(self.at, self._clock.now() + seconds), self._clock)
+
+    def __repr__(self) -> str:
+        return f"<Deadline {self.remaining:.3f} s left>"

@@ -1,0 +1,169 @@
+"""The error tree. Every error that dray raises on purpose is a `DrayError`.
+
+`retryable` tells a caller whether the same call may succeed if it is made again. Errors about a payload or a
+connection carry what they are about (`endpoint`, `slot`, `sequence`, `elapsed`) as attributes and say it in
+their message.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class DrayError(Exception):
+    """Base of every dray error.
+
+    Args:
+        message: what happened, in one sentence.
+        endpoint: the address it happened at, e.g. ``"tcp:127.0.0.1:40001"``.
+        slot: the slot index it is about.
+        sequence: the sequence number it is about.
+        elapsed: seconds since the failed operation began.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        endpoint: str | None = None,
+        slot: int | None = None,
+        sequence: int | None = None,
+        elapsed: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.endpoint = endpoint
+        self.slot = slot
+        self.sequence = sequence
+        self.elapsed = elapsed
+
+    def __str__(self) -> str:
+        about = [
+            f"{name} {value}"
+            for name, value in (
+                ("endpoint", self.endpoint),
+                ("slot", self.slot),
+                ("sequence", self.sequence),
+                ("after", None if self.elapsed is None else f"{self.elapsed:.3f} s"),
+            )
+            if value is not None
+        ]
+        return f"{self.message} ({', '.join(about)})" if about else self.message
+
+
+class ConfigError(DrayError):
+    """A configuration value is not allowed.
+
+    Args:
+        key: dotted path of the key, e.g. ``"policy.replicas"``.
+        value: the value found there.
+        allowed: what is allowed, in words.
+    """
+
+    def __init__(self, key: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{key} = {value!r} is not allowed: {allowed}")
+        self.key = key
+        self.value = value
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.value, self.allowed)
+
+
+# --- payloads -------------------------------------------------------------------------------------------------
+
+
+class PayloadError(DrayError):
+    """A payload cannot be packed or unpacked."""
+
+
+class SchemaError(PayloadError):
+    """An array does not fit the payload's schema; the message names the field."""
+
+
+class PayloadTooLargeError(PayloadError):
+    """A payload does not fit into a slot; the message gives both sizes."""
+
+
+class PayloadFormatError(PayloadError):
+    """Bytes are not a valid payload, or a dtype cannot be carried."""
+
+
+# --- slots ----------------------------------------------------------------------------------------------------
+
+
+class SlotError(DrayError):
+    """A slot cannot be used as asked."""
+
+
+class StaleSlotError(SlotError):
+    """The slot has moved on: the payload that the reference names was consumed or overwritten."""
+
+
+class BufferFullError(SlotError):
+    """No slot became free in time."""
+
+    retryable = True
+
+
+class BufferClosedError(SlotError):
+    """The ring, server or client is closed, or belongs to the parent of a forked process."""
+
+
+class LeaseInUseError(SlotError):
+    """An array of an in-place lease is still referenced; the slot stays leased until it is gone."""
+
+
+# --- transport ------------------------------------------------------------------------------------------------
+
+
+class TransportError(DrayError):
+    """A connection failed; another attempt, perhaps over another endpoint, may succeed."""
+
+    retryable = True
+
+
+class ConnectionReset(TransportError):
+    """The peer reset the connection, or an operation on it was cancelled."""
+
+
+class ConnectionClosed(TransportError):
+    """The peer closed the connection."""
+
+
+class TransportTimeout(TransportError):
+    """The deadline passed; the message says what was awaited."""
+
+
+class MessageTruncated(TransportError):
+    """A message was shorter or longer than announced, or its checksum does not match."""
+
+
+class Unreachable(TransportError):
+    """No connection could be made to the endpoint."""
+
+
+class ServerBusy(TransportError):
+    """The server's lease limit for this connection is reached; the endpoint itself is healthy."""
+
+
+class ProtocolError(DrayError):
+    """The peer does not speak the protocol."""
+
+
+class AuthenticationError(ProtocolError):
+    """The peer could not prove that it knows the job's secret, or refused our proof."""
+
+
+class VersionMismatch(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+
+class ProducerLostError(DrayError):
+    """The producer of a payload is gone, and the payload with it."""
+
+
+class ControlPlaneError(DrayError):
+    """Redis or the controller did not answer as it must."""
