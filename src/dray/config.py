@@ -1,0 +1,249 @@
+"""The job file: TOML, parsed once and strictly, into frozen typed tables.
+
+Every key has a sentence that says what is allowed; `ConfigError` quotes it, so that one line names the key, the
+value found and what would have been right. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dray.errors import ConfigError
+
+ENTRY_POINT_FORM = '"file.py:Class" (the file beside the job file) or "package.module:Class"'
+_ENTRY_POINT = r"^[^:\s]+:[A-Za-z_][A-Za-z0-9_]*$"
+_LARGEST = 2**63 - 1
+
+
+class Missing:
+    """Stands for the value of a required key that the file does not have."""
+
+    def __repr__(self) -> str:
+        return "(missing)"
+
+
+class Table(BaseModel):
+    """A table of the job file: no unknown keys, no conversions between types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _text(default: Any = ..., *, pattern: str | None = None, allowed: str) -> Any:
+    return Field(default, pattern=pattern, min_length=1, description=allowed)
+
+
+def _count(default: Any = ..., *, least: int = 1, most: int = _LARGEST) -> Any:
+    upper = "" if most == _LARGEST else f" and at most {most}"
+    return Field(default, ge=least, le=most, description=f"a whole number, at least {least}{upper}")
+
+
+def _seconds(default: float) -> Any:
+    return Field(default, gt=0, le=86_400, description="a number of seconds, above 0 and at most 86400")
+
+
+class JobTable(Table):
+    """`[job]`: what the job is called, where it writes, and how payloads travel."""
+
+    name: str = _text(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", allowed="1 to 63 letters, digits, '.', '_' or '-'"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="a whole number from 0 to 2147483647")
+    output: str | None = _text(None, allowed="a folder; by default a new numbered one under outputs/<job.name>/")
+    max_steps: int = _count()
+    payload_transfer: Literal["ucxx", "redis"] = Field(default="ucxx", description='"ucxx" or "redis"')
+    lane: Literal["auto", "shm", "tcp", "ucx"] = Field(default="auto", description='"auto", "shm", "tcp" or "ucx"')
+
+
+class RolloutTable(Table):
+    """`[rollout]`: the replicas that generate trajectories, and their rings."""
+
+    worker: str = _text(pattern=_ENTRY_POINT, allowed=ENTRY_POINT_FORM)
+    replicas: int = _count(2, most=1024)
+    slots: int = _count(64, most=1 << 20)
+    slot_bytes: int = _count(1 << 20, least=64)
+    server_threads: int = _count(1, most=64)
+    prompt_batch: int = _count(4, most=4096)
+    prompts_in_flight: int | None = _count(None)
+    args: dict[str, Any] = Field(default_factory=dict, description="a table, given to the worker's setup as it is")
+
+
+class PolicyTable(Table):
+    """`[policy]`: the replica that learns."""
+
+    trainer: str = _text(pattern=_ENTRY_POINT, allowed=ENTRY_POINT_FORM)
+    replicas: Literal[1] = Field(default=1, description="1")
+    batch_size: int = _count(most=1 << 20)
+    checkpoint_every: int = _count(50)
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="a table, given to the trainer's setup as it is"
+    )
+
+
+class RedisTable(Table):
+    """`[redis]`: a running server to use; without one the job starts its own."""
+
+    url: str | None = _text(
+        None,
+        pattern=r"^(rediss?|unix)://\S+$",
+        allowed="the redis://, rediss:// or unix:// URL of a server that answers",
+    )
+
+
+class ControllerTable(Table):
+    """`[controller]`: where the controller listens, and when silence counts as death."""
+
+    host: str = _text("127.0.0.1", pattern=r"^\S+$", allowed="a host name or address of this machine")
+    port: int = Field(default=0, ge=0, le=65535, description="a port number from 0 (any free port) to 65535")
+    heartbeat_interval: float = _seconds(1.0)
+    dead_after: float = _seconds(15.0)
+
+
+class StopTable(Table):
+    """`[stop]`: the metric of a training step, and the value at which the job counts as solved."""
+
+    metric: str = _text(allowed="the name of a metric that train_step returns")
+    at_least: float = Field(description="a number")
+
+
+class TimeoutsTable(Table):
+    """`[timeouts]`: the bounds of every wait, in seconds."""
+
+    start: float = _seconds(120.0)
+    read: float = _seconds(30.0)
+    http: float = _seconds(10.0)
+    redis: float = _seconds(10.0)
+    controller_lost: float = _seconds(15.0)
+    shutdown: float = _seconds(8.0)
+
+
+class JobConfig(Table):
+    """A whole job file."""
+
+    job: JobTable = Field(description="the table [job]")
+    rollout: RolloutTable = Field(description="the table [rollout]")
+    policy: PolicyTable = Field(description="the table [policy]")
+    redis: RedisTable = Field(default=RedisTable(), description="the table [redis]")
+    controller: ControllerTable = Field(default=ControllerTable(), description="the table [controller]")
+    stop: StopTable | None = Field(default=None, description="the table [stop]")
+    timeouts: TimeoutsTable = Field(default=TimeoutsTable(), description="the table [timeouts]")
+
+    @property
+    def prompts_in_flight(self) -> int:
+        """How many prompts may be given out and not yet trained on; bounds staleness and memory."""
+        return self.rollout.prompts_in_flight or 2 * self.policy.batch_size
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read the job file at `path`, apply `overrides` (each ``"table.key=value"``) and check everything.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML, or a key or value is not allowed.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("job file", str(path), f"a readable TOML file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("job file", str(path), "a TOML file in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("job file", str(path), f"valid TOML ({error})") from error
+    for override in overrides:
+        _apply_override(document, override)
+    return parse_job(document)
+
+
+def parse_job(document: Mapping[str, Any]) -> JobConfig:
+    """Check `document`, the content of a job file.
+
+    Raises:
+        ConfigError: for the first key or value that is not allowed.
+    """
+    try:
+        config = JobConfig.model_validate(dict(document))
+    except ValidationError as error:
+        raise _config_error(error) from error
+    _check_together(config)
+    return config
+
+
+def _check_together(config: JobConfig) -> None:
+    """The rules that concern more than one key."""
+    batch = config.policy.batch_size
+    if config.job.payload_transfer == "ucxx" and config.rollout.slots < batch:
+        # Payloads keep their slots until the step is over: with fewer, one replica alone could never fill a batch.
+        raise ConfigError(
+            "rollout.slots", config.rollout.slots, f"must be at least policy.batch_size, which is {batch}"
+        )
+    if config.prompts_in_flight < batch:
+        allowed = f"must be at least policy.batch_size, which is {batch}"
+        raise ConfigError("rollout.prompts_in_flight", config.prompts_in_flight, allowed)
+    interval = config.controller.heartbeat_interval
+    if config.controller.dead_after < 3 * interval:
+        allowed = f"must be at least three times controller.heartbeat_interval, which is {interval:g}"
+        raise ConfigError("controller.dead_after", config.controller.dead_after, allowed)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or len(names) < 2 or not all(names):
+        raise ConfigError("--set", override, "table.key=value, for example job.lane=tcp")
+    table = document
+    for depth, name in enumerate(names[:-1], start=1):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError("--set", override, f"table.key=value; {'.'.join(names[:depth])} is not a table")
+    table[names[-1]] = _override_value(text.strip())
+
+
+def _override_value(text: str) -> Any:
+    """`text` as a TOML value, or as a plain string where it is none: ``tcp`` needs no quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    """The first of pydantic's errors as a `ConfigError`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        parent = ".".join(location[:-1])
+        known = sorted(_table_at(location[:-1]).model_fields)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        where = f"[{parent}]" if parent else "a job file"
+        return ConfigError(key, first["input"], f"unknown key{hint}; {where} has {', '.join(known)}")
+    value = Missing() if first["type"] == "missing" else first["input"]
+    return ConfigError(key, value, f"must be {_allowed(location)}")
+
+
+def _allowed(location: Sequence[str]) -> str:
+    """What the sentence of the key at `location` allows."""
+    table = _table_at(location[:1]) if len(location) > 1 else JobConfig
+    name = location[1] if len(location) > 1 else location[0]
+    return table.model_fields[name].description or "a valid value"
+
+
+_TABLES: dict[str, type[Table]] = {
+    "job": JobTable,
+    "rollout": RolloutTable,
+    "policy": PolicyTable,
+    "redis": RedisTable,
+    "controller": ControllerTable,
+    "stop": StopTable,
+    "timeouts": TimeoutsTable,
+}
+
+
+def _table_at(location: Sequence[str]) -> type[Table]:
+    return _TABLES[location[0]] if location else JobConfig

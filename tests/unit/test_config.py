@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from dray.config import load_job
+from dray.errors import ConfigError
+
+SMALLEST = """
+[job]
+name = "small"
+max_steps = 3
+
+[rollout]
+worker = "job.py:Worker"
+slots = 8
+
+[policy]
+trainer = "job.py:Trainer"
+batch_size = 4
+"""
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load_job(path, overrides)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_smallest_job_file_gets_every_default(job_file: Path) -> None:
+    config = load_job(job_file)
+    assert (config.job.payload_transfer, config.job.lane, config.rollout.replicas) == ("ucxx", "auto", 2)
+    assert config.prompts_in_flight == 8
+    assert config.stop is None
+
+
+def test_override_takes_toml_values_and_bare_words(job_file: Path) -> None:
+    config = load_job(job_file, ["job.lane=tcp", "job.seed=7", "rollout.args.depth=[1, 2]", "redis.url=redis://h:1"])
+    assert (config.job.lane, config.job.seed, config.redis.url) == ("tcp", 7, "redis://h:1")
+    assert config.rollout.args == {"depth": [1, 2]}
+
+
+def test_configuration_cannot_be_changed(job_file: Path) -> None:
+    config = load_job(job_file)
+    with pytest.raises(ValueError):
+        config.job.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "allowed"),
+    [
+        ("job.sede=3", "job.sede", "did you mean seed?"),
+        ("jobs.seed=3", "jobs", "did you mean job?"),
+        ("job.seed=-1", "job.seed", "from 0 to 2147483647"),
+        ("job.seed=true", "job.seed", "a whole number"),
+        ("job.seed=1.0", "job.seed", "a whole number"),
+        ("job.lane=rdma", "job.lane", '"auto", "shm", "tcp" or "ucx"'),
+        ("job.name=a/b", "job.name", "letters, digits"),
+        ("job.payload_transfer=nccl", "job.payload_transfer", '"ucxx" or "redis"'),
+        ("job.max_steps=0", "job.max_steps", "at least 1"),
+        ("rollout.replicas=-2", "rollout.replicas", "at least 1"),
+        ("rollout.worker=Worker", "rollout.worker", "file.py:Class"),
+        ("rollout.args=3", "rollout.args", "a table"),
+        ("rollout.slots=3", "rollout.slots", "at least policy.batch_size"),
+        ("rollout.prompts_in_flight=3", "rollout.prompts_in_flight", "at least policy.batch_size"),
+        ("policy.batch_size=many", "policy.batch_size", "a whole number"),
+        ("policy.replicas=2", "policy.replicas", "must be 1"),
+        ("redis.url=http://h", "redis.url", "redis://"),
+        ("controller.port=70000", "controller.port", "a port number"),
+        ("controller.dead_after=1", "controller.dead_after", "three times"),
+        ("timeouts.read=inf", "timeouts.read", "a number of seconds"),
+        ("timeouts.read=0", "timeouts.read", "a number of seconds"),
+        ("stop.metric=loss", "stop.at_least", "must be a number"),
+    ],
+)
+def test_wrong_value_is_named_with_its_key_and_what_is_allowed(
+    job_file: Path, override: str, key: str, allowed: str
+) -> None:
+    error = error_of(job_file, override)
+    assert error.key == key
+    assert allowed in error.allowed
+
+
+@pytest.mark.parametrize("override", ["lane", "job.lane", "lane=tcp", "job..lane=tcp", "job.name.first=a"])
+def test_override_that_names_no_key_is_refused(job_file: Path, override: str) -> None:
+    assert error_of(job_file, override).key == "--set"
+
+
+def test_missing_key_and_missing_table_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(SMALLEST.replace("batch_size = 4", ""))
+    assert error_of(path).key == "policy.batch_size"
+    assert "(missing)" in str(error_of(path))
+    path.write_text("")
+    assert error_of(path).key == "job"
+
+
+def test_unreadable_file_and_broken_toml_are_named_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    assert "No such file" in error_of(path).allowed
+    path.write_text("[job]\nname = \n")
+    assert "line 2" in error_of(path).allowed
+    path.write_bytes(b"\xff\xfe")
+    assert "UTF-8" in error_of(path).allowed
