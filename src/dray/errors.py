@@ -142,7 +142,15 @@ class MessageTruncated(TransportError):
 
 
 class Unreachable(TransportError):
-    """No connection could be made to the endpoint."""
+    """No connection could be made to the endpoint.
+
+    Args:
+        refused: the endpoint's host answered that nobody listens there.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False, **about: Any) -> None:
+        super().__init__(message, **about)
+        self.refused = refused
 
 
 class ServerBusy(TransportError):

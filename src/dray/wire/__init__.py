@@ -1,1 +1,8 @@
-"""."""
+"""The protocol, without I/O: references, frames, the handshake, and the two ends of a connection.
+
+Nothing in this package opens, reads or waits; it turns messages into answers. `transport` moves the bytes.
+"""
+
+from dray.wire.ref import PayloadRef
+
+__all__ = ["PayloadRef"]

@@ -1,0 +1,114 @@
+"""The contract that every lane's connections keep, and the addresses they are found under.
+
+A `Stream` has two channels: *messages* (handshake and frames, of sizes both ends know) and *payloads*. Its methods
+never wait. Whoever drives it waits on `fileno()` when `idle()` allows, for as long as a deadline lets it: the
+server's thread for all its streams at once, a client for the one it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dray.errors import ConfigError
+from dray.wire.handshake import Lane
+from dray.wire.session import Outgoing
+
+
+class Stream(Protocol):
+    """One connection.
+
+    Every method raises a `TransportError` when the connection has failed: `ConnectionClosed` when the peer
+    closed it between messages, `MessageTruncated` within one, `ConnectionReset` for anything less orderly.
+    """
+
+    lane: Lane
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when there is something to do."""
+        ...
+
+    def idle(self) -> bool:
+        """Get ready to wait on `fileno`; False if there is already something to do."""
+        ...
+
+    @property
+    def wants_write(self) -> bool:
+        """`flush` waits for room: wait for writability too."""
+        ...
+
+    def receive(self, size: int) -> memoryview | None:
+        """The next message of exactly `size` bytes, None if it is not all here yet; valid until the next call."""
+        ...
+
+    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
+        """Queue messages and payloads, in order; their memory belongs to the stream until `flush` says so."""
+        ...
+
+    def flush(self) -> bool:
+        """Push on with sending; True when all that was queued has left and its memory is free again."""
+        ...
+
+    def expect(self, target: memoryview, tag: int) -> None:
+        """Name the memory for the payload that answers the request about to be sent with `tag`."""
+        ...
+
+    def payload_arrived(self, nbytes: int) -> bool:
+        """True when the oldest expected payload is complete; `nbytes` is what STATUS said, 0 if there is none."""
+        ...
+
+    def close(self) -> None:
+        """End the connection; nothing reads or writes any memory given to it afterwards. Twice is fine."""
+        ...
+
+
+class Listener(Protocol):
+    """Where connections come in."""
+
+    endpoint: str
+
+    def close(self) -> None:
+        """Stop listening. Twice is fine."""
+        ...
+
+
+SCHEMES = {"unix": Lane.SHM, "tcp": Lane.TCP, "ucx": Lane.UCX}
+LANE_NAMES = tuple(lane.label for lane in Lane)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address, taken apart.
+
+    Attributes:
+        lane: the lane that serves it.
+        host: host name or numeric address; the socket's path on the Unix lane.
+        port: port number; 0 on the Unix lane.
+    """
+
+    lane: Lane
+    host: str
+    port: int = 0
+
+    @classmethod
+    def parse(cls, address: str) -> Endpoint:
+        """``"unix:PATH"``, ``"tcp:HOST:PORT"`` or ``"ucx:HOST:PORT"``; an IPv6 host stands in brackets.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        scheme, _, rest = address.partition(":")
+        lane = SCHEMES.get(scheme)
+        if lane is Lane.SHM and rest:
+            return cls(lane, rest)
+        host, _, port = rest.rpartition(":")
+        if lane is None or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError("endpoint", address, "unix:PATH, tcp:HOST:PORT or ucx:HOST:PORT")
+        return cls(lane, host.removeprefix("[").removesuffix("]"), int(port))
+
+    def __str__(self) -> str:
+        if self.lane is Lane.SHM:
+            return f"unix:{self.host}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.lane.label}:{host}:{self.port}"

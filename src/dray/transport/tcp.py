@@ -1,0 +1,100 @@
+"""The TCP lane's stream: frames and payloads over one connection."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from dray.clock import Deadline
+from dray.errors import ConfigError, Unreachable
+from dray.transport.sockets import SocketStream, from_os_error
+from dray.transport.stream import Endpoint
+from dray.transport.unix import accept, connect_socket
+from dray.wire.handshake import Lane
+
+_BACKLOG = 256
+_PORTS_TO_TRY = 64
+
+
+class TcpListener:
+    """Listens on `host`, on `port` or, where that is taken, on the next free one; port 0 takes any."""
+
+    def __init__(self, host: str, port: int = 0) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bind_next_free(self._sock, host, port)
+            self._sock.listen(_BACKLOG)
+        except BaseException:
+            self._sock.close()
+            raise
+        self._sock.setblocking(False)
+        self.endpoint = str(Endpoint(Lane.TCP, host, self._sock.getsockname()[1]))
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def accept(self) -> SocketStream | None:
+        """The next connection, or None when there is none."""
+        sock = accept(self._sock)
+        if sock is None:
+            return None
+        return _stream(sock, read_ahead=True)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
+    """Bind to the first free port from `port` on.
+
+    Raises:
+        ConfigError: this machine has no such address, or no port is free.
+    """
+    for candidate in range(port, min(port + _PORTS_TO_TRY, 65536)) if port else (0,):
+        try:
+            sock.bind((host, candidate))
+            return
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
+            raise ConfigError("host", host, f"an address of this machine ({error.strerror or error})") from error
+    raise ConfigError("port", port, f"a port with a free one among the {_PORTS_TO_TRY} from it on, or 0")
+
+
+def connect(host: str, port: int, deadline: Deadline) -> SocketStream:
+    """Connect to a server's TCP endpoint, trying each address of the host.
+
+    Raises:
+        Unreachable: the host is unknown, or nobody listens there.
+        TransportTimeout: there was no answer until the deadline.
+    """
+    endpoint = str(Endpoint(Lane.TCP, host, port))
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise Unreachable(f"the host is unknown: {error}", endpoint=endpoint) from error
+    failure: Unreachable | None = None
+    for family, kind, protocol, _, address in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            connect_socket(sock, address, deadline, endpoint)
+        except Unreachable as error:
+            sock.close()
+            failure = error
+            continue
+        except BaseException:
+            sock.close()
+            raise
+        return _stream(sock, read_ahead=False)
+    raise failure or Unreachable("the host has no address", endpoint=endpoint)
+
+
+def _stream(sock: socket.socket, read_ahead: bool) -> SocketStream:
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        sock.close()
+        raise from_os_error(error) from error
+    return SocketStream(sock, Lane.TCP, read_ahead)

@@ -1,0 +1,163 @@
+"""The Unix-socket stream of the `shm` lane: frames travel here, payloads stay in the shared segment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+from dray.clock import Deadline
+from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
+from dray.transport.sockets import SocketStream, from_os_error
+from dray.wire.handshake import Lane
+
+MAX_PATH_BYTES = 107
+_BACKLOG = 256
+_UCRED = struct.Struct("3i")
+_TIMEVAL = struct.Struct("@ll")
+
+
+class UnixStream(SocketStream):
+    """A `Stream` over a Unix socket.
+
+    The message that ends the handshake brings the segment's descriptor: `receive_descriptor` takes it.
+    """
+
+    def __init__(self, sock: socket.socket, read_ahead: bool = True) -> None:
+        super().__init__(sock, Lane.SHM, read_ahead)
+
+    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
+        """The next message together with the descriptor it carries, or None if it is not here yet.
+
+        The descriptor is the caller's to close.
+        """
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._sock, size, 1)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise from_os_error(error) from error
+        if len(message) != size:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
+        return message, descriptors[0] if descriptors else -1
+
+    def peer(self) -> tuple[int, int]:
+        """(pid, uid) of the process at the other end, as the kernel knows them."""
+        pid, uid, _gid = _UCRED.unpack(
+            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        return pid, uid
+
+
+class UnixListener:
+    """Listens on a path; only this user's processes get a stream."""
+
+    def __init__(self, path: Path) -> None:
+        if len(os.fsencode(path)) > MAX_PATH_BYTES:
+            raise ConfigError("socket path", str(path), f"at most {MAX_PATH_BYTES} bytes")
+        self.path = path
+        self.endpoint = f"unix:{path}"
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._sock.bind(str(path))
+            self._sock.listen(_BACKLOG)
+        except OSError as error:
+            self._sock.close()
+            raise from_os_error(error, self.endpoint) from error
+        self._sock.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def accept(self) -> UnixStream | None:
+        """The next connection, or None when there is none.
+
+        Raises:
+            AuthenticationError: it came from another user's process; it is closed.
+        """
+        sock = accept(self._sock)
+        if sock is None:
+            return None
+        stream = UnixStream(sock)
+        pid, uid = stream.peer()
+        if uid != os.getuid():
+            stream.close()
+            raise AuthenticationError(f"process {pid} of user {uid} is not this user's", endpoint=self.endpoint)
+        return stream
+
+    def close(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._sock.close()
+            self.path.unlink(missing_ok=True)
+
+
+def accept(listening: socket.socket) -> socket.socket | None:
+    """The next connection of a non-blocking listening socket, or None."""
+    try:
+        sock, _ = listening.accept()
+    except (BlockingIOError, ConnectionAbortedError):
+        return None
+    except OSError as error:
+        raise from_os_error(error) from error
+    return sock
+
+
+def connect(path: str, deadline: Deadline) -> UnixStream:
+    """Connect to a server's Unix socket.
+
+    Raises:
+        Unreachable: there is no such socket, or nobody listens on it.
+        TransportTimeout: its backlog stayed full until the deadline.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connect_socket(sock, path, deadline, f"unix:{path}")
+    except BaseException:
+        sock.close()
+        raise
+    return UnixStream(sock)
+
+
+SocketAddress = str | tuple[Any, ...]
+
+
+def connect_socket(sock: socket.socket, address: SocketAddress, deadline: Deadline, endpoint: str) -> None:
+    """Connect within the deadline, by a non-blocking connect and a bounded wait."""
+    sock.setblocking(False)
+    code = sock.connect_ex(address)
+    if code == errno.EINPROGRESS:
+        wait_writable(sock.fileno(), deadline, "the connection", endpoint)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    elif code == errno.EAGAIN:
+        code = _connect_to_full_backlog(sock, address, deadline)
+    if code == errno.EAGAIN:
+        raise TransportTimeout("the server does not accept connections", endpoint=endpoint, elapsed=deadline.elapsed)
+    if code:
+        raise from_os_error(OSError(code, os.strerror(code)), endpoint)
+
+
+def _connect_to_full_backlog(sock: socket.socket, address: SocketAddress, deadline: Deadline) -> int:
+    """A Unix socket whose backlog is full gives no event to wait for; the kernel waits, for the send time-out."""
+    left = max(deadline.timeout or 0.0, 0.001)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(left), int(left % 1 * 1e6)))
+    sock.setblocking(True)
+    code = sock.connect_ex(address)
+    sock.setblocking(False)
+    return code
+
+
+def wait_writable(descriptor: int, deadline: Deadline, awaited: str, endpoint: str) -> None:
+    """Wait for one descriptor, no longer than the deadline."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    left = deadline.timeout
+    if not poll.poll(None if left is None else left * 1000):
+        raise TransportTimeout(
+            f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed
+        )

@@ -1,0 +1,111 @@
+"""The frames: every byte that dray puts on a connection, besides payloads, is laid out here.
+
+All integers are little-endian. After the handshake (`handshake.py`) every message is one 64-byte frame:
+
+```
+ 0    1      2        3       4        8          16         24       32         40      48    56       64
+ ┌────┬──────┬────────┬───────┬────────┬──────────┬──────────┬────────┬──────────┬───────┬─────┬────────┐
+ │kind│status│ reader │ flags │ slot   │ request  │ sequence │ nbytes │ checksum │ acked │ tag │ offset │
+ │ u8 │ u8   │ u8     │ u8    │ u32    │ u64      │ u64      │ u64    │ u64      │ u64   │ u64 │ u64    │
+ └────┴──────┴────────┴───────┴────────┴──────────┴──────────┴────────┴──────────┴───────┴─────┴────────┘
+```
+
+READ, CONSUME and STAT are requests; each is answered by one STATUS with the same request id, in order. ACK is
+not answered: STATUS frames count the ACKs processed so far in `acked`. Fields a kind does not use are zero.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+from dray.errors import ProtocolError
+
+VERSION = 1
+FRAME = struct.Struct("<BBBBI QQQQQQQ")
+FRAME_BYTES = FRAME.size
+
+MAX_TEXT_BYTES = 64 * 1024
+"""Longest text after STATUS: an error message, or the answer to STAT."""
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    READ = 1
+    STATUS = 2
+    ACK = 3
+    CONSUME = 4
+    STAT = 5
+
+
+class Status(enum.IntEnum):
+    """How a request went."""
+
+    OK = 0
+    STALE = 1
+    ERROR = 2
+    BUSY = 3
+    DENIED = 4
+
+
+class Flag(enum.IntFlag):
+    """What else a frame says."""
+
+    NONE = 0
+    CONSUMED = 1  # ACK: the reader is done with the payload for good; otherwise the lease is returned
+    CHECKSUM = 2  # STATUS: `checksum` holds the payload's xxh3-64
+    TEXT = 4  # STATUS: `nbytes` bytes of UTF-8 text follow on the frame channel, and no payload
+
+
+class Frame(NamedTuple):
+    """One frame, unpacked. Field order is the wire's."""
+
+    kind: int
+    status: int = 0
+    reader: int = 0
+    flags: int = 0
+    slot: int = 0
+    request: int = 0
+    sequence: int = 0
+    nbytes: int = 0
+    checksum: int = 0
+    acked: int = 0
+    tag: int = 0
+    offset: int = 0
+
+    def pack(self) -> bytes:
+        """The frame's 64 bytes."""
+        return FRAME.pack(*self)
+
+
+_KINDS = frozenset(Kind)
+_STATUSES = frozenset(Status)
+_FLAGS_OF = {
+    Kind.READ: 0,
+    Kind.STATUS: Flag.CHECKSUM | Flag.TEXT,
+    Kind.ACK: Flag.CONSUMED,
+    Kind.CONSUME: 0,
+    Kind.STAT: 0,
+}
+
+
+def parse(message: bytes | bytearray | memoryview) -> Frame:
+    """Read one frame from exactly 64 untrusted bytes.
+
+    Raises:
+        ProtocolError: wrong size, unknown kind, status or flag.
+    """
+    if len(message) != FRAME_BYTES:
+        raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(message)}")
+    frame = Frame._make(FRAME.unpack(message))
+    if frame.kind not in _KINDS:
+        raise ProtocolError(f"unknown frame kind {frame.kind}")
+    if frame.status not in _STATUSES:
+        raise ProtocolError(f"unknown status {frame.status}")
+    if frame.flags & ~_FLAGS_OF[Kind(frame.kind)]:
+        raise ProtocolError(f"unknown flags {frame.flags:#x} in a {Kind(frame.kind).name} frame")
+    if frame.flags & Flag.TEXT and frame.nbytes > MAX_TEXT_BYTES:
+        raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, announced were {frame.nbytes}")
+    return frame

@@ -1,0 +1,102 @@
+"""`PayloadRef`: the claim check for one payload."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dray.errors import ProtocolError
+
+MAX_REF_BYTES = 512
+PRODUCER_BYTES = 16
+MAX_SLOT = 2**32 - 1
+MAX_U64 = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadRef:
+    """Names one payload of one producer, and where it is served.
+
+    Small enough for any control plane: its JSON form has at most 512 bytes. It is plain values only, so it can
+    be pickled, compared and used as a key.
+
+    Attributes:
+        producer: the ring's 128 random bits.
+        slot: index of the slot, from 0.
+        sequence: the slot's sequence number when it was claimed, from 0.
+        nbytes: size of the payload in bytes.
+        endpoints: addresses that serve it, e.g. ``("unix:/run/…/0.sock", "tcp:10.0.0.3:40001")``.
+    """
+
+    producer: bytes
+    slot: int
+    sequence: int
+    nbytes: int
+    endpoints: tuple[str, ...]
+
+    @property
+    def identity(self) -> tuple[bytes, int]:
+        """(producer, sequence): unique for every payload ever committed."""
+        return self.producer, self.sequence
+
+    def to_json(self) -> str:
+        """One line of JSON, at most 512 bytes.
+
+        Raises:
+            ProtocolError: the endpoints make it longer than that.
+        """
+        text = json.dumps(
+            {
+                "p": self.producer.hex(),
+                "s": self.slot,
+                "q": self.sequence,
+                "n": self.nbytes,
+                "e": self.endpoints,
+            },
+            separators=(",", ":"),
+        )
+        if len(text) > MAX_REF_BYTES:
+            raise ProtocolError(f"a reference has at most {MAX_REF_BYTES} bytes as JSON; this one has {len(text)}")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> PayloadRef:
+        """Parse what `to_json` wrote; the text is untrusted.
+
+        Raises:
+            ProtocolError: it is not such a reference; the message names the field.
+        """
+        if len(text) > MAX_REF_BYTES:
+            raise ProtocolError(f"a reference has at most {MAX_REF_BYTES} bytes; got {len(text)}")
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"a reference must be JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.keys() != {"p", "s", "q", "n", "e"}:
+            raise ProtocolError("a reference is a JSON object with exactly the keys p, s, q, n, e")
+        endpoints = fields["e"]
+        if not isinstance(endpoints, list) or not all(isinstance(e, str) and ":" in e for e in endpoints):
+            raise ProtocolError(f"reference field e must be a list of addresses, got {endpoints!r}")
+        return cls(
+            _producer(fields["p"]),
+            _bounded("s", fields["s"], MAX_SLOT),
+            _bounded("q", fields["q"], MAX_U64),
+            _bounded("n", fields["n"], MAX_U64),
+            tuple(endpoints),
+        )
+
+
+def _producer(value: Any) -> bytes:
+    if isinstance(value, str) and len(value) == 2 * PRODUCER_BYTES:
+        try:
+            return bytes.fromhex(value)
+        except ValueError as error:
+            raise ProtocolError(f"reference field p must be hexadecimal, got {value!r}") from error
+    raise ProtocolError(f"reference field p must be {2 * PRODUCER_BYTES} hexadecimal digits, got {value!r}")
+
+
+def _bounded(name: str, value: Any, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise ProtocolError(f"reference field {name} must be an integer from 0 to {most}, got {value!r}")
+    return value
