@@ -1,0 +1,299 @@
+"""The controller: an HTTP service that knows who takes part in a job and which phase it is in.
+
+One event loop owns all state, so a request sees the job at one moment. Decisions are in `membership` and
+`prompts`; here is only what reaches them from outside: requests, the clock, signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import uvicorn
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from dray.clock import MONOTONIC, Deadline
+from dray.runtime import messages
+from dray.runtime.controller_client import KEEP_ALIVE
+from dray.runtime.controller_metrics import exposition
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.job import JobSpec, write_json
+from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
+from dray.runtime.process import begin_process
+from dray.runtime.prompts import PromptLedger, prompt_seed
+
+LARGEST_BODY = 4 << 20
+_LOG = logging.getLogger("dray.runtime.controller")
+_Body = TypeVar("_Body", bound=messages.Message)
+
+
+class Controller:
+    """The requests of one job, as methods; `application` is the ASGI application that serves them."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        config = spec.config
+        self._spec = spec
+        self._deadline = Deadline.after(None)
+        self._changed = asyncio.Condition()
+        self.membership = Membership(
+            {Role.ROLLOUT: config.rollout.replicas, Role.POLICY: config.policy.replicas},
+            PromptLedger(config.prompts_in_flight, spec.first_prompt),
+            dead_after=config.controller.dead_after,
+            start_timeout=config.timeouts.start,
+        )
+        self.final = asyncio.Event()
+        self.application = Starlette(
+            routes=[
+                Route("/healthz", self._healthz),
+                Route("/status", self._guarded(self._status)),
+                Route("/metrics", self._guarded(self._metrics)),
+                Route("/register", self._guarded(self._register), methods=["POST"]),
+                Route("/heartbeat", self._guarded(self._heartbeat), methods=["POST"]),
+                Route("/prompts", self._guarded(self._prompts), methods=["POST"]),
+                Route("/finish", self._guarded(self._finish), methods=["POST"]),
+                Route("/unregister", self._guarded(self._unregister), methods=["POST"]),
+                Route("/died", self._guarded(self._died), methods=["POST"]),
+            ]
+        )
+
+    async def reap_until_final(self) -> None:
+        """Let time act on the job, until its phase is final."""
+        interval = min(1.0, self._spec.config.controller.heartbeat_interval)
+        while not self.final.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.final.wait(), interval)
+            self.membership.reap()
+            await self._after_event()
+
+    async def interrupt(self, reason: str) -> None:
+        """End the job whatever its members do."""
+        self.membership.stop(Outcome("interrupted", reason))
+        await self._after_event()
+        self.final.set()
+
+    def status(self) -> messages.Status:
+        """The job as it is now."""
+        membership, now = self.membership, MONOTONIC.now()
+        outcome = membership.outcome
+        return messages.Status(
+            job=self._spec.config.job.name,
+            phase=membership.phase,
+            seconds=self._deadline.elapsed,
+            outcome=None if outcome is None else messages.OutcomeReport(kind=outcome.kind, reason=outcome.reason),
+            prompts=membership.prompts.statistics(),
+            members=[
+                messages.MemberStatus(
+                    name=member.name,
+                    role=member.role,
+                    state=member.state,
+                    reason=member.reason,
+                    pid=member.pid,
+                    silence=now - member.last_heard,
+                    progress=messages.ProgressReport(**asdict(member.progress)),
+                )
+                for member in membership.members.values()
+            ],
+        )
+
+    async def _after_event(self) -> None:
+        membership = self.membership
+        while membership.notices:
+            _LOG.info("%s", membership.notices.pop(0))
+        if membership.phase.is_final and not self.final.is_set():
+            self.final.set()
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _directive(self) -> messages.Directive:
+        phase = self.membership.phase
+        return messages.Directive(phase=phase, stop=not phase.gives_work)
+
+    async def _healthz(self, _: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def _status(self, _: Request) -> Response:
+        return _reply(self.status())
+
+    async def _metrics(self, _: Request) -> Response:
+        content, media_type = exposition(self.membership)
+        return Response(content, media_type=media_type)
+
+    async def _register(self, request: Request) -> Response:
+        body = await _body(request, messages.Register)
+        self.membership.register(body.name, body.role, body.incarnation, body.pid)
+        await self._after_event()
+        return _reply(self._directive())
+
+    async def _heartbeat(self, request: Request) -> Response:
+        body = await _body(request, messages.Heartbeat)
+        report = body.progress
+        progress = Progress(report.doing, report.seconds, report.counters, report.labels)
+        self.membership.heard(body.name, body.incarnation, progress)
+        self.membership.prompts.published(body.name, body.published)
+        self.membership.prompts.settled(body.settled)
+        await self._after_event()
+        return _reply(self._directive())
+
+    async def _prompts(self, request: Request) -> Response:
+        body = await _body(request, messages.TakePrompts)
+        self.membership.heard(body.name, body.incarnation)
+        self.membership.prompts.published(body.name, body.published)
+        deadline = Deadline.after(body.wait)
+        taken: list[int] = []
+        while self.membership.phase.gives_work:
+            taken = self.membership.prompts.take(body.name, body.want)
+            if taken or deadline.expired:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(deadline.timeout), self._changed:
+                    await self._changed.wait()
+            self.membership.heard(body.name, body.incarnation)
+        seed = self._spec.config.job.seed
+        directive = self._directive()
+        prompts = [(index, prompt_seed(seed, index)) for index in taken]
+        return _reply(messages.PromptList(phase=directive.phase, stop=directive.stop, prompts=prompts))
+
+    async def _finish(self, request: Request) -> Response:
+        body = await _body(request, messages.Finish)
+        self.membership.heard(body.name, body.incarnation)
+        self.membership.stop(Outcome(body.kind, body.reason))
+        await self._after_event()
+        return _reply(self._directive())
+
+    async def _unregister(self, request: Request) -> Response:
+        body = await _body(request, messages.Unregister)
+        self.membership.left(body.name, body.incarnation, body.reason)
+        await self._after_event()
+        return _reply(self._directive())
+
+    async def _died(self, request: Request) -> Response:
+        body = await _body(request, messages.Died)
+        self.membership.died(body.name, body.role, body.reason)
+        await self._after_event()
+        return _reply(self._directive())
+
+    def _guarded(
+        self, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """`answer`, for callers that show the job's token; its refusals become replies."""
+        expected = f"Bearer {self._spec.token}".encode()
+
+        async def guarded(request: Request) -> Response:
+            if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
+                return _reply(messages.ErrorReply(error="unauthorised"), 401)
+            try:
+                return await answer(request)
+            except MembershipError as error:
+                return _reply(messages.ErrorReply(error="not a member", detail=str(error)), 409)
+            except ValidationError as error:
+                detail = json.dumps(
+                    error.errors(include_url=False, include_input=False, include_context=False)[:3]
+                )
+                return _reply(messages.ErrorReply(error="malformed", detail=detail), 422)
+            except _BodyTooLarge:
+                return _reply(messages.ErrorReply(error="too large", detail=f"at most {LARGEST_BODY} bytes"), 413)
+
+        return guarded
+
+
+class _BodyTooLarge(Exception):
+    """The body of a request exceeds `LARGEST_BODY`."""
+
+
+async def _body(request: Request, kind: type[_Body]) -> _Body:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > LARGEST_BODY:
+            raise _BodyTooLarge
+    return kind.model_validate_json(bytes(content))
+
+
+def _reply(message: messages.Message, status: int = 200) -> Response:
+    return JSONResponse(message.model_dump(mode="json"), status)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with the process's signals left to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
+    """Serve until the job is final or a signal comes; returns how the job ended."""
+    controller = Controller(spec)
+    server = _Server(
+        uvicorn.Config(
+            controller.application,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=int(KEEP_ALIVE),
+            timeout_graceful_shutdown=2,
+        )
+    )
+    loop = asyncio.get_running_loop()
+    interrupted: set[asyncio.Task[None]] = set()
+
+    def on_signal(number: signal.Signals) -> None:
+        interrupted.add(loop.create_task(controller.interrupt(f"controller received {number.name}")))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    serving = loop.create_task(server.serve(sockets=[listener]))
+    await controller.reap_until_final()
+    outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
+    write_json(spec.folder.outcome, asdict(outcome))
+    _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
+    server.should_exit = True
+    await serving
+    return outcome
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket on `host`; it is kept from here on, so the port that it shows stays its own."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(128)
+    return listener
+
+
+def main() -> int:
+    """``python -m dray.runtime.controller SPEC READY_FD``"""
+    begin_process("controller")
+    spec, ready = JobSpec.read(Path(sys.argv[1])), int(sys.argv[2])
+    controller = spec.config.controller
+    with bind(controller.host, controller.port) as listener:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        write_json(
+            spec.folder.controller_address, {"url": f"http://{shown}:{port}", "pid": os.getpid()}, mode=0o600
+        )
+        # The socket listens: what connects from now on waits until the event loop accepts it.
+        os.write(ready, b"\n")
+        os.close(ready)
+        outcome = asyncio.run(serve(spec, listener))
+    return ExitCode.OK if outcome.kind in FINISHED_OUTCOMES else ExitCode.FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The one place from which the controller is called over HTTP.
+
+Every call has one bound over everything: connecting, sending, a peer that trickles or hangs, and retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from dray.clock import Deadline
+from dray.errors import ControlPlaneError
+from dray.runtime import messages
+from dray.runtime.membership import MembershipError
+
+KEEP_ALIVE = 30.0
+"""Seconds for which the controller keeps an idle connection; clients give one up well before."""
+
+_FIRST_WAIT = 0.05
+_LONGEST_WAIT = 1.0
+_Reply = TypeVar("_Reply", bound=messages.Message)
+_Result = TypeVar("_Result")
+
+
+class ControllerLostError(ControlPlaneError):
+    """The controller did not answer in time, retries included."""
+
+    retryable = True
+
+
+class ControllerClient:
+    """Calls to one controller, safe to use from several threads.
+
+    Args:
+        url: e.g. ``"http://127.0.0.1:40000"``.
+        token: the job's token.
+        timeout: seconds that a call may take in all.
+    """
+
+    def __init__(self, url: str, token: str, timeout: float) -> None:
+        self.url = url
+        self._timeout = timeout
+        self._loop = asyncio.new_event_loop()
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=None,
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE / 2),
+        )
+        self._thread = threading.Thread(target=self._loop.run_forever, name="controller-client", daemon=True)
+        self._thread.start()
+        self._closed = False
+
+    @classmethod
+    def of_address_file(cls, path: Path, token: str, timeout: float) -> Self:
+        """A client for the controller that advertised itself in the file at `path`."""
+        return cls(json.loads(path.read_text(encoding="utf-8"))["url"], token, timeout)
+
+    def post(self, path: str, body: messages.Message, reply: type[_Reply], timeout: float | None = None) -> _Reply:
+        """Send `body` and return the answer; repeated after transport failures.
+
+        Raises:
+            ControllerLostError: no answer within `timeout` seconds (by default the client's).
+            MembershipError: the controller does not count the caller as a member.
+            ControlPlaneError: any other refusal.
+        """
+        return self._run(self._request("POST", path, body.model_dump_json(), reply, self._deadline(timeout)))
+
+    def status(self, timeout: float | None = None) -> messages.Status:
+        """The job's status.
+
+        Raises:
+            ControlPlaneError: as `post`.
+        """
+        return self._run(self._request("GET", "/status", None, messages.Status, self._deadline(timeout)))
+
+    def close(self) -> None:
+        """Close the connections; calls under way in other threads fail."""
+        if self._closed:
+            return
+        self._closed = True
+        self._run(self._end_calls())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline.after(self._timeout if timeout is None else timeout)
+
+    def _run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError as error:
+            raise ControllerLostError("the client of the controller was closed", endpoint=self.url) from error
+
+    async def _request(
+        self, method: str, path: str, body: str | None, reply: type[_Reply], deadline: Deadline
+    ) -> _Reply:
+        wait = _FIRST_WAIT
+        try:
+            async with asyncio.timeout(deadline.timeout):
+                while True:
+                    try:
+                        response = await self._client.request(method, path, content=body)
+                    except httpx.TransportError:
+                        await asyncio.sleep(wait)
+                        wait = min(2 * wait, _LONGEST_WAIT)
+                        continue
+                    if response.status_code < 500:
+                        return _parsed(response, reply)
+                    await asyncio.sleep(wait)
+        except TimeoutError as error:
+            message = f"the controller did not answer {method} {path}"
+            raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
+
+    async def _end_calls(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+
+
+def _parsed(response: httpx.Response, reply: type[_Reply]) -> _Reply:
+    if response.status_code == 200:
+        return reply.model_validate_json(response.content)
+    refusal = messages.ErrorReply.model_validate_json(response.content)
+    if response.status_code == 409:
+        raise MembershipError(refusal.detail)
+    raise ControlPlaneError(
+        f"the controller refuses: {refusal.error} {refusal.detail}", endpoint=str(response.url)
+    )

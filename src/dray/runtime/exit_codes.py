@@ -1,0 +1,53 @@
+"""Exit codes of `dray run` and of the job's processes, in one table."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """| code | meaning |
+    |---|---|
+    | 0 | finished: solved, or all steps done where no `[stop]` is set |
+    | 1 | failed: not solved within `max_steps`, or no replica left to go on with |
+    | 2 | configuration: nothing was started |
+    | 10 | a replica: the user's class raised; its log has the traceback |
+    | 11 | a replica: the controller did not answer for `timeouts.controller_lost` |
+    | 12 | a replica: the controller no longer counts it as a member |
+    | 13 | a replica: Redis did not answer for `timeouts.redis` |
+    | 14 | any process: an error of dray's own; its log has the traceback |
+    | 130 | interrupted by SIGINT |
+    | 143 | interrupted by SIGTERM |
+    """
+
+    OK = 0
+    FAILED = 1
+    CONFIGURATION = 2
+    USER_CODE = 10
+    CONTROLLER_LOST = 11
+    NOT_A_MEMBER = 12
+    REDIS_LOST = 13
+    INTERNAL = 14
+    SIGINT = 130
+    SIGTERM = 143
+
+
+def meaning(code: int) -> str:
+    """One phrase for the exit status `code`, as `subprocess` gives it: negative for a signal."""
+    if code < 0:
+        return f"killed by signal {-code}"
+    return _MEANINGS.get(code, f"exit code {code}")
+
+
+_MEANINGS: dict[int, str] = {
+    ExitCode.OK: "finished",
+    ExitCode.FAILED: "failed",
+    ExitCode.CONFIGURATION: "wrong configuration",
+    ExitCode.USER_CODE: "the user's class raised",
+    ExitCode.CONTROLLER_LOST: "the controller was gone",
+    ExitCode.NOT_A_MEMBER: "no longer a member",
+    ExitCode.REDIS_LOST: "Redis was gone",
+    ExitCode.INTERNAL: "internal error",
+    ExitCode.SIGINT: "interrupted by SIGINT",
+    ExitCode.SIGTERM: "interrupted by SIGTERM",
+}

@@ -1,0 +1,156 @@
+"""What a replica tells the controller while it works, and what it learns from the answers."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from dray.clock import MONOTONIC, Deadline
+from dray.errors import ControlPlaneError
+from dray.runtime import messages
+from dray.runtime.controller_client import ControllerClient, ControllerLostError
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.membership import MembershipError
+from dray.runtime.process import StopFlag
+from dray.telemetry import Counters
+
+_LOG = logging.getLogger("dray.runtime.heartbeat")
+
+
+class Activity:
+    """What a replica does, since when, with its counters and a few words about it. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self._lock = threading.Lock()
+        self._doing = "starting"
+        self._since = MONOTONIC.now()
+        self._values: dict[str, float] = {}
+        self._labels: dict[str, str] = {}
+
+    def doing(self, what: str) -> None:
+        """From now on the replica does `what`; while it waits, the words say for what."""
+        with self._lock:
+            self._doing = what
+            self._since = MONOTONIC.now()
+
+    def show(self, name: str, value: float | str) -> None:
+        """Put the newest `value` of a gauge or a label on the status page."""
+        with self._lock:
+            if isinstance(value, str):
+                self._labels[name] = value
+            else:
+                self._values[name] = float(value)
+
+    def report(self) -> messages.ProgressReport:
+        """Everything as it is now."""
+        with self._lock:
+            return messages.ProgressReport(
+                doing=self._doing,
+                seconds=MONOTONIC.now() - self._since,
+                counters={**self.counters.snapshot(), **self._values},
+                labels=dict(self._labels),
+            )
+
+
+class Heartbeat:
+    """A thread that reports the replica's progress, in intervals and when asked to at once.
+
+    It sets `stop` when the controller says that the job is over, when it no longer counts the replica as a member,
+    and when it has not answered for `lost_after` seconds. In the last two cases it ends the process by itself if the
+    replica's main thread does not do so within `grace` seconds.
+    """
+
+    def __init__(
+        self,
+        client: ControllerClient,
+        name: str,
+        incarnation: str,
+        activity: Activity,
+        stop: StopFlag,
+        *,
+        interval: float,
+        lost_after: float,
+        grace: float,
+    ) -> None:
+        self._client = client
+        self._caller = {"name": name, "incarnation": incarnation}
+        self._activity = activity
+        self._stop = stop
+        self._interval = interval
+        self._lost_after = lost_after
+        self._grace = grace
+        self._lock = threading.Lock()
+        self._settled: list[int] = []
+        self._wake = threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def settled(self, indices: Iterable[int]) -> None:
+        """Report, at once, prompts whose trajectories are trained on, lost or discarded."""
+        with self._lock:
+            self._settled.extend(indices)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Send a last report where the controller still listens, and end the thread."""
+        self._closed.set()
+        self._wake.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        heard = MONOTONIC.now()
+        while True:
+            last = self._closed.is_set()
+            try:
+                self._beat()
+                heard = MONOTONIC.now()
+            except MembershipError as error:
+                return self._fatal(f"not a member any more: {error}", ExitCode.NOT_A_MEMBER)
+            except ControllerLostError as error:
+                silence = MONOTONIC.now() - heard
+                if silence >= self._lost_after:
+                    return self._fatal(f"the controller is lost: {error}", ExitCode.CONTROLLER_LOST)
+                _LOG.warning("no answer from the controller for %.1f s: %s", silence, error)
+            except ControlPlaneError as error:
+                return self._fatal(str(error), ExitCode.INTERNAL)
+            if last:
+                return None
+            self._wake.wait(self._interval)
+            self._wake.clear()
+
+    def _beat(self) -> None:
+        with self._lock:
+            settled, self._settled = self._settled, []
+        body = messages.Heartbeat(**self._caller, progress=self._activity.report(), settled=settled)
+        try:
+            bound = min(self._lost_after, max(1.0, 2 * self._interval))
+            answer = self._client.post("/heartbeat", body, messages.Directive, bound)
+        except ControllerLostError:
+            with self._lock:
+                self._settled[:0] = settled
+            raise
+        if answer.stop:
+            self._stop.set(f"the job is {answer.phase.value}")
+
+    def _fatal(self, reason: str, exit_code: ExitCode) -> None:
+        self._stop.set(reason, exit_code)
+        bound = Deadline.after(self._grace)
+        if not self._closed.wait(bound.timeout):
+            _LOG.error("the main thread did not end within %.1f s; stacks follow", self._grace)
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(exit_code)

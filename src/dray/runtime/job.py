@@ -1,0 +1,126 @@
+"""What every process of a job is told, and where in the output folder things lie."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dray.config import JobConfig
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """The layout of an output folder."""
+
+    root: Path
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def run(self) -> Path:
+        """Exists while the job runs, for its owner only: secrets, sockets, addresses."""
+        return self.root / ".run"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def spec(self) -> Path:
+        return self.run / "job.json"
+
+    @property
+    def controller_address(self) -> Path:
+        return self.run / "controller.json"
+
+    @property
+    def outcome(self) -> Path:
+        return self.run / "outcome.json"
+
+    @property
+    def policy_totals(self) -> Path:
+        return self.run / "policy.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def returns_plot(self) -> Path:
+        return self.root / "returns.png"
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """A job as its processes see it. Holds the secret: lives in memory and in one file of mode 0600."""
+
+    config: JobConfig
+    job_file: Path
+    folder: JobFolder
+    secret: bytes
+    redis_url: str
+    job_id: str
+    resume: bool
+    first_prompt: int
+
+    @property
+    def token(self) -> str:
+        """What the controller asks for; follows from the secret and does not give it away."""
+        return hmac.new(self.secret, b"dray controller token", hashlib.sha256).hexdigest()
+
+    def write(self) -> None:
+        """Write to the folder's `spec`, readable by the owner only."""
+        document = {
+            "config": self.config.model_dump(mode="json"),
+            "job_file": str(self.job_file),
+            "output": str(self.folder.root),
+            "secret": self.secret.hex(),
+            "redis_url": self.redis_url,
+            "job_id": self.job_id,
+            "resume": self.resume,
+            "first_prompt": self.first_prompt,
+        }
+        write_json(self.folder.spec, document, mode=0o600)
+
+    @classmethod
+    def read(cls, path: Path) -> JobSpec:
+        """Read what `write` wrote."""
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            config=JobConfig.model_validate(document["config"]),
+            job_file=Path(document["job_file"]),
+            folder=JobFolder(Path(document["output"])),
+            secret=bytes.fromhex(document["secret"]),
+            redis_url=document["redis_url"],
+            job_id=document["job_id"],
+            resume=document["resume"],
+            first_prompt=document["first_prompt"],
+        )
+
+
+def write_json(path: Path, document: Mapping[str, Any], *, mode: int = 0o644) -> None:
+    """Put `document` at `path`, whole or not at all, even across a crash of the machine."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,216 @@
+"""Who takes part in a job, and what that means for its phase: a state machine without I/O.
+
+Every method is an event; it changes the state, and leaves what is worth telling in `notices`, which the controller
+logs. Time comes from the clock that is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from dray.clock import MONOTONIC, Clock
+from dray.errors import ControlPlaneError
+from dray.runtime.lifecycle import JobEvent, Lifecycle, Phase
+from dray.runtime.prompts import PromptLedger
+
+OutcomeKind = Literal["solved", "finished", "max_steps", "interrupted", "failed"]
+FINISHED_OUTCOMES: frozenset[OutcomeKind] = frozenset(("solved", "finished", "max_steps"))
+
+
+class Role(StrEnum):
+    """What a replica does."""
+
+    ROLLOUT = "rollout"
+    POLICY = "policy"
+
+
+class MemberState(StrEnum):
+    """Whether a member takes part."""
+
+    ACTIVE = "active"
+    LEFT = "left"
+    DEAD = "dead"
+
+
+class MembershipError(ControlPlaneError):
+    """The controller does not, or no longer, know the caller as a member; the caller must end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job came to its end; `reason` is one sentence."""
+
+    kind: OutcomeKind
+    reason: str
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a replica does, for how many seconds, what it waits for, and its counters."""
+
+    doing: str = "starting"
+    seconds: float = 0.0
+    counters: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Member:
+    """One life of a replica. A restarted replica has the same name and another incarnation."""
+
+    name: str
+    role: Role
+    incarnation: str
+    pid: int
+    last_heard: float
+    state: MemberState = MemberState.ACTIVE
+    reason: str = ""
+    progress: Progress = field(default_factory=Progress)
+
+
+class Membership:
+    """The members of one job, its phase and its outcome.
+
+    Args:
+        expected: how many replicas of each role the job starts.
+        dead_after: seconds of silence after which a member counts as dead.
+        start_timeout: seconds within which every expected replica must have registered.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[Role, int],
+        prompts: PromptLedger,
+        *,
+        dead_after: float,
+        start_timeout: float,
+        clock: Clock = MONOTONIC,
+    ) -> None:
+        self._expected = dict(expected)
+        self._dead_after = dead_after
+        self._clock = clock
+        self._start_bound: float | None = clock.now() + start_timeout
+        self._start_timeout = start_timeout
+        self._lifecycle = Lifecycle()
+        self.prompts = prompts
+        self.members: dict[str, Member] = {}
+        self.outcome: Outcome | None = None
+        self.notices: list[str] = []
+
+    @property
+    def phase(self) -> Phase:
+        return self._lifecycle.phase
+
+    def active(self, role: Role | None = None) -> list[Member]:
+        """The members that take part, of `role` or of all."""
+        return [
+            member
+            for member in self.members.values()
+            if member.state is MemberState.ACTIVE and role in (None, member.role)
+        ]
+
+    def register(self, name: str, role: Role, incarnation: str, pid: int) -> None:
+        """A replica has started. Registering again with the same incarnation changes nothing.
+
+        Raises:
+            MembershipError: the job takes no new members any more.
+        """
+        known = self.members.get(name)
+        if known is not None and known.incarnation == incarnation:
+            if known.state is not MemberState.ACTIVE:
+                raise MembershipError(f"{name} is {known.state.value}: {known.reason}")
+            return
+        if not self.phase.gives_work:
+            raise MembershipError(f"the job is {self.phase.value} and takes no new members")
+        if known is not None and known.state is MemberState.ACTIVE:
+            self._end(known, MemberState.DEAD, "replaced by a new start of the same replica")
+        self.members[name] = Member(name, role, incarnation, pid, self._clock.now())
+        self.notices.append(f"{name} registered (pid {pid})")
+        if self.phase is Phase.STARTING and all(self.active(each) for each in self._expected):
+            self._move(JobEvent.QUORUM)
+
+    def heard(self, name: str, incarnation: str, progress: Progress | None = None) -> None:
+        """A member gave a sign of life.
+
+        Raises:
+            MembershipError: it is not, or no longer, a member.
+        """
+        member = self._require(name, incarnation)
+        member.last_heard = self._clock.now()
+        if progress is not None:
+            member.progress = progress
+
+    def left(self, name: str, incarnation: str, reason: str) -> None:
+        """A member ends in order. Leaving twice changes nothing."""
+        member = self.members.get(name)
+        if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
+            return
+        self._end(member, MemberState.LEFT, reason)
+        self._consequences()
+
+    def died(self, name: str, role: Role, reason: str) -> None:
+        """The replica's process is known to be gone, whether or not it ever registered."""
+        member = self.members.get(name)
+        if member is None:
+            member = self.members[name] = Member(name, role, "", 0, self._clock.now())
+        if member.state is MemberState.ACTIVE:
+            self._end(member, MemberState.DEAD, reason)
+            self._consequences()
+
+    def stop(self, outcome: Outcome) -> None:
+        """Give out no more work and let the members leave. The first outcome stands."""
+        if self.phase.gives_work:
+            self.outcome = outcome
+            self.notices.append(f"job stops: {outcome.reason}")
+            self._move(JobEvent.STOP)
+        self._consequences()
+
+    def reap(self) -> None:
+        """Declare dead who has been silent too long, and who never came."""
+        now = self._clock.now()
+        for member in self.active():
+            silence = now - member.last_heard
+            if silence >= self._dead_after:
+                self._end(member, MemberState.DEAD, f"silent for {silence:.1f} s")
+        if self._start_bound is not None and now >= self._start_bound:
+            self._start_bound = None
+            if self.phase is Phase.STARTING:
+                self.stop(Outcome("failed", f"not every replica registered within {self._start_timeout:g} s"))
+            for role in self._expected:
+                self._expected[role] = min(self._expected[role], self._registered(role))
+        self._consequences()
+
+    def _require(self, name: str, incarnation: str) -> Member:
+        member = self.members.get(name)
+        if member is None or member.incarnation != incarnation:
+            raise MembershipError(f"{name} is not registered")
+        if member.state is not MemberState.ACTIVE:
+            raise MembershipError(f"{name} is {member.state.value}: {member.reason}")
+        return member
+
+    def _registered(self, role: Role) -> int:
+        return sum(member.role is role for member in self.members.values())
+
+    def _end(self, member: Member, state: MemberState, reason: str) -> None:
+        member.state = state
+        member.reason = reason
+        self.notices.append(f"{member.name} {state.value}: {reason}")
+        again = self.prompts.release(member.name)
+        if again and self.phase.gives_work:
+            self.notices.append(f"{len(again)} prompts of {member.name} are given out again")
+
+    def _consequences(self) -> None:
+        """What follows from who is left. Until all expected replicas have come, absence means nothing."""
+        for role, expected in self._expected.items():
+            if self.phase.gives_work and not self.active(role) and self._registered(role) >= expected:
+                self.stop(Outcome("failed", f"no {role.value} replica is left"))
+        if self.phase is Phase.DRAINING and not self.active():
+            finished = self.outcome is not None and self.outcome.kind in FINISHED_OUTCOMES
+            self._move(JobEvent.LAST_LEFT_FINISHED if finished else JobEvent.LAST_LEFT_UNFINISHED)
+
+    def _move(self, event: JobEvent) -> None:
+        before = self.phase
+        self.notices.append(f"phase {before.value} -> {self._lifecycle.apply(event).value} ({event.value})")

@@ -1,0 +1,133 @@
+"""The bodies of the controller's requests and replies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dray.runtime.lifecycle import Phase
+from dray.runtime.membership import MemberState, OutcomeKind, Role
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+Indices = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=1 << 20)]
+Sentence = Annotated[str, Field(max_length=2000)]
+
+LONGEST_PROMPT_WAIT = 2.0
+"""Seconds a request for prompts may be held open when there are none."""
+
+
+class Message(BaseModel):
+    """A body: no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Caller(Message):
+    """Who asks: a name, and which life of it."""
+
+    name: Name
+    incarnation: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Register(Caller):
+    """``POST /register``: a replica has started."""
+
+    role: Role
+    pid: Annotated[int, Field(gt=0)]
+
+
+class ProgressReport(Message):
+    """What a replica does, for how many seconds, its counters, and words about it such as the lane."""
+
+    doing: Annotated[str, Field(max_length=200)]
+    seconds: float
+    counters: dict[str, float] = {}
+    labels: dict[str, str] = {}
+
+
+class Heartbeat(Caller):
+    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded."""
+
+    progress: ProgressReport
+    published: Indices = []
+    settled: Indices = []
+
+
+class TakePrompts(Caller):
+    """``POST /prompts``: asks for up to `want` prompts, and reports those published since the last time."""
+
+    want: Annotated[int, Field(ge=1, le=4096)]
+    wait: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
+    published: Indices = []
+
+
+class Finish(Caller):
+    """``POST /finish``: the policy ends the job."""
+
+    kind: OutcomeKind
+    reason: Sentence
+
+
+class Unregister(Caller):
+    """``POST /unregister``: the last thing a replica says."""
+
+    reason: Sentence
+
+
+class Died(Message):
+    """``POST /died``: the supervisor saw a replica's process end without leaving."""
+
+    name: Name
+    role: Role
+    reason: Sentence
+
+
+class Directive(Message):
+    """The answer to register and heartbeat: whether to go on."""
+
+    phase: Phase
+    stop: bool
+
+
+class PromptList(Directive):
+    """The answer to prompts: pairs of index and seed; empty where there is no work just now."""
+
+    prompts: list[tuple[int, int]] = []
+
+
+class MemberStatus(Message):
+    """One member on the status page; `silence` in seconds."""
+
+    name: str
+    role: Role
+    state: MemberState
+    reason: str
+    pid: int
+    silence: float
+    progress: ProgressReport
+
+
+class OutcomeReport(Message):
+    """How the job came to its end."""
+
+    kind: OutcomeKind
+    reason: str
+
+
+class Status(Message):
+    """``GET /status``."""
+
+    job: str
+    phase: Phase
+    seconds: float
+    outcome: OutcomeReport | None
+    members: list[MemberStatus]
+    prompts: dict[str, int]
+
+
+class ErrorReply(Message):
+    """The body of every answer that is not 200."""
+
+    error: Literal["unauthorised", "not a member", "malformed", "too large"]
+    detail: str = ""

@@ -1,0 +1,123 @@
+"""How a process of a job begins: bound to its supervisor's life, with signals, stack dumps and a log.
+
+No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
+thread that watches the supervisor then kills the child's whole process group, so that its own children go too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
+"""Environment variable in which the supervisor tells its children its pid."""
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""Makes a process of the job write the stacks of all its threads to its log."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LOG = logging.getLogger("dray.runtime.process")
+
+
+class StopFlag:
+    """Whether, why and with which exit code a process should end. The first reason stands."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.reason = ""
+        self.exit_code: int | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def is_set(self) -> bool:
+        return self.event.is_set()
+
+    def set(self, reason: str, exit_code: int | None = None) -> None:
+        """Ask the process to end. `exit_code` ``None`` means that this is no failure."""
+        with self._lock:
+            if self.event.is_set():
+                return
+            self.reason = reason
+            self.exit_code = exit_code
+            self.event.set()
+        _LOG.info("stopping: %s", reason)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until the flag is set, at most `timeout` seconds; returns whether it is."""
+        return self.event.wait(timeout)
+
+
+def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
+    """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
+    faulthandler.enable()
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    logging.basicConfig(
+        level=log_level, stream=sys.stderr, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpcore").setLevel(logging.WARNING)
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is not None:
+        _bind_to_parent(int(parent))
+
+
+def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
+    """Call `on_stop` for SIGTERM and SIGINT, from a thread of its own, even while the main thread is in C code."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def note(_number: int, _frame: object) -> None:
+        """Python writes the number to the wake-up socket before it calls this."""
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            for byte in reader.recv(64):
+                if byte in (signal.SIGTERM, signal.SIGINT):
+                    on_stop(signal.Signals(byte))
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of grandchildren whose own parent ends (`PR_SET_CHILD_SUBREAPER`)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _bind_to_parent(parent: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        descriptor = os.pidfd_open(parent)
+    except ProcessLookupError:
+        sys.exit(f"the supervisor (pid {parent}) is gone")
+    if os.getppid() != parent:
+        sys.exit(f"the supervisor (pid {parent}) is gone")
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll()
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

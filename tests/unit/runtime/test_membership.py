@@ -1,0 +1,164 @@
+import pytest
+
+from dray.runtime.lifecycle import Phase
+from dray.runtime.membership import Membership, MembershipError, MemberState, Outcome, Progress, Role
+from dray.runtime.prompts import PromptLedger
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def job(clock: ManualClock) -> Membership:
+    expected = {Role.ROLLOUT: 2, Role.POLICY: 1}
+    return Membership(expected, PromptLedger(8), dead_after=10, start_timeout=60, clock=clock)
+
+
+def start(job: Membership) -> None:
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    job.register("rollout-1", Role.ROLLOUT, "b", 2)
+    job.register("policy-0", Role.POLICY, "c", 3)
+
+
+def test_job_runs_once_one_replica_of_each_role_is_there(job: Membership) -> None:
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    assert job.phase is Phase.STARTING
+    job.register("policy-0", Role.POLICY, "c", 3)
+    assert job.phase is Phase.RUNNING
+
+
+def test_nothing_is_finalised_before_the_first_replica_registered(job: Membership, clock: ManualClock) -> None:
+    for _ in range(5):
+        clock.time += 10
+        job.reap()
+    assert job.phase is Phase.STARTING
+
+
+def test_replica_that_ends_before_the_others_came_does_not_end_the_job(job: Membership) -> None:
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    job.left("rollout-0", "a", "done")
+    assert job.phase is Phase.STARTING
+
+
+def test_start_bound_fails_a_job_whose_replicas_never_come(job: Membership, clock: ManualClock) -> None:
+    clock.time += 60
+    job.reap()
+    assert job.phase is Phase.FAILED
+    assert job.outcome is not None
+    assert "registered" in job.outcome.reason
+
+
+def test_silent_replica_is_reaped_and_its_prompts_are_given_again(job: Membership, clock: ManualClock) -> None:
+    start(job)
+    assert job.prompts.take("rollout-0", 2) == [0, 1]
+    clock.time += 6
+    job.heard("rollout-1", "b", Progress("rollout", 1.0))
+    job.heard("policy-0", "c")
+    clock.time += 6
+    job.reap()
+    assert job.members["rollout-0"].state is MemberState.DEAD
+    assert job.phase is Phase.RUNNING
+    assert job.prompts.take("rollout-1", 2) == [0, 1]
+
+
+def test_reaped_replica_that_wakes_is_refused(job: Membership, clock: ManualClock) -> None:
+    start(job)
+    clock.time += 11
+    job.reap()
+    with pytest.raises(MembershipError, match="silent"):
+        job.heard("rollout-0", "a")
+    with pytest.raises(MembershipError):
+        job.register("rollout-0", Role.ROLLOUT, "a", 1)
+
+
+def test_restarted_replica_takes_the_place_of_its_predecessor(job: Membership) -> None:
+    start(job)
+    job.prompts.take("rollout-0", 1)
+    job.register("rollout-0", Role.ROLLOUT, "a2", 9)
+    assert job.members["rollout-0"].pid == 9
+    assert job.prompts.take("rollout-0", 1) == [0]
+    with pytest.raises(MembershipError):
+        job.heard("rollout-0", "a")
+
+
+def test_job_without_policy_fails(job: Membership) -> None:
+    start(job)
+    job.died("policy-0", Role.POLICY, "killed by signal 9")
+    assert job.phase is Phase.DRAINING
+    job.left("rollout-0", "a", "job over")
+    job.left("rollout-1", "b", "job over")
+    assert job.phase is Phase.FAILED
+    assert job.outcome == Outcome("failed", "no policy replica is left")
+
+
+def test_job_goes_on_without_one_rollout_replica_and_fails_without_any(job: Membership) -> None:
+    start(job)
+    job.died("rollout-0", Role.ROLLOUT, "killed by signal 9")
+    assert job.phase is Phase.RUNNING
+    job.died("rollout-1", Role.ROLLOUT, "killed by signal 9")
+    assert job.phase is Phase.DRAINING
+    assert job.outcome == Outcome("failed", "no rollout replica is left")
+
+
+def test_replica_that_dies_before_registering_counts_as_gone(job: Membership) -> None:
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    job.died("policy-0", Role.POLICY, "exit code 10")
+    assert job.phase is Phase.DRAINING
+
+
+def test_rollout_that_never_came_is_not_waited_for_for_ever(job: Membership, clock: ManualClock) -> None:
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    job.register("policy-0", Role.POLICY, "c", 3)
+    for _ in range(8):
+        clock.time += 8
+        job.heard("rollout-0", "a")
+        job.heard("policy-0", "c")
+        job.reap()
+    assert job.phase is Phase.RUNNING
+    job.left("rollout-0", "a", "worker raised")
+    assert job.phase is Phase.DRAINING
+
+
+def test_solved_job_is_done_when_the_last_has_left_and_stays_done(job: Membership) -> None:
+    start(job)
+    job.stop(Outcome("solved", "evaluation_return 480 at step 40"))
+    job.stop(Outcome("interrupted", "SIGINT"))
+    job.left("rollout-0", "a", "job over")
+    job.left("policy-0", "c", "job over")
+    job.left("policy-0", "c", "job over")
+    assert job.phase is Phase.DRAINING
+    job.died("rollout-1", Role.ROLLOUT, "killed by signal 15")
+    assert job.phase is Phase.DONE
+    job.stop(Outcome("interrupted", "SIGTERM"))
+    job.reap()
+    assert job.phase is Phase.DONE
+    assert job.outcome is not None
+    assert job.outcome.kind == "solved"
+
+
+def test_draining_job_takes_no_new_member_and_gives_no_prompt_again(job: Membership) -> None:
+    start(job)
+    job.stop(Outcome("interrupted", "SIGINT"))
+    with pytest.raises(MembershipError, match="draining"):
+        job.register("rollout-2", Role.ROLLOUT, "d", 4)
+
+
+def test_interrupted_job_without_members_ends_at_once(job: Membership) -> None:
+    job.stop(Outcome("interrupted", "SIGINT"))
+    assert job.phase is Phase.FAILED
+
+
+def test_notices_tell_every_change(job: Membership) -> None:
+    start(job)
+    assert job.notices[0] == "rollout-0 registered (pid 1)"
+    assert "phase starting -> running (quorum)" in job.notices
