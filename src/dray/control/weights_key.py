@@ -1,0 +1,143 @@
+"""Where the newest weights are: a stream of one entry, so that a replica can read it and wait for the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dray.clock import Deadline
+from dray.control import names, scripts
+from dray.control.client import RedisClient, paired
+from dray.control.connection import RedisConnection, block_ms
+from dray.control.names import JobKeys
+from dray.errors import ConfigError, ControlPlaneError
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """The newest weights when they were asked for.
+
+    Args:
+        reference: JSON of the `PayloadRef`.
+        version: version of the weights.
+        publication: grows with each publication, also with one of an older version after a restart.
+    """
+
+    reference: str
+    version: int
+    publication: str
+
+
+class WeightsKey:
+    """The reference of the newest weights: the policy publishes, everybody reads.
+
+    Newest is what was published last. A policy that restarts from a checkpoint publishes an older version, and it
+    is the newest then.
+
+    Args:
+        connection: shared with others; its shutdown event ends every wait here.
+        keys: the job's names.
+    """
+
+    def __init__(self, connection: RedisConnection, keys: JobKeys) -> None:
+        self._connection = connection
+        self._key = keys.weights
+        self._published: tuple[str, int] | None = None
+
+    def publish(self, reference: str, version: int, timeout: float | None = 30.0) -> bool:
+        """Make `reference` the newest weights.
+
+        Returns:
+            False if it was so already.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        if version < 0:
+            raise ConfigError("version", version, "at least 0")
+        self._published = (reference, version)
+        return self._publish(keep=False, timeout=timeout)
+
+    def restore(self, timeout: float | None = 30.0) -> bool:
+        """Publish again what this process published last, if Redis has lost it.
+
+        Returns:
+            True if it was lost.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        return self._published is not None and self._publish(keep=True, timeout=timeout)
+
+    def newest(self, timeout: float | None = 30.0) -> PublishedWeights | None:
+        """The newest weights, or None if nothing was published yet.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        deadline = Deadline.after(timeout, self._connection.clock)
+        return self._decoded(self._connection.call("read the newest weights", self._read, deadline))
+
+    def wait_newer(
+        self, than: PublishedWeights | None = None, timeout: float | None = 30.0
+    ) -> PublishedWeights | None:
+        """The newest weights, as soon as they are others than `than`.
+
+        Args:
+            than: what the caller has; None: wait for the first ones.
+            timeout: seconds to wait; None: until shutdown.
+
+        Returns:
+            The weights; None when the time is over or shutdown has begun, and during an outage that is shorter
+            than the connection's patience.
+
+        Raises:
+            ControlPlaneError: Redis is gone for good, or refuses.
+        """
+        deadline = Deadline.after(timeout, self._connection.clock)
+        after = "0-0" if than is None else than.publication
+
+        def wait(client: RedisClient) -> Any:
+            found = self._read(client)
+            if deadline.expired or (found and found[0][0].decode() != after):
+                return found
+            client.do("XREAD", "BLOCK", block_ms(deadline), "STREAMS", self._key, after)
+            return self._read(client)
+
+        while True:
+            weights = self._decoded(self._connection.poll("wait for newer weights", wait, deadline, []))
+            if weights is not None and weights.publication != after:
+                return weights
+            if deadline.expired or self._connection.shutdown.is_set():
+                return None
+
+    def _publish(self, *, keep: bool, timeout: float | None) -> bool:
+        assert self._published is not None
+        reference, version = self._published
+        return bool(
+            self._connection.call(
+                f"publish weights {version}",
+                lambda client: scripts.PUBLISH_WEIGHTS.run(client, [self._key], [reference, version, int(keep)]),
+                Deadline.after(timeout, self._connection.clock),
+            )
+        )
+
+    def _read(self, client: RedisClient) -> Any:
+        return client.do("XREVRANGE", self._key, "+", "-", "COUNT", 1)
+
+    def _decoded(self, entries: list[tuple[bytes, list[bytes]]]) -> PublishedWeights | None:
+        if not entries:
+            return None
+        publication, flat = entries[0]
+        fields = paired(flat)
+        try:
+            return PublishedWeights(
+                fields[names.REFERENCE].decode(), int(fields[names.VERSION]), publication.decode()
+            )
+        except (KeyError, ValueError) as error:
+            raise ControlPlaneError(
+                f"{self._key} does not hold weights", endpoint=str(self._connection.address)
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"<WeightsKey at {self._connection.address}>"
