@@ -126,7 +126,7 @@ class PPOSettings:
     max_gradient_norm: float = 0.5
     hidden_size: int = 64
     evaluate_every: int = 4  # steps
-    evaluate_above: float = 300.0  # the batch's mean return; below it, an evaluation could only succeed by luck
+    evaluate_above: float = 300.0  # the batch's mean return; below it, a good evaluation would be luck
     evaluation_episodes: int = 100
     evaluation_seed: int = 1_000_000
 
@@ -179,7 +179,7 @@ class CartPoleTrainer:
         return metrics
 
     def evaluate(self) -> float:
-        """The mean return of greedy episodes, the same ones every time, played side by side."""
+        """The mean return of greedy episodes from fixed starting states, played side by side."""
         episodes = self.settings.evaluation_episodes
         returns, running = np.zeros(episodes), np.ones(episodes, bool)
         vector = gym.make_vec(ENVIRONMENT, num_envs=episodes, vectorization_mode="vector_entry_point")
