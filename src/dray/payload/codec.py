@@ -50,28 +50,31 @@ MAX_HEADER_BYTES = 16 << 20
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
+_TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_BYTES = (1 << 63) - 1
+_MAX_RECORD_BYTES = (1 << 31) - 1
 _UINT8 = np.dtype(np.uint8)
 
 # What the caches hold is bounded in number and, through these, in size.
-_CACHED_LAYOUTS = 256
+_CACHED = 512
 _CACHED_FIELDS = 256
 _CACHED_METADATA = 4096
-_CACHED_HEADER_BYTES = 64 << 10
+_CACHED_HEADER_BYTES = 16 << 10
 
-_Entry = tuple[tuple[int, ...], np.dtype[Any], int]  # shape, dtype as stored, offset in the image
 _Field = tuple[str, np.dtype[Any], tuple[int, ...]]
 
 
 class PackPlan:
     """Arrays that are ready to be written as one image of `nbytes` bytes. It keeps the arrays alive."""
 
-    __slots__ = ("_entries", "_fitted", "_header", "_sources", "nbytes")
+    __slots__ = ("_fitted", "_header", "_layout", "_sources", "nbytes")
 
-    def __init__(self, layout: _Layout, sources: list[Array], fitted: list[Fitted] | None) -> None:
+    def __init__(
+        self, header: npt.NDArray[np.uint8], layout: _Layout, sources: list[Array], fitted: list[Fitted] | None
+    ) -> None:
         self.nbytes: int = layout.nbytes
-        self._header = layout.header
-        self._entries = layout.entries
+        self._header = header
+        self._layout = layout
         self._sources = sources
         self._fitted = fitted
 
@@ -84,18 +87,18 @@ class PackPlan:
             PayloadFormatError: `target` is not a writable, contiguous buffer.
         """
         root = _as_root(target)
-        if root.nbytes < self.nbytes:
-            raise PayloadTooLargeError(f"the payload has {self.nbytes} bytes, the target only {root.nbytes}")
+        if len(root) < self.nbytes:
+            raise PayloadTooLargeError(f"the payload has {self.nbytes} bytes, the target only {len(root)}")
         if not root.flags.writeable:
             raise PayloadFormatError("the target is read-only")
-        header = self._header
-        root.data[: len(header)] = header
+        root[: len(self._header)] = self._header
+        views = _views(root, self._layout)
         if self._fitted is None:
-            for (shape, dtype, offset), source in zip(self._entries, self._sources, strict=True):
-                np.ndarray(shape, dtype, root, offset)[...] = source
+            for view, source in zip(views, self._sources, strict=True):
+                view[...] = source
         else:
-            for (shape, dtype, offset), (name, source, _, cast) in zip(self._entries, self._fitted, strict=True):
-                store(name, source, np.ndarray(shape, dtype, root, offset), cast)
+            for view, (name, source, _, cast) in zip(views, self._fitted, strict=True):
+                store(name, source, view, cast)
 
 
 def plan(
@@ -115,7 +118,7 @@ def plan(
         SchemaError: a field is missing, unknown, or does not fit; the message names it.
         PayloadFormatError: a name, dtype, value or the metadata cannot be carried.
     """
-    if not isinstance(arrays, Mapping):
+    if type(arrays) is not dict and not isinstance(arrays, Mapping):
         raise PayloadFormatError(f"arrays must be a mapping of name to array, not {type(arrays).__name__}")
     sources: list[Array] = []
     fields: list[_Field] = []
@@ -128,7 +131,7 @@ def plan(
     else:
         fitted = schema.fit(arrays)
         fields = [(name, dtype, array.shape) for name, array, dtype, _ in fitted]
-    return PackPlan(_layout(fields, metadata), sources, fitted)
+    return PackPlan(*_image_of(fields, metadata), sources, fitted)
 
 
 def pack(
@@ -161,12 +164,10 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> dict[str, Array
     """
     root = _as_root(image)
     parsed = _parse(root)
-    arrays = {name: np.ndarray(shape, dtype, root, offset) for name, (shape, dtype, offset) in parsed.entries}
-    if parsed.entries and not (parsed.aligned and arrays[parsed.widest].flags.aligned):
-        for name, array in arrays.items():
-            if not array.flags.aligned:
-                arrays[name] = array.copy()
-                arrays[name].flags.writeable = root.flags.writeable
+    views = _views(root, parsed.layout)
+    if views and not (parsed.aligned and views[parsed.widest].flags.aligned):
+        views = [view if view.flags.aligned else _aligned_copy(view) for view in views]
+    arrays = dict(zip(parsed.names, views, strict=True))
     if schema is not None:
         schema.verify(arrays)
     return arrays
@@ -193,81 +194,52 @@ def max_nbytes(schema: PayloadSchema) -> int:
         if shape is None:
             raise SchemaError(f"field {name!r} has a dimension without a bound: {spec.shape}")
         fields.append((name, spec.numpy_dtype, shape))
-    return _layout(fields, None).nbytes
+    return _image_of(fields, None)[1].nbytes
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------------------
 
 
 class _Layout(NamedTuple):
-    header: bytes  # with its length in front
-    entries: tuple[_Entry, ...]  # in the order of the fields
+    """Where the tensors of an image lie."""
+
+    tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...]  # shape, dtype, offset in the image
     nbytes: int
+    keys: tuple[str, ...]
+    # The image as one structured dtype with a field per key: a view of a field costs a fifth of `np.ndarray(…)`.
+    record: np.dtype[Any] | None
 
 
-def _layout(fields: list[_Field], metadata: Mapping[str, str] | None) -> _Layout:
-    strings: tuple[tuple[str, str], ...] = ()
-    if metadata is not None:
-        if not isinstance(metadata, Mapping):
-            raise PayloadFormatError(f"metadata must be a mapping, not {type(metadata).__name__}")
-        strings = tuple(metadata.items())
-        for pair in strings:
-            if not all(isinstance(text, str) for text in pair):
-                raise PayloadFormatError(f"metadata must map strings to strings; found {pair!r}")
-    characters = sum(len(key) + len(value) for key, value in strings)
-    small = len(fields) <= _CACHED_FIELDS and characters <= _CACHED_METADATA
-    return (_cached_layout if small else _build_layout)(tuple(fields), strings)
-
-
-def _build_layout(fields: tuple[_Field, ...], metadata: tuple[tuple[str, str], ...]) -> _Layout:
-    stored = []
-    for name, dtype, shape in fields:
-        if not isinstance(name, str) or name == _METADATA:
-            raise PayloadFormatError(f"{name!r} cannot be the name of a field")
-        if len(shape) > MAX_DIMENSIONS:
-            raise PayloadFormatError(
-                f"field {name!r} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} can be carried"
+def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nbytes: int) -> _Layout:
+    keys = tuple(map(str, range(len(tensors))))
+    record = None
+    if nbytes <= _MAX_RECORD_BYTES:
+        try:
+            record = np.dtype(
+                {
+                    "names": keys,
+                    "formats": [(dtype, shape) for shape, dtype, _ in tensors],
+                    "offsets": [offset for _, _, offset in tensors],
+                    "itemsize": nbytes,
+                }
             )
-        stored.append(carried_dtype(name, dtype))
-    starts = [0] * len(fields)
-    end = 0
-    for index in sorted(range(len(fields)), key=lambda index: -stored[index].itemsize):
-        starts[index] = end
-        end += prod(fields[index][2]) * stored[index].itemsize
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    for (name, _, shape), dtype, start in zip(fields, stored, starts, strict=True):
-        nbytes = prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": shape,
-            "data_offsets": (start, start + nbytes),
-        }
-    try:
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise PayloadFormatError(f"a name or metadata is not valid Unicode: {error}") from error
-    text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
-        raise PayloadFormatError(f"the header needs {len(text)} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    base = _LENGTH.size + len(text)
-    entries = tuple(
-        (shape, dtype, base + start) for (_, _, shape), dtype, start in zip(fields, stored, starts, strict=True)
-    )
-    return _Layout(_LENGTH.pack(len(text)) + text, entries, base + end)
+        except ValueError:  # an empty tensor with a dimension that a structured dtype cannot express
+            record = None
+    return _Layout(tensors, nbytes, keys, record)
 
 
-_cached_layout = lru_cache(_CACHED_LAYOUTS)(_build_layout)
+def _views(root: npt.NDArray[np.uint8], layout: _Layout) -> list[Array]:
+    """Arrays on the tensors of an image that `root` starts with; `root` is their base."""
+    if layout.record is None:
+        return [np.ndarray(shape, dtype, root, offset) for shape, dtype, offset in layout.tensors]
+    image: Array = np.ndarray((), layout.record, root)
+    return [image[key] for key in layout.keys]
 
 
-# --- reading --------------------------------------------------------------------------------------------------
-
-
-class _Parsed(NamedTuple):
-    entries: tuple[tuple[str, _Entry], ...]
-    metadata: tuple[tuple[str, str], ...]
-    nbytes: int
-    aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
-    widest: str  # a tensor of the largest alignment: when `aligned`, its address decides for all
+def _aligned_copy(view: Array) -> Array:
+    copy = view.copy()
+    copy.flags.writeable = view.flags.writeable
+    return copy
 
 
 def _as_root(image: Image) -> npt.NDArray[np.uint8]:
@@ -281,16 +253,88 @@ def _as_root(image: Image) -> npt.NDArray[np.uint8]:
         raise PayloadFormatError(f"{type(image).__name__} is not a contiguous buffer of bytes: {error}") from error
 
 
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def _image_of(fields: list[_Field], metadata: Mapping[str, str] | None) -> tuple[npt.NDArray[np.uint8], _Layout]:
+    """The header, with its length in front, and the layout of an image with `fields`."""
+    if metadata is None:
+        return (_cached_build if len(fields) <= _CACHED_FIELDS else _build)(tuple(fields), ())
+    if not isinstance(metadata, Mapping):
+        raise PayloadFormatError(f"metadata must be a mapping, not {type(metadata).__name__}")
+    strings = tuple(metadata.items())
+    for pair in strings:
+        if not all(isinstance(text, str) for text in pair):
+            raise PayloadFormatError(f"metadata must map strings to strings; found {pair!r}")
+    small = (
+        len(fields) <= _CACHED_FIELDS and sum(len(key) + len(text) for key, text in strings) <= _CACHED_METADATA
+    )
+    return (_cached_build if small else _build)(tuple(fields), strings)
+
+
+def _build(
+    fields: tuple[_Field, ...], metadata: tuple[tuple[str, str], ...]
+) -> tuple[npt.NDArray[np.uint8], _Layout]:
+    dtypes, sizes = [], []
+    for name, dtype, shape in fields:
+        if not isinstance(name, str) or name == _METADATA:
+            raise PayloadFormatError(f"{name!r} cannot be the name of a field")
+        if len(shape) > MAX_DIMENSIONS:
+            raise PayloadFormatError(f"field {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+        stored = carried_dtype(name, dtype)
+        dtypes.append(stored)
+        sizes.append(prod(shape) * stored.itemsize)
+    starts = [0] * len(fields)
+    end = 0
+    for index in sorted(range(len(fields)), key=lambda index: -dtypes[index].itemsize):
+        starts[index] = end
+        end += sizes[index]
+    members = [f'"{_METADATA}":{_to_json(dict(metadata))}'] if metadata else []
+    for (name, _, shape), dtype, start, size in zip(fields, dtypes, starts, sizes, strict=True):
+        members.append(
+            f'{_to_json(name)}:{{"dtype":"{DTYPE_NAMES[dtype]}","shape":[{",".join(map(str, shape))}],'
+            f'"data_offsets":[{start},{start + size}]}}'
+        )
+    try:
+        text = f"{{{','.join(members)}}}".encode()
+    except UnicodeEncodeError as error:
+        raise PayloadFormatError(f"a name or metadata is not valid Unicode: {error}") from error
+    text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise PayloadFormatError(f"the header needs {len(text)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    base = _LENGTH.size + len(text)
+    tensors = tuple(
+        (shape, dtype, base + start) for (_, _, shape), dtype, start in zip(fields, dtypes, starts, strict=True)
+    )
+    return np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8), _layout(tensors, base + end)
+
+
+_cached_build = lru_cache(_CACHED)(_build)
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+class _Parsed(NamedTuple):
+    names: tuple[str, ...]
+    layout: _Layout
+    metadata: tuple[tuple[str, str], ...]
+    aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
+    widest: int  # index of a tensor of the largest alignment: when `aligned`, its address decides for all
+
+
 def _parse(root: npt.NDArray[np.uint8]) -> _Parsed:
-    if root.nbytes < _LENGTH.size:
-        raise PayloadFormatError(f"the image has {root.nbytes} bytes, too few for a header")
+    nbytes = len(root)
+    if nbytes < _LENGTH.size:
+        raise PayloadFormatError(f"the image has {nbytes} bytes, too few for a header")
     (length,) = _LENGTH.unpack_from(root.data)
-    if length > min(MAX_HEADER_BYTES, root.nbytes - _LENGTH.size):
-        raise PayloadFormatError(f"the header claims {length} bytes in an image of {root.nbytes}")
+    if length > MAX_HEADER_BYTES or length > nbytes - _LENGTH.size:
+        raise PayloadFormatError(f"the header claims {length} bytes in an image of {nbytes}")
     header = root[_LENGTH.size : _LENGTH.size + length].tobytes()
-    parsed = _cached_header(header) if length <= _CACHED_HEADER_BYTES else _parse_header(header)
-    if parsed.nbytes != root.nbytes:
-        raise PayloadFormatError(f"the image has {root.nbytes} bytes, its header describes {parsed.nbytes}")
+    parsed = (_cached_parse if length <= _CACHED_HEADER_BYTES else _parse_header)(header)
+    if parsed.layout.nbytes != nbytes:
+        raise PayloadFormatError(f"the image has {nbytes} bytes, its header describes {parsed.layout.nbytes}")
     return parsed
 
 
@@ -298,64 +342,62 @@ def _parse_header(header: bytes) -> _Parsed:
     if header[:1] != b"{":
         raise PayloadFormatError("the header is not a JSON object")
     try:
-        content = json.loads(
-            header.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
-        )
-        # A lone surrogate can be written as an escape, but no name that holds one can be passed on.
-        for name in content:
-            name.encode()
+        content = _from_json(header.decode())
+        # A lone surrogate can be written as an escape, but a name that holds one could not be packed again.
+        "".join(content).encode()
     except (ValueError, RecursionError) as error:
         raise PayloadFormatError(f"the header is not valid JSON: {error}") from error
     base = _LENGTH.size + len(header)
-    metadata = _check_metadata(content.pop(_METADATA, {}))
-    entries = []
-    spans = []
-    for name, tensor in content.items():
-        shape, dtype, start, end = _check_tensor(name, tensor)
-        entries.append((name, (shape, dtype, base + start)))
+    metadata = content.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
+    tensors, spans = [], []
+    aligned, widest = True, 0
+    for index, (name, described) in enumerate(content.items()):
+        shape, dtype, start, end = _check_tensor(name, described)
+        tensors.append((shape, dtype, base + start))
         spans.append((start, end, name))
+        aligned = aligned and (base + start) % dtype.alignment == 0
+        if dtype.alignment > tensors[widest][1].alignment:
+            widest = index
     reached = 0
     for start, end, name in sorted(spans):
         if start != reached:
             raise PayloadFormatError(f"tensor {name!r} starts at {start}, expected {reached}: overlap or hole")
         reached = end
     return _Parsed(
-        tuple(entries),
-        metadata,
-        base + reached,
-        all(offset % dtype.alignment == 0 for _, (_, dtype, offset) in entries),
-        max(entries, key=lambda entry: entry[1][1].alignment)[0] if entries else "",
+        tuple(content), _layout(tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest
     )
 
 
-_cached_header = lru_cache(_CACHED_LAYOUTS)(_parse_header)
+_cached_parse = lru_cache(_CACHED)(_parse_header)
 
 
-def _check_tensor(name: str, tensor: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
-    if not isinstance(tensor, dict) or tensor.keys() != {"dtype", "shape", "data_offsets"}:
+def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
+    if not isinstance(described, dict) or described.keys() != _TENSOR_KEYS:
         raise PayloadFormatError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
-    dtype = DTYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], str) else None
+    code, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise PayloadFormatError(f"tensor {name!r} has unknown dtype {tensor['dtype']!r}")
-    shape, offsets = tensor["shape"], tensor["data_offsets"]
-    for numbers in (shape, offsets):
-        # `type` and not `isinstance`: JSON's true is not a length.
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n <= _MAX_BYTES for n in numbers):
-            raise PayloadFormatError(f"tensor {name!r} has a shape or data_offsets not made of sizes")
-    if len(shape) > MAX_DIMENSIONS:
-        raise PayloadFormatError(f"tensor {name!r} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
-    # Over the non-zero lengths, as NumPy does: an empty array's shape must be addressable too.
-    if dtype.itemsize * prod(n for n in shape if n) > _MAX_BYTES:
+        raise PayloadFormatError(f"tensor {name!r} has dtype {code!r}, which is not known")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise PayloadFormatError(
+            f"tensor {name!r} has a shape that is not a list of {MAX_DIMENSIONS} sizes or less"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise PayloadFormatError(f"tensor {name!r} has data_offsets that are not two sizes")
+    size = dtype.itemsize * prod(shape)
+    # NumPy's own bound leaves zeros out of the product: the shape of an empty array must be addressable too.
+    if size > _MAX_BYTES or (size == 0 and dtype.itemsize * prod(filter(None, shape)) > _MAX_BYTES):
         raise PayloadFormatError(f"tensor {name!r} has shape {shape}, more than can be addressed")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != dtype.itemsize * prod(shape):
+    start, end = offsets
+    if end - start != size:
         raise PayloadFormatError(f"tensor {name!r} has data_offsets {offsets}, which do not fit its shape {shape}")
-    return tuple(shape), dtype, offsets[0], offsets[1]
+    return tuple(shape), dtype, start, end
 
 
-def _check_metadata(metadata: object) -> tuple[tuple[str, str], ...]:
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
-    return tuple(metadata.items())
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_BYTES  # JSON's true is an `int` by `isinstance`
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -367,3 +409,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
+
+
+_from_json = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant).decode
