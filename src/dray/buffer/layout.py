@@ -46,7 +46,7 @@ PRODUCER_ID_BYTES: Final = 16
 PAGE: Final = 4096
 CACHE_LINE: Final = 64
 MAX_SLOTS: Final = 1 << 20
-MAX_SLOT_BYTES: Final = 1 << 46
+MAX_SLOT_BYTES: Final = 1 << 42
 
 SEGMENT_HEADER: Final = struct.Struct("<8sIIQQQQ16s")
 SLOT_HEADER: Final = struct.Struct("<BB6xQQQdQ16x")
