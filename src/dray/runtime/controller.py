@@ -144,7 +144,6 @@ class Controller:
         report = body.progress
         progress = Progress(report.doing, report.seconds, report.counters, report.labels)
         self.membership.heard(body.name, body.incarnation, progress)
-        self.membership.prompts.published(body.name, body.published)
         self.membership.prompts.settled(body.settled)
         await self._after_event()
         return _reply(self._directive())
@@ -260,7 +259,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     serving = loop.create_task(server.serve(sockets=[listener]))
     await controller.reap_until_final()
     outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
-    write_json(spec.folder.outcome, asdict(outcome))
+    write_json(spec.folder.outcome, controller.status().model_dump(mode="json"))
     _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
     server.should_exit = True
     await serving

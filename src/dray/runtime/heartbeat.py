@@ -61,9 +61,9 @@ class Activity:
 class Heartbeat:
     """A thread that reports the replica's progress, in intervals and when asked to at once.
 
-    It sets `stop` when the controller says that the job is over, when it no longer counts the replica as a member,
-    and when it has not answered for `lost_after` seconds. In the last two cases it ends the process by itself if the
-    replica's main thread does not do so within `grace` seconds.
+    It sets `stop` when the controller says that the job is over (then `job_over` is set, too), when it no longer
+    counts the replica as a member, and when it has not answered for `lost_after` seconds. In the last two cases it
+    ends the process by itself if the main thread does not do so within `grace` seconds.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class Heartbeat:
         lost_after: float,
         grace: float,
     ) -> None:
+        self.job_over = threading.Event()
         self._client = client
-        self._caller = {"name": name, "incarnation": incarnation}
+        self._name = name
+        self._incarnation = incarnation
         self._activity = activity
         self._stop = stop
         self._interval = interval
@@ -136,7 +138,9 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._lock:
             settled, self._settled = self._settled, []
-        body = messages.Heartbeat(**self._caller, progress=self._activity.report(), settled=settled)
+        body = messages.Heartbeat(
+            name=self._name, incarnation=self._incarnation, progress=self._activity.report(), settled=settled
+        )
         try:
             bound = min(self._lost_after, max(1.0, 2 * self._interval))
             answer = self._client.post("/heartbeat", body, messages.Directive, bound)
@@ -145,6 +149,7 @@ class Heartbeat:
                 self._settled[:0] = settled
             raise
         if answer.stop:
+            self.job_over.set()
             self._stop.set(f"the job is {answer.phase.value}")
 
     def _fatal(self, reason: str, exit_code: ExitCode) -> None:

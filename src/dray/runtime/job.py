@@ -43,11 +43,8 @@ class JobFolder:
 
     @property
     def outcome(self) -> Path:
+        """The last status of the job, written by the controller when the phase is final."""
         return self.run / "outcome.json"
-
-    @property
-    def policy_totals(self) -> Path:
-        return self.run / "policy.json"
 
     @property
     def checkpoint(self) -> Path:

@@ -50,7 +50,6 @@ class Heartbeat(Caller):
     """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded."""
 
     progress: ProgressReport
-    published: Indices = []
     settled: Indices = []
 
 

@@ -32,8 +32,8 @@ class PromptLedger:
     def take(self, holder: str, count: int) -> list[int]:
         """Up to `count` prompts for `holder`; prompts of dead holders come first.
 
-        A replica asks when it has nothing left to do: what it still holds was given in a reply that got lost, and is
-        given to it once more.
+        A replica asks when it has nothing left to do: what it still holds was given in a reply that got lost, and
+        is given to it once more.
         """
         taken = sorted(index for index, by in self._holders.items() if by == holder)
         while len(taken) < count:

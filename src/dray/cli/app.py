@@ -1,0 +1,86 @@
+"""The `dray` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dray.config import load_job
+from dray.errors import ConfigError, DrayError
+from dray.runtime.exit_codes import ExitCode
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Payload transport for disaggregated reinforcement learning.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dray {version('dray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command as a whole."""
+
+
+@app.command()
+def run(
+    job: Annotated[Path, typer.Argument(help="The job file, TOML.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Output folder; by default a new one under outputs/<job name>/.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
+    ] = False,
+) -> None:
+    """Run a job on this machine and show its progress."""
+    # Everything that a job needs is imported here, so that the other commands start fast.
+    from dray.launch.local import run_job
+
+    overrides = [*(settings or []), *([f"job.output={_quoted(output)}"] if output is not None else [])]
+    config = load_job(job, overrides)
+    raise typer.Exit(run_job(config, job.absolute(), resume=resume))
+
+
+def main() -> None:
+    """The entry point of the `dray` command: errors of dray's own become one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, ExitCode.CONFIGURATION)
+    except DrayError as error:
+        _fail(error, ExitCode.FAILED)
+
+
+def _fail(error: DrayError, code: ExitCode) -> None:
+    line = " ".join(str(error).split())
+    sys.exit(_print_error(f"error: {line}", code))
+
+
+def _print_error(line: str, code: ExitCode) -> int:
+    print(line, file=sys.stderr)
+    return int(code)
+
+
+def _quoted(text: str) -> str:
+    """`text` as a TOML string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,137 @@
+"""Child processes of the supervisor, watched through pidfds: a pid of ours is never another process's."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from dray.runtime.membership import Role
+from dray.runtime.process import PARENT_VARIABLE
+
+
+class Child:
+    """One process of the job, in a process group of its own, with a log file.
+
+    Args:
+        name: unique in the job, e.g. ``"rollout-0"``.
+        module: what ``python -m`` runs.
+        arguments: of the command line; never a secret.
+        log: where its output goes; appended to.
+        role: for a replica.
+
+    To be made in the main thread: the kernel signals a child when the *thread* that started it ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        role: Role | None = None,
+        pass_fds: Collection[int] = (),
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.log = log
+        self.exit_code: int | None = None
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                pass_fds=tuple(pass_fds),
+                env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+
+    @property
+    def running(self) -> bool:
+        return self.exit_code is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process; one that has ended gets none."""
+        if self.running:
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill_group(self) -> None:
+        """Kill the process and every other one in its group."""
+        if self.running:
+            _kill_group(self.pid)
+
+    def collect(self, timeout: float = 0.0) -> int | None:
+        """The exit code if the process ends within `timeout` seconds, else None.
+
+        What is left of its process group is killed.
+        """
+        if self.exit_code is None and _ends_within(self.pidfd, timeout):
+            # The group's number stays ours until the dead leader is waited for.
+            _kill_group(self.pid)
+            self.exit_code = self._process.wait()
+            os.close(self.pidfd)
+        return self.exit_code
+
+    def __repr__(self) -> str:
+        return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
+
+
+def child_pids() -> set[int]:
+    """The pids of this process's children, ended ones included."""
+    own, found = os.getpid(), set()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                stat = Path(entry.path, "stat").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            # The command, in parentheses, may hold anything; the parent is the second field after it.
+            if int(stat.rpartition(b")")[2].split()[1]) == own:
+                found.add(int(entry.name))
+    return found
+
+
+def kill_orphans(known: Collection[int], timeout: float) -> int:
+    """Kill and collect children that this process did not start but was given when their parents ended.
+
+    Args:
+        known: children that are not meant.
+        timeout: seconds to wait for each round; killing one may orphan others.
+
+    Returns:
+        How many there were.
+    """
+    killed = 0
+    while orphans := child_pids() - set(known):
+        for pid in orphans:
+            descriptor = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                if not _ends_within(descriptor, timeout):
+                    return killed
+            finally:
+                os.close(descriptor)
+            os.waitpid(pid, 0)
+            killed += 1
+    return killed
+
+
+def _ends_within(pidfd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

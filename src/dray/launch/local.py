@@ -1,0 +1,370 @@
+"""A job on this machine: starts its processes in order, watches them, and ends them in reverse order.
+
+Everything happens in the main thread, which waits for children and signals at once and never polls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dray.clock import Deadline
+from dray.config import JobConfig
+from dray.control import JobKeys, RedisAddress, RedisConnection, RedisServer, delete_job, start_redis
+from dray.errors import ConfigError, ControlPlaneError, DrayError
+from dray.launch.children import Child, child_pids, kill_orphans
+from dray.launch.display import Display
+from dray.launch.output import open_output
+from dray.launch.signals import SignalInbox
+from dray.launch.teardown import Means, Teardown
+from dray.runtime import messages
+from dray.runtime.checkpoint import CheckpointState
+from dray.runtime.controller_client import ControllerClient
+from dray.runtime.exit_codes import ExitCode, meaning
+from dray.runtime.job import JobFolder, JobSpec
+from dray.runtime.membership import FINISHED_OUTCOMES, Role
+from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
+from dray.runtime.report import write_report
+
+STATUS_INTERVAL = 0.5
+
+
+def run_job(config: JobConfig, job_file: Path, *, resume: bool = False) -> int:
+    """Run a job to its end and return the exit code of `dray run`. Main thread of the main interpreter only.
+
+    Raises:
+        ConfigError: before anything was started.
+    """
+    with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
+        with open_output(config, resume=resume) as (folder, state):
+            if state is not None and state.outcome:
+                display.say(
+                    f"{state.outcome} already, at step {state.step}: nothing is left to do in {folder.root}"
+                )
+                return ExitCode.OK
+            return _Run(config, job_file, folder, state, inbox, display).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: JobConfig,
+        job_file: Path,
+        folder: JobFolder,
+        state: CheckpointState | None,
+        inbox: SignalInbox,
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._job_file = job_file
+        self._folder = folder
+        self._state = state
+        self._inbox = inbox
+        self._display = display
+        self._began = Deadline.after(None)
+        self._signals: list[signal.Signals] = []
+        self._replicas: list[Child] = []
+        self._controller: Child | None = None
+        self._teardown: Teardown | None = None
+        self._status: messages.Status | None = None
+        self._failure = ""
+        self._unexpected: list[str] = []
+
+    def run(self) -> int:
+        folder = self._folder
+        strangers = child_pids()
+        adopt_orphans()
+        with ExitStack() as resources, selectors.DefaultSelector() as selector:
+            self._selector = selector
+            selector.register(self._inbox, selectors.EVENT_READ)
+            self._check_entry_points()
+            if self._signals:
+                return self._exit_code()
+            redis = resources.enter_context(self._redis())
+            known = strangers | ({redis.pid} if redis.pid is not None else set())
+            resources.callback(kill_orphans, known, 1.0)
+            folder.logs.mkdir(exist_ok=True)
+            spec = self._write_spec(redis.url)
+            # From here on there are children; they end before anything above does.
+            resources.callback(self._kill_rest)
+            if self._start_controller(spec):
+                client = resources.enter_context(
+                    ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
+                )
+                self._start_replicas()
+                self._watch(client)
+            self._read_outcome()
+        code = self._exit_code()
+        summary = write_report(
+            self._folder,
+            self._config,
+            self._status,
+            seconds=self._began.elapsed,
+            exit_code=code,
+            reason=self._reason(),
+            first_step=self._state.step if self._state is not None else 0,
+        )
+        for line in (*self._unexpected, summary):
+            self._display.say(line)
+        return code
+
+    # --- start ------------------------------------------------------------------------------------------------
+
+    def _check_entry_points(self) -> None:
+        """Import the user's classes in a process of their own, so that nothing of them stays in this one.
+
+        Raises:
+            ConfigError: they cannot be imported.
+        """
+        report = self._folder.run / "entry_points.json"
+        child = Child(
+            "check",
+            "dray.runtime.check_entry_points",
+            [str(self._job_file.parent), self._config.rollout.worker, self._config.policy.trainer, str(report)],
+            self._folder.run / "check.log",
+        )
+        deadline = Deadline.after(self._config.timeouts.start)
+        with self._watching(child):
+            while child.collect() is None:
+                self._wait(deadline.remaining)
+                if self._signals or deadline.expired:
+                    child.kill_group()
+                    child.collect(5.0)
+        if self._signals:
+            return
+        try:
+            answer = json.loads(report.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            what = (
+                "in time" if deadline.expired else f"without ending the process ({meaning(child.exit_code or 0)})"
+            )
+            value = f"{self._config.rollout.worker}, {self._config.policy.trainer}"
+            raise ConfigError("rollout.worker, policy.trainer", value, f"must be importable {what}") from error
+        if answer:
+            raise ConfigError(answer["key"], answer["value"], answer["allowed"])
+
+    @contextmanager
+    def _redis(self) -> Iterator[RedisServer]:
+        with start_redis(
+            self._config.redis.url, self._folder.run / "redis", timeout=self._config.timeouts.redis
+        ) as server:
+            self._job_id = f"{self._config.job.name[:40]}-{secrets.token_hex(4)}"
+            try:
+                yield server
+            finally:
+                if server.source == "configured":
+                    self._forget_keys(server.address)
+
+    def _forget_keys(self, address: RedisAddress) -> None:
+        """A server that outlives the job keeps nothing of it."""
+        with RedisConnection(address, answer_timeout=1.0) as connection:
+            try:
+                delete_job(connection, JobKeys(self._job_id), timeout=2.0)
+            except ControlPlaneError as error:
+                self._unexpected.append(f"the job's keys stay in Redis: {error}")
+
+    def _write_spec(self, redis_url: str) -> JobSpec:
+        spec = JobSpec(
+            config=self._config,
+            job_file=self._job_file,
+            folder=self._folder,
+            secret=secrets.token_bytes(32),
+            redis_url=redis_url,
+            job_id=self._job_id,
+            resume=self._state is not None,
+            first_prompt=self._state.next_prompt if self._state is not None else 0,
+        )
+        spec.write()
+        return spec
+
+    def _start_controller(self, spec: JobSpec) -> bool:
+        """Start it and wait until it listens; False if it did not, or if a signal came first."""
+        reader, writer = os.pipe()
+        try:
+            self._controller = Child(
+                "controller",
+                "dray.runtime.controller",
+                [str(spec.folder.spec), str(writer)],
+                self._folder.logs / "controller.log",
+                pass_fds=[writer],
+            )
+            os.close(writer)
+            deadline = Deadline.after(self._config.timeouts.start)
+            self._selector.register(reader, selectors.EVENT_READ)
+            while not self._signals and not deadline.expired:
+                if reader in self._wait(deadline.remaining):
+                    break
+            self._selector.unregister(reader)
+            if self._signals:
+                return False
+            if self._folder.controller_address.exists():
+                return True
+            self._failure = f"the controller did not start; see {self._controller.log}"
+            return False
+        finally:
+            os.close(reader)
+
+    def _start_replicas(self) -> None:
+        for role, count in (
+            (Role.POLICY, self._config.policy.replicas),
+            (Role.ROLLOUT, self._config.rollout.replicas),
+        ):
+            for index in range(count):
+                name = f"{role.value}-{index}"
+                log = self._folder.logs / f"{name}.log"
+                arguments = [str(self._folder.spec), str(index)]
+                self._replicas.append(Child(name, f"dray.runtime.{role.value}", arguments, log, role=role))
+        self._display.say(
+            f"started controller and {len(self._replicas)} replicas; output in {_short(self._folder.root)}"
+        )
+
+    # --- run and end ------------------------------------------------------------------------------------------
+
+    def _watch(self, client: ControllerClient) -> None:
+        """Wait for children and signals until every child has ended."""
+        assert self._controller is not None
+        children = [*self._replicas, self._controller]
+        for child in children:
+            self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+        next_status = Deadline.after(0)
+        while any(child.running for child in children):
+            bound = next_status.remaining
+            if self._teardown is not None:
+                bound = min(bound, self._teardown.seconds_to_next)
+            self._wait(bound)
+            for child in children:
+                if child.running and child.collect() is not None:
+                    self._ended(child, client)
+            self._react()
+            if next_status.expired and self._controller.running:
+                self._look(client)
+                next_status = Deadline.after(STATUS_INTERVAL)
+
+    def _wait(self, timeout: float) -> set[int]:
+        """Wait for children and signals at most `timeout` seconds; returns what else is ready."""
+        ready = set()
+        for key, _ in self._selector.select(timeout):
+            if key.fileobj is self._inbox:
+                self._signals.extend(self._inbox.take())
+            else:
+                ready.add(key.fd)
+        return ready
+
+    @contextmanager
+    def _watching(self, child: Child) -> Iterator[None]:
+        pidfd = child.pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ)
+        try:
+            yield
+        finally:
+            self._selector.unregister(pidfd)
+
+    def _ended(self, child: Child, client: ControllerClient) -> None:
+        self._selector.unregister(child.pidfd)
+        code = child.exit_code
+        assert code is not None
+        expected = self._teardown is not None or code in (ExitCode.OK, ExitCode.FAILED)
+        if child is self._controller:
+            early = not self._folder.outcome.exists() and not self._signals
+            if early:
+                self._failure = f"the controller ended early: {meaning(code)}; see {_short(child.log)}"
+            self._end(at_once=early)
+            return
+        if not expected:
+            self._display.say(f"{child.name} ended early: {meaning(code)}; see {_short(child.log)}")
+            assert child.role is not None
+            body = messages.Died(name=child.name, role=child.role, reason=meaning(code))
+            try:
+                client.post("/died", body, messages.Directive)
+            except DrayError as error:
+                self._display.say(f"the controller could not be told: {error}")
+        if child.role is Role.POLICY or not any(each.running for each in self._replicas):
+            self._end()
+
+    def _end(self, *, at_once: bool = False) -> None:
+        if self._teardown is None:
+            self._teardown = Teardown(self._config.timeouts.shutdown, at_once=at_once)
+        if self._controller is not None and not any(each.running for each in self._replicas):
+            # The last replica has unregistered, or is not going to: nothing is left to wait for.
+            self._controller.signal(signal.SIGTERM)
+
+    def _react(self) -> None:
+        """Do what signals and the teardown's deadline ask for."""
+        if self._signals and self._teardown is None:
+            self._display.say(
+                f"{self._signals[0].name}: ending the job, at most {self._config.timeouts.shutdown:g} s"
+            )
+        if self._signals:
+            self._end(at_once=True)
+        if self._teardown is None:
+            return
+        if len(self._signals) > 1:
+            self._teardown.hurry()
+        for means in self._teardown.take_due():
+            self._apply(means)
+
+    def _apply(self, means: Means) -> None:
+        # The controller is asked when the last replica has ended, not before.
+        meant = [*self._replicas]
+        if self._controller is not None and means is not Means.TERMINATE:
+            meant.append(self._controller)
+        for child in (each for each in meant if each.running):
+            if means is Means.TERMINATE:
+                child.signal(signal.SIGTERM)
+            elif means is Means.DUMP_STACKS:
+                child.signal(DUMP_SIGNAL)
+            else:
+                child.kill_group()
+                self._display.say(
+                    f"{child.name} (pid {child.pid}) did not end in time and was killed; see {_short(child.log)}"
+                )
+
+    def _look(self, client: ControllerClient) -> None:
+        try:
+            self._status = client.status()
+        except ControlPlaneError:
+            return  # its end, or its silence, is noticed elsewhere
+        self._display.update(self._status)
+
+    def _kill_rest(self) -> None:
+        """Nothing that was started outlives this, whatever happened."""
+        for child in (*self._replicas, *([self._controller] if self._controller is not None else [])):
+            if child.running:
+                child.kill_group()
+                child.collect(5.0)
+
+    # --- outcome ----------------------------------------------------------------------------------------------
+
+    def _read_outcome(self) -> None:
+        try:
+            self._status = messages.Status.model_validate_json(self._folder.outcome.read_bytes())
+        except FileNotFoundError:
+            return
+        except ValidationError as error:
+            self._failure = f"the controller's last status is damaged: {error}"
+
+    def _exit_code(self) -> int:
+        outcome = None if self._status is None else self._status.outcome
+        if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
+            return ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
+        return 128 + self._signals[0] if self._signals else ExitCode.FAILED
+
+    def _reason(self) -> str:
+        outcome = None if self._status is None else self._status.outcome
+        if self._signals and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
+            return f"interrupted by {self._signals[0].name}"
+        if outcome is not None:
+            return outcome.reason
+        return self._failure or "the job ended without an outcome"
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

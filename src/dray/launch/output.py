@@ -1,0 +1,85 @@
+"""Which folder a run writes to, and that no two runs write to the same one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dray.config import JobConfig
+from dray.errors import ConfigError
+from dray.runtime.checkpoint import CheckpointState, find_checkpoint
+from dray.runtime.job import JobFolder
+
+RESUME_NEEDS = "must be the output folder of an earlier run that wrote a checkpoint"
+
+
+@contextmanager
+def open_output(config: JobConfig, *, resume: bool) -> Iterator[tuple[JobFolder, CheckpointState | None]]:
+    """The run's folder, locked, with an empty `run` folder that is gone afterwards; and the state to resume from.
+
+    A folder that was made here, and in which nothing was left, is removed again.
+
+    Raises:
+        ConfigError: the folder belongs to another run, or there is nothing to resume.
+    """
+    root = _choose(config, resume=resume)
+    made = _make(root)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = JobFolder(root)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError("job.output", str(root), "must be a folder that no running job uses") from error
+        found = find_checkpoint(folder.checkpoint) if resume else None
+        if resume and found is None:
+            raise ConfigError("--resume", str(root), RESUME_NEEDS)
+        shutil.rmtree(folder.run, ignore_errors=True)
+        folder.run.mkdir(mode=0o700)
+        try:
+            yield folder, None if found is None else found[1]
+        finally:
+            shutil.rmtree(folder.run, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()
+
+
+def _choose(config: JobConfig, *, resume: bool) -> Path:
+    if config.job.output is not None:
+        root = Path(config.job.output).absolute()
+        if not resume and (root / "metrics.jsonl").exists():
+            allowed = "must be a folder without an earlier run, or go with --resume"
+            raise ConfigError("job.output", str(root), allowed)
+        return root
+    base = Path("outputs", config.job.name).absolute()
+    numbers = sorted(int(path.name) for path in base.glob("[0-9]*") if path.name.isdecimal())
+    if not resume:
+        return base / f"{(numbers[-1] if numbers else 0) + 1:03d}"
+    for number in reversed(numbers):
+        root = base / f"{number:03d}"
+        if find_checkpoint(root / "checkpoint") is not None:
+            return root
+    raise ConfigError("--resume", str(base), RESUME_NEEDS)
+
+
+def _make(root: Path) -> list[Path]:
+    """Make `root` and its parents; returns those that were not there, innermost first."""
+    made = []
+    for path in (root, *root.parents):
+        if path.exists():
+            break
+        made.append(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "job.output", str(root), f"must be a folder that can be written ({error.strerror})"
+        ) from error
+    return made

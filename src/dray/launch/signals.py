@@ -1,0 +1,47 @@
+"""Signals of the supervisor, as something that can be waited for together with other file descriptors."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class SignalInbox:
+    """While open, signals that would end the process are collected instead. Main thread only."""
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, _note) for number in WATCHED}
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+    def fileno(self) -> int:
+        """Readable when there is something to take."""
+        return self._reader.fileno()
+
+    def take(self) -> list[signal.Signals]:
+        """The watched signals that came since the last call."""
+        try:
+            content = self._reader.recv(256)
+        except BlockingIOError:
+            return []
+        return [signal.Signals(byte) for byte in content if byte in WATCHED]
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    """Python writes the number to the wake-up descriptor before it calls this."""

@@ -1,0 +1,31 @@
+"""A process that imports the user's classes and tells whether that works: ``FOLDER WORKER TRAINER REPORT``.
+
+It ends before the job starts, so that nothing of the user's code stays in the supervisor.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dray.errors import ConfigError
+from dray.runtime.entry_point import check_entry_points
+from dray.runtime.job import write_json
+from dray.runtime.process import begin_process
+
+
+def main() -> int:
+    """Write ``{}`` to REPORT, or the parts of a `ConfigError`."""
+    begin_process("check")
+    folder, worker, trainer, report = sys.argv[1:]
+    answer = {}
+    try:
+        check_entry_points(worker, trainer, Path(folder))
+    except ConfigError as error:
+        answer = {"key": error.key, "value": str(error.value), "allowed": error.allowed}
+    write_json(Path(report), answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

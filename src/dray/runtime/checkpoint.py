@@ -1,0 +1,86 @@
+"""Checkpoints: a folder that is there as a whole or not at all.
+
+```
+checkpoint/
+  state.json     step, weight_version, next_prompt, outcome
+  trainer/       what the trainer's save wrote
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dray.errors import ConfigError
+from dray.runtime.job import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """How far the job was. `outcome` is empty unless the job was over: ``"solved"`` or ``"finished"``."""
+
+    step: int
+    weight_version: int
+    next_prompt: int
+    outcome: str = ""
+
+
+def save_checkpoint(folder: Path, state: CheckpointState, save_trainer: Callable[[Path], None]) -> None:
+    """Put a new checkpoint in the place of the one at `folder`, which stays whole until then."""
+    partial, previous = _partial(folder), _previous(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer = partial / "trainer"
+    trainer.mkdir(parents=True)
+    save_trainer(trainer)
+    _sync_tree(trainer)
+    write_json(partial / "state.json", asdict(state))
+    # A folder cannot be replaced at once: between the two renames only `previous` is there, and it is looked for.
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
+    """The newest whole checkpoint at `folder`, or None.
+
+    Raises:
+        ConfigError: there is one, but its state cannot be read.
+    """
+    for place in (folder, _previous(folder)):
+        if (place / "state.json").is_file():
+            try:
+                return place, CheckpointState(**json.loads((place / "state.json").read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ConfigError("--resume", str(place), f"must be a checkpoint of dray ({error})") from error
+    return None
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() or path.is_dir():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

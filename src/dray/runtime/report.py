@@ -1,0 +1,171 @@
+"""What a run leaves behind for its reader: `summary.json` and `returns.png`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from typing import Any
+
+import numpy as np
+
+from dray.config import JobConfig
+from dray.runtime.job import JobFolder, write_json
+from dray.runtime.membership import FINISHED_OUTCOMES, Role
+from dray.runtime.messages import Status
+
+_LOG = logging.getLogger("dray.runtime.report")
+_LINE = "#2a6f97"
+_RAW = "#a9c6d9"
+_EVALUATION = "#c8553d"
+
+
+def write_report(
+    folder: JobFolder,
+    config: JobConfig,
+    status: Status | None,
+    *,
+    seconds: float,
+    exit_code: int,
+    reason: str,
+    first_step: int,
+) -> str:
+    """Write both files and return the line with which `dray run` ends.
+
+    Args:
+        status: the job's last status, if there was one.
+        seconds: how long the run took.
+        reason: why it ended.
+        first_step: the step that the run went on from.
+    """
+    steps = _read_metrics(folder)
+    last = steps[-1]["step"] if steps else first_step
+    summary = {
+        "job": config.job.name,
+        "solved": _solved(config, status),
+        "exit_code": int(exit_code),
+        "exit_reason": reason,
+        "steps": last,
+        "steps_of_this_run": last - first_step,
+        "seconds": round(seconds, 2),
+        "payload_transfer": config.job.payload_transfer,
+        **_counters(status),
+    }
+    write_json(folder.summary, summary)
+    plotted = _plot(folder, config, steps)
+    outcome = status.outcome if status is not None else None
+    finished = outcome is not None and outcome.kind in FINISHED_OUTCOMES
+    if summary["solved"]:
+        head = "solved"
+    elif finished or exit_code == 1:
+        head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
+    else:
+        head = "stopped"
+    place = f"{folder.root}" + ("" if plotted else " (no plot: matplotlib is not installed)" if steps else "")
+    detail = reason.removeprefix("not solved ") if head == "not solved" else reason
+    return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
+
+
+def _solved(config: JobConfig, status: Status | None) -> bool:
+    return (
+        config.stop is not None
+        and status is not None
+        and status.outcome is not None
+        and (status.outcome.kind == "solved")
+    )
+
+
+def _counters(status: Status | None) -> dict[str, Any]:
+    members = status.members if status is not None else []
+    policy = next((member.progress for member in members if member.role is Role.POLICY), None)
+    counters = policy.counters if policy is not None else {}
+    rollouts = {member.name: member for member in members if member.role is Role.ROLLOUT}
+    return {
+        "lane": policy.labels.get("lane", "") if policy is not None else "",
+        "payloads": int(counters.get("payloads", 0)),
+        "bytes": int(counters.get("bytes", 0)),
+        "stale": int(counters.get("stale", 0)),
+        "lost": int(counters.get("lost", 0)),
+        "retries": int(counters.get("retries", 0)),
+        "policy_waited_seconds": round(counters.get("waited_seconds", 0.0), 3),
+        "read_seconds": round(counters.get("read_seconds", 0.0), 3),
+        "train_seconds": round(counters.get("train_seconds", 0.0), 3),
+        "weight_payloads_fetched": {
+            name: int(member.progress.counters.get("weight_payloads", 0))
+            for name, member in sorted(rollouts.items())
+        },
+        "replicas": {member.name: f"{member.state.value}: {member.reason}" for member in members},
+    }
+
+
+def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:
+    """The lines of all runs in this folder; a last line that was cut off by a kill is left out."""
+    if not folder.metrics.exists():
+        return []
+    steps = []
+    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            _LOG.warning("a damaged line of %s is left out", folder.metrics)
+    return steps
+
+
+def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> bool:
+    """Draw return and throughput over steps; False if there is nothing to draw, or no matplotlib."""
+    if not steps or importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    number = np.array([line["step"] for line in steps])
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+
+    returns = np.array([line["metrics"].get("mean_return", np.nan) for line in steps])
+    above.plot(number, returns, color=_RAW, linewidth=1, label="mean return of a batch")
+    above.plot(number, _smoothed(returns), color=_LINE, linewidth=2, label="smoothed over 10 steps")
+    if config.stop is not None:
+        name = config.stop.metric
+        found = [(line["step"], line["metrics"][name]) for line in steps if name in line["metrics"]]
+        if found and name != "mean_return":
+            above.plot(*zip(*found, strict=True), "o-", color=_EVALUATION, markersize=4, linewidth=1, label=name)
+        above.axhline(config.stop.at_least, color="0.4", linestyle="--", linewidth=1)
+        above.annotate(
+            f"solved at {config.stop.at_least:g}", (number[0], config.stop.at_least), xytext=(2, 3),
+            textcoords="offset points", color="0.3", fontsize=9,
+        )  # fmt: skip
+    above.set_ylabel("return")
+    above.set_title(f"{config.job.name}: return and payload throughput")
+    above.legend(loc="lower right", frameon=False)
+
+    below.plot(number, _smoothed(_rates(steps)), color=_LINE, linewidth=1.5)
+    below.set_ylabel("payloads, MB/s")
+    below.set_xlabel("training step")
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder.returns_plot)
+    return True
+
+
+def _rates(steps: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """MB/s of each step. Seconds and bytes start again at zero where a run was resumed."""
+    rates = []
+    seconds = nbytes = 0.0
+    for line in steps:
+        if line["seconds"] < seconds:
+            seconds = nbytes = 0.0
+        rates.append((line["bytes"] - nbytes) / max(line["seconds"] - seconds, 1e-9) / 1e6)
+        seconds, nbytes = line["seconds"], line["bytes"]
+    return np.array(rates)
+
+
+def _smoothed(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The mean of each value and the nine before it."""
+    totals = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - 10)
+    return (totals[ends] - totals[starts]) / (ends - starts)

@@ -1,0 +1,110 @@
+"""A rollout replica: takes prompts, runs the user's worker with the newest weights, hands the trajectories on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from dray.clock import MONOTONIC
+from dray.runtime import messages
+from dray.runtime.contract import Prompt, RolloutWorker
+from dray.runtime.entry_point import load_entry_point
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.membership import Role
+from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.transfer import Outlet, WeightsInlet
+from dray.runtime.transfer_choice import open_outlet
+
+_LOG = logging.getLogger("dray.runtime.rollout")
+_SLICE = 0.5
+
+
+def work(replica: Replica) -> ExitCode:
+    """Everything between registering and unregistering."""
+    config = replica.spec.config.rollout
+    replica.activity.doing("importing the worker")
+    worker_class = load_entry_point("rollout.worker", config.worker, replica.spec.job_file.parent)
+    with user_code("setup"):
+        worker: RolloutWorker = worker_class()
+        worker.setup(replica.context(dict(config.args)))
+    with open_outlet(replica) as (outlet, weights):
+        try:
+            _generate(replica, worker, outlet, weights)
+        except UserCodeError as error:
+            replica.stop.set(f"the worker's {error} raised", ExitCode.USER_CODE)
+            _drain(replica, outlet)
+            raise
+        _drain(replica, outlet)
+    return stop_code(replica.stop, ExitCode.OK)
+
+
+def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: WeightsInlet) -> None:
+    activity, stop = replica.activity, replica.stop
+    version = _load_weights(replica, worker, weights, None)
+    published: list[int] = []
+    while not stop.is_set:
+        activity.doing("waiting for prompts")
+        answer = replica.client.post(
+            "/prompts",
+            messages.TakePrompts(
+                name=replica.name,
+                incarnation=replica.incarnation,
+                want=replica.spec.config.rollout.prompt_batch,
+                wait=_SLICE,
+                published=published,
+            ),
+            messages.PromptList,
+        )
+        published = []
+        if answer.stop:
+            replica.heartbeat.job_over.set()
+            stop.set(f"the job is {answer.phase.value}")
+        if not answer.prompts:
+            outlet.refresh()
+        for index, seed in answer.prompts:
+            version = _load_weights(replica, worker, weights, version)
+            if stop.is_set:
+                return
+            activity.doing("generating")
+            began = MONOTONIC.now()
+            with user_code("rollout"):
+                arrays = worker.rollout(Prompt(index, seed))
+            activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
+            activity.doing("waiting for room to hand on a trajectory")
+            if outlet.put(arrays, prompt=index, weight_version=version):
+                published.append(index)
+
+
+def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet, version: int | None) -> int:
+    """Take over newer weights; the first ones (`version` ``None``) are waited for. Returns the acting version."""
+    newest = None
+    if version is None:
+        replica.activity.doing("waiting for the first weights")
+        while newest is None and not replica.stop.is_set:
+            newest = weights.newer(_SLICE)
+    else:
+        newest = weights.newer(0.0)
+    if newest is None:
+        return version or 0
+    with user_code("load_weights"):
+        worker.load_weights(newest[1], newest[0])
+    replica.activity.show("weight_version", newest[0])
+    return newest[0]
+
+
+def _drain(replica: Replica, outlet: Outlet) -> None:
+    """While the job goes on, its policy still reads what this replica has published."""
+    replica.activity.doing("waiting until its payloads are consumed")
+    left = outlet.drain(replica.spec.config.timeouts.shutdown / 2)
+    if left:
+        _LOG.warning("%d payloads were not consumed before the end", left)
+        replica.activity.counters.add("abandoned", left)
+
+
+def main() -> int:
+    """``python -m dray.runtime.rollout SPEC INDEX``"""
+    return run_replica(Role.ROLLOUT, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""How payloads and weights travel, as the replicas see it; `inline` and `by_reference` do it.
+
+Every wait ends when the replica's stop flag is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+
+from dray.control import Delivery
+from dray.errors import DrayError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Outlet(Protocol):
+    """The rollout replica's end of the way of trajectories."""
+
+    def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
+        """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on."""
+        ...
+
+    def refresh(self) -> None:
+        """Publish again what Redis has lost, if it was restarted empty."""
+        ...
+
+    def drain(self, timeout: float) -> int:
+        """Wait until everything handed on was consumed; returns how many payloads were not."""
+        ...
+
+
+class Inlet(Protocol):
+    """The policy replica's end of the way of trajectories."""
+
+    def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
+        """The arrays of each delivery, or why they cannot be had; nothing is consumed yet."""
+        ...
+
+    def consume(self, deliveries: Sequence[Delivery]) -> None:
+        """Free the payloads at their producers, as far as those still live."""
+        ...
+
+    def statistics(self) -> Mapping[str, float]:
+        """``bytes`` and ``retries`` so far."""
+        ...
+
+    @property
+    def lane(self) -> str:
+        """How payloads have travelled so far, e.g. ``"shm"``; several joined by ``+``; empty before the first."""
+        ...
+
+
+class WeightsOutlet(Protocol):
+    """The policy replica's end of the way of weights."""
+
+    def publish(self, weights: Arrays, version: int) -> None:
+        """Make `weights` the newest."""
+        ...
+
+
+class WeightsInlet(Protocol):
+    """The rollout replica's end of the way of weights."""
+
+    def newer(self, timeout: float) -> tuple[int, Arrays] | None:
+        """Version and arrays of the newest weights if they are others than the last time; else None."""
+        ...
+
+
+OutletContext = AbstractContextManager[tuple[Outlet, WeightsInlet]]
+InletContext = AbstractContextManager[tuple[Inlet, WeightsOutlet]]
