@@ -251,11 +251,10 @@ def test_ready_lists_payloads_in_the_order_of_their_sequence() -> None:
 
 
 def test_headers_in_the_segment_mirror_the_slots() -> None:
-    clock = ManualClock()
-    with SharedRingBuffer(2, 10, readers=3, clock=clock) as ring, Segment.attach(ring.segment.fileno()) as attached:
+    with SharedRingBuffer(2, 10, readers=3, clock=ManualClock()) as ring:
 
         def header(slot: int) -> tuple[int, ...]:
-            return SLOT_HEADER.unpack_from(attached.view, attached.layout.header_offset(slot))
+            return SLOT_HEADER.unpack_from(ring.segment.view, ring.segment.layout.header_offset(slot))
 
         assert header(0) == (SlotState.FREE, 0, 0, 0, 0, 0.0, 0)
         put(ring, b"x")
@@ -297,7 +296,8 @@ def test_wait_consumed_returns_when_the_last_reader_has_consumed() -> None:
         writer = put(ring, b"abc")
         assert ring.wait_consumed(writer.slot, writer.sequence, timeout=0) is False
         result: list[bool] = []
-        waiter = threading.Thread(target=lambda: result.append(ring.wait_consumed(writer.slot, writer.sequence, 30)))
+        wait = ring.wait_consumed
+        waiter = threading.Thread(target=lambda: result.append(wait(writer.slot, writer.sequence, 30)))
         waiter.start()
         ring.consume(writer.slot, writer.sequence, 0)
         assert ring.wait_consumed(writer.slot, writer.sequence, timeout=0.01) is False

@@ -20,6 +20,10 @@ def mappings_of(inode: int) -> int:
     return sum(line.split()[4] == str(inode) for line in Path("/proc/self/maps").read_text().splitlines())
 
 
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_reader_sees_what_the_creator_writes() -> None:
     with Segment.create(LAYOUT, PRODUCER) as segment, Segment.attach(segment.fileno()) as attached:
         assert (attached.layout, attached.producer_id, attached.nbytes) == (LAYOUT, PRODUCER, LAYOUT.nbytes)
@@ -55,9 +59,9 @@ def test_descriptor_is_not_inherited_over_exec() -> None:
 
 def test_attach_keeps_no_descriptor_and_does_not_take_the_callers() -> None:
     with Segment.create(LAYOUT, PRODUCER) as segment:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         with Segment.attach(segment.fileno()) as attached:
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_descriptors() == before
             with pytest.raises(SlotError, match="only the creator"):
                 attached.fileno()
         os.fstat(segment.fileno())
@@ -127,11 +131,11 @@ def test_memfds_that_are_no_segments_are_refused(fault: str) -> None:
 
 
 def test_too_much_memory_is_refused_by_name_and_leaves_nothing() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(ConfigError, match="must fit into this machine's memory") as caught:
         Segment.create(SegmentLayout(slots=1 << 20, slot_bytes=1 << 42), PRODUCER)
     assert caught.value.key == "slots x slot_bytes"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_prefault_reserves_all_pages_at_once() -> None:
