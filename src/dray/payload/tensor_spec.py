@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -121,22 +121,19 @@ class TensorSpec:
 
     def mismatch(self, shape: tuple[int, ...]) -> str | None:
         """Say in words why `shape` does not fit, or return ``None`` when it does."""
-        if len(shape) != len(self.shape) or any(
-            want is not None and want != have for want, have in zip(self.shape, shape, strict=True)
-        ):
+        fits = len(shape) == len(self.shape)
+        for want, have in zip(self.shape, shape, strict=False):
+            if want is not None and want != have:
+                fits = False
+        if not fits:
             return f"has shape {shape}, expected {self.shape}"
         if self.max_length is not None and shape[0] > self.max_length:
             return f"has length {shape[0]}, at most {self.max_length} is allowed"
         return None
 
 
-class Fitted(NamedTuple):
-    """An array that fits its spec, and the dtype it is to be stored as."""
-
-    name: str
-    array: Array
-    dtype: np.dtype[Any]
-    cast: Cast
+Fitted: TypeAlias = tuple[str, Array, np.dtype[Any], Cast]
+"""A field's name, an array that fits its spec, the dtype it is to be stored as, and how it gets there."""
 
 
 class PayloadSchema(Mapping[str, TensorSpec]):
@@ -216,11 +213,12 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         Raises:
             SchemaError: a field is missing, unknown, or does not fit; the message names it.
         """
+        fields = self._fields
         for name, array in arrays.items():
-            spec = self._fields.get(name)
+            spec = fields.get(name)
             if spec is None:
-                raise SchemaError(f"field {name!r} is not in the schema")
-            if array.dtype != spec.numpy_dtype:
+                raise SchemaError(f"field {name!r} is not in the schema, which has {', '.join(fields) or 'none'}")
+            if array.dtype != DTYPES[spec.dtype]:
                 raise SchemaError(f"field {name!r} has dtype {array.dtype}, expected {spec.dtype}")
             if reason := spec.mismatch(array.shape):
                 raise SchemaError(f"field {name!r} {reason}")
@@ -234,7 +232,7 @@ class PayloadSchema(Mapping[str, TensorSpec]):
 
     def _fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> Fitted:
         array = as_array(name, value)
-        target = spec.numpy_dtype
+        target = DTYPES[spec.dtype]
         cast: Cast = "same"
         if array.dtype != target:
             # A Python number or list has no dtype of its own: what NumPy chose for it is not held against it.
@@ -251,7 +249,7 @@ class PayloadSchema(Mapping[str, TensorSpec]):
                     self._warn_once(name, array.dtype, target)
         if reason := spec.mismatch(array.shape):
             raise SchemaError(f"field {name!r} {reason}")
-        return Fitted(name, array, target, cast)
+        return name, array, target, cast
 
     def _warn_once(self, name: str, source: np.dtype[Any], target: np.dtype[Any]) -> None:
         token = object()
