@@ -1,1 +1,6 @@
-"""."""
+"""Bytes over connections: the server, the client, and the three kinds of stream between them."""
+
+from dray.transport.client import PayloadClient
+from dray.transport.server import PayloadServer
+
+__all__ = ["PayloadClient", "PayloadServer"]

@@ -123,6 +123,10 @@ class SocketStream:
         self._expected.clear()
         self._sock.close()
 
+    @property
+    def drained(self) -> bool:
+        return self._sock.fileno() < 0
+
     # --- the socket -------------------------------------------------------------------------------------------
 
     def _fill(self, missing: int) -> int:

@@ -59,7 +59,12 @@ class Stream(Protocol):
         ...
 
     def close(self) -> None:
-        """End the connection; nothing reads or writes any memory given to it afterwards. Twice is fine."""
+        """End the connection at once; what was not flushed is lost. Twice is fine."""
+        ...
+
+    @property
+    def drained(self) -> bool:
+        """After `close`: nothing reads or writes memory that was given to this stream any more."""
         ...
 
 
@@ -67,6 +72,10 @@ class Listener(Protocol):
     """Where connections come in."""
 
     endpoint: str
+
+    def accept(self) -> Stream | None:
+        """The next connection, or None when there is none."""
+        ...
 
     def close(self) -> None:
         """Stop listening. Twice is fine."""

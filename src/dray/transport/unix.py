@@ -49,9 +49,7 @@ class UnixStream(SocketStream):
 
     def peer(self) -> tuple[int, int]:
         """(pid, uid) of the process at the other end, as the kernel knows them."""
-        pid, uid, _gid = _UCRED.unpack(
-            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
+        pid, uid, _gid = _UCRED.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         return pid, uid
 
 
@@ -137,14 +135,14 @@ def connect_socket(sock: socket.socket, address: SocketAddress, deadline: Deadli
     elif code == errno.EAGAIN:
         code = _connect_to_full_backlog(sock, address, deadline)
     if code == errno.EAGAIN:
-        raise TransportTimeout("the server does not accept connections", endpoint=endpoint, elapsed=deadline.elapsed)
+        raise TransportTimeout("the server does not accept", endpoint=endpoint, elapsed=deadline.elapsed)
     if code:
         raise from_os_error(OSError(code, os.strerror(code)), endpoint)
 
 
 def _connect_to_full_backlog(sock: socket.socket, address: SocketAddress, deadline: Deadline) -> int:
     """A Unix socket whose backlog is full gives no event to wait for; the kernel waits, for the send time-out."""
-    left = max(deadline.timeout or 0.0, 0.001)
+    left = 0.0 if deadline.timeout is None else max(deadline.remaining, 0.001)  # zero means no bound here
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(left), int(left % 1 * 1e6)))
     sock.setblocking(True)
     code = sock.connect_ex(address)

@@ -301,9 +301,7 @@ class Request:
 
     def pack(self) -> bytes:
         """The request's frame."""
-        return Frame(
-            self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, tag=self.tag
-        ).pack()
+        return Frame(self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, tag=self.tag).pack()
 
 
 class ClientSession:
@@ -325,9 +323,7 @@ class ClientSession:
         """Reads whose ACK(consumed) no answer has confirmed yet, oldest first."""
         return [request for _, request in self._unconfirmed]
 
-    def request(
-        self, kind: Kind, slot: int = 0, sequence: int = 0, reader: int = 0, tag: int = 0
-    ) -> Request:
+    def request(self, kind: Kind, slot: int = 0, sequence: int = 0, reader: int = 0, tag: int = 0) -> Request:
         """A new request, already counted as waiting for its answer."""
         request = Request(kind, self._next, slot, sequence, reader, tag)
         self._next += 1
@@ -359,9 +355,7 @@ class ClientSession:
         if consumed:
             self._unconfirmed.append((self._acks, request))
         flags = Flag.CONSUMED if consumed else Flag.NONE
-        return Frame(
-            Kind.ACK, 0, request.reader, flags, request.slot, request.request, request.sequence
-        ).pack()
+        return Frame(Kind.ACK, 0, request.reader, flags, request.slot, request.request, request.sequence).pack()
 
 
 def refusal(request: Request, frame: Frame, text: str, endpoint: str) -> DrayError:

@@ -1,0 +1,296 @@
+"""A client's connection: the exchange, driven by the thread that uses it, each wait under a deadline."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dray.buffer import Segment
+from dray.clock import Deadline
+from dray.errors import (
+    DrayError,
+    MessageTruncated,
+    ProtocolError,
+    TransportTimeout,
+)
+from dray.transport import tcp, ucx, unix
+from dray.transport.health import OtherProducerError
+from dray.transport.stream import Endpoint, Stream
+from dray.transport.ucx_worker import UcxWorker
+from dray.transport.unix import UnixStream
+from dray.wire import PayloadRef
+from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
+from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
+from dray.wire.session import ClientSession, Request, refusal
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A payload as it is before its ACK.
+
+    Attributes:
+        request: the READ that holds its lease.
+        root: its bytes, uint8 of shape (nbytes,): private memory, or on the shm lane the slot itself, read-only.
+        in_place: `root` is the slot.
+    """
+
+    request: Request
+    root: Bytes
+    in_place: bool
+
+    def data(self) -> Bytes:
+        """The payload in memory of its own."""
+        return self.root.copy() if self.in_place else self.root
+
+
+class Connection:
+    """One connection to one endpoint of a server.
+
+    After any error other than a refusal the connection is unusable and must be closed: what is still on its way
+    must not be taken for an answer to something else.
+    """
+
+    def __init__(
+        self, stream: Stream, endpoint: str, identity: ServerIdentity, segment: Segment | None, verify: bool
+    ) -> None:
+        self.endpoint = endpoint
+        self.identity = identity
+        self.lane = stream.lane
+        self._stream = stream
+        self._segment = segment
+        self._verify = verify
+        self._session = ClientSession()
+        self._poll = select.poll()
+
+    @classmethod
+    def open(
+        cls,
+        endpoint: str,
+        producer: bytes,
+        secret: bytes | None,
+        deadline: Deadline,
+        worker: UcxWorker | None = None,
+        verify: bool = True,
+    ) -> Connection:
+        """Connect, shake hands, and on the shm lane map the segment.
+
+        Raises:
+            TransportError: it cannot be reached in time.
+            OtherProducerError: another producer listens there.
+            AuthenticationError: one side does not know the other's secret.
+        """
+        address = Endpoint.parse(endpoint)
+        stream = _connect(address, deadline, worker)
+        try:
+            identity, descriptor = _shake(stream, endpoint, producer, secret, deadline)
+            try:
+                segment = Segment.attach(descriptor) if stream.lane is Lane.SHM else None
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if segment is not None and segment.producer_id != identity.producer:
+                raise ProtocolError("the segment is another producer's", endpoint=endpoint)
+        except BaseException:
+            stream.close()
+            raise
+        return cls(stream, endpoint, identity, segment, verify)
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def ask(self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline) -> list[Bytes | None]:
+        """Send one READ for each reference, pipelined; the memory each payload will arrive in (None on shm)."""
+        targets: list[Bytes | None] = []
+        frames = bytearray()
+        for ref in refs:
+            tag = 0
+            target = None
+            if self.lane is not Lane.SHM:
+                target = np.empty(ref.nbytes, np.uint8)
+                tag = self._stream.worker.next_tag() if isinstance(self._stream, ucx.UcxStream) else 0
+                self._stream.expect(target.data, tag)
+            targets.append(target)
+            frames += self._session.request(Kind.READ, ref.slot, ref.sequence, reader, tag).pack()
+        self._send(frames, deadline)
+        return targets
+
+    def answer(
+        self, ref: PayloadRef, target: Bytes | None, status_by: Deadline, deadline: Deadline
+    ) -> Held | DrayError:
+        """Take the next payload that was asked for, or the refusal that came instead of it.
+
+        Raises:
+            TransportError: the connection failed, or a deadline passed.
+            ProtocolError: what came is not the payload that was asked for.
+        """
+        request, frame, text = self._status(status_by)
+        accepted = frame.status == Status.OK
+        if target is not None:
+            self._payload(frame.nbytes if accepted else 0, deadline)
+        if not accepted:
+            return refusal(request, frame, text, self.endpoint)
+        if frame.nbytes != ref.nbytes:
+            raise ProtocolError(
+                f"the payload has {frame.nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
+            )
+        if target is None:
+            return Held(request, self._in_place(request, frame), in_place=True)
+        if (
+            self._verify
+            and frame.flags & Flag.CHECKSUM
+            and xxhash.xxh3_64_intdigest(target.data) != frame.checksum
+        ):
+            raise MessageTruncated(
+                "the payload does not match its checksum",
+                endpoint=self.endpoint, slot=ref.slot, sequence=ref.sequence,
+            )  # fmt: skip
+        return Held(request, target, in_place=False)
+
+    def acknowledge(self, ended: Sequence[tuple[Request, bool]], deadline: Deadline) -> None:
+        """End leases: (request, consumed) each. No answer comes back."""
+        frames = b"".join(self._session.ack(request, consumed) for request, consumed in ended)
+        self._send(frames, deadline)
+
+    # --- other requests ---------------------------------------------------------------------------------------
+
+    def consume(self, wanted: Sequence[tuple[int, int, int]], deadline: Deadline) -> list[Status]:
+        """CONSUME for each (slot, sequence, reader), pipelined; how each went."""
+        frames = b"".join(self._session.request(Kind.CONSUME, *each).pack() for each in wanted)
+        self._send(frames, deadline)
+        return [Status(self._status(deadline)[1].status) for _ in wanted]
+
+    def stat(self, deadline: Deadline) -> str:
+        """The server's statistics, as JSON text."""
+        self._send(self._session.request(Kind.STAT).pack(), deadline)
+        return self._status(deadline)[2]
+
+    @property
+    def unconfirmed(self) -> list[tuple[int, int, int]]:
+        """(slot, sequence, reader) of ACKs that may not have arrived."""
+        return [(request.slot, request.sequence, request.reader) for request in self._session.unconfirmed]
+
+    def usable(self) -> bool:
+        """False once the server has closed an idle connection."""
+        try:
+            return self._stream.receive(FRAME_BYTES) is None
+        except DrayError:
+            return False
+
+    def close(self) -> None:
+        """Close at once. Twice is fine; arrays of a mapped segment stay valid."""
+        self._stream.close()
+        self._segment = None
+
+    @property
+    def drained(self) -> bool:
+        """After `close`: nothing writes into memory of this connection's payloads any more."""
+        return self._stream.drained
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.endpoint} to {self.identity.producer.hex()[:8]}>"
+
+    # --- the exchange's steps ---------------------------------------------------------------------------------
+
+    def _send(self, message: bytes | bytearray, deadline: Deadline) -> None:
+        self._stream.send([bytes(message)])
+        while not self._stream.flush():
+            self._wait(deadline, "the request to be sent")
+
+    def _status(self, deadline: Deadline) -> tuple[Request, Frame, str]:
+        request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
+        text = ""
+        if frame.flags & Flag.TEXT and frame.nbytes:
+            text = str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")
+        return request, frame, text
+
+    def _payload(self, nbytes: int, deadline: Deadline) -> None:
+        while not self._stream.payload_arrived(nbytes):
+            self._wait(deadline, "the payload")
+
+    def _in_place(self, request: Request, frame: Frame) -> Bytes:
+        assert self._segment is not None
+        view = self._segment.slot_view(request.slot, frame.nbytes)
+        if frame.offset != self._segment.slot_offset(request.slot):
+            raise ProtocolError(f"STATUS says offset {frame.offset}", endpoint=self.endpoint, slot=request.slot)
+        return np.frombuffer(view, np.uint8)
+
+    def _message(self, size: int, deadline: Deadline, awaited: str) -> memoryview:
+        return _message(self._stream, self._poll, size, deadline, awaited, self.endpoint)
+
+    def _wait(self, deadline: Deadline, awaited: str) -> None:
+        _wait(self._stream, self._poll, deadline, awaited, self.endpoint)
+
+
+def _connect(address: Endpoint, deadline: Deadline, worker: UcxWorker | None) -> Stream:
+    if address.lane is Lane.SHM:
+        return unix.connect(address.host, deadline)
+    if address.lane is Lane.TCP:
+        return tcp.connect(address.host, address.port, deadline)
+    assert worker is not None
+    return ucx.connect(worker, address.host, address.port)
+
+
+def _shake(
+    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline
+) -> tuple[ServerIdentity, int]:
+    """Both sides' handshake; who the server is, and the descriptor that came with WELCOME or -1."""
+    poll = select.poll()
+    handshake = ClientHandshake(stream.lane, producer, secret)
+    stream.send([handshake.hello()])
+    answer: bytes | None = b""
+    descriptor = -1
+    while answer is not None:
+        while not stream.flush():
+            _wait(stream, poll, deadline, "HELLO to be sent", endpoint)
+        if handshake.server is not None and isinstance(stream, UnixStream):
+            message, descriptor = _welcome(stream, poll, deadline, endpoint)
+            answer = handshake.receive(message)
+            continue
+        answer = handshake.receive(_message(stream, poll, handshake.expects, deadline, "the handshake", endpoint))
+        if answer:
+            identity = handshake.server
+            assert identity is not None
+            if identity.producer != producer:
+                raise OtherProducerError(
+                    f"producer {identity.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
+                )
+            stream.send([answer])
+    assert handshake.server is not None
+    return handshake.server, descriptor
+
+
+def _welcome(stream: UnixStream, poll: select.poll, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:
+    while True:
+        received = stream.receive_descriptor(WELCOME.size)
+        if received is not None:
+            return received
+        _wait(stream, poll, deadline, "WELCOME", endpoint)
+
+
+def _message(
+    stream: Stream, poll: select.poll, size: int, deadline: Deadline, awaited: str, endpoint: str
+) -> memoryview:
+    while True:
+        message = stream.receive(size)
+        if message is not None:
+            return message
+        _wait(stream, poll, deadline, awaited, endpoint)
+
+
+def _wait(stream: Stream, poll: select.poll, deadline: Deadline, awaited: str, endpoint: str) -> None:
+    """Wait for the stream, no longer than the deadline."""
+    if not stream.idle():
+        return
+    poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
+    left = deadline.timeout
+    if not poll.poll(None if left is None else left * 1000):
+        raise TransportTimeout(
+            f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed
+        )

@@ -1,0 +1,107 @@
+"""Which endpoint to try next: quarantine over a client's life, attempts within one read. Decides; never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dray.errors import ProducerLostError, ServerBusy, TransportError, Unreachable
+from dray.transport.stream import Endpoint
+
+QUARANTINE_SECONDS = 30.0
+MOST_ATTEMPTS = 2
+
+
+class OtherProducerError(TransportError):
+    """Another producer listens on the address; the one that was asked for may be found on another."""
+
+
+class Quarantine:
+    """Endpoints that failed lately and are skipped for a while."""
+
+    def __init__(self, seconds: float = QUARANTINE_SECONDS) -> None:
+        self._seconds = seconds
+        self._until: dict[str, float] = {}
+
+    def failed(self, endpoint: str, now: float) -> None:
+        """Skip the endpoint for a while, from now."""
+        self._until[endpoint] = now + self._seconds
+
+    def healthy(self, endpoint: str, now: float) -> bool:
+        """The endpoint is not in quarantine; one whose time is over is forgotten."""
+        until = self._until.get(endpoint)
+        if until is None:
+            return True
+        if now < until:
+            return False
+        del self._until[endpoint]
+        return True
+
+    def listed(self, now: float) -> list[str]:
+        """The endpoints in quarantine."""
+        return [endpoint for endpoint in list(self._until) if not self.healthy(endpoint, now)]
+
+
+class ReadAttempts:
+    """Layer 1: the endpoints one read tries, in which order, and when it gives up.
+
+    A read rotates over the endpoints of the best lane that has a healthy one, then over those of the next lane.
+    A transport failure puts its endpoint in quarantine and uses up one of two attempts. An endpoint where nobody
+    listens, or another producer does, uses up none: it cannot hold the payload. If every endpoint is like that,
+    the producer is lost.
+
+    Args:
+        endpoints: the reference's endpoints, on lanes this client may use.
+        lanes: lane numbers, best first.
+        rotation: counts the client's reads, so that each begins with another endpoint.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        lanes: Sequence[int],
+        quarantine: Quarantine,
+        rotation: int,
+        most: int = MOST_ATTEMPTS,
+    ) -> None:
+        self._by_lane = [
+            [endpoint for endpoint in endpoints if Endpoint.parse(endpoint).lane == lane] for lane in lanes
+        ]
+        self._all = [endpoint for lane in self._by_lane for endpoint in lane]
+        self._quarantine = quarantine
+        self._rotation = rotation
+        self._left = most
+        self._tried: set[str] = set()
+        self._ruled_out: set[str] = set()
+
+    @property
+    def last(self) -> bool:
+        """The next attempt is the last one: it gets all the time that is left."""
+        return self._left == 1
+
+    def choose(self, now: float) -> str:
+        """The endpoint of the next attempt."""
+        fresh = [[e for e in lane if e not in self._tried] for lane in self._by_lane]
+        healthy = [[e for e in lane if self._quarantine.healthy(e, now)] for lane in fresh]
+        possible = [e for e in self._all if e not in self._ruled_out]
+        for lane in (*healthy, *fresh, possible):
+            if lane:
+                return lane[self._rotation % len(lane)]
+        raise AssertionError("choose was called after give_up")
+
+    def give_up(
+        self, endpoint: str, error: TransportError, now: float
+    ) -> TransportError | ProducerLostError | None:
+        """Note a failed attempt: None to go on, else the error to raise."""
+        self._tried.add(endpoint)
+        absent = isinstance(error, OtherProducerError) or (isinstance(error, Unreachable) and error.refused)
+        if absent:
+            self._ruled_out.add(endpoint)
+        else:
+            self._left -= 1
+        if not isinstance(error, ServerBusy):
+            self._quarantine.failed(endpoint, now)
+        if len(self._ruled_out) == len(self._all):
+            return ProducerLostError(
+                f"the producer is gone: nobody answers for it at {', '.join(self._all)}", endpoint=endpoint
+            )
+        return error if self._left == 0 else None

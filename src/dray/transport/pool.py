@@ -1,0 +1,111 @@
+"""Idle connections, kept for the next exchange. Decides; `client` opens and closes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+MOST_IDLE = 2
+IDLE_SECONDS = 100.0
+"""A connection idle for longer is replaced: the server evicts at 120 s."""
+
+C = TypeVar("C")
+G = TypeVar("G", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle(Generic[C, G]):
+    connection: C
+    group: G | None
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout(Generic[C, G]):
+    """What to use for an exchange.
+
+    Attributes:
+        connection: an idle connection, or None: open one.
+        group: the group to open it in, or None: there is no free one.
+        expired: connections to close, each with its group; `discard` the group afterwards.
+    """
+
+    connection: C | None
+    group: G | None
+    expired: list[tuple[C, G | None]] = field(default_factory=list)
+
+
+class ConnectionPool(Generic[C, G]):
+    """Up to two idle connections for each endpoint.
+
+    Connections may share a *group* (a UCX worker) that only one thread can use at a time: a group is busy from
+    checkout to `checkin` or `discard`, and its other connections stay where they are until then.
+    """
+
+    def __init__(self, most_idle: int = MOST_IDLE, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._most_idle = most_idle
+        self._idle_seconds = idle_seconds
+        self._idle: dict[str, list[_Idle[C, G]]] = {}
+        self._groups: dict[G, bool] = {}
+
+    def checkout(self, endpoint: str, now: float, grouped: bool = False) -> Checkout[C, G]:
+        """Take the connection that was used last, or say where to open one; a `grouped` lane wants a group."""
+        expired: list[tuple[C, G | None]] = []
+        chosen: _Idle[C, G] | None = None
+        kept: list[_Idle[C, G]] = []
+        for idle in reversed(self._idle.pop(endpoint, [])):
+            if idle.group is not None and self._groups[idle.group]:
+                kept.append(idle)
+                continue
+            if now - idle.since >= self._idle_seconds:
+                expired.append((idle.connection, self._take(idle.group)))
+            elif chosen is None:
+                chosen = idle
+                self._take(idle.group)
+            else:
+                kept.append(idle)
+        if kept:
+            self._idle[endpoint] = kept[::-1]
+        if chosen is not None:
+            return Checkout(chosen.connection, chosen.group, expired)
+        free = next((group for group, busy in self._groups.items() if not busy), None) if grouped else None
+        return Checkout(None, self._take(free), expired)
+
+    def add_group(self, group: G) -> None:
+        """A new group, busy with the exchange it was made for."""
+        self._groups[group] = True
+
+    def checkin(self, endpoint: str, connection: C, group: G | None, now: float) -> C | None:
+        """Keep a connection after a clean exchange; one that is too many comes back to be closed.
+
+        Its group is free from then on, unless the connection came back: then `discard` it after closing.
+        """
+        idle = self._idle.setdefault(endpoint, [])
+        if len(idle) >= self._most_idle:
+            return connection
+        idle.append(_Idle(connection, group, now))
+        self.discard(group)
+        return None
+
+    def discard(self, group: G | None) -> None:
+        """The connection that made the group busy is closed, or in the pool."""
+        if group is not None and group in self._groups:
+            self._groups[group] = False
+
+    def drain(self) -> tuple[list[C], list[G]]:
+        """Give out every idle connection and every group, for good."""
+        connections = [idle.connection for kept in self._idle.values() for idle in kept]
+        groups = list(self._groups)
+        self._idle.clear()
+        self._groups.clear()
+        return connections, groups
+
+    def count(self, endpoint: str) -> int:
+        """Idle connections to an endpoint."""
+        return len(self._idle.get(endpoint, ()))
+
+    def _take(self, group: G | None) -> G | None:
+        if group is not None:
+            self._groups[group] = True
+        return group

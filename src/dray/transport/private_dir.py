@@ -1,0 +1,94 @@
+"""The folder for this process's Unix sockets: entered only by its owner, swept when its owner is dead."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from dray.errors import ConfigError
+
+_LOCK = "lock"
+
+
+class PrivateDirectory:
+    """A fresh folder with mode 0700 and a lock that the kernel releases with its process.
+
+    Args:
+        root: where the folder is made; default ``$DRAY_RUNTIME_DIR``, ``$XDG_RUNTIME_DIR/dray`` or
+            ``/tmp/dray-<uid>``. Folders there whose owner is dead are removed.
+
+    Raises:
+        ConfigError: the root cannot be used, or belongs to someone else.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root or default_root()
+        _own(self._root)
+        self.path = self._root / secrets.token_hex(4)
+        with _locked(self._root):
+            _sweep(self._root)
+            self.path.mkdir(mode=0o700)
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Remove the folder. Twice is fine."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def default_root() -> Path:
+    """Where this user's folders are."""
+    chosen = os.environ.get("DRAY_RUNTIME_DIR")
+    if chosen:
+        return Path(chosen)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "dray"
+    return Path("/tmp") / f"dray-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Nobody else sweeps or makes a folder meanwhile: one that is not locked yet would look dead."""
+    lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _sweep(root: Path) -> None:
+    """Remove the folders whose owners are dead."""
+    for folder in root.iterdir():
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # its owner removes it at this moment
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _own(root: Path) -> None:
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.lstat()
+    except OSError as error:
+        allowed = f"a folder that can be made ({error.strerror})"
+        raise ConfigError("runtime directory", str(root), allowed) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError("runtime directory", str(root), "a folder of this user with mode 0700, not a link")

@@ -1,0 +1,297 @@
+"""`PayloadServer`: puts payloads into a ring and serves them on every lane."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import xxhash
+
+from dray.buffer import SharedRingBuffer
+from dray.clock import MONOTONIC, Clock, Deadline
+from dray.errors import BufferClosedError, ConfigError, StaleSlotError
+from dray.payload.codec import plan
+from dray.payload.tensor_spec import PayloadSchema
+from dray.telemetry import Counters
+from dray.transport.private_dir import PrivateDirectory
+from dray.transport.server_thread import ServerThread, ThreadSettings
+from dray.transport.stream import LANE_NAMES
+from dray.transport.tcp import TcpListener
+from dray.transport.ucx import UcxListener
+from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, is_loopback, require
+from dray.transport.unix import UnixListener
+from dray.wire import PayloadRef
+from dray.wire.handshake import Lane, ServerIdentity
+from dray.wire.session import ServerSession
+
+logger = logging.getLogger("dray.server")
+
+LaneName = Literal["shm", "tcp", "ucx"]
+MOST_THREADS = 16
+_COUNTED = ("connections", "reads", "bytes", "stale", "malformed", "auth_failures", "evicted")
+
+
+class PayloadServer:
+    """Serves a ring's payloads; several threads, each with its own endpoints, so that one that wedges is not all.
+
+    Args:
+        ring: where the payloads are. It must outlive the server, and stays the caller's to close.
+        lanes: which lanes to serve; ``"auto"`` is ``shm``, ``tcp`` and, where ``ucxx`` is installed, ``ucx``.
+        host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise.
+        port: first port to try; 0 takes any.
+        threads: how many server threads, 1 … 16.
+        secret: the job's secret; with it, readers must prove that they know it.
+        idle_timeout: seconds after which a connection without requests and leases is closed.
+        lease_timeout: seconds a reader on a network lane may hold a payload without saying anything.
+        drain_timeout: seconds that `close` gives to transfers in flight.
+        max_leases: payloads a connection may hold at a time.
+        checksum: ``True`` sends an xxh3-64 of each payload on network lanes; ``"commit"`` computes it already when
+            the payload is put; ``False`` sends none.
+        directory: where the folder for Unix sockets is made; see `PrivateDirectory`.
+        clock: where time comes from.
+
+    Attributes:
+        endpoints: the addresses that references carry, e.g. ``"tcp:127.0.0.1:40001"``.
+
+    Raises:
+        ConfigError: an argument is not allowed, a lane cannot be served here, or `host` is not loopback and there
+            is no secret.
+    """
+
+    def __init__(
+        self,
+        ring: SharedRingBuffer,
+        *,
+        lanes: Sequence[LaneName] | Literal["auto"] = "auto",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        threads: int = 2,
+        secret: bytes | None = None,
+        idle_timeout: float = 120.0,
+        lease_timeout: float = 60.0,
+        drain_timeout: float = 2.0,
+        max_leases: int = 8,
+        checksum: bool | Literal["commit"] = True,
+        directory: Path | None = None,
+        clock: Clock = MONOTONIC,
+    ) -> None:
+        self._lanes = _served(lanes)
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
+        if max_leases < 1:
+            raise ConfigError("max_leases", max_leases, "1 or more")
+        if secret is None and not is_loopback(host) and self._lanes != {Lane.SHM}:
+            raise ConfigError("host", host, "a loopback address, or any with a secret configured")
+        self._ring = ring
+        self._host = host
+        self._port = port
+        self._secret = secret
+        self._checksum = checksum
+        self._drain_timeout = drain_timeout
+        self._settings = ThreadSettings(idle_timeout, lease_timeout)
+        self._identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, max_leases, ring.readers)
+        self._clock = clock
+        self._counters = Counters(*_COUNTED)
+        self._pid = os.getpid()
+        self._closed = False
+        self._threads: list[ServerThread] = []
+        self._directory = PrivateDirectory(directory) if Lane.SHM in self._lanes else None
+        try:
+            for index in range(threads):
+                self._threads.append(self._make_thread(index))
+            by_lane = zip(*(thread.endpoints for thread in self._threads), strict=True)
+            self.endpoints = tuple(endpoint for lane in by_lane for endpoint in lane)
+            self.ref(ring.slots - 1, 2**64 - 1, ring.slot_bytes).to_json()
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.close()
+            raise
+        _servers.add(self)
+
+    # --- payloads ---------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        arrays: Mapping[str, Any],
+        *,
+        schema: PayloadSchema | None = None,
+        metadata: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> PayloadRef:
+        """Pack named arrays into a free slot and commit it.
+
+        Args:
+            arrays: arrays by name, any shape; see `dray.payload.pack` for the dtypes.
+            schema: what the arrays must look like.
+            metadata: text by name, kept in the payload's header.
+            timeout: seconds to wait for a free slot; ``None`` waits until there is one.
+
+        Raises:
+            PayloadError: the arrays cannot be packed, do not fit the schema, or not into a slot.
+            BufferFullError: no slot became free in time.
+            BufferClosedError: the ring or the server is closed.
+        """
+        self._check_open()
+        packed = plan(arrays, schema, metadata)
+        with self._ring.claim(packed.nbytes, timeout) as slot:
+            packed.write(slot.buffer)
+            slot.commit()
+        return self._committed(slot.slot, slot.sequence, packed.nbytes)
+
+    def put_bytes(self, data: bytes | bytearray | memoryview, *, timeout: float | None = None) -> PayloadRef:
+        """Commit bytes as they are, to be read with `PayloadClient.read_bytes`; otherwise like `put`."""
+        self._check_open()
+        view = memoryview(data).cast("B")
+        with self._ring.claim(view.nbytes, timeout) as slot:
+            slot.buffer[:] = view
+            slot.commit()
+        return self._committed(slot.slot, slot.sequence, view.nbytes)
+
+    def ref(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
+        """The reference for a payload of this server's ring."""
+        return PayloadRef(self._ring.producer_id, slot, sequence, nbytes, self.endpoints)
+
+    def wait_consumed(self, ref: PayloadRef, timeout: float | None = None) -> bool:
+        """Wait until the payload's life is over; False if `timeout` seconds passed before.
+
+        Raises:
+            StaleSlotError: the reference is not of this ring.
+        """
+        if ref.producer != self._ring.producer_id:
+            raise StaleSlotError("the reference names another producer", slot=ref.slot, sequence=ref.sequence)
+        return self._ring.wait_consumed(ref.slot, ref.sequence, timeout)
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the server, the ring as it is now, and who holds leases."""
+        return {
+            "producer": self._ring.producer_id.hex(),
+            "endpoints": list(self.endpoints),
+            "open_connections": sum(thread.connections for thread in self._threads),
+            "leases": [lease for thread in self._threads for lease in thread.leases()],
+            "server": self._counters.snapshot(),
+            "ring": dataclasses.asdict(self._ring.statistics()),
+        }
+
+    def close(self) -> None:
+        """Accept no more, let transfers in flight finish for a while, end the threads. Twice is fine."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        drain = Deadline.after(self._drain_timeout)
+        for thread in self._threads:
+            thread.stop(drain)
+        join = Deadline.after(self._drain_timeout + 5.0)
+        for thread in self._threads:
+            if not thread.join(join):
+                logger.error("a server thread did not end within %.1f s of being told to", join.elapsed)
+        if self._directory is not None:
+            self._directory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else ", ".join(self.endpoints)
+        return f"<PayloadServer {self._ring.producer_id.hex()[:8]} {state}>"
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _make_thread(self, index: int) -> ServerThread:
+        with contextlib.ExitStack() as opened:
+            listeners: list[UnixListener | TcpListener] = []
+            if self._directory is not None:
+                path = self._directory.path / f"{index}.sock"
+                listeners.append(opened.enter_context(contextlib.closing(UnixListener(path))))
+            if Lane.TCP in self._lanes:
+                tcp = TcpListener(self._host, self._port)
+                listeners.append(opened.enter_context(contextlib.closing(tcp)))
+            worker = ucx = None
+            if Lane.UCX in self._lanes:
+                worker = opened.enter_context(contextlib.closing(UcxWorker(is_loopback(self._host))))
+                ucx = opened.enter_context(contextlib.closing(UcxListener(worker, self._host, self._port)))
+            thread = ServerThread(
+                f"dray-server-{index}",
+                listeners,
+                worker,
+                ucx,
+                self._make_session,
+                self._ring.segment.fileno(),
+                self._settings,
+                self._counters,
+                self._clock,
+            )
+            opened.pop_all()
+            return thread
+
+    def _make_session(self, lane: Lane) -> ServerSession:
+        checksum = xxhash.xxh3_64_intdigest if self._checksum and lane is not Lane.SHM else None
+        return ServerSession(
+            lane,
+            self._ring,
+            self._identity,
+            secret=self._secret,
+            checksum=checksum,
+            describe=lambda: json.dumps(self.statistics()),
+            counters=self._counters,
+        )
+
+    def _committed(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
+        if self._checksum == "commit" and nbytes:
+            # A reader that was quicker has computed it, or consumed the payload without.
+            with contextlib.suppress(StaleSlotError):
+                self._ring.checksum(slot, sequence, xxhash.xxh3_64_intdigest)
+        return self.ref(slot, sequence, nbytes)
+
+    def _check_open(self) -> None:
+        if self._closed or os.getpid() != self._pid:
+            raise BufferClosedError("the server is closed, or belongs to the process this one was forked from")
+
+    def _abandon_after_fork(self) -> None:
+        for thread in self._threads:
+            thread.abandon_after_fork()
+
+
+def _served(lanes: Sequence[str] | str) -> frozenset[Lane]:
+    if lanes == "auto":
+        return frozenset(Lane) if UCXX_AVAILABLE else frozenset({Lane.SHM, Lane.TCP})
+    names = {lanes} if isinstance(lanes, str) else set(lanes)
+    unknown = names - set(LANE_NAMES)
+    if unknown or not names:
+        raise ConfigError("lanes", lanes, f'"auto" or some of {", ".join(LANE_NAMES)}')
+    if "ucx" in names:
+        require()
+    return frozenset(lane for lane in Lane if lane.label in names)
+
+
+def make_secret() -> bytes:
+    """A fresh secret for a job: 256 random bits."""
+    return secrets.token_bytes(32)
+
+
+_servers: weakref.WeakSet[PayloadServer] = weakref.WeakSet()
+
+
+def _abandon_in_child() -> None:
+    for server in _servers:
+        server._abandon_after_fork()
+    _servers.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_in_child)

@@ -1,0 +1,376 @@
+"""One thread of a `PayloadServer`: an event loop over its own listeners, connections and UCX worker.
+
+The thread blocks in epoll until a socket, the UCX worker, a timer or `stop` wakes it. Nothing it does waits on a
+peer, so a slow reader holds up only its own connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dray.clock import Clock, Deadline
+from dray.errors import AuthenticationError, ConnectionClosed, ProtocolError, TransportError
+from dray.telemetry import Counters
+from dray.transport.stream import Listener, Stream
+from dray.transport.tcp import TcpListener
+from dray.transport.ucx import UcxListener
+from dray.transport.ucx_worker import UcxWorker
+from dray.transport.unix import UnixListener, UnixStream
+from dray.wire.handshake import Lane
+from dray.wire.session import ServerSession
+
+logger = logging.getLogger("dray.server")
+
+_ROUNDS = 64
+"""Answers one connection gets in a row before the others have their turn."""
+_LINGER_SECONDS = 1.0
+_WATCHDOG_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadSettings:
+    """What a server thread needs to know, in seconds.
+
+    Attributes:
+        idle: a connection without requests and leases is closed after this.
+        lease: on network lanes, a lease whose reader is silent ends after this, with its connection.
+    """
+
+    idle: float
+    lease: float
+
+
+class _Connection:
+    """A connection as the loop sees it."""
+
+    __slots__ = ("active", "again", "announced", "lingering", "pid", "registered", "session", "stream")
+
+    def __init__(self, stream: Stream, session: ServerSession, now: float) -> None:
+        self.stream = stream
+        self.session = session
+        self.active = now
+        self.announced = False
+        self.again = False
+        self.lingering = False
+        self.registered = 0
+        self.pid = stream.peer()[0] if isinstance(stream, UnixStream) else None
+
+
+class ServerThread:
+    """Serves one ring over its own endpoints.
+
+    Args:
+        name: the thread's name.
+        unix, tcp: bound listeners; the thread closes them.
+        worker, ucx: its UCX worker and listener, if the lane is served.
+        make_session: a session for a new connection on a lane.
+        descriptor: the segment's descriptor, to be sent to readers on the Unix lane.
+        settings: time limits.
+        counters: where the thread counts.
+        clock: where time comes from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        listeners: Sequence[UnixListener | TcpListener],
+        worker: UcxWorker | None,
+        ucx: UcxListener | None,
+        make_session: Callable[[Lane], ServerSession],
+        descriptor: int,
+        settings: ThreadSettings,
+        counters: Counters,
+        clock: Clock,
+    ) -> None:
+        self.endpoints = [listener.endpoint for listener in (*listeners, *((ucx,) if ucx else ()))]
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._worker = worker
+        self._ucx = ucx
+        self._make_session = make_session
+        self._descriptor = descriptor
+        self._settings = settings
+        self._counters = counters
+        self._clock = clock
+        self._sockets: dict[int, _Connection] = {}
+        self._ucx_connections: list[_Connection] = []
+        self._undrained: list[_Connection] = []
+        self._next_sweep = math.inf
+        self._stop_by: Deadline | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
+        for descriptor_ in self._listeners:
+            self._poll.register(descriptor_, select.EPOLLIN)
+        if worker is not None:
+            self._poll.register(worker.fileno(), select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self, drain: Deadline) -> None:
+        """Accept no more, finish what is in flight until `drain`, then end. Returns at once; see `join`."""
+        self._stop_by = drain
+        if self._thread.ident is None:
+            self._tear_down()
+        else:
+            # The thread closes the descriptor when it ends.
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the thread's end; False if the deadline came first."""
+        if self._thread.ident is not None:
+            self._thread.join(deadline.timeout)
+        return not self._thread.is_alive()
+
+    def leases(self) -> list[dict[str, float | int | None]]:
+        """Readers with live leases: pid (on the Unix lane), leases, seconds since they last said something."""
+        now = self._clock.now()
+        return [
+            {"pid": c.pid, "leases": c.session.leases, "age": now - c.active}
+            for c in self._connections()
+            if c.session.leases
+        ]
+
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return len(self._sockets) + len(self._ucx_connections)
+
+    def abandon_after_fork(self) -> None:
+        """In a forked child: close the inherited sockets, so that peers notice when the parent dies."""
+        for descriptor in (*self._listeners, *self._sockets, self._wake):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._poll.close()
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._finished():
+                again = self._serve_again()
+                self._progress_ucx()
+                timeout = 0.0 if again else self._timeout()
+                for descriptor, _ in self._poll.poll(timeout):
+                    if descriptor in self._sockets:
+                        self._serve(self._sockets[descriptor])
+                    elif descriptor in self._listeners:
+                        self._accept(self._listeners[descriptor])
+                    elif descriptor == self._wake:
+                        os.eventfd_read(self._wake)
+                self._sweep()
+        except BaseException:
+            logger.exception("server thread %s failed; its endpoints are closed", self._thread.name)
+            raise
+        finally:
+            self._tear_down()
+
+    def _finished(self) -> bool:
+        if self._stop_by is None:
+            return False
+        self._stop_listening()
+        for connection in self._connections():
+            session = connection.session
+            if self._stop_by.expired or not (session.busy or session.leases):
+                self._drop(connection, None)
+        return not self._connections()
+
+    def _timeout(self) -> float | None:
+        if self._undrained or self._stop_by is not None:
+            return _WATCHDOG_SECONDS
+        return None if self._next_sweep == math.inf else max(0.0, self._next_sweep - self._clock.now())
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                stream = listener.accept()
+            except AuthenticationError as error:
+                self._counters.add("auth_failures")
+                logger.warning("%s", error)
+                continue
+            except TransportError as error:
+                self._counters.add("accept_failures")
+                logger.warning("a connection could not be accepted: %s", error)
+                return
+            if stream is None:
+                return
+            now = self._clock.now()
+            connection = _Connection(stream, self._make_session(stream.lane), now)
+            self._counters.add("connections")
+            self._next_sweep = min(self._next_sweep, now + self._settings.idle)
+            if stream.lane is Lane.UCX:
+                self._ucx_connections.append(connection)
+            else:
+                self._sockets[stream.fileno()] = connection
+                self._watch(connection)
+            self._serve(connection)
+
+    def _progress_ucx(self) -> None:
+        """Serve every UCX connection until there is nothing left to do but wait."""
+        worker, listener = self._worker, self._ucx
+        if worker is None:
+            return
+        while True:
+            worker.progress()
+            seen = worker.steps
+            if listener is not None and self._stop_by is None:
+                self._accept(listener)
+            for connection in list(self._ucx_connections):
+                self._serve(connection)
+            # Serving may itself have made progress and so completed a request of a connection already looked at.
+            if worker.steps == seen and worker.arm():
+                return
+
+    def _serve_again(self) -> bool:
+        """Continue with the connections whose turn ended before their work did."""
+        waiting = [connection for connection in self._sockets.values() if connection.again]
+        for connection in waiting:
+            self._serve(connection)
+        return any(connection.again for connection in self._sockets.values())
+
+    def _serve(self, connection: _Connection) -> None:
+        stream, session = connection.stream, connection.session
+        connection.again = False
+        try:
+            for _ in range(_ROUNDS):
+                received = self._receive(connection)
+                items = session.take()
+                if items:
+                    descriptor = None
+                    if session.established and not connection.announced:
+                        connection.announced = True
+                        descriptor = self._descriptor if stream.lane is Lane.SHM else None
+                    stream.send(items, descriptor)
+                if not stream.flush():
+                    break
+                session.flushed()
+                if not items and not received:
+                    break
+            else:
+                connection.again = True
+        except ConnectionClosed:
+            self._drop(connection, None)
+            return
+        except (TransportError, ProtocolError) as error:
+            self._drop(connection, error)
+            return
+        if session.closing and not connection.lingering:
+            # The peer reads the refusal and closes; closing first could take it from under its eyes.
+            connection.lingering = True
+            self._next_sweep = min(self._next_sweep, self._clock.now() + _LINGER_SECONDS)
+        if stream.lane is not Lane.UCX:
+            self._watch(connection)
+
+    def _receive(self, connection: _Connection) -> bool:
+        """Hand what has arrived to the session; whether there was anything."""
+        stream, session = connection.stream, connection.session
+        received = False
+        for _ in range(_ROUNDS):
+            message = stream.receive(session.expects)
+            if message is None:
+                break
+            received = True
+            if not connection.lingering:
+                session.receive(message)
+        if received:
+            connection.active = self._clock.now()
+        return received
+
+    def _watch(self, connection: _Connection) -> None:
+        """Keep epoll's interest in step: while an answer waits for room, no more requests are read."""
+        wanted = select.EPOLLOUT if connection.stream.wants_write else select.EPOLLIN
+        if wanted == connection.registered:
+            return
+        change = self._poll.modify if connection.registered else self._poll.register
+        change(connection.stream.fileno(), wanted)
+        connection.registered = wanted
+
+    def _sweep(self) -> None:
+        """Close what has been idle or silent for too long, and forget what is drained."""
+        self._settle_undrained()
+        now = self._clock.now()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = math.inf
+        for connection in self._connections():
+            due = connection.active + self._limit(connection)
+            if due <= now:
+                self._counters.add("evicted")
+                self._drop(connection, None)
+            else:
+                self._next_sweep = min(self._next_sweep, due)
+
+    def _limit(self, connection: _Connection) -> float:
+        if connection.lingering:
+            return _LINGER_SECONDS
+        if not connection.session.leases:
+            return self._settings.idle
+        return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease
+
+    # --- endings ----------------------------------------------------------------------------------------------
+
+    def _drop(self, connection: _Connection, error: Exception | None) -> None:
+        """End a connection; its leases are returned once nothing reads their slots for sending."""
+        if isinstance(error, ProtocolError):
+            self._counters.add("malformed")
+            logger.warning("connection closed: %s", error)
+        elif error is not None:
+            self._counters.add("failed_connections")
+            logger.debug("connection lost: %s", error)
+        stream = connection.stream
+        if stream.lane is Lane.UCX:
+            self._ucx_connections.remove(connection)
+        else:
+            del self._sockets[stream.fileno()]
+            if connection.registered:
+                self._poll.unregister(stream.fileno())
+        stream.close()
+        self._undrained.append(connection)
+        self._settle_undrained()
+
+    def _settle_undrained(self) -> None:
+        if not self._undrained:
+            return
+        waiting = []
+        for connection in self._undrained:
+            if connection.stream.drained:
+                connection.session.close()
+            else:
+                waiting.append(connection)
+        self._undrained = waiting
+
+    def _stop_listening(self) -> None:
+        for descriptor, listener in self._listeners.items():
+            self._poll.unregister(descriptor)
+            listener.close()
+        self._listeners.clear()
+        if self._ucx is not None:
+            self._ucx.close()
+            self._ucx = None
+
+    def _tear_down(self) -> None:
+        """Close everything, the UCX worker last: what it could not cancel ends with it."""
+        self._stop_listening()
+        for connection in self._connections():
+            self._drop(connection, None)
+        if self._worker is not None:
+            self._poll.unregister(self._worker.fileno())
+            self._worker.close()
+        for connection in self._undrained:
+            connection.session.close()
+        self._undrained.clear()
+        self._poll.close()
+        os.close(self._wake)
+
+    def _connections(self) -> list[_Connection]:
+        return [*self._sockets.values(), *self._ucx_connections]

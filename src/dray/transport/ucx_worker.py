@@ -1,0 +1,249 @@
+"""One UCX worker: progress by epoll, requests whose memory stays alive, orderly teardown.
+
+`ucxx`'s asyncio layer spins on `sleep(0)` while a request is open and shares one worker per process, so this
+module uses the low-level objects: a worker for each thread that drives one, blocking progress, no progress thread.
+`ucxx` is imported on first use; without it `require` says what to install.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import ipaddress
+import itertools
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dray.errors import (
+    ConfigError,
+    ConnectionClosed,
+    ConnectionReset,
+    MessageTruncated,
+    TransportError,
+    TransportTimeout,
+    Unreachable,
+)
+
+UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
+SEGMENT_SIZE = "1m"
+"""UCX's TCP segments; its own 8 KiB bind a connection with error handling to 1 GB/s."""
+
+_CLOSE_STEP_NS = 10_000_000
+_CLOSE_STEPS = 100
+_PROGRESS_STEPS = 10_000
+_IFNAME = struct.Struct("16s16x")
+_IFADDR = struct.Struct("20x4s8x")
+_SIOCGIFADDR = 0x8915
+
+
+def require() -> tuple[ModuleType, type]:
+    """The low-level module of `ucxx` and its array type.
+
+    Raises:
+        ConfigError: the package is not installed, or does not load.
+    """
+    if not UCXX_AVAILABLE:
+        missing = "shm or tcp here: the ucxx package is not installed (pip install 'dray[ucxx]')"
+        raise ConfigError("lane", "ucx", missing)
+    # Both libraries print what dray reports as typed errors; whoever debugs them sets these variables.
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+    os.environ.setdefault("UCXX_LOG_LEVEL", "fatal")
+    try:
+        from ucxx._lib import libucxx
+        from ucxx._lib.arr import Array
+    except ImportError as error:
+        raise ConfigError("lane", "ucx", f"shm or tcp here: the ucxx package does not load ({error})") from error
+    return libucxx, Array
+
+
+def from_ucx_error(error: Exception, endpoint: str | None = None) -> TransportError:
+    """The dray error that one of `ucxx`'s stands for, by type."""
+    ucx, _ = require()
+    match error:
+        case ucx.UCXNotConnectedError() | ucx.UCXRejectedError():
+            return Unreachable(f"nobody listens there: {error}", endpoint=endpoint, refused=True)
+        case ucx.UCXUnreachableError() | ucx.UCXInvalidAddrError() | ucx.UCXNoDeviceError():
+            return Unreachable(f"UCX finds no way: {error}", endpoint=endpoint)
+        case ucx.UCXTimedOutError() | ucx.UCXEndpointTimeoutError():
+            return TransportTimeout(f"UCX gave up on the connection: {error}", endpoint=endpoint)
+        case ucx.UCXMessageTruncatedError() | ucx.UCXMsgTruncated():
+            return MessageTruncated(f"UCX cut a message: {error}", endpoint=endpoint)
+        case ucx.UCXCloseError():
+            return ConnectionClosed(f"the peer closed the connection: {error}", endpoint=endpoint)
+        case _:
+            return ConnectionReset(f"the connection failed: {error}", endpoint=endpoint)
+
+
+class UcxWorker:
+    """A UCX worker for one thread at a time.
+
+    Args:
+        loopback: confine the worker's own sockets to the loopback interface.
+    """
+
+    def __init__(self, loopback: bool) -> None:
+        self.ucx, self.array = require()
+        try:
+            self._worker = self.ucx.UCXWorker(_context(loopback, os.getpid()))
+            self._worker.init_blocking_progress_mode()
+        except self.ucx.UCXError as error:
+            raise from_ucx_error(error) from error
+        self.loopback = loopback
+        self.steps = 0
+        self._tags = itertools.count(1)
+        self._abandoned: list[tuple[Any, Any]] = []
+        self.closed = False
+
+    def fileno(self) -> int:
+        """Readable when `progress` has something to do, after `arm`."""
+        return int(self._worker.epoll_file_descriptor)
+
+    def next_tag(self) -> int:
+        """A tag that this worker never gave before."""
+        return next(self._tags)
+
+    def progress(self) -> None:
+        """Do what there is to do, without waiting."""
+        step = self._worker.progress_once
+        for _ in range(_PROGRESS_STEPS):
+            if not step():
+                break
+            self.steps += 1
+        if self._abandoned:
+            self._abandoned = [(request, memory) for request, memory in self._abandoned if not request.completed]
+
+    def arm(self) -> bool:
+        """Make `fileno` readable at the next event; False if there already is one."""
+        return bool(self._worker.arm())
+
+    def listen(self, port: int, on_request: Callable[[int], None]) -> Any:
+        """A listener on `port` of every interface; `on_request` is called within `progress`.
+
+        Raises:
+            Unreachable: UCX cannot listen there; `refused` if the port is taken.
+        """
+        try:
+            return self.ucx.UCXListener.create(self._worker, port, on_request)
+        except self.ucx.UCXBusyError as error:
+            raise Unreachable(f"port {port} is taken: {error}", refused=True) from error
+        except self.ucx.UCXError as error:
+            raise from_ucx_error(error) from error
+
+    def connect(self, host: str, port: int) -> Any:
+        """An endpoint towards a listener; whether it stands shows in its first exchange."""
+        try:
+            return self.ucx.UCXEndpoint.create(self._worker, host, port, True)
+        except self.ucx.UCXError as error:
+            raise from_ucx_error(error) from error
+
+    def discard(self, tag: int) -> None:
+        """Drop a message that came for a tag nobody waits for any more."""
+        found = self._worker.tag_probe(self.ucx.UCXXTag(tag), remove=True)
+        if found.matched:
+            memory = bytearray(found.length)
+            request = self._worker.tag_recv_with_handle(self.array(memory), found)
+            self.abandon([(request, memory)])
+
+    def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> None:
+        """Close an endpoint at once; what it still had open is cancelled, and its memory kept until it is."""
+        # ucxx raises when the endpoint has already failed; it is closed then all the same.
+        with contextlib.suppress(self.ucx.UCXError):
+            endpoint.close_blocking(_CLOSE_STEP_NS, _CLOSE_STEPS)
+        self.progress()
+        self.abandon(requests)
+
+    def abandon(self, requests: list[tuple[Any, Any]]) -> None:
+        """Keep the memory of requests that nobody waits for until UCX is done with it."""
+        self._abandoned += [(request, memory) for request, memory in requests if not request.completed]
+
+    def using(self, request: Any) -> bool:
+        """UCX may still touch the memory of this request."""
+        return not request.completed
+
+    def close(self) -> None:
+        """Destroy the worker; its endpoints and listeners must be closed. Twice is fine."""
+        if self.closed:
+            return
+        self.closed = True
+        self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
+        self.progress()
+        # A request that UCX could not cancel ends with its worker, so the worker goes before the memory.
+        del self._worker
+        self._abandoned.clear()
+
+
+_CONTEXT_LOCK = threading.Lock()
+
+
+def _context(loopback: bool, pid: int) -> Any:
+    with _CONTEXT_LOCK:
+        return _make_context(loopback, pid)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_context(loopback: bool, pid: int) -> Any:  # noqa: ARG001  (pid is there to be a key)
+    """One UCX context for each use of the network and each process: a context does not survive a fork."""
+    ucx, _ = require()
+    options = {"TCP_TX_SEG_SIZE": SEGMENT_SIZE, "TCP_RX_SEG_SIZE": SEGMENT_SIZE, "TCP_CM_REUSEADDR": "y"}
+    if loopback:
+        options["NET_DEVICES"] = "lo"
+    chosen = {name: value for name, value in options.items() if f"UCX_{name}" not in os.environ}
+    features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
+    return ucx.UCXContext(chosen, features)
+
+
+def is_loopback(host: str) -> bool:
+    """The host is this machine's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def confine(port: int, host: str) -> None:
+    """Confine the listening socket on `port` to the interface that has the address `host`.
+
+    ucxx cannot bind its listener to an address; the kernel can bind the socket to a device. ``0.0.0.0`` asks for
+    every interface and is left alone.
+
+    Raises:
+        ConfigError: no interface of this machine has the address.
+    """
+    if host == "0.0.0.0":
+        return
+    device = _interface(host)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        try:
+            duplicate = socket.socket(fileno=os.dup(int(entry.name)))
+        except OSError:  # not a socket, or the descriptor that listed the folder, which is gone
+            continue
+        with duplicate:
+            if duplicate.family != socket.AF_INET or duplicate.type != socket.SOCK_STREAM:
+                continue
+            listening = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listening and duplicate.getsockname() == ("0.0.0.0", port):
+                duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
+                return
+    raise Unreachable(f"the listening socket on port {port} cannot be found")
+
+
+def _interface(host: str) -> str:
+    if is_loopback(host):
+        return "lo"
+    wanted = socket.inet_aton(socket.gethostbyname(host))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                answer = fcntl.ioctl(query, _SIOCGIFADDR, _IFNAME.pack(name.encode()))
+                if _IFADDR.unpack(answer)[0] == wanted:
+                    return name
+    raise ConfigError("host", host, "an IPv4 address of one of this machine's interfaces")
