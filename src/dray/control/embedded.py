@@ -238,10 +238,12 @@ class _Child:
     def start(self, deadline: Deadline) -> None:
         if self._private.closed:
             raise ControlPlaneError("the Redis server is closed")
-        attempts = _PORT_ATTEMPTS if self._host is not None and self._port == 0 else 1
-        ports = random.SystemRandom().sample(_PORTS, attempts) if attempts > 1 else [self._port]
-        for port in ports:
-            self._spawn(port)
+        chosen = self._host is None or self._port > 0
+        for port in [self._port] if chosen else random.SystemRandom().sample(_PORTS, _PORT_ATTEMPTS):
+            try:
+                self._spawn(port)
+            except OSError as error:
+                raise ControlPlaneError(f"{self.binary} cannot be started: {error}") from error
             if self._wait_until_ready(deadline):
                 self._port = port
                 if self._host is not None:
@@ -286,7 +288,12 @@ class _Child:
                 process_group=0,
                 pass_fds=[self._private.lock],
             )
-        self._pidfd = os.pidfd_open(self._process.pid)
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._process.kill()
+            self._reap()
+            raise
         stdin = self._process.stdin
         assert stdin is not None
         _send_and_close(stdin, self._configuration(port).encode())
@@ -334,6 +341,11 @@ class _Child:
     def _ask_to_end(self, deadline: Deadline) -> bool:
         client = RedisClient(self.address, max(0.1, deadline.share(0.5).remaining))
         try:
+            client.do("PING")
+        except (RedisConnectionError, RedisTimeoutError):
+            client.close()
+            return False
+        try:
             client.do("SHUTDOWN", "NOSAVE")
         except RedisTimeoutError:
             return False
@@ -354,8 +366,11 @@ class _Child:
     def _reap(self) -> None:
         assert self._process is not None
         self._process.wait()
-        os.close(self._pidfd)
-        self._pidfd = -1
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         self._process = None
 
     def _last_line(self) -> str:

@@ -10,7 +10,7 @@ from dray.control import names
 from dray.errors import ConfigError, ProtocolError
 
 _PRODUCER = re.compile(r"[0-9a-f]{32}")
-_LARGEST = 2**63 - 1
+_LARGEST = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class RolloutEntry:
 
     Args:
         producer: 32 hexadecimal digits, in lower case.
-        sequence: 0 … 2**63 - 1.
+        sequence: 0 … 2**64 - 1.
         weight_version: version of the weights that the payload was made with.
         replica: name of the rollout replica.
         prompt: index of the prompt.
@@ -47,7 +47,7 @@ class RolloutEntry:
         for name in ("sequence", "weight_version", "prompt"):
             value = getattr(self, name)
             if not 0 <= value <= _LARGEST:
-                raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**63 - 1")
+                raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**64 - 1")
         if (self.reference is None) == (self.payload is None):
             both = "neither" if self.reference is None else "both"
             raise ConfigError("entry", both, "either a reference or a payload")

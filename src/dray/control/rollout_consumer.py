@@ -86,6 +86,7 @@ class RolloutConsumer(RolloutQueue):
             raise ConfigError("count", count, "at least 1")
         deadline = self._deadline(timeout)
         while True:
+            found: list[Delivery]
             if self._may_have_unseen:
                 found = self._connection.poll("look for lost deliveries", self._take_unseen, deadline, [])
             else:
@@ -245,7 +246,8 @@ class RolloutConsumer(RolloutQueue):
                 logger.warning("%s", error)
                 malformed.append(entry_id)
         current, repeated = self._ledger.split_ended(deliveries)
-        self._claim(client, self.consumer, 1, "malformed", malformed)
+        bury = partial(self._claim, source=self.consumer, limit=1, reason="malformed", ids=malformed)
+        self._healing(bury)(client)
         if repeated:
             self._run_finish(client, "repeated", repeated, "")
         # Held only now: had one of the commands failed, the caller would not have been given them.

@@ -125,16 +125,18 @@ class RolloutQueue:
         return bool(made)
 
     def _healing(self, operation: Callable[[RedisClient], T]) -> Callable[[RedisClient], T]:
-        # NOGROUP has no exception class of its own: that attaching finds something missing tells it.
+        # NOGROUP has no exception class of its own. What tells it: attaching finds something missing, or another
+        # epoch than before, because somebody else has made the stream again meanwhile.
         def healed(client: RedisClient) -> T:
-            try:
-                return operation(client)
-            except ResponseError:
-                known = self._stream_epoch is not None
-                if not self._attach(client):
-                    raise
-                if known:
-                    logger.warning("the rollout stream of job %s was lost and is made again", self._keys.job)
-                return operation(client)
+            while True:
+                before = self._stream_epoch
+                try:
+                    return operation(client)
+                except ResponseError:
+                    made = self._attach(client)
+                    if not made and self._stream_epoch == before:
+                        raise
+                    if before is not None:
+                        logger.warning("the rollout stream of job %s was lost and made again", self._keys.job)
 
         return healed

@@ -99,14 +99,14 @@ class WeightsKey:
 
         def wait(client: RedisClient) -> Any:
             found = self._read(client)
-            if deadline.expired or (found and found[0][0].decode() != after):
+            if deadline.expired or self._decoded(found) not in (None, than):
                 return found
             client.do("XREAD", "BLOCK", block_ms(deadline), "STREAMS", self._key, after)
             return self._read(client)
 
         while True:
             weights = self._decoded(self._connection.poll("wait for newer weights", wait, deadline, []))
-            if weights is not None and weights.publication != after:
+            if weights is not None and weights != than:
                 return weights
             if deadline.expired or self._connection.shutdown.is_set():
                 return None

