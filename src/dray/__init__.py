@@ -1,1 +1,76 @@
-"""dray moves reinforcement-learning payloads from the processes that make them to those that learn from them."""
+"""dray moves reinforcement-learning payloads from the processes that make them to those that learn from them.
+
+A producer puts named arrays into a `SharedRingBuffer` and serves it with a `PayloadServer`; what it hands on is a
+small `PayloadRef`. A `PayloadClient` redeems the reference, over shared memory on the same host, over UCX or TCP
+elsewhere.
+"""
+
+import logging
+
+from dray.buffer import SharedRingBuffer
+from dray.errors import (
+    AuthenticationError,
+    BufferClosedError,
+    BufferFullError,
+    ConfigError,
+    ConnectionClosed,
+    ConnectionReset,
+    ControlPlaneError,
+    DrayError,
+    LeaseInUseError,
+    MessageTruncated,
+    PayloadError,
+    PayloadFormatError,
+    PayloadTooLargeError,
+    ProducerLostError,
+    ProtocolError,
+    SchemaError,
+    ServerBusy,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+    TransportTimeout,
+    Unreachable,
+    VersionMismatch,
+)
+from dray.payload import PayloadSchema, TensorSpec, pack, unpack
+from dray.transport import PayloadClient, PayloadServer
+from dray.wire import PayloadRef
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuthenticationError",
+    "BufferClosedError",
+    "BufferFullError",
+    "ConfigError",
+    "ConnectionClosed",
+    "ConnectionReset",
+    "ControlPlaneError",
+    "DrayError",
+    "LeaseInUseError",
+    "MessageTruncated",
+    "PayloadClient",
+    "PayloadError",
+    "PayloadFormatError",
+    "PayloadRef",
+    "PayloadSchema",
+    "PayloadServer",
+    "PayloadTooLargeError",
+    "ProducerLostError",
+    "ProtocolError",
+    "SchemaError",
+    "ServerBusy",
+    "SharedRingBuffer",
+    "SlotError",
+    "StaleSlotError",
+    "TensorSpec",
+    "TransportError",
+    "TransportTimeout",
+    "Unreachable",
+    "VersionMismatch",
+    "pack",
+    "unpack",
+]
+
+logging.getLogger("dray").addHandler(logging.NullHandler())
