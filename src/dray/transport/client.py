@@ -7,37 +7,28 @@ import contextlib
 import json
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-import numpy as np
-
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import (
-    BufferClosedError,
-    ConfigError,
-    DrayError,
-    PayloadError,
-    TransportError,
-    Unreachable,
-)
+from dray.errors import BufferClosedError, ConfigError, DrayError, PayloadError, TransportError
 from dray.payload.codec import unpack
 from dray.telemetry import Counters
 from dray.transport.connection import Bytes, Connection, Held
-from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine, ReadAttempts
-from dray.transport.in_place import Graveyard, InPlaceLease
+from dray.transport.exchanges import Exchange, Exchanges, Refused
+from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
+from dray.transport.in_place import Arrays, Graveyard, InPlaceLease
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
-from dray.transport.stream import LANE_NAMES, Endpoint
-from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, is_loopback, require
+from dray.transport.stream import LANE_NAMES
+from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
 from dray.wire import PayloadRef
 from dray.wire.frames import Status
 from dray.wire.handshake import Lane
+from dray.wire.session import Request
 
 logger = logging.getLogger("dray.client")
 
-Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 T = TypeVar("T")
 
 
@@ -78,20 +69,14 @@ class PayloadClient:
             raise ConfigError("reader", reader, "0 to 63")
         if attempts < 1:
             raise ConfigError("attempts", attempts, "1 or more")
-        self._secret = secret
         self._reader = reader
-        self._verify = verify
-        self._attempts = attempts
         self._clock = clock
-        self._lock = threading.Lock()
-        self._pool: ConnectionPool[Connection, UcxWorker] = ConnectionPool(most_idle, idle_seconds)
-        self._quarantine = Quarantine(quarantine_seconds)
-        self._rotation = 0
-        self._unconfirmed: dict[bytes, set[tuple[int, int, int]]] = {}
-        self._graveyard = Graveyard()
         self._counters = Counters("reads", "bytes", "retries", "connects", "consumed")
+        pool: ConnectionPool[Connection, UcxWorker] = ConnectionPool(most_idle, idle_seconds)
+        quarantine = Quarantine(quarantine_seconds)
+        self._exchanges = Exchanges(self._lanes, secret, verify, pool, quarantine, attempts, self._counters, clock)
+        self._graveyard = Graveyard()
         self._pid = os.getpid()
-        self._closed = False
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -121,7 +106,7 @@ class PayloadClient:
             connection.acknowledge([(held.request, consume)], deadline)
             return data
 
-        data = self._attempt(ref, Deadline.after(timeout, self._clock), exchange)
+        data = self._run(ref, Deadline.after(timeout, self._clock), exchange)
         self._counters.add_all({"reads": 1, "bytes": ref.nbytes})
         return data
 
@@ -139,26 +124,24 @@ class PayloadClient:
         Raises:
             As `read`, when the block is entered.
         """
-        deadline = Deadline.after(timeout, self._clock)
-        kept: list[tuple[Connection, UcxWorker | None]] = []
-
-        def exchange(connection: Connection, status_by: Deadline, limit: Deadline) -> Held:
-            return _one(connection, ref, self._reader, status_by, limit)
-
-        held = self._attempt(ref, deadline, exchange, keep=kept.append)
-        connection, group = kept[0]
+        self._check_process()
+        held, connection, group = self._exchanges.run_and_keep(
+            ref,
+            Deadline.after(timeout, self._clock),
+            lambda c, status_by, deadline: _one(c, ref, self._reader, status_by, deadline),
+        )
         self._counters.add_all({"reads": 1, "bytes": ref.nbytes})
 
-        def end(request: Any, consumed: bool) -> None:
+        def end(request: Request, consumed: bool) -> None:
             try:
                 connection.acknowledge([(request, consumed)], Deadline.after(1.0, self._clock))
             except TransportError as error:
                 # The server has returned the lease with the connection; its producer may be gone altogether.
                 logger.debug("end of a lease on %s: %s", connection.endpoint, error)
                 self._counters.add("leases_ended_late")
-                self._discard(connection, group)
+                self._exchanges.discard(connection, group)
             else:
-                self._checkin(connection, group)
+                self._exchanges.checkin(connection, group)
 
         return InPlaceLease(held, end, self._graveyard)
 
@@ -222,11 +205,11 @@ class PayloadClient:
 
     def _consume(self, refs: Sequence[PayloadRef], deadline: Deadline) -> int:
         wanted = [(ref.slot, ref.sequence, self._reader) for ref in refs]
-        return self._attempt(refs[0], deadline, lambda c, _, limit: c.consume(wanted, limit)).count(Status.OK)
+        return self._run(refs[0], deadline, lambda c, _, limit: c.consume(wanted, limit)).count(Status.OK)
 
     def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> dict[str, Any]:
         """The statistics of the server that a reference names; see `PayloadServer.statistics`."""
-        text = self._attempt(ref, Deadline.after(timeout, self._clock), lambda c, _, d: c.stat(d))
+        text = self._run(ref, Deadline.after(timeout, self._clock), lambda c, _, d: c.stat(d))
         found: dict[str, Any] = json.loads(text)
         return found
 
@@ -234,27 +217,13 @@ class PayloadClient:
 
     def statistics(self) -> dict[str, Any]:
         """Counters, and the endpoints in quarantine."""
-        with self._lock:
-            quarantined = self._quarantine.listed(self._clock.now())
-        return {**self._counters.snapshot(), "quarantined": quarantined}
+        return {**self._counters.snapshot(), "quarantined": self._exchanges.quarantined()}
 
     def close(self) -> None:
         """Make sure that acknowledged payloads are known to be, then close all connections. Twice is fine."""
-        with self._lock:
-            if self._closed or os.getpid() != self._pid:
-                return
-            self._closed = True
-        self._graveyard.close()
-        with self._lock:
-            connections, groups = self._pool.drain()
-        deadline = Deadline.after(1.0, self._clock)
-        for connection in connections:
-            with contextlib.suppress(DrayError):
-                if connection.unconfirmed:
-                    connection.consume(connection.unconfirmed[-1:], deadline)
-            connection.close()
-        for group in groups:
-            group.close()
+        if os.getpid() == self._pid:
+            self._graveyard.close()
+            self._exchanges.close()
 
     def __enter__(self) -> Self:
         return self
@@ -265,68 +234,15 @@ class PayloadClient:
         self.close()
 
     def __repr__(self) -> str:
-        return (
-            f"<PayloadClient {'closed' if self._closed else '/'.join(Lane(lane).label for lane in self._lanes)}>"
-        )
+        return f"<PayloadClient {'/'.join(lane.label for lane in self._lanes)}>"
 
-    # --- layer 1 ----------------------------------------------------------------------------------------------
+    def _run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
+        self._check_process()
+        return self._exchanges.run(ref, deadline, exchange)
 
-    def _attempt(
-        self,
-        ref: PayloadRef,
-        deadline: Deadline,
-        exchange: Callable[[Connection, Deadline, Deadline], T],
-        keep: Callable[[tuple[Connection, UcxWorker | None]], None] | None = None,
-    ) -> T:
-        """Run one exchange with the producer, over another endpoint if the first fails.
-
-        `exchange` gets the connection, the deadline for connecting and STATUS, and that of the whole. With `keep`
-        the connection is the caller's after a success, and not put back.
-        """
-        attempts = self._plan(ref)
-        while True:
-            endpoint = attempts.choose(self._clock.now())
-            status_by = deadline if attempts.last else deadline.share(0.5)
-            try:
-                connection, group = self._checkout(endpoint, ref.producer, status_by)
-                try:
-                    result = exchange(connection, status_by, deadline)
-                except _Refused as refused:
-                    self._checkin(connection, group)
-                    raise refused.error from None
-                except BaseException:
-                    self._discard(connection, group)
-                    raise
-            except TransportError as error:
-                self._failed(attempts, endpoint, error)
-                continue
-            if keep is not None:
-                keep((connection, group))
-            else:
-                self._checkin(connection, group)
-            return result
-
-    def _failed(self, attempts: ReadAttempts, endpoint: str, error: TransportError) -> None:
-        """Note a failed attempt; returns if another one is due."""
-        with self._lock:
-            final = attempts.give_up(endpoint, error, self._clock.now())
-        if final is not None:
-            raise final from error
-        self._counters.add("retries")
-        logger.debug("%s; trying another endpoint", error)
-
-    def _plan(self, ref: PayloadRef) -> ReadAttempts:
-        with self._lock:
-            if self._closed or os.getpid() != self._pid:
-                raise BufferClosedError("the client is closed, or belongs to the process this one was forked from")
-            self._rotation += 1
-            usable = [e for e in ref.endpoints if Endpoint.parse(e).lane in self._lanes]
-            if not usable:
-                names = ", ".join(Lane(lane).label for lane in self._lanes)
-                raise Unreachable(
-                    f"none of the reference's endpoints {list(ref.endpoints)} is on a lane of {names}"
-                )
-            return ReadAttempts(usable, self._lanes, self._quarantine, self._rotation, self._attempts)
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise BufferClosedError("the client belongs to the process that this one was forked from")
 
     # --- batches ----------------------------------------------------------------------------------------------
 
@@ -334,22 +250,23 @@ class PayloadClient:
         self, refs: Sequence[PayloadRef], consume: bool, deadline: Deadline
     ) -> Iterator[tuple[PayloadRef, Bytes | DrayError]]:
         """Read one producer's payloads over one connection at a time, a window of requests in flight."""
+        self._check_process()
         waiting = list(refs)
-        attempts = self._plan(waiting[0])
+        producer = waiting[0].producer
+        attempts = self._exchanges.plan(waiting[0])
         while waiting:
-            endpoint = attempts.choose(self._clock.now())
-            status_by = deadline if attempts.last else deadline.share(0.5)
+            endpoint, status_by = self._exchanges.choose(attempts, deadline)
             try:
                 try:
-                    connection, group = self._checkout(endpoint, waiting[0].producer, status_by)
+                    connection, group = self._exchanges.checkout(endpoint, producer, status_by)
                     try:
                         yield from self._windows(connection, waiting, consume, status_by, deadline)
                     except BaseException:
-                        self._discard(connection, group)
+                        self._exchanges.discard(connection, group)
                         raise
-                    self._checkin(connection, group)
+                    self._exchanges.checkin(connection, group)
                 except TransportError as error:
-                    self._failed(attempts, endpoint, error)
+                    self._exchanges.failed(attempts, endpoint, producer, error)
             except DrayError as final:
                 for ref in waiting:
                     yield ref, final
@@ -387,89 +304,12 @@ class PayloadClient:
                 raise
             _acknowledge(connection, results, consume, given, deadline)
 
-    # --- connections ------------------------------------------------------------------------------------------
-
-    def _checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, UcxWorker | None]:
-        """An open connection to the endpoint, and the UCX worker that it keeps busy."""
-        address = Endpoint.parse(endpoint)
-        while True:
-            with self._lock:
-                decision = self._pool.checkout(endpoint, self._clock.now(), grouped=address.lane is Lane.UCX)
-            for expired, group in decision.expired:
-                self._discard(expired, group)
-            connection, group = decision.connection, decision.group
-            if connection is None:
-                break
-            if connection.identity.producer == producer and connection.usable():
-                return connection, group
-            self._discard(connection, group)
-        try:
-            if group is None and address.lane is Lane.UCX:
-                group = UcxWorker(is_loopback(address.host))
-                with self._lock:
-                    self._pool.add_group(group)
-            connection = Connection.open(endpoint, producer, self._secret, deadline, group, self._verify)
-        except BaseException:
-            with self._lock:
-                self._pool.discard(group)
-            raise
-        self._counters.add("connects")
-        self._settle(connection, deadline)
-        return connection, group
-
-    def _checkin(self, connection: Connection, group: UcxWorker | None) -> None:
-        with self._lock:
-            surplus = None if self._closed else self._pool.checkin(
-                connection.endpoint, connection, group, self._clock.now()
-            )  # fmt: skip
-            closed = self._closed
-        if closed:
-            connection.close()
-            if group is not None:
-                group.close()
-        elif surplus is not None:
-            self._discard(surplus, group)
-
-    def _discard(self, connection: Connection, group: UcxWorker | None) -> None:
-        """Close a connection; ACKs that may be lost with it are remembered."""
-        with self._lock:
-            if connection.unconfirmed:
-                lost = self._unconfirmed.setdefault(connection.identity.producer, set())
-                lost.update(connection.unconfirmed)
-        connection.close()
-        with self._lock:
-            self._pool.discard(group)
-
-    def _settle(self, connection: Connection, deadline: Deadline) -> None:
-        """Tell the producer again what ACKs that may have been lost said."""
-        producer = connection.identity.producer
-        with self._lock:
-            lost = self._unconfirmed.pop(producer, None)
-        if not lost:
-            return
-        try:
-            connection.consume(sorted(lost), deadline)
-        except BaseException:
-            connection.close()
-            with self._lock:
-                self._unconfirmed.setdefault(producer, set()).update(lost)
-            raise
-        self._counters.add("acks_repeated", len(lost))
-
-
-class _Refused(Exception):
-    """Carries a refusal through the code that closes failed connections: this one is still good."""
-
-    def __init__(self, error: DrayError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
 
 def _one(connection: Connection, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline) -> Held:
     (target,) = connection.ask([ref], reader, status_by)
     answer = connection.answer(ref, target, status_by, deadline)
     if isinstance(answer, DrayError):
-        raise _Refused(answer)
+        raise Refused(answer)
     return answer
 
 
@@ -492,10 +332,6 @@ def _unpacked(result: Bytes | DrayError) -> Arrays | DrayError:
         return unpack(result)
     except PayloadError as error:
         return error
-
-
-def _names(lanes: Sequence[Lane]) -> str:
-    return "/".join(lane.label for lane in lanes)
 
 
 def _usable(lanes: str) -> tuple[Lane, ...]:

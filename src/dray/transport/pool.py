@@ -94,11 +94,15 @@ class ConnectionPool(Generic[C, G]):
             self._groups[group] = False
 
     def drain(self) -> tuple[list[C], list[G]]:
-        """Give out every idle connection and every group, for good."""
-        connections = [idle.connection for kept in self._idle.values() for idle in kept]
-        groups = list(self._groups)
-        self._idle.clear()
-        self._groups.clear()
+        """Give out, for good, the idle connections and groups that no thread uses."""
+        connections: list[C] = []
+        for endpoint, kept in list(self._idle.items()):
+            busy = [idle for idle in kept if idle.group is not None and self._groups[idle.group]]
+            connections += [idle.connection for idle in kept if idle not in busy]
+            self._idle[endpoint] = busy
+        groups = [group for group, busy in self._groups.items() if not busy]
+        for group in groups:
+            del self._groups[group]
         return connections, groups
 
     def count(self, endpoint: str) -> int:

@@ -7,6 +7,7 @@ server's thread for all its streams at once, a client for the one it uses.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,17 +108,22 @@ class Endpoint:
         Raises:
             ConfigError: it is none of these.
         """
-        scheme, _, rest = address.partition(":")
-        lane = SCHEMES.get(scheme)
-        if lane is Lane.SHM and rest:
-            return cls(lane, rest)
-        host, _, port = rest.rpartition(":")
-        if lane is None or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigError("endpoint", address, "unix:PATH, tcp:HOST:PORT or ucx:HOST:PORT")
-        return cls(lane, host.removeprefix("[").removesuffix("]"), int(port))
+        return _parse(address)
 
     def __str__(self) -> str:
         if self.lane is Lane.SHM:
             return f"unix:{self.host}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.lane.label}:{host}:{self.port}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(address: str) -> Endpoint:
+    scheme, _, rest = address.partition(":")
+    lane = SCHEMES.get(scheme)
+    if lane is Lane.SHM and rest:
+        return Endpoint(lane, rest)
+    host, _, port = rest.rpartition(":")
+    if lane is None or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError("endpoint", address, "unix:PATH, tcp:HOST:PORT or ucx:HOST:PORT")
+    return Endpoint(lane, host.removeprefix("[").removesuffix("]"), int(port))

@@ -1,0 +1,239 @@
+"""Layer 1: one exchange with a producer, over whichever connection and endpoint work.
+
+Decisions are made by the state machines in `health` and `pool`; this module carries them out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dray.clock import Clock, Deadline
+from dray.errors import BufferClosedError, DrayError, ProducerLostError, TransportError, Unreachable
+from dray.telemetry import Counters
+from dray.transport.connection import Connection
+from dray.transport.health import Quarantine, ReadAttempts
+from dray.transport.pool import ConnectionPool
+from dray.transport.stream import Endpoint
+from dray.transport.ucx_worker import UcxWorker, is_loopback
+from dray.wire import PayloadRef
+from dray.wire.handshake import Lane
+
+logger = logging.getLogger("dray.client")
+
+T = TypeVar("T")
+Exchange = Callable[[Connection, Deadline, Deadline], T]
+"""Gets the connection, the deadline for connecting and STATUS, and that of the whole."""
+
+
+class Refused(Exception):
+    """Carries a refusal through the code that closes failed connections: this one is still good."""
+
+    def __init__(self, error: DrayError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Exchanges:
+    """A client's connections, and the rules by which they are used, retried and replaced. Thread-safe.
+
+    Args:
+        lanes: the lanes that may be used, best first.
+        secret: the job's secret, where servers have one.
+        verify: compare payloads with the checksums that servers send.
+        pool: idle connections.
+        quarantine: endpoints to skip.
+        attempts: transport failures that end an exchange.
+        counters: where retries and connects are counted.
+        clock: where time comes from.
+    """
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        secret: bytes | None,
+        verify: bool,
+        pool: ConnectionPool[Connection, UcxWorker],
+        quarantine: Quarantine,
+        attempts: int,
+        counters: Counters,
+        clock: Clock,
+    ) -> None:
+        self._lanes = tuple(lanes)
+        self._secret = secret
+        self._verify = verify
+        self._pool = pool
+        self._quarantine = quarantine
+        self._attempts = attempts
+        self._counters = counters
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rotation = 0
+        self._unconfirmed: dict[bytes, set[tuple[int, int, int]]] = {}
+        self._closed = False
+
+    def run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
+        """Run one exchange with the producer of `ref`, over another endpoint if the first fails."""
+        result, connection, group = self.run_and_keep(ref, deadline, exchange)
+        self.checkin(connection, group)
+        return result
+
+    def run_and_keep(
+        self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]
+    ) -> tuple[T, Connection, UcxWorker | None]:
+        """Like `run`; the connection is the caller's afterwards, to `checkin` or `discard`."""
+        attempts = self.plan(ref)
+        while True:
+            endpoint, status_by = self.choose(attempts, deadline)
+            try:
+                connection, group = self.checkout(endpoint, ref.producer, status_by)
+                try:
+                    return exchange(connection, status_by, deadline), connection, group
+                except Refused as refused:
+                    self.checkin(connection, group)
+                    raise refused.error from None
+                except BaseException:
+                    self.discard(connection, group)
+                    raise
+            except TransportError as error:
+                self.failed(attempts, endpoint, ref.producer, error)
+
+    # --- attempts ---------------------------------------------------------------------------------------------
+
+    def plan(self, ref: PayloadRef) -> ReadAttempts:
+        """The attempts of one exchange, none of them made yet.
+
+        Raises:
+            Unreachable: the reference has no endpoint on an allowed lane.
+            BufferClosedError: the client is closed.
+        """
+        usable = [endpoint for endpoint in ref.endpoints if Endpoint.parse(endpoint).lane in self._lanes]
+        if not usable:
+            lanes = "/".join(lane.label for lane in self._lanes)
+            raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {lanes}")
+        with self._lock:
+            if self._closed:
+                raise BufferClosedError("the client is closed")
+            self._rotation += 1
+            return ReadAttempts(usable, self._lanes, self._quarantine, self._rotation, self._attempts)
+
+    def choose(self, attempts: ReadAttempts, deadline: Deadline) -> tuple[str, Deadline]:
+        """The endpoint of the next attempt, and until when it must have connected and answered.
+
+        That is half of what is left, so that a wedged endpoint leaves time for another; the last attempt gets all.
+        """
+        with self._lock:
+            endpoint = attempts.choose(self._clock.now())
+        return endpoint, deadline if attempts.last else deadline.share(0.5)
+
+    def failed(self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError) -> None:
+        """Note a failed attempt; returns if another one is due, else raises what it comes to."""
+        with self._lock:
+            final = attempts.give_up(endpoint, error, self._clock.now())
+            if isinstance(final, ProducerLostError):
+                self._unconfirmed.pop(producer, None)
+        if final is not None:
+            raise final from error
+        self._counters.add("retries")
+        logger.debug("%s; trying another endpoint", error)
+
+    # --- connections ------------------------------------------------------------------------------------------
+
+    def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, UcxWorker | None]:
+        """An open connection to the endpoint, and the UCX worker that it keeps busy."""
+        grouped = Endpoint.parse(endpoint).lane is Lane.UCX
+        while True:
+            with self._lock:
+                decision = self._pool.checkout(endpoint, self._clock.now(), grouped)
+            for expired, group in decision.expired:
+                self.discard(expired, group)
+            connection, group = decision.connection, decision.group
+            if connection is None:
+                return self._open(endpoint, producer, deadline, group)
+            if connection.identity.producer == producer and connection.usable():
+                return connection, group
+            self.discard(connection, group)
+
+    def checkin(self, connection: Connection, group: UcxWorker | None) -> None:
+        """Keep a connection after a clean exchange."""
+        with self._lock:
+            surplus = self._pool.checkin(connection.endpoint, connection, group, self._clock.now())
+        if surplus is not None:
+            self.discard(surplus, group)
+        elif self._closed:
+            self._close_idle()
+
+    def discard(self, connection: Connection, group: UcxWorker | None) -> None:
+        """Close a connection; ACKs that may be lost with it are remembered."""
+        lost = connection.unconfirmed
+        connection.close()
+        with self._lock:
+            if lost:
+                self._unconfirmed.setdefault(connection.identity.producer, set()).update(lost)
+            self._pool.discard(group)
+        if self._closed:
+            self._close_idle()
+
+    def quarantined(self) -> list[str]:
+        """The endpoints that are skipped now."""
+        with self._lock:
+            return self._quarantine.listed(self._clock.now())
+
+    def close(self) -> None:
+        """Close every idle connection; those in use are closed when their exchange is over. Twice is fine."""
+        self._closed = True
+        self._close_idle()
+
+    def _open(
+        self, endpoint: str, producer: bytes, deadline: Deadline, group: UcxWorker | None
+    ) -> tuple[Connection, UcxWorker | None]:
+        address = Endpoint.parse(endpoint)
+        try:
+            if group is None and address.lane is Lane.UCX:
+                group = UcxWorker(is_loopback(address.host))
+                with self._lock:
+                    self._pool.add_group(group)
+            connection = Connection.open(endpoint, producer, self._secret, deadline, group, self._verify)
+        except BaseException:
+            with self._lock:
+                self._pool.discard(group)
+            raise
+        self._counters.add("connects")
+        try:
+            self._settle(connection, deadline)
+        except BaseException:
+            self.discard(connection, group)
+            raise
+        return connection, group
+
+    def _settle(self, connection: Connection, deadline: Deadline) -> None:
+        """Tell the producer again what ACKs that may have been lost said."""
+        producer = connection.identity.producer
+        with self._lock:
+            lost = self._unconfirmed.pop(producer, None)
+        if not lost:
+            return
+        try:
+            connection.consume(sorted(lost), deadline)
+        except BaseException:
+            with self._lock:
+                self._unconfirmed.setdefault(producer, set()).update(lost)
+            raise
+        self._counters.add("acks_repeated", len(lost))
+
+    def _close_idle(self) -> None:
+        """Close what no thread uses, each after making sure that its ACKs have arrived."""
+        with self._lock:
+            connections, groups = self._pool.drain()
+        deadline = Deadline.after(1.0, self._clock)
+        for connection in connections:
+            if connection.unconfirmed:
+                # Any answer confirms all ACKs before it; a connection that fails now returns its leases.
+                with contextlib.suppress(DrayError):
+                    connection.consume(connection.unconfirmed[-1:], deadline)
+            connection.close()
+        for group in groups:
+            group.close()
