@@ -19,12 +19,12 @@ from pydantic import ValidationError
 from dray.clock import Deadline
 from dray.config import JobConfig
 from dray.control import JobKeys, RedisAddress, RedisConnection, RedisServer, delete_job, start_redis
-from dray.errors import ConfigError, ControlPlaneError, DrayError
+from dray.errors import ConfigError, ControlPlaneError
 from dray.launch.children import Child, child_pids, kill_orphans
 from dray.launch.display import Display
 from dray.launch.output import open_output
 from dray.launch.signals import SignalInbox
-from dray.launch.teardown import Means, Teardown
+from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
 from dray.runtime import messages
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
@@ -73,8 +73,10 @@ class _Run:
         self._signals: list[signal.Signals] = []
         self._replicas: list[Child] = []
         self._controller: Child | None = None
-        self._teardown: Teardown | None = None
+        self._teardowns: list[tuple[list[Child], Teardown]] = []
+        self._asked = False
         self._status: messages.Status | None = None
+        self._interrupted = False
         self._failure = ""
         self._unexpected: list[str] = []
 
@@ -236,14 +238,16 @@ class _Run:
             self._selector.register(child.pidfd, selectors.EVENT_READ, child)
         next_status = Deadline.after(0)
         while any(child.running for child in children):
+            if self._teardowns and all(teardown.is_over for _, teardown in self._teardowns):
+                left = ", ".join(f"{child.name} (pid {child.pid})" for child in children if child.running)
+                self._display.say(f"{left} did not end although killed")
+                return
             bound = next_status.remaining
-            if self._teardown is not None:
-                bound = min(bound, self._teardown.seconds_to_next)
-            self._wait(bound)
+            self._wait(min([bound, *(teardown.seconds_to_next for _, teardown in self._teardowns)]))
             for child in children:
                 if child.running and child.collect() is not None:
                     self._ended(child, client)
-            self._react()
+            self._react(client)
             if next_status.expired and self._controller.running:
                 self._look(client)
                 next_status = Deadline.after(STATUS_INTERVAL)
@@ -271,7 +275,7 @@ class _Run:
         self._selector.unregister(child.pidfd)
         code = child.exit_code
         assert code is not None
-        expected = self._teardown is not None or code in (ExitCode.OK, ExitCode.FAILED)
+        expected = self._asked or code in (ExitCode.OK, ExitCode.FAILED)
         if child is self._controller:
             early = not self._folder.outcome.exists() and not self._signals
             if early:
@@ -281,51 +285,58 @@ class _Run:
         if not expected:
             self._display.say(f"{child.name} ended early: {meaning(code)}; see {_short(child.log)}")
             assert child.role is not None
-            body = messages.Died(name=child.name, role=child.role, reason=meaning(code))
-            try:
-                client.post("/died", body, messages.Directive)
-            except DrayError as error:
-                self._display.say(f"the controller could not be told: {error}")
+            self._tell(client, "/died", messages.Died(name=child.name, role=child.role, reason=meaning(code)))
         if child.role is Role.POLICY or not any(each.running for each in self._replicas):
             self._end()
 
     def _end(self, *, at_once: bool = False) -> None:
-        if self._teardown is None:
-            self._teardown = Teardown(self._config.timeouts.shutdown, at_once=at_once)
+        """Begin to end the job, or do so more firmly; the controller goes last."""
+        if not self._teardowns or (at_once and not self._asked):
+            self._asked = at_once
+            bound = self._config.timeouts.shutdown
+            rollouts = [child for child in self._replicas if child.role is Role.ROLLOUT]
+            others = [child for child in (*self._replicas, self._controller) if child is not None]
+            self._teardowns = [
+                (rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
+                ([child for child in others if child not in rollouts], Teardown(bound, at_once=at_once)),
+            ]
         if self._controller is not None and not any(each.running for each in self._replicas):
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             self._controller.signal(signal.SIGTERM)
 
-    def _react(self) -> None:
-        """Do what signals and the teardown's deadline ask for."""
-        if self._signals and self._teardown is None:
-            self._display.say(
-                f"{self._signals[0].name}: ending the job, at most {self._config.timeouts.shutdown:g} s"
-            )
-        if self._signals:
-            self._end(at_once=True)
-        if self._teardown is None:
-            return
-        if len(self._signals) > 1:
-            self._teardown.hurry()
-        for means in self._teardown.take_due():
-            self._apply(means)
+    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> None:
+        try:
+            client.post(path, body, messages.Directive)
+        except ControlPlaneError as error:
+            self._display.say(f"the controller could not be told: {error}")
 
-    def _apply(self, means: Means) -> None:
-        # The controller is asked when the last replica has ended, not before.
-        meant = [*self._replicas]
-        if self._controller is not None and means is not Means.TERMINATE:
-            meant.append(self._controller)
-        for child in (each for each in meant if each.running):
-            if means is Means.TERMINATE:
+    def _react(self, client: ControllerClient) -> None:
+        """Do what signals and the deadline of the end ask for."""
+        if self._signals and not self._interrupted:
+            self._interrupted = True
+            name, bound = self._signals[0].name, self._config.timeouts.shutdown
+            self._display.say(f"{name}: ending the job, at most {bound:g} s")
+            if self._controller is not None and self._controller.running:
+                self._tell(client, "/stop", messages.Stop(reason=f"interrupted by {name}"))
+            self._end(at_once=True)
+        for children, teardown in self._teardowns:
+            if len(self._signals) > 1:
+                teardown.hurry()
+            for means in teardown.take_due():
+                for child in children:
+                    if child.running:
+                        self._apply(means, child)
+
+    def _apply(self, means: Means, child: Child) -> None:
+        if means is Means.TERMINATE:
+            if child is not self._controller:
                 child.signal(signal.SIGTERM)
-            elif means is Means.DUMP_STACKS:
-                child.signal(DUMP_SIGNAL)
-            else:
-                child.kill_group()
-                self._display.say(
-                    f"{child.name} (pid {child.pid}) did not end in time and was killed; see {_short(child.log)}"
-                )
+        elif means is Means.DUMP_STACKS:
+            child.signal(DUMP_SIGNAL)
+        else:
+            child.kill_group()
+            why = "was killed" if len(self._signals) > 1 else "did not end in time and was killed"
+            self._display.say(f"{child.name} (pid {child.pid}) {why}; see {_short(child.log)}")
 
     def _look(self, client: ControllerClient) -> None:
         try:

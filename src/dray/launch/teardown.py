@@ -1,5 +1,8 @@
 """How children are brought to an end: one deadline for all of them, and ever firmer means. No I/O.
 
+Rollout replicas get a part of the deadline (`ROLLOUT_SHARE`): should one of them be what the policy waits for, its
+end leaves the policy time to write a checkpoint.
+
 | part of the deadline | in order | interrupted |
 |---|---|---|
 | at once | they were told by the controller | SIGTERM |
@@ -10,9 +13,12 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
 from dray.clock import MONOTONIC, Clock
+
+ROLLOUT_SHARE = 0.55
 
 
 class Means(Enum):
@@ -48,11 +54,17 @@ class Teardown:
         return due
 
     def hurry(self) -> None:
-        """Kill now: the user asked a second time."""
-        self._due = {Means.KILL: 0.0}
+        """Kill now, unless that has been done."""
+        if Means.KILL in self._due:
+            self._due = {Means.KILL: 0.0}
 
     @property
     def seconds_to_next(self) -> float:
-        """Seconds until `take_due` has something, at most the bound."""
+        """Seconds until `take_due` has something; ``inf`` when everything was done."""
         elapsed = self._clock.now() - self._began
-        return max(0.0, min(self._due.values(), default=self.bound) - elapsed)
+        return max(0.0, min(self._due.values(), default=math.inf) - elapsed)
+
+    @property
+    def is_over(self) -> bool:
+        """True when even those that were killed should long have ended."""
+        return not self._due and self._clock.now() - self._began >= 2 * self.bound

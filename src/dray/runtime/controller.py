@@ -67,6 +67,7 @@ class Controller:
                 Route("/prompts", self._guarded(self._prompts), methods=["POST"]),
                 Route("/finish", self._guarded(self._finish), methods=["POST"]),
                 Route("/unregister", self._guarded(self._unregister), methods=["POST"]),
+                Route("/stop", self._guarded(self._stop), methods=["POST"]),
                 Route("/died", self._guarded(self._died), methods=["POST"]),
             ]
         )
@@ -177,6 +178,12 @@ class Controller:
     async def _unregister(self, request: Request) -> Response:
         body = await _body(request, messages.Unregister)
         self.membership.left(body.name, body.incarnation, body.reason)
+        await self._after_event()
+        return _reply(self._directive())
+
+    async def _stop(self, request: Request) -> Response:
+        body = await _body(request, messages.Stop)
+        self.membership.stop(Outcome("interrupted", body.reason))
         await self._after_event()
         return _reply(self._directive())
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,6 +24,9 @@ from dray.runtime.membership import MembershipError
 
 KEEP_ALIVE = 30.0
 """Seconds for which the controller keeps an idle connection; clients give one up well before."""
+
+HURRIED = 1.0
+"""Seconds that a call may take once the process is about to end."""
 
 _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 1.0
@@ -59,6 +63,8 @@ class ControllerClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="controller-client", daemon=True)
         self._thread.start()
         self._closed = False
+        self._bounds: set[asyncio.Timeout] = set()
+        self._hurried = False
 
     @classmethod
     def of_address_file(cls, path: Path, token: str, timeout: float) -> Self:
@@ -82,6 +88,12 @@ class ControllerClient:
             ControlPlaneError: as `post`.
         """
         return self._run(self._request("GET", "/status", None, messages.Status, self._deadline(timeout)))
+
+    def hurry(self) -> None:
+        """From now on, and for calls under way, wait at most `HURRIED` seconds: the process is about to end."""
+        self._hurried = True
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self._shorten)
 
     def close(self) -> None:
         """Close the connections; calls under way in other threads fail."""
@@ -116,7 +128,7 @@ class ControllerClient:
     ) -> _Reply:
         wait = _FIRST_WAIT
         try:
-            async with asyncio.timeout(deadline.timeout):
+            async with self._bounded(deadline):
                 while True:
                     try:
                         response = await self._client.request(method, path, content=body)
@@ -130,6 +142,24 @@ class ControllerClient:
         except TimeoutError as error:
             message = f"the controller did not answer {method} {path}"
             raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
+
+    @contextlib.asynccontextmanager
+    async def _bounded(self, deadline: Deadline) -> AsyncIterator[None]:
+        async with asyncio.timeout(deadline.timeout) as bound:
+            self._bounds.add(bound)
+            try:
+                if self._hurried:
+                    self._shorten()
+                yield
+            finally:
+                self._bounds.discard(bound)
+
+    def _shorten(self) -> None:
+        latest = self._loop.time() + HURRIED
+        for bound in self._bounds:
+            when = bound.when()
+            if not bound.expired() and (when is None or when > latest):
+                bound.reschedule(latest)
 
     async def _end_calls(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

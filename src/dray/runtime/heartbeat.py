@@ -100,6 +100,10 @@ class Heartbeat:
             self._settled.extend(indices)
         self._wake.set()
 
+    def beat_now(self) -> None:
+        """Do not wait for the end of the interval."""
+        self._wake.set()
+
     def close(self) -> None:
         """Send a last report where the controller still listens, and end the thread."""
         self._closed.set()

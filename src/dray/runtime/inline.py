@@ -14,7 +14,7 @@ from dray.control import (
     Delivery,
     PublishedWeights,
     RolloutEntry,
-    RolloutQueue,
+    RolloutProducer,
     StreamLostError,
     WeightsKey,
 )
@@ -44,7 +44,7 @@ class InlineOutlet:
     def __init__(self, replica: Replica) -> None:
         bound = replica.spec.config.prompts_in_flight
         self._replica = replica
-        self._queue = RolloutQueue(replica.redis, replica.keys, max_backlog=bound)
+        self._queue = RolloutProducer(replica.redis, replica.keys, max_backlog=bound)
         self._producer = secrets.token_hex(16)
         self._sequence = 0
         self._recent: deque[RolloutEntry] = deque(maxlen=bound)

@@ -82,6 +82,12 @@ class Died(Message):
     reason: Sentence
 
 
+class Stop(Message):
+    """``POST /stop``: the supervisor was interrupted."""
+
+    reason: Sentence
+
+
 class Directive(Message):
     """The answer to register and heartbeat: whether to go on."""
 

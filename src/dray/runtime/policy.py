@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from dray.clock import MONOTONIC, Deadline
-from dray.control import Delivery, RolloutQueue
+from dray.control import Delivery, RolloutConsumer
 from dray.errors import DrayError, StaleSlotError
 from dray.payload.trajectory import REWARDS
 from dray.runtime import messages
@@ -63,7 +63,7 @@ class Training:
         self._inlet = inlet
         self._weights = weights
         self._log = log
-        self._queue = RolloutQueue(replica.redis, replica.keys, consumer=replica.name)
+        self._queue = RolloutConsumer(replica.redis, replica.keys, replica.name)
         self._began = MONOTONIC.now()
         self._step = 0
         self._version = 0
@@ -81,7 +81,7 @@ class Training:
             if batch is None:
                 break
             solved = self._train(batch)
-            if self._step % self._config.policy.checkpoint_every == 0:
+            if not solved and self._step % self._config.policy.checkpoint_every == 0:
                 self._save()
         return self._end(solved)
 

@@ -36,6 +36,7 @@ class StopFlag:
         self.reason = ""
         self.exit_code: int | None = None
         self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
 
     @property
     def is_set(self) -> bool:
@@ -49,7 +50,18 @@ class StopFlag:
             self.reason = reason
             self.exit_code = exit_code
             self.event.set()
+            callbacks = self._callbacks
         _LOG.info("stopping: %s", reason)
+        for callback in callbacks:
+            callback()
+
+    def on_set(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the flag is set, in the thread that sets it; now, if it is set."""
+        with self._lock:
+            if not self.event.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until the flag is set, at most `timeout` seconds; returns whether it is."""

@@ -65,6 +65,7 @@ class Replica:
                     self.spec.folder.controller_address, self.spec.token, config.timeouts.http
                 )
             )
+            self.stop.on_set(self.client.hurry)
             body = messages.Register(name=self.name, incarnation=self.incarnation, role=self.role, pid=os.getpid())
             self.client.post("/register", body, messages.Directive)
             starting.callback(self._unregister)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,9 +63,13 @@ def write_report(
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"
-    place = f"{folder.root}" + ("" if plotted else " (no plot: matplotlib is not installed)" if steps else "")
+    place = _short(folder.root) + ("" if plotted else " (no plot: matplotlib is not installed)" if steps else "")
     detail = reason.removeprefix("not solved ") if head == "not solved" else reason
     return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _solved(config: JobConfig, status: Status | None) -> bool:
@@ -168,4 +174,5 @@ def _smoothed(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, 
     totals = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - 10)
-    return (totals[ends] - totals[starts]) / (ends - starts)
+    means: np.ndarray[Any, np.dtype[np.float64]] = (totals[ends] - totals[starts]) / (ends - starts)
+    return means

@@ -95,9 +95,12 @@ def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet
 def _drain(replica: Replica, outlet: Outlet) -> None:
     """While the job goes on, its policy still reads what this replica has published."""
     replica.activity.doing("waiting until its payloads are consumed")
+    replica.heartbeat.beat_now()
     left = outlet.drain(replica.spec.config.timeouts.shutdown / 2)
     if left:
-        _LOG.warning("%d payloads were not consumed before the end", left)
+        # When the job is over nobody wants them; before that, they are lost to it.
+        level = logging.INFO if replica.heartbeat.job_over.is_set() else logging.WARNING
+        _LOG.log(level, "%d payloads were not consumed before the end", left)
         replica.activity.counters.add("abandoned", left)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dray.runtime.by_reference import reference_inlet, reference_outlet
 from dray.runtime.inline import inline_inlet, inline_outlet
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import InletContext, OutletContext
@@ -11,8 +12,6 @@ def open_outlet(replica: Replica) -> OutletContext:
     """The ends of a rollout replica."""
     if replica.spec.config.job.payload_transfer == "redis":
         return inline_outlet(replica)
-    from dray.runtime.by_reference import reference_outlet
-
     return reference_outlet(replica)
 
 
@@ -20,6 +19,4 @@ def open_inlet(replica: Replica) -> InletContext:
     """The ends of the policy replica."""
     if replica.spec.config.job.payload_transfer == "redis":
         return inline_inlet(replica)
-    from dray.runtime.by_reference import reference_inlet
-
     return reference_inlet(replica)

@@ -1,0 +1,239 @@
+"""``payload_transfer = "ucxx"``: payloads and weights stay in rings, references to them travel through Redis."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from dray.buffer import SharedRingBuffer
+from dray.clock import Deadline
+from dray.control import (
+    Delivery,
+    PublishedWeights,
+    RolloutEntry,
+    RolloutProducer,
+    StreamLostError,
+    WeightsKey,
+)
+from dray.errors import BufferFullError, DrayError, ProducerLostError, StaleSlotError, TransportError
+from dray.payload import plan
+from dray.runtime.replica import Replica
+from dray.runtime.transfer import Arrays
+from dray.transport import PayloadClient, PayloadServer
+from dray.wire import PayloadRef
+
+_LOG = logging.getLogger("dray.runtime.by_reference")
+_SLICE = 0.5
+_LAST_WORDS = 1.0
+_PAGE = 4096
+_LONGEST_SOCKET_FOLDER = 80
+_LANES: tuple[Literal["shm", "ucx", "tcp"], ...] = ("shm", "ucx", "tcp")
+
+
+@contextmanager
+def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, ReferenceWeightsInlet]]:
+    """The ends of a rollout replica."""
+    config = replica.spec.config.rollout
+    with ExitStack() as opened:
+        ring = opened.enter_context(SharedRingBuffer(config.slots, config.slot_bytes))
+        server = opened.enter_context(_server(replica, ring))
+        client = opened.enter_context(_client(replica))
+        yield ReferenceOutlet(replica, ring, server), ReferenceWeightsInlet(replica, client)
+
+
+@contextmanager
+def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, ReferenceWeightsOutlet]]:
+    """The ends of a policy replica."""
+    with ExitStack() as opened:
+        client = opened.enter_context(_client(replica))
+        yield ReferenceInlet(replica, client), opened.enter_context(ReferenceWeightsOutlet(replica))
+
+
+def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
+    config = replica.spec.config
+    lane = config.job.lane
+    sockets = replica.spec.folder.run / "sockets"
+    # A Unix socket's path is short by law; the default place is used where the output folder lies too deep.
+    directory: Path | None = sockets if len(str(sockets)) <= _LONGEST_SOCKET_FOLDER else None
+    return PayloadServer(
+        ring,
+        lanes="auto" if lane == "auto" else (lane,),
+        threads=config.rollout.server_threads,
+        secret=replica.spec.secret,
+        directory=directory,
+    )
+
+
+def _client(replica: Replica) -> PayloadClient:
+    return PayloadClient(lanes=replica.spec.config.job.lane, secret=replica.spec.secret)
+
+
+class ReferenceOutlet:
+    """See `Outlet`. Entries of payloads that may still be READY are kept, to publish them again after a loss."""
+
+    def __init__(self, replica: Replica, ring: SharedRingBuffer, server: PayloadServer) -> None:
+        self._replica = replica
+        self._ring = ring
+        self._server = server
+        self._queue = RolloutProducer(replica.redis, replica.keys)
+        self._entries: OrderedDict[int, RolloutEntry] = OrderedDict()
+
+    def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
+        reference = self._claim(arrays)
+        if reference is None:
+            return False
+        entry = RolloutEntry(
+            producer=reference.producer.hex(),
+            sequence=reference.sequence,
+            weight_version=weight_version,
+            replica=self._replica.name,
+            prompt=prompt,
+            reference=reference.to_json(),
+        )
+        self._entries[reference.sequence] = entry
+        while len(self._entries) > self._ring.slots:
+            self._entries.popitem(last=False)
+        try:
+            self._queue.publish(entry, timeout=self._replica.spec.config.timeouts.redis)
+        except StreamLostError:
+            self.refresh()
+        self._replica.activity.counters.add_all({"payloads": 1, "bytes": reference.nbytes})
+        return True
+
+    def refresh(self) -> None:
+        if self._queue.attach():
+            ready = [self._entries[each.sequence] for each in self._ring.ready() if each.sequence in self._entries]
+            _LOG.warning("Redis was restarted empty; %d payloads are published again", len(ready))
+            for entry in ready:
+                self._queue.publish(entry)
+
+    def drain(self, timeout: float) -> int:
+        deadline, job_over = Deadline.after(timeout), self._replica.heartbeat.job_over
+        for each in self._ring.ready(leased=True):
+            while not job_over.is_set() and not deadline.expired:
+                if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
+                    break
+        return self._ring.get_ready_count()
+
+    def _claim(self, arrays: Arrays) -> PayloadRef | None:
+        while not self._replica.stop.is_set:
+            try:
+                return self._server.put(arrays, timeout=_SLICE)
+            except BufferFullError:
+                self.refresh()
+        return None
+
+
+class ReferenceInlet:
+    """See `Inlet`."""
+
+    def __init__(self, replica: Replica, client: PayloadClient) -> None:
+        self._replica = replica
+        self._client = client
+
+    def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
+        waiting: dict[tuple[bytes, int], Delivery] = {}
+        references: list[PayloadRef] = []
+        for delivery in deliveries:
+            try:
+                reference = PayloadRef.from_json(delivery.entry.reference or "")
+            except DrayError as error:
+                yield delivery, error
+            else:
+                references.append(reference)
+                waiting[reference.identity] = delivery
+        timeout = self._replica.spec.config.timeouts.read
+        for reference, result in self._client.read_many(
+            references, timeout=timeout, consume=False, return_errors=True
+        ):
+            yield waiting[reference.identity], result
+
+    def consume(self, deliveries: Sequence[Delivery]) -> None:
+        by_producer: dict[str, list[PayloadRef]] = {}
+        for delivery in deliveries:
+            if delivery.entry.reference is not None:
+                reference = PayloadRef.from_json(delivery.entry.reference)
+                by_producer.setdefault(delivery.entry.replica, []).append(reference)
+        timeout = self._replica.spec.config.timeouts.read
+        for name, references in by_producer.items():
+            try:
+                self._client.consume(
+                    references, timeout=min(timeout, _LAST_WORDS) if self._replica.stop.is_set else timeout
+                )
+            except (ProducerLostError, TransportError) as error:
+                # They are committed: nobody asks for them again, and a dead producer's slots died with it.
+                self._replica.activity.counters.add("unfreed", len(references))
+                _LOG.warning("%d payloads of %s were not freed: %s", len(references), name, error)
+
+    def statistics(self) -> Mapping[str, float]:
+        statistics = self._client.statistics()
+        return {"bytes": statistics["bytes"], "retries": statistics["retries"]}
+
+    @property
+    def lane(self) -> str:
+        configured = self._replica.spec.config.job.lane
+        if configured != "auto":
+            return configured
+        statistics = self._client.statistics()
+        return "+".join(lane for lane in _LANES if statistics.get(f"reads_{lane}"))
+
+
+class ReferenceWeightsOutlet:
+    """See `WeightsOutlet`. The ring is made for the first weights, when their size is known."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._key = WeightsKey(replica.redis, replica.keys)
+        self._opened = ExitStack()
+        self._server: PayloadServer | None = None
+
+    def publish(self, weights: Arrays, version: int) -> None:
+        if self._server is None:
+            self._server = self._open(plan(weights).nbytes)
+        reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
+        self._key.publish(reference.to_json(), version)
+
+    def _open(self, nbytes: int) -> PayloadServer:
+        slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
+        # One slot for each reader that is behind, one for the newest, one to write to.
+        slots = self._replica.spec.config.rollout.replicas + 2
+        ring = self._opened.enter_context(SharedRingBuffer(slots, slot_bytes, retain="newest"))
+        return self._opened.enter_context(_server(self._replica, ring))
+
+    def __enter__(self) -> ReferenceWeightsOutlet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+
+class ReferenceWeightsInlet:
+    """See `WeightsInlet`."""
+
+    def __init__(self, replica: Replica, client: PayloadClient) -> None:
+        self._replica = replica
+        self._client = client
+        self._key = WeightsKey(replica.redis, replica.keys)
+        self._last: PublishedWeights | None = None
+
+    def newer(self, timeout: float) -> tuple[int, Arrays] | None:
+        deadline = Deadline.after(self._replica.spec.config.timeouts.read)
+        counters = self._replica.activity.counters
+        found = self._key.wait_newer(self._last, timeout)
+        while found is not None and not self._replica.stop.is_set:
+            reference = PayloadRef.from_json(found.reference)
+            try:
+                arrays = self._client.read(reference, timeout=deadline.remaining, consume=False)
+            except StaleSlotError:
+                # Newer ones were published meanwhile, or are about to be.
+                counters.add("weight_stale")
+                found = self._key.wait_newer(found, deadline.sooner(_SLICE).timeout)
+                continue
+            self._last = found
+            counters.add("weight_payloads")
+            return found.version, arrays
+        return None
