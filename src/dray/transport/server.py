@@ -294,4 +294,5 @@ def _abandon_in_child() -> None:
     _servers.clear()
 
 
-os.register_at_fork(after_in_child=_abandon_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_in_child)

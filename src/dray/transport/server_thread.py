@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from dray.clock import Clock, Deadline
 from dray.errors import AuthenticationError, ConnectionClosed, ProtocolError, TransportError
 from dray.telemetry import Counters
-from dray.transport.stream import Listener, Stream
+from dray.transport.stream import Stream
 from dray.transport.tcp import TcpListener
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_worker import UcxWorker
@@ -31,7 +31,10 @@ logger = logging.getLogger("dray.server")
 _ROUNDS = 64
 """Answers one connection gets in a row before the others have their turn."""
 _LINGER_SECONDS = 1.0
+_HANDSHAKE_SECONDS = 10.0
+_ACCEPT_PAUSE_SECONDS = 1.0
 _WATCHDOG_SECONDS = 0.05
+_MOST_LISTED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class ServerThread:
         self._sockets: dict[int, _Connection] = {}
         self._ucx_connections: list[_Connection] = []
         self._undrained: list[_Connection] = []
+        self._paused: list[UnixListener | TcpListener] = []
         self._next_sweep = math.inf
         self._stop_by: Deadline | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -133,13 +137,10 @@ class ServerThread:
         return not self._thread.is_alive()
 
     def leases(self) -> list[dict[str, float | int | None]]:
-        """Readers with live leases: pid (on the Unix lane), leases, seconds since they last said something."""
+        """The longest silent readers with live leases: pid (Unix lane), leases, seconds since their last word."""
         now = self._clock.now()
-        return [
-            {"pid": c.pid, "leases": c.session.leases, "age": now - c.active}
-            for c in self._connections()
-            if c.session.leases
-        ]
+        holding = sorted((c for c in self._connections() if c.session.leases), key=lambda c: c.active)
+        return [{"pid": c.pid, "leases": c.session.leases, "age": now - c.active} for c in holding[:_MOST_LISTED]]
 
     @property
     def connections(self) -> int:
@@ -147,10 +148,8 @@ class ServerThread:
         return len(self._sockets) + len(self._ucx_connections)
 
     def abandon_after_fork(self) -> None:
-        """In a forked child: close the inherited sockets, so that peers notice when the parent dies."""
-        for descriptor in (*self._listeners, *self._sockets, self._wake):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        """In a forked child, where the thread does not run: close what only it uses."""
+        os.close(self._wake)
         self._poll.close()
 
     # --- the loop ---------------------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ class ServerThread:
             return _WATCHDOG_SECONDS
         return None if self._next_sweep == math.inf else max(0.0, self._next_sweep - self._clock.now())
 
-    def _accept(self, listener: Listener) -> None:
+    def _accept(self, listener: UnixListener | TcpListener | UcxListener) -> None:
         while True:
             try:
                 stream = listener.accept()
@@ -201,19 +200,28 @@ class ServerThread:
             except TransportError as error:
                 self._counters.add("accept_failures")
                 logger.warning("a connection could not be accepted: %s", error)
+                if isinstance(listener, UcxListener):
+                    continue
+                self._pause_accepting(listener)
                 return
             if stream is None:
                 return
             now = self._clock.now()
             connection = _Connection(stream, self._make_session(stream.lane), now)
             self._counters.add("connections")
-            self._next_sweep = min(self._next_sweep, now + self._settings.idle)
+            self._next_sweep = min(self._next_sweep, now + self._limit(connection))
             if stream.lane is Lane.UCX:
                 self._ucx_connections.append(connection)
             else:
                 self._sockets[stream.fileno()] = connection
                 self._watch(connection)
             self._serve(connection)
+
+    def _pause_accepting(self, listener: UnixListener | TcpListener) -> None:
+        """Out of descriptors, most likely: leave the connection in the backlog rather than spin on it."""
+        self._poll.unregister(listener.fileno())
+        self._paused.append(listener)
+        self._next_sweep = min(self._next_sweep, self._clock.now() + _ACCEPT_PAUSE_SECONDS)
 
     def _progress_ucx(self) -> None:
         """Serve every UCX connection until there is nothing left to do but wait."""
@@ -302,6 +310,9 @@ class ServerThread:
         if now < self._next_sweep:
             return
         self._next_sweep = math.inf
+        for listener in self._paused:
+            self._poll.register(listener.fileno(), select.EPOLLIN)
+        self._paused.clear()
         for connection in self._connections():
             due = connection.active + self._limit(connection)
             if due <= now:
@@ -313,6 +324,8 @@ class ServerThread:
     def _limit(self, connection: _Connection) -> float:
         if connection.lingering:
             return _LINGER_SECONDS
+        if not connection.session.established:
+            return min(_HANDSHAKE_SECONDS, self._settings.idle)
         if not connection.session.leases:
             return self._settings.idle
         return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease
@@ -351,8 +364,10 @@ class ServerThread:
 
     def _stop_listening(self) -> None:
         for descriptor, listener in self._listeners.items():
-            self._poll.unregister(descriptor)
+            if listener not in self._paused:
+                self._poll.unregister(descriptor)
             listener.close()
+        self._paused.clear()
         self._listeners.clear()
         if self._ucx is not None:
             self._ucx.close()

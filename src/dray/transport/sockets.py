@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import errno
+import os
 import socket
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -24,6 +26,24 @@ MOST_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
+
+
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def not_inherited(sock: socket.socket) -> socket.socket:
+    """Close the socket in forked children: one that they kept open would hide the death of this process."""
+    _sockets.add(sock)
+    return sock
+
+
+def _close_in_child() -> None:
+    for sock in list(_sockets):
+        sock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError:
@@ -51,7 +71,7 @@ class SocketStream:
     def __init__(self, sock: socket.socket, lane: Lane, read_ahead: bool) -> None:
         sock.setblocking(False)
         self.lane = lane
-        self._sock = sock
+        self._sock = not_inherited(sock)
         self._read_ahead = read_ahead
         self._inbox = bytearray(READ_AHEAD if read_ahead else 4096)
         self._view = memoryview(self._inbox)

@@ -7,7 +7,7 @@ import socket
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, Unreachable
-from dray.transport.sockets import SocketStream, from_os_error
+from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
 from dray.wire.handshake import Lane
@@ -21,7 +21,7 @@ class TcpListener:
 
     def __init__(self, host: str, port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._sock = socket.socket(family, socket.SOCK_STREAM)
+        self._sock = not_inherited(socket.socket(family, socket.SOCK_STREAM))
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bind_next_free(self._sock, host, port)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
-from dray.transport.sockets import SocketStream, from_os_error
+from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.wire.handshake import Lane
 
 MAX_PATH_BYTES = 107
@@ -61,7 +61,7 @@ class UnixListener:
             raise ConfigError("socket path", str(path), f"at most {MAX_PATH_BYTES} bytes")
         self.path = path
         self.endpoint = f"unix:{path}"
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock = not_inherited(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
             self._sock.bind(str(path))
             self._sock.listen(_BACKLOG)
