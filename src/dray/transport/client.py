@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -336,6 +337,8 @@ def _unpacked(result: Bytes | DrayError) -> Arrays | DrayError:
 
 def _usable(lanes: str) -> tuple[Lane, ...]:
     """The lanes this client may use, best first."""
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("sys.platform", sys.platform, "Linux: dray's lanes need epoll and memfd")
     if lanes == "auto":
         return (Lane.SHM, Lane.UCX, Lane.TCP) if UCXX_AVAILABLE else (Lane.SHM, Lane.TCP)
     if lanes not in LANE_NAMES:

@@ -179,6 +179,7 @@ class Connection:
     def usable(self) -> bool:
         """False once the server has closed an idle connection."""
         try:
+            self._stream.idle()
             return self._stream.receive(FRAME_BYTES) is None
         except DrayError:
             return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -28,6 +27,8 @@ class PrivateDirectory:
     """
 
     def __init__(self, root: Path | None = None) -> None:
+        import fcntl  # there is none where dray only has to import
+
         self._root = root or default_root()
         _own(self._root)
         self.path = self._root / secrets.token_hex(4)
@@ -59,6 +60,8 @@ def default_root() -> Path:
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Nobody else sweeps or makes a folder meanwhile: one that is not locked yet would look dead."""
+    import fcntl
+
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -69,6 +72,8 @@ def _locked(root: Path) -> Iterator[None]:
 
 def _sweep(root: Path) -> None:
     """Remove the folders whose owners are dead."""
+    import fcntl
+
     for folder in root.iterdir():
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)

@@ -8,7 +8,6 @@ module uses the low-level objects: a worker for each thread that drives one, blo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
 import ipaddress
@@ -239,6 +238,8 @@ def confine(port: int, host: str) -> None:
 def _interface(host: str) -> str:
     if is_loopback(host):
         return "lo"
+    import fcntl  # there is none where dray only has to import
+
     wanted = socket.inet_aton(socket.gethostbyname(host))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
