@@ -1,0 +1,69 @@
+# Everything is installed into .venv; pip's usual settings (environment, configuration files) apply.
+#   make demo PYTHON=python3.12          another interpreter
+#   make demo PIP_ARGS="--find-links …"  further options for pip install, such as an index of CPU builds of torch
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+ENDURANCE_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+.PHONY: help demo test lint format bench endurance clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/demo.stamp ## CartPole, learnt over dray by four processes on this machine; ends by itself when solved
+	$(BIN)/dray run examples/cartpole/job.toml
+
+test: .venv/dev.stamp ## every test but the long ones (PYTEST_ARGS="-k name" for some)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/dev.stamp ## ruff, mypy, import-linter, codespell
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m codespell_lib
+
+format: .venv/dev.stamp ## let ruff put the code into shape
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: .venv/dev.stamp ## read rate and latency of each lane beside memcpy and bare sockets: a table and JSON
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds among them
+	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)
+
+clean: ## remove .venv, caches and build products; outputs/ stays
+	rm -rf .venv build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "dray needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1)."; \
+	  echo "Name another one: make PYTHON=python3.11 …"; exit 1; }
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear .venv || { \
+	  echo "This Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+.venv/demo.stamp: .venv/python.stamp pyproject.toml constraints.txt
+	@echo "installing dray and what the demo needs into .venv (the first time takes minutes)"
+	@$(PIP_INSTALL) --editable '.[demo]'
+	@touch $@
+
+.venv/dev.stamp: .venv/python.stamp pyproject.toml constraints.txt
+	@echo "installing dray, the demo and the development tools into .venv (the first time takes minutes)"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch .venv/demo.stamp $@
