@@ -7,6 +7,7 @@ of their sequence numbers. An operation that is refused changes nothing but coun
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict, deque
 from typing import Final
@@ -242,10 +243,11 @@ class SlotTable:
         }
 
     def statistics(self) -> RingStatistics:
-        """All counters; the ages cost a walk over the live payloads."""
+        """All counters; the ages cost a walk past the live payloads older than those they are about."""
         now = self._now()
         count = self.count()
-        live = self.live.values()
+        ready = (now - slot.committed_at for slot in self.live.values() if slot.state is _READY)
+        reading = (now - slot.leased_at for slot in self.live.values() if slot.state is _READING)
         return RingStatistics(
             slots=len(self.slots),
             slot_bytes=self._slot_bytes,
@@ -269,8 +271,8 @@ class SlotTable:
             claim_waits=self.claim_waits,
             claim_wait_seconds=self.claim_wait_seconds,
             full_errors=self.full_errors,
-            oldest_ready_age=max((now - slot.committed_at for slot in live if slot.state is _READY), default=None),
-            oldest_lease_age=max((now - slot.leased_at for slot in live if slot.state is _READING), default=None),
+            oldest_ready_age=next(ready, None) if count[_READY] else None,
+            oldest_lease_age=max(itertools.islice(reading, count[_READING]), default=None),
         )
 
     def forget_memory(self) -> None:

@@ -49,7 +49,7 @@ class RingStatistics:
         claim_waits: claims that found no free slot and waited.
         claim_wait_seconds: how long they waited, together.
         full_errors: claims that ended with `BufferFullError`.
-        oldest_ready_age: since the oldest READY payload was committed.
+        oldest_ready_age: since the READY payload with the lowest sequence was committed.
         oldest_lease_age: for how long the slot that has been READING longest has been so.
     """
 
