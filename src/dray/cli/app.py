@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from dray.cli.doctor import doctor
 from dray.config import load_job
 from dray.errors import ConfigError, DrayError
 from dray.runtime.exit_codes import ExitCode
@@ -59,6 +60,9 @@ def run(
     raise typer.Exit(run_job(config, job.absolute(), resume=resume))
 
 
+app.command()(doctor)
+
+
 def main() -> None:
     """The entry point of the `dray` command: errors of dray's own become one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
@@ -84,3 +88,7 @@ def _quoted(text: str) -> str:
     """`text` as a TOML string."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+if __name__ == "__main__":
+    main()

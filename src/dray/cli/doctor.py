@@ -1,0 +1,147 @@
+"""`dray doctor`: what works on this machine, proved by doing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dray.cli.lane_check import LaneReport
+    from dray.cli.machine import Machine
+
+LANES = ("shm", "tcp", "ucx")
+NEEDED = ("shm", "tcp")
+"""Lanes that every supported machine has."""
+
+_FEW_OPEN_FILES = 1024
+
+
+def doctor(
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="LANE", help="Fail unless this lane works as well: ucx.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The time each lane gets.")] = 20.0,
+) -> None:
+    """Say per lane whether it works on this machine, proved by a transfer between two processes.
+
+    Exit code 0: shm, tcp and every lane named with --require work; 1: one of them does not.
+    """
+    # Not needed to show the help of this or another command.
+    from dray.cli.lane_check import check_lane
+    from dray.cli.machine import examine
+
+    needed = needed_lanes(require or [])
+    if not timeout > 0:
+        raise ConfigError("--timeout", timeout, "more than 0 seconds")
+    reports = [check_lane(lane, timeout) for lane in LANES]
+    machine = examine()
+    works = all(report.works for report in reports if report.lane in needed)
+    if as_json:
+        typer.echo(json.dumps(as_document(reports, machine, works), indent=2))
+    else:
+        _show(reports, machine, needed)
+    raise typer.Exit(0 if works else 1)
+
+
+def needed_lanes(required: Sequence[str]) -> frozenset[str]:
+    """The lanes that must work.
+
+    Raises:
+        ConfigError: `required` names something that is not a lane.
+    """
+    for lane in required:
+        if lane not in LANES:
+            raise ConfigError("--require", lane, f"one of {', '.join(LANES)}")
+    return frozenset(NEEDED) | frozenset(required)
+
+
+def as_document(reports: Sequence[LaneReport], machine: Machine, works: bool) -> dict[str, Any]:
+    """Everything as plain JSON values."""
+    return {
+        "ok": works,
+        "lanes": {report.lane: dataclasses.asdict(report) for report in reports},
+        "machine": dataclasses.asdict(machine),
+        "remarks": list(remarks(machine)),
+    }
+
+
+def facts(machine: Machine) -> Iterator[tuple[str, str]]:
+    """(name, value) of everything worth knowing about the machine."""
+    yield "system", f"{machine.system}, {machine.cpus} processors"
+    yield "python", machine.python
+    for name, found in machine.versions.items():
+        yield name, found or "not installed"
+    if machine.redis_server is None:
+        yield "redis server", "none: pip install 'dray[embedded]', or configure redis.url"
+    else:
+        yield "redis server", f"{machine.redis_version} {machine.redis_server}".strip()
+    yield "RDMA devices", ", ".join(machine.rdma_devices) or "none"
+    yield "locked memory", "no limit" if machine.memlock is None else f"at most {machine.memlock:,} bytes"
+    yield "open files", "no limit" if machine.open_files is None else f"at most {machine.open_files:,}"
+    for name, value in machine.ucx_variables.items():
+        yield name, value
+
+
+def remarks(machine: Machine) -> Iterator[str]:
+    """What is likely to cause trouble although it works now."""
+    if machine.rdma_devices and machine.memlock is not None:
+        yield (
+            f"RDMA registers memory, and at most {machine.memlock:,} bytes may be locked: raise the limit "
+            "(ulimit -l unlimited)"
+        )
+    if machine.open_files is not None and machine.open_files < _FEW_OPEN_FILES:
+        yield f"at most {machine.open_files} open files limit the number of connections: raise it (ulimit -n 4096)"
+
+
+def lines(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str]) -> Iterator[str]:
+    """The report as plain lines."""
+    for report in reports:
+        yield f"{report.lane}: {verdict(report, needed)}: {told(report)}"
+    for name, value in facts(machine):
+        yield f"{name}: {value}"
+    for remark in remarks(machine):
+        yield f"remark: {remark}"
+
+
+def verdict(report: LaneReport, needed: frozenset[str]) -> str:
+    """One or two words on a lane."""
+    if report.works:
+        return "works"
+    return "does not work" if report.lane in needed else "not available"
+
+
+def told(report: LaneReport) -> str:
+    """What was found out about a lane, and what to do."""
+    return f"{report.detail}; {report.remedy}" if report.remedy else report.detail
+
+
+def _show(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        for line in lines(reports, machine, needed):
+            typer.echo(line)
+        return
+    lanes = Table(title="Lanes", title_justify="left")
+    for column in ("lane", "verdict", "what was found"):
+        lanes.add_column(column)
+    for report in reports:
+        style = "green" if report.works else "red" if report.lane in needed else "yellow"
+        lanes.add_row(report.lane, Text(verdict(report, needed), style), Text(told(report)))
+    console.print(lanes)
+    rest = Table(title="Machine", title_justify="left", show_header=False)
+    for name, value in facts(machine):
+        rest.add_row(name, Text(value))
+    console.print(rest)
+    for remark in remarks(machine):
+        console.print(Text(f"remark: {remark}", "yellow"))

@@ -1,0 +1,178 @@
+"""Whether a lane works on this machine: a payload goes from one process to another and every byte is compared.
+
+Both are children of the one that asks, so that a crash inside a transport library is an answer like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import select
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from dray.clock import Deadline
+from dray.errors import DrayError
+from dray.transport.ucx_worker import UCXX_AVAILABLE
+
+MACHINES = ("x86_64", "aarch64")
+INSTALL_UCXX = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu13]'); no GPU is needed"
+
+_MOST_ANSWER_BYTES = 64 * 1024
+_END_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LaneReport:
+    """What was found out about one lane.
+
+    Attributes:
+        lane: its name.
+        works: a payload went over it and arrived whole.
+        detail: what was proved, or why not.
+        remedy: what to do about it; empty where there is nothing to do, or nothing known.
+        nbytes: size of the payload that was read.
+        seconds: how long the read took, connecting included; None where the lane does not work.
+    """
+
+    lane: str
+    works: bool
+    detail: str
+    remedy: str = ""
+    nbytes: int = 0
+    seconds: float | None = None
+
+
+def check_lane(lane: str, timeout: float) -> LaneReport:
+    """Prove `lane` with a transfer between two new processes, within about `timeout` seconds."""
+    missing = _missing(lane)
+    if missing is not None:
+        return missing
+    deadline = Deadline.after(timeout)
+    try:
+        with ExitStack() as children:
+            server = children.enter_context(_Child("serve", lane))
+            offer = server.answer(deadline)
+            reader = children.enter_context(_Child("read", lane))
+            reader.tell(offer["ref"])
+            answer = reader.answer(deadline)
+    except _Failure as failure:
+        return LaneReport(lane, False, str(failure), _remedy(lane, failure.about))
+    if answer["digest"] != offer["digest"]:
+        return LaneReport(lane, False, f"the {offer['nbytes']} bytes that were read are not those that were put")
+    nbytes, seconds = int(offer["nbytes"]), float(answer["seconds"])
+    detail = f"{nbytes:,} bytes read by another process in {seconds * 1e3:.1f} ms, each compared"
+    return LaneReport(lane, True, detail, "", nbytes, seconds)
+
+
+def _missing(lane: str) -> LaneReport | None:
+    """What can be said without trying."""
+    if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
+        here = f"{platform.system()} on {platform.machine()}"
+        return LaneReport(lane, False, f"dray runs on Linux, x86-64 or aarch64; this is {here}")
+    if lane == "shm" and not hasattr(os, "memfd_create"):
+        return LaneReport(lane, False, "this Python has no os.memfd_create", "use a Python built for glibc 2.27+")
+    if lane == "ucx" and not UCXX_AVAILABLE:
+        return LaneReport(lane, False, "the ucxx package is not installed", INSTALL_UCXX)
+    return None
+
+
+def _remedy(lane: str, about: str) -> str:
+    if about == "runtime directory":
+        return "set DRAY_RUNTIME_DIR to a folder that only you can enter (chmod 700)"
+    if about in ("EMFILE", "ENFILE"):
+        return "allow more open files: ulimit -n"
+    if about == "lane":
+        return INSTALL_UCXX
+    if lane == "ucx":
+        chosen = sorted(name for name in os.environ if name.startswith("UCX_"))
+        return f"check the environment: {', '.join(chosen)}" if chosen else "UCX_LOG_LEVEL=info says more"
+    return ""
+
+
+class _Failure(DrayError):
+    """A child did not do what it was started for; the message says why."""
+
+    def __init__(self, message: str, about: str = "") -> None:
+        super().__init__(message)
+        self.about = about
+
+
+class _Child:
+    """One of the two processes; it does not outlive its ``with`` block."""
+
+    def __init__(self, role: str, lane: str) -> None:
+        self._role = "serving" if role == "serve" else "reading"
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dray.cli.lane_proof", role, lane],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            bufsize=0,
+        )
+
+    def tell(self, line: str) -> None:
+        """Send a line to the child; one that has ended says why in its answer."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+        except BrokenPipeError:
+            return
+
+    def answer(self, deadline: Deadline) -> dict[str, Any]:
+        """The child's answer.
+
+        Raises:
+            _Failure: it is an error, or there is none until the deadline.
+        """
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        line = b""
+        while not line.endswith(b"\n") and len(line) < _MOST_ANSWER_BYTES:
+            if not poll.poll(deadline.remaining * 1000):
+                raise _Failure(f"the {self._role} process said nothing for {deadline.elapsed:.0f} s")
+            received = os.read(descriptor, 4096)
+            if not received:
+                raise _Failure(self._death(deadline))
+            line += received
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise _Failure(f"the {self._role} process: {answer['error']}", answer["about"])
+        return answer
+
+    def _death(self, deadline: Deadline) -> str:
+        try:
+            code = self._process.wait(deadline.remaining)
+        except subprocess.TimeoutExpired:
+            return f"the {self._role} process closed its output without an answer"
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self._stderr.seek(0)
+        said = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return f"the {self._role} process ended with {how}" + (f": {said[-1]}" if said else "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()  # asks the server to end
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        self._stderr.close()

@@ -1,0 +1,93 @@
+"""The two processes with which `dray doctor` proves a lane: one serves a payload, the other reads it.
+
+``python -m dray.cli.lane_proof serve LANE`` and ``… read LANE``. Each answers with one line of JSON on its
+standard output; what goes wrong is such a line too, with the key ``error``. The reader gets the reference on its
+standard input; the server serves until its own is closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import numpy as np
+
+from dray.buffer import SharedRingBuffer
+from dray.clock import MONOTONIC
+from dray.errors import ConfigError, DrayError
+from dray.transport import PayloadClient, PayloadServer
+from dray.wire import PayloadRef
+
+PAYLOAD_BYTES = 1 << 20
+READ_SECONDS = 10.0
+
+
+def main(arguments: list[str]) -> int:
+    """Serve or read; the exit code is 1 when the answer is an error."""
+    role, lane = arguments
+    answers = _answers()
+    try:
+        if role == "serve":
+            _serve(lane, answers)
+        else:
+            _read(lane, answers)
+    except (DrayError, OSError) as error:
+        _say(answers, _described(error))
+        return 1
+    return 0
+
+
+def digest(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, array in arrays.items():
+        found.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
+def _serve(lane: Any, answers: TextIO) -> None:
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "noise": np.frombuffer(os.urandom(PAYLOAD_BYTES), np.uint8),
+        "empty": np.empty((0, 3), np.float32),
+    }
+    with SharedRingBuffer(1, 2 * PAYLOAD_BYTES) as ring, PayloadServer(ring, lanes=(lane,), threads=1) as server:
+        ref = server.put(arrays, timeout=1.0)
+        _say(answers, {"ref": ref.to_json(), "nbytes": ref.nbytes, "digest": digest(arrays)})
+        sys.stdin.read()
+
+
+def _read(lane: Any, answers: TextIO) -> None:
+    ref = PayloadRef.from_json(sys.stdin.readline().strip())
+    with PayloadClient(lanes=lane) as client:
+        began = MONOTONIC.now()
+        arrays = client.read(ref, timeout=READ_SECONDS)
+        seconds = MONOTONIC.now() - began
+        _say(answers, {"digest": digest(arrays), "seconds": seconds})
+
+
+def _described(error: DrayError | OSError) -> dict[str, str]:
+    kind = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+    key = error.key if isinstance(error, ConfigError) else kind
+    return {"error": f"{type(error).__name__}: {error}", "about": key}
+
+
+def _say(answers: TextIO, answer: Mapping[str, Any]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+def _answers() -> TextIO:
+    """Standard output for answers alone: UCX logs to descriptor 1, which becomes standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
