@@ -38,12 +38,13 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.control.address import RedisAddress
 from dray.control.client import RedisClient
 from dray.control.connection import RedisConnection
-from dray.control.private_directory import PrivateDirectory
 from dray.errors import ConfigError, ControlPlaneError
+from dray.private_directory import PrivateDirectory
 
 logger = logging.getLogger("dray.control")
 
 LOG_NAME = "redis.log"
+_SOCKET = "redis.sock"
 _BINARIES = ("redis-server", "valkey-server")
 # Below the ports that Linux hands out by itself, so that few are taken.
 _PORTS = range(20000, 32768)
@@ -77,7 +78,7 @@ def start_redis(
 
     Args:
         url: the configured URL; None: start a server.
-        directory: where the log and the socket of a started server lie; made if it is missing.
+        directory: where the log of a started server lies; made if it is missing.
         tcp: let a started server listen on a TCP port as well.
         host: the address of that port.
         timeout: seconds within which the server must answer.
@@ -221,8 +222,8 @@ class _Child:
         self._directory = directory.absolute()
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._log = self._directory / LOG_NAME
-        self._private = PrivateDirectory.below(self._directory)
-        self.address = RedisAddress.of_socket(str(self._private.socket_path), self._password)
+        self._private = PrivateDirectory()
+        self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password)
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._as_asked = True
@@ -301,7 +302,7 @@ class _Child:
     def _configuration(self, port: int) -> str:
         lines = [
             f"port {port}",
-            f"unixsocket {_quoted(str(self._private.socket_path))}",
+            f"unixsocket {_quoted(str(self._private.path / _SOCKET))}",
             "unixsocketperm 600",
             f"requirepass {self._password}",
             'save ""',

@@ -247,24 +247,29 @@ def _shake(
     stream.send([handshake.hello()])
     answer: bytes | None = b""
     descriptor = -1
-    while answer is not None:
-        while not stream.flush():
-            _wait(stream, poll, deadline, "HELLO to be sent", endpoint)
-        if handshake.server is not None and isinstance(stream, UnixStream):
-            message, descriptor = _welcome(stream, poll, deadline, endpoint)
-            answer = handshake.receive(message)
-            continue
-        answer = handshake.receive(_message(stream, poll, handshake.expects, deadline, "the handshake", endpoint))
-        if answer:
-            identity = handshake.server
-            assert identity is not None
-            if identity.producer != producer:
-                raise OtherProducerError(
-                    f"producer {identity.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
-                )
-            stream.send([answer])
-    assert handshake.server is not None
-    return handshake.server, descriptor
+    try:
+        while answer is not None:
+            while not stream.flush():
+                _wait(stream, poll, deadline, "HELLO to be sent", endpoint)
+            if handshake.server is not None and isinstance(stream, UnixStream):
+                message, descriptor = _welcome(stream, poll, deadline, endpoint)
+                answer = handshake.receive(message)
+                continue
+            due = _message(stream, poll, handshake.expects, deadline, "the handshake", endpoint)
+            answer = handshake.receive(due)
+            if answer:
+                stream.send([answer])
+        found = handshake.server
+        assert found is not None
+        if found.producer != producer:
+            raise OtherProducerError(
+                f"producer {found.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
+            )
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+    return found, descriptor
 
 
 def _welcome(stream: UnixStream, poll: select.poll, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:

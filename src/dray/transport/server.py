@@ -21,8 +21,8 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, ConfigError, StaleSlotError
 from dray.payload.codec import plan
 from dray.payload.tensor_spec import PayloadSchema
+from dray.private_directory import PrivateDirectory
 from dray.telemetry import Counters
-from dray.transport.private_dir import PrivateDirectory
 from dray.transport.server_thread import ServerThread, ThreadSettings
 from dray.transport.stream import LANE_NAMES
 from dray.transport.tcp import TcpListener

@@ -12,10 +12,10 @@ from typing import Any
 
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
+from dray.private_directory import MAX_SOCKET_PATH
 from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.wire.handshake import Lane
 
-MAX_PATH_BYTES = 107
 _BACKLOG = 256
 _UCRED = struct.Struct("3i")
 _TIMEVAL = struct.Struct("@ll")
@@ -57,8 +57,8 @@ class UnixListener:
     """Listens on a path; only this user's processes get a stream."""
 
     def __init__(self, path: Path) -> None:
-        if len(os.fsencode(path)) > MAX_PATH_BYTES:
-            raise ConfigError("socket path", str(path), f"at most {MAX_PATH_BYTES} bytes")
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise ConfigError("socket path", str(path), f"at most {MAX_SOCKET_PATH} bytes")
         self.path = path
         self.endpoint = f"unix:{path}"
         self._sock = not_inherited(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

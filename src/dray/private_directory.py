@@ -1,4 +1,4 @@
-"""The folder for this process's Unix sockets: entered only by its owner, swept when its owner is dead."""
+"""A folder for one process's Unix sockets: entered only by its owner, swept when its owner is dead."""
 
 from __future__ import annotations
 
@@ -12,38 +12,50 @@ from pathlib import Path
 
 from dray.errors import ConfigError
 
+MAX_SOCKET_PATH = 107
+"""The kernel's limit on the path of a Unix socket, in bytes."""
+
 _LOCK = "lock"
+_LONGEST_NAME = len("/12345678/redis.sock")
 
 
 class PrivateDirectory:
-    """A fresh folder with mode 0700 and a lock that the kernel releases with its process.
+    """A fresh folder with mode 0700, locked while its process, or a child that inherits `lock`, lives.
 
     Args:
         root: where the folder is made; default ``$DRAY_RUNTIME_DIR``, ``$XDG_RUNTIME_DIR/dray`` or
             ``/tmp/dray-<uid>``. Folders there whose owner is dead are removed.
 
+    Attributes:
+        path: the folder.
+        lock: descriptor that holds the lock, -1 after `close`.
+
     Raises:
-        ConfigError: the root cannot be used, or belongs to someone else.
+        ConfigError: the root cannot be used, belongs to someone else, or is too long for a socket's path.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         import fcntl  # there is none where dray only has to import
 
-        self._root = root or default_root()
-        _own(self._root)
-        self.path = self._root / secrets.token_hex(4)
-        with _locked(self._root):
-            _sweep(self._root)
+        root = root or default_root()
+        _own(root)
+        self.path = root / secrets.token_hex(4)
+        with _locked(root):
+            _sweep(root)
             self.path.mkdir(mode=0o700)
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+    @property
+    def closed(self) -> bool:
+        return self.lock < 0
 
     def close(self) -> None:
-        """Remove the folder. Twice is fine."""
-        if self._lock >= 0:
+        """Remove the folder and what is in it. Twice is fine."""
+        if self.lock >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
+            os.close(self.lock)
+            self.lock = -1
 
 
 def default_root() -> Path:
@@ -71,24 +83,26 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders whose owners are dead."""
+    """Remove the folders whose owners are dead; what has no lock in it is not ours."""
     import fcntl
 
     for folder in root.iterdir():
         try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # its owner removes it at this moment
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:  # not a folder of ours, or its owner removes it at this moment
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
-            pass
+            pass  # its owner lives
         finally:
             os.close(lock)
 
 
 def _own(root: Path) -> None:
+    if len(os.fsencode(root)) + _LONGEST_NAME > MAX_SOCKET_PATH:
+        raise ConfigError("runtime directory", str(root), f"a path of {MAX_SOCKET_PATH - _LONGEST_NAME} bytes")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = root.lstat()

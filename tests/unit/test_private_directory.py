@@ -1,0 +1,94 @@
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dray.errors import ConfigError
+from dray.private_directory import PrivateDirectory
+
+
+def test_only_its_owner_can_enter_and_closing_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    directory = PrivateDirectory(root)
+    assert directory.path.parent == root
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    (directory.path / "0.sock").touch()
+    directory.close()
+    directory.close()
+    assert list(root.iterdir()) == []
+
+
+def test_folders_of_killed_owners_are_swept_and_those_of_live_ones_are_not(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    program = (
+        "import sys, pathlib, dray.private_directory as p\n"
+        "d = p.PrivateDirectory(pathlib.Path(sys.argv[1]))\n"
+        "(d.path / '0.sock').touch(); print(d.path, flush=True); sys.stdin.read()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with owner:
+        assert owner.stdout is not None
+        theirs = Path(owner.stdout.readline().strip())
+        mine = PrivateDirectory(root)
+        assert (theirs / "0.sock").exists()
+        owner.kill()
+        owner.wait(10)
+    other = PrivateDirectory(root)
+    assert not theirs.exists()
+    assert mine.path.exists()
+    mine.close()
+    other.close()
+
+
+def test_foreign_things_in_the_root_stay(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    PrivateDirectory(root).close()
+    (root / "notes.txt").touch()
+    (root / "results").mkdir()
+    (root / "link").symlink_to(root / "results")
+    PrivateDirectory(root).close()
+    assert {path.name for path in root.iterdir()} == {"notes.txt", "results", "link"}
+
+
+def test_a_root_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    root.mkdir(mode=0o755)
+    root.chmod(0o755)
+    with pytest.raises(ConfigError, match="mode 0700"):
+        PrivateDirectory(root)
+
+
+def test_a_root_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").touch()
+    for root in ("link", "file"):
+        with pytest.raises(ConfigError, match="runtime directory"):
+            PrivateDirectory(tmp_path / root)
+
+
+def test_a_root_too_long_for_a_socket_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bytes"):
+        PrivateDirectory(Path("/tmp") / ("d" * 100))
+
+
+def test_a_lock_that_a_child_inherits_keeps_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "r"
+    directory = PrivateDirectory(root)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, pass_fds=[directory.lock]
+    )
+    with child:
+        os.close(directory.lock)  # as the kernel does when the owner dies
+        directory.lock = -1
+        PrivateDirectory(root).close()
+        assert directory.path.exists()
+        child.communicate(b"", timeout=10)
+    PrivateDirectory(root).close()
+    assert not directory.path.exists()
