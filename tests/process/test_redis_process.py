@@ -61,16 +61,18 @@ def wait_for_end(pid: int, seconds: float) -> bool:
 # --- beginning and ending --------------------------------------------------------------------------
 
 
-def test_close_leaves_no_process_socket_or_directory(tmp_path: Path) -> None:
-    server = start_redis(None, tmp_path, tcp=True)
+def test_close_leaves_no_process_socket_or_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("DRAY_RUNTIME_DIR", str(run))
+    server = start_redis(None, tmp_path / "redis", tcp=True)
     pid = server.pid
     assert pid is not None
-    assert server.address.options()["path"].startswith(str(tmp_path))
+    assert server.address.options()["path"].startswith(str(run))
     server.close()
     server.close()
     assert server.pid is None
     assert not psutil.pid_exists(pid)
-    assert list(tmp_path.iterdir()) == []
+    assert list(run.iterdir()) == list((tmp_path / "redis").iterdir()) == []
     with pytest.raises(ControlPlaneError):
         server.restart()
 
@@ -214,7 +216,11 @@ server.close()
 """
 
 
-def test_server_has_its_own_group_and_dies_with_a_killed_parent(tmp_path: Path) -> None:
+def test_server_has_its_own_group_and_dies_with_a_killed_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("DRAY_RUNTIME_DIR", str(run))
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -225,9 +231,9 @@ def test_server_has_its_own_group_and_dies_with_a_killed_parent(tmp_path: Path) 
         parent.kill()
         parent.wait(10)
         assert wait_for_end(pid, 10)
-    assert list(tmp_path.glob("redis-*"))
+    assert len(list(run.iterdir())) == 1
     with start_redis(None, tmp_path):
-        assert len(list(tmp_path.glob("redis-*"))) == 1, "what the dead parent left is swept"
+        assert len(list(run.iterdir())) == 1, "what the dead parent left is swept"
 
 
 def test_interrupt_at_the_terminal_does_not_reach_the_server(tmp_path: Path) -> None:
