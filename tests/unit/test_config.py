@@ -42,7 +42,9 @@ def test_smallest_job_file_gets_every_default(job_file: Path) -> None:
 
 
 def test_override_takes_toml_values_and_bare_words(job_file: Path) -> None:
-    config = load_job(job_file, ["job.lane=tcp", "job.seed=7", "rollout.args.depth=[1, 2]", "redis.url=redis://h:1"])
+    config = load_job(
+        job_file, ["job.lane=tcp", "job.seed=7", "rollout.args.depth=[1, 2]", "redis.url=redis://h:1"]
+    )
     assert (config.job.lane, config.job.seed, config.redis.url) == ("tcp", 7, "redis://h:1")
     assert config.rollout.args == {"depth": [1, 2]}
 

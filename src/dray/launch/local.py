@@ -6,6 +6,7 @@ Everything happens in the main thread, which waits for children and signals at o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import selectors
@@ -155,9 +156,10 @@ class _Run:
 
     @contextmanager
     def _redis(self) -> Iterator[RedisServer]:
-        with start_redis(
-            self._config.redis.url, self._folder.run / "redis", timeout=self._config.timeouts.redis
-        ) as server:
+        url, timeout = self._config.redis.url, self._config.timeouts.redis
+        with _quiet("dray.control"):  # that it does not answer is said once, by the error
+            server = start_redis(url, self._folder.run / "redis", timeout=timeout)
+        with server:
             self._job_id = f"{self._config.job.name[:40]}-{secrets.token_hex(4)}"
             try:
                 yield server
@@ -375,6 +377,17 @@ class _Run:
         if outcome is not None:
             return outcome.reason
         return self._failure or "the job ended without an outcome"
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _short(path: Path) -> str:

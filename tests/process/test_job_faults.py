@@ -1,0 +1,160 @@
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from job_runner import JobRun, job_settings, running
+
+
+def only(job: JobRun, name: str) -> psutil.Process:
+    (found,) = job.processes(name)
+    return found
+
+
+def test_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
+    settings = job_settings("stop.at_least=150", "policy.args.repeats=true")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step ")
+        job.processes("dray.runtime.rollout")[0].kill()
+        assert job.end() == 0, job.story()
+        assert "ended early: killed by signal 9" in job.text
+        assert "dead: killed by signal 9" in str(job.summary()["replicas"])
+        assert job.summary()["payloads"] == 150 * 8
+
+
+def test_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: Path) -> None:
+    # Rollouts are slow here, so that a replica holds prompts at any time.
+    settings = job_settings("stop.at_least=1e9", "policy.args.repeats=true", "rollout.args.pause=0.2")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step ")
+        stopped = job.processes("dray.runtime.rollout")[0]
+        stopped.suspend()
+        deadline = time.monotonic() + 20
+        while "dead: silent for" not in job.log("controller"):
+            assert time.monotonic() < deadline, job.story()
+            time.sleep(0.1)
+        assert "given out again" in job.log("controller")
+        stopped.resume()
+        job.wait_for("ended early: no longer a member")
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(bound=10.0) == 130
+
+
+def test_worker_that_raises_ends_its_replica_and_not_the_job(tmp_path: Path) -> None:
+    settings = job_settings("rollout.args.raise_at=40", "rollout.args.raising=[1]", "stop.at_least=50")
+    with running(tmp_path, *settings) as job:
+        assert job.end() == 0, job.story()
+        assert "rollout-1 ended early: the user's class raised" in job.text
+        assert "ValueError: the environment broke" in job.log("rollout-1")
+        assert "rollout raised ValueError" in job.summary()["replicas"]["rollout-1"]
+
+
+def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("rollout.args.raise_at=40", "stop.at_least=1e9")) as job:
+        assert job.end() == 1
+        assert "failed: no rollout replica is left" in job.text
+        assert job.checkpoint()["step"] > 0
+
+
+def test_job_fails_when_its_policy_is_killed(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+        job.wait_for("  step ")
+        only(job, "dray.runtime.policy").kill()
+        assert job.end(bound=15.0) == 1
+        assert "failed: no policy replica is left" in job.text
+
+
+def test_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+        job.wait_for("  step ")
+        only(job, "dray.runtime.controller").kill()
+        assert job.end(bound=15.0) == 1
+        assert "the controller ended early: killed by signal 9" in job.text
+        assert job.checkpoint()["step"] > 0
+
+
+def test_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+        job.wait_for("  step ")
+        job.process.send_signal(signal.SIGSTOP)  # so that the supervisor does not end them
+        only(job, "dray.runtime.controller").kill()
+        job.wait_until_gone(20.0, "dray.runtime")
+        job.process.send_signal(signal.SIGCONT)
+        assert job.end(bound=15.0) == 1
+        assert "the controller is lost" in job.log("policy-0")
+        assert job.checkpoint()["step"] > 0
+
+
+def test_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
+    settings = job_settings("stop.at_least=1e9", "timeouts.redis=2")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step ")
+        only(job, "redis-server").kill()
+        assert job.end(bound=30.0) == 1, job.story()
+        assert "Redis was gone" in job.text
+
+
+def test_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: Path) -> None:
+    settings = job_settings("stop.at_least=1e9", "policy.checkpoint_every=1")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step ")
+        assert len(job.processes("dray.runtime")) == 4
+        job.process.kill()
+        job.wait_until_gone(5.0)
+        step = job.checkpoint()["step"]
+    with running(tmp_path, "--resume", *job_settings(f"stop.at_least={step + 3}")) as job:
+        assert job.end() == 0, job.story()
+
+
+def test_grandchildren_end_with_the_job(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("rollout.args.grandchild=true")) as job:
+        job.wait_for("  step ")
+        assert len(job.processes("time.sleep(600)")) == 4
+        assert job.end() == 0, job.story()
+
+
+def test_hanging_child_has_its_stacks_dumped_and_is_killed(tmp_path: Path) -> None:
+    settings = job_settings("policy.args.hang_at=3", "timeouts.shutdown=3")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step 3")
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(bound=10.0) == 130, job.story()
+        assert "policy-0" in job.text
+        assert "did not end in time and was killed" in job.text
+        assert "small.py" in job.log("policy-0")
+        assert "in train_step" in job.log("policy-0")
+
+
+def test_unfinished_start_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nclass Trainer:\n    def setup(self, context): time.sleep(600)\n"
+        "    train_step = weights = save = load = setup\n"
+    )
+    settings = job_settings("policy.trainer=slow.py:Trainer", "timeouts.start=1000", "timeouts.shutdown=2")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("started controller")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end(bound=10.0) == 143, job.story()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("job.sede=1", "job.sede = 1 is not allowed: unknown key (did you mean seed?)"),
+        ("policy.batch_size=-1", "policy.batch_size = -1 is not allowed: must be a whole number, at least 1"),
+        ("job.lane=rdma", 'job.lane = \'rdma\' is not allowed: must be "auto", "shm", "tcp" or "ucx"'),
+        ("rollout.worker=small.py:Wroker", "small.py has no class Wroker, but Trainer, Worker"),
+        ("rollout.worker=nothing.py:Worker", "there is no file"),
+        ("policy.trainer=no_such_module:Trainer", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("policy.trainer=small.py:Worker", "it lacks train_step, weights, save, load"),
+        ("redis.url=redis://127.0.0.1:1", "redis.url = 'redis://127.0.0.1:1' is not allowed"),
+    ],
+)
+def test_wrong_configuration_is_one_line_and_starts_nothing(tmp_path: Path, setting: str, words: str) -> None:
+    with running(tmp_path, *job_settings(setting, "timeouts.redis=1")) as job:
+        assert job.end(bound=30.0) == 2
+        assert words in job.text
+        assert job.text.count("\n") == 1
+        assert "Traceback" not in job.text
+        assert not job.output.exists()

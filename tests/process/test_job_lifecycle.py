@@ -1,0 +1,112 @@
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from job_runner import job_settings, running
+
+WAYS = ["redis", "auto", "shm", "tcp", "ucx"]
+
+
+def way_settings(way: str) -> list[str]:
+    if way == "ucx":
+        pytest.importorskip("ucxx")
+    return job_settings("job.payload_transfer=redis" if way == "redis" else f"job.lane={way}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None:
+    with running(tmp_path, *way_settings(way)) as job:
+        assert job.end() == 0, job.story()
+        assert "solved: score 20 >= 20 at step 20" in job.text
+        summary = job.summary()
+        assert (summary["solved"], summary["steps"], summary["payloads"]) == (True, 20, 160)
+        assert (summary["stale"], summary["lost"]) == (0, 0)
+        assert summary["bytes"] > 160 * 256
+        assert all(count > 0 for count in summary["weight_payloads_fetched"].values())
+        assert len(summary["weight_payloads_fetched"]) == 2
+        if way != "auto":
+            assert summary["lane"] == way
+        lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 21))
+        assert lines[-1]["metrics"] == {"score": 20.0, "mean_return": 8.0}
+        assert job.checkpoint()["outcome"] == "solved"
+        assert (job.output / "returns.png").stat().st_size > 10_000
+
+
+def test_job_that_is_not_solved_in_time_exits_with_one(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("job.max_steps=5")) as job:
+        assert job.end() == 1
+        assert "not solved within 5 steps" in job.text
+        assert not job.summary()["solved"]
+        assert job.checkpoint()["step"] == 5
+
+
+def test_job_without_a_stop_table_finishes_with_its_steps(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("job.max_steps=5"), stop_table="") as job:
+        assert job.end() == 0, job.story()
+        assert "finished: all 5 steps are done" in job.text
+        assert not job.summary()["solved"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+        job.wait_for("  step ")
+        began = time.monotonic()
+        job.process.send_signal(number)
+        assert job.end(bound=10.0) == code, job.story()
+        assert time.monotonic() - began < 10
+        assert f"interrupted by {number.name}" in job.text
+        assert "killed" not in job.text
+        state = job.checkpoint()
+        assert state["step"] == job.summary()["steps"] > 0
+    goal = state["step"] + 10
+    with running(tmp_path, "--resume", *job_settings(f"stop.at_least={goal}")) as job:
+        assert job.end() == 0, job.story()
+        assert job.summary()["steps"] == goal
+        assert job.summary()["steps_of_this_run"] == 10
+        assert f"goes on from step {state['step']}" in job.log("policy-0")
+        steps = [json.loads(line)["step"] for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, goal + 1))
+    with running(tmp_path, "--resume", *job_settings(f"stop.at_least={goal}")) as job:
+        assert job.end() == 0
+        assert "solved already" in job.text
+
+
+@pytest.mark.parametrize("words", ["started controller", ""])
+def test_job_can_be_interrupted_while_it_starts(tmp_path: Path, words: str) -> None:
+    with running(tmp_path) as job:
+        if words:
+            job.wait_for(words)
+        else:
+            while not (tmp_path / "out" / ".run").exists():
+                time.sleep(0.01)
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(bound=10.0) == 130, job.story()
+
+
+def test_second_interrupt_kills_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("policy.args.hang_at=3", "timeouts.shutdown=50")) as job:
+        job.wait_for("  step ")
+        job.process.send_signal(signal.SIGINT)
+        job.wait_for("ending the job")
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(bound=10.0) == 130, job.story()
+        assert "was killed" in job.text
+
+
+def test_folder_of_an_earlier_or_running_job_is_refused(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+        job.wait_for("  step ")
+        with running(tmp_path, "--resume") as second:
+            second.wait_for("no running job uses")
+            assert second.process.wait(30) == 2
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end(bound=10.0) == 143
+    with running(tmp_path) as job:
+        assert job.end() == 2
+        assert "--resume" in job.text
