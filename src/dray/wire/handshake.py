@@ -107,6 +107,8 @@ class ClientHandshake:
     def receive(self, message: bytes | bytearray | memoryview) -> bytes | None:
         """Take the server's next message of `expects` bytes.
 
+        ``None`` before `done` means that `server` is not the producer that was asked for: leave.
+
         Raises:
             VersionMismatch: the server speaks another version.
             AuthenticationError: one side has no secret, or a wrong one.
@@ -117,7 +119,7 @@ class ClientHandshake:
         self._welcome(message)
         return None
 
-    def _challenge(self, message: bytes | bytearray | memoryview) -> bytes:
+    def _challenge(self, message: bytes | bytearray | memoryview) -> bytes | None:
         magic, version, verdict, flags, producer, nonce, theirs, slots, slot_bytes, max_leases, readers = (
             CHALLENGE.unpack(message)
         )
@@ -127,6 +129,10 @@ class ClientHandshake:
             raise VersionMismatch(f"the server speaks version {version}, this client version {VERSION}")
         if verdict != Verdict.WELCOME:
             raise ProtocolError(f"the server refused HELLO: {_verdict(verdict)}")
+        self.server = ServerIdentity(producer, slots, slot_bytes, max_leases, readers)
+        if self._producer not in (ANY_PRODUCER, producer):
+            # Before its proof is looked at: the address may be another job's by now, with another secret.
+            return None
         if bool(flags & HelloFlag.SECRET) != (self._secret is not None):
             missing = "this client" if self._secret is None else "the server"
             raise AuthenticationError(f"{missing} has no secret, the other side has one")
@@ -137,7 +143,6 @@ class ClientHandshake:
             if not hmac.compare_digest(expected, theirs):
                 raise AuthenticationError("the server's proof of the secret is wrong")
             answer = proof(self._secret, b"client", self._lane, nonces, producer)
-        self.server = ServerIdentity(producer, slots, slot_bytes, max_leases, readers)
         self.expects = WELCOME.size
         return PROOF.pack(answer)
 
@@ -163,22 +168,30 @@ class ServerHandshake:
         self._identity = identity
         self._secret = secret
         self._nonces = b""
+        self._unproven = False
         self.expects = HELLO.size
         self.verdict = Verdict.WELCOME
         self.done = False
+
+    @property
+    def unproven(self) -> bool:
+        """The client has seen our proof and sent none of its own: if it leaves now, the secrets differ."""
+        return self._unproven
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes:
         """Take the client's next message of `expects` bytes; never raises on what a client sends."""
         return self._proof(message) if self._nonces else self._hello(message)
 
     def _hello(self, message: bytes | bytearray | memoryview) -> bytes:
-        magic, version, lane, flags, _expected, nonce = HELLO.unpack(message)
+        magic, version, lane, flags, expected, nonce = HELLO.unpack(message)
         if magic != MAGIC or lane != self._lane:
             self.verdict = Verdict.MALFORMED
         elif version != VERSION:
             self.verdict = Verdict.VERSION
         mine = os.urandom(NONCE_BYTES)
         self._nonces = nonce + mine
+        guarded = self._secret is not None or flags & HelloFlag.SECRET
+        self._unproven = bool(guarded) and expected in (ANY_PRODUCER, self._identity.producer)
         self.expects = PROOF.size
         answer = NO_PROOF
         if self._secret is not None and flags & HelloFlag.SECRET:
@@ -192,6 +205,7 @@ class ServerHandshake:
 
     def _proof(self, message: bytes | bytearray | memoryview) -> bytes:
         (theirs,) = PROOF.unpack(message)
+        self._unproven = False
         if self._secret is not None:
             expected = proof(self._secret, b"client", self._lane, self._nonces, self._identity.producer)
             if not hmac.compare_digest(expected, theirs):

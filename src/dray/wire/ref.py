@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ MAX_REF_BYTES = 512
 PRODUCER_BYTES = 16
 MAX_SLOT = 2**32 - 1
 MAX_U64 = 2**64 - 1
+_DIGITS = frozenset(string.hexdigits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,9 @@ class PayloadRef:
         sequence: the slot's sequence number when it was claimed, from 0.
         nbytes: size of the payload in bytes.
         endpoints: addresses that serve it, e.g. ``("unix:/run/…/0.sock", "tcp:10.0.0.3:40001")``.
+
+    Raises:
+        ProtocolError: a value is outside of what the wire carries.
     """
 
     producer: bytes
@@ -34,6 +39,17 @@ class PayloadRef:
     sequence: int
     nbytes: int
     endpoints: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not (
+            self.producer.__class__ is bytes
+            and len(self.producer) == PRODUCER_BYTES
+            and self.slot.__class__ is self.sequence.__class__ is self.nbytes.__class__ is int
+            and 0 <= self.slot <= MAX_SLOT
+            and 0 <= self.sequence <= MAX_U64
+            and 0 <= self.nbytes <= MAX_U64
+        ):
+            raise _refusal(self)
 
     @property
     def identity(self) -> tuple[bytes, int]:
@@ -77,26 +93,22 @@ class PayloadRef:
             raise ProtocolError("a reference is a JSON object with exactly the keys p, s, q, n, e")
         endpoints = fields["e"]
         if not isinstance(endpoints, list) or not all(isinstance(e, str) and ":" in e for e in endpoints):
-            raise ProtocolError(f"reference field e must be a list of addresses, got {endpoints!r}")
-        return cls(
-            _producer(fields["p"]),
-            _bounded("s", fields["s"], MAX_SLOT),
-            _bounded("q", fields["q"], MAX_U64),
-            _bounded("n", fields["n"], MAX_U64),
-            tuple(endpoints),
-        )
+            raise ProtocolError(f"reference field endpoints must be a list of addresses, got {endpoints!r}")
+        return cls(_producer(fields["p"]), fields["s"], fields["q"], fields["n"], tuple(endpoints))
 
 
 def _producer(value: Any) -> bytes:
-    if isinstance(value, str) and len(value) == 2 * PRODUCER_BYTES:
-        try:
-            return bytes.fromhex(value)
-        except ValueError as error:
-            raise ProtocolError(f"reference field p must be hexadecimal, got {value!r}") from error
-    raise ProtocolError(f"reference field p must be {2 * PRODUCER_BYTES} hexadecimal digits, got {value!r}")
+    if isinstance(value, str) and len(value) == 2 * PRODUCER_BYTES and _DIGITS.issuperset(value):
+        return bytes.fromhex(value)
+    digits = 2 * PRODUCER_BYTES
+    raise ProtocolError(f"reference field producer must be {digits} hexadecimal digits, got {value!r}")
 
 
-def _bounded(name: str, value: Any, most: int) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        raise ProtocolError(f"reference field {name} must be an integer from 0 to {most}, got {value!r}")
-    return value
+def _refusal(ref: PayloadRef) -> ProtocolError:
+    if not isinstance(ref.producer, bytes) or len(ref.producer) != PRODUCER_BYTES:
+        return ProtocolError(f"reference field producer must be {PRODUCER_BYTES} bytes, got {ref.producer!r}")
+    bounds = (("slot", MAX_SLOT), ("sequence", MAX_U64), ("nbytes", MAX_U64))
+    wrong = [(n, m) for n, m in bounds if type(getattr(ref, n)) is not int or not 0 <= getattr(ref, n) <= m]
+    name, most = wrong[0]
+    found = getattr(ref, name)
+    return ProtocolError(f"reference field {name} must be an integer from 0 to {most}, got {found!r}")

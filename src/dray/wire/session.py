@@ -7,6 +7,7 @@ by the reader's ACK or in `close`.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ class ServerSession:
 
     def close(self) -> None:
         """Return every lease. The stream must no longer read from their slots. May be called twice."""
+        if self._handshake.unproven and not self.closing:
+            self._counters.add("auth_failures")
         self.closing = True
         self._sending.clear()
         self._requests.clear()
@@ -192,7 +195,8 @@ class ServerSession:
         if lease is None:
             self._counters.add("late_acks")
             if consumed and frame.reader < self._identity.readers and frame.slot < self._identity.slots:
-                self._ring.consume(frame.slot, frame.sequence, frame.reader)
+                with contextlib.suppress(BufferClosedError):
+                    self._ring.consume(frame.slot, frame.sequence, frame.reader)
             return
         if (lease.slot, lease.sequence, lease.reader) != (frame.slot, frame.sequence, frame.reader):
             raise ProtocolError(f"ACK of request {frame.request} names another slot, sequence or reader")
@@ -205,16 +209,20 @@ class ServerSession:
 
     def _answer(self, request: Frame, taken: list[Outgoing]) -> int:
         """Append the answer to one request; the number of payload bytes in it."""
-        if request.kind == Kind.READ:
-            nbytes = self._read(request, taken)
-            if self._lane is Lane.UCX and not nbytes:
-                taken.append(Payload(NO_BYTES, request.tag))
-            return nbytes
-        if request.kind == Kind.CONSUME:
-            taken.append(self._status(request, self._consume(request)))
-        else:
-            self._say(request, Status.OK, self._describe(), taken)
-        return 0
+        nbytes = 0
+        try:
+            if request.kind == Kind.READ:
+                nbytes = self._read(request, taken)
+            elif request.kind == Kind.CONSUME:
+                taken.append(self._status(request, self._consume(request)))
+            else:
+                self._say(request, Status.OK, self._describe(), taken)
+        except BufferClosedError as error:
+            self.closing = True
+            self._say(request, Status.ERROR, str(error), taken)
+        if request.kind == Kind.READ and self._lane is Lane.UCX and not nbytes:
+            taken.append(Payload(NO_BYTES, request.tag))
+        return nbytes
 
     def _consume(self, request: Frame) -> Status:
         if request.reader >= self._identity.readers:
@@ -237,15 +245,16 @@ class ServerSession:
             self._counters.add("stale")
             taken.append(self._status(request, Status.STALE))
             return 0
-        except BufferClosedError as error:
-            self.closing = True
-            self._say(request, Status.ERROR, str(error), taken)
-            return 0
+        except BufferClosedError:
+            raise
         except SlotError as error:
             self._counters.add("error")
             self._say(request, Status.ERROR, str(error), taken)
             return 0
         self._leases[request.request] = lease
+        in_band = self._lane is not Lane.SHM and lease.nbytes > 0
+        # Taken before STATUS(ok) is said: the ring may be closed by another thread at any moment.
+        view = lease.buffer if in_band else NO_BYTES
         flags, checksum = 0, 0
         if self._checksum is not None and lease.nbytes:
             flags, checksum = (
@@ -259,9 +268,9 @@ class ServerSession:
             ).pack()
         )  # fmt: skip
         self._counters.add_all({"reads": 1, "bytes": lease.nbytes})
-        if self._lane is Lane.SHM or not lease.nbytes:
+        if not in_band:
             return 0
-        taken.append(Payload(lease.buffer, request.tag))
+        taken.append(Payload(view, request.tag))
         self._sending.add(request.request)
         return lease.nbytes
 

@@ -1,0 +1,504 @@
+"""Both sessions, driven by hand; the server's against a real ring."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from dray.buffer import SharedRingBuffer, SlotWriter
+from dray.errors import (
+    AuthenticationError,
+    BufferFullError,
+    ProtocolError,
+    ServerBusy,
+    SlotError,
+    StaleSlotError,
+)
+from dray.telemetry import Counters
+from dray.wire.frames import Flag, Frame, Kind, Status, parse
+from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
+from dray.wire.session import (
+    BATCH_BYTES,
+    MAX_PENDING,
+    ClientSession,
+    Payload,
+    Request,
+    ServerSession,
+    refusal,
+)
+
+SLOTS, SLOT_BYTES, MAX_LEASES = 4, 200_000, 3
+
+
+@pytest.fixture
+def ring() -> Iterator[SharedRingBuffer]:
+    with SharedRingBuffer(SLOTS, SLOT_BYTES, readers=2) as ring:
+        yield ring
+
+
+def put(ring: SharedRingBuffer, payload: bytes = b"payload") -> SlotWriter:
+    with ring.claim(len(payload), 0) as writer:
+        writer.buffer[:] = payload
+        writer.commit()
+    return writer
+
+
+class Server:
+    """A session after its handshake, with its counters."""
+
+    def __init__(self, ring: SharedRingBuffer, lane: Lane = Lane.TCP, **options: object) -> None:
+        self.counters = Counters()
+        self.identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, MAX_LEASES, ring.readers)
+        self.session = ServerSession(lane, ring, self.identity, counters=self.counters, **options)  # type: ignore[arg-type]
+        client = ClientHandshake(lane, ring.producer_id)
+        answer: bytes | None = client.hello()
+        while answer is not None:
+            assert len(answer) == self.session.expects
+            self.session.receive(answer)
+            (message,) = self.session.take()
+            self.session.flushed()
+            assert isinstance(message, bytes)
+            answer = client.receive(message)
+        assert self.session.established
+
+    def say(self, kind: Kind, writer: SlotWriter | None = None, request: int = 0, **fields: int) -> None:
+        if writer is not None:
+            fields = {"slot": writer.slot, "sequence": writer.sequence, **fields}
+        self.session.receive(Frame(kind, request=request, **fields).pack())
+
+    def take(self) -> list[Frame | bytes]:
+        """What goes out: STATUS frames parsed, texts and payloads as bytes; all of it flushed."""
+        items: list[Frame | bytes] = []
+        text = 0
+        for item in self.session.take():
+            if isinstance(item, Payload):
+                items.append(bytes(item.view))
+            elif text:
+                assert len(item) == text
+                items.append(item)
+                text = 0
+            else:
+                frame = parse(item)
+                text = frame.nbytes if frame.flags & Flag.TEXT else 0
+                items.append(frame)
+        self.session.flushed()
+        return items
+
+    def statuses(self) -> list[Status]:
+        return [Status(item.status) for item in self.take() if isinstance(item, Frame)]
+
+
+# --- the server's end -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_read_is_answered_with_status_and_payload_and_consumed_by_ack(ring: SharedRingBuffer, lane: Lane) -> None:
+    server, writer = Server(ring, lane), put(ring)
+    server.say(Kind.READ, writer, 7, reader=1, tag=9)
+    assert server.session.busy
+    taken = server.session.take()
+    status = parse(taken[0])  # type: ignore[arg-type]
+    assert (status.kind, status.status, status.request, status.nbytes) == (Kind.STATUS, Status.OK, 7, 7)
+    assert (status.slot, status.sequence, status.reader, status.acked) == (writer.slot, writer.sequence, 1, 0)
+    assert status.offset == ring.segment.slot_offset(writer.slot)
+    if lane is Lane.SHM:
+        assert len(taken) == 1
+    else:
+        assert isinstance(taken[1], Payload)
+        assert (bytes(taken[1].view), taken[1].tag) == (b"payload", 9)
+    server.session.flushed()
+    assert server.session.leases == ring.statistics().leases == 1
+    assert not server.session.busy
+    server.say(Kind.ACK, writer, 7, reader=1, flags=Flag.CONSUMED)
+    assert server.session.leases == ring.statistics().leases == 0
+    assert not ring.consume(writer.slot, writer.sequence, 1)
+    assert ring.consume(writer.slot, writer.sequence, 0)
+
+
+def test_ack_returned_makes_the_payload_ready_again(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 1)
+    server.take()
+    server.say(Kind.ACK, writer, 1)
+    assert ring.get_ready_count() == 1
+    assert server.counters["acks_returned"] == 1
+    server.say(Kind.READ, writer, 2)
+    assert server.statuses() == [Status.OK]
+
+
+def test_answers_count_the_acks_before_them(ring: SharedRingBuffer) -> None:
+    server = Server(ring)
+    for index in range(3):
+        writer = put(ring)
+        server.say(Kind.READ, writer, index)
+        (status, _) = server.take()
+        assert isinstance(status, Frame)
+        assert status.acked == index
+        server.say(Kind.ACK, writer, index, flags=Flag.CONSUMED)
+    server.say(Kind.STAT)
+    assert server.take()[0].acked == 3  # type: ignore[union-attr]
+
+
+def test_an_empty_payload_has_a_status_and_no_message_but_on_ucx(ring: SharedRingBuffer) -> None:
+    for lane, expected in ((Lane.SHM, []), (Lane.TCP, []), (Lane.UCX, [b""])):
+        server, writer = Server(ring, lane, checksum=lambda view: 5), put(ring, b"")
+        server.say(Kind.READ, writer)
+        status, *rest = server.take()
+        assert isinstance(status, Frame)
+        assert (status.status, status.nbytes, status.flags, rest) == (Status.OK, 0, 0, expected)
+        server.say(Kind.ACK, writer, flags=Flag.CONSUMED)
+
+
+@pytest.mark.parametrize("refused", ["stale", "slot", "reader", "busy"])
+def test_on_ucx_every_read_gets_one_tagged_message(ring: SharedRingBuffer, refused: str) -> None:
+    server, writer = Server(ring, Lane.UCX), put(ring)
+    request = {"slot": writer.slot, "sequence": writer.sequence, "tag": 3}
+    if refused == "busy":
+        for index in range(MAX_LEASES):
+            server.say(Kind.READ, writer, 10 + index)
+        server.take()
+    changed = {"stale": {"sequence": 99}, "slot": {"slot": 99}, "reader": {"reader": 2}, "busy": {}}[refused]
+    server.say(Kind.READ, request=1, **{**request, **changed})
+    status, payload = server.session.take()
+    assert isinstance(payload, Payload)
+    assert (payload.tag, payload.view.nbytes) == (3, 0)
+    assert parse(status).status != Status.OK  # type: ignore[arg-type]
+
+
+def test_checksum_comes_with_the_status_where_it_is_computed(ring: SharedRingBuffer) -> None:
+    writer = put(ring)
+    for checksum, flags, value in ((None, 0, 0), (lambda view: len(view) + 1, Flag.CHECKSUM, 8)):
+        server = Server(ring, checksum=checksum)
+        server.say(Kind.READ, writer)
+        status = server.take()[0]
+        assert isinstance(status, Frame)
+        assert (status.flags, status.checksum) == (flags, value)
+        server.session.close()
+
+
+def test_stale_is_a_clean_answer(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, request=1, slot=writer.slot, sequence=writer.sequence + 1)
+    server.say(Kind.READ, writer, 2)
+    assert server.statuses() == [Status.STALE, Status.OK]
+    assert (server.session.leases, server.counters["stale"]) == (1, 1)
+
+
+@pytest.mark.parametrize("slot", [SLOTS, 2**32 - 1])
+def test_a_slot_out_of_range_is_stale(ring: SharedRingBuffer, slot: int) -> None:
+    server = Server(ring)
+    server.say(Kind.READ, slot=slot)
+    server.say(Kind.CONSUME, slot=slot)
+    assert server.statuses() == [Status.STALE, Status.STALE]
+    assert not server.session.closing
+
+
+@pytest.mark.parametrize("reader", [2, 64, 255])
+def test_a_reader_out_of_range_is_denied(ring: SharedRingBuffer, reader: int) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, reader=reader)
+    server.say(Kind.CONSUME, writer, reader=reader)
+    assert server.statuses() == [Status.DENIED, Status.DENIED]
+    assert ring.get_ready_count() == 1
+    assert not server.session.closing
+
+
+def test_more_leases_than_allowed_are_refused_as_busy_until_one_ends(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    for index in range(MAX_LEASES + 1):
+        server.say(Kind.READ, writer, index)
+    assert server.statuses() == [Status.OK] * MAX_LEASES + [Status.BUSY]
+    server.say(Kind.ACK, writer, 0)
+    server.say(Kind.READ, writer, 9)
+    assert server.statuses() == [Status.OK]
+
+
+def test_replies_keep_the_order_of_requests(ring: SharedRingBuffer) -> None:
+    server = Server(ring, describe=lambda: '{"a": 1}')
+    one, two = put(ring, b"one"), put(ring, b"two")
+    server.say(Kind.READ, one, 10)
+    server.say(Kind.READ, request=11, slot=one.slot, sequence=99)
+    server.say(Kind.STAT, request=12)
+    server.say(Kind.CONSUME, two, 13)
+    server.say(Kind.READ, two, 14, reader=1)
+    items = server.take()
+    assert [item.request if isinstance(item, Frame) else item for item in items] == [
+        10, b"one", 11, 12, b'{"a": 1}', 13, 14, b"two",
+    ]  # fmt: skip
+
+
+def test_a_pipelined_read_is_leased_when_its_reply_begins(ring: SharedRingBuffer) -> None:
+    server = Server(ring)
+    writers = [put(ring, bytes(SLOT_BYTES)) for _ in range(SLOTS)]
+    for index, writer in enumerate(writers[:MAX_LEASES]):
+        server.say(Kind.READ, writer, index)
+    assert ring.statistics().leases == 0
+    first = server.session.take()
+    assert sum(item.view.nbytes for item in first if isinstance(item, Payload)) <= BATCH_BYTES + SLOT_BYTES
+    assert ring.statistics().leases == 2
+    assert server.session.take() == []
+    server.session.flushed()
+    assert len(server.session.take()) == 2
+    assert ring.statistics().leases == 3
+
+
+def test_consume_frees_and_says_so_and_a_second_one_is_stale(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    for index, reader in enumerate((0, 0, 1, 1)):
+        server.say(Kind.CONSUME, writer, index, reader=reader)
+    assert server.statuses() == [Status.OK, Status.STALE, Status.OK, Status.STALE]
+    assert ring.statistics().free == SLOTS
+    assert (server.counters["consumed"], server.counters["consumed_stale"]) == (2, 2)
+
+
+def test_a_late_ack_consumes_while_the_sequence_stands(ring: SharedRingBuffer) -> None:
+    first, writer = Server(ring), put(ring)
+    first.say(Kind.READ, writer, 1)
+    first.take()
+    first.session.close()
+    second = Server(ring)
+    second.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
+    second.say(Kind.ACK, writer, 1, reader=1, flags=Flag.CONSUMED)
+    assert ring.statistics().free == SLOTS
+    assert second.counters["late_acks"] == 2
+
+
+@pytest.mark.parametrize("changed", [{"slot": 99}, {"reader": 9}, {"sequence": 99}])
+def test_a_late_ack_of_nothing_changes_nothing_and_is_counted(
+    ring: SharedRingBuffer, changed: dict[str, int]
+) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.ACK, **{"slot": writer.slot, "sequence": writer.sequence, "flags": Flag.CONSUMED, **changed})
+    assert ring.get_ready_count() == 1
+    assert server.counters["late_acks"] == 1
+    server.say(Kind.ACK, writer)
+    assert server.counters["late_acks"] == 2
+    assert ring.get_ready_count() == 1
+
+
+@pytest.mark.parametrize("changed", [{"slot": 1}, {"reader": 1}, {"sequence": 99}])
+def test_an_ack_that_names_another_payload_than_its_request_is_refused(
+    ring: SharedRingBuffer, changed: dict[str, int]
+) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 1)
+    server.take()
+    with pytest.raises(ProtocolError, match="ACK of request 1 names another"):
+        server.say(Kind.ACK, writer, 1, **changed)
+    server.session.close()
+    assert ring.get_ready_count() == 1
+
+
+def test_an_ack_before_its_payload_was_sent_is_refused(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 1)
+    server.session.take()
+    with pytest.raises(ProtocolError, match="before its payload was sent"):
+        server.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
+    assert ring.statistics().leases == 1
+
+
+def test_an_ack_before_its_read_was_answered_ends_no_lease(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 1)
+    server.say(Kind.ACK, writer, 1)
+    assert server.statuses() == [Status.OK]
+    assert server.session.leases == 1
+
+
+def test_a_request_id_used_twice_is_refused(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 1)
+    server.say(Kind.READ, writer, 1)
+    with pytest.raises(ProtocolError, match="used twice"):
+        server.take()
+    server.session.close()
+    assert ring.statistics().leases == 0
+
+
+def test_more_unanswered_requests_than_allowed_are_refused(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 0)
+    server.session.take()
+    for index in range(MAX_PENDING):
+        server.say(Kind.STAT, request=index + 1)
+    with pytest.raises(ProtocolError, match=str(MAX_PENDING)):
+        server.say(Kind.STAT)
+
+
+def test_a_status_from_a_client_is_refused(ring: SharedRingBuffer) -> None:
+    with pytest.raises(ProtocolError, match="client sent STATUS"):
+        Server(ring).say(Kind.STATUS)
+
+
+def test_closing_returns_every_lease_and_may_happen_twice(ring: SharedRingBuffer) -> None:
+    server = Server(ring)
+    for index in range(MAX_LEASES):
+        server.say(Kind.READ, put(ring), index)
+    server.session.take()
+    assert ring.statistics().leases == MAX_LEASES
+    server.session.close()
+    server.session.close()
+    assert (ring.statistics().leases, ring.get_ready_count()) == (0, MAX_LEASES)
+    assert server.session.take() == []
+    assert ring.statistics().late_finalises == 0
+
+
+def test_a_leased_slot_is_not_reused_after_another_connection_consumed_it() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        reading, consuming, writer = Server(ring), Server(ring), put(ring)
+        reading.say(Kind.READ, writer, 1)
+        reading.take()
+        consuming.say(Kind.CONSUME, writer, 1)
+        consuming.say(Kind.READ, writer, 2)
+        assert consuming.statuses() == [Status.OK, Status.STALE]
+        with pytest.raises(BufferFullError):
+            ring.claim(1, 0)
+        reading.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
+        assert ring.claim(1, 0).slot == writer.slot
+
+
+@pytest.mark.parametrize("kind", [Kind.READ, Kind.CONSUME, Kind.STAT])
+def test_a_closed_ring_is_answered_with_an_error_and_ends_the_connection(kind: Kind) -> None:
+    ring = SharedRingBuffer(2, 10)
+    server = Server(ring, describe=lambda: json.dumps({"ready": ring.get_ready_count()}))
+    writer = put(ring)
+    ring.close()
+    server.say(kind, writer)
+    status, text = server.take()
+    assert isinstance(status, Frame)
+    assert (status.status, b"closed" in text) == (Status.ERROR, True)  # type: ignore[operator]
+    assert server.session.closing
+    server.session.close()
+
+
+def test_an_ack_after_the_ring_was_closed_is_ignored() -> None:
+    ring = SharedRingBuffer(2, 10)
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 1)
+    server.take()
+    ring.close()
+    server.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
+    server.say(Kind.ACK, writer, 2, flags=Flag.CONSUMED)
+    server.session.close()
+
+
+def test_a_payload_consumed_while_its_checksum_is_computed_is_still_sent(ring: SharedRingBuffer) -> None:
+    """Its lease is there already, so its bytes stand."""
+    writer = put(ring)
+
+    def checksum(view: memoryview) -> int:
+        ring.consume(writer.slot, writer.sequence, 0)
+        ring.consume(writer.slot, writer.sequence, 1)
+        return 1
+
+    server = Server(ring, checksum=checksum)
+    server.say(Kind.READ, writer)
+    assert server.take()[1] == b"payload"
+    server.say(Kind.ACK, writer, flags=Flag.CONSUMED)
+    assert ring.statistics().free == SLOTS
+
+
+def test_refused_hello_is_answered_counted_and_closes(ring: SharedRingBuffer) -> None:
+    counters = Counters()
+    identity = ServerIdentity(ring.producer_id, SLOTS, SLOT_BYTES, MAX_LEASES, 2)
+    session = ServerSession(Lane.TCP, ring, identity, secret=b"secret", counters=counters)
+    client = ClientHandshake(Lane.TCP, ring.producer_id)
+    session.receive(client.hello())
+    assert len(session.take()) == 1
+    assert not session.closing
+    session.receive(bytes(32))
+    assert len(session.take()) == 1
+    assert session.closing
+    assert not session.established
+    assert counters["auth_failures"] == 1
+
+
+@pytest.mark.parametrize("mine", [b"secret", None])
+def test_a_client_that_leaves_instead_of_proving_the_secret_is_counted_once(
+    ring: SharedRingBuffer, mine: bytes | None
+) -> None:
+    identity = ServerIdentity(ring.producer_id, SLOTS, SLOT_BYTES, MAX_LEASES, 2)
+    other_producer = bytes(15) + b"x"
+    for producer, secret, counted in (
+        (ring.producer_id, b"other", 1),
+        (ring.producer_id, None, 0 if mine is None else 1),
+        (other_producer, b"other", 0),
+    ):
+        counters = Counters()
+        session = ServerSession(Lane.TCP, ring, identity, secret=mine, counters=counters)
+        session.receive(ClientHandshake(Lane.TCP, producer, secret).hello())
+        session.take()
+        session.close()
+        session.close()
+        assert counters["auth_failures"] == counted
+
+
+# --- the client's end -------------------------------------------------------------------------------------------
+
+
+def status(to: Request, /, **changed: int) -> bytes:
+    named = Frame(Kind.STATUS, slot=to.slot, request=to.request, sequence=to.sequence)
+    return named._replace(**changed).pack()
+
+
+def test_client_numbers_requests_and_matches_answers_in_order() -> None:
+    session = ClientSession()
+    one, two = session.request(Kind.READ, 1, 5, 0), session.request(Kind.CONSUME, 2, 6, 1)
+    assert (one.request, two.request, session.pending) == (0, 1, 2)
+    assert parse(two.pack())[:7] == (Kind.CONSUME, 0, 1, 0, 2, 1, 6)
+    assert session.receive(status(one))[0] is one
+    assert session.receive(status(two))[0] is two
+    assert session.pending == 0
+
+
+@pytest.mark.parametrize("changed", [{"request": 1}, {"slot": 9}, {"sequence": 9}])
+def test_an_answer_to_something_else_is_refused(changed: dict[str, int]) -> None:
+    session = ClientSession()
+    request = session.request(Kind.READ, 1, 5)
+    with pytest.raises(ProtocolError, match="awaited was request 0"):
+        session.receive(status(request, **changed))
+
+
+@pytest.mark.parametrize("kind", [Kind.READ, Kind.ACK, Kind.STAT])
+def test_only_status_may_come_from_a_server(kind: Kind) -> None:
+    session = ClientSession()
+    session.request(Kind.READ)
+    with pytest.raises(ProtocolError, match=f"sent {kind.name}"):
+        session.receive(Frame(kind).pack())
+
+
+def test_an_answer_nobody_asked_for_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="no STATUS was due"):
+        ClientSession().receive(Frame(Kind.STATUS).pack())
+
+
+def test_acks_stay_unconfirmed_until_an_answer_counts_them() -> None:
+    session = ClientSession()
+    reads = [session.request(Kind.READ, slot, slot) for slot in range(3)]
+    for read in reads:
+        session.receive(status(read))
+    for read, consumed in zip(reads, (True, False, True), strict=True):
+        frame = parse(session.ack(read, consumed))
+        assert (frame.kind, frame.request, bool(frame.flags & Flag.CONSUMED)) == (Kind.ACK, read.request, consumed)
+    assert session.unconfirmed == [reads[0], reads[2]]
+    session.receive(status(session.request(Kind.STAT), acked=2))
+    assert session.unconfirmed == [reads[2]]
+    session.receive(status(session.request(Kind.STAT), acked=3))
+    assert session.unconfirmed == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (Status.STALE, StaleSlotError),
+        (Status.BUSY, ServerBusy),
+        (Status.DENIED, AuthenticationError),
+        (Status.ERROR, SlotError),
+    ],
+)
+def test_each_refusal_is_an_error_that_names_its_payload(answer: Status, error: type[Exception]) -> None:
+    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), "why", "tcp:h:1")
+    assert type(made) is error
+    assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
+    assert "tcp:h:1" in str(made)
