@@ -1,0 +1,163 @@
+"""What holds for every test: short socket paths, and nothing left behind.
+
+A test that passes is failed after all if a thread, a child process, a file descriptor or a mapping of shared memory
+is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
+"""
+
+import gc
+import os
+import select
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dray.clock import Deadline
+from dray.transport import ucx_worker
+
+GRACE_SECONDS = 5.0
+_PASSED = pytest.StashKey[bool]()
+_RUNTIME_DIR = pytest.StashKey[str]()
+
+# --- sockets ----------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
+    config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
+    os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_RUNTIME_DIR], ignore_errors=True)
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds at one moment."""
+
+    threads: frozenset[threading.Thread]
+    children: frozenset[int]
+    descriptors: frozenset[tuple[int, str]]  # number and what it refers to
+    mappings: frozenset[str]  # address, inode and name of shared memory
+
+    @classmethod
+    def now(cls) -> "Held":
+        return cls(frozenset(threading.enumerate()), _children(), _descriptors(), _mappings())
+
+    def __sub__(self, before: "Held") -> "Held":
+        return Held(
+            self.threads - before.threads,
+            self.children - before.children,
+            self.descriptors - before.descriptors,
+            self.mappings - before.mappings,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.threads or self.children or self.descriptors or self.mappings)
+
+    def __str__(self) -> str:
+        frames = sys._current_frames()
+        lines = []
+        for thread in self.threads:
+            stack = traceback.format_stack(frames.get(thread.ident or 0))[-1].strip()
+            lines.append(f"thread {thread.name}, at {stack}")
+        lines += [f"child process {pid}: {_command(pid)}" for pid in sorted(self.children)]
+        lines += [f"file descriptor {number}: {target}" for number, target in sorted(self.descriptors)]
+        lines += [f"shared memory {mapping}" for mapping in sorted(self.mappings)]
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ucx_context() -> None:
+    """UCX keeps one context for each process, with a thread and descriptors: make it before anything is counted."""
+    if ucx_worker.UCXX_AVAILABLE:
+        ucx_worker.UcxWorker(loopback=True).close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = Held.now()
+    yield
+    if not request.node.stash.get(_PASSED, False):
+        return  # what a failed test leaves behind says nothing more
+    left = Held.now() - before
+    if left:
+        # Exceptions that a test has caught hold their frames, and through them its objects, until collected.
+        gc.collect()
+        _let_end(left, Deadline.after(GRACE_SECONDS))
+        left = Held.now() - before
+    if left:
+        pytest.fail(f"the test passed, but left behind:\n{left}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.when == "call":
+        item.stash[_PASSED] = report.passed
+    return report
+
+
+def _let_end(left: Held, deadline: Deadline) -> None:
+    for thread in left.threads:
+        thread.join(deadline.timeout)
+    for pid in left.children:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll(deadline.remaining * 1000)
+        finally:
+            os.close(descriptor)
+
+
+def _children() -> frozenset[int]:
+    pids: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids.update(map(int, (task / "children").read_text().split()))
+        except (FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            continue
+    return frozenset(pids)
+
+
+def _descriptors() -> frozenset[tuple[int, str]]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  (called twice for every test)
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115
+        except FileNotFoundError:  # the descriptor that listed the folder
+            continue
+        if not target.startswith("/dev/nvidia"):  # the driver's, open until the process ends
+            found.add((int(name), target))
+    return frozenset(found)
+
+
+def _mappings() -> frozenset[str]:
+    found = set()
+    for line in Path("/proc/self/maps").read_bytes().splitlines():
+        if b"/memfd:" in line or b" /dev/shm/" in line:
+            addresses, _, _, _, inode, name = line.decode().split(maxsplit=5)
+            found.add(f"{name} (inode {inode}) at {addresses}")
+    return frozenset(found)
+
+
+def _command(pid: int) -> str:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    return command or "ended, but nobody waited for it"
