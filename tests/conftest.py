@@ -1,7 +1,7 @@
 """What holds for every test: short socket paths, and nothing left behind.
 
-A test that passes is failed after all if a thread, a child process, a file descriptor or a mapping of shared memory
-is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
+A test that passes is failed after all if a thread, a child process, a file descriptor or a mapping of shared
+memory is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
 """
 
 import gc
@@ -79,7 +79,7 @@ class Held:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ucx_context() -> None:
-    """UCX keeps one context for each process, with a thread and descriptors: make it before anything is counted."""
+    """UCX keeps one context for each process, with a thread and descriptors: it is made before these count."""
     if ucx_worker.UCXX_AVAILABLE:
         ucx_worker.UcxWorker(loopback=True).close()
 

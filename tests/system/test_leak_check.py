@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LEAKING_TESTS = '''
+LEAKING_TESTS = """
 import os, subprocess, sys, threading
 from dray import SharedRingBuffer
 
@@ -55,7 +55,7 @@ def test_last():
         elif isinstance(each, subprocess.Popen):
             each.kill()
             each.wait()
-'''
+"""
 
 
 def test_every_kind_of_leak_fails_its_test_and_a_clean_test_passes(tmp_path: Path) -> None:

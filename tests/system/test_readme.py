@@ -1,4 +1,4 @@
-"""The README's example, as two users would run it: each block pasted into a shell, the reference into the second."""
+"""The README's example, as a user runs it: each block pasted into a terminal, the reference into the second."""
 
 import os
 import re
