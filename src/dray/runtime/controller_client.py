@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
+from pydantic import ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ControlPlaneError
@@ -170,9 +171,13 @@ class ControllerClient:
 
 
 def _parsed(response: httpx.Response, reply: type[_Reply]) -> _Reply:
-    if response.status_code == 200:
-        return reply.model_validate_json(response.content)
-    refusal = messages.ErrorReply.model_validate_json(response.content)
+    try:
+        if response.status_code == 200:
+            return reply.model_validate_json(response.content)
+        refusal = messages.ErrorReply.model_validate_json(response.content)
+    except ValidationError as error:
+        message = f"what answers with HTTP {response.status_code} is not a controller of this version"
+        raise ControlPlaneError(message, endpoint=str(response.url)) from error
     if response.status_code == 409:
         raise MembershipError(refusal.detail)
     raise ControlPlaneError(

@@ -1,0 +1,51 @@
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from dray.launch.children import Child, child_pids
+
+
+def child(tmp_path: Path, program: str) -> Child:
+    (tmp_path / "child_program.py").write_text(program)
+    sys_path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        return Child("child", "child_program", [], tmp_path / "child.log")
+    finally:
+        if sys_path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = sys_path
+
+
+def test_exit_code_and_output_are_kept(tmp_path: Path) -> None:
+    started = child(
+        tmp_path, "import os, sys\nprint(os.environ['DRAY_SUPERVISOR_PID'], os.getpgrp())\nsys.exit(5)\n"
+    )
+    assert started.pid in child_pids()
+    assert started.collect(20.0) == 5
+    assert started.collect() == 5
+    assert (tmp_path / "child.log").read_text().split() == [str(os.getpid()), str(started.pid)]
+    assert started.pid not in child_pids()
+    started.signal(signal.SIGTERM)
+    started.kill_group()
+
+
+def test_what_is_left_of_its_group_is_killed_with_it(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
+    )
+    started = child(tmp_path, program)
+    assert started.collect(20.0) == 0
+    grandchild = int((tmp_path / "child.log").read_text())
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(grandchild)], capture_output=True, text=True).stdout
+    assert state.strip() == "" or state.startswith("Z")
+
+
+def test_killed_child_tells_its_signal(tmp_path: Path) -> None:
+    started = child(tmp_path, "import time; time.sleep(600)")
+    assert started.collect(0.05) is None
+    started.kill_group()
+    assert started.collect(20.0) == -signal.SIGKILL

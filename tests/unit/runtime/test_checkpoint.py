@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dray.errors import ConfigError
+from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint
+
+
+def save(folder: Path, step: int) -> None:
+    state = CheckpointState(step=step, weight_version=step, next_prompt=8 * step)
+    save_checkpoint(folder, state, lambda trainer: (trainer / "weights").write_text(str(step)) and None)
+
+
+def test_newest_checkpoint_is_found_with_its_trainer(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    assert find_checkpoint(folder) is None
+    for step in (1, 2):
+        save(folder, step)
+        found = find_checkpoint(folder)
+        assert found is not None
+        assert found[1] == CheckpointState(step, step, 8 * step)
+        assert (found[0] / "trainer" / "weights").read_text() == str(step)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_failed_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save(folder, 1)
+
+    def fail(trainer: Path) -> None:
+        (trainer / "weights").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(folder, CheckpointState(2, 2, 16), fail)
+    found = find_checkpoint(folder)
+    assert found is not None
+    assert found[1].step == 1
+    save(folder, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_crash_between_the_renames_leaves_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save(folder, 1)
+    folder.rename(tmp_path / ".checkpoint.previous")
+    found = find_checkpoint(folder)
+    assert found is not None
+    assert found[1].step == 1
+    save(folder, 2)
+    found = find_checkpoint(folder)
+    assert found is not None
+    assert (found[1].step, [path.name for path in tmp_path.iterdir()]) == (2, ["checkpoint"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"step": 1, "unknown": 2})])
+def test_damaged_state_is_a_config_error(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "state.json").write_text(text)
+    with pytest.raises(ConfigError, match="--resume"):
+        find_checkpoint(folder)

@@ -1,0 +1,167 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from dray.config import parse_job
+from dray.runtime.controller import LARGEST_BODY, Controller
+from dray.runtime.job import JobFolder, JobSpec
+
+Call = Callable[..., Awaitable[httpx.Response]]
+ROLLOUT = {"name": "rollout-0", "incarnation": "a"}
+POLICY = {"name": "policy-0", "incarnation": "b"}
+PROGRESS = {"doing": "generating", "seconds": 0.5, "counters": {"payloads": 3}, "labels": {"lane": "shm"}}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    config = parse_job(
+        {
+            "job": {"name": "small", "max_steps": 3, "seed": 5},
+            "rollout": {"worker": "a.py:A", "replicas": 1, "prompts_in_flight": 4},
+            "policy": {"trainer": "a.py:B", "batch_size": 2},
+        }
+    )
+    return JobSpec(config, tmp_path / "job.toml", JobFolder(tmp_path), b"s" * 32, "unix:///x", "small-1", False, 0)
+
+
+def ask(spec: JobSpec, story: Callable[[Controller, Call], Awaitable[None]], token: str | None = None) -> None:
+    """Run `story` with a controller and a function that posts to it (or gets, without a body)."""
+
+    async def run() -> None:
+        controller = Controller(spec)
+        shown = (spec.token if token is None else token).encode()
+        headers = {b"Authorization": b"Bearer " + shown}
+        transport = httpx.ASGITransport(controller.application)
+        async with httpx.AsyncClient(transport=transport, base_url="http://job", headers=headers) as client:
+
+            async def call(path: str, body: Any = None) -> httpx.Response:
+                return await (client.get(path) if body is None else client.post(path, json=body))
+
+            await story(controller, call)
+
+    asyncio.run(run())
+
+
+async def start(call: Call) -> None:
+    assert (await call("/register", {**ROLLOUT, "role": "rollout", "pid": 1})).json()["phase"] == "starting"
+    assert (await call("/register", {**POLICY, "role": "policy", "pid": 2})).json()["phase"] == "running"
+
+
+def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        answer = (await call("/prompts", {**ROLLOUT, "want": 3})).json()
+        assert [index for index, _ in answer["prompts"]] == [0, 1, 2]
+        answer = (await call("/prompts", {**ROLLOUT, "want": 3, "published": [0, 1, 2]})).json()
+        assert [index for index, _ in answer["prompts"]] == [3]
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [0, 1]})
+        answer = (await call("/prompts", {**ROLLOUT, "want": 3, "published": [3]})).json()
+        assert [index for index, _ in answer["prompts"]] == [4, 5]
+        answer = (await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})).json()
+        assert answer == {"phase": "draining", "stop": True}
+        assert (await call("/prompts", {**ROLLOUT, "want": 3})).json()["stop"]
+        await call("/unregister", {**ROLLOUT, "reason": "done"})
+        assert not controller.final.is_set()
+        assert (await call("/unregister", {**POLICY, "reason": "done"})).json()["phase"] == "done"
+        assert controller.final.is_set()
+
+    ask(spec, story)
+
+
+def test_request_for_prompts_waits_until_there_are_some(spec: JobSpec) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        await call("/prompts", {**ROLLOUT, "want": 4})
+        waiting = asyncio.ensure_future(
+            call("/prompts", {**ROLLOUT, "want": 4, "wait": 2.0, "published": [0, 1, 2, 3]})
+        )
+        while not controller.membership.prompts.statistics()["published"]:
+            await asyncio.sleep(0)
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
+        assert [index for index, _ in (await waiting).json()["prompts"]] == [4]
+
+    ask(spec, story)
+
+
+def test_request_for_prompts_is_answered_at_once_when_the_job_stops(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        await start(call)
+        await call("/prompts", {**ROLLOUT, "want": 4})
+        waiting = asyncio.ensure_future(
+            call("/prompts", {**ROLLOUT, "want": 4, "wait": 2.0, "published": [0, 1, 2, 3]})
+        )
+        await asyncio.sleep(0)
+        await call("/stop", {"reason": "interrupted by SIGINT"})
+        assert (await waiting).json() == {"phase": "draining", "stop": True, "prompts": []}
+
+    ask(spec, story)
+
+
+def test_status_and_metrics_tell_what_replicas_do(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        await start(call)
+        await call("/heartbeat", {**ROLLOUT, "progress": PROGRESS})
+        status = (await call("/status")).json()
+        assert status["members"][0]["progress"] == PROGRESS
+        metrics = (await call("/metrics")).text
+        assert 'dray_job_phase{phase="running"} 1.0' in metrics
+        assert 'dray_replica_total{counter="payloads",replica="rollout-0"} 3.0' in metrics
+
+    ask(spec, story)
+
+
+def test_everything_but_the_health_probe_needs_the_token(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        assert (await call("/healthz")).status_code == 200
+        for path in ("/status", "/metrics"):
+            assert (await call(path)).status_code == 401
+        for path in ("/register", "/heartbeat", "/prompts", "/finish", "/unregister", "/stop", "/died"):
+            answer = await call(path, {**ROLLOUT, "role": "rollout", "pid": 1})
+            assert (answer.status_code, answer.json()["error"]) == (401, "unauthorised")
+
+    ask(spec, story, token="")
+    ask(spec, story, token="wrong")
+    ask(spec, story, token="ü")
+
+
+def test_stranger_is_refused_and_a_dead_member_too(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        assert (await call("/prompts", {**ROLLOUT, "want": 1})).status_code == 409
+        await start(call)
+        await call("/died", {"name": "rollout-0", "role": "rollout", "reason": "killed by signal 9"})
+        answer = await call("/heartbeat", {**ROLLOUT, "progress": PROGRESS})
+        assert answer.status_code == 409
+        assert "killed by signal 9" in answer.json()["detail"]
+
+    ask(spec, story)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        [],
+        {**ROLLOUT, "role": "critic", "pid": 1},
+        {**ROLLOUT, "role": "rollout", "pid": -1},
+        {**ROLLOUT, "role": "rollout", "pid": 1, "more": 1},
+        {"name": "../x", "incarnation": "a", "role": "rollout", "pid": 1},
+    ],
+)
+def test_malformed_body_is_refused_and_changes_nothing(spec: JobSpec, body: Any) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        answer = await call("/register", body)
+        assert (answer.status_code, answer.json()["error"]) == (422, "malformed")
+        assert controller.membership.members == {}
+
+    ask(spec, story)
+
+
+def test_body_that_is_too_large_is_refused(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        assert (await call("/register", {"name": "x" * LARGEST_BODY})).status_code == 413
+
+    ask(spec, story)
