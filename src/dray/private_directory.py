@@ -17,6 +17,7 @@ MAX_SOCKET_PATH = 107
 
 _LOCK = "lock"
 _LONGEST_NAME = len("/12345678/redis.sock")
+_LONGEST_ROOT = MAX_SOCKET_PATH - _LONGEST_NAME
 
 
 class PrivateDirectory:
@@ -64,7 +65,7 @@ def default_root() -> Path:
     if chosen:
         return Path(chosen)
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
+    if runtime and Path(runtime).is_dir() and len(os.fsencode(runtime)) <= _LONGEST_ROOT - len("/dray"):
         return Path(runtime) / "dray"
     return Path("/tmp") / f"dray-{os.getuid()}"
 
@@ -101,8 +102,8 @@ def _sweep(root: Path) -> None:
 
 
 def _own(root: Path) -> None:
-    if len(os.fsencode(root)) + _LONGEST_NAME > MAX_SOCKET_PATH:
-        raise ConfigError("runtime directory", str(root), f"a path of {MAX_SOCKET_PATH - _LONGEST_NAME} bytes")
+    if len(os.fsencode(root)) > _LONGEST_ROOT:
+        raise ConfigError("runtime directory", str(root), f"a path of {_LONGEST_ROOT} bytes")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = root.lstat()

@@ -144,10 +144,17 @@ class Exchanges:
 
     def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, UcxWorker | None]:
         """An open connection to the endpoint, and the UCX worker that it keeps busy."""
-        grouped = Endpoint.parse(endpoint).lane is Lane.UCX
+        address = Endpoint.parse(endpoint)
+        fits: Callable[[UcxWorker], bool] | None = None
+        if address.lane is Lane.UCX:
+            loopback = is_loopback(address.host)
+
+            def fits(worker: UcxWorker) -> bool:
+                return worker.loopback is loopback
+
         while True:
             with self._lock:
-                decision = self._pool.checkout(endpoint, self._clock.now(), grouped)
+                decision = self._pool.checkout(endpoint, self._clock.now(), fits)
             for expired, group in decision.expired:
                 self.discard(expired, group)
             connection, group = decision.connection, decision.group

@@ -63,8 +63,9 @@ class ReadAttempts:
         rotation: int,
         most: int = MOST_ATTEMPTS,
     ) -> None:
+        distinct = list(dict.fromkeys(endpoints))
         self._by_lane = [
-            [endpoint for endpoint in endpoints if Endpoint.parse(endpoint).lane == lane] for lane in lanes
+            [endpoint for endpoint in distinct if Endpoint.parse(endpoint).lane == lane] for lane in lanes
         ]
         self._all = [endpoint for lane in self._by_lane for endpoint in lane]
         self._quarantine = quarantine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -49,8 +49,8 @@ class ConnectionPool(Generic[C, G]):
         self._idle: dict[str, list[_Idle[C, G]]] = {}
         self._groups: dict[G, bool] = {}
 
-    def checkout(self, endpoint: str, now: float, grouped: bool = False) -> Checkout[C, G]:
-        """Take the connection that was used last, or say where to open one; a `grouped` lane wants a group."""
+    def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
+        """Take the connection that was used last, or say where to open one: in a group that fits, on lanes with groups."""
         expired: list[tuple[C, G | None]] = []
         chosen: _Idle[C, G] | None = None
         kept: list[_Idle[C, G]] = []
@@ -69,8 +69,8 @@ class ConnectionPool(Generic[C, G]):
             self._idle[endpoint] = kept[::-1]
         if chosen is not None:
             return Checkout(chosen.connection, chosen.group, expired)
-        free = next((group for group, busy in self._groups.items() if not busy), None) if grouped else None
-        return Checkout(None, self._take(free), expired)
+        free = (group for group, busy in self._groups.items() if not busy and fits is not None and fits(group))
+        return Checkout(None, self._take(next(free, None)), expired)
 
     def add_group(self, group: G) -> None:
         """A new group, busy with the exchange it was made for."""

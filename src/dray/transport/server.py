@@ -266,6 +266,8 @@ class PayloadServer:
     def _abandon_after_fork(self) -> None:
         for thread in self._threads:
             thread.abandon_after_fork()
+        if self._directory is not None and not self._directory.closed:
+            os.close(self._directory.lock)  # the folder can be swept when the parent is dead
 
 
 def _served(lanes: Sequence[str] | str) -> frozenset[Lane]:

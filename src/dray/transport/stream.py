@@ -123,7 +123,9 @@ def _parse(address: str) -> Endpoint:
     lane = SCHEMES.get(scheme)
     if lane is Lane.SHM and rest:
         return Endpoint(lane, rest)
-    host, _, port = rest.rpartition(":")
-    if lane is None or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    host, _, digits = rest.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    port = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 6 else 0
+    if lane is None or not host or not 0 < port < 65536:
         raise ConfigError("endpoint", address, "unix:PATH, tcp:HOST:PORT or ucx:HOST:PORT")
-    return Endpoint(lane, host.removeprefix("[").removesuffix("]"), int(port))
+    return Endpoint(lane, host, port)

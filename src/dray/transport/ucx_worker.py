@@ -14,6 +14,7 @@ import ipaddress
 import itertools
 import os
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -222,15 +223,18 @@ def confine(port: int, host: str) -> None:
     device = _interface(host)
     for entry in list(Path("/proc/self/fd").iterdir()):
         try:
-            duplicate = socket.socket(fileno=os.dup(int(entry.name)))
-        except OSError:  # not a socket, or the descriptor that listed the folder, which is gone
+            duplicate = os.dup(int(entry.name))
+        except OSError:  # the descriptor that listed the folder, which is gone, or another thread's
             continue
-        with duplicate:
-            if duplicate.family != socket.AF_INET or duplicate.type != socket.SOCK_STREAM:
+        if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
+            os.close(duplicate)
+            continue
+        with socket.socket(fileno=duplicate) as found:
+            if found.family != socket.AF_INET or found.type != socket.SOCK_STREAM:
                 continue
-            listening = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if listening and duplicate.getsockname() == ("0.0.0.0", port):
-                duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
+            listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listening and found.getsockname() == ("0.0.0.0", port):
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
                 return
     raise Unreachable(f"the listening socket on port {port} cannot be found")
 

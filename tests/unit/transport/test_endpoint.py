@@ -1,0 +1,32 @@
+import pytest
+
+from dray.errors import ConfigError
+from dray.transport.stream import Endpoint
+from dray.wire.handshake import Lane
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint"),
+    [
+        ("unix:/run/dray/a b/0.sock", Endpoint(Lane.SHM, "/run/dray/a b/0.sock")),
+        ("unix:/with:colon", Endpoint(Lane.SHM, "/with:colon")),
+        ("tcp:127.0.0.1:40001", Endpoint(Lane.TCP, "127.0.0.1", 40001)),
+        ("ucx:node-7.cluster:1", Endpoint(Lane.UCX, "node-7.cluster", 1)),
+        ("tcp:[fd00::2]:65535", Endpoint(Lane.TCP, "fd00::2", 65535)),
+    ],
+)
+def test_an_address_is_taken_apart_and_put_together(address: str, endpoint: Endpoint) -> None:
+    assert Endpoint.parse(address) == endpoint
+    assert str(endpoint) == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "", "unix", "unix:", "tcp", "tcp:", "tcp:h", "tcp::1", "tcp:h:", "tcp:h:0", "tcp:h:65536", "tcp:h:-1",
+        "tcp:h:1x", "rdma:h:1", "h:1", "TCP:h:1", "tcp:h:٣", "tcp:[]:1", "tcp:h:" + "9" * 5000, "tcp:h:²",
+    ],
+)  # fmt: skip
+def test_anything_else_is_a_config_error_that_names_it(address: str) -> None:
+    with pytest.raises(ConfigError, match="endpoint"):
+        Endpoint.parse(address)

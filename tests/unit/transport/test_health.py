@@ -1,0 +1,179 @@
+import pytest
+
+from dray.errors import (
+    ConnectionClosed,
+    ConnectionReset,
+    MessageTruncated,
+    ProducerLostError,
+    ServerBusy,
+    TransportError,
+    TransportTimeout,
+    Unreachable,
+)
+from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts
+from dray.wire.handshake import Lane
+
+TCP = ["tcp:h:1", "tcp:h:2", "tcp:h:3"]
+SHM = ["unix:/a", "unix:/b"]
+REFUSED = Unreachable("nobody", refused=True)
+FAILED = ConnectionReset("reset")
+
+
+def attempts(
+    endpoints: list[str],
+    quarantine: Quarantine | None = None,
+    *,
+    lanes: tuple[int, ...] = (Lane.SHM, Lane.UCX, Lane.TCP),
+    rotation: int = 0,
+    most: int = 2,
+) -> ReadAttempts:
+    return ReadAttempts(endpoints, lanes, quarantine or Quarantine(), rotation, most)
+
+
+def test_quarantine_ends_after_its_time() -> None:
+    quarantine = Quarantine(30.0)
+    quarantine.failed("a", 100.0)
+    assert not quarantine.healthy("a", 129.9)
+    assert quarantine.healthy("b", 100.0)
+    assert quarantine.healthy("a", 130.0)
+    assert quarantine.healthy("a", 100.0)
+
+
+def test_a_new_failure_starts_the_time_again() -> None:
+    quarantine = Quarantine(30.0)
+    quarantine.failed("a", 0.0)
+    quarantine.failed("a", 20.0)
+    assert not quarantine.healthy("a", 40.0)
+    assert quarantine.healthy("a", 50.0)
+
+
+def test_the_list_holds_what_is_in_quarantine_now() -> None:
+    quarantine = Quarantine(10.0)
+    quarantine.failed("a", 0.0)
+    quarantine.failed("b", 5.0)
+    assert sorted(quarantine.listed(9.0)) == ["a", "b"]
+    assert quarantine.listed(12.0) == ["b"]
+
+
+def test_reads_rotate_over_the_endpoints_of_a_lane() -> None:
+    chosen = [attempts(TCP, rotation=n).choose(0.0) for n in range(6)]
+    assert set(chosen[:3]) == set(TCP)
+    assert chosen[:3] == chosen[3:]
+
+
+def test_the_best_lane_goes_first_and_lanes_not_allowed_are_not_tried() -> None:
+    for rotation in range(4):
+        assert attempts([*TCP, *SHM], rotation=rotation).choose(0.0) in SHM
+        assert attempts([*TCP, *SHM], lanes=(Lane.TCP,), rotation=rotation).choose(0.0) in TCP
+
+
+def test_a_quarantined_endpoint_is_skipped_and_the_next_lane_taken() -> None:
+    quarantine = Quarantine()
+    quarantine.failed(SHM[0], 0.0)
+    for rotation in range(3):
+        assert attempts([*SHM, *TCP], quarantine, rotation=rotation).choose(1.0) == SHM[1]
+    quarantine.failed(SHM[1], 0.0)
+    assert attempts([*SHM, *TCP], quarantine).choose(1.0) in TCP
+
+
+def test_endpoints_are_tried_all_the_same_when_all_are_in_quarantine() -> None:
+    quarantine = Quarantine()
+    for endpoint in TCP:
+        quarantine.failed(endpoint, 0.0)
+    chosen = {attempts(TCP, quarantine, rotation=rotation).choose(1.0) for rotation in range(3)}
+    assert chosen == set(TCP)
+
+
+def test_a_single_endpoint_is_tried_twice() -> None:
+    plan = attempts(TCP[:1])
+    assert plan.choose(0.0) == TCP[0]
+    assert plan.give_up(TCP[0], FAILED, 0.0) is None
+    assert plan.choose(1.0) == TCP[0]
+    assert plan.last
+    assert plan.give_up(TCP[0], FAILED, 1.0) is FAILED
+
+
+def test_the_second_attempt_takes_another_endpoint_and_quarantines_it_as_well() -> None:
+    quarantine = Quarantine()
+    plan = attempts(TCP, quarantine)
+    assert not plan.last
+    first = plan.choose(0.0)
+    assert plan.give_up(first, FAILED, 0.0) is None
+    assert plan.last
+    second = plan.choose(0.0)
+    assert second != first
+    last = TransportTimeout("late")
+    assert plan.give_up(second, last, 1.0) is last
+    assert sorted(quarantine.listed(1.0)) == sorted([first, second])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionReset("x"),
+        ConnectionClosed("x"),
+        TransportTimeout("x"),
+        MessageTruncated("x"),
+        Unreachable("x"),
+        TransportError("x"),
+    ],
+)
+def test_each_transport_failure_uses_an_attempt_and_quarantines(error: TransportError) -> None:
+    quarantine = Quarantine()
+    plan = attempts(TCP, quarantine)
+    assert plan.give_up(TCP[0], error, 0.0) is None
+    assert quarantine.listed(0.0) == [TCP[0]]
+    assert plan.last
+
+
+def test_a_busy_server_is_tried_again_but_is_healthy() -> None:
+    quarantine = Quarantine()
+    plan = attempts(TCP[:1], quarantine)
+    busy = ServerBusy("busy")
+    assert plan.give_up(TCP[0], busy, 0.0) is None
+    assert quarantine.listed(0.0) == []
+    assert plan.give_up(TCP[0], busy, 0.0) is busy
+
+
+@pytest.mark.parametrize("absent", [REFUSED, OtherProducerError("other")])
+def test_an_absent_endpoint_uses_no_attempt(absent: TransportError) -> None:
+    plan = attempts([*SHM, *TCP])
+    for endpoint in (*SHM, *TCP[:2]):
+        assert plan.choose(0.0) != TCP[2]
+        assert plan.give_up(endpoint, absent, 0.0) is None
+        assert not plan.last
+    assert plan.choose(0.0) == TCP[2]
+
+
+@pytest.mark.parametrize("absent", [REFUSED, OtherProducerError("other")])
+def test_the_producer_is_lost_when_every_endpoint_is_absent(absent: TransportError) -> None:
+    plan = attempts(TCP)
+    assert plan.give_up(TCP[0], absent, 0.0) is None
+    assert plan.give_up(TCP[1], REFUSED, 0.0) is None
+    lost = plan.give_up(TCP[2], absent, 0.0)
+    assert isinstance(lost, ProducerLostError)
+    assert all(endpoint in str(lost) for endpoint in TCP)
+    assert not lost.retryable
+
+
+def test_a_timeout_alone_is_never_lost() -> None:
+    plan = attempts(TCP[:2])
+    assert plan.give_up(TCP[0], REFUSED, 0.0) is None
+    assert plan.choose(0.0) == TCP[1]
+    late = TransportTimeout("late")
+    assert plan.give_up(TCP[1], late, 0.0) is None
+    assert plan.choose(0.0) == TCP[1]
+    assert plan.give_up(TCP[1], late, 0.0) is late
+
+
+def test_an_endpoint_named_twice_counts_once() -> None:
+    plan = attempts([TCP[0], TCP[0]])
+    assert isinstance(plan.give_up(plan.choose(0.0), REFUSED, 0.0), ProducerLostError)
+
+
+def test_an_endpoint_that_recovers_while_it_is_in_quarantine_can_still_lose_its_producer() -> None:
+    """Quarantined, then refused: what counts is the answer of this read."""
+    quarantine = Quarantine()
+    quarantine.failed(TCP[0], 0.0)
+    plan = attempts(TCP[:1], quarantine)
+    assert isinstance(plan.give_up(plan.choose(1.0), REFUSED, 1.0), ProducerLostError)

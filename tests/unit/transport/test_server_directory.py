@@ -1,0 +1,154 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dray.buffer import SharedRingBuffer
+from dray.errors import ConfigError
+from dray.private_directory import PrivateDirectory, default_root
+from dray.transport import PayloadServer
+
+OWNER = """
+import socket, sys
+from pathlib import Path
+from dray.private_directory import PrivateDirectory
+directory = PrivateDirectory(Path(sys.argv[1]))
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(str(directory.path / "0.sock"))
+print(directory.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "dray"
+
+
+@pytest.fixture
+def owner(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process with a folder of its own."""
+    command = [sys.executable, "-c", OWNER, str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def folder_of(owner: subprocess.Popen[str]) -> Path:
+    assert owner.stdout is not None
+    return Path(owner.stdout.readline().strip())
+
+
+def test_the_folder_of_a_killed_process_is_swept(root: Path, owner: subprocess.Popen[str]) -> None:
+    folder = folder_of(owner)
+    assert (folder / "0.sock").is_socket()
+    owner.send_signal(signal.SIGKILL)
+    owner.wait(30)
+    assert folder.is_dir()
+    directory = PrivateDirectory(root)
+    assert not folder.exists()
+    directory.close()
+
+
+def test_the_folder_of_a_living_process_stays(root: Path, owner: subprocess.Popen[str]) -> None:
+    folder = folder_of(owner)
+    directory = PrivateDirectory(root)
+    assert (folder / "0.sock").is_socket()
+    directory.close()
+    assert folder.is_dir()
+
+
+def test_the_folder_of_a_stopped_process_stays(root: Path, owner: subprocess.Popen[str]) -> None:
+    folder = folder_of(owner)
+    owner.send_signal(signal.SIGSTOP)
+    PrivateDirectory(root).close()
+    assert (folder / "0.sock").is_socket()
+
+
+def test_the_folder_of_a_killed_process_is_swept_while_its_forked_child_lives(root: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from dray.buffer import SharedRingBuffer
+from dray.transport import PayloadServer
+ring = SharedRingBuffer(1, 64)
+server = PayloadServer(ring, lanes="shm", directory=Path(sys.argv[1]))
+if os.fork() == 0:
+    sys.stdin.read()
+    os._exit(0)
+print(Path(server.endpoints[0].removeprefix("unix:")).parent, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script, str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        folder = folder_of(process)
+        process.kill()
+        process.wait(30)
+        PrivateDirectory(root).close()
+        assert not folder.exists()
+
+
+def test_many_processes_at_once_sweep_none_of_each_other(root: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(root)]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    try:
+        folders = [folder_of(process) for process in processes]
+        assert len(set(folders)) == 3
+        assert all((folder / "0.sock").is_socket() for folder in folders)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=30)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_root_of_another_user_is_refused(root: Path) -> None:
+    root.mkdir(mode=0o700)
+    os.chown(root, 12345, 12345)
+    with pytest.raises(ConfigError, match="of this user"):
+        PrivateDirectory(root)
+
+
+def test_the_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DRAY_RUNTIME_DIR", "/somewhere")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert default_root() == Path("/somewhere")
+    monkeypatch.delenv("DRAY_RUNTIME_DIR")
+    assert default_root() == tmp_path / "dray"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    assert default_root() == Path(f"/tmp/dray-{os.getuid()}")
+
+
+def test_a_runtime_directory_too_deep_for_socket_paths_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.delenv("DRAY_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    assert default_root() == Path(f"/tmp/dray-{os.getuid()}")
+
+
+def test_a_configured_directory_too_deep_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / ("d" * 90)
+    with SharedRingBuffer(1, 64) as ring, pytest.raises(ConfigError, match="a path of"):
+        PayloadServer(ring, lanes="shm", directory=root)
+    assert not root.exists()
+
+
+def test_sockets_lie_in_the_private_folder_and_go_with_the_server(root: Path) -> None:
+    with SharedRingBuffer(1, 64) as ring:
+        with PayloadServer(ring, lanes="shm", threads=2, directory=root) as server:
+            paths = [Path(endpoint.removeprefix("unix:")) for endpoint in server.endpoints]
+            assert all(path.is_socket() and path.parent.parent == root for path in paths)
+            for path in paths:
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(str(path))
+        assert list(root.iterdir()) == []
