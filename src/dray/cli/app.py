@@ -63,6 +63,9 @@ def run(
 app.command()(doctor)
 
 
+app.command()(doctor)
+
+
 def main() -> None:
     """The entry point of the `dray` command: errors of dray's own become one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")

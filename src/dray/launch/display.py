@@ -102,6 +102,10 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Leave the picture as it is; what is said from now on comes below it."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -144,7 +148,7 @@ class Display:
         replicas = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
         for name in ("replica", "state", "doing", "for", "payloads"):
             replicas.add_column(name)
-        for member in members:
+        for member in sorted(members, key=lambda member: (member.role, member.name)):
             style = "" if member.state.value == "active" else "yellow" if member.state.value == "left" else "red"
             doing = member.progress.doing if member.state.value == "active" else member.reason
             replicas.add_row(

@@ -105,6 +105,9 @@ class _Run:
                 self._start_replicas()
                 self._watch(client)
             self._read_outcome()
+            if self._status is not None:
+                self._display.update(self._status)
+        self._display.freeze()
         code = self._exit_code()
         summary = write_report(
             self._folder,

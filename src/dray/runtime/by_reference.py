@@ -197,6 +197,9 @@ class ReferenceWeightsOutlet:
         reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
         self._key.publish(reference.to_json(), version)
 
+    def restore(self) -> None:
+        self._key.restore()
+
     def _open(self, nbytes: int) -> PayloadServer:
         slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
         # One slot for each reader that is behind, one for the newest, one to write to.

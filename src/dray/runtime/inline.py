@@ -122,6 +122,9 @@ class InlineWeightsOutlet:
     def publish(self, weights: Arrays, version: int) -> None:
         self._key.publish(base64.standard_b64encode(pack(weights)).decode("ascii"), version)
 
+    def restore(self) -> None:
+        self._key.restore()
+
 
 class InlineWeightsInlet:
     """See `WeightsInlet`."""

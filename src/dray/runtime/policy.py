@@ -73,6 +73,7 @@ class Training:
     def run(self) -> ExitCode:
         """Train until the job is solved, `max_steps` is over, or the replica must stop."""
         self._resume()
+        self._replica.stop.disposable = False
         self._queue.attach()
         self._publish_weights()
         stop, solved = self._replica.stop, ""
@@ -113,6 +114,8 @@ class Training:
             if deliveries:
                 activity.doing(f"reading {len(deliveries)} payloads")
                 self._read(deliveries, batch)
+            elif not self._replica.stop.is_set:
+                self._weights.restore()
             batch.waited += received - began
             batch.reading += MONOTONIC.now() - received
         return batch

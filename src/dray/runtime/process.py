@@ -29,9 +29,14 @@ _LOG = logging.getLogger("dray.runtime.process")
 
 
 class StopFlag:
-    """Whether, why and with which exit code a process should end. The first reason stands."""
+    """Whether, why and with which exit code a process should end. The first reason stands.
+
+    Attributes:
+        disposable: true while the process has nothing to lose, and may be ended without being asked.
+    """
 
     def __init__(self) -> None:
+        self.disposable = True
         self.event = threading.Event()
         self.reason = ""
         self.exit_code: int | None = None

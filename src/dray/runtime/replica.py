@@ -124,6 +124,8 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     stop = StopFlag()
 
     def on_signal(number: signal.Signals) -> None:
+        if stop.disposable:  # perhaps in the middle of a long import, which looks at nothing
+            os._exit(128 + number)
         stop.set(f"received {number.name}", ExitCode(128 + number))
 
     stop_on_signals(on_signal)

@@ -28,6 +28,7 @@ def work(replica: Replica) -> ExitCode:
         worker: RolloutWorker = worker_class()
         worker.setup(replica.context(dict(config.args)))
     with open_outlet(replica) as (outlet, weights):
+        replica.stop.disposable = False
         try:
             _generate(replica, worker, outlet, weights)
         except UserCodeError as error:

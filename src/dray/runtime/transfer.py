@@ -61,6 +61,10 @@ class WeightsOutlet(Protocol):
         """Make `weights` the newest."""
         ...
 
+    def restore(self) -> None:
+        """Publish again what Redis has lost, if it was restarted empty."""
+        ...
+
 
 class WeightsInlet(Protocol):
     """The rollout replica's end of the way of weights."""
