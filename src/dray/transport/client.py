@@ -8,12 +8,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, DrayError, PayloadError, TransportError
+from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, PayloadError, TransportError
 from dray.payload.codec import unpack
 from dray.telemetry import Counters
 from dray.transport.connection import Bytes, Connection, Held
@@ -104,7 +104,7 @@ class PayloadClient:
         def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> Bytes:
             held = _one(connection, ref, self._reader, status_by, deadline)
             data = held.data()
-            connection.acknowledge([(held.request, consume)], deadline)
+            connection.finish(held, consume, deadline)
             return data
 
         data = self._run(ref, Deadline.after(timeout, self._clock), exchange)
@@ -173,15 +173,16 @@ class PayloadClient:
         for ref in refs:
             by_producer.setdefault(ref.producer, []).append(ref)
         for waiting in by_producer.values():
-            for ref, result in self._read_producer(waiting, consume, deadline):
-                outcome = _unpacked(result)
-                if not isinstance(outcome, DrayError):
-                    self._counters.add_all({"reads": 1, "bytes": ref.nbytes})
-                elif not return_errors:
-                    raise outcome
-                else:
-                    self._counters.add("failed_reads")
-                yield ref, outcome
+            with contextlib.closing(self._read_producer(waiting, consume, deadline)) as results:
+                for ref, result in results:
+                    outcome = _unpacked(result)
+                    if not isinstance(outcome, DrayError):
+                        self._counters.add_all({"reads": 1, "bytes": ref.nbytes})
+                    elif not return_errors:
+                        raise outcome
+                    else:
+                        self._counters.add("failed_reads")
+                    yield ref, outcome
 
     # --- other requests ---------------------------------------------------------------------------------------
 
@@ -249,12 +250,17 @@ class PayloadClient:
 
     def _read_producer(
         self, refs: Sequence[PayloadRef], consume: bool, deadline: Deadline
-    ) -> Iterator[tuple[PayloadRef, Bytes | DrayError]]:
+    ) -> Generator[tuple[PayloadRef, Bytes | DrayError], None, None]:
         """Read one producer's payloads over one connection at a time, a window of requests in flight."""
         self._check_process()
         waiting = list(refs)
         producer = waiting[0].producer
-        attempts = self._exchanges.plan(waiting[0])
+        try:
+            attempts = self._exchanges.plan(waiting[0])
+        except (TransportError, ConfigError) as unusable:
+            for ref in waiting:
+                yield ref, unusable
+            return
         while waiting:
             endpoint, status_by = self._exchanges.choose(attempts, deadline)
             try:
@@ -296,10 +302,13 @@ class PayloadClient:
             given = 0
             try:
                 for ref, result in zip(window, results, strict=True):
+                    outcome = result.data() if isinstance(result, Held) else result
+                    if isinstance(result, Held) and result.in_place and not connection.usable():
+                        raise ConnectionClosed("the lease may have ended while the payload was copied")
                     given += 1
                     del waiting[0]
-                    yield ref, result.data() if isinstance(result, Held) else result
-            except GeneratorExit:
+                    yield ref, outcome
+            except BaseException:
                 with contextlib.suppress(TransportError):  # the server returns what it does not hear of
                     _acknowledge(connection, results, consume, given, deadline)
                 raise

@@ -17,6 +17,7 @@ from dray.errors import (
     DrayError,
     MessageTruncated,
     ProtocolError,
+    TransportError,
     TransportTimeout,
 )
 from dray.transport import tcp, ucx, unix
@@ -28,6 +29,11 @@ from dray.wire import PayloadRef
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
 from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
 from dray.wire.session import ClientSession, Request, refusal
+
+_WINDOW = 256
+"""Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
+
+_LONGEST_POLL = 2**31 - 1
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -67,6 +73,7 @@ class Connection:
         self._stream = stream
         self._segment = segment
         self._verify = verify
+        self.broken = False
         self._session = ClientSession()
         self._poll = select.poll()
 
@@ -113,7 +120,8 @@ class Connection:
             tag = 0
             target = None
             if self.lane is not Lane.SHM:
-                target = np.empty(ref.nbytes, np.uint8)
+                # A reference is untrusted: one that says more than a slot holds must not claim that memory.
+                target = np.empty(min(ref.nbytes, self.identity.slot_bytes), np.uint8)
                 tag = self._stream.worker.next_tag() if isinstance(self._stream, ucx.UcxStream) else 0
                 self._stream.expect(target.data, tag)
             targets.append(target)
@@ -132,14 +140,14 @@ class Connection:
         """
         request, frame, text = self._status(status_by)
         accepted = frame.status == Status.OK
+        if accepted and frame.nbytes != ref.nbytes:
+            raise ProtocolError(
+                f"the payload has {frame.nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
+            )
         if target is not None:
             self._payload(frame.nbytes if accepted else 0, deadline)
         if not accepted:
             return refusal(request, frame, text, self.endpoint)
-        if frame.nbytes != ref.nbytes:
-            raise ProtocolError(
-                f"the payload has {frame.nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
-            )
         if target is None:
             return Held(request, self._in_place(request, frame), in_place=True)
         if (
@@ -158,18 +166,42 @@ class Connection:
         frames = b"".join(self._session.ack(request, consumed) for request, consumed in ended)
         self._send(frames, deadline)
 
+    def finish(self, held: Held, consumed: bool, deadline: Deadline) -> None:
+        """End the lease of a payload that is in memory of its own now.
+
+        Raises:
+            TransportError: it was copied from its slot, and its lease may have ended meanwhile: the copy
+                must not be used.
+        """
+        try:
+            self.acknowledge([(held.request, consumed)], deadline)
+        except TransportError:
+            if held.in_place:
+                self._session.forget(held.request)
+                raise
+            self.broken = True  # the payload is whole; its ACK is repeated on another connection
+
     # --- other requests ---------------------------------------------------------------------------------------
 
     def consume(self, wanted: Sequence[tuple[int, int, int]], deadline: Deadline) -> list[Status]:
-        """CONSUME for each (slot, sequence, reader), pipelined; how each went."""
-        frames = b"".join(self._session.request(Kind.CONSUME, *each).pack() for each in wanted)
-        self._send(frames, deadline)
-        return [Status(self._status(deadline)[1].status) for _ in wanted]
+        """CONSUME for each (slot, sequence, reader), pipelined; ``OK`` or ``STALE`` for each.
+
+        Raises:
+            AuthenticationError: a reader id is not one of the ring's.
+            SlotError: the ring is closed.
+        """
+        went: list[Status] = []
+        for first in range(0, len(wanted), _WINDOW):
+            window = wanted[first : first + _WINDOW]
+            frames = b"".join(self._session.request(Kind.CONSUME, *each).pack() for each in window)
+            self._send(frames, deadline)
+            went += [Status(self._accepted(deadline)[0].status) for _ in window]
+        return went
 
     def stat(self, deadline: Deadline) -> str:
         """The server's statistics, as JSON text."""
         self._send(self._session.request(Kind.STAT).pack(), deadline)
-        return self._status(deadline)[2]
+        return self._accepted(deadline)[1]
 
     @property
     def unconfirmed(self) -> list[tuple[int, int, int]]:
@@ -210,6 +242,13 @@ class Connection:
         if frame.flags & Flag.TEXT and frame.nbytes:
             text = str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")
         return request, frame, text
+
+    def _accepted(self, deadline: Deadline) -> tuple[Frame, str]:
+        """The answer to a request that is not a READ, unless it is a refusal."""
+        request, frame, text = self._status(deadline)
+        if frame.status not in (Status.OK, Status.STALE):
+            raise refusal(request, frame, text, self.endpoint)
+        return frame, text
 
     def _payload(self, nbytes: int, deadline: Deadline) -> None:
         while not self._stream.payload_arrived(nbytes):
@@ -292,11 +331,13 @@ def _message(
 
 def _wait(stream: Stream, poll: select.poll, deadline: Deadline, awaited: str, endpoint: str) -> None:
     """Wait for the stream, no longer than the deadline."""
-    if not stream.idle():
-        return
-    poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
-    left = deadline.timeout
-    if not poll.poll(None if left is None else left * 1000):
+    if stream.idle():
+        poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
+        left = deadline.timeout
+        woken = bool(poll.poll(None if left is None else min(left * 1000, _LONGEST_POLL)))
+    else:
+        woken = not deadline.expired
+    if not woken:
         raise TransportTimeout(
             f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed
         )

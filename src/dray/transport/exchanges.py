@@ -24,6 +24,9 @@ from dray.wire.handshake import Lane
 
 logger = logging.getLogger("dray.client")
 
+_SETTLE_SECONDS = 1.0
+"""What `close` spends on making sure that ACKs have arrived."""
+
 T = TypeVar("T")
 Exchange = Callable[[Connection, Deadline, Deadline], T]
 """Gets the connection, the deadline for connecting and STATUS, and that of the whole."""
@@ -72,7 +75,7 @@ class Exchanges:
         self._clock = clock
         self._lock = threading.Lock()
         self._rotation = 0
-        self._unconfirmed: dict[bytes, set[tuple[int, int, int]]] = {}
+        self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._closed = False
 
     def run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
@@ -161,11 +164,15 @@ class Exchanges:
             if connection is None:
                 return self._open(endpoint, producer, deadline, group)
             if connection.identity.producer == producer and connection.usable():
+                self._settle(connection, group, deadline)
                 return connection, group
             self.discard(connection, group)
 
     def checkin(self, connection: Connection, group: UcxWorker | None) -> None:
         """Keep a connection after a clean exchange."""
+        if connection.broken:
+            self.discard(connection, group)
+            return
         with self._lock:
             surplus = self._pool.checkin(connection.endpoint, connection, group, self._clock.now())
         if surplus is not None:
@@ -179,7 +186,8 @@ class Exchanges:
         connection.close()
         with self._lock:
             if lost:
-                self._unconfirmed.setdefault(connection.identity.producer, set()).update(lost)
+                remembered = self._unconfirmed.setdefault(connection.identity.producer, {})
+                remembered.update(dict.fromkeys(lost, connection.endpoint))
             self._pool.discard(group)
         if self._closed:
             self._close_idle()
@@ -191,6 +199,8 @@ class Exchanges:
 
     def close(self) -> None:
         """Close every idle connection; those in use are closed when their exchange is over. Twice is fine."""
+        if not self._closed:
+            self._settle_all()
         self._closed = True
         self._close_idle()
 
@@ -207,17 +217,17 @@ class Exchanges:
         except BaseException:
             with self._lock:
                 self._pool.discard(group)
+            if self._closed:
+                self._close_idle()
             raise
         self._counters.add("connects")
-        try:
-            self._settle(connection, deadline)
-        except BaseException:
-            self.discard(connection, group)
-            raise
+        self._settle(connection, group, deadline)
         return connection, group
 
-    def _settle(self, connection: Connection, deadline: Deadline) -> None:
-        """Tell the producer again what ACKs that may have been lost said."""
+    def _settle(self, connection: Connection, group: UcxWorker | None, deadline: Deadline) -> None:
+        """Tell the producer again what ACKs that may have been lost said; on failure the connection is closed."""
+        if not self._unconfirmed:
+            return
         producer = connection.identity.producer
         with self._lock:
             lost = self._unconfirmed.pop(producer, None)
@@ -227,15 +237,28 @@ class Exchanges:
             connection.consume(sorted(lost), deadline)
         except BaseException:
             with self._lock:
-                self._unconfirmed.setdefault(producer, set()).update(lost)
+                self._unconfirmed.setdefault(producer, {}).update(lost)
+            self.discard(connection, group)
             raise
         self._counters.add("acks_repeated", len(lost))
+
+    def _settle_all(self) -> None:
+        """Repeat every ACK that may have been lost, where its connection led to, if that can be reached."""
+        deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
+        with self._lock:
+            where = [
+                (producer, endpoint) for producer, lost in self._unconfirmed.items() for endpoint in lost.values()
+            ]
+        for producer, endpoint in dict.fromkeys(where):
+            if producer in self._unconfirmed:
+                with contextlib.suppress(DrayError):
+                    self.checkin(*self.checkout(endpoint, producer, deadline))
 
     def _close_idle(self) -> None:
         """Close what no thread uses, each after making sure that its ACKs have arrived."""
         with self._lock:
             connections, groups = self._pool.drain()
-        deadline = Deadline.after(1.0, self._clock)
+        deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
         for connection in connections:
             if connection.unconfirmed:
                 # Any answer confirms all ACKs before it; a connection that fails now returns its leases.

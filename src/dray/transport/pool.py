@@ -50,7 +50,7 @@ class ConnectionPool(Generic[C, G]):
         self._groups: dict[G, bool] = {}
 
     def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
-        """Take the connection that was used last, or say where to open one: in a group that fits, on lanes with groups."""
+        """Take the connection that was used last, or say in which group that fits to open one, if any."""
         expired: list[tuple[C, G | None]] = []
         chosen: _Idle[C, G] | None = None
         kept: list[_Idle[C, G]] = []

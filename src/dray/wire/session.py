@@ -358,6 +358,10 @@ class ClientSession:
             self._unconfirmed.popleft()
         return request, frame
 
+    def forget(self, request: Request) -> None:
+        """Take a payload that will be read again out of `unconfirmed`."""
+        self._unconfirmed = deque(entry for entry in self._unconfirmed if entry[1] is not request)
+
     def ack(self, request: Request, consumed: bool) -> bytes:
         """The ACK for a READ that was answered OK."""
         self._acks += 1
