@@ -25,7 +25,7 @@ from dray.transport.stream import LANE_NAMES
 from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
 from dray.wire import PayloadRef
 from dray.wire.frames import Status
-from dray.wire.handshake import Lane
+from dray.wire.handshake import Lane, check_secret
 from dray.wire.session import Request
 
 logger = logging.getLogger("dray.client")
@@ -66,6 +66,7 @@ class PayloadClient:
         clock: Clock = MONOTONIC,
     ) -> None:
         self._lanes = _usable(lanes)
+        check_secret(secret)
         if not 0 <= reader < 64:
             raise ConfigError("reader", reader, "0 to 63")
         if attempts < 1:

@@ -18,7 +18,7 @@ import xxhash
 
 from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, StaleSlotError
+from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError
 from dray.payload.codec import plan
 from dray.payload.tensor_spec import PayloadSchema
 from dray.private_directory import PrivateDirectory
@@ -30,7 +30,7 @@ from dray.transport.ucx import UcxListener
 from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, is_loopback, require
 from dray.transport.unix import UnixListener
 from dray.wire import PayloadRef
-from dray.wire.handshake import Lane, ServerIdentity
+from dray.wire.handshake import Lane, ServerIdentity, check_secret
 from dray.wire.session import ServerSession
 
 logger = logging.getLogger("dray.server")
@@ -89,6 +89,7 @@ class PayloadServer:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
         if max_leases < 1:
             raise ConfigError("max_leases", max_leases, "1 or more")
+        check_secret(secret)
         if secret is None and not is_loopback(host) and self._lanes != {Lane.SHM}:
             raise ConfigError("host", host, "a loopback address, or any with a secret configured")
         self._ring = ring
@@ -110,7 +111,7 @@ class PayloadServer:
                 self._threads.append(self._make_thread(index))
             by_lane = zip(*(thread.endpoints for thread in self._threads), strict=True)
             self.endpoints = tuple(endpoint for lane in by_lane for endpoint in lane)
-            self.ref(ring.slots - 1, 2**64 - 1, ring.slot_bytes).to_json()
+            self._check_reference_fits()
             for thread in self._threads:
                 thread.start()
         except BaseException:
@@ -212,6 +213,13 @@ class PayloadServer:
         return f"<PayloadServer {self._ring.producer_id.hex()[:8]} {state}>"
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _check_reference_fits(self) -> None:
+        try:
+            self.ref(self._ring.slots - 1, 2**64 - 1, self._ring.slot_bytes).to_json()
+        except ProtocolError as error:
+            allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
+            raise ConfigError("threads", len(self._threads), allowed) from error
 
     def _make_thread(self, index: int) -> ServerThread:
         with contextlib.ExitStack() as opened:

@@ -158,7 +158,7 @@ class ServerThread:
         try:
             while not self._finished():
                 again = self._serve_again()
-                self._progress_ucx()
+                again = self._progress_ucx() or again
                 timeout = 0.0 if again else self._timeout()
                 for descriptor, _ in self._poll.poll(timeout):
                     if descriptor in self._sockets:
@@ -223,12 +223,12 @@ class ServerThread:
         self._paused.append(listener)
         self._next_sweep = min(self._next_sweep, self._clock.now() + _ACCEPT_PAUSE_SECONDS)
 
-    def _progress_ucx(self) -> None:
-        """Serve every UCX connection until there is nothing left to do but wait."""
+    def _progress_ucx(self) -> bool:
+        """Serve the UCX connections until there is nothing to do but wait; True if their turn is over before."""
         worker, listener = self._worker, self._ucx
         if worker is None:
-            return
-        while True:
+            return False
+        for _ in range(_ROUNDS):
             worker.progress()
             seen = worker.steps
             if listener is not None and self._stop_by is None:
@@ -236,8 +236,10 @@ class ServerThread:
             for connection in list(self._ucx_connections):
                 self._serve(connection)
             # Serving may itself have made progress and so completed a request of a connection already looked at.
-            if worker.steps == seen and worker.arm():
-                return
+            unfinished = any(connection.again for connection in self._ucx_connections)
+            if worker.steps == seen and not unfinished and worker.arm():
+                return False
+        return True
 
     def _serve_again(self) -> bool:
         """Continue with the connections whose turn ended before their work did."""
@@ -251,6 +253,10 @@ class ServerThread:
         connection.again = False
         try:
             for _ in range(_ROUNDS):
+                # First: an ACK may have come in the same step of progress that finished sending its payload.
+                if not stream.flush():
+                    break
+                session.flushed()
                 received = self._receive(connection)
                 items = session.take()
                 if items:
@@ -259,10 +265,7 @@ class ServerThread:
                         connection.announced = True
                         descriptor = self._descriptor if stream.lane is Lane.SHM else None
                     stream.send(items, descriptor)
-                if not stream.flush():
-                    break
-                session.flushed()
-                if not items and not received:
+                elif not received:
                     break
             else:
                 connection.again = True

@@ -24,7 +24,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-from dray.errors import AuthenticationError, ProtocolError, VersionMismatch
+from dray.errors import AuthenticationError, ConfigError, ProtocolError, VersionMismatch
 from dray.wire.frames import VERSION
 from dray.wire.ref import PRODUCER_BYTES
 
@@ -80,6 +80,12 @@ class ServerIdentity:
     slot_bytes: int
     max_leases: int
     readers: int
+
+
+def check_secret(secret: bytes | None) -> None:
+    """Raise `ConfigError`, which does not show it, unless the secret is some bytes or ``None``."""
+    if secret is not None and (not isinstance(secret, bytes) or not secret):
+        raise ConfigError("secret", type(secret).__name__, "some bytes, or None")
 
 
 def proof(secret: bytes, role: bytes, lane: Lane, nonces: bytes, producer: bytes) -> bytes:
