@@ -1,0 +1,1 @@
+"""What dray costs on this machine, beside what the machine itself costs in the same run; see README.md."""

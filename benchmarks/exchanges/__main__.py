@@ -1,0 +1,37 @@
+"""The far end of one exchange: ``python -m benchmarks.exchanges KIND [DESCRIPTOR]``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.peer import Service, serve
+
+
+def make_service(kind: str, descriptors: list[int]) -> Service:
+    """The service that goes by `kind`."""
+    # Each is imported where it is used: a bare end holds nothing but what it needs.
+    if kind == "socket":
+        from benchmarks.exchanges.sockets import SocketService
+
+        return SocketService()
+    if kind == "memory":
+        from benchmarks.exchanges.memory import MemoryService
+
+        return MemoryService(descriptors[0])
+    if kind == "ucx":
+        from benchmarks.exchanges.ucx import UcxService
+
+        return UcxService()
+    if kind == "payloads":
+        from benchmarks.exchanges.lanes import PayloadService
+
+        return PayloadService()
+    if kind == "idle reader":
+        from benchmarks.exchanges.lanes import IdleReaderService
+
+        return IdleReaderService()
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+if __name__ == "__main__":
+    serve(make_service(sys.argv[1], [int(each) for each in sys.argv[2:]]))
