@@ -38,8 +38,9 @@ format: .venv/dev.stamp ## let ruff put the code into shape
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: .venv/dev.stamp ## read rate and latency of each lane beside memcpy and bare sockets: a table and JSON
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+bench: .venv/dev.stamp ## each lane beside memcpy and bare sockets: a table, and outputs/benchmark.json
+	@mkdir -p outputs
+	$(BIN)/python -m benchmarks --json outputs/benchmark.json $(BENCH_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)

@@ -1,0 +1,201 @@
+"""What the documentation says about states, bytes, keys and bounds is what the code says."""
+
+import importlib
+import inspect
+import re
+import struct
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dray import PayloadServer, config
+from dray.buffer import layout, slot_state
+from dray.control import names
+from dray.launch import teardown
+from dray.runtime import lifecycle
+from dray.runtime.exit_codes import ExitCode
+from dray.wire import frames, handshake
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|-")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def drawing(docstring: str | None, first: str, last: str) -> list[str]:
+    """The lines of a drawing in a docstring, without indentation."""
+    assert docstring is not None
+    lines = inspect.cleandoc(docstring).splitlines()
+    begin = next(index for index, line in enumerate(lines) if first in line)
+    end = next(index for index in range(begin, len(lines)) if last in lines[index])
+    return [line.strip() for line in lines[begin : end + 1]]
+
+
+def test_diagram_of_slot_states_is_that_of_the_table() -> None:
+    (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("buffer.md"), re.DOTALL)
+    assert diagram == slot_state.diagram()
+
+
+def test_every_slot_event_is_explained() -> None:
+    explained = [row[0] for row in rows(page("buffer.md")) if row[0].upper() in slot_state.SlotEvent.__members__]
+    assert explained == [event.name.lower() for event in slot_state.SlotEvent]
+
+
+def test_drawing_of_the_segment_is_that_of_the_layout() -> None:
+    drawn = drawing(layout.__doc__, "segment    ", "slot 1")
+    left = [line.split("          ")[0].rstrip() for line in drawn]
+    shown = [line.strip() for line in page("buffer.md").splitlines()]
+    assert all(any(line.startswith(part) for line in shown) for part in left)
+
+
+def test_drawing_of_the_phases_is_that_of_the_module() -> None:
+    assert "\n".join(drawing(lifecycle.__doc__, "QUORUM", "STOP")[:1]) in page("runtime.md")
+    for line in drawing(lifecycle.__doc__, "STARTING", "FAILED"):
+        assert line in page("runtime.md")
+
+
+def fields(code: struct.Struct) -> list[tuple[int, str]]:
+    """(offset, type) of each field of a struct, as the tables write them."""
+    kinds = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
+    found, at = [], 0
+    for count, kind in re.findall(r"(\d*)([a-zA-Z])", code.format):
+        if kind in "sx":
+            found.append((at, f"{count}s"))
+            at += int(count)
+        else:
+            for _ in range(int(count or 1)):
+                found.append((at, kinds[kind]))
+                at += struct.calcsize(f"<{kind}")
+    assert at == code.size
+    return found
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "code"),
+    [
+        ("HELLO, 64 bytes", "CHALLENGE, 128 bytes", handshake.HELLO),
+        ("CHALLENGE, 128 bytes", "PROOF is 32 bytes", handshake.CHALLENGE),
+        ("## Frames", "Empty fields are zero", frames.FRAME),
+    ],
+)
+def test_offsets_of_messages_are_those_of_the_structs(begin: str, end: str, code: struct.Struct) -> None:
+    text = page("protocol.md")
+    table = rows(text[text.index(begin) : text.index(end)])[1:]
+    assert [(int(row[0]), row[2]) for row in table] == fields(code)
+
+
+def test_fields_of_a_frame_have_the_names_and_numbers_of_the_code() -> None:
+    text = page("protocol.md")
+    table = rows(text[text.index("## Frames") : text.index("Empty fields are zero")])
+    assert tuple(row[1] for row in table[1:]) == frames.Frame._fields
+    assert dict(zip(table[0][3:], map(int, table[1][3:]), strict=True)) == {
+        kind.name: kind.value for kind in frames.Kind
+    }
+    statuses = re.findall(r"^\| (\d) ([A-Z]+) \|", text, re.MULTILINE)
+    assert {name: int(number) for number, name in statuses} == {each.name: each.value for each in frames.Status}
+
+
+def test_sizes_and_version_in_the_protocol_page_are_those_of_the_code() -> None:
+    text = page("protocol.md")
+    assert f"Version {frames.VERSION}." in text
+    assert (handshake.HELLO.size, handshake.CHALLENGE.size, handshake.PROOF.size) == (64, 128, 32)
+    assert (handshake.WELCOME.size, frames.FRAME_BYTES) == (8, 64)
+    assert f"at most {frames.MAX_TEXT_BYTES} bytes" in text
+
+
+def test_bounds_in_the_page_on_lanes_are_those_of_the_code() -> None:
+    table = [row for row in rows(page("lanes.md")) if row[-1].startswith("`dray.")]
+    assert len(table) >= 9
+    for what, value, where in table:
+        module, _, name = where.strip("`").rpartition(".")
+        assert getattr(importlib.import_module(module), name) == float(value), what
+
+
+def test_defaults_of_the_server_are_those_of_the_code() -> None:
+    parameters = inspect.signature(PayloadServer).parameters
+    table = [row for row in rows(page("lanes.md")) if row[0].strip("`") in parameters]
+    assert len(table) == 5
+    for name, default, _ in table:
+        assert parameters[name.strip("`")].default == float(default), name
+
+
+def written(value: Any) -> str:
+    return "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
+def test_every_key_of_a_job_file_is_documented_with_default_and_what_is_allowed() -> None:
+    documented: dict[str, list[list[str]]] = {}
+    for section in page("configuration.md").split("\n## ")[1:]:
+        documented[section.splitlines()[0].strip("`[]")] = rows(section)[1:]
+    for name, table in config.JobConfig.model_fields.items():
+        kind = getattr(config, f"{name.capitalize()}Table")
+        expected = []
+        for key, field in kind.model_fields.items():
+            default = "required" if field.is_required() else "empty" if field.default_factory else None
+            expected.append([f"`{key}`", default or written(field.default), field.description])
+        assert [row[:3] for row in documented[name]] == expected, table
+
+
+def test_exit_codes_are_those_of_the_code() -> None:
+    assert ExitCode.__doc__ is not None
+    assert all(line.strip() in page("runtime.md") for line in ExitCode.__doc__.splitlines())
+    documented = {int(row[0]) for row in rows(page("runtime.md")) if row[0].isdecimal()}
+    assert documented == {code.value for code in ExitCode}
+
+
+def test_table_of_the_teardown_is_that_of_the_module() -> None:
+    assert teardown.__doc__ is not None
+    for line in teardown.__doc__.splitlines():
+        if line.startswith("|"):
+            assert line in page("runtime.md")
+
+
+def test_keys_in_redis_are_those_of_the_module() -> None:
+    assert names.__doc__ is not None
+    keys = re.findall(r"^``(dray:\S+)``", names.__doc__, re.MULTILINE)
+    assert keys == [row[0].strip("`") for row in rows(page("control-plane.md")) if row[0].startswith("`dray:")]
+
+
+def test_every_dependency_is_justified_and_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    packages = {re.split(r"[<>=\[;]", each)[0] for each in wanted} - {"dray"}
+    text = page("dependencies.md")
+    assert [package for package in packages if package not in text] == []
+    pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    without = {package.replace("-", "_").lower() for package in packages} - {"ucxx_cu13"}
+    assert without - {name.replace("-", "_").lower() for name in pinned} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+        place = path.parent / target if target else path
+        assert place.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_named_files_exist(path: Path) -> None:
+    for name in re.findall(r"`((?:src|tests|docs|examples)/[\w/.*-]+)`", path.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_every_page_is_listed_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in ROOT.glob("docs/*.md") if f"docs/{path.name}" not in readme] == []
