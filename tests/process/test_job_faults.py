@@ -148,6 +148,7 @@ def test_unfinished_start_is_bounded(tmp_path: Path) -> None:
         ("rollout.worker=nothing.py:Worker", "there is no file"),
         ("policy.trainer=no_such_module:Trainer", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("policy.trainer=small.py:Worker", "it lacks train_step, weights, save, load"),
+        ("controller.host=192.0.2.1", "must be an address of this machine"),
         ("redis.url=redis://127.0.0.1:1", "redis.url = 'redis://127.0.0.1:1' is not allowed"),
     ],
 )

@@ -11,6 +11,7 @@ import os
 import secrets
 import selectors
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from dray.launch.output import open_output
 from dray.launch.signals import SignalInbox
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
 from dray.runtime import messages
+from dray.runtime.address import advertise, bind
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
 from dray.runtime.exit_codes import ExitCode, meaning
@@ -90,7 +92,9 @@ class _Run:
             selector.register(self._inbox, selectors.EVENT_READ)
             self._check_entry_points()
             if self._signals:
+                self._display.say(f"stopped: {self._reason()} before anything was started")
                 return self._exit_code()
+            listener = resources.enter_context(bind(self._config.controller.host, self._config.controller.port))
             redis = resources.enter_context(self._redis())
             known = strangers | ({redis.pid} if redis.pid is not None else set())
             resources.callback(kill_orphans, known, 1.0)
@@ -98,12 +102,12 @@ class _Run:
             spec = self._write_spec(redis.url)
             # From here on there are children; they end before anything above does.
             resources.callback(self._kill_rest)
-            if self._start_controller(spec):
-                client = resources.enter_context(
-                    ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
-                )
-                self._start_replicas()
-                self._watch(client)
+            self._start_controller(spec, listener)
+            client = resources.enter_context(
+                ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
+            )
+            self._start_replicas()
+            self._watch(client)
             self._read_outcome()
             if self._status is not None:
                 self._display.update(self._status)
@@ -192,32 +196,17 @@ class _Run:
         spec.write()
         return spec
 
-    def _start_controller(self, spec: JobSpec) -> bool:
-        """Start it and wait until it listens; False if it did not, or if a signal came first."""
-        reader, writer = os.pipe()
-        try:
-            self._controller = Child(
-                "controller",
-                "dray.runtime.controller",
-                [str(spec.folder.spec), str(writer)],
-                self._folder.logs / "controller.log",
-                pass_fds=[writer],
-            )
-            os.close(writer)
-            deadline = Deadline.after(self._config.timeouts.start)
-            self._selector.register(reader, selectors.EVENT_READ)
-            while not self._signals and not deadline.expired:
-                if reader in self._wait(deadline.remaining):
-                    break
-            self._selector.unregister(reader)
-            if self._signals:
-                return False
-            if self._folder.controller_address.exists():
-                return True
-            self._failure = f"the controller did not start; see {self._controller.log}"
-            return False
-        finally:
-            os.close(reader)
+    def _start_controller(self, spec: JobSpec, listener: socket.socket) -> None:
+        """Start it on `listener`, which is bound: whoever connects from now on waits until it accepts."""
+        advertise(self._folder, listener)
+        self._controller = Child(
+            "controller",
+            "dray.runtime.controller",
+            [str(spec.folder.spec), str(listener.fileno())],
+            self._folder.logs / "controller.log",
+            pass_fds=[listener.fileno()],
+        )
+        listener.close()
 
     def _start_replicas(self) -> None:
         for role, count in (

@@ -11,7 +11,6 @@ import contextlib
 import hmac
 import json
 import logging
-import os
 import signal
 import socket
 import sys
@@ -273,30 +272,11 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     return outcome
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket on `host`; it is kept from here on, so the port that it shows stays its own."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-    listener.listen(128)
-    return listener
-
-
 def main() -> int:
-    """``python -m dray.runtime.controller SPEC READY_FD``"""
+    """``python -m dray.runtime.controller SPEC SOCKET``, where SOCKET is the number of a listening socket."""
     begin_process("controller")
-    spec, ready = JobSpec.read(Path(sys.argv[1])), int(sys.argv[2])
-    controller = spec.config.controller
-    with bind(controller.host, controller.port) as listener:
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        write_json(
-            spec.folder.controller_address, {"url": f"http://{shown}:{port}", "pid": os.getpid()}, mode=0o600
-        )
-        # The socket listens: what connects from now on waits until the event loop accepts it.
-        os.write(ready, b"\n")
-        os.close(ready)
+    spec = JobSpec.read(Path(sys.argv[1]))
+    with socket.socket(fileno=int(sys.argv[2])) as listener:
         outcome = asyncio.run(serve(spec, listener))
     return ExitCode.OK if outcome.kind in FINISHED_OUTCOMES else ExitCode.FAILED
 

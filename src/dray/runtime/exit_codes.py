@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     | 14 | any process: an error of dray's own; its log has the traceback |
     | 130 | interrupted by SIGINT |
     | 143 | interrupted by SIGTERM |
+    | 128 + n | interrupted by another signal n, such as 129 for SIGHUP |
     """
 
     OK = 0
