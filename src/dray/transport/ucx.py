@@ -1,11 +1,18 @@
-"""The UCX lane's stream: frames over UCX's stream channel, each payload as one tagged message.
+"""The UCX lane's stream: frames and payloads as tagged messages.
 
-The stream channel belongs to one endpoint, so connections cannot receive each other's frames; tags are matched on
-the worker, so each comes from the receiving worker's counter and is never used again.
+Tags are matched on the worker, not on the endpoint, so no two things may share one: each payload has a tag from
+the receiving worker's counter, each direction of a connection one of 64 random bits, which no other peer can
+guess. The two ends tell each other these in a preamble of 8 bytes: the client's goes over UCX's stream channel,
+which belongs to the endpoint; the server's answers it under the tag it named.
+
+Frames are taken off the worker's queue when they are there, not asked for: ucxx never lets go of a worker whose
+endpoint was closed while a request on it was open that cannot be cancelled, as a stream receive or a send is.
 """
 
 from __future__ import annotations
 
+import secrets
+import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -15,31 +22,53 @@ from dray.errors import (
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
+    ProtocolError,
     TransportError,
     Unreachable,
 )
 from dray.transport.stream import Endpoint
-from dray.transport.ucx_worker import UcxWorker, confine, from_ucx_error
+from dray.transport.ucx_worker import Abandoned, UcxWorker, confine, from_ucx_error
 from dray.wire.handshake import Lane
 from dray.wire.session import Outgoing, Payload
 
 _PORTS_TO_TRY = 64
+_PREAMBLE = struct.Struct("<Q")
+_LONGEST_MESSAGE = 64 * 1024
+"""Frames that are sent together are cut into messages of at most this size."""
 
 
 class UcxStream:
-    """A `Stream` over a UCX endpoint."""
+    """A `Stream` over a UCX endpoint.
+
+    Args:
+        worker: the endpoint's worker.
+        endpoint: from `UcxWorker.connect`, or accepted by a listener.
+        accepted: this is the server's end.
+    """
 
     lane = Lane.UCX
     wants_write = False
 
-    def __init__(self, worker: UcxWorker, endpoint: Any) -> None:
+    def __init__(self, worker: UcxWorker, endpoint: Any, accepted: bool) -> None:
         self.worker = worker
+        self.closed = False
         self._endpoint = endpoint
+        self._accepted = accepted
+        self._mine = secrets.randbits(64)
+        self._theirs: Any = None
+        self._inbox = bytearray()
         self._incoming: tuple[Any, bytearray] | None = None
+        self._unsent: list[Outgoing] = []
         self._sends: list[tuple[Any, Any]] = []
         self._expected: deque[tuple[Any, memoryview, int]] = deque()
-        self._open_requests: list[tuple[Any, Any]] = []
-        self.closed = False
+        self._abandoned: list[Abandoned] = []
+        self._preamble: tuple[Any, bytearray] | None = None
+        if accepted:
+            memory = bytearray(_PREAMBLE.size)
+            self._preamble = self._post("stream_recv", memory), memory
+        else:
+            memory = bytearray(_PREAMBLE.pack(self._mine))
+            self._sends.append((self._post("stream_send", memory), memory))
 
     def fileno(self) -> int:
         return self.worker.fileno()
@@ -50,35 +79,23 @@ class UcxStream:
 
     def receive(self, size: int) -> memoryview | None:
         self._check_open()
-        if self._incoming is None:
-            memory = bytearray(size)
-            self._incoming = self._post("stream_recv", memory), memory
-        request, memory = self._incoming
-        if len(memory) != size:
-            raise MessageTruncated(f"a message of {len(memory)} bytes is due, not one of {size}")
-        if not request.completed:
-            if not self._endpoint.alive:
-                raise self._failure(None)
-            return None
-        self._incoming = None
-        self._check(request)
-        return memoryview(memory)
+        while self._theirs is None or len(self._inbox) < size:
+            if not (self._agree() if self._theirs is None else self._take()):
+                self._check_alive(within=bool(self._inbox))
+                return None
+        message = self._inbox[:size]
+        del self._inbox[:size]
+        return memoryview(message)
 
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
         self._check_open()
-        messages = bytearray()
-        for item in items:
-            if isinstance(item, Payload):
-                self._send_messages(messages)
-                messages = bytearray()
-                tag = self.worker.ucx.UCXXTag(item.tag)
-                self._sends.append((self._post("tag_send", item.view, tag), item.view))
-            else:
-                messages += item
-        self._send_messages(messages)
+        self._unsent += items
+        self._send_queued()
 
     def flush(self) -> bool:
-        if not self._sends:
+        if self._unsent or self._theirs is None:
+            self._send_queued()
+        if not self._sends and not self._unsent:
             return True
         waiting = []
         for request, memory in self._sends:
@@ -87,9 +104,10 @@ class UcxStream:
             else:
                 waiting.append((request, memory))
         self._sends = waiting
-        if waiting and not self._endpoint.alive:
-            raise self._failure(None)
-        return not waiting
+        if waiting or self._unsent:
+            self._check_alive()
+            return False
+        return True
 
     def expect(self, target: memoryview, tag: int) -> None:
         self._check_open()
@@ -102,8 +120,7 @@ class UcxStream:
         if nbytes and nbytes != memory.nbytes:
             raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {memory.nbytes}")
         if not request.completed:
-            if not self._endpoint.alive:
-                raise self._failure(None)
+            self._check_alive()
             return False
         self._expected.popleft()
         self._check(request)
@@ -114,20 +131,18 @@ class UcxStream:
             return
         self.closed = True
         requests = [*self._sends, *((request, memory) for request, memory, _ in self._expected)]
-        if self._incoming is not None:
-            requests.append(self._incoming)
-        self.worker.close_endpoint(self._endpoint, requests)
-        for _, _, tag in self._expected:
+        requests += [request for request in (self._incoming, self._preamble) if request is not None]
+        self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
+        for tag in (self._mine, *(tag for _, _, tag in self._expected)):
             self.worker.discard(tag)
-        self._open_requests = requests
-        self._sends, self._incoming = [], None
+        self._endpoint = None  # it keeps its worker alive
+        self._sends, self._unsent, self._incoming, self._preamble = [], [], None, None
         self._expected.clear()
 
     @property
     def drained(self) -> bool:
         """After `close`: UCX no longer touches memory that was given to this stream."""
-        self._open_requests = [pair for pair in self._open_requests if self.worker.using(pair[0])]
-        return not self._open_requests
+        return all(abandoned.done for abandoned in self._abandoned)
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -137,9 +152,61 @@ class UcxStream:
         except self.worker.ucx.UCXError as error:
             raise self._failure(error) from error
 
+    def _agree(self) -> bool:
+        """Learn the peer's tag, and tell it ours; whether it is known."""
+        if self._preamble is None:
+            if not self._take() or len(self._inbox) < _PREAMBLE.size:
+                return False
+            (tag,) = _PREAMBLE.unpack(self._inbox[: _PREAMBLE.size])
+            del self._inbox[: _PREAMBLE.size]
+        else:
+            request, memory = self._preamble
+            if not request.completed:
+                return False
+            self._preamble = None
+            self._check(request)
+            (tag,) = _PREAMBLE.unpack(memory)
+        self._theirs = self.worker.ucx.UCXXTag(tag)
+        if self._accepted:
+            self._send_messages(bytearray(_PREAMBLE.pack(self._mine)))
+        return True
+
+    def _take(self) -> bool:
+        """Move the next message that has come, if any, into the inbox."""
+        if self._incoming is None:
+            found = self.worker.probe(self._mine)
+            if not found.matched:
+                return False
+            if found.length > _LONGEST_MESSAGE:
+                raise ProtocolError(f"a message of {found.length} bytes is longer than any of the protocol's")
+            self._incoming = self.worker.take(found)
+        request, memory = self._incoming
+        if not request.completed:
+            return False
+        self._incoming = None
+        self._check(request)
+        self._inbox += memory
+        return True
+
+    def _send_queued(self) -> None:
+        if self._theirs is None and not self._agree():
+            return
+        messages = bytearray()
+        for item in self._unsent:
+            if isinstance(item, Payload):
+                self._send_messages(messages)
+                messages = bytearray()
+                tag = self.worker.ucx.UCXXTag(item.tag)
+                self._sends.append((self._post("tag_send", item.view, tag), item.view))
+            else:
+                messages += item
+        self._unsent = []
+        self._send_messages(messages)
+
     def _send_messages(self, messages: bytearray) -> None:
-        if messages:
-            self._sends.append((self._post("stream_send", messages), messages))
+        for begin in range(0, len(messages), _LONGEST_MESSAGE):
+            part = messages[begin : begin + _LONGEST_MESSAGE]
+            self._sends.append((self._post("tag_send", part, self._theirs), part))
 
     def _check(self, request: Any) -> None:
         try:
@@ -160,6 +227,12 @@ class UcxStream:
             return from_ucx_error(why)
         return ConnectionReset("the connection failed") if error is None else from_ucx_error(error)
 
+    def _check_alive(self, within: bool = False) -> None:
+        if not self._endpoint.alive:
+            if within:
+                raise MessageTruncated("the peer closed the connection within a message")
+            raise self._failure(None)
+
     def _check_open(self) -> None:
         if self.closed:
             raise ConnectionClosed("this side closed the connection")
@@ -168,7 +241,8 @@ class UcxStream:
         """A request whose completion the driver has not seen yet, or a failure."""
         if not self._endpoint.alive:
             return True
-        if self._incoming is not None and self._incoming[0].completed:
+        due = self._incoming or self._preamble
+        if due[0].completed if due is not None else self.worker.waits(self._mine):
             return True
         if self._expected and self._expected[0][0].completed:
             return True
@@ -201,7 +275,7 @@ class UcxListener:
             endpoint = self._listener.create_endpoint_from_conn_request(self._requests.popleft(), True)
         except ucx.UCXError as error:
             raise from_ucx_error(error, self.endpoint) from error
-        return UcxStream(self._worker, endpoint)
+        return UcxStream(self._worker, endpoint, accepted=True)
 
     def close(self) -> None:
         self._listener = None
@@ -222,4 +296,4 @@ def connect(worker: UcxWorker, host: str, port: int) -> UcxStream:
     Raises:
         Unreachable: the host is unknown.
     """
-    return UcxStream(worker, worker.connect(host, port))
+    return UcxStream(worker, worker.connect(host, port), accepted=False)

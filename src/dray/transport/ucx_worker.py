@@ -13,6 +13,7 @@ import importlib.util
 import ipaddress
 import itertools
 import os
+import secrets
 import socket
 import stat
 import struct
@@ -83,6 +84,28 @@ def from_ucx_error(error: Exception, endpoint: str | None = None) -> TransportEr
             return ConnectionReset(f"the connection failed: {error}", endpoint=endpoint)
 
 
+class Abandoned:
+    """A request that nobody waits for any more, with the memory UCX may still touch until it is `done`."""
+
+    __slots__ = ("_memory", "_request")
+
+    def __init__(self, request: Any, memory: Any) -> None:
+        self._request = request
+        self._memory = memory
+
+    @property
+    def done(self) -> bool:
+        """UCX is done with the memory; it is let go."""
+        if self._request is not None and self._request.completed:
+            self._request = self._memory = None
+        return self._request is None
+
+    def take_memory(self) -> Any:
+        """Give out the memory and let the request go, as its worker is about to be destroyed."""
+        memory, self._request, self._memory = self._memory, None, None
+        return memory
+
+
 class UcxWorker:
     """A UCX worker for one thread at a time.
 
@@ -99,8 +122,9 @@ class UcxWorker:
             raise from_ucx_error(error) from error
         self.loopback = loopback
         self.steps = 0
-        self._tags = itertools.count(1)
-        self._abandoned: list[tuple[Any, Any]] = []
+        # Nobody who has not been told a tag should hit upon one.
+        self._tags = itertools.count(secrets.randbits(62))
+        self._abandoned: list[Abandoned] = []
         self.closed = False
 
     def fileno(self) -> int:
@@ -119,7 +143,7 @@ class UcxWorker:
                 break
             self.steps += 1
         if self._abandoned:
-            self._abandoned = [(request, memory) for request, memory in self._abandoned if not request.completed]
+            self._abandoned = [abandoned for abandoned in self._abandoned if not abandoned.done]
 
     def arm(self) -> bool:
         """Make `fileno` readable at the next event; False if there already is one."""
@@ -145,29 +169,37 @@ class UcxWorker:
         except self.ucx.UCXError as error:
             raise from_ucx_error(error) from error
 
-    def discard(self, tag: int) -> None:
-        """Drop a message that came for a tag nobody waits for any more."""
-        found = self._worker.tag_probe(self.ucx.UCXXTag(tag), remove=True)
-        if found.matched:
-            memory = bytearray(found.length)
-            request = self._worker.tag_recv_with_handle(self.array(memory), found)
-            self.abandon([(request, memory)])
+    def probe(self, tag: int) -> Any:
+        """The oldest message that nobody asked for under a tag, taken off the queue: `matched` and `length`."""
+        return self._worker.tag_probe(self.ucx.UCXXTag(tag), remove=True)
 
-    def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> None:
+    def waits(self, tag: int) -> bool:
+        """A message that nobody asked for has come under a tag."""
+        return bool(self._worker.tag_probe(self.ucx.UCXXTag(tag), remove=False).matched)
+
+    def take(self, found: Any) -> tuple[Any, bytearray]:
+        """Receive what `probe` found: the request, and the memory it fills."""
+        memory = bytearray(found.length)
+        return self._worker.tag_recv_with_handle(self.array(memory), found), memory
+
+    def discard(self, tag: int) -> None:
+        """Drop the messages that came under a tag nobody waits for any more."""
+        while (found := self.probe(tag)).matched:
+            self.abandon([self.take(found)])
+
+    def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
         """Close an endpoint at once; what it still had open is cancelled, and its memory kept until it is."""
         # ucxx raises when the endpoint has already failed; it is closed then all the same.
         with contextlib.suppress(self.ucx.UCXError):
             endpoint.close_blocking(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self.progress()
-        self.abandon(requests)
+        return self.abandon(requests)
 
-    def abandon(self, requests: list[tuple[Any, Any]]) -> None:
+    def abandon(self, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
         """Keep the memory of requests that nobody waits for until UCX is done with it."""
-        self._abandoned += [(request, memory) for request, memory in requests if not request.completed]
-
-    def using(self, request: Any) -> bool:
-        """UCX may still touch the memory of this request."""
-        return not request.completed
+        abandoned = [Abandoned(request, memory) for request, memory in requests if not request.completed]
+        self._abandoned += abandoned
+        return abandoned
 
     def close(self) -> None:
         """Destroy the worker; its endpoints and listeners must be closed. Twice is fine."""
@@ -176,9 +208,12 @@ class UcxWorker:
         self.closed = True
         self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self.progress()
-        # A request that UCX could not cancel ends with its worker, so the worker goes before the memory.
-        del self._worker
+        # A request that UCX could not cancel ends with its worker, which lives as long as its requests do: so they
+        # go first, and the memory last.
+        memory = [abandoned.take_memory() for abandoned in self._abandoned]
         self._abandoned.clear()
+        del self._worker
+        del memory
 
 
 _CONTEXT_LOCK = threading.Lock()

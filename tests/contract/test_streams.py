@@ -1,0 +1,467 @@
+"""What every stream must do, over Unix sockets, TCP and UCX."""
+
+import contextlib
+import functools
+import itertools
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transport_fixtures import Child, pattern
+
+from dray.clock import Deadline
+from dray.errors import ConnectionClosed, ConnectionReset, MessageTruncated, TransportError
+from dray.transport import tcp, unix
+from dray.transport.stream import Stream
+from dray.transport.tcp import TcpListener
+from dray.transport.ucx import UcxListener, UcxStream
+from dray.transport.ucx import connect as connect_ucx
+from dray.transport.ucx_worker import UcxWorker
+from dray.transport.unix import UnixListener
+from dray.wire.session import Payload
+
+KINDS = ("unix", "tcp", "ucx")
+IN_BAND = ("tcp", "ucx")
+SIZES = (0, 1, 4096, 65_537, (8 << 20) + 1, 64 << 20)
+_numbers = itertools.count()
+
+
+class Pair:
+    """Two connected streams and what keeps them going: client first, as the one that may receive payloads."""
+
+    def __init__(self, kind: str, directory: Path, stack: contextlib.ExitStack) -> None:
+        self.kind = kind
+        self.workers: list[UcxWorker] = []
+        deadline = Deadline.after(10)
+        listener: UnixListener | TcpListener | UcxListener
+        if kind == "ucx":
+            self.workers = [stack.enter_context(contextlib.closing(UcxWorker(True))) for _ in range(2)]
+            listener = UcxListener(self.workers[1], "127.0.0.1")
+            port = int(listener.endpoint.rpartition(":")[2])
+            self.client: Stream = connect_ucx(self.workers[0], "127.0.0.1", port)
+        elif kind == "tcp":
+            listener = TcpListener("127.0.0.1")
+            self.client = tcp.connect("127.0.0.1", int(listener.endpoint.rpartition(":")[2]), deadline)
+        else:
+            path = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"{next(_numbers)}.sock"
+            listener = UnixListener(path)
+            self.client = unix.connect(str(path), deadline)
+        stack.callback(listener.close)
+        server: Stream | None = None
+        while server is None and not deadline.expired:
+            self.progress()
+            server = listener.accept()
+        assert server is not None
+        self.server = server
+        for stream in (self.client, self.server):
+            stack.callback(stream.close)
+        self.client.send([b"hello"])
+        assert self.until(receiving=self.server, size=5) == b"hello"
+        self.sent(self.client)
+
+    def progress(self) -> None:
+        for worker in self.workers:
+            worker.progress()
+
+    def until(self, *, receiving: Stream, size: int) -> bytes:
+        """The next message of `size` bytes."""
+        found: list[bytes] = []
+
+        def arrived() -> bool:
+            message = receiving.receive(size)
+            if message is not None:
+                found.append(bytes(message))
+            return bool(found)
+
+        self.drive(arrived, f"a message of {size} bytes")
+        return found[0]
+
+    def drive(self, done: "object", awaited: str, seconds: float = 20.0) -> None:
+        """Flush and wait on both streams until `done()`."""
+        deadline = Deadline.after(seconds)
+        assert callable(done)
+        while not done():
+            assert not deadline.expired, f"{seconds} s passed while waiting for {awaited}"
+            poll = select.poll()
+            idle = True
+            for stream in (self.client, self.server):
+                if stream.fileno() < 0 or (isinstance(stream, UcxStream) and stream.closed):
+                    continue
+                with contextlib.suppress(TransportError):  # raised again where the test looks for it
+                    stream.flush()
+                idle = stream.idle() and idle
+                poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
+            for worker in self.workers:
+                idle = worker.arm() and idle
+            if idle:
+                poll.poll(20)
+
+    def sent(self, stream: Stream) -> None:
+        self.drive(stream.flush, "everything to be sent")
+
+
+@pytest.fixture(params=KINDS)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    with contextlib.ExitStack() as stack:
+        yield Pair(request.param, tmp_path, stack)
+
+
+@pytest.fixture(params=IN_BAND)
+def in_band(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    """Lanes on which payloads travel."""
+    with contextlib.ExitStack() as stack:
+        yield Pair(request.param, tmp_path, stack)
+
+
+def expect(pair: Pair, nbytes: int, tag: int) -> bytearray:
+    target = bytearray(nbytes)
+    pair.client.expect(memoryview(target), tag)
+    return target
+
+
+def test_messages_arrive_whole_and_in_order_both_ways(pair: Pair) -> None:
+    for sender, receiver in ((pair.client, pair.server), (pair.server, pair.client)):
+        sizes = [64, 128, 1, 8, 64, 64, 5000, 64]
+        messages = [pattern(seed, size) for seed, size in enumerate(sizes)]
+        sender.send(messages[:4])
+        sender.send(messages[4:])
+        for message in messages:
+            assert pair.until(receiving=receiver, size=len(message)) == message
+        pair.sent(sender)
+
+
+def test_nothing_has_arrived_before_it_was_sent(pair: Pair) -> None:
+    assert pair.server.receive(64) is None
+    assert pair.client.receive(64) is None
+    pair.client.send([b"x" * 64])
+    assert pair.until(receiving=pair.server, size=64) == b"x" * 64
+    assert pair.server.receive(64) is None
+
+
+def test_a_message_sent_in_parts_arrives_whole(pair: Pair) -> None:
+    assert pair.server.receive(64) is None
+    pair.client.send([b"a" * 30])
+    pair.sent(pair.client)
+    pair.progress()
+    assert pair.server.receive(64) is None
+    pair.client.send([b"b" * 34])
+    assert pair.until(receiving=pair.server, size=64) == b"a" * 30 + b"b" * 34
+
+
+def test_many_small_messages_arrive(pair: Pair) -> None:
+    count = 3000
+    pair.client.send([number.to_bytes(64, "little") for number in range(count)])
+    got = 0
+
+    def drain() -> bool:
+        nonlocal got
+        while (message := pair.server.receive(64)) is not None:
+            assert int.from_bytes(message, "little") == got
+            got += 1
+        return got == count
+
+    pair.drive(drain, "all messages")
+    pair.sent(pair.client)
+
+
+@pytest.mark.parametrize("nbytes", SIZES)
+def test_payloads_of_every_size_arrive_exactly(in_band: Pair, nbytes: int) -> None:
+    payload = pattern(nbytes, nbytes)
+    target = expect(in_band, nbytes, 1)
+    in_band.server.send([b"s" * 64, Payload(memoryview(payload), 1)])
+    assert in_band.until(receiving=in_band.client, size=64) == b"s" * 64
+    in_band.drive(lambda: in_band.client.payload_arrived(nbytes), "the payload")
+    assert target == payload
+    in_band.sent(in_band.server)
+
+
+def test_messages_and_payloads_interleave(in_band: Pair) -> None:
+    sizes = [10, 0, 300_000, 1, 70_000, 0, 64]
+    payloads = [pattern(seed, size) for seed, size in enumerate(sizes)]
+    targets = [expect(in_band, size, 100 + index) for index, size in enumerate(sizes)]
+    for index, payload in enumerate(payloads):
+        in_band.server.send([index.to_bytes(64, "little"), Payload(memoryview(payload), 100 + index)])
+    for index, payload in enumerate(payloads):
+        assert in_band.until(receiving=in_band.client, size=64) == index.to_bytes(64, "little")
+        in_band.drive(functools.partial(in_band.client.payload_arrived, len(payload)), "the payload")
+        assert targets[index] == payload
+    in_band.client.send([b"a" * 64])
+    assert in_band.until(receiving=in_band.server, size=64) == b"a" * 64
+    in_band.sent(in_band.server)
+
+
+def test_an_expected_payload_that_was_refused_leaves_the_next_one_alone(in_band: Pair) -> None:
+    refused, given = expect(in_band, 1000, 1), expect(in_band, 5, 2)
+    nothing = [Payload(memoryview(b""), 1)] if in_band.kind == "ucx" else []
+    in_band.server.send([b"n" * 64, *nothing, b"y" * 64, Payload(memoryview(b"hello"), 2)])
+    in_band.until(receiving=in_band.client, size=64)
+    in_band.drive(lambda: in_band.client.payload_arrived(0), "the answer without a payload")
+    in_band.until(receiving=in_band.client, size=64)
+    in_band.drive(lambda: in_band.client.payload_arrived(5), "the payload")
+    assert given == b"hello"
+    assert refused == bytes(1000)
+
+
+@pytest.mark.parametrize("nbytes", [999, 1001])
+def test_a_payload_of_another_length_than_expected_is_truncated(in_band: Pair, nbytes: int) -> None:
+    expect(in_band, 1000, 1)
+    in_band.server.send([b"s" * 64, Payload(memoryview(bytes(nbytes)), 1)])
+    in_band.until(receiving=in_band.client, size=64)
+    with pytest.raises(MessageTruncated):
+        in_band.drive(lambda: in_band.client.payload_arrived(nbytes), "the payload")
+
+
+def test_a_peer_that_closes_between_messages_is_closed(pair: Pair) -> None:
+    pair.client.send([b"x" * 64])
+    assert pair.until(receiving=pair.server, size=64) == b"x" * 64
+    pair.client.close()
+    with pytest.raises(ConnectionClosed):
+        pair.until(receiving=pair.server, size=64)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_peer_that_closes_within_a_message_is_truncated(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        pair = Pair(kind, tmp_path, stack)
+        pair.client.send([b"x" * 40])
+        pair.sent(pair.client)
+        pair.client.close()
+        with pytest.raises(MessageTruncated):
+            pair.until(receiving=pair.server, size=64)
+
+
+def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(tmp_path: Path) -> None:
+    """UCX does not tell how far a message had come."""
+    with contextlib.ExitStack() as stack:
+        pair = Pair("ucx", tmp_path, stack)
+        pair.client.send([b"x" * 40])
+        pair.sent(pair.client)
+        pair.client.close()
+        with pytest.raises(TransportError):
+            pair.until(receiving=pair.server, size=64)
+
+
+def test_a_peer_that_closes_within_a_payload_never_completes_it(tmp_path: Path) -> None:
+    """On TCP. On UCX, where ucxx keeps what closed within a send until its process ends: tests/process."""
+    with contextlib.ExitStack() as stack:
+        close_within_payload(Pair("tcp", tmp_path, stack))
+
+
+def close_within_payload(in_band: Pair) -> None:
+    expect(in_band, 32 << 20, 1)
+    payload = bytes(32 << 20)
+    in_band.server.send([b"s" * 64, Payload(memoryview(payload), 1)])
+    in_band.until(receiving=in_band.client, size=64)
+    assert not in_band.client.payload_arrived(32 << 20)
+    in_band.server.close()
+    with pytest.raises((MessageTruncated, ConnectionReset)):
+        in_band.drive(lambda: in_band.client.payload_arrived(32 << 20), "the payload")
+
+
+PEER = """
+import contextlib, select
+from pathlib import Path
+from dray.transport.tcp import TcpListener
+from dray.transport.ucx import UcxListener
+from dray.transport.unix import UnixListener
+kind = arguments["kind"]
+worker = UcxWorker(True) if kind == "ucx" else None
+if kind == "unix":
+    listener = UnixListener(Path(arguments["path"]))
+elif kind == "tcp":
+    listener = TcpListener("127.0.0.1")
+else:
+    listener = UcxListener(worker, "127.0.0.1")
+say(listener.endpoint)
+stream = None
+while stream is None:
+    if worker:
+        worker.progress()
+    stream = listener.accept()
+stream.send([b"h" * 64])
+while not stream.flush():
+    stream.idle()
+    select.select([stream.fileno()], [], [], 0.01)
+if worker:
+    for _ in range(1000):
+        worker.progress()
+say("sent")
+while True:
+    select.select([], [], [], 60)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_peer_is_noticed(kind: str) -> None:
+    path = str(Path(os.environ["DRAY_RUNTIME_DIR"]) / f"peer-{next(_numbers)}.sock")
+    deadline = Deadline.after(20)
+    with Child(PEER, kind=kind, path=path) as peer, contextlib.ExitStack() as stack:
+        address = peer.hear()
+        stream: Stream
+        if kind == "unix":
+            stream = unix.connect(path, deadline)
+        elif kind == "tcp":
+            stream = tcp.connect("127.0.0.1", int(address.rpartition(":")[2]), deadline)
+        else:
+            worker = stack.enter_context(contextlib.closing(UcxWorker(True)))
+            stream = connect_ucx(worker, "127.0.0.1", int(address.rpartition(":")[2]))
+        stack.callback(stream.close)
+
+        def next_message() -> None:
+            poll = select.poll()
+            while stream.receive(64) is None:
+                assert not deadline.expired, "the peer's death was not noticed"
+                if stream.idle():
+                    poll.register(stream.fileno(), select.POLLIN)
+                    poll.poll(100)
+
+        next_message()
+        assert peer.hear() == "sent"
+        os.kill(peer.pid, signal.SIGKILL)
+        with pytest.raises((ConnectionClosed, ConnectionReset)):
+            next_message()
+    Path(path).unlink(missing_ok=True)
+
+
+def test_a_peer_that_does_not_read_is_not_waited_for(pair: Pair) -> None:
+    message = pattern(1, 64 * 1024)
+    for _ in range(400):
+        pair.client.send([message])
+    assert not pair.client.flush()
+    assert not pair.client.flush()
+    if pair.kind != "ucx":
+        assert pair.client.wants_write
+    for _ in range(400):
+        assert pair.until(receiving=pair.server, size=len(message)) == message
+    pair.sent(pair.client)
+    assert not pair.client.wants_write
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_closing_with_unsent_messages_returns_at_once(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        pair = Pair(kind, tmp_path, stack)
+        pair.client.send([Payload(memoryview(bytearray(32 << 20)), 7)])
+        assert not pair.client.flush()
+        pair.client.close()
+        assert pair.client.drained
+
+
+def test_closing_twice_is_fine_and_nothing_holds_memory_afterwards(pair: Pair) -> None:
+    pair.client.expect(memoryview(bytearray(1000)), 1)
+    assert pair.client.receive(64) is None
+    pair.client.close()
+    pair.client.close()
+    pair.drive(lambda: pair.client.drained, "the memory to be free")
+    with pytest.raises(TransportError):
+        pair.client.receive(64)
+
+
+def test_nothing_is_written_to_memory_after_it_is_drained(in_band: Pair) -> None:
+    target = expect(in_band, 8 << 20, 1)
+    in_band.server.send([Payload(memoryview(b"\xff" * (8 << 20)), 1)])
+    in_band.server.flush()
+    in_band.client.close()
+    in_band.drive(lambda: in_band.client.drained, "the memory to be free")
+    frozen = bytes(target)
+    with pytest.raises(TransportError):
+        in_band.drive(lambda: in_band.server.flush() and in_band.server.receive(64), "the end of the connection")
+    assert target == frozen
+
+
+def test_both_ends_may_send_much_at_once(pair: Pair) -> None:
+    """Neither end waits for the other, so crossed streams cannot stop each other."""
+    message = pattern(3, 4 << 20)
+    pair.client.send([message])
+    pair.server.send([message])
+    got: set[str] = set()
+
+    def both() -> bool:
+        for name, stream in (("client", pair.client), ("server", pair.server)):
+            if name not in got and (found := stream.receive(len(message))) is not None:
+                assert found == message
+                got.add(name)
+        return len(got) == 2
+
+    pair.drive(both, "both messages")
+
+
+def test_two_connections_do_not_get_each_others_messages(tmp_path: Path) -> None:
+    """W10: on one UCX worker, where tags are shared."""
+    with contextlib.ExitStack() as stack:
+        client, server = (stack.enter_context(contextlib.closing(UcxWorker(True))) for _ in range(2))
+        listener = UcxListener(server, "127.0.0.1")
+        stack.callback(listener.close)
+        port = int(listener.endpoint.rpartition(":")[2])
+        mine = [connect_ucx(client, "127.0.0.1", port) for _ in range(2)]
+        theirs: list[UcxStream] = []
+        deadline = Deadline.after(10)
+        while len(theirs) < 2:
+            assert not deadline.expired
+            client.progress()
+            server.progress()
+            if (stream := listener.accept()) is not None:
+                theirs.append(stream)
+        for stream in (*mine, *theirs):
+            stack.callback(stream.close)
+        targets = [bytearray(1000), bytearray(1000)]
+        tags = [client.next_tag(), client.next_tag()]
+        assert tags[0] != tags[1]
+        for stream, target, tag in zip(mine, targets, tags, strict=True):
+            stream.expect(memoryview(target), tag)
+        for index, stream in enumerate(mine):
+            stream.send([bytes([index]) * 64])
+        seen: dict[int, UcxStream] = {}
+        while len(seen) < 2:
+            assert not deadline.expired
+            client.progress()
+            server.progress()
+            for stream in mine:
+                stream.flush()
+            for stream in theirs:
+                if stream not in seen.values() and (message := stream.receive(64)) is not None:
+                    seen[message[0]] = stream
+        for index in (1, 0):
+            seen[index].send([Payload(memoryview(bytes([index + 1]) * 1000), tags[index])])
+        while not all(stream.payload_arrived(1000) if stream._expected else True for stream in mine):
+            assert not deadline.expired
+            client.progress()
+            server.progress()
+            for stream in theirs:
+                stream.flush()
+        assert targets == [b"\x01" * 1000, b"\x02" * 1000]
+
+
+def test_a_descriptor_travels_with_a_message(tmp_path: Path) -> None:
+    left, right = socket.socketpair()
+    sender, receiver = unix.UnixStream(left), unix.UnixStream(right)
+    reading, writing = os.pipe()
+    try:
+        assert receiver.receive_descriptor(8) is None
+        sender.send([b"WELCOME!"], descriptor=writing)
+        assert sender.flush()
+        received = receiver.receive_descriptor(8)
+        assert received is not None
+        message, descriptor = received
+        assert message == b"WELCOME!"
+        os.write(descriptor, b"through")
+        os.close(descriptor)
+        assert os.read(reading, 10) == b"through"
+    finally:
+        sender.close()
+        receiver.close()
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_socket_stream_says_what_it_is() -> None:
+    left, right = socket.socketpair()
+    stream = unix.UnixStream(left)
+    right.close()
+    assert f"fd {stream.fileno()}" in repr(stream)
+    stream.close()
+    assert "closed" in repr(stream)

@@ -1,0 +1,185 @@
+"""What tests of the transport share: servers, payloads, other processes, and waiting with a bound."""
+
+import contextlib
+import json
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dray.buffer import SharedRingBuffer
+from dray.clock import Deadline
+from dray.transport import PayloadServer
+from dray.transport.stream import Endpoint
+from dray.wire import PayloadRef
+
+LANES = ("shm", "tcp", "ucx")
+SIZES = (0, 1, 63, 4096, 65_537, 1 << 20, (16 << 20) + 3, 64 << 20)
+MOST_BYTES = 64 << 20
+
+
+def pattern(seed: int, nbytes: int) -> bytes:
+    """Bytes that differ at every place and for every seed."""
+    return np.random.default_rng(seed).bytes(nbytes)
+
+
+def wait_until(condition: Callable[[], object], awaited: str, seconds: float = 10.0) -> None:
+    """Look at `condition` again and again until it holds, no longer than `seconds`."""
+    deadline = Deadline.after(seconds)
+    pause = threading.Event()
+    while not condition():
+        assert not deadline.expired, f"{seconds} s passed while waiting for {awaited}"
+        pause.wait(0.002)
+
+
+@contextlib.contextmanager
+def serving(
+    lanes: Any = "auto",
+    *,
+    slots: int = 4,
+    slot_bytes: int = 1 << 16,
+    threads: int = 1,
+    readers: int = 1,
+    **options: Any,
+) -> Iterator[PayloadServer]:
+    """A server with a ring of its own."""
+    ring = SharedRingBuffer(slots, slot_bytes, readers=readers)
+    with ring, PayloadServer(ring, lanes=lanes, threads=threads, drain_timeout=0.5, **options) as server:
+        yield server
+
+
+def ring_of(server: PayloadServer) -> SharedRingBuffer:
+    return server._ring
+
+
+def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:
+    """The first endpoint of the server on a lane."""
+    return next(e for e in map(Endpoint.parse, server.endpoints) if e.lane.label == lane)
+
+
+class Child:
+    """Another Python process that runs `script`, and talks in lines of JSON over its standard streams.
+
+    The script finds `say(value)`, `hear()` (None at the end), `pattern` and `arguments`.
+    """
+
+    PRELUDE = """
+import json, os, sys
+import numpy as np
+from dray import *
+from dray.buffer import SharedRingBuffer
+from dray.clock import Deadline
+from dray.transport.connection import Connection
+from dray.transport.ucx_worker import UcxWorker
+arguments = json.loads(sys.argv[1])
+def say(value=None):
+    print(json.dumps(value), flush=True)
+def hear():
+    line = sys.stdin.readline()
+    return json.loads(line) if line else None
+def pattern(seed, nbytes):
+    return np.random.default_rng(seed).bytes(nbytes)
+"""
+
+    def __init__(self, script: str, **arguments: Any) -> None:
+        command = [sys.executable, "-c", self.PRELUDE + script, json.dumps(arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def say(self, value: Any = None) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(value) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self, seconds: float = 30.0) -> Any:
+        """The child's next line."""
+        out = self.process.stdout
+        assert out is not None
+        readable, _, _ = select.select([out], [], [], seconds)
+        assert readable, f"the child said nothing for {seconds} s"
+        line = out.readline()
+        assert line, "the child ended"
+        return json.loads(line)
+
+    def ask(self, value: Any = None, seconds: float = 30.0) -> Any:
+        self.say(value)
+        return self.hear(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def stop(self) -> None:
+        """SIGSTOP; returns when it has stopped."""
+        self.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: self._state() == "T", "the child to stop")
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=30)
+
+    def _state(self) -> str:
+        with open(f"/proc/{self.pid}/stat") as stat:  # noqa: PTH123
+            return stat.read().rsplit(")", 1)[1].split()[0]
+
+
+SERVER = """
+ring = SharedRingBuffer(arguments["slots"], arguments["slot_bytes"])
+secret = bytes.fromhex(arguments["secret"]) if "secret" in arguments else None
+server = PayloadServer(ring, secret=secret, drain_timeout=0.5, **arguments.get("options", {}))
+say(server.endpoints)
+forked = 0
+while (wanted := hear()) is not None:
+    if wanted == "fork":
+        forked = os.fork()
+        if not forked:
+            import signal
+            signal.pause()
+        say(forked)
+    elif wanted == "statistics":
+        say(server.statistics())
+    else:
+        seed, nbytes = wanted
+        say(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))
+server.close()
+"""
+"""Serves a ring; puts ``[seed, nbytes]`` and says the reference, forks, says its statistics."""
+
+READER = """
+ref = PayloadRef.from_json(json.dumps(arguments["ref"]))
+endpoint = next(e for e in ref.endpoints if e.startswith(arguments["scheme"]))
+worker = UcxWorker(True) if arguments["scheme"] == "ucx" else None
+deadline = Deadline.after(30)
+connection = Connection.open(endpoint, ref.producer, None, deadline, worker)
+(target,) = connection.ask([ref], 0, deadline)
+if arguments["stage"] == "received":
+    held = connection.answer(ref, target, deadline, deadline)
+    assert held.data().nbytes == ref.nbytes
+say("there")
+hear()
+connection.acknowledge([(held.request, True)], deadline)
+connection.stat(deadline)
+say("acknowledged")
+"""
+"""Reads a payload on one connection up to a stage ("asked", "received") and waits; then acknowledges it."""
+
+
+def reference(found: Any) -> PayloadRef:
+    """A reference that came out of a child."""
+    return PayloadRef.from_json(json.dumps(found))
