@@ -22,7 +22,7 @@ from benchmarks.scenario import Scenario, Skipped
 
 SCHEMA = 1
 _PACKAGES = ("dray", "numpy", "ucxx-cu12", "ucxx-cu13", "libucx-cu12", "libucx-cu13")
-_COLUMNS = ("payload", "what", "p50", "spread", "p99", "rate", "limit", "ratio", "target", "")
+_COLUMNS = ("payload", "what", "p50", "spread", "p99", "rate", "limit", "ratio", "target", "verdict")
 
 
 class ShownProgress:
@@ -88,17 +88,20 @@ class ShownProgress:
 def show(console: Console, scenario: Scenario, rows: Sequence[Row]) -> None:
     """Print one scenario's table: rich on a terminal, columns of plain text elsewhere."""
     cells = [_cells(row) for row in rows]
+    kept = [column for column in range(len(_COLUMNS)) if any(line[column] for line in cells)]
     if console.is_terminal:
         table = Table(title=scenario.title, title_justify="left")
-        for index, column in enumerate(_COLUMNS):
-            table.add_column(column, justify="left" if index in (1, 6, 9) else "right", overflow="fold")
+        for column in kept:
+            left = _COLUMNS[column] in ("what", "limit", "verdict")
+            table.add_column(_COLUMNS[column], justify="left" if left else "right", overflow="fold")
         for index, row in enumerate(rows):
             new_size = index + 1 < len(rows) and rows[index + 1].nbytes != row.nbytes
-            table.add_row(*_styled(cells[index], row), end_section=new_size and row.scenario == "reads")
+            styled = list(_styled(cells[index], row))
+            table.add_row(*(styled[column] for column in kept), end_section=new_size)
         console.print(table)
         return
-    lines = [_COLUMNS, *cells]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+    lines = [[line[column] for column in kept] for line in (_COLUMNS, *cells)]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     console.print(f"\n{scenario.title}", highlight=False)
     for line in lines:
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))

@@ -47,7 +47,7 @@ class ForeignCopy:
     """Copy what another process wrote last, into warm memory or into memory allocated for it."""
 
     def __init__(self, into: Into) -> None:
-        self.name = f"bare copy of another process's memory into {into}"
+        self.name = "bare copy, foreign" + (", new" if into == "new memory" else "")
         self._fresh = into == "new memory"
         self._descriptor = os.memfd_create("dray-bench")
         self._peer = Peer("memory", [self._descriptor])
@@ -87,7 +87,7 @@ class ForeignCopy:
 class PrivateCopy:
     """Copy warm memory of this process: the same two arrays again and again."""
 
-    name = "bare copy of warm private memory"
+    name = "bare copy, private"
 
     def __init__(self) -> None:
         self._source = self._target = np.empty(0, np.uint8)

@@ -97,8 +97,9 @@ class SocketExchange:
     """A request, and an answer of the payload's size, or of one frame with ``round_trip``."""
 
     def __init__(self, family: Family, *, round_trip: bool) -> None:
-        kind = "round trip" if round_trip else "sendall/recv_into"
-        self.name = f"bare {'Unix socket' if family == 'unix' else 'TCP'} {kind}"
+        self.name = f"bare {'Unix' if family == 'unix' else 'TCP'}" + (
+            " round trip" if round_trip else ", same size"
+        )
         self._round_trip = round_trip
         self._peer = Peer("socket")
         address = self._peer.ask("listen", family=family)["address"]

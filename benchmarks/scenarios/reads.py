@@ -18,11 +18,11 @@ from dray.transport.ucx_worker import UCXX_AVAILABLE
 
 NAME = "reads"
 
-PRIVATE_COPY = "bare copy of warm private memory"
-WARM_COPY = "bare copy of another process's memory into warm memory"
-UNIX = "bare Unix socket round trip"
+PRIVATE_COPY = "bare copy, private"
+WARM_COPY = "bare copy, foreign"
+UNIX = "bare Unix round trip"
 TCP = "bare TCP round trip"
-TCP_BULK = "bare TCP sendall/recv_into"
+TCP_BULK = "bare TCP, same size"
 UCX = "bare UCX exchange"
 
 _LANES: dict[str, tuple[Callable[[], Exchange], ...]] = {
@@ -86,7 +86,7 @@ def _row(name: str, nbytes: int, figures: dict[str, Figure]) -> Row:
             return Row(NAME, name, nbytes, figure, limit_name=UNIX, limit=figures[UNIX], target=target)
         case "shm":
             limit = figures[WARM_COPY].plus(figures[UNIX])
-            named = "copy of another process's memory + Unix socket round trip"
+            named = "foreign copy + round trip"
             large = Target("P2", "at most", 1.1, "time ratio") if nbytes >= MIB else None
             return Row(NAME, name, nbytes, figure, limit_name=named, limit=limit, target=large)
         case "tcp" | "tcp with checksum":
