@@ -22,6 +22,7 @@ from dray.errors import (
 )
 from dray.transport import tcp, ucx, unix
 from dray.transport.health import OtherProducerError
+from dray.transport.sockets import poll_timeout
 from dray.transport.stream import Endpoint, Stream
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixStream
@@ -32,8 +33,6 @@ from dray.wire.session import ClientSession, Request, refusal
 
 _WINDOW = 256
 """Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
-
-_LONGEST_POLL = 2**31 - 1
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -333,8 +332,7 @@ def _wait(stream: Stream, poll: select.poll, deadline: Deadline, awaited: str, e
     """Wait for the stream, no longer than the deadline."""
     if stream.idle():
         poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
-        left = deadline.timeout
-        woken = bool(poll.poll(None if left is None else min(left * 1000, _LONGEST_POLL)))
+        woken = bool(poll.poll(poll_timeout(deadline)))
     else:
         woken = not deadline.expired
     if not woken:

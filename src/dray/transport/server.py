@@ -89,6 +89,13 @@ class PayloadServer:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
         if max_leases < 1:
             raise ConfigError("max_leases", max_leases, "1 or more")
+        if not 0 <= port < 65536:
+            raise ConfigError("port", port, "0 to 65535")
+        for key, seconds in (("idle_timeout", idle_timeout), ("lease_timeout", lease_timeout)):
+            if not seconds > 0:
+                raise ConfigError(key, seconds, "more than 0 seconds")
+        if not drain_timeout >= 0:
+            raise ConfigError("drain_timeout", drain_timeout, "0 seconds or more")
         check_secret(secret)
         if secret is None and not is_loopback(host) and self._lanes != {Lane.SHM}:
             raise ConfigError("host", host, "a loopback address, or any with a secret configured")

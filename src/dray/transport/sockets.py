@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
+from dray.clock import Deadline
 from dray.errors import (
     ConnectionClosed,
     ConnectionReset,
@@ -25,6 +26,7 @@ READ_AHEAD = 64 * 1024
 MOST_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
+_LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
 
 
@@ -44,6 +46,12 @@ def _close_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
+
+
+def poll_timeout(deadline: Deadline) -> float | None:
+    """What is left, as `select.poll` takes it: milliseconds, of which it takes 24 days at most."""
+    left = deadline.timeout
+    return None if left is None else min(left * 1000, _LONGEST_POLL)
 
 
 def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError:

@@ -13,7 +13,7 @@ from typing import Any
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
 from dray.private_directory import MAX_SOCKET_PATH
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.transport.sockets import SocketStream, from_os_error, not_inherited, poll_timeout
 from dray.wire.handshake import Lane
 
 _BACKLOG = 256
@@ -154,8 +154,7 @@ def wait_writable(descriptor: int, deadline: Deadline, awaited: str, endpoint: s
     """Wait for one descriptor, no longer than the deadline."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
-    left = deadline.timeout
-    if not poll.poll(None if left is None else left * 1000):
+    if not poll.poll(poll_timeout(deadline)):
         raise TransportTimeout(
             f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed
         )
