@@ -8,6 +8,7 @@ module uses the low-level objects: a worker for each thread that drives one, blo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import ipaddress
@@ -193,6 +194,7 @@ class UcxWorker:
         with contextlib.suppress(self.ucx.UCXError):
             endpoint.close_blocking(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self.progress()
+        _let_cancelled_go(endpoint)
         return self.abandon(requests)
 
     def abandon(self, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
@@ -214,6 +216,28 @@ class UcxWorker:
         self._abandoned.clear()
         del self._worker
         del memory
+
+
+def _let_cancelled_go(endpoint: Any) -> None:
+    """Have a closed endpoint forget the requests it has cancelled.
+
+    ucxx (0.52) drops cancelled requests that have ended only when it is asked how many are left, and Python cannot
+    ask. Until then endpoint and request keep each other, and their worker with its descriptors, alive for ever.
+    """
+    count = _canceling_size()
+    if count is not None:
+        count(endpoint.ucxx_ptr)
+
+
+@functools.cache
+def _canceling_size() -> Any:
+    """`ucxx::Endpoint::getCancelingSize`, or None where the loaded library does not have it."""
+    try:
+        function = ctypes.CDLL("libucxx.so")._ZNK4ucxx8Endpoint16getCancelingSizeEv
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_size_t
+    return function
 
 
 _CONTEXT_LOCK = threading.Lock()

@@ -1,0 +1,259 @@
+"""Two processes on each lane: every byte, and what happens when one of them is killed or stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import pytest
+from transport_fixtures import (
+    LANES,
+    MOST_BYTES,
+    READER,
+    SERVER,
+    SIZES,
+    Child,
+    pattern,
+    reference,
+    ring_of,
+    serving,
+    wait_until,
+)
+
+from dray import (
+    BufferFullError,
+    PayloadClient,
+    PayloadServer,
+    ProducerLostError,
+    SharedRingBuffer,
+    StaleSlotError,
+    TransportError,
+)
+from dray.clock import Deadline
+from dray.transport.stream import Endpoint
+
+SCHEMES = {"shm": "unix", "tcp": "tcp", "ucx": "ucx"}
+
+
+def server_on(lane: str, slots: int = 3, slot_bytes: int = 1 << 20, **options: Any) -> Child:
+    return Child(SERVER, slots=slots, slot_bytes=slot_bytes, options={"lanes": lane, "threads": 1, **options})
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
+    with server_on(lane, slot_bytes=MOST_BYTES) as server, PayloadClient(lanes=lane) as client:
+        server.hear()
+        for seed, nbytes in enumerate(SIZES):
+            ref = reference(server.ask([seed, nbytes]))
+            assert ref.nbytes == nbytes
+            expected = pattern(seed, nbytes)
+            assert memoryview(client.read_bytes(ref, consume=False)) == expected
+            assert memoryview(client.read_bytes(ref)) == expected
+            with pytest.raises(StaleSlotError):
+                client.read_bytes(ref)
+        assert client.statistics()["connects"] == 1
+
+
+@pytest.mark.parametrize("stage", ["asked", "received"])
+def test_w1_a_reader_that_dies_before_its_ack_loses_nothing(lane: Any, stage: str) -> None:
+    nbytes = 32 << 20  # more than sockets buffer: the reader that only asked is killed within the payload
+    with serving(lane, slots=1, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+        payload = pattern(1, nbytes)
+        ref = server.put_bytes(payload)
+        text = json.loads(ref.to_json())
+        with Child(READER, ref=text, scheme=SCHEMES[lane], stage=stage) as reader:
+            assert reader.hear() == "there"
+            wait_until(lambda: ring_of(server).statistics().leases == 1, "the lease")
+            reader.kill()
+            wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
+        assert ring_of(server).statistics().leases == 0
+        assert memoryview(client.read_bytes(ref)) == payload
+        assert server.wait_consumed(ref, timeout=5)
+
+
+def test_w5_a_stopped_reader_holds_up_nobody(lane: Any) -> None:
+    nbytes = 8 << 20
+    with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+        ref = server.put_bytes(pattern(1, nbytes))
+        text = json.loads(ref.to_json())
+        with Child(READER, ref=text, scheme=SCHEMES[lane], stage="received") as reader:
+            assert reader.hear() == "there"
+            reader.stop()
+            for seed in range(5):
+                other = server.put_bytes(pattern(seed, nbytes), timeout=5)
+                assert memoryview(client.read_bytes(other, timeout=10)) == pattern(seed, nbytes)
+                assert server.wait_consumed(other, timeout=5)
+            assert not server.wait_consumed(ref, timeout=0)
+            reader.resume()
+            assert reader.ask() == "acknowledged"
+        assert server.wait_consumed(ref, timeout=5)
+
+
+def test_w5_a_reader_stopped_within_a_payload_holds_up_nobody(lane: Any) -> None:
+    nbytes = 32 << 20
+    with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+        ref = server.put_bytes(pattern(1, nbytes))
+        text = json.loads(ref.to_json())
+        with Child(READER, ref=text, scheme=SCHEMES[lane], stage="asked") as reader:
+            assert reader.hear() == "there"
+            wait_until(lambda: ring_of(server).statistics().leases == 1, "the lease")
+            reader.stop()
+            small = server.put_bytes(b"small", timeout=5)
+            assert bytes(client.read_bytes(small, timeout=10)) == b"small"
+            assert memoryview(client.read_bytes(ref, timeout=20, consume=False)) == pattern(1, nbytes)
+
+
+def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
+    with serving("shm", slots=1) as server:
+        ref = server.put_bytes(b"pinned")
+        text = json.loads(ref.to_json())
+        with Child(READER, ref=text, scheme="unix", stage="received") as reader:
+            assert reader.hear() == "there"
+            reader.stop()
+            (lease,) = server.statistics()["leases"]
+            assert (lease["pid"], lease["leases"]) == (reader.pid, 1)
+            assert lease["age"] >= 0
+            with pytest.raises(BufferFullError):
+                server.put_bytes(b"next", timeout=0.05)
+            reader.kill()
+            wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
+            assert server.statistics()["leases"] == []
+
+
+def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
+    with server_on(lane) as server, PayloadClient(lanes=lane) as client:
+        server.hear()
+        refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
+        assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
+        server.kill()
+        deadline = Deadline.after(5)
+        with pytest.raises(ProducerLostError) as caught:
+            client.read_bytes(refs[1], timeout=5)
+        assert not deadline.expired
+        assert not caught.value.retryable
+        with pytest.raises(ProducerLostError):
+            client.consume(refs, timeout=5)
+        with PayloadClient() as fresh, pytest.raises(ProducerLostError):
+            fresh.read_bytes(refs[1], timeout=5)
+
+
+def test_c13_a_stopped_producer_is_a_timeout_and_not_lost(lane: Any) -> None:
+    with server_on(lane) as server, PayloadClient(lanes=lane) as client:
+        server.hear()
+        ref = reference(server.ask([1, 1000]))
+        client.read_bytes(ref, consume=False)
+        server.stop()
+        deadline = Deadline.after(3)
+        with pytest.raises(TransportError):
+            client.read_bytes(ref, timeout=1)
+        assert not deadline.expired
+        server.resume()
+        assert memoryview(client.read_bytes(ref, timeout=10)) == pattern(1, 1000)
+
+
+def test_a_producer_killed_within_a_payload_never_gives_partial_bytes(lane: Any) -> None:
+    """W2: what arrives is whole or an error."""
+    nbytes = 64 << 20
+    with server_on(lane, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+        server.hear()
+        refs = [reference(server.ask([seed, nbytes])) for seed in range(2)]
+        expected = [pattern(seed, nbytes) for seed in range(2)]
+        killer = threading.Timer(0.05, os.kill, (server.pid, signal.SIGKILL))
+
+        def read_until_it_fails() -> None:
+            killer.start()
+            for number in range(1000):
+                data = client.read_bytes(refs[number % 2], timeout=20, consume=False)
+                assert memoryview(data) == expected[number % 2]
+
+        with pytest.raises((ProducerLostError, TransportError)):
+            read_until_it_fails()
+        killer.join(10)
+
+
+@pytest.mark.parametrize("lane", ["tcp", "ucx"])
+@pytest.mark.parametrize("secret", [None, b"another job's"])
+def test_c13_another_producer_on_the_address_is_recognised(lane: Any, secret: bytes | None) -> None:
+    """The first server ends; a second one, of another job perhaps, gets its port."""
+    with SharedRingBuffer(2, 1000) as ring, PayloadServer(ring, lanes=lane, threads=1) as first:
+        ref = first.put_bytes(b"mine")
+        port = Endpoint.parse(first.endpoints[0]).port
+        first.close()
+        with serving(lane, port=port, secret=secret) as second, PayloadClient(lanes=lane) as client:
+            if Endpoint.parse(second.endpoints[0]).port != port:
+                pytest.skip(f"port {port} was not free again")
+            with pytest.raises(ProducerLostError):
+                client.read_bytes(ref, timeout=5)
+            assert second.statistics()["server"]["auth_failures"] == 0
+
+
+def test_another_producer_on_one_address_is_passed_over_for_the_right_one() -> None:
+    with serving("tcp") as other, serving("tcp") as right, PayloadClient() as client:
+        for _ in range(4):
+            ref = right.put_bytes(b"right")
+            both = dataclasses.replace(ref, endpoints=(*other.endpoints, *right.endpoints))
+            assert bytes(client.read_bytes(both, timeout=5)) == b"right"
+
+
+def test_b12_a_forked_child_does_not_hide_its_parents_death(lane: Any) -> None:
+    """A surviving child keeps neither connections nor listeners alive."""
+    with server_on(lane) as server, PayloadClient(lanes=lane) as client:
+        server.hear()
+        refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
+        assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
+        child = server.ask("fork")
+        try:
+            assert memoryview(client.read_bytes(refs[1], consume=False, timeout=5)) == pattern(1, 1000)
+            server.kill()
+            deadline = Deadline.after(5)
+            with pytest.raises((ProducerLostError, TransportError)) as caught:
+                client.read_bytes(refs[1], timeout=3)
+            assert not deadline.expired
+            if lane != "ucx":
+                assert isinstance(caught.value, ProducerLostError)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+READER_THAT_FORKS = """
+ref = PayloadRef.from_json(json.dumps(arguments["ref"]))
+client = PayloadClient(lanes=arguments["lane"])
+lease = client.lease(ref)
+child = os.fork()
+if not child:
+    import signal
+    signal.pause()
+say(child)
+hear()
+"""
+
+
+def test_b12_a_forked_child_of_a_dead_reader_pins_nothing() -> None:
+    with serving("shm", slots=1) as server:
+        ref = server.put({"a": [1, 2, 3]})
+        text = json.loads(ref.to_json())
+        with Child(READER_THAT_FORKS, ref=text, lane="shm") as reader:
+            child = reader.hear()
+            try:
+                wait_until(lambda: ring_of(server).statistics().leases == 1, "the lease")
+                reader.process.kill()
+                wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
+            finally:
+                os.kill(child, signal.SIGKILL)
+
+
+def test_sockets_of_killed_servers_do_not_stop_the_next_one() -> None:
+    with server_on("shm") as server:
+        (endpoint,) = server.hear()
+        path = endpoint.removeprefix("unix:")
+        server.kill()
+        assert os.path.exists(path)  # noqa: PTH110
+        with serving("shm"), socket.socket(socket.AF_UNIX) as sock, pytest.raises(FileNotFoundError):
+            sock.connect(path)
