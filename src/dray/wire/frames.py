@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from dray.errors import ProtocolError
 
@@ -50,13 +50,13 @@ class Status(enum.IntEnum):
     DENIED = 4
 
 
-class Flag(enum.IntFlag):
-    """What else a frame says."""
+class Flag:
+    """What else a frame says. Plain integers: an `enum.Flag` runs Python code for every ``&``."""
 
-    NONE = 0
-    CONSUMED = 1  # ACK: the reader is done with the payload for good; otherwise the lease is returned
-    CHECKSUM = 2  # STATUS: `checksum` holds the payload's xxh3-64
-    TEXT = 4  # STATUS: `nbytes` bytes of UTF-8 text follow on the frame channel, and no payload
+    NONE: Final = 0
+    CONSUMED: Final = 1  # ACK: the reader is done with the payload for good; otherwise the lease is returned
+    CHECKSUM: Final = 2  # STATUS: `checksum` holds the payload's xxh3-64
+    TEXT: Final = 4  # STATUS: `nbytes` bytes of UTF-8 text follow on the frame channel, and no payload
 
 
 class Frame(NamedTuple):
@@ -80,14 +80,16 @@ class Frame(NamedTuple):
         return FRAME.pack(*self)
 
 
-_KINDS = frozenset(Kind)
-_STATUSES = frozenset(Status)
-_FLAGS_OF = {
-    Kind.READ: 0,
-    Kind.STATUS: Flag.CHECKSUM | Flag.TEXT,
-    Kind.ACK: Flag.CONSUMED,
-    Kind.CONSUME: 0,
-    Kind.STAT: 0,
+_STATUSES = frozenset(map(int, Status))
+_FORBIDDEN_FLAGS = {
+    int(kind): ~allowed
+    for kind, allowed in {
+        Kind.READ: Flag.NONE,
+        Kind.STATUS: Flag.CHECKSUM | Flag.TEXT,
+        Kind.ACK: Flag.CONSUMED,
+        Kind.CONSUME: Flag.NONE,
+        Kind.STAT: Flag.NONE,
+    }.items()
 }
 
 
@@ -100,11 +102,12 @@ def parse(message: bytes | bytearray | memoryview) -> Frame:
     if len(message) != FRAME_BYTES:
         raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(message)}")
     frame = Frame._make(FRAME.unpack(message))
-    if frame.kind not in _KINDS:
+    forbidden = _FORBIDDEN_FLAGS.get(frame.kind)
+    if forbidden is None:
         raise ProtocolError(f"unknown frame kind {frame.kind}")
     if frame.status not in _STATUSES:
         raise ProtocolError(f"unknown status {frame.status}")
-    if frame.flags & ~_FLAGS_OF[Kind(frame.kind)]:
+    if frame.flags & forbidden:
         raise ProtocolError(f"unknown flags {frame.flags:#x} in a {Kind(frame.kind).name} frame")
     if frame.flags & Flag.TEXT and frame.nbytes > MAX_TEXT_BYTES:
         raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, announced were {frame.nbytes}")

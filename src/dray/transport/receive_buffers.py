@@ -1,0 +1,82 @@
+"""Memory for payloads as they arrive: used again, so that its pages are warm, never while anything can touch it.
+
+What a program gets is an array over a pooled block. Every view of the payload, and every request of a transport
+that may still write into it, keeps that array alive; the block is free again when the array is gone, not before.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+SMALLEST_BYTES = 64 * 1024
+"""Payloads below this get fresh memory: the allocator has it warm anyway."""
+
+MOST_FREE_BYTES = 256 * 1024 * 1024
+"""Free memory a pool keeps; what comes back beyond it goes to the system."""
+
+
+class ReceiveBuffers:
+    """A pool of blocks whose sizes are powers of two. Thread-safe; nothing to close.
+
+    Args:
+        most_free_bytes: how much free memory is kept.
+    """
+
+    def __init__(self, most_free_bytes: int = MOST_FREE_BYTES) -> None:
+        self._most_free = most_free_bytes
+        self._lock = threading.Lock()
+        self._free: dict[int, list[Bytes]] = {}
+        self._free_bytes = 0
+        # Arrays die anywhere, within a locked section too: their blocks wait here for the next `take`.
+        self._returned: deque[Bytes] = deque()
+        self._lent: dict[int, weakref.ref[Bytes]] = {}
+
+    def take(self, nbytes: int) -> Bytes:
+        """Uninitialised memory, uint8 of shape (nbytes,)."""
+        if nbytes < SMALLEST_BYTES:
+            return np.empty(nbytes, np.uint8)
+        capacity = 1 << (nbytes - 1).bit_length()
+        with self._lock:
+            self._collect()
+            kept = self._free.get(capacity)
+            block = kept.pop() if kept else None
+            if block is not None:
+                self._free_bytes -= capacity
+        if block is None:
+            block = np.empty(capacity, np.uint8)
+        # Views of an array have the array that owns the memory as their base; a buffer in between makes `lent` the
+        # one that they all keep alive.
+        lent: Bytes = np.frombuffer(block.data, np.uint8, nbytes)
+        self._watch(lent, block)
+        return lent
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that waits to be used again."""
+        with self._lock:
+            self._collect()
+            return self._free_bytes
+
+    def _watch(self, lent: Bytes, block: Bytes) -> None:
+        key = id(block)
+        returned, references = self._returned, self._lent
+
+        def come_back(_: weakref.ref[Bytes]) -> None:
+            references.pop(key, None)
+            returned.append(block)
+
+        references[key] = weakref.ref(lent, come_back)
+
+    def _collect(self) -> None:
+        while self._returned:
+            block = self._returned.popleft()
+            if self._free_bytes + block.nbytes <= self._most_free:
+                self._free.setdefault(block.nbytes, []).append(block)
+                self._free_bytes += block.nbytes
