@@ -37,7 +37,7 @@ def test_example_in_two_terminals_prints_the_array_and_both_end(blocks: list[str
             assert producer.stdout is not None
             reference = producer.stdout.readline()
             printed, complaints = reader.communicate(reference, timeout=30)
-            assert (reader.returncode, complaints) == (0, "")
+            assert reader.returncode == 0, f"{complaints}; producer: {producer.poll()}"
             assert printed.removeprefix("reference: ").split("\n") == [
                 "[[ 0.  1.  2.  3.]",
                 " [ 4.  5.  6.  7.]",
@@ -45,7 +45,8 @@ def test_example_in_two_terminals_prints_the_array_and_both_end(blocks: list[str
                 "",
             ]
             rest, complaints = producer.communicate(timeout=30)
-            assert (producer.returncode, rest, complaints) == (0, "", "")
+            assert producer.returncode == 0, complaints
+            assert (rest, complaints) == ("", "")
         finally:
             producer.kill()
             reader.kill()
