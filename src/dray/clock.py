@@ -35,15 +35,16 @@ class Deadline:
 
     __slots__ = ("_clock", "_started", "at")
 
-    def __init__(self, at: float, clock: Clock = MONOTONIC) -> None:
+    def __init__(self, at: float, clock: Clock = MONOTONIC, started: float | None = None) -> None:
         self._clock = clock
-        self._started = clock.now()
+        self._started = clock.now() if started is None else started
         self.at = at
 
     @classmethod
     def after(cls, seconds: float | None, clock: Clock = MONOTONIC) -> Deadline:
         """The deadline `seconds` from now; ``None`` means that only the caller's own end bounds the wait."""
-        return cls(math.inf if seconds is None else clock.now() + seconds, clock)
+        now = clock.now()
+        return cls(math.inf if seconds is None else now + seconds, clock, now)
 
     @property
     def remaining(self) -> float:
@@ -66,11 +67,15 @@ class Deadline:
 
     def share(self, part: float) -> Deadline:
         """A deadline that gets `part` (0 … 1) of what is left of this one."""
-        return self if self.at == math.inf else Deadline(self._clock.now() + self.remaining * part, self._clock)
+        if self.at == math.inf:
+            return self
+        now = self._clock.now()
+        return Deadline(now + max(0.0, self.at - now) * part, self._clock, now)
 
     def sooner(self, seconds: float) -> Deadline:
         """The earlier of this deadline and `seconds` from now."""
-        return Deadline(min(self.at, self._clock.now() + seconds), self._clock)
+        now = self._clock.now()
+        return Deadline(min(self.at, now + seconds), self._clock, now)
 
     def __repr__(self) -> str:
         return f"<Deadline {self.remaining:.3f} s left>"

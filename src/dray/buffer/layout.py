@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from dray.errors import ConfigError, ProtocolError, VersionMismatch
@@ -74,7 +75,7 @@ def checked_int(key: str, value: object, low: int, high: int) -> int:
     return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SegmentLayout:
     """Where everything lies in a segment of `slots` slots that hold `slot_bytes` bytes each.
 
@@ -89,17 +90,17 @@ class SegmentLayout:
         checked_int("slots", self.slots, 1, MAX_SLOTS)
         checked_int("slot_bytes", self.slot_bytes, 1, MAX_SLOT_BYTES)
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes from one slot to the next."""
         return _round_up(self.slot_bytes, PAGE if self.slot_bytes >= PAGE else CACHE_LINE)
 
-    @property
+    @cached_property
     def slots_offset(self) -> int:
         """Byte offset of slot 0."""
         return _round_up(self.header_offset(self.slots), PAGE)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the whole segment, a multiple of the page size."""
         return _round_up(self.slots_offset + self.slots * self.stride, PAGE)

@@ -16,11 +16,12 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, PayloadError, TransportError
 from dray.payload.codec import unpack
 from dray.telemetry import Counters
-from dray.transport.connection import Bytes, Connection, Held
+from dray.transport.connection import Connection, Held
 from dray.transport.exchanges import Exchange, Exchanges, Refused
 from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
 from dray.transport.in_place import Arrays, Graveyard, InPlaceLease
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
+from dray.transport.receive_buffers import Bytes
 from dray.transport.stream import LANE_NAMES
 from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
 from dray.wire import PayloadRef

@@ -6,7 +6,6 @@ import os
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -22,6 +21,7 @@ from dray.errors import (
 )
 from dray.transport import tcp, ucx, unix
 from dray.transport.health import OtherProducerError
+from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from dray.transport.sockets import poll_timeout
 from dray.transport.stream import Endpoint, Stream
 from dray.transport.ucx_worker import UcxWorker
@@ -34,8 +34,6 @@ from dray.wire.session import ClientSession, Request, refusal
 _WINDOW = 256
 """Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -45,15 +43,21 @@ class Held:
         request: the READ that holds its lease.
         root: its bytes, uint8 of shape (nbytes,): private memory, or on the shm lane the slot itself, read-only.
         in_place: `root` is the slot.
+        buffers: where a copy's memory comes from.
     """
 
     request: Request
     root: Bytes
     in_place: bool
+    buffers: ReceiveBuffers
 
     def data(self) -> Bytes:
         """The payload in memory of its own."""
-        return self.root.copy() if self.in_place else self.root
+        if not self.in_place:
+            return self.root
+        copy = self.buffers.take(self.root.nbytes)
+        np.copyto(copy, self.root)
+        return copy
 
 
 class Connection:
@@ -64,7 +68,13 @@ class Connection:
     """
 
     def __init__(
-        self, stream: Stream, endpoint: str, identity: ServerIdentity, segment: Segment | None, verify: bool
+        self,
+        stream: Stream,
+        endpoint: str,
+        identity: ServerIdentity,
+        segment: Segment | None,
+        verify: bool,
+        buffers: ReceiveBuffers,
     ) -> None:
         self.endpoint = endpoint
         self.identity = identity
@@ -72,6 +82,7 @@ class Connection:
         self._stream = stream
         self._segment = segment
         self._verify = verify
+        self._buffers = buffers
         self.broken = False
         self._session = ClientSession()
         self._poll = select.poll()
@@ -85,6 +96,7 @@ class Connection:
         deadline: Deadline,
         worker: UcxWorker | None = None,
         verify: bool = True,
+        buffers: ReceiveBuffers | None = None,
     ) -> Connection:
         """Connect, shake hands, and on the shm lane map the segment.
 
@@ -107,7 +119,7 @@ class Connection:
         except BaseException:
             stream.close()
             raise
-        return cls(stream, endpoint, identity, segment, verify)
+        return cls(stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers())
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -120,7 +132,7 @@ class Connection:
             target = None
             if self.lane is not Lane.SHM:
                 # A reference is untrusted: one that says more than a slot holds must not claim that memory.
-                target = np.empty(min(ref.nbytes, self.identity.slot_bytes), np.uint8)
+                target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
                 tag = self._stream.worker.next_tag() if isinstance(self._stream, ucx.UcxStream) else 0
                 self._stream.expect(target.data, tag)
             targets.append(target)
@@ -148,7 +160,7 @@ class Connection:
         if not accepted:
             return refusal(request, frame, text, self.endpoint)
         if target is None:
-            return Held(request, self._in_place(request, frame), in_place=True)
+            return Held(request, self._in_place(request, frame), in_place=True, buffers=self._buffers)
         if (
             self._verify
             and frame.flags & Flag.CHECKSUM
@@ -158,7 +170,7 @@ class Connection:
                 "the payload does not match its checksum",
                 endpoint=self.endpoint, slot=ref.slot, sequence=ref.sequence,
             )  # fmt: skip
-        return Held(request, target, in_place=False)
+        return Held(request, target, in_place=False, buffers=self._buffers)
 
     def acknowledge(self, ended: Sequence[tuple[Request, bool]], deadline: Deadline) -> None:
         """End leases: (request, consumed) each. No answer comes back."""

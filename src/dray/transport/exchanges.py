@@ -15,8 +15,9 @@ from dray.clock import Clock, Deadline
 from dray.errors import BufferClosedError, DrayError, ProducerLostError, TransportError, Unreachable
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
-from dray.transport.health import Quarantine, ReadAttempts
+from dray.transport.health import Quarantine, ReadAttempts, by_lane
 from dray.transport.pool import ConnectionPool
+from dray.transport.receive_buffers import ReceiveBuffers
 from dray.transport.stream import Endpoint
 from dray.transport.ucx_worker import UcxWorker, is_loopback
 from dray.wire import PayloadRef
@@ -26,6 +27,9 @@ logger = logging.getLogger("dray.client")
 
 _SETTLE_SECONDS = 1.0
 """What `close` spends on making sure that ACKs have arrived."""
+
+_SURELY_OPEN_SECONDS = 0.05
+"""A connection used this lately is not asked whether the server has closed it; its exchange would tell."""
 
 T = TypeVar("T")
 Exchange = Callable[[Connection, Deadline, Deadline], T]
@@ -71,6 +75,7 @@ class Exchanges:
         self._pool = pool
         self._quarantine = quarantine
         self._attempts = attempts
+        self._buffers = ReceiveBuffers()
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
@@ -113,15 +118,14 @@ class Exchanges:
             Unreachable: the reference has no endpoint on an allowed lane.
             BufferClosedError: the client is closed.
         """
-        usable = [endpoint for endpoint in ref.endpoints if Endpoint.parse(endpoint).lane in self._lanes]
-        if not usable:
+        if not any(by_lane(ref.endpoints, self._lanes)):
             lanes = "/".join(lane.label for lane in self._lanes)
             raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {lanes}")
         with self._lock:
             if self._closed:
                 raise BufferClosedError("the client is closed")
             self._rotation += 1
-            return ReadAttempts(usable, self._lanes, self._quarantine, self._rotation, self._attempts)
+            return ReadAttempts(ref.endpoints, self._lanes, self._quarantine, self._rotation, self._attempts)
 
     def choose(self, attempts: ReadAttempts, deadline: Deadline) -> tuple[str, Deadline]:
         """The endpoint of the next attempt, and until when it must have connected and answered.
@@ -163,7 +167,8 @@ class Exchanges:
             connection, group = decision.connection, decision.group
             if connection is None:
                 return self._open(endpoint, producer, deadline, group)
-            if connection.identity.producer == producer and connection.usable():
+            surely_open = decision.idle < _SURELY_OPEN_SECONDS
+            if connection.identity.producer == producer and (surely_open or connection.usable()):
                 self._settle(connection, group, deadline)
                 return connection, group
             self.discard(connection, group)
@@ -213,7 +218,9 @@ class Exchanges:
                 group = UcxWorker(is_loopback(address.host))
                 with self._lock:
                     self._pool.add_group(group)
-            connection = Connection.open(endpoint, producer, self._secret, deadline, group, self._verify)
+            connection = Connection.open(
+                endpoint, producer, self._secret, deadline, group, self._verify, self._buffers
+            )
         except BaseException:
             with self._lock:
                 self._pool.discard(group)

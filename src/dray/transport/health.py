@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from dray.errors import ProducerLostError, ServerBusy, TransportError, Unreachable
@@ -41,6 +42,13 @@ class Quarantine:
         return [endpoint for endpoint in list(self._until) if not self.healthy(endpoint, now)]
 
 
+@functools.lru_cache(maxsize=1024)
+def by_lane(endpoints: tuple[str, ...], lanes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    """The distinct endpoints of each lane, in the order of `lanes`; empty where the lane has none."""
+    distinct = dict.fromkeys(endpoints)
+    return tuple(tuple(e for e in distinct if Endpoint.parse(e).lane == lane) for lane in lanes)
+
+
 class ReadAttempts:
     """Layer 1: the endpoints one read tries, in which order, and when it gives up.
 
@@ -50,7 +58,7 @@ class ReadAttempts:
     the producer is lost.
 
     Args:
-        endpoints: the reference's endpoints, on lanes this client may use.
+        endpoints: the reference's endpoints; those on other lanes are left out.
         lanes: lane numbers, best first.
         rotation: counts the client's reads, so that each begins with another endpoint.
     """
@@ -63,11 +71,7 @@ class ReadAttempts:
         rotation: int,
         most: int = MOST_ATTEMPTS,
     ) -> None:
-        distinct = list(dict.fromkeys(endpoints))
-        self._by_lane = [
-            [endpoint for endpoint in distinct if Endpoint.parse(endpoint).lane == lane] for lane in lanes
-        ]
-        self._all = [endpoint for lane in self._by_lane for endpoint in lane]
+        self._by_lane = by_lane(tuple(endpoints), tuple(lanes))
         self._quarantine = quarantine
         self._rotation = rotation
         self._left = most
@@ -80,13 +84,16 @@ class ReadAttempts:
         return self._left == 1
 
     def choose(self, now: float) -> str:
-        """The endpoint of the next attempt."""
-        fresh = [[e for e in lane if e not in self._tried] for lane in self._by_lane]
-        healthy = [[e for e in lane if self._quarantine.healthy(e, now)] for lane in fresh]
-        possible = [e for e in self._all if e not in self._ruled_out]
-        for lane in (*healthy, *fresh, possible):
-            if lane:
-                return lane[self._rotation % len(lane)]
+        """The endpoint of the next attempt: one not tried yet, if possible a healthy one."""
+        for lane in self._by_lane:
+            healthy = [e for e in lane if e not in self._tried and self._quarantine.healthy(e, now)]
+            if healthy:
+                return healthy[self._rotation % len(healthy)]
+        fresh = ([e for e in lane if e not in self._tried] for lane in self._by_lane)
+        possible = [e for lane in self._by_lane for e in lane if e not in self._ruled_out]
+        for choice in (*fresh, possible):
+            if choice:
+                return choice[self._rotation % len(choice)]
         raise AssertionError("choose was called after give_up")
 
     def give_up(
@@ -101,8 +108,9 @@ class ReadAttempts:
             self._left -= 1
         if not isinstance(error, ServerBusy):
             self._quarantine.failed(endpoint, now)
-        if len(self._ruled_out) == len(self._all):
+        asked = [e for lane in self._by_lane for e in lane]
+        if len(self._ruled_out) == len(asked):
             return ProducerLostError(
-                f"the producer is gone: nobody answers for it at {', '.join(self._all)}", endpoint=endpoint
+                f"the producer is gone: nobody answers for it at {', '.join(asked)}", endpoint=endpoint
             )
         return error if self._left == 0 else None

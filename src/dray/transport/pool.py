@@ -29,11 +29,13 @@ class Checkout(Generic[C, G]):
         connection: an idle connection, or None: open one.
         group: the group to open it in, or None: there is no free one.
         expired: connections to close, each with its group; `discard` the group afterwards.
+        idle: seconds for which the connection was not used.
     """
 
     connection: C | None
     group: G | None
     expired: list[tuple[C, G | None]] = field(default_factory=list)
+    idle: float = 0.0
 
 
 class ConnectionPool(Generic[C, G]):
@@ -68,7 +70,7 @@ class ConnectionPool(Generic[C, G]):
         if kept:
             self._idle[endpoint] = kept[::-1]
         if chosen is not None:
-            return Checkout(chosen.connection, chosen.group, expired)
+            return Checkout(chosen.connection, chosen.group, expired, now - chosen.since)
         free = (group for group, busy in self._groups.items() if not busy and fits is not None and fits(group))
         return Checkout(None, self._take(next(free, None)), expired)
 

@@ -162,6 +162,7 @@ class ServerThread:
                 timeout = 0.0 if again else self._timeout()
                 for descriptor, _ in self._poll.poll(timeout):
                     if descriptor in self._sockets:
+                        self._sockets[descriptor].stream.idle()
                         self._serve(self._sockets[descriptor])
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])

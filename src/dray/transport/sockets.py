@@ -88,11 +88,13 @@ class SocketStream:
         self._descriptor: int | None = None
         self._expected: deque[memoryview] = deque()
         self._filled = 0
+        self._dry = False  # nothing more was there at the last look: whoever drives this waits before the next
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def idle(self) -> bool:
+        self._dry = False
         return True
 
     @property
@@ -130,6 +132,7 @@ class SocketStream:
                     parts[0] = parts[0].cast("B")[sent:]
                     break
                 sent -= parts.popleft().nbytes
+            self._dry = True
         return True
 
     def expect(self, target: memoryview, tag: int) -> None:
@@ -149,6 +152,7 @@ class SocketStream:
     def close(self) -> None:
         self._parts.clear()
         self._expected.clear()
+        self._dry = False
         self._sock.close()
 
     @property
@@ -187,13 +191,17 @@ class SocketStream:
 
     def _recv(self, room: memoryview, within: bool = False) -> int:
         """Bytes received; 0 when there are none yet."""
+        if self._dry:
+            return 0
         try:
             got = self._sock.recv_into(room)
         except BlockingIOError:
+            self._dry = True
             return 0
         except OSError as error:
             raise from_os_error(error) from error
         if got:
+            self._dry = not within and got < room.nbytes
             return got
         if within or self._end > self._begin:
             raise MessageTruncated("the peer closed the connection within a message")

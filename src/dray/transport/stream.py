@@ -40,7 +40,10 @@ class Stream(Protocol):
         ...
 
     def receive(self, size: int) -> memoryview | None:
-        """The next message of exactly `size` bytes, None if it is not all here yet; valid until the next call."""
+        """The next message of exactly `size` bytes, valid until the next call; None if it is not all here yet.
+
+        After None, call `idle` and wait before looking again.
+        """
         ...
 
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
