@@ -268,7 +268,7 @@ class UcxListener:
 
     def accept(self) -> UcxStream | None:
         """The next connection, or None when there is none."""
-        if not self._requests:
+        if self._listener is None or not self._requests:
             return None
         ucx = self._worker.ucx
         try:
@@ -278,7 +278,11 @@ class UcxListener:
         return UcxStream(self._worker, endpoint, accepted=True)
 
     def close(self) -> None:
-        self._listener = None
+        """Take no more connections. The port is free again when the worker is closed."""
+        if self._listener is not None:
+            self._worker.retire(self._listener)
+            self._listener = None
+        self._requests.clear()
 
     def _bind(self, port: int) -> Any:
         for candidate in range(port, min(port + _PORTS_TO_TRY, 65536)) if port else (0,):

@@ -126,6 +126,7 @@ class UcxWorker:
         # Nobody who has not been told a tag should hit upon one.
         self._tags = itertools.count(secrets.randbits(62))
         self._abandoned: list[Abandoned] = []
+        self._retired: list[Any] = []
         self.closed = False
 
     def fileno(self) -> int:
@@ -162,6 +163,13 @@ class UcxWorker:
             raise Unreachable(f"port {port} is taken: {error}", refused=True) from error
         except self.ucx.UCXError as error:
             raise from_ucx_error(error) from error
+
+    def retire(self, listener: Any) -> None:
+        """Keep a listener that takes no more connections until this worker is closed.
+
+        The endpoints it accepted keep it listening, and it calls back into the object that made it.
+        """
+        self._retired.append(listener)
 
     def connect(self, host: str, port: int) -> Any:
         """An endpoint towards a listener; whether it stands shows in its first exchange."""
@@ -214,6 +222,7 @@ class UcxWorker:
         # go first, and the memory last.
         memory = [abandoned.take_memory() for abandoned in self._abandoned]
         self._abandoned.clear()
+        self._retired.clear()
         del self._worker
         del memory
 
@@ -260,6 +269,7 @@ def _make_context(loopback: bool, pid: int) -> Any:  # noqa: ARG001  (pid is the
     return ucx.UCXContext(chosen, features)
 
 
+@functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """The host is this machine's loopback."""
     try:
