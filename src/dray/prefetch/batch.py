@@ -226,7 +226,7 @@ class BatchFetch:
         return any(ref.identity == each.identity for each in self.refs)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "settled" if self.settled else f"round with {self.wanted} to read"
+        state = "closed" if self._closed else "settled" if self.settled else f"{self.wanted} to read"
         return f"<BatchFetch {self.number}: {len(self._outcomes)} of {len(self.refs)} done, {state}>"
 
     # --- inside -----------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ Retries, all under one deadline; each try gets half of the time that is left, th
 
 With the defaults a reference of a batch is read at most 6 times, with 12 transport failures. The answer of a
 healthy server is final at every layer, `StaleSlotError` above all. A failure stays with its reference.
-`ProducerLostError` means that another producer answers in its place, or that every endpoint refused in every round;
-never a timeout alone. One read gets ``ucxx_read_timeout`` at most, a batch ``ucxx_prefetch_timeout``.
+`ProducerLostError` means that another producer answers in its place, or that every endpoint refused in every
+round; never a timeout alone. One read gets ``ucxx_read_timeout`` at most, a batch ``ucxx_prefetch_timeout``.
 
 References of one producer are read together, up to 32 pipelined over one connection and two such groups at a time;
 8 threads serve the producer with the fewest groups first. One that does not answer holds up its own payloads only.
@@ -56,11 +56,11 @@ never by position. A second start is refused while the batch before it is still 
 Counters of `CompletionReader.statistics`: ``prefetched``, ``read_at_once``, ``skipped`` and its kinds
 ``skipped_stale``, ``skipped_lost``, ``skipped_transport``, ``skipped_other``. Under ``batches``: ``reads``,
 ``reads_again`` (layer 2), ``failed`` (what layer 2 gave up, once for each round), ``late``, ``freed``, ``unfreed``
-(given up: their slots stay READY until the producer ends), ``refused_starts``; ``reading`` (groups) and ``to_free``
-(payloads) are what is so now. Under ``client``: those of `PayloadClient`.
+(given up: their slots stay READY until the producer ends), ``refused_starts``; ``reading`` (groups) and
+``to_free`` (payloads) are what is so now. Under ``client``: those of `PayloadClient`.
 
-Importing needs no `ucxx`; a server or client that may use the ``ucx`` lane raises `ConfigError` without it and says
-what to install.
+Importing needs no `ucxx`; a server or client that may use the ``ucx`` lane raises `ConfigError` without it and
+says what to install.
 """
 
 from dray.buffer import SharedRingBuffer, SlotState

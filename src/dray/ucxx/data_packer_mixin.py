@@ -70,7 +70,7 @@ class UCXXDataPackerMixin:
 
     def start_prefetch(self, batch: Collection[object]) -> bool:
         """See `CompletionReader.start_prefetch`."""
-        return self._has_reader_for(batch) and self._reader.start_prefetch(batch)
+        return self._needs_none(batch) or self._reader.start_prefetch(batch)
 
     def wait_prefetch(self, timeout: float | None = None) -> bool:
         """See `CompletionReader.wait_prefetch`."""
@@ -82,7 +82,7 @@ class UCXXDataPackerMixin:
 
     def defer_prefetch(self, batch: Collection[object]) -> bool:
         """See `CompletionReader.defer_prefetch`."""
-        return self._has_reader_for(batch) and self._reader.defer_prefetch(batch)
+        return self._needs_none(batch) or self._reader.defer_prefetch(batch)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -117,6 +117,5 @@ class UCXXDataPackerMixin:
             )
         return self.ucxx_reader
 
-    def _has_reader_for(self, batch: Collection[object]) -> bool:
-        """False if there is none and none is needed."""
-        return self.ucxx_reader is not None or (any(map(is_completion, batch)) and self._reader is not None)
+    def _needs_none(self, batch: Collection[object]) -> bool:
+        return self.ucxx_reader is None and not any(map(is_completion, batch))

@@ -1,0 +1,146 @@
+"""`CompletionReader`: from prefetch or at once, skipped and counted where it cannot be had."""
+
+import json
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from transport_fixtures import wait_until
+
+from dray.errors import BufferClosedError, DrayError, StaleSlotError
+from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of
+from dray.wire import PayloadRef
+
+
+@pytest.fixture
+def buffer() -> Iterator[UCXXBuffer]:
+    with UCXXBuffer(UCXXBufferConfig(slots=16, lanes=("shm", "tcp"), n_server_threads=1)) as buffer:
+        yield buffer
+
+
+@pytest.fixture
+def reader() -> Iterator[CompletionReader]:
+    with CompletionReader(UCXXConfig(ucxx_prefetch_timeout=20), lane="shm") as reader:
+        yield reader
+
+
+def write(buffer: UCXXBuffer, *values: float) -> list[dict[str, str]]:
+    return [json.loads(json.dumps(buffer.write({"rewards": [value]}))) for value in values]
+
+
+def reward(arrays: dict | None) -> float:
+    assert arrays is not None
+    return float(arrays["rewards"][0])
+
+
+def test_prefetched_completions_resolve_as_often_as_asked(buffer: UCXXBuffer, reader: CompletionReader) -> None:
+    batch = write(buffer, 1.0, 2.0)
+    assert reader.start_prefetch(["text", batch[0], None, batch[1], {"text": 1}])
+    assert reader.wait_prefetch()
+    assert reader.collect_prefetch() == 2
+    for _ in range(2):
+        assert [reward(reader.resolve(completion)) for completion in batch] == [1.0, 2.0]
+    statistics = reader.statistics()
+    assert (statistics["prefetched"], statistics["read_at_once"], statistics["skipped"]) == (4, 0, 0)
+    wait_until(lambda: buffer.ring.statistics().free == 16, "the slots to be free again")
+
+
+def test_what_was_not_prefetched_is_read_at_once(buffer: UCXXBuffer, reader: CompletionReader) -> None:
+    (completion,) = write(buffer, 3.0)
+    assert reward(reader.resolve(completion)) == 3.0
+    assert reader.statistics()["read_at_once"] == 1
+    wait_until(lambda: buffer.ring.statistics().free == 16, "the slot to be free again")
+
+
+def test_a_deferred_batch_arrives_while_the_one_before_is_used(
+    buffer: UCXXBuffer, reader: CompletionReader
+) -> None:
+    steps = [write(buffer, float(step), step + 0.5) for step in range(4)]
+    assert reader.start_prefetch(steps[0])
+    for step, batch in enumerate(steps):
+        if step + 1 < len(steps):
+            assert reader.defer_prefetch(steps[step + 1])
+        assert reader.wait_prefetch()
+        assert reader.collect_prefetch() == 2
+        assert [reward(reader.resolve(completion)) for completion in batch] == [step, step + 0.5]
+    assert reader.statistics()["prefetched"] == 8
+
+
+def test_c6_a_stale_episode_is_skipped_and_counted_prefetched_or_not(
+    buffer: UCXXBuffer, reader: CompletionReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "dray.ucxx")
+    first, good, later = write(buffer, 1.0, 2.0, 3.0)
+    assert (reference_of(first).slot, reference_of(first).sequence) == (0, 0)
+    assert reward(reader.resolve(first)) == 1.0
+    reader.start_prefetch([first, good])
+    reader.wait_prefetch()
+    assert reader.collect_prefetch() == 1
+    assert reader.resolve(first) is None
+    assert reward(reader.resolve(good)) == 2.0
+    assert reward(reader.resolve(later)) == 3.0
+    assert reader.resolve(later) is None
+    statistics = reader.statistics()
+    assert (statistics["skipped"], statistics["skipped_stale"]) == (2, 2)
+    assert len(caplog.records) == 1
+
+
+def test_c13_a_lost_producer_s_episodes_are_skipped_and_counted(reader: CompletionReader) -> None:
+    with UCXXBuffer(UCXXBufferConfig(slots=4, lanes=("shm",), n_server_threads=1)) as gone:
+        batch = write(gone, 1.0, 2.0)
+    reader.start_prefetch(batch[:1])
+    assert reader.wait_prefetch()
+    assert reader.collect_prefetch() == 0
+    assert [reader.resolve(completion) for completion in batch] == [None, None]
+    assert reader.statistics()["skipped_lost"] == 2
+
+
+def test_a_broken_reference_is_skipped_and_counted(reader: CompletionReader) -> None:
+    broken = {"dray_payload": "{"}
+    assert reader.start_prefetch([broken])
+    assert reader.wait_prefetch(0)
+    assert reader.resolve(broken) is None
+    assert reader.statistics()["skipped_other"] == 1
+
+
+def test_a_skipped_payload_that_is_still_there_is_freed(buffer: UCXXBuffer, reader: CompletionReader) -> None:
+    reference = reference_of(write(buffer, 1.0)[0])
+    oversized = PayloadRef(
+        reference.producer, reference.slot, reference.sequence, reference.nbytes + 1, reference.endpoints
+    )
+    assert reader.resolve(completion_for(oversized)) is None
+    assert reader.statistics()["skipped_other"] == 1
+    wait_until(lambda: buffer.ring.statistics().free == 16, "its slot to be free again")
+
+
+def test_layers_two_and_three_are_there_for_references(buffer: UCXXBuffer, reader: CompletionReader) -> None:
+    first, second, third = map(reference_of, write(buffer, 1.0, 2.0, 3.0))
+    assert reward(reader.read_one(first)) == 1.0
+    with pytest.raises(StaleSlotError):
+        reader.read_one(first, timeout=5)
+    gone, came, also = reader.fetch_all([first, second, third])
+    assert isinstance(gone.outcome, StaleSlotError)
+    for fetched, value in ((came, 2.0), (also, 3.0)):
+        assert not isinstance(fetched.outcome, DrayError)
+        np.testing.assert_array_equal(fetched.outcome["rewards"], [value])
+    assert reader.fetch_all([], timeout=0) == []
+
+
+def test_a_closed_reader_says_so_and_skips_nothing(buffer: UCXXBuffer) -> None:
+    completions = write(buffer, 1.0)
+    reader = CompletionReader(lane="shm")
+    reader.close()
+    reader.close()
+    assert reader.alive == 0
+    with pytest.raises(BufferClosedError):
+        reader.resolve(completions[0])
+    assert reader.statistics()["skipped"] == 0
+
+
+def test_a_reader_whose_client_ends_while_it_reads_says_so(buffer: UCXXBuffer) -> None:
+    completions = write(buffer, 1.0)
+    with CompletionReader(lane="shm") as reader:
+        reader._client.close()
+        with pytest.raises(BufferClosedError):
+            reader.resolve(completions[0])
