@@ -15,15 +15,17 @@ import ipaddress
 import itertools
 import os
 import secrets
+import select
 import socket
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dray.clock import Deadline
 from dray.errors import (
     ConfigError,
     ConnectionClosed,
@@ -41,9 +43,14 @@ SEGMENT_SIZE = "1m"
 _CLOSE_STEP_NS = 10_000_000
 _CLOSE_STEPS = 100
 _PROGRESS_STEPS = 10_000
+_SETTLE_SECONDS = 0.05
 _IFNAME = struct.Struct("16s16x")
 _IFADDR = struct.Struct("20x4s8x")
 _SIOCGIFADDR = 0x8915
+_SO_ATTACH_FILTER = 26
+_SOCK_FPROG = struct.Struct("@HP")
+_RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
+"""A packet filter of one instruction, which accepts no byte of any packet."""
 
 
 def require() -> tuple[ModuleType, type]:
@@ -127,6 +134,7 @@ class UcxWorker:
         self._tags = itertools.count(secrets.randbits(62))
         self._abandoned: list[Abandoned] = []
         self._retired: list[Any] = []
+        self._settled = Deadline.after(0)
         self.closed = False
 
     def fileno(self) -> int:
@@ -165,11 +173,16 @@ class UcxWorker:
             raise from_ucx_error(error) from error
 
     def retire(self, listener: Any) -> None:
-        """Keep a listener that takes no more connections until this worker is closed.
+        """Have a listener take no more connections, and keep it until this worker is closed.
 
-        The endpoints it accepted keep it listening, and it calls back into the object that made it.
+        The endpoints it accepted keep it going, and it calls back into the object that made it. UCX (1.21) crashes
+        when a listener goes before a connection that it accepted has said what it wants, so `close` gives those
+        a moment.
         """
+        with _listening_socket(listener.port) as sock:
+            _drop_all_packets(sock)
         self._retired.append(listener)
+        self._settled = Deadline.after(_SETTLE_SECONDS)
 
     def connect(self, host: str, port: int) -> Any:
         """An endpoint towards a listener; whether it stands shows in its first exchange."""
@@ -216,6 +229,7 @@ class UcxWorker:
         if self.closed:
             return
         self.closed = True
+        self._settle()
         self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self.progress()
         # A request that UCX could not cancel ends with its worker, which lives as long as its requests do: so they
@@ -225,6 +239,15 @@ class UcxWorker:
         self._retired.clear()
         del self._worker
         del memory
+
+    def _settle(self) -> None:
+        """Go on until what the retired listeners have accepted has been heard."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while not self._settled.expired:
+            self.progress()
+            if self.arm():
+                poll.poll(self._settled.remaining * 1000)
 
 
 def _let_cancelled_go(endpoint: Any) -> None:
@@ -290,6 +313,13 @@ def confine(port: int, host: str) -> None:
     if host == "0.0.0.0":
         return
     device = _interface(host)
+    with _listening_socket(port) as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
+
+
+@contextlib.contextmanager
+def _listening_socket(port: int) -> Iterator[socket.socket]:
+    """A duplicate of the descriptor of the UCX listener on `port`, which ucxx does not give out."""
     for entry in list(Path("/proc/self/fd").iterdir()):
         try:
             duplicate = os.dup(int(entry.name))
@@ -303,9 +333,16 @@ def confine(port: int, host: str) -> None:
                 continue
             listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if listening and found.getsockname() == ("0.0.0.0", port):
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
+                yield found
                 return
     raise Unreachable(f"the listening socket on port {port} cannot be found")
+
+
+def _drop_all_packets(sock: socket.socket) -> None:
+    """No new connection comes through this listening socket any more; those that have come stay."""
+    program = ctypes.create_string_buffer(_RETURN_NOTHING)
+    filter_ = _SOCK_FPROG.pack(1, ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_)
 
 
 def _interface(host: str) -> str:
