@@ -67,7 +67,7 @@ class RolloutTable(Table):
     replicas: int = _count(2, most=1024)
     slots: int = _count(64, most=1 << 20)
     slot_bytes: int = _count(1 << 20, least=64)
-    server_threads: int = _count(1, most=64)
+    server_threads: int = _count(1, most=4)
     prompt_batch: int = _count(4, most=4096)
     prompts_in_flight: int | None = _count(None)
     args: dict[str, Any] = Field(default_factory=dict, description="a table, given to the worker's setup as it is")
