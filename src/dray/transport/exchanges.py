@@ -187,12 +187,9 @@ class Exchanges:
 
     def discard(self, connection: Connection, group: UcxWorker | None) -> None:
         """Close a connection; ACKs that may be lost with it are remembered."""
-        lost = connection.unconfirmed
+        self._remember(connection)
         connection.close()
         with self._lock:
-            if lost:
-                remembered = self._unconfirmed.setdefault(connection.identity.producer, {})
-                remembered.update(dict.fromkeys(lost, connection.endpoint))
             self._pool.discard(group)
         if self._closed:
             self._close_idle()
@@ -205,6 +202,7 @@ class Exchanges:
     def close(self) -> None:
         """Close every idle connection; those in use are closed when their exchange is over. Twice is fine."""
         if not self._closed:
+            self._close_idle()
             self._settle_all()
         self._closed = True
         self._close_idle()
@@ -249,6 +247,14 @@ class Exchanges:
             raise
         self._counters.add("acks_repeated", len(lost))
 
+    def _remember(self, connection: Connection) -> None:
+        """Keep the ACKs that may be lost with a connection."""
+        lost = connection.unconfirmed
+        if lost:
+            with self._lock:
+                remembered = self._unconfirmed.setdefault(connection.identity.producer, {})
+                remembered.update(dict.fromkeys(lost, connection.endpoint))
+
     def _settle_all(self) -> None:
         """Repeat every ACK that may have been lost, where its connection led to, if that can be reached."""
         deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
@@ -268,9 +274,10 @@ class Exchanges:
         deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
         for connection in connections:
             if connection.unconfirmed:
-                # Any answer confirms all ACKs before it; a connection that fails now returns its leases.
+                # Any answer confirms all ACKs before it; those of a connection that fails now are remembered.
                 with contextlib.suppress(DrayError):
                     connection.consume(connection.unconfirmed[-1:], deadline)
+            self._remember(connection)
             connection.close()
         for group in groups:
             group.close()

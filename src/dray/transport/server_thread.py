@@ -280,6 +280,9 @@ class ServerThread:
             # The peer reads the refusal and closes; closing first could take it from under its eyes.
             connection.lingering = True
             self._next_sweep = min(self._next_sweep, self._clock.now() + _LINGER_SECONDS)
+        else:
+            # A lease has a shorter limit than the idleness before it.
+            self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
         if stream.lane is not Lane.UCX:
             self._watch(connection)
 

@@ -11,6 +11,7 @@ endpoint was closed while a request on it was open that cannot be cancelled, as 
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import struct
 from collections import deque
@@ -280,9 +281,17 @@ class UcxListener:
     def close(self) -> None:
         """Take no more connections. The port is free again when the worker is closed."""
         if self._listener is not None:
-            self._worker.retire(self._listener)
+            self._worker.retire(self._listener, self._refuse)
+            self._refuse()
             self._listener = None
-        self._requests.clear()
+
+    def _refuse(self, listener: Any = None) -> None:
+        """End the connections that wait to be accepted: UCX keeps what nobody answers."""
+        ucx, listener = self._worker.ucx, listener or self._listener
+        while self._requests:
+            with contextlib.suppress(ucx.UCXError):  # it has ended by itself
+                endpoint = listener.create_endpoint_from_conn_request(self._requests.popleft(), True)
+                self._worker.close_endpoint(endpoint, [])
 
     def _bind(self, port: int) -> Any:
         for candidate in range(port, min(port + _PORTS_TO_TRY, 65536)) if port else (0,):

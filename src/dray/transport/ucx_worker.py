@@ -133,7 +133,7 @@ class UcxWorker:
         # Nobody who has not been told a tag should hit upon one.
         self._tags = itertools.count(secrets.randbits(62))
         self._abandoned: list[Abandoned] = []
-        self._retired: list[Any] = []
+        self._retired: list[tuple[Any, Callable[[Any], None]]] = []
         self._settled = Deadline.after(0)
         self.closed = False
 
@@ -172,16 +172,16 @@ class UcxWorker:
         except self.ucx.UCXError as error:
             raise from_ucx_error(error) from error
 
-    def retire(self, listener: Any) -> None:
+    def retire(self, listener: Any, refuse: Callable[[Any], None]) -> None:
         """Have a listener take no more connections, and keep it until this worker is closed.
 
         The endpoints it accepted keep it going, and it calls back into the object that made it. UCX (1.21) crashes
         when a listener goes before a connection that it accepted has said what it wants, so `close` gives those
-        a moment.
+        a moment, and has `refuse` end them.
         """
         with _listening_socket(listener.port) as sock:
             _drop_all_packets(sock)
-        self._retired.append(listener)
+        self._retired.append((listener, refuse))
         self._settled = Deadline.after(_SETTLE_SECONDS)
 
     def connect(self, host: str, port: int) -> Any:
@@ -246,6 +246,8 @@ class UcxWorker:
         poll.register(self.fileno(), select.POLLIN)
         while not self._settled.expired:
             self.progress()
+            for listener, refuse in self._retired:
+                refuse(listener)
             if self.arm():
                 poll.poll(self._settled.remaining * 1000)
 

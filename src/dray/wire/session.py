@@ -133,11 +133,13 @@ class ServerSession:
         return bool(self._requests or self._outgoing or self._sending)
 
     def receive(self, message: bytes | bytearray | memoryview) -> None:
-        """Take the client's next message, of exactly `expects` bytes.
+        """Take the client's next message, of exactly `expects` bytes; after a refusal, do nothing with it.
 
         Raises:
             ProtocolError: the message is not one a client may send now; the connection must be aborted.
         """
+        if self.closing:
+            return
         if not self._handshake.done:
             self._shake(message)
             return
