@@ -108,6 +108,16 @@ def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
     threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
+def finish_process() -> None:
+    """The exit code is decided: a signal that comes while the interpreter winds up must not change it.
+
+    Python puts its own handlers back to the default at that point; ignored signals stay ignored. What hangs from
+    here on is killed.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def adopt_orphans() -> None:
     """Make this process the parent of grandchildren whose own parent ends (`PR_SET_CHILD_SUBREAPER`)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -20,7 +20,7 @@ from dray.runtime.exit_codes import ExitCode
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
-from dray.runtime.process import StopFlag, begin_process, stop_on_signals
+from dray.runtime.process import StopFlag, begin_process, finish_process, stop_on_signals
 
 _LOG = logging.getLogger("dray.runtime.replica")
 
@@ -151,6 +151,8 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     except RedisUnavailableError as error:
         _LOG.error("%s", error)
         return stop_code(stop, ExitCode.REDIS_LOST)
+    finally:
+        finish_process()
     _LOG.info("ends with exit code %d (%s)", code, code.name)
     return code
 
