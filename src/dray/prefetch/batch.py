@@ -127,7 +127,9 @@ class BatchFetch:
         self._seen: set[Identity] = set()  # not refused in some round
         self._outcomes: dict[Identity, Outcome] = {}
         self._closed = False
-        for ref in {ref.identity: ref for ref in self.refs}.values():
+        distinct = {ref.identity: ref for ref in self.refs}
+        self._count = len(distinct)
+        for ref in distinct.values():
             self._wait(ref)
 
     # --- events -----------------------------------------------------------------------------------------------
@@ -207,8 +209,8 @@ class BatchFetch:
 
     @property
     def settled(self) -> bool:
-        """Every reference has its outcome and no read is under way."""
-        return not self._waiting and not self.reading
+        """It is decided what became of every reference. Reads may be about to end, or after `close` hang."""
+        return len(self._outcomes) == self._count
 
     def has(self, ref: PayloadRef) -> bool:
         """It is decided what became of a reference."""

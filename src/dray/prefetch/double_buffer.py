@@ -64,7 +64,7 @@ class DoubleBuffer:
         """
         assert self.back is not None
         if not self.back.has(ref):
-            self.back.close()
+            self._end(self.back)
         first = ref.identity not in self._taken
         self._taken.add(ref.identity)
         return self.back.result(ref), first
@@ -78,9 +78,7 @@ class DoubleBuffer:
         taken, self._taken = self._taken, set()
         if batch is None:
             return [], []
-        batch.close()
-        if batch.reading:
-            self._ending.append(batch)
+        self._end(batch)
         results = batch.results()
         self._front = {fetched.ref.identity: fetched for fetched in results}
         return results, [
@@ -93,6 +91,11 @@ class DoubleBuffer:
     def settled(self) -> bool:
         """Nothing is being fetched, and nothing is about to be."""
         return self._deferred is None if self.back is None else self.back.settled
+
+    def _end(self, batch: BatchFetch) -> None:
+        if not batch.settled:
+            self._ending.append(batch)
+        batch.close()
 
     @property
     def _busy(self) -> bool:

@@ -54,7 +54,7 @@ class ReadThreads:
         attempts: reads of one reference in one round.
         longest: seconds that one read may take at most.
         counters: where reads are counted.
-        settled: called, with the lock held, when a batch has settled.
+        over: called, with the lock held, when a batch is over and no read of it under way.
         clock: where time comes from.
     """
 
@@ -65,7 +65,7 @@ class ReadThreads:
         attempts: int,
         longest: float,
         counters: Counters,
-        settled: Callable[[], None],
+        over: Callable[[], None],
         clock: Clock,
     ) -> None:
         self.lock = threading.Lock()
@@ -76,7 +76,7 @@ class ReadThreads:
         self._attempts = attempts
         self._longest = longest
         self._counters = counters
-        self._settled = settled
+        self._over = over
         self._clock = clock
         self._active: list[BatchFetch] = []
         self._freeing = Freeing()
@@ -202,12 +202,12 @@ class ReadThreads:
             return None
 
     def _retire(self) -> bool:
-        """Forget the batches that have settled; whether there were any."""
-        open_batches = [batch for batch in self._active if not batch.settled]
+        """Forget the batches that are over; whether there were any."""
+        open_batches = [batch for batch in self._active if batch.reading or not batch.settled]
         if len(open_batches) == len(self._active):
             return False
         self._active = open_batches
-        self._settled()
+        self._over()
         self._news.notify_all()
         return True
 
@@ -234,11 +234,12 @@ class ReadThreads:
                 if failed and tries.again(outcome, self._clock.now()):
                     again.append(ref)
                     continue
+                if failed:
+                    logger.debug("batch %d: %s", batch.number, outcome)
+                    _forget_frames(outcome)
                 with self.lock:
                     accepted = batch.came(ref, outcome)
                     self._news.notify_all()
-                if failed:
-                    logger.debug("batch %d: %s", batch.number, outcome)
                 self._counters.add("failed" if failed else "reads" if accepted else "late")
                 if not accepted:
                     return ()
@@ -263,6 +264,15 @@ class ReadThreads:
     def _raise_crash(self) -> None:
         if self._crash is not None:
             raise self._crash
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """An error that is kept as an outcome must not keep the connections and buffers of those who raised it."""
+    seen: set[int] = set()  # an error may be its own cause
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _timeout(seconds: float) -> float | None:

@@ -151,7 +151,7 @@ class CompletionReader:
         self._counters.add_all({"skipped": 1, kind: 1})
         level = logging.DEBUG if type(error) in self._said else logging.WARNING
         self._said.add(type(error))
-        logger.log(level, "episode skipped (%s): %s", kind, error)
+        logger.log(level, "episode skipped (%s): %s", kind, str(error))
         if ref is not None and not isinstance(error, (StaleSlotError, ProducerLostError)):
             self._batches.discard([ref])
 

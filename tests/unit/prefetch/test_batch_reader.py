@@ -346,3 +346,14 @@ def test_b12_a_forked_child_is_told_that_the_reader_is_not_its_own(reader: Batch
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
     assert outcomes(reader.fetch_all([ref(1)])) == ["came"]
+
+
+def test_an_error_that_is_kept_keeps_nothing_of_those_who_raised_it(
+    reader: BatchReader, source: ToldSource
+) -> None:
+    error, cause = TransportTimeout("no answer"), TransportTimeout("no answer from one endpoint")
+    error.__cause__, cause.__cause__ = cause, error  # layer 1 raises its last error from itself
+    source.fail(ref(0), *[error] * 6)
+    (fetched,) = reader.fetch_all([ref(0)], timeout=10)
+    assert fetched.outcome is error
+    assert error.__traceback__ is cause.__traceback__ is None

@@ -165,3 +165,6 @@ def test_taking_what_has_not_come_ends_the_batch() -> None:
     fetched, _ = buffers.take(ref(0))
     assert isinstance(fetched.outcome, TransportTimeout)
     assert not fetching.came(ref(0), arrays(ref(0)))
+    assert buffers.displaceable
+    buffers.collect()
+    assert not buffers.start(batch(2, first=5)), "its read hangs"
