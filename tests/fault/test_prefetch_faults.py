@@ -12,7 +12,14 @@ from transport_fixtures import LANES, Child, reference, wait_until
 from dray.errors import BufferClosedError, DrayError, ProducerLostError, StaleSlotError, TransportError
 from dray.prefetch import BatchReader, Fetched
 from dray.transport import PayloadClient
-from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for
+from dray.ucxx import (
+    CompletionReader,
+    UCXXBuffer,
+    UCXXBufferConfig,
+    UCXXConfig,
+    UCXXDataPackerMixin,
+    completion_for,
+)
 from dray.wire import PayloadRef
 
 PRODUCER = """
@@ -112,6 +119,27 @@ def test_c9_the_end_does_not_wait_for_a_fetch_that_hangs(lane: str) -> None:
             child.resume()
             wait_until(lambda: reader.alive == 0, "the threads to end", 20)
         assert child.ask("state") == [14, 2, 0], "nothing was consumed"
+
+
+def test_c9_a_second_set_up_is_refused_while_a_read_of_the_first_hangs() -> None:
+    packer = UCXXDataPackerMixin()
+    with producer("tcp") as child:
+        completions = [completion_for(each) for each in put(child, 1)]
+        child.stop()
+        packer.setup_ucxx_reader({"ucxx_prefetch_timeout": 60}, lane="tcp")
+        assert packer.ucxx_reader is not None
+        former = packer.ucxx_reader
+        assert packer.start_prefetch(completions)
+        wait_until(lambda: former.statistics()["batches"]["reading"] == 1, "the fetch to hang")
+        if not packer.cleanup_ucxx_reader(timeout=0.2):
+            with pytest.raises(DrayError, match="still there, with 1 threads"):
+                packer.setup_ucxx_reader(lane="tcp")
+            child.resume()
+            wait_until(packer.cleanup_ucxx_reader, "the former reader to end", 20)
+        child.resume()
+        packer.setup_ucxx_reader(lane="tcp")
+        assert packer.get_policy_input(0, completions[0])["value"][0] == 1
+        assert packer.cleanup_ucxx_reader()
 
 
 @pytest.mark.parametrize("lane", LANES)

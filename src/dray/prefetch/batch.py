@@ -27,7 +27,7 @@ ROUND_PAUSE = 0.1
 GROUP = 32
 """References of one producer that are read together, pipelined over one connection."""
 MOST_GROUPS = 2
-"""Groups of one producer under way at a time."""
+"""Groups of one producer under way at a time, once it has answered."""
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 Outcome = Arrays | DrayError
@@ -51,13 +51,12 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Read `refs`, all of one producer, layer 2 with all its tries, until the time `by`.
+    """Read `refs`, all of one producer, layer 2 with all its tries, until the batch's time is over.
 
     Report each to `BatchFetch.came`, and the end to `BatchFetch.ended`.
     """
 
     refs: tuple[PayloadRef, ...]
-    by: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +81,9 @@ class ReadTries:
         self._longest = longest
 
     def next(self, now: float) -> float:
-        """Seconds for the try that starts now."""
+        """Seconds for the try that starts now: all that is left. Layer 1 sees to it that no endpoint takes all."""
         self._left -= 1
-        return min(self._longest, _part(max(0.0, self._by - now), self._left == 0))
+        return min(self._longest, max(0.0, self._by - now))
 
     def again(self, error: DrayError, now: float) -> bool:
         """Whether what failed with `error` is to be tried once more."""
@@ -94,14 +93,14 @@ class ReadTries:
 class BatchFetch:
     """Layer 3: one batch, every reference for itself, what fails retryably again in the next round.
 
-    References of one producer are read together, as many as `GROUP`, in at most two groups at a time; the producer
-    with the fewest groups under way comes next. So one that does not answer holds up its own payloads only. A
-    reference that is in the batch twice is read once. After `close` nothing is accepted any more.
+    References of one producer are read together, as many as `GROUP`: one group at a time until something came of
+    it, then two. The producer with the fewest groups under way comes next. So one that does not answer holds up
+    its own payloads only. A reference that is in the batch twice is read once. After `close` nothing is accepted.
 
     Args:
         number: the batch's number.
         refs: what to read.
-        by: when all of it must be over; a read is never given longer.
+        by: when all of it must be over.
         rounds: how many.
         pause: seconds between two rounds.
     """
@@ -125,6 +124,7 @@ class BatchFetch:
         self._again: list[PayloadRef] = []  # for the next round
         self._errors: dict[Identity, DrayError] = {}
         self._seen: set[Identity] = set()  # not refused in some round
+        self._awake: set[bytes] = set()  # producers that a payload or an answer came from
         self._outcomes: dict[Identity, Outcome] = {}
         self._closed = False
         distinct = {ref.identity: ref for ref in self.refs}
@@ -138,7 +138,7 @@ class BatchFetch:
         """What to do now; None when only the end of a read, or nothing at all, can bring more."""
         if now >= self.by:
             self._expire()
-        free = [producer for producer in self._waiting if self._reading[producer] < MOST_GROUPS]
+        free = [producer for producer in self._waiting if self._reading[producer] < self._most_groups(producer)]
         if not free:
             return None
         if now < self._resume:
@@ -149,12 +149,14 @@ class BatchFetch:
         if not queue:
             del self._waiting[producer]
         self._reading[producer] += 1
-        return Read(refs, now + _part(self.by - now, self._rounds == 1))
+        return Read(refs)
 
     def came(self, ref: PayloadRef, outcome: Outcome) -> bool:
         """Note how the read of one reference went; False if it is too late: its payload must not be handed out."""
         if self._closed:
             return False
+        if not isinstance(outcome, TransportError):
+            self._awake.add(ref.producer)
         if not isinstance(outcome, DrayError):
             self._outcomes[ref.identity] = outcome
             return True
@@ -202,7 +204,7 @@ class BatchFetch:
     def wanted(self) -> int:
         """Groups under way, and those that could be."""
         more = (
-            min(MOST_GROUPS - self._reading[producer], -(-len(queue) // GROUP))
+            min(self._most_groups(producer) - self._reading[producer], -(-len(queue) // GROUP))
             for producer, queue in self._waiting.items()
         )
         return self.reading + sum(more)
@@ -233,6 +235,9 @@ class BatchFetch:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
+    def _most_groups(self, producer: bytes) -> int:
+        return MOST_GROUPS if producer in self._awake else 1
+
     def _wait(self, ref: PayloadRef) -> None:
         self._waiting.setdefault(ref.producer, deque()).append(ref)
 
@@ -254,11 +259,6 @@ class BatchFetch:
             # Lost means refused in every round; in an earlier one somebody was there.
             error = error.__cause__
         self._outcomes[ref.identity] = error
-
-
-def _part(left: float, last: bool) -> float:
-    """What a try gets of the time that is left: half, so that the next one has some too; the last gets all."""
-    return left if last else left / 2
 
 
 def _refused(error: DrayError) -> bool:

@@ -39,7 +39,8 @@ class BatchReader:
         threads: how many reads can be under way at a time. They start when they are needed.
         attempts: reads of one reference in one round.
         rounds: rounds of a batch.
-        read_timeout: seconds that one read may take at most; None leaves that to the batch's deadline.
+        read_timeout: seconds that one read may take at most, of a payload or of a group of a batch's; None leaves
+            that to the batch's deadline.
         clock: where time comes from.
 
     Raises:

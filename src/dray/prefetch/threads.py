@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dray.clock import Clock, Deadline
 from dray.errors import DrayError
-from dray.prefetch.batch import Arrays, BatchFetch, Pause, Read, ReadTries
+from dray.prefetch.batch import Arrays, BatchFetch, Outcome, Pause, Read, ReadTries
 from dray.prefetch.freeing import Free, Freeing
 from dray.telemetry import Counters
 from dray.wire import PayloadRef
@@ -212,10 +212,17 @@ class ReadThreads:
         return True
 
     def _read(self, batch: BatchFetch, read: Read) -> None:
-        tries = ReadTries(read.by, self._attempts, self._longest)
+        tries = ReadTries(batch.by, self._attempts, self._longest)
         waiting: tuple[PayloadRef, ...] = read.refs
         while waiting and not self.closing:
-            waiting = self._read_group(batch, waiting, tries)
+            try:
+                waiting = self._read_group(batch, waiting, tries)
+            except DrayError as error:  # the source as a whole refuses
+                _forget_frames(error)
+                for ref in waiting:
+                    if not batch.has(ref):
+                        self._came(batch, ref, error)
+                waiting = ()
             self._counters.add("reads_again", len(waiting))
         with self.lock:
             batch.ended(read, self._clock.now())
@@ -230,23 +237,30 @@ class ReadThreads:
         results = self._source.read_many(refs, timeout=seconds, consume=False, return_errors=True)
         try:
             for ref, outcome in results:
-                failed = isinstance(outcome, DrayError)
-                if failed and tries.again(outcome, self._clock.now()):
-                    again.append(ref)
-                    continue
-                if failed:
-                    logger.debug("batch %d: %s", batch.number, outcome)
+                if isinstance(outcome, DrayError):
                     _forget_frames(outcome)
-                with self.lock:
-                    accepted = batch.came(ref, outcome)
-                    self._news.notify_all()
-                self._counters.add("failed" if failed else "reads" if accepted else "late")
-                if not accepted:
+                    if tries.again(outcome, self._clock.now()):
+                        again.append(ref)
+                        continue
+                if not self._came(batch, ref, outcome):
                     return ()
         finally:
             if isinstance(results, Generator):
                 results.close()  # what it holds and was not taken goes back to its producer
         return tuple(again)
+
+    def _came(self, batch: BatchFetch, ref: PayloadRef, outcome: Outcome) -> bool:
+        failed = isinstance(outcome, DrayError)
+        with self.lock:
+            wanted = batch.wanted
+            accepted = batch.came(ref, outcome)
+            if batch.wanted > wanted:
+                self.locked_changed()
+            self._news.notify_all()
+        if failed:
+            logger.debug("batch %d: %s", batch.number, outcome)
+        self._counters.add("failed" if failed else "reads" if accepted else "late")
+        return accepted
 
     def _free(self, free: Free) -> None:
         error = None

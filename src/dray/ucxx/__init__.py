@@ -26,7 +26,7 @@ that comes too late is thus not lost: it is dropped here and READY there. A payl
 ACK of its read. A skipped episode's payload, if it is still there, is freed too. A ring should hold two batches:
 the one being collected and the one being fetched.
 
-Retries, all under one deadline; each try gets half of the time that is left, the last one all of it::
+Retries, all under one deadline::
 
     layer  where                           what                                          at most
     1      PayloadClient.read, read_many   another endpoint after a transport failure    2 failures
@@ -38,10 +38,12 @@ Retries, all under one deadline; each try gets half of the time that is left, th
 With the defaults a reference of a batch is read at most 6 times, with 12 transport failures. The answer of a
 healthy server is final at every layer, `StaleSlotError` above all. A failure stays with its reference.
 `ProducerLostError` means that another producer answers in its place, or that every endpoint refused in every
-round; never a timeout alone. One read gets ``ucxx_read_timeout`` at most, a batch ``ucxx_prefetch_timeout``.
+round; never a timeout alone. One read gets ``ucxx_read_timeout`` at most, a batch ``ucxx_prefetch_timeout``. A
+read that times out leaves time for another only if the former is shorter than the latter.
 
-References of one producer are read together, up to 32 pipelined over one connection and two such groups at a time;
-8 threads serve the producer with the fewest groups first. One that does not answer holds up its own payloads only.
+References of one producer are read together, up to 32 pipelined over one connection: one such group at a time
+until it answers, then two. 8 threads serve the producer with the fewest groups first. So one that does not answer
+holds one thread, and up its own payloads only.
 
 Quarantine: an endpoint that failed is skipped for 30 s by this client, while another is healthy; with all of them
 in quarantine all are tried. `ServerBusy` is no failure of the endpoint.

@@ -44,7 +44,7 @@ class UCXXConfig(_Table):
             framework: nothing is started.
         ucxx_prefetch_timeout: seconds for a whole batch, all its retries included.
         ucxx_read_max_attempts: reads of one reference in one round.
-        ucxx_read_timeout: seconds for one read.
+        ucxx_read_timeout: seconds for one read: of a payload, or of a group of a batch's payloads.
 
     Raises:
         ConfigError: a value is not allowed.

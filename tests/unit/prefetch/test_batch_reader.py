@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prefetch_fixtures import REFUSED, THERE, TIMEOUT, ToldSource, arrays, ref, refs
@@ -109,6 +110,18 @@ def test_a_read_waits_for_no_thread_that_another_read_holds(source: ToldSource) 
         wait_until(lambda: source.asked == [0, 1], "the second read, while the first one hangs")
         source.gate.set()
         fetching.join(10)
+
+
+def test_a_source_that_refuses_as_a_whole_fails_every_reference(source: ToldSource) -> None:
+    class Refusing(ToldSource):
+        def read_many(self, of: Any, **_: Any) -> Any:
+            yield ref(0), arrays(ref(0))
+            raise BufferClosedError("the client is closed")
+
+    with BatchReader(Refusing()) as reader:
+        came, *refused = reader.fetch_all(refs(3), timeout=10)
+        assert came.outcome == arrays(ref(0))
+        assert [type(each.outcome) for each in refused] == [BufferClosedError] * 2
 
 
 def test_a_thread_that_breaks_is_heard_of_by_whoever_waits(source: ToldSource) -> None:
@@ -234,7 +247,7 @@ def test_a_deferred_batch_begins_when_the_last_read_before_it_has_ended(
     reader.collect()
     assert not reader.wait(0.05)
     source.gate.set()
-    assert reader.wait(10)
+    assert reader.wait()
     assert outcomes(reader.collect()) == ["came"]
 
 
