@@ -54,7 +54,7 @@ def test_every_slot_event_is_explained() -> None:
 def test_drawing_of_the_segment_is_that_of_the_layout() -> None:
     drawn = drawing(layout.__doc__, "segment    ", "slot 1")
     left = [line.split("          ")[0].rstrip() for line in drawn]
-    shown = [line.strip() for line in page("buffer.md").splitlines()]
+    shown = [line.strip() for line in page("memory-layout.md").splitlines()]
     assert all(any(line.startswith(part) for line in shown) for part in left)
 
 

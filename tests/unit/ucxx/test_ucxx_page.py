@@ -1,0 +1,167 @@
+"""docs/UCXX.md: its diagram, bounds, settings, log lines and counters are those of the code."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dray.buffer import RingStatistics, slot_state
+from dray.prefetch import batch, freeing, reader, threads
+from dray.transport import health, pool
+from dray.ucxx import UCXXBufferConfig, UCXXConfig
+from dray.wire.frames import Status
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "UCXX.md").read_text(encoding="utf-8")
+PACKAGES = ("buffer", "wire", "transport", "prefetch", "ucxx")
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|-")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def calls() -> Iterator[tuple[Path, ast.Call]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / "src" / "dray" / package).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    yield path, node
+
+
+def test_life_cycle_is_that_of_the_table() -> None:
+    (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", PAGE, re.DOTALL)
+    assert diagram == slot_state.diagram()
+
+
+def test_example_works() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", section("A step"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    episodes = names["episodes"]
+    assert isinstance(episodes, list)
+    assert [episode["observations"].tolist() for episode in episodes] == [[[0.0, 1.0]]] * 4
+
+
+def test_ceilings_are_those_of_the_code() -> None:
+    ceilings = {row[0]: row[3] for row in rows(section("Retries"))[1:]}
+    assert re.findall(r"[\d.]+", ceilings["1"]) == [str(health.MOST_ATTEMPTS)]
+    assert (
+        re.findall(r"[\d.]+", ceilings["2"])
+        == [str(UCXXConfig().ucxx_read_max_attempts)]
+        == [str(batch.MOST_READS)]
+    )
+    assert re.findall(r"[\d.]+", ceilings["3"]) == [str(batch.MOST_ROUNDS), str(batch.ROUND_PAUSE)]
+    reads = batch.MOST_READS * batch.MOST_ROUNDS
+    assert f"{batch.MOST_READS} · {batch.MOST_ROUNDS} = {reads} times" in " ".join(PAGE.split())
+    assert f"at most {reads * health.MOST_ATTEMPTS} transport failures" in " ".join(PAGE.split())
+
+
+@pytest.mark.parametrize(
+    ("title", "phrase", "value"),
+    [
+        ("Quarantine", "each for {} s from its last failure", health.QUARANTINE_SECONDS),
+        ("Idle connections", "idle for {} s is closed and replaced", pool.IDLE_SECONDS),
+        ("Idle connections", "the server closes it at {} s", UCXXBufferConfig().idle_timeout),
+        ("Idle connections", "The {} s between", UCXXBufferConfig().idle_timeout - pool.IDLE_SECONDS),
+        ("Life cycle of a slot", "at most {} times with", freeing.MOST_TRIES),
+        ("Life cycle of a slot", "with {} s in between", freeing.RETRY_PAUSE),
+        ("Retries", "are read together, {} at most", batch.GROUP),
+        ("Retries", "`ucxx_read_timeout` seconds ({}) at most", UCXXConfig().ucxx_read_timeout),
+        ("Retries", "`ucxx_prefetch_timeout` ({})", UCXXConfig().ucxx_prefetch_timeout),
+        ("Prefetch", "{} s longer than the batch has", reader.GRACE_SECONDS),
+        ("Prefetch", "frees what was handed out ({} s at most)", threads.LAST_FREE_SECONDS),
+    ],
+)
+def test_seconds_and_counts_are_those_of_the_code(title: str, phrase: str, value: float) -> None:
+    assert phrase.format(f"{value:g}") in " ".join(section(title).split())
+
+
+def test_two_groups_and_two_idle_connections_are_those_of_the_code() -> None:
+    assert "then two." in section("Retries")
+    assert "two idle connections for each endpoint" in section("Idle connections")
+    assert (batch.MOST_GROUPS, pool.MOST_IDLE) == (2, 2)
+
+
+def test_every_setting_has_its_default() -> None:
+    documented = {row[0].strip("`"): row[1] for row in rows(section("Tuning"))[1:]}
+    expected = {}
+    for config in (UCXXBufferConfig(), UCXXConfig()):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name not in ("schema", "per_step", "secret"):
+                expected[field.name] = f"`{value!r}`".replace("'", '"')
+    assert documented == expected
+
+
+def test_every_log_line_is_explained_with_its_logger_and_level() -> None:
+    loggers = {path: None for path, _ in calls()}
+    for path in loggers:
+        found = re.search(r'logging\.getLogger\("([\w.]+)"\)', path.read_text(encoding="utf-8"))
+        loggers[path] = found and found[1]
+    levels = {"exception": "ERROR", "log": "WARNING, then DEBUG"}
+    expected = set()
+    for path, call in calls():
+        function = call.func
+        if (
+            isinstance(function, ast.Attribute)
+            and isinstance(function.value, ast.Name)
+            and function.value.id == "logger"
+        ):
+            line = call.args[1 if function.attr == "log" else 0]
+            assert isinstance(line, ast.Constant)
+            expected.add(
+                (f"`{loggers[path]}`", levels.get(function.attr, function.attr.upper()), f"`{line.value}`")
+            )
+    assert len(expected) > 10
+    assert {tuple(row[:3]) for row in rows(section("Log lines"))[1:]} == expected
+
+
+def counter_names(call: ast.Call) -> set[str]:
+    """The constant names that a call counts; none if it does not count."""
+    function = call.func
+    if isinstance(function, ast.Name) and function.id == "Counters":
+        counts = True
+    else:
+        counts = (
+            isinstance(function, ast.Attribute)
+            and function.attr in ("add", "add_all")
+            and ast.unparse(function.value).endswith("_counters")
+        )
+    if not counts:
+        return set()
+    constants: list[ast.AST] = list(call.args)
+    formatted = {id(part) for node in ast.walk(call) if isinstance(node, ast.JoinedStr) for part in node.values}
+    return {
+        node.value
+        for argument in constants
+        for node in ast.walk(argument)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in formatted
+    }
+
+
+def test_every_counter_is_explained() -> None:
+    tables = re.split(r"\n(\w+)[^|\n]*:\n\n", section("Counters"))[1:]
+    documented = {
+        title: {name for row in rows(table)[1:] for name in re.findall(r"`(\w+)`", row[0])}
+        for title, table in zip(tables[::2], tables[1::2], strict=True)
+    }
+    counted: dict[str, set[str]] = {"Server": {s.name.lower() for s in Status} - {"ok"}, "Client": {"quarantined"}}
+    counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
+    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx"}
+    counted["Batches"] = {"reading", "to_free"}
+    counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
+    of = {"prefetch": "Batches", "ucxx": "Episodes", "wire": "Server"}
+    for path, call in calls():
+        server = path.name.startswith("server")
+        names = counter_names(call)
+        owner = of.get(path.parent.name) or ("Server" if server else "Client")
+        counted.setdefault(owner, set()).update(names)
+    assert documented == counted
