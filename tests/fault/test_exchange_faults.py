@@ -1,0 +1,574 @@
+"""Faults C1, C3 to C5, W2, W3, W8, W10, B2, B5 and B6 of docs/failure-modes.md, over each lane.
+
+Servers that misbehave, with dray's own streams and handshake, stand beside one that does not.
+"""
+
+import dataclasses
+import gc
+import itertools
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from transport_fixtures import LANES, endpoint_of, pattern, ring_of, serving, wait_until
+
+from dray import (
+    ConnectionClosed,
+    ConnectionReset,
+    MessageTruncated,
+    PayloadClient,
+    PayloadRef,
+    PayloadServer,
+    PayloadTooLargeError,
+    ProtocolError,
+    SchemaError,
+    StaleSlotError,
+    TransportError,
+    TransportTimeout,
+    Unreachable,
+)
+from dray.clock import Deadline
+from dray.payload import PayloadSchema, TensorSpec
+from dray.transport.connection import Connection
+from dray.transport.stream import Stream
+from dray.transport.tcp import TcpListener
+from dray.transport.ucx import UcxListener
+from dray.transport.ucx_worker import UcxWorker
+from dray.transport.unix import UnixListener
+from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.wire.handshake import ServerHandshake, ServerIdentity
+from dray.wire.session import Outgoing, Payload
+
+BAND = ("tcp", "ucx")
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+class Hangup(Exception):
+    """Close the connection."""
+
+
+Behaviour = Callable[["Misbehaving", Stream, Frame], Sequence[Outgoing]]
+
+
+class Misbehaving:
+    """Shakes hands as the server of `good` would, and answers READ as told.
+
+    Attributes:
+        endpoint: where it listens.
+        tried: connections that came.
+        go: for behaviours that wait for the test.
+    """
+
+    def __init__(self, lane: str, good: PayloadServer, behaviour: Behaviour, slow: float = 0.0) -> None:
+        ring = ring_of(good)
+        self._identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, 8, ring.readers)
+        self._segment = ring.segment.fileno()
+        self._behaviour = behaviour
+        self._slow = slow
+        self._worker = UcxWorker(True) if lane == "ucx" else None
+        self._listener: Any
+        if self._worker is not None:
+            self._listener = UcxListener(self._worker, "127.0.0.1")
+        elif lane == "tcp":
+            self._listener = TcpListener("127.0.0.1")
+        else:
+            self._listener = UnixListener(Path(os.environ["DRAY_RUNTIME_DIR"]) / f"bad-{next(_numbers)}.sock")
+        self.endpoint: str = self._listener.endpoint
+        self.tried = 0
+        self.go = threading.Event()
+        self.ended = threading.Event()
+        self._streams: dict[Stream, ServerHandshake] = {}
+        self._thread = threading.Thread(target=self._run)
+
+    def wait(self, seconds: float) -> None:
+        """Be slow, unless the test is over."""
+        self.ended.wait(seconds)
+
+    def __enter__(self) -> "Misbehaving":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.go.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self.ended.is_set():
+                self._wait_for_something()
+                for stream in self._accepted():
+                    self.tried += 1
+                    self.wait(self._slow)
+                    self._streams[stream] = ServerHandshake(stream.lane, self._identity)
+                for stream in list(self._streams):
+                    try:
+                        self._serve(stream)
+                    except (Hangup, TransportError):
+                        del self._streams[stream]
+                        stream.close()
+        finally:
+            for stream in self._streams:
+                stream.close()
+            self._listener.close()
+            if self._worker is not None:
+                self._worker.close()
+
+    def _accepted(self) -> Iterator[Stream]:
+        while True:
+            try:
+                stream = self._listener.accept()
+            except TransportError:  # it has gone meanwhile
+                continue
+            if stream is None:
+                return
+            yield stream
+
+    def _wait_for_something(self) -> None:
+        if self._worker is not None:
+            self._worker.progress()
+        poll = select.poll()
+        for each in (*self._streams, *(() if self._worker else (self._listener,))):
+            if each is self._listener or each.idle():
+                poll.register(each.fileno(), select.POLLIN)
+        if self._worker is not None:
+            poll.register(self._worker.fileno(), select.POLLIN)
+        poll.poll(5)
+
+    def _serve(self, stream: Stream) -> None:
+        handshake = self._streams[stream]
+        stream.flush()
+        while (message := stream.receive(FRAME_BYTES if handshake.done else handshake.expects)) is not None:
+            if handshake.done:
+                frame = parse(message)
+                if frame.kind == Kind.READ:
+                    self._send(stream, self._behaviour(self, stream, frame))
+                continue
+            answer = handshake.receive(message)
+            shared = handshake.done and stream.lane.label == "shm"
+            self._send(stream, [answer], self._segment if shared else None)
+
+    def _send(self, stream: Stream, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
+        stream.send(items, descriptor)
+        deadline = Deadline.after(5)
+        while not stream.flush() and not self.ended.is_set():
+            assert not deadline.expired
+            self._wait_for_something()
+
+
+def status(frame: Frame, nbytes: int, offset: int = 0, checksum: int | None = None) -> bytes:
+    flags = Flag.NONE if checksum is None else Flag.CHECKSUM
+    answer = frame._replace(kind=Kind.STATUS, status=Status.OK, flags=flags, nbytes=nbytes, offset=offset)
+    return answer._replace(checksum=checksum or 0).pack()
+
+
+NBYTES = 1 << 20
+
+
+def silent(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+    return []
+
+
+def closed(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+    raise Hangup
+
+
+def reset(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
+    stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raise Hangup
+
+
+def half_and_closed(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
+    stream.send([status(frame, NBYTES)])
+    if stream.lane.label == "tcp":
+        stream.send([Payload(memoryview(bytes(NBYTES // 2)), frame.tag)])
+    stream.flush()
+    raise Hangup
+
+
+def half(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
+    sent = pattern(2, NBYTES // 2)
+    digest = xxhash.xxh3_64(sent)
+    for _ in range(NBYTES // 2 // 1024):  # the whole is never in memory, where the reader might find it
+        digest.update(b"\x5a" * 1024)
+    return [status(frame, NBYTES, checksum=digest.intdigest()), Payload(memoryview(sent), frame.tag)]
+
+
+def says_less(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+    return [status(frame, NBYTES // 2), Payload(memoryview(bytes(NBYTES // 2)), frame.tag)]
+
+
+def says_more(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+    return [status(frame, NBYTES * 2), Payload(memoryview(bytes(NBYTES * 2)), frame.tag)]
+
+
+def sends_more(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+    return [status(frame, NBYTES), Payload(memoryview(bytes(NBYTES * 2)), frame.tag)]
+
+
+def late(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+    bad.go.wait(20)
+    return [status(frame, NBYTES), Payload(memoryview(b"\xff" * NBYTES), frame.tag)]
+
+
+def served(lane: Any, slots: int = 4) -> Any:
+    return serving(lane, slots=slots, slot_bytes=NBYTES)
+
+
+def at(ref: PayloadRef, *endpoints: str) -> PayloadRef:
+    return dataclasses.replace(ref, endpoints=endpoints)
+
+
+# --- C1, C3, W2 -------------------------------------------------------------------------------------------------
+
+FAILURES = [
+    ("shm", silent, TransportTimeout),
+    ("tcp", silent, TransportTimeout),
+    ("ucx", silent, TransportTimeout),
+    ("shm", closed, (ConnectionClosed, ConnectionReset)),
+    ("tcp", closed, (ConnectionClosed, ConnectionReset)),
+    ("ucx", closed, (ConnectionClosed, ConnectionReset)),  # the posted receive is cancelled
+    ("tcp", reset, ConnectionReset),
+    ("tcp", half_and_closed, MessageTruncated),
+    ("ucx", half_and_closed, (MessageTruncated, ConnectionClosed, ConnectionReset)),
+]
+
+
+@pytest.mark.parametrize(("lane", "behaviour", "kind"), FAILURES)
+def test_c1_a_transport_failure_is_typed_quarantined_and_read_elsewhere(
+    lane: Any, behaviour: Behaviour, kind: Any
+) -> None:
+    with served(lane) as good, Misbehaving(lane, good, behaviour) as bad:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        with PayloadClient(lanes=lane) as alone:
+            deadline = Deadline.after(5)
+            with pytest.raises(kind) as caught:
+                alone.read_bytes(at(ref, bad.endpoint), timeout=0.4)
+            assert not deadline.expired
+            assert caught.value.retryable
+            assert alone.statistics()["quarantined"] == [bad.endpoint]
+        with PayloadClient(lanes=lane) as client:
+            for _ in range(4):
+                found = client.read_bytes(at(ref, bad.endpoint, *good.endpoints), timeout=2, consume=False)
+                assert memoryview(found) == pattern(1, NBYTES)
+            assert client.statistics()["quarantined"] == [bad.endpoint]
+            assert client.statistics()["retries"] == 1
+
+
+@pytest.mark.parametrize("endpoint", ["unix:/nowhere/0.sock", "tcp:127.0.0.1:1", "ucx:127.0.0.1:1"])
+def test_c1_an_endpoint_that_cannot_be_reached_is_quarantined_and_read_elsewhere(lane: Any, endpoint: str) -> None:
+    with served(lane) as good, PayloadClient() as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        for _ in range(4):
+            found = client.read_bytes(at(ref, endpoint, *good.endpoints), timeout=5, consume=False)
+            assert memoryview(found) == pattern(1, NBYTES)
+        assert set(client.statistics()["quarantined"]) <= {endpoint}
+        assert client.statistics()["retries"] <= 1
+
+
+def test_c1_a_reference_without_an_endpoint_on_the_lane_is_unreachable() -> None:
+    with serving("tcp") as server, PayloadClient(lanes="shm") as client:
+        with pytest.raises(Unreachable):
+            client.read_bytes(server.put_bytes(b"x"), timeout=1)
+
+
+def test_c3_the_second_endpoint_that_fails_is_quarantined_as_well(lane: Any) -> None:
+    with served(lane) as good, Misbehaving(lane, good, closed) as one, Misbehaving(lane, good, closed) as two:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        three = at(ref, one.endpoint, two.endpoint, *good.endpoints)
+        with PayloadClient(lanes=lane) as client:
+            with pytest.raises(TransportError):
+                client.read_bytes(at(ref, one.endpoint, two.endpoint), timeout=2)
+            assert set(client.statistics()["quarantined"]) == {one.endpoint, two.endpoint}
+            for _ in range(3):
+                assert client.read_bytes(three, timeout=2, consume=False).nbytes == NBYTES
+            assert (one.tried, two.tried, client.statistics()["retries"]) == (1, 1, 1)
+
+
+# --- W3 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BAND)
+@pytest.mark.parametrize(
+    ("behaviour", "kind"),
+    [
+        (half, (MessageTruncated, TransportTimeout)),
+        (says_less, ProtocolError),
+        (says_more, ProtocolError),
+    ],
+)
+def test_w3_a_payload_of_another_length_is_never_handed_out(name: Any, behaviour: Behaviour, kind: Any) -> None:
+    with served(name) as good, Misbehaving(name, good, behaviour) as bad, PayloadClient(lanes=name) as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        with pytest.raises(kind):
+            client.read_bytes(at(ref, bad.endpoint), timeout=2)
+        assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(1, NBYTES)
+
+
+def test_w3_a_longer_message_than_announced_is_truncated_on_ucx() -> None:
+    with served("ucx") as good, Misbehaving("ucx", good, sends_more) as bad, PayloadClient(lanes="ucx") as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        with pytest.raises(MessageTruncated):
+            client.read_bytes(at(ref, bad.endpoint), timeout=2)
+        assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(1, NBYTES)
+
+
+def test_w3_an_offset_outside_of_the_slot_is_a_protocol_error() -> None:
+    def elsewhere(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+        return [status(frame, NBYTES, offset=64)]
+
+    with served("shm") as good, Misbehaving("shm", good, elsewhere) as bad, PayloadClient(lanes="shm") as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        with pytest.raises(ProtocolError):
+            client.read_bytes(at(ref, bad.endpoint), timeout=2)
+
+
+# --- C4 ---------------------------------------------------------------------------------------------------------
+
+
+def test_c4_one_deadline_bounds_a_slow_connect_a_slow_status_and_a_slow_payload(lane: Any) -> None:
+    """Each step takes less than the deadline, all of them together more."""
+
+    def slow(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+        bad.wait(0.3)
+        if bad.tried > 1:  # the last attempt: STATUS comes in time, its payload does not
+            stream.send([status(frame, NBYTES, offset=0)])
+            stream.flush()
+            bad.wait(0.6)
+        return []
+
+    with served(lane) as good, Misbehaving(lane, good, slow, slow=0.3) as bad, PayloadClient(lanes=lane) as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        promised = Deadline.after(0.8 + 0.5)
+        with pytest.raises((TransportTimeout, ProtocolError)):
+            client.read_bytes(at(ref, bad.endpoint), timeout=0.8)
+        assert not promised.expired
+
+
+def test_c4_a_payload_that_trickles_ends_with_the_deadline() -> None:
+    def trickle(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+        stream.send([status(frame, NBYTES)])
+        for _ in range(200):
+            stream.send([Payload(memoryview(bytes(1000)), 0)])
+            stream.flush()
+            bad.wait(0.02)
+        return []
+
+    with served("tcp") as good, Misbehaving("tcp", good, trickle) as bad, PayloadClient(lanes="tcp") as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        promised = Deadline.after(0.5 + 0.5)
+        with pytest.raises(TransportTimeout):
+            client.read_bytes(at(ref, bad.endpoint), timeout=0.5)
+        assert not promised.expired
+
+
+# --- C5 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BAND)
+def test_c5_memory_of_a_failed_read_comes_back_and_is_written_by_nobody_else(name: Any) -> None:
+    with served(name) as good, Misbehaving(name, good, late) as bad, PayloadClient(lanes=name) as client:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        buffers = client._exchanges._buffers
+        for _ in range(3):
+            with pytest.raises(TransportTimeout):
+                client.read_bytes(at(ref, bad.endpoint), timeout=0.2)
+        gc.collect()
+        found = [client.read_bytes(ref, timeout=5, consume=False) for _ in range(4)]
+        bad.go.set()  # what was asked for before comes now
+        wait_until(lambda: bad.tried, "the server to have been tried")
+        again = client.read_bytes(ref, timeout=5, consume=False)
+        for data in (*found, again):
+            assert memoryview(data) == pattern(1, NBYTES)
+        del found, again, data
+        gc.collect()
+        assert buffers.free_bytes >= 4 * NBYTES
+
+
+# --- W8, C14 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wedge() -> Iterator[Callable[[PayloadServer], str]]:
+    """Stop the first thread of a server from answering, until the end of the test; its endpoint."""
+    free = threading.Event()
+
+    def stop(server: PayloadServer) -> str:
+        thread: Any = server._threads[0]
+        wedged = threading.Event()
+
+        def hang() -> None:
+            wedged.set()
+            free.wait(60)
+
+        thread._sweep = hang
+        os.eventfd_write(thread._wake, 1)
+        assert wedged.wait(10)
+        return str(thread.endpoints[0])
+
+    yield stop
+    free.set()
+
+
+def test_w8_a_wedged_thread_is_quarantined_and_the_others_serve_every_slot(lane: Any, wedge: Any) -> None:
+    ring_and_server = serving(lane, threads=2, slots=40)
+    with ring_and_server as server, PayloadClient(lanes=lane, quarantine_seconds=1000) as client:
+        try:
+            endpoint = wedge(server)
+            for number in range(40):
+                ref = server.put_bytes(bytes([number]))
+                promised = Deadline.after(1.0 + 0.5)
+                assert bytes(client.read_bytes(ref, timeout=1.0)) == bytes([number])
+                assert not promised.expired
+            assert client.statistics()["quarantined"] == [endpoint]
+            assert client.statistics()["retries"] == 1
+        finally:
+            wedge_over(server)
+
+
+def wedge_over(server: PayloadServer) -> None:
+    """Let a wedged thread go on, so that the server can end in order."""
+    thread: Any = server._threads[0]
+    hang = thread.__dict__.pop("_sweep")
+    for cell in hang.__closure__:
+        if isinstance(cell.cell_contents, threading.Event):
+            cell.cell_contents.set()
+
+
+# --- W10 --------------------------------------------------------------------------------------------------------
+
+
+def test_w10_connections_to_one_thread_never_get_each_others_messages(lane: Any) -> None:
+    """Eight readers at once, while others abort their reads halfway."""
+    count, nbytes = 8, 100_000
+    with serving(lane, slots=count, slot_bytes=nbytes) as server:
+        refs = [server.put_bytes(pattern(seed, nbytes)) for seed in range(count)]
+        wrong: list[object] = []
+        over = threading.Event()
+
+        def read(index: int) -> None:
+            try:
+                with PayloadClient(lanes=lane) as client:
+                    for turn in range(40):
+                        seed = (index + turn) % count
+                        data = client.read_bytes(refs[seed], timeout=20, consume=False)
+                        if memoryview(data) != pattern(seed, nbytes):
+                            wrong.append((index, turn))
+            except BaseException as error:
+                wrong.append(error)
+                raise
+
+        def abort() -> None:
+            worker = UcxWorker(True) if lane == "ucx" else None
+            endpoint = str(endpoint_of(server, lane))
+            for turn in itertools.count():
+                if over.is_set():
+                    break
+                deadline = Deadline.after(20)
+                connection = Connection.open(endpoint, refs[0].producer, None, deadline, worker)
+                connection.ask([refs[turn % count], refs[(turn + 3) % count]], 0, deadline)
+                connection.close()
+            if worker is not None:
+                worker.close()
+
+        readers = [threading.Thread(target=read, args=(index,)) for index in range(count)]
+        aborting = threading.Thread(target=abort)
+        for thread in (*readers, aborting):
+            thread.start()
+        for thread in readers:
+            thread.join(60)
+        over.set()
+        aborting.join(60)
+        assert wrong == []
+        wait_until(lambda: ring_of(server).statistics().leases == 0, "the aborted reads' leases to end")
+        assert ring_of(server).get_ready_count() == count
+
+
+# --- B2, B5, B6 over connections --------------------------------------------------------------------------------
+
+
+def test_b2_a_payload_that_cannot_be_put_leaves_its_slot_free(lane: Any) -> None:
+    schema = PayloadSchema({"a": TensorSpec("F32", (None, 2)), "b": TensorSpec("I64", ())})
+
+    class Breaks:
+        dtype, shape, ndim, nbytes = np.dtype(np.float32), (1, 2), 2, 8
+
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise ZeroDivisionError
+
+    good = {"a": np.ones((3, 2), np.float32), "b": 1}
+    with serving(lane, slots=1, slot_bytes=4096) as server, PayloadClient(lanes=lane) as client:
+        for arrays, error in (
+            ({"a": good["a"]}, SchemaError),
+            ({**good, "a": np.ones((3, 3), np.float32)}, SchemaError),
+            ({**good, "a": np.ones((9999, 2), np.float32)}, PayloadTooLargeError),
+            ({**good, "a": Breaks()}, Exception),
+        ):
+            with pytest.raises(error):
+                server.put(arrays, schema=schema, timeout=1)
+            assert ring_of(server).statistics().free == 1
+        ref = server.put(good, schema=schema, timeout=1)
+        assert client.read(ref, timeout=5)["a"].tolist() == [[1, 1]] * 3
+
+
+def test_b5_a_slot_is_not_reused_until_both_connections_have_ended_their_leases(lane: Any) -> None:
+    nbytes = 1000
+    with serving(lane, slots=1, slot_bytes=nbytes) as server:
+        ref = server.put_bytes(pattern(1, nbytes))
+        workers = [UcxWorker(True) if lane == "ucx" else None for _ in range(2)]
+        endpoint = str(endpoint_of(server, lane))
+        deadline = Deadline.after(20)
+        connections = [Connection.open(endpoint, ref.producer, None, deadline, worker) for worker in workers]
+        held: list[Any] = []
+        for connection in connections:
+            (target,) = connection.ask([ref], 0, deadline)
+            held.append(connection.answer(ref, target, deadline, deadline))
+        connections[0].acknowledge([(held[0].request, True)], deadline)
+        connections[0].stat(deadline)
+        assert (
+            not ring_of(server).wait_consumed(ref.slot, ref.sequence, 0) or ring_of(server).statistics().free == 0
+        )
+        assert ring_of(server).statistics().free == 0
+        assert memoryview(held[1].data()) == pattern(1, nbytes)
+        with PayloadClient(lanes=lane) as late_reader, pytest.raises(StaleSlotError):
+            late_reader.read_bytes(ref, timeout=5)
+        connections[1].acknowledge([(held[1].request, False)], deadline)
+        connections[1].stat(deadline)
+        assert ring_of(server).statistics().free == 1
+        for connection in connections:
+            connection.close()
+        held.clear()
+        for worker in filter(None, workers):
+            worker.close()
+
+
+def test_b6_references_that_fit_no_slot_are_clean_answers_on_one_connection(lane: Any) -> None:
+    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+        ref = server.put_bytes(b"payload")
+        for wrong in (
+            dataclasses.replace(ref, sequence=ref.sequence + 1),
+            dataclasses.replace(ref, sequence=2**64 - 1),
+            dataclasses.replace(ref, slot=ref.slot + 1),
+            dataclasses.replace(ref, slot=10_000),
+            dataclasses.replace(ref, slot=2**32 - 1),
+        ):
+            with pytest.raises(StaleSlotError):
+                client.read_bytes(wrong, timeout=5)
+            assert client.consume([wrong], timeout=5) == 0
+        assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+        assert client.statistics()["connects"] == 1
+        assert client.statistics()["quarantined"] == []
