@@ -69,8 +69,8 @@ def answer_challenge(challenge, expected, nonce, secret):
     return proof(secret, b"client", nonce, theirs, producer), max_leases
 
 
-def request(kind, number, slot=0, sequence=0, reader=0, flags=0):
-    return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, 0, 0, 0, 0, 0)
+def request(kind, number, slot=0, sequence=0, nbytes=0, reader=0, flags=0):
+    return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, 0, 0)
 
 
 class Client:
@@ -106,12 +106,13 @@ class Client:
         return bytes(got)
 
     def ask(self, kind, wanted):
-        """Send one request for each (slot, sequence), all at once; their ids."""
+        """Send one request for each (slot, sequence, nbytes), all at once; their ids."""
         numbers = range(self.number, self.number + len(wanted))
         self.number = numbers.stop
         self.sock.sendall(
             b"".join(
-                request(kind, number, *which, self.reader) for number, which in zip(numbers, wanted, strict=True)
+                request(kind, number, *which, reader=self.reader)
+                for number, which in zip(numbers, wanted, strict=True)
             )
         )
         return numbers
@@ -132,10 +133,10 @@ class Client:
     def read(self, references, consume):
         for first in range(0, len(references), self.max_leases):
             window = references[first : first + self.max_leases]
-            wanted = [(ref["s"], ref["q"]) for ref in window]
+            wanted = [(ref["s"], ref["q"], ref["n"]) for ref in window]
             acks = b""
             for ref, which, number in zip(window, wanted, self.ask(READ, wanted), strict=True):
-                status, flags, nbytes, checksum, acked, text = self.status(number, *which)
+                status, flags, nbytes, checksum, acked, text = self.status(number, *which[:2])
                 said = {"status": NAMES[status], "acked": acked}
                 if status == 0:
                     if nbytes != ref["n"]:
@@ -144,9 +145,9 @@ class Client:
                     if flags & CHECKSUM and xxhash and xxhash.xxh3_64_intdigest(payload) != checksum:
                         raise Refused(5, "the payload does not match its checksum")
                     said |= {"checked": bool(flags & CHECKSUM and xxhash), "tensors": tensors(payload)}
-                    acks += request(ACK, number, *which, self.reader, CONSUMED if consume else 0)
+                    acks += request(ACK, number, *which[:2], reader=self.reader, flags=CONSUMED if consume else 0)
                     self.acks += 1
-                    self.acked = which if consume else self.acked
+                    self.acked = which[:2] if consume else self.acked
                 elif text:
                     said["text"] = text
                 yield said

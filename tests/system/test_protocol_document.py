@@ -1,5 +1,6 @@
 """docs/protocol.md is enough to read payloads, and its worked exchange is what a server says."""
 
+import dataclasses
 import json
 import os
 import re
@@ -86,6 +87,16 @@ def test_the_client_frees_a_payload_that_nobody_reads_and_asks_for_statistics() 
         assert (stat["ring"]["consumed"], stat["server"]["consumed"]) == (1, 1)
         documented = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(stat) <= {name for names in documented for name in re.findall(r"\w+", names)}
+
+
+def test_a_payload_of_another_size_than_the_reference_says_is_an_error_with_its_reason() -> None:
+    with serving("tcp") as server:
+        ref = server.put({"a": [1, 2, 3]})
+        code, said = run_client("take", dataclasses.replace(ref, nbytes=ref.nbytes - 1))
+        assert (code, statuses(said)) == (0, ["ERROR"])
+        assert str(ref.nbytes) in said[0]["text"]
+        code, said = run_client("take", ref)
+        assert (code, statuses(said)) == (0, ["OK"])
 
 
 def test_a_payload_for_two_readers_is_consumed_by_both() -> None:
@@ -195,7 +206,7 @@ def test_worked_exchange_is_what_the_client_sends() -> None:
     assert client[0] == protocol_client.hello(producer, nonce, secret())
     assert client[1] == protocol_client.answer_challenge(challenge, producer, nonce, secret())[0]
     where = (referred()["s"], referred()["q"])
-    assert client[2] == protocol_client.request(protocol_client.READ, 7, *where)
+    assert client[2] == protocol_client.request(protocol_client.READ, 7, *where, referred()["n"])
     assert client[3] == protocol_client.request(protocol_client.ACK, 7, *where, flags=protocol_client.CONSUMED)
     assert client[4] == protocol_client.request(protocol_client.CONSUME, 8, *where)
     assert payload == bytes(pack(unpack(payload)))
