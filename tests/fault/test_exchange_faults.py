@@ -3,6 +3,7 @@
 Servers that misbehave, with dray's own streams and handshake, stand beside one that does not.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -299,6 +300,48 @@ def test_c3_the_second_endpoint_that_fails_is_quarantined_as_well(lane: Any) -> 
             assert (one.tried, two.tried, client.statistics()["retries"]) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("name", BAND)
+def test_w2_a_failure_after_status_ok_gives_no_bytes_and_leaves_the_payload(name: Any) -> None:
+    with (
+        served(name) as good,
+        Misbehaving(name, good, half_and_closed) as bad,
+        PayloadClient(lanes=name) as client,
+    ):
+        refs = [good.put_bytes(pattern(seed, NBYTES)) for seed in range(3)]
+        with pytest.raises(TransportError):
+            client.read_bytes(at(refs[0], bad.endpoint), timeout=2)
+        outcomes = client.read_many([at(ref, bad.endpoint) for ref in refs], timeout=2, return_errors=True)
+        assert all(isinstance(outcome, TransportError) for _, outcome in outcomes)
+        assert client.statistics()["reads"] == 0
+        for seed, ref in enumerate(refs):
+            assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(seed, NBYTES)
+
+
+def test_w2_a_slot_whose_lease_may_have_ended_while_it_was_copied_is_not_handed_out() -> None:
+    """On shm nothing follows STATUS(ok); what can fail is the connection that holds the lease."""
+    gone = threading.Event()
+
+    def hangs_up(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+        stream.send([status(frame, NBYTES, offset=ring_of(good).segment.slot_offset(frame.slot))])
+        stream.flush()
+        stream.close()
+        gone.set()
+        raise Hangup
+
+    with served("shm") as good, Misbehaving("shm", good, hangs_up) as bad:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        deadline = Deadline.after(10)
+        connection = Connection.open(bad.endpoint, ref.producer, None, deadline)
+        (target,) = connection.ask([ref], 0, deadline)
+        assert gone.wait(10)
+        held: Any = connection.answer(ref, target, deadline, deadline)
+        with pytest.raises(TransportError):
+            connection.finish(held, True, deadline)
+        assert connection.unconfirmed == []
+        connection.close()
+        del held
+
+
 # --- W3 ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,51 +445,39 @@ def test_c5_memory_of_a_failed_read_comes_back_and_is_written_by_nobody_else(nam
 # --- W8, C14 ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def wedge() -> Iterator[Callable[[PayloadServer], str]]:
-    """Stop the first thread of a server from answering, until the end of the test; its endpoint."""
-    free = threading.Event()
+@contextlib.contextmanager
+def first_thread_wedged(server: PayloadServer) -> Iterator[str]:
+    """The first thread of a server answers nobody for the length of the block; its endpoint."""
+    thread: Any = server._threads[0]
+    wedged, free = threading.Event(), threading.Event()
 
-    def stop(server: PayloadServer) -> str:
-        thread: Any = server._threads[0]
-        wedged = threading.Event()
+    def hang() -> None:
+        wedged.set()
+        free.wait(60)
 
-        def hang() -> None:
-            wedged.set()
-            free.wait(60)
-
-        thread._sweep = hang
+    thread._sweep = hang
+    try:
         os.eventfd_write(thread._wake, 1)
         assert wedged.wait(10)
-        return str(thread.endpoints[0])
-
-    yield stop
-    free.set()
-
-
-def test_w8_a_wedged_thread_is_quarantined_and_the_others_serve_every_slot(lane: Any, wedge: Any) -> None:
-    ring_and_server = serving(lane, threads=2, slots=40)
-    with ring_and_server as server, PayloadClient(lanes=lane, quarantine_seconds=1000) as client:
-        try:
-            endpoint = wedge(server)
-            for number in range(40):
-                ref = server.put_bytes(bytes([number]))
-                promised = Deadline.after(1.0 + 0.5)
-                assert bytes(client.read_bytes(ref, timeout=1.0)) == bytes([number])
-                assert not promised.expired
-            assert client.statistics()["quarantined"] == [endpoint]
-            assert client.statistics()["retries"] == 1
-        finally:
-            wedge_over(server)
+        yield str(thread.endpoints[0])
+    finally:
+        del thread._sweep
+        free.set()
 
 
-def wedge_over(server: PayloadServer) -> None:
-    """Let a wedged thread go on, so that the server can end in order."""
-    thread: Any = server._threads[0]
-    hang = thread.__dict__.pop("_sweep")
-    for cell in hang.__closure__:
-        if isinstance(cell.cell_contents, threading.Event):
-            cell.cell_contents.set()
+def test_w8_a_wedged_thread_is_quarantined_and_the_others_serve_every_slot(lane: Any) -> None:
+    with (
+        serving(lane, threads=2, slots=40) as server,
+        first_thread_wedged(server) as endpoint,
+        PayloadClient(lanes=lane, quarantine_seconds=1000) as client,
+    ):
+        for number in range(40):
+            ref = server.put_bytes(bytes([number]))
+            promised = Deadline.after(1.0 + 0.5)
+            assert bytes(client.read_bytes(ref, timeout=1.0)) == bytes([number])
+            assert not promised.expired
+        assert client.statistics()["quarantined"] == [endpoint]
+        assert client.statistics()["retries"] == 1
 
 
 # --- W10 --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Fault W12 of docs/failure-modes.md: what dead owners of Unix sockets leave, and paths that are too long."""
+
+from pathlib import Path
+
+import pytest
+from transport_fixtures import SERVER, Child, pattern, reference, serving
+
+from dray import ConfigError, PayloadClient, PayloadServer, SharedRingBuffer
+from dray.private_directory import MAX_SOCKET_PATH
+
+
+def socket_of(endpoints: list[str]) -> Path:
+    (endpoint,) = endpoints
+    return Path(endpoint.removeprefix("unix:"))
+
+
+def test_w12_sockets_of_dead_owners_are_swept_at_the_next_start_and_those_of_others_stay() -> None:
+    options = {"lanes": "shm", "threads": 1}
+    with (
+        Child(SERVER, slots=2, slot_bytes=1000, options=options) as dies,
+        Child(SERVER, slots=2, slot_bytes=1000, options=options) as stopped,
+        Child(SERVER, slots=2, slot_bytes=1000, options=options) as lives,
+    ):
+        left, kept, served = (socket_of(server.hear()) for server in (dies, stopped, lives))
+        ref = reference(lives.ask([1, 1000]))
+        dies.kill()
+        stopped.stop()
+        assert left.exists()
+        with serving("shm"):
+            assert not left.parent.exists()
+            assert kept.exists()
+            assert served.exists()
+            with PayloadClient(lanes="shm") as client:
+                assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(1, 1000)
+
+
+def test_w12_a_path_too_long_for_a_socket_is_passed_over_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * MAX_SOCKET_PATH)
+    deep.mkdir(mode=0o700)
+    with SharedRingBuffer(1, 1000) as ring:
+        with pytest.raises(ConfigError):
+            PayloadServer(ring, lanes="shm", directory=deep)
+        assert list(deep.iterdir()) == []
+    monkeypatch.delenv("DRAY_RUNTIME_DIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    with serving("shm") as server, PayloadClient(lanes="shm") as client:
+        path = socket_of(list(server.endpoints))
+        assert len(str(path)) <= MAX_SOCKET_PATH
+        assert deep not in path.parents
+        assert bytes(client.read_bytes(server.put_bytes(b"payload"), timeout=5)) == b"payload"
