@@ -231,7 +231,7 @@ class UcxWorker:
         self.closed = True
         self._settle()
         self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
-        self.progress()
+        self._refuse_waiting()
         # A request that UCX could not cancel ends with its worker, which lives as long as its requests do: so they
         # go first, and the memory last.
         memory = [abandoned.take_memory() for abandoned in self._abandoned]
@@ -241,15 +241,19 @@ class UcxWorker:
         del memory
 
     def _settle(self) -> None:
-        """Go on until what the retired listeners have accepted has been heard."""
+        """Go on until what the retired listeners have accepted has been heard; at least once, however late it is."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
+        self._refuse_waiting()
         while not self._settled.expired:
-            self.progress()
-            for listener, refuse in self._retired:
-                refuse(listener)
             if self.arm():
                 poll.poll(self._settled.remaining * 1000)
+            self._refuse_waiting()
+
+    def _refuse_waiting(self) -> None:
+        self.progress()
+        for listener, refuse in self._retired:
+            refuse(listener)
 
 
 def _let_cancelled_go(endpoint: Any) -> None:
