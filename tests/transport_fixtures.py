@@ -2,13 +2,15 @@
 
 import contextlib
 import json
+import os
 import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,6 +139,23 @@ def pattern(seed, nbytes):
     def _state(self) -> str:
         with open(f"/proc/{self.pid}/stat") as stat:  # noqa: PTH123
             return stat.read().rsplit(")", 1)[1].split()[0]
+
+
+class Footprint(NamedTuple):
+    """What a process holds at one moment."""
+
+    megabytes: float  # resident
+    descriptors: int
+    threads: int
+    mappings: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Footprint":
+        process = Path(f"/proc/{pid}")
+        pages = int((process / "statm").read_text().split()[1])
+        megabytes = round(pages * os.sysconf("SC_PAGESIZE") / 2**20, 1)
+        descriptors, threads = (len(list((process / name).iterdir())) for name in ("fd", "task"))
+        return cls(megabytes, descriptors, threads, (process / "maps").read_bytes().count(b"\n"))
 
 
 SERVER = """
