@@ -73,7 +73,7 @@ def test_w9_servers_that_stop_under_load_again_and_again_leave_nothing(count: in
         for number in range(count):
             if number == WARM_CYCLES:
                 before = {name: Footprint.of(process.pid) for name, process in processes.items()}
-            # A second attempt connects while the server stops, and hears of it when the kernel tries again: after 1 s.
+            # A second attempt connects while the server stops; the kernel tells it after 1 s, when it tries again.
             reader.say([2 if number % 5 == 0 else 1, server.ask(number)])
             seconds, connections, leases = server.hear()
             assert seconds < LONGEST_CLOSE

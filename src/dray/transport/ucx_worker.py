@@ -241,7 +241,7 @@ class UcxWorker:
         del memory
 
     def _settle(self) -> None:
-        """Go on until what the retired listeners have accepted has been heard; at least once, however late it is."""
+        """Go on until what the retired listeners have accepted has been heard; one look at least, however late."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
         self._refuse_waiting()
