@@ -24,6 +24,7 @@ from dray import (
     ProtocolError,
     SchemaError,
     SharedRingBuffer,
+    SlotError,
     StaleSlotError,
     TensorSpec,
     TransportTimeout,
@@ -310,11 +311,23 @@ def test_a_reference_with_another_size_is_refused_without_taking_the_memory(lane
         ref = server.put_bytes(b"payload")
         for nbytes in (0, 3, 8, 1 << 40, 2**64 - 1):
             wrong = PayloadRef(ref.producer, ref.slot, ref.sequence, nbytes, ref.endpoints)
-            with pytest.raises(ProtocolError, match="the reference says"):
+            with pytest.raises((SlotError, ProtocolError), match="the reference says"):
                 client.read_bytes(wrong)
         assert client.statistics()["quarantined"] == []
         wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
         assert bytes(client.read_bytes(ref)) == b"payload"
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_reference_with_another_size_leaves_the_rest_of_its_batch_alone(lane: Any) -> None:
+    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+        refs = [server.put({"a": np.full(50, number)}) for number in range(4)]
+        wrong = PayloadRef(refs[1].producer, refs[1].slot, refs[1].sequence, 17, refs[1].endpoints)
+        results = dict(client.read_many([refs[0], wrong, refs[2], refs[3]], return_errors=True))
+        assert isinstance(results.pop(wrong), SlotError)
+        assert [int(arrays["a"][0]) for arrays in results.values()] == [0, 2, 3]
+        assert client.statistics()["connects"] == 1
+        assert client.read(refs[1])["a"].tolist() == [1] * 50
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -375,3 +388,12 @@ def test_nothing_is_logged_unless_asked(caplog: pytest.LogCaptureFixture) -> Non
         with serving("tcp") as server, PayloadClient() as client:
             client.read_bytes(server.put_bytes(b"x"))
     assert caplog.records == []
+
+
+def test_an_ipv6_host_is_served_on_the_lanes_that_can(tmp_path: Any) -> None:
+    with SharedRingBuffer(2, 1000) as ring:
+        with pytest.raises(ConfigError, match="IPv4"):
+            PayloadServer(ring, host="::1", lanes=["tcp", "ucx"])
+        with PayloadServer(ring, host="::1", lanes="auto") as server, PayloadClient(lanes="tcp") as client:
+            assert {endpoint.partition(":")[0] for endpoint in server.endpoints} == {"unix", "tcp"}
+            assert client.read(server.put({"a": np.arange(3)}))["a"].tolist() == [0, 1, 2]

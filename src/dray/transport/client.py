@@ -268,8 +268,8 @@ class PayloadClient:
                 yield ref, unusable
             return
         while waiting:
-            endpoint, status_by = self._exchanges.choose(attempts, deadline)
             try:
+                endpoint, status_by = self._exchanges.choose(attempts, deadline)
                 try:
                     connection, group = self._exchanges.checkout(endpoint, producer, status_by)
                     try:

@@ -136,7 +136,7 @@ class Connection:
                 tag = self._stream.worker.next_tag() if isinstance(self._stream, ucx.UcxStream) else 0
                 self._stream.expect(target.data, tag)
             targets.append(target)
-            frames += self._session.request(Kind.READ, ref.slot, ref.sequence, reader, tag).pack()
+            frames += self._session.request(Kind.READ, ref.slot, ref.sequence, reader, ref.nbytes, tag).pack()
         self._send(frames, deadline)
         return targets
 

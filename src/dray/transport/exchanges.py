@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dray.clock import Clock, Deadline
-from dray.errors import BufferClosedError, DrayError, ProducerLostError, TransportError, Unreachable
+from dray.errors import (
+    BufferClosedError,
+    DrayError,
+    ProducerLostError,
+    TransportError,
+    TransportTimeout,
+    Unreachable,
+)
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
 from dray.transport.health import Quarantine, ReadAttempts, by_lane
@@ -131,9 +138,14 @@ class Exchanges:
         """The endpoint of the next attempt, and until when it must have connected and answered.
 
         That is half of what is left, so that a wedged endpoint leaves time for another; the last attempt gets all.
+
+        Raises:
+            TransportTimeout: the deadline is over.
         """
         with self._lock:
             endpoint = attempts.choose(self._clock.now())
+        if deadline.expired:
+            raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
         return endpoint, deadline if attempts.last else deadline.share(0.5)
 
     def failed(self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError) -> None:

@@ -85,6 +85,10 @@ class PayloadServer:
         clock: Clock = MONOTONIC,
     ) -> None:
         self._lanes = _served(lanes)
+        if ":" in host and lanes == "auto":
+            self._lanes -= {Lane.UCX}  # ucxx listens on IPv4 only
+        elif ":" in host and Lane.UCX in self._lanes:
+            raise ConfigError("host", host, "an IPv4 address where the ucx lane is served")
         if not 1 <= threads <= MOST_THREADS:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
         if max_leases < 1:

@@ -11,7 +11,8 @@ All integers are little-endian. After the handshake (`handshake.py`) every messa
 ```
 
 READ, CONSUME and STAT are requests; each is answered by one STATUS with the same request id, in order. ACK is
-not answered: STATUS frames count the ACKs processed so far in `acked`. Fields a kind does not use are zero.
+not answered: STATUS frames count the ACKs processed so far in `acked`. Fields a kind does not use are zero. In
+READ `nbytes` is the size that the reference says, or 0: a payload of another size is refused with ERROR.
 """
 
 from __future__ import annotations

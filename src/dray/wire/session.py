@@ -253,6 +253,12 @@ class ServerSession:
             self._counters.add("error")
             self._say(request, Status.ERROR, str(error), taken)
             return 0
+        if request.nbytes not in (0, lease.nbytes):
+            self._ring.release_reading(lease)
+            self._counters.add("error")
+            text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
+            self._say(request, Status.ERROR, text, taken)
+            return 0
         self._leases[request.request] = lease
         in_band = self._lane is not Lane.SHM and lease.nbytes > 0
         # Taken before STATUS(ok) is said: the ring may be closed by another thread at any moment.
@@ -308,11 +314,14 @@ class Request:
     slot: int = 0
     sequence: int = 0
     reader: int = 0
+    nbytes: int = 0
     tag: int = 0
 
     def pack(self) -> bytes:
         """The request's frame."""
-        return Frame(self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, tag=self.tag).pack()
+        return Frame(
+            self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, self.nbytes, tag=self.tag
+        ).pack()
 
 
 class ClientSession:
@@ -334,9 +343,11 @@ class ClientSession:
         """Reads whose ACK(consumed) no answer has confirmed yet, oldest first."""
         return [request for _, request in self._unconfirmed]
 
-    def request(self, kind: Kind, slot: int = 0, sequence: int = 0, reader: int = 0, tag: int = 0) -> Request:
+    def request(
+        self, kind: Kind, slot: int = 0, sequence: int = 0, reader: int = 0, nbytes: int = 0, tag: int = 0
+    ) -> Request:
         """A new request, already counted as waiting for its answer."""
-        request = Request(kind, self._next, slot, sequence, reader, tag)
+        request = Request(kind, self._next, slot, sequence, reader, nbytes, tag)
         self._next += 1
         self._pending.append(request)
         return request
