@@ -11,6 +11,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -243,10 +244,10 @@ class BatchFetch:
 
     def _expire(self) -> None:
         """Its time is over: start no more reads."""
-        for queue in self._waiting.values():
-            for ref in queue:
-                self._give_up(ref, "the batch's time was over before the payload could be read")
+        for ref in (*chain.from_iterable(self._waiting.values()), *self._again):
+            self._give_up(ref, "the batch's time was over before the payload could be read")
         self._waiting.clear()
+        self._again.clear()
 
     def _give_up(self, ref: PayloadRef, untried: str = "") -> None:
         """The outcome of a reference that is not tried again: why it failed last, else a timeout."""

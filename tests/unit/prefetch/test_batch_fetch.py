@@ -216,6 +216,14 @@ def test_c4_nothing_is_read_after_the_batch_s_time() -> None:
     assert untried.sequence == GROUP * 3 - 1
 
 
+def test_what_failed_is_given_up_when_the_time_ends_within_a_round() -> None:
+    batch = BatchFetch(1, refs(GROUP + 1), by=10.0)
+    answer(batch, take(batch), TIMEOUT, 5.0)
+    assert batch.next(10.0) is None
+    assert batch.settled
+    assert batch.results()[0].outcome is TIMEOUT
+
+
 def test_a_pause_does_not_outlive_the_batch() -> None:
     batch = BatchFetch(1, refs(1), by=1.0, pause=5.0)
     answer(batch, take(batch), TIMEOUT, 0.5)
@@ -268,10 +276,11 @@ def test_every_history_ends_in_time_with_one_outcome_for_each_reference(
     now = 0.0
     running: list[tuple[float, Read]] = []
     reads: dict[tuple[bytes, int], int] = {}
-    while not batch.settled:
-        assert batch.wanted >= 0
-        action = batch.next(now)
-        if isinstance(action, Read) and len(running) < threads:
+    for _ in range(10_000):
+        if batch.settled:
+            break
+        action = batch.next(now) if len(running) < threads else None
+        if isinstance(action, Read):
             assert now < batch.by
             assert len({each.producer for each in action.refs}) == 1
             running.append((chance.uniform(now, batch.by), action))
@@ -289,8 +298,8 @@ def test_every_history_ends_in_time_with_one_outcome_for_each_reference(
                 outcome = chance.choice((None, None, TIMEOUT, STALE, REFUSED, REPLACED))
                 assert batch.came(one, arrays(one) if outcome is None else outcome)
             batch.ended(each[1], now)
+    assert batch.settled
     assert now <= batch.by
-    assert not running
     assert all(times <= 3 for times in reads.values())
     assert [fetched.ref for fetched in batch.results()] == wanted
     for fetched in batch.results():
