@@ -37,6 +37,7 @@ logger = logging.getLogger("dray.server")
 
 LaneName = Literal["shm", "tcp", "ucx"]
 MOST_THREADS = 16
+_MOST_LISTED = 200  # so that the text after STATUS holds them
 _COUNTED = ("connections", "reads", "bytes", "stale", "malformed", "auth_failures", "evicted")
 
 
@@ -191,7 +192,7 @@ class PayloadServer:
             "producer": self._ring.producer_id.hex(),
             "endpoints": list(self.endpoints),
             "open_connections": sum(thread.connections for thread in self._threads),
-            "leases": [lease for thread in self._threads for lease in thread.leases()],
+            "leases": [lease for thread in self._threads for lease in thread.leases()][:_MOST_LISTED],
             "server": self._counters.snapshot(),
             "ring": dataclasses.asdict(self._ring.statistics()),
         }

@@ -297,7 +297,7 @@ class ServerThread:
             received = True
             if not connection.lingering:
                 session.receive(message)
-        if received:
+        if received and not connection.lingering:
             connection.active = self._clock.now()
         return received
 
