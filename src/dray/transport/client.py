@@ -137,7 +137,7 @@ class PayloadClient:
         def end(request: Request, consumed: bool) -> None:
             try:
                 connection.acknowledge([(request, consumed)], Deadline.after(1.0, self._clock))
-            except TransportError as error:
+            except (TransportError, BufferClosedError) as error:
                 # The server has returned the lease with the connection; its producer may be gone altogether.
                 logger.debug("end of a lease on %s: %s", connection.endpoint, error)
                 self._counters.add("leases_ended_late")
@@ -154,7 +154,7 @@ class PayloadClient:
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
-    ) -> Iterator[tuple[PayloadRef, Any]]:
+    ) -> Generator[tuple[PayloadRef, Any], None, None]:
         """Read a batch, requests pipelined for each producer; yields (reference, arrays).
 
         Each payload is consumed when it is yielded, so leaving early loses nothing.
@@ -225,7 +225,10 @@ class PayloadClient:
         return {**self._counters.snapshot(), "quarantined": self._exchanges.quarantined()}
 
     def close(self) -> None:
-        """Make sure that acknowledged payloads are known to be, then close all connections. Twice is fine."""
+        """Make sure that acknowledged payloads are known to be, then close all connections. Twice is fine.
+
+        Calls that wait in other threads end at once with `BufferClosedError`; their payloads are not consumed.
+        """
         if os.getpid() == self._pid:
             self._graveyard.close()
             self._exchanges.close()

@@ -13,19 +13,19 @@ import xxhash
 from dray.buffer import Segment
 from dray.clock import Deadline
 from dray.errors import (
+    BufferClosedError,
     DrayError,
     MessageTruncated,
     ProtocolError,
     TransportError,
-    TransportTimeout,
 )
 from dray.transport import tcp, ucx, unix
 from dray.transport.health import OtherProducerError
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
-from dray.transport.sockets import poll_timeout
 from dray.transport.stream import Endpoint, Stream
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixStream
+from dray.transport.waiting import Wake, timed_out, wait
 from dray.wire import PayloadRef
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
 from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
@@ -75,6 +75,7 @@ class Connection:
         segment: Segment | None,
         verify: bool,
         buffers: ReceiveBuffers,
+        wake: Wake | None,
     ) -> None:
         self.endpoint = endpoint
         self.identity = identity
@@ -83,6 +84,7 @@ class Connection:
         self._segment = segment
         self._verify = verify
         self._buffers = buffers
+        self._wake = wake
         self.broken = False
         self._session = ClientSession()
         self._poll = select.poll()
@@ -97,6 +99,7 @@ class Connection:
         worker: UcxWorker | None = None,
         verify: bool = True,
         buffers: ReceiveBuffers | None = None,
+        wake: Wake | None = None,
     ) -> Connection:
         """Connect, shake hands, and on the shm lane map the segment.
 
@@ -106,9 +109,9 @@ class Connection:
             AuthenticationError: one side does not know the other's secret.
         """
         address = Endpoint.parse(endpoint)
-        stream = _connect(address, deadline, worker)
+        stream = _connect(address, deadline, worker, wake)
         try:
-            identity, descriptor = _shake(stream, endpoint, producer, secret, deadline)
+            identity, descriptor = _shake(stream, endpoint, producer, secret, deadline, wake)
             try:
                 segment = Segment.attach(descriptor) if stream.lane is Lane.SHM else None
             finally:
@@ -119,7 +122,7 @@ class Connection:
         except BaseException:
             stream.close()
             raise
-        return cls(stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers())
+        return cls(stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), wake)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class Connection:
         """
         try:
             self.acknowledge([(held.request, consumed)], deadline)
-        except TransportError:
+        except (TransportError, BufferClosedError):
             if held.in_place:
                 self._session.forget(held.request)
                 raise
@@ -208,6 +211,13 @@ class Connection:
             self._send(frames, deadline)
             went += [Status(self._accepted(deadline)[0].status) for _ in window]
         return went
+
+    def confirm(self, deadline: Deadline) -> None:
+        """Make sure that the ACKs sent so far have arrived; also while the client is being closed."""
+        self._wake = None
+        if self.unconfirmed:
+            # Any answer confirms all ACKs before it.
+            self.consume(self.unconfirmed[-1:], deadline)
 
     def stat(self, deadline: Deadline) -> str:
         """The server's statistics, as JSON text."""
@@ -273,23 +283,23 @@ class Connection:
         return np.frombuffer(view, np.uint8)
 
     def _message(self, size: int, deadline: Deadline, awaited: str) -> memoryview:
-        return _message(self._stream, self._poll, size, deadline, awaited, self.endpoint)
+        return _message(self._stream, self._poll, size, deadline, self._wake, awaited, self.endpoint)
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
-        _wait(self._stream, self._poll, deadline, awaited, self.endpoint)
+        _wait(self._stream, self._poll, deadline, self._wake, awaited, self.endpoint)
 
 
-def _connect(address: Endpoint, deadline: Deadline, worker: UcxWorker | None) -> Stream:
+def _connect(address: Endpoint, deadline: Deadline, worker: UcxWorker | None, wake: Wake | None) -> Stream:
     if address.lane is Lane.SHM:
         return unix.connect(address.host, deadline)
     if address.lane is Lane.TCP:
-        return tcp.connect(address.host, address.port, deadline)
+        return tcp.connect(address.host, address.port, deadline, wake)
     assert worker is not None
     return ucx.connect(worker, address.host, address.port)
 
 
 def _shake(
-    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline
+    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline, wake: Wake | None
 ) -> tuple[ServerIdentity, int]:
     """Both sides' handshake; who the server is, and the descriptor that came with WELCOME or -1."""
     poll = select.poll()
@@ -300,12 +310,12 @@ def _shake(
     try:
         while answer is not None:
             while not stream.flush():
-                _wait(stream, poll, deadline, "HELLO to be sent", endpoint)
+                _wait(stream, poll, deadline, wake, "HELLO to be sent", endpoint)
             if handshake.server is not None and isinstance(stream, UnixStream):
-                message, descriptor = _welcome(stream, poll, deadline, endpoint)
+                message, descriptor = _welcome(stream, poll, deadline, wake, endpoint)
                 answer = handshake.receive(message)
                 continue
-            due = _message(stream, poll, handshake.expects, deadline, "the handshake", endpoint)
+            due = _message(stream, poll, handshake.expects, deadline, wake, "the handshake", endpoint)
             answer = handshake.receive(due)
             if answer:
                 stream.send([answer])
@@ -322,32 +332,38 @@ def _shake(
     return found, descriptor
 
 
-def _welcome(stream: UnixStream, poll: select.poll, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:
+def _welcome(
+    stream: UnixStream, poll: select.poll, deadline: Deadline, wake: Wake | None, endpoint: str
+) -> tuple[bytes, int]:
     while True:
         received = stream.receive_descriptor(WELCOME.size)
         if received is not None:
             return received
-        _wait(stream, poll, deadline, "WELCOME", endpoint)
+        _wait(stream, poll, deadline, wake, "WELCOME", endpoint)
 
 
 def _message(
-    stream: Stream, poll: select.poll, size: int, deadline: Deadline, awaited: str, endpoint: str
+    stream: Stream,
+    poll: select.poll,
+    size: int,
+    deadline: Deadline,
+    wake: Wake | None,
+    awaited: str,
+    endpoint: str,
 ) -> memoryview:
     while True:
         message = stream.receive(size)
         if message is not None:
             return message
-        _wait(stream, poll, deadline, awaited, endpoint)
+        _wait(stream, poll, deadline, wake, awaited, endpoint)
 
 
-def _wait(stream: Stream, poll: select.poll, deadline: Deadline, awaited: str, endpoint: str) -> None:
-    """Wait for the stream, no longer than the deadline."""
+def _wait(
+    stream: Stream, poll: select.poll, deadline: Deadline, wake: Wake | None, awaited: str, endpoint: str
+) -> None:
+    """Wait for the stream, no longer than the deadline and the client allow."""
     if stream.idle():
         poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
-        woken = bool(poll.poll(poll_timeout(deadline)))
-    else:
-        woken = not deadline.expired
-    if not woken:
-        raise TransportTimeout(
-            f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed
-        )
+        wait(poll, deadline, wake, awaited, endpoint)
+    elif deadline.expired:
+        raise timed_out(deadline, awaited, endpoint)

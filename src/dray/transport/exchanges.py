@@ -27,6 +27,7 @@ from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
 from dray.transport.stream import Endpoint
 from dray.transport.ucx_worker import UcxWorker, is_loopback
+from dray.transport.waiting import Wake
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane
 
@@ -83,6 +84,7 @@ class Exchanges:
         self._quarantine = quarantine
         self._attempts = attempts
         self._buffers = ReceiveBuffers()
+        self._wake = Wake()
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
@@ -154,6 +156,8 @@ class Exchanges:
             final = attempts.give_up(endpoint, error, self._clock.now())
             if isinstance(final, ProducerLostError):
                 self._unconfirmed.pop(producer, None)
+        if final is error:
+            raise error
         if final is not None:
             raise final from error
         self._counters.add("retries")
@@ -212,11 +216,12 @@ class Exchanges:
             return self._quarantine.listed(self._clock.now())
 
     def close(self) -> None:
-        """Close every idle connection; those in use are closed when their exchange is over. Twice is fine."""
+        """End waits and close every idle connection; one in use is closed by who uses it. Twice is fine."""
         if not self._closed:
             self._close_idle()
             self._settle_all()
         self._closed = True
+        self._wake.close()
         self._close_idle()
 
     def _open(
@@ -229,7 +234,7 @@ class Exchanges:
                 with self._lock:
                     self._pool.add_group(group)
             connection = Connection.open(
-                endpoint, producer, self._secret, deadline, group, self._verify, self._buffers
+                endpoint, producer, self._secret, deadline, group, self._verify, self._buffers, self._wake
             )
         except BaseException:
             with self._lock:
@@ -285,10 +290,8 @@ class Exchanges:
             connections, groups = self._pool.drain()
         deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
         for connection in connections:
-            if connection.unconfirmed:
-                # Any answer confirms all ACKs before it; those of a connection that fails now are remembered.
-                with contextlib.suppress(DrayError):
-                    connection.consume(connection.unconfirmed[-1:], deadline)
+            with contextlib.suppress(DrayError):
+                connection.confirm(deadline)
             self._remember(connection)
             connection.close()
         for group in groups:

@@ -10,6 +10,7 @@ from dray.errors import ConfigError, Unreachable
 from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
+from dray.transport.waiting import Wake
 from dray.wire.handshake import Lane
 
 _BACKLOG = 256
@@ -63,7 +64,7 @@ def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
     raise ConfigError("port", port, f"a port with a free one among the {_PORTS_TO_TRY} from it on, or 0")
 
 
-def connect(host: str, port: int, deadline: Deadline) -> SocketStream:
+def connect(host: str, port: int, deadline: Deadline, wake: Wake | None = None) -> SocketStream:
     """Connect to a server's TCP endpoint, trying each address of the host.
 
     Raises:
@@ -79,7 +80,7 @@ def connect(host: str, port: int, deadline: Deadline) -> SocketStream:
     for family, kind, protocol, _, address in found:
         sock = socket.socket(family, kind, protocol)
         try:
-            connect_socket(sock, address, deadline, endpoint)
+            connect_socket(sock, address, deadline, endpoint, wake)
         except Unreachable as error:
             sock.close()
             failure = error

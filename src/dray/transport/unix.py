@@ -13,7 +13,8 @@ from typing import Any
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
 from dray.private_directory import MAX_SOCKET_PATH
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited, poll_timeout
+from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.transport.waiting import Wake, wait
 from dray.wire.handshake import Lane
 
 _BACKLOG = 256
@@ -125,12 +126,16 @@ def connect(path: str, deadline: Deadline) -> UnixStream:
 SocketAddress = str | tuple[Any, ...]
 
 
-def connect_socket(sock: socket.socket, address: SocketAddress, deadline: Deadline, endpoint: str) -> None:
+def connect_socket(
+    sock: socket.socket, address: SocketAddress, deadline: Deadline, endpoint: str, wake: Wake | None = None
+) -> None:
     """Connect within the deadline, by a non-blocking connect and a bounded wait."""
     sock.setblocking(False)
     code = sock.connect_ex(address)
     if code == errno.EINPROGRESS:
-        wait_writable(sock.fileno(), deadline, "the connection", endpoint)
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLOUT)
+        wait(poll, deadline, wake, "the connection", endpoint)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     elif code == errno.EAGAIN:
         code = _connect_to_full_backlog(sock, address, deadline)
@@ -148,13 +153,3 @@ def _connect_to_full_backlog(sock: socket.socket, address: SocketAddress, deadli
     code = sock.connect_ex(address)
     sock.setblocking(False)
     return code
-
-
-def wait_writable(descriptor: int, deadline: Deadline, awaited: str, endpoint: str) -> None:
-    """Wait for one descriptor, no longer than the deadline."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    if not poll.poll(poll_timeout(deadline)):
-        raise TransportTimeout(
-            f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed
-        )
