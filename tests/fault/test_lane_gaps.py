@@ -1,0 +1,384 @@
+"""Faults B14, C4, C14 and W4 to W13 of docs/failure-modes.md on the lanes that a plain socket cannot show.
+
+The peer is a client's end driven by hand over dray's own streams, so that one test speaks on every lane.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import struct
+from typing import Any
+
+import pytest
+from transport_fixtures import LANES, endpoint_of, pattern, ring_of, serving, wait_until
+
+from dray import PayloadClient, PayloadRef, PayloadServer
+from dray.clock import Deadline
+from dray.errors import TransportError
+from dray.transport import tcp, ucx, unix
+from dray.transport.stream import Stream
+from dray.transport.ucx_worker import UcxWorker
+from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.wire.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake
+
+BAND = ("tcp", "ucx")
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+class Peer:
+    """A client's end of one connection that says what a test wants."""
+
+    def __init__(self, server: PayloadServer, lane: str) -> None:
+        endpoint = endpoint_of(server, lane)
+        self.deadline = Deadline.after(20)
+        self.worker = UcxWorker(True) if lane == "ucx" else None
+        self.stream: Stream
+        if self.worker is not None:
+            self.stream = ucx.connect(self.worker, endpoint.host, endpoint.port)
+        elif lane == "tcp":
+            self.stream = tcp.connect(endpoint.host, endpoint.port, self.deadline)
+        else:
+            self.stream = unix.connect(endpoint.host, self.deadline)
+
+    def send(self, message: bytes) -> None:
+        self.stream.send([message])
+        while not self.stream.flush():
+            self.wait()
+
+    def receive(self, size: int) -> bytes:
+        while (message := self.stream.receive(size)) is None:
+            self.wait()
+        return bytes(message)
+
+    def shake(self, secret: bytes | None = None) -> None:
+        handshake = ClientHandshake(self.stream.lane, secret=secret)
+        answer: bytes | None = handshake.hello()
+        while answer is not None:
+            self.send(answer)
+            answer = handshake.receive(self.receive(handshake.expects))
+
+    def status(self) -> Frame:
+        return parse(self.receive(FRAME_BYTES))
+
+    def read(self, ref: PayloadRef, request: int) -> tuple[Status, bytes]:
+        """Ask for a payload, and take what comes: the status, and on a network lane the bytes."""
+        target = bytearray(ref.nbytes if self.stream.lane.label != "shm" else 0)
+        tag = self.worker.next_tag() if self.worker is not None else 0
+        self.stream.expect(memoryview(target), tag)
+        self.send(Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, request=request, tag=tag).pack())
+        status = Status(self.status().status)
+        while not self.stream.payload_arrived(len(target) if status is Status.OK else 0):
+            self.wait()
+        return status, bytes(target)
+
+    def acknowledge(self, ref: PayloadRef, request: int) -> None:
+        flags = Flag.CONSUMED
+        self.send(Frame(Kind.ACK, flags=flags, slot=ref.slot, request=request, sequence=ref.sequence).pack())
+
+    def closed(self) -> bool:
+        """The server ends the connection, whatever it says before."""
+        with contextlib.suppress(TransportError):
+            while True:
+                self.receive(1)
+        return True
+
+    def wait(self) -> None:
+        assert not self.deadline.expired
+        if self.stream.idle():
+            poll = select.poll()
+            poll.register(self.stream.fileno(), select.POLLIN | (select.POLLOUT if self.stream.wants_write else 0))
+            assert poll.poll(self.deadline.remaining * 1000), "the server said nothing"
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        if self.worker is not None:
+            self.worker.close()
+
+
+def counted(server: PayloadServer, name: str) -> int:
+    return int(server.statistics()["server"].get(name, 0))
+
+
+# --- W4 ---------------------------------------------------------------------------------------------------------
+
+JUNK = [
+    b"GET / HTTP/1.1\r\n\r\n" + bytes(64),
+    bytes(64),
+    os.urandom(4096),
+    struct.pack("<4sHBB", b"DRAY", 1, 99, 0) + bytes(56),
+    struct.pack("<4sHBB", b"DRAY", 999, 3, 0) + bytes(56),
+]
+
+
+def test_w4_what_is_no_hello_closes_only_that_connection_on_ucx() -> None:
+    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+        ref = server.put_bytes(b"payload")
+        client.read_bytes(ref, consume=False)
+        with contextlib.ExitStack() as stack:
+            peers = [stack.enter_context(Peer(server, "ucx")) for _ in JUNK]
+            for peer, junk in zip(peers, JUNK, strict=True):
+                peer.send(junk)
+            assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
+            assert all(peer.closed() for peer in peers)
+        wait_until(lambda: counted(server, "malformed") == len(JUNK), "each to be counted")
+        assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+        assert client.statistics()["connects"] == 1
+        assert counted(server, "auth_failures") == 0
+
+
+def test_w4_a_message_longer_than_any_closes_only_that_connection_on_ucx() -> None:
+    """It is refused by its size, before memory for it is taken."""
+    with serving("ucx") as server, PayloadClient(lanes="ucx") as client, Peer(server, "ucx") as peer:
+        ref = server.put_bytes(b"payload")
+        peer.shake()
+        stream: Any = peer.stream
+        for nbytes in (FRAME_BYTES, 1 << 20):
+            memory = bytearray(nbytes)
+            stream._sends.append((stream._post("tag_send", memory, stream._theirs), memory))
+        assert peer.closed()
+        wait_until(lambda: counted(server, "malformed") == 1, "it to be counted")
+        assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+
+
+def test_w4_what_does_not_speak_ucx_harms_nobody_on_ucx() -> None:
+    """A plain TCP socket at UCX's port: UCX itself has to get rid of it."""
+    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+        ref = server.put_bytes(b"payload")
+        port = endpoint_of(server, "ucx").port
+        for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096), pattern(1, 4096)):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+                sock.sendall(junk)
+                assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
+        with PayloadClient(lanes="ucx") as other:
+            assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(9),
+        Frame(Kind.STATUS),
+        Frame(Kind.READ, status=77),
+        Frame(Kind.READ, flags=255),
+        Frame(Kind.ACK, flags=Flag.TEXT),
+    ],
+)
+def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases_on_ucx(frame: Frame) -> None:
+    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+        ref = server.put_bytes(b"payload")
+        client.read_bytes(ref, consume=False)
+        with Peer(server, "ucx") as peer:
+            peer.shake()
+            assert peer.read(ref, 1) == (Status.OK, b"payload")
+            peer.send(frame.pack())
+            assert peer.closed()
+        wait_until(lambda: counted(server, "malformed") == 1, "it to be counted")
+        wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
+        assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+        assert client.statistics()["connects"] == 1
+
+
+def test_w4_random_bytes_after_the_handshake_harm_nobody_else_on_ucx() -> None:
+    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+        ref = server.put_bytes(b"payload")
+        for seed in range(8):
+            with Peer(server, "ucx") as peer:
+                peer.shake()
+                with contextlib.suppress(TransportError):
+                    peer.send(pattern(seed, 1000))
+                    peer.closed()
+        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to end")
+        assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+        wait_until(lambda: ring_of(server).statistics().leases == 0, "the ACK to arrive")
+
+
+@pytest.mark.parametrize("name", ["shm", "ucx"])
+def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(name: Any) -> None:
+    """Several MiB of answers: more than the kernel takes for a reader that leaves them where they are."""
+    with serving(name) as server, PayloadClient(lanes=name) as client:
+        ref = server.put_bytes(b"payload")
+        with Peer(server, name) as peer:
+            peer.shake()
+            requests = b"".join(Frame(Kind.STAT, request=number).pack() for number in range(20_000))
+            with contextlib.suppress(TransportError):  # too many unanswered ones end the connection
+                peer.stream.send([requests])
+                peer.stream.flush()
+            assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
+            with PayloadClient(lanes=name) as other:
+                assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
+            server.put_bytes(b"another", timeout=5)
+        client.close()
+        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to end")
+
+
+# --- W5, W6 -----------------------------------------------------------------------------------------------------
+
+
+class HandClock:
+    """A clock that a test moves on."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+
+    def now(self) -> float:
+        return self._now
+
+    def advance(self, server: PayloadServer, seconds: float) -> None:
+        """Let time pass, and have the server's threads look at the clock."""
+        self._now += seconds
+        for thread in server._threads:
+            os.eventfd_write(thread._wake, 1)
+
+
+def test_w5_a_silent_reader_loses_its_lease_on_ucx() -> None:
+    with serving("ucx", lease_timeout=0.1) as server, PayloadClient(lanes="ucx") as client:
+        ref = server.put_bytes(b"payload")
+        with Peer(server, "ucx") as peer:
+            peer.shake()
+            assert peer.read(ref, 1) == (Status.OK, b"payload")
+            assert peer.closed()
+        wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
+        assert counted(server, "evicted") == 1
+        assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+
+
+def test_w5_a_reader_that_stops_within_a_payload_loses_its_lease_on_ucx() -> None:
+    nbytes = 16 << 20
+    with serving("ucx", lease_timeout=0.2, slots=1, slot_bytes=nbytes) as server, Peer(server, "ucx") as peer:
+        ref = server.put_bytes(pattern(1, nbytes))
+        peer.shake()
+        # Nobody drives the peer's worker from here on: the payload cannot leave the server.
+        peer.stream.send([Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, tag=7).pack()])
+        wait_until(lambda: counted(server, "reads") == 1, "the lease to begin")
+        wait_until(lambda: counted(server, "evicted") == 1, "the eviction")
+        wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
+        with PayloadClient(lanes="ucx") as client:
+            assert memoryview(client.read_bytes(ref, timeout=10)) == pattern(1, nbytes)
+        server.put_bytes(b"another", timeout=5)
+
+
+def test_w6_a_connection_with_a_lease_is_not_idle_on_any_lane(lane: Any) -> None:
+    """On shm for ever, on the others until the lease's own limit."""
+    clock = HandClock()
+    with serving(lane, idle_timeout=10, lease_timeout=1000, clock=clock) as server:
+        ref = server.put_bytes(b"payload")
+        with Peer(server, lane) as holder, Peer(server, lane) as idle:
+            holder.shake()
+            idle.shake()
+            assert holder.read(ref, 5)[0] is Status.OK
+            clock.advance(server, 1e9 if lane == "shm" else 990)
+            assert idle.closed()
+            holder.acknowledge(ref, 5)
+            assert server.wait_consumed(ref, timeout=5)
+        # By its lease, not by the repetition of an ACK that came too late.
+        assert (counted(server, "acks_consumed"), counted(server, "late_acks")) == (1, 0)
+        assert counted(server, "evicted") == 1
+
+
+@pytest.mark.parametrize("name", BAND)
+def test_w6_a_lease_keeps_a_connection_no_longer_than_its_limit(name: Any) -> None:
+    clock = HandClock()
+    with serving(name, idle_timeout=10, lease_timeout=1000, clock=clock) as server:
+        ref = server.put_bytes(b"payload")
+        with Peer(server, name) as holder:
+            holder.shake()
+            assert holder.read(ref, 5) == (Status.OK, b"payload")
+            clock.advance(server, 1001)
+            assert holder.closed()
+            wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
+        assert counted(server, "evicted") == 1
+
+
+# --- W11 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forged", ["reflected", "empty", "random"])
+def test_w11_a_forged_proof_is_refused_before_anything_else_on_ucx(forged: str) -> None:
+    with serving("ucx", secret=b"job") as server, Peer(server, "ucx") as peer:
+        ref = server.put_bytes(b"secret payload")
+        assert peer.worker is not None
+        target = bytearray(ref.nbytes)
+        tag = peer.worker.next_tag()
+        peer.stream.expect(memoryview(target), tag)
+        peer.send(ClientHandshake(peer.stream.lane, secret=b"guess").hello())
+        challenge = CHALLENGE.unpack(peer.receive(CHALLENGE.size))
+        proof = {"reflected": challenge[6], "empty": bytes(32), "random": os.urandom(32)}[forged]
+        peer.send(proof + Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, tag=tag).pack())
+        assert WELCOME.unpack(peer.receive(WELCOME.size)) == (MAGIC, 2)
+        with pytest.raises(TransportError):
+            peer.receive(1)
+        assert target == bytearray(ref.nbytes)
+        assert (counted(server, "auth_failures"), counted(server, "reads"), counted(server, "bytes")) == (1, 0, 0)
+        assert ring_of(server).get_ready_count() == 1
+
+
+# --- W13 --------------------------------------------------------------------------------------------------------
+
+
+def lose_acks(client: PayloadClient) -> None:
+    """Have the idle connection break with its next ACK, where nobody notices yet."""
+    (connections,) = client._exchanges._pool._idle.values()
+    stream: Any = connections[0].connection._stream
+    send = stream.send
+
+    def send_but_acks(items: Any, descriptor: int | None = None) -> None:
+        if items[0][0] != Kind.ACK:
+            send(items, descriptor)
+            return
+        stream.worker.close_endpoint(stream._endpoint, [])
+
+    stream.send = send_but_acks
+
+
+def test_w13_an_ack_lost_with_its_connection_is_repeated_on_ucx() -> None:
+    with serving("ucx", slots=2) as server, PayloadClient(lanes="ucx") as client:
+        first, second = server.put_bytes(b"first"), server.put_bytes(b"second")
+        client.read_bytes(second, consume=False, timeout=5)
+        lose_acks(client)
+        assert bytes(client.read_bytes(first, timeout=5)) == b"first"
+        wait_until(lambda: ring_of(server).statistics().leases == 0, "the lease to end")
+        assert ring_of(server).get_ready_count() == 2
+        client.read_bytes(second, consume=False, timeout=5)
+        wait_until(lambda: ring_of(server).statistics().free == 1, "the ACK to be repeated")
+        assert client.statistics()["acks_repeated"] == 1
+        assert not ring_of(server).is_live(first.slot, first.sequence)
+        assert ring_of(server).statistics().consumed == 1
+
+
+def test_w13_a_lost_ack_is_repeated_when_the_client_closes_on_ucx() -> None:
+    with serving("ucx") as server:
+        with PayloadClient(lanes="ucx") as client:
+            ref = server.put_bytes(b"payload")
+            client.read_bytes(ref, consume=False, timeout=5)
+            lose_acks(client)
+            client.read_bytes(ref, timeout=5)
+        assert server.wait_consumed(ref, timeout=5)
+        assert ring_of(server).statistics().consumed == 1
+
+
+# --- B14 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BAND)
+def test_b14_leases_of_a_connection_are_bounded_and_then_busy_on_network_lanes(name: Any) -> None:
+    with serving(name, slots=4, max_leases=2) as server:
+        refs = [server.put_bytes(bytes([number])) for number in range(3)]
+        with Peer(server, name) as peer:
+            peer.shake()
+            found = [peer.read(ref, request) for request, ref in enumerate(refs)]
+            assert found == [(Status.OK, b"\0"), (Status.OK, b"\1"), (Status.BUSY, b"\0")]
+            assert counted(server, "busy") == 1
+            peer.acknowledge(refs[0], 0)
+            assert peer.read(refs[2], 3) == (Status.OK, b"\2")
+            with PayloadClient(lanes=name) as client:  # the bound is each connection's own
+                assert bytes(client.read_bytes(refs[2], timeout=5, consume=False)) == b"\2"
+        wait_until(lambda: ring_of(server).get_ready_count() == 2, "the leases to end")
+        assert not ring_of(server).is_live(refs[0].slot, refs[0].sequence)
