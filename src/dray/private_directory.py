@@ -44,7 +44,11 @@ class PrivateDirectory:
         with _locked(root):
             _sweep(root)
             self.path.mkdir(mode=0o700)
-            self.lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                self.lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except OSError:
+                self.path.rmdir()  # without a lock in it nobody would ever sweep it
+                raise
             fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     @property

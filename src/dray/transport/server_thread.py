@@ -6,7 +6,6 @@ peer, so a slow reader holds up only its own connection.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -108,12 +107,13 @@ class ServerThread:
         self._next_sweep = math.inf
         self._stop_by: Deadline | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poll = select.epoll()
-        self._poll.register(self._wake, select.EPOLLIN)
-        for descriptor_ in self._listeners:
-            self._poll.register(descriptor_, select.EPOLLIN)
-        if worker is not None:
-            self._poll.register(worker.fileno(), select.EPOLLIN)
+        try:
+            self._poll = select.epoll()
+            for watched in (self._wake, *self._listeners, *((worker.fileno(),) if worker else ())):
+                self._poll.register(watched, select.EPOLLIN)
+        except BaseException:
+            self._close_wake()
+            raise
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -125,16 +125,17 @@ class ServerThread:
         self._stop_by = drain
         if self._thread.ident is None:
             self._tear_down()
-        else:
-            # The thread closes the descriptor when it ends.
-            with contextlib.suppress(OSError):
-                os.eventfd_write(self._wake, 1)
+        elif self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def join(self, deadline: Deadline) -> bool:
         """Wait for the thread's end; False if the deadline came first."""
         if self._thread.ident is not None:
             self._thread.join(deadline.timeout)
-        return not self._thread.is_alive()
+        ended = not self._thread.is_alive()
+        if ended:
+            self._close_wake()
+        return ended
 
     def leases(self) -> list[dict[str, float | int | None]]:
         """The longest silent readers with live leases: pid (Unix lane), leases, seconds since their last word."""
@@ -149,7 +150,7 @@ class ServerThread:
 
     def abandon_after_fork(self) -> None:
         """In a forked child, where the thread does not run: close what only it uses."""
-        os.close(self._wake)
+        self._close_wake()
         self._poll.close()
 
     # --- the loop ---------------------------------------------------------------------------------------------
@@ -392,7 +393,12 @@ class ServerThread:
             connection.session.close()
         self._undrained.clear()
         self._poll.close()
-        os.close(self._wake)
+
+    def _close_wake(self) -> None:
+        """Not when the thread ends: one that has failed may be told to stop long after."""
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
 
     def _connections(self) -> list[_Connection]:
         return [*self._sockets.values(), *self._ucx_connections]
