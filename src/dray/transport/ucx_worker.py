@@ -170,7 +170,7 @@ class UcxWorker:
         except self.ucx.UCXBusyError as error:
             raise Unreachable(f"port {port} is taken: {error}", refused=True) from error
         except self.ucx.UCXError as error:
-            raise from_ucx_error(error) from error
+            raise Unreachable(f"UCX cannot listen on port {port}: {error}") from error
 
     def retire(self, listener: Any, refuse: Callable[[Any], None]) -> None:
         """Have a listener take no more connections, and keep it until this worker is closed.
