@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import IO
@@ -21,6 +20,7 @@ from dray.runtime.contract import PolicyTrainer, Trajectory
 from dray.runtime.entry_point import load_entry_point
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import OutcomeKind, Role
+from dray.runtime.process import leave
 from dray.runtime.replica import Replica, run_replica, stop_code, user_code
 from dray.runtime.transfer import Inlet, WeightsOutlet
 from dray.runtime.transfer_choice import open_inlet
@@ -247,4 +247,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

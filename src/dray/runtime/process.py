@@ -1,4 +1,4 @@
-"""How a process of a job begins: bound to its supervisor's life, with signals, stack dumps and a log.
+"""How a process of a job begins and ends: bound to its supervisor's life, with signals, stack dumps and a log.
 
 No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
 thread that watches the supervisor then kills the child's whole process group, so that its own children go too.
@@ -6,6 +6,7 @@ thread that watches the supervisor then kills the child's whole process group, s
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import logging
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 """Environment variable in which the supervisor tells its children its pid."""
@@ -109,13 +111,22 @@ def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
 
 
 def finish_process() -> None:
-    """The exit code is decided: a signal that comes while the interpreter winds up must not change it.
-
-    Python puts its own handlers back to the default at that point; ignored signals stay ignored. What hangs from
-    here on is killed.
-    """
+    """The exit code is decided: a signal that comes from here on must not change it; what hangs is killed."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit without tearing the interpreter down.
+
+    Everything of dray is closed by now. What is left is to take apart the user's libraries, which takes seconds
+    for some of them and can run into threads of theirs; the process goes as a whole instead, after its exit
+    handlers.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def adopt_orphans() -> None:

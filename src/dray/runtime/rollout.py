@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from dray.clock import MONOTONIC
 from dray.runtime import messages
@@ -11,6 +10,7 @@ from dray.runtime.contract import Prompt, RolloutWorker
 from dray.runtime.entry_point import load_entry_point
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import Role
+from dray.runtime.process import leave
 from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
 from dray.runtime.transfer import Outlet, WeightsInlet
 from dray.runtime.transfer_choice import open_outlet
@@ -111,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
