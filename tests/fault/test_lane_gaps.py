@@ -670,12 +670,12 @@ def test_c14_a_wedged_endpoint_is_tried_once_per_quarantine_on_ucx(quarantine_se
     ):
         ref = good.put_bytes(b"payload")
         both = dataclasses.replace(ref, endpoints=(mute.endpoint, *ref.endpoints))
-        for _ in range(8):
-            promised = Deadline.after(0.6)
-            assert bytes(client.read_bytes(both, timeout=0.6, consume=False)) == b"payload"
+        for _ in range(4):
+            promised = Deadline.after(2.0)
+            assert bytes(client.read_bytes(both, timeout=2.0, consume=False)) == b"payload"
             assert not promised.expired
         # Without a quarantine every second read begins there; within one, one read in all.
-        tries = 1 if quarantine_seconds else 4
+        tries = 1 if quarantine_seconds else 2
         assert client.statistics()["retries"] == tries
         wait_until(lambda: mute.tried >= tries, "the tries to be seen")
         assert mute.tried == tries
