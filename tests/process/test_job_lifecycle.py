@@ -12,7 +12,9 @@ WAYS = ["redis", "auto", "shm", "tcp", "ucx"]
 def way_settings(way: str) -> list[str]:
     if way == "ucx":
         pytest.importorskip("ucxx")
-    return job_settings("job.payload_transfer=redis" if way == "redis" else f"job.lane={way}")
+    travel = "job.payload_transfer=redis" if way == "redis" else f"job.lane={way}"
+    # Nobody dies here: on a machine that gives a process its turn late, none may be taken for dead either.
+    return job_settings(travel, "controller.dead_after=30", "timeouts.controller_lost=30")
 
 
 @pytest.mark.parametrize("way", WAYS)
