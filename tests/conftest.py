@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from coverage_bounds import CoverageBounds
 
 from dray.clock import Deadline
 from dray.transport import ucx_worker
@@ -33,8 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
     config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
     os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
-    if config.getoption("cov_source", None):
-        config.pluginmanager.register(CoverageBounds())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
