@@ -350,7 +350,7 @@ def test_w6_a_connection_with_a_lease_is_not_idle() -> None:
             with PayloadClient() as second:
                 second.read_bytes(other)
                 wait_until(lambda: counted(server, "evicted") == 1, "the eviction of the idle one")
-            assert server.statistics()["open_connections"] == 1
+                wait_until(lambda: server.statistics()["open_connections"] == 1, "its end")
             assert arrays["a"].tolist() == [0, 1, 2]
         assert server.wait_consumed(ref, timeout=5)
 
