@@ -1,14 +1,26 @@
-"""UCX workers and listeners: how they end."""
+"""UCX workers and listeners: how they begin and end, and what their errors become."""
 
 import contextlib
+import ctypes
 import functools
 import select
+import socket
+import sys
 
 import pytest
-from transport_fixtures import wait_until
+from transport_fixtures import serving, wait_until
 
-from dray.errors import TransportError
-from dray.transport import ucx
+from dray import (
+    ConfigError,
+    MessageTruncated,
+    PayloadClient,
+    PayloadServer,
+    SharedRingBuffer,
+    TransportError,
+    TransportTimeout,
+)
+from dray.errors import ConnectionClosed, ConnectionReset, Unreachable
+from dray.transport import ucx, ucx_worker
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_worker import UcxWorker
 
@@ -28,3 +40,101 @@ def test_w9_a_connection_that_comes_while_a_worker_is_busy_until_its_end_is_refu
             theirs.close()
             with pytest.raises(TransportError):
                 wait_until(lambda: mine.progress() or stream.receive(64), "the client to hear of it", 2)
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # no packet is sent
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        return str(sock.getsockname()[0])
+
+
+def test_a_ucx_server_on_an_interface_is_read_at_its_address() -> None:
+    host = own_address()
+    with serving("ucx", host=host, secret=b"job") as server, PayloadClient(lanes="ucx", secret=b"job") as client:
+        ref = server.put_bytes(b"payload")
+        assert ref.endpoints[0].startswith(f"ucx:{host}:")
+        assert bytes(client.read_bytes(ref)) == b"payload"
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    with contextlib.closing(UcxWorker(True)) as worker:
+        with pytest.raises(ConfigError) as caught:
+            UcxListener(worker, "203.0.113.7")
+    assert caught.value.key == "host"
+
+
+def test_a_port_on_which_nobody_listens_cannot_be_confined() -> None:
+    with pytest.raises(Unreachable):
+        ucx_worker.confine(1, "127.0.0.1")
+
+
+def test_a_host_that_ucx_does_not_know_is_a_transport_error() -> None:
+    with contextlib.closing(UcxWorker(True)) as worker, pytest.raises(TransportError):
+        ucx.connect(worker, "no host", 40001)
+
+
+ERRORS = {
+    "UCXNotConnectedError": Unreachable,
+    "UCXRejectedError": Unreachable,
+    "UCXUnreachableError": Unreachable,
+    "UCXNoDeviceError": Unreachable,
+    "UCXTimedOutError": TransportTimeout,
+    "UCXEndpointTimeoutError": TransportTimeout,
+    "UCXMessageTruncatedError": MessageTruncated,
+    "UCXCloseError": ConnectionClosed,
+    "UCXCanceledError": ConnectionReset,
+    "UCXConnectionResetError": ConnectionReset,
+    "UCXIOError": ConnectionReset,
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_c1_errors_of_ucx_are_told_apart_by_their_type(name: str) -> None:
+    raised = getattr(ucx_worker.require()[0], name)("what UCX says")
+    found = ucx_worker.from_ucx_error(raised, "ucx:127.0.0.1:1")
+    assert type(found) is ERRORS[name]
+    assert "what UCX says" in str(found)
+    assert found.retryable
+    if isinstance(found, Unreachable):
+        assert found.refused == (name in ("UCXNotConnectedError", "UCXRejectedError"))
+
+
+def test_without_the_package_ucx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ucx_worker, "UCXX_AVAILABLE", False)
+    with SharedRingBuffer(1, 10) as ring:
+        for make in (lambda: PayloadClient(lanes="ucx"), lambda: PayloadServer(ring, lanes="ucx")):
+            with pytest.raises(ConfigError, match=r"pip install 'dray\[ucxx\]'"):
+                make()
+
+
+def test_a_package_that_does_not_load_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ucxx._lib.arr", None)
+    with pytest.raises(ConfigError, match="does not load"):
+        ucx_worker.require()
+
+
+def test_a_library_without_the_count_of_cancelled_requests_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    ucx_worker._canceling_size.cache_clear()
+    try:
+        with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+            assert bytes(client.read_bytes(server.put_bytes(b"payload"))) == b"payload"
+        assert ucx_worker._canceling_size() is None
+    finally:
+        ucx_worker._canceling_size.cache_clear()
+
+
+def test_a_stream_tells_whether_it_is_open() -> None:
+    with contextlib.closing(UcxWorker(True)) as mine, contextlib.closing(UcxWorker(True)) as theirs:
+        listener = UcxListener(theirs, "127.0.0.1")
+        stream = ucx.connect(mine, "127.0.0.1", int(listener.endpoint.rpartition(":")[2]))
+        assert repr(stream) == "<UcxStream open>"
+        stream.close()
+        assert repr(stream) == "<UcxStream closed>"
+        listener.close()

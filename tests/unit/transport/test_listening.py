@@ -1,0 +1,153 @@
+"""Where connections come in, and how they are reached: paths, addresses, full backlogs, other users."""
+
+import contextlib
+import os
+import resource
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transport_fixtures import endpoint_of, serving, wait_until
+
+from dray import ConfigError, PayloadClient, PayloadServer, TransportTimeout
+from dray.clock import Deadline
+from dray.errors import Unreachable
+from dray.transport import tcp, unix
+from dray.transport.unix import UnixListener
+
+SOCKETS = ("shm", "tcp")
+
+
+def counted(server: PayloadServer, name: str) -> int:
+    return int(server.statistics()["server"].get(name, 0))
+
+
+@contextlib.contextmanager
+def full_backlog(name: str) -> Iterator[tuple[socket.socket, Any]]:
+    """A listening socket that has no room for one more connection, and its address."""
+    path = str(Path(os.environ["DRAY_RUNTIME_DIR"]) / "full.sock")
+    with contextlib.ExitStack() as stack:
+        family = socket.AF_UNIX if name == "shm" else socket.AF_INET
+        listening = stack.enter_context(socket.socket(family))
+        listening.bind(path if name == "shm" else ("127.0.0.1", 0))
+        stack.callback(Path(path).unlink, missing_ok=True)
+        listening.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket(family))
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield listening, listening.getsockname()
+
+
+def connect(name: str, address: Any, deadline: Deadline) -> Any:
+    return unix.connect(address, deadline) if name == "shm" else tcp.connect(*address, deadline)
+
+
+@pytest.mark.parametrize("name", SOCKETS)
+def test_connecting_to_a_server_that_does_not_accept_ends_with_the_deadline(name: str) -> None:
+    with full_backlog(name) as (_, address):
+        promised = Deadline.after(2)
+        with pytest.raises(TransportTimeout):
+            connect(name, address, Deadline.after(0.2))
+        assert not promised.expired
+
+
+def test_connecting_waits_for_room_in_the_backlog() -> None:
+    with full_backlog("shm") as (listening, address), contextlib.ExitStack() as stack:
+
+        def accept() -> None:
+            for _ in range(2):
+                stack.enter_context(listening.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        stream = unix.connect(address, Deadline.after(10))
+        thread.join(10)
+        assert not thread.is_alive()
+        stream.close()
+
+
+def test_a_host_that_does_not_exist_is_unreachable() -> None:
+    with pytest.raises(Unreachable, match="unknown"):
+        tcp.connect("fe80::1%none", 40001, Deadline.after(5))
+
+
+def test_a_socket_path_that_is_too_long_is_refused_by_its_length() -> None:
+    with pytest.raises(ConfigError, match="107 bytes"):
+        UnixListener(Path("/tmp", "x" * 104))
+
+
+def test_a_socket_path_that_is_taken_is_not_taken_over() -> None:
+    path = Path(os.environ["DRAY_RUNTIME_DIR"]) / "taken.sock"
+    first = UnixListener(path)
+    with contextlib.closing(first):
+        with pytest.raises(Unreachable):
+            UnixListener(path)
+        unix.connect(str(path), Deadline.after(5)).close()
+    assert not path.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_process_of_another_user_is_not_served() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="dray-", dir="/tmp") as open_to_all,
+        serving("shm", directory=Path(open_to_all)) as server,
+        PayloadClient(lanes="shm") as client,
+    ):
+        ref = server.put_bytes(b"payload")
+        path = Path(endpoint_of(server, "shm").host)
+        for folder in (Path(open_to_all), *(each for each in path.parents if open_to_all in str(each.parent))):
+            folder.chmod(0o755)
+        path.chmod(0o666)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setuid(65534)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(10)
+                sock.connect(str(path))
+                os.write(writing, b"nothing" if sock.recv(100) == b"" else b"something")
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            assert pipe.read() == b"nothing"
+        os.waitpid(child, 0)
+        assert counted(server, "auth_failures") == 1
+        assert bytes(client.read_bytes(ref)) == b"payload"
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process cannot open another descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("closed_meanwhile", [False, True])
+@pytest.mark.parametrize("name", SOCKETS)
+def test_a_server_without_descriptors_accepts_later_and_does_not_spin(name: str, closed_meanwhile: bool) -> None:
+    with serving(name) as server:
+        endpoint = endpoint_of(server, name)
+        with socket.socket(socket.AF_UNIX if name == "shm" else socket.AF_INET) as sock:
+            with no_more_descriptors():
+                sock.connect(endpoint.host if name == "shm" else (endpoint.host, endpoint.port))
+                wait_until(lambda: counted(server, "accept_failures"), "the failure to accept")
+            assert counted(server, "connections") == 0
+            if closed_meanwhile:
+                server.close()
+                sock.settimeout(10)
+                with contextlib.suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+            else:
+                wait_until(lambda: counted(server, "connections") == 1, "the connection to be accepted")
+        assert counted(server, "accept_failures") == 1
