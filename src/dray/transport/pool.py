@@ -28,7 +28,7 @@ class Checkout(Generic[C, G]):
     Attributes:
         connection: an idle connection, or None: open one.
         group: the group to open it in, or None: there is no free one.
-        expired: connections to close, each with its group; `discard` the group afterwards.
+        expired: connections to close, each with its group, of any endpoint; `discard` the group afterwards.
         idle: seconds for which the connection was not used.
     """
 
@@ -50,6 +50,7 @@ class ConnectionPool(Generic[C, G]):
         self._idle_seconds = idle_seconds
         self._idle: dict[str, list[_Idle[C, G]]] = {}
         self._groups: dict[G, bool] = {}
+        self._next_sweep = 0.0
 
     def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
         """Take the connection that was used last, or say in which group that fits to open one, if any."""
@@ -70,9 +71,12 @@ class ConnectionPool(Generic[C, G]):
         if kept:
             self._idle[endpoint] = kept[::-1]
         if chosen is not None:
+            self._sweep(now, chosen.group, expired)
             return Checkout(chosen.connection, chosen.group, expired, now - chosen.since)
         free = (group for group, busy in self._groups.items() if not busy and fits is not None and fits(group))
-        return Checkout(None, self._take(next(free, None)), expired)
+        group = self._take(next(free, None))
+        self._sweep(now, group, expired)
+        return Checkout(None, group, expired)
 
     def add_group(self, group: G) -> None:
         """A new group, busy with the exchange it was made for."""
@@ -110,6 +114,34 @@ class ConnectionPool(Generic[C, G]):
     def count(self, endpoint: str) -> int:
         """Idle connections to an endpoint."""
         return len(self._idle.get(endpoint, ()))
+
+    def _sweep(self, now: float, mine: G | None, expired: list[tuple[C, G | None]]) -> None:
+        """Once in a while, add what is expired at every endpoint: some of them nobody asks for any more.
+
+        Connections of the group `mine`, which the caller has taken, are closed by the caller as well.
+        """
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + self._idle_seconds
+        taken: dict[G, C] = {}
+        for endpoint, waiting in list(self._idle.items()):
+            kept = []
+            for idle in waiting:
+                group = idle.group
+                held = group is not None and self._groups[group] and group != mine and group not in taken
+                if held or now - idle.since < self._idle_seconds:
+                    kept.append(idle)
+                elif group is None or group == mine or group in taken:
+                    expired.append((idle.connection, None))
+                else:
+                    self._take(group)
+                    taken[group] = idle.connection
+            if kept:
+                self._idle[endpoint] = kept
+            else:
+                del self._idle[endpoint]
+        # Last, as each of these gives its group back.
+        expired += [(connection, group) for group, connection in taken.items()]
 
     def _take(self, group: G | None) -> G | None:
         if group is not None:

@@ -118,3 +118,45 @@ def test_only_a_group_that_fits_is_taken(pool: ConnectionPool[str, str]) -> None
     assert pool.checkout(A, 0.0, lambda group: group == "network").group == "network"
     assert pool.checkout(A, 0.0, lambda group: group == "network").group is None
     assert pool.checkout(A, 0.0, lambda group: group == "loopback").group == "loopback"
+
+
+def test_connections_to_an_endpoint_that_nobody_asks_for_any_more_are_closed(
+    pool: ConnectionPool[str, str],
+) -> None:
+    """Producers come and go: what leads to those that are gone must not add up."""
+    pool.add_group("g")
+    pool.checkin(A, "a", None, 0.0)
+    pool.checkin(A, "on g", "g", 1.0)
+    pool.checkin(B, "b", None, IDLE_SECONDS)
+    found = pool.checkout(B, IDLE_SECONDS + 1)
+    assert found.connection == "b"
+    assert found.expired == [("a", None), ("on g", "g")]
+    assert pool.count(A) == 0
+    assert pool.checkout(B, IDLE_SECONDS + 1, fits=any_group).group is None
+    pool.discard("g")
+    assert pool.checkout(B, IDLE_SECONDS + 1, fits=any_group).group == "g"
+
+
+def test_a_group_is_given_back_with_the_last_of_its_closed_connections(pool: ConnectionPool[str, str]) -> None:
+    pool.add_group("g")
+    for endpoint in (A, B):
+        pool.checkin(endpoint, f"to {endpoint}", "g", 0.0)
+    assert pool.checkout("tcp:c:1", IDLE_SECONDS).expired == [(f"to {B}", None), (f"to {A}", "g")]
+
+
+def test_connections_in_the_group_of_the_checkout_are_closed_with_it(pool: ConnectionPool[str, str]) -> None:
+    """A thread that always uses the same group would never find it free."""
+    pool.add_group("g")
+    pool.checkin(A, "a", "g", 0.0)
+    pool.checkin(B, "b", "g", IDLE_SECONDS)
+    found = pool.checkout(B, IDLE_SECONDS + 1)
+    assert (found.connection, found.group, found.expired) == ("b", "g", [("a", None)])
+
+
+def test_connections_in_a_group_that_another_thread_uses_are_left_alone(pool: ConnectionPool[str, str]) -> None:
+    pool.add_group("g")
+    pool.checkin(A, "a", "g", 0.0)
+    pool.checkin(B, "b", "g", 0.0)
+    assert pool.checkout(B, 1.0).connection == "b"
+    assert pool.checkout("tcp:c:1", IDLE_SECONDS + 2).expired == []
+    assert pool.count(A) == 1
