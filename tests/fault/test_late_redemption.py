@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, Child
+from transport_fixtures import LANES, Child, wait_until
 
 COUNTS = [
     pytest.param(2_500, id="short"),
@@ -79,8 +79,9 @@ hear()
 stopping = True
 for thread in threads:
     thread.join(30)
-say(server.statistics())
-hear()
+say()
+while hear() == "statistics":
+    say(server.statistics())
 server.close()
 """
 )
@@ -165,9 +166,12 @@ def test_b1_a_late_reference_gives_its_own_payload_or_stale(lane: str, on_full: 
         share = {"count": count // READERS, "most_held": SLOTS}
         with Child(READER, seed=1, **common, **share) as one, Child(READER, seed=2, **common, **share) as other:
             found = [reader.hear(1000) for reader in (one, other)]
-            one.say()
-            other.say()
-            statistics = writer.ask()
+            for reader in (one, other):
+                reader.say()
+                reader.process.wait(30)
+        writer.ask()
+        wait_until(lambda: writer.ask("statistics")["open_connections"] == 0, "the readers' ends to be noticed")
+        statistics = writer.ask("statistics")
     path.unlink()
     outcomes = sum((Counter(each) for each, _ in found), Counter())
     ring, server = statistics["ring"], statistics["server"]
