@@ -24,8 +24,8 @@ help: ## this list
 demo: .venv/demo.stamp ## CartPole, learnt over dray by four processes on this machine; ends by itself when solved
 	$(BIN)/dray run examples/cartpole/job.toml
 
-test: .venv/dev.stamp ## every test but the long ones (PYTEST_ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: .venv/dev.stamp ## every test but the long ones (PYTEST_ARGS="-k name" for some, without coverage)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--cov --cov-report=)
 
 lint: .venv/dev.stamp ## ruff, mypy, import-linter, codespell
 	$(BIN)/python -m ruff check .

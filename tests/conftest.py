@@ -32,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
     config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
     os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
+    if config.getoption("cov_source", None):
+        # Here, as most runs measure nothing and have no need of it.
+        from coverage_bounds import CoverageBounds
+
+        config.pluginmanager.register(CoverageBounds())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,0 +1,69 @@
+"""Coverage of the data plane by package, at the end of a whole run; too little of it fails the run.
+
+`make test` asks for coverage when it runs every test, and `tests/conftest.py` registers this plugin then. What is
+measured is said in `pyproject.toml`.
+"""
+
+import collections
+import json
+import tempfile
+from pathlib import Path
+
+import coverage
+import pytest
+
+LEAST_LINES = 95.0
+LEAST_BRANCHES = 90.0
+SOURCE = Path("src", "dray")
+
+
+class CoverageBounds:
+    """Compares what pytest-cov has measured with the bounds, and prints it as a table."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, float, float]] = []
+
+    @property
+    def _enough(self) -> bool:
+        return all(lines >= LEAST_LINES and branches >= LEAST_BRANCHES for _, lines, branches in self._rows)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._rows = _percentages()
+        if session.exitstatus == pytest.ExitCode.OK and not self._enough:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self._rows:
+            return
+        terminalreporter.section("coverage")
+        terminalreporter.write_line(f"{'':<18}   lines  branches")
+        for name, lines, branches in self._rows:
+            terminalreporter.write_line(f"{name:<18} {lines:6.1f} %  {branches:6.1f} %")
+        if not self._enough:
+            bounds = f"{LEAST_LINES:g} % of the lines and {LEAST_BRANCHES:g} % of the branches"
+            terminalreporter.write_line(
+                f"FAILED: less than {bounds} of a package; see `python -m coverage report -m`", red=True
+            )
+
+
+def _percentages() -> list[tuple[str, float, float]]:
+    """(package, lines, branches) in per cent, and of all of them."""
+    measured = coverage.Coverage()
+    measured.load()
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        measured.json_report(outfile=report.name)
+        files = json.loads(Path(report.name).read_text(encoding="utf-8"))["files"]
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for path, each in files.items():
+        package = Path(path).relative_to(SOURCE).parts[0]
+        for name in (f"dray.{package}", "all"):
+            counts[name].update({key: n for key, n in each["summary"].items() if isinstance(n, int)})
+    return [
+        (
+            name,
+            100 * found["covered_lines"] / found["num_statements"],
+            100 * found["covered_branches"] / max(1, found["num_branches"]),
+        )
+        for name, found in sorted(counts.items(), key=lambda entry: (entry[0] == "all", entry[0]))
+    ]
