@@ -455,13 +455,13 @@ def first_thread_wedged(server: PayloadServer) -> Iterator[str]:
         wedged.set()
         free.wait(60)
 
-    thread._sweep = hang
+    thread._served.sweep = hang
     try:
         os.eventfd_write(thread._wake, 1)
         assert wedged.wait(10)
         yield str(thread.endpoints[0])
     finally:
-        del thread._sweep
+        del thread._served.sweep
         free.set()
 
 

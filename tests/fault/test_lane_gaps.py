@@ -233,7 +233,7 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
                 frames = (Frame(Kind.STAT, request=first + number).pack() for number in range(16))
                 peer.stream.send([b"".join(frames)])
             peer.stream.flush()  # nobody drives the peer from here on
-            (stuck,) = server._threads[0]._connections()
+            (stuck,) = server._threads[0]._served.all()
             waiting = "_sends" if name == "ucx" else "_parts"
             wait_until(lambda: getattr(stuck.stream, waiting), "an answer that cannot leave")
             assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"

@@ -23,7 +23,8 @@ from dray.payload.codec import plan
 from dray.payload.tensor_spec import PayloadSchema
 from dray.private_directory import PrivateDirectory
 from dray.telemetry import Counters
-from dray.transport.server_thread import ServerThread, ThreadSettings
+from dray.transport.served_connections import ThreadSettings
+from dray.transport.server_thread import ServerThread
 from dray.transport.stream import LANE_NAMES
 from dray.transport.tcp import TcpListener
 from dray.transport.ucx import UcxListener

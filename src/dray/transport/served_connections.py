@@ -1,0 +1,270 @@
+"""The connections of one server thread: what is served, in whose turn, and when each is ended. Never waits.
+
+Streams, sessions and a clock are all that it sees: `server_thread` drives it from epoll.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dray.clock import Clock, Deadline
+from dray.errors import ConnectionClosed, ProtocolError, TransportError
+from dray.telemetry import Counters
+from dray.transport.stream import Stream
+from dray.wire.handshake import Lane
+from dray.wire.session import ServerSession
+
+logger = logging.getLogger("dray.server")
+
+ROUNDS = 64
+"""Answers one connection gets in a row before the others have their turn."""
+_LINGER_SECONDS = 1.0
+_HANDSHAKE_SECONDS = 10.0
+_WATCHDOG_SECONDS = 0.05
+_MOST_LISTED = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadSettings:
+    """What a server thread needs to know, in seconds.
+
+    Attributes:
+        idle: a connection without requests and leases is closed after this.
+        lease: on network lanes, a lease whose reader is silent ends after this, with its connection.
+    """
+
+    idle: float
+    lease: float
+
+
+class ServedConnection:
+    """A connection as the server sees it.
+
+    Attributes:
+        stream, session: its two halves.
+        again: its turn ended before its work did.
+        watched: the events that the driver waits for; its own affair.
+    """
+
+    __slots__ = ("active", "again", "announced", "lingering", "pid", "session", "stream", "watched")
+
+    def __init__(self, stream: Stream, session: ServerSession, now: float, pid: int | None) -> None:
+        self.stream = stream
+        self.session = session
+        self.active = now
+        self.announced = False
+        self.again = False
+        self.lingering = False
+        self.watched = 0
+        self.pid = pid
+
+
+class ServedConnections:
+    """All connections of one server thread.
+
+    Args:
+        make_session: a session for a new connection on a lane.
+        descriptor: the segment's descriptor, to be sent to readers on the Unix lane.
+        settings: time limits.
+        counters: where connections and their ends are counted.
+        clock: where time comes from.
+        watch: called after a socket was served, to wait for room if it `wants_write`, else for messages.
+        unwatch: called before a socket is closed.
+    """
+
+    def __init__(
+        self,
+        make_session: Callable[[Lane], ServerSession],
+        descriptor: int,
+        settings: ThreadSettings,
+        counters: Counters,
+        clock: Clock,
+        watch: Callable[[ServedConnection], None],
+        unwatch: Callable[[ServedConnection], None],
+    ) -> None:
+        self._make_session = make_session
+        self._descriptor = descriptor
+        self._settings = settings
+        self._counters = counters
+        self._clock = clock
+        self._watch = watch
+        self._unwatch = unwatch
+        self._sockets: dict[Stream, ServedConnection] = {}
+        self._ucx: dict[Stream, ServedConnection] = {}
+        self._undrained: list[ServedConnection] = []
+        self._next_sweep = math.inf
+
+    # --- events -----------------------------------------------------------------------------------------------
+
+    def add(self, stream: Stream, pid: int | None = None) -> None:
+        """Serve a connection that has come in; `pid` is the peer's, where it is known."""
+        now = self._clock.now()
+        connection = ServedConnection(stream, self._make_session(stream.lane), now, pid)
+        self._counters.add("connections")
+        self._next_sweep = min(self._next_sweep, now + self._limit(connection))
+        (self._ucx if stream.lane is Lane.UCX else self._sockets)[stream] = connection
+        self.serve(connection)
+
+    def serve(self, connection: ServedConnection) -> None:
+        """Go on with a connection as far as that is possible without waiting, and as long as its turn lasts."""
+        stream, session = connection.stream, connection.session
+        connection.again = False
+        try:
+            for _ in range(ROUNDS):
+                # First: an ACK may have come in the same step of progress that finished sending its payload.
+                if not stream.flush():
+                    break
+                session.flushed()
+                received = self._receive(connection)
+                items = session.take()
+                if items:
+                    descriptor = None
+                    if session.established and not connection.announced:
+                        connection.announced = True
+                        descriptor = self._descriptor if stream.lane is Lane.SHM else None
+                    stream.send(items, descriptor)
+                elif not received:
+                    break
+            else:
+                connection.again = True
+        except ConnectionClosed:
+            self._drop(connection, None)
+            return
+        except (TransportError, ProtocolError) as error:
+            self._drop(connection, error)
+            return
+        if session.closing and not connection.lingering:
+            # The peer reads the refusal and closes; closing first could take it from under its eyes.
+            connection.lingering = True
+            self._next_sweep = min(self._next_sweep, self._clock.now() + _LINGER_SECONDS)
+        else:
+            # A lease has a shorter limit than the idleness before it.
+            self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
+        if stream.lane is not Lane.UCX:
+            self._watch(connection)
+
+    def serve_again(self) -> bool:
+        """Continue with the sockets whose turn ended before their work did; whether any is left."""
+        for connection in [connection for connection in self._sockets.values() if connection.again]:
+            self.serve(connection)
+        return any(connection.again for connection in self._sockets.values())
+
+    def serve_ucx(self) -> bool:
+        """Serve every UCX connection, as progress tells of none in particular; whether any has work left."""
+        for connection in list(self._ucx.values()):
+            self.serve(connection)
+        return any(connection.again for connection in self._ucx.values())
+
+    def sweep(self) -> None:
+        """Close what has been idle or silent for too long, and forget what is drained."""
+        self._settle_undrained()
+        now = self._clock.now()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = math.inf
+        for connection in self.all():
+            due = connection.active + self._limit(connection)
+            if due <= now:
+                self._counters.add("evicted")
+                self._drop(connection, None)
+            else:
+                self._next_sweep = min(self._next_sweep, due)
+
+    def finished(self, stop_by: Deadline) -> bool:
+        """While the server stops: end what has nothing in flight, from `stop_by` on all; whether none is left."""
+        for connection in self.all():
+            session = connection.session
+            if stop_by.expired or not (session.busy or session.leases):
+                self._drop(connection, None)
+        return not self
+
+    def drop_all(self) -> None:
+        """Close every connection; the leases of those that are not drained yet stay until `close`."""
+        for connection in self.all():
+            self._drop(connection, None)
+
+    def close(self) -> None:
+        """Return the leases of what is not drained yet: nothing can be sending any more."""
+        self.drop_all()
+        for connection in self._undrained:
+            connection.session.close()
+        self._undrained.clear()
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    def timeout(self, stopping: bool) -> float | None:
+        """Seconds until `sweep` or `finished` has something to do; None for no bound."""
+        if self._undrained or stopping:
+            return _WATCHDOG_SECONDS
+        return None if self._next_sweep == math.inf else max(0.0, self._next_sweep - self._clock.now())
+
+    def leases(self) -> list[dict[str, float | int | None]]:
+        """The longest silent readers with live leases: pid (Unix lane), leases, seconds since their last word."""
+        now = self._clock.now()
+        holding = sorted((c for c in self.all() if c.session.leases), key=lambda c: c.active)
+        return [{"pid": c.pid, "leases": c.session.leases, "age": now - c.active} for c in holding[:_MOST_LISTED]]
+
+    def all(self) -> list[ServedConnection]:
+        """The open connections."""
+        return [*self._sockets.values(), *self._ucx.values()]
+
+    def __len__(self) -> int:
+        return len(self._sockets) + len(self._ucx)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _receive(self, connection: ServedConnection) -> bool:
+        """Hand what has arrived to the session; whether there was anything."""
+        stream, session = connection.stream, connection.session
+        received = False
+        for _ in range(ROUNDS):
+            message = stream.receive(session.expects)
+            if message is None:
+                break
+            received = True
+            if not connection.lingering:
+                session.receive(message)
+        if received and not connection.lingering:
+            connection.active = self._clock.now()
+        return received
+
+    def _limit(self, connection: ServedConnection) -> float:
+        if connection.lingering:
+            return _LINGER_SECONDS
+        if not connection.session.established:
+            return min(_HANDSHAKE_SECONDS, self._settings.idle)
+        if not connection.session.leases:
+            return self._settings.idle
+        return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease
+
+    def _drop(self, connection: ServedConnection, error: Exception | None) -> None:
+        """End a connection; its leases are returned once nothing reads their slots for sending."""
+        if isinstance(error, ProtocolError):
+            self._counters.add("malformed")
+            logger.warning("connection closed: %s", error)
+        elif error is not None:
+            self._counters.add("failed_connections")
+            logger.debug("connection lost: %s", error)
+        stream = connection.stream
+        if stream.lane is Lane.UCX:
+            del self._ucx[stream]
+        else:
+            del self._sockets[stream]
+            self._unwatch(connection)
+        stream.close()
+        self._undrained.append(connection)
+        self._settle_undrained()
+
+    def _settle_undrained(self) -> None:
+        if not self._undrained:
+            return
+        waiting = []
+        for connection in self._undrained:
+            if connection.stream.drained:
+                connection.session.close()
+            else:
+                waiting.append(connection)
+        self._undrained = waiting
