@@ -20,10 +20,11 @@ from dray.transport.connection import Connection, Held
 from dray.transport.exchanges import Exchange, Exchanges, Refused
 from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
 from dray.transport.in_place import Arrays, Graveyard, InPlaceLease
+from dray.transport.network import Group, Network
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
 from dray.transport.receive_buffers import Bytes
 from dray.transport.stream import LANE_NAMES
-from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
+from dray.transport.ucx_worker import UCXX_AVAILABLE, require
 from dray.wire import PayloadRef
 from dray.wire.frames import Status
 from dray.wire.handshake import Lane, check_secret
@@ -48,6 +49,7 @@ class PayloadClient:
         quarantine_seconds: how long a failed endpoint is skipped.
         attempts: transport failures one read survives, less one.
         clock: where time comes from.
+        network: where connections come from, by default the machine's; it is closed with the client.
 
     Raises:
         ConfigError: an argument is not allowed, or the required lane cannot be had on this machine.
@@ -65,6 +67,7 @@ class PayloadClient:
         quarantine_seconds: float = QUARANTINE_SECONDS,
         attempts: int = MOST_ATTEMPTS,
         clock: Clock = MONOTONIC,
+        network: Network | None = None,
     ) -> None:
         self._lanes = _usable(lanes)
         check_secret(secret)
@@ -75,9 +78,11 @@ class PayloadClient:
         self._reader = reader
         self._clock = clock
         self._counters = Counters("reads", "bytes", "retries", "connects", "consumed")
-        pool: ConnectionPool[Connection, UcxWorker] = ConnectionPool(most_idle, idle_seconds)
+        pool: ConnectionPool[Connection, Group] = ConnectionPool(most_idle, idle_seconds)
         quarantine = Quarantine(quarantine_seconds)
-        self._exchanges = Exchanges(self._lanes, secret, verify, pool, quarantine, attempts, self._counters, clock)
+        self._exchanges = Exchanges(
+            self._lanes, secret, verify, pool, quarantine, attempts, self._counters, clock, network
+        )
         self._graveyard = Graveyard()
         self._pid = os.getpid()
 

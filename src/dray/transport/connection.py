@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,13 +18,13 @@ from dray.errors import (
     ProtocolError,
     TransportError,
 )
-from dray.transport import tcp, ucx, unix
 from dray.transport.health import OtherProducerError
+from dray.transport.network import Group, KernelNetwork, Network, Waiter
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from dray.transport.stream import Endpoint, Stream
-from dray.transport.ucx_worker import UcxWorker
+from dray.transport.ucx import UcxStream
 from dray.transport.unix import UnixStream
-from dray.transport.waiting import Wake, timed_out, wait
+from dray.transport.waiting import timed_out
 from dray.wire import PayloadRef
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
 from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
@@ -75,7 +74,8 @@ class Connection:
         segment: Segment | None,
         verify: bool,
         buffers: ReceiveBuffers,
-        wake: Wake | None,
+        network: Network,
+        waiter: Waiter,
     ) -> None:
         self.endpoint = endpoint
         self.identity = identity
@@ -84,10 +84,10 @@ class Connection:
         self._segment = segment
         self._verify = verify
         self._buffers = buffers
-        self._wake = wake
+        self._network = network
+        self._waiter = waiter
         self.broken = False
         self._session = ClientSession()
-        self._poll = select.poll()
 
     @classmethod
     def open(
@@ -96,10 +96,10 @@ class Connection:
         producer: bytes,
         secret: bytes | None,
         deadline: Deadline,
-        worker: UcxWorker | None = None,
+        group: Group | None = None,
         verify: bool = True,
         buffers: ReceiveBuffers | None = None,
-        wake: Wake | None = None,
+        network: Network | None = None,
     ) -> Connection:
         """Connect, shake hands, and on the shm lane map the segment.
 
@@ -108,10 +108,11 @@ class Connection:
             OtherProducerError: another producer listens there.
             AuthenticationError: one side does not know the other's secret.
         """
-        address = Endpoint.parse(endpoint)
-        stream = _connect(address, deadline, worker, wake)
+        network = network or KernelNetwork()
+        waiter = network.waiter()
+        stream = network.connect(Endpoint.parse(endpoint), deadline, group)
         try:
-            identity, descriptor = _shake(stream, endpoint, producer, secret, deadline, wake)
+            identity, descriptor = _shake(stream, endpoint, producer, secret, deadline, waiter)
             try:
                 segment = Segment.attach(descriptor) if stream.lane is Lane.SHM else None
             finally:
@@ -122,7 +123,7 @@ class Connection:
         except BaseException:
             stream.close()
             raise
-        return cls(stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), wake)
+        return cls(stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), network, waiter)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class Connection:
             if self.lane is not Lane.SHM:
                 # A reference is untrusted: one that says more than a slot holds must not claim that memory.
                 target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
-                tag = self._stream.worker.next_tag() if isinstance(self._stream, ucx.UcxStream) else 0
+                tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0
                 self._stream.expect(target.data, tag)
             targets.append(target)
             frames += self._session.request(Kind.READ, ref.slot, ref.sequence, reader, ref.nbytes, tag).pack()
@@ -214,7 +215,7 @@ class Connection:
 
     def confirm(self, deadline: Deadline) -> None:
         """Make sure that the ACKs sent so far have arrived; also while the client is being closed."""
-        self._wake = None
+        self._waiter = self._network.waiter(lasting=True)
         if self.unconfirmed:
             # Any answer confirms all ACKs before it.
             self.consume(self.unconfirmed[-1:], deadline)
@@ -283,26 +284,16 @@ class Connection:
         return np.frombuffer(view, np.uint8)
 
     def _message(self, size: int, deadline: Deadline, awaited: str) -> memoryview:
-        return _message(self._stream, self._poll, size, deadline, self._wake, awaited, self.endpoint)
+        return _message(self._stream, self._waiter, size, deadline, awaited, self.endpoint)
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
-        _wait(self._stream, self._poll, deadline, self._wake, awaited, self.endpoint)
-
-
-def _connect(address: Endpoint, deadline: Deadline, worker: UcxWorker | None, wake: Wake | None) -> Stream:
-    if address.lane is Lane.SHM:
-        return unix.connect(address.host, deadline)
-    if address.lane is Lane.TCP:
-        return tcp.connect(address.host, address.port, deadline, wake)
-    assert worker is not None
-    return ucx.connect(worker, address.host, address.port)
+        _wait(self._stream, self._waiter, deadline, awaited, self.endpoint)
 
 
 def _shake(
-    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline, wake: Wake | None
+    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline, waiter: Waiter
 ) -> tuple[ServerIdentity, int]:
     """Both sides' handshake; who the server is, and the descriptor that came with WELCOME or -1."""
-    poll = select.poll()
     handshake = ClientHandshake(stream.lane, producer, secret)
     stream.send([handshake.hello()])
     answer: bytes | None = b""
@@ -310,12 +301,12 @@ def _shake(
     try:
         while answer is not None:
             while not stream.flush():
-                _wait(stream, poll, deadline, wake, "HELLO to be sent", endpoint)
+                _wait(stream, waiter, deadline, "HELLO to be sent", endpoint)
             if handshake.server is not None and isinstance(stream, UnixStream):
-                message, descriptor = _welcome(stream, poll, deadline, wake, endpoint)
+                message, descriptor = _welcome(stream, waiter, deadline, endpoint)
                 answer = handshake.receive(message)
                 continue
-            due = _message(stream, poll, handshake.expects, deadline, wake, "the handshake", endpoint)
+            due = _message(stream, waiter, handshake.expects, deadline, "the handshake", endpoint)
             answer = handshake.receive(due)
             if answer:
                 stream.send([answer])
@@ -332,38 +323,27 @@ def _shake(
     return found, descriptor
 
 
-def _welcome(
-    stream: UnixStream, poll: select.poll, deadline: Deadline, wake: Wake | None, endpoint: str
-) -> tuple[bytes, int]:
+def _welcome(stream: UnixStream, waiter: Waiter, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:
     while True:
         received = stream.receive_descriptor(WELCOME.size)
         if received is not None:
             return received
-        _wait(stream, poll, deadline, wake, "WELCOME", endpoint)
+        _wait(stream, waiter, deadline, "WELCOME", endpoint)
 
 
 def _message(
-    stream: Stream,
-    poll: select.poll,
-    size: int,
-    deadline: Deadline,
-    wake: Wake | None,
-    awaited: str,
-    endpoint: str,
+    stream: Stream, waiter: Waiter, size: int, deadline: Deadline, awaited: str, endpoint: str
 ) -> memoryview:
     while True:
         message = stream.receive(size)
         if message is not None:
             return message
-        _wait(stream, poll, deadline, wake, awaited, endpoint)
+        _wait(stream, waiter, deadline, awaited, endpoint)
 
 
-def _wait(
-    stream: Stream, poll: select.poll, deadline: Deadline, wake: Wake | None, awaited: str, endpoint: str
-) -> None:
+def _wait(stream: Stream, waiter: Waiter, deadline: Deadline, awaited: str, endpoint: str) -> None:
     """Wait for the stream, no longer than the deadline and the client allow."""
     if stream.idle():
-        poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
-        wait(poll, deadline, wake, awaited, endpoint)
+        waiter.wait(stream, deadline, awaited, endpoint)
     elif deadline.expired:
         raise timed_out(deadline, awaited, endpoint)

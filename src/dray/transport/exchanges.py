@@ -23,10 +23,10 @@ from dray.errors import (
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
 from dray.transport.health import Quarantine, ReadAttempts, by_lane
+from dray.transport.network import Group, KernelNetwork, Network
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
 from dray.transport.stream import Endpoint
-from dray.transport.ucx_worker import UcxWorker, is_loopback
 from dray.transport.waiting import Wake
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane
@@ -64,6 +64,7 @@ class Exchanges:
         attempts: transport failures that end an exchange.
         counters: where retries and connects are counted.
         clock: where time comes from.
+        network: where connections come from; by default the machine's.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Exchanges:
         lanes: Sequence[Lane],
         secret: bytes | None,
         verify: bool,
-        pool: ConnectionPool[Connection, UcxWorker],
+        pool: ConnectionPool[Connection, Group],
         quarantine: Quarantine,
         attempts: int,
         counters: Counters,
         clock: Clock,
+        network: Network | None = None,
     ) -> None:
         self._lanes = tuple(lanes)
         self._secret = secret
@@ -84,7 +86,7 @@ class Exchanges:
         self._quarantine = quarantine
         self._attempts = attempts
         self._buffers = ReceiveBuffers()
-        self._wake = Wake()
+        self._network = network or KernelNetwork(Wake())
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
@@ -100,7 +102,7 @@ class Exchanges:
 
     def run_and_keep(
         self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]
-    ) -> tuple[T, Connection, UcxWorker | None]:
+    ) -> tuple[T, Connection, Group | None]:
         """Like `run`; the connection is the caller's afterwards, to `checkin` or `discard`."""
         attempts = self.plan(ref)
         while True:
@@ -165,16 +167,9 @@ class Exchanges:
 
     # --- connections ------------------------------------------------------------------------------------------
 
-    def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, UcxWorker | None]:
-        """An open connection to the endpoint, and the UCX worker that it keeps busy."""
-        address = Endpoint.parse(endpoint)
-        fits: Callable[[UcxWorker], bool] | None = None
-        if address.lane is Lane.UCX:
-            loopback = is_loopback(address.host)
-
-            def fits(worker: UcxWorker) -> bool:
-                return worker.loopback is loopback
-
+    def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, Group | None]:
+        """An open connection to the endpoint, and the group that it keeps busy."""
+        fits = self._network.fits(Endpoint.parse(endpoint))
         while True:
             with self._lock:
                 decision = self._pool.checkout(endpoint, self._clock.now(), fits)
@@ -189,7 +184,7 @@ class Exchanges:
                 return connection, group
             self.discard(connection, group)
 
-    def checkin(self, connection: Connection, group: UcxWorker | None) -> None:
+    def checkin(self, connection: Connection, group: Group | None) -> None:
         """Keep a connection after a clean exchange."""
         if connection.broken:
             self.discard(connection, group)
@@ -201,7 +196,7 @@ class Exchanges:
         elif self._closed:
             self._close_idle()
 
-    def discard(self, connection: Connection, group: UcxWorker | None) -> None:
+    def discard(self, connection: Connection, group: Group | None) -> None:
         """Close a connection; ACKs that may be lost with it are remembered."""
         self._remember(connection)
         connection.close()
@@ -221,20 +216,19 @@ class Exchanges:
             self._close_idle()
             self._settle_all()
         self._closed = True
-        self._wake.close()
+        self._network.close()
         self._close_idle()
 
     def _open(
-        self, endpoint: str, producer: bytes, deadline: Deadline, group: UcxWorker | None
-    ) -> tuple[Connection, UcxWorker | None]:
+        self, endpoint: str, producer: bytes, deadline: Deadline, group: Group | None
+    ) -> tuple[Connection, Group | None]:
         address = Endpoint.parse(endpoint)
         try:
-            if group is None and address.lane is Lane.UCX:
-                group = UcxWorker(is_loopback(address.host))
+            if group is None and (group := self._network.make_group(address)) is not None:
                 with self._lock:
                     self._pool.add_group(group)
             connection = Connection.open(
-                endpoint, producer, self._secret, deadline, group, self._verify, self._buffers, self._wake
+                endpoint, producer, self._secret, deadline, group, self._verify, self._buffers, self._network
             )
         except BaseException:
             with self._lock:
@@ -246,7 +240,7 @@ class Exchanges:
         self._settle(connection, group, deadline)
         return connection, group
 
-    def _settle(self, connection: Connection, group: UcxWorker | None, deadline: Deadline) -> None:
+    def _settle(self, connection: Connection, group: Group | None, deadline: Deadline) -> None:
         """Tell the producer again what ACKs that may have been lost said; on failure the connection is closed."""
         if not self._unconfirmed:
             return

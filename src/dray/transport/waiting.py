@@ -9,6 +9,7 @@ import threading
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout
 from dray.transport.sockets import poll_timeout
+from dray.transport.stream import Stream
 
 
 class Wake:
@@ -60,6 +61,30 @@ class Wake:
         if self._woken and not self._waits and self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+class PollWaiter:
+    """Waits for one stream's descriptor.
+
+    Args:
+        wake: ends the wait; without it, only the deadline does.
+    """
+
+    __slots__ = ("_poll", "_wake")
+
+    def __init__(self, wake: Wake | None) -> None:
+        self._poll = select.poll()
+        self._wake = wake
+
+    def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        """Wait until the stream, which is `idle`, has something to do.
+
+        Raises:
+            TransportTimeout: the deadline came first; the message says what was awaited.
+            BufferClosedError: the client is closed.
+        """
+        self._poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
+        wait(self._poll, deadline, self._wake, awaited, endpoint)
 
 
 def wait(poll: select.poll, deadline: Deadline, wake: Wake | None, awaited: str, endpoint: str) -> None:

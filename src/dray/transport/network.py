@@ -1,0 +1,98 @@
+"""How a client reaches servers and waits for them: the one contract between its decisions and the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+from dray.clock import Deadline
+from dray.transport import tcp, ucx, unix
+from dray.transport.stream import Endpoint, Stream
+from dray.transport.ucx_worker import UcxWorker, is_loopback
+from dray.transport.waiting import PollWaiter, Wake
+from dray.wire.handshake import Lane
+
+
+class Group(Hashable, Protocol):
+    """What connections share that only one thread can use at a time: a UCX worker."""
+
+    def close(self) -> None:
+        """Its connections are closed. Twice is fine."""
+        ...
+
+
+class Waiter(Protocol):
+    """Waits for one stream, for the thread that uses it."""
+
+    def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        """Wait until there is something to do for a stream that is `idle`.
+
+        Raises:
+            TransportTimeout: the deadline came first; the message says what was awaited.
+            BufferClosedError: the network is closed.
+        """
+        ...
+
+
+class Network(Protocol):
+    """Where connections come from, and what ends all their waits."""
+
+    def fits(self, address: Endpoint) -> Callable[[Group], bool] | None:
+        """Which groups can have a connection to the address; None where it needs none."""
+        ...
+
+    def make_group(self, address: Endpoint) -> Group | None:
+        """A new group for connections to the address, or None where it needs none."""
+        ...
+
+    def connect(self, address: Endpoint, deadline: Deadline, group: Group | None) -> Stream:
+        """A stream to the address; on the ucx lane its first exchange shows whether it stands.
+
+        Raises:
+            TransportError: it cannot be reached in time.
+            BufferClosedError: the network is closed.
+        """
+        ...
+
+    def waiter(self, lasting: bool = False) -> Waiter:
+        """For one connection; one that is `lasting` waits although the network is closed."""
+        ...
+
+    def close(self) -> None:
+        """End all waits with `BufferClosedError`. Twice is fine."""
+        ...
+
+
+class KernelNetwork:
+    """The machine's own network.
+
+    Args:
+        wake: ends waits in other threads; without it, waits end by their deadlines.
+    """
+
+    def __init__(self, wake: Wake | None = None) -> None:
+        self._wake = wake
+
+    def fits(self, address: Endpoint) -> Callable[[Group], bool] | None:
+        if address.lane is not Lane.UCX:
+            return None
+        loopback = is_loopback(address.host)
+        return lambda group: isinstance(group, UcxWorker) and group.loopback is loopback
+
+    def make_group(self, address: Endpoint) -> Group | None:
+        return UcxWorker(is_loopback(address.host)) if address.lane is Lane.UCX else None
+
+    def connect(self, address: Endpoint, deadline: Deadline, group: Group | None) -> Stream:
+        if address.lane is Lane.SHM:
+            return unix.connect(address.host, deadline)
+        if address.lane is Lane.TCP:
+            return tcp.connect(address.host, address.port, deadline, self._wake)
+        assert isinstance(group, UcxWorker)
+        return ucx.connect(group, address.host, address.port)
+
+    def waiter(self, lasting: bool = False) -> Waiter:
+        return PollWaiter(None if lasting else self._wake)
+
+    def close(self) -> None:
+        if self._wake is not None:
+            self._wake.close()
