@@ -46,9 +46,12 @@ def put(ring: SharedRingBuffer, payload: bytes = b"payload") -> SlotWriter:
 class Server:
     """A session after its handshake, with its counters."""
 
-    def __init__(self, ring: SharedRingBuffer, lane: Lane = Lane.TCP, **options: object) -> None:
+    def __init__(
+        self, ring: SharedRingBuffer, lane: Lane = Lane.TCP, promised_slots: int | None = None, **options: object
+    ) -> None:
         self.counters = Counters()
-        self.identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, MAX_LEASES, ring.readers)
+        slots = promised_slots or ring.slots
+        self.identity = ServerIdentity(ring.producer_id, slots, ring.slot_bytes, MAX_LEASES, ring.readers)
         self.session = ServerSession(lane, ring, self.identity, counters=self.counters, **options)  # type: ignore[arg-type]
         client = ClientHandshake(lane, ring.producer_id)
         answer: bytes | None = client.hello()
@@ -113,6 +116,7 @@ def test_read_is_answered_with_status_and_payload_and_consumed_by_ack(ring: Shar
     assert server.session.leases == ring.statistics().leases == 0
     assert not ring.consume(writer.slot, writer.sequence, 1)
     assert ring.consume(writer.slot, writer.sequence, 0)
+    assert server.counters.snapshot() == {"reads": 1, "bytes": 7, "acks_consumed": 1}
 
 
 def test_ack_returned_makes_the_payload_ready_again(ring: SharedRingBuffer) -> None:
@@ -165,6 +169,61 @@ def test_on_ucx_every_read_gets_one_tagged_message(ring: SharedRingBuffer, refus
     assert parse(status).status != Status.OK  # type: ignore[arg-type]
 
 
+def test_on_ucx_a_read_of_a_closed_ring_gets_its_tagged_message_too() -> None:
+    ring = SharedRingBuffer(2, 10)
+    server, writer = Server(ring, Lane.UCX), put(ring)
+    ring.close()
+    server.say(Kind.READ, writer, tag=3)
+    _, _, payload = server.session.take()
+    assert isinstance(payload, Payload)
+    assert (payload.tag, payload.view.nbytes) == (3, 0)
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_a_reference_that_says_another_size_is_answered_with_an_error(ring: SharedRingBuffer, lane: Lane) -> None:
+    server, writer = Server(ring, lane), put(ring)
+    server.say(Kind.READ, writer, 5, nbytes=8)
+    status, text, *rest = server.take()
+    assert isinstance(status, Frame)
+    assert (status.status, status.request, status.nbytes) == (Status.ERROR, 5, len(text))  # type: ignore[arg-type]
+    assert text == b"the payload has 7 bytes, the reference says 8"
+    assert rest == ([b""] if lane is Lane.UCX else [])
+    assert (server.session.leases, ring.statistics().leases, ring.get_ready_count()) == (0, 0, 1)
+    assert server.counters.snapshot() == {"error": 1}
+    server.say(Kind.READ, writer, 6, nbytes=7)
+    assert server.statuses() == [Status.OK]
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_a_ring_that_refuses_what_the_handshake_promised_is_answered_with_its_error(lane: Lane) -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        server = Server(ring, lane, promised_slots=2)
+        server.say(Kind.READ, request=5, slot=1)
+        status, text, *rest = server.take()
+    assert isinstance(status, Frame)
+    assert (status.status, status.request) == (Status.ERROR, 5)
+    assert text == b"the ring has slots 0 to 0 (slot 1)"
+    assert rest == ([b""] if lane is Lane.UCX else [])
+    assert server.counters.snapshot() == {"error": 1}
+
+
+@pytest.mark.parametrize("lane", [Lane.TCP, Lane.UCX])
+def test_a_payload_of_one_byte_is_sent(ring: SharedRingBuffer, lane: Lane) -> None:
+    server, writer = Server(ring, lane), put(ring, b"x")
+    server.say(Kind.READ, writer)
+    assert server.take()[1:] == [b"x"]
+
+
+@pytest.mark.parametrize(("sizes", "together"), [((0, 0, 1), 2), ((1, 0, 1), 3)])
+def test_payloads_go_out_together_until_a_batch_is_full(sizes: tuple[int, ...], together: int) -> None:
+    half = BATCH_BYTES // 2
+    with SharedRingBuffer(3, half) as ring:
+        server = Server(ring)
+        for index, less in enumerate(sizes):
+            server.say(Kind.READ, put(ring, bytes(half - less)), index)
+        assert sum(isinstance(item, Payload) for item in server.session.take()) == together
+
+
 def test_checksum_comes_with_the_status_where_it_is_computed(ring: SharedRingBuffer) -> None:
     writer = put(ring)
     for checksum, flags, value in ((None, 0, 0), (lambda view: len(view) + 1, Flag.CHECKSUM, 8)):
@@ -181,7 +240,14 @@ def test_stale_is_a_clean_answer(ring: SharedRingBuffer) -> None:
     server.say(Kind.READ, request=1, slot=writer.slot, sequence=writer.sequence + 1)
     server.say(Kind.READ, writer, 2)
     assert server.statuses() == [Status.STALE, Status.OK]
-    assert (server.session.leases, server.counters["stale"]) == (1, 1)
+    assert server.session.leases == 1
+    assert server.counters.snapshot() == {"stale": 1, "reads": 1, "bytes": 7}
+
+
+def test_an_answer_without_a_payload_says_so(ring: SharedRingBuffer) -> None:
+    server = Server(ring, checksum=lambda view: 5)
+    server.say(Kind.READ, request=1, slot=2, sequence=99, reader=1)
+    assert server.take() == [Frame(Kind.STATUS, Status.STALE, reader=1, slot=2, request=1, sequence=99)]
 
 
 @pytest.mark.parametrize("slot", [SLOTS, 2**32 - 1])
@@ -208,6 +274,7 @@ def test_more_leases_than_allowed_are_refused_as_busy_until_one_ends(ring: Share
     for index in range(MAX_LEASES + 1):
         server.say(Kind.READ, writer, index)
     assert server.statuses() == [Status.OK] * MAX_LEASES + [Status.BUSY]
+    assert server.counters["busy"] == 1
     server.say(Kind.ACK, writer, 0)
     server.say(Kind.READ, writer, 9)
     assert server.statuses() == [Status.OK]
@@ -263,7 +330,7 @@ def test_a_late_ack_consumes_while_the_sequence_stands(ring: SharedRingBuffer) -
     assert second.counters["late_acks"] == 2
 
 
-@pytest.mark.parametrize("changed", [{"slot": 99}, {"reader": 9}, {"sequence": 99}])
+@pytest.mark.parametrize("changed", [{"slot": SLOTS}, {"reader": 2}, {"sequence": 99}])
 def test_a_late_ack_of_nothing_changes_nothing_and_is_counted(
     ring: SharedRingBuffer, changed: dict[str, int]
 ) -> None:
@@ -327,7 +394,7 @@ def test_more_unanswered_requests_than_allowed_are_refused(ring: SharedRingBuffe
 
 
 def test_a_status_from_a_client_is_refused(ring: SharedRingBuffer) -> None:
-    with pytest.raises(ProtocolError, match="client sent STATUS"):
+    with pytest.raises(ProtocolError, match=r"^a client sent STATUS$"):
         Server(ring).say(Kind.STATUS)
 
 
@@ -406,12 +473,22 @@ def test_refused_hello_is_answered_counted_and_closes(ring: SharedRingBuffer) ->
     client = ClientHandshake(Lane.TCP, ring.producer_id)
     session.receive(client.hello())
     assert len(session.take()) == 1
-    assert not session.closing
+    assert session.closing is False
     session.receive(bytes(32))
     assert len(session.take()) == 1
     assert session.closing
     assert not session.established
-    assert counters["auth_failures"] == 1
+    assert counters.snapshot() == {"auth_failures": 1}
+
+
+def test_a_hello_for_another_lane_is_answered_counted_and_closes(ring: SharedRingBuffer) -> None:
+    counters = Counters()
+    identity = ServerIdentity(ring.producer_id, SLOTS, SLOT_BYTES, MAX_LEASES, 2)
+    session = ServerSession(Lane.TCP, ring, identity, counters=counters)
+    session.receive(ClientHandshake(Lane.SHM, ring.producer_id).hello())
+    assert len(session.take()) == 1
+    assert session.closing
+    assert counters.snapshot() == {"malformed": 1}
 
 
 @pytest.mark.parametrize("mine", [b"secret", None])
@@ -429,9 +506,9 @@ def test_a_client_that_leaves_instead_of_proving_the_secret_is_counted_once(
         session = ServerSession(Lane.TCP, ring, identity, secret=mine, counters=counters)
         session.receive(ClientHandshake(Lane.TCP, producer, secret).hello())
         session.take()
-        session.close()
-        session.close()
-        assert counters["auth_failures"] == counted
+        for _ in range(2):
+            session.close()
+            assert counters["auth_failures"] == counted
 
 
 # --- the client's end -------------------------------------------------------------------------------------------
@@ -450,6 +527,9 @@ def test_client_numbers_requests_and_matches_answers_in_order() -> None:
     assert session.receive(status(one))[0] is one
     assert session.receive(status(two))[0] is two
     assert session.pending == 0
+    three = session.request(Kind.READ, 1, 5, 0, nbytes=9, tag=4)
+    assert parse(three.pack()) == Frame(Kind.READ, slot=1, request=2, sequence=5, nbytes=9, tag=4)
+    assert parse(session.request(Kind.STAT).pack()) == Frame(Kind.STAT, request=3)
 
 
 @pytest.mark.parametrize("changed", [{"request": 1}, {"slot": 9}, {"sequence": 9}])
@@ -475,12 +555,14 @@ def test_an_answer_nobody_asked_for_is_refused() -> None:
 
 def test_acks_stay_unconfirmed_until_an_answer_counts_them() -> None:
     session = ClientSession()
-    reads = [session.request(Kind.READ, slot, slot) for slot in range(3)]
+    reads = [session.request(Kind.READ, slot, slot + 10) for slot in range(3)]
     for read in reads:
         session.receive(status(read))
     for read, consumed in zip(reads, (True, False, True), strict=True):
-        frame = parse(session.ack(read, consumed))
-        assert (frame.kind, frame.request, bool(frame.flags & Flag.CONSUMED)) == (Kind.ACK, read.request, consumed)
+        flags = Flag.CONSUMED if consumed else 0
+        assert parse(session.ack(read, consumed)) == Frame(
+            Kind.ACK, reader=0, flags=flags, slot=read.slot, request=read.request, sequence=read.sequence
+        )
     assert session.unconfirmed == [reads[0], reads[2]]
     session.receive(status(session.request(Kind.STAT), acked=2))
     assert session.unconfirmed == [reads[2]]
@@ -488,17 +570,33 @@ def test_acks_stay_unconfirmed_until_an_answer_counts_them() -> None:
     assert session.unconfirmed == []
 
 
+def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
+    session = ClientSession()
+    reads = [session.request(Kind.READ, slot, slot) for slot in range(3)]
+    for read in reads:
+        session.receive(status(read))
+        session.ack(read, True)
+    session.forget(reads[1])
+    assert session.unconfirmed == [reads[0], reads[2]]
+    session.receive(status(session.request(Kind.STAT), acked=1))
+    assert session.unconfirmed == [reads[2]]
+
+
 @pytest.mark.parametrize(
-    ("answer", "error"),
+    ("answer", "text", "error", "says"),
     [
-        (Status.STALE, StaleSlotError),
-        (Status.BUSY, ServerBusy),
-        (Status.DENIED, AuthenticationError),
-        (Status.ERROR, SlotError),
+        (Status.STALE, "", StaleSlotError, "the payload was consumed or overwritten"),
+        (Status.BUSY, "", ServerBusy, "the lease limit of this connection is reached"),
+        (Status.DENIED, "", AuthenticationError, "reader id 63 is not one of this ring's readers"),
+        (Status.ERROR, "why", SlotError, "the server answered with an error: why"),
+        (Status.ERROR, "", SlotError, "the server answered with an error: no reason given"),
     ],
 )
-def test_each_refusal_is_an_error_that_names_its_payload(answer: Status, error: type[Exception]) -> None:
-    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), "why", "tcp:h:1")
+def test_each_refusal_is_an_error_that_names_its_payload(
+    answer: Status, text: str, error: type[Exception], says: str
+) -> None:
+    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1")
     assert type(made) is error
     assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
+    assert str(made).startswith(f"{says} (")
     assert "tcp:h:1" in str(made)
