@@ -73,6 +73,23 @@ def test_waiting_claim_is_woken_by_the_slot_that_becomes_free(way: str) -> None:
         assert statistics.claim_wait_seconds > 0
 
 
+@pytest.mark.parametrize("failed", range(4))
+def test_waiting_claim_is_woken_however_many_failed_before_it(failed: int) -> None:
+    clock = AskedClock()
+    with SharedRingBuffer(1, 10, clock=clock) as ring:
+        writer = put(ring)
+        for _ in range(failed):
+            with pytest.raises(BufferFullError):
+                ring.claim(1, timeout=0)
+        for _ in range(2):
+            waiting = WaitingClaim(ring, clock)
+            ring.consume(writer.slot, writer.sequence)
+            result = waiting.join()
+            assert isinstance(result, SlotWriter)
+            result.commit()
+            writer = result
+
+
 def test_each_freed_slot_serves_one_of_several_waiting_claims() -> None:
     clock = AskedClock()
     with SharedRingBuffer(3, 10, clock=clock) as ring:
