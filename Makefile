@@ -12,11 +12,13 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 ENDURANCE_ARGS ?=
 BENCH_ARGS ?=
+MINUTES ?= 2
+SOAK_ARGS ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format bench endurance clean
+.PHONY: help demo test lint format bench soak endurance clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +43,9 @@ format: .venv/dev.stamp ## let ruff put the code into shape
 bench: .venv/dev.stamp ## each lane beside memcpy and bare sockets: a table, and outputs/benchmark.json
 	@mkdir -p outputs
 	$(BIN)/python -m benchmarks --json outputs/benchmark.json $(BENCH_ARGS)
+
+soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
+	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)

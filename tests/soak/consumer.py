@@ -1,0 +1,177 @@
+"""A consumer of the soak: receives references from the stream, reads, commits, and inherits from the dead.
+
+``python -m soak.consumer JSON``, started by the supervisor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from soak.ledger import Given, Kind, Ledger, Operation, Outcome
+from soak.member import FENCED, REDIS_SECONDS, Member, Obituaries
+from soak.readers import ROLES, Held, Reader, free
+
+from dray.clock import MONOTONIC
+from dray.control import Delivery, RedisUnavailableError, RolloutConsumer, RolloutEntry
+from dray.errors import DrayError, StaleSlotError
+from dray.transport import PayloadClient
+from dray.wire import PayloadRef
+
+BATCH = 8
+MOST_HELD = 24
+RECEIVE_SECONDS = 0.3
+RETRY_AFTER = 0.3
+GIVE_UP_AFTER = 25.0
+SLOWNESS = (0.0, 0.0, 0.02, 0.2, 1.0)
+"""Seconds between two batches, on average, for a few seconds each."""
+
+
+class Consumer:
+    """Reads what the stream gives, in one of the ways of `soak.readers`."""
+
+    def __init__(self, member: Member, client: PayloadClient, reader: Reader, ledger: Ledger) -> None:
+        self._member = member
+        self._client = client
+        self._reader = reader
+        self._ledger = ledger
+        self._rng = random.Random(member.spec["seed"])
+        self._name: str = member.spec["consumer"]
+        self._queue = RolloutConsumer(member.redis, member.keys, self._name)
+        self._obituaries = Obituaries(Path(member.spec["obituaries"]))
+        self._inherited: set[str] = set()
+        self._held: dict[tuple[bytes, int], Held] = {}
+        self._to_commit: dict[tuple[bytes, int], Held] = {}
+        self._to_give_up: dict[tuple[bytes, int], tuple[Held, Given]] = {}
+
+    def run(self) -> bool:
+        """Until SIGTERM and all is done that was received, or its time is over; False once declared dead."""
+        slowness, until = 0.0, 0.0
+        while not self._member.stop.is_set():
+            if not self._round(receiving=True):
+                return False
+            if MONOTONIC.now() >= until:
+                slowness = self._rng.choice(SLOWNESS)
+                until = MONOTONIC.now() + self._rng.uniform(1.0, 6.0)
+            if slowness:
+                self._member.stop.wait(self._rng.uniform(0.0, 2 * slowness))
+        deadline = self._member.drain_deadline()
+        while (self._held or self._to_commit or self._to_give_up) and not deadline.expired:
+            if not self._round(receiving=False):
+                return False
+        return True
+
+    def _round(self, *, receiving: bool) -> bool:
+        with contextlib.suppress(RedisUnavailableError):
+            self._settle()
+        self._obituaries.look()
+        with contextlib.suppress(RedisUnavailableError):
+            if not self._inherit():
+                return False
+        if receiving and len(self._held) < MOST_HELD:
+            with self._ledger.waiting(Operation.RECEIVE, RECEIVE_SECONDS):
+                received = self._queue.receive(BATCH, timeout=RECEIVE_SECONDS)
+            self._take_up(received)
+        now = MONOTONIC.now()
+        due = [held for held in self._held.values() if held.again <= now][:BATCH]
+        if not due:
+            self._member.pause(0.02)
+        for held, error in self._reader.read(due):
+            self._note(held, error)
+        return True
+
+    # --- what comes -------------------------------------------------------------------------------------------
+
+    def _take_up(self, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            ref = PayloadRef.from_json(delivery.entry.reference or "")
+            self._ledger.write(Kind.RECEIVED, *ref.identity, nbytes=delivery.deliveries)
+            self._held[ref.identity] = Held(delivery, ref)
+
+    def _inherit(self) -> bool:
+        """Claim what the dead have left; False if this process is one of them."""
+        for death in self._obituaries.consumers:
+            if death in self._inherited:
+                continue
+            name = death.partition("#")[0]
+            if name == self._name:
+                return False
+            with self._ledger.waiting(Operation.CLAIM_FROM, REDIS_SECONDS):
+                claimed = self._queue.claim_from(name, timeout=REDIS_SECONDS)
+            self._inherited.add(death)
+            self._take_up(claimed)
+        self._bury(self._queue.take_dead_letters())
+        return True
+
+    def _bury(self, entries: Iterable[RolloutEntry]) -> None:
+        for entry in entries:
+            ref = PayloadRef.from_json(entry.reference or "")
+            self._ledger.write(Kind.GIVING_UP, *ref.identity, reason=Given.DEAD_LETTER)
+            free(self._client, self._ledger, [ref])
+
+    # --- what becomes of it -----------------------------------------------------------------------------------
+
+    def _note(self, held: Held, error: DrayError | None) -> None:
+        identity = held.ref.identity
+        if error is None:
+            self._to_commit[identity] = self._held.pop(identity)
+            return
+        if isinstance(error, StaleSlotError):
+            given = Given.STALE
+        elif held.ref.producer in self._obituaries.producers:
+            given = Given.LOST
+        elif MONOTONIC.now() - held.since > GIVE_UP_AFTER:
+            given = Given.UNREACHABLE
+        else:
+            held.again = MONOTONIC.now() + RETRY_AFTER
+            return
+        self._to_give_up[identity] = self._held.pop(identity), given
+
+    def _settle(self) -> None:
+        """Tell the stream what was delivered and what was given up, and then the producers."""
+        if self._to_commit:
+            committing = list(self._to_commit.values())
+            with self._ledger.waiting(Operation.COMMIT, REDIS_SECONDS):
+                outcome = self._queue.commit([held.delivery for held in committing], timeout=REDIS_SECONDS)
+            refused = {delivery.entry.identity for delivery in outcome.refused}
+            unknown = {delivery.entry.identity for delivery in outcome.unknown}
+            for held in committing:
+                name = held.delivery.entry.identity
+                end = Outcome.REFUSED if name in refused else Outcome.UNKNOWN if name in unknown else Outcome.ENDED
+                self._ledger.write(Kind.ENDED_IN_STREAM, *held.ref.identity, reason=end)
+            self._to_commit.clear()
+            self._reader.committed([held for held in committing if held.delivery.entry.identity not in refused])
+        if self._to_give_up:
+            giving_up = list(self._to_give_up.values())
+            for held, given in giving_up:
+                self._ledger.write(Kind.GIVING_UP, *held.ref.identity, reason=given)
+            with self._ledger.waiting(Operation.DISCARD, REDIS_SECONDS):
+                outcome = self._queue.discard([held.delivery for held, _ in giving_up], timeout=REDIS_SECONDS)
+            refused = {delivery.entry.identity for delivery in outcome.refused}
+            self._to_give_up.clear()
+            for held, given in giving_up:
+                if given is Given.UNREACHABLE and held.delivery.entry.identity not in refused:
+                    free(self._client, self._ledger, [held.ref])
+
+
+def main() -> None:
+    member = Member()
+    spec = member.spec
+    with contextlib.ExitStack() as opened:
+        ledger = opened.enter_context(Ledger(Path(spec["ledger"])))
+        opened.enter_context(member.redis)
+        client = PayloadClient(lanes=spec["lane"], secret=member.secret, idle_seconds=5.0, quarantine_seconds=2.0)
+        reader = ROLES[spec["role"]](client, ledger, random.Random(spec["seed"]))
+        opened.enter_context(contextlib.closing(reader))
+        ledger.write(Kind.BEGAN)
+        alive = Consumer(member, client, reader, ledger).run()
+        ledger.write(Kind.ENDED)
+    if not alive:
+        sys.exit(FENCED)
+
+
+if __name__ == "__main__":
+    main()

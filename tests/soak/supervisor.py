@@ -1,0 +1,379 @@
+"""Starts the processes of a soak, does to them what the plan says, and ends them in order: drain, then account."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import heapq
+import itertools
+import os
+import random
+import secrets
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from soak import proxy
+from soak.ledger import Kind, count_kinds, read_ledger
+from soak.member import FENCED, JOB, MARK_VARIABLE, REDIS_VARIABLE, SECRET_VARIABLE, Obituaries
+from soak.network import Network
+from soak.plan import DEAD_AFTER, ConsumerPlan, Event, Fault, Plan, ProducerPlan
+from soak.processes import Life, Process, descendants
+
+from dray.control import JobKeys, RedisConnection, RedisServer, RolloutQueue
+
+TICK = 0.05
+MEASURE_EVERY = 2.0
+LOOK_EVERY = 0.5
+DRAIN_SECONDS = 45.0
+END_SECONDS = 20.0
+START_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class History:
+    """What happened, for the account that is made of it."""
+
+    lives: list[Life] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    redis_lost: list[int] = field(default_factory=list)  # monotonic ns
+    log: list[str] = field(default_factory=list)
+    began: float = 0.0
+    drained: bool = False
+    backlog: int | None = None
+    processes_left: list[int] = field(default_factory=list)
+    folders_left: list[str] = field(default_factory=list)
+
+
+class Supervisor:
+    """Runs one soak.
+
+    Args:
+        plan: what is to happen.
+        folder: for ledgers, logs and sockets.
+        redis: the server to use, and to kill.
+        links: the namespaces, where there are any.
+        show: called every half second with the records counted so far.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        redis: RedisServer,
+        links: Network | None,
+        show: Callable[[Counter[Kind], History], None],
+    ) -> None:
+        self.history = History()
+        self._plan = plan
+        self._folder = folder
+        self._redis = redis
+        self._links = links
+        self._show = show
+        self._rng = random.Random(plan.seed + 1)
+        self._members: dict[str, ProducerPlan | ConsumerPlan] = {each.name: each for each in plan.producers}
+        self._members |= {each.name: each for each in plan.consumers}
+        self._lives_of: Counter[str] = Counter()
+        self._running: dict[str, Process] = {}
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._obituaries = folder / "obituaries.json"
+        self._dead_producers: list[bytes] = []
+        self._dead_consumers: list[str] = []
+        self._cuts: Counter[str] = Counter()
+        self._counts: Counter[Kind] = Counter()
+        self._offsets: dict[Path, int] = {}
+        self._looked = self._measured = 0.0
+        self._draining = False
+        self.sockets = folder / "s"
+        self.sockets.mkdir(mode=0o700)
+        self._control = str(folder / "proxy.sock")
+        self._environment = {
+            **os.environ,
+            MARK_VARIABLE: str(os.getpid()),
+            REDIS_VARIABLE: redis.url,
+            SECRET_VARIABLE: secrets.token_hex(32),
+            "DRAY_RUNTIME_DIR": str(self.sockets),
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, map(os.path.abspath, sys.path)))),
+            "PYTHONUNBUFFERED": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+
+    # --- the course of it -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Everything; KeyboardInterrupt cuts the plan short, a second one the drain."""
+        Obituaries.write(self._obituaries, [], [])
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._kill_all)
+            opened.enter_context(self._proxy())
+            self.history.began = time.monotonic()
+            try:
+                for name in self._members:
+                    self._start(name)
+                self._wait_for_all()
+                self._follow_plan()
+            except KeyboardInterrupt:
+                self._note("interrupted")
+            with contextlib.suppress(KeyboardInterrupt):
+                self._drain()
+        self.history.processes_left = descendants(MARK_VARIABLE, str(os.getpid()))
+
+    def _follow_plan(self) -> None:
+        began = time.monotonic()
+        for event in self._plan.events:
+            self._later(began + event.at - time.monotonic(), functools.partial(self._inflict, event))
+        while time.monotonic() < began + self._plan.seconds:
+            self._tick()
+
+    def _drain(self) -> None:
+        """Heal everything, let producers and consumers finish, and see that nothing is left in the stream."""
+        self._note("drain")
+        self._draining = True
+        self._due.clear()
+        if self._redis.pid is None:
+            self._redis.restart()
+        for name in self._cuts:
+            self._heal(name)
+        for process in self._running.values():
+            process.go_on()
+        for name in self._members:
+            if name not in self._running:
+                self._start(name)
+        self._wait_for_all()
+        self._end_all(producers=True, seconds=DRAIN_SECONDS + END_SECONDS)
+        with RedisConnection(self._redis.address) as connection:
+            queue = RolloutQueue(connection, JobKeys(JOB))
+            limit = time.monotonic() + END_SECONDS
+            while (backlog := queue.backlog()) and time.monotonic() < limit:
+                self._tick()
+        self.history.backlog = backlog
+        self._end_all(producers=False, seconds=END_SECONDS)
+        self.history.drained = not self._running
+
+    def _end_all(self, *, producers: bool, seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        ending = [process for process in self._running.values() if process.life.producer is producers]
+        for process in ending:
+            process.life.final = True
+            process.end()
+        while any(process.life.ended is None for process in ending):
+            if time.monotonic() > limit:
+                for process in ending:
+                    if process.life.ended is None:
+                        self._note(f"{process.life.name} does not end: its stacks are in {process.life.log}")
+                        process.say_where()
+                time.sleep(0.5)
+                return
+            self._tick()
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (time.monotonic() + seconds, next(self._order), do))
+
+    def _tick(self) -> None:
+        time.sleep(TICK)
+        now = time.monotonic()
+        while self._due and self._due[0][0] <= now:
+            heapq.heappop(self._due)[2]()
+        for name, process in list(self._running.items()):
+            if process.over(FENCED):
+                del self._running[name]
+                self._mourn(process)
+        if now >= self._measured + MEASURE_EVERY:
+            self._measured = now
+            for process in self._running.values():
+                if process.life.steady and not process.stopped:
+                    process.measure()
+        if now >= self._looked + LOOK_EVERY:
+            self._looked = now
+            for life in self.history.lives:
+                found, self._offsets[life.ledger] = count_kinds(life.ledger, self._offsets.get(life.ledger, 0))
+                self._counts.update(found)
+            self._show(self._counts, self.history)
+
+    def _wait_for_all(self) -> None:
+        limit = time.monotonic() + START_SECONDS
+        while any(not process.life.has_begun for process in self._running.values()):
+            if time.monotonic() > limit:
+                raise TimeoutError(f"not all processes have begun; see {self._folder}")
+            self._tick()
+
+    # --- lives ------------------------------------------------------------------------------------------------
+
+    def _start(self, name: str, consumer: str = "") -> None:
+        """Begin a new life of a member; `consumer` is the name in the stream that it takes over."""
+        if name in self._running:
+            return
+        member = self._members[name]
+        number = self._lives_of[name]
+        self._lives_of[name] += 1
+        unique = f"{name}.{number}"
+        life = Life(
+            name, isinstance(member, ProducerPlan), unique, consumer or unique,
+            self._folder / f"{unique}.ledger", self._folder / f"{unique}.log", member.steady,
+        )  # fmt: skip
+        spec = {
+            "ledger": str(life.ledger),
+            "seed": self._rng.getrandbits(32),
+            "drain": DRAIN_SECONDS,
+            "name": name,
+        }
+        if isinstance(member, ProducerPlan):
+            module = "soak.producer"
+            spec |= {
+                "slots": member.slots, "slot_bytes": member.slot_bytes, "on_full": member.on_full,
+                "rate": member.rate, "threads": member.threads, "port": member.port,
+                "host": "127.0.0.1" if self._links is None else self._links.address(name),
+                "proxy": self._control if member.proxied else None,
+                "endpoints": str(self._folder / f"{name}.endpoints"),
+            }  # fmt: skip
+        else:
+            module = "soak.consumer"
+            spec |= {
+                "consumer": life.consumer,
+                "obituaries": str(self._obituaries),
+                "role": member.roles[number % len(member.roles)],
+                "lane": member.lanes[number % len(member.lanes)],
+            }
+            spec["drain"] = END_SECONDS / 2
+        life.described = spec
+        where = name if life.producer else "hub"
+        within = [] if self._links is None else self._links.within(where)
+        self.history.lives.append(life)
+        self._running[name] = Process(life, module, spec, within, self._environment)
+
+    def _mourn(self, process: Process) -> None:
+        """Tell the others, and begin the next life if the plan has not taken care of it."""
+        life = process.life
+        self._note(f"{life.name} {life.how}")
+        if life.producer:
+            self._dead_producers += [record.producer for record in read_ledger(life.ledger)[:1]]
+        elif not process.comes_back:
+            self._dead_consumers.append(f"{life.consumer}#ended")
+        Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
+        if life.how in ("fenced", "crashed") and not self._draining:
+            self._start(life.member)
+
+    def _kill_all(self) -> None:
+        for process in self._running.values():
+            process.kill()
+        limit = time.monotonic() + END_SECONDS
+        while self._running and time.monotonic() < limit:
+            time.sleep(TICK)
+            for name, process in list(self._running.items()):
+                if process.over(FENCED):
+                    del self._running[name]
+
+    # --- faults -----------------------------------------------------------------------------------------------
+
+    def _inflict(self, event: Event) -> None:
+        """Do what the plan says, if there is somebody to do it to."""
+        if event.fault is Fault.REDIS_KILL:
+            self._kill_redis(event.seconds)
+            return
+        process = self._running.get(event.target)
+        if process is None or not process.life.has_begun or process.expected:
+            return
+        if event.fault in (Fault.STOP, Fault.END) and process.stopped:
+            return
+        match event.fault:
+            case Fault.KILL:
+                process.comes_back = event.same_name and process.life.declared_dead is None
+                process.kill()
+                self._later(event.seconds, lambda: self._restart(process))
+            case Fault.END:
+                process.end()
+                self._later(event.seconds, lambda: self._restart(process))
+            case Fault.STOP:
+                process.stop()
+                self._later(event.seconds, process.go_on)
+                if not process.life.producer and not process.life.steady:
+                    self._later(DEAD_AFTER, lambda: self._declare_dead(process))
+            case Fault.BLACKHOLE | Fault.REJECT:
+                self._cut(event)
+            case _:
+                proxy.inflict(self._control, event.target, _AT_THE_PROXY[event.fault], event.seconds)
+        who = "producer" if process.life.producer else "consumer"
+        self.history.faults[f"{who} {event.fault}" if event.fault in _OF_PROCESSES else str(event.fault)] += 1
+        self._note(f"{event.target} {event.fault} for {event.seconds:.1f} s")
+
+    def _restart(self, process: Process) -> None:
+        if process.life.ended is None:
+            self._later(TICK, lambda: self._restart(process))
+        elif process.life.how != "crashed":
+            self._start(process.life.member, process.life.consumer if process.comes_back else "")
+
+    def _declare_dead(self, process: Process) -> None:
+        life = process.life
+        if process.stopped and life.ended is None and time.monotonic_ns() - life.stops[-1][0] > 0.9e9 * DEAD_AFTER:
+            life.declared_dead = time.monotonic_ns()
+            self._dead_consumers.append(f"{life.consumer}#stopped")
+            Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
+            self.history.faults["consumer declared dead while stopped"] += 1
+            self._note(f"{life.name} declared dead")
+
+    def _cut(self, event: Event) -> None:
+        assert self._links is not None
+        port = None
+        if not event.whole:
+            endpoints = (self._folder / f"{event.target}.endpoints").read_text(encoding="utf-8").splitlines()
+            port = int(self._rng.choice([each for each in endpoints if ":" in each[5:]]).rpartition(":")[2])
+        self._links.cut(event.target, reject=event.fault is Fault.REJECT, port=port)
+        self._cuts[event.target] += 1
+        self._later(event.seconds, lambda: self._heal(event.target))
+
+    def _heal(self, name: str) -> None:
+        assert self._links is not None
+        self._links.heal(name)
+
+    def _kill_redis(self, away: float) -> None:
+        pid = self._redis.pid
+        if pid is None:
+            return
+        self.history.redis_lost.append(time.monotonic_ns())
+        os.kill(pid, 9)
+        self.history.faults[str(Fault.REDIS_KILL)] += 1
+        self._note(f"Redis killed for {away:.1f} s")
+        self._later(away, self._restart_redis)
+
+    def _restart_redis(self) -> None:
+        if self._redis.pid is None:
+            self._redis.restart()
+
+    # --- the proxy, and notes ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _proxy(self) -> Iterator[None]:
+        within = [] if self._links is None else self._links.within("hub")
+        with (self._folder / "proxy.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*within, sys.executable, "-m", "soak.proxy", self._control],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
+                process_group=0, env=self._environment,
+            )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            if process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the proxy does not begin; see {self._folder / 'proxy.log'}")
+            yield
+        finally:
+            process.terminate()
+            process.wait(END_SECONDS)
+            process.stdout.close()
+
+    def _note(self, what: str) -> None:
+        self.history.log.append(f"{time.monotonic() - self.history.began:8.2f} {what}")
+
+
+_OF_PROCESSES = (Fault.KILL, Fault.END, Fault.STOP)
+_AT_THE_PROXY = {
+    Fault.PROXY_STALL: proxy.STALL,
+    Fault.PROXY_RESET: proxy.RESET,
+    Fault.PROXY_TRUNCATE: proxy.TRUNCATE,
+}
