@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
@@ -15,7 +16,7 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, ConfigError, DrayError
 from dray.prefetch.batch import MOST_READS, MOST_ROUNDS, Arrays, BatchFetch, Fetched
 from dray.prefetch.double_buffer import DoubleBuffer
-from dray.prefetch.threads import ReadThreads, Source
+from dray.prefetch.threads import ReadThreads, Source, Threading
 from dray.telemetry import Counters
 from dray.wire import PayloadRef
 
@@ -42,6 +43,7 @@ class BatchReader:
         read_timeout: seconds that one read may take at most, of a payload or of a group of a batch's; None leaves
             that to the batch's deadline.
         clock: where time comes from.
+        threading: where locks and threads come from.
 
     Raises:
         ConfigError: an argument is not allowed.
@@ -56,6 +58,7 @@ class BatchReader:
         rounds: int = MOST_ROUNDS,
         read_timeout: float | None = None,
         clock: Clock = MONOTONIC,
+        threading: Threading = threading,
     ) -> None:
         if not 1 <= threads <= MOST_THREADS:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
@@ -68,7 +71,9 @@ class BatchReader:
         self._rounds = rounds
         self._clock = clock
         self._counters = Counters("reads", "reads_again", "failed", "late", "freed", "unfreed", "refused_starts")
-        self._threads = ReadThreads(source, threads, attempts, longest, self._counters, self._advance, clock)
+        self._threads = ReadThreads(
+            source, threads, attempts, longest, self._counters, self._advance, clock, threading
+        )
         self._buffers = DoubleBuffer()
         self._numbers = itertools.count(1)
         self._pid = os.getpid()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -43,6 +42,17 @@ class Source(Protocol):
         ...
 
 
+class Threading(Protocol):
+    """What of the module `threading` is used: a simulation gives its own."""
+
+    @property
+    def Lock(self) -> Callable[[], Any]: ...
+    @property
+    def Condition(self) -> Callable[[Any], Any]: ...
+    @property
+    def Thread(self) -> Callable[..., Any]: ...
+
+
 class ReadThreads:
     """Up to `most` threads for any number of batches; started when needed, idle without cost, joined by `close`.
 
@@ -56,6 +66,7 @@ class ReadThreads:
         counters: where reads are counted.
         over: called, with the lock held, when a batch is over and no read of it under way.
         clock: where time comes from.
+        threads: where locks and threads come from.
     """
 
     def __init__(
@@ -67,10 +78,12 @@ class ReadThreads:
         counters: Counters,
         over: Callable[[], None],
         clock: Clock,
+        threads: Threading,
     ) -> None:
-        self.lock = threading.Lock()
-        self._work = threading.Condition(self.lock)  # there may be something to do
-        self._news = threading.Condition(self.lock)  # something has been done
+        self.lock = threads.Lock()
+        self._work = threads.Condition(self.lock)  # there may be something to do
+        self._news = threads.Condition(self.lock)  # something has been done
+        self._make_thread = threads.Thread
         self._source = source
         self._most = most
         self._attempts = attempts
@@ -80,7 +93,7 @@ class ReadThreads:
         self._clock = clock
         self._active: list[BatchFetch] = []
         self._freeing = Freeing()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Any] = []
         self._crash: BaseException | None = None
         self._ended = False
         self.closing = False
@@ -117,7 +130,7 @@ class ReadThreads:
         wanted = sum(batch.wanted for batch in self._active) + self._freeing.wanted
         # A thread for everything that may have to wait for a peer, idle ones included: they may be spoken for.
         for number in range(len(self._threads), min(wanted, self._most)):
-            thread = threading.Thread(target=self._run, name=f"dray-read-{number}", daemon=True)
+            thread = self._make_thread(target=self._run, name=f"dray-read-{number}", daemon=True)
             thread.start()
             self._threads.append(thread)
         self._work.notify_all()
@@ -144,7 +157,7 @@ class ReadThreads:
 
     def close(self, error: DrayError, timeout: float) -> None:
         """Wake everyone who waits, free what is to be freed, close the source, join the threads. Twice is fine."""
-        deadline = Deadline.after(timeout)
+        deadline = Deadline.after(timeout, self._clock)
         with self.lock:
             self.closing = True
             for batch in self._active:

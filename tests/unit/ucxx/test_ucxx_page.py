@@ -160,7 +160,7 @@ def test_every_counter_is_explained() -> None:
     counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
     of = {"prefetch": "Batches", "ucxx": "Episodes", "wire": "Server"}
     for path, call in calls():
-        server = path.name.startswith("server")
+        server = path.name.startswith("serve")
         names = counter_names(call)
         owner = of.get(path.parent.name) or ("Server" if server else "Client")
         counted.setdefault(owner, set()).update(names)
