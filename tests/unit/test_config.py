@@ -111,3 +111,51 @@ def test_unreadable_file_and_broken_toml_are_named_with_their_line(tmp_path: Pat
     assert "line 2" in error_of(path).allowed
     path.write_bytes(b"\xff\xfe")
     assert "UTF-8" in error_of(path).allowed
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "allowed"),
+    [
+        ("x = " + "[" * 20_000, "job file", "nested too deeply"),
+        ("x = " + "9" * 5000, "job file", "4300 digits"),
+        ("x = 0x" + "f" * 5000, "policy.x", "64 bits"),
+        ("batch_size = 0x" + "f" * 5000, "policy.batch_size", "64 bits"),
+        ("args.x = -9223372036854775809", "policy.args.x", "64 bits"),
+        ("args" + ".a" * 3000 + " = 1", "policy.args.a", "64 deep"),
+        ("args.x = [1, {y = inf}]", "policy.args.x.1.y", "finite"),
+        ("args.x = nan", "policy.args.x", "finite"),
+        ("args.day = 1979-05-27", "policy.args.day", "as text"),
+        ("args.at = [07:32:00]", "policy.args.at.0", "as text"),
+        (f"args = '{'x' * 100_000}'", "policy.args", "a table"),
+        (f"{'x' * 100_000} = 1", "policy.xxx", "unknown key"),
+        ('"a\\nb" = 1', 'policy."a\\nb"', "unknown key"),
+        ('"a.b" = 1', 'policy."a.b"', "unknown key"),
+    ],
+)
+def test_value_that_cannot_reach_the_processes_of_a_job_is_refused_in_one_short_line(
+    job_file: Path, line: str, key: str, allowed: str
+) -> None:
+    broken = job_file.read_text().replace("batch_size = 4", f"batch_size = 4\n{line}")
+    job_file.write_text(broken.replace("batch_size = 4\n", "") if line.startswith("batch_size") else broken)
+    error = error_of(job_file)
+    assert error.key.startswith(key)
+    assert allowed in error.allowed
+    assert str(error).isprintable()
+    assert len(str(error)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rollout.args.x=" + "[" * 20_000, None),
+        ("rollout.args.x=" + "9" * 5000, None),
+        ("job.max_steps=0x" + "f" * 5000, "job.max_steps"),
+        ("job.se\udcc3de=1", "--set"),
+        ("job.name=\udcc3", "--set"),
+    ],
+)
+def test_override_of_any_text_is_taken_or_named(job_file: Path, override: str, key: str | None) -> None:
+    if key is None:  # no TOML value, so it is text
+        assert isinstance(load_job(job_file, [override]).rollout.args["x"], str)
+    else:
+        assert error_of(job_file, override).key == key

@@ -16,7 +16,7 @@ from dray.control import names
 from dray.control.client import RedisClient, paired
 from dray.control.connection import RedisConnection, block_ms
 from dray.control.names import JobKeys
-from dray.errors import ConfigError
+from dray.errors import ConfigError, ProtocolError
 
 logger = logging.getLogger("dray.control")
 
@@ -27,6 +27,23 @@ class Command:
 
     name: str
     fields: dict[str, str]
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[bytes, bytes]) -> Command:
+        """The command in an entry of the stream.
+
+        Raises:
+            ProtocolError: a field is missing or malformed.
+        """
+        try:
+            values = json.loads(fields[names.COMMAND_FIELDS])
+            if not isinstance(values, dict):
+                raise ProtocolError("the fields of a command are not a JSON object")
+            return cls(fields[names.COMMAND_NAME].decode(errors="replace"), {k: str(v) for k, v in values.items()})
+        except KeyError as error:
+            raise ProtocolError(f"a command has no field {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"the fields of a command are not valid JSON: {error}") from error
 
 
 class CommandStream:
@@ -117,24 +134,16 @@ class CommandStream:
             for entry_id, flat in entries:
                 self._after = entry_id
                 fields = paired(flat)
-                command = _decoded(fields)
                 token = fields.get(names.COMMAND_TOKEN, b"")
-                if command is None:
-                    logger.warning("entry %s of %s is not a command", entry_id.decode(), self._key)
-                elif token not in self._tokens:
+                try:
+                    command = Command.from_fields(fields)
+                except ProtocolError as error:
+                    logger.warning("entry %s of %s is not a command: %s", entry_id.decode(), self._key, error)
+                    continue
+                if token not in self._tokens:
                     self._tokens.append(token)
                     commands.append(command)
         return commands
 
     def __repr__(self) -> str:
         return f"<CommandStream {self.replica} at {self._connection.address}>"
-
-
-def _decoded(fields: Mapping[bytes, bytes]) -> Command | None:
-    try:
-        values = json.loads(fields.get(names.COMMAND_FIELDS, b"null"))
-    except ValueError:
-        return None
-    if names.COMMAND_NAME not in fields or not isinstance(values, dict):
-        return None
-    return Command(fields[names.COMMAND_NAME].decode(errors="replace"), {k: str(v) for k, v in values.items()})

@@ -13,7 +13,15 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, PayloadError, TransportError
+from dray.errors import (
+    BufferClosedError,
+    ConfigError,
+    ConnectionClosed,
+    DrayError,
+    PayloadError,
+    ProtocolError,
+    TransportError,
+)
 from dray.payload.codec import unpack
 from dray.telemetry import Counters
 from dray.transport.connection import Connection, Held
@@ -214,9 +222,19 @@ class PayloadClient:
         return self._run(refs[0], deadline, lambda c, _, limit: c.consume(wanted, limit)).count(Status.OK)
 
     def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> dict[str, Any]:
-        """The statistics of the server that a reference names; see `PayloadServer.statistics`."""
+        """The statistics of the server that a reference names; see `PayloadServer.statistics`.
+
+        Raises:
+            TransportError: it could not be reached in time.
+            ProtocolError: what it says is not what a server says.
+        """
         text = self._run(ref, Deadline.after(timeout, self._clock), lambda c, _, d: c.stat(d))
-        found: dict[str, Any] = json.loads(text)
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"the answer to STAT is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ProtocolError("the answer to STAT is not a JSON object")
         return found
 
     # --- life -------------------------------------------------------------------------------------------------

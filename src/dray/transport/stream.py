@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dray.errors import ConfigError
+from dray.private_directory import MAX_SOCKET_PATH
 from dray.wire.handshake import Lane
 from dray.wire.session import Outgoing
 
@@ -124,11 +125,28 @@ class Endpoint:
 def _parse(address: str) -> Endpoint:
     scheme, _, rest = address.partition(":")
     lane = SCHEMES.get(scheme)
-    if lane is Lane.SHM and rest:
+    if lane is Lane.SHM and _is_path(rest):
         return Endpoint(lane, rest)
     host, _, digits = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     port = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 6 else 0
-    if lane is None or not host or not 0 < port < 65536:
+    if lane is None or lane is Lane.SHM or not _is_host(host) or not 0 < port < 65536:
         raise ConfigError("endpoint", address, "unix:PATH, tcp:HOST:PORT or ucx:HOST:PORT")
     return Endpoint(lane, host, port)
+
+
+def _is_path(text: str) -> bool:
+    """A Unix socket can have this path: an address comes from elsewhere."""
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) <= MAX_SOCKET_PATH and b"\0" not in encoded
+
+
+def _is_host(text: str) -> bool:
+    """The system can be asked for this host."""
+    try:
+        return bool(text.encode("idna")) and "\0" not in text
+    except UnicodeError:
+        return False

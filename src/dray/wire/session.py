@@ -367,6 +367,8 @@ class ClientSession:
                 f"STATUS names request {frame.request}, slot {frame.slot}, sequence {frame.sequence}; awaited was "
                 f"request {request.request}, slot {request.slot}, sequence {request.sequence}"
             )
+        if frame.flags & Flag.TEXT and frame.status != Status.ERROR and request.kind != Kind.STAT:
+            raise ProtocolError(f"a text follows {Status(frame.status).name} of {request.kind.name}")
         while self._unconfirmed and self._unconfirmed[0][0] <= frame.acked:
             self._unconfirmed.popleft()
         return request, frame

@@ -600,3 +600,12 @@ def test_each_refusal_is_an_error_that_names_its_payload(
     assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
     assert str(made).startswith(f"{says} (")
     assert "tcp:h:1" in str(made)
+
+
+@pytest.mark.parametrize("status", [Status.OK, Status.STALE, Status.BUSY, Status.DENIED])
+@pytest.mark.parametrize("kind", [Kind.READ, Kind.CONSUME])
+def test_client_refuses_a_text_where_none_is_due(kind: Kind, status: Status) -> None:
+    session = ClientSession()
+    session.request(kind)
+    with pytest.raises(ProtocolError, match="text"):
+        session.receive(Frame(Kind.STATUS, status, flags=Flag.TEXT, nbytes=3).pack())
