@@ -23,7 +23,7 @@ import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from dray.clock import MONOTONIC, Deadline
@@ -230,7 +230,7 @@ async def _body(request: Request, kind: type[_Body]) -> _Body:
 
 
 def _reply(message: messages.Message, status: int = 200) -> Response:
-    return JSONResponse(message.model_dump(mode="json"), status)
+    return Response(message.model_dump_json(), status, media_type="application/json")
 
 
 class _Server(uvicorn.Server):

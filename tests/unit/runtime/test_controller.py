@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ import httpx
 import pytest
 
 from dray.config import parse_job
+from dray.runtime import messages
 from dray.runtime.controller import LARGEST_BODY, Controller
+from dray.runtime.heartbeat import Activity
 from dray.runtime.job import JobFolder, JobSpec
 
 Call = Callable[..., Awaitable[httpx.Response]]
@@ -110,6 +113,25 @@ def test_status_and_metrics_tell_what_replicas_do(spec: JobSpec) -> None:
         metrics = (await call("/metrics")).text
         assert 'dray_job_phase{phase="running"} 1.0' in metrics
         assert 'dray_replica_total{counter="payloads",replica="rollout-0"} 3.0' in metrics
+
+    ask(spec, story)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_metric_that_is_no_number_any_more_is_reported_like_others(spec: JobSpec, value: float) -> None:
+    """A loss that diverges is the user's to look at; it must not cost the replica its place."""
+
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        activity = Activity()
+        activity.show("loss", value)
+        body = messages.Heartbeat(**POLICY, progress=activity.report()).model_dump_json()
+        assert (await call("/heartbeat", json.loads(body, parse_constant=pytest.fail))).status_code == 200
+        answer = await call("/status")
+        json.loads(answer.content, parse_constant=pytest.fail)
+        (policy,) = (m for m in messages.Status.model_validate_json(answer.content).members if m.role == "policy")
+        assert str(policy.progress.counters["loss"]) == str(value)
+        assert 'counter="loss"' in (await call("/metrics")).text
 
     ask(spec, story)
 
