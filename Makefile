@@ -14,11 +14,12 @@ ENDURANCE_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 2
 SOAK_ARGS ?=
+MUTANTS_ARGS ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format bench soak endurance clean
+.PHONY: help demo test lint format bench soak endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +50,16 @@ soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)
+
+devmode: .venv/dev.stamp ## every test in Python's development mode: warnings and leaks are errors (PYTEST_ARGS as in test)
+	PYTHONDEVMODE=1 PYTHONFAULTHANDLER=1 $(BIN)/python -bb -m pytest $(PYTEST_ARGS)
+
+mutants: .venv/dev.stamp ## plant known defects, one at a time: the model or the simulation finds each (MUTANTS_ARGS)
+	$(BIN)/python tests/mutants $(MUTANTS_ARGS)
+
+mutmut: .venv/dev.stamp ## mutate the code of slots and sessions: what no test notices is explained
+	@$(PIP_INSTALL) 'mutmut>=3.8,<4'
+	$(BIN)/python tests/mutants/mutation.py
 
 clean: ## remove .venv, caches and build products; outputs/ stays
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -1,0 +1,87 @@
+"""Plants a defect into a copy of the sources, and looks for it with the model or the simulation."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from defects import Defect, Search
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "src"
+MOST_SECONDS = 3600.0
+"""Bounds one search; a defect that is not found by then has survived."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a search came to: the seed that found the defect, or None; how long it took; what was printed last."""
+
+    seed: int | None
+    seconds: float
+    output: str
+
+
+def occurrences(defect: Defect) -> int:
+    """How often the text that the defect replaces is in its file."""
+    return (SOURCES / "dray" / defect.file).read_text(encoding="utf-8").count(defect.old)
+
+
+@contextlib.contextmanager
+def planted(defect: Defect | None) -> Iterator[Path]:
+    """A folder with a copy of the sources, with the defect in it."""
+    with tempfile.TemporaryDirectory(prefix="dray-mutant-") as folder:
+        copy = Path(folder) / "src"
+        shutil.copytree(SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if defect is not None:
+            if occurrences(defect) != 1:
+                raise ValueError(
+                    f"{defect.name}: its text is in {defect.file} {occurrences(defect)} times, not once"
+                )
+            file = copy / "dray" / defect.file
+            file.write_text(file.read_text(encoding="utf-8").replace(defect.old, defect.new), encoding="utf-8")
+        yield copy
+
+
+def look_for(defect: Defect | None, search: Search, seeds: int) -> Finding:
+    """Run a search over the sources with the defect, or over them as they are.
+
+    Raises:
+        RuntimeError: the search failed in another way than by finding a violation.
+    """
+    with planted(defect) as copy:
+        started = time.monotonic()
+        try:
+            ran = subprocess.run(
+                [sys.executable, *command(search, seeds)],
+                cwd=copy.parent,
+                env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=MOST_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            return Finding(None, time.monotonic() - started, str(error))
+        seconds = time.monotonic() - started
+    if ran.returncode == 0:
+        return Finding(None, seconds, ran.stdout)
+    found = re.search(r"\bseed[ =:]+(\d+)", ran.stdout)
+    if found is None:
+        raise RuntimeError(f"the search for {defect and defect.name} failed:\n{ran.stdout[-4000:]}")
+    return Finding(int(found[1]), seconds, ran.stdout)
+
+
+def command(search: Search, seeds: int) -> Sequence[str]:
+    """What Python runs for a search."""
+    if search is Search.MODEL:
+        return [str(Path(__file__).parent / "walk_seeds.py"), "--seeds", str(seeds)]
+    return ["-m", "dray.testing.simulate", "--seeds", str(seeds), "--stop-at-first", "--jobs", "1"]

@@ -1,0 +1,34 @@
+"""The defects of `make mutants` can be planted, and the model finds one that is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from defects import DEFECTS, Defect
+from planting import SOURCES, Search, look_for, occurrences
+
+
+def test_every_defect_has_a_name_of_its_own() -> None:
+    assert len({defect.name for defect in DEFECTS}) == len(DEFECTS)
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
+def test_the_text_that_a_defect_replaces_is_there_once_and_what_replaces_it_compiles(defect: Defect) -> None:
+    assert occurrences(defect) == 1
+    source = (SOURCES / "dray" / defect.file).read_text(encoding="utf-8")
+    compile(source.replace(defect.old, defect.new), defect.file, "exec")
+
+
+@pytest.mark.parametrize(
+    "name", ["no sequence check in a read", "slot freed at the first finalise while another lease lives"]
+)
+def test_the_model_finds_a_planted_defect(name: str) -> None:
+    (defect,) = (defect for defect in DEFECTS if defect.name == name)
+    assert look_for(defect, Search.MODEL, 100).seed is not None
+
+
+def test_the_model_finds_nothing_where_nothing_is_planted() -> None:
+    assert look_for(None, Search.MODEL, 20).seed is None
