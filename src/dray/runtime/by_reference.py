@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -73,14 +73,14 @@ def _client(replica: Replica) -> PayloadClient:
 
 
 class ReferenceOutlet:
-    """See `Outlet`. Entries of payloads that may still be READY are kept, to publish them again after a loss."""
+    """See `Outlet`. Entries of payloads that are in the ring are kept, to publish them again after a loss."""
 
     def __init__(self, replica: Replica, ring: SharedRingBuffer, server: PayloadServer) -> None:
         self._replica = replica
         self._ring = ring
         self._server = server
         self._queue = RolloutProducer(replica.redis, replica.keys)
-        self._entries: OrderedDict[int, RolloutEntry] = OrderedDict()
+        self._entries: dict[int, RolloutEntry] = {}
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
         reference = self._claim(arrays)
@@ -95,8 +95,8 @@ class ReferenceOutlet:
             reference=reference.to_json(),
         )
         self._entries[reference.sequence] = entry
-        while len(self._entries) > self._ring.slots:
-            self._entries.popitem(last=False)
+        if len(self._entries) > 2 * self._ring.slots:
+            self._entries = {each: self._entries[each] for each in self._waiting()}
         try:
             self._queue.publish(entry, timeout=self._replica.spec.config.timeouts.redis)
         except StreamLostError:
@@ -105,11 +105,13 @@ class ReferenceOutlet:
         return True
 
     def refresh(self) -> None:
-        if self._queue.attach():
-            ready = [self._entries[each.sequence] for each in self._ring.ready() if each.sequence in self._entries]
-            _LOG.warning("Redis was restarted empty; %d payloads are published again", len(ready))
-            for entry in ready:
-                self._queue.publish(entry)
+        while self._queue.attach():
+            waiting = self._waiting()
+            _LOG.warning("Redis was restarted empty; %d payloads are published again", len(waiting))
+            # Another restart meanwhile makes another stream, which `attach` tells: all of it again.
+            with contextlib.suppress(StreamLostError):
+                for sequence in waiting:
+                    self._queue.publish(self._entries[sequence])
 
     def drain(self, timeout: float) -> int:
         deadline, job_over = Deadline.after(timeout), self._replica.heartbeat.job_over
@@ -118,6 +120,10 @@ class ReferenceOutlet:
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
+
+    def _waiting(self) -> list[int]:
+        """Sequence numbers of the payloads that somebody may still want: a reader may die, and another come."""
+        return [each.sequence for each in self._ring.ready(leased=True) if each.sequence in self._entries]
 
     def _claim(self, arrays: Arrays) -> PayloadRef | None:
         while not self._replica.stop.is_set:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,9 +77,11 @@ class InlineOutlet:
         return False
 
     def refresh(self) -> None:
-        if self._queue.attach():
-            for entry in self._recent:
-                self._queue.publish(entry)
+        while self._queue.attach():
+            # Another restart meanwhile makes another stream, which `attach` tells: all of it again.
+            with contextlib.suppress(StreamLostError):
+                for entry in self._recent:
+                    self._queue.publish(entry)
 
     def drain(self, timeout: float) -> int:
         return 0

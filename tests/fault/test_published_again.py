@@ -1,0 +1,114 @@
+"""R1: after Redis was restarted empty, a rollout replica publishes again every payload that somebody may want."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from dray.buffer import SharedRingBuffer
+from dray.control import (
+    JobKeys,
+    RedisConnection,
+    RedisServer,
+    RolloutConsumer,
+    RolloutEntry,
+    RolloutProducer,
+    start_redis,
+)
+from dray.runtime.by_reference import ReferenceOutlet
+from dray.runtime.replica import Replica
+from dray.telemetry import Counters
+from dray.transport import PayloadServer
+
+KEYS = JobKeys("again")
+SLOTS = 4
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with start_redis(None, tmp_path / "redis") as started:
+        yield started
+
+
+@pytest.fixture
+def connection(redis: RedisServer) -> Iterator[RedisConnection]:
+    with RedisConnection(redis.address) as opened:
+        yield opened
+
+
+@pytest.fixture
+def ring() -> Iterator[SharedRingBuffer]:
+    with SharedRingBuffer(SLOTS, 1 << 12) as made:
+        yield made
+
+
+@pytest.fixture
+def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[ReferenceOutlet]:
+    replica = SimpleNamespace(
+        name="rollout-0",
+        redis=connection,
+        keys=KEYS,
+        stop=SimpleNamespace(is_set=False),
+        activity=SimpleNamespace(counters=Counters()),
+        spec=SimpleNamespace(config=SimpleNamespace(timeouts=SimpleNamespace(redis=10.0))),
+    )
+    with PayloadServer(ring, lanes="shm", threads=1, drain_timeout=0.1) as server:
+        yield ReferenceOutlet(cast(Replica, replica), ring, server)
+
+
+def put(outlet: ReferenceOutlet, count: int = 1) -> None:
+    for _ in range(count):
+        assert outlet.put({"rewards": np.ones(3, np.float32)}, prompt=0, weight_version=0)
+
+
+def listed(connection: RedisConnection) -> list[int]:
+    """Sequence numbers of what a new consumer is given."""
+    consumer = RolloutConsumer(connection, KEYS, "late")
+    return sorted(delivery.entry.sequence for delivery in consumer.receive(100))
+
+
+def test_r1_a_payload_that_others_have_passed_many_times_is_published_again(
+    outlet: ReferenceOutlet, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
+) -> None:
+    put(outlet)
+    for _ in range(5 * SLOTS):
+        put(outlet)
+        newest = ring.ready()[-1]
+        ring.consume(newest.slot, newest.sequence)
+    redis.restart()
+    outlet.refresh()
+    assert listed(connection) == [0]
+
+
+def test_r1_a_payload_that_is_being_read_is_published_again(
+    outlet: ReferenceOutlet, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
+) -> None:
+    put(outlet, 2)
+    lease = ring.read_raw(ring.ready()[0].slot, 0)
+    redis.restart()
+    outlet.refresh()
+    ring.release_reading(lease)  # its reader has died, and another must be told of it
+    assert listed(connection) == [0, 1]
+
+
+def test_r1_a_second_restart_while_payloads_are_published_again_begins_it_anew(
+    outlet: ReferenceOutlet, redis: RedisServer, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(outlet, 3)
+    publish = RolloutProducer.publish
+    calls: list[int] = []
+
+    def publish_and_restart_once(self: RolloutProducer, entry: RolloutEntry, *args: Any, **named: Any) -> bool:
+        calls.append(entry.sequence)
+        if len(calls) == 2:
+            redis.restart()
+        return publish(self, entry, *args, **named)
+
+    monkeypatch.setattr(RolloutProducer, "publish", publish_and_restart_once)
+    redis.restart()
+    outlet.refresh()
+    assert calls == [0, 1, 0, 1, 2]
+    assert listed(connection) == [0, 1, 2]
