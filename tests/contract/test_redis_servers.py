@@ -151,6 +151,12 @@ def test_receive_returns_as_soon_as_something_is_published(connection: RedisConn
     assert received == [0]
 
 
+def test_a_new_consumer_that_does_not_wait_is_given_what_is_there(connection: RedisConnection) -> None:
+    assert RolloutProducer(connection, KEYS).publish(entry(0))
+    consumer = RolloutConsumer(connection, KEYS, "policy-0")
+    assert [delivery.entry for delivery in consumer.receive(3, timeout=0.0)] == [entry(0)]
+
+
 def test_receive_and_wait_end_with_their_timeout(connection: RedisConnection) -> None:
     before = time.monotonic()
     assert RolloutConsumer(connection, KEYS, "policy-0").receive(1, timeout=0.3) == []

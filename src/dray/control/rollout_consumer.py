@@ -86,10 +86,10 @@ class RolloutConsumer(RolloutQueue):
             raise ConfigError("count", count, "at least 1")
         deadline = self._deadline(timeout)
         while True:
-            found: list[Delivery]
+            found: list[Delivery] = []
             if self._may_have_unseen:
                 found = self._connection.poll("look for lost deliveries", self._take_unseen, deadline, [])
-            else:
+            if not found:
                 found = self._connection.poll("receive", partial(self._read, count, deadline), deadline, [])
             with self._lock:
                 self._found += found
