@@ -189,6 +189,8 @@ class _Join:
                 case Kind.WRONG:
                     taking.pop(identity, None)
                     self._remark_wrong(life, record, Wrong(record.reason).name.lower())
+                case Kind.NOT_TAKEN:
+                    taking.pop(identity, None)
                 case Kind.FAILED:
                     taking.pop(identity, None)
                     self._found.failures[Failure(record.reason).name.lower()] += 1

@@ -116,6 +116,8 @@ class Consumer:
 
     def _note(self, held: Held, error: DrayError | None) -> None:
         identity = held.ref.identity
+        if identity not in self._held:
+            return  # it came late, and was given up
         if error is None:
             self._to_commit[identity] = self._held.pop(identity)
             return

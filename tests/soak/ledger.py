@@ -72,6 +72,8 @@ class Kind(IntEnum):
     """A claim was refused: the ring is full."""
     ENDED = 17
     """A process is about to end as asked."""
+    NOT_TAKEN = 18
+    """What was about to be read was not, and can still be."""
 
 
 class Wrong(IntEnum):

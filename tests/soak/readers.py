@@ -16,6 +16,7 @@ from dray.clock import MONOTONIC
 from dray.control import Delivery
 from dray.errors import DrayError, TransportError, TransportTimeout
 from dray.prefetch import BatchReader
+from dray.prefetch.batch import Arrays
 from dray.transport import PayloadClient
 from dray.wire import PayloadRef
 
@@ -176,48 +177,71 @@ class HandedOver(_Way):
 
 
 class Prefetch(_Way):
-    """Fetches the second half of a batch while it checks the first; payloads are freed as they are collected."""
+    """Fetches the second half of a batch while it checks the first; payloads are freed as they are collected.
+
+    A batch whose reads hang may come later than it is waited for: until then its payloads count as not read.
+    """
 
     def __init__(self, client: PayloadClient, ledger: Ledger, rng: random.Random) -> None:
         super().__init__(client, ledger, rng)
         self._batches = BatchReader(client, threads=4, read_timeout=READ_SECONDS)
+        self._begun: dict[tuple[bytes, int], Held] = {}  # in batches that are not collected
 
     def read(self, batch: list[Held]) -> Iterable[Read]:
-        images = [held for held in batch if not held.raw]
-        middle = len(images) // 2
-        halves = [half for half in (images[:middle], images[middle:]) if half]
-        begun = [self._begin(half) for half in halves]
-        for half, started in zip(halves, begun, strict=True):
-            yield from self._collect(half, started)
+        came = {held.ref.identity for held in batch if held.raw}
         for held in batch:
             if held.raw:
                 yield self._read_one(held, consume=True)
+        fresh = [held for held in batch if not held.raw and held.ref.identity not in self._begun]
+        for outcomes in (self._collect(), self._fetch(fresh), self._collect(), self._collect()):
+            for held, error in outcomes:
+                came.add(held.ref.identity)
+                yield held, error
+        for held in batch:
+            if held.ref.identity not in came:
+                yield self._failed(held, TransportTimeout("its batch has not come yet"))
 
     def close(self) -> None:
         self._batches.close()
 
-    def _begin(self, half: list[Held]) -> bool:
-        refs = [held.ref for held in half]
-        return self._batches.start(refs, timeout=BATCH_SECONDS) or self._batches.defer(refs, timeout=BATCH_SECONDS)
-
-    def _collect(self, half: list[Held], started: bool) -> Iterator[Read]:
-        for held in half:
+    def _fetch(self, fresh: list[Held]) -> Iterator[Read]:
+        """Begin to fetch two batches, one after the other; or fetch at once while an earlier one hangs."""
+        middle = len(fresh) // 2
+        halves = [fresh[:middle], fresh[middle:]]
+        refs = [[held.ref for held in half] for half in halves]
+        if not self._begun and self._batches.start(refs[0], timeout=BATCH_SECONDS):
+            self._begun |= {held.ref.identity: held for held in halves[0]}
+            if self._batches.defer(refs[1], timeout=BATCH_SECONDS):
+                self._begun |= {held.ref.identity: held for held in halves[1]}
+                return
+            fresh = halves[1]
+        for held in fresh:
             self._record(Kind.TAKING, held)
-        if started:
-            with self._ledger.waiting(Operation.BATCH, BATCH_SECONDS):
-                self._batches.wait()
-            results = {fetched.ref.identity: fetched.outcome for fetched in self._batches.collect()}
-        else:
-            refs = [held.ref for held in half]
-            with self._ledger.waiting(Operation.BATCH, BATCH_SECONDS):
-                fetched_now = self._batches.fetch_all(refs, timeout=BATCH_SECONDS)
-            results = {fetched.ref.identity: fetched.outcome for fetched in fetched_now}
-        for held in half:
-            outcome = results.get(held.ref.identity, TransportTimeout("another batch was collected"))
-            if isinstance(outcome, DrayError):
-                yield self._failed(held, outcome)
+        with self._ledger.waiting(Operation.BATCH, BATCH_SECONDS):
+            results = self._batches.fetch_all([held.ref for held in fresh], timeout=BATCH_SECONDS)
+        for held, fetched in zip(fresh, results, strict=True):
+            yield self._outcome(held, fetched.outcome)
+
+    def _collect(self) -> Iterator[Read]:
+        """What has come of the oldest batch that was begun."""
+        if not self._begun:
+            return
+        with self._ledger.waiting(Operation.BATCH, BATCH_SECONDS):
+            self._batches.wait(BATCH_SECONDS)
+        for held in self._begun.values():
+            self._record(Kind.TAKING, held)
+        results = {fetched.ref.identity: fetched.outcome for fetched in self._batches.collect()}
+        for identity, held in list(self._begun.items()):
+            if identity in results:
+                del self._begun[identity]
+                yield self._outcome(held, results[identity])
             else:
-                yield self._checked(held, check_arrays(held.ref, outcome))
+                self._record(Kind.NOT_TAKEN, held)
+
+    def _outcome(self, held: Held, outcome: Arrays | DrayError) -> Read:
+        if isinstance(outcome, DrayError):
+            return self._failed(held, outcome)
+        return self._checked(held, check_arrays(held.ref, outcome))
 
 
 ROLES: dict[str, Callable[[PayloadClient, Ledger, random.Random], Reader]] = {
