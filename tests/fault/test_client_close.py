@@ -61,4 +61,4 @@ def test_a_closed_wake_refuses_new_waits_and_may_be_closed_twice() -> None:
     wake.close()
 
     with pytest.raises(BufferClosedError):
-        wake.poll(select.poll(), Deadline.after(10))
+        wake.wait(select.poll(), Deadline.after(10))

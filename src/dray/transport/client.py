@@ -272,7 +272,7 @@ class PayloadClient:
         return self._exchanges.run(ref, deadline, exchange)
 
     def _count(self, connection: Connection, ref: PayloadRef) -> None:
-        self._counters.add_all({"reads": 1, f"reads_{connection.lane.label}": 1, "bytes": ref.nbytes})
+        self._counters.add_all({"reads": 1, connection.counted: 1, "bytes": ref.nbytes})
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -34,7 +34,7 @@ _WINDOW = 256
 """Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
     """A payload as it is before its ACK.
 
@@ -80,6 +80,7 @@ class Connection:
         self.endpoint = endpoint
         self.identity = identity
         self.lane = stream.lane
+        self.counted = f"reads_{stream.lane.label}"
         self._stream = stream
         self._segment = segment
         self._verify = verify
@@ -130,17 +131,13 @@ class Connection:
     def ask(self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline) -> list[Bytes | None]:
         """Send one READ for each reference, pipelined; the memory each payload will arrive in (None on shm)."""
         targets: list[Bytes | None] = []
-        frames = bytearray()
+        frames: list[bytes] = []
+        target, tag = None, 0
         for ref in refs:
-            tag = 0
-            target = None
             if self.lane is not Lane.SHM:
-                # A reference is untrusted: one that says more than a slot holds must not claim that memory.
-                target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
-                tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0
-                self._stream.expect(target.data, tag)
+                target, tag = self._expect(ref)
             targets.append(target)
-            frames += self._session.request(Kind.READ, ref.slot, ref.sequence, reader, ref.nbytes, tag).pack()
+            frames.append(self._session.request(Kind.READ, ref.slot, ref.sequence, reader, ref.nbytes, tag).pack())
         self._send(frames, deadline)
         return targets
 
@@ -178,8 +175,7 @@ class Connection:
 
     def acknowledge(self, ended: Sequence[tuple[Request, bool]], deadline: Deadline) -> None:
         """End leases: (request, consumed) each. No answer comes back."""
-        frames = b"".join(self._session.ack(request, consumed) for request, consumed in ended)
-        self._send(frames, deadline)
+        self._send([self._session.ack(request, consumed) for request, consumed in ended], deadline)
 
     def finish(self, held: Held, consumed: bool, deadline: Deadline) -> None:
         """End the lease of a payload that is in memory of its own now.
@@ -208,8 +204,7 @@ class Connection:
         went: list[Status] = []
         for first in range(0, len(wanted), _WINDOW):
             window = wanted[first : first + _WINDOW]
-            frames = b"".join(self._session.request(Kind.CONSUME, *each).pack() for each in window)
-            self._send(frames, deadline)
+            self._send([self._session.request(Kind.CONSUME, *each).pack() for each in window], deadline)
             went += [Status(self._accepted(deadline)[0].status) for _ in window]
         return went
 
@@ -222,7 +217,7 @@ class Connection:
 
     def stat(self, deadline: Deadline) -> str:
         """The server's statistics, as JSON text."""
-        self._send(self._session.request(Kind.STAT).pack(), deadline)
+        self._send([self._session.request(Kind.STAT).pack()], deadline)
         return self._accepted(deadline)[1]
 
     @property
@@ -253,13 +248,26 @@ class Connection:
 
     # --- the exchange's steps ---------------------------------------------------------------------------------
 
-    def _send(self, message: bytes | bytearray, deadline: Deadline) -> None:
-        self._stream.send([bytes(message)])
-        while not self._stream.flush():
+    def _expect(self, ref: PayloadRef) -> tuple[Bytes, int]:
+        """The memory that a payload will arrive in, and on the ucx lane its tag."""
+        # A reference is untrusted: one that says more than a slot holds must not claim that memory.
+        target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
+        tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0
+        self._stream.expect(target.data, tag)
+        return target, tag
+
+    def _send(self, frames: list[bytes], deadline: Deadline) -> None:
+        """Send several frames as one message."""
+        sent = self._stream.send([frames[0] if len(frames) == 1 else b"".join(frames)])
+        while not sent:
             self._wait(deadline, "the request to be sent")
+            sent = self._stream.flush()
 
     def _status(self, deadline: Deadline) -> tuple[Request, Frame, str]:
-        request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
+        message = self._stream.receive(FRAME_BYTES)
+        if message is None:
+            message = self._message(FRAME_BYTES, deadline, "STATUS")
+        request, frame = self._session.receive(message)
         text = ""
         if frame.flags & Flag.TEXT and frame.nbytes:
             text = str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")

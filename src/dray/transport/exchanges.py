@@ -6,6 +6,7 @@ Decisions are made by the state machines in `health` and `pool`; this module car
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ class Exchanges:
         clock: Clock,
         network: Network | None = None,
     ) -> None:
-        self._lanes = tuple(lanes)
+        self._lanes = tuple(map(int, lanes))  # hashed with each read, which an enum does slowly
         self._secret = secret
         self._verify = verify
         self._pool = pool
@@ -90,7 +91,7 @@ class Exchanges:
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
-        self._rotation = 0
+        self._rotation = itertools.count()
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._closed = False
 
@@ -130,13 +131,11 @@ class Exchanges:
             BufferClosedError: the client is closed.
         """
         if not any(by_lane(ref.endpoints, self._lanes)):
-            lanes = "/".join(lane.label for lane in self._lanes)
+            lanes = "/".join(Lane(lane).label for lane in self._lanes)
             raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {lanes}")
-        with self._lock:
-            if self._closed:
-                raise BufferClosedError("the client is closed")
-            self._rotation += 1
-            return ReadAttempts(ref.endpoints, self._lanes, self._quarantine, self._rotation, self._attempts)
+        if self._closed:
+            raise BufferClosedError("the client is closed")
+        return ReadAttempts(ref.endpoints, self._lanes, self._quarantine, next(self._rotation), self._attempts)
 
     def choose(self, attempts: ReadAttempts, deadline: Deadline) -> tuple[str, Deadline]:
         """The endpoint of the next attempt, and until when it must have connected and answered.
@@ -180,7 +179,8 @@ class Exchanges:
                 return self._open(endpoint, producer, deadline, group)
             surely_open = decision.idle < _SURELY_OPEN_SECONDS
             if connection.identity.producer == producer and (surely_open or connection.usable()):
-                self._settle(connection, group, deadline)
+                if self._unconfirmed:
+                    self._settle(connection, group, deadline)
                 return connection, group
             self.discard(connection, group)
 
@@ -242,8 +242,6 @@ class Exchanges:
 
     def _settle(self, connection: Connection, group: Group | None, deadline: Deadline) -> None:
         """Tell the producer again what ACKs that may have been lost said; on failure the connection is closed."""
-        if not self._unconfirmed:
-            return
         producer = connection.identity.producer
         with self._lock:
             lost = self._unconfirmed.pop(producer, None)

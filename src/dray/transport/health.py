@@ -37,6 +37,11 @@ class Quarantine:
         del self._until[endpoint]
         return True
 
+    @property
+    def empty(self) -> bool:
+        """No endpoint has failed lately."""
+        return not self._until
+
     def listed(self, now: float) -> list[str]:
         """The endpoints in quarantine."""
         return [endpoint for endpoint in list(self._until) if not self.healthy(endpoint, now)]
@@ -85,6 +90,9 @@ class ReadAttempts:
 
     def choose(self, now: float) -> str:
         """The endpoint of the next attempt: one not tried yet, if possible a healthy one."""
+        if not self._tried and self._quarantine.empty:
+            best = next(filter(None, self._by_lane))
+            return best[self._rotation % len(best)]
         for lane in self._by_lane:
             healthy = [e for e in lane if e not in self._tried and self._quarantine.healthy(e, now)]
             if healthy:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 MOST_IDLE = 2
 IDLE_SECONDS = 100.0
@@ -14,15 +13,13 @@ C = TypeVar("C")
 G = TypeVar("G", bound=Hashable)
 
 
-@dataclass(frozen=True, slots=True)
-class _Idle(Generic[C, G]):
+class _Idle(NamedTuple, Generic[C, G]):
     connection: C
     group: G | None
     since: float
 
 
-@dataclass(frozen=True, slots=True)
-class Checkout(Generic[C, G]):
+class Checkout(NamedTuple, Generic[C, G]):
     """What to use for an exchange.
 
     Attributes:
@@ -34,7 +31,7 @@ class Checkout(Generic[C, G]):
 
     connection: C | None
     group: G | None
-    expired: list[tuple[C, G | None]] = field(default_factory=list)
+    expired: Sequence[tuple[C, G | None]] = ()
     idle: float = 0.0
 
 
@@ -54,6 +51,13 @@ class ConnectionPool(Generic[C, G]):
 
     def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
         """Take the connection that was used last, or say in which group that fits to open one, if any."""
+        waiting = self._idle.get(endpoint)
+        if waiting and now < self._next_sweep and now - waiting[0].since < self._idle_seconds:
+            # Nothing is due: the oldest comes first.
+            connection, group, since = waiting[-1]
+            if group is None:
+                del waiting[-1]
+                return Checkout(connection, None, (), now - since)
         expired: list[tuple[C, G | None]] = []
         chosen: _Idle[C, G] | None = None
         kept: list[_Idle[C, G]] = []

@@ -46,10 +46,11 @@ class ServedConnection:
     Attributes:
         stream, session: its two halves.
         again: its turn ended before its work did.
-        watched: the events that the driver waits for; its own affair.
+        unsent: answers wait for room.
+        watched: whether the driver was told so; None before it was told anything.
     """
 
-    __slots__ = ("active", "again", "announced", "lingering", "pid", "session", "stream", "watched")
+    __slots__ = ("active", "again", "announced", "lingering", "pid", "session", "stream", "unsent", "watched")
 
     def __init__(self, stream: Stream, session: ServerSession, now: float, pid: int | None) -> None:
         self.stream = stream
@@ -58,7 +59,8 @@ class ServedConnection:
         self.announced = False
         self.again = False
         self.lingering = False
-        self.watched = 0
+        self.unsent = False
+        self.watched: bool | None = None
         self.pid = pid
 
 
@@ -71,7 +73,7 @@ class ServedConnections:
         settings: time limits.
         counters: where connections and their ends are counted.
         clock: where time comes from.
-        watch: called after a socket was served, to wait for room if it `wants_write`, else for messages.
+        watch: called when a socket is to be waited for: for room if it is `unsent`, else for messages.
         unwatch: called before a socket is closed.
     """
 
@@ -88,11 +90,13 @@ class ServedConnections:
         self._make_session = make_session
         self._descriptor = descriptor
         self._settings = settings
+        self._shortest = min(settings.idle, settings.lease)
         self._counters = counters
         self._clock = clock
         self._watch = watch
         self._unwatch = unwatch
         self._sockets: dict[Stream, ServedConnection] = {}
+        self._again: set[ServedConnection] = set()
         self._ucx: dict[Stream, ServedConnection] = {}
         self._undrained: list[ServedConnection] = []
         self._next_sweep = math.inf
@@ -115,17 +119,22 @@ class ServedConnections:
         try:
             for _ in range(ROUNDS):
                 # First: an ACK may have come in the same step of progress that finished sending its payload.
-                if not stream.flush():
-                    break
-                session.flushed()
+                if connection.unsent:
+                    if not stream.flush():
+                        break
+                    connection.unsent = False
+                    session.flushed()
                 received = self._receive(connection)
                 items = session.take()
                 if items:
                     descriptor = None
-                    if session.established and not connection.announced:
+                    if not connection.announced and session.established:
                         connection.announced = True
                         descriptor = self._descriptor if stream.lane is Lane.SHM else None
-                    stream.send(items, descriptor)
+                    if stream.send(items, descriptor):
+                        session.flushed()
+                    else:
+                        connection.unsent = True
                 elif not received:
                     break
             else:
@@ -140,17 +149,24 @@ class ServedConnections:
             # The peer reads the refusal and closes; closing first could take it from under its eyes.
             connection.lingering = True
             self._next_sweep = min(self._next_sweep, self._clock.now() + _LINGER_SECONDS)
-        else:
-            # A lease has a shorter limit than the idleness before it.
-            self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
+        elif connection.active + self._shortest < self._next_sweep:
+            self._next_sweep = connection.active + self._shortest
         if stream.lane is not Lane.UCX:
-            self._watch(connection)
+            if connection.again:
+                self._again.add(connection)
+            if connection.watched is not connection.unsent:
+                connection.watched = connection.unsent
+                self._watch(connection)
 
     def serve_again(self) -> bool:
         """Continue with the sockets whose turn ended before their work did; whether any is left."""
-        for connection in [connection for connection in self._sockets.values() if connection.again]:
-            self.serve(connection)
-        return any(connection.again for connection in self._sockets.values())
+        if not self._again:
+            return False
+        waiting, self._again = self._again, set()
+        for connection in waiting:
+            if connection.stream in self._sockets:
+                self.serve(connection)
+        return bool(self._again)
 
     def serve_ucx(self) -> bool:
         """Serve every UCX connection, as progress tells of none in particular; whether any has work left."""
@@ -158,20 +174,24 @@ class ServedConnections:
             self.serve(connection)
         return any(connection.again for connection in self._ucx.values())
 
-    def sweep(self) -> None:
-        """Close what has been idle or silent for too long, and forget what is drained."""
-        self._settle_undrained()
+    def sweep(self) -> bool:
+        """Close what has been idle or silent for too long, and forget what is drained; whether there was any."""
+        found = bool(self._undrained)
+        if found:
+            self._settle_undrained()
         now = self._clock.now()
         if now < self._next_sweep:
-            return
+            return found
         self._next_sweep = math.inf
         for connection in self.all():
             due = connection.active + self._limit(connection)
             if due <= now:
                 self._counters.add("evicted")
                 self._drop(connection, None)
+                found = True
             else:
                 self._next_sweep = min(self._next_sweep, due)
+        return found
 
     def finished(self, stop_by: Deadline) -> bool:
         """While the server stops: end what has nothing in flight, from `stop_by` on all; whether none is left."""
@@ -259,8 +279,6 @@ class ServedConnections:
         self._settle_undrained()
 
     def _settle_undrained(self) -> None:
-        if not self._undrained:
-            return
         waiting = []
         for connection in self._undrained:
             if connection.stream.drained:

@@ -68,6 +68,7 @@ class ServerThread:
         self._paused: list[UnixListener | TcpListener] = []
         self._resume_at = math.inf
         self._stop_by: Deadline | None = None
+        self._ucx_due = worker is not None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self._poll = select.epoll()
@@ -117,31 +118,35 @@ class ServerThread:
 
     def _run(self) -> None:
         try:
-            while not self._finished():
+            while self._stop_by is None or not self._finished(self._stop_by):
                 again = self._served.serve_again()
-                again = self._progress_ucx() or again
-                timeout = 0.0 if again else self._timeout()
-                for descriptor, _ in self._poll.poll(timeout):
-                    if descriptor in self._sockets:
-                        self._sockets[descriptor].stream.idle()
-                        self._served.serve(self._sockets[descriptor])
+                if self._ucx_due or self._stop_by is not None:
+                    again = self._progress_ucx() or again
+                events = self._poll.poll(0.0 if again else self._timeout())
+                for descriptor, _ in events:
+                    connection = self._sockets.get(descriptor)
+                    if connection is not None:
+                        connection.stream.idle()
+                        self._served.serve(connection)
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])
                     elif descriptor == self._wake:
                         os.eventfd_read(self._wake)
-                self._resume_accepting()
-                self._served.sweep()
+                    else:
+                        self._ucx_due = True
+                if self._paused:
+                    self._resume_accepting()
+                if self._served.sweep() or not events:
+                    self._ucx_due = True
         except BaseException:
             logger.exception("server thread %s failed; its endpoints are closed", self._thread.name)
             raise
         finally:
             self._tear_down()
 
-    def _finished(self) -> bool:
-        if self._stop_by is None:
-            return False
+    def _finished(self, stop_by: Deadline) -> bool:
         self._stop_listening()
-        return self._served.finished(self._stop_by)
+        return self._served.finished(stop_by)
 
     def _timeout(self) -> float | None:
         timeout = self._served.timeout(self._stop_by is not None)
@@ -186,6 +191,7 @@ class ServerThread:
     def _progress_ucx(self) -> bool:
         """Serve the UCX connections until there is nothing to do but wait; True if their turn is over before."""
         worker, listener = self._worker, self._ucx
+        self._ucx_due = worker is not None
         if worker is None:
             return False
         for _ in range(ROUNDS):
@@ -196,26 +202,24 @@ class ServerThread:
             # Serving may itself have made progress and so completed a request of a connection already looked at.
             unfinished = self._served.serve_ucx()
             if worker.steps == seen and not unfinished and worker.arm():
+                self._ucx_due = False
                 return False
         return True
 
     def _watch(self, connection: ServedConnection) -> None:
         """Keep epoll's interest in step: while an answer waits for room, no more requests are read."""
-        stream = connection.stream
-        wanted = select.EPOLLOUT if stream.wants_write else select.EPOLLIN
-        if wanted == connection.watched:
-            return
-        if connection.watched:
-            self._poll.modify(stream.fileno(), wanted)
+        descriptor = connection.stream.fileno()
+        wanted = select.EPOLLOUT if connection.unsent else select.EPOLLIN
+        if descriptor in self._sockets:
+            self._poll.modify(descriptor, wanted)
         else:
-            self._poll.register(stream.fileno(), wanted)
-            self._sockets[stream.fileno()] = connection
-        connection.watched = wanted
+            self._poll.register(descriptor, wanted)
+            self._sockets[descriptor] = connection
 
     def _unwatch(self, connection: ServedConnection) -> None:
-        if connection.watched:
-            self._poll.unregister(connection.stream.fileno())
-            del self._sockets[connection.stream.fileno()]
+        descriptor = connection.stream.fileno()
+        if self._sockets.pop(descriptor, None) is not None:
+            self._poll.unregister(descriptor)
 
     # --- endings ----------------------------------------------------------------------------------------------
 

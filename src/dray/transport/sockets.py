@@ -109,13 +109,29 @@ class SocketStream:
         self._begin += size
         return self._view[begin : begin + size]
 
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
+    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
+        parts = self._parts
         if descriptor is not None:
             self._descriptor = descriptor
+        elif len(items) == 1 and items[0].__class__ is bytes and not parts:
+            # Most messages are one frame, which leaves at once and whole.
+            message = items[0]
+            try:
+                sent = self._sock.send(message)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise from_os_error(error) from error
+            self._dry = True
+            if sent == len(message):
+                return True
+            parts.append(memoryview(message)[sent:])
+            return False
         for item in items:
             view = item.view if isinstance(item, Payload) else memoryview(item)
             if view.nbytes:
-                self._parts.append(view)
+                parts.append(view)
+        return self.flush()
 
     def flush(self) -> bool:
         parts = self._parts

@@ -47,8 +47,11 @@ class Stream(Protocol):
         """
         ...
 
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
-        """Queue messages and payloads, in order; their memory belongs to the stream until `flush` says so."""
+    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
+        """Send messages and payloads, in order; True when all has left, as `flush` would say.
+
+        Otherwise their memory belongs to the stream until `flush` says so.
+        """
         ...
 
     def flush(self) -> bool:

@@ -88,10 +88,10 @@ class UcxStream:
         del self._inbox[:size]
         return memoryview(message)
 
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
+    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         self._check_open()
         self._unsent += items
-        self._send_queued()
+        return self.flush()
 
     def flush(self) -> bool:
         if self._unsent or self._theirs is None:

@@ -14,7 +14,7 @@ from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.transport.sockets import SocketStream, from_os_error, not_inherited
-from dray.transport.waiting import Wake, wait
+from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 
 _BACKLOG = 256
@@ -133,9 +133,7 @@ def connect_socket(
     sock.setblocking(False)
     code = sock.connect_ex(address)
     if code == errno.EINPROGRESS:
-        poll = select.poll()
-        poll.register(sock.fileno(), select.POLLOUT)
-        wait(poll, deadline, wake, "the connection", endpoint)
+        PollWaiter(wake).wait_for(sock.fileno(), select.POLLOUT, deadline, "the connection", endpoint)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     elif code == errno.EAGAIN:
         code = _connect_to_full_backlog(sock, address, deadline)

@@ -21,7 +21,7 @@ class Wake:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._waits = 0
+        self._waits: set[select.poll] = set()
         self._woken = False
 
     def close(self) -> None:
@@ -30,73 +30,86 @@ class Wake:
             if not self._woken:
                 self._woken = True
                 os.eventfd_write(self._descriptor, 1)
-                self._close_unused()
+        self._close_unused()
 
-    def poll(self, poll: select.poll, deadline: Deadline) -> bool:
+    def watch(self, poll: select.poll) -> None:
+        """Have `poll` see the end; before its first wait."""
+        with self._lock:
+            if self._descriptor >= 0:
+                poll.register(self._descriptor, select.POLLIN)
+
+    def wait(self, poll: select.poll, deadline: Deadline) -> bool:
         """Wait for what is registered with `poll`; False if the deadline came first.
 
         Raises:
             BufferClosedError: the client is closed.
         """
-        with self._lock:
-            self._check()
-            self._waits += 1
+        found = False
+        # In this order, without the lock: who closes sees this wait, or this wait sees the end.
+        self._waits.add(poll)
         try:
-            poll.register(self._descriptor, select.POLLIN)
-            found = poll.poll(poll_timeout(deadline))
-            poll.unregister(self._descriptor)
+            if not self._woken:
+                found = bool(poll.poll(poll_timeout(deadline)))
         finally:
-            with self._lock:
-                self._waits -= 1
+            self._waits.discard(poll)
+            if self._woken:
                 self._close_unused()
-        with self._lock:
-            self._check()
-        return bool(found)
-
-    def _check(self) -> None:
         if self._woken:
             raise BufferClosedError("the client was closed while it waited")
+        return found
 
     def _close_unused(self) -> None:
-        if self._woken and not self._waits and self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with self._lock:
+            if not self._waits and self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+
+_IN = select.POLLIN
+_IN_OR_OUT = select.POLLIN | select.POLLOUT
 
 
 class PollWaiter:
-    """Waits for one stream's descriptor.
+    """Waits for one descriptor at a time.
 
     Args:
         wake: ends the wait; without it, only the deadline does.
     """
 
-    __slots__ = ("_poll", "_wake")
+    __slots__ = ("_events", "_poll", "_wake")
 
     def __init__(self, wake: Wake | None) -> None:
         self._poll = select.poll()
         self._wake = wake
+        self._events = 0
+        if wake is not None:
+            wake.watch(self._poll)
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        """Wait until the stream, which is `idle`, has something to do.
+        """Wait until the stream, which is `idle` and always the same one, has something to do.
 
         Raises:
             TransportTimeout: the deadline came first; the message says what was awaited.
             BufferClosedError: the client is closed.
         """
-        self._poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
-        wait(self._poll, deadline, self._wake, awaited, endpoint)
+        events = _IN_OR_OUT if stream.wants_write else _IN
+        if events != self._events:
+            self._poll.register(stream.fileno(), events)
+            self._events = events
+        self._wait(deadline, awaited, endpoint)
 
+    def wait_for(self, descriptor: int, events: int, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        """Wait for events of a descriptor that is no stream's yet; otherwise like `wait`."""
+        self._poll.register(descriptor, events)
+        try:
+            self._wait(deadline, awaited, endpoint)
+        finally:
+            self._poll.unregister(descriptor)
 
-def wait(poll: select.poll, deadline: Deadline, wake: Wake | None, awaited: str, endpoint: str) -> None:
-    """Wait for what is registered with `poll`.
-
-    Raises:
-        TransportTimeout: the deadline came first; the message says what was awaited.
-        BufferClosedError: the client is closed.
-    """
-    found = wake.poll(poll, deadline) if wake is not None else bool(poll.poll(poll_timeout(deadline)))
-    if not found:
-        raise timed_out(deadline, awaited, endpoint)
+    def _wait(self, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        wake = self._wake
+        if not (wake.wait(self._poll, deadline) if wake is not None else self._poll.poll(poll_timeout(deadline))):
+            raise timed_out(deadline, awaited, endpoint)
 
 
 def timed_out(deadline: Deadline, awaited: str, endpoint: str) -> TransportTimeout:

@@ -11,7 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dray.errors import (
     AuthenticationError,
@@ -23,7 +23,7 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.telemetry import Counters
-from dray.wire.frames import FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status, parse
+from dray.wire.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import Lane, ServerHandshake, ServerIdentity, Verdict
 
 MAX_PENDING = 4096
@@ -85,6 +85,11 @@ class ServerSession:
         checksum: computes a payload's checksum, or ``None`` to send none.
         describe: the text that answers STAT.
         counters: where this session counts.
+
+    Attributes:
+        established: the handshake is over and the client may ask.
+        expects: bytes of the client's next message.
+        closing: no answer follows those that `take` has still to give.
     """
 
     def __init__(
@@ -110,17 +115,9 @@ class ServerSession:
         self._leases: dict[int, LeaseLike] = {}
         self._sending: set[int] = set()
         self._acked = 0
+        self.established = False
+        self.expects = self._handshake.expects
         self.closing = False
-
-    @property
-    def established(self) -> bool:
-        """The handshake is over and the client may ask."""
-        return self._handshake.done
-
-    @property
-    def expects(self) -> int:
-        """Bytes of the client's next message."""
-        return FRAME_BYTES if self._handshake.done else self._handshake.expects
 
     @property
     def leases(self) -> int:
@@ -140,7 +137,7 @@ class ServerSession:
         """
         if self.closing:
             return
-        if not self._handshake.done:
+        if not self.established:
             self._shake(message)
             return
         frame = parse(message)
@@ -155,7 +152,7 @@ class ServerSession:
 
     def take(self) -> list[Outgoing]:
         """What to send next, in order. Call `flushed` when all of it is out, then `take` again."""
-        if self._sending:
+        if self._sending or not (self._requests or self._outgoing):
             return []
         taken, self._outgoing = self._outgoing, []
         batch = 0
@@ -183,6 +180,8 @@ class ServerSession:
 
     def _shake(self, message: bytes | bytearray | memoryview) -> None:
         self._outgoing.append(self._handshake.receive(message))
+        self.established = self._handshake.done
+        self.expects = FRAME_BYTES if self.established else self._handshake.expects
         verdict = self._handshake.verdict
         if verdict is not Verdict.WELCOME:
             self.closing = True
@@ -270,10 +269,10 @@ class ServerSession:
                 self._ring.checksum(lease.slot, lease.sequence, self._checksum),
             )
         taken.append(
-            Frame(
+            FRAME.pack(
                 Kind.STATUS, Status.OK, request.reader, flags, lease.slot, request.request, lease.sequence,
                 lease.nbytes, checksum, self._acked, request.tag, lease.offset,
-            ).pack()
+            )
         )  # fmt: skip
         self._counters.add_all({"reads": 1, "bytes": lease.nbytes})
         if not in_band:
@@ -305,8 +304,7 @@ class ServerSession:
         taken.append(encoded)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One request of a client, as it waits for its answer."""
 
     kind: Kind
@@ -319,9 +317,9 @@ class Request:
 
     def pack(self) -> bytes:
         """The request's frame."""
-        return Frame(
-            self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, self.nbytes, tag=self.tag
-        ).pack()
+        return FRAME.pack(
+            self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, self.nbytes, 0, 0, self.tag, 0
+        )
 
 
 class ClientSession:
@@ -383,7 +381,9 @@ class ClientSession:
         if consumed:
             self._unconfirmed.append((self._acks, request))
         flags = Flag.CONSUMED if consumed else Flag.NONE
-        return Frame(Kind.ACK, 0, request.reader, flags, request.slot, request.request, request.sequence).pack()
+        return FRAME.pack(
+            Kind.ACK, 0, request.reader, flags, request.slot, request.request, request.sequence, 0, 0, 0, 0, 0
+        )
 
 
 def refusal(request: Request, frame: Frame, text: str, endpoint: str) -> DrayError:
