@@ -321,7 +321,7 @@ def test_w8_a_server_thread_that_dies_leaves_its_payloads_to_the_others() -> Non
 
 
 def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: Any) -> None:
-    with serving(lane, idle_timeout=0.1) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, idle_timeout=0.5) as server, PayloadClient(lanes=lane) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(2):
             client.read_bytes(ref, consume=False)
