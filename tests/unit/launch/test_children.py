@@ -34,8 +34,10 @@ def test_exit_code_and_output_are_kept(tmp_path: Path) -> None:
 
 def test_what_is_left_of_its_group_is_killed_with_it(tmp_path: Path) -> None:
     program = (
-        "import subprocess, sys\n"
-        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
+        "import os, subprocess, sys\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(left.pid, flush=True)\n"
+        "os._exit(0)\n"
     )
     started = child(tmp_path, program)
     assert started.collect(20.0) == 0
