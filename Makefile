@@ -19,10 +19,10 @@ MUTANTS_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format bench soak endurance devmode mutants mutmut clean
+.PHONY: help demo test lint format bench bench-peers soak endurance devmode mutants mutmut clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/demo.stamp ## CartPole, learnt over dray by four processes on this machine; ends by itself when solved
 	$(BIN)/dray run examples/cartpole/job.toml
@@ -41,9 +41,11 @@ format: .venv/dev.stamp ## let ruff put the code into shape
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-bench: .venv/dev.stamp ## each lane beside memcpy and bare sockets: a table, and outputs/benchmark.json
-	@mkdir -p outputs
-	$(BIN)/python -m benchmarks --json outputs/benchmark.json $(BENCH_ARGS)
+bench: .venv/dev.stamp ## dray beside its limits and beside what people use instead: tables, outputs/benchmark.json
+	$(BIN)/dray bench --json outputs/benchmark.json --plot outputs/benchmark.png $(BENCH_ARGS)
+
+bench-peers: .venv/dev.stamp ## environments for what people use instead, in the user's cache; once
+	$(BIN)/dray bench --install-peers
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)

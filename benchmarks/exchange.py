@@ -41,16 +41,19 @@ class Exchange(Protocol):
         ...
 
 
-def measure(exchange: Exchange, operations: int, batch: int) -> list[float]:
-    """Time `operations` operations, one by one; seconds each."""
+def measure(exchange: Exchange, operations: int, batch: int, *, whole: bool = False) -> list[float]:
+    """Time `operations` operations, one by one; seconds each. With `whole` one operation gets a whole batch, and
+    there is one time for each batch."""
     times: list[float] = []
     now = time.perf_counter
     once = exchange.once
-    while len(times) < operations:
-        count = min(batch, operations - len(times))
+    left = operations
+    while left > 0:
+        count = min(batch, left)
+        left -= count
         exchange.prepare(count)
         with _no_garbage_collection():
-            for _ in range(count):
+            for _ in range(1 if whole else count):
                 began = now()
                 once()
                 times.append(now() - began)

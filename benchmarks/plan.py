@@ -1,15 +1,21 @@
-"""How much is measured: sizes, lanes, rounds and operations."""
+"""How much is measured: targets, sizes, rounds and operations."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-LANES = ("shm", "tcp", "ucx")
+LaneName = Literal["shm", "tcp", "ucx"]
+
+LANES: tuple[LaneName, ...] = ("shm", "tcp", "ucx")
 KIB, MIB = 1 << 10, 1 << 20
 
-ALL_SIZES = tuple(KIB << exponent for exponent in range(0, 17, 2))
-QUICK_SIZES = (KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB)
+ALL_SIZES = (*(KIB << exponent for exponent in range(0, 17, 2)), 256 * MIB)
+QUICK_SIZES = (KIB, 64 * KIB, MIB, 16 * MIB)
+LARGEST_COPIED = 64 * MIB
+"""Beyond it only reads in place are measured: everything else moves at the speed of memory or of the kernel."""
 
 _UNITS = {"": 1, "b": 1, "kib": KIB, "k": KIB, "mib": MIB, "m": MIB}
 _LEAST_SIZE = KIB
@@ -24,20 +30,31 @@ class Plan:
     """What one run measures.
 
     Attributes:
+        targets: names of the targets whose rows are wanted, such as ``"P1"``; none: everything, with the rows that
+            have no target.
         sizes: payload sizes in bytes.
-        lanes: which of dray's lanes.
         rounds: how often each measurement is repeated, all of them in turn.
         block_bytes: about how many bytes one measurement moves in a round.
         most_operations: at most that many operations in a round.
         idle_seconds: how long idle connections are watched.
+        memory_reads: reads whose memory is watched.
+        job_steps: training steps of the CartPole job; None: until it is solved.
+        quick: leave out what takes long to start.
     """
 
+    targets: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ALL_SIZES
-    lanes: tuple[str, ...] = LANES
     rounds: int = 7
     block_bytes: int = 128 * MIB
     most_operations: int = 1000
     idle_seconds: float = 10.0
+    memory_reads: int = 1_000_000
+    job_steps: int | None = None
+    quick: bool = False
+
+    def wants(self, *targets: str) -> bool:
+        """Whether rows of one of the targets are asked for."""
+        return not self.targets or any(target in self.targets for target in targets)
 
     def operations(self, nbytes: int) -> int:
         """Operations of one measurement in one round."""
@@ -48,7 +65,16 @@ class Plan:
         return min(max(_BATCH_BYTES // nbytes, 2), _MOST_IN_BATCH, self.operations(nbytes))
 
 
-QUICK = Plan(sizes=QUICK_SIZES, rounds=3, block_bytes=48 * MIB, most_operations=300, idle_seconds=3.0)
+QUICK = Plan(
+    sizes=QUICK_SIZES,
+    rounds=3,
+    block_bytes=32 * MIB,
+    most_operations=200,
+    idle_seconds=2.0,
+    memory_reads=20_000,
+    job_steps=15,
+    quick=True,
+)
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -65,6 +91,19 @@ def parse_sizes(text: str) -> tuple[int, ...]:
             raise ValueError(f"{part.strip()!r} is not a size from 1KiB to 256MiB")
         sizes.append(nbytes)
     return tuple(sorted(set(sizes)))
+
+
+def parse_targets(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Names such as ``"P1,P4"``, in the order of `known`.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    wanted = [part.strip().upper() for part in text.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+    return tuple(name for name in known if name in wanted)
 
 
 def size_name(nbytes: int) -> str:

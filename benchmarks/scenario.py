@@ -31,13 +31,18 @@ class Scenario:
     """A group of rows that are measured together.
 
     Attributes:
-        name: for the command line.
+        name: in the results.
         title: for the report.
+        targets: which targets its rows are about.
         steps: how many steps its progress has.
         run: measures, and yields rows, or what had to be skipped.
     """
 
     name: str
     title: str
+    targets: tuple[str, ...]
     steps: Callable[[Plan], int]
     run: Callable[[Plan, Progress], Iterator[Row | Skipped]] = field(repr=False)
+
+
+UCX_MISSING = "the ucxx package is not installed: pip install 'dray[ucxx]'"

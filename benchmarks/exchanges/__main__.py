@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.peer import Service, serve
+from benchmarks.service import Service, serve
 
 
 def make_service(kind: str, descriptors: list[int]) -> Service:
@@ -30,6 +30,10 @@ def make_service(kind: str, descriptors: list[int]) -> Service:
         from benchmarks.exchanges.lanes import IdleReaderService
 
         return IdleReaderService()
+    if kind == "producing":
+        from benchmarks.exchanges.producing import ProducingService
+
+        return ProducingService(descriptors[0])
     raise ValueError(f"unknown kind {kind!r}")
 
 

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-import numpy as np
-
-from benchmarks.peer import Peer, Reply
+from benchmarks.exchanges.payloads import one_array, six_fields
+from benchmarks.partner import Partner
+from benchmarks.plan import LaneName
+from benchmarks.service import Reply
 from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
-from dray.payload.codec import plan
 
-FIELD = "payload"
 READ_SECONDS = 60.0
 
-How = Literal["read", "lease"]
-
-
-def arrays_of(nbytes: int) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
-    """One array whose packed image has exactly `nbytes` bytes (a multiple of 64, 1 KiB or more)."""
-    source = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
-    overhead = plan({FIELD: source}).nbytes - nbytes
-    arrays = {FIELD: source[: nbytes - overhead]}
-    packed = plan(arrays).nbytes
-    if packed != nbytes:
-        raise ValueError(f"a payload of {nbytes} bytes cannot be made; it has {packed}")
-    return arrays
+How = Literal["read", "lease", "read_many", "read_many_bytes"]
 
 
 class PayloadService:
-    """Puts payloads into a ring and serves them on one lane."""
+    """Puts payloads into a ring when it is told to, and serves them on one lane."""
 
     def __init__(self) -> None:
         self._opened = ExitStack()
         self._arrays: dict[str, Any] = {}
         self._server: PayloadServer | None = None
+        self._spinner = Spinner()
 
     def do(self, command: str, **arguments: Any) -> Reply:
         if command == "open":
@@ -48,6 +40,8 @@ class PayloadService:
         if command == "connections":
             assert self._server is not None
             return Reply({"open": self._server.statistics()["open_connections"]})
+        if command == "spun":
+            return Reply({"turns": self._spinner.turns})
         self.close()
         return Reply({})
 
@@ -55,12 +49,54 @@ class PayloadService:
         self._server = None
         self._opened.close()
 
-    def _open(self, nbytes: int, slots: int, lane: Any, checksum: bool) -> None:
-        self._arrays = arrays_of(nbytes)
+    def _open(
+        self,
+        nbytes: int,
+        slots: int,
+        lane: LaneName,
+        checksum: bool,
+        fields: int = 1,
+        switch_interval: float | None = None,
+    ) -> None:
+        self._arrays = one_array(nbytes) if fields == 1 else six_fields(nbytes)
         ring = self._opened.enter_context(SharedRingBuffer(slots, nbytes, prefault=True))
         self._server = self._opened.enter_context(
             PayloadServer(ring, lanes=(lane,), threads=1, checksum=checksum, drain_timeout=1.0)
         )
+        if switch_interval is not None:
+            sys.setswitchinterval(switch_interval)
+            self._opened.enter_context(self._spinner.spinning())
+
+
+class Spinner:
+    """A thread that runs pure Python and never waits, as an environment's loop does.
+
+    Attributes:
+        turns: how often its loop went round; what else the process does takes turns away.
+    """
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self._over = False
+
+    @contextmanager
+    def spinning(self) -> Iterator[None]:
+        """For the length of the block."""
+        self._over = False
+        thread = threading.Thread(target=self._spin, name="busy")
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over = True
+            thread.join()
+
+    def _spin(self) -> None:
+        value = 0.0
+        while not self._over:
+            for step in range(100):
+                value = 0.5 * value + step
+            self.turns += 1
 
 
 class IdleReaderService:
@@ -88,37 +124,61 @@ class LaneRead:
 
     Args:
         lane: which lane.
-        how: ``"read"`` copies into memory of its own, ``"lease"`` uses the slot in place and copies nothing.
+        how: ``"read"`` copies into memory of its own, ``"lease"`` uses the slot in place and copies nothing;
+            ``"read_many"`` and ``"read_many_bytes"`` read a whole batch in one operation.
         checksum: whether the server sends checksums (and the client verifies them).
+        fields: 1 or 6 arrays in a payload.
+        name: as the report calls it.
+        switch_interval: the server's process is busy running Python, with this switch interval in seconds.
     """
 
-    def __init__(self, lane: Literal["shm", "tcp", "ucx"], how: How = "read", *, checksum: bool = False) -> None:
-        self.name = f"{lane} in place" if how == "lease" else f"{lane} with checksum" if checksum else lane
+    def __init__(
+        self,
+        lane: LaneName,
+        how: How = "read",
+        *,
+        checksum: bool = False,
+        fields: Literal[1, 6] = 1,
+        name: str = "",
+        switch_interval: float | None = None,
+    ) -> None:
+        plain = {"read": lane, "lease": f"{lane} in place"}.get(how, f"{lane} {how}")
+        self.name = name or (f"{plain} with checksum" if checksum else plain)
         self._lane = lane
-        self._checksum = checksum
-        self._peer = Peer("payloads")
+        self._served = {"checksum": checksum, "fields": fields, "switch_interval": switch_interval}
+        self._partner = Partner("payloads")
         self._client: PayloadClient | None = None
         self._refs: deque[PayloadRef] = deque()
-        self.once = self._lease if how == "lease" else self._read
+        self._how = how
+        self.once = {"read": self._read, "lease": self._lease}.get(how, self._read_batch)
+
+    @staticmethod
+    def batches_as_bytes() -> bool:
+        """Whether this `PayloadClient` reads batches without unpacking them."""
+        return hasattr(PayloadClient, "read_many_bytes")
 
     def open(self, nbytes: int, batch: int) -> None:
-        self._peer.ask("open", nbytes=nbytes, slots=batch, lane=self._lane, checksum=self._checksum)
+        self._partner.ask("open", nbytes=nbytes, slots=batch, lane=self._lane, **self._served)
         self._client = PayloadClient(lanes=self._lane)
 
     def prepare(self, count: int) -> None:
-        self._refs.extend(PayloadRef.from_json(text) for text in self._peer.ask("put", count=count)["refs"])
+        self._refs.extend(PayloadRef.from_json(text) for text in self._partner.ask("put", count=count)["refs"])
+
+    def spun(self) -> int:
+        """How often the loop of a busy server went round."""
+        return int(self._partner.ask("spun")["turns"])
 
     def shut(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
-        self._peer.ask("shut")
+        self._partner.ask("shut")
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
-        self._peer.close()
+        self._partner.close()
 
     def _read(self) -> None:
         assert self._client is not None
@@ -128,3 +188,8 @@ class LaneRead:
         assert self._client is not None
         with self._client.lease(self._refs.popleft(), timeout=READ_SECONDS):
             pass
+
+    def _read_batch(self) -> None:
+        for _ in getattr(self._client, self._how)(self._refs, timeout=READ_SECONDS):
+            pass
+        self._refs.clear()

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.peer import Peer, Reply
+from benchmarks.partner import Partner
+from benchmarks.service import Reply
 
 Into = Literal["warm memory", "new memory"]
 
@@ -50,19 +51,19 @@ class ForeignCopy:
         self.name = "bare copy, foreign" + (", new" if into == "new memory" else "")
         self._fresh = into == "new memory"
         self._descriptor = os.memfd_create("dray-bench")
-        self._peer = Peer("memory", [self._descriptor])
+        self._partner = Partner("memory", [self._descriptor])
         self._slots = np.empty((0, 0), np.uint8)
         self._target = np.empty(0, np.uint8)
         self._next = 0
 
     def open(self, nbytes: int, batch: int) -> None:
         os.ftruncate(self._descriptor, batch * nbytes)
-        self._peer.ask("open", nbytes=nbytes, batch=batch)
+        self._partner.ask("open", nbytes=nbytes, batch=batch)
         self._slots = map_slots(self._descriptor, batch, nbytes)
         self._target = np.zeros(nbytes, np.uint8)
 
     def prepare(self, count: int) -> None:
-        self._peer.ask("prepare", count=count)
+        self._partner.ask("prepare", count=count)
         self._next = 0
 
     def once(self) -> None:
@@ -75,11 +76,11 @@ class ForeignCopy:
 
     def shut(self) -> None:
         self._slots = self._target = np.empty((0, 0), np.uint8)
-        self._peer.ask("shut")
+        self._partner.ask("shut")
 
     def close(self) -> None:
         if self._descriptor >= 0:
-            self._peer.close()
+            self._partner.close()
             os.close(self._descriptor)
             self._descriptor = -1
 

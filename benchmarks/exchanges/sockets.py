@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.peer import ANSWER_SECONDS, Peer, Reply
+from benchmarks.partner import ANSWER_SECONDS, Partner
+from benchmarks.service import Reply
 
 REQUEST_BYTES = 64
 
@@ -101,8 +102,8 @@ class SocketExchange:
             " round trip" if round_trip else ", same size"
         )
         self._round_trip = round_trip
-        self._peer = Peer("socket")
-        address = self._peer.ask("listen", family=family)["address"]
+        self._partner = Partner("socket")
+        address = self._partner.ask("listen", family=family)["address"]
         self._socket = socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET)
         self._socket.connect(os.fspath(address) if family == "unix" else tuple(address))
         prepare_socket(self._socket, family)
@@ -111,11 +112,11 @@ class SocketExchange:
 
     def open(self, nbytes: int, batch: int) -> None:
         answered = REQUEST_BYTES if self._round_trip else nbytes
-        self._peer.ask("open", nbytes=answered)
+        self._partner.ask("open", nbytes=answered)
         self._target = np.zeros(answered, np.uint8).data
 
     def prepare(self, count: int) -> None:
-        self._peer.ask("prepare", count=count)
+        self._partner.ask("prepare", count=count)
 
     def once(self) -> None:
         self._socket.sendall(self._request)
@@ -126,4 +127,4 @@ class SocketExchange:
 
     def close(self) -> None:
         self._socket.close()
-        self._peer.close()
+        self._partner.close()

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer import ANSWER_SECONDS, Peer, Reply
+from benchmarks.partner import ANSWER_SECONDS, Partner
+from benchmarks.service import Reply
 from dray.clock import Deadline
 from dray.transport.ucx_worker import SEGMENT_SIZE, require
 
@@ -117,8 +118,8 @@ class UcxExchange:
     name = "bare UCX exchange"
 
     def __init__(self) -> None:
-        self._peer = Peer("ucx")
-        port = self._peer.ask("listen")["port"]
+        self._partner = Partner("ucx")
+        port = self._partner.ask("listen")["port"]
         self._end = UcxEnd()
         self._end.endpoint = self._end.ucx.UCXEndpoint.create(self._end.worker, "127.0.0.1", port, True)
         self._request = self._end.array(bytearray(FRAME_BYTES))
@@ -128,11 +129,11 @@ class UcxExchange:
         self._end.wait(self._end.send(self._request, _REQUEST), answered)
 
     def open(self, nbytes: int, batch: int) -> None:
-        self._peer.ask("open", nbytes=nbytes)
+        self._partner.ask("open", nbytes=nbytes)
         self._payload = self._end.array(np.zeros(nbytes, np.uint8))
 
     def prepare(self, count: int) -> None:
-        self._peer.ask("prepare", count=count)
+        self._partner.ask("prepare", count=count)
 
     def once(self) -> None:
         end = self._end
@@ -145,4 +146,4 @@ class UcxExchange:
 
     def close(self) -> None:
         self._end.close()
-        self._peer.close()
+        self._partner.close()

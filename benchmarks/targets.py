@@ -1,0 +1,33 @@
+"""The performance targets P1 to P15, one line each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Named(NamedTuple):
+    """A target's name, what it is about, and what is asked for."""
+
+    name: str
+    what: str
+    asked: str
+
+
+TARGETS = (
+    Named("P1", "shm in place, 1 KiB to 256 MiB", "p50 ≤ 3 × a bare Unix-socket round trip, at every size"),
+    Named("P2", "shm with copy, from 1 MiB", "time ≤ 1.1 × (copy of memory another process wrote + round trip)"),
+    Named("P3", "tcp, from 1 MiB", "rate ≥ 0.9 × bare sendall and recv_into, ≥ 0.8 × with checksum"),
+    Named("P4", "tcp, 1 KiB", "p50 ≤ 3 × a bare TCP round trip"),
+    Named("P5", "ucx, from 1 MiB", "rate ≥ 0.9 × low-level exchange; read_many ≥ 0.85 × ucx_perftest"),
+    Named("P6", "ucx, 1 KiB", "p50 ≤ 1.5 × the low-level exchange"),
+    Named("P7", "read_many of 1 KiB on shm", "≥ 150,000 payloads/s as bytes, ≥ 60,000 unpacked"),
+    Named("P8", "64 idle connections", "≤ 1 % of a core at each end"),
+    Named("P9", "pack six fields into a slot", "≤ 15 µs at 1 KiB, ≤ 1.15 × the bare copy from 1 MiB"),
+    Named("P10", "one life of a slot, 10 to 100,000 slots", "≤ 1.3 × the smallest ring"),
+    Named("P11", "16 producers, one consumer, 1 MiB", "rate ≥ 0.9 × that of one producer"),
+    Named("P12", "1 MiB from a producer that is busy in Python", "p99 ≤ 3 × that of an idle producer"),
+    Named("P13", "memory over a million reads", "no growth (≤ 256 KiB)"),
+    Named("P14", "the CartPole job: time inside reads", "≤ 2 % of the wall time"),
+    Named("P15", "beside what people use instead, from 64 KiB", "faster than all of them"),
+)
+NAMES = tuple(target.name for target in TARGETS)
