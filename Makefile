@@ -14,12 +14,13 @@ ENDURANCE_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 2
 SOAK_ARGS ?=
+FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format bench bench-peers soak endurance devmode mutants mutmut clean
+.PHONY: help demo test lint format bench bench-peers soak fuzz endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +50,9 @@ bench-peers: .venv/dev.stamp ## environments for what people use instead, in the
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)
+
+fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the code's branches (MINUTES=2, FUZZ_ARGS)
+	$(BIN)/python tests/fuzz/fuzzer.py --minutes $(MINUTES) $(FUZZ_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)
@@ -86,3 +90,7 @@ clean: ## remove .venv, caches and build products; outputs/ stays
 	@echo "installing dray, the demo and the development tools into .venv (the first time takes minutes)"
 	@$(PIP_INSTALL) --editable '.[dev]'
 	@touch .venv/demo.stamp $@
+
+.venv/fuzz.stamp: .venv/dev.stamp
+	@$(PIP_INSTALL) --editable '.[fuzz]'
+	@touch $@

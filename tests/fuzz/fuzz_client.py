@@ -1,0 +1,189 @@
+"""The client's end of a connection to a hostile server: what was asked for arrives whole, or a typed error comes.
+
+Everything that the server will ever say lies in the socket before the client asks; then the connection is at its
+end, so that nothing is waited for. Input: options, then what the client asks for, then operations that say what
+the server says, after a handshake by the book where the options do not say otherwise.
+"""
+
+import contextlib
+import socket
+
+import numpy as np
+import xxhash
+from fuzz.cursor import Cursor
+
+from dray.buffer import Segment, SharedRingBuffer
+from dray.clock import Deadline
+from dray.errors import DrayError
+from dray.transport.connection import Connection, Held
+from dray.transport.network import KernelNetwork
+from dray.transport.receive_buffers import ReceiveBuffers
+from dray.transport.sockets import SocketStream
+from dray.transport.unix import UnixStream
+from dray.transport.waiting import PollWaiter
+from dray.wire import PayloadRef
+from dray.wire.frames import Flag, Frame, Kind, Status
+from dray.wire.handshake import CHALLENGE, MAGIC, WELCOME, Lane, ServerIdentity
+
+IN_PLACE, UNVERIFIED, RAW_HANDSHAKE = 1, 2, 4
+STATUS_OP, PAYLOAD_OP, BYTES_OP = range(3)
+_SLOTS, _SLOT_BYTES = 4, 256
+_PRODUCER = bytes(range(16))
+_ENDPOINT = "tcp:127.0.0.1:1"
+_SECONDS = 5.0
+
+
+def status(step: int = 1, code: int = 0, flags: int = 0, nbytes: int = 5, *changes: int) -> bytes:
+    """The operation that answers the next request, `step` further; `changes` are pairs of byte index and byte."""
+    return bytes([STATUS_OP, step, code, flags, nbytes, len(changes) // 2, *changes])
+
+
+def payload(content: bytes) -> bytes:
+    return bytes([PAYLOAD_OP, len(content)]) + content
+
+
+def said(text: bytes) -> bytes:
+    return bytes([BYTES_OP, len(text)]) + text
+
+
+_HANDSHAKE = CHALLENGE.pack(
+    MAGIC, 1, 0, 0, _PRODUCER, bytes(32), bytes(32), _SLOTS, _SLOT_BYTES, 8, 1
+) + WELCOME.pack(MAGIC, 0)
+_READS = bytes([2, 5, 0, 1])  # of 5 and of 0 bytes, consumed
+SEEDS = [
+    bytes([0]) + _READS + status() + payload(b"hello") + status(nbytes=0),
+    bytes([0]) + _READS + status(flags=Flag.CHECKSUM) + payload(b"hello") + status(nbytes=0),
+    bytes([0]) + _READS + status(code=Status.STALE) + status(code=Status.BUSY),
+    bytes([0]) + _READS + status(code=Status.ERROR, flags=Flag.TEXT) + said(b"wrong"),
+    bytes([0]) + _READS + status(step=2) + payload(b"hello"),
+    bytes([0]) + _READS + status(nbytes=6) + payload(b"hello!"),
+    bytes([IN_PLACE]) + _READS + status() + status(nbytes=0),
+    bytes([IN_PLACE]) + _READS + status(1, 0, 0, 5, 56, 1),
+    bytes([IN_PLACE]) + _READS + status(1, 0, 0, 255),
+    bytes([0, 0, 0])
+    + status(nbytes=0)
+    + status(nbytes=0)
+    + status(flags=Flag.TEXT, nbytes=9)
+    + said(b'{"a": []}'),
+    bytes([RAW_HANDSHAKE]) + _READS + said(_HANDSHAKE) + status() + payload(b"hello") + status(nbytes=0),
+    bytes([RAW_HANDSHAKE]) + _READS + said(_HANDSHAKE[:6] + b"\1" + _HANDSHAKE[7:]),
+    bytes([RAW_HANDSHAKE]) + _READS + said(_HANDSHAKE[:108] + b"\1" + bytes(11) + _HANDSHAKE[120:]) + status(),
+    bytes([0, 0, 0])
+    + status(nbytes=0)
+    + status(nbytes=0)
+    + status(flags=Flag.TEXT, nbytes=200)
+    + said(b"[" * 200),
+]
+
+
+def run(data: bytes) -> None:
+    cursor = Cursor(data)
+    chosen = cursor.byte()
+    in_place = bool(chosen & IN_PLACE)
+    sizes = [min(cursor.byte(), _SLOT_BYTES) for _ in range(cursor.byte() % 4)]
+    consumed = bool(cursor.byte() & 1)
+    refs = [PayloadRef(_PRODUCER, slot, slot + 10, size, (_ENDPOINT,)) for slot, size in enumerate(sizes)]
+    deadline = Deadline.after(_SECONDS)
+    with contextlib.ExitStack() as stack:
+        segment = None
+        if in_place:
+            ring = stack.enter_context(SharedRingBuffer(_SLOTS, _SLOT_BYTES))
+            segment = stack.enter_context(Segment.attach(ring.segment.fileno()))
+        hostile = _answers(cursor, refs, segment)
+        if not chosen & (RAW_HANDSHAKE | IN_PLACE):
+            hostile = _HANDSHAKE + hostile
+        ours, theirs = socket.socketpair()
+        stack.enter_context(theirs)
+        stack.enter_context(ours)
+        theirs.send(hostile)
+        theirs.shutdown(socket.SHUT_WR)
+        verified = not chosen & UNVERIFIED
+        try:
+            connection = _connection(ours, segment, verified, deadline)
+        except DrayError:
+            assert ours.fileno() < 0
+            return
+        stack.enter_context(contextlib.closing(connection))
+        with contextlib.suppress(DrayError):
+            _read(connection, refs, consumed, hostile, in_place, verified, deadline)
+            connection.consume([(9, 9, 0)], deadline)
+            connection.stat(deadline)
+            connection.confirm(deadline)
+        assert not deadline.expired
+        assert len(connection.unconfirmed) <= len(refs)
+
+
+class _Network(KernelNetwork):
+    """Every address leads to the same socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+
+    def connect(self, address, deadline, group):
+        return SocketStream(self._sock, Lane.TCP, read_ahead=False)
+
+
+def _connection(ours, segment, verified, deadline) -> Connection:
+    network = _Network(ours)
+    if segment is None:
+        return Connection.open(_ENDPOINT, _PRODUCER, None, deadline, verify=verified, network=network)
+    # The segment's descriptor comes with WELCOME; what is behind it is fuzz_segment's.
+    identity = ServerIdentity(_PRODUCER, _SLOTS, _SLOT_BYTES, 8, 1)
+    return Connection(
+        UnixStream(ours), _ENDPOINT, identity, segment, verified, ReceiveBuffers(), network, PollWaiter(None)
+    )
+
+
+def _read(connection, refs, consumed, hostile, in_place, verified, deadline) -> None:
+    targets = connection.ask(refs, 0, deadline)
+    for ref, target in zip(refs, targets, strict=True):
+        held = connection.answer(ref, target, deadline, deadline)
+        if not isinstance(held, Held):
+            assert isinstance(held, DrayError)
+            continue
+        taken = held.data()
+        assert taken.nbytes == ref.nbytes
+        if in_place:
+            assert np.array_equal(taken, np.zeros(ref.nbytes, np.uint8))
+        else:
+            assert taken.tobytes() in hostile
+            if verified:
+                assert _vouched(hostile, taken.tobytes())
+        connection.finish(held, consumed, deadline)
+
+
+def _vouched(hostile: bytes, content: bytes) -> bool:
+    """The checksum of what was handed out stands in the hostile bytes, or a STATUS that has none."""
+    digest = xxhash.xxh3_64_intdigest(content).to_bytes(8, "little")
+    return digest in hostile or any(
+        hostile[at] == Kind.STATUS and not hostile[at + 3] & Flag.CHECKSUM for at in range(len(hostile) - 63)
+    )
+
+
+def _answers(cursor: Cursor, refs: list[PayloadRef], segment: Segment | None) -> bytes:
+    """The hostile server's words: right ones, changed ones and any others."""
+    requests = [(ref.slot, ref.sequence, ref.nbytes) for ref in refs] + [(9, 9, 0), (0, 0, 0)]
+    words, step = bytearray(), -1
+    last = b""
+    while cursor and len(words) < 1 << 15:
+        operation = cursor.byte() % 3
+        if operation == STATUS_OP:
+            step += cursor.byte() % 4
+            code, flags, nbytes = cursor.byte(), cursor.byte(), cursor.number(64)
+            slot, sequence, _ = requests[step % len(requests)]
+            offset = segment.slot_offset(slot % _SLOTS) if segment is not None else 0
+            checksum = xxhash.xxh3_64_intdigest(last or b"hello")
+            frame = bytearray(
+                Frame(
+                    Kind.STATUS, code % 6, 0, flags, slot, step % len(requests), sequence, nbytes, checksum,
+                    offset=offset,
+                ).pack()
+            )  # fmt: skip
+            for _ in range(cursor.byte() % 4):
+                frame[cursor.byte() % 64] = cursor.byte()
+            words += frame
+        else:
+            last = cursor.take(cursor.byte())
+            words += last
+    return bytes(words)

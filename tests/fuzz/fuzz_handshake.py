@@ -1,0 +1,104 @@
+"""The handshake, both sides: the other side is taken, refused by a verdict, or a `ProtocolError`; nothing else.
+
+Input: one byte of options, then either the messages as they come, or changes to a handshake by the book: pairs of
+position and byte.
+"""
+
+from contextlib import suppress
+
+from fuzz.cursor import Cursor
+
+from dray.errors import ProtocolError
+from dray.wire.handshake import (
+    CHALLENGE,
+    HELLO,
+    NO_PROOF,
+    PROOF,
+    WELCOME,
+    ClientHandshake,
+    Lane,
+    ServerHandshake,
+    ServerIdentity,
+    Verdict,
+)
+
+SERVER, BY_THE_BOOK, CLIENT_SECRET, SERVER_SECRET = 1, 2, 4, 8
+SECRET = b"the job's secret"
+PRODUCER = bytes(range(16))
+IDENTITY = ServerIdentity(PRODUCER, 4, 4096, 8, 1)
+SEEDS = [
+    bytes([SERVER]) + HELLO.pack(b"DRAY", 1, Lane.TCP, 0, PRODUCER, bytes(32)) + NO_PROOF,
+    bytes([SERVER | SERVER_SECRET]) + HELLO.pack(b"DRAY", 1, Lane.TCP, 1, bytes(16), bytes(32)) + NO_PROOF,
+    bytes([SERVER]) + HELLO.pack(b"DRAY", 2, Lane.UCX, 3, bytes(16), bytes(32)),
+    bytes([0])
+    + CHALLENGE.pack(b"DRAY", 1, 0, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1)
+    + WELCOME.pack(b"DRAY", 0),
+    bytes([0]) + CHALLENGE.pack(b"DRAY", 1, 3, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
+    bytes([CLIENT_SECRET]) + CHALLENGE.pack(b"DRAY", 1, 0, 1, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
+    bytes([BY_THE_BOOK]),
+    bytes([BY_THE_BOOK | CLIENT_SECRET | SERVER_SECRET]),
+    bytes([BY_THE_BOOK | CLIENT_SECRET | SERVER_SECRET, 200, 1]),
+    bytes([BY_THE_BOOK | SERVER | CLIENT_SECRET | SERVER_SECRET, 7, 0]),
+]
+
+
+def run(data: bytes) -> None:
+    cursor = Cursor(data)
+    options = cursor.byte()
+    client = ClientHandshake(Lane.TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None)
+    server = ServerHandshake(Lane.TCP, IDENTITY, SECRET if options & SERVER_SECRET else None)
+    if options & BY_THE_BOOK:
+        with suppress(ProtocolError):
+            _by_the_book(cursor, client, server, options)
+    elif options & SERVER:
+        answers = [
+            server.receive(cursor.take(size).ljust(size, b"\0"))
+            for size in (HELLO.size, PROOF.size)
+            if server.verdict is Verdict.WELCOME
+        ]
+        assert [len(answer) for answer in answers] in ([CHALLENGE.size], [CHALLENGE.size, WELCOME.size])
+        # Whoever does not know the secret cannot have made the proof.
+        assert not (server.done and options & SERVER_SECRET)
+    else:
+        with suppress(ProtocolError):
+            while not client.done:
+                answer = client.receive(cursor.take(client.expects).ljust(client.expects, b"\0"))
+                if answer is None:
+                    break
+                assert len(answer) == PROOF.size
+        assert not (client.done and options & CLIENT_SECRET)
+
+
+def _by_the_book(cursor: Cursor, client: ClientHandshake, server: ServerHandshake, options: int) -> None:
+    """Each byte of the exchange may be another one on the other side."""
+    changes = {cursor.byte(): cursor.byte() for _ in range(4) if cursor}
+    at, changed = 0, False
+
+    def across(message: bytes) -> bytes:
+        nonlocal at, changed
+        arrived = bytearray(message)
+        for index in range(len(arrived)):
+            if at + index in changes:
+                arrived[index] = changes[at + index]
+        at += len(message)
+        changed = changed or arrived != message
+        return bytes(arrived)
+
+    hello = across(client.hello())
+    challenge = across(server.receive(hello))
+    if server.verdict is not Verdict.WELCOME:
+        assert changed
+        return
+    answer = client.receive(challenge)
+    if answer is None:
+        assert changed
+        return
+    welcome = server.receive(across(answer))
+    client.receive(across(welcome))
+    assert client.done
+    if options & CLIENT_SECRET and options & SERVER_SECRET:
+        # The proofs vouch for the producer, in either direction. WELCOME itself is not signed: a changed one makes
+        # the client send to a server that has closed the connection.
+        assert client.server is not None
+        assert client.server.producer == PRODUCER
+        assert server.done or welcome != WELCOME.pack(b"DRAY", 0)

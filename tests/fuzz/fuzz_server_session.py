@@ -1,0 +1,262 @@
+"""The server's end of a connection: any bytes in any pieces are answered as the protocol says, or end it.
+
+The bytes go through a real socket and the stream that the server uses. Beside the connection another one holds a
+lease: it must not notice. Input: options, then operations of one byte each with their arguments.
+"""
+
+import contextlib
+import socket
+
+import xxhash
+from fuzz.cursor import Cursor
+
+from dray.buffer import SharedRingBuffer
+from dray.clock import MONOTONIC
+from dray.errors import StaleSlotError
+from dray.telemetry import Counters
+from dray.transport.served_connections import ServedConnections, ThreadSettings
+from dray.transport.sockets import SocketStream
+from dray.wire.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status
+from dray.wire.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, Lane, ServerIdentity
+from dray.wire.session import ServerSession
+
+RAW_HANDSHAKE, SECRET, RESET = 4, 8, 16
+FRAME_OP, BYTES_OP, DELIVER_OP, READ_OP = range(4)
+_LANES = (Lane.TCP, Lane.SHM, Lane.UCX, Lane.TCP)
+_MAX_LEASES = 2
+_READERS = 2
+_SIZES = (5, 0, 6000)
+_KINDS = (Kind.READ, Kind.ACK, Kind.CONSUME, Kind.STAT)
+_SMALL_BUFFER = 4096
+
+
+def frame(kind: int, slot: int = 0, sequence: int = 0, request: int = 0, reader: int = 0, flags: int = 0) -> bytes:
+    """The operation that sends one frame; `kind` from 0 to 3 for READ, ACK, CONSUME, STAT."""
+    return bytes([FRAME_OP, 0, kind, 0, reader, flags, slot, request, sequence, 0, 0])
+
+
+def options(lane: int = 0, *, raw: bool = False, secret: bool = False, reset: bool = False) -> bytes:
+    return bytes([lane | RAW_HANDSHAKE * raw | SECRET * secret | RESET * reset])
+
+
+DELIVER, READ = bytes([DELIVER_OP]), bytes([READ_OP])
+_EXCHANGE = frame(0, request=1) + DELIVER + READ + frame(1, request=1, flags=1) + frame(2) + frame(3) + DELIVER
+SEEDS = [
+    *(options(lane, secret=secret) + _EXCHANGE for lane in range(3) for secret in (False, True)),
+    options() + frame(0, 2, 2, 1) + frame(0, 2, 2, 2) + frame(1, 2, 2, 1) + DELIVER + READ,
+    options() + frame(0, 2, 2, 1) + DELIVER + frame(1, 2, 2, 1) + DELIVER,
+    options() + frame(0, 2, 2, 1) + DELIVER + READ + frame(0, 1, 1, 1) + DELIVER,
+    options() + frame(0, 0, 0, 1) + DELIVER + READ + frame(1, 1, 0, 1) + DELIVER,
+    options(1, reset=True) + frame(0, reader=7) + frame(2, reader=9) + frame(0, 99) + DELIVER + frame(3),
+    options(raw=True) + bytes([BYTES_OP, 96]) + HELLO.pack(MAGIC, 1, 2, 0, bytes(16), bytes(32)) + bytes(32),
+    options(raw=True) + bytes([BYTES_OP, 20]) + b"GET / HTTP/1.1\r\n\r\n  " + DELIVER,
+    options() + bytes([BYTES_OP, 64]) + bytes(64) + DELIVER,
+]
+
+
+class _Answers:
+    """What the server has sent, checked against what it was asked."""
+
+    def __init__(self, contents: dict[tuple[int, int], bytes]) -> None:
+        self.received = bytearray()
+        self._contents = contents
+
+    def check(self, sent: bytes, raw: bool) -> None:
+        """`sent` is what the client sent after a handshake by the book, or from the start."""
+        left = memoryview(bytes(self.received))
+        if raw:
+            handshake, left = left[: CHALLENGE.size], left[CHALLENGE.size :]
+            assert len(handshake) in (0, CHALLENGE.size)
+            assert handshake[:4] == MAGIC[: len(handshake)]
+            welcome, left = left[: WELCOME.size], left[WELCOME.size :]
+            assert welcome[:4] == MAGIC[: len(welcome)]
+            sent = sent[HELLO.size + PROOF.size :]
+        frames = [Frame(*FRAME.unpack_from(sent, at)) for at in range(0, len(sent) - FRAME_BYTES + 1, FRAME_BYTES)]
+        requests = [each for each in frames if each.kind in (Kind.READ, Kind.CONSUME, Kind.STAT)]
+        acks = sum(each.kind == Kind.ACK for each in frames)
+        acked = 0
+        for request in requests:
+            if len(left) < FRAME_BYTES:
+                break
+            status, left = Frame(*FRAME.unpack(left[:FRAME_BYTES])), left[FRAME_BYTES:]
+            assert status.kind == Kind.STATUS
+            assert status[4:7] == request[4:7]
+            assert status.reader == request.reader
+            assert acked <= status.acked <= acks
+            acked = status.acked
+            left = self._follow(request, status, left)
+        else:
+            assert not left
+
+    def _follow(self, request: Frame, status: Frame, left: memoryview) -> memoryview:
+        """Check what stands behind a STATUS; what comes after it."""
+        if status.flags & Flag.TEXT:
+            assert status.nbytes <= MAX_TEXT_BYTES
+            assert (status.status == Status.OK) == (request.kind == Kind.STAT)
+            text, left = left[: status.nbytes], left[status.nbytes :]
+            bytes(text).decode(errors="ignore" if not left else "strict")
+        elif request.kind == Kind.READ and status.status == Status.OK:
+            content = self._contents[request.slot, request.sequence]
+            assert request.reader < _READERS
+            assert status.nbytes == len(content)
+            if status.flags & Flag.CHECKSUM:
+                assert status.checksum == xxhash.xxh3_64_intdigest(content)
+            if not self.in_place:
+                payload, left = left[: len(content)], left[len(content) :]
+                assert content.startswith(payload)
+                assert len(payload) == len(content) or not left
+        elif request.kind == Kind.READ:
+            assert status.status in (Status.STALE, Status.BUSY, Status.DENIED)
+        else:
+            assert request.kind == Kind.CONSUME
+            assert status.status in (Status.OK, Status.STALE, Status.DENIED)
+        return left
+
+    in_place = False
+
+
+class _Serving:
+    """One connection of a server, driven by hand in place of epoll."""
+
+    def __init__(self, sock: socket.socket, session: ServerSession, lane: Lane) -> None:
+        self.session = session
+        self.counters = Counters()
+        settings = ThreadSettings(idle=60.0, lease=60.0)
+        self._connections = ServedConnections(
+            lambda _: session, -1, settings, self.counters, MONOTONIC, lambda _: None, lambda _: None
+        )
+        self._connections.add(_Stream(sock, lane, read_ahead=True))
+
+    def serve(self) -> None:
+        """Do what there is to do, until the stream has nothing more or the connection has ended."""
+        for connection in self._connections.all():
+            connection.stream.idle()
+            connection.again = True
+            while connection.again:
+                self._connections.serve(connection)
+
+    def end(self) -> None:
+        self._connections.close()
+
+
+class _Stream(SocketStream):
+    """Keeps the segment's descriptor to itself: on a network lane too it may be served as if it were another."""
+
+    def send(self, items, descriptor=None):
+        super().send(items)
+
+
+def run(data: bytes) -> None:
+    cursor = Cursor(data)
+    chosen = cursor.byte()
+    lane = _LANES[chosen % 4]
+    contents = {}
+    with contextlib.ExitStack() as stack:
+        ring = stack.enter_context(SharedRingBuffer(4, max(_SIZES), readers=_READERS))
+        for size in _SIZES:
+            with ring.claim(size) as writer:
+                writer.buffer[:] = content = bytes(index % 251 + len(contents) for index in range(size))
+                contents[writer.slot, writer.sequence] = content
+                writer.commit()
+        identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, _MAX_LEASES, ring.readers)
+        secret = b"secret" if chosen & SECRET else None
+        checksum = None if lane is Lane.SHM else xxhash.xxh3_64_intdigest
+        session = ServerSession(lane, ring, identity, secret=secret, checksum=checksum, describe=lambda: '{"a":1}')
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALL_BUFFER)
+        ours.setblocking(False)
+        serving = _Serving(theirs, session, lane)
+        beside = ring.read_raw(0, 0, 1)
+        answers = _Answers(contents)
+        answers.in_place = lane is Lane.SHM
+        sent = _converse(cursor, ours, serving, answers, chosen, secret, lane)
+        serving.serve()
+        _read(ours, serving, answers)
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_WR)
+        assert session.leases <= _MAX_LEASES
+        assert ring.statistics().leases == session.leases + 1
+        if chosen & RESET:
+            ours.close()
+        serving.serve()
+        serving.end()
+        serving.end()
+        answers.check(sent, bool(chosen & RAW_HANDSHAKE))
+        assert ring.statistics().leases == 1
+        assert bytes(beside.buffer) == contents[0, 0]
+        ring.release_reading(beside)
+        found = ring.statistics()
+        assert (found.leases, found.reading, found.writing, found.late_finalises) == (0, 0, 0, 0)
+        assert found.free + found.ready == 4
+        for each in ring.ready():
+            with _lease(ring, each) as lease:
+                assert bytes(lease.buffer) == contents[each.slot, each.sequence]
+
+
+@contextlib.contextmanager
+def _lease(ring, ready):
+    """A lease of whichever reader has not consumed the payload."""
+    for reader in range(_READERS):
+        with contextlib.suppress(StaleSlotError):
+            lease = ring.read_raw(ready.slot, ready.sequence, reader)
+            break
+    yield lease
+    ring.release_reading(lease)
+
+
+def _converse(cursor, ours, serving, answers, chosen, secret, lane) -> bytes:
+    """Carry out the operations; what was sent after the handshake, or from the start where that is made up."""
+    if not chosen & RAW_HANDSHAKE:
+        handshake = ClientHandshake(lane, secret=secret)
+        answer = handshake.hello()
+        while answer is not None:
+            ours.send(answer)
+            serving.serve()
+            answer = handshake.receive(ours.recv(handshake.expects))
+        assert serving.session.established
+    sent, waiting = bytearray(), bytearray()
+    while cursor:
+        operation = cursor.byte() % 4
+        if operation == FRAME_OP:
+            cut, kind, status, reader, flags, slot, request, sequence, nbytes, tag = (
+                cursor.byte(), cursor.byte(), cursor.number(8), cursor.number(8), cursor.number(8),
+                cursor.number(32), cursor.number(64), cursor.number(64), cursor.number(64), cursor.number(64),
+            )  # fmt: skip
+            whole = Frame(
+                _KINDS[kind] if kind < 4 else kind, status, reader, flags, slot, request, sequence, nbytes, tag=tag
+            ).pack()
+            if 0 < cut < FRAME_BYTES:  # the frame comes in two pieces
+                sent += _deliver(ours, serving, waiting + whole[:cut])
+                waiting, whole = bytearray(), whole[cut:]
+            waiting += whole
+        elif operation == BYTES_OP:
+            waiting += cursor.take(cursor.byte())
+        elif operation == DELIVER_OP:
+            sent += _deliver(ours, serving, waiting)
+            waiting = bytearray()
+        else:
+            _read(ours, serving, answers)
+    return bytes(sent + _deliver(ours, serving, waiting))
+
+
+def _deliver(ours: socket.socket, serving: _Serving, waiting: bytearray) -> bytes:
+    accepted = 0
+    try:
+        while accepted < len(waiting):
+            accepted += ours.send(waiting[accepted:])
+            serving.serve()
+    except OSError:  # the server has ended the connection, or reads no more until it is read
+        serving.serve()
+    return bytes(waiting[:accepted])
+
+
+def _read(ours: socket.socket, serving: _Serving, answers: _Answers) -> None:
+    """Read all that the server has to say."""
+    try:
+        while part := ours.recv(1 << 16):
+            answers.received += part
+            serving.serve()
+    except OSError:
+        return
