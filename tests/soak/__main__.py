@@ -28,6 +28,7 @@ from dray.control import start_redis
 from dray.private_directory import PrivateDirectory
 
 _SAY_EVERY = 15.0
+_INTERRUPTED = 130
 
 
 def main(
@@ -58,7 +59,7 @@ def main(
         console.print(f"ledgers and logs: {folder}")
     else:
         shutil.rmtree(folder)
-    sys.exit(report.failed)
+    sys.exit(1 if report.failed else _INTERRUPTED if report.history.interrupted else 0)
 
 
 def _run(plan: Plan, folder: Path, console: Console) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,9 @@ BATCH = 8
 MOST_HELD = 24
 RECEIVE_SECONDS = 0.3
 RETRY_AFTER = 0.3
+SEEN = 200
+LOOK_BACK = 0.1
+"""How often an old reference is redeemed once more: it is stale, or gives the payload it named."""
 GIVE_UP_AFTER = 25.0
 SLOWNESS = (0.0, 0.0, 0.02, 0.2, 1.0)
 """Seconds between two batches, on average, for a few seconds each."""
@@ -46,6 +50,7 @@ class Consumer:
         self._held: dict[tuple[bytes, int], Held] = {}
         self._to_commit: dict[tuple[bytes, int], Held] = {}
         self._to_give_up: dict[tuple[bytes, int], tuple[Held, Given]] = {}
+        self._seen: deque[Held] = deque(maxlen=SEEN)
 
     def run(self) -> bool:
         """Until SIGTERM and all is done that was received, or its time is over; False once declared dead."""
@@ -81,6 +86,8 @@ class Consumer:
             self._member.pause(0.02)
         for held, error in self._reader.read(due):
             self._note(held, error)
+        if self._seen and self._rng.random() < LOOK_BACK:
+            self._reader.look_back(self._rng.choice(self._seen))
         return True
 
     # --- what comes -------------------------------------------------------------------------------------------
@@ -89,7 +96,8 @@ class Consumer:
         for delivery in deliveries:
             ref = PayloadRef.from_json(delivery.entry.reference or "")
             self._ledger.write(Kind.RECEIVED, *ref.identity, nbytes=delivery.deliveries)
-            self._held[ref.identity] = Held(delivery, ref)
+            self._held[ref.identity] = held = Held(delivery, ref)
+            self._seen.append(held)
 
     def _inherit(self) -> bool:
         """Claim what the dead have left; False if this process is one of them."""

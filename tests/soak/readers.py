@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ class Reader(Protocol):
         """The stream knows that these are done."""
         ...
 
+    def look_back(self, held: Held) -> None:
+        """Redeem an old reference: it must be stale, lost, or give the payload that it named."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -68,8 +73,27 @@ class _Way:
     def committed(self, batch: list[Held]) -> None:
         return
 
+    def look_back(self, held: Held) -> None:
+        self._look_at(held, consume=False)
+
     def close(self) -> None:
         self._client.close()
+
+    def _look_at(self, held: Held, *, consume: bool) -> None:
+        """Read a payload beside its delivery: only what is wrong is recorded."""
+        try:
+            found = self._plain_read(held, consume)
+        except DrayError as error:
+            Failure.of(error)
+            return
+        wrong = (check_raw if held.raw else check_arrays)(held.ref, found)
+        if wrong is not None:
+            self._record(Kind.WRONG, held, wrong)
+
+    def _plain_read(self, held: Held, consume: bool) -> Any:
+        read = self._client.read_bytes if held.raw else self._client.read
+        with self._ledger.waiting(Operation.READ, READ_SECONDS):
+            return read(held.ref, timeout=READ_SECONDS, consume=consume)
 
     def _checked(self, held: Held, wrong: Wrong | None) -> Read:
         if wrong is None:
@@ -88,13 +112,8 @@ class _Way:
     def _read_one(self, held: Held, consume: bool) -> Read:
         if consume:
             self._record(Kind.TAKING, held)
-        found: Any
         try:
-            with self._ledger.waiting(Operation.READ, READ_SECONDS):
-                if held.raw:
-                    found = self._client.read_bytes(held.ref, timeout=READ_SECONDS, consume=consume)
-                else:
-                    found = self._client.read(held.ref, timeout=READ_SECONDS, consume=consume)
+            found = self._plain_read(held, consume)
         except DrayError as error:
             return self._failed(held, error)
         return self._checked(held, (check_raw if held.raw else check_arrays)(held.ref, found))
@@ -131,7 +150,14 @@ class Step(_Way):
 
 
 class InPlace(_Way):
-    """Works in the slot on the shm lane, for a while; ends some leases without consuming, and comes back."""
+    """Works in the slot on the shm lane. Ends some leases without consuming, and comes back.
+
+    Holds others for a while in which somebody else consumes the payload: it must stay as it is all the same.
+    """
+
+    def __init__(self, client: PayloadClient, ledger: Ledger, rng: random.Random) -> None:
+        super().__init__(client, ledger, rng)
+        self._pause = threading.Event()
 
     def read(self, batch: list[Held]) -> Iterable[Read]:
         for held in batch:
@@ -144,8 +170,13 @@ class InPlace(_Way):
                 lease = self._client.lease(held.ref, timeout=READ_SECONDS)
             with lease as arrays:
                 wrong = check_arrays(held.ref, arrays)
-                if self._rng.random() < 0.1:
+                course = self._rng.random()
+                if course < 0.1:
                     raise _Returned
+                if course < 0.3:
+                    self._look_at(held, consume=True)
+                    self._pause.wait(self._rng.uniform(0.0, 0.2))
+                    wrong = wrong or check_arrays(held.ref, arrays)
                 return self._checked(held, wrong)
         except _Returned:
             return self._failed(held, TransportError("returned on purpose"))

@@ -43,7 +43,7 @@ class History:
     redis_lost: list[int] = field(default_factory=list)  # monotonic ns
     log: list[str] = field(default_factory=list)
     began: float = 0.0
-    drained: bool = False
+    interrupted: bool = False
     backlog: int | None = None
     processes_left: list[int] = field(default_factory=list)
     folders_left: list[str] = field(default_factory=list)
@@ -119,6 +119,7 @@ class Supervisor:
                 self._follow_plan()
             except KeyboardInterrupt:
                 self._note("interrupted")
+                self.history.interrupted = True
             with contextlib.suppress(KeyboardInterrupt):
                 self._drain()
         self.history.processes_left = descendants(MARK_VARIABLE, str(os.getpid()))
@@ -153,7 +154,6 @@ class Supervisor:
                 self._tick()
         self.history.backlog = backlog
         self._end_all(producers=False, seconds=END_SECONDS)
-        self.history.drained = not self._running
 
     def _end_all(self, *, producers: bool, seconds: float) -> None:
         limit = time.monotonic() + seconds
