@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from soak.processes import Footprint, Life
 
 _LEAST_SAMPLES = 12
-_ALLOWED = {"descriptors": 12.0, "sockets": 12.0, "threads": 4.0, "segments": 3.0, "megabytes": 64.0}
+_ALLOWED = {"memory": 64.0, "descriptors": 12.0, "sockets": 12.0, "threads": 4.0, "segments": 3.0}
 """By how much the last third of a life may exceed the second: connections come and go with the faults."""
 _ALLOWED_SLOPE = 6.0
 """MiB per minute; counts where the life is long enough for a slope to mean something."""
 _SLOPE_NEEDS = 240.0
+
+HELD = tuple(_ALLOWED)
+"""What is watched; memory in MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def _growth(life: Life) -> Growth:
     slope = _slope(life.footprints[third:])
     leaks = [name for name, most in _ALLOWED.items() if after[name] > before[name] + most]
     if last[-1].at - warm[0].at > _SLOPE_NEEDS and slope > _ALLOWED_SLOPE:
-        leaks.append("slope")
+        leaks.append("memory")
     return Growth(life.name, before, after, round(slope, 2), tuple(leaks))
 
 
@@ -48,5 +51,5 @@ def _medians(footprints: list[Footprint]) -> dict[str, float]:
 
 
 def _slope(footprints: list[Footprint]) -> float:
-    line = statistics.linear_regression([each.at for each in footprints], [each.megabytes for each in footprints])
+    line = statistics.linear_regression([each.at for each in footprints], [each.memory for each in footprints])
     return line.slope * 60

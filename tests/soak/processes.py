@@ -18,7 +18,7 @@ class Footprint(NamedTuple):
     """What a process holds at one moment."""
 
     at: float  # seconds, monotonic
-    megabytes: float  # resident, without memory shared with others
+    memory: float  # resident, in MiB, without memory shared with others
     descriptors: int
     sockets: int
     threads: int

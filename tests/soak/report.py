@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from soak import accounts
 from soak.accounts import Account
-from soak.leaks import Growth
+from soak.leaks import HELD, Growth
 from soak.plan import Plan
 from soak.supervisor import History
 
@@ -55,16 +55,19 @@ class Report:
         yield Row("wrong", found.wrong, 0)
         yield Row("unaccounted", found.unaccounted, 0)
         yield Row("left in the stream", "not drained" if history.backlog is None else history.backlog, 0)
+        longest = max((wait.overrun for wait in found.waits), default=0.0)
         yield Row("waits beyond their deadline", found.overdue, 0)
+        yield Row("  the longest, beyond it", f"{max(0.0, longest):.2f} s")
         yield Row("claims refused by a full ring", found.full)
         yield Row("reads that failed", found.failures.total())
         yield Row("commits refused", found.outcomes["refused"])
         yield Row("processes started", len(history.lives))
         yield from (Row(f"  {fault}", count) for fault, count in sorted(history.faults.items()))
         yield Row("crashed", len(found.crashed), 0)
-        yield Row("leaks: growing processes", sum(bool(growth.leaks) for growth in self.growths), 0)
-        yield Row("leaks: processes left", len(history.processes_left), 0)
-        yield Row("leaks: socket folders left", len(history.folders_left), 0)
+        yield Row("processes left", len(history.processes_left), 0)
+        yield Row("socket folders left", len(history.folders_left), 0)
+        for held in HELD:
+            yield Row(f"processes with growing {held}", sum(held in growth.leaks for growth in self.growths), 0)
 
     def show(self, console: Console) -> None:
         """Print the tables, what is wrong, and how to run the same plan again."""
@@ -116,7 +119,7 @@ class Report:
     def _growth_table(self) -> Table:
         table = Table("process", title="processes that lived throughout: in their second and in their last third")
         names = list(self.growths[0].before)
-        for name in (*names, "MiB per minute"):
+        for name in (*names, "MiB/min"):
             table.add_column(name, justify="right")
         for growth in self.growths:
             cells = [f"{growth.before[name]:g} → {growth.after[name]:g}" for name in names]
