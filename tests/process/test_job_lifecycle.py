@@ -26,6 +26,7 @@ def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None
         assert (summary["solved"], summary["steps"], summary["payloads"]) == (True, 20, 160)
         assert (summary["stale"], summary["lost"]) == (0, 0)
         assert summary["bytes"] > 160 * 256
+        assert summary["metrics"] == {"mean_return": 8.0, "score": 20.0}
         assert all(count > 0 for count in summary["weight_payloads_fetched"].values())
         assert len(summary["weight_payloads_fetched"]) == 2
         if way != "auto":

@@ -58,10 +58,6 @@ class JobFolder:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
-    @property
-    def returns_plot(self) -> Path:
-        return self.root / "returns.png"
-
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:

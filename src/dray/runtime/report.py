@@ -1,10 +1,11 @@
-"""What a run leaves behind for its reader: `summary.json` and `returns.png`."""
+"""What a run leaves behind for its reader: `summary.json` and a plot, `returns.png` unless it has another name."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def write_report(
         "seconds": round(seconds, 2),
         "payload_transfer": config.job.payload_transfer,
         **_counters(status),
+        "metrics": _last_metrics(steps),
     }
     write_json(folder.summary, summary)
     plotted = _plot(folder, config, steps)
@@ -104,6 +106,14 @@ def _counters(status: Status | None) -> dict[str, Any]:
     }
 
 
+def _last_metrics(steps: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The last value of every metric, of whichever step; None for NaN and infinity, which JSON does not have."""
+    last: dict[str, float] = {}
+    for line in steps:
+        last |= line["metrics"]
+    return {name: value if math.isfinite(value) else None for name, value in sorted(last.items())}
+
+
 def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:
     """The lines of all runs in this folder; a last line that was cut off by a kill is left out."""
     if not folder.metrics.exists():
@@ -142,7 +152,7 @@ def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> 
             f"solved at {config.stop.at_least:g}", (number[0], config.stop.at_least), xytext=(2, 3),
             textcoords="offset points", color="0.3", fontsize=9,
         )  # fmt: skip
-    above.set_ylabel("return")
+    above.set_ylabel("return" if config.stop is None else f"return, {config.stop.metric}")
     above.set_title(f"{config.job.name}: return and payload throughput")
     above.legend(loc="lower right", frameon=False)
 
@@ -153,7 +163,7 @@ def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> 
     for axes in (above, below):
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder.returns_plot)
+    figure.savefig(folder.root / config.job.plot)
     return True
 
 
