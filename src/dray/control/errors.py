@@ -14,7 +14,7 @@ class RedisUnavailableError(ControlPlaneError):
 class StreamLostError(ControlPlaneError):
     """The stream is not the one this producer published to: Redis was restarted empty.
 
-    Call `RolloutQueue.attach` and publish every READY payload again.
+    Call `RolloutQueue.attach` and publish every payload again that is READY or being read.
     """
 
     retryable = True

@@ -60,7 +60,7 @@ class RolloutProducer(RolloutQueue):
                 what, lambda client: scripts.PUBLISH.run(client, keys, arguments), deadline
             )
             if status == b"lost":
-                raise StreamLostError(f"{what}: Redis was restarted empty; READY payloads must be published again")
+                raise StreamLostError(f"{what}: Redis was restarted empty; payloads must be published again")
             if status != b"full":
                 return bool(status == b"added")
             if self._connection.shutdown.is_set():

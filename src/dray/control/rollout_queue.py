@@ -2,7 +2,7 @@
 
 ::
 
-    RolloutProducer: attach → publish … publish     StreamLostError → attach, publish every READY payload again
+    RolloutProducer: attach → publish … publish     StreamLostError → attach, publish all payloads again
     RolloutConsumer: receive → train → commit       or discard what is too old
 
 Delivery is at least once. An entry is in the stream from `publish` to `commit` or `discard`, is given to one
@@ -51,7 +51,8 @@ class RolloutQueue:
         """Make the stream and its group if they are missing, and take up the stream's epoch.
 
         Returns:
-            True if this is another stream than before: every READY payload must be published again.
+            True if this is another stream than before: every payload that is READY or being read must be published
+            again.
 
         Raises:
             ControlPlaneError: Redis does not answer, or refuses.
