@@ -10,7 +10,7 @@ import stat
 import struct
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -376,18 +376,17 @@ def idle_connection(client: PayloadClient) -> Connection:
 
 
 def lose_acks(connection: Connection) -> None:
-    """Have the connection break with the next ACK in its send queue, where nobody notices yet."""
+    """Have the connection break with the next ACK just sent, where nobody notices yet."""
     stream: Any = connection._stream
-    flush = stream.flush
+    send = stream.send
 
-    def flush_but_acks() -> bool:
-        if stream._parts and stream._parts[0][0] == Kind.ACK:
-            stream._parts.clear()
+    def send_but_acks(items: Sequence[Any]) -> bool:
+        if items[0][0] == Kind.ACK:
             stream._sock.shutdown(socket.SHUT_RDWR)
             return True
-        return bool(flush())
+        return bool(send(items))
 
-    stream.flush = flush_but_acks
+    stream.send = send_but_acks
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])

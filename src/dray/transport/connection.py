@@ -28,7 +28,7 @@ from dray.transport.waiting import timed_out
 from dray.wire import PayloadRef
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
 from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import ClientSession, Request, refusal
+from dray.wire.session import MAX_INLINE_BYTES, ClientSession, Request, refusal
 
 _WINDOW = 256
 """Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
@@ -157,7 +157,7 @@ class Connection:
                 f"the payload has {frame.nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
             )
         if target is not None:
-            self._payload(frame.nbytes if accepted else 0, deadline)
+            self._payload(request, frame.nbytes if accepted else 0, target, deadline)
         if not accepted:
             return refusal(request, frame, text, self.endpoint)
         if target is None:
@@ -249,10 +249,14 @@ class Connection:
     # --- the exchange's steps ---------------------------------------------------------------------------------
 
     def _expect(self, ref: PayloadRef) -> tuple[Bytes, int]:
-        """The memory that a payload will arrive in, and on the ucx lane its tag."""
+        """The memory for a payload, and on the ucx lane its tag: 0 if it is small and comes with STATUS."""
         # A reference is untrusted: one that says more than a slot holds must not claim that memory.
         target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
-        tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0
+        tag = 0
+        if isinstance(self._stream, UcxStream):
+            if ref.nbytes <= MAX_INLINE_BYTES:
+                return target, 0
+            tag = self._stream.worker.next_tag()
         self._stream.expect(target.data, tag)
         return target, tag
 
@@ -264,10 +268,7 @@ class Connection:
             sent = self._stream.flush()
 
     def _status(self, deadline: Deadline) -> tuple[Request, Frame, str]:
-        message = self._stream.receive(FRAME_BYTES)
-        if message is None:
-            message = self._message(FRAME_BYTES, deadline, "STATUS")
-        request, frame = self._session.receive(message)
+        request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
         text = ""
         if frame.flags & Flag.TEXT and frame.nbytes:
             text = str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")
@@ -280,7 +281,10 @@ class Connection:
             raise refusal(request, frame, text, self.endpoint)
         return frame, text
 
-    def _payload(self, nbytes: int, deadline: Deadline) -> None:
+    def _payload(self, request: Request, nbytes: int, target: Bytes, deadline: Deadline) -> None:
+        if self.lane is Lane.UCX and not request.tag:
+            target[:nbytes] = self._message(nbytes, deadline, "the payload") if nbytes else 0
+            return
         while not self._stream.payload_arrived(nbytes):
             self._wait(deadline, "the payload")
 

@@ -145,9 +145,9 @@ class Exchanges:
         Raises:
             TransportTimeout: the deadline is over.
         """
-        with self._lock:
-            endpoint = attempts.choose(self._clock.now())
-        if deadline.expired:
+        now = self._clock.now()
+        endpoint = attempts.choose(now)
+        if now >= deadline.at:
             raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
         return endpoint, deadline if attempts.last else deadline.share(0.5)
 
@@ -207,8 +207,7 @@ class Exchanges:
 
     def quarantined(self) -> list[str]:
         """The endpoints that are skipped now."""
-        with self._lock:
-            return self._quarantine.listed(self._clock.now())
+        return self._quarantine.listed(self._clock.now())
 
     def close(self) -> None:
         """End waits and close every idle connection; one in use is closed by who uses it. Twice is fine."""

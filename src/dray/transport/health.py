@@ -17,7 +17,7 @@ class OtherProducerError(TransportError):
 
 
 class Quarantine:
-    """Endpoints that failed lately and are skipped for a while."""
+    """Endpoints that failed lately and are skipped for a while. Thread-safe: each step is one of a dict's."""
 
     def __init__(self, seconds: float = QUARANTINE_SECONDS) -> None:
         self._seconds = seconds
@@ -34,7 +34,7 @@ class Quarantine:
             return True
         if now < until:
             return False
-        del self._until[endpoint]
+        self._until.pop(endpoint, None)
         return True
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import math
 import os
 import socket
 import weakref
@@ -50,8 +51,8 @@ if hasattr(os, "register_at_fork"):
 
 def poll_timeout(deadline: Deadline) -> float | None:
     """What is left, as `select.poll` takes it: milliseconds, of which it takes 24 days at most."""
-    left = deadline.timeout
-    return None if left is None else min(left * 1000, _LONGEST_POLL)
+    milliseconds = deadline.remaining * 1000
+    return milliseconds if milliseconds < _LONGEST_POLL else None if deadline.at == math.inf else _LONGEST_POLL
 
 
 def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError:

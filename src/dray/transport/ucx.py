@@ -56,6 +56,7 @@ class UcxStream:
         self._endpoint = endpoint
         self._accepted = accepted
         self._mine = secrets.randbits(64)
+        self._mine_tag = worker.ucx.UCXXTag(self._mine)
         self._theirs: Any = None
         self._inbox = bytearray()
         self._incoming: tuple[Any, bytearray] | None = None
@@ -135,7 +136,7 @@ class UcxStream:
         requests += [request for request in (self._incoming, self._preamble) if request is not None]
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
         for tag in (self._mine, *(tag for _, _, tag in self._expected)):
-            self.worker.discard(tag)
+            self.worker.discard(self.worker.ucx.UCXXTag(tag))
         self._endpoint = None  # it keeps its worker alive
         self._sends, self._unsent, self._incoming, self._preamble = [], [], None, None
         self._expected.clear()
@@ -175,7 +176,7 @@ class UcxStream:
     def _take(self) -> bool:
         """Move the next message that has come, if any, into the inbox."""
         if self._incoming is None:
-            found = self.worker.probe(self._mine)
+            found = self.worker.probe(self._mine_tag)
             if not found.matched:
                 return False
             if found.length > _LONGEST_MESSAGE:
@@ -243,7 +244,7 @@ class UcxStream:
         if not self._endpoint.alive:
             return True
         due = self._incoming or self._preamble
-        if due[0].completed if due is not None else self.worker.waits(self._mine):
+        if due[0].completed if due is not None else self.worker.waits(self._mine_tag):
             return True
         if self._expected and self._expected[0][0].completed:
             return True

@@ -191,20 +191,20 @@ class UcxWorker:
         except self.ucx.UCXError as error:
             raise from_ucx_error(error) from error
 
-    def probe(self, tag: int) -> Any:
+    def probe(self, tag: Any) -> Any:
         """The oldest message that nobody asked for under a tag, taken off the queue: `matched` and `length`."""
-        return self._worker.tag_probe(self.ucx.UCXXTag(tag), remove=True)
+        return self._worker.tag_probe(tag, remove=True)
 
-    def waits(self, tag: int) -> bool:
+    def waits(self, tag: Any) -> bool:
         """A message that nobody asked for has come under a tag."""
-        return bool(self._worker.tag_probe(self.ucx.UCXXTag(tag), remove=False).matched)
+        return bool(self._worker.tag_probe(tag, remove=False).matched)
 
     def take(self, found: Any) -> tuple[Any, bytearray]:
         """Receive what `probe` found: the request, and the memory it fills."""
         memory = bytearray(found.length)
         return self._worker.tag_recv_with_handle(self.array(memory), found), memory
 
-    def discard(self, tag: int) -> None:
+    def discard(self, tag: Any) -> None:
         """Drop the messages that came under a tag nobody waits for any more."""
         while (found := self.probe(tag)).matched:
             self.abandon([self.take(found)])

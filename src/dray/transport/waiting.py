@@ -44,19 +44,19 @@ class Wake:
         Raises:
             BufferClosedError: the client is closed.
         """
-        found = False
+        found: object = False
         # In this order, without the lock: who closes sees this wait, or this wait sees the end.
         self._waits.add(poll)
         try:
             if not self._woken:
-                found = bool(poll.poll(poll_timeout(deadline)))
+                found = poll.poll(poll_timeout(deadline))
         finally:
             self._waits.discard(poll)
             if self._woken:
                 self._close_unused()
         if self._woken:
             raise BufferClosedError("the client was closed while it waited")
-        return found
+        return bool(found)
 
     def _close_unused(self) -> None:
         with self._lock:

@@ -32,6 +32,9 @@ MAX_PENDING = 4096
 NO_BYTES = memoryview(b"")
 """On the ucx lane a client posts its receive before it asks, so every READ gets one tagged message, if empty."""
 
+MAX_INLINE_BYTES = 16 * 1024
+"""On the ucx lane a READ without a tag has a payload of up to this size sent with its STATUS, in one message."""
+
 BATCH_BYTES = 256 * 1024
 """Payloads that are handed to the stream together, to be sent in one go."""
 
@@ -221,7 +224,7 @@ class ServerSession:
         except BufferClosedError as error:
             self.closing = True
             self._say(request, Status.ERROR, str(error), taken)
-        if request.kind == Kind.READ and self._lane is Lane.UCX and not nbytes:
+        if request.tag and not nbytes and request.kind == Kind.READ and self._lane is Lane.UCX:
             taken.append(Payload(NO_BYTES, request.tag))
         return nbytes
 
@@ -258,6 +261,11 @@ class ServerSession:
             text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
             self._say(request, Status.ERROR, text, taken)
             return 0
+        if self._lane is Lane.UCX and not request.tag and lease.nbytes > MAX_INLINE_BYTES:
+            self._ring.release_reading(lease)
+            self._counters.add("error")
+            self._say(request, Status.ERROR, f"a payload of {lease.nbytes} bytes needs a tag", taken)
+            return 0
         self._leases[request.request] = lease
         in_band = self._lane is not Lane.SHM and lease.nbytes > 0
         # Taken before STATUS(ok) is said: the ring may be closed by another thread at any moment.
@@ -277,6 +285,9 @@ class ServerSession:
         self._counters.add_all({"reads": 1, "bytes": lease.nbytes})
         if not in_band:
             return 0
+        if self._lane is Lane.UCX and not request.tag:
+            taken.append(bytes(view))
+            return lease.nbytes
         taken.append(Payload(view, request.tag))
         self._sending.add(request.request)
         return lease.nbytes

@@ -19,6 +19,7 @@ from dray.wire.frames import Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
 from dray.wire.session import (
     BATCH_BYTES,
+    MAX_INLINE_BYTES,
     MAX_PENDING,
     ClientSession,
     Payload,
@@ -50,6 +51,7 @@ class Server:
         self, ring: SharedRingBuffer, lane: Lane = Lane.TCP, promised_slots: int | None = None, **options: object
     ) -> None:
         self.counters = Counters()
+        self.lane = lane
         slots = promised_slots or ring.slots
         self.identity = ServerIdentity(ring.producer_id, slots, ring.slot_bytes, MAX_LEASES, ring.readers)
         self.session = ServerSession(lane, ring, self.identity, counters=self.counters, **options)  # type: ignore[arg-type]
@@ -67,6 +69,8 @@ class Server:
     def say(self, kind: Kind, writer: SlotWriter | None = None, request: int = 0, **fields: int) -> None:
         if writer is not None:
             fields = {"slot": writer.slot, "sequence": writer.sequence, **fields}
+        if kind == Kind.READ and self.lane is Lane.UCX:
+            fields.setdefault("tag", 1000 + request)
         self.session.receive(Frame(kind, request=request, **fields).pack())
 
     def take(self) -> list[Frame | bytes]:
@@ -167,6 +171,39 @@ def test_on_ucx_every_read_gets_one_tagged_message(ring: SharedRingBuffer, refus
     assert isinstance(payload, Payload)
     assert (payload.tag, payload.view.nbytes) == (3, 0)
     assert parse(status).status != Status.OK  # type: ignore[arg-type]
+
+
+def test_on_ucx_a_read_without_a_tag_gets_its_payload_with_its_status(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring, Lane.UCX), put(ring)
+    server.say(Kind.READ, writer, tag=0)
+    status, payload = server.session.take()
+    assert isinstance(status, bytes)
+    assert (parse(status).status, parse(status).nbytes, payload) == (Status.OK, 7, b"payload")
+    server.session.flushed()
+    server.say(Kind.ACK, writer, flags=Flag.CONSUMED)
+    assert ring.statistics().leases == 0
+
+
+@pytest.mark.parametrize("refused", ["stale", "slot", "reader"])
+def test_on_ucx_a_refused_read_without_a_tag_gets_nothing_but_its_status(
+    ring: SharedRingBuffer, refused: str
+) -> None:
+    server, writer = Server(ring, Lane.UCX), put(ring)
+    changed = {"stale": {"sequence": 99}, "slot": {"slot": 99}, "reader": {"reader": 2}}[refused]
+    server.say(Kind.READ, **{"slot": writer.slot, "sequence": writer.sequence, "tag": 0, **changed})
+    (status,) = server.session.take()
+    assert parse(status).status != Status.OK  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_on_ucx_a_payload_above_the_inline_size_needs_a_tag(more: int) -> None:
+    with SharedRingBuffer(1, MAX_INLINE_BYTES + 1, readers=2) as ring:
+        server, writer = Server(ring, Lane.UCX), put(ring, bytes(MAX_INLINE_BYTES + more))
+        server.say(Kind.READ, writer, tag=0)
+        status, rest = server.session.take()
+        assert parse(status).status == (Status.ERROR if more else Status.OK)  # type: ignore[arg-type]
+        assert rest == (b"a payload of 16385 bytes needs a tag" if more else bytes(MAX_INLINE_BYTES))
+        assert server.session.leases == ring.statistics().leases == 1 - more
 
 
 def test_on_ucx_a_read_of_a_closed_ring_gets_its_tagged_message_too() -> None:
