@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dray.errors import PayloadTooLargeError
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 SMALLEST_BYTES = 64 * 1024
@@ -39,7 +41,11 @@ class ReceiveBuffers:
         self._lent: dict[int, weakref.ref[Bytes]] = {}
 
     def take(self, nbytes: int) -> Bytes:
-        """Uninitialised memory, uint8 of shape (nbytes,)."""
+        """Uninitialised memory, uint8 of shape (nbytes,).
+
+        Raises:
+            PayloadTooLargeError: there is not so much.
+        """
         if nbytes < SMALLEST_BYTES:
             return np.empty(nbytes, np.uint8)
         capacity = 1 << (nbytes - 1).bit_length()
@@ -50,7 +56,10 @@ class ReceiveBuffers:
             if block is not None:
                 self._free_bytes -= capacity
         if block is None:
-            block = np.empty(capacity, np.uint8)
+            try:
+                block = np.empty(capacity, np.uint8)
+            except (MemoryError, ValueError) as error:  # a reference and a server may say anything
+                raise PayloadTooLargeError(f"there is no memory for a payload of {nbytes} bytes") from error
         # Views of an array have the array that owns the memory as their base; a buffer in between makes `lent` the
         # one that they all keep alive.
         lent: Bytes = np.frombuffer(block.data, np.uint8, nbytes)

@@ -32,6 +32,7 @@ MAGIC = b"DRAY"
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 NO_PROOF = bytes(PROOF_BYTES)
+MAX_READERS = 64
 ANY_PRODUCER = bytes(PRODUCER_BYTES)
 
 #                     magic version lane flags producer nonce
@@ -135,6 +136,10 @@ class ClientHandshake:
             raise VersionMismatch(f"the server speaks version {version}, this client version {VERSION}")
         if verdict != Verdict.WELCOME:
             raise ProtocolError(f"the server refused HELLO: {_verdict(verdict)}")
+        if not (slots and slot_bytes and max_leases and 1 <= readers <= MAX_READERS):
+            raise ProtocolError(
+                f"the server speaks of {slots} slots of {slot_bytes} bytes, {max_leases} leases, {readers} readers"
+            )
         self.server = ServerIdentity(producer, slots, slot_bytes, max_leases, readers)
         if self._producer not in (ANY_PRODUCER, producer):
             # Before its proof is looked at: the address may be another job's by now, with another secret.
