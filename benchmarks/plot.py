@@ -127,7 +127,7 @@ def _panel(axes: Any, lines: Mapping[Style, Points]) -> None:
             x, y, line, color=style.colour, linewidth=style.width, marker=style.marker or None, markersize=4.5
         )
         if style.line:
-            off = replace(style, label=f"{style.label} (no copy: off the scale)") if y[-1] > top else style
+            off = replace(style, label=f"{style.label} ↑ no copy") if y[-1] > top else style
             ends.append((off, min(y[-1], top)))
         else:
             axes.annotate(style.label, (x[-1], y[-1]), xytext=(7, -3), textcoords="offset points", fontsize=9)

@@ -46,10 +46,11 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
         if done.returncode not in (0, 1) or not (output / "summary.json").exists():
             yield Skipped("the CartPole job", f"exit code {done.returncode}: {done.stderr.strip()[-200:]}")
             return
-        yield from _rows(output)
+        yield from rows(output)
 
 
-def _rows(output: Path) -> Iterator[Row]:
+def rows(output: Path) -> Iterator[Row]:
+    """From the output folder of a job."""
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     loop = json.loads(lines[-1])["seconds"]

@@ -1,5 +1,6 @@
 """`dray bench` and what its figures are made of."""
 
+import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from benchmarks.figures import Figure, Row, Target, percentile  # noqa: E402
 from benchmarks.plan import parse_sizes, parse_targets  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from benchmarks.scenario import Skipped  # noqa: E402
-from benchmarks.scenarios import SCENARIOS  # noqa: E402
+from benchmarks.scenarios import SCENARIOS, job  # noqa: E402
 from benchmarks.tables import summary_sheet  # noqa: E402
 from benchmarks.targets import NAMES, TARGETS  # noqa: E402
 from benchmarks.texts import seconds_text, value_text  # noqa: E402
@@ -127,6 +128,16 @@ def test_the_summary_shows_the_size_that_is_furthest_from_the_target():
 def test_every_target_belongs_to_a_scenario():
     assert {target for scenario in SCENARIOS for target in scenario.targets} == set(NAMES)
     assert [target.name for target in TARGETS] == [f"P{number}" for number in range(1, 16)]
+
+
+def test_the_share_of_reads_comes_from_what_a_job_records(tmp_path):
+    summary = {"payloads": 64, "lane": "shm", "steps": 4, "seconds": 20.0, "read_seconds": 0.1}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "metrics.jsonl").write_text('{"seconds": 2.0}\n{"seconds": 5.0}\n')
+    wall, loop = job.rows(tmp_path)
+    assert wall.figure.p50 == pytest.approx(0.5)
+    assert wall.reached is True
+    assert loop.figure.p50 == pytest.approx(2.0)
 
 
 def test_names_on_a_plot_are_moved_apart_in_their_order():
