@@ -89,6 +89,7 @@ class Supervisor:
         self._offsets: dict[Path, int] = {}
         self._looked = self._measured = 0.0
         self._draining = False
+        self._redis_away = False
         self.sockets = folder / "s"
         self.sockets.mkdir(mode=0o700)
         self._control = str(folder / "proxy.sock")
@@ -136,8 +137,7 @@ class Supervisor:
         self._note("drain")
         self._draining = True
         self._due.clear()
-        if self._redis.pid is None:
-            self._redis.restart()
+        self._restart_redis()
         for name in self._cuts:
             self._heal(name)
         for process in self._running.values():
@@ -334,8 +334,9 @@ class Supervisor:
 
     def _kill_redis(self, away: float) -> None:
         pid = self._redis.pid
-        if pid is None:
+        if pid is None or self._redis_away:
             return
+        self._redis_away = True
         self.history.redis_lost.append(time.monotonic_ns())
         os.kill(pid, 9)
         self.history.faults[str(Fault.REDIS_KILL)] += 1
@@ -343,8 +344,9 @@ class Supervisor:
         self._later(away, self._restart_redis)
 
     def _restart_redis(self) -> None:
-        if self._redis.pid is None:
+        if self._redis_away:
             self._redis.restart()
+            self._redis_away = False
 
     # --- the proxy, and notes ---------------------------------------------------------------------------------
 
