@@ -598,9 +598,7 @@ class UcxEnd:
         try:
             while not self.ended.is_set():
                 self.drive(0.005)
-                while (stream := self._listener.accept()) is not None:
-                    self.tried += 1
-                    self._streams[stream] = ServerHandshake(stream.lane, self._identity)
+                self._accept()
                 for stream in [] if self._answer is None else list(self._streams):
                     try:
                         self._serve(stream, self._streams[stream])
@@ -612,6 +610,12 @@ class UcxEnd:
                 stream.close()
             self._listener.close()
             self._worker.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(TransportError):  # a client may have given up by now
+            while (stream := self._listener.accept()) is not None:
+                self.tried += 1
+                self._streams[stream] = ServerHandshake(stream.lane, self._identity)
 
     def _serve(self, stream: UcxStream, handshake: ServerHandshake) -> None:
         assert self._answer is not None
