@@ -63,7 +63,7 @@ OPERATIONS = {  # how often each is chosen by `walk`
     "work_in_place": 3,
     "leave_the_block": 3,
     "drop_the_arrays": 2,
-    "wait_for_a_slot": 1,
+    "wait_for_a_slot": 3,
     "wait_for_the_end": 1,
     "let_time_pass": 2,
     "close_and_start_again": 1,

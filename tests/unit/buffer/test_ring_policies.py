@@ -31,14 +31,14 @@ class WaitingClaim:
     def __init__(self, ring: SharedRingBuffer, clock: AskedClock) -> None:
         self.result: SlotWriter | Exception | None = None
         clock.asked.clear()
-        self._thread = threading.Thread(target=self._claim, args=(ring,))
+        self._thread = threading.Thread(target=self._claim, args=(ring,), daemon=True)
         self._thread.start()
         assert clock.asked.wait(30)
         ring.get_ready_count()  # takes the lock, which the waiting thread has let go of
 
     def _claim(self, ring: SharedRingBuffer) -> None:
         try:
-            self.result = ring.claim(1, timeout=30)
+            self.result = ring.claim(1, timeout=300)  # a claim that is not woken must not end in time by itself
         except (BufferFullError, BufferClosedError) as error:
             self.result = error
 
