@@ -96,7 +96,7 @@ class ServedConnections:
         self._watch = watch
         self._unwatch = unwatch
         self._sockets: dict[Stream, ServedConnection] = {}
-        self._again: set[ServedConnection] = set()
+        self._again: dict[ServedConnection, None] = {}
         self._ucx: dict[Stream, ServedConnection] = {}
         self._undrained: list[ServedConnection] = []
         self._next_sweep = math.inf
@@ -150,10 +150,11 @@ class ServedConnections:
             connection.lingering = True
             self._next_sweep = min(self._next_sweep, self._clock.now() + _LINGER_SECONDS)
         elif connection.active + self._shortest < self._next_sweep:
-            self._next_sweep = connection.active + self._shortest
+            # Its own limit: a time that is past already would have the driver look again and again.
+            self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
         if stream.lane is not Lane.UCX:
             if connection.again:
-                self._again.add(connection)
+                self._again[connection] = None
             if connection.watched is not connection.unsent:
                 connection.watched = connection.unsent
                 self._watch(connection)
@@ -162,7 +163,7 @@ class ServedConnections:
         """Continue with the sockets whose turn ended before their work did; whether any is left."""
         if not self._again:
             return False
-        waiting, self._again = self._again, set()
+        waiting, self._again = self._again, {}
         for connection in waiting:
             if connection.stream in self._sockets:
                 self.serve(connection)
