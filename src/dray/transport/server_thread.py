@@ -12,6 +12,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from dray.clock import Clock, Deadline
 from dray.errors import AuthenticationError, TransportError
@@ -29,6 +30,16 @@ logger = logging.getLogger("dray.server")
 _ACCEPT_PAUSE_SECONDS = 1.0
 
 
+class Poll(Protocol):
+    """What of `select.epoll` is used: a simulation gives its own."""
+
+    def register(self, descriptor: int, events: int) -> None: ...
+    def modify(self, descriptor: int, events: int) -> None: ...
+    def unregister(self, descriptor: int) -> None: ...
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]: ...
+    def close(self) -> None: ...
+
+
 class ServerThread:
     """Serves one ring over its own endpoints.
 
@@ -41,6 +52,7 @@ class ServerThread:
         settings: time limits.
         counters: where the thread counts.
         clock: where time comes from.
+        make_poll: makes what it waits with.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class ServerThread:
         settings: ThreadSettings,
         counters: Counters,
         clock: Clock,
+        make_poll: Callable[[], Poll] = select.epoll,
     ) -> None:
         self.endpoints = [listener.endpoint for listener in (*listeners, *((ucx,) if ucx else ()))]
         self._listeners = {listener.fileno(): listener for listener in listeners}
@@ -71,7 +84,7 @@ class ServerThread:
         self._ucx_due = worker is not None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._poll = select.epoll()
+            self._poll = make_poll()
             for watched in (self._wake, *self._listeners, *((worker.fileno(),) if worker else ())):
                 self._poll.register(watched, select.EPOLLIN)
         except BaseException:
