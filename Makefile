@@ -20,13 +20,16 @@ MUTANTS_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format bench bench-peers soak fuzz endurance devmode mutants mutmut clean
+.PHONY: help demo grpo test lint format bench bench-peers soak fuzz endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/demo.stamp ## CartPole, learnt over dray by four processes on this machine; ends by itself when solved
 	$(BIN)/dray run examples/cartpole/job.toml
+
+grpo: .venv/demo.stamp ## a tiny transformer learns to sort digits by GRPO, rewards its only signal
+	$(BIN)/dray run examples/grpo/job.toml
 
 test: .venv/dev.stamp ## every test but the long ones (PYTEST_ARGS="-k name" for some, without coverage)
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--cov --cov-report=)
@@ -54,7 +57,7 @@ soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2)
 fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the code's branches (MINUTES=2, FUZZ_ARGS)
 	$(BIN)/python tests/fuzz/fuzzer.py --minutes $(MINUTES) $(FUZZ_ARGS)
 
-endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds among them
+endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds and GRPO over five among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)
 
 devmode: .venv/dev.stamp ## every test in Python's development mode: warnings and leaks are errors (PYTEST_ARGS as in test)
