@@ -35,6 +35,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def busy(found: dict[str, Any]) -> bool:
+    """Whether so much else ran that verdicts mean little; the benchmarks themselves keep all cores busy."""
+    return bool(found["load"] > 2 * found["cores"])
+
+
 def summary(found: dict[str, Any]) -> str:
     """One line."""
     gib = found["memory_bytes"] / 2**30

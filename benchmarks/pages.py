@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.figures import Row
-from benchmarks.machine import summary
+from benchmarks.machine import busy, summary
 from benchmarks.peers.catalog import PEERS
 from benchmarks.results import Results
 from benchmarks.scenarios import SCENARIOS, beside
@@ -91,6 +91,8 @@ def _machine(results: Results) -> Iterator[str]:
     yield f"- {versions}"
     quick = " (a quick run: fewer sizes, rounds and operations)" if results.plan["quick"] else ""
     yield f"- {results.plan['rounds']} rounds{quick}; load when the run ended: {results.machine['load']}"
+    if busy(results.machine):
+        yield "- **The machine was busy with other work: these figures and verdicts are preliminary.**"
     for each in results.skipped:
         yield f"- not measured: {each.what}: {each.why}"
 

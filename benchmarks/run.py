@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.comparison import changes_sheet, compare
 from benchmarks.figures import Row
-from benchmarks.machine import machine, summary
+from benchmarks.machine import busy, machine, summary
 from benchmarks.plan import QUICK, Plan, parse_sizes, parse_targets
 from benchmarks.progress import ShownProgress
 from benchmarks.results import Results, UnreadableResults
@@ -133,6 +133,8 @@ def _show(results: Results, plan: Plan, choices: Choices, console: Console) -> N
         console.print(f"skipped: {left_out.what}: {left_out.why}", highlight=False, soft_wrap=True, markup=False)
     show(console, summary_sheet(results.rows, plan.targets))
     console.print(summary(results.machine), style="dim", highlight=False, soft_wrap=True)
+    if busy(results.machine):
+        console.print(f"busy with other work (load {results.machine['load']}): trust no verdict", style="yellow")
 
 
 def _write(results: Results, choices: Choices, console: Console) -> None:
