@@ -15,7 +15,7 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.telemetry import Counters
-from dray.wire.frames import Flag, Frame, Kind, Status, parse
+from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
 from dray.wire.session import (
     BATCH_BYTES,
@@ -65,6 +65,7 @@ class Server:
             assert isinstance(message, bytes)
             answer = client.receive(message)
         assert self.session.established
+        assert self.session.expects == FRAME_BYTES
 
     def say(self, kind: Kind, writer: SlotWriter | None = None, request: int = 0, **fields: int) -> None:
         if writer is not None:
@@ -510,7 +511,7 @@ def test_refused_hello_is_answered_counted_and_closes(ring: SharedRingBuffer) ->
     client = ClientHandshake(Lane.TCP, ring.producer_id)
     session.receive(client.hello())
     assert len(session.take()) == 1
-    assert session.closing is False
+    assert (session.closing, session.established) == (False, False)
     session.receive(bytes(32))
     assert len(session.take()) == 1
     assert session.closing
