@@ -93,7 +93,6 @@ class Process:
     ) -> None:
         self.life = life
         self.expected = ""  # how it is to end, once it was told
-        self.comes_back = False  # under its consumer's name
         life.began = time.monotonic_ns()
         with life.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -88,6 +88,7 @@ class Supervisor:
         self._counts: Counter[Kind] = Counter()
         self._offsets: dict[Path, int] = {}
         self._looked = self._measured = 0.0
+        self._taken_over: dict[str, str] = {}  # names in the stream that the next life of a consumer goes by
         self._draining = False
         self._redis_away = False
         self.sockets = folder / "s"
@@ -206,8 +207,8 @@ class Supervisor:
 
     # --- lives ------------------------------------------------------------------------------------------------
 
-    def _start(self, name: str, consumer: str = "") -> None:
-        """Begin a new life of a member; `consumer` is the name in the stream that it takes over."""
+    def _start(self, name: str) -> None:
+        """Begin a new life of a member."""
         if name in self._running:
             return
         member = self._members[name]
@@ -215,7 +216,7 @@ class Supervisor:
         self._lives_of[name] += 1
         unique = f"{name}.{number}"
         life = Life(
-            name, isinstance(member, ProducerPlan), unique, consumer or unique,
+            name, isinstance(member, ProducerPlan), unique, self._taken_over.pop(name, unique),
             self._folder / f"{unique}.ledger", self._folder / f"{unique}.log", member.steady,
         )  # fmt: skip
         spec = {
@@ -254,7 +255,7 @@ class Supervisor:
         self._note(f"{life.name} {life.how}")
         if life.producer:
             self._dead_producers += [record.producer for record in read_ledger(life.ledger)[:1]]
-        elif not process.comes_back:
+        elif life.member not in self._taken_over:
             self._dead_consumers.append(f"{life.consumer}#ended")
         Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
         if life.how in ("fenced", "crashed") and not self._draining:
@@ -284,7 +285,8 @@ class Supervisor:
             return
         match event.fault:
             case Fault.KILL:
-                process.comes_back = event.same_name and process.life.declared_dead is None
+                if event.same_name and process.life.declared_dead is None:
+                    self._taken_over[event.target] = process.life.consumer
                 process.kill()
                 self._later(event.seconds, lambda: self._restart(process))
             case Fault.END:
@@ -307,7 +309,7 @@ class Supervisor:
         if process.life.ended is None:
             self._later(TICK, lambda: self._restart(process))
         elif process.life.how != "crashed":
-            self._start(process.life.member, process.life.consumer if process.comes_back else "")
+            self._start(process.life.member)
 
     def _declare_dead(self, process: Process) -> None:
         life = process.life
