@@ -42,7 +42,6 @@ class Books:
         self.name = name
         self.readers = readers
         self.lost = False
-        self.full = 0
         self.payloads: dict[int, Payload] = {}
         self._claims = 0
         self._last: list[tuple[SlotState, int]] = [(SlotState.FREE, -1)] * ring.slots
@@ -62,15 +61,16 @@ class Books:
     def check(self, sessions: Iterable[ServerSession]) -> None:
         """Slots, leases and bytes agree with each other, with the sessions and with what was written."""
         ring = self.ring
-        table = ring._table
+        table, view = ring._table, ring.segment.view
         leases: Counter[tuple[int, int]] = Counter()
         for session in sessions:
             for lease in session._leases.values():
                 leases[lease.slot, lease.sequence] += 1
-        counted = Counter(SlotState(cell.state) for cell in table.slots)
+        counted = [0] * len(SlotState)
         waiting = 0
         for cell, (state, sequence) in zip(table.slots, self._last, strict=True):
-            expected = leases.pop((cell.index, cell.sequence), 0)
+            expected = leases.pop((cell.index, cell.sequence), 0) if leases else 0
+            counted[cell.state] += 1
             if cell.leases != expected:
                 self._fail(f"slot {cell.index} counts {cell.leases} leases, its readers hold {expected}")
             if (cell.leases > 0) is not (cell.state is SlotState.READING):
@@ -82,21 +82,23 @@ class Books:
                 revived or (cell.state is SlotState.WRITING) > (state is SlotState.WRITING)
             ):
                 self._fail(f"slot {cell.index} went from {state.name} to {cell.state.name} in one life")
-            if ring.segment.view[cell.header + STATE_OFFSET] != cell.state:
+            if view[cell.header + STATE_OFFSET] != cell.state:
                 self._fail(f"the header of slot {cell.index} does not say {cell.state.name}")
             if cell.state is SlotState.READY or cell.state is SlotState.READING:
                 waiting += not cell.over
                 payload = self.payloads.get(cell.sequence)
-                bytes_ = ring.segment.view[cell.offset : cell.offset + cell.nbytes]
-                if payload is not None and bytes(bytes_) != payload.image:
+                if (
+                    payload is not None
+                    and view[cell.offset : cell.offset + cell.nbytes].tobytes() != payload.image
+                ):
                     self._fail(f"the bytes of slot {cell.index} changed while it was {cell.state.name}")
                 if cell.over and cell.state is SlotState.READY:
                     self._fail(f"slot {cell.index} is READY although its payload's life is over")
         if leases:
             self._fail(f"readers hold leases on slots that have moved on: {dict(leases)}")
         self._last = [(cell.state, cell.sequence) for cell in table.slots]
-        if {state: counted[state] for state in SlotState} != table.count():
-            self._fail(f"the ring counts {table.count()}, there are {dict(counted)}")
+        if counted != list(table.count().values()):
+            self._fail(f"the ring counts {table.count()}, there are {counted}")
         gone = table._consumed + table._dropped_unread + table._dropped_delivered + table._retired
         if table._committed != gone + waiting:
             self._fail(f"{table._committed} payloads were committed, {gone} are gone and {waiting} there")

@@ -17,7 +17,7 @@ from dray.testing.ledger import Ledger
 from dray.testing.network import SimulatedKernel
 from dray.testing.poll import SimulatedPoll
 from dray.testing.scheduler import Process, Violation
-from dray.transport.served_connections import ThreadSettings
+from dray.transport.served_connections import ServedConnection, ThreadSettings
 from dray.transport.server_thread import ServerThread
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane, ServerIdentity
@@ -74,12 +74,23 @@ class ServerLoop:
         )
         self._thread._close_wake()
         self.served = self._thread._served
+        served: Any = self.served
+        self._drop = served._drop
+        served._drop = self._watched_drop
         self.actor = self._scheduler.spawn(process, f"loop{index}", self._thread._run, idles=True)
 
     def stop(self) -> None:
         """Accept no more, finish what is in flight for a while, end."""
         self._thread._stop_by = Deadline.after(DRAIN_SECONDS, self._scheduler.clock)
         self._poll.signal.notify()
+
+    def _watched_drop(self, connection: ServedConnection, error: Exception | None) -> None:
+        stream = connection.stream
+        if stream.lane is Lane.SHM and connection.session.leases and self._thread._stop_by is None:
+            sock: Any = stream
+            if sock._sock.alive:
+                raise Violation("a reader's connection was closed while it works in place")
+        self._drop(connection, error)
 
     @property
     def sessions(self) -> list[ServerSession]:
@@ -155,15 +166,17 @@ class SimulatedServer:
         scheduler, ring, books = self.kernel.scheduler, self.ring, self.books
         packed = plan_payload(arrays)
         by = scheduler.now() + seconds
+        pause = 0.0005
         while True:
             try:
                 writer = ring.claim(packed.nbytes, timeout=0)
                 break
             except BufferFullError:
-                books.full += 1
                 if ring.on_full == "error" or scheduler.now() >= by:
+                    self.kernel.plan.count("ring full")
                     return
-            scheduler.sleep(scheduler.rng.choice((0.0002, 0.01, 0.3)))
+            scheduler.sleep(pause)
+            pause *= 4
         scheduler.note(f"claims slot {writer.slot} sequence {writer.sequence}")
         books.claimed(writer.slot, writer.sequence)
         with writer:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dray.buffer import OnFull, Retain
+from dray.errors import ConfigError
 from dray.testing.batches import SimulatedBatches
 from dray.testing.clients import SimulatedConsumer
 from dray.testing.clock import ManualClock
@@ -22,6 +23,7 @@ from dray.testing.ledger import Ledger
 from dray.testing.network import SimulatedKernel
 from dray.testing.scheduler import Scheduler, Violation
 from dray.testing.serving import RingSettings, SimulatedServer
+from dray.testing.tagged import ucx_names
 from dray.testing.troubles import Troubles
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane
@@ -237,6 +239,8 @@ class Run:
 @contextlib.contextmanager
 def quiet_process() -> Iterator[None]:
     """No log lines and no collector that comes when it likes, for as long as runs are made."""
+    with contextlib.suppress(ConfigError):
+        ucx_names()  # here, as what is loaded before `freeze` is not looked through after each run
     disabled = logging.root.manager.disable
     collecting = gc.isenabled()
     logging.disable(logging.CRITICAL)
