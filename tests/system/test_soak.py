@@ -1,5 +1,6 @@
 """The soak: a short one as `make soak` runs it, a long one, and an accountant that sees what is wrong."""
 
+import faulthandler
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ SECOND = 10**9
 
 @pytest.mark.parametrize("minutes", LENGTHS)
 def test_under_random_faults_every_payload_is_right_and_accounted_for(minutes: float, tmp_path: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()  # it is meant to take longer than pytest waits with its stacks
     report = tmp_path / "soak.json"
     command = [sys.executable, "-m", "soak", "--minutes", str(minutes), "--json", str(report)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "110"}
