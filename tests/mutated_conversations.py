@@ -254,6 +254,8 @@ class Sockets:
         sock = socket.socket(socket.AF_UNIX if self._unix else socket.AF_INET)
         sock.settimeout(SECONDS)
         sock.connect(self._address)
+        if not self._unix:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.counts["connections"] += 1
         return sock
 

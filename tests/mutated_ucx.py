@@ -17,6 +17,7 @@ from dray.transport.ucx_worker import UcxWorker
 AT_ONCE = 8
 PER_WORKER = 400
 """Conversations until the worker is replaced: payloads that nobody receives stay in it."""
+_TOLD_SECONDS = 2.0
 TOO_LONG = 64 * 1024 + 1
 
 
@@ -147,19 +148,23 @@ class UcxConversations:
         self._until(stream.flush, stream)
 
     def _ended(self, stream: UcxStream) -> None:
-        """The server ends the connection."""
+        """The server ends the connection; sometimes UCX does not tell while a payload is on its way."""
+        deadline = Deadline.after(_TOLD_SECONDS)
         with contextlib.suppress(DrayError):
-            while True:
-                self._until(lambda: stream.receive(1) is not None, stream)
+            while not deadline.expired:
+                self._until(lambda: stream.receive(1) is not None or deadline.expired, stream, deadline)
+            self.counts["untold"] += 1
 
-    def _until(self, condition: Callable[[], Any], stream: UcxStream | None = None) -> None:
-        deadline = Deadline.after(SECONDS)
+    def _until(
+        self, condition: Callable[[], Any], stream: UcxStream | None = None, at_most: Deadline | None = None
+    ) -> None:
+        deadline = at_most or Deadline.after(SECONDS)
         poll = select.poll()
         poll.register(self._worker.fileno(), select.POLLIN)
         while True:
             self._worker.progress()
             if condition():
                 return
-            assert not deadline.expired, "the server said nothing"
+            assert at_most or not deadline.expired, "the server said nothing"
             if stream.idle() if stream is not None else self._worker.arm():
                 poll.poll(deadline.remaining * 1000)
