@@ -33,6 +33,7 @@ class Defect:
 TABLE = "buffer/slot_table.py"
 RING = "buffer/ring.py"
 SESSION = "wire/session.py"
+SERVED = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"
 BATCH = "prefetch/batch.py"
@@ -192,6 +193,27 @@ DEFECTS = (
         SESSION,
         "        self._acked += 1\n",
         "        self._acked += 2\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a lease in place ended by a timer",
+        SERVED,
+        "        return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease\n",
+        "        return self._settings.lease\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a connection with leases is idle",
+        SERVED,
+        "        if not connection.session.leases:\n            return self._settings.idle\n",
+        "        if connection.session.leases < 100:\n            return self._settings.idle\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "leases returned while UCX still reads their slots",
+        SERVED,
+        "            if connection.stream.drained:\n                connection.session.close()\n",
+        "            if True:\n                connection.session.close()\n",
         Search.SIMULATION,
     ),
     # --- the client's end -----------------------------------------------------------------------------------

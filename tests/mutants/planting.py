@@ -50,8 +50,8 @@ def planted(defect: Defect | None) -> Iterator[Path]:
         yield copy
 
 
-def look_for(defect: Defect | None, search: Search, seeds: int) -> Finding:
-    """Run a search over the sources with the defect, or over them as they are.
+def look_for(defect: Defect | None, search: Search, seeds: int, first: int = 0) -> Finding:
+    """Run a search over the sources with the defect, or over them as they are, from seed `first` on.
 
     Raises:
         RuntimeError: the search failed in another way than by finding a violation.
@@ -60,7 +60,7 @@ def look_for(defect: Defect | None, search: Search, seeds: int) -> Finding:
         started = time.monotonic()
         try:
             ran = subprocess.run(
-                [sys.executable, *command(search, seeds)],
+                [sys.executable, *command(search, seeds, first)],
                 cwd=copy.parent,
                 env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
                 stdout=subprocess.PIPE,
@@ -80,8 +80,20 @@ def look_for(defect: Defect | None, search: Search, seeds: int) -> Finding:
     return Finding(int(found[1]), seconds, ran.stdout)
 
 
-def command(search: Search, seeds: int) -> Sequence[str]:
+def find(defect: Defect, seeds: int) -> Finding:
+    """Search for a planted defect; a seed that fails without it does not count."""
+    first, seconds = 0, 0.0
+    while True:
+        finding = look_for(defect, defect.search, seeds - first, first)
+        seconds += finding.seconds
+        if finding.seed is None or look_for(None, defect.search, 1, finding.seed).seed is None:
+            return Finding(finding.seed, seconds, finding.output)
+        first = finding.seed + 1
+
+
+def command(search: Search, seeds: int, first: int) -> Sequence[str]:
     """What Python runs for a search."""
+    wanted = ["--first", str(first), "--seeds", str(seeds)]
     if search is Search.MODEL:
-        return [str(Path(__file__).parent / "walk_seeds.py"), "--seeds", str(seeds)]
-    return ["-m", "dray.testing.simulate", "--seeds", str(seeds), "--stop-at-first", "--jobs", "1"]
+        return [str(Path(__file__).parent / "walk_seeds.py"), *wanted]
+    return ["-m", "dray.testing.simulate", *wanted, "--stop-at-first", "--jobs", "1"]

@@ -1,6 +1,6 @@
 """What mutation changes and no test notices, and why that is so; `docs/testing.md` tells the same."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 class Survivor(NamedTuple):
@@ -17,4 +17,177 @@ class Survivor(NamedTuple):
     new: str
 
 
-EXPLAINED: dict[Survivor, str] = {}
+REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
+    "A new slot is FREE; `claim`, `commit` or the first lease writes these before anything reads them.": (
+        Survivor("buffer.slot_table.Slot.__init__", "self.sequence = -1", "self.sequence = -2"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.nbytes = 0", "self.nbytes = None"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.nbytes = 0", "self.nbytes = 1"),
+        Survivor(
+            "buffer.slot_table.Slot.__init__", "self.checksum: int | None = None", 'self.checksum: int | None = ""'
+        ),
+        Survivor("buffer.slot_table.Slot.__init__", "self.committed_at = 0.0", "self.committed_at = None"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.committed_at = 0.0", "self.committed_at = 1.0"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.leased_at = 0.0", "self.leased_at = None"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.leased_at = 0.0", "self.leased_at = 1.0"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.consumed_by = 0", "self.consumed_by = None"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.consumed_by = 0", "self.consumed_by = 1"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.delivered = False", "self.delivered = None"),
+        Survivor("buffer.slot_table.Slot.__init__", "self.delivered = False", "self.delivered = True"),
+        Survivor("buffer.slot_table.SlotTable.claim", "slot.nbytes = nbytes", "slot.nbytes = None"),
+    ),
+    "`None` instead of `False` in private attributes and arguments that are only tested for truth.": (
+        Survivor(
+            "buffer.slot_table.SlotTable.claim",
+            "slot.delivered = slot.over = False",
+            "slot.delivered = slot.over = None",
+        ),
+        Survivor("buffer.ring.SharedRingBuffer.__init__", "self._disowned = False", "self._disowned = None"),
+        Survivor(
+            "buffer.ring.SharedRingBuffer.release_reading",
+            "return self._finish(lease, False)",
+            "return self._finish(lease, None)",
+        ),
+    ),
+    "`STATE_OFFSET` is 0.": (
+        Survivor(
+            "buffer.slot_table.SlotTable.lease",
+            "self._memory[slot.header + STATE_OFFSET] = _READING",
+            "self._memory[slot.header - STATE_OFFSET] = _READING",
+        ),
+        Survivor(
+            "buffer.slot_table.SlotTable.finish",
+            "self._memory[slot.header + STATE_OFFSET] = _READY",
+            "self._memory[slot.header - STATE_OFFSET] = _READY",
+        ),
+        Survivor(
+            "buffer.slot_table.SlotTable._set_free",
+            "self._memory[slot.header + STATE_OFFSET] = _FREE",
+            "self._memory[slot.header - STATE_OFFSET] = _FREE",
+        ),
+    ),
+    "The reader's number is not in these messages: no reader has been asked for.": (
+        Survivor(
+            "buffer.slot_table.SlotTable.committed",
+            "raise self.stale_error(slot, sequence, 0)",
+            "raise self.stale_error(slot, sequence, None)",
+        ),
+        Survivor(
+            "buffer.slot_table.SlotTable.committed",
+            "raise self.stale_error(slot, sequence, 0)",
+            "raise self.stale_error(slot, sequence, 1)",
+        ),
+        Survivor(
+            "buffer.ring.SharedRingBuffer.wait_consumed",
+            "raise self._table.stale_error(cell, sequence, 0)",
+            "raise self._table.stale_error(cell, sequence, None)",
+        ),
+        Survivor(
+            "buffer.ring.SharedRingBuffer.wait_consumed",
+            "raise self._table.stale_error(cell, sequence, 0)",
+            "raise self._table.stale_error(cell, sequence, 1)",
+        ),
+        Survivor("buffer.ring.SharedRingBuffer._find", "self._refuse(slot, 0)", "self._refuse(slot, None)"),
+        Survivor("buffer.ring.SharedRingBuffer._find", "self._refuse(slot, 0)", "self._refuse(slot, 1)"),
+    ),
+    "The same value, with a longer walk or without a default that is never used.": (
+        Survivor(
+            "buffer.slot_table.SlotTable.statistics",
+            "oldest_ready_age=next(ready, None) if count[_READY] else None,",
+            "oldest_ready_age=next(ready, None) if (count[_READY]) or True else None,",
+        ),
+        Survivor(
+            "buffer.slot_table.SlotTable.statistics",
+            "oldest_ready_age=next(ready, None) if count[_READY] else None,",
+            "oldest_ready_age=next(ready, ) if count[_READY] else None,",
+        ),
+        Survivor(
+            "buffer.slot_table.SlotTable.statistics",
+            "oldest_lease_age=max(itertools.islice(reading, count[_READING]), default=None),",
+            "oldest_lease_age=max(itertools.islice(reading, None), default=None),",
+        ),
+    ),
+    "Nothing reads the memory of a closed ring: every method refuses first.": (
+        Survivor(
+            "buffer.slot_table.SlotTable.forget_memory", 'self._memory = memoryview(b"")', "self._memory = None"
+        ),
+        Survivor(
+            "buffer.slot_table.SlotTable.forget_memory",
+            'self._memory = memoryview(b"")',
+            'self._memory = memoryview(b"XXXX")',
+        ),
+        Survivor("buffer.ring.SharedRingBuffer._forget_memory", "self._memory = None", 'self._memory = ""'),
+    ),
+    "Counts more waiting claims than there are: somebody is notified although nobody waits.": (
+        Survivor(
+            "buffer.ring.SharedRingBuffer.__init__",
+            "self._claimers = 0  # threads that wait on _claimable",
+            "self._claimers = 1  # threads that wait on _claimable",
+        ),
+        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers += 1", "self._claimers -= 1"),
+        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers += 1", "self._claimers += 2"),
+        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers -= 1", "self._claimers = 1"),
+        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers -= 1", "self._claimers += 1"),
+    ),
+    "Nobody waits on the condition in a forked child: every method refuses first.": (
+        Survivor(
+            "buffer.ring.SharedRingBuffer._disown",
+            "self._claimable = threading.Condition(self._lock)",
+            "self._claimable = None",
+        ),
+        Survivor(
+            "buffer.ring.SharedRingBuffer._disown",
+            "self._claimable = threading.Condition(self._lock)",
+            "self._claimable = threading.Condition(None)",
+        ),
+    ),
+    "The text of a message that only a forked child sees; mutmut does not follow children.": (
+        Survivor(
+            "buffer.ring.SharedRingBuffer._closed_error",
+            'return BufferClosedError("the ring belongs to the process that this one was forked from")',
+            "return BufferClosedError(None)",
+        ),
+        Survivor(
+            "buffer.ring.SharedRingBuffer._closed_error",
+            'return BufferClosedError("the ring belongs to the process that this one was forked from")',
+            'return BufferClosedError("XXthe ring belongs to the process that this one was forked fromXX")',
+        ),
+        Survivor(
+            "buffer.ring.SharedRingBuffer._closed_error",
+            'return BufferClosedError("the ring belongs to the process that this one was forked from")',
+            'return BufferClosedError("THE RING BELONGS TO THE PROCESS THAT THIS ONE WAS FORKED FROM")',
+        ),
+    ),
+    "Declarations of a protocol: nothing runs them.": (
+        Survivor(
+            "wire.session.LeaseSource.read_raw",
+            "def read_raw(self, slot: int, sequence: int, reader: int = 0) -> LeaseLike: ...",
+            "def read_raw(self, slot: int, sequence: int, reader: int = 1) -> LeaseLike: ...",
+        ),
+        Survivor(
+            "wire.session.LeaseSource.consume",
+            "def consume(self, slot: int, sequence: int, reader: int = 0) -> bool: ...",
+            "def consume(self, slot: int, sequence: int, reader: int = 1) -> bool: ...",
+        ),
+    ),
+    "On the shm lane the view is made and not used.": (
+        Survivor(
+            "wire.session.ServerSession._read",
+            "view = lease.buffer if in_band else NO_BYTES",
+            "view = lease.buffer if (in_band) or True else NO_BYTES",
+        ),
+    ),
+    "mutmut does not follow forked children; `tests/process/test_segment_process.py` fails with each.": (
+        Survivor("buffer.ring.SharedRingBuffer._disown", "self._lock = threading.Lock()", "self._lock = None"),
+        Survivor(
+            "buffer.ring.SharedRingBuffer._disown",
+            "self._closed = self._disowned = True",
+            "self._closed = self._disowned = None",
+        ),
+        Survivor(
+            "buffer.ring.SharedRingBuffer._disown",
+            "self._closed = self._disowned = True",
+            "self._closed = self._disowned = False",
+        ),
+    ),
+}
+EXPLAINED: Final = {survivor: why for why, survivors in REASONS.items() for survivor in survivors}

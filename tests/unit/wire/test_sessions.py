@@ -523,6 +523,7 @@ def test_a_hello_for_another_lane_is_answered_counted_and_closes(ring: SharedRin
     counters = Counters()
     identity = ServerIdentity(ring.producer_id, SLOTS, SLOT_BYTES, MAX_LEASES, 2)
     session = ServerSession(Lane.TCP, ring, identity, counters=counters)
+    assert (session.established, session.closing) == (False, False)
     session.receive(ClientHandshake(Lane.SHM, ring.producer_id).hello())
     assert len(session.take()) == 1
     assert session.closing
