@@ -143,6 +143,9 @@ class Supervisor:
             self._heal(name)
         for process in self._running.values():
             process.go_on()
+        limit = time.monotonic() + DRAIN_SECONDS + END_SECONDS
+        while any(process.expected for process in self._running.values()) and time.monotonic() < limit:
+            self._tick()  # somebody is still about to end, whose name the next life takes over
         for name in self._members:
             if name not in self._running:
                 self._start(name)
