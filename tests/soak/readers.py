@@ -237,6 +237,8 @@ class Prefetch(_Way):
 
     def _fetch(self, fresh: list[Held]) -> Iterator[Read]:
         """Begin to fetch two batches, one after the other; or fetch at once while an earlier one hangs."""
+        if not fresh:
+            return
         middle = len(fresh) // 2
         halves = [fresh[:middle], fresh[middle:]]
         refs = [[held.ref for held in half] for half in halves]
