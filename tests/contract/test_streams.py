@@ -4,9 +4,11 @@ import contextlib
 import functools
 import itertools
 import os
+import random
 import select
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,10 @@ from transport_fixtures import Child, pattern
 
 from dray.clock import Deadline
 from dray.errors import ConnectionClosed, ConnectionReset, MessageTruncated, TransportError
+from dray.testing import ManualClock
+from dray.testing.faults import FaultPlan
+from dray.testing.network import SimulatedKernel, socket_stream
+from dray.testing.scheduler import Scheduler, Signal
 from dray.transport import tcp, unix
 from dray.transport.stream import Stream
 from dray.transport.tcp import TcpListener
@@ -22,10 +28,12 @@ from dray.transport.ucx import UcxListener, UcxStream
 from dray.transport.ucx import connect as connect_ucx
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixListener
+from dray.wire.handshake import Lane
 from dray.wire.session import Payload
 
 KINDS = ("unix", "tcp", "ucx")
-IN_BAND = ("tcp", "ucx")
+ALL = (*KINDS, *(f"simulated {kind}" for kind in KINDS))
+IN_BAND = ("tcp", "ucx", "simulated tcp", "simulated ucx")
 SIZES = (0, 1, 4096, 65_537, (8 << 20) + 1, 64 << 20)
 _numbers = itertools.count()
 
@@ -34,7 +42,12 @@ class Pair:
     """Two connected streams and what keeps them going: client first, as the one that may receive payloads."""
 
     def __init__(self, kind: str, directory: Path, stack: contextlib.ExitStack) -> None:
-        self.kind = kind
+        self.kind = kind.rpartition(" ")[2]
+        self.simulated = simulated_pair(self.kind) if kind != self.kind else None
+        if self.simulated is not None:
+            self.scheduler, self.workers, self.client, self.server = self.simulated
+            self._greet(stack)
+            return
         self.workers: list[UcxWorker] = []
         deadline = Deadline.after(10)
         listener: UnixListener | TcpListener | UcxListener
@@ -57,6 +70,9 @@ class Pair:
             server = listener.accept()
         assert server is not None
         self.server = server
+        self._greet(stack)
+
+    def _greet(self, stack: contextlib.ExitStack) -> None:
         for stream in (self.client, self.server):
             stack.callback(stream.close)
         self.client.send([b"hello"])
@@ -64,6 +80,8 @@ class Pair:
         self.sent(self.client)
 
     def progress(self) -> None:
+        if self.simulated is not None:
+            self.scheduler.run(self.scheduler.now() + 0.01, lambda: False)
         for worker in self.workers:
             worker.progress()
 
@@ -86,6 +104,14 @@ class Pair:
         assert callable(done)
         while not done():
             assert not deadline.expired, f"{seconds} s passed while waiting for {awaited}"
+            if self.simulated is not None:
+                for stream in (self.client, self.server):
+                    if stream.fileno() >= 0 and not getattr(stream, "closed", False):
+                        with contextlib.suppress(TransportError):
+                            stream.flush()
+                        stream.idle()
+                self.progress()
+                continue
             poll = select.poll()
             idle = True
             for stream in (self.client, self.server):
@@ -104,7 +130,29 @@ class Pair:
         self.drive(stream.flush, "everything to be sent")
 
 
-@pytest.fixture(params=KINDS)
+def simulated_pair(kind: str) -> tuple[Scheduler, list[UcxWorker], Stream, Stream]:
+    """Two streams over the simulated kernel, which splits and delays what is sent, and does nothing worse."""
+    rng = random.Random(1)
+    scheduler = Scheduler(rng, ManualClock())
+    kernel = SimulatedKernel(scheduler, FaultPlan(rng, Counter(), kinds=()))
+    here, there = kernel.process("client"), kernel.process("server")
+    workers: list[UcxWorker] = []
+    if kind == "ucx":
+        mine, theirs = kernel.worker(here), kernel.worker(there)
+        listener = kernel.listen("ucx:127.0.0.1:1", there, theirs.signal, theirs)
+        client: Stream = UcxStream(mine, kernel.connect_ucx(listener.endpoint, mine), accepted=False)
+        scheduler.run(scheduler.now() + 1.0, lambda: False)
+        workers = [mine, theirs]
+    else:
+        lane = Lane.SHM if kind == "unix" else Lane.TCP
+        listener = kernel.listen(f"{kind}:1", there, Signal(scheduler), None)
+        client = socket_stream(kernel.connect_socket(listener, lane, here), accepted=False)
+    server = listener.accept()
+    assert server is not None
+    return scheduler, workers, client, server
+
+
+@pytest.fixture(params=ALL)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
         yield Pair(request.param, tmp_path, stack)
@@ -170,6 +218,8 @@ def test_many_small_messages_arrive(pair: Pair) -> None:
 
 @pytest.mark.parametrize("nbytes", SIZES)
 def test_payloads_of_every_size_arrive_exactly(in_band: Pair, nbytes: int) -> None:
+    if in_band.simulated is not None and nbytes > 1 << 24:
+        pytest.skip("the simulation has no use for so large a payload")
     payload = pattern(nbytes, nbytes)
     target = expect(in_band, nbytes, 1)
     in_band.server.send([b"s" * 64, Payload(memoryview(payload), 1)])
@@ -192,6 +242,21 @@ def test_messages_and_payloads_interleave(in_band: Pair) -> None:
     in_band.client.send([b"a" * 64])
     assert in_band.until(receiving=in_band.server, size=64) == b"a" * 64
     in_band.sent(in_band.server)
+
+
+@pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
+def test_a_payload_that_comes_before_its_message_does_not_keep_the_driver_busy(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        pair = Pair(kind, tmp_path, stack)
+        expect(pair, 1000, 1)
+        pair.server.send([Payload(memoryview(bytes(1000)), 1)])
+        pair.drive(lambda: pair.client._expected[0][0].completed, "the payload")
+        pair.sent(pair.server)
+        assert pair.client.receive(64) is None
+        assert pair.client.idle()
+        pair.server.send([b"s" * 64])
+        assert pair.until(receiving=pair.client, size=64) == b"s" * 64
+        assert pair.client.payload_arrived(1000)
 
 
 def test_an_expected_payload_that_was_refused_leaves_the_next_one_alone(in_band: Pair) -> None:
@@ -223,7 +288,7 @@ def test_a_peer_that_closes_between_messages_is_closed(pair: Pair) -> None:
         pair.until(receiving=pair.server, size=64)
 
 
-@pytest.mark.parametrize("kind", ["unix", "tcp"])
+@pytest.mark.parametrize("kind", ["unix", "tcp", "simulated unix", "simulated tcp"])
 def test_a_peer_that_closes_within_a_message_is_truncated(kind: str, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair(kind, tmp_path, stack)
@@ -234,10 +299,11 @@ def test_a_peer_that_closes_within_a_message_is_truncated(kind: str, tmp_path: P
             pair.until(receiving=pair.server, size=64)
 
 
-def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
+def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(kind: str, tmp_path: Path) -> None:
     """UCX does not tell how far a message had come."""
     with contextlib.ExitStack() as stack:
-        pair = Pair("ucx", tmp_path, stack)
+        pair = Pair(kind, tmp_path, stack)
         pair.client.send([b"x" * 40])
         pair.sent(pair.client)
         pair.client.close()
@@ -245,10 +311,11 @@ def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(tmp_path: Path) 
             pair.until(receiving=pair.server, size=64)
 
 
-def test_a_peer_that_closes_within_a_payload_never_completes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tcp", "simulated tcp"])
+def test_a_peer_that_closes_within_a_payload_never_completes_it(kind: str, tmp_path: Path) -> None:
     """On TCP. On UCX, where ucxx keeps what closed within a send until its process ends: tests/process."""
     with contextlib.ExitStack() as stack:
-        close_within_payload(Pair("tcp", tmp_path, stack))
+        close_within_payload(Pair(kind, tmp_path, stack))
 
 
 def close_within_payload(in_band: Pair) -> None:
@@ -341,7 +408,7 @@ def test_a_peer_that_does_not_read_is_not_waited_for(pair: Pair) -> None:
     assert not pair.client.wants_write
 
 
-@pytest.mark.parametrize("kind", ["unix", "tcp"])
+@pytest.mark.parametrize("kind", ["unix", "tcp", "simulated unix", "simulated tcp"])
 def test_closing_with_unsent_messages_returns_at_once(kind: str, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair(kind, tmp_path, stack)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from enum import Enum
 
 from dray.wire.handshake import Lane
@@ -45,12 +46,14 @@ class FaultPlan:
     Args:
         rng: decides.
         seen: counts what has happened, over all runs.
+        kinds: what may happen; by default the seed decides that too.
     """
 
-    def __init__(self, rng: random.Random, seen: Counter[str]) -> None:
+    def __init__(self, rng: random.Random, seen: Counter[str], kinds: Iterable[Fault] | None = None) -> None:
         self._rng = rng
         self._seen = seen
-        self.kinds = frozenset(rng.sample(list(Fault), rng.choice((0, 1, 1, 2, 3, 4, 6))))
+        some = rng.sample(list(Fault), rng.choice((0, 1, 1, 2, 3, 4, 6)))
+        self.kinds = frozenset(some if kinds is None else kinds)
         self._on_send = tuple(fault for fault in ON_SEND if fault in self.kinds)
         self._on_send_ucx = tuple(fault for fault in ON_SEND_UCX if fault in self.kinds)
         self.timed = tuple(fault for fault in TIMED if fault in self.kinds)
@@ -58,7 +61,7 @@ class FaultPlan:
         self._connect_rate = rng.choice((0.05, 0.2, 0.5))
         self._split_rate = rng.choice((0.0, 0.0, 0.1, 0.4))
         self._slowest = rng.choice((0.0, 0.0, 0.0005, 0.02))
-        self._capacity = rng.choice((96, 700, 4096, 1 << 16, 1 << 16))
+        self._capacity = rng.choice((96, 700, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
         self.calm = False
 
     def __repr__(self) -> str:

@@ -67,6 +67,7 @@ class ObservedClient(PayloadClient):
         clock = kernel.scheduler.clock
         super().__init__(clock=clock, network=self.network, **options)
         self._scheduler = kernel.scheduler
+        self._plan = kernel.plan
         self._graveyard = SimulatedGraveyard(kernel.scheduler, process)
         self._failed_at: dict[str, float] = {}
         self._tried: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
@@ -176,6 +177,7 @@ class ObservedClient(PayloadClient):
             raise Violation(f"a connection to {endpoint} goes into the pool after it failed")
         if connection._session.pending or stream._expected:
             raise Violation(f"a connection to {endpoint} goes into the pool in the middle of an exchange")
+        self._plan.count(f"exchange over {connection.lane.label}")
         return self._check_in(endpoint, connection, group, now)
 
 

@@ -233,6 +233,7 @@ class Scheduler:
             elif timers and timers[0][0] <= until:
                 clock.advance(max(0.0, timers[0][0] - clock.now()) + random_() * ceiling)
             else:
+                clock.advance(max(0.0, until - clock.now()))
                 return False
             now = clock.now()
             while timers and timers[0][0] <= now:

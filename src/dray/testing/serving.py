@@ -172,7 +172,7 @@ class SimulatedServer:
                 writer = ring.claim(packed.nbytes, timeout=0)
                 break
             except BufferFullError:
-                if ring.on_full == "error" or scheduler.now() >= by:
+                if ring.on_full == "error" or scheduler.now() >= by or self.kernel.plan.calm:
                     self.kernel.plan.count("ring full")
                     return
             scheduler.sleep(pause)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,10 +24,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dray.testing.scheduler import Violation
 from dray.testing.world import Run, quiet_process
 
 _CHUNK = 200
 _LAST_LINES = 60
+_MOST_CPU_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +44,31 @@ def run_seed(seed: int, seen: Counter[str], traced: bool = False) -> tuple[Failu
     """One run: how it failed, if it did, and its trace, if it is `traced`."""
     run = None
     try:
-        run = Run(seed, seen, traced)
-        run.go()
+        with _no_spin():
+            run = Run(seed, seen, traced)
+            run.go()
     except AssertionError as violation:
         return Failure(seed, f"{type(violation).__name__}: {violation}"), run.scheduler.trace if run else []
     except Exception as crash:  # noqa: BLE001  (whatever it is, it is reported with its seed)
         where = "".join(traceback.format_exception(crash))
         return Failure(seed, f"{type(crash).__name__}: {crash}\n{where}"), run.scheduler.trace if run else []
     return None, run.scheduler.trace
+
+
+@contextlib.contextmanager
+def _no_spin() -> Iterator[None]:
+    """Ends a run that goes round in circles without ever giving way."""
+
+    def ring(_signal: int, _frame: object) -> None:
+        raise Violation(f"no end after {_MOST_CPU_SECONDS} s of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def run_seeds(seeds: Sequence[int]) -> tuple[int, list[Failure], Counter[str]]:

@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dray.testing.faults import Fault, FaultPlan
@@ -65,9 +65,7 @@ class Pipe:
         room = self.room
         if room <= 0:
             raise BlockingIOError
-        data = b"".join(parts)
-        if len(data) > room:
-            data = data[:room]
+        data = b"".join(_first(parts, room))
         if not whole and len(data) > 1 and self._plan.splits():
             data = data[: self._scheduler.rng.randint(1, len(data))]
         if self.lost:
@@ -122,6 +120,15 @@ class Pipe:
     def _end(self) -> None:
         self.ended = True
         self.notify()
+
+
+def _first(parts: Sequence[memoryview], room: int) -> Iterator[memoryview]:
+    """The first `room` bytes of `parts`."""
+    for part in parts:
+        yield part[:room]
+        room -= len(part)
+        if room <= 0:
+            return
 
 
 class SimulatedSocket:

@@ -219,6 +219,8 @@ class Run:
 
         def run() -> None:
             for _ in range(count):
+                if self.plan.calm:
+                    break
                 size = rng.choice((0, 1, 40, 700, 1500, server.settings.slot_bytes - 400))
                 number = next(self._serial)
                 body = np.frombuffer(number.to_bytes(4, "little") * (size // 4 + 1), np.uint8)[:size]

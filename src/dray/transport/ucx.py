@@ -63,6 +63,7 @@ class UcxStream:
         self._unsent: list[Outgoing] = []
         self._sends: list[tuple[Any, Any]] = []
         self._expected: deque[tuple[Any, memoryview, int]] = deque()
+        self._payload_awaited = False
         self._abandoned: list[Abandoned] = []
         self._preamble: tuple[Any, bytearray] | None = None
         if accepted:
@@ -121,7 +122,8 @@ class UcxStream:
         request, memory, _ = self._expected[0]
         if nbytes and nbytes != memory.nbytes:
             raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {memory.nbytes}")
-        if not request.completed:
+        self._payload_awaited = not request.completed
+        if self._payload_awaited:
             self._check_alive()
             return False
         self._expected.popleft()
@@ -246,7 +248,8 @@ class UcxStream:
         due = self._incoming or self._preamble
         if due[0].completed if due is not None else self.worker.waits(self._mine_tag):
             return True
-        if self._expected and self._expected[0][0].completed:
+        # One that has come before its STATUS must not keep busy who waits for that.
+        if self._payload_awaited and self._expected[0][0].completed:
             return True
         return any(request.completed for request, _ in self._sends)
 
