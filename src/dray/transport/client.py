@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -120,7 +122,7 @@ class PayloadClient:
             held = _one(connection, ref, self._reader, status_by, deadline)
             data = held.data()
             connection.finish(held, consume, deadline)
-            self._count(connection, ref)
+            self._count(connection, [ref])
             return data
 
         return self._run(ref, Deadline.after(timeout, self._clock), exchange)
@@ -145,7 +147,7 @@ class PayloadClient:
             Deadline.after(timeout, self._clock),
             lambda c, status_by, deadline: _one(c, ref, self._reader, status_by, deadline),
         )
-        self._count(connection, ref)
+        self._count(connection, [ref])
 
         def end(request: Request, consumed: bool) -> None:
             try:
@@ -271,8 +273,10 @@ class PayloadClient:
         self._check_process()
         return self._exchanges.run(ref, deadline, exchange)
 
-    def _count(self, connection: Connection, ref: PayloadRef) -> None:
-        self._counters.add_all({"reads": 1, connection.counted: 1, "bytes": ref.nbytes})
+    def _count(self, connection: Connection, refs: Sequence[PayloadRef]) -> None:
+        """Count payloads that are handed out."""
+        nbytes = sum([ref.nbytes for ref in refs])
+        self._counters.add_all({"reads": len(refs), connection.counted: len(refs), "bytes": nbytes})
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -285,7 +289,7 @@ class PayloadClient:
     ) -> Generator[tuple[PayloadRef, Bytes | DrayError], None, None]:
         """Read one producer's payloads over one connection at a time, a window of requests in flight."""
         self._check_process()
-        waiting = list(refs)
+        waiting = deque(refs)
         producer = waiting[0].producer
         try:
             attempts = self._exchanges.plan(waiting[0])
@@ -314,39 +318,43 @@ class PayloadClient:
     def _windows(
         self,
         connection: Connection,
-        waiting: list[PayloadRef],
+        waiting: deque[PayloadRef],
         consume: bool,
         status_by: Deadline,
         deadline: Deadline,
     ) -> Iterator[tuple[PayloadRef, Bytes | DrayError]]:
         """Yield what one connection brings, taking each reference off `waiting` as its result is handed out.
 
-        `status_by` bounds the first window: once it has come the endpoint is known to answer.
+        A window's leases end with the requests of the next. `status_by` bounds the first window: once it has come
+        the endpoint is known to answer.
         """
+        ended: list[tuple[Request, bool]] = []
         while waiting:
-            window = waiting[: connection.identity.max_leases]
-            targets = connection.ask(window, self._reader, status_by)
+            window = list(itertools.islice(waiting, connection.identity.max_leases))
+            targets = connection.ask(window, self._reader, status_by, ended)
             results = [
                 connection.answer(ref, target, status_by, deadline)
                 for ref, target in zip(window, targets, strict=True)
             ]
             status_by = deadline
+            outcomes = [result.data() if isinstance(result, Held) else result for result in results]
+            if connection.lane is Lane.SHM and not connection.usable():
+                raise ConnectionClosed("the leases may have ended while the payloads were copied")
             given = 0
             try:
-                for ref, result in zip(window, results, strict=True):
-                    outcome = result.data() if isinstance(result, Held) else result
-                    if isinstance(result, Held) and result.in_place and not connection.usable():
-                        raise ConnectionClosed("the lease may have ended while the payload was copied")
+                for ref, outcome in zip(window, outcomes, strict=True):
                     given += 1
-                    del waiting[0]
-                    if isinstance(result, Held):
-                        self._count(connection, ref)
+                    waiting.popleft()
                     yield ref, outcome
             except BaseException:
                 with contextlib.suppress(TransportError):  # the server returns what it does not hear of
-                    _acknowledge(connection, results, consume, given, deadline)
+                    connection.acknowledge(_ended(results, consume, given), deadline)
                 raise
-            _acknowledge(connection, results, consume, given, deadline)
+            finally:
+                read = [r for r, result in zip(window[:given], results, strict=False) if isinstance(result, Held)]
+                self._count(connection, read)
+            ended = _ended(results, consume, given)
+        connection.acknowledge(ended, deadline)
 
 
 def _one(connection: Connection, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline) -> Held:
@@ -357,16 +365,13 @@ def _one(connection: Connection, ref: PayloadRef, reader: int, status_by: Deadli
     return answer
 
 
-def _acknowledge(
-    connection: Connection, results: Sequence[Held | DrayError], consume: bool, given: int, deadline: Deadline
-) -> None:
-    """End the leases of a window: the first `given` were handed out, the others go back."""
-    ended = [
+def _ended(results: Sequence[Held | DrayError], consume: bool, given: int) -> list[tuple[Request, bool]]:
+    """How the leases of a window end: those of the first `given`, which were handed out, and the others."""
+    return [
         (result.request, consume and index < given)
         for index, result in enumerate(results)
         if isinstance(result, Held)
     ]
-    connection.acknowledge(ended, deadline)
 
 
 def _unpacked(result: Bytes | DrayError) -> Arrays | DrayError:

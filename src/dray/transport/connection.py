@@ -128,10 +128,19 @@ class Connection:
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def ask(self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline) -> list[Bytes | None]:
-        """Send one READ for each reference, pipelined; the memory each payload will arrive in (None on shm)."""
+    def ask(
+        self,
+        refs: Sequence[PayloadRef],
+        reader: int,
+        deadline: Deadline,
+        ended: Sequence[tuple[Request, bool]] = (),
+    ) -> list[Bytes | None]:
+        """Send one READ for each reference, pipelined; the memory each payload will arrive in (None on shm).
+
+        Leases that have `ended`, as `acknowledge` takes them, are told in the same message.
+        """
         targets: list[Bytes | None] = []
-        frames: list[bytes] = []
+        frames = [self._session.ack(request, consumed) for request, consumed in ended]
         target, tag = None, 0
         for ref in refs:
             if self.lane is not Lane.SHM:

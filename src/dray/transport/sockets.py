@@ -67,6 +67,14 @@ def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError
             return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
 
 
+def _frames_only(items: Sequence[Outgoing]) -> bytes | None:
+    """The items as one message, unless there is a payload among them."""
+    frames = [item for item in items if not isinstance(item, Payload)]
+    if len(frames) != len(items):
+        return None
+    return frames[0] if len(frames) == 1 else b"".join(frames)
+
+
 class SocketStream:
     """A `Stream` over a connected, non-blocking stream socket.
 
@@ -114,9 +122,8 @@ class SocketStream:
         parts = self._parts
         if descriptor is not None:
             self._descriptor = descriptor
-        elif len(items) == 1 and items[0].__class__ is bytes and not parts:
-            # Most messages are one frame, which leaves at once and whole.
-            message = items[0]
+        elif not parts and (message := _frames_only(items)) is not None:
+            # Most of the time frames leave at once and whole.
             try:
                 sent = self._sock.send(message)
             except BlockingIOError:
