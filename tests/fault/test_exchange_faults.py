@@ -256,9 +256,9 @@ def test_c1_a_transport_failure_is_typed_quarantined_and_read_elsewhere(
     with served(lane) as good, Misbehaving(lane, good, behaviour) as bad:
         ref = good.put_bytes(pattern(1, NBYTES))
         with PayloadClient(lanes=lane) as alone:
-            deadline = Deadline.after(5)
+            deadline = Deadline.after(10)
             with pytest.raises(kind) as caught:
-                alone.read_bytes(at(ref, bad.endpoint), timeout=0.4)
+                alone.read_bytes(at(ref, bad.endpoint), timeout=0.4 if behaviour is silent else 10)
             assert not deadline.expired
             assert caught.value.retryable
             assert alone.statistics()["quarantined"] == [bad.endpoint]
