@@ -89,6 +89,19 @@ def test_a_batch_comes_in_order_over_one_connection(lane: Any) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
+def test_a_batch_of_bytes_comes_as_it_is_and_may_hold_a_stale_reference(lane: Any) -> None:
+    with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lanes=lane) as client:
+        refs = [server.put_bytes(bytes([n]) * n) for n in range(20)]
+        client.consume(refs[7:8])
+        found = client.read_many_bytes(refs, return_errors=True)
+        outcomes = [result if isinstance(result, StaleSlotError) else bytes(result) for _, result in found]
+        assert isinstance(outcomes.pop(7), StaleSlotError)
+        assert outcomes == [bytes([n]) * n for n in range(20) if n != 7]
+        wait_until(lambda: ring_of(server).statistics().free == 40, "all to be consumed")
+        assert (client.statistics()["reads"], client.statistics()["connects"]) == (19, 1)
+
+
+@pytest.mark.parametrize("lane", LANES)
 def test_failures_in_a_batch_leave_the_rest_alone(lane: Any) -> None:
     with serving(lane, slots=8) as server, serving(lane) as gone, PayloadClient(lanes=lane) as client:
         refs = [server.put({"n": np.int64(n)}) for n in range(6)]

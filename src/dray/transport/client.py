@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -18,7 +17,6 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import (
     BufferClosedError,
     ConfigError,
-    ConnectionClosed,
     DrayError,
     PayloadError,
     ProtocolError,
@@ -35,6 +33,7 @@ from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
 from dray.transport.receive_buffers import Bytes
 from dray.transport.stream import LANE_NAMES
 from dray.transport.ucx_worker import UCXX_AVAILABLE, require
+from dray.transport.windows import windows
 from dray.wire import PayloadRef
 from dray.wire.frames import Status
 from dray.wire.handshake import Lane, check_secret
@@ -184,19 +183,18 @@ class PayloadClient:
         Raises:
             As `read`.
         """
-        deadline = Deadline.after(timeout, self._clock)
-        by_producer: dict[bytes, list[PayloadRef]] = {}
-        for ref in refs:
-            by_producer.setdefault(ref.producer, []).append(ref)
-        for waiting in by_producer.values():
-            with contextlib.closing(self._read_producer(waiting, consume, deadline)) as results:
-                for ref, result in results:
-                    outcome = _unpacked(result)
-                    if isinstance(outcome, DrayError):
-                        self._counters.add("failed_reads")
-                        if not return_errors:
-                            raise outcome
-                    yield ref, outcome
+        return self._read_many(refs, Deadline.after(timeout, self._clock), consume, return_errors, _unpacked)
+
+    def read_many_bytes(
+        self,
+        refs: Iterable[PayloadRef],
+        *,
+        timeout: float | None = 30.0,
+        consume: bool = True,
+        return_errors: bool = False,
+    ) -> Generator[tuple[PayloadRef, Any], None, None]:
+        """`read_many` of payloads as they are: yields (reference, uint8 of shape (nbytes,))."""
+        return self._read_many(refs, Deadline.after(timeout, self._clock), consume, return_errors, _as_it_is)
 
     # --- other requests ---------------------------------------------------------------------------------------
 
@@ -284,6 +282,27 @@ class PayloadClient:
 
     # --- batches ----------------------------------------------------------------------------------------------
 
+    def _read_many(
+        self,
+        refs: Iterable[PayloadRef],
+        deadline: Deadline,
+        consume: bool,
+        return_errors: bool,
+        unpacked: Callable[[Bytes | DrayError], Any],
+    ) -> Generator[tuple[PayloadRef, Any], None, None]:
+        by_producer: dict[bytes, list[PayloadRef]] = {}
+        for ref in refs:
+            by_producer.setdefault(ref.producer, []).append(ref)
+        for waiting in by_producer.values():
+            with contextlib.closing(self._read_producer(waiting, consume, deadline)) as results:
+                for ref, result in results:
+                    outcome = unpacked(result)
+                    if isinstance(outcome, DrayError):
+                        self._counters.add("failed_reads")
+                        if not return_errors:
+                            raise outcome
+                    yield ref, outcome
+
     def _read_producer(
         self, refs: Sequence[PayloadRef], consume: bool, deadline: Deadline
     ) -> Generator[tuple[PayloadRef, Bytes | DrayError], None, None]:
@@ -303,7 +322,9 @@ class PayloadClient:
                 try:
                     connection, group = self._exchanges.checkout(endpoint, producer, status_by)
                     try:
-                        yield from self._windows(connection, waiting, consume, status_by, deadline)
+                        yield from windows(
+                            connection, waiting, self._reader, consume, status_by, deadline, self._count
+                        )
                     except BaseException:
                         self._exchanges.discard(connection, group)
                         raise
@@ -315,47 +336,6 @@ class PayloadClient:
                     yield ref, final
                 return
 
-    def _windows(
-        self,
-        connection: Connection,
-        waiting: deque[PayloadRef],
-        consume: bool,
-        status_by: Deadline,
-        deadline: Deadline,
-    ) -> Iterator[tuple[PayloadRef, Bytes | DrayError]]:
-        """Yield what one connection brings, taking each reference off `waiting` as its result is handed out.
-
-        A window's leases end with the requests of the next. `status_by` bounds the first window: once it has come
-        the endpoint is known to answer.
-        """
-        ended: list[tuple[Request, bool]] = []
-        while waiting:
-            window = list(itertools.islice(waiting, connection.identity.max_leases))
-            targets = connection.ask(window, self._reader, status_by, ended)
-            results = [
-                connection.answer(ref, target, status_by, deadline)
-                for ref, target in zip(window, targets, strict=True)
-            ]
-            status_by = deadline
-            outcomes = [result.data() if isinstance(result, Held) else result for result in results]
-            if connection.lane is Lane.SHM and not connection.usable():
-                raise ConnectionClosed("the leases may have ended while the payloads were copied")
-            given = 0
-            try:
-                for ref, outcome in zip(window, outcomes, strict=True):
-                    given += 1
-                    waiting.popleft()
-                    yield ref, outcome
-            except BaseException:
-                with contextlib.suppress(TransportError):  # the server returns what it does not hear of
-                    connection.acknowledge(_ended(results, consume, given), deadline)
-                raise
-            finally:
-                read = [r for r, result in zip(window[:given], results, strict=False) if isinstance(result, Held)]
-                self._count(connection, read)
-            ended = _ended(results, consume, given)
-        connection.acknowledge(ended, deadline)
-
 
 def _one(connection: Connection, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline) -> Held:
     (target,) = connection.ask([ref], reader, status_by)
@@ -365,15 +345,6 @@ def _one(connection: Connection, ref: PayloadRef, reader: int, status_by: Deadli
     return answer
 
 
-def _ended(results: Sequence[Held | DrayError], consume: bool, given: int) -> list[tuple[Request, bool]]:
-    """How the leases of a window end: those of the first `given`, which were handed out, and the others."""
-    return [
-        (result.request, consume and index < given)
-        for index, result in enumerate(results)
-        if isinstance(result, Held)
-    ]
-
-
 def _unpacked(result: Bytes | DrayError) -> Arrays | DrayError:
     if isinstance(result, DrayError):
         return result
@@ -381,6 +352,10 @@ def _unpacked(result: Bytes | DrayError) -> Arrays | DrayError:
         return unpack(result)
     except PayloadError as error:
         return error
+
+
+def _as_it_is(result: Bytes | DrayError) -> Bytes | DrayError:
+    return result
 
 
 def _usable(lanes: str) -> tuple[Lane, ...]:
