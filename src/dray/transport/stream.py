@@ -37,7 +37,7 @@ class Stream(Protocol):
 
     @property
     def wants_write(self) -> bool:
-        """`flush` waits for room: wait for writability too."""
+        """`flush` waits for room: wait for writability."""
         ...
 
     def receive(self, size: int) -> memoryview | None:

@@ -65,10 +65,6 @@ class Wake:
                 self._descriptor = -1
 
 
-_IN = select.POLLIN
-_IN_OR_OUT = select.POLLIN | select.POLLOUT
-
-
 class PollWaiter:
     """Waits for one descriptor at a time.
 
@@ -92,7 +88,8 @@ class PollWaiter:
             TransportTimeout: the deadline came first; the message says what was awaited.
             BufferClosedError: the client is closed.
         """
-        events = _IN_OR_OUT if stream.wants_write else _IN
+        # For room alone: what has come meanwhile, or an end, would be found again and again.
+        events = select.POLLOUT if stream.wants_write else select.POLLIN
         if events != self._events:
             self._poll.register(stream.fileno(), events)
             self._events = events

@@ -1,0 +1,23 @@
+"""Waiting for one stream."""
+
+import contextlib
+import socket
+
+import pytest
+
+from dray.clock import Deadline
+from dray.errors import TransportTimeout
+from dray.transport.unix import UnixStream
+from dray.transport.waiting import PollWaiter
+
+
+def test_who_waits_for_room_is_not_kept_busy_by_what_has_come() -> None:
+    left, right = socket.socketpair()
+    stream = UnixStream(left)
+    with right, contextlib.closing(stream):
+        right.send(b"an answer to something else")
+        while stream.send([bytes(65536)]):
+            pass
+        assert stream.wants_write
+        with pytest.raises(TransportTimeout):
+            PollWaiter(None).wait(stream, Deadline.after(0.05), "room", "unix:here")
