@@ -259,6 +259,22 @@ def test_a_payload_that_comes_before_its_message_does_not_keep_the_driver_busy(k
         assert pair.client.payload_arrived(1000)
 
 
+@pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
+def test_a_message_that_comes_before_the_payload_does_not_keep_the_driver_busy(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        pair = Pair(kind, tmp_path, stack)
+        target = expect(pair, 1000, 1)
+        pair.server.send([b"n" * 64])
+        pair.drive(lambda: pair.client.worker.waits(pair.client._mine_tag), "the message")
+        pair.sent(pair.server)
+        assert not pair.client.payload_arrived(1000)
+        assert pair.client.idle()
+        pair.server.send([Payload(memoryview(b"p" * 1000), 1)])
+        pair.drive(lambda: pair.client.payload_arrived(1000), "the payload")
+        assert target == b"p" * 1000
+        assert pair.until(receiving=pair.client, size=64) == b"n" * 64
+
+
 def test_an_expected_payload_that_was_refused_leaves_the_next_one_alone(in_band: Pair) -> None:
     refused, given = expect(in_band, 1000, 1), expect(in_band, 5, 2)
     nothing = [Payload(memoryview(b""), 1)] if in_band.kind == "ucx" else []

@@ -82,6 +82,7 @@ class UcxStream:
 
     def receive(self, size: int) -> memoryview | None:
         self._check_open()
+        self._payload_awaited = False
         while self._theirs is None or len(self._inbox) < size:
             if not (self._agree() if self._theirs is None else self._take()):
                 self._check_alive(within=bool(self._inbox))
@@ -245,12 +246,14 @@ class UcxStream:
         """A request whose completion the driver has not seen yet, or a failure."""
         if not self._endpoint.alive:
             return True
-        due = self._incoming or self._preamble
-        if due[0].completed if due is not None else self.worker.waits(self._mine_tag):
-            return True
-        # One that has come before its STATUS must not keep busy who waits for that.
-        if self._payload_awaited and self._expected[0][0].completed:
-            return True
+        # Of messages and payloads, what has come before its time must not keep busy who waits for the other.
+        if self._payload_awaited:
+            if self._expected[0][0].completed:
+                return True
+        else:
+            due = self._incoming or self._preamble
+            if due[0].completed if due is not None else self.worker.waits(self._mine_tag):
+                return True
         return any(request.completed for request, _ in self._sends)
 
     def __repr__(self) -> str:
