@@ -1,5 +1,7 @@
 """C9, in the transport: closing a client ends what waits in other threads."""
 
+import contextlib
+import dataclasses
 import select
 import socket
 import threading
@@ -7,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transport_fixtures import wait_until
 
-from dray import BufferClosedError, PayloadClient, PayloadRef
+from dray import BufferClosedError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
 from dray.transport.waiting import Wake
 
@@ -53,6 +56,77 @@ def test_c9_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_p
             thread.join(closing.timeout)
             assert not thread.is_alive()
     assert [type(error) for error in ended] == [BufferClosedError]
+
+
+class Swallowing:
+    """Relays connections to a TCP port, of what each client says the first `most` bytes; the rest disappears."""
+
+    def __init__(self, port: int, most: int) -> None:
+        self._port = port
+        self._most = most
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+        self._start(self._accept)
+
+    def close(self) -> None:
+        for sock in (self._listener, *self._ends):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self, run: Any, *arguments: Any) -> None:
+        thread = threading.Thread(target=run, args=arguments)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._ends += [client, server]
+                self._start(self._copy, client, server, self._most)
+                self._start(self._copy, server, client, 1 << 30)
+
+    def _copy(self, source: socket.socket, target: socket.socket, most: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if most > 0:
+                    target.sendall(data[:most])
+                most -= len(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+HELLO_PROOF_READ = 64 + 32 + 64
+
+
+def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
+    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lanes=["tcp"], threads=1) as server:
+        port = int(server.endpoints[0].rpartition(":")[2])
+        with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
+            refs = [dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)]
+            client = PayloadClient(lanes="tcp")
+            assert bytes(client.read_bytes(refs[0], timeout=10)) == b"x"
+            ended: list[BaseException] = []
+
+            def read() -> None:
+                try:
+                    client.read_bytes(refs[1], timeout=60)
+                except BufferClosedError as error:
+                    ended.append(error)
+
+            reading = threading.Thread(target=read)
+            reading.start()
+            wait_until(lambda: not any(client._exchanges._pool._idle.values()), "the read to begin")
+            client.close()
+            reading.join(10)
+            assert len(ended) == 1
+            assert server.wait_consumed(refs[0], timeout=10)
+            assert ring.statistics().ready == 1
 
 
 def test_a_closed_wake_refuses_new_waits_and_may_be_closed_twice() -> None:

@@ -92,6 +92,7 @@ class Exchanges:
         self._clock = clock
         self._lock = threading.Lock()
         self._rotation = itertools.count()
+        self._in_use: dict[Connection, None] = {}
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._closed = False
 
@@ -181,6 +182,7 @@ class Exchanges:
             if connection.identity.producer == producer and (surely_open or connection.usable()):
                 if self._unconfirmed:
                     self._settle(connection, group, deadline)
+                self._in_use[connection] = None
                 return connection, group
             self.discard(connection, group)
 
@@ -189,6 +191,7 @@ class Exchanges:
         if connection.broken:
             self.discard(connection, group)
             return
+        self._in_use.pop(connection, None)
         with self._lock:
             surplus = self._pool.checkin(connection.endpoint, connection, group, self._clock.now())
         if surplus is not None:
@@ -198,6 +201,7 @@ class Exchanges:
 
     def discard(self, connection: Connection, group: Group | None) -> None:
         """Close a connection; ACKs that may be lost with it are remembered."""
+        self._in_use.pop(connection, None)
         self._remember(connection)
         connection.close()
         with self._lock:
@@ -213,6 +217,9 @@ class Exchanges:
         """End waits and close every idle connection; one in use is closed by who uses it. Twice is fine."""
         if not self._closed:
             self._close_idle()
+            # Nobody repeats the ACKs of those that are in use once their threads have been told to end.
+            for connection in list(self._in_use):
+                self._remember(connection)
             self._settle_all()
         self._closed = True
         self._network.close()
@@ -237,6 +244,7 @@ class Exchanges:
             raise
         self._counters.add("connects")
         self._settle(connection, group, deadline)
+        self._in_use[connection] = None
         return connection, group
 
     def _settle(self, connection: Connection, group: Group | None, deadline: Deadline) -> None:

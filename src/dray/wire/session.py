@@ -350,7 +350,7 @@ class ClientSession:
     @property
     def unconfirmed(self) -> list[Request]:
         """Reads whose ACK(consumed) no answer has confirmed yet, oldest first."""
-        return [request for _, request in self._unconfirmed]
+        return [request for _, request in tuple(self._unconfirmed)]  # its thread may go on meanwhile
 
     def request(
         self, kind: Kind, slot: int = 0, sequence: int = 0, reader: int = 0, nbytes: int = 0, tag: int = 0
