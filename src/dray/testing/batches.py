@@ -40,7 +40,7 @@ class SimulatedBatches(SimulatedConsumer):
         self._pinned.clear()
         for ref in (*self._fetching, *self._deferred):
             self.world.ledger.give_up(ref, self.reader)
-        with self.bounded(30.0):
+        with self.unhurried(15.0):
             self._reader.close(timeout=5.0)
         self.check_results()
 

@@ -102,7 +102,7 @@ class SimulatedConsumer:
         """Close the client in order."""
         self.closed = True
         self._pinned.clear()
-        with self.bounded(20.0):
+        with self.unhurried(10.0):
             self.client.close()
 
     def killed(self) -> None:
@@ -149,18 +149,20 @@ class SimulatedConsumer:
                 case 2:
                     ref = dataclasses.replace(ref, nbytes=ref.nbytes + self.rng.choice((-1, 1)))
             return [ref]
-        while not (refs := self.world.take(self.reader, self.rng.randint(1, most))):
-            if not old:
-                self.scheduler.sleep(0.5)
-            else:
+        for _ in range(4):
+            if refs := self.world.take(self.reader, self.rng.randint(1, most)):
+                return refs
+            if old := self.world.old():
                 return [self.rng.choice(old)]
-            old = self.world.old()
-        return refs
+            self.scheduler.sleep(0.5)
+        return []
 
     def _attempt(
         self, refs: list[PayloadRef], seconds: float, run: Callable[[list[PayloadRef], float], None]
     ) -> None:
         name = run.__name__.strip("_")
+        if not refs:
+            return
         self.scheduler.note(f"{name} {', '.join(map(self.world.ledger.name, refs))} within {seconds} s")
         self.client.asks(refs)
         self._began = self.scheduler.now()
@@ -308,6 +310,16 @@ class SimulatedConsumer:
             yield
         finally:
             self.unbound()
+
+    @contextlib.contextmanager
+    def unhurried(self, seconds: float) -> Iterator[None]:
+        """What is done here, with deadlines of its own, ends within that time if it is not held up."""
+        actor = self.scheduler.actor
+        assert actor is not None
+        began, actor.late = self.scheduler.now(), 0.0
+        yield
+        if self.scheduler.now() - began - actor.late > seconds:
+            raise Violation(f"{actor.name} took {self.scheduler.now() - began:.3f} s to close")
 
     def rebound(self, seconds: float) -> None:
         """From now on, this actor must be done within that time."""

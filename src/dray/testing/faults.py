@@ -61,7 +61,7 @@ class FaultPlan:
         self._connect_rate = rng.choice((0.05, 0.2, 0.5))
         self._split_rate = rng.choice((0.0, 0.0, 0.1, 0.4))
         self._slowest = rng.choice((0.0, 0.0, 0.0005, 0.02))
-        self._capacity = rng.choice((96, 700, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
+        self._capacity = rng.choice((2048, 2048, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
         self.calm = False
 
     def __repr__(self) -> str:

@@ -253,7 +253,7 @@ class SimulatedWaiter:
         if isinstance(held, SimulatedWorker):
             ready = held.signalled
         else:
-            ready = held.readable() or (stream.wants_write and held.writable())
+            ready = held.writable() if stream.wants_write else held.readable()
         if ready:
             kernel.scheduler.pause()
         elif not kernel.scheduler.wait((held.signal, self._network.closing), deadline.at):

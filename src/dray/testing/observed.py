@@ -86,7 +86,7 @@ class ObservedClient(PayloadClient):
 
     def asks(self, refs: Iterable[PayloadRef]) -> None:
         """A program asks once for each of these."""
-        self._asked.update(ref.identity for ref in {ref.identity: ref for ref in refs}.values())
+        self._asked.update(ref.identity for ref in refs)
 
     def answered(self, ref: PayloadRef, outcome: object) -> None:
         """What the program, or prefetch, was told."""
