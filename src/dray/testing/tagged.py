@@ -27,7 +27,7 @@ def ucx_names() -> Any:
     """What of `ucxx` streams use: its errors, and tags that are plain integers."""
     ucx, _ = require()
     errors = {name: getattr(ucx, name) for name in dir(ucx) if name.startswith("UCX") and name.endswith("Error")}
-    return SimpleNamespace(**errors, UCXXTag=int)
+    return SimpleNamespace(**errors, UCXXTag=int, UCXXTagMask=int)
 
 
 class SimulatedRequest:
@@ -96,14 +96,23 @@ class _Ucp:
         self.armed, self.signalled = True, False
         return True
 
-    def tag_probe(self, tag: int, remove: bool) -> Any:
+    def tag_probe(self, tag: int, mask: int = -1, remove: bool = False) -> Any:
+        if not mask:
+            tag = next((tag for tag, waiting in self.unexpected.items() if waiting), tag)
         waiting = self.unexpected.get(tag)
         if not waiting:
             return SimpleNamespace(matched=False, length=0)
         first = waiting[0]
         if remove:
             waiting.popleft()
-        return SimpleNamespace(matched=True, length=first.length, first=first)
+        sender = SimpleNamespace(value=tag)
+        return SimpleNamespace(matched=True, length=first.length, first=first, sender_tag=sender)
+
+    def tag_recv(self, memory: memoryview, tag: int) -> SimulatedRequest:
+        """For a message that has come: nobody receives one on a worker before that."""
+        request = SimulatedRequest(memory)
+        self.unexpected[tag].popleft().take(request)
+        return request
 
     def tag_recv_with_handle(self, memory: memoryview, found: Any) -> SimulatedRequest:
         request = SimulatedRequest(memory)

@@ -19,7 +19,7 @@ from dray.errors import AuthenticationError, TransportError
 from dray.telemetry import Counters
 from dray.transport.served_connections import ROUNDS, ServedConnection, ServedConnections, ThreadSettings
 from dray.transport.tcp import TcpListener
-from dray.transport.ucx import UcxListener
+from dray.transport.ucx import UcxListener, UcxStream
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixListener, UnixStream
 from dray.wire.handshake import Lane
@@ -214,10 +214,15 @@ class ServerThread:
                 self._accept(listener)
             # Serving may itself have made progress and so completed a request of a connection already looked at.
             unfinished = self._served.serve_ucx()
+            worker.drop_strays(self._awaits)
             if worker.steps == seen and not unfinished and worker.arm():
                 self._ucx_due = False
                 return False
         return True
+
+    def _awaits(self, tag: int) -> bool:
+        streams = (connection.stream for connection in self._served.all())
+        return any(isinstance(stream, UcxStream) and stream.awaits(tag) for stream in streams)
 
     def _watch(self, connection: ServedConnection) -> None:
         """Keep epoll's interest in step: while an answer waits for room, no more requests are read."""

@@ -91,6 +91,10 @@ class UcxStream:
         del self._inbox[:size]
         return memoryview(message)
 
+    def awaits(self, tag: int) -> bool:
+        """The peer sends its messages under this tag."""
+        return tag == self._mine
+
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         self._check_open()
         self._unsent += items

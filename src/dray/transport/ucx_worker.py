@@ -205,9 +205,20 @@ class UcxWorker:
         return self._worker.tag_recv_with_handle(self.array(memory), found), memory
 
     def discard(self, tag: Any) -> None:
-        """Drop the messages that came under a tag nobody waits for any more."""
-        while (found := self.probe(tag)).matched:
-            self.abandon([self.take(found)])
+        """Drop the messages that came under a tag nobody waits for any more, however long they are."""
+        while self.waits(tag):
+            memory = bytearray(1)
+            # UCX cuts the message to what there is room for, and is done with all of it.
+            self.abandon([(self._worker.tag_recv(self.array(memory), tag), memory)])
+
+    def drop_strays(self, awaits: Callable[[int], bool]) -> None:
+        """Drop the oldest messages that nobody asked for, up to the first whose tag somebody `awaits`.
+
+        UCX would keep them as long as the worker lives.
+        """
+        any_tag = self.ucx.UCXXTag(0), self.ucx.UCXXTagMask(0)
+        while (found := self._worker.tag_probe(*any_tag)).matched and not awaits(found.sender_tag.value):
+            self.discard(self.ucx.UCXXTag(found.sender_tag.value))
 
     def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
         """Close an endpoint at once; what it still had open is cancelled, and its memory kept until it is."""

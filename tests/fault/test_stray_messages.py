@@ -1,0 +1,77 @@
+"""What comes to a ucx server under tags that nobody waits for, or longer than any message, costs it nothing."""
+
+import mmap
+import secrets
+from collections.abc import Iterator
+
+import pytest
+from transport_fixtures import SERVER, Child, Footprint, reference, wait_until
+
+from dray import PayloadClient, PayloadRef
+from dray.transport import ucx
+from dray.transport.stream import Endpoint
+from dray.transport.ucx import UcxStream
+from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker
+from dray.wire.handshake import ClientHandshake, Lane
+
+pytestmark = pytest.mark.skipif(not UCXX_AVAILABLE, reason="ucxx is not installed")
+
+MAP_NORESERVE = 0x4000
+STRAY_BYTES, STRAYS = 4096, 10_000
+MEGABYTES_LEFT = 12
+
+
+@pytest.fixture
+def server() -> Iterator[Child]:
+    with Child(SERVER, slots=4, slot_bytes=1 << 16, options={"lanes": ["ucx"], "threads": 1}) as child:
+        child.hear()
+        yield child
+
+
+def stream_to(worker: UcxWorker, ref: PayloadRef) -> UcxStream:
+    """A connection whose two ends have told each other their tags."""
+    endpoint = Endpoint.parse(ref.endpoints[0])
+    stream = ucx.connect(worker, endpoint.host, endpoint.port)
+    stream.send([ClientHandshake(Lane.UCX).hello()])
+    wait_until(lambda: worker.progress() or (stream.flush() and stream.receive(128)), "CHALLENGE")
+    return stream
+
+
+def post(stream: UcxStream, message: bytearray | mmap.mmap, tag: int) -> None:
+    memory = memoryview(message)
+    stream._sends.append((stream._post("tag_send", memory, stream.worker.ucx.UCXXTag(tag)), memory))
+
+
+def test_w4_messages_longer_than_memory_end_only_their_connection(server: Child) -> None:
+    ref = reference(server.ask([1, 100]))
+    worker = UcxWorker(True)
+    with mmap.mmap(-1, 1 << 42, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE) as endless:
+        stream = stream_to(worker, ref)
+        for _ in range(3):
+            post(stream, endless, stream._theirs.value)
+        wait_until(lambda: worker.progress() or server.ask("statistics")["open_connections"] == 0, "it to end")
+        stream.close()
+        worker.close()
+    assert server.ask("statistics")["server"]["malformed"] == 1
+    with PayloadClient(lanes="ucx") as client:
+        assert client.read_bytes(ref, timeout=10).nbytes == 100
+
+
+def test_w4_messages_under_tags_that_nobody_waits_for_are_dropped(server: Child) -> None:
+    ref = reference(server.ask([1, 100]))
+    worker = UcxWorker(True)
+    stream = stream_to(worker, ref)
+    with PayloadClient(lanes="ucx") as client:
+        client.read_bytes(ref, timeout=10, consume=False)
+        before = Footprint.of(server.pid).megabytes
+        for _ in range(STRAYS):
+            post(stream, bytearray(STRAY_BYTES), secrets.randbits(64))
+            if len(stream._sends) > 100:
+                wait_until(lambda: worker.progress() or stream.flush(), "them to be sent")
+        wait_until(lambda: worker.progress() or stream.flush(), "them to be sent")
+        assert client.read_bytes(ref, timeout=10).nbytes == 100
+        assert STRAYS * STRAY_BYTES >> 20 > 3 * MEGABYTES_LEFT
+        wait_until(lambda: Footprint.of(server.pid).megabytes < before + MEGABYTES_LEFT, "them to be dropped")
+        assert server.ask("statistics")["server"]["malformed"] == 0
+    stream.close()
+    worker.close()
