@@ -16,11 +16,13 @@ MINUTES ?= 2
 SOAK_ARGS ?=
 FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
+SEEDS ?= 10000
+SIMULATE_ARGS ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo test lint format bench bench-peers soak fuzz endurance devmode mutants mutmut clean
+.PHONY: help demo grpo test lint format bench bench-peers simulate soak fuzz endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +52,9 @@ bench: .venv/dev.stamp ## dray beside its limits and beside what people use inst
 
 bench-peers: .venv/dev.stamp ## environments for what people use instead, in the user's cache; once
 	$(BIN)/dray bench --install-peers
+
+simulate: .venv/dev.stamp ## the data plane over simulated sockets and time, a seed for each run (SEEDS=10000, SIMULATE_ARGS)
+	$(BIN)/python -m dray.testing.simulate --seeds $(SEEDS) $(SIMULATE_ARGS)
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)

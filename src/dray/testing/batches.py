@@ -85,6 +85,7 @@ class SimulatedBatches(SimulatedConsumer):
         with self.bounded(seconds + GRACE_SECONDS):
             results = self._reader.fetch_all(refs, timeout=seconds)
         self._check(refs, results)
+        self.world.plan.count("batch: done")
         for fetched in results:
             self._got_or_not(fetched, seconds)
 

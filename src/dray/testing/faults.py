@@ -37,6 +37,8 @@ ON_SEND = (Fault.RESET, Fault.HALF_CLOSE, Fault.TRUNCATION, Fault.SILENCE, Fault
 ON_SEND_UCX = (Fault.RESET, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
 """UCX has no half-closed connections."""
 ON_CONNECT = (Fault.DUPLICATE, Fault.UNREACHABLE, Fault.CONNECT_HANGS)
+HARMLESS = frozenset({Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.DUPLICATE})
+"""Whoever closes in the presence of these alone gets through to the producers."""
 TIMED = tuple(fault for fault in Fault if fault not in (*ON_SEND, *ON_CONNECT))
 
 

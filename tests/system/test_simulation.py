@@ -1,0 +1,73 @@
+"""The deterministic simulation: thousands of runs in which nothing is violated and everything happens."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dray.testing.faults import Fault
+from dray.wire.handshake import Lane
+
+SEEDS = 2000
+ERRORS = (
+    "AuthenticationError",
+    "BufferClosedError",
+    "ConnectionClosed",
+    "ConnectionReset",
+    "MessageTruncated",
+    "ProducerLostError",
+    "SlotError",
+    "StaleSlotError",
+    "TransportTimeout",
+    "Unreachable",
+)
+
+
+def simulate(*arguments: str, hash_seed: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own: neither coverage nor this process's collector are in its way."""
+    return subprocess.run(
+        [sys.executable, "-m", "dray.testing.simulate", *arguments],
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(600)
+def test_thousands_of_seeds_violate_nothing_and_see_every_fault_lane_and_error() -> None:
+    done = simulate("--seeds", str(SEEDS), "--jobs", "1", "--counts")
+    assert done.returncode == 0, done.stdout
+    assert f"{SEEDS} seeds in " in done.stdout
+    counted = {}
+    for line in done.stdout.splitlines():
+        count, _, name = line.strip().partition("  ")
+        if count.isdecimal():
+            counted[name] = int(count)
+    expected = {fault.value for fault in Fault}
+    expected |= {f"exchange over {lane.label}" for lane in Lane}
+    expected |= {f"error: {error}" for error in ERRORS}
+    expected |= {f"{what}: done" for what in ("read", "read_many", "lease", "consume", "stat", "batch")}
+    expected |= {"lease: LeaseInUseError", "write lost", "ring full"}
+    assert expected - counted.keys() == set()
+
+
+@pytest.mark.parametrize("seed", [3, 17, 26])
+def test_a_seed_that_is_replayed_gives_the_same_trace(seed: int) -> None:
+    first, second = (simulate("--seed", str(seed), "--trace", hash_seed=number).stdout for number in (1, 2))
+    assert first == second
+    assert first.count("\n") > 20
+
+
+def test_a_violation_ends_with_the_command_that_replays_it() -> None:
+    script = (
+        "import sys; from dray.buffer.slot_table import SlotTable; from dray.testing import simulate;"
+        "SlotTable.drop_oldest = lambda self: False; SlotTable.abort = lambda self, slot: None;"
+        "sys.exit(simulate.main(['--seeds', '400', '--jobs', '1', '--stop-at-first']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "replay: python -m dray.testing.simulate --seed " in done.stdout
+    assert "Violation: server" in done.stdout
