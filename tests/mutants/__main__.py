@@ -37,8 +37,11 @@ def main() -> int:
         for future in as_completed(running):
             findings[running[future]] = future.result()
             progress.advance(task)
+            defect, finding = running[future], findings[running[future]]
+            by = "nothing" if finding.seed is None else f"seed {finding.seed} of the {defect.search.value}"
+            progress.console.print(f"{defect.name}: found by {by}, {finding.seconds:.1f} s", highlight=False)
             if arguments.verbose:
-                progress.console.print(f"[bold]{running[future].name}[/]\n{findings[running[future]].output}")
+                progress.console.print(finding.output, markup=False, highlight=False)
     table = Table("defect", "file", "found by", "seeds", "seconds")
     survived = 0
     for defect in chosen:

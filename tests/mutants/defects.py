@@ -189,13 +189,6 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "an answer counts ACKs that have not come",
-        SESSION,
-        "        self._acked += 1\n",
-        "        self._acked += 2\n",
-        Search.SIMULATION,
-    ),
-    Defect(
         "a lease in place ended by a timer",
         SERVED,
         "        return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease\n",

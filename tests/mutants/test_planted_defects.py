@@ -1,5 +1,6 @@
 """The defects of `make mutants` can be planted, and the model finds one that is."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from defects import DEFECTS, Defect
-from planting import SOURCES, Search, look_for, occurrences
+from planting import ROOT, SOURCES, Search, look_for, occurrences
+from survivors import REASONS
 
 
 def test_every_defect_has_a_name_of_its_own() -> None:
@@ -32,3 +34,17 @@ def test_the_model_finds_a_planted_defect(name: str) -> None:
 
 def test_the_model_finds_nothing_where_nothing_is_planted() -> None:
     assert look_for(None, Search.MODEL, 20).seed is None
+
+
+def test_what_mutation_leaves_is_explained_in_the_page_on_testing() -> None:
+    table = []
+    for why, survivors in REASONS.items():
+        where = ", ".join(f"`{name}`" for name in sorted({each.function for each in survivors}))
+        table.append(f"| {len(survivors)} | {where} | {why} |")
+    assert "\n".join(table) in (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+
+
+def test_every_defect_is_in_the_page_on_testing() -> None:
+    text = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| (.*) \| `(.*)` \| (\w+) \| [\d,]+ \|$", text, re.MULTILINE)
+    assert documented == [(defect.name, defect.file, defect.search.value) for defect in DEFECTS]
