@@ -37,7 +37,7 @@ class SimulatedBatches(SimulatedConsumer):
 
     def close(self) -> None:
         self.closed = True
-        self._pinned.clear()
+        self.let_go()
         for ref in (*self._fetching, *self._deferred):
             self.world.ledger.give_up(ref, self.reader)
         with self.unhurried(15.0):

@@ -101,9 +101,13 @@ class SimulatedConsumer:
     def close(self) -> None:
         """Close the client in order."""
         self.closed = True
-        self._pinned.clear()
+        self.let_go()
         with self.unhurried(10.0):
             self.client.close()
+
+    def let_go(self) -> None:
+        """Drop the arrays that outlived their blocks."""
+        self._pinned.clear()
 
     def killed(self) -> None:
         """It dies now: what it was about to consume may be consumed."""

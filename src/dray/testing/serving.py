@@ -86,10 +86,11 @@ class ServerLoop:
 
     def _watched_drop(self, connection: ServedConnection, error: Exception | None) -> None:
         stream = connection.stream
-        if stream.lane is Lane.SHM and connection.session.leases and self._thread._stop_by is None:
+        ending = self._scheduler.ending or self._thread._stop_by is not None
+        if stream.lane is Lane.SHM and connection.session.leases and not ending:
             sock: Any = stream
             if sock._sock.alive:
-                raise Violation("a reader's connection was closed while it works in place")
+                raise Violation(f"a reader's connection was closed while it works in place: {error!r}")
         self._drop(connection, error)
 
     @property

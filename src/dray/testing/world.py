@@ -116,6 +116,8 @@ class Run:
             raise Violation("a client's close does not end")
         for consumer in closing:
             consumer.ended_in_order()
+        for consumer in self.consumers:
+            consumer.let_go()
         gc.collect()
         quiet = scheduler.now() + QUIET
         scheduler.run(quiet, lambda: False)
