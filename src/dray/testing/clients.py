@@ -292,7 +292,7 @@ class SimulatedConsumer:
         elif isinstance(error, TransportError):
             if isinstance(error, ServerBusy) or error.endpoint is None:
                 return  # without an endpoint: the producer has none on this client's lanes
-            if not plan.kinds and seconds >= LONG_ENOUGH and self.welcome:
+            if not plan.kinds and not plan.stalls and seconds >= LONG_ENOUGH and self.welcome:
                 raise Violation(f"{name} cannot be read, with nothing wrong: {type(error).__name__}: {error}")
             self.world.give_back(self.reader, [ref])
         elif not isinstance(error, BufferClosedError):

@@ -39,7 +39,7 @@ ON_SEND_UCX = (Fault.RESET, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
 ON_CONNECT = (Fault.DUPLICATE, Fault.UNREACHABLE, Fault.CONNECT_HANGS)
 HARMLESS = frozenset({Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.DUPLICATE})
 """Whoever closes in the presence of these alone gets through to the producers."""
-TIMED = tuple(fault for fault in Fault if fault not in (*ON_SEND, *ON_CONNECT))
+TIMED = tuple(fault for fault in Fault if fault is Fault.RESET or fault not in (*ON_SEND, *ON_CONNECT))
 
 
 class FaultPlan:
@@ -64,6 +64,7 @@ class FaultPlan:
         self._split_rate = rng.choice((0.0, 0.0, 0.1, 0.4))
         self._slowest = rng.choice((0.0, 0.0, 0.0005, 0.02))
         self._capacity = rng.choice((2048, 2048, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
+        self.stalls = rng.random() < 0.4
         self.calm = False
 
     def __repr__(self) -> str:
@@ -107,4 +108,8 @@ class FaultPlan:
 
     def soon(self) -> float:
         """Seconds until something that UCX or the kernel does in its own time."""
-        return self._rng.choice((0.0, 0.0, 0.0002, 0.003))
+        return self._rng.choice((0.0, 0.0, 0.0, 0.0002, 0.003, 0.2))
+
+    def stall(self) -> float:
+        """Seconds for which a thread gets no processor."""
+        return self._rng.choice((0.0, 0.0, 0.0, 0.002, 0.2, 3.0)) if self.stalls else 0.0

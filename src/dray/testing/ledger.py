@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
+
 from dray.buffer import SharedRingBuffer, SlotState
 from dray.buffer.layout import STATE_OFFSET
 from dray.testing.scheduler import Scheduler, Violation
@@ -103,6 +105,16 @@ class Books:
         if table._committed != gone + waiting:
             self._fail(f"{table._committed} payloads were committed, {gone} are gone and {waiting} there")
 
+    def check_read(self, memories: Iterable[memoryview]) -> None:
+        """What a transport still reads from is leased."""
+        layout = self.ring.segment.layout
+        for memory in memories:
+            slot, within = divmod(
+                _address(memory) - _address(self.ring.segment.view) - layout.slots_offset, layout.stride
+            )
+            if 0 <= slot < layout.slots and within == 0 and not self.ring._table.slots[slot].leases:
+                self._fail(f"a transport still reads slot {slot}, and nobody leases it")
+
     def settle(self) -> None:
         """At the end, with every client gone: nothing is in use, nothing was lost."""
         table = self.ring._table
@@ -131,6 +143,10 @@ class Books:
 
     def _fail(self, what: str) -> None:
         raise Violation(f"{self.name}: {what}")
+
+
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 class Ledger:

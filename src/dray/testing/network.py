@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -69,6 +70,13 @@ class SimulatedListener:
             return stream
         found.watched_by(self.signal)
         return socket_stream(found, accepted=True)
+
+    def ask(self, end: SimulatedUcxEndpoint) -> None:
+        """A UCX connection waits to be accepted."""
+        if self.closed:
+            end.fail(ucx_names().UCXRejectedError)
+        else:
+            self.waiting.append(end)
 
     def close(self) -> None:
         """Stop listening. Twice is fine."""
@@ -155,11 +163,22 @@ class SimulatedKernel:
             if listener is None:
                 mine.fail(ucx_names().UCXNotConnectedError)
             elif not hangs:
-                listener.waiting.append(mine)
-                listener.signal.notify()
+                assert listener.worker is not None
+                listener.worker.do(lambda: listener.ask(mine))
 
         self.scheduler.at(self.scheduler.now() + self.plan.soon(), arrive)
         return mine
+
+    def reset_one(self, rng: random.Random) -> bool:
+        """End a connection that somebody picks; False if there is none."""
+        ends: list[SimulatedSocket | SimulatedUcxEndpoint] = [
+            held for held in self.sockets.values() if isinstance(held, SimulatedSocket) and held.alive
+        ]
+        ends += [end for end in self.endpoints if end.alive and not end.closed and end.peer is not None]
+        if not ends:
+            return False
+        rng.choice(ends).reset()
+        return True
 
     def is_open(self, process: Process) -> list[str]:
         """What a process holds."""

@@ -18,6 +18,7 @@ from dray.transport.connection import Connection
 from dray.transport.exchanges import Exchange, Refused
 from dray.transport.health import QUARANTINE_SECONDS
 from dray.transport.in_place import Graveyard
+from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from dray.transport.sockets import SocketStream
 from dray.transport.ucx import UcxStream
 from dray.wire import PayloadRef
@@ -55,6 +56,20 @@ class SimulatedGraveyard(Graveyard):
             self._scheduler.wait((self._signal,), float("inf"))
 
 
+class SimulatedBuffers(ReceiveBuffers):
+    """Memory for payloads; whoever takes some may be held up, between STATUS and a copy for example."""
+
+    def __init__(self, kernel: SimulatedKernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def take(self, nbytes: int) -> Bytes:
+        seconds = self._kernel.plan.stall()
+        if seconds:
+            self._kernel.scheduler.stall(seconds)
+        return super().take(nbytes)
+
+
 class ObservedClient(PayloadClient):
     """A client over the simulated network.
 
@@ -75,6 +90,7 @@ class ObservedClient(PayloadClient):
         self._stale: Counter[tuple[bytes, int]] = Counter()
         self.kept: Connection | None = None
         exchanges: Any = self._exchanges
+        exchanges._buffers = SimulatedBuffers(kernel)
         self._choose, self._note_failed = exchanges.choose, exchanges.failed
         self._run_and_keep, self._check_in = exchanges.run_and_keep, exchanges._pool.checkin
         exchanges.choose = self._watched_choose

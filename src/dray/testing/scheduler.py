@@ -219,6 +219,19 @@ class Scheduler:
         """Do nothing for a while."""
         self.wait((), self.now() + seconds)
 
+    def stall(self, seconds: float) -> None:
+        """Be held up, as a thread is that gets no processor: whoever waits for it has to."""
+        actor = self.actor
+        if actor is None or self.ending:
+            return
+        bound, actor.bound = actor.bound, math.inf
+        began = self.now()
+        try:
+            self.sleep(seconds)
+        finally:
+            actor.bound = bound
+            actor.late += max(0.0, self.now() - max(began, min(bound, self.now())))
+
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def run(self, until: float, done: Callable[[], bool]) -> bool:

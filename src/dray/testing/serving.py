@@ -17,6 +17,7 @@ from dray.testing.ledger import Ledger
 from dray.testing.network import SimulatedKernel
 from dray.testing.poll import SimulatedPoll
 from dray.testing.scheduler import Process, Violation
+from dray.testing.tagged import SimulatedWorker
 from dray.transport.served_connections import ServedConnection, ThreadSettings
 from dray.transport.server_thread import ServerThread
 from dray.wire import PayloadRef
@@ -51,11 +52,12 @@ class ServerLoop:
         self._poll = SimulatedPoll(kernel, server.check)
         signal = self._poll.signal
         worker, ucx = None, None
+        self.worker: SimulatedWorker | None = None
         listeners = []
         for lane in server.settings.lanes:
             address = server.address(lane, index)
             if lane is Lane.UCX:
-                worker = kernel.worker(process)
+                self.worker = worker = kernel.worker(process)
                 worker.signal = signal
                 ucx = kernel.listen(address, process, signal, worker)
             else:
@@ -159,6 +161,10 @@ class SimulatedServer:
         """The ring and the leases of all sessions agree."""
         if not self.ring.closed:
             self._ledger.check(self.books, [session for loop in self.loops for session in loop.sessions])
+            for loop in self.loops:
+                if loop.worker is not None and loop.worker.reading:
+                    loop.worker.reading = [send for send in loop.worker.reading if send.touchable]
+                    self.books.check_read([send.memory for send in loop.worker.reading])
 
     # --- writing ----------------------------------------------------------------------------------------------
 

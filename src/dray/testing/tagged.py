@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dray.testing.faults import Fault, FaultPlan
-from dray.testing.scheduler import Process, Scheduler, Signal
+from dray.testing.scheduler import Process, Scheduler, Signal, Violation
 from dray.transport.ucx_worker import Abandoned, UcxWorker, require
 from dray.wire.handshake import Lane
 
@@ -126,6 +126,7 @@ class SimulatedWorker(UcxWorker):
     Attributes:
         signal: notified when `progress` has something to do.
         posted: receives by tag.
+        reading: sends that may still be read from their memory, and some that are over.
     """
 
     def __init__(self, scheduler: Scheduler, plan: FaultPlan, number: int, process: Process) -> None:
@@ -136,6 +137,7 @@ class SimulatedWorker(UcxWorker):
         self.process = process
         self.signal = Signal(scheduler)
         self.posted: dict[int, SimulatedRequest] = {}
+        self.reading: list[SimulatedRequest] = []
         self.loopback = True
         self.steps = 0
         self.closed = False
@@ -236,10 +238,12 @@ class SimulatedUcxEndpoint:
             self._send(lambda peer: peer.worker.deliver(tag, data))
             request.end(self.worker)
         else:
+            image = bytes(memory)
             self._open.append(request)
+            self.worker.reading.append(request)
             self._send(
                 lambda peer: peer.worker.announce(
-                    tag, len(memory), lambda receive: self._transfer(request, receive, peer)
+                    tag, len(memory), lambda receive: self._transfer(request, image, receive, peer)
                 )
             )
         return request
@@ -333,7 +337,9 @@ class SimulatedUcxEndpoint:
         else:
             arrived()
 
-    def _transfer(self, request: SimulatedRequest, receive: SimulatedRequest, peer: SimulatedUcxEndpoint) -> None:
+    def _transfer(
+        self, request: SimulatedRequest, image: bytes, receive: SimulatedRequest, peer: SimulatedUcxEndpoint
+    ) -> None:
         """The receiver asks for a payload: the transport moves it when it likes."""
         if len(receive.memory) < len(request.memory):
             receive.end(peer.worker, ucx_names().UCXMessageTruncatedError("simulated"))
@@ -347,7 +353,9 @@ class SimulatedUcxEndpoint:
                 for side, worker in ((request, self.worker), (receive, peer.worker)):
                     side.end(worker, ucx_names().UCXCanceledError("simulated"))
                 return False
-            receive.memory[begin:end] = request.memory[begin:end]
+            if request.memory[begin:end] != image[begin:end]:
+                raise Violation("a payload changed while UCX still read it from its slot")
+            receive.memory[begin:end] = image[begin:end]
             return True
 
         def finish() -> None:

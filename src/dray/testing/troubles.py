@@ -66,6 +66,8 @@ class Troubles:
             scheduler.note(f"the clock jumps {seconds} s")
             scheduler.clock.advance(seconds)
             return True
+        if fault is Fault.RESET:
+            return run.kernel.reset_one(rng)
         servers = [server for server in run.servers if not server.process.dead]
         clients = [consumer for consumer in run.consumers if not consumer.process.dead and not consumer.closed]
         on_server: dict[Fault, Callable[[SimulatedServer], bool]] = {
