@@ -22,7 +22,7 @@ from dray.errors import DrayError
 from dray.transport.ucx_worker import UCXX_AVAILABLE
 
 MACHINES = ("x86_64", "aarch64")
-INSTALL_UCXX = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu13]'); no GPU is needed"
+INSTALL_UCXX = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu12]'); no GPU is needed"
 
 _MOST_ANSWER_BYTES = 64 * 1024
 _END_SECONDS = 5.0
