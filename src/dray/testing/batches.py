@@ -36,8 +36,7 @@ class SimulatedBatches(SimulatedConsumer):
         self._over: list[tuple[BatchFetch, list[Fetched]]] = []
 
     def close(self) -> None:
-        self.closed = True
-        self.let_go()
+        self.closes()
         for ref in (*self._fetching, *self._deferred):
             self.world.ledger.give_up(ref, self.reader)
         with self.unhurried(15.0):

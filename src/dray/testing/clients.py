@@ -22,11 +22,12 @@ from dray.errors import (
 from dray.testing.faults import FaultPlan
 from dray.testing.ledger import Ledger
 from dray.testing.network import SimulatedKernel
-from dray.testing.observed import ObservedClient, is_alive
+from dray.testing.observed import ObservedClient, has_failed, is_alive
 from dray.testing.scheduler import Interrupted, Process, Violation
 from dray.wire import PayloadRef
 
 LEASE_END_SECONDS = 1.0
+LONGEST_END = 1000.0
 LONG_ENOUGH = 5.0
 """A read with this much time fails only where something is wrong."""
 
@@ -100,10 +101,16 @@ class SimulatedConsumer:
 
     def close(self) -> None:
         """Close the client in order."""
-        self.closed = True
-        self.let_go()
+        self.closes()
         with self.unhurried(10.0):
             self.client.close()
+
+    def closes(self) -> None:
+        """From now on, whoever is at work may take a moment longer to see that its ACKs arrive."""
+        self.closed = True
+        self.let_go()
+        for actor in self.process.actors:
+            actor.bound = max(actor.bound, self.scheduler.now() + LONGEST_END)
 
     def let_go(self) -> None:
         """Drop the arrays that outlived their blocks."""
@@ -193,6 +200,8 @@ class SimulatedConsumer:
         (ref,) = refs
         consume = self.rng.random() < 0.8
         data = self.client.read_bytes(ref, timeout=seconds, consume=consume)
+        if has_failed(self.client.kept):
+            raise Violation(f"{self.world.ledger.name(ref)} was copied from a slot whose lease may have ended")
         self.got(ref, data.tobytes(), consume)
 
     def _read_many(self, refs: list[PayloadRef], seconds: float) -> None:

@@ -21,6 +21,7 @@ from dray.transport.in_place import Graveyard
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from dray.transport.sockets import SocketStream
 from dray.transport.ucx import UcxStream
+from dray.transport.unix import UnixStream
 from dray.wire import PayloadRef
 
 
@@ -204,3 +205,9 @@ def is_alive(connection: Connection | None) -> bool:
         sock: Any = stream._sock
         return bool(sock.alive)
     return stream is not None and not stream.closed
+
+
+def has_failed(connection: Connection | None) -> bool:
+    """The client was told that the connection, on the shm lane, is over."""
+    stream: Any = connection._stream if connection is not None else None
+    return isinstance(stream, UnixStream) and bool(stream.__dict__["_sock"].failed)

@@ -387,6 +387,8 @@ class SimulatedUcxEndpoint:
                 self.reset()
             case Fault.TRUNCATION | Fault.SILENCE:
                 self._lost = True
+                if self.peer is not None and self.worker.scheduler.rng.random() < 0.5:
+                    self.peer._lost = True
                 if fault is Fault.TRUNCATION:
                     self.reset()
             case Fault.DELAY:
