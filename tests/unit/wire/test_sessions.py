@@ -205,6 +205,16 @@ def test_on_ucx_a_payload_above_the_inline_size_needs_a_tag(more: int) -> None:
         assert parse(status).status == (Status.ERROR if more else Status.OK)  # type: ignore[arg-type]
         assert rest == (b"a payload of 16385 bytes needs a tag" if more else bytes(MAX_INLINE_BYTES))
         assert server.session.leases == ring.statistics().leases == 1 - more
+        assert server.counters["error"] == more
+
+
+def test_on_ucx_a_payload_that_is_refused_takes_nothing_of_a_batch() -> None:
+    with SharedRingBuffer(1, BATCH_BYTES) as ring:
+        server, writer = Server(ring, Lane.UCX), put(ring, bytes(BATCH_BYTES - 1))
+        for number, tag in enumerate((1, 0, 2)):
+            server.say(Kind.READ, writer, number, tag=tag)
+        sent = [item for item in server.session.take() if isinstance(item, Payload)]
+        assert [item.tag for item in sent] == [1, 2]
 
 
 def test_on_ucx_a_read_of_a_closed_ring_gets_its_tagged_message_too() -> None:
