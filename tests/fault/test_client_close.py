@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 from transport_fixtures import wait_until
 
-from dray import BufferClosedError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
+from dray import (
+    BufferClosedError,
+    PayloadClient,
+    PayloadRef,
+    PayloadServer,
+    ProducerLostError,
+    SharedRingBuffer,
+)
 from dray.clock import Deadline
+from dray.transport.connection import Connection
 from dray.transport.waiting import Wake
 
 
@@ -61,22 +69,28 @@ def test_c9_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_p
 class Swallowing:
     """Relays connections to a TCP port, of what each client says the first `most` bytes; the rest disappears."""
 
-    def __init__(self, port: int, most: int) -> None:
+    def __init__(self, port: int, most: int, at: int = 0) -> None:
         self._port = port
-        self._most = most
+        self.most = most
+        self.accepted = 0
         self._ends: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", at))
         self.endpoint = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         self._start(self._accept)
 
     def close(self) -> None:
-        for sock in (self._listener, *self._ends):
+        self.cut(self._listener)
+        for thread in self._threads:
+            thread.join()
+
+    def cut(self, *others: socket.socket) -> None:
+        """End every connection."""
+        ends, self._ends = self._ends, []
+        for sock in (*others, *ends):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
-        for thread in self._threads:
-            thread.join()
 
     def _start(self, run: Any, *arguments: Any) -> None:
         thread = threading.Thread(target=run, args=arguments)
@@ -89,8 +103,9 @@ class Swallowing:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._port))
                 self._ends += [client, server]
-                self._start(self._copy, client, server, self._most)
-                self._start(self._copy, server, client, 1 << 30)
+                self._start(self._copy, client, server, self.most)
+                self._start(self._copy, server, client, EVERYTHING)
+                self.accepted += 1
 
     def _copy(self, source: socket.socket, target: socket.socket, most: int) -> None:
         with contextlib.suppress(OSError):
@@ -101,7 +116,9 @@ class Swallowing:
             target.shutdown(socket.SHUT_WR)
 
 
-HELLO_PROOF_READ = 64 + 32 + 64
+HELLO_PROOF = 64 + 32
+HELLO_PROOF_READ = HELLO_PROOF + 64
+EVERYTHING = 1 << 30
 
 
 def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
@@ -127,6 +144,58 @@ def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_wh
             assert len(ended) == 1
             assert server.wait_consumed(refs[0], timeout=10)
             assert ring.statistics().ready == 1
+
+
+def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> None:
+    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lanes=["tcp"], threads=1) as server:
+        port = int(server.endpoints[0].rpartition(":")[2])
+        with PayloadClient(lanes="tcp", quarantine_seconds=0.001) as client:
+            with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
+                first, second = (
+                    dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)
+                )
+                assert bytes(client.read_bytes(first, timeout=10)) == b"x"
+            with pytest.raises(ProducerLostError):
+                client.read_bytes(second, timeout=10)
+            again = int(relay.endpoint.rpartition(":")[2])
+            with contextlib.closing(Swallowing(port, EVERYTHING, at=again)):
+                assert bytes(client.read_bytes(second, timeout=10)) == b"x"
+                assert server.wait_consumed(first, timeout=10)
+                client.close()
+
+
+def test_w13_a_client_that_closes_repeats_what_another_thread_was_about_to() -> None:
+    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lanes=["tcp"], threads=1) as server:
+        port = int(server.endpoints[0].rpartition(":")[2])
+        with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
+            first, second = (
+                dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)
+            )
+            client = PayloadClient(lanes="tcp", quarantine_seconds=0.001)
+            assert bytes(client.read_bytes(first, timeout=10)) == b"x"
+            relay.cut()
+            relay.most = HELLO_PROOF
+            wait_until(lambda: not idle(client).usable(), "the end of the connection")
+
+            def read() -> None:
+                with contextlib.suppress(BufferClosedError, ConnectionError):
+                    client.read_bytes(second, timeout=60)
+
+            reading = threading.Thread(target=read)
+            reading.start()
+            wait_until(lambda: relay.accepted == 2 and client.statistics()["connects"] == 2, "the CONSUME to hang")
+            relay.most = EVERYTHING
+            client.close()
+            reading.join(10)
+            assert not reading.is_alive()
+            assert server.wait_consumed(first, timeout=10)
+            assert ring.statistics().ready == 1
+
+
+def idle(client: PayloadClient) -> Connection:
+    """The connection that a client keeps for later."""
+    ((kept,),) = client._exchanges._pool._idle.values()
+    return kept.connection
 
 
 def test_a_closed_wake_refuses_new_waits_and_may_be_closed_twice() -> None:

@@ -62,16 +62,34 @@ def test_w13_an_ack_whose_repetition_fails_too_is_repeated_again(failing: dict[s
         assert client.statistics()["acks_repeated"] == 1
 
 
-def test_w13_an_ack_to_a_producer_that_is_gone_is_forgotten_with_it(failing: dict[str, int]) -> None:
+def test_w13_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(failing: dict[str, int]) -> None:
     with PayloadClient(lanes="tcp") as client:
         with serving("tcp") as server:
             ref = server.put_bytes(b"payload")
             failing["acknowledge"] = 1
             assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
-            assert client._exchanges._unconfirmed
         with pytest.raises(ProducerLostError):
             client.read_bytes(ref, timeout=5)
+        assert client._exchanges._unconfirmed  # nobody listens, and may be about to
+        with serving("tcp", port=int(ref.endpoints[0].rpartition(":")[2])) as other:
+            assert other.endpoints == ref.endpoints
+            with pytest.raises(ProducerLostError):
+                client.read_bytes(ref, timeout=5)
         assert not client._exchanges._unconfirmed
+
+
+def test_w13_acks_to_producers_that_are_gone_do_not_add_up(
+    failing: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dray.transport.exchanges._MOST_PRODUCERS", 2)
+    with PayloadClient(lanes="tcp") as client:
+        for _ in range(4):
+            with serving("tcp") as server:
+                ref = server.put_bytes(b"payload")
+                failing["acknowledge"] = 1
+                assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
+        assert len(client._exchanges._unconfirmed) == 2
+        assert ref.producer in client._exchanges._unconfirmed
 
 
 def test_a_lease_on_bytes_that_are_no_arrays_goes_back(lane: Any) -> None:

@@ -23,7 +23,7 @@ from dray.errors import (
 )
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
-from dray.transport.health import Quarantine, ReadAttempts, by_lane
+from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts, by_lane
 from dray.transport.network import Group, KernelNetwork, Network
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -39,6 +39,9 @@ _SETTLE_SECONDS = 1.0
 
 _SURELY_OPEN_SECONDS = 0.05
 """A connection used this lately is not asked whether the server has closed it; its exchange would tell."""
+
+_MOST_PRODUCERS = 256
+"""Producers whose ACKs may be lost that a client remembers; most that it does not reach again are dead."""
 
 T = TypeVar("T")
 Exchange = Callable[[Connection, Deadline, Deadline], T]
@@ -156,7 +159,8 @@ class Exchanges:
         """Note a failed attempt; returns if another one is due, else raises what it comes to."""
         with self._lock:
             final = attempts.give_up(endpoint, error, self._clock.now())
-            if isinstance(final, ProducerLostError):
+            if isinstance(final, ProducerLostError) and isinstance(error, OtherProducerError):
+                # Not where nobody listens: the producer may only be about to listen again.
                 self._unconfirmed.pop(producer, None)
         if final is error:
             raise error
@@ -218,7 +222,9 @@ class Exchanges:
         if not self._closed:
             self._close_idle()
             # Nobody repeats the ACKs of those that are in use once their threads have been told to end.
-            for connection in list(self._in_use):
+            with self._lock:
+                withheld = self._pool.withheld()
+            for connection in (*list(self._in_use), *withheld):
                 self._remember(connection)
             self._settle_all()
         self._closed = True
@@ -251,16 +257,21 @@ class Exchanges:
         """Tell the producer again what ACKs that may have been lost said; on failure the connection is closed."""
         producer = connection.identity.producer
         with self._lock:
-            lost = self._unconfirmed.pop(producer, None)
+            lost = sorted(self._unconfirmed.get(producer, ()))
         if not lost:
             return
         try:
-            connection.consume(sorted(lost), deadline)
+            connection.consume(lost, deadline)
         except BaseException:
-            with self._lock:
-                self._unconfirmed.setdefault(producer, {}).update(lost)
             self.discard(connection, group)
             raise
+        # Only now: a client that is closed meanwhile must know of them.
+        with self._lock:
+            left = self._unconfirmed.get(producer, {})
+            for told in lost:
+                left.pop(told, None)
+            if not left:
+                self._unconfirmed.pop(producer, None)
         self._counters.add("acks_repeated", len(lost))
 
     def _remember(self, connection: Connection) -> None:
@@ -270,6 +281,8 @@ class Exchanges:
             with self._lock:
                 remembered = self._unconfirmed.setdefault(connection.identity.producer, {})
                 remembered.update(dict.fromkeys(lost, connection.endpoint))
+                while len(self._unconfirmed) > _MOST_PRODUCERS:
+                    del self._unconfirmed[next(iter(self._unconfirmed))]
 
     def _settle_all(self) -> None:
         """Repeat every ACK that may have been lost, where its connection led to, if that can be reached."""

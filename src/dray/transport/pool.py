@@ -115,6 +115,10 @@ class ConnectionPool(Generic[C, G]):
             del self._groups[group]
         return connections, groups
 
+    def withheld(self) -> list[C]:
+        """The idle connections that `drain` leaves, as a thread uses their group."""
+        return [idle.connection for kept in self._idle.values() for idle in kept]
+
     def count(self, endpoint: str) -> int:
         """Idle connections to an endpoint."""
         return len(self._idle.get(endpoint, ()))

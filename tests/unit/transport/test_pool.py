@@ -97,6 +97,18 @@ def test_a_surplus_connection_keeps_its_group_busy_until_it_is_discarded() -> No
     assert pool.checkout(A, 0.0, fits=any_group).group == "g"
 
 
+def test_what_drain_leaves_can_be_seen(pool: ConnectionPool[str, str]) -> None:
+    pool.add_group("g")
+    pool.checkin(A, "left", "g", 0.0)
+    pool.checkin(B, "given", None, 0.0)
+    assert pool.checkout(B + "0", 0.0, any_group).group == "g"
+    assert pool.drain() == (["given"], [])
+    assert pool.withheld() == ["left"]
+    pool.discard("g")
+    assert pool.drain() == (["left"], ["g"])
+    assert pool.withheld() == []
+
+
 def test_drain_gives_out_what_no_thread_uses_and_the_rest_later(pool: ConnectionPool[str, str]) -> None:
     for group in ("free", "busy"):
         pool.add_group(group)
