@@ -68,12 +68,28 @@ class Actor:
 
     Attributes:
         bound: the deadline of what it does now; no wait may be longer, none may begin after it.
+        slack: seconds that it may go on after `bound`.
         late: seconds by which it was resumed after its waits were over, since `bound` was set.
         idles: it may wait without a bound, as a server does for work.
     """
 
-    __slots__ = ("bound", "ended", "greenlet", "idles", "late", "name", "pending", "process", "queued",
-                 "signals", "stopped", "struck", "turn", "woken")  # fmt: skip
+    __slots__ = (
+        "bound",
+        "ended",
+        "greenlet",
+        "idles",
+        "late",
+        "name",
+        "pending",
+        "process",
+        "queued",
+        "signals",
+        "slack",
+        "stopped",
+        "struck",
+        "turn",
+        "woken",
+    )
 
     def __init__(
         self, ended: Signal, hub: greenlet, process: Process, name: str, run: Callable[[], None], idles: bool
@@ -83,6 +99,7 @@ class Actor:
         self.idles = idles
         self.bound = math.inf
         self.late = 0.0
+        self.slack = _EPSILON
         self.turn = 0
         self.woken = False
         self.stopped = 0
@@ -337,11 +354,11 @@ class Scheduler:
     def _check_wait(self, actor: Actor, until: float) -> None:
         if actor.idles:
             return
-        if until > actor.bound + _EPSILON and until > self.now() + _EPSILON:
+        if until > actor.bound + actor.slack and until > self.now() + _EPSILON:
             raise Violation(
                 f"{actor.name} waits until {until - 1000:.6f}, {until - actor.bound:.6f} s beyond its deadline"
             )
-        if self.now() > actor.bound + actor.late + _EPSILON:
+        if self.now() > actor.bound + actor.late + actor.slack:
             raise Violation(f"{actor.name} goes on {self.now() - actor.bound:.6f} s after its deadline")
         if until == math.inf:
             raise Violation(f"{actor.name} waits without a deadline")
