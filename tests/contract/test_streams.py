@@ -142,6 +142,7 @@ def simulated_pair(kind: str) -> tuple[Scheduler, list[UcxWorker], Stream, Strea
         listener = kernel.listen("ucx:127.0.0.1:1", there, theirs.signal, theirs)
         client: Stream = UcxStream(mine, kernel.connect_ucx(listener.endpoint, mine), accepted=False)
         scheduler.run(scheduler.now() + 1.0, lambda: False)
+        theirs.progress()  # it tells of the request
         workers = [mine, theirs]
     else:
         lane = Lane.SHM if kind == "unix" else Lane.TCP
