@@ -52,7 +52,7 @@ SEEDS = [
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="dray-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    return tempfile.TemporaryDirectory(prefix="fuzz-config-")
 
 
 def run(data: bytes) -> None:
