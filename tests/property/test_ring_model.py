@@ -58,12 +58,12 @@ def test_ring_behaves_like_its_model_on_a_random_walk(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ring_behaves_like_its_model_over_thousands_of_laps(seed: int) -> None:
+def test_ring_behaves_like_its_model_over_a_thousand_laps(seed: int) -> None:
     assert walk(seed, 20_000, LAPPING).laps > 1000
 
 
 @pytest.mark.endurance
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(100, 110))
-def test_ring_behaves_like_its_model_over_tens_of_thousands_of_laps(seed: int) -> None:
-    assert walk(seed, 200_000, LAPPING).laps > 15_000
+def test_ring_behaves_like_its_model_over_many_thousands_of_laps(seed: int) -> None:
+    assert walk(seed, 200_000, LAPPING).laps > 4_000
