@@ -9,7 +9,7 @@ from dray.errors import BufferClosedError, DrayError
 from dray.prefetch.batch import BatchFetch, Fetched
 from dray.prefetch.reader import GRACE_SECONDS, BatchReader
 from dray.testing.clients import SimulatedConsumer, World
-from dray.testing.scheduler import Interrupted, Violation
+from dray.testing.scheduler import Actor, Interrupted, Violation
 from dray.testing.threads import SimulatedThreading
 from dray.wire import PayloadRef
 
@@ -33,6 +33,7 @@ class SimulatedBatches(SimulatedConsumer):
         self._fetching: list[PayloadRef] = []
         self._deferred: list[PayloadRef] = []
         self._seconds = 0.0
+        self._prefetcher: Actor | None = None
         self._over: list[tuple[BatchFetch, list[Fetched]]] = []
 
     def close(self) -> None:
@@ -57,10 +58,15 @@ class SimulatedBatches(SimulatedConsumer):
             super()._something()
             return
         seconds = self.rng.choice((0.02, 0.2, 3.0, 30.0))
+        # One thread prefetches, as in a trainer; any may fetch batches of its own.
+        actor = self.scheduler.actor
+        alone = self._prefetcher is None or self._prefetcher is actor
         try:
-            if choice < 0.5:
+            if choice < 0.5 or not alone:
                 self._fetch_all(seconds)
-            elif choice < 0.7:
+                return
+            self._prefetcher = actor
+            if choice < 0.7:
                 self._start(seconds)
             elif choice < 0.78:
                 self._defer(seconds)
