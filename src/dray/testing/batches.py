@@ -30,16 +30,14 @@ class SimulatedBatches(SimulatedConsumer):
             clock=self.scheduler.clock,
             threading=SimulatedThreading(self.scheduler, self.process),
         )
-        self._fetching: list[PayloadRef] = []
-        self._deferred: list[PayloadRef] = []
         self._seconds = 0.0
+        self._submitted: dict[PayloadRef, float] = {}
         self._prefetcher: Actor | None = None
         self._over: list[tuple[BatchFetch, list[Fetched]]] = []
 
     def close(self) -> None:
         self.closes()
-        for ref in (*self._fetching, *self._deferred):
-            self.world.ledger.give_up(ref, self.reader)
+        self._forget_batches()
         with self.unhurried(15.0):
             self._reader.close(timeout=5.0)
         self.check_results()
@@ -70,14 +68,13 @@ class SimulatedBatches(SimulatedConsumer):
                 self._start(seconds)
             elif choice < 0.78:
                 self._defer(seconds)
-            elif choice < 0.86 and self._fetching:
+            elif choice < 0.86 and self._fetching():
                 self._take()
             else:
                 self._collect()
         except Interrupted:
             self.unbound()
-            for ref in (*self._fetching, *self._deferred):
-                self.world.ledger.give_up(ref, self.reader)
+            self._forget_batches()
         except BufferClosedError:
             self.unbound()
             if not self.closed:
@@ -85,7 +82,6 @@ class SimulatedBatches(SimulatedConsumer):
 
     def _fetch_all(self, seconds: float) -> None:
         refs = self._batch()
-        self._began = self.scheduler.now()
         self.scheduler.note(f"fetches {len(refs)} payloads within {seconds} s")
         with self.bounded(seconds + GRACE_SECONDS):
             results = self._reader.fetch_all(refs, timeout=seconds)
@@ -96,28 +92,23 @@ class SimulatedBatches(SimulatedConsumer):
 
     def _start(self, seconds: float) -> None:
         refs = self._batch()
-        before, self._began = self._reader._buffers.back, self.scheduler.now()
+        before = self._fetching()
         started = self._reader.start(refs, timeout=seconds)
         self.scheduler.note(f"starts {len(refs)} payloads within {seconds} s: {started}")
         if not started:
             self.world.give_back(self.reader, refs)
             return
-        if before is not None:  # it was collected by this, and its payloads counted as handed out
-            for ref in self._fetching:
-                self.world.ledger.give_up(ref, self.reader)
-        self._fetching, self._seconds = refs, seconds
+        for ref in before:  # they are collected by this, and so handed out
+            self.world.ledger.give_up(ref, self.reader)
+        self._seconds = seconds
 
     def _defer(self, seconds: float) -> None:
         refs = self._batch()
         if not self._reader.defer(refs, timeout=seconds):
             self.world.give_back(self.reader, refs)
-        elif self._fetching:
-            self._deferred = refs
-        else:
-            self._fetching = refs
 
     def _take(self) -> None:
-        ref = self.rng.choice(self._fetching)
+        ref = self.rng.choice(self._fetching())
         with self.bounded(200.0):
             fetched = self._reader.take(ref)
         if fetched is not None:
@@ -139,7 +130,6 @@ class SimulatedBatches(SimulatedConsumer):
         self.scheduler.note(f"collects {len(results)} payloads")
         for fetched in results:
             self._got_or_not(fetched, self._seconds)
-        self._fetching, self._deferred = self._deferred, []
         for ref in refs:
             if self.rng.random() < 0.2 and (found := self._reader.take(ref)) is not None:
                 self._of(ref, found)
@@ -152,7 +142,20 @@ class SimulatedBatches(SimulatedConsumer):
         if old and self.rng.random() < 0.3:
             refs.append(self.rng.choice(old))
         self.client.asks(refs)
+        for ref in refs:
+            self._submitted.setdefault(ref, self.scheduler.now())
         return refs
+
+    def _fetching(self) -> list[PayloadRef]:
+        """The references of the batch in the background."""
+        back = self._reader._buffers.back
+        return list(back.refs) if back is not None else []
+
+    def _forget_batches(self) -> None:
+        """Nobody will see what comes of the batches in the background, or knows how far they are."""
+        waiting = self._reader._buffers._deferred
+        for ref in (*self._fetching(), *(waiting.refs if waiting is not None else ())):
+            self.world.ledger.give_up(ref, self.reader)
 
     def _check(self, refs: Sequence[PayloadRef], results: Sequence[Fetched]) -> None:
         if [fetched.ref for fetched in results] != list(refs):
@@ -165,7 +168,7 @@ class SimulatedBatches(SimulatedConsumer):
     def _got_or_not(self, fetched: Fetched, seconds: float) -> None:
         if isinstance(fetched.outcome, DrayError):
             # Groups share their time, and the batch's own is short: only what it says is looked at.
-            self.judge(fetched.ref, fetched.outcome, min(seconds, 1.0))
+            self.judge(fetched.ref, fetched.outcome, min(seconds, 1.0), self._submitted[fetched.ref])
         else:
             self.got_arrays(fetched.ref, fetched.outcome, consume=False)
             self.world.ledger.give_up(fetched.ref, self.reader)
