@@ -206,9 +206,10 @@ def test_stopped_server_is_killed_within_the_bound(tmp_path: Path, caplog: pytes
 
 
 PARENT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from dray.control import start_redis
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
 server = start_redis(None, Path(sys.argv[1]))
 print(server.pid, flush=True)
 sys.stdin.read()
