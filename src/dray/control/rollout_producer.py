@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 
 from dray.clock import Deadline
 from dray.control import scripts
@@ -71,6 +72,18 @@ class RolloutProducer(RolloutQueue):
                     elapsed=deadline.elapsed,
                 )
             self._wait_for_room(after[0], deadline)
+
+    def restore(self, waiting: Callable[[], Iterable[RolloutEntry]]) -> None:
+        """Make the stream if it is missing; if it is another one than before, publish again what is `waiting`.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses; or as `publish`.
+        """
+        while self.attach():
+            # Another restart meanwhile makes another stream, which `attach` tells: all of it again.
+            with contextlib.suppress(StreamLostError):
+                for entry in waiting():
+                    self.publish(entry)
 
     def unlisted(self, entries: Sequence[RolloutEntry], timeout: float | None = 30.0) -> list[RolloutEntry]:
         """Those of `entries`, all published by this process, that the stream no longer lists: they were ended, and

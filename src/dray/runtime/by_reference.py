@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -105,13 +104,7 @@ class ReferenceOutlet:
         return True
 
     def refresh(self) -> None:
-        while self._queue.attach():
-            waiting = self._waiting()
-            _LOG.warning("Redis was restarted empty; %d payloads are published again", len(waiting))
-            # Another restart meanwhile makes another stream, which `attach` tells: all of it again.
-            with contextlib.suppress(StreamLostError):
-                for sequence in waiting:
-                    self._queue.publish(self._entries[sequence])
+        self._queue.restore(self._again)
 
     def drain(self, timeout: float) -> int:
         deadline, job_over = Deadline.after(timeout), self._replica.heartbeat.job_over
@@ -120,6 +113,11 @@ class ReferenceOutlet:
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
+
+    def _again(self) -> list[RolloutEntry]:
+        waiting = [self._entries[sequence] for sequence in self._waiting()]
+        _LOG.warning("Redis was restarted empty; %d payloads are published again", len(waiting))
+        return waiting
 
     def _waiting(self) -> list[int]:
         """Sequence numbers of the payloads that somebody may still want: a reader may die, and another come."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,11 +76,7 @@ class InlineOutlet:
         return False
 
     def refresh(self) -> None:
-        while self._queue.attach():
-            # Another restart meanwhile makes another stream, which `attach` tells: all of it again.
-            with contextlib.suppress(StreamLostError):
-                for entry in self._recent:
-                    self._queue.publish(entry)
+        self._queue.restore(lambda: self._recent)
 
     def drain(self, timeout: float) -> int:
         return 0
