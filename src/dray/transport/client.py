@@ -36,7 +36,7 @@ from dray.transport.ucx_worker import UCXX_AVAILABLE, require
 from dray.transport.windows import windows
 from dray.wire import PayloadRef
 from dray.wire.frames import Status
-from dray.wire.handshake import Lane, check_secret
+from dray.wire.handshake import MAX_READERS, Lane, check_secret
 from dray.wire.session import Request
 
 logger = logging.getLogger("dray.client")
@@ -80,8 +80,8 @@ class PayloadClient:
     ) -> None:
         self._lanes = _usable(lanes)
         check_secret(secret)
-        if not 0 <= reader < 64:
-            raise ConfigError("reader", reader, "0 to 63")
+        if not 0 <= reader < MAX_READERS:
+            raise ConfigError("reader", reader, f"0 to {MAX_READERS - 1}")
         if attempts < 1:
             raise ConfigError("attempts", attempts, "1 or more")
         self._reader = reader
@@ -208,12 +208,7 @@ class PayloadClient:
             TransportError: a producer could not be reached in time; call again.
         """
         deadline = Deadline.after(timeout, self._clock)
-        by_producer: dict[bytes, list[PayloadRef]] = {}
-        for ref in refs:
-            by_producer.setdefault(ref.producer, []).append(ref)
-        freed = 0
-        for group in by_producer.values():
-            freed += self._consume(group, deadline)
+        freed = sum(self._consume(group, deadline) for group in _by_producer(refs))
         self._counters.add("consumed", freed)
         return freed
 
@@ -290,10 +285,7 @@ class PayloadClient:
         return_errors: bool,
         unpacked: Callable[[Bytes | DrayError], Any],
     ) -> Generator[tuple[PayloadRef, Any], None, None]:
-        by_producer: dict[bytes, list[PayloadRef]] = {}
-        for ref in refs:
-            by_producer.setdefault(ref.producer, []).append(ref)
-        for waiting in by_producer.values():
+        for waiting in _by_producer(refs):
             with contextlib.closing(self._read_producer(waiting, consume, deadline)) as results:
                 for ref, result in results:
                     outcome = unpacked(result)
@@ -335,6 +327,13 @@ class PayloadClient:
                 for ref in waiting:
                     yield ref, final
                 return
+
+
+def _by_producer(refs: Iterable[PayloadRef]) -> Iterable[list[PayloadRef]]:
+    grouped: dict[bytes, list[PayloadRef]] = {}
+    for ref in refs:
+        grouped.setdefault(ref.producer, []).append(ref)
+    return grouped.values()
 
 
 def _one(connection: Connection, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline) -> Held:

@@ -270,8 +270,7 @@ class Connection:
         return target, tag
 
     def _send(self, frames: list[bytes], deadline: Deadline) -> None:
-        """Send several frames as one message."""
-        sent = self._stream.send([frames[0] if len(frames) == 1 else b"".join(frames)])
+        sent = self._stream.send(frames)
         while not sent:
             self._wait(deadline, "the request to be sent")
             sent = self._stream.flush()
