@@ -131,9 +131,8 @@ class _Serving:
         """Do what there is to do, until the stream has nothing more or the connection has ended."""
         for connection in self._connections.all():
             connection.stream.idle()
-            connection.again = True
-            while connection.again:
-                self._connections.serve(connection)
+            while self._connections.serve(connection):
+                pass
 
     def end(self) -> None:
         self._connections.close()
@@ -143,7 +142,7 @@ class _Stream(SocketStream):
     """Keeps the segment's descriptor to itself: on a network lane too it may be served as if it were another."""
 
     def send(self, items, descriptor=None):
-        super().send(items)
+        return super().send(items)
 
 
 def run(data: bytes) -> None:

@@ -45,19 +45,17 @@ class ServedConnection:
 
     Attributes:
         stream, session: its two halves.
-        again: its turn ended before its work did.
         unsent: answers wait for room.
         watched: whether the driver was told so; None before it was told anything.
     """
 
-    __slots__ = ("active", "again", "announced", "lingering", "pid", "session", "stream", "unsent", "watched")
+    __slots__ = ("active", "announced", "lingering", "pid", "session", "stream", "unsent", "watched")
 
     def __init__(self, stream: Stream, session: ServerSession, now: float, pid: int | None) -> None:
         self.stream = stream
         self.session = session
         self.active = now
         self.announced = False
-        self.again = False
         self.lingering = False
         self.unsent = False
         self.watched: bool | None = None
@@ -112,10 +110,10 @@ class ServedConnections:
         (self._ucx if stream.lane is Lane.UCX else self._sockets)[stream] = connection
         self.serve(connection)
 
-    def serve(self, connection: ServedConnection) -> None:
-        """Go on with a connection as far as that is possible without waiting, and as long as its turn lasts."""
+    def serve(self, connection: ServedConnection) -> bool:
+        """Go on with a connection as far as that is possible without waiting; whether its turn ended before."""
         stream, session = connection.stream, connection.session
-        connection.again = False
+        again = False
         try:
             for _ in range(ROUNDS):
                 # First: an ACK may have come in the same step of progress that finished sending its payload.
@@ -138,13 +136,13 @@ class ServedConnections:
                 elif not received:
                     break
             else:
-                connection.again = True
+                again = True
         except ConnectionClosed:
             self._drop(connection, None)
-            return
+            return False
         except (TransportError, ProtocolError) as error:
             self._drop(connection, error)
-            return
+            return False
         if session.closing and not connection.lingering:
             # The peer reads the refusal and closes; closing first could take it from under its eyes.
             connection.lingering = True
@@ -153,11 +151,12 @@ class ServedConnections:
             # Its own limit: a time that is past already would have the driver look again and again.
             self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
         if stream.lane is not Lane.UCX:
-            if connection.again:
+            if again:
                 self._again[connection] = None
             if connection.watched is not connection.unsent:
                 connection.watched = connection.unsent
                 self._watch(connection)
+        return again
 
     def serve_again(self) -> bool:
         """Continue with the sockets whose turn ended before their work did; whether any is left."""
@@ -171,9 +170,10 @@ class ServedConnections:
 
     def serve_ucx(self) -> bool:
         """Serve every UCX connection, as progress tells of none in particular; whether any has work left."""
+        again = False
         for connection in list(self._ucx.values()):
-            self.serve(connection)
-        return any(connection.again for connection in self._ucx.values())
+            again = self.serve(connection) or again
+        return again
 
     def sweep(self) -> bool:
         """Close what has been idle or silent for too long, and forget what is drained; whether there was any."""
