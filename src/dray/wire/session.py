@@ -255,16 +255,16 @@ class ServerSession:
             self._counters.add("error")
             self._say(request, Status.ERROR, str(error), taken)
             return 0
+        inline = self._lane is Lane.UCX and not request.tag
+        unfit = ""
         if request.nbytes not in (0, lease.nbytes):
+            unfit = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
+        elif inline and lease.nbytes > MAX_INLINE_BYTES:
+            unfit = f"a payload of {lease.nbytes} bytes needs a tag"
+        if unfit:
             self._ring.release_reading(lease)
             self._counters.add("error")
-            text = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
-            self._say(request, Status.ERROR, text, taken)
-            return 0
-        if self._lane is Lane.UCX and not request.tag and lease.nbytes > MAX_INLINE_BYTES:
-            self._ring.release_reading(lease)
-            self._counters.add("error")
-            self._say(request, Status.ERROR, f"a payload of {lease.nbytes} bytes needs a tag", taken)
+            self._say(request, Status.ERROR, unfit, taken)
             return 0
         self._leases[request.request] = lease
         in_band = self._lane is not Lane.SHM and lease.nbytes > 0
@@ -285,7 +285,7 @@ class ServerSession:
         self._counters.add_all({"reads": 1, "bytes": lease.nbytes})
         if not in_band:
             return 0
-        if self._lane is Lane.UCX and not request.tag:
+        if inline:
             taken.append(bytes(view))
             return lease.nbytes
         taken.append(Payload(view, request.tag))
