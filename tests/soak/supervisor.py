@@ -185,10 +185,8 @@ class Supervisor:
         now = time.monotonic()
         while self._due and self._due[0][0] <= now:
             heapq.heappop(self._due)[2]()
-        for name, process in list(self._running.items()):
-            if process.over(FENCED):
-                del self._running[name]
-                self._mourn(process)
+        for process in self._reap():
+            self._mourn(process)
         if now >= self._measured + MEASURE_EVERY:
             self._measured = now
             for process in self._running.values():
@@ -264,15 +262,20 @@ class Supervisor:
         if life.how in ("fenced", "crashed") and not self._draining:
             self._start(life.member)
 
+    def _reap(self) -> list[Process]:
+        """Those that have ended since the last look; they are not running any more."""
+        ended = {name: process for name, process in self._running.items() if process.over(FENCED)}
+        for name in ended:
+            del self._running[name]
+        return list(ended.values())
+
     def _kill_all(self) -> None:
         for process in self._running.values():
             process.kill()
         limit = time.monotonic() + END_SECONDS
         while self._running and time.monotonic() < limit:
             time.sleep(TICK)
-            for name, process in list(self._running.items()):
-                if process.over(FENCED):
-                    del self._running[name]
+            self._reap()
 
     # --- faults -----------------------------------------------------------------------------------------------
 

@@ -1,29 +1,24 @@
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from example_runs import run_example, steps_of, summary_of
 
 pytest.importorskip("torch")
 
-JOB = Path(__file__).parents[2] / "examples" / "grpo" / "job.toml"
 BOUND = 230.0
 
 
 @pytest.mark.timeout(BOUND + 10)
 def test_grpo_job_trains_for_a_few_steps(tmp_path: Path) -> None:
     settings = ["job.max_steps=3", "policy.batch_size=4", "policy.args.evaluate_every=3"]
-    options = [part for setting in settings for part in ("--set", setting)]
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "dray.cli.app", "run", str(JOB), "--output", str(output), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=BOUND)
+    ended = run_example("grpo", output, *settings, bound=BOUND)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "not solved within 3 steps" in ended.stdout
-    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = steps_of(output)
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert all(step["metrics"]["completions"] == 4 * 16 for step in steps)
-    summary = json.loads((output / "summary.json").read_text())
+    summary = summary_of(output)
     assert (summary["payloads"], summary["lost"], summary["stale"]) == (12, 0, 0)
     assert summary["metrics"]["accuracy_before"] <= 0.1
     assert 0 <= summary["metrics"]["accuracy"] <= 1
