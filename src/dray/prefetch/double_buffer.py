@@ -32,7 +32,7 @@ class DoubleBuffer:
     @property
     def displaceable(self) -> bool:
         """A batch has come that another may start in place of, once it is collected."""
-        return self.back is not None and self.back.settled and self._deferred is None
+        return self.back is not None and self.back.settled and self._deferred is None and not self._busy
 
     def defer(self, batch: BatchFetch, seconds: float) -> bool:
         """Fetch this batch, within `seconds`, after the one before it; False if one is waiting already."""
