@@ -21,7 +21,7 @@ FRAME = struct.Struct("<BBBBIQQQQQQQ")
 HELLO_BYTES, PROOF_BYTES, FRAME_BYTES, ANSWER_BYTES = 64, 32, 64, 128 + 8
 READ, STATUS, ACK, CONSUME, STAT = 1, 2, 3, 4, 5
 LANES = {"shm": 1, "tcp": 2, "ucx": 3}
-FLAGS_ALLOWED = {READ: 0, STATUS: 6, ACK: 1, CONSUME: 0, STAT: 0}
+FLAGS_ALLOWED = {READ: 8, STATUS: 6, ACK: 1, CONSUME: 0, STAT: 0}
 AT_ONCE = 16
 ROW = struct.Struct("<QQQ")
 SECONDS = 30.0
@@ -76,7 +76,8 @@ class Mutator:
             slot, sequence, nbytes = self._table.row(self.chance)
             what = self.chance.random()
             if what < 0.5 or (what < 0.75 and not made):
-                frames.append(self.frame(READ, slot, number, sequence, self.chance.choice((0, nbytes))))
+                said, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
+                frames.append(self.frame(READ, slot, number, sequence, said, flags=inline))
                 made.append((slot, number, sequence))
             elif what < 0.75:
                 frames.append(self.ack(*self.chance.choice(made)))

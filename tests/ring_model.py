@@ -29,8 +29,8 @@ from dray.payload.codec import pack
 from dray.transport.connection import Held
 from dray.transport.in_place import Graveyard, InPlaceLease
 from dray.transport.receive_buffers import ReceiveBuffers
+from dray.wire.client_session import Request
 from dray.wire.frames import Kind
-from dray.wire.session import Request
 
 Pick = Callable[[int, int], int]
 
@@ -52,6 +52,8 @@ OPERATIONS = {  # how often each is chosen by `walk`
     "abort": 1,
     "finish_a_writer_again": 1,
     "read": 8,
+    "copy": 5,
+    "consume_many": 2,
     "end_a_lease": 8,
     "end_a_lease_again": 1,
     "end_a_foreign_lease": 1,
@@ -208,9 +210,9 @@ class RingAndModel:
         self.claim_wait_seconds = 0.0
         self.count = dict.fromkeys(
             (
-                "claimed", "committed", "committed_bytes", "aborted", "leased", "consumed", "dropped_unread",
-                "dropped_delivered", "retired", "stale_reads", "stale_consumes", "late_finalises", "claim_waits",
-                "full_errors",
+                "claimed", "committed", "committed_bytes", "aborted", "leased", "copied", "consumed",
+                "dropped_unread", "dropped_delivered", "retired", "stale_reads", "stale_consumes",
+                "late_finalises", "claim_waits", "full_errors",
             ),
             0,
         )  # fmt: skip
@@ -385,6 +387,36 @@ class RingAndModel:
         lease = self.ring.read_raw(slot, sequence, reader)
         self._leased(lease)
         self.leases.append(lease)
+
+    def copy(self, pick: Pick) -> None:
+        """Several at once, among them what is gone or never was, and now and then too large."""
+        wanted = [(*self._reference(pick), pick(0, self.readers)) for _ in range(pick(1, 3))]
+        most = pick(0, 1) * SLOT_BYTES
+        for (slot, sequence, reader), found in zip(wanted, self.ring.copy_many(wanted, most), strict=True):
+            if reader == self.readers:
+                assert type(found) is SlotError
+            elif not self._is_readable(slot, sequence, reader):
+                assert isinstance(found, StaleSlotError)
+                self.count["stale_reads"] += 1
+            elif len(self.live[sequence].content) > most:
+                assert isinstance(found, PayloadTooLargeError)
+            else:
+                payload = self.live[sequence]
+                assert found == (payload.content, payload.checksum)
+                payload.delivered = True
+                self.count["copied"] += 1
+
+    def consume_many(self, pick: Pick) -> None:
+        wanted = [(*self._reference(pick), pick(0, self.readers - 1)) for _ in range(pick(1, 3))]
+        expected = 0
+        for slot, sequence, reader in wanted:
+            if self._is_readable(slot, sequence, reader):
+                expected += 1
+                self._consume(sequence, reader)
+                self._release_if_over(sequence)
+            else:
+                self.count["stale_consumes"] += 1
+        assert self.ring.consume_many(wanted) == expected
 
     def end_a_lease(self, pick: Pick) -> None:
         lease = self.leases.pop(pick(0, len(self.leases) - 1))

@@ -65,11 +65,12 @@ class Deadline:
         """What is left, in the form that `threading` and `select` take: seconds, or ``None`` for no bound."""
         return None if self.at == math.inf else self.remaining
 
-    def share(self, part: float) -> Deadline:
-        """A deadline that gets `part` (0 … 1) of what is left of this one."""
+    def share(self, part: float, now: float | None = None) -> Deadline:
+        """A deadline that gets `part` (0 … 1) of what is left of this one, `now` if that is known."""
         if self.at == math.inf:
             return self
-        now = self._clock.now()
+        if now is None:
+            now = self._clock.now()
         return Deadline(now + max(0.0, self.at - now) * part, self._clock, now)
 
     def sooner(self, seconds: float) -> Deadline:

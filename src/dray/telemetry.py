@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Mapping
 
 
@@ -16,18 +17,19 @@ class Counters:
 
     def __init__(self, *names: str) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, float] = dict.fromkeys(names, 0)
+        self._values: defaultdict[str, float] = defaultdict(int, dict.fromkeys(names, 0))
 
     def add(self, name: str, amount: float = 1) -> None:
         """Increase `name` by `amount`; a name that is new starts at zero."""
         with self._lock:
-            self._values[name] = self._values.get(name, 0) + amount
+            self._values[name] += amount
 
     def add_all(self, amounts: Mapping[str, float]) -> None:
         """Increase several counters at once."""
         with self._lock:
+            values = self._values
             for name, amount in amounts.items():
-                self._values[name] = self._values.get(name, 0) + amount
+                values[name] += amount
 
     def __getitem__(self, name: str) -> float:
         with self._lock:

@@ -147,7 +147,7 @@ def simulated_pair(kind: str) -> tuple[Scheduler, list[UcxWorker], Stream, Strea
     else:
         lane = Lane.SHM if kind == "unix" else Lane.TCP
         listener = kernel.listen(f"{kind}:1", there, Signal(scheduler), None)
-        client = socket_stream(kernel.connect_socket(listener, lane, here), accepted=False)
+        client = socket_stream(kernel.connect_socket(listener, lane, here))
     server = listener.accept()
     assert server is not None
     return scheduler, workers, client, server

@@ -25,7 +25,7 @@ from dray.wire import PayloadRef
 from dray.wire.frames import Flag, Frame, Kind, Status
 from dray.wire.handshake import CHALLENGE, MAGIC, WELCOME, Lane, ServerIdentity
 
-IN_PLACE, UNVERIFIED, RAW_HANDSHAKE = 1, 2, 4
+IN_PLACE, UNVERIFIED, RAW_HANDSHAKE, INLINE = 1, 2, 4, 8
 STATUS_OP, PAYLOAD_OP, BYTES_OP = range(3)
 _SLOTS, _SLOT_BYTES = 4, 256
 _PRODUCER = bytes(range(16))
@@ -57,6 +57,8 @@ SEEDS = [
     bytes([0]) + _READS + status(code=Status.ERROR, flags=Flag.TEXT) + said(b"wrong"),
     bytes([0]) + _READS + status(step=2) + payload(b"hello"),
     bytes([0]) + _READS + status(nbytes=6) + payload(b"hello!"),
+    *(bytes([INLINE | each]) + _READS + status() + payload(b"hello") + status(nbytes=0) for each in (0, IN_PLACE)),
+    bytes([INLINE]) + _READS + status(flags=Flag.CHECKSUM) + payload(b"abc"),
     bytes([IN_PLACE]) + _READS + status() + status(nbytes=0),
     bytes([IN_PLACE]) + _READS + status(1, 0, 0, 5, 56, 1),
     bytes([IN_PLACE]) + _READS + status(1, 0, 0, 255),
@@ -105,7 +107,7 @@ def run(data: bytes) -> None:
             return
         stack.enter_context(contextlib.closing(connection))
         with contextlib.suppress(DrayError):
-            _read(connection, refs, consumed, hostile, in_place, verified, deadline)
+            _read(connection, refs, consumed, hostile, bool(chosen & INLINE), in_place, verified, deadline)
             connection.consume([(9, 9, 0)], deadline)
             connection.stat(deadline)
             connection.confirm(deadline)
@@ -121,7 +123,7 @@ class _Network(KernelNetwork):
         self._sock = sock
 
     def connect(self, address, deadline, group):
-        return SocketStream(self._sock, Lane.TCP, read_ahead=False)
+        return SocketStream(self._sock, Lane.TCP)
 
 
 def _connection(ours, segment, verified, deadline) -> Connection:
@@ -135,8 +137,8 @@ def _connection(ours, segment, verified, deadline) -> Connection:
     )
 
 
-def _read(connection, refs, consumed, hostile, in_place, verified, deadline) -> None:
-    targets = connection.ask(refs, 0, deadline)
+def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadline) -> None:
+    targets = connection.ask(refs, 0, deadline, inline=inline)
     for ref, target in zip(refs, targets, strict=True):
         held = connection.answer(ref, target, deadline, deadline)
         if not isinstance(held, Held):
@@ -144,7 +146,7 @@ def _read(connection, refs, consumed, hostile, in_place, verified, deadline) -> 
             continue
         taken = held.data()
         assert taken.nbytes == ref.nbytes
-        if in_place:
+        if in_place and not inline:
             assert np.array_equal(taken, np.zeros(ref.nbytes, np.uint8))
         else:
             assert taken.tobytes() in hostile

@@ -44,6 +44,13 @@ _EXCHANGE = frame(0, request=1) + DELIVER + READ + frame(1, request=1, flags=1) 
 SEEDS = [
     *(options(lane, secret=secret) + _EXCHANGE for lane in range(3) for secret in (False, True)),
     options() + frame(0, 2, 2, 1) + frame(0, 2, 2, 2) + frame(1, 2, 2, 1) + DELIVER + READ,
+    *(options(lane) + frame(0, flags=8) * 2 + DELIVER + READ for lane in range(3)),
+    options(1)
+    + frame(0, 2, 2, 1, flags=8)
+    + frame(0, 0, 0, 2, flags=8)
+    + DELIVER
+    + READ
+    + frame(1, 2, 2, 1, flags=1),
     options() + frame(0, 2, 2, 1) + DELIVER + frame(1, 2, 2, 1) + DELIVER,
     options() + frame(0, 2, 2, 1) + DELIVER + READ + frame(0, 1, 1, 1) + DELIVER,
     options() + frame(0, 0, 0, 1) + DELIVER + READ + frame(1, 1, 0, 1) + DELIVER,
@@ -101,7 +108,7 @@ class _Answers:
             assert status.nbytes == len(content)
             if status.flags & Flag.CHECKSUM:
                 assert status.checksum == xxhash.xxh3_64_intdigest(content)
-            if not self.in_place:
+            if not self.in_place or request.flags & Flag.INLINE:
                 payload, left = left[: len(content)], left[len(content) :]
                 assert content.startswith(payload)
                 assert len(payload) == len(content) or not left
@@ -125,7 +132,7 @@ class _Serving:
         self._connections = ServedConnections(
             lambda _: session, -1, settings, self.counters, MONOTONIC, lambda _: None, lambda _: None
         )
-        self._connections.add(_Stream(sock, lane, read_ahead=True))
+        self._connections.add(_Stream(sock, lane))
 
     def serve(self) -> None:
         """Do what there is to do, until the stream has nothing more or the connection has ended."""

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -15,13 +15,14 @@ from dray.buffer.lease import Lease, SlotWriter
 from dray.buffer.policy import OnFull, Retain, check_policy
 from dray.buffer.segment import Segment
 from dray.buffer.slot_state import SlotState
-from dray.buffer.slot_table import Slot, SlotTable
+from dray.buffer.slot_table import Copied, Slot, SlotTable, Wanted
 from dray.buffer.statistics import ReadySlot, RingStatistics
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import (
     BufferClosedError,
     BufferFullError,
     ConfigError,
+    PayloadError,
     PayloadTooLargeError,
     SlotError,
     StaleSlotError,
@@ -131,6 +132,20 @@ class SharedRingBuffer:
                 self._refuse(slot, reader)
             return Lease(self, self._table.lease(slot, sequence, reader), reader)
 
+    def copy_many(self, wanted: Sequence[Wanted], most: int) -> list[Copied | PayloadError | SlotError]:
+        """Committed payloads' bytes, without leases: for small ones, as the ring is locked meanwhile.
+
+        Each (slot, sequence, reader) is answered by (bytes, checksum or None), or by the error that `read_raw`
+        would raise; a payload of more than `most` bytes by `PayloadTooLargeError`. What was copied stays as it is
+        until `consume`.
+
+        Raises:
+            BufferClosedError: the ring is closed, or belongs to the parent of this process.
+        """
+        with self._lock:
+            self._check_open()
+            return self._table.copy_many(wanted, most)
+
     def mark_consumed(self, lease: Lease) -> bool:
         """End `lease`; its reader has what it needs (with ``retain="newest"``, only end it).
 
@@ -156,12 +171,22 @@ class SharedRingBuffer:
             SlotError: there is no such slot or reader.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
+        return self.consume_many(((slot, sequence, reader),)) == 1
+
+    def consume_many(self, wanted: Iterable[Wanted]) -> int:
+        """`consume` for each (slot, sequence, reader); how many payloads were still there for their reader.
+
+        Raises:
+            As `consume`; what stands before the culprit is consumed.
+        """
         with self._lock:
-            if self._closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
-                self._refuse(slot, reader)
-            consumed = self._table.consume(slot, sequence, reader)
-            if self._claimers:
-                self._claimable.notify()
+            consumed = 0
+            for slot, sequence, reader in wanted:
+                if self._closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
+                    self._refuse(slot, reader)
+                consumed += self._table.consume(slot, sequence, reader)
+                if self._claimers:
+                    self._claimable.notify()
             return consumed
 
     def checksum(self, slot: int, sequence: int, compute: Callable[[memoryview], int]) -> int:

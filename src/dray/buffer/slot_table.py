@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict, deque
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, TypeAlias
 
 from dray.buffer.layout import (
     CHECKSUM_OFFSET,
@@ -25,12 +26,18 @@ from dray.buffer.layout import (
 from dray.buffer.slot_state import SlotEvent, SlotState, after
 from dray.buffer.statistics import ReadySlot, RingStatistics
 from dray.clock import Clock
-from dray.errors import StaleSlotError
+from dray.errors import PayloadError, PayloadTooLargeError, SlotError, StaleSlotError
 
 _FREE, _WRITING, _READY, _READING = SlotState
 _CLAIM, _COMMIT, _ABORT, _LEASE, _RETURN, _END = SlotEvent
 _write_header: Final = SLOT_HEADER.pack_into
 _write_u64: Final = U64.pack_into
+
+Wanted: TypeAlias = tuple[int, int, int]
+"""(slot, sequence, reader) that somebody asks for."""
+
+Copied: TypeAlias = tuple[bytes, int | None]
+"""A payload's bytes, and its checksum if one is kept."""
 
 
 class Slot:
@@ -109,7 +116,8 @@ class SlotTable:
         self._newest: Slot | None = None
         self._all_readers = (1 << readers) - 1
         self._now = clock.now
-        self._claimed = self._committed = self._committed_bytes = self._aborted = self._leased = self._consumed = 0
+        self._claimed = self._committed = self._committed_bytes = self._aborted = 0
+        self._leased = self._copied = self._consumed = 0
         self._dropped_unread = self._dropped_delivered = self._retired = 0
         self._stale_reads = self._stale_consumes = 0
 
@@ -169,6 +177,32 @@ class SlotTable:
         self.leases += 1
         self._leased += 1
         return slot
+
+    def copy_many(self, wanted: Sequence[Wanted], most: int) -> list[Copied | PayloadError | SlotError]:
+        """What readers may read, without leases; an error for what there is not, or has more than `most` bytes."""
+        memory, slots, readers = self._memory, self.slots, self._all_readers
+        found: list[Copied | PayloadError | SlotError] = []
+        for index, sequence, reader in wanted:
+            if index >= len(slots) or not readers >> reader & 1:
+                found.append(SlotError(f"the ring has no slot {index}, or no reader {reader}", slot=index))
+                continue
+            slot = slots[index]
+            if slot.sequence != sequence or slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+                self._stale_reads += 1
+                found.append(self.stale_error(slot, sequence, reader))
+            elif slot.nbytes > most:
+                found.append(
+                    PayloadTooLargeError(
+                        f"a payload of {slot.nbytes} bytes needs a lease; at most {most} are copied",
+                        slot=index,
+                        sequence=sequence,
+                    )
+                )
+            else:
+                slot.delivered = True
+                self._copied += 1
+                found.append((memory[slot.offset : slot.offset + slot.nbytes].tobytes(), slot.checksum))
+        return found
 
     def finish(self, slot: Slot, reader: int, consumed: bool) -> None:
         """End one lease on `slot`; `consumed` says that `reader` does not need the payload any more."""
@@ -261,6 +295,7 @@ class SlotTable:
             committed_bytes=self._committed_bytes,
             aborted=self._aborted,
             leased=self._leased,
+            copied=self._copied,
             consumed=self._consumed,
             dropped_unread=self._dropped_unread,
             dropped_delivered=self._dropped_delivered,

@@ -39,9 +39,10 @@ class RingStatistics:
         committed_bytes: their bytes.
         aborted: claims given back.
         leased: leases granted.
+        copied: payloads read without a lease, copied out at once.
         consumed: payloads consumed by all of their readers.
-        dropped_unread: payloads overwritten before anybody had leased them.
-        dropped_delivered: payloads overwritten after somebody had leased and returned them.
+        dropped_unread: payloads overwritten before anybody had leased or copied them.
+        dropped_delivered: payloads overwritten after somebody had leased and returned, or copied them.
         retired: payloads replaced by a newer one (``retain="newest"``).
         stale_reads: `read_raw` calls answered with `StaleSlotError`.
         stale_consumes: `consume` calls for payloads that were gone or already consumed by that reader.
@@ -65,6 +66,7 @@ class RingStatistics:
     committed_bytes: int
     aborted: int
     leased: int
+    copied: int
     consumed: int
     dropped_unread: int
     dropped_delivered: int

@@ -69,7 +69,7 @@ class SimulatedListener:
                 mine.fail(ucx_names().UCXConnectionResetError)
             return stream
         found.watched_by(self.signal)
-        return socket_stream(found, accepted=True)
+        return socket_stream(found)
 
     def ask(self, end: SimulatedUcxEndpoint) -> None:
         """A UCX connection waits to be accepted."""
@@ -92,11 +92,11 @@ class SimulatedListener:
                 found.close()
 
 
-def socket_stream(sock: SimulatedSocket, accepted: bool) -> SocketStream:
+def socket_stream(sock: SimulatedSocket) -> SocketStream:
     """A production stream over a simulated socket."""
     if sock.lane is Lane.SHM:
         return UnixStream(cast(Any, sock))
-    return SocketStream(cast(Any, sock), Lane.TCP, read_ahead=accepted)
+    return SocketStream(cast(Any, sock), Lane.TCP)
 
 
 class SimulatedKernel:
@@ -241,7 +241,7 @@ class SimulatedNetwork:
             if self.closed and address.lane is Lane.TCP:
                 raise BufferClosedError("the client was closed while it waited")
             raise TransportTimeout("simulated", endpoint=endpoint, elapsed=deadline.elapsed)
-        return socket_stream(kernel.connect_socket(listener, address.lane, self.process), accepted=False)
+        return socket_stream(kernel.connect_socket(listener, address.lane, self.process))
 
     def waiter(self, lasting: bool = False) -> Waiter:
         return SimulatedWaiter(self, lasting)

@@ -27,6 +27,7 @@ from dray.testing.tagged import ucx_names
 from dray.testing.troubles import Troubles
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane
+from dray.wire.session import MAX_INLINE_BYTES
 
 LONGEST = 4000.0
 """Simulated seconds that a run takes at most."""
@@ -214,7 +215,11 @@ class Run:
                 secret = None if secret is not None else b"another"
         kind = SimulatedBatches if rng.random() < 0.35 else SimulatedConsumer
         lanes = rng.choice(("auto", "auto", "auto", *(lane.label for lane in self.servers[0].settings.lanes)))
-        return kind(self, f"client{index}", reader, welcome, secret=secret, verify=rng.random() < 0.5, lanes=lanes)
+        inline_bytes = rng.choice((0, 200, 1000, MAX_INLINE_BYTES))
+        return kind(
+            self, f"client{index}", reader, welcome, secret=secret, verify=rng.random() < 0.5, lanes=lanes,
+            inline_bytes=inline_bytes,
+        )  # fmt: skip
 
     def start_writer(self, server: SimulatedServer) -> None:
         """Have a producer write, as long as it lives."""

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 
 from dray.buffer import Segment
+from dray.buffer.layout import SegmentLayout
 from dray.clock import Deadline
 from dray.errors import (
     BufferClosedError,
@@ -26,9 +27,13 @@ from dray.transport.ucx import UcxStream
 from dray.transport.unix import UnixStream
 from dray.transport.waiting import timed_out
 from dray.wire import PayloadRef
+from dray.wire.client_session import ClientSession, Request, refusal
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
 from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import MAX_INLINE_BYTES, ClientSession, Request, refusal
+from dray.wire.session import MAX_INLINE_BYTES
+
+_UINT8 = np.dtype(np.uint8)
+_READ = Kind.READ
 
 _WINDOW = 256
 """Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
@@ -64,6 +69,11 @@ class Connection:
 
     After any error other than a refusal the connection is unusable and must be closed: what is still on its way
     must not be taken for an answer to something else.
+
+    Attributes:
+        reads, read_bytes: payloads that were handed out over it, and their size.
+        inline_bytes: payloads of up to this size come with their STATUS, where that is asked for.
+        broken: it must not be used again, although its last exchange went well.
     """
 
     def __init__(
@@ -76,17 +86,23 @@ class Connection:
         buffers: ReceiveBuffers,
         network: Network,
         waiter: Waiter,
+        inline_bytes: int = MAX_INLINE_BYTES,
     ) -> None:
         self.endpoint = endpoint
         self.identity = identity
         self.lane = stream.lane
-        self.counted = f"reads_{stream.lane.label}"
+        self.reads = 0
+        self.read_bytes = 0
+        self._in_band = stream.lane is not Lane.SHM
         self._stream = stream
         self._segment = segment
+        if segment is not None:
+            self._memory, self._first, self._stride = segment.view, segment.slot_offset(0), segment.layout.stride
         self._verify = verify
         self._buffers = buffers
         self._network = network
         self._waiter = waiter
+        self.inline_bytes = inline_bytes
         self.broken = False
         self._session = ClientSession()
 
@@ -101,6 +117,7 @@ class Connection:
         verify: bool = True,
         buffers: ReceiveBuffers | None = None,
         network: Network | None = None,
+        inline_bytes: int = MAX_INLINE_BYTES,
     ) -> Connection:
         """Connect, shake hands, and on the shm lane map the segment.
 
@@ -121,12 +138,24 @@ class Connection:
                     os.close(descriptor)
             if segment is not None and segment.producer_id != identity.producer:
                 raise ProtocolError("the segment is another producer's", endpoint=endpoint)
+            if segment is not None and segment.layout != SegmentLayout(identity.slots, identity.slot_bytes):
+                raise ProtocolError("the segment's slots are not those of the handshake", endpoint=endpoint)
         except BaseException:
             stream.close()
             raise
-        return cls(stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), network, waiter)
+        return cls(
+            stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), network, waiter, inline_bytes
+        )
 
     # --- reading ----------------------------------------------------------------------------------------------
+
+    def read(
+        self, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline, inline: bool
+    ) -> Held | DrayError:
+        """`ask` for one payload, and its `answer`."""
+        frame, target = self._asked(ref, reader, inline)
+        self._send(frame, status_by)
+        return self.answer(ref, target, status_by, deadline)
 
     def ask(
         self,
@@ -134,20 +163,20 @@ class Connection:
         reader: int,
         deadline: Deadline,
         ended: Sequence[tuple[Request, bool]] = (),
+        inline: bool = False,
     ) -> list[Bytes | None]:
-        """Send one READ for each reference, pipelined; the memory each payload will arrive in (None on shm).
+        """Send one READ for each reference, pipelined; the memory each payload will arrive in.
 
-        Leases that have `ended`, as `acknowledge` takes them, are told in the same message.
+        That is None for what comes with its STATUS, if `inline` and small, and for what stays in its slot (shm).
+        Reads that have `ended`, as `acknowledge` takes them, are told in the same message.
         """
-        targets: list[Bytes | None] = []
         frames = [self._session.ack(request, consumed) for request, consumed in ended]
-        target, tag = None, 0
+        targets: list[Bytes | None] = []
         for ref in refs:
-            if self.lane is not Lane.SHM:
-                target, tag = self._expect(ref)
+            frame, target = self._asked(ref, reader, inline)
+            frames.append(frame)
             targets.append(target)
-            frames.append(self._session.request(Kind.READ, ref.slot, ref.sequence, reader, ref.nbytes, tag).pack())
-        self._send(frames, deadline)
+        self._send(b"".join(frames), deadline)
         return targets
 
     def answer(
@@ -159,32 +188,34 @@ class Connection:
             TransportError: the connection failed, or a deadline passed.
             ProtocolError: what came is not the payload that was asked for.
         """
-        request, frame, text = self._status(status_by)
-        accepted = frame.status == Status.OK
-        if accepted and frame.nbytes != ref.nbytes:
+        request, frame = self._session.receive(self._message(FRAME_BYTES, status_by, "STATUS"))
+        status, nbytes = frame[1], frame[7]
+        if status:
+            text = self._text(frame, status_by)
+            if target is not None:
+                self._payload(0, deadline)
+            return refusal(request, frame, text, self.endpoint)
+        if nbytes != ref.nbytes:
             raise ProtocolError(
-                f"the payload has {frame.nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
+                f"the payload has {nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
             )
         if target is not None:
-            self._payload(request, frame.nbytes if accepted else 0, target, deadline)
-        if not accepted:
-            return refusal(request, frame, text, self.endpoint)
-        if target is None:
-            return Held(request, self._in_place(request, frame), in_place=True, buffers=self._buffers)
-        if (
-            self._verify
-            and frame.flags & Flag.CHECKSUM
-            and xxhash.xxh3_64_intdigest(target.data) != frame.checksum
-        ):
+            self._payload(nbytes, deadline)
+        elif request[7]:  # INLINE
+            target = np.frombuffer(bytearray(self._message(nbytes, deadline, "the payload")), _UINT8)
+        else:
+            return Held(request, self._in_place(frame[4], nbytes, frame[11]), True, self._buffers)
+        if frame[3] and self._verify and xxhash.xxh3_64_intdigest(target.data) != frame.checksum:
             raise MessageTruncated(
                 "the payload does not match its checksum",
                 endpoint=self.endpoint, slot=ref.slot, sequence=ref.sequence,
             )  # fmt: skip
-        return Held(request, target, in_place=False, buffers=self._buffers)
+        return Held(request, target, False, self._buffers)
 
     def acknowledge(self, ended: Sequence[tuple[Request, bool]], deadline: Deadline) -> None:
         """End leases: (request, consumed) each. No answer comes back."""
-        self._send([self._session.ack(request, consumed) for request, consumed in ended], deadline)
+        if ended:
+            self._send(b"".join([self._session.ack(request, consumed) for request, consumed in ended]), deadline)
 
     def finish(self, held: Held, consumed: bool, deadline: Deadline) -> None:
         """End the lease of a payload that is in memory of its own now.
@@ -213,7 +244,8 @@ class Connection:
         went: list[Status] = []
         for first in range(0, len(wanted), _WINDOW):
             window = wanted[first : first + _WINDOW]
-            self._send([self._session.request(Kind.CONSUME, *each).pack() for each in window], deadline)
+            frames = [self._session.request(Kind.CONSUME, *each).pack() for each in window]
+            self._send(b"".join(frames), deadline)
             went += [Status(self._accepted(deadline)[0].status) for _ in window]
         return went
 
@@ -226,7 +258,7 @@ class Connection:
 
     def stat(self, deadline: Deadline) -> str:
         """The server's statistics, as JSON text."""
-        self._send([self._session.request(Kind.STAT).pack()], deadline)
+        self._send(self._session.request(Kind.STAT).pack(), deadline)
         return self._accepted(deadline)[1]
 
     @property
@@ -245,7 +277,7 @@ class Connection:
     def close(self) -> None:
         """Close at once. Twice is fine; arrays of a mapped segment stay valid."""
         self._stream.close()
-        self._segment = None
+        self._segment, self._memory = None, memoryview(b"")
 
     @property
     def drained(self) -> bool:
@@ -257,53 +289,56 @@ class Connection:
 
     # --- the exchange's steps ---------------------------------------------------------------------------------
 
-    def _expect(self, ref: PayloadRef) -> tuple[Bytes, int]:
-        """The memory for a payload, and on the ucx lane its tag: 0 if it is small and comes with STATUS."""
-        # A reference is untrusted: one that says more than a slot holds must not claim that memory.
-        target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
-        tag = 0
-        if isinstance(self._stream, UcxStream):
-            if ref.nbytes <= MAX_INLINE_BYTES:
-                return target, 0
-            tag = self._stream.worker.next_tag()
-        self._stream.expect(target.data, tag)
-        return target, tag
+    def _asked(self, ref: PayloadRef, reader: int, inline: bool) -> tuple[bytes, Bytes | None]:
+        """The READ for a payload, and the memory for it, as `ask` has it."""
+        target, tag, flags = None, 0, Flag.NONE
+        if inline and ref.nbytes <= self.inline_bytes:
+            flags = Flag.INLINE
+        elif self._in_band:
+            # A reference is untrusted: one that says more than a slot holds must not claim that memory.
+            target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
+            tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0
+            self._stream.expect(target.data, tag)
+        request = self._session.request(_READ, ref.slot, ref.sequence, reader, ref.nbytes, tag, flags)
+        return request.pack(), target
 
-    def _send(self, frames: list[bytes], deadline: Deadline) -> None:
-        sent = self._stream.send(frames)
+    def _send(self, message: bytes, deadline: Deadline) -> None:
+        sent = self._stream.send([message])
         while not sent:
             self._wait(deadline, "the request to be sent")
             sent = self._stream.flush()
 
-    def _status(self, deadline: Deadline) -> tuple[Request, Frame, str]:
-        request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
-        text = ""
-        if frame.flags & Flag.TEXT and frame.nbytes:
-            text = str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")
-        return request, frame, text
+    def _text(self, frame: Frame, deadline: Deadline) -> str:
+        if not (frame.flags & Flag.TEXT and frame.nbytes):
+            return ""
+        return str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")
 
     def _accepted(self, deadline: Deadline) -> tuple[Frame, str]:
         """The answer to a request that is not a READ, unless it is a refusal."""
-        request, frame, text = self._status(deadline)
+        request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
+        text = self._text(frame, deadline)
         if frame.status not in (Status.OK, Status.STALE):
             raise refusal(request, frame, text, self.endpoint)
         return frame, text
 
-    def _payload(self, request: Request, nbytes: int, target: Bytes, deadline: Deadline) -> None:
-        if self.lane is Lane.UCX and not request.tag:
-            target[:nbytes] = self._message(nbytes, deadline, "the payload") if nbytes else 0
-            return
+    def _payload(self, nbytes: int, deadline: Deadline) -> None:
         while not self._stream.payload_arrived(nbytes):
             self._wait(deadline, "the payload")
 
-    def _in_place(self, request: Request, frame: Frame) -> Bytes:
-        assert self._segment is not None
-        view = self._segment.slot_view(request.slot, frame.nbytes)
-        if frame.offset != self._segment.slot_offset(request.slot):
-            raise ProtocolError(f"STATUS says offset {frame.offset}", endpoint=self.endpoint, slot=request.slot)
-        return np.frombuffer(view, np.uint8)
+    def _in_place(self, slot: int, nbytes: int, offset: int) -> Bytes:
+        identity = self.identity
+        if slot >= identity.slots or nbytes > identity.slot_bytes or offset != self._first + slot * self._stride:
+            raise ProtocolError(
+                f"STATUS says that {nbytes} bytes lie at {offset} in the segment",
+                endpoint=self.endpoint,
+                slot=slot,
+            )
+        return np.frombuffer(self._memory, _UINT8, nbytes, offset)
 
     def _message(self, size: int, deadline: Deadline, awaited: str) -> memoryview:
+        message = self._stream.receive(size)
+        if message is not None:
+            return message
         return _message(self._stream, self._waiter, size, deadline, awaited, self.endpoint)
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
@@ -354,11 +389,9 @@ def _welcome(stream: UnixStream, waiter: Waiter, deadline: Deadline, endpoint: s
 def _message(
     stream: Stream, waiter: Waiter, size: int, deadline: Deadline, awaited: str, endpoint: str
 ) -> memoryview:
-    while True:
-        message = stream.receive(size)
-        if message is not None:
-            return message
+    while (message := stream.receive(size)) is None:
         _wait(stream, waiter, deadline, awaited, endpoint)
+    return message
 
 
 def _wait(stream: Stream, waiter: Waiter, deadline: Deadline, awaited: str, endpoint: str) -> None:

@@ -63,6 +63,7 @@ class Exchanges:
         lanes: the lanes that may be used, best first.
         secret: the job's secret, where servers have one.
         verify: compare payloads with the checksums that servers send.
+        inline_bytes: payloads of up to this size are read inline.
         pool: idle connections.
         quarantine: endpoints to skip.
         attempts: transport failures that end an exchange.
@@ -76,6 +77,7 @@ class Exchanges:
         lanes: Sequence[Lane],
         secret: bytes | None,
         verify: bool,
+        inline_bytes: int,
         pool: ConnectionPool[Connection, Group],
         quarantine: Quarantine,
         attempts: int,
@@ -86,6 +88,7 @@ class Exchanges:
         self._lanes = tuple(map(int, lanes))  # hashed with each read, which an enum does slowly
         self._secret = secret
         self._verify = verify
+        self._inline_bytes = inline_bytes
         self._pool = pool
         self._quarantine = quarantine
         self._attempts = attempts
@@ -95,6 +98,7 @@ class Exchanges:
         self._clock = clock
         self._lock = threading.Lock()
         self._rotation = itertools.count()
+        self._open_ones: set[Connection] = set()
         self._in_use: dict[Connection, None] = {}
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._closed = False
@@ -134,12 +138,13 @@ class Exchanges:
             Unreachable: the reference has no endpoint on an allowed lane.
             BufferClosedError: the client is closed.
         """
-        if not any(by_lane(ref.endpoints, self._lanes)):
+        reachable = by_lane(ref.endpoints, self._lanes)
+        if not reachable:
             lanes = "/".join(Lane(lane).label for lane in self._lanes)
             raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {lanes}")
         if self._closed:
             raise BufferClosedError("the client is closed")
-        return ReadAttempts(ref.endpoints, self._lanes, self._quarantine, next(self._rotation), self._attempts)
+        return ReadAttempts(reachable, self._quarantine, next(self._rotation), self._attempts)
 
     def choose(self, attempts: ReadAttempts, deadline: Deadline) -> tuple[str, Deadline]:
         """The endpoint of the next attempt, and until when it must have connected and answered.
@@ -153,7 +158,7 @@ class Exchanges:
         endpoint = attempts.choose(now)
         if now >= deadline.at:
             raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
-        return endpoint, deadline if attempts.last else deadline.share(0.5)
+        return endpoint, deadline if attempts.last else deadline.share(0.5, now)
 
     def failed(self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError) -> None:
         """Note a failed attempt; returns if another one is due, else raises what it comes to."""
@@ -173,16 +178,22 @@ class Exchanges:
 
     def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, Group | None]:
         """An open connection to the endpoint, and the group that it keeps busy."""
-        fits = self._network.fits(Endpoint.parse(endpoint))
+        pool = self._pool
         while True:
+            now = self._clock.now()
             with self._lock:
-                decision = self._pool.checkout(endpoint, self._clock.now(), fits)
-            for expired, group in decision.expired:
-                self.discard(expired, group)
-            connection, group = decision.connection, decision.group
-            if connection is None:
-                return self._open(endpoint, producer, deadline, group)
-            surely_open = decision.idle < _SURELY_OPEN_SECONDS
+                at_hand = pool.at_hand(endpoint, now)
+                if at_hand is None:
+                    decision = pool.checkout(endpoint, now, self._network.fits(Endpoint.parse(endpoint)))
+            if at_hand is None:
+                for expired, group in decision.expired:
+                    self.discard(expired, group)
+                connection, group, idle = decision.connection, decision.group, decision.idle
+                if connection is None:
+                    return self._open(endpoint, producer, deadline, group)
+            else:
+                (connection, idle), group = at_hand, None
+            surely_open = idle < _SURELY_OPEN_SECONDS
             if connection.identity.producer == producer and (surely_open or connection.usable()):
                 if self._unconfirmed:
                     self._settle(connection, group, deadline)
@@ -206,12 +217,20 @@ class Exchanges:
     def discard(self, connection: Connection, group: Group | None) -> None:
         """Close a connection; ACKs that may be lost with it are remembered."""
         self._in_use.pop(connection, None)
-        self._remember(connection)
-        connection.close()
+        self._end(connection)
         with self._lock:
             self._pool.discard(group)
         if self._closed:
             self._close_idle()
+
+    def counted(self) -> dict[str, float]:
+        """All counters, the payloads among them that went over connections which are still open."""
+        with self._lock:
+            counted = Counters()
+            counted.add_all(self._counters.snapshot())
+            for connection in self._open_ones:
+                counted.add_all(_handed_out(connection))
+        return counted.snapshot()
 
     def quarantined(self) -> list[str]:
         """The endpoints that are skipped now."""
@@ -240,7 +259,15 @@ class Exchanges:
                 with self._lock:
                     self._pool.add_group(group)
             connection = Connection.open(
-                endpoint, producer, self._secret, deadline, group, self._verify, self._buffers, self._network
+                endpoint,
+                producer,
+                self._secret,
+                deadline,
+                group,
+                self._verify,
+                self._buffers,
+                self._network,
+                self._inline_bytes,
             )
         except BaseException:
             with self._lock:
@@ -249,6 +276,8 @@ class Exchanges:
                 self._close_idle()
             raise
         self._counters.add("connects")
+        with self._lock:
+            self._open_ones.add(connection)
         self._settle(connection, group, deadline)
         self._in_use[connection] = None
         return connection, group
@@ -273,6 +302,15 @@ class Exchanges:
             if not left:
                 self._unconfirmed.pop(producer, None)
         self._counters.add("acks_repeated", len(lost))
+
+    def _end(self, connection: Connection) -> None:
+        """Close a connection; what it counted stays, and the ACKs that may be lost with it."""
+        self._remember(connection)
+        connection.close()
+        with self._lock:
+            if connection in self._open_ones:
+                self._open_ones.discard(connection)
+                self._counters.add_all(_handed_out(connection))
 
     def _remember(self, connection: Connection) -> None:
         """Keep the ACKs that may be lost with a connection."""
@@ -304,7 +342,14 @@ class Exchanges:
         for connection in connections:
             with contextlib.suppress(DrayError):
                 connection.confirm(deadline)
-            self._remember(connection)
-            connection.close()
+            self._end(connection)
         for group in groups:
             group.close()
+
+
+def _handed_out(connection: Connection) -> dict[str, float]:
+    """Payloads that were handed out over a connection, as they are counted."""
+    if not connection.reads:
+        return {}
+    reads = f"reads_{connection.lane.label}"
+    return {"reads": connection.reads, reads: connection.reads, "bytes": connection.read_bytes}

@@ -49,9 +49,10 @@ class Quarantine:
 
 @functools.lru_cache(maxsize=1024)
 def by_lane(endpoints: tuple[str, ...], lanes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    """The distinct endpoints of each lane, in the order of `lanes`; empty where the lane has none."""
+    """The distinct endpoints of each lane that has any, in the order of `lanes`."""
     distinct = dict.fromkeys(endpoints)
-    return tuple(tuple(e for e in distinct if Endpoint.parse(e).lane == lane) for lane in lanes)
+    found = (tuple(e for e in distinct if Endpoint.parse(e).lane == lane) for lane in lanes)
+    return tuple(filter(None, found))
 
 
 class ReadAttempts:
@@ -63,20 +64,18 @@ class ReadAttempts:
     the producer is lost.
 
     Args:
-        endpoints: the reference's endpoints; those on other lanes are left out.
-        lanes: lane numbers, best first.
+        endpoints: those that may be tried, as `by_lane` puts them; at least one.
         rotation: counts the client's reads, so that each begins with another endpoint.
     """
 
     def __init__(
         self,
-        endpoints: Sequence[str],
-        lanes: Sequence[int],
+        endpoints: Sequence[Sequence[str]],
         quarantine: Quarantine,
         rotation: int,
         most: int = MOST_ATTEMPTS,
     ) -> None:
-        self._by_lane = by_lane(tuple(endpoints), tuple(lanes))
+        self._by_lane = endpoints
         self._quarantine = quarantine
         self._rotation = rotation
         self._left = most
@@ -91,7 +90,7 @@ class ReadAttempts:
     def choose(self, now: float) -> str:
         """The endpoint of the next attempt: one not tried yet, if possible a healthy one."""
         if not self._tried and self._quarantine.empty:
-            best = next(filter(None, self._by_lane))
+            best = self._by_lane[0]
             return best[self._rotation % len(best)]
         for lane in self._by_lane:
             healthy = [e for e in lane if e not in self._tried and self._quarantine.healthy(e, now)]

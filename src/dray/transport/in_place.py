@@ -15,7 +15,7 @@ import numpy as np
 from dray.errors import LeaseInUseError
 from dray.payload.codec import unpack
 from dray.transport.connection import Held
-from dray.wire.session import Request
+from dray.wire.client_session import Request
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 End = Callable[[Request, bool], None]

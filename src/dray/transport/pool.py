@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 MOST_IDLE = 2
 IDLE_SECONDS = 100.0
@@ -13,10 +13,8 @@ C = TypeVar("C")
 G = TypeVar("G", bound=Hashable)
 
 
-class _Idle(NamedTuple, Generic[C, G]):
-    connection: C
-    group: G | None
-    since: float
+_Idle: TypeAlias = tuple[C, G | None, float]
+"""A connection, its group, and since when it is idle."""
 
 
 class Checkout(NamedTuple, Generic[C, G]):
@@ -49,34 +47,42 @@ class ConnectionPool(Generic[C, G]):
         self._groups: dict[G, bool] = {}
         self._next_sweep = 0.0
 
-    def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
-        """Take the connection that was used last, or say in which group that fits to open one, if any."""
+    def at_hand(self, endpoint: str, now: float) -> tuple[C, float] | None:
+        """Take the connection that was used last, and say for how long it was not, if nothing else is to be done.
+
+        None where something is: no connection, one of a group, or idle ones that are to be replaced.
+        """
         waiting = self._idle.get(endpoint)
-        if waiting and now < self._next_sweep and now - waiting[0].since < self._idle_seconds:
-            # Nothing is due: the oldest comes first.
+        if waiting and now < self._next_sweep and now - waiting[0][2] < self._idle_seconds:
             connection, group, since = waiting[-1]
             if group is None:
                 del waiting[-1]
-                return Checkout(connection, None, (), now - since)
+                return connection, now - since
+        return None
+
+    def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
+        """Take the connection that was used last, or say in which group that fits to open one, if any."""
         expired: list[tuple[C, G | None]] = []
         chosen: _Idle[C, G] | None = None
         kept: list[_Idle[C, G]] = []
         for idle in reversed(self._idle.pop(endpoint, [])):
-            if idle.group is not None and self._groups[idle.group]:
+            connection, group, since = idle
+            if group is not None and self._groups[group]:
                 kept.append(idle)
                 continue
-            if now - idle.since >= self._idle_seconds:
-                expired.append((idle.connection, self._take(idle.group)))
+            if now - since >= self._idle_seconds:
+                expired.append((connection, self._take(group)))
             elif chosen is None:
                 chosen = idle
-                self._take(idle.group)
+                self._take(group)
             else:
                 kept.append(idle)
         if kept:
             self._idle[endpoint] = kept[::-1]
         if chosen is not None:
-            self._sweep(now, chosen.group, expired)
-            return Checkout(chosen.connection, chosen.group, expired, now - chosen.since)
+            connection, group, since = chosen
+            self._sweep(now, group, expired)
+            return Checkout(connection, group, expired, now - since)
         free = (group for group, busy in self._groups.items() if not busy and fits is not None and fits(group))
         group = self._take(next(free, None))
         self._sweep(now, group, expired)
@@ -91,11 +97,14 @@ class ConnectionPool(Generic[C, G]):
 
         Its group is free from then on, unless the connection came back: then `discard` it after closing.
         """
-        idle = self._idle.setdefault(endpoint, [])
+        idle = self._idle.get(endpoint)
+        if idle is None:
+            idle = self._idle[endpoint] = []
         if len(idle) >= self._most_idle:
             return connection
-        idle.append(_Idle(connection, group, now))
-        self.discard(group)
+        idle.append((connection, group, now))
+        if group is not None:
+            self.discard(group)
         return None
 
     def discard(self, group: G | None) -> None:
@@ -107,8 +116,8 @@ class ConnectionPool(Generic[C, G]):
         """Give out, for good, the idle connections and groups that no thread uses."""
         connections: list[C] = []
         for endpoint, kept in list(self._idle.items()):
-            busy = [idle for idle in kept if idle.group is not None and self._groups[idle.group]]
-            connections += [idle.connection for idle in kept if idle not in busy]
+            busy = [idle for idle in kept if idle[1] is not None and self._groups[idle[1]]]
+            connections += [idle[0] for idle in kept if idle not in busy]
             self._idle[endpoint] = busy
         groups = [group for group, busy in self._groups.items() if not busy]
         for group in groups:
@@ -117,7 +126,7 @@ class ConnectionPool(Generic[C, G]):
 
     def withheld(self) -> list[C]:
         """The idle connections that `drain` leaves, as a thread uses their group."""
-        return [idle.connection for kept in self._idle.values() for idle in kept]
+        return [connection for kept in self._idle.values() for connection, _, _ in kept]
 
     def count(self, endpoint: str) -> int:
         """Idle connections to an endpoint."""
@@ -135,15 +144,15 @@ class ConnectionPool(Generic[C, G]):
         for endpoint, waiting in list(self._idle.items()):
             kept = []
             for idle in waiting:
-                group = idle.group
+                connection, group, since = idle
                 held = group is not None and self._groups[group] and group != mine and group not in taken
-                if held or now - idle.since < self._idle_seconds:
+                if held or now - since < self._idle_seconds:
                     kept.append(idle)
                 elif group is None or group == mine or group in taken:
-                    expired.append((idle.connection, None))
+                    expired.append((connection, None))
                 else:
                     self._take(group)
-                    taken[group] = idle.connection
+                    taken[group] = connection
             if kept:
                 self._idle[endpoint] = kept
             else:

@@ -21,6 +21,8 @@ logger = logging.getLogger("dray.server")
 
 ROUNDS = 64
 """Answers one connection gets in a row before the others have their turn."""
+MOST_MESSAGES = 256
+"""Messages of one connection that are taken at a time."""
 _LINGER_SECONDS = 1.0
 _HANDSHAKE_SECONDS = 10.0
 _WATCHDOG_SECONDS = 0.05
@@ -45,15 +47,29 @@ class ServedConnection:
 
     Attributes:
         stream, session: its two halves.
+        network, tagged: it is not on the Unix lane; it is on the ucx lane.
         unsent: answers wait for room.
         watched: whether the driver was told so; None before it was told anything.
     """
 
-    __slots__ = ("active", "announced", "lingering", "pid", "session", "stream", "unsent", "watched")
+    __slots__ = (
+        "active",
+        "announced",
+        "lingering",
+        "network",
+        "pid",
+        "session",
+        "stream",
+        "tagged",
+        "unsent",
+        "watched",
+    )
 
     def __init__(self, stream: Stream, session: ServerSession, now: float, pid: int | None) -> None:
         self.stream = stream
         self.session = session
+        self.network = stream.lane is not Lane.SHM
+        self.tagged = stream.lane is Lane.UCX
         self.active = now
         self.announced = False
         self.lingering = False
@@ -107,7 +123,7 @@ class ServedConnections:
         connection = ServedConnection(stream, self._make_session(stream.lane), now, pid)
         self._counters.add("connections")
         self._next_sweep = min(self._next_sweep, now + self._limit(connection))
-        (self._ucx if stream.lane is Lane.UCX else self._sockets)[stream] = connection
+        (self._ucx if connection.tagged else self._sockets)[stream] = connection
         self.serve(connection)
 
     def serve(self, connection: ServedConnection) -> bool:
@@ -122,18 +138,21 @@ class ServedConnections:
                         break
                     connection.unsent = False
                     session.flushed()
-                received = self._receive(connection)
+                messages = stream.receive(session.expects, MOST_MESSAGES if session.established else 1)
+                if messages is not None and not connection.lingering:
+                    session.receive(messages)
+                    connection.active = self._clock.now()
                 items = session.take()
                 if items:
                     descriptor = None
                     if not connection.announced and session.established:
                         connection.announced = True
-                        descriptor = self._descriptor if stream.lane is Lane.SHM else None
+                        descriptor = None if connection.network else self._descriptor
                     if stream.send(items, descriptor):
                         session.flushed()
                     else:
                         connection.unsent = True
-                elif not received:
+                elif messages is None:
                     break
             else:
                 again = True
@@ -150,7 +169,7 @@ class ServedConnections:
         elif connection.active + self._shortest < self._next_sweep:
             # Its own limit: a time that is past already would have the driver look again and again.
             self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
-        if stream.lane is not Lane.UCX:
+        if not connection.tagged:
             if again:
                 self._again[connection] = None
             if connection.watched is not connection.unsent:
@@ -237,21 +256,6 @@ class ServedConnections:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _receive(self, connection: ServedConnection) -> bool:
-        """Hand what has arrived to the session; whether there was anything."""
-        stream, session = connection.stream, connection.session
-        received = False
-        for _ in range(ROUNDS):
-            message = stream.receive(session.expects)
-            if message is None:
-                break
-            received = True
-            if not connection.lingering:
-                session.receive(message)
-        if received and not connection.lingering:
-            connection.active = self._clock.now()
-        return received
-
     def _limit(self, connection: ServedConnection) -> float:
         if connection.lingering:
             return _LINGER_SECONDS
@@ -259,7 +263,7 @@ class ServedConnections:
             return min(_HANDSHAKE_SECONDS, self._settings.idle)
         if not connection.session.leases:
             return self._settings.idle
-        return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease
+        return self._settings.lease if connection.network else math.inf
 
     def _drop(self, connection: ServedConnection, error: Exception | None) -> None:
         """End a connection; its leases are returned once nothing reads their slots for sending."""
@@ -270,7 +274,7 @@ class ServedConnections:
             self._counters.add("failed_connections")
             logger.debug("connection lost: %s", error)
         stream = connection.stream
-        if stream.lane is Lane.UCX:
+        if connection.tagged:
             del self._ucx[stream]
         else:
             del self._sockets[stream]

@@ -18,6 +18,7 @@ from dray.clock import Clock, Deadline
 from dray.errors import AuthenticationError, TransportError
 from dray.telemetry import Counters
 from dray.transport.served_connections import ROUNDS, ServedConnection, ServedConnections, ThreadSettings
+from dray.transport.spinning import SpinningEpoll
 from dray.transport.tcp import TcpListener
 from dray.transport.ucx import UcxListener, UcxStream
 from dray.transport.ucx_worker import UcxWorker
@@ -66,7 +67,7 @@ class ServerThread:
         settings: ThreadSettings,
         counters: Counters,
         clock: Clock,
-        make_poll: Callable[[], Poll] = select.epoll,
+        make_poll: Callable[[], Poll] = SpinningEpoll,
     ) -> None:
         self.endpoints = [listener.endpoint for listener in (*listeners, *((ucx,) if ucx else ()))]
         self._listeners = {listener.fileno(): listener for listener in listeners}

@@ -67,12 +67,13 @@ def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError
             return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
 
 
-def _frames_only(items: Sequence[Outgoing]) -> bytes | None:
-    """The items as one message, unless there is a payload among them."""
-    frames = [item for item in items if not isinstance(item, Payload)]
-    if len(frames) != len(items):
-        return None
-    return frames[0] if len(frames) == 1 else b"".join(frames)
+def _messages_only(items: Sequence[Outgoing]) -> bytes | None:
+    """The items in one piece, unless there is a payload among them."""
+    if len(items) == 1:
+        item = items[0]
+        return None if isinstance(item, Payload) else item
+    messages = [item for item in items if not isinstance(item, Payload)]
+    return b"".join(messages) if len(messages) == len(items) else None
 
 
 class SocketStream:
@@ -81,16 +82,13 @@ class SocketStream:
     Args:
         sock: the socket; the stream owns it from now on.
         lane: ``SHM`` for a Unix socket, ``TCP`` for a TCP socket.
-        read_ahead: read more than the next message where more is there. A side that receives payloads in band
-            turns it off, so that their bytes go straight into place.
     """
 
-    def __init__(self, sock: socket.socket, lane: Lane, read_ahead: bool) -> None:
+    def __init__(self, sock: socket.socket, lane: Lane) -> None:
         sock.setblocking(False)
         self.lane = lane
         self._sock = not_inherited(sock)
-        self._read_ahead = read_ahead
-        self._inbox = bytearray(READ_AHEAD if read_ahead else 4096)
+        self._inbox = bytearray(READ_AHEAD)
         self._view = memoryview(self._inbox)
         self._begin = self._end = 0
         self._parts: deque[memoryview] = deque()
@@ -110,20 +108,21 @@ class SocketStream:
     def wants_write(self) -> bool:
         return bool(self._parts)
 
-    def receive(self, size: int) -> memoryview | None:
-        have = self._end - self._begin
-        if have < size and have + self._fill(size - have) < size:
-            return None
-        begin = self._begin
-        self._begin += size
+    def receive(self, size: int, most: int = 1) -> memoryview | None:
+        begin, end = self._begin, self._end
+        if end - begin < size:
+            if self._dry or not self._fill(size - end + begin) or self._end - self._begin < size:
+                return None
+            begin, end = self._begin, self._end
+        if most > 1:
+            size *= min(most, (end - begin) // size)
+        self._begin = begin + size
         return self._view[begin : begin + size]
 
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         parts = self._parts
-        if descriptor is not None:
-            self._descriptor = descriptor
-        elif not parts and (message := _frames_only(items)) is not None:
-            # Most of the time frames leave at once and whole.
+        if descriptor is None and not parts and (message := _messages_only(items)) is not None:
+            # Most of the time messages leave at once and whole.
             try:
                 sent = self._sock.send(message)
             except BlockingIOError:
@@ -135,6 +134,8 @@ class SocketStream:
                 return True
             parts.append(memoryview(message)[sent:])
             return False
+        if descriptor is not None:
+            self._descriptor = descriptor
         for item in items:
             view = item.view if isinstance(item, Payload) else memoryview(item)
             if view.nbytes:
@@ -187,16 +188,20 @@ class SocketStream:
 
     def _fill(self, missing: int) -> int:
         """Read towards a message that lacks `missing` bytes; the bytes read."""
-        if self._begin:
-            have = self._end - self._begin
-            self._inbox[:have] = self._inbox[self._begin : self._end]
-            self._begin, self._end = 0, have
-        if self._end + missing > len(self._inbox):
-            grown = bytearray(self._end + missing)
-            grown[: self._end] = self._inbox[: self._end]
-            self._inbox, self._view = grown, memoryview(grown)
-        room = self._view[self._end :] if self._read_ahead else self._view[self._end : self._end + missing]
-        got = self._recv(room)
+        begin, end = self._begin, self._end
+        if begin == end and not self._expected and missing <= READ_AHEAD:
+            self._begin = self._end = 0
+            got = self._recv(self._inbox)
+        else:
+            if begin:
+                self._inbox[: end - begin] = self._inbox[begin:end]
+                self._begin, self._end = 0, end - begin
+            if self._end + missing > len(self._inbox):
+                grown = bytearray(self._end + missing)
+                grown[: self._end] = self._inbox[: self._end]
+                self._inbox, self._view = grown, memoryview(grown)
+            # More than the next message, unless a payload is to go straight into its place.
+            got = self._recv(self._view[self._end : self._end + missing if self._expected else None])
         self._end += got
         return got
 
@@ -206,17 +211,13 @@ class SocketStream:
             target[self._filled : self._filled + ahead] = self._view[self._begin : self._begin + ahead]
             self._begin += ahead
             self._filled += ahead
-        while self._filled < target.nbytes:
+        while self._filled < target.nbytes and not self._dry:
             got = self._recv(target[self._filled :], within=True)
-            if not got:
-                return False
             self._filled += got
-        return True
+        return self._filled == target.nbytes
 
-    def _recv(self, room: memoryview, within: bool = False) -> int:
+    def _recv(self, room: memoryview | bytearray, within: bool = False) -> int:
         """Bytes received; 0 when there are none yet."""
-        if self._dry:
-            return 0
         try:
             got = self._sock.recv_into(room)
         except BlockingIOError:
@@ -225,7 +226,7 @@ class SocketStream:
         except OSError as error:
             raise from_os_error(error) from error
         if got:
-            self._dry = not within and got < room.nbytes
+            self._dry = not within and got < len(room)
             return got
         if within or self._end > self._begin:
             raise MessageTruncated("the peer closed the connection within a message")

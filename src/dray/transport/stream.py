@@ -40,9 +40,10 @@ class Stream(Protocol):
         """`flush` waits for room: wait for writability."""
         ...
 
-    def receive(self, size: int) -> memoryview | None:
+    def receive(self, size: int, most: int = 1) -> memoryview | None:
         """The next message of exactly `size` bytes, valid until the next call; None if it is not all here yet.
 
+        Of messages that are all of that size, up to `most` come together if they are here, one behind the other.
         After None, call `idle` and wait before looking again.
         """
         ...

@@ -41,7 +41,7 @@ class TcpListener:
         sock = accept(self._sock)
         if sock is None:
             return None
-        return _stream(sock, read_ahead=True)
+        return _stream(sock)
 
     def close(self) -> None:
         self._sock.close()
@@ -88,14 +88,14 @@ def connect(host: str, port: int, deadline: Deadline, wake: Wake | None = None) 
         except BaseException:
             sock.close()
             raise
-        return _stream(sock, read_ahead=False)
+        return _stream(sock)
     raise failure or Unreachable("the host has no address", endpoint=endpoint)
 
 
-def _stream(sock: socket.socket, read_ahead: bool) -> SocketStream:
+def _stream(sock: socket.socket) -> SocketStream:
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         sock.close()
         raise from_os_error(error) from error
-    return SocketStream(sock, Lane.TCP, read_ahead)
+    return SocketStream(sock, Lane.TCP)

@@ -12,6 +12,7 @@ endpoint was closed while a request on it was open that cannot be cancelled, as 
 from __future__ import annotations
 
 import contextlib
+import enum
 import secrets
 import struct
 from collections import deque
@@ -36,6 +37,14 @@ _PORTS_TO_TRY = 64
 _PREAMBLE = struct.Struct("<Q")
 _LONGEST_MESSAGE = 64 * 1024
 """Frames that are sent together are cut into messages of at most this size."""
+
+
+class _Awaited(enum.Enum):
+    """What the driver found not to be there when it looked last."""
+
+    MESSAGE = enum.auto()
+    PAYLOAD = enum.auto()
+    ROOM = enum.auto()
 
 
 class UcxStream:
@@ -63,7 +72,7 @@ class UcxStream:
         self._unsent: list[Outgoing] = []
         self._sends: list[tuple[Any, Any]] = []
         self._expected: deque[tuple[Any, memoryview, int]] = deque()
-        self._payload_awaited = False
+        self._awaited = _Awaited.MESSAGE
         self._abandoned: list[Abandoned] = []
         self._preamble: tuple[Any, bytearray] | None = None
         if accepted:
@@ -80,13 +89,15 @@ class UcxStream:
         self.worker.progress()
         return not self._ready() and self.worker.arm()
 
-    def receive(self, size: int) -> memoryview | None:
+    def receive(self, size: int, most: int = 1) -> memoryview | None:
         self._check_open()
-        self._payload_awaited = False
+        self._awaited = _Awaited.MESSAGE
         while self._theirs is None or len(self._inbox) < size:
             if not (self._agree() if self._theirs is None else self._take()):
                 self._check_alive(within=bool(self._inbox))
                 return None
+        if most > 1:
+            size *= min(most, len(self._inbox) // size)
         message = self._inbox[:size]
         del self._inbox[:size]
         return memoryview(message)
@@ -113,8 +124,10 @@ class UcxStream:
                 waiting.append((request, memory))
         self._sends = waiting
         if waiting or self._unsent:
+            self._awaited = _Awaited.ROOM
             self._check_alive()
             return False
+        self._awaited = _Awaited.MESSAGE
         return True
 
     def expect(self, target: memoryview, tag: int) -> None:
@@ -127,8 +140,8 @@ class UcxStream:
         request, memory, _ = self._expected[0]
         if nbytes and nbytes != memory.nbytes:
             raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {memory.nbytes}")
-        self._payload_awaited = not request.completed
-        if self._payload_awaited:
+        if not request.completed:
+            self._awaited = _Awaited.PAYLOAD
             self._check_alive()
             return False
         self._expected.popleft()
@@ -250,11 +263,11 @@ class UcxStream:
         """A request whose completion the driver has not seen yet, or a failure."""
         if not self._endpoint.alive:
             return True
-        # Of messages and payloads, what has come before its time must not keep busy who waits for the other.
-        if self._payload_awaited:
+        # What has come before its time must not keep busy who waits for something else.
+        if self._awaited is _Awaited.PAYLOAD:
             if self._expected[0][0].completed:
                 return True
-        else:
+        elif self._awaited is _Awaited.MESSAGE or self._theirs is None:
             due = self._incoming or self._preamble
             if due[0].completed if due is not None else self.worker.waits(self._mine_tag):
                 return True

@@ -28,8 +28,8 @@ class UnixStream(SocketStream):
     The message that ends the handshake brings the segment's descriptor: `receive_descriptor` takes it.
     """
 
-    def __init__(self, sock: socket.socket, read_ahead: bool = True) -> None:
-        super().__init__(sock, Lane.SHM, read_ahead)
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, Lane.SHM)
 
     def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
         """The next message together with the descriptor it carries, or None if it is not here yet.

@@ -9,6 +9,7 @@ import threading
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout
 from dray.transport.sockets import poll_timeout
+from dray.transport.spinning import Spinning
 from dray.transport.stream import Stream
 
 
@@ -21,7 +22,7 @@ class Wake:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._waits: set[select.poll] = set()
+        self._waits: set[Spinning] = set()
         self._woken = False
 
     def close(self) -> None:
@@ -38,8 +39,8 @@ class Wake:
             if self._descriptor >= 0:
                 poll.register(self._descriptor, select.POLLIN)
 
-    def wait(self, poll: select.poll, deadline: Deadline) -> bool:
-        """Wait for what is registered with `poll`; False if the deadline came first.
+    def wait(self, poll: Spinning, deadline: Deadline) -> bool:
+        """Wait for what `poll` looks at; False if the deadline came first.
 
         Raises:
             BufferClosedError: the client is closed.
@@ -49,7 +50,7 @@ class Wake:
         self._waits.add(poll)
         try:
             if not self._woken:
-                found = poll.poll(poll_timeout(deadline))
+                found = poll(poll_timeout(deadline))
         finally:
             self._waits.discard(poll)
             if self._woken:
@@ -72,10 +73,11 @@ class PollWaiter:
         wake: ends the wait; without it, only the deadline does.
     """
 
-    __slots__ = ("_events", "_poll", "_wake")
+    __slots__ = ("_events", "_poll", "_spinning", "_wake")
 
     def __init__(self, wake: Wake | None) -> None:
         self._poll = select.poll()
+        self._spinning = Spinning(self._poll.poll)
         self._wake = wake
         self._events = 0
         if wake is not None:
@@ -105,7 +107,8 @@ class PollWaiter:
 
     def _wait(self, deadline: Deadline, awaited: str, endpoint: str) -> None:
         wake = self._wake
-        if not (wake.wait(self._poll, deadline) if wake is not None else self._poll.poll(poll_timeout(deadline))):
+        spinning = self._spinning
+        if not (wake.wait(spinning, deadline) if wake is not None else spinning(poll_timeout(deadline))):
             raise timed_out(deadline, awaited, endpoint)
 
 

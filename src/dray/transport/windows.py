@@ -1,19 +1,29 @@
-"""A batch from one producer over one connection: windows of requests, each as many as there may be leases."""
+"""A batch from one producer over one connection: windows of requests, those with leases one at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from dray.clock import Deadline
 from dray.errors import ConnectionClosed, DrayError, TransportError
 from dray.transport.connection import Connection, Held
 from dray.transport.receive_buffers import Bytes
 from dray.wire import PayloadRef
-from dray.wire.handshake import Lane
-from dray.wire.session import Request
+from dray.wire.client_session import Request
+
+_INLINE_WINDOW = 32
+"""Small payloads that are asked for and acknowledged together: the more, the fewer system calls for each."""
+
+_MOST_ASKED = 2
+"""Windows on their way: while one is handed out, the server is at work on the next."""
+
+
+class _Window(NamedTuple):
+    refs: Sequence[PayloadRef]
+    targets: Sequence[Bytes | None]
 
 
 def windows(
@@ -23,31 +33,41 @@ def windows(
     consume: bool,
     status_by: Deadline,
     deadline: Deadline,
-    count: Callable[[Connection, Sequence[PayloadRef]], None],
 ) -> Iterator[tuple[PayloadRef, Bytes | DrayError]]:
     """Yield what the connection brings, taking each reference off `waiting` as its result is handed out.
 
-    A window's leases end with the requests of the next. `status_by` bounds the first window: once it has come the
-    endpoint is known to answer. `count` is told of payloads that were handed out.
+    The leases of a window end with the requests of the next, after its payloads were handed out. `status_by`
+    bounds the first window: once it has come the endpoint is known to answer.
 
     Raises:
         TransportError: the connection failed, or a deadline passed; what it has not brought is still `waiting`.
     """
+    asked: deque[_Window] = deque()
+    unasked = iter(tuple(waiting))
+    due = next(unasked, None)
     ended: list[tuple[Request, bool]] = []
     while waiting:
-        window = list(itertools.islice(waiting, connection.identity.max_leases))
-        targets = connection.ask(window, reader, status_by, ended)
+        while due is not None and _ahead(asked, due, connection.inline_bytes):
+            small = due.nbytes <= connection.inline_bytes
+            most = _INLINE_WINDOW if small else connection.identity.max_leases
+            refs: list[PayloadRef] = []
+            while due is not None and len(refs) < most and (due.nbytes <= connection.inline_bytes) is small:
+                refs.append(due)
+                due = next(unasked, None)
+            asked.append(_Window(refs, connection.ask(refs, reader, status_by, ended, inline=small)))
+            ended = []
+        window = asked.popleft()
         results = [
             connection.answer(ref, target, status_by, deadline)
-            for ref, target in zip(window, targets, strict=True)
+            for ref, target in zip(window.refs, window.targets, strict=True)
         ]
         status_by = deadline
         outcomes = [result.data() if isinstance(result, Held) else result for result in results]
-        if connection.lane is Lane.SHM and not connection.usable():
+        if any(isinstance(result, Held) and result.in_place for result in results) and not connection.usable():
             raise ConnectionClosed("the leases may have ended while the payloads were copied")
         given = 0
         try:
-            for ref, outcome in zip(window, outcomes, strict=True):
+            for ref, outcome in zip(window.refs, outcomes, strict=True):
                 given += 1
                 waiting.popleft()
                 yield ref, outcome
@@ -56,10 +76,20 @@ def windows(
                 connection.acknowledge(_ended(results, consume, given), deadline)
             raise
         finally:
-            handed = zip(window[:given], results[:given], strict=True)
-            count(connection, [ref for ref, result in handed if isinstance(result, Held)])
-        ended = _ended(results, consume, given)
+            handed = zip(window.refs[:given], results[:given], strict=True)
+            sizes = [ref.nbytes for ref, result in handed if isinstance(result, Held)]
+            connection.reads += len(sizes)
+            connection.read_bytes += sum(sizes)
+        ended += _ended(results, consume, given)
     connection.acknowledge(ended, deadline)
+
+
+def _ahead(asked: Sequence[_Window], due: PayloadRef, inline_bytes: int) -> bool:
+    """Whether to ask for the window that begins with `due` although others are on their way.
+
+    What comes inline keeps no slot from the writer while the program is busy with the window before.
+    """
+    return not asked or (len(asked) < _MOST_ASKED and due.nbytes <= inline_bytes)
 
 
 def _ended(results: Sequence[Held | DrayError], consume: bool, given: int) -> list[tuple[Request, bool]]:

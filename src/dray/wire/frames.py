@@ -12,13 +12,15 @@ All integers are little-endian. After the handshake (`handshake.py`) every messa
 
 READ, CONSUME and STAT are requests; each is answered by one STATUS with the same request id, in order. ACK is
 not answered: STATUS frames count the ACKs processed so far in `acked`. Fields a kind does not use are zero. In
-READ `nbytes` is the size that the reference says, or 0: a payload of another size is refused with ERROR.
+READ `nbytes` is the size that the reference says, or 0: a payload of another size is refused with ERROR. READ with
+flag INLINE has a small payload follow its STATUS as a message, on every lane.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from dray.errors import ProtocolError
@@ -58,6 +60,7 @@ class Flag:
     CONSUMED: Final = 1  # ACK: the reader is done with the payload for good; otherwise the lease is returned
     CHECKSUM: Final = 2  # STATUS: `checksum` holds the payload's xxh3-64
     TEXT: Final = 4  # STATUS: `nbytes` bytes of UTF-8 text follow on the frame channel, and no payload
+    INLINE: Final = 8  # READ: the payload is to follow its STATUS on the frame channel, copied out of its slot
 
 
 class Frame(NamedTuple):
@@ -85,13 +88,20 @@ _STATUSES = frozenset(map(int, Status))
 _FORBIDDEN_FLAGS = {
     int(kind): ~allowed
     for kind, allowed in {
-        Kind.READ: Flag.NONE,
+        Kind.READ: Flag.INLINE,
         Kind.STATUS: Flag.CHECKSUM | Flag.TEXT,
         Kind.ACK: Flag.CONSUMED,
         Kind.CONSUME: Flag.NONE,
         Kind.STAT: Flag.NONE,
     }.items()
 }
+USUAL: Final = frozenset(
+    (kind, int(Status.OK), flags)
+    for kind, forbidden in _FORBIDDEN_FLAGS.items()
+    for flags in range(16)
+    if not flags & (forbidden | Flag.TEXT)
+)
+"""What `check` need not be asked: (kind, status, flags) of frames that nothing is wrong with."""
 
 
 def parse(message: bytes | bytearray | memoryview) -> Frame:
@@ -100,16 +110,46 @@ def parse(message: bytes | bytearray | memoryview) -> Frame:
     Raises:
         ProtocolError: wrong size, unknown kind, status or flag.
     """
+    frame = unpack(message)
+    check(frame.kind, frame.status, frame.flags, frame.nbytes)
+    return frame
+
+
+def unpack(message: bytes | bytearray | memoryview) -> Frame:
+    """Take one frame apart, and leave the rest of `parse` to the caller.
+
+    Raises:
+        ProtocolError: wrong size.
+    """
     if len(message) != FRAME_BYTES:
         raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(message)}")
-    frame = Frame._make(FRAME.unpack(message))
-    forbidden = _FORBIDDEN_FLAGS.get(frame.kind)
+    # `Frame(…)` does the same, by way of a function in Python.
+    return tuple.__new__(Frame, FRAME.unpack(message))
+
+
+def fields(messages: bytes | bytearray | memoryview) -> Iterator[tuple[int, ...]]:
+    """The fields of frames that lie one behind the other, unpacked and not yet looked at by `check`.
+
+    Raises:
+        ProtocolError: there is part of a frame.
+    """
+    if len(messages) % FRAME_BYTES:
+        raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(messages)}")
+    return FRAME.iter_unpack(messages)
+
+
+def check(kind: int, status: int, flags: int, nbytes: int) -> None:
+    """Refuse what no frame may say.
+
+    Raises:
+        ProtocolError: unknown kind, status or flag, or a text that is too long.
+    """
+    forbidden = _FORBIDDEN_FLAGS.get(kind)
     if forbidden is None:
-        raise ProtocolError(f"unknown frame kind {frame.kind}")
-    if frame.status not in _STATUSES:
-        raise ProtocolError(f"unknown status {frame.status}")
-    if frame.flags & forbidden:
-        raise ProtocolError(f"unknown flags {frame.flags:#x} in a {Kind(frame.kind).name} frame")
-    if frame.flags & Flag.TEXT and frame.nbytes > MAX_TEXT_BYTES:
-        raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, announced were {frame.nbytes}")
-    return frame
+        raise ProtocolError(f"unknown frame kind {kind}")
+    if status not in _STATUSES:
+        raise ProtocolError(f"unknown status {status}")
+    if flags & forbidden:
+        raise ProtocolError(f"unknown flags {flags:#x} in a {Kind(kind).name} frame")
+    if flags & Flag.TEXT and nbytes > MAX_TEXT_BYTES:
+        raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, announced were {nbytes}")

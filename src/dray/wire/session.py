@@ -1,4 +1,4 @@
-"""The two ends of one connection as state machines: messages in, answers out, no I/O.
+"""The server's end of one connection as a state machine: messages in, answers out, no I/O.
 
 A driver in `transport` reads `expects` bytes, hands them to `receive`, and sends what `take` returns. The server's
 end owns the leases of its connection: each READ it answers with STATUS(ok) has one lease, which ends exactly once,
@@ -8,22 +8,30 @@ by the reader's ACK or in `close`.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from dray.errors import (
-    AuthenticationError,
     BufferClosedError,
-    DrayError,
     ProtocolError,
-    ServerBusy,
     SlotError,
     StaleSlotError,
 )
 from dray.telemetry import Counters
-from dray.wire.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status, parse
+from dray.wire.frames import (
+    FRAME,
+    FRAME_BYTES,
+    MAX_TEXT_BYTES,
+    USUAL,
+    Flag,
+    Frame,
+    Kind,
+    Status,
+    check,
+    fields,
+)
 from dray.wire.handshake import Lane, ServerHandshake, ServerIdentity, Verdict
 
 MAX_PENDING = 4096
@@ -33,10 +41,13 @@ NO_BYTES = memoryview(b"")
 """On the ucx lane a client posts its receive before it asks, so every READ gets one tagged message, if empty."""
 
 MAX_INLINE_BYTES = 16 * 1024
-"""On the ucx lane a READ without a tag has a payload of up to this size sent with its STATUS, in one message."""
+"""A READ with INLINE may ask for payloads of up to this size."""
 
 BATCH_BYTES = 256 * 1024
 """Payloads that are handed to the stream together, to be sent in one go."""
+
+_READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
+_OK = int(Status.OK)
 
 
 class LeaseLike(Protocol):
@@ -60,10 +71,12 @@ class LeaseSource(Protocol):
     """What the session needs of a ring; see `dray.buffer.SharedRingBuffer`."""
 
     def read_raw(self, slot: int, sequence: int, reader: int = 0) -> LeaseLike: ...
+    def copy_many(self, wanted: Sequence[Wanted], most: int) -> Sequence[Any]: ...
+    def consume_many(self, wanted: Iterable[Wanted]) -> int: ...
     def mark_consumed(self, lease: Any) -> bool: ...
     def release_reading(self, lease: Any) -> bool: ...
     def consume(self, slot: int, sequence: int, reader: int = 0) -> bool: ...
-    def checksum(self, slot: int, sequence: int, compute: Callable[[memoryview], int]) -> int: ...
+    def checksum(self, slot: int, sequence: int, compute: Callable[[memoryview | bytes], int]) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,8 @@ class Payload:
 
 
 Outgoing = bytes | Payload
+Wanted = tuple[int, int, int]
+"""(slot, sequence, reader)."""
 
 
 class ServerSession:
@@ -102,22 +117,25 @@ class ServerSession:
         identity: ServerIdentity,
         *,
         secret: bytes | None = None,
-        checksum: Callable[[memoryview], int] | None = None,
+        checksum: Callable[[memoryview | bytes], int] | None = None,
         describe: Callable[[], str] = lambda: "{}",
         counters: Counters | None = None,
     ) -> None:
-        self._lane = lane
+        self._in_band = lane is not Lane.SHM
+        self._tagged = lane is Lane.UCX
         self._ring = ring
-        self._identity = identity
+        self._readers, self._slots, self._max_leases = identity.readers, identity.slots, identity.max_leases
         self._checksum = checksum
         self._describe = describe
         self._counters = counters or Counters()
         self._handshake = ServerHandshake(lane, identity, secret)
-        self._requests: deque[Frame] = deque()
+        self._requests: deque[tuple[int, ...]] = deque()
         self._outgoing: list[Outgoing] = []
         self._leases: dict[int, LeaseLike] = {}
+        self._copied: dict[int, Wanted] = {}
         self._sending: set[int] = set()
         self._acked = 0
+        self._tally: defaultdict[str, int] = defaultdict(int)
         self.established = False
         self.expects = self._handshake.expects
         self.closing = False
@@ -129,29 +147,42 @@ class ServerSession:
 
     @property
     def busy(self) -> bool:
-        """A request is waiting for its answer, or an answer is on its way out."""
-        return bool(self._requests or self._outgoing or self._sending)
+        """A request waits for its answer, an answer is on its way out, or an inline one is not acknowledged."""
+        return bool(self._requests or self._outgoing or self._sending or self._copied)
 
-    def receive(self, message: bytes | bytearray | memoryview) -> None:
+    def receive(self, messages: bytes | bytearray | memoryview) -> None:
         """Take the client's next message, of exactly `expects` bytes; after a refusal, do nothing with it.
 
+        Once `established`, any number of messages may be given together.
+
         Raises:
-            ProtocolError: the message is not one a client may send now; the connection must be aborted.
+            ProtocolError: a message is not one a client may send now; the connection must be aborted.
         """
         if self.closing:
             return
         if not self.established:
-            self._shake(message)
+            self._shake(messages)
             return
-        frame = parse(message)
-        if frame.kind == Kind.ACK:
-            self._ack(frame)
-        elif frame.kind == Kind.STATUS:
-            raise ProtocolError("a client sent STATUS")
-        elif len(self._requests) >= MAX_PENDING:
-            raise ProtocolError(f"more than {MAX_PENDING} requests are unanswered on one connection")
-        else:
-            self._requests.append(frame)
+        requests = self._requests
+        consumed: list[Wanted] = []
+        try:
+            for frame in fields(messages):
+                kind, status, reader, flags, slot, request, sequence, nbytes, _, _, _, _ = frame
+                if (kind, status, flags) not in USUAL:
+                    check(kind, status, flags, nbytes)
+                if kind == _ACK:
+                    self._ack(request, (slot, sequence, reader), flags, consumed)
+                elif kind == _STATUS:
+                    raise ProtocolError("a client sent STATUS")
+                elif len(requests) >= MAX_PENDING:
+                    raise ProtocolError(f"more than {MAX_PENDING} requests are unanswered on one connection")
+                else:
+                    requests.append(frame)
+        finally:
+            if consumed:
+                with contextlib.suppress(BufferClosedError):
+                    self._ring.consume_many(consumed)
+            self._count()
 
     def take(self) -> list[Outgoing]:
         """What to send next, in order. Call `flushed` when all of it is out, then `take` again."""
@@ -160,7 +191,8 @@ class ServerSession:
         taken, self._outgoing = self._outgoing, []
         batch = 0
         while self._requests and not self.closing and batch < BATCH_BYTES:
-            batch += self._answer(self._requests.popleft(), taken)
+            batch += self._answer(taken)
+        self._count()
         return taken
 
     def flushed(self) -> None:
@@ -175,9 +207,16 @@ class ServerSession:
         self._sending.clear()
         self._requests.clear()
         self._outgoing.clear()
+        self._copied.clear()
         leases, self._leases = self._leases, {}
         for lease in leases.values():
             self._ring.release_reading(lease)
+
+    def _count(self) -> None:
+        """Add what was tallied to the counters, which other threads use as well."""
+        if self._tally:
+            self._counters.add_all(self._tally)
+            self._tally.clear()
 
     # --- what each message does -------------------------------------------------------------------------------
 
@@ -190,118 +229,187 @@ class ServerSession:
             self.closing = True
             self._counters.add("auth_failures" if verdict is Verdict.DENIED else "malformed")
 
-    def _ack(self, frame: Frame) -> None:
-        if frame.request in self._sending:
-            raise ProtocolError(f"request {frame.request} was acknowledged before its payload was sent")
+    def _ack(self, request: int, named: Wanted, flags: int, consumed: list[Wanted]) -> None:
+        """End a read; what was copied, or is leased no more, joins `consumed` if it is."""
         self._acked += 1
-        lease = self._leases.get(frame.request)
-        consumed = frame.flags & Flag.CONSUMED
-        if lease is None:
-            self._counters.add("late_acks")
-            if consumed and frame.reader < self._identity.readers and frame.slot < self._identity.slots:
-                with contextlib.suppress(BufferClosedError):
-                    self._ring.consume(frame.slot, frame.sequence, frame.reader)
+        copied = self._copied.pop(request, None)
+        if copied is None:
+            self._end_lease(request, named, flags, consumed)
             return
-        if (lease.slot, lease.sequence, lease.reader) != (frame.slot, frame.sequence, frame.reader):
-            raise ProtocolError(f"ACK of request {frame.request} names another slot, sequence or reader")
-        del self._leases[frame.request]
-        if consumed:
+        if copied != named:
+            raise ProtocolError(f"ACK of request {request} names another slot, sequence or reader")
+        if flags & Flag.CONSUMED:
+            self._tally["acks_consumed"] += 1
+            consumed.append(named)
+        else:
+            self._tally["acks_returned"] += 1
+
+    def _end_lease(self, request: int, named: Wanted, flags: int, consumed: list[Wanted]) -> None:
+        if request in self._sending:
+            raise ProtocolError(f"request {request} was acknowledged before its payload was sent")
+        lease = self._leases.get(request)
+        if lease is None:
+            self._tally["late_acks"] += 1
+            slot, _, reader = named
+            known = reader < self._readers and slot < self._slots
+            if known and flags & Flag.CONSUMED:
+                consumed.append(named)
+            return
+        if (lease.slot, lease.sequence, lease.reader) != named:
+            raise ProtocolError(f"ACK of request {request} names another slot, sequence or reader")
+        del self._leases[request]
+        if flags & Flag.CONSUMED:
+            self._tally["acks_consumed"] += 1
             self._ring.mark_consumed(lease)
         else:
+            self._tally["acks_returned"] += 1
             self._ring.release_reading(lease)
-        self._counters.add("acks_consumed" if consumed else "acks_returned")
 
-    def _answer(self, request: Frame, taken: list[Outgoing]) -> int:
-        """Append the answer to one request; the number of payload bytes in it."""
+    def _answer(self, taken: list[Outgoing]) -> int:
+        """Append the answer to the oldest request, or the oldest inline ones; the payload bytes in it."""
+        frame = self._requests[0]
+        read = frame[0] == _READ
         nbytes = 0
         try:
-            if request.kind == Kind.READ:
-                nbytes = self._read(request, taken)
-            elif request.kind == Kind.CONSUME:
+            if read and frame[3] & Flag.INLINE:
+                return self._copy(taken)
+            self._requests.popleft()
+            if read:
+                nbytes = self._read(frame, taken)
+            elif frame[0] == Kind.CONSUME:
+                request = Frame._make(frame)
                 taken.append(self._status(request, self._consume(request)))
             else:
-                self._say(request, Status.OK, self._describe(), taken)
+                self._say(Frame._make(frame), Status.OK, self._describe(), taken)
         except BufferClosedError as error:
             self.closing = True
-            self._say(request, Status.ERROR, str(error), taken)
-        if request.tag and not nbytes and request.kind == Kind.READ and self._lane is Lane.UCX:
-            taken.append(Payload(NO_BYTES, request.tag))
+            self._say(Frame._make(frame), Status.ERROR, str(error), taken)
+        if read and not nbytes and self._tagged and frame[10]:
+            taken.append(Payload(NO_BYTES, frame[10]))
         return nbytes
 
     def _consume(self, request: Frame) -> Status:
-        if request.reader >= self._identity.readers:
+        if request.reader >= self._readers:
             return Status.DENIED
-        known = request.slot < self._identity.slots and self._ring.consume(
-            request.slot, request.sequence, request.reader
-        )
-        self._counters.add("consumed" if known else "consumed_stale")
+        known = request.slot < self._slots and self._ring.consume(request.slot, request.sequence, request.reader)
+        self._tally["consumed" if known else "consumed_stale"] += 1
         return Status.OK if known else Status.STALE
 
-    def _read(self, request: Frame, taken: list[Outgoing]) -> int:
-        refused = self._refusal(request)
-        if refused is not None:
-            self._counters.add(refused.name.lower())
-            taken.append(self._status(request, refused))
-            return 0
+    def _read(self, frame: tuple[int, ...], taken: list[Outgoing]) -> int:
+        """Answer a READ with a lease, and on network lanes its payload."""
+        _, _, reader, _, slot, request, sequence, size, _, _, tag, _ = frame
+        leases = self._leases
+        if reader >= self._readers or slot >= self._slots or len(leases) >= self._max_leases:
+            return self._refuse(Frame._make(frame), self._refusal(reader, slot) or Status.BUSY, taken)
+        if request in leases or request in self._copied:
+            raise ProtocolError(f"request id {request} is used twice")
+        if self._tagged and not tag:
+            raise ProtocolError("a READ on the ucx lane has no tag, and is not inline")
         try:
-            lease = self._ring.read_raw(request.slot, request.sequence, request.reader)
+            lease = self._ring.read_raw(slot, sequence, reader)
         except StaleSlotError:
-            self._counters.add("stale")
-            taken.append(self._status(request, Status.STALE))
-            return 0
+            return self._refuse(Frame._make(frame), Status.STALE, taken)
         except BufferClosedError:
             raise
         except SlotError as error:
-            self._counters.add("error")
-            self._say(request, Status.ERROR, str(error), taken)
-            return 0
-        inline = self._lane is Lane.UCX and not request.tag
-        unfit = ""
-        if request.nbytes not in (0, lease.nbytes):
-            unfit = f"the payload has {lease.nbytes} bytes, the reference says {request.nbytes}"
-        elif inline and lease.nbytes > MAX_INLINE_BYTES:
-            unfit = f"a payload of {lease.nbytes} bytes needs a tag"
-        if unfit:
+            return self._fail(Frame._make(frame), str(error), taken)
+        nbytes = lease.nbytes
+        if size != nbytes and size:
             self._ring.release_reading(lease)
-            self._counters.add("error")
-            self._say(request, Status.ERROR, unfit, taken)
-            return 0
-        self._leases[request.request] = lease
-        in_band = self._lane is not Lane.SHM and lease.nbytes > 0
+            return self._fail(Frame._make(frame), _other_size(size, nbytes), taken)
+        leases[request] = lease
+        in_band = self._in_band and nbytes > 0
         # Taken before STATUS(ok) is said: the ring may be closed by another thread at any moment.
         view = lease.buffer if in_band else NO_BYTES
-        flags, checksum = 0, 0
-        if self._checksum is not None and lease.nbytes:
-            flags, checksum = (
-                Flag.CHECKSUM,
-                self._ring.checksum(lease.slot, lease.sequence, self._checksum),
-            )
+        flags, checksum = Flag.NONE, 0
+        if self._checksum is not None and nbytes:
+            flags, checksum = Flag.CHECKSUM, self._ring.checksum(slot, sequence, self._checksum)
         taken.append(
             FRAME.pack(
-                Kind.STATUS, Status.OK, request.reader, flags, lease.slot, request.request, lease.sequence,
-                lease.nbytes, checksum, self._acked, request.tag, lease.offset,
+                _STATUS,
+                _OK,
+                reader,
+                flags,
+                slot,
+                request,
+                sequence,
+                nbytes,
+                checksum,
+                self._acked,
+                tag,
+                lease.offset,
             )
-        )  # fmt: skip
-        self._counters.add_all({"reads": 1, "bytes": lease.nbytes})
+        )
+        self._tally["reads"] += 1
+        self._tally["bytes"] += nbytes
         if not in_band:
             return 0
-        if inline:
-            taken.append(bytes(view))
-            return lease.nbytes
-        taken.append(Payload(view, request.tag))
-        self._sending.add(request.request)
-        return lease.nbytes
+        taken.append(Payload(view, tag))
+        self._sending.add(request)
+        return nbytes
 
-    def _refusal(self, request: Frame) -> Status | None:
-        if request.reader >= self._identity.readers:
+    def _copy(self, taken: list[Outgoing]) -> int:
+        """Answer the inline READs that are due, with copies of payloads whose slots need no lease from then on."""
+        requests, copied, inline = self._requests, self._copied, Flag.INLINE
+        due = []
+        nbytes = 0
+        while requests and nbytes < BATCH_BYTES and requests[0][0] == _READ and requests[0][3] & inline:
+            due.append(requests.popleft())
+            nbytes += min(due[-1][7], MAX_INLINE_BYTES) + FRAME_BYTES
+        found = self._ring.copy_many([(frame[4], frame[6], frame[2]) for frame in due], MAX_INLINE_BYTES)
+        reads = nbytes = 0
+        for frame, copy in zip(due, found, strict=True):
+            _, _, reader, _, slot, request, sequence, size, _, _, tag, _ = frame
+            if copy.__class__ is not tuple:
+                self._refuse_copy(Frame._make(frame), copy, taken)
+                continue
+            payload, checksum = copy
+            if size and size != len(payload):
+                self._fail(Frame._make(frame), _other_size(size, len(payload)), taken)
+                continue
+            if len(copied) >= MAX_PENDING or request in copied or request in self._leases:
+                raise ProtocolError(f"request id {request} is used twice, or {len(copied)} payloads wait for ACKs")
+            flags = Flag.NONE
+            if self._checksum is not None and payload:
+                flags = Flag.CHECKSUM
+                checksum = self._checksum(payload) if checksum is None else checksum
+            copied[request] = slot, sequence, reader
+            taken.append(
+                FRAME.pack(
+                    _STATUS, _OK, reader, flags, slot, request, sequence, len(payload), checksum or 0, self._acked,
+                    tag, 0,
+                )
+            )  # fmt: skip
+            taken.append(payload)
+            reads += 1
+            nbytes += len(payload)
+        self._tally["reads"] += reads
+        self._tally["bytes"] += nbytes
+        return nbytes
+
+    def _refuse_copy(self, request: Frame, error: Any, taken: list[Outgoing]) -> None:
+        refused = self._refusal(request.reader, request.slot)
+        if refused is None and isinstance(error, StaleSlotError):
+            refused = Status.STALE
+        if refused is None:
+            self._fail(request, str(error), taken)
+        else:
+            self._refuse(request, refused, taken)
+
+    def _refusal(self, reader: int, slot: int) -> Status | None:
+        if reader >= self._readers:
             return Status.DENIED
-        if request.slot >= self._identity.slots:
-            return Status.STALE
-        if len(self._leases) >= self._identity.max_leases:
-            return Status.BUSY
-        if request.request in self._leases:
-            raise ProtocolError(f"request id {request.request} is used twice")
-        return None
+        return Status.STALE if slot >= self._slots else None
+
+    def _refuse(self, request: Frame, status: Status, taken: list[Outgoing]) -> int:
+        self._tally[status.name.lower()] += 1
+        taken.append(self._status(request, status))
+        return 0
+
+    def _fail(self, request: Frame, why: str, taken: list[Outgoing]) -> int:
+        self._tally["error"] += 1
+        self._say(request, Status.ERROR, why, taken)
+        return 0
 
     def _status(self, request: Frame, status: Status, flags: int = 0, nbytes: int = 0) -> bytes:
         return Frame(
@@ -315,97 +423,5 @@ class ServerSession:
         taken.append(encoded)
 
 
-class Request(NamedTuple):
-    """One request of a client, as it waits for its answer."""
-
-    kind: Kind
-    request: int
-    slot: int = 0
-    sequence: int = 0
-    reader: int = 0
-    nbytes: int = 0
-    tag: int = 0
-
-    def pack(self) -> bytes:
-        """The request's frame."""
-        return FRAME.pack(
-            self.kind, 0, self.reader, 0, self.slot, self.request, self.sequence, self.nbytes, 0, 0, self.tag, 0
-        )
-
-
-class ClientSession:
-    """The client's end of one connection, after the handshake: numbers requests and matches answers."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._pending: deque[Request] = deque()
-        self._acks = 0
-        self._unconfirmed: deque[tuple[int, Request]] = deque()
-
-    @property
-    def pending(self) -> int:
-        """Requests without an answer so far."""
-        return len(self._pending)
-
-    @property
-    def unconfirmed(self) -> list[Request]:
-        """Reads whose ACK(consumed) no answer has confirmed yet, oldest first."""
-        return [request for _, request in tuple(self._unconfirmed)]  # its thread may go on meanwhile
-
-    def request(
-        self, kind: Kind, slot: int = 0, sequence: int = 0, reader: int = 0, nbytes: int = 0, tag: int = 0
-    ) -> Request:
-        """A new request, already counted as waiting for its answer."""
-        request = Request(kind, self._next, slot, sequence, reader, nbytes, tag)
-        self._next += 1
-        self._pending.append(request)
-        return request
-
-    def receive(self, message: bytes | bytearray | memoryview) -> tuple[Request, Frame]:
-        """Match a STATUS with the oldest request.
-
-        Raises:
-            ProtocolError: it answers another one; the connection must be aborted.
-        """
-        frame = parse(message)
-        if frame.kind != Kind.STATUS or not self._pending:
-            raise ProtocolError(f"the server sent {Kind(frame.kind).name} where no STATUS was due")
-        request = self._pending.popleft()
-        if (frame.request, frame.slot, frame.sequence) != (request.request, request.slot, request.sequence):
-            raise ProtocolError(
-                f"STATUS names request {frame.request}, slot {frame.slot}, sequence {frame.sequence}; awaited was "
-                f"request {request.request}, slot {request.slot}, sequence {request.sequence}"
-            )
-        if frame.flags & Flag.TEXT and frame.status != Status.ERROR and request.kind != Kind.STAT:
-            raise ProtocolError(f"a text follows {Status(frame.status).name} of {request.kind.name}")
-        while self._unconfirmed and self._unconfirmed[0][0] <= frame.acked:
-            self._unconfirmed.popleft()
-        return request, frame
-
-    def forget(self, request: Request) -> None:
-        """Take a payload that will be read again out of `unconfirmed`."""
-        self._unconfirmed = deque(entry for entry in self._unconfirmed if entry[1] is not request)
-
-    def ack(self, request: Request, consumed: bool) -> bytes:
-        """The ACK for a READ that was answered OK."""
-        self._acks += 1
-        if consumed:
-            self._unconfirmed.append((self._acks, request))
-        flags = Flag.CONSUMED if consumed else Flag.NONE
-        return FRAME.pack(
-            Kind.ACK, 0, request.reader, flags, request.slot, request.request, request.sequence, 0, 0, 0, 0, 0
-        )
-
-
-def refusal(request: Request, frame: Frame, text: str, endpoint: str) -> DrayError:
-    """The error that stands for an answer other than OK."""
-    where: dict[str, Any] = {"endpoint": endpoint, "slot": request.slot, "sequence": request.sequence}
-    match frame.status:
-        case Status.STALE:
-            return StaleSlotError("the payload was consumed or overwritten", **where)
-        case Status.BUSY:
-            return ServerBusy("the lease limit of this connection is reached", **where)
-        case Status.DENIED:
-            return AuthenticationError(f"reader id {request.reader} is not one of this ring's readers", **where)
-        case _:
-            return SlotError(f"the server answered with an error: {text or 'no reason given'}", **where)
+def _other_size(said: int, nbytes: int) -> str:
+    return f"the payload has {nbytes} bytes, the reference says {said}"

@@ -10,7 +10,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts
+from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts, by_lane
 from dray.wire.handshake import Lane
 
 TCP = ["tcp:h:1", "tcp:h:2", "tcp:h:3"]
@@ -27,7 +27,7 @@ def attempts(
     rotation: int = 0,
     most: int = 2,
 ) -> ReadAttempts:
-    return ReadAttempts(endpoints, lanes, quarantine or Quarantine(), rotation, most)
+    return ReadAttempts(by_lane(tuple(endpoints), tuple(lanes)), quarantine or Quarantine(), rotation, most)
 
 
 def test_quarantine_ends_after_its_time() -> None:

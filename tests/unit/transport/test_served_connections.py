@@ -23,7 +23,7 @@ class Silent:
     def idle(self) -> bool:
         return True
 
-    def receive(self, size: int) -> memoryview | None:
+    def receive(self, size: int, most: int = 1) -> memoryview | None:
         return None
 
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:

@@ -15,18 +15,10 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.telemetry import Counters
+from dray.wire.client_session import ClientSession, Request, refusal
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import (
-    BATCH_BYTES,
-    MAX_INLINE_BYTES,
-    MAX_PENDING,
-    ClientSession,
-    Payload,
-    Request,
-    ServerSession,
-    refusal,
-)
+from dray.wire.session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, Payload, ServerSession
 
 SLOTS, SLOT_BYTES, MAX_LEASES = 4, 200_000, 3
 
@@ -174,47 +166,136 @@ def test_on_ucx_every_read_gets_one_tagged_message(ring: SharedRingBuffer, refus
     assert parse(status).status != Status.OK  # type: ignore[arg-type]
 
 
-def test_on_ucx_a_read_without_a_tag_gets_its_payload_with_its_status(ring: SharedRingBuffer) -> None:
-    server, writer = Server(ring, Lane.UCX), put(ring)
-    server.say(Kind.READ, writer, tag=0)
+@pytest.mark.parametrize("lane", list(Lane))
+def test_an_inline_read_gets_its_payload_with_its_status_and_holds_no_lease(
+    ring: SharedRingBuffer, lane: Lane
+) -> None:
+    server, writer = Server(ring, lane), put(ring)
+    server.say(Kind.READ, writer, 3, tag=0, flags=Flag.INLINE)
     status, payload = server.session.take()
     assert isinstance(status, bytes)
-    assert (parse(status).status, parse(status).nbytes, payload) == (Status.OK, 7, b"payload")
+    assert (parse(status).status, parse(status).request, parse(status).nbytes) == (Status.OK, 3, 7)
+    assert payload == b"payload"
     server.session.flushed()
-    server.say(Kind.ACK, writer, flags=Flag.CONSUMED)
-    assert ring.statistics().leases == 0
+    assert server.session.leases == ring.statistics().leases == 0
+    assert (ring.statistics().copied, ring.get_ready_count()) == (1, 1)
+    assert server.session.busy, "the client has still to acknowledge it"
 
 
+@pytest.mark.parametrize("consumed", [True, False])
+def test_an_inline_read_ends_as_its_ack_says(consumed: bool) -> None:
+    with SharedRingBuffer(2, 10) as ring:
+        server, writer = Server(ring, Lane.TCP), put(ring)
+        server.say(Kind.READ, writer, 3, flags=Flag.INLINE)
+        server.session.take()
+        server.say(Kind.ACK, writer, 3, flags=Flag.CONSUMED if consumed else Flag.NONE)
+        assert ring.get_ready_count() == (0 if consumed else 1)
+        assert not server.session.busy
+        server.say(Kind.STAT, None, 4)
+        (status, _) = server.take()
+        assert isinstance(status, Frame)
+        assert status.acked == 1
+        assert server.counters["acks_consumed" if consumed else "acks_returned"] == 1
+
+
+def test_an_inline_payload_nobody_acknowledged_can_be_read_again(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, flags=Flag.INLINE)
+    server.session.take()
+    server.session.close()
+    again = Server(ring)
+    again.say(Kind.READ, writer, flags=Flag.INLINE)
+    assert again.session.take()[1] == b"payload"
+
+
+@pytest.mark.parametrize("lane", list(Lane))
 @pytest.mark.parametrize("refused", ["stale", "slot", "reader"])
-def test_on_ucx_a_refused_read_without_a_tag_gets_nothing_but_its_status(
-    ring: SharedRingBuffer, refused: str
+def test_a_refused_inline_read_gets_nothing_but_its_status(
+    ring: SharedRingBuffer, refused: str, lane: Lane
 ) -> None:
-    server, writer = Server(ring, Lane.UCX), put(ring)
+    server, writer = Server(ring, lane), put(ring)
     changed = {"stale": {"sequence": 99}, "slot": {"slot": 99}, "reader": {"reader": 2}}[refused]
-    server.say(Kind.READ, **{"slot": writer.slot, "sequence": writer.sequence, "tag": 0, **changed})
+    named = {"slot": writer.slot, "sequence": writer.sequence, "tag": 0, "flags": Flag.INLINE, **changed}
+    server.say(Kind.READ, **named)
     (status,) = server.session.take()
-    assert parse(status).status != Status.OK  # type: ignore[arg-type]
+    assert isinstance(status, bytes)
+    assert parse(status).status == (Status.DENIED if refused == "reader" else Status.STALE)
+    assert not server.session.busy
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_on_ucx_a_payload_above_the_inline_size_needs_a_tag(more: int) -> None:
+def test_a_payload_above_the_inline_size_needs_a_lease(more: int) -> None:
     with SharedRingBuffer(1, MAX_INLINE_BYTES + 1, readers=2) as ring:
         server, writer = Server(ring, Lane.UCX), put(ring, bytes(MAX_INLINE_BYTES + more))
-        server.say(Kind.READ, writer, tag=0)
+        server.say(Kind.READ, writer, tag=0, flags=Flag.INLINE)
         status, rest = server.session.take()
         assert parse(status).status == (Status.ERROR if more else Status.OK)  # type: ignore[arg-type]
-        assert rest == (b"a payload of 16385 bytes needs a tag" if more else bytes(MAX_INLINE_BYTES))
-        assert server.session.leases == ring.statistics().leases == 1 - more
+        assert rest == (
+            b"a payload of 16385 bytes needs a lease; at most 16384 are copied (slot 0, sequence 0)"
+            if more
+            else bytes(MAX_INLINE_BYTES)
+        )
         assert server.counters["error"] == more
 
 
-def test_on_ucx_a_payload_that_is_refused_takes_nothing_of_a_batch() -> None:
-    with SharedRingBuffer(1, BATCH_BYTES) as ring:
-        server, writer = Server(ring, Lane.UCX), put(ring, bytes(BATCH_BYTES - 1))
-        for number, tag in enumerate((1, 0, 2)):
-            server.say(Kind.READ, writer, number, tag=tag)
-        sent = [item for item in server.session.take() if isinstance(item, Payload)]
-        assert [item.tag for item in sent] == [1, 2]
+def test_inline_reads_beside_others_are_answered_in_order() -> None:
+    with SharedRingBuffer(3, BATCH_BYTES) as ring:
+        small, large = put(ring, b"small"), put(ring, bytes(BATCH_BYTES - 1))
+        server = Server(ring, Lane.TCP)
+        reads = ((small, Flag.INLINE), (large, 0), (small, Flag.INLINE), (small, Flag.INLINE))
+        frames = [
+            Frame(Kind.READ, flags=flags, slot=which.slot, request=number, sequence=which.sequence).pack()
+            for number, (which, flags) in enumerate(reads)
+        ]
+        server.session.receive(b"".join(frames))
+        sent = []
+        while items := server.session.take():
+            sent += items
+            server.session.flushed()
+        answered = [item for item in sent if isinstance(item, bytes) and len(item) == FRAME_BYTES]
+        assert [parse(item).request for item in answered] == [0, 1, 2, 3]
+        assert [sent[1], sent[5], sent[7]] == [b"small"] * 3
+        assert isinstance(sent[3], Payload)
+
+
+@pytest.mark.parametrize("checksum", ["none", "kept", "computed"])
+def test_an_inline_payload_has_the_checksum_of_its_bytes(checksum: str) -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        writer = put(ring)
+        if checksum == "kept":
+            ring.checksum(writer.slot, writer.sequence, lambda _: 77)
+        server = Server(ring, Lane.TCP, checksum=None if checksum == "none" else len)
+        server.say(Kind.READ, writer, flags=Flag.INLINE)
+        status = parse(server.session.take()[0])  # type: ignore[arg-type]
+        expected = {"none": (0, 0), "kept": (Flag.CHECKSUM, 77), "computed": (Flag.CHECKSUM, 7)}[checksum]
+        assert (status.flags, status.checksum) == expected
+
+
+def test_an_ack_of_an_inline_read_must_name_what_was_read(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 3, flags=Flag.INLINE)
+    server.session.take()
+    with pytest.raises(ProtocolError, match="names another slot"):
+        server.say(Kind.ACK, None, 3, slot=writer.slot, sequence=writer.sequence + 1, flags=Flag.CONSUMED)
+
+
+def test_a_request_id_whose_inline_payload_is_not_acknowledged_must_not_be_used_again(
+    ring: SharedRingBuffer,
+) -> None:
+    server, writer = Server(ring), put(ring)
+    server.say(Kind.READ, writer, 3, flags=Flag.INLINE)
+    server.session.take()
+    for flags in (Flag.INLINE, Flag.NONE):
+        server.say(Kind.READ, writer, 3, flags=flags)
+        with pytest.raises(ProtocolError, match="used twice"):
+            server.session.take()
+
+
+def test_on_ucx_a_read_that_is_not_inline_needs_a_tag(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring, Lane.UCX), put(ring)
+    server.say(Kind.READ, writer, tag=0)
+    with pytest.raises(ProtocolError, match="no tag"):
+        server.session.take()
 
 
 def test_on_ucx_a_read_of_a_closed_ring_gets_its_tagged_message_too() -> None:
