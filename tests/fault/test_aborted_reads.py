@@ -23,7 +23,7 @@ import collections, random
 from dray.transport import ucx
 from dray.transport.stream import Endpoint
 from dray.wire.handshake import ClientHandshake, Lane
-from dray.wire.session import MAX_INLINE_BYTES
+from dray.wire.frames import FRAME_BYTES
 
 rng = random.Random(1)
 expected = {}
@@ -55,13 +55,12 @@ def abort(ref, point):
     try:
         (target,) = connection.ask([ref], 0, deadline)
         if point in ("status", "payload"):
-            _, status, _ = connection._status(deadline)
+            _, status = connection._session.receive(connection._message(FRAME_BYTES, deadline, "STATUS"))
             assert (status.status, status.nbytes) == (0, ref.nbytes)
         if point == "payload":
             for _ in range(rng.randrange(30)):
                 worker._worker.progress_once()
-            # A small payload is part of what STATUS came in.
-            if ref.nbytes > MAX_INLINE_BYTES and connection._stream.payload_arrived(ref.nbytes):
+            if connection._stream.payload_arrived(ref.nbytes):
                 point = "payload, arrived"
         if point == "ack":
             held = connection.answer(ref, target, deadline, deadline)

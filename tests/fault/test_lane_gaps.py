@@ -529,7 +529,7 @@ def test_w8_a_server_thread_that_fails_leaves_everything_to_the_others(
             peer.shake()
             assert peer.read(refs[0], 0)[0] is Status.OK
             ring.broken = True
-            peer.send(Frame(Kind.READ, slot=refs[1].slot, sequence=refs[1].sequence, request=1).pack())
+            peer.send(Frame(Kind.READ, slot=refs[1].slot, sequence=refs[1].sequence, request=1, tag=7).pack())
             assert peer.closed()
         wait_until(lambda: not dead._thread.is_alive(), "the thread to end")
         # What was the thread's is somebody else's now, and the end of the server must leave that alone.

@@ -2,13 +2,14 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from transport_fixtures import LANES, wait_until
 
 from dray import PayloadClient, PayloadServer, SharedRingBuffer
-from dray.buffer import Lease
+from dray.buffer.slot_table import Wanted
 from dray.clock import Deadline
 
 TIMEOUT = 1.0
@@ -24,10 +25,10 @@ class WedgingRing(SharedRingBuffer):
         self.wedged = threading.Event()
         self.freed = threading.Event()
 
-    def read_raw(self, slot: int, sequence: int, reader: int = 0) -> Lease:
+    def copy_many(self, wanted: Sequence[Wanted], most: int) -> Any:
         if self.wedged.is_set() and threading.current_thread().name == "dray-server-0":
             assert self.freed.wait(60)
-        return super().read_raw(slot, sequence, reader)
+        return super().copy_many(wanted, most)
 
 
 @pytest.mark.parametrize("lane", LANES)

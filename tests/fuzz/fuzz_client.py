@@ -138,7 +138,7 @@ def _connection(ours, segment, verified, deadline) -> Connection:
 
 
 def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadline) -> None:
-    targets = connection.ask(refs, 0, deadline, inline=inline)
+    targets = connection.ask(refs, 0, deadline, copy=inline)
     for ref, target in zip(refs, targets, strict=True):
         held = connection.answer(ref, target, deadline, deadline)
         if not isinstance(held, Held):

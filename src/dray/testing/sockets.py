@@ -31,7 +31,7 @@ class Pipe:
     """
 
     __slots__ = ("_capacity", "_delay", "_flying", "_last", "_plan", "_scheduler", "arrived", "broken", "changed",
-                 "descriptors", "ended", "lost", "unread")  # fmt: skip
+                 "descriptors", "ended", "lost", "low_water", "unread")  # fmt: skip
 
     def __init__(self, scheduler: Scheduler, plan: FaultPlan) -> None:
         self._scheduler = scheduler
@@ -40,6 +40,7 @@ class Pipe:
         self._delay = plan.delay()
         self._flying = 0
         self._last = 0.0
+        self.low_water = 1
         self.arrived = bytearray()
         self.descriptors: deque[int] = deque()
         self.ended = self.broken = self.lost = self.unread = False
@@ -47,8 +48,9 @@ class Pipe:
 
     @property
     def readable(self) -> bool:
-        """A read does not wait."""
-        return bool(self.arrived) or self.ended or self.broken
+        """A read is worth while: the kernel keeps room for twice the low-water mark, too."""
+        enough = max(1, min(self.low_water, self._capacity // 2))
+        return len(self.arrived) >= enough or self.ended or self.broken
 
     @property
     def room(self) -> int:
@@ -194,6 +196,10 @@ class SimulatedSocket:
 
     def setblocking(self, blocking: bool) -> None:
         assert not blocking
+
+    def setsockopt(self, _level: int, option: int, value: int) -> None:
+        assert option == socket.SO_RCVLOWAT
+        self._incoming.low_water = value
 
     def fileno(self) -> int:
         return -1 if self.closed else self._number

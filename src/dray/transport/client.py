@@ -124,7 +124,7 @@ class PayloadClient:
         """The payload as uint8 of shape (nbytes,), in memory of its own; otherwise like `read`."""
 
         def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> Bytes:
-            held = _accepted(connection.read(ref, self._reader, status_by, deadline, inline=True))
+            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=True))
             data = held.data()
             connection.finish(held, consume, deadline)
             connection.reads += 1
@@ -151,7 +151,7 @@ class PayloadClient:
         held, connection, group = self._exchanges.run_and_keep(
             ref,
             Deadline.after(timeout, self._clock),
-            lambda c, status_by, deadline: _accepted(c.read(ref, self._reader, status_by, deadline, inline=False)),
+            lambda c, status_by, deadline: _accepted(c.read(ref, self._reader, status_by, deadline, copy=False)),
         )
         connection.reads += 1
         connection.read_bytes += ref.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,9 +17,11 @@ from dray.errors import (
     BufferClosedError,
     DrayError,
     MessageTruncated,
+    PayloadError,
     ProtocolError,
     TransportError,
 )
+from dray.payload.codec import unpack
 from dray.transport.health import OtherProducerError
 from dray.transport.network import Group, KernelNetwork, Network, Waiter
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
@@ -48,12 +51,16 @@ class Held:
         root: its bytes, uint8 of shape (nbytes,): private memory, or on the shm lane the slot itself, read-only.
         in_place: `root` is the slot.
         buffers: where a copy's memory comes from.
+        from_slot: `root` is the slot or a copy of it, right only if the lease has lived until then.
+        arrays: views on `root`, where it was unpacked already.
     """
 
     request: Request
     root: Bytes
     in_place: bool
     buffers: ReceiveBuffers
+    from_slot: bool = False
+    arrays: dict[str, np.ndarray[Any, np.dtype[Any]]] | None = None
 
     def data(self) -> Bytes:
         """The payload in memory of its own."""
@@ -150,12 +157,20 @@ class Connection:
     # --- reading ----------------------------------------------------------------------------------------------
 
     def read(
-        self, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline, inline: bool
+        self, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline, copy: bool
     ) -> Held | DrayError:
         """`ask` for one payload, and its `answer`."""
-        frame, target = self._asked(ref, reader, inline)
+        frame, target = self._asked(ref, reader, copy)
         self._send(frame, status_by)
-        return self.answer(ref, target, status_by, deadline)
+        arrays = None
+        if target is None and not self._in_band:
+            target = self._ahead(ref, copy)
+            if target is not None and not copy:
+                arrays = _unpacked_ahead(target)
+        held = self.answer(ref, target, status_by, deadline)
+        if arrays is not None and isinstance(held, Held):
+            held.arrays = arrays
+        return held
 
     def ask(
         self,
@@ -163,20 +178,22 @@ class Connection:
         reader: int,
         deadline: Deadline,
         ended: Sequence[tuple[Request, bool]] = (),
-        inline: bool = False,
+        copy: bool = False,
     ) -> list[Bytes | None]:
-        """Send one READ for each reference, pipelined; the memory each payload will arrive in.
+        """Send one READ for each reference, pipelined; the memory each payload will arrive in, or lies in (shm).
 
-        That is None for what comes with its STATUS, if `inline` and small, and for what stays in its slot (shm).
-        Reads that have `ended`, as `acknowledge` takes them, are told in the same message.
+        With `copy` payloads are wanted in memory of their own: small ones come with their STATUS, and have None
+        here. Reads that have `ended`, as `acknowledge` takes them, are told in the same message.
         """
         frames = [self._session.ack(request, consumed) for request, consumed in ended]
         targets: list[Bytes | None] = []
         for ref in refs:
-            frame, target = self._asked(ref, reader, inline)
+            frame, target = self._asked(ref, reader, copy)
             frames.append(frame)
             targets.append(target)
         self._send(b"".join(frames), deadline)
+        if not self._in_band:
+            targets = [self._ahead(ref, copy) for ref in refs]
         return targets
 
     def answer(
@@ -192,19 +209,24 @@ class Connection:
         status, nbytes = frame[1], frame[7]
         if status:
             text = self._text(frame, status_by)
-            if target is not None:
+            if target is not None and self._in_band:
                 self._payload(0, deadline)
             return refusal(request, frame, text, self.endpoint)
         if nbytes != ref.nbytes:
             raise ProtocolError(
                 f"the payload has {nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
             )
-        if target is not None:
-            self._payload(nbytes, deadline)
-        elif request[7]:  # INLINE
+        if request[7]:  # INLINE
             target = np.frombuffer(bytearray(self._message(nbytes, deadline, "the payload")), _UINT8)
+        elif not self._in_band:
+            if target is None or frame[11] != self._first + frame[4] * self._stride:
+                raise ProtocolError(
+                    f"STATUS says that {nbytes} bytes lie at {frame[11]}", endpoint=self.endpoint, slot=ref.slot
+                )
+            return Held(request, target, not target.flags.writeable, self._buffers, from_slot=True)
         else:
-            return Held(request, self._in_place(frame[4], nbytes, frame[11]), True, self._buffers)
+            assert target is not None
+            self._payload(nbytes, deadline)
         if frame[3] and self._verify and xxhash.xxh3_64_intdigest(target.data) != frame.checksum:
             raise MessageTruncated(
                 "the payload does not match its checksum",
@@ -227,7 +249,7 @@ class Connection:
         try:
             self.acknowledge([(held.request, consumed)], deadline)
         except (TransportError, BufferClosedError):
-            if held.in_place:
+            if held.from_slot:
                 self._session.forget(held.request)
                 raise
             self.broken = True  # the payload is whole; its ACK is repeated on another connection
@@ -289,10 +311,10 @@ class Connection:
 
     # --- the exchange's steps ---------------------------------------------------------------------------------
 
-    def _asked(self, ref: PayloadRef, reader: int, inline: bool) -> tuple[bytes, Bytes | None]:
+    def _asked(self, ref: PayloadRef, reader: int, copy: bool) -> tuple[bytes, Bytes | None]:
         """The READ for a payload, and the memory for it, as `ask` has it."""
         target, tag, flags = None, 0, Flag.NONE
-        if inline and ref.nbytes <= self.inline_bytes:
+        if copy and ref.nbytes <= self.inline_bytes:
             flags = Flag.INLINE
         elif self._in_band:
             # A reference is untrusted: one that says more than a slot holds must not claim that memory.
@@ -325,15 +347,24 @@ class Connection:
         while not self._stream.payload_arrived(nbytes):
             self._wait(deadline, "the payload")
 
-    def _in_place(self, slot: int, nbytes: int, offset: int) -> Bytes:
-        identity = self.identity
-        if slot >= identity.slots or nbytes > identity.slot_bytes or offset != self._first + slot * self._stride:
-            raise ProtocolError(
-                f"STATUS says that {nbytes} bytes lie at {offset} in the segment",
-                endpoint=self.endpoint,
-                slot=slot,
-            )
-        return np.frombuffer(self._memory, _UINT8, nbytes, offset)
+    def _ahead(self, ref: PayloadRef, copy: bool) -> Bytes | None:
+        """A payload on the shm lane as it lies in its slot, or a copy, made while the server looks at the READ.
+
+        It is right if STATUS(ok) comes: a payload is committed before anybody has its reference, and its slot does
+        not change until its life is over, which with that STATUS it is not. None where there is no such slot, or
+        the payload is to come inline.
+        """
+        identity, nbytes = self.identity, ref.nbytes
+        if ref.slot >= identity.slots or nbytes > identity.slot_bytes:
+            return None
+        if copy and nbytes <= self.inline_bytes:
+            return None
+        slot = np.frombuffer(self._memory, _UINT8, nbytes, self._first + ref.slot * self._stride)
+        if not copy:
+            return slot
+        target = self._buffers.take(nbytes)
+        np.copyto(target, slot)
+        return target
 
     def _message(self, size: int, deadline: Deadline, awaited: str) -> memoryview:
         message = self._stream.receive(size)
@@ -343,6 +374,14 @@ class Connection:
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
         _wait(self._stream, self._waiter, deadline, awaited, self.endpoint)
+
+
+def _unpacked_ahead(root: Bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]] | None:
+    """The arrays of a payload that may turn out to be another one by now, and half written: then None, perhaps."""
+    try:
+        return unpack(root)
+    except PayloadError:
+        return None
 
 
 def _shake(

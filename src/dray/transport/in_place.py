@@ -73,12 +73,14 @@ class InPlaceLease:
         self._root: np.ndarray[Any, Any] | None = held.root
         self._end = end
         self._graveyard = graveyard
-        self._arrays: Arrays = {}
+        self._arrays: Arrays = held.arrays or {}
+        held.arrays = None
 
     def __enter__(self) -> Arrays:
         try:
             assert self._root is not None
-            self._arrays.update(unpack(self._root))
+            if not self._arrays:
+                self._arrays.update(unpack(self._root))
         except BaseException:
             self._finish(consumed=False)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 MOST_IDLE = 2
 IDLE_SECONDS = 100.0
@@ -13,8 +13,10 @@ C = TypeVar("C")
 G = TypeVar("G", bound=Hashable)
 
 
-_Idle: TypeAlias = tuple[C, G | None, float]
-"""A connection, its group, and since when it is idle."""
+class _Idle(NamedTuple, Generic[C, G]):
+    connection: C
+    group: G | None
+    since: float
 
 
 class Checkout(NamedTuple, Generic[C, G]):
@@ -102,7 +104,7 @@ class ConnectionPool(Generic[C, G]):
             idle = self._idle[endpoint] = []
         if len(idle) >= self._most_idle:
             return connection
-        idle.append((connection, group, now))
+        idle.append(tuple.__new__(_Idle, (connection, group, now)))  # `_Idle(…)` is a function in Python
         if group is not None:
             self.discard(group)
         return None

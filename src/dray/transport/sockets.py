@@ -27,6 +27,9 @@ READ_AHEAD = 64 * 1024
 MOST_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
+_FEW, _MUCH = 64 * 1024, 256 * 1024
+"""While more than a few bytes of a payload are missing, a reader of TCP is woken for many at a time."""
+
 _LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
 
@@ -95,6 +98,8 @@ class SocketStream:
         self._descriptor: int | None = None
         self._expected: deque[memoryview] = deque()
         self._filled = 0
+        self._wakes_late = lane is Lane.TCP
+        self._awaits = 1
         self._dry = False  # nothing more was there at the last look: whoever drives this waits before the next
 
     def fileno(self) -> int:
@@ -214,7 +219,16 @@ class SocketStream:
         while self._filled < target.nbytes and not self._dry:
             got = self._recv(target[self._filled :], within=True)
             self._filled += got
-        return self._filled == target.nbytes
+        missing = target.nbytes - self._filled
+        if self._wakes_late:
+            self._await(min(missing, _MUCH) if missing > _FEW else 1)
+        return not missing
+
+    def _await(self, nbytes: int) -> None:
+        """Have the socket become readable when so much has come, or the connection has ended."""
+        if nbytes != self._awaits:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._awaits = nbytes
 
     def _recv(self, room: memoryview | bytearray, within: bool = False) -> int:
         """Bytes received; 0 when there are none yet."""

@@ -145,6 +145,7 @@ class UcxStream:
             self._check_alive()
             return False
         self._expected.popleft()
+        self._awaited = _Awaited.MESSAGE
         self._check(request)
         return True
 

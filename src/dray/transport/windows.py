@@ -24,6 +24,7 @@ _MOST_ASKED = 2
 class _Window(NamedTuple):
     refs: Sequence[PayloadRef]
     targets: Sequence[Bytes | None]
+    inline: bool
 
 
 def windows(
@@ -47,14 +48,13 @@ def windows(
     due = next(unasked, None)
     ended: list[tuple[Request, bool]] = []
     while waiting:
-        while due is not None and _ahead(asked, due, connection.inline_bytes):
-            small = due.nbytes <= connection.inline_bytes
-            most = _INLINE_WINDOW if small else connection.identity.max_leases
+        while due is not None and _ahead(asked, inline := due.nbytes <= connection.inline_bytes):
+            most = _INLINE_WINDOW if inline else connection.identity.max_leases
             refs: list[PayloadRef] = []
-            while due is not None and len(refs) < most and (due.nbytes <= connection.inline_bytes) is small:
+            while due is not None and len(refs) < most and (due.nbytes <= connection.inline_bytes) is inline:
                 refs.append(due)
                 due = next(unasked, None)
-            asked.append(_Window(refs, connection.ask(refs, reader, status_by, ended, inline=small)))
+            asked.append(_Window(refs, connection.ask(refs, reader, status_by, ended, copy=True), inline))
             ended = []
         window = asked.popleft()
         results = [
@@ -63,7 +63,7 @@ def windows(
         ]
         status_by = deadline
         outcomes = [result.data() if isinstance(result, Held) else result for result in results]
-        if any(isinstance(result, Held) and result.in_place for result in results) and not connection.usable():
+        if any(isinstance(result, Held) and result.from_slot for result in results) and not connection.usable():
             raise ConnectionClosed("the leases may have ended while the payloads were copied")
         given = 0
         try:
@@ -84,12 +84,13 @@ def windows(
     connection.acknowledge(ended, deadline)
 
 
-def _ahead(asked: Sequence[_Window], due: PayloadRef, inline_bytes: int) -> bool:
-    """Whether to ask for the window that begins with `due` although others are on their way.
+def _ahead(asked: Sequence[_Window], inline: bool) -> bool:
+    """Whether to ask for a window although others are on their way.
 
-    What comes inline keeps no slot from the writer while the program is busy with the window before.
+    What comes inline keeps no slot from the writer while the program is busy with the window before. After copies
+    from slots the connection is looked at, so nothing else may be on its way then.
     """
-    return not asked or (len(asked) < _MOST_ASKED and due.nbytes <= inline_bytes)
+    return not asked or (inline and len(asked) < _MOST_ASKED and asked[-1].inline)
 
 
 def _ended(results: Sequence[Held | DrayError], consume: bool, given: int) -> list[tuple[Request, bool]]:

@@ -192,7 +192,7 @@ class ServerSession:
         batch = 0
         while self._requests and not self.closing and batch < BATCH_BYTES:
             batch += self._answer(taken)
-        self._count()
+        self._count()  # before anybody can have seen the answers
         return taken
 
     def flushed(self) -> None:
