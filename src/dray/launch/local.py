@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from dray.clock import Deadline
 from dray.config import JobConfig
 from dray.control import JobKeys, RedisAddress, RedisConnection, RedisServer, delete_job, start_redis
 from dray.errors import ConfigError, ControlPlaneError
 from dray.launch.children import Child, child_pids, kill_orphans
 from dray.launch.display import Display
+from dray.launch.ending import Ending, ending, finished_checkpoint, recorded_status
 from dray.launch.output import open_output
 from dray.launch.signals import SignalInbox
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
@@ -33,7 +32,7 @@ from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
-from dray.runtime.membership import FINISHED_OUTCOMES, Role
+from dray.runtime.membership import Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
 from dray.runtime.report import write_report
 
@@ -79,6 +78,7 @@ class _Run:
         self._teardowns: list[tuple[list[Child], Teardown]] = []
         self._asked = False
         self._status: messages.Status | None = None
+        self._controller_silent = False
         self._interrupted = False
         self._failure = ""
         self._unexpected: list[str] = []
@@ -92,8 +92,9 @@ class _Run:
             selector.register(self._inbox, selectors.EVENT_READ)
             self._check_entry_points()
             if self._signals:
-                self._display.say(f"stopped: {self._reason()} before anything was started")
-                return self._exit_code()
+                stopped = self._ending()
+                self._display.say(f"stopped: {stopped.reason} before anything was started")
+                return stopped.exit_code
             listener = resources.enter_context(bind(self._config.controller.host, self._config.controller.port))
             redis = resources.enter_context(self._redis())
             known = strangers | ({redis.pid} if redis.pid is not None else set())
@@ -108,23 +109,27 @@ class _Run:
             )
             self._start_replicas()
             self._watch(client)
-            self._read_outcome()
-            if self._status is not None:
-                self._display.update(self._status)
+            ending = self._ending()
+            if ending.status is not None:
+                self._display.update(ending.status)
         self._display.freeze()
-        code = self._exit_code()
         summary = write_report(
             self._folder,
             self._config,
-            self._status,
+            ending.status,
             seconds=self._began.elapsed,
-            exit_code=code,
-            reason=self._reason(),
+            exit_code=ending.exit_code,
+            reason=ending.reason,
             first_step=self._state.step if self._state is not None else 0,
         )
         for line in (*self._unexpected, summary):
             self._display.say(line)
-        return code
+        return ending.exit_code
+
+    def _ending(self) -> Ending:
+        status = recorded_status(self._folder) or self._status
+        checkpoint = finished_checkpoint(self._folder)
+        return ending(self._config.job.name, status, checkpoint, self._signals, self._failure)
 
     # --- start ------------------------------------------------------------------------------------------------
 
@@ -271,15 +276,18 @@ class _Run:
         assert code is not None
         expected = self._asked or code in (ExitCode.OK, ExitCode.FAILED)
         if child is self._controller:
-            early = not self._folder.outcome.exists() and not self._signals
+            recorded = recorded_status(self._folder)
+            early = not self._signals and (recorded is None or not recorded.phase.is_final)
             if early:
                 self._failure = f"the controller ended early: {meaning(code)}; see {_short(child.log)}"
             self._end(at_once=early)
             return
         if not expected:
             self._display.say(f"{child.name} ended early: {meaning(code)}; see {_short(child.log)}")
-            assert child.role is not None
-            self._tell(client, "/died", messages.Died(name=child.name, role=child.role, reason=meaning(code)))
+        # Who has left in order is not affected by it.
+        reason = f"its process ended without leaving ({meaning(code)})" if expected else meaning(code)
+        assert child.role is not None
+        self._tell(client, "/died", messages.Died(name=child.name, role=child.role, reason=reason))
         if child.role is Role.POLICY or not any(each.running for each in self._replicas):
             self._end()
 
@@ -299,9 +307,13 @@ class _Run:
             self._controller.signal(signal.SIGTERM)
 
     def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> None:
+        """One call that may fail: a controller that does not answer costs its time limit once."""
+        if self._controller is None or not self._controller.running or self._controller_silent:
+            return
         try:
             client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
+            self._controller_silent = True
             self._display.say(f"the controller could not be told: {error}")
 
     def _react(self, client: ControllerClient) -> None:
@@ -310,8 +322,7 @@ class _Run:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._display.say(f"{name}: ending the job, at most {bound:g} s")
-            if self._controller is not None and self._controller.running:
-                self._tell(client, "/stop", messages.Stop(reason=f"interrupted by {name}"))
+            self._tell(client, "/stop", messages.Stop(reason=f"interrupted by {name}"))
             self._end(at_once=True)
         for children, teardown in self._teardowns:
             if len(self._signals) > 1:
@@ -337,6 +348,7 @@ class _Run:
             self._status = client.status()
         except ControlPlaneError:
             return  # its end, or its silence, is noticed elsewhere
+        self._controller_silent = False
         self._display.update(self._status)
 
     def _kill_rest(self) -> None:
@@ -345,30 +357,6 @@ class _Run:
             if child.running:
                 child.kill_group()
                 child.collect(5.0)
-
-    # --- outcome ----------------------------------------------------------------------------------------------
-
-    def _read_outcome(self) -> None:
-        try:
-            self._status = messages.Status.model_validate_json(self._folder.outcome.read_bytes())
-        except FileNotFoundError:
-            return
-        except ValidationError as error:
-            self._failure = f"the controller's last status is damaged: {error}"
-
-    def _exit_code(self) -> int:
-        outcome = None if self._status is None else self._status.outcome
-        if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
-            return ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
-        return 128 + self._signals[0] if self._signals else ExitCode.FAILED
-
-    def _reason(self) -> str:
-        outcome = None if self._status is None else self._status.outcome
-        if self._signals and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
-            return f"interrupted by {self._signals[0].name}"
-        if outcome is not None:
-            return outcome.reason
-        return self._failure or "the job ended without an outcome"
 
 
 @contextmanager

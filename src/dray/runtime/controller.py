@@ -23,13 +23,14 @@ import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from dray.clock import MONOTONIC, Deadline
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
 from dray.runtime.controller_metrics import exposition
+from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
@@ -42,13 +43,19 @@ _Body = TypeVar("_Body", bound=messages.Message)
 
 
 class Controller:
-    """The requests of one job, as methods; `application` is the ASGI application that serves them."""
+    """The requests of one job, as methods; `application` is the ASGI application that serves them.
 
-    def __init__(self, spec: JobSpec) -> None:
+    Args:
+        record: called with the status as soon as the outcome is decided: it must outlive the controller, whatever
+            ends that.
+    """
+
+    def __init__(self, spec: JobSpec, record: Callable[[messages.Status], None] | None = None) -> None:
         config = spec.config
         self._spec = spec
         self._deadline = Deadline.after(None)
         self._changed = asyncio.Condition()
+        self._record = record
         self.membership = Membership(
             {Role.ROLLOUT: config.rollout.replicas, Role.POLICY: config.policy.replicas},
             PromptLedger(config.prompts_in_flight, spec.first_prompt),
@@ -56,20 +63,7 @@ class Controller:
             start_timeout=config.timeouts.start,
         )
         self.final = asyncio.Event()
-        self.application = Starlette(
-            routes=[
-                Route("/healthz", self._healthz),
-                Route("/status", self._guarded(self._status)),
-                Route("/metrics", self._guarded(self._metrics)),
-                Route("/register", self._guarded(self._register), methods=["POST"]),
-                Route("/heartbeat", self._guarded(self._heartbeat), methods=["POST"]),
-                Route("/prompts", self._guarded(self._prompts), methods=["POST"]),
-                Route("/finish", self._guarded(self._finish), methods=["POST"]),
-                Route("/unregister", self._guarded(self._unregister), methods=["POST"]),
-                Route("/stop", self._guarded(self._stop), methods=["POST"]),
-                Route("/died", self._guarded(self._died), methods=["POST"]),
-            ]
-        )
+        self.application = Starlette(routes=[self._route(endpoint) for endpoint in ENDPOINTS])
 
     async def reap_until_final(self) -> None:
         """Let time act on the job, until its phase is final."""
@@ -114,10 +108,19 @@ class Controller:
         membership = self.membership
         while membership.notices:
             _LOG.info("%s", membership.notices.pop(0))
+        if membership.outcome is not None and self._record is not None:
+            record, self._record = self._record, None
+            record(self.status())
         if membership.phase.is_final and not self.final.is_set():
             self.final.set()
         async with self._changed:
             self._changed.notify_all()
+
+    def _route(self, endpoint: Endpoint) -> Route:
+        answer = getattr(self, f"_{endpoint.name}")
+        return Route(
+            endpoint.path, self._guarded(answer) if endpoint.guarded else answer, methods=[endpoint.method]
+        )
 
     def _directive(self) -> messages.Directive:
         phase = self.membership.phase
@@ -125,6 +128,9 @@ class Controller:
 
     async def _healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
+
+    async def _openapi(self, _: Request) -> Response:
+        return JSONResponse(openapi())
 
     async def _status(self, _: Request) -> Response:
         return _reply(self.status())
@@ -176,7 +182,7 @@ class Controller:
 
     async def _unregister(self, request: Request) -> Response:
         body = await _body(request, messages.Unregister)
-        self.membership.left(body.name, body.incarnation, body.reason)
+        self.membership.left(body.name, body.incarnation, body.reason, body.published)
         await self._after_event()
         return _reply(self._directive())
 
@@ -230,7 +236,7 @@ async def _body(request: Request, kind: type[_Body]) -> _Body:
 
 
 def _reply(message: messages.Message, status: int = 200) -> Response:
-    return Response(message.model_dump_json(), status, media_type="application/json")
+    return Response(message.model_dump_json(), status, media_type=JSON)
 
 
 class _Server(uvicorn.Server):
@@ -243,7 +249,11 @@ class _Server(uvicorn.Server):
 
 async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     """Serve until the job is final or a signal comes; returns how the job ended."""
-    controller = Controller(spec)
+
+    def record(status: messages.Status) -> None:
+        write_json(spec.folder.outcome, status.model_dump(mode="json"))
+
+    controller = Controller(spec, record)
     server = _Server(
         uvicorn.Config(
             controller.application,
@@ -265,7 +275,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     serving = loop.create_task(server.serve(sockets=[listener]))
     await controller.reap_until_final()
     outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
-    write_json(spec.folder.outcome, controller.status().model_dump(mode="json"))
+    record(controller.status())
     _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
     server.should_exit = True
     await serving

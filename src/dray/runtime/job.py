@@ -43,7 +43,7 @@ class JobFolder:
 
     @property
     def outcome(self) -> Path:
-        """The last status of the job, written by the controller when the phase is final."""
+        """The last status of the job, written by the controller when the outcome is decided and at its end."""
         return self.run / "outcome.json"
 
     @property

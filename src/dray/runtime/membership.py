@@ -6,7 +6,7 @@ logs. Time comes from the clock that is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -143,11 +143,12 @@ class Membership:
         if progress is not None:
             member.progress = progress
 
-    def left(self, name: str, incarnation: str, reason: str) -> None:
-        """A member ends in order. Leaving twice changes nothing."""
+    def left(self, name: str, incarnation: str, reason: str, published: Iterable[int] = ()) -> None:
+        """A member ends in order, and has `published` these prompts. Leaving twice changes nothing."""
         member = self.members.get(name)
         if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
             return
+        self.prompts.published(name, published)
         self._end(member, MemberState.LEFT, reason)
         self._consequences()
 

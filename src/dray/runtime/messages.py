@@ -69,9 +69,10 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last thing a replica says."""
+    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request."""
 
     reason: Sentence
+    published: Indices = []
 
 
 class Died(Message):

@@ -17,7 +17,10 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
+
+from dray.runtime.exit_codes import ExitCode
 
 PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 """Environment variable in which the supervisor tells its children its pid."""
@@ -84,6 +87,7 @@ def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
+    sys.excepthook = _crashed
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
         _bind_to_parent(int(parent))
@@ -127,6 +131,12 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own exit code for this is 1, which says that a job was not finished."""
+    _LOG.critical("ends on an error of dray's own", exc_info=(kind, error, trace))
+    leave(ExitCode.INTERNAL)
 
 
 def adopt_orphans() -> None:

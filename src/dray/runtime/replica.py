@@ -31,10 +31,10 @@ class UserCodeError(Exception):
 
 @contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """Tell exceptions of the user's class from dray's own."""
+    """Tell exceptions of the user's class from dray's own; leaving the interpreter is one of them."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserCodeError(what) from error
 
 
@@ -44,6 +44,7 @@ class Replica:
     Attributes:
         stop: set when the replica must end; every wait looks at it.
         activity: what the replica does, for the status page.
+        published: prompts whose trajectories were handed on and that the controller was not told of yet.
     """
 
     def __init__(self, spec: JobSpec, role: Role, index: int, stop: StopFlag) -> None:
@@ -55,6 +56,7 @@ class Replica:
         self.stop = stop
         self.activity = Activity()
         self.leaving_reason = "done"
+        self.published: list[int] = []
         self._resources = ExitStack()
 
     def __enter__(self) -> Replica:
@@ -109,7 +111,12 @@ class Replica:
     def _unregister(self) -> None:
         if self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
             return
-        body = messages.Unregister(name=self.name, incarnation=self.incarnation, reason=self.leaving_reason[:2000])
+        body = messages.Unregister(
+            name=self.name,
+            incarnation=self.incarnation,
+            reason=self.leaving_reason[:2000],
+            published=self.published,
+        )
         try:
             self.client.post("/unregister", body, messages.Directive, timeout=2.0)
         except ControlPlaneError as error:

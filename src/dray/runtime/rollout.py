@@ -42,7 +42,6 @@ def work(replica: Replica) -> ExitCode:
 def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: WeightsInlet) -> None:
     activity, stop = replica.activity, replica.stop
     version = _load_weights(replica, worker, weights, None)
-    published: list[int] = []
     while not stop.is_set:
         activity.doing("waiting for prompts")
         answer = replica.client.post(
@@ -52,11 +51,11 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
                 incarnation=replica.incarnation,
                 want=replica.spec.config.rollout.prompt_batch,
                 wait=_SLICE,
-                published=published,
+                published=replica.published,
             ),
             messages.PromptList,
         )
-        published = []
+        replica.published = []
         if answer.stop:
             replica.heartbeat.job_over.set()
             stop.set(f"the job is {answer.phase.value}")
@@ -73,7 +72,7 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
             activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
             activity.doing("waiting for room to hand on a trajectory")
             if outlet.put(arrays, prompt=index, weight_version=version):
-                published.append(index)
+                replica.published.append(index)
 
 
 def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet, version: int | None) -> int:
