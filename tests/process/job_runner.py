@@ -91,8 +91,8 @@ BOUND = 60.0
 class JobRun:
     """A running or ended `dray run`."""
 
-    def __init__(self, folder: Path, *options: str, stop_table: str = STOP) -> None:
-        (folder / "small.py").write_text(CLASSES)
+    def __init__(self, folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> None:
+        (folder / "small.py").write_text(classes)
         (folder / "job.toml").write_text(JOB + stop_table)
         self.output = folder / "out"
         self.process = subprocess.Popen(
@@ -132,14 +132,28 @@ class JobRun:
         try:
             rest, _ = self.process.communicate(timeout=bound)
         except subprocess.TimeoutExpired:
-            for process in self.processes():
-                process.send_signal(signal.SIGUSR1)
-            time.sleep(0.5)  # for the stacks to be in the logs of the story
+            self.dump_stacks()
             raise AssertionError(f"the job did not end within {bound} s\n{self.story()}") from None
         self.text += rest.decode()
         self.wait_until_gone(0.0)
         assert not (self.output / ".run").exists()
         return self.process.returncode
+
+    def dump_stacks(self) -> None:
+        """Have every process of the job, `dray run` included, write the stacks of its threads into the story."""
+        for process in (*self.processes("dray.runtime"), self.process):
+            process.send_signal(signal.SIGUSR1)
+        assert self.process.stdout is not None
+        last = "most recent call first"
+        logs = [each for each in (self.output / "logs").glob("*.log") if "redis" not in each.name]
+        deadline = time.monotonic() + 2.0  # one that is stopped writes nothing
+        while not all(last in log.read_text() for log in logs) and time.monotonic() < deadline:
+            select.select([self.process.stdout], [], [], 0.05)
+        while select.select([self.process.stdout], [], [], 0.2)[0]:
+            chunk = os.read(self.process.stdout.fileno(), 65536).decode()
+            if not chunk:
+                return
+            self.text += chunk
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """What runs of the job, grandchildren included; `name` is part of the command line."""
@@ -177,9 +191,9 @@ class JobRun:
 
 
 @contextmanager
-def running(folder: Path, *options: str, stop_table: str = STOP) -> Iterator[JobRun]:
+def running(folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> Iterator[JobRun]:
     """A job, of which nothing runs afterwards."""
-    job = JobRun(folder, *options, stop_table=stop_table)
+    job = JobRun(folder, *options, stop_table=stop_table, classes=classes)
     try:
         yield job
     finally:

@@ -5,6 +5,7 @@ Everything happens in the main thread, which waits for children and signals at o
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ def run_job(config: JobConfig, job_file: Path, *, resume: bool = False) -> int:
     Raises:
         ConfigError: before anything was started.
     """
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
         with open_output(config, resume=resume) as (folder, state):
             if state is not None and state.outcome:

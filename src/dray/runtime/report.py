@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def _counters(status: Status | None) -> dict[str, Any]:
             for name, member in sorted(rollouts.items())
         },
         "replicas": {member.name: f"{member.state.value}: {member.reason}" for member in members},
+        "counters": {member.name: _finite(member.progress.counters) for member in members},
     }
 
 
@@ -111,7 +113,11 @@ def _last_metrics(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     last: dict[str, float] = {}
     for line in steps:
         last |= line["metrics"]
-    return {name: value if math.isfinite(value) else None for name, value in sorted(last.items())}
+    return _finite(last)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in sorted(values.items())}
 
 
 def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:

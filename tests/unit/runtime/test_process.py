@@ -75,7 +75,9 @@ def test_stacks_are_written_when_asked_for() -> None:
 
 
 def test_error_of_our_own_has_an_exit_code_of_its_own() -> None:
-    program = "from dray.runtime.process import begin_process; begin_process('x'); raise RuntimeError('impossible')"
+    program = (
+        "from dray.runtime.process import begin_process\nbegin_process('x')\nraise RuntimeError('impossible')"
+    )
     with run_child(program, DRAY_SUPERVISOR_PID=str(os.getpid())) as child:
         text, errors = child.communicate(timeout=20)
     assert (child.returncode, text) == (14, "")
