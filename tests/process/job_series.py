@@ -75,7 +75,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to one job; times in seconds after its processes were started."""
+    """What is done to one job; `kill_after` are seconds from the start of its processes or from the first step."""
 
     number: int
     replicas: int
@@ -85,6 +85,7 @@ class Plan:
     worker_pause: float
     trainer_pause: float
     victim: str
+    at_work: bool
     kill_after: float
 
     @classmethod
@@ -96,12 +97,13 @@ class Plan:
             number=number,
             replicas=replicas,
             batch=choose.choice((4, 8)),
-            steps=choose.randint(10, 60),
+            steps=choose.randint(20, 80),
             lane=choose.choice(("shm", "tcp")),
             worker_pause=choose.choice((0.0, 0.005, 0.02)),
             trainer_pause=choose.choice((0.0, 0.02, 0.05)),
             victim=choose.choice(victims) if number % 2 else "",
-            kill_after=choose.uniform(0.0, 5.0),
+            at_work=(at_work := choose.random() < 0.7),
+            kill_after=choose.uniform(0.0, 2.0 if at_work else 5.0),
         )
 
     @property
@@ -176,6 +178,10 @@ def _run(plan: Plan, folder: Path) -> Counter[str]:
 def _kill(job: JobRun, plan: Plan) -> bool:
     """Kill the victim, if it still runs when its time has come."""
     job.wait_for("started controller")
+    deadline = time.monotonic() + BOUND
+    while plan.at_work and not (job.output / "trained.jsonl").exists() and job.process.poll() is None:
+        assert time.monotonic() < deadline, job.story()
+        time.sleep(0.02)
     try:
         job.process.wait(plan.kill_after)
     except subprocess.TimeoutExpired:

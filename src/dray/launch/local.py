@@ -19,11 +19,13 @@ from pathlib import Path
 
 from dray.clock import Deadline
 from dray.config import JobConfig
-from dray.control import JobKeys, RedisAddress, RedisConnection, RedisServer, delete_job, start_redis
+from dray.control import REDIS_STOP_BOUND
 from dray.errors import ConfigError, ControlPlaneError
-from dray.launch.children import Child, child_pids, kill_orphans
+from dray.launch.children import Child
 from dray.launch.display import Display
 from dray.launch.ending import Ending, ending, finished_checkpoint, recorded_status
+from dray.launch.job_redis import job_redis
+from dray.launch.log import supervisor_log
 from dray.launch.output import open_output
 from dray.launch.signals import SignalInbox
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
@@ -31,13 +33,16 @@ from dray.runtime import messages
 from dray.runtime.address import advertise, bind
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
+from dray.runtime.descendants import child_pids, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.membership import Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
 from dray.runtime.report import write_report
+from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
 
 STATUS_INTERVAL = 0.5
+_LOG = logging.getLogger("dray.launch.local")
 
 
 def run_job(config: JobConfig, job_file: Path, *, resume: bool = False) -> int:
@@ -73,12 +78,14 @@ class _Run:
         self._state = state
         self._inbox = inbox
         self._display = display
+        self._job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
         self._began = Deadline.after(None)
         self._signals: list[signal.Signals] = []
         self._replicas: list[Child] = []
         self._controller: Child | None = None
         self._teardowns: list[tuple[list[Child], Teardown]] = []
         self._asked = False
+        self._end_began: Deadline | None = None
         self._status: messages.Status | None = None
         self._controller_silent = False
         self._interrupted = False
@@ -95,13 +102,17 @@ class _Run:
             self._check_entry_points()
             if self._signals:
                 stopped = self._ending()
-                self._display.say(f"stopped: {stopped.reason} before anything was started")
+                self._say(f"stopped: {stopped.reason} before anything was started")
                 return stopped.exit_code
             listener = resources.enter_context(bind(self._config.controller.host, self._config.controller.port))
-            redis = resources.enter_context(self._redis())
-            known = strangers | ({redis.pid} if redis.pid is not None else set())
-            resources.callback(kill_orphans, known, 1.0)
+            step = ShutdownStep("end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
+            place = folder.run / "redis"
+            server = job_redis(self._config, self._job_id, place, self._say, self._unexpected.append)
+            redis = closed_by_step(resources, server, step)
             folder.logs.mkdir(exist_ok=True)
+            resources.enter_context(supervisor_log(folder.logs))
+            self._known = strangers | ({redis.pid} if redis.pid is not None else set())
+            resources.callback(kill_orphans, self._known, 1.0)
             spec = self._write_spec(redis.url)
             # From here on there are children; they end before anything above does.
             resources.callback(self._kill_rest)
@@ -125,8 +136,12 @@ class _Run:
             first_step=self._state.step if self._state is not None else 0,
         )
         for line in (*self._unexpected, summary):
-            self._display.say(line)
+            self._say(line)
         return ending.exit_code
+
+    def _say(self, text: str) -> None:
+        self._display.say(text)
+        _LOG.info("%s", text)
 
     def _ending(self) -> Ending:
         status = recorded_status(self._folder) or self._status
@@ -168,27 +183,6 @@ class _Run:
         if answer:
             raise ConfigError(answer["key"], answer["value"], answer["allowed"])
 
-    @contextmanager
-    def _redis(self) -> Iterator[RedisServer]:
-        url, timeout = self._config.redis.url, self._config.timeouts.redis
-        with _quiet("dray.control"):  # that it does not answer is said once, by the error
-            server = start_redis(url, self._folder.run / "redis", timeout=timeout)
-        with server:
-            self._job_id = f"{self._config.job.name[:40]}-{secrets.token_hex(4)}"
-            try:
-                yield server
-            finally:
-                if server.source == "configured":
-                    self._forget_keys(server.address)
-
-    def _forget_keys(self, address: RedisAddress) -> None:
-        """A server that outlives the job keeps nothing of it."""
-        with RedisConnection(address, answer_timeout=1.0) as connection:
-            try:
-                delete_job(connection, JobKeys(self._job_id), timeout=2.0)
-            except ControlPlaneError as error:
-                self._unexpected.append(f"the job's keys stay in Redis: {error}")
-
     def _write_spec(self, redis_url: str) -> JobSpec:
         spec = JobSpec(
             config=self._config,
@@ -225,9 +219,7 @@ class _Run:
                 log = self._folder.logs / f"{name}.log"
                 arguments = [str(self._folder.spec), str(index)]
                 self._replicas.append(Child(name, f"dray.runtime.{role.value}", arguments, log, role=role))
-        self._display.say(
-            f"started controller and {len(self._replicas)} replicas; output in {_short(self._folder.root)}"
-        )
+        self._say(f"started controller and {len(self._replicas)} replicas; output in {_short(self._folder.root)}")
 
     # --- run and end ------------------------------------------------------------------------------------------
 
@@ -241,7 +233,7 @@ class _Run:
         while any(child.running for child in children):
             if self._teardowns and all(teardown.is_over for _, teardown in self._teardowns):
                 left = ", ".join(f"{child.name} (pid {child.pid})" for child in children if child.running)
-                self._display.say(f"{left} did not end although killed")
+                self._say(f"{left} did not end although killed")
                 return
             bound = next_status.remaining
             self._wait(min([bound, *(teardown.seconds_to_next for _, teardown in self._teardowns)]))
@@ -274,8 +266,11 @@ class _Run:
 
     def _ended(self, child: Child, client: ControllerClient) -> None:
         self._selector.unregister(child.pidfd)
+        self._kill_orphans_of(child)
         code = child.exit_code
         assert code is not None
+        since = "" if self._end_began is None else f", {self._end_began.elapsed:.2f} s after the end began"
+        _LOG.info("%s ended with code %d (%s)%s", child.name, code, meaning(code), since)
         expected = self._asked or code in (ExitCode.OK, ExitCode.FAILED)
         if child is self._controller:
             recorded = recorded_status(self._folder)
@@ -285,7 +280,7 @@ class _Run:
             self._end(at_once=early)
             return
         if not expected:
-            self._display.say(f"{child.name} ended early: {meaning(code)}; see {_short(child.log)}")
+            self._say(f"{child.name} ended early: {meaning(code)}; see {_short(child.log)}")
         # Who has left in order is not affected by it.
         reason = f"its process ended without leaving ({meaning(code)})" if expected else meaning(code)
         assert child.role is not None
@@ -293,17 +288,28 @@ class _Run:
         if child.role is Role.POLICY or not any(each.running for each in self._replicas):
             self._end()
 
+    def _kill_orphans_of(self, child: Child) -> None:
+        """What a replica leaves behind, the environments of a killed one say, is this process's now."""
+        children = {each.pid for each in (*self._replicas, self._controller) if each is not None}
+        killed = kill_orphans(self._known | children, 1.0)
+        if killed:
+            self._say(f"{killed} processes that {child.name} left behind were killed")
+
     def _end(self, *, at_once: bool = False) -> None:
         """Begin to end the job, or do so more firmly; the controller goes last."""
         if not self._teardowns or (at_once and not self._asked):
             self._asked = at_once
             bound = self._config.timeouts.shutdown
+            self._end_began = Deadline.after(None)
             rollouts = [child for child in self._replicas if child.role is Role.ROLLOUT]
             others = [child for child in (*self._replicas, self._controller) if child is not None]
             self._teardowns = [
                 (rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
                 ([child for child in others if child not in rollouts], Teardown(bound, at_once=at_once)),
             ]
+            names = ", ".join(child.name for child in others if child.running)
+            asked = "they are asked by signal" if at_once else "they know it from the controller"
+            _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
         if self._controller is not None and not any(each.running for each in self._replicas):
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             self._controller.signal(signal.SIGTERM)
@@ -316,14 +322,14 @@ class _Run:
             client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
             self._controller_silent = True
-            self._display.say(f"the controller could not be told: {error}")
+            self._say(f"the controller could not be told: {error}")
 
     def _react(self, client: ControllerClient) -> None:
         """Do what signals and the deadline of the end ask for."""
         if self._signals and not self._interrupted:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
-            self._display.say(f"{name}: ending the job, at most {bound:g} s")
+            self._say(f"{name}: ending the job, at most {bound:g} s")
             self._tell(client, "/stop", messages.Stop(reason=f"interrupted by {name}"))
             self._end(at_once=True)
         for children, teardown in self._teardowns:
@@ -335,6 +341,7 @@ class _Run:
                         self._apply(means, child)
 
     def _apply(self, means: Means, child: Child) -> None:
+        _LOG.info("shutdown: %s: %s", child.name, means.name.lower().replace("_", " "))
         if means is Means.TERMINATE:
             if child is not self._controller:
                 child.signal(signal.SIGTERM)
@@ -343,7 +350,7 @@ class _Run:
         else:
             child.kill_group()
             why = "was killed" if len(self._signals) > 1 else "did not end in time and was killed"
-            self._display.say(f"{child.name} (pid {child.pid}) {why}; see {_short(child.log)}")
+            self._say(f"{child.name} (pid {child.pid}) {why}; see {_short(child.log)}")
 
     def _look(self, client: ControllerClient) -> None:
         try:
@@ -359,17 +366,6 @@ class _Run:
             if child.running:
                 child.kill_group()
                 child.collect(5.0)
-
-
-@contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _short(path: Path) -> str:

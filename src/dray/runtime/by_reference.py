@@ -28,6 +28,8 @@ from dray.wire import PayloadRef
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
 _LAST_WORDS = 1.0
+_JOB_OVER_SHARE = 0.6
+"""Of the time that payloads are served after their replica has stopped, when the job is over as well."""
 _PAGE = 4096
 _LONGEST_SOCKET_FOLDER = 80
 _LANES: tuple[Literal["shm", "ucx", "tcp"], ...] = ("shm", "ucx", "tcp")
@@ -107,9 +109,12 @@ class ReferenceOutlet:
         self._queue.restore(self._again)
 
     def drain(self, timeout: float) -> int:
-        deadline, job_over = Deadline.after(timeout), self._replica.heartbeat.job_over
+        heartbeat, job_over = self._replica.heartbeat, False
+        deadline = Deadline.after(timeout)
         for each in self._ring.ready(leased=True):
-            while not job_over.is_set() and not deadline.expired:
+            while not heartbeat.unread.is_set() and not deadline.expired:
+                if heartbeat.job_over.is_set() and not job_over:
+                    job_over, deadline = True, deadline.sooner(timeout * _JOB_OVER_SHARE)
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
@@ -238,6 +243,12 @@ class ReferenceWeightsInlet:
             except StaleSlotError:
                 # Newer ones were published meanwhile, or are about to be.
                 counters.add("weight_stale")
+                found = self._key.wait_newer(found, deadline.sooner(_SLICE).timeout)
+                continue
+            except (ProducerLostError, TransportError) as error:
+                # Whether the policy is gone is for the controller to say; until then the old ones act.
+                counters.add("weight_lost")
+                _LOG.warning("weights %d cannot be read: %s", found.version, error)
                 found = self._key.wait_newer(found, deadline.sooner(_SLICE).timeout)
                 continue
             self._last = found

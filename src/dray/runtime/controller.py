@@ -71,8 +71,12 @@ class Controller:
         while not self.final.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.final.wait(), interval)
-            self.membership.reap()
-            await self._after_event()
+            await self.reap_once()
+
+    async def reap_once(self) -> None:
+        """Let the time that has passed act on the job."""
+        self.membership.reap()
+        await self._after_event()
 
     async def interrupt(self, reason: str) -> None:
         """End the job whatever its members do."""
@@ -122,9 +126,18 @@ class Controller:
             endpoint.path, self._guarded(answer) if endpoint.guarded else answer, methods=[endpoint.method]
         )
 
+    @property
+    def _readers(self) -> int:
+        return len(self.membership.active(Role.POLICY))
+
+    async def _wait_for_change(self, deadline: Deadline) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline.timeout), self._changed:
+                await self._changed.wait()
+
     def _directive(self) -> messages.Directive:
         phase = self.membership.phase
-        return messages.Directive(phase=phase, stop=not phase.gives_work)
+        return messages.Directive(phase=phase, stop=not phase.gives_work, readers=self._readers)
 
     async def _healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -152,6 +165,9 @@ class Controller:
         self.membership.heard(body.name, body.incarnation, progress)
         self.membership.prompts.settled(body.settled)
         await self._after_event()
+        deadline = Deadline.after(body.until_unread)
+        while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
+            await self._wait_for_change(deadline)
         return _reply(self._directive())
 
     async def _prompts(self, request: Request) -> Response:
@@ -164,14 +180,12 @@ class Controller:
             taken = self.membership.prompts.take(body.name, body.want)
             if taken or deadline.expired:
                 break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(deadline.timeout), self._changed:
-                    await self._changed.wait()
+            await self._wait_for_change(deadline)
             self.membership.heard(body.name, body.incarnation)
         seed = self._spec.config.job.seed
         directive = self._directive()
         prompts = [(index, prompt_seed(seed, index)) for index in taken]
-        return _reply(messages.PromptList(phase=directive.phase, stop=directive.stop, prompts=prompts))
+        return _reply(messages.PromptList(**directive.model_dump(), prompts=prompts))
 
     async def _finish(self, request: Request) -> Response:
         body = await _body(request, messages.Finish)

@@ -47,10 +47,14 @@ class ProgressReport(Message):
 
 
 class Heartbeat(Caller):
-    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded."""
+    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded.
+
+    The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
+    """
 
     progress: ProgressReport
     settled: Indices = []
+    until_unread: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
 
 
 class TakePrompts(Caller):
@@ -90,10 +94,11 @@ class Stop(Message):
 
 
 class Directive(Message):
-    """The answer to register and heartbeat: whether to go on."""
+    """The answer to register and heartbeat: whether to go on, and how many policy replicas are there to read."""
 
     phase: Phase
     stop: bool
+    readers: int = 0
 
 
 class PromptList(Directive):

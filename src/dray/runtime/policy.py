@@ -22,6 +22,7 @@ from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import OutcomeKind, Role
 from dray.runtime.process import leave
 from dray.runtime.replica import Replica, run_replica, stop_code, user_code
+from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.transfer import Inlet, WeightsOutlet
 from dray.runtime.transfer_choice import open_inlet
 
@@ -214,12 +215,17 @@ class Training:
 
     def _end(self, solved: str) -> ExitCode:
         kind, reason, code = self._outcome(solved)
-        self._save(str(kind) if code is ExitCode.OK else "")
+        stop, timeouts = self._replica.stop, self._config.timeouts
+        if stop.is_set:
+            _LOG.info("shutdown: received no more and ended the step at hand, which took %.2f s", stop.since)
+        with shutdown_step("write a checkpoint", "the trainer's save", timeouts.shutdown):
+            self._save(str(kind) if code is ExitCode.OK else "")
         if kind is not None:
             body = messages.Finish(
                 name=self._replica.name, incarnation=self._replica.incarnation, kind=kind, reason=reason
             )
-            self._replica.client.post("/finish", body, messages.Directive)
+            with shutdown_step("report the outcome", "the controller", timeouts.http):
+                self._replica.client.post("/finish", body, messages.Directive)
         self._replica.leaving_reason = reason
         return code
 

@@ -15,14 +15,18 @@ from dray.control import JobKeys, RedisAddress, RedisConnection, RedisUnavailabl
 from dray.errors import ControlPlaneError
 from dray.runtime import messages
 from dray.runtime.contract import ReplicaContext
-from dray.runtime.controller_client import ControllerClient, ControllerLostError
+from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
 from dray.runtime.process import StopFlag, begin_process, finish_process, stop_on_signals
+from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 
 _LOG = logging.getLogger("dray.runtime.replica")
+_UNREGISTER_BOUND = 2.0
+_ANSWER_SHARE = 0.3
+"""Of `timeouts.shutdown`: what a command may wait for a Redis that is stopped."""
 
 
 class UserCodeError(Exception):
@@ -71,22 +75,23 @@ class Replica:
             body = messages.Register(name=self.name, incarnation=self.incarnation, role=self.role, pid=os.getpid())
             self.client.post("/register", body, messages.Directive)
             starting.callback(self._unregister)
-            self.heartbeat = starting.enter_context(
-                Heartbeat(
-                    self.client,
-                    self.name,
-                    self.incarnation,
-                    self.activity,
-                    self.stop,
-                    interval=config.controller.heartbeat_interval,
-                    lost_after=config.timeouts.controller_lost,
-                    grace=config.timeouts.shutdown,
-                )
+            heartbeat = Heartbeat(
+                self.client,
+                self.name,
+                self.incarnation,
+                self.activity,
+                self.stop,
+                interval=config.controller.heartbeat_interval,
+                lost_after=config.timeouts.controller_lost,
+                grace=config.timeouts.shutdown,
             )
+            last_beat = ShutdownStep("send the last heartbeat", "the controller", HURRIED)
+            self.heartbeat = closed_by_step(starting, heartbeat, last_beat)
             self.redis = starting.enter_context(
                 RedisConnection(
                     RedisAddress(self.spec.redis_url),
                     shutdown=self.stop.event,
+                    answer_timeout=min(3.0, config.timeouts.shutdown * _ANSWER_SHARE),
                     patience=config.timeouts.redis,
                 )
             )
@@ -118,7 +123,8 @@ class Replica:
             published=self.published,
         )
         try:
-            self.client.post("/unregister", body, messages.Directive, timeout=2.0)
+            with shutdown_step("unregister", "the controller", _UNREGISTER_BOUND):
+                self.client.post("/unregister", body, messages.Directive, timeout=_UNREGISTER_BOUND)
         except ControlPlaneError as error:
             _LOG.warning("could not unregister: %s", error)
 

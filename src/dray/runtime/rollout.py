@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 from dray.clock import MONOTONIC
 from dray.runtime import messages
@@ -12,11 +13,14 @@ from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import Role
 from dray.runtime.process import leave
 from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 from dray.runtime.transfer import Outlet, WeightsInlet
 from dray.runtime.transfer_choice import open_outlet
 
 _LOG = logging.getLogger("dray.runtime.rollout")
 _SLICE = 0.5
+SERVER_CLOSE_BOUND = 7.0
+"""Seconds that closing a `PayloadServer` takes at most, by its defaults."""
 
 
 def work(replica: Replica) -> ExitCode:
@@ -27,7 +31,9 @@ def work(replica: Replica) -> ExitCode:
     with user_code("setup"):
         worker: RolloutWorker = worker_class()
         worker.setup(replica.context(dict(config.args)))
-    with open_outlet(replica) as (outlet, weights):
+    with ExitStack() as opened:
+        closing = ShutdownStep("stop serving payloads", "transfers in flight", SERVER_CLOSE_BOUND)
+        outlet, weights = closed_by_step(opened, open_outlet(replica), closing)
         replica.stop.disposable = False
         try:
             _generate(replica, worker, outlet, weights)
@@ -94,9 +100,12 @@ def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet
 
 def _drain(replica: Replica, outlet: Outlet) -> None:
     """While the job goes on, its policy still reads what this replica has published."""
+    stop, bound = replica.stop, replica.spec.config.timeouts.shutdown / 2
+    _LOG.info("shutdown: took no more prompts and finished the rollout at hand, which took %.2f s", stop.since)
     replica.activity.doing("waiting until its payloads are consumed")
-    replica.heartbeat.beat_now()
-    left = outlet.drain(replica.spec.config.timeouts.shutdown / 2)
+    replica.heartbeat.watch_readers()
+    with shutdown_step("serve payloads until they are consumed or nobody is left", "the policy", bound):
+        left = outlet.drain(bound)
     if left:
         # When the job is over nobody wants them; before that, they are lost to it.
         level = logging.INFO if replica.heartbeat.job_over.is_set() else logging.WARNING
