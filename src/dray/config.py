@@ -135,6 +135,7 @@ class TimeoutsTable(Table):
     redis: float = _seconds(10.0)
     controller_lost: float = _seconds(15.0)
     shutdown: float = _seconds(8.0)
+    stall: float = _seconds(30.0)
 
 
 class JobConfig(Table):

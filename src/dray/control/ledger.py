@@ -26,6 +26,7 @@ class DeliveryLedger:
         self._remembered = remembered
         self._lock = threading.Lock()
         self._held: dict[str, Delivery] = {}
+        self._since: dict[str, float] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     def split_ended(self, deliveries: Iterable[Delivery]) -> tuple[list[Delivery], list[Delivery]]:
@@ -37,8 +38,8 @@ class DeliveryLedger:
                 (repeated if delivery.entry.identity in self._ended else current).append(delivery)
         return current, repeated
 
-    def hold(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
-        """Hold `deliveries`; returns those that were not held already.
+    def hold(self, deliveries: Iterable[Delivery], now: float = 0.0) -> list[Delivery]:
+        """Hold `deliveries` since `now`; returns those that were not held already.
 
         One that is held and comes again under another id (published again after a restart) keeps the new id.
         """
@@ -49,6 +50,7 @@ class DeliveryLedger:
                 held = self._held.get(identity)
                 if held is None:
                     fresh.append(delivery)
+                    self._since[identity] = now
                 self._held[identity] = replace(held or delivery, entry_id=delivery.entry_id)
         return fresh
 
@@ -56,7 +58,7 @@ class DeliveryLedger:
         """These were trained on or discarded: recognise them if they come again."""
         with self._lock:
             for delivery in deliveries:
-                self._held.pop(delivery.entry.identity, None)
+                self._let_go(delivery)
                 self._ended[delivery.entry.identity] = None
             while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
@@ -65,7 +67,17 @@ class DeliveryLedger:
         """These are another consumer's now."""
         with self._lock:
             for delivery in deliveries:
-                self._held.pop(delivery.entry.identity, None)
+                self._let_go(delivery)
+
+    def _let_go(self, delivery: Delivery) -> None:
+        self._held.pop(delivery.entry.identity, None)
+        self._since.pop(delivery.entry.identity, None)
+
+    @property
+    def oldest_since(self) -> float | None:
+        """Since when that is held which has been held longest."""
+        with self._lock:
+            return next(iter(self._since.values()), None)
 
     def held_ids(self) -> set[str]:
         """Stream ids of what is held."""

@@ -170,6 +170,12 @@ class RolloutConsumer(RolloutQueue):
         """How many deliveries this consumer was given and has not ended."""
         return len(self._ledger)
 
+    @property
+    def oldest_held(self) -> float | None:
+        """Seconds since the oldest delivery that is not ended was received; None if there is none."""
+        since = self._ledger.oldest_since
+        return None if since is None else self._connection.clock.now() - since
+
     def __repr__(self) -> str:
         return f"<RolloutConsumer {self.consumer} of {self._keys.job} at {self._connection.address}>"
 
@@ -251,7 +257,7 @@ class RolloutConsumer(RolloutQueue):
         if repeated:
             self._run_finish(client, "repeated", repeated, "")
         # Held only now: had one of the commands failed, the caller would not have been given them.
-        return self._ledger.hold(current)
+        return self._ledger.hold(current, self._connection.clock.now())
 
     def _finish(self, counter: str, deliveries: list[Delivery], timeout: float | None) -> CommitOutcome:
         if not deliveries:

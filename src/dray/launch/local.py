@@ -88,6 +88,9 @@ class _Run:
         self._end_began: Deadline | None = None
         self._status: messages.Status | None = None
         self._controller_silent = False
+        self._heard = Deadline.after(None)
+        self._silences = 0
+        self._stalls = 0
         self._interrupted = False
         self._failure = ""
         self._unexpected: list[str] = []
@@ -355,9 +358,18 @@ class _Run:
     def _look(self, client: ControllerClient) -> None:
         try:
             self._status = client.status()
-        except ControlPlaneError:
-            return  # its end, or its silence, is noticed elsewhere
-        self._controller_silent = False
+        except ControlPlaneError:  # its end is noticed elsewhere
+            stall = self._config.timeouts.stall * 2**self._silences
+            if self._heard.elapsed > stall:
+                self._silences += 1
+                waited = f"{self._heard.elapsed:.1f} s"
+                self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
+            return
+        self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
+        stalled = self._status.stall
+        if stalled is not None and stalled.reports > self._stalls:
+            self._stalls = stalled.reports
+            self._say(f"stall: {stalled.line}")
         self._display.update(self._status)
 
     def _kill_rest(self) -> None:

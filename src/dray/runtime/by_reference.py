@@ -18,8 +18,16 @@ from dray.control import (
     StreamLostError,
     WeightsKey,
 )
-from dray.errors import BufferFullError, DrayError, ProducerLostError, StaleSlotError, TransportError
+from dray.errors import (
+    BufferClosedError,
+    BufferFullError,
+    DrayError,
+    ProducerLostError,
+    StaleSlotError,
+    TransportError,
+)
 from dray.payload import plan
+from dray.runtime.heartbeat import AgeKind
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
@@ -82,6 +90,7 @@ class ReferenceOutlet:
         self._server = server
         self._queue = RolloutProducer(replica.redis, replica.keys)
         self._entries: dict[int, RolloutEntry] = {}
+        replica.activity.show_ages(self._ages)
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
         reference = self._claim(arrays)
@@ -118,6 +127,13 @@ class ReferenceOutlet:
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
+
+    def _ages(self) -> Mapping[AgeKind, float | None]:
+        try:
+            statistics = self._ring.statistics()
+        except BufferClosedError:
+            return {}
+        return {"payload": statistics.oldest_ready_age, "lease": statistics.oldest_lease_age}
 
     def _again(self) -> list[RolloutEntry]:
         waiting = [self._entries[sequence] for sequence in self._waiting()]

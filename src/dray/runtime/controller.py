@@ -36,6 +36,8 @@ from dray.runtime.job import JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
 from dray.runtime.process import begin_process
 from dray.runtime.prompts import PromptLedger, prompt_seed
+from dray.runtime.stall import StallWatch
+from dray.runtime.stall_facts import gather
 
 LARGEST_BODY = 4 << 20
 _LOG = logging.getLogger("dray.runtime.controller")
@@ -63,11 +65,12 @@ class Controller:
             start_timeout=config.timeouts.start,
         )
         self.final = asyncio.Event()
+        self._stall = StallWatch(config.timeouts.stall)
         self.application = Starlette(routes=[self._route(endpoint) for endpoint in ENDPOINTS])
 
     async def reap_until_final(self) -> None:
         """Let time act on the job, until its phase is final."""
-        interval = min(1.0, self._spec.config.controller.heartbeat_interval)
+        interval = min(1.0, self._spec.config.controller.heartbeat_interval, self._spec.config.timeouts.stall)
         while not self.final.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.final.wait(), interval)
@@ -76,6 +79,8 @@ class Controller:
     async def reap_once(self) -> None:
         """Let the time that has passed act on the job."""
         self.membership.reap()
+        if self._stall.look(gather(self.membership, MONOTONIC.now(), self._deadline.elapsed)):
+            _LOG.warning("stall: %s", self._stall.line)
         await self._after_event()
 
     async def interrupt(self, reason: str) -> None:
@@ -94,6 +99,7 @@ class Controller:
             seconds=self._deadline.elapsed,
             outcome=None if outcome is None else messages.OutcomeReport(kind=outcome.kind, reason=outcome.reason),
             prompts=membership.prompts.statistics(),
+            stall=self._stalled(),
             members=[
                 messages.MemberStatus(
                     name=member.name,
@@ -107,6 +113,12 @@ class Controller:
                 for member in membership.members.values()
             ],
         )
+
+    def _stalled(self) -> messages.Stall | None:
+        stall = self._stall
+        if not stall.line:
+            return None
+        return messages.Stall(line=stall.line, seconds=stall.seconds, reports=stall.reports)
 
     async def _after_event(self) -> None:
         membership = self.membership
@@ -149,7 +161,7 @@ class Controller:
         return _reply(self.status())
 
     async def _metrics(self, _: Request) -> Response:
-        content, media_type = exposition(self.membership)
+        content, media_type = exposition(self.membership, self._stall.seconds)
         return Response(content, media_type=media_type)
 
     async def _register(self, request: Request) -> Response:
@@ -161,7 +173,7 @@ class Controller:
     async def _heartbeat(self, request: Request) -> Response:
         body = await _body(request, messages.Heartbeat)
         report = body.progress
-        progress = Progress(report.doing, report.seconds, report.counters, report.labels)
+        progress = Progress(**dict(report))
         self.membership.heard(body.name, body.incarnation, progress)
         self.membership.prompts.settled(body.settled)
         await self._after_event()

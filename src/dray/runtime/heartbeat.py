@@ -6,9 +6,9 @@ import faulthandler
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import ControlPlaneError
@@ -19,6 +19,7 @@ from dray.runtime.membership import MembershipError
 from dray.runtime.process import StopFlag
 from dray.telemetry import Counters
 
+AgeKind = Literal["payload", "lease", "reference"]
 _LOG = logging.getLogger("dray.runtime.heartbeat")
 
 
@@ -30,14 +31,27 @@ class Activity:
         self._lock = threading.Lock()
         self._doing = "starting"
         self._since = MONOTONIC.now()
+        self._waits_for = ""
+        self._ages: Callable[[], Mapping[AgeKind, float | None]] = dict
         self._values: dict[str, float] = {}
         self._labels: dict[str, str] = {}
 
     def doing(self, what: str) -> None:
-        """From now on the replica does `what`; while it waits, the words say for what."""
+        """From now on the replica does `what`."""
         with self._lock:
-            self._doing = what
-            self._since = MONOTONIC.now()
+            self._doing, self._waits_for, self._since = what, "", MONOTONIC.now()
+
+    def waits(self, what: str, whom: str) -> None:
+        """From now on the replica waits for `whom`, for `what`; the same wait again goes on, it does not begin."""
+        doing = f"waiting for {what}"
+        with self._lock:
+            if (doing, whom) != (self._doing, self._waits_for):
+                self._doing, self._waits_for, self._since = doing, whom, MONOTONIC.now()
+
+    def show_ages(self, ages: Callable[[], Mapping[AgeKind, float | None]]) -> None:
+        """Report what `ages` says: seconds of the oldest payload, lease and unacknowledged reference."""
+        with self._lock:
+            self._ages = ages
 
     def show(self, name: str, value: float | str) -> None:
         """Put the newest `value` of a gauge or a label on the status page."""
@@ -55,6 +69,8 @@ class Activity:
                 seconds=MONOTONIC.now() - self._since,
                 counters={**self.counters.snapshot(), **self._values},
                 labels=dict(self._labels),
+                waits_for=self._waits_for,
+                ages={kind: age for kind, age in self._ages().items() if age is not None},
             )
 
 

@@ -55,6 +55,8 @@ class Progress:
     seconds: float = 0.0
     counters: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    waits_for: str = ""
+    ages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -110,6 +112,15 @@ class Membership:
             member
             for member in self.members.values()
             if member.state is MemberState.ACTIVE and role in (None, member.role)
+        ]
+
+    def missing(self) -> list[str]:
+        """The names of the replicas that the job starts and that have never been members."""
+        return [
+            name
+            for role, count in self._expected.items()
+            for name in (f"{role.value}-{index}" for index in range(count))
+            if name not in self.members
         ]
 
     def register(self, name: str, role: Role, incarnation: str, pid: int) -> None:

@@ -38,12 +38,18 @@ class Register(Caller):
 
 
 class ProgressReport(Message):
-    """What a replica does, for how many seconds, its counters, and words about it such as the lane."""
+    """What a replica does, for how many seconds, its counters, and words about it such as the lane.
+
+    `waits_for` says whom it waits for, if it does; `ages` how old the oldest payload, lease and unacknowledged
+    reference are that it has, in seconds.
+    """
 
     doing: Annotated[str, Field(max_length=200)]
     seconds: float
     counters: dict[str, float] = {}
     labels: dict[str, str] = {}
+    waits_for: Annotated[str, Field(max_length=200)] = ""
+    ages: dict[Literal["payload", "lease", "reference"], float] = {}
 
 
 class Heartbeat(Caller):
@@ -126,6 +132,14 @@ class OutcomeReport(Message):
     reason: str
 
 
+class Stall(Message):
+    """Somebody waits for longer than `timeouts.stall`: the line about it, and how many there were so far."""
+
+    line: str
+    seconds: float
+    reports: int
+
+
 class Status(Message):
     """``GET /status``."""
 
@@ -135,6 +149,7 @@ class Status(Message):
     outcome: OutcomeReport | None
     members: list[MemberStatus]
     prompts: dict[str, int]
+    stall: Stall | None = None
 
 
 class ErrorReply(Message):

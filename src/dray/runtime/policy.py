@@ -76,6 +76,7 @@ class Training:
         self._resume()
         self._replica.stop.disposable = False
         self._queue.attach()
+        self._replica.activity.show_ages(lambda: {"reference": self._queue.oldest_held})
         self._publish_weights()
         stop, solved = self._replica.stop, ""
         while not solved and not stop.is_set and self._step < self._config.job.max_steps:
@@ -108,7 +109,7 @@ class Training:
             if self._replica.stop.is_set:
                 return None
             missing = size - len(batch.deliveries)
-            activity.doing(f"waiting for {missing} of {size} payloads")
+            activity.waits(f"{missing} of {size} payloads", "the rollout replicas")
             began = MONOTONIC.now()
             deliveries = self._queue.receive(missing, timeout=_SLICE)
             received = MONOTONIC.now()
@@ -152,7 +153,7 @@ class Training:
         ages = [self._version - trajectory.weight_version for trajectory in batch.trajectories]
         # The payloads are freed below, and with them the arrays of the batch.
         batch.trajectories.clear()
-        activity.doing("committing")
+        activity.waits("the commit", "Redis")
         self._queue.commit(batch.deliveries, timeout=self._config.timeouts.redis)
         self._inlet.consume(batch.deliveries)
         self._replica.heartbeat.settled(delivery.entry.prompt for delivery in batch.deliveries)

@@ -49,7 +49,7 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
     activity, stop = replica.activity, replica.stop
     version = _load_weights(replica, worker, weights, None)
     while not stop.is_set:
-        activity.doing("waiting for prompts")
+        activity.waits("prompts", "the policy")
         answer = replica.client.post(
             "/prompts",
             messages.TakePrompts(
@@ -76,7 +76,7 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
             with user_code("rollout"):
                 arrays = worker.rollout(Prompt(index, seed))
             activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
-            activity.doing("waiting for room to hand on a trajectory")
+            activity.waits("room to hand on a trajectory", "the policy")
             if outlet.put(arrays, prompt=index, weight_version=version):
                 replica.published.append(index)
 
@@ -85,7 +85,7 @@ def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet
     """Take over newer weights; the first ones (`version` ``None``) are waited for. Returns the acting version."""
     newest = None
     if version is None:
-        replica.activity.doing("waiting for the first weights")
+        replica.activity.waits("the first weights", "the policy")
         while newest is None and not replica.stop.is_set:
             newest = weights.newer(_SLICE)
     else:
@@ -102,7 +102,7 @@ def _drain(replica: Replica, outlet: Outlet) -> None:
     """While the job goes on, its policy still reads what this replica has published."""
     stop, bound = replica.stop, replica.spec.config.timeouts.shutdown / 2
     _LOG.info("shutdown: took no more prompts and finished the rollout at hand, which took %.2f s", stop.since)
-    replica.activity.doing("waiting until its payloads are consumed")
+    replica.activity.waits("the end of its payloads", "the policy")
     replica.heartbeat.watch_readers()
     with shutdown_step("serve payloads until they are consumed or nobody is left", "the policy", bound):
         left = outlet.drain(bound)

@@ -17,7 +17,14 @@ from dray.runtime.membership import Outcome, Role
 Call = Callable[..., Awaitable[httpx.Response]]
 ROLLOUT = {"name": "rollout-0", "incarnation": "a"}
 POLICY = {"name": "policy-0", "incarnation": "b"}
-PROGRESS = {"doing": "generating", "seconds": 0.5, "counters": {"payloads": 3}, "labels": {"lane": "shm"}}
+PROGRESS = {
+    "doing": "generating",
+    "seconds": 0.5,
+    "counters": {"payloads": 3},
+    "labels": {"lane": "shm"},
+    "waits_for": "",
+    "ages": {"payload": 1.5},
+}
 
 
 @pytest.fixture
@@ -234,3 +241,21 @@ def test_outcome_is_recorded_once_when_it_is_decided(spec: JobSpec) -> None:
     (status,) = recorded
     assert status.outcome is not None
     assert (status.outcome.kind, status.phase) == ("solved", "draining")
+
+
+def test_stall_is_on_the_status_page_and_in_the_log(spec: JobSpec, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        waiting = {**PROGRESS, "doing": "waiting for 2 of 2 payloads", "seconds": 31.0}
+        await call("/heartbeat", {**POLICY, "progress": {**waiting, "waits_for": "the rollout replicas"}})
+        await controller.reap_once()
+        stall = (await call("/status")).json()["stall"]
+        assert stall["line"].startswith("policy-0 waits for the rollout replicas, for 2 of 2 payloads, since 31.0 s;")
+        assert f"stall: {stall['line']}" in caplog.text
+        assert "dray_stalled_seconds 31." in (await call("/metrics")).text
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS})
+        await controller.reap_once()
+        assert (await call("/status")).json()["stall"] is None
+        assert "dray_stalled_seconds 0.0" in (await call("/metrics")).text
+
+    ask(spec, story)
