@@ -9,16 +9,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from dray.runtime.controller_client import ControllerClient
+from dray.runtime.job import JobSpec
+
 CLASSES = """
 import json, os, signal, subprocess, sys, time
 import numpy as np
+
+def fork_environment():
+    # As vectorised environments and game servers do: a fork, a session of its own, and a daemon of that.
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(600)
+            os._exit(0)
+        time.sleep(600)
+        os._exit(0)
 
 class Worker:
     def setup(self, context):
@@ -27,11 +41,15 @@ class Worker:
             program = "import time; time.sleep(600)"
             subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
             subprocess.Popen([sys.executable, "-c", program])
+        if self.args.get("forking"):
+            fork_environment()
     def load_weights(self, weights, version):
         assert float(weights["w"][0]) == version
         self.version = version
     def rollout(self, prompt):
         time.sleep(self.args.get("pause", 0.0))
+        if prompt.index >= self.args.get("hang_at", 1 << 60) and self.index in self.args.get("hanging", [0, 1]):
+            time.sleep(600)
         if prompt.index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
             raise ValueError("the environment broke")
         return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32),
@@ -39,7 +57,7 @@ class Worker:
 
 class Trainer:
     def setup(self, context):
-        self.steps, self.args, self.seen = 0, context.args, []
+        self.steps, self.args, self.seen, self.output = 0, context.args, [], context.output
     def train_step(self, trajectories):
         for each in trajectories:
             assert int(each.arrays["version"]) == each.weight_version <= self.steps
@@ -54,6 +72,8 @@ class Trainer:
     def weights(self):
         return {"w": np.full(1000, self.steps, np.float32)}
     def save(self, folder):
+        (self.output / "saving").touch()
+        time.sleep(self.args.get("save_pause", 0.0))
         (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen]))
     def load(self, folder):
         self.steps, self.seen = json.loads((folder / "trainer.json").read_text())
@@ -178,6 +198,27 @@ class JobRun:
 
     def summary(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "summary.json").read_text()))
+
+    def spec(self) -> JobSpec:
+        """What the job's processes were told, while it runs."""
+        return JobSpec.read(self.output / ".run" / "job.json")
+
+    @contextmanager
+    def controller(self) -> Iterator[ControllerClient]:
+        """A client of the job's controller."""
+        spec = self.spec()
+        address = spec.folder.controller_address
+        with ControllerClient.of_address_file(address, spec.token, 5.0) as client:
+            yield client
+
+    def wait_until(self, condition: Callable[[], bool], bound: float = BOUND) -> None:
+        """Wait until `condition` holds, which is about files and processes of the job."""
+        deadline = time.monotonic() + bound
+        while not condition():
+            if time.monotonic() >= deadline:
+                self.dump_stacks()
+                raise AssertionError(f"did not come within {bound} s\n{self.story()}")
+            time.sleep(0.02)
 
     def checkpoint(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))

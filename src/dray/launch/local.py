@@ -325,6 +325,7 @@ class _Run:
             client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
             self._controller_silent = True
+            self._failure = self._failure or f"the controller did not answer: {error}"
             self._say(f"the controller could not be told: {error}")
 
     def _react(self, client: ControllerClient) -> None:

@@ -36,10 +36,12 @@ from dray.runtime.job import JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
 from dray.runtime.process import begin_process
 from dray.runtime.prompts import PromptLedger, prompt_seed
+from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.stall import StallWatch
 from dray.runtime.stall_facts import gather
 
 LARGEST_BODY = 4 << 20
+_CLOSE_BOUND = 2
 _LOG = logging.getLogger("dray.runtime.controller")
 _Body = TypeVar("_Body", bound=messages.Message)
 
@@ -287,7 +289,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=int(KEEP_ALIVE),
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=_CLOSE_BOUND,
         )
     )
     loop = asyncio.get_running_loop()
@@ -303,8 +305,9 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
     record(controller.status())
     _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
-    server.should_exit = True
-    await serving
+    with shutdown_step("stop answering", "requests under way", _CLOSE_BOUND):
+        server.should_exit = True
+        await serving
     return outcome
 
 

@@ -59,7 +59,7 @@ class Replica:
         self.incarnation = secrets.token_hex(8)
         self.stop = stop
         self.activity = Activity()
-        self.leaving_reason = "done"
+        self.leaving_reason = ""
         self.published: list[int] = []
         self._resources = ExitStack()
 
@@ -73,7 +73,8 @@ class Replica:
             )
             self.stop.on_set(self.client.hurry)
             body = messages.Register(name=self.name, incarnation=self.incarnation, role=self.role, pid=os.getpid())
-            self.client.post("/register", body, messages.Directive)
+            # The controller itself may be starting: it has the same time for that as everybody.
+            self.client.post("/register", body, messages.Directive, config.timeouts.start)
             starting.callback(self._unregister)
             heartbeat = Heartbeat(
                 self.client,
@@ -119,7 +120,7 @@ class Replica:
         body = messages.Unregister(
             name=self.name,
             incarnation=self.incarnation,
-            reason=self.leaving_reason[:2000],
+            reason=(self.leaving_reason or self.stop.reason or "done")[:2000],
             published=self.published,
         )
         try:

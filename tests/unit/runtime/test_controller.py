@@ -250,7 +250,8 @@ def test_stall_is_on_the_status_page_and_in_the_log(spec: JobSpec, caplog: pytes
         await call("/heartbeat", {**POLICY, "progress": {**waiting, "waits_for": "the rollout replicas"}})
         await controller.reap_once()
         stall = (await call("/status")).json()["stall"]
-        assert stall["line"].startswith("policy-0 waits for the rollout replicas, for 2 of 2 payloads, since 31.0 s;")
+        words = "policy-0 waits for the rollout replicas, for 2 of 2 payloads, since 31.0 s;"
+        assert stall["line"].startswith(words)
         assert f"stall: {stall['line']}" in caplog.text
         assert "dray_stalled_seconds 31." in (await call("/metrics")).text
         await call("/heartbeat", {**POLICY, "progress": PROGRESS})
