@@ -165,7 +165,7 @@ class JobRun:
             process.send_signal(signal.SIGUSR1)
         assert self.process.stdout is not None
         last = "most recent call first"
-        logs = [each for each in (self.output / "logs").glob("*.log") if "redis" not in each.name]
+        logs = list((self.output / "logs").glob("*-*.log"))  # those of the replicas
         deadline = time.monotonic() + 2.0  # one that is stopped writes nothing
         while not all(last in log.read_text() for log in logs) and time.monotonic() < deadline:
             select.select([self.process.stdout], [], [], 0.05)

@@ -278,6 +278,18 @@ def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_goes_on
         assert job.end(bound=15.0) == 130, job.story()
 
 
+def test_job_that_does_not_end_in_time_shows_the_stacks_of_all_its_processes(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings(FOREVER, "policy.args.hang_at=3")) as job:
+        job.wait_for("  step 3")
+        with pytest.raises(AssertionError, match=r"did not end within 0\.5 s") as caught:
+            job.end(bound=0.5)
+    story = str(caught.value)
+    # The hanging trainer, a rollout replica that waits for prompts, the controller's loop, and `dray run` itself.
+    for words in ("in train_step", "in _generate", 'runtime/controller.py", line', "in run_job"):
+        assert words in story, story
+    assert job.processes() == []
+
+
 def test_r14_class_that_leaves_the_interpreter_is_told_apart_from_one_that_is_done(tmp_path: Path) -> None:
     (tmp_path / "leaving.py").write_text(
         "import small, sys\nclass Trainer(small.Trainer):\n    def train_step(self, trajectories): sys.exit(0)\n"

@@ -41,7 +41,7 @@ from dray.runtime.stall import StallWatch
 from dray.runtime.stall_facts import gather
 
 LARGEST_BODY = 4 << 20
-_CLOSE_BOUND = 2
+HTTP_CLOSE_BOUND = 2
 _LOG = logging.getLogger("dray.runtime.controller")
 _Body = TypeVar("_Body", bound=messages.Message)
 
@@ -289,7 +289,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=int(KEEP_ALIVE),
-            timeout_graceful_shutdown=_CLOSE_BOUND,
+            timeout_graceful_shutdown=HTTP_CLOSE_BOUND,
         )
     )
     loop = asyncio.get_running_loop()
@@ -305,7 +305,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
     record(controller.status())
     _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
-    with shutdown_step("stop answering", "requests under way", _CLOSE_BOUND):
+    with shutdown_step("stop answering", "requests under way", HTTP_CLOSE_BOUND):
         server.should_exit = True
         await serving
     return outcome

@@ -24,7 +24,7 @@ from dray.runtime.process import StopFlag, begin_process, finish_process, stop_o
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 
 _LOG = logging.getLogger("dray.runtime.replica")
-_UNREGISTER_BOUND = 2.0
+UNREGISTER_BOUND = 2.0
 _ANSWER_SHARE = 0.3
 """Of `timeouts.shutdown`: what a command may wait for a Redis that is stopped."""
 
@@ -124,8 +124,8 @@ class Replica:
             published=self.published,
         )
         try:
-            with shutdown_step("unregister", "the controller", _UNREGISTER_BOUND):
-                self.client.post("/unregister", body, messages.Directive, timeout=_UNREGISTER_BOUND)
+            with shutdown_step("unregister", "the controller", UNREGISTER_BOUND):
+                self.client.post("/unregister", body, messages.Directive, timeout=UNREGISTER_BOUND)
         except ControlPlaneError as error:
             _LOG.warning("could not unregister: %s", error)
 
