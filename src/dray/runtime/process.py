@@ -100,7 +100,7 @@ def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
-    sys.excepthook = _crashed
+    exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
         _bind_to_parent(int(parent))
@@ -146,10 +146,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def exit_with_own_code_on_crash() -> None:
+    """Let an exception that nobody caught end the process with `ExitCode.INTERNAL`.
+
+    Python's own code for it is 1, which says that a job was not finished.
+    """
+    sys.excepthook = _crashed
+
+
 def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own exit code for this is 1, which says that a job was not finished."""
     _LOG.critical("ends on an error of dray's own", exc_info=(kind, error, trace))
-    leave(ExitCode.INTERNAL)
+    leave(ExitCode.SIGINT if issubclass(kind, KeyboardInterrupt) else ExitCode.INTERNAL)
 
 
 def adopt_orphans() -> None:
