@@ -141,8 +141,8 @@ def test_r5_controller_without_replicas_waits_for_the_first_until_its_bound(tmp_
 def test_r6_replica_that_is_stuck_is_reported_with_who_waits_for_it(tmp_path: Path) -> None:
     settings = job_settings(FOREVER, "policy.args.hang_at=3", "timeouts.stall=1.5")
     with running(tmp_path, *settings) as job:
-        job.wait_for("stall: ")
-        job.wait_for("no lease")
+        job.wait_for("stall: rollout-")
+        job.wait_for("(policy-0)\n")
         line = next(line for line in job.text.splitlines() if "stall: rollout-" in line)
         assert re.search(r"rollout-\d waits for the policy, for prompts, since [\d.]+ s", line), line
         assert "policy-0 is at 'training step 4' since" in line
@@ -227,7 +227,6 @@ def test_r9_shutdown_does_not_wait_for_a_redis_that_is_stopped(tmp_path: Path) -
     [
         ("controller", signal.SIGKILL),
         ("controller", signal.SIGTERM),
-        ("controller", signal.SIGQUIT),
         ("dray run", signal.SIGINT),
     ],
 )
@@ -257,6 +256,18 @@ def test_r10_run_is_finished_although_nobody_could_tell_the_controller(tmp_path:
         assert job.end(bound=30.0) == 0, job.story()
         assert "solved at step 20, says the checkpoint" in job.text
         assert job.summary()["solved"]
+
+
+def test_r11_policy_that_hangs_when_the_job_has_failed_is_killed_within_the_bound(tmp_path: Path) -> None:
+    settings = job_settings(FOREVER, "policy.args.hang_at=3", "rollout.args.raise_at=36", "timeouts.shutdown=3")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("rollout-1 ended early")
+        job.wait_for("rollout-0 ended early")
+        assert job.end(bound=15.0) == 1, job.story()
+        assert "policy-0 (pid" in job.text
+        assert "did not end in time and was killed" in job.text
+        assert "in train_step" in job.log("policy-0")
+        assert "failed: no rollout replica is left" in job.text
 
 
 def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_goes_on(tmp_path: Path) -> None:

@@ -321,6 +321,9 @@ class _Run:
         """One call that may fail: a controller that does not answer costs its time limit once."""
         if self._controller is None or not self._controller.running or self._controller_silent:
             return
+        recorded = recorded_status(self._folder)
+        if recorded is not None and recorded.phase.is_final:  # it listens no more
+            return
         try:
             client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
@@ -367,6 +370,8 @@ class _Run:
                 self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
         self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
+        if not self._status.phase.gives_work and not self._teardowns:
+            self._end()
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports
