@@ -1,7 +1,9 @@
 """What dray expects of a Redis server, over each one that it can find or start."""
 
 import importlib.util
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from dray.control import (
     delete_job,
     start_redis,
 )
+from dray.control.connection import POLL_ANSWER
 from dray.errors import ConfigError
 
 KEYS = JobKeys("contract")
@@ -193,6 +196,24 @@ def test_polls_fail_fast_in_shutdown_and_commits_still_work(connection: RedisCon
     assert time.monotonic() - before < 5
     assert refused == [ControlPlaneStopped]
     assert consumer.commit(held).ended == tuple(held)
+
+
+def test_r9_poll_ends_soon_after_shutdown_although_its_server_is_stopped(server: RedisServer) -> None:
+    if server.pid is None:
+        pytest.skip("a configured server is not this process's to stop")
+    with RedisConnection(server.address, answer_timeout=60.0, patience=60.0) as connection:
+        consumer = RolloutConsumer(connection, KEYS, "policy-0")
+        assert consumer.receive(1, timeout=0.0) == []
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            poll = started(lambda: consumer.receive(1, timeout=None))
+            connection.stop()
+            before = time.monotonic()
+            poll.join(20)
+            assert not poll.is_alive()
+            assert time.monotonic() - before < POLL_ANSWER + 2.0
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
 
 
 def test_publish_waits_for_room_and_goes_on_after_a_commit(connection: RedisConnection) -> None:
