@@ -54,10 +54,14 @@ class DeliveryLedger:
 
     def end(self, deliveries: Iterable[Delivery]) -> None:
         """These were trained on or discarded: recognise them if they come again."""
+        self.remember(delivery.entry.identity for delivery in deliveries)
+
+    def remember(self, identities: Iterable[str]) -> None:
+        """As `end`, for what may never have been held here."""
         with self._lock:
-            for delivery in deliveries:
-                self._held.pop(delivery.entry.identity, None)
-                self._ended[delivery.entry.identity] = None
+            for identity in identities:
+                self._held.pop(identity, None)
+                self._ended[identity] = None
             while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
 

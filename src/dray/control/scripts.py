@@ -176,6 +176,26 @@ for i = 2, #ARGV do absent[i - 1] = 1 - redis.call('HEXISTS', KEYS[2], ARGV[i]) 
 return {'known', absent}
 """)
 
+LISTED_PROMPTS = Script("""
+-- KEYS: rollouts   Returns the prompt of every entry.
+local prompts = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+  for field = 1, #entry[2], 2 do
+    if entry[2][field] == 'prompt' then prompts[#prompts + 1] = entry[2][field + 1] end
+  end
+end
+return prompts
+""")
+
+RAISE_COUNTERS = Script("""
+-- KEYS: counters   ARGV: counter, value, …   A counter that is higher already stays.
+for i = 1, #ARGV, 2 do
+  if tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or '0') < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  end
+end
+""")
+
 STATISTICS = Script("""
 -- KEYS: rollouts, counters, dead   ARGV: group
 -- Returns: backlog, pending, dead letters kept, id of the oldest entry or '', server time in ms, counters.
