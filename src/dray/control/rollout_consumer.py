@@ -108,21 +108,29 @@ class RolloutConsumer(RolloutQueue):
         """
         return self._finish("trained", list(deliveries), timeout)
 
-    def commit_trained(self, identities: Collection[str], timeout: float | None = 30.0) -> int:
-        """End payloads that weights were trained on before this consumer began; as `commit`.
+    def commit_trained(self, identities: Collection[str], timeout: float | None = 30.0) -> list[RolloutEntry]:
+        """End payloads that weights were trained on in an earlier life of the group, whoever holds them; as
+        `commit`.
 
-        What comes of them later, published again, is not handed out. What is pending for another consumer is not
-        ended: `claim_others` comes first.
+        What comes of them later, published again, is not handed out.
 
         Args:
             identities: ``producer:sequence`` of each.
 
         Returns:
-            How many this call has ended; the others had been.
+            The entries of those that had not been ended before, so that the payloads can be freed.
         """
-        codes = self._end_pairs("trained", [(each, self.consumer) for each in identities], timeout)
+        if not identities:
+            return []
+        keys = [self._keys.rollouts, self._keys.index]
+        found = self._connection.call(
+            "look up what was trained on",
+            lambda client: scripts.ENTRIES.run(client, keys, list(identities)),
+            self._deadline(timeout),
+        )
+        self._end_pairs("trained", [(identity, "") for identity in identities], timeout)
         self._ledger.remember(identities)
-        return codes.count(_ENDED)
+        return [RolloutEntry.from_fields(paired(fields)) for fields in found]
 
     def discard(
         self,

@@ -82,7 +82,7 @@ return {'added'}
 
 FINISH = Script("""
 -- KEYS: rollouts, index, group_epoch, counters, room
--- ARGV: group, epoch or '', counter, then identity, consumer, …
+-- ARGV: group, epoch or '', counter, then identity, consumer or '' for any, …
 -- Returns: 'done' and per entry 1 ended, 0 not there, -1 pending for another consumer; or 'old', current epoch;
 -- or 'lost' if there is no epoch to compare with.
 if ARGV[2] ~= '' then
@@ -96,7 +96,7 @@ for i = 4, #ARGV, 2 do
   local code = 0
   if id then
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)
-    if pending[1] and pending[1][2] ~= ARGV[i + 1] then
+    if pending[1] and ARGV[i + 1] ~= '' and pending[1][2] ~= ARGV[i + 1] then
       code = -1
     else
       redis.call('XACK', KEYS[1], ARGV[1], id)
@@ -174,6 +174,17 @@ if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0 t
 local absent = {}
 for i = 2, #ARGV do absent[i - 1] = 1 - redis.call('HEXISTS', KEYS[2], ARGV[i]) end
 return {'known', absent}
+""")
+
+ENTRIES = Script("""
+-- KEYS: rollouts, index   ARGV: identity, …   Returns the fields of those that are there.
+local found = {}
+for i = 1, #ARGV do
+  local id = redis.call('HGET', KEYS[2], ARGV[i])
+  local entry = id and redis.call('XRANGE', KEYS[1], id, id)[1]
+  if entry then found[#found + 1] = entry[2] end
+end
+return found
 """)
 
 LISTED_PROMPTS = Script("""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from dray.control import (
 )
 from dray.errors import BufferFullError, DrayError, ProducerLostError, StaleSlotError, TransportError
 from dray.payload import plan
+from dray.runtime.free_payloads import PayloadFreeing
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
@@ -38,7 +39,8 @@ def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, Refere
     """The ends of a rollout replica."""
     config = replica.spec.config.rollout
     with ExitStack() as opened:
-        ring = opened.enter_context(SharedRingBuffer(config.slots, config.slot_bytes))
+        readers = replica.spec.config.policy.readers
+        ring = opened.enter_context(SharedRingBuffer(config.slots, config.slot_bytes, readers=readers))
         server = opened.enter_context(_server(replica, ring))
         client = opened.enter_context(_client(replica))
         yield ReferenceOutlet(replica, ring, server), ReferenceWeightsInlet(replica, client)
@@ -48,8 +50,24 @@ def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, Refere
 def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, ReferenceWeightsOutlet]]:
     """The ends of a policy replica."""
     with ExitStack() as opened:
-        client = opened.enter_context(_client(replica))
-        yield ReferenceInlet(replica, client), opened.enter_context(ReferenceWeightsOutlet(replica))
+        readers = replica.spec.config.policy.readers
+        clients = [opened.enter_context(_client(replica, reader)) for reader in range(readers)]
+
+        def consume(references: Iterable[PayloadRef], timeout: float) -> None:
+            deadline = Deadline.after(timeout)
+            for client in clients:
+                client.consume(references, timeout=deadline.remaining)
+
+        freeing = opened.enter_context(PayloadFreeing(consume, _LAST_WORDS))
+        yield (
+            ReferenceInlet(replica, clients[0], freeing),
+            opened.enter_context(ReferenceWeightsOutlet(replica)),
+        )
+
+
+def rank_client(replica: Replica) -> PayloadClient:
+    """What a policy replica that is not the first of its group reads with."""
+    return _client(replica, replica.index % replica.spec.config.policy.readers)
 
 
 def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
@@ -67,8 +85,8 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
     )
 
 
-def _client(replica: Replica) -> PayloadClient:
-    return PayloadClient(lanes=replica.spec.config.job.lane, secret=replica.spec.secret)
+def _client(replica: Replica, reader: int = 0) -> PayloadClient:
+    return PayloadClient(lanes=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)
 
 
 class ReferenceOutlet:
@@ -135,9 +153,10 @@ class ReferenceOutlet:
 class ReferenceInlet:
     """See `Inlet`."""
 
-    def __init__(self, replica: Replica, client: PayloadClient) -> None:
+    def __init__(self, replica: Replica, client: PayloadClient, freeing: PayloadFreeing) -> None:
         self._replica = replica
         self._client = client
+        self._freeing = freeing
 
     def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
         waiting: dict[tuple[bytes, int], Delivery] = {}
@@ -156,26 +175,19 @@ class ReferenceInlet:
         ):
             yield waiting[reference.identity], result
 
-    def consume(self, deliveries: Sequence[Delivery]) -> None:
-        by_producer: dict[str, list[PayloadRef]] = {}
-        for delivery in deliveries:
-            if delivery.entry.reference is not None:
-                reference = PayloadRef.from_json(delivery.entry.reference)
-                by_producer.setdefault(delivery.entry.replica, []).append(reference)
-        timeout = self._replica.spec.config.timeouts.read
-        for name, references in by_producer.items():
+    def consume(self, entries: Sequence[RolloutEntry]) -> None:
+        references = []
+        for entry in entries:
             try:
-                self._client.consume(
-                    references, timeout=min(timeout, _LAST_WORDS) if self._replica.stop.is_set else timeout
-                )
-            except (ProducerLostError, TransportError) as error:
-                # They are committed: nobody asks for them again, and a dead producer's slots died with it.
-                self._replica.activity.counters.add("unfreed", len(references))
-                _LOG.warning("%d payloads of %s were not freed: %s", len(references), name, error)
+                references.append(PayloadRef.from_json(entry.reference or ""))
+            except DrayError as error:
+                _LOG.warning("payload %s cannot be freed: %s", entry.identity, error)
+        self._freeing.add(references)
 
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()
-        return {"bytes": statistics["bytes"], "retries": statistics["retries"]}
+        unfreed = len(self._freeing) + self._freeing.given_up
+        return {"bytes": statistics["bytes"], "retries": statistics["retries"], "unfreed": unfreed}
 
     @property
     def lane(self) -> str:
@@ -203,6 +215,10 @@ class ReferenceWeightsOutlet:
 
     def restore(self) -> None:
         self._key.restore()
+
+    def newest_version(self) -> int | None:
+        newest = self._key.newest(self._replica.spec.config.timeouts.redis)
+        return None if newest is None else newest.version
 
     def _open(self, nbytes: int) -> PayloadServer:
         slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
@@ -235,8 +251,11 @@ class ReferenceWeightsInlet:
             reference = PayloadRef.from_json(found.reference)
             try:
                 arrays = self._client.read(reference, timeout=deadline.remaining, consume=False)
-            except StaleSlotError:
-                # Newer ones were published meanwhile, or are about to be.
+            except (StaleSlotError, ProducerLostError, TransportError) as error:
+                # Newer ones were published meanwhile, or are about to be: also by the next life of a policy that
+                # has died.
+                if not isinstance(error, StaleSlotError):
+                    _LOG.warning("weights %d cannot be fetched: %s", found.version, error)
                 counters.add("weight_stale")
                 found = self._key.wait_newer(found, deadline.sooner(_SLICE).timeout)
                 continue

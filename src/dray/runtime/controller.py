@@ -64,6 +64,7 @@ class Controller:
                 Route("/register", self._guarded(self._register), methods=["POST"]),
                 Route("/heartbeat", self._guarded(self._heartbeat), methods=["POST"]),
                 Route("/prompts", self._guarded(self._prompts), methods=["POST"]),
+                Route("/under-way", self._guarded(self._under_way), methods=["POST"]),
                 Route("/finish", self._guarded(self._finish), methods=["POST"]),
                 Route("/unregister", self._guarded(self._unregister), methods=["POST"]),
                 Route("/stop", self._guarded(self._stop), methods=["POST"]),
@@ -166,6 +167,13 @@ class Controller:
         directive = self._directive()
         prompts = [(index, prompt_seed(seed, index)) for index in taken]
         return _reply(messages.PromptList(phase=directive.phase, stop=directive.stop, prompts=prompts))
+
+    async def _under_way(self, request: Request) -> Response:
+        body = await _body(request, messages.Caller)
+        self.membership.heard(body.name, body.incarnation)
+        prompts = self.membership.prompts
+        unsettled, following = prompts.unfinished()
+        return _reply(messages.PromptsUnderWay(unsettled=unsettled, published=prompts.in_flight(), next=following))
 
     async def _finish(self, request: Request) -> Response:
         body = await _body(request, messages.Finish)

@@ -20,6 +20,10 @@ OutcomeKind = Literal["solved", "finished", "max_steps", "interrupted", "failed"
 FINISHED_OUTCOMES: frozenset[OutcomeKind] = frozenset(("solved", "finished", "max_steps"))
 
 
+FIRST_POLICY = "policy-0"
+"""The policy replica that leads its group."""
+
+
 class Role(StrEnum):
     """What a replica does."""
 

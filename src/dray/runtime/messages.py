@@ -101,6 +101,15 @@ class PromptList(Directive):
     prompts: list[tuple[int, int]] = []
 
 
+class PromptsUnderWay(Message):
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the prompts that are not settled,
+    those among them whose trajectories were published, and the next prompt."""
+
+    unsettled: Indices
+    published: Indices
+    next: int
+
+
 class MemberStatus(Message):
     """One member on the status page; `silence` in seconds."""
 
