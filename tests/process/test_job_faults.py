@@ -57,8 +57,8 @@ def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
         assert job.checkpoint()["step"] > 0
 
 
-def test_job_fails_when_its_policy_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+def test_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9", "policy.restarts=0")) as job:
         job.wait_for("  step ")
         only(job, "dray.runtime.policy").kill()
         assert job.end(bound=15.0) == 1

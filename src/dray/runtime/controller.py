@@ -54,6 +54,7 @@ class Controller:
             PromptLedger(config.prompts_in_flight, spec.first_prompt),
             dead_after=config.controller.dead_after,
             start_timeout=config.timeouts.start,
+            restartable=config.policy.restarts > 0,
         )
         self.final = asyncio.Event()
         self.application = Starlette(
@@ -196,7 +197,7 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason)
+        self.membership.died(body.name, body.role, body.reason, final=body.final)
         await self._after_event()
         return _reply(self._directive())
 

@@ -75,11 +75,13 @@ class Unregister(Caller):
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end without leaving."""
+    """``POST /died``: the supervisor saw a replica's process end without leaving; `final` unless it starts the
+    replica's group again."""
 
     name: Name
     role: Role
     reason: Sentence
+    final: bool = True
 
 
 class Stop(Message):
