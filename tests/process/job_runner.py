@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,35 +28,51 @@ class Worker:
             subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
             subprocess.Popen([sys.executable, "-c", program])
     def load_weights(self, weights, version):
-        assert float(weights["w"][0]) == version
+        assert float(weights["w"][0]) == version or self.args.get("restarts")
         self.version = version
     def rollout(self, prompt):
         time.sleep(self.args.get("pause", 0.0))
         if prompt.index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
             raise ValueError("the environment broke")
         return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32),
-                "prompt": np.array(prompt.index), "version": np.array(self.version)}
+                "prompt": np.array(prompt.index), "version": np.array(self.version),
+                "uid": np.frombuffer(os.urandom(8), np.uint64)}
 
 class Trainer:
     def setup(self, context):
-        self.steps, self.args, self.seen = 0, context.args, []
+        self.steps, self.args, self.seen, self.uids, self.group = 0, context.args, [], [], context.group
+        self.output = context.output
+        if self.group.size > 1:
+            self.shared = self.group.share("from rank 0" if self.group.rank == 0 else None)
+            assert self.shared == "from rank 0"
     def train_step(self, trajectories):
         for each in trajectories:
-            assert int(each.arrays["version"]) == each.weight_version <= self.steps
+            assert int(each.arrays["version"]) == each.weight_version
+            age = self.steps - each.weight_version
+            assert 0 <= age <= self.args.get("oldest", 1 << 60) or self.args.get("restarts")
         self.seen += [int(each.arrays["prompt"]) for each in trajectories]
         assert len(set(self.seen)) == len(self.seen) or self.args.get("repeats")
+        self.uids += [int(each.arrays["uid"][0]) for each in trajectories]
+        assert len(set(self.uids)) == len(self.uids), "a payload has contributed twice"
         if self.steps >= self.args.get("hang_at", 1 << 60):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             time.sleep(600)
+        if self.args.get("poison") in self.seen:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.args.get("pause", 0.01))
         self.steps += 1
         return {"score": float(self.steps)}
     def weights(self):
         return {"w": np.full(1000, self.steps, np.float32)}
     def save(self, folder):
-        (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen]))
+        (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen, self.uids]))
+        marker = self.output / "died-before-a-commit"
+        if self.args.get("die_before_commit") and not marker.exists():
+            marker.touch()
+            from dray.runtime.intake import Intake
+            Intake.commit = lambda intake: os.kill(os.getpid(), signal.SIGKILL)
     def load(self, folder):
-        self.steps, self.seen = json.loads((folder / "trainer.json").read_text())
+        self.steps, self.seen, self.uids = json.loads((folder / "trainer.json").read_text())
 """
 
 JOB = """
@@ -127,6 +143,17 @@ class JobRun:
             assert chunk, self.story()
             self.text += chunk
 
+    def wait_until(self, condition: Callable[[], bool], what: str, bound: float = BOUND) -> None:
+        """Look until `condition` holds."""
+        deadline = time.monotonic() + bound
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {bound} s\n{self.story()}"
+            time.sleep(0.02)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until there is one."""
+        self.wait_until((self.output / "checkpoint" / "state.json").exists, "a checkpoint")
+
     def end(self, bound: float = BOUND) -> int:
         """Wait for the end and return the exit code; whatever is left of the job fails the test."""
         try:
@@ -167,6 +194,13 @@ class JobRun:
 
     def checkpoint(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
+
+    def contributed(self, rank: int = 0) -> list[int]:
+        """What each payload that the weights of the checkpoint were trained on was given as its number."""
+        folder = self.output / "checkpoint" / (f"trainer-{rank}" if rank else "trainer")
+        steps, _, uids = json.loads((folder / "trainer.json").read_text())
+        assert steps == self.checkpoint()["step"]
+        return list(uids)
 
     def log(self, name: str) -> str:
         return (self.output / "logs" / f"{name}.log").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dray.buffer import SharedRingBuffer
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Deadline
 from dray.control import (
     Delivery,
     PublishedWeights,
@@ -21,6 +21,7 @@ from dray.control import (
 from dray.errors import BufferFullError, DrayError, ProducerLostError, StaleSlotError, TransportError
 from dray.payload import plan
 from dray.runtime.free_payloads import PayloadFreeing
+from dray.runtime.orphans import OrphanWatch
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
@@ -29,6 +30,8 @@ from dray.wire import PayloadRef
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
 _LAST_WORDS = 1.0
+_LOOK_INTERVAL = 2.0
+_ORPHANED_AFTER = 6.0
 _PAGE = 4096
 _LONGEST_SOCKET_FOLDER = 80
 _LANES: tuple[Literal["shm", "ucx", "tcp"], ...] = ("shm", "ucx", "tcp")
@@ -98,6 +101,8 @@ class ReferenceOutlet:
         self._server = server
         self._queue = RolloutProducer(replica.redis, replica.keys)
         self._entries: dict[int, RolloutEntry] = {}
+        self._orphans = OrphanWatch(_ORPHANED_AFTER)
+        self._next_look = Deadline.after(_LOOK_INTERVAL)
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
         reference = self._claim(arrays)
@@ -119,10 +124,12 @@ class ReferenceOutlet:
         except StreamLostError:
             self.refresh()
         self._replica.activity.counters.add_all({"payloads": 1, "bytes": reference.nbytes})
+        self._reclaim()
         return True
 
     def refresh(self) -> None:
         self._queue.restore(self._again)
+        self._reclaim()
 
     def drain(self, timeout: float) -> int:
         deadline, job_over = Deadline.after(timeout), self._replica.heartbeat.job_over
@@ -131,6 +138,24 @@ class ReferenceOutlet:
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
+
+    def _reclaim(self) -> None:
+        """Free payloads that nobody will ask for; looks every few seconds."""
+        if not self._next_look.expired or self._replica.stop.is_set:
+            return
+        self._next_look = Deadline.after(_LOOK_INTERVAL)
+        ready = {each.sequence: each.slot for each in self._ring.ready() if each.sequence in self._entries}
+        try:
+            unlisted = self._queue.unlisted([self._entries[sequence] for sequence in ready])
+        except StreamLostError:
+            return  # the next refresh publishes them again
+        for sequence in self._orphans.orphans([entry.sequence for entry in unlisted], MONOTONIC.now()):
+            consumed = [self._ring.consume(ready[sequence], sequence, each) for each in range(self._ring.readers)]
+            if any(consumed):
+                prompt = self._entries[sequence].prompt
+                _LOG.warning("payload of prompt %d is an orphan, which the stream does not list: freed", prompt)
+                self._replica.activity.counters.add("reclaimed")
+                self._replica.heartbeat.settled([prompt])
 
     def _again(self) -> list[RolloutEntry]:
         waiting = [self._entries[sequence] for sequence in self._waiting()]

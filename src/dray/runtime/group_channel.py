@@ -37,7 +37,7 @@ class Order(Message):
     | what | |
     |---|---|
     | share | while the trainers are set up: `text` is what the first rank's gave to `PolicyGroup.share` |
-    | begin | load the checkpoint in the folder `text`, or none if it is empty |
+    | begin | load from the folder `text`, which is this rank's; nothing if it is empty |
     | read | read the payloads of `references`; answered with those that failed |
     | train | train on the payloads `identities`, in this order; answered when done |
     | weights | join in `PolicyTrainer.weights` |
@@ -70,6 +70,7 @@ class Channel:
     def __init__(self, connected: socket.socket, peer: str, stop: StopFlag, grace: float) -> None:
         self.peer = peer
         self._socket = connected
+        connected.setblocking(False)
         self._grace = grace
         self._received = bytearray()
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -87,6 +88,7 @@ class Channel:
         try:
             self._socket.settimeout(self._grace)
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
+            self._socket.setblocking(False)
         except OSError as error:
             raise GroupLostError(f"{self.peer} takes no messages any more: {error}") from error
 
@@ -119,7 +121,7 @@ class Channel:
     def lost(self) -> bool:
         """Whether the peer is gone."""
         try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            return self._socket.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
             return False
         except OSError:
@@ -148,7 +150,7 @@ class Channel:
 
     def _receive_more(self) -> None:
         try:
-            chunk = self._socket.recv(_CHUNK, socket.MSG_DONTWAIT)
+            chunk = self._socket.recv(_CHUNK)
         except BlockingIOError:
             return
         except OSError as error:

@@ -41,7 +41,11 @@ class Ranks:
 
     def begin(self, checkpoint: Path | None) -> None:
         """Let all load their part of a checkpoint, if there is one."""
-        self._tell(lambda _: Order(what="begin", text="" if checkpoint is None else str(checkpoint)))
+
+        def order(rank: int) -> Order:
+            return Order(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
+
+        self._tell(order)
 
     def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank read what its part was dealt."""
