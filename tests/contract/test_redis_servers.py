@@ -448,6 +448,20 @@ def test_newest_weights_are_those_published_last(connection: RedisConnection) ->
     assert newest.version == 5
 
 
+def test_weights_of_an_old_epoch_are_not_published(connection: RedisConnection) -> None:
+    key = WeightsKey(connection, KEYS)
+    group = RolloutConsumer(connection, KEYS, "policy-0")
+    old = group.begin_epoch()
+    assert key.publish("one", 1, epoch=old)
+    new = group.begin_epoch()
+    with pytest.raises(OldEpochError, match="weights 2"):
+        key.publish("two", 2, epoch=old)
+    assert key.publish("three", 3, epoch=new)
+    newest = key.newest()
+    assert newest is not None
+    assert newest.reference == "three"
+
+
 def test_lost_weights_are_restored_by_the_policy_only(connection: RedisConnection) -> None:
     policy, replica = WeightsKey(connection, KEYS), WeightsKey(connection, KEYS)
     policy.publish("first", 4)

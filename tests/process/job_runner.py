@@ -195,6 +195,12 @@ class JobRun:
     def checkpoint(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
 
+    def steps(self) -> list[dict[str, Any]]:
+        """The whole lines of `metrics.jsonl`, or one of step 0."""
+        metrics = self.output / "metrics.jsonl"
+        text = metrics.read_text() if metrics.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]] or [{"step": 0}]
+
     def contributed(self, rank: int = 0) -> list[int]:
         """What each payload that the weights of the checkpoint were trained on was given as its number."""
         folder = self.output / "checkpoint" / (f"trainer-{rank}" if rank else "trainer")

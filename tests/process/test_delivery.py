@@ -186,3 +186,19 @@ def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
         assert job.summary()["staleness_max"] <= 1
         assert account(job)["too_old"] > 0
         assert job.summary()["payloads"] == 160
+
+
+def test_what_a_killed_job_had_committed_after_its_checkpoint_is_rolled_back(tmp_path: Path) -> None:
+    settings = job_settings("stop.at_least=1e9", "policy.checkpoint_every=7", "policy.args.pause=0.05")
+    with running(tmp_path, *settings) as job:
+        job.wait_for_checkpoint()
+        job.wait_until(lambda: job.steps()[-1]["step"] > 7 + job.checkpoint()["step"] % 7, "another step")
+        job.process.kill()
+        job.wait_until_gone(5.0)
+        done, kept = job.steps()[-1], job.checkpoint()
+    again = job_settings(f"stop.at_least={kept['step'] + 3}")
+    with running(tmp_path, "--resume", *again) as job:
+        assert job.end() == 0, job.story()
+        delivery = job.summary()["delivery"]
+        assert delivery["rolled_back"] >= done["committed"] - kept["contributed"]
+        assert delivery["trained"] - delivery["rolled_back"] == len(job.contributed()) == (kept["step"] + 3) * 8

@@ -93,6 +93,7 @@ def test_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
         only(job, "redis-server").kill()
         assert job.end(bound=30.0) == 1, job.story()
         assert "Redis was gone" in job.text
+        assert job.checkpoint()["step"] > 0
 
 
 def test_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: Path) -> None:

@@ -233,7 +233,10 @@ return epoch
 """)
 
 PUBLISH_WEIGHTS = Script("""
--- KEYS: weights   ARGV: reference, version, 1 to keep an entry that is there.   Returns 1 if published.
+-- KEYS: weights, group_epoch   ARGV: reference, version, 1 to keep an entry that is there, epoch or ''
+-- Returns 1 if published, 0 if it was there, -1 under an old epoch. An epoch that is not there refuses nothing.
+local epoch = redis.call('GET', KEYS[2])
+if ARGV[4] ~= '' and epoch and epoch ~= ARGV[4] then return -1 end
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
   if ARGV[3] == '1' then return 0 end

@@ -232,11 +232,11 @@ class ReferenceWeightsOutlet:
         self._opened = ExitStack()
         self._server: PayloadServer | None = None
 
-    def publish(self, weights: Arrays, version: int) -> None:
+    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
         if self._server is None:
             self._server = self._open(plan(weights).nbytes)
         reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
-        self._key.publish(reference.to_json(), version)
+        self._key.publish(reference.to_json(), version, epoch=epoch)
 
     def restore(self) -> None:
         self._key.restore()

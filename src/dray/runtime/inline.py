@@ -117,8 +117,8 @@ class InlineWeightsOutlet:
     def __init__(self, replica: Replica) -> None:
         self._key = WeightsKey(replica.redis, replica.keys)
 
-    def publish(self, weights: Arrays, version: int) -> None:
-        self._key.publish(base64.standard_b64encode(pack(weights)).decode("ascii"), version)
+    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
+        self._key.publish(base64.standard_b64encode(pack(weights)).decode("ascii"), version, epoch=epoch)
 
     def restore(self) -> None:
         self._key.restore()

@@ -59,11 +59,11 @@ class Intake:
         )
         self._backlog: list[Delivery] = []
         self._trained: list[Delivery] = []
-        self._order = PromptOrder((), 0)
+        self._order: PromptOrder | None = None
         self._in_order = config.in_order
         # A prompt whose replica has died is given out again by then.
         self._patience = 2 * config.controller.dead_after
-        self._overdue = Deadline.after(self._patience)
+        self._overdue = self._starving = Deadline.after(self._patience)
         self._next_claim = Deadline.after(_CLAIM_INTERVAL)
         self._next_look = Deadline.after(0)
         self.contributed = state.contributed
@@ -108,11 +108,20 @@ class Intake:
         if new > 0:
             _LOG.warning("%d payloads were trained on after the last checkpoint: they are rolled back", new)
 
+    def _look_after_starving(self, received: Sequence[Delivery]) -> None:
+        # Redis was restarted empty, and a producer has died before it could publish again: nobody else knows that
+        # its payloads are gone, and their prompts would count as under way for ever.
+        if received:
+            self._starving = Deadline.after(self._patience)
+        elif self._starving.expired and not self._replica.stop.is_set:
+            self._starving = Deadline.after(self._patience)
+            self._settle_ended()
+
     def _settle_ended(self) -> None:
-        """Prompts whose end an earlier life did not report any more: handed on, and not in the stream."""
+        """Settle prompts that were handed on, and are not in the stream: those of which no end was reported."""
         body = messages.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
         prompts = self._replica.client.post("/under-way", body, messages.PromptsUnderWay)
-        self._order = PromptOrder(prompts.unsettled, prompts.next)
+        self._order = self._order or PromptOrder(prompts.unsettled, prompts.next)
         if prompts.published:
             listed = set(self._queue.listed_prompts(self._timeout))
             self._settle(index for index in prompts.published if index not in listed)
@@ -132,7 +141,9 @@ class Intake:
             self._next_claim = Deadline.after(_CLAIM_INTERVAL)
         due, later = self._split_due(self._backlog, count)
         if not due:
-            due, later = self._split_due([*later, *self._queue.receive(count, timeout)], count)
+            received = self._queue.receive(count, timeout)
+            due, later = self._split_due([*later, *received], count)
+            self._look_after_starving(received)
         self._backlog = later
         self._bury()
         most = self._policy.max_staleness
@@ -144,7 +155,7 @@ class Intake:
 
     def _split_due(self, found: list[Delivery], count: int) -> tuple[list[Delivery], list[Delivery]]:
         """Up to `count` of `found` that this step may take, and the rest."""
-        if not self._in_order:
+        if not self._in_order or self._order is None:
             return found[:count], found[count:]
         found = sorted(found, key=lambda each: each.entry.prompt)
         last = self._order.last_due(self._policy.batch_size)
@@ -207,6 +218,11 @@ class Intake:
         self._queue.check_epoch(self._timeout)
 
     @property
+    def epoch(self) -> int | None:
+        """The epoch of this life."""
+        return self._queue.epoch
+
+    @property
     def unconfirmed(self) -> tuple[str, ...]:
         """What a checkpoint of the weights as they are must say is trained on and not committed."""
         return tuple(each.entry.identity for each in self._trained)
@@ -251,7 +267,8 @@ class Intake:
 
     def _settle(self, prompts: Iterable[int]) -> None:
         indices = list(prompts)
-        self._order.settled(indices)
+        if self._order is not None:
+            self._order.settled(indices)
         self._replica.heartbeat.settled(indices)
 
 

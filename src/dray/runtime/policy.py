@@ -256,7 +256,7 @@ class Training:
         self._ranks.weights()
         with user_code("weights"):
             arrays = self._trainer.weights()
-        self._weights.publish(arrays, self._version)
+        self._weights.publish(arrays, self._version, self._intake.epoch)
 
     def _record(self, batch: Batch, metrics: Mapping[str, float], ages: list[int], training: float) -> None:
         activity, statistics = self._replica.activity, self._inlet.statistics()

@@ -58,8 +58,8 @@ class Inlet(Protocol):
 class WeightsOutlet(Protocol):
     """The policy replica's end of the way of weights."""
 
-    def publish(self, weights: Arrays, version: int) -> None:
-        """Make `weights` the newest."""
+    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
+        """Make `weights`, of a policy group in its `epoch`, the newest."""
         ...
 
     def restore(self) -> None:
