@@ -116,11 +116,11 @@ def test_a_commit_ends_an_entry_once_and_counts_it_once(connection: RedisConnect
     assert consumer.held == 3
     assert consumer.commit([first, second]).ended == (first, second)
     assert consumer.commit([first]).unknown == (first,)
-    assert consumer.discard([third]).ended == (third,)
+    assert consumer.discard([third], counter="too_old").ended == (third,)
     assert consumer.commit([]).ended == ()
     statistics = producer.statistics()
     assert (statistics.backlog, statistics.pending, statistics.oldest_age, consumer.held) == (0, 0, None, 0)
-    assert statistics.counters == {"published": 3, "trained": 2, "discarded": 1}
+    assert statistics.counters == {"published": 3, "trained": 2, "too_old": 1}
     assert not connection.call("keys", lambda c: c.do("HLEN", KEYS.index), later())
 
 
@@ -278,6 +278,47 @@ def test_a_commit_under_an_old_epoch_is_refused_and_changes_nothing(connection: 
     assert restarted.begin_epoch(after=40) == 41
 
 
+def test_what_older_consumers_held_is_claimed_and_what_weights_hold_is_committed(
+    connection: RedisConnection,
+) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    for sequence in range(4):
+        producer.publish(entry(sequence))
+    old = RolloutConsumer(connection, KEYS, "policy-0.a")
+    old.begin_epoch()
+    trained = [delivery.entry.identity for delivery in old.receive(2, timeout=5)]
+    new = RolloutConsumer(connection, KEYS, "policy-0.b")
+    new.begin_epoch()
+    # A member that was paused while it waited may still be given entries: those are claimed like the others.
+    assert len(old.receive(1, timeout=5)) == 1
+    assert [each.sequence for each in new.commit_trained([*trained, f"{NOBODY}:77"])] == [0, 1]
+    assert new.commit_trained(trained) == []
+    claimed = new.claim_others()
+    assert [(each.entry.sequence, each.consumer, each.deliveries) for each in claimed] == [(2, "policy-0.b", 2)]
+    assert new.claim_others() == []
+    producer.publish(entry(77))
+    assert [delivery.entry.sequence for delivery in new.receive(9, timeout=5)] == [3]
+    assert producer.statistics().counters == {"published": 5, "trained": 2, "repeated": 1}
+    with pytest.raises(OldEpochError):
+        old.check_epoch()
+    new.check_epoch()
+
+
+def test_counters_are_raised_and_never_lowered(connection: RedisConnection) -> None:
+    queue = RolloutQueue(connection, KEYS)
+    queue.raise_counters({"trained": 7, "rolled_back": 2})
+    queue.raise_counters({"trained": 5, "rolled_back": 3})
+    assert queue.statistics().counters == {"trained": 7, "rolled_back": 3}
+
+
+def test_prompts_of_all_entries_are_listed(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    assert producer.listed_prompts() == []
+    for sequence in (3, 8, 6):
+        producer.publish(entry(sequence, payload=b"bytes"))
+    assert producer.listed_prompts() == [3, 1, 6]
+
+
 def test_a_restarted_member_is_given_first_what_its_earlier_life_left(connection: RedisConnection) -> None:
     producer = RolloutProducer(connection, KEYS)
     for sequence in range(3):
@@ -426,6 +467,20 @@ def test_newest_weights_are_those_published_last(connection: RedisConnection) ->
     newest = replica.wait_newer(first, timeout=5)
     assert newest is not None
     assert newest.version == 5
+
+
+def test_weights_of_an_old_epoch_are_not_published(connection: RedisConnection) -> None:
+    key = WeightsKey(connection, KEYS)
+    group = RolloutConsumer(connection, KEYS, "policy-0")
+    old = group.begin_epoch()
+    assert key.publish("one", 1, epoch=old)
+    new = group.begin_epoch()
+    with pytest.raises(OldEpochError, match="weights 2"):
+        key.publish("two", 2, epoch=old)
+    assert key.publish("three", 3, epoch=new)
+    newest = key.newest()
+    assert newest is not None
+    assert newest.reference == "three"
 
 
 def test_lost_weights_are_restored_by_the_policy_only(connection: RedisConnection) -> None:

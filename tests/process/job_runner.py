@@ -44,7 +44,7 @@ class Worker:
         if self.args.get("forking"):
             fork_environment()
     def load_weights(self, weights, version):
-        assert float(weights["w"][0]) == version
+        assert float(weights["w"][0]) == version or self.args.get("restarts")
         self.version = version
     def rollout(self, prompt):
         time.sleep(self.args.get("pause", 0.0))
@@ -53,19 +53,30 @@ class Worker:
         if prompt.index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
             raise ValueError("the environment broke")
         return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32),
-                "prompt": np.array(prompt.index), "version": np.array(self.version)}
+                "prompt": np.array(prompt.index), "version": np.array(self.version),
+                "uid": np.frombuffer(os.urandom(8), np.uint64)}
 
 class Trainer:
     def setup(self, context):
-        self.steps, self.args, self.seen, self.output = 0, context.args, [], context.output
+        self.steps, self.args, self.seen, self.uids, self.group = 0, context.args, [], [], context.group
+        self.output = context.output
+        if self.group.size > 1:
+            self.shared = self.group.share("from rank 0" if self.group.rank == 0 else None)
+            assert self.shared == "from rank 0"
     def train_step(self, trajectories):
         for each in trajectories:
-            assert int(each.arrays["version"]) == each.weight_version <= self.steps
+            assert int(each.arrays["version"]) == each.weight_version
+            age = self.steps - each.weight_version
+            assert 0 <= age <= self.args.get("oldest", 1 << 60) or self.args.get("restarts")
         self.seen += [int(each.arrays["prompt"]) for each in trajectories]
         assert len(set(self.seen)) == len(self.seen) or self.args.get("repeats")
+        self.uids += [int(each.arrays["uid"][0]) for each in trajectories]
+        assert len(set(self.uids)) == len(self.uids), "a payload has contributed twice"
         if self.steps >= self.args.get("hang_at", 1 << 60):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             time.sleep(600)
+        if self.args.get("poison") in self.seen:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.args.get("pause", 0.01))
         self.steps += 1
         return {"score": float(self.steps)}
@@ -74,9 +85,14 @@ class Trainer:
     def save(self, folder):
         (self.output / "saving").touch()
         time.sleep(self.args.get("save_pause", 0.0))
-        (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen]))
+        (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen, self.uids]))
+        marker = self.output / "died-before-a-commit"
+        if self.args.get("die_before_commit") and not marker.exists():
+            marker.touch()
+            from dray.runtime.intake import Intake
+            Intake.commit = lambda intake: os.kill(os.getpid(), signal.SIGKILL)
     def load(self, folder):
-        self.steps, self.seen = json.loads((folder / "trainer.json").read_text())
+        self.steps, self.seen, self.uids = json.loads((folder / "trainer.json").read_text())
 """
 
 JOB = """
@@ -147,6 +163,10 @@ class JobRun:
             assert chunk, self.story()
             self.text += chunk
 
+    def wait_for_checkpoint(self) -> None:
+        """Wait until there is one."""
+        self.wait_until((self.output / "checkpoint" / "state.json").exists, "a checkpoint")
+
     def end(self, bound: float = BOUND) -> int:
         """Wait for the end and return the exit code; whatever is left of the job fails the test."""
         try:
@@ -211,17 +231,32 @@ class JobRun:
         with ControllerClient.of_address_file(address, spec.token, 5.0) as client:
             yield client
 
-    def wait_until(self, condition: Callable[[], bool], bound: float = BOUND) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], what: str = "what is waited for", bound: float = BOUND
+    ) -> None:
         """Wait until `condition` holds, which is about files and processes of the job."""
         deadline = time.monotonic() + bound
         while not condition():
             if time.monotonic() >= deadline:
                 self.dump_stacks()
-                raise AssertionError(f"did not come within {bound} s\n{self.story()}")
+                raise AssertionError(f"{what}: not within {bound} s\n{self.story()}")
             time.sleep(0.02)
 
     def checkpoint(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The whole lines of `metrics.jsonl`, or one of step 0."""
+        metrics = self.output / "metrics.jsonl"
+        text = metrics.read_text() if metrics.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]] or [{"step": 0}]
+
+    def contributed(self, rank: int = 0) -> list[int]:
+        """What each payload that the weights of the checkpoint were trained on was given as its number."""
+        folder = self.output / "checkpoint" / (f"trainer-{rank}" if rank else "trainer")
+        steps, _, uids = json.loads((folder / "trainer.json").read_text())
+        assert steps == self.checkpoint()["step"]
+        return list(uids)
 
     def log(self, name: str) -> str:
         return (self.output / "logs" / f"{name}.log").read_text()

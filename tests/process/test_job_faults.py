@@ -57,8 +57,8 @@ def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
         assert job.checkpoint()["step"] > 0
 
 
-def test_r4_job_fails_when_its_policy_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9", "policy.restarts=0")) as job:
         job.wait_for("  step ")
         only(job, "dray.runtime.policy").kill()
         assert job.end(bound=15.0) == 1
@@ -94,6 +94,7 @@ def test_r1_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
         only(job, "redis-server").kill()
         assert job.end(bound=30.0) == 1, job.story()
         assert "Redis was gone" in job.text
+        assert job.checkpoint()["step"] > 0
 
 
 def test_r12_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: Path) -> None:

@@ -9,13 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "failure-modes.md"
 COUNTS = (("B", 14), ("W", 13), ("C", 14), ("R", 17))
-ELSEWHERE = ("R2", "R13", "R17")
-ROWS = [
-    f"{letter}{number}"
-    for letter, count in COUNTS
-    for number in range(1, count + 1)
-    if f"{letter}{number}" not in ELSEWHERE
-]
+ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]
 
 
 def documented() -> dict[str, str]:

@@ -56,10 +56,14 @@ class DeliveryLedger:
 
     def end(self, deliveries: Iterable[Delivery]) -> None:
         """These were trained on or discarded: recognise them if they come again."""
+        self.remember(delivery.entry.identity for delivery in deliveries)
+
+    def remember(self, identities: Iterable[str]) -> None:
+        """As `end`, for what may never have been held here."""
         with self._lock:
-            for delivery in deliveries:
-                self._let_go(delivery)
-                self._ended[delivery.entry.identity] = None
+            for identity in identities:
+                self._let_go(identity)
+                self._ended[identity] = None
             while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
 
@@ -67,11 +71,11 @@ class DeliveryLedger:
         """These are another consumer's now."""
         with self._lock:
             for delivery in deliveries:
-                self._let_go(delivery)
+                self._let_go(delivery.entry.identity)
 
-    def _let_go(self, delivery: Delivery) -> None:
-        self._held.pop(delivery.entry.identity, None)
-        self._since.pop(delivery.entry.identity, None)
+    def _let_go(self, identity: str) -> None:
+        self._held.pop(identity, None)
+        self._since.pop(identity, None)
 
     @property
     def oldest_since(self) -> float | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dray.clock import MONOTONIC
-from dray.runtime.membership import Role
+from dray.runtime.membership import FIRST_POLICY
 from dray.runtime.messages import MemberStatus, Status
 
 PLAIN_INTERVAL = 5.0
@@ -56,7 +56,7 @@ class FigureReader:
 
     def read(self, status: Status) -> Figures:
         """The figures of `status`, newer than those read before."""
-        policies = [member.progress for member in status.members if member.role is Role.POLICY]
+        policies = [member.progress for member in status.members if member.name == FIRST_POLICY]
         counters = policies[0].counters if policies else {}
         nbytes = int(counters.get("bytes", 0))
         self._follow(status.seconds, nbytes)

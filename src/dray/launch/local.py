@@ -27,6 +27,7 @@ from dray.launch.ending import Ending, ending, finished_checkpoint, recorded_sta
 from dray.launch.job_redis import job_redis
 from dray.launch.log import supervisor_log
 from dray.launch.output import open_output
+from dray.launch.policy_group import PolicyGroup
 from dray.launch.signals import SignalInbox
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
 from dray.runtime import messages
@@ -36,7 +37,7 @@ from dray.runtime.controller_client import ControllerClient
 from dray.runtime.descendants import child_pids, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
-from dray.runtime.membership import Role
+from dray.runtime.membership import MemberState, Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
 from dray.runtime.report import write_report
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
@@ -81,7 +82,8 @@ class _Run:
         self._job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
         self._began = Deadline.after(None)
         self._signals: list[signal.Signals] = []
-        self._replicas: list[Child] = []
+        self._rollouts: list[Child] = []
+        self._policy = PolicyGroup(folder, config.policy.replicas, config.policy.restarts)
         self._controller: Child | None = None
         self._teardowns: list[tuple[list[Child], Teardown]] = []
         self._asked = False
@@ -200,6 +202,10 @@ class _Run:
         spec.write()
         return spec
 
+    @property
+    def _replicas(self) -> list[Child]:
+        return [*self._policy.children, *self._rollouts]
+
     def _start_controller(self, spec: JobSpec, listener: socket.socket) -> None:
         """Start it on `listener`, which is bound: whoever connects from now on waits until it accepts."""
         advertise(self._folder, listener)
@@ -213,15 +219,12 @@ class _Run:
         listener.close()
 
     def _start_replicas(self) -> None:
-        for role, count in (
-            (Role.POLICY, self._config.policy.replicas),
-            (Role.ROLLOUT, self._config.rollout.replicas),
-        ):
-            for index in range(count):
-                name = f"{role.value}-{index}"
-                log = self._folder.logs / f"{name}.log"
-                arguments = [str(self._folder.spec), str(index)]
-                self._replicas.append(Child(name, f"dray.runtime.{role.value}", arguments, log, role=role))
+        self._policy.start()
+        for index in range(self._config.rollout.replicas):
+            name = f"{Role.ROLLOUT.value}-{index}"
+            log = self._folder.logs / f"{name}.log"
+            arguments = [str(self._folder.spec), str(index)]
+            self._rollouts.append(Child(name, "dray.runtime.rollout", arguments, log, role=Role.ROLLOUT))
         self._say(f"started controller and {len(self._replicas)} replicas; output in {_short(self._folder.root)}")
 
     # --- run and end ------------------------------------------------------------------------------------------
@@ -229,11 +232,11 @@ class _Run:
     def _watch(self, client: ControllerClient) -> None:
         """Wait for children and signals until every child has ended."""
         assert self._controller is not None
-        children = [*self._replicas, self._controller]
-        for child in children:
+        for child in (*self._replicas, self._controller):
             self._selector.register(child.pidfd, selectors.EVENT_READ, child)
         next_status = Deadline.after(0)
-        while any(child.running for child in children):
+        while any(child.running for child in (*self._replicas, self._controller)):
+            children = [*self._replicas, self._controller]
             if self._teardowns and all(teardown.is_over for _, teardown in self._teardowns):
                 left = ", ".join(f"{child.name} (pid {child.pid})" for child in children if child.running)
                 self._say(f"{left} did not end although killed")
@@ -246,6 +249,7 @@ class _Run:
             self._react(client)
             if next_status.expired and self._controller.running:
                 self._look(client)
+                self._end_silent()
                 next_status = Deadline.after(STATUS_INTERVAL)
 
     def _wait(self, timeout: float) -> set[int]:
@@ -282,13 +286,22 @@ class _Run:
                 self._failure = f"the controller ended early: {meaning(code)}; see {_short(child.log)}"
             self._end(at_once=early)
             return
+        again = (
+            not self._teardowns
+            and not self._signals
+            and child in self._policy.children
+            and self._policy.may_start_again()
+        )
         if not expected:
             self._say(f"{child.name} ended early: {meaning(code)}; see {_short(child.log)}")
         # Who has left in order is not affected by it.
         reason = f"its process ended without leaving ({meaning(code)})" if expected else meaning(code)
         assert child.role is not None
-        self._tell(client, "/died", messages.Died(name=child.name, role=child.role, reason=reason))
-        if child.role is Role.POLICY or not any(each.running for each in self._replicas):
+        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again)
+        self._tell(client, "/died", died)
+        if again:
+            self._start_policy_again()
+        elif child.role is Role.POLICY or not any(each.running for each in self._replicas):
             self._end()
 
     def _kill_orphans_of(self, child: Child) -> None:
@@ -298,19 +311,34 @@ class _Run:
         if killed:
             self._say(f"{killed} processes that {child.name} left behind were killed")
 
+    def _start_policy_again(self) -> None:
+        for child in self._policy.end():
+            self._selector.unregister(child.pidfd)
+        for child in self._policy.start():
+            self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+        self._say(f"the policy starts again, {self._policy.life} of {self._policy.restarts} times")
+
+    def _end_silent(self) -> None:
+        """A policy replica that counts as dead, but is still there, goes: another life may begin then."""
+        members = self._status.members if self._status is not None else []
+        dead = {member.pid: member for member in members if member.state is MemberState.DEAD}
+        for child in self._policy.children:
+            if child.running and child.pid in dead and not self._teardowns:
+                self._say(f"{child.name} is {dead[child.pid].reason} and is killed")
+                child.kill_group()
+
     def _end(self, *, at_once: bool = False) -> None:
         """Begin to end the job, or do so more firmly; the controller goes last."""
         if not self._teardowns or (at_once and not self._asked):
             self._asked = at_once
             bound = self._config.timeouts.shutdown
             self._end_began = Deadline.after(None)
-            rollouts = [child for child in self._replicas if child.role is Role.ROLLOUT]
-            others = [child for child in (*self._replicas, self._controller) if child is not None]
+            others = [*self._policy.children, *([self._controller] if self._controller is not None else [])]
             self._teardowns = [
-                (rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
-                ([child for child in others if child not in rollouts], Teardown(bound, at_once=at_once)),
+                (self._rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
+                (others, Teardown(bound, at_once=at_once)),
             ]
-            names = ", ".join(child.name for child in others if child.running)
+            names = ", ".join(child.name for child in (*self._rollouts, *others) if child.running)
             asked = "they are asked by signal" if at_once else "they know it from the controller"
             _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
         if self._controller is not None and not any(each.running for each in self._replicas):
@@ -372,6 +400,7 @@ class _Run:
         self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
         if not self._status.phase.gives_work and not self._teardowns:
             self._end()
+        self._end_silent()
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports

@@ -65,6 +65,7 @@ class Controller:
             PromptLedger(config.prompts_in_flight, spec.first_prompt),
             dead_after=config.controller.dead_after,
             start_timeout=config.timeouts.start,
+            restartable=config.policy.restarts > 0,
         )
         self.final = asyncio.Event()
         self._stall = StallWatch(config.timeouts.stall)
@@ -201,6 +202,13 @@ class Controller:
         prompts = [(index, prompt_seed(seed, index)) for index in taken]
         return _reply(messages.PromptList(**directive.model_dump(), prompts=prompts))
 
+    async def _under_way(self, request: Request) -> Response:
+        body = await _body(request, messages.Caller)
+        self.membership.heard(body.name, body.incarnation)
+        prompts = self.membership.prompts
+        unsettled, following = prompts.unfinished()
+        return _reply(messages.PromptsUnderWay(unsettled=unsettled, published=prompts.in_flight(), next=following))
+
     async def _finish(self, request: Request) -> Response:
         body = await _body(request, messages.Finish)
         self.membership.heard(body.name, body.incarnation)
@@ -222,7 +230,7 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason)
+        self.membership.died(body.name, body.role, body.reason, final=body.final)
         await self._after_event()
         return _reply(self._directive())
 

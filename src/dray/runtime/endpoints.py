@@ -36,7 +36,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        return self.path.strip("/").partition(".")[0]
+        return self.path.strip("/").partition(".")[0].replace("-", "_")
 
 
 ENDPOINTS = (
@@ -47,6 +47,13 @@ ENDPOINTS = (
     Endpoint("POST", "/register", "A replica has started.", messages.Register, messages.Directive),
     Endpoint("POST", "/heartbeat", "A replica lives, with its progress.", messages.Heartbeat, messages.Directive),
     Endpoint("POST", "/prompts", "A rollout replica asks for work.", messages.TakePrompts, messages.PromptList),
+    Endpoint(
+        "POST",
+        "/under-way",
+        "The policy asks which prompts are unsettled.",
+        messages.Caller,
+        messages.PromptsUnderWay,
+    ),
     Endpoint("POST", "/finish", "The policy ends the job.", messages.Finish, messages.Directive),
     Endpoint("POST", "/unregister", "The last words of a replica.", messages.Unregister, messages.Directive),
     Endpoint("POST", "/died", "The supervisor saw a process end.", messages.Died, messages.Directive),

@@ -47,6 +47,11 @@ class JobFolder:
         return self.run / "outcome.json"
 
     @property
+    def group_epoch(self) -> Path:
+        """The policy group's newest epoch."""
+        return self.run / "group_epoch.json"
+
+    @property
     def checkpoint(self) -> Path:
         return self.root / "checkpoint"
 

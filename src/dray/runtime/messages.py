@@ -86,11 +86,13 @@ class Unregister(Caller):
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end without leaving."""
+    """``POST /died``: the supervisor saw a replica's process end without leaving; `final` unless it starts the
+    replica's group again."""
 
     name: Name
     role: Role
     reason: Sentence
+    final: bool = True
 
 
 class Stop(Message):
@@ -111,6 +113,15 @@ class PromptList(Directive):
     """The answer to prompts: pairs of index and seed; empty where there is no work just now."""
 
     prompts: list[tuple[int, int]] = []
+
+
+class PromptsUnderWay(Message):
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the prompts that are not settled,
+    those among them whose trajectories were published, and the next prompt."""
+
+    unsettled: Indices
+    published: Indices
+    next: int
 
 
 class MemberStatus(Message):

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dray.control import JobKeys, RedisAddress, RedisConnection, RedisUnavailableError
+from dray.control import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
 from dray.errors import ControlPlaneError
 from dray.runtime import messages
-from dray.runtime.contract import ReplicaContext
+from dray.runtime.contract import PolicyGroup, ReplicaContext
 from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.group_channel import GroupLostError
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
@@ -38,6 +39,8 @@ def user_code(what: str) -> Iterator[None]:
     """Tell exceptions of the user's class from dray's own; leaving the interpreter is one of them."""
     try:
         yield
+    except GroupLostError:
+        raise
     except (Exception, SystemExit) as error:
         raise UserCodeError(what) from error
 
@@ -103,8 +106,8 @@ class Replica:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    def context(self, args: dict[str, object]) -> ReplicaContext:
-        """What the user's class is given at `setup`; every replica has another seed."""
+    def context(self, args: dict[str, object], group: PolicyGroup | None = None) -> ReplicaContext:
+        """What the user's class is given at `setup`; every rollout replica has another seed."""
         offset = 0 if self.role is Role.POLICY else 1 + self.index
         return ReplicaContext(
             args=args,
@@ -112,6 +115,7 @@ class Replica:
             index=self.index,
             name=self.name,
             output=self.spec.folder.root,
+            group=group or PolicyGroup(),
         )
 
     def _unregister(self) -> None:
@@ -131,7 +135,7 @@ class Replica:
 
 
 def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
-    """The main function of a replica's process: ``SPEC INDEX`` on the command line, `work` in between."""
+    """The main function of a replica's process: ``SPEC INDEX …`` on the command line, `work` in between."""
     index = int(sys.argv[2])
     begin_process(f"{role.value}-{index}")
     spec = JobSpec.read(Path(sys.argv[1]))
@@ -165,6 +169,12 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     except RedisUnavailableError as error:
         _LOG.error("%s", error)
         return stop_code(stop, ExitCode.REDIS_LOST)
+    except OldEpochError as error:
+        _LOG.error("%s", error)
+        return ExitCode.OLD_EPOCH
+    except GroupLostError as error:
+        _LOG.error("%s", error)
+        return stop_code(stop, ExitCode.GROUP_LOST)
     finally:
         finish_process()
     _LOG.info("ends with exit code %d (%s)", code, code.name)

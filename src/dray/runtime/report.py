@@ -15,12 +15,13 @@ import numpy as np
 
 from dray.config import JobConfig
 from dray.runtime.job import JobFolder, write_json
-from dray.runtime.membership import FINISHED_OUTCOMES, Role
+from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
 from dray.runtime.messages import Status
 
 _LOG = logging.getLogger("dray.runtime.report")
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
+_DELIVERY = ("published", "trained", "rolled_back", "discarded", "too_old", "repeated", "dead_letters")
 _EVALUATION = "#c8553d"
 
 
@@ -86,7 +87,7 @@ def _solved(config: JobConfig, status: Status | None) -> bool:
 
 def _counters(status: Status | None) -> dict[str, Any]:
     members = status.members if status is not None else []
-    policy = next((member.progress for member in members if member.role is Role.POLICY), None)
+    policy = next((member.progress for member in members if member.name == FIRST_POLICY), None)
     counters = policy.counters if policy is not None else {}
     rollouts = {member.name: member for member in members if member.role is Role.ROLLOUT}
     return {
@@ -99,6 +100,14 @@ def _counters(status: Status | None) -> dict[str, Any]:
         "policy_waited_seconds": round(counters.get("waited_seconds", 0.0), 3),
         "read_seconds": round(counters.get("read_seconds", 0.0), 3),
         "train_seconds": round(counters.get("train_seconds", 0.0), 3),
+        "staleness_max": int(counters.get("staleness_max", 0)),
+        "delivery": {
+            **{name: int(counters.get(f"stream_{name}", 0)) for name in _DELIVERY},
+            "backlog": int(counters.get("stream_backlog", 0)),
+            "unfreed": int(counters.get("unfreed", 0)),
+            "reclaimed": int(sum(each.progress.counters.get("reclaimed", 0) for each in rollouts.values())),
+            "abandoned": int(sum(each.progress.counters.get("abandoned", 0) for each in rollouts.values())),
+        },
         "weight_payloads_fetched": {
             name: int(member.progress.counters.get("weight_payloads", 0))
             for name, member in sorted(rollouts.items())

@@ -83,6 +83,29 @@ def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
     ask(spec, story)
 
 
+def test_policy_that_begins_learns_which_prompts_are_under_way(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        await start(call)
+        await call("/prompts", {**ROLLOUT, "want": 3})
+        await call("/prompts", {**ROLLOUT, "want": 1, "published": [0, 2]})
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
+        answer = (await call("/under-way", POLICY)).json()
+        assert answer == {"unsettled": [0, 1], "published": [0], "next": 3}
+        assert (await call("/under-way", {**POLICY, "incarnation": "z"})).status_code == 409
+
+    ask(spec, story)
+
+
+def test_job_waits_for_a_policy_that_is_started_again_and_no_longer(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        await start(call)
+        died = {"name": "policy-0", "role": "policy", "reason": "killed by signal 9"}
+        assert (await call("/died", {**died, "final": False})).json()["phase"] == "running"
+        assert (await call("/died", died)).json() == {"phase": "draining", "stop": True, "readers": 0}
+
+    ask(spec, story)
+
+
 def test_request_for_prompts_waits_until_there_are_some(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
