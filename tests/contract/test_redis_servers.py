@@ -20,6 +20,7 @@ from dray.control import (
     OldEpochError,
     RedisConnection,
     RedisServer,
+    RedisUnavailableError,
     RolloutConsumer,
     RolloutEntry,
     RolloutProducer,
@@ -212,6 +213,12 @@ def test_r9_poll_ends_soon_after_shutdown_although_its_server_is_stopped(server:
             poll.join(20)
             assert not poll.is_alive()
             assert time.monotonic() - before < POLL_ANSWER + 2.0
+            # Nor does anything else wait for it from now on.
+            with pytest.raises(RedisUnavailableError, match="not tried"):
+                WeightsKey(connection, KEYS).publish("{}", 1)
+            with pytest.raises(RedisUnavailableError, match="not tried"):
+                WeightsKey(connection, KEYS).newest()
+            assert time.monotonic() - before < POLL_ANSWER + 3.0
         finally:
             os.kill(server.pid, signal.SIGCONT)
 

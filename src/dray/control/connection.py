@@ -52,7 +52,8 @@ class RedisConnection:
 
     Args:
         address: where the server is.
-        shutdown: once set, polls return at once and no lost connection is waited for.
+        shutdown: once set, polls return at once and no lost connection is waited for; once Redis has not answered,
+            it is not asked again.
         answer_timeout: seconds that one command may take to answer; a call may outlive its deadline by this much
             when the server is stopped.
         patience: seconds of outage after which Redis counts as gone for good; no wait outlives it, and polls sit
@@ -99,6 +100,13 @@ class RedisConnection:
         while True:
             if self._closed:
                 raise ControlPlaneError(f"{what}: the connection to Redis is closed", endpoint=str(self.address))
+            if self.shutdown.is_set() and self._away_since is not None:
+                # Each of the calls with which a process ends would wait for an answer otherwise.
+                raise RedisUnavailableError(
+                    f"{what}: not tried, as Redis has not answered for {self.away_for:.1f} s and the process ends",
+                    endpoint=str(self.address),
+                    elapsed=deadline.elapsed,
+                )
             try:
                 result = operation(through)
             except _REFUSED as error:
