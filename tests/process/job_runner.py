@@ -228,7 +228,7 @@ class JobRun:
         """A client of the job's controller."""
         spec = self.spec()
         address = spec.folder.controller_address
-        with ControllerClient.of_address_file(address, spec.token, 5.0) as client:
+        with ControllerClient.of_address_file(address, spec.token, 30.0) as client:
             yield client
 
     def wait_until(
