@@ -34,7 +34,7 @@ from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
-from dray.runtime.process import begin_process
+from dray.runtime.process import begin_process, finish_process
 from dray.runtime.prompts import PromptLedger, prompt_seed
 from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.stall import StallWatch
@@ -316,6 +316,9 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     with shutdown_step("stop answering", "requests under way", HTTP_CLOSE_BOUND):
         server.should_exit = True
         await serving
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    finish_process()
     return outcome
 
 
