@@ -56,6 +56,7 @@ class Worker:
 class Trainer:
     def setup(self, context):
         self.context, self.steps = context, 0
+        note(context.output, "trained.jsonl", "another life")
     def train_step(self, trajectories):
         for each in trajectories:
             identity = each.arrays["identity"].tolist()
@@ -180,7 +181,7 @@ def _kill(job: JobRun, plan: Plan) -> bool:
     """Kill the victim, if it still runs when its time has come."""
     job.wait_for("started controller")
     deadline = time.monotonic() + BOUND
-    while plan.at_work and not (job.output / "trained.jsonl").exists() and job.process.poll() is None:
+    while plan.at_work and "[[" not in _text(job, "trained.jsonl") and job.process.poll() is None:
         assert time.monotonic() < deadline, job.story()
         time.sleep(0.02)
     try:
@@ -244,17 +245,24 @@ def _account(job: JobRun, plan: Plan, killed: bool) -> Counter[str]:
 def _steps(job: JobRun) -> list[Any]:
     """The steps that the last weights have learnt from: a policy that begins again goes back to a checkpoint."""
     steps: list[Any] = []
+    checkpoint = 0
     for line in _ledger(job, "trained.jsonl"):
-        if isinstance(line, int):
-            del steps[line:]
-        else:
+        if isinstance(line, list):
+            del steps[checkpoint:]
             steps.append(line)
+            checkpoint += 1
+        else:
+            checkpoint = line if isinstance(line, int) else 0
     return steps
 
 
 def _ledger(job: JobRun, name: str) -> list[Any]:
+    return [json.loads(line) for line in _text(job, name).splitlines()]
+
+
+def _text(job: JobRun, name: str) -> str:
     path = job.output / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return path.read_text() if path.exists() else ""
 
 
 def main() -> None:
