@@ -291,7 +291,8 @@ class _Run:
         if not expected or (child.role is Role.POLICY and not self._asked):
             assert child.role is not None
             died = messages.Died(name=child.name, role=child.role, reason=meaning(code), final=not again)
-            self._tell(client, "/died", died)
+            answer = self._tell(client, "/died", died)
+            again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
         elif child.role is Role.POLICY or not any(each.running for each in self._replicas):
@@ -327,11 +328,12 @@ class _Run:
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             self._controller.signal(signal.SIGTERM)
 
-    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> None:
+    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
         try:
-            client.post(path, body, messages.Directive)
+            return client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
             self._display.say(f"the controller could not be told: {error}")
+            return None
 
     def _react(self, client: ControllerClient) -> None:
         """Do what signals and the deadline of the end ask for."""
