@@ -2,12 +2,15 @@
 R17.
 """
 
+import random
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from job_runner import JobRun, job_settings, running
 
 from dray.clock import Deadline
@@ -20,6 +23,11 @@ AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args
 def policy(job: JobRun, rank: int = 0) -> psutil.Process:
     (found,) = [each for each in job.processes("dray.runtime.policy") if each.cmdline()[4] == str(rank)]
     return found
+
+
+def wait_for_life(job: JobRun, number: int) -> None:
+    log = job.output / "logs" / "policy-0.log"
+    job.wait_until(lambda: log.exists() and log.read_text().count("begins epoch") > number, f"life {number}")
 
 
 def account(job: JobRun) -> dict[str, int]:
@@ -48,6 +56,40 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         assert len(job.contributed()) == 30 * 8
         assert found["rolled_back"] == found["trained"] - 240
         assert found["rolled_back"] % 8 == 0
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("policy.checkpoint_every=5",),
+        ("policy.checkpoint_every=2", "policy.ack=checkpoint"),
+        ("policy.checkpoint_every=1", "policy.max_staleness=1"),
+        ("policy.checkpoint_every=3", "policy.replicas=2", "policy.readers=2"),
+        ("policy.checkpoint_every=3", "job.payload_transfer=redis"),
+    ],
+)
+def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tuple[str, ...]) -> None:
+    chance = random.Random(str(more))
+    kills = 8
+    settings = job_settings(
+        *AGAIN, *more, f"policy.restarts={kills}", "policy.max_deliveries=100", "stop.at_least=1e9",
+        "policy.args.pause=0.02",
+    )  # fmt: skip
+    with running(tmp_path, *settings) as job:
+        for life in range(kills):
+            wait_for_life(job, life)
+            time.sleep(chance.uniform(0.0, 1.5))
+            victims = job.processes("dray.runtime.policy")
+            victims[chance.randrange(len(victims))].kill()
+            job.wait_for(f"the policy starts again, {life + 1} of {kills} times")
+        wait_for_life(job, kills)
+        step = job.steps()[-1]["step"]
+        job.wait_until(lambda: job.steps()[-1]["step"] not in range(step + 10), "further steps", 40.0)
+        job.process.send_signal(signal.SIGINT)
+        assert job.end(bound=10.0) == 130, job.story()
+        account(job)
 
 
 def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path: Path) -> None:

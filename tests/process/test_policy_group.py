@@ -24,8 +24,15 @@ def test_ranks_of_a_group_train_on_their_part_and_the_step_is_committed_once(
         assert job.checkpoint()["ranks"] == 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (1, signal.SIGKILL),
+        (0, signal.SIGSTOP),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.endurance),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.endurance),
+    ],
+)
 def test_r2_dead_rank_voids_the_step_and_the_group_begins_another_epoch(
     tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:

@@ -108,7 +108,13 @@ class RolloutConsumer(RolloutQueue):
         """
         return self._finish("trained", list(deliveries), timeout)
 
-    def commit_trained(self, identities: Collection[str], timeout: float | None = 30.0) -> list[RolloutEntry]:
+    def commit_trained(
+        self,
+        identities: Collection[str],
+        timeout: float | None = 30.0,
+        *,
+        counter: Literal["trained", "repeated"] = "trained",
+    ) -> list[RolloutEntry]:
         """End payloads that weights were trained on in an earlier life of the group, whoever holds them; as
         `commit`.
 
@@ -116,6 +122,7 @@ class RolloutConsumer(RolloutQueue):
 
         Args:
             identities: ``producer:sequence`` of each.
+            counter: what they are counted as; ``"repeated"`` for those that had been committed.
 
         Returns:
             The entries of those that had not been ended before, so that the payloads can be freed.
@@ -128,7 +135,7 @@ class RolloutConsumer(RolloutQueue):
             lambda client: scripts.ENTRIES.run(client, keys, list(identities)),
             self._deadline(timeout),
         )
-        self._end_pairs("trained", [(identity, "") for identity in identities], timeout)
+        self._end_pairs(counter, [(identity, "") for identity in identities], timeout)
         self._ledger.remember(identities)
         return [RolloutEntry.from_fields(paired(fields)) for fields in found]
 

@@ -298,7 +298,8 @@ class _Run:
         reason = f"its process ended without leaving ({meaning(code)})" if expected else meaning(code)
         assert child.role is not None
         died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again)
-        self._tell(client, "/died", died)
+        answer = self._tell(client, "/died", died)
+        again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
         elif child.role is Role.POLICY or not any(each.running for each in self._replicas):
@@ -345,19 +346,20 @@ class _Run:
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             self._controller.signal(signal.SIGTERM)
 
-    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> None:
+    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
         if self._controller is None or not self._controller.running or self._controller_silent:
-            return
+            return None
         recorded = recorded_status(self._folder)
         if recorded is not None and recorded.phase.is_final:  # it listens no more
-            return
+            return None
         try:
-            client.post(path, body, messages.Directive)
+            return client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
             self._controller_silent = True
             self._failure = self._failure or f"the controller did not answer: {error}"
             self._say(f"the controller could not be told: {error}")
+            return None
 
     def _react(self, client: ControllerClient) -> None:
         """Do what signals and the deadline of the end ask for."""

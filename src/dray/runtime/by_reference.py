@@ -230,6 +230,9 @@ class ReferenceInlet:
                 _LOG.warning("payload %s cannot be freed: %s", entry.identity, error)
         self._freeing.add(references)
 
+    def unfreed(self) -> list[str]:
+        return [f"{each.producer.hex()}:{each.sequence}" for each in self._freeing.waiting()]
+
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()
         unfreed = len(self._freeing) + self._freeing.given_up

@@ -30,6 +30,8 @@ class CheckpointState:
         committed: payloads whose commit was confirmed, those of weights that were lost in a crash included.
         unconfirmed: ``producer:sequence`` of each payload that the weights were trained on and whose commit was
             not confirmed; whoever goes on from here commits these and does not train on them.
+        unfreed: likewise of each payload that was committed and whose producer has not confirmed that it is freed:
+            published again, after Redis was restarted empty, it would be taken for a new one.
         ranks: how many policy replicas have written their part.
     """
 
@@ -40,6 +42,7 @@ class CheckpointState:
     contributed: int = 0
     committed: int = 0
     unconfirmed: tuple[str, ...] = ()
+    unfreed: tuple[str, ...] = ()
     ranks: int = 1
 
 
@@ -71,7 +74,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
         if (place / "state.json").is_file():
             try:
                 fields = json.loads((place / "state.json").read_text(encoding="utf-8"))
-                return place, CheckpointState(**{**fields, "unconfirmed": tuple(fields.get("unconfirmed", ()))})
+                lists = {name: tuple(fields.get(name, ())) for name in ("unconfirmed", "unfreed")}
+                return place, CheckpointState(**{**fields, **lists})
             except (ValueError, TypeError, AttributeError) as error:
                 raise ConfigError("--resume", str(place), f"must be a checkpoint of dray ({error})") from error
     return None

@@ -50,6 +50,11 @@ class PayloadFreeing:
             self._state.add(references)
             self._changed.notify_all()
 
+    def waiting(self) -> list[PayloadRef]:
+        """Those whose producers have not answered yet."""
+        with self._changed:
+            return self._state.waiting()
+
     def __len__(self) -> int:
         """How many payloads wait to be freed."""
         with self._changed:

@@ -107,6 +107,9 @@ class InlineInlet:
     def consume(self, entries: Sequence[RolloutEntry]) -> None:
         """The commit has removed the entries, and the payloads with them."""
 
+    def unfreed(self) -> list[str]:
+        return []
+
     def statistics(self) -> Mapping[str, float]:
         return {"bytes": self._bytes, "retries": 0, "unfreed": 0}
 

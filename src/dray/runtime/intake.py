@@ -82,7 +82,8 @@ class Intake:
         self._begin_epoch()
         # First, so that none of them comes again: what a checkpoint has must not be trained on twice.
         trained = self._queue.commit_trained(self._state.unconfirmed, self._timeout)
-        self._inlet.consume(trained)
+        repeated = self._queue.commit_trained(self._state.unfreed, self._timeout, counter="repeated")
+        self._inlet.consume([*trained, *repeated])
         self._backlog = self._queue.claim_others(self._timeout)
         self._count_rolled_back(len(trained))
         self._settle_ended()

@@ -310,6 +310,7 @@ class Training:
             contributed=self._intake.contributed,
             committed=self._intake.committed,
             unconfirmed=self._intake.unconfirmed,
+            unfreed=tuple(self._inlet.unfreed()),
             ranks=self._config.policy.replicas,
         )
         deadline = Deadline.after(None)

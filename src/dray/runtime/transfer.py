@@ -44,6 +44,10 @@ class Inlet(Protocol):
         """Have payloads freed at their producers, for all their readers; does not wait for it."""
         ...
 
+    def unfreed(self) -> list[str]:
+        """``producer:sequence`` of what `consume` was told and no producer has confirmed."""
+        ...
+
     def statistics(self) -> Mapping[str, float]:
         """``bytes`` and ``retries`` so far, and ``unfreed``: payloads that are done with and whose producers have
         not answered yet."""
