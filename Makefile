@@ -18,11 +18,13 @@ FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
 SEEDS ?= 10000
 SIMULATE_ARGS ?=
+JOBS ?= 200
+JOBS_ARGS ?=
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo test lint format bench bench-peers simulate soak fuzz endurance devmode mutants mutmut clean
+.PHONY: help demo grpo test lint format bench bench-peers simulate soak fuzz jobs endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +63,9 @@ soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2)
 
 fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the code's branches (MINUTES=2, FUZZ_ARGS)
 	$(BIN)/python tests/fuzz/fuzzer.py --minutes $(MINUTES) $(FUZZ_ARGS)
+
+jobs: .venv/dev.stamp ## short jobs in a row, a replica killed in half of them (JOBS=200, JOBS_ARGS="--seed 7")
+	$(BIN)/python tests/process/job_series.py --jobs $(JOBS) $(JOBS_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds and GRPO over five among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)

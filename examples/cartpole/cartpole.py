@@ -1,4 +1,4 @@
-"""CartPole with PPO: the two classes that a dray job needs, in one file.
+"""CartPole with PPO: the two classes that a dray job needs. `ranks.py` is for several trainers of one policy.
 
 A job has two kinds of process. Rollout replicas act: each runs a `CartPoleRollout`, which plays one episode per
 prompt with the newest weights it was given. Policy replicas learn: each runs a `CartPoleTrainer`, which turns a
@@ -25,6 +25,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
+
+from ranks import Ranks
 
 if TYPE_CHECKING:
     from dray.runtime import Prompt, ReplicaContext, Trajectory
@@ -147,6 +149,7 @@ class CartPoleTrainer:
 
     def setup(self, context: "ReplicaContext") -> None:
         self.settings = PPOSettings(**context.args)
+        self.ranks = Ranks(context.group)
         torch.set_num_threads(1)  # the networks are tiny, and the rollout replicas need the other cores
         torch.manual_seed(context.seed)
         self.actor = network(self.settings.hidden_size, ACTION_COUNT, last_gain=0.01)
@@ -173,7 +176,7 @@ class CartPoleTrainer:
             **self._update(batch),
         }
         self.steps += 1
-        promising = metrics["mean_return"] >= self.settings.evaluate_above
+        promising = self.ranks.first and metrics["mean_return"] >= self.settings.evaluate_above
         if promising and self.steps % self.settings.evaluate_every == 0:
             metrics["evaluation_return"] = self.evaluate()
         return metrics
@@ -255,8 +258,7 @@ class CartPoleTrainer:
         records = []
         for _ in range(settings.epochs):
             order = torch.randperm(len(batch.actions), generator=self.shuffle)
-            for start in range(0, len(order), settings.minibatch_size):
-                rows = order[start : start + settings.minibatch_size]
+            for rows in self.ranks.minibatches(order, settings.minibatch_size):
                 log_probs = nn.functional.log_softmax(self.actor(batch.observations[rows]), dim=1)
                 chosen = log_probs.gather(1, batch.actions[rows, None]).squeeze(1)
                 log_ratio = chosen - batch.log_probs[rows]  # of the policy now to the one that acted
@@ -270,6 +272,7 @@ class CartPoleTrainer:
 
                 self.optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                self.ranks.average_gradients(self.parameters, len(rows))
                 nn.utils.clip_grad_norm_(self.parameters, settings.max_gradient_norm)
                 self.optimiser.step()
 

@@ -89,12 +89,18 @@ class RolloutTable(Table):
 
 
 class PolicyTable(Table):
-    """`[policy]`: the replica that learns."""
+    """`[policy]`: the replicas that learn, and what they promise about each payload."""
 
     trainer: str = _text(pattern=_ENTRY_POINT, allowed=ENTRY_POINT_FORM)
-    replicas: Literal[1] = Field(default=1, description="1")
+    replicas: int = _count(1, most=64)
+    readers: int = _count(1, most=64)
     batch_size: int = _count(most=1 << 20)
     checkpoint_every: int = _count(50)
+    ack: Literal["step", "checkpoint"] = Field(default="step", description='"step" or "checkpoint"')
+    max_deliveries: int = _count(3)
+    max_staleness: int | None = _count(None, least=0)
+    staleness: Literal["admission", "drop"] = Field(default="admission", description='"admission" or "drop"')
+    restarts: int = _count(3, least=0, most=1000)
     args: dict[str, Any] = Field(
         default_factory=dict, description="a table, given to the trainer's setup as it is"
     )
@@ -135,6 +141,7 @@ class TimeoutsTable(Table):
     redis: float = _seconds(10.0)
     controller_lost: float = _seconds(15.0)
     shutdown: float = _seconds(8.0)
+    stall: float = _seconds(30.0)
 
 
 class JobConfig(Table):
@@ -151,7 +158,22 @@ class JobConfig(Table):
     @property
     def prompts_in_flight(self) -> int:
         """How many prompts may be given out and not yet trained on; bounds staleness and memory."""
-        return self.rollout.prompts_in_flight or 2 * self.policy.batch_size
+        configured = self.rollout.prompts_in_flight or 2 * self.policy.batch_size
+        if not self.in_order:
+            return configured
+        assert self.policy.max_staleness is not None
+        return min(configured, (self.policy.max_staleness + 1) * self.policy.batch_size)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether payloads are trained on in the order of their prompts, so that none becomes too old."""
+        return self.policy.max_staleness is not None and self.policy.staleness == "admission"
+
+    @property
+    def payloads_held(self) -> int:
+        """How many payloads are read, and not yet committed, when a step begins to train."""
+        steps = self.policy.checkpoint_every if self.policy.ack == "checkpoint" else 1
+        return steps * self.policy.batch_size
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -224,19 +246,35 @@ def _check_plain(value: Any, location: Sequence[str]) -> None:
 
 def _check_together(config: JobConfig) -> None:
     """The rules that concern more than one key."""
-    batch = config.policy.batch_size
-    if config.job.payload_transfer == "ucxx" and config.rollout.slots < batch:
-        # Payloads keep their slots until the step is over: with fewer, one replica alone could never fill a batch.
-        raise ConfigError(
-            "rollout.slots", config.rollout.slots, f"must be at least policy.batch_size, which is {batch}"
-        )
-    if config.prompts_in_flight < batch:
-        allowed = f"must be at least policy.batch_size, which is {batch}"
+    held, what = config.payloads_held, "policy.batch_size"
+    if config.policy.ack == "checkpoint":
+        what = 'policy.batch_size * policy.checkpoint_every with policy.ack = "checkpoint"'
+    by_reference = config.job.payload_transfer == "ucxx"
+    if by_reference and config.rollout.slots < held:
+        # Payloads keep their slots until they are committed: with fewer, one replica alone could not go on.
+        raise ConfigError("rollout.slots", config.rollout.slots, f"must be at least {what}, which is {held}")
+    if by_reference:
+        held, what = config.policy.batch_size, "policy.batch_size"
+    if config.prompts_in_flight < held:
+        allowed = f"must be at least {what}, which is {held}"
         raise ConfigError("rollout.prompts_in_flight", config.prompts_in_flight, allowed)
+    _check_group(config.policy, by_reference=by_reference)
     interval = config.controller.heartbeat_interval
     if config.controller.dead_after < 3 * interval:
         allowed = f"must be at least three times controller.heartbeat_interval, which is {interval:g}"
         raise ConfigError("controller.dead_after", config.controller.dead_after, allowed)
+
+
+def _check_group(policy: PolicyTable, *, by_reference: bool) -> None:
+    if policy.replicas > 1 and not by_reference:
+        raise ConfigError("policy.replicas", policy.replicas, 'must be 1 with job.payload_transfer = "redis"')
+    if policy.replicas % policy.readers:
+        allowed = f"must divide policy.replicas, which is {policy.replicas}"
+        raise ConfigError("policy.readers", policy.readers, allowed)
+    parts = policy.replicas // policy.readers
+    if policy.batch_size % parts:
+        allowed = f"must be a multiple of policy.replicas / policy.readers, which is {parts}"
+        raise ConfigError("policy.batch_size", policy.batch_size, allowed)
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:

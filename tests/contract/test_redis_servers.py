@@ -1,7 +1,9 @@
 """What dray expects of a Redis server, over each one that it can find or start."""
 
 import importlib.util
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from dray.control import (
     OldEpochError,
     RedisConnection,
     RedisServer,
+    RedisUnavailableError,
     RolloutConsumer,
     RolloutEntry,
     RolloutProducer,
@@ -27,6 +30,7 @@ from dray.control import (
     delete_job,
     start_redis,
 )
+from dray.control.connection import POLL_ANSWER
 from dray.errors import ConfigError
 
 KEYS = JobKeys("contract")
@@ -113,11 +117,11 @@ def test_a_commit_ends_an_entry_once_and_counts_it_once(connection: RedisConnect
     assert consumer.held == 3
     assert consumer.commit([first, second]).ended == (first, second)
     assert consumer.commit([first]).unknown == (first,)
-    assert consumer.discard([third]).ended == (third,)
+    assert consumer.discard([third], counter="too_old").ended == (third,)
     assert consumer.commit([]).ended == ()
     statistics = producer.statistics()
     assert (statistics.backlog, statistics.pending, statistics.oldest_age, consumer.held) == (0, 0, None, 0)
-    assert statistics.counters == {"published": 3, "trained": 2, "discarded": 1}
+    assert statistics.counters == {"published": 3, "trained": 2, "too_old": 1}
     assert not connection.call("keys", lambda c: c.do("HLEN", KEYS.index), later())
 
 
@@ -195,6 +199,30 @@ def test_polls_fail_fast_in_shutdown_and_commits_still_work(connection: RedisCon
     assert consumer.commit(held).ended == tuple(held)
 
 
+def test_r9_poll_ends_soon_after_shutdown_although_its_server_is_stopped(server: RedisServer) -> None:
+    if server.pid is None:
+        pytest.skip("a configured server is not this process's to stop")
+    with RedisConnection(server.address, answer_timeout=60.0, patience=60.0) as connection:
+        consumer = RolloutConsumer(connection, KEYS, "policy-0")
+        assert consumer.receive(1, timeout=0.0) == []
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            poll = started(lambda: consumer.receive(1, timeout=None))
+            connection.stop()
+            before = time.monotonic()
+            poll.join(20)
+            assert not poll.is_alive()
+            assert time.monotonic() - before < POLL_ANSWER + 2.0
+            # Nor does anything else wait for it from now on.
+            with pytest.raises(RedisUnavailableError, match="not tried"):
+                WeightsKey(connection, KEYS).publish("{}", 1)
+            with pytest.raises(RedisUnavailableError, match="not tried"):
+                WeightsKey(connection, KEYS).newest()
+            assert time.monotonic() - before < POLL_ANSWER + 3.0
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
 def test_publish_waits_for_room_and_goes_on_after_a_commit(connection: RedisConnection) -> None:
     producer, consumer = (
         RolloutProducer(connection, KEYS, max_backlog=2),
@@ -255,6 +283,47 @@ def test_a_commit_under_an_old_epoch_is_refused_and_changes_nothing(connection: 
     assert member.statistics().counters.get("trained", 0) == 0
     assert restarted.commit(restarted.claim_from("policy-0")).ended
     assert restarted.begin_epoch(after=40) == 41
+
+
+def test_what_older_consumers_held_is_claimed_and_what_weights_hold_is_committed(
+    connection: RedisConnection,
+) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    for sequence in range(4):
+        producer.publish(entry(sequence))
+    old = RolloutConsumer(connection, KEYS, "policy-0.a")
+    old.begin_epoch()
+    trained = [delivery.entry.identity for delivery in old.receive(2, timeout=5)]
+    new = RolloutConsumer(connection, KEYS, "policy-0.b")
+    new.begin_epoch()
+    # A member that was paused while it waited may still be given entries: those are claimed like the others.
+    assert len(old.receive(1, timeout=5)) == 1
+    assert [each.sequence for each in new.commit_trained([*trained, f"{NOBODY}:77"])] == [0, 1]
+    assert new.commit_trained(trained) == []
+    claimed = new.claim_others()
+    assert [(each.entry.sequence, each.consumer, each.deliveries) for each in claimed] == [(2, "policy-0.b", 2)]
+    assert new.claim_others() == []
+    producer.publish(entry(77))
+    assert [delivery.entry.sequence for delivery in new.receive(9, timeout=5)] == [3]
+    assert producer.statistics().counters == {"published": 5, "trained": 2, "repeated": 1}
+    with pytest.raises(OldEpochError):
+        old.check_epoch()
+    new.check_epoch()
+
+
+def test_counters_are_raised_and_never_lowered(connection: RedisConnection) -> None:
+    queue = RolloutQueue(connection, KEYS)
+    queue.raise_counters({"trained": 7, "rolled_back": 2})
+    queue.raise_counters({"trained": 5, "rolled_back": 3})
+    assert queue.statistics().counters == {"trained": 7, "rolled_back": 3}
+
+
+def test_prompts_of_all_entries_are_listed(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    assert producer.listed_prompts() == []
+    for sequence in (3, 8, 6):
+        producer.publish(entry(sequence, payload=b"bytes"))
+    assert producer.listed_prompts() == [3, 1, 6]
 
 
 def test_a_restarted_member_is_given_first_what_its_earlier_life_left(connection: RedisConnection) -> None:
@@ -405,6 +474,20 @@ def test_newest_weights_are_those_published_last(connection: RedisConnection) ->
     newest = replica.wait_newer(first, timeout=5)
     assert newest is not None
     assert newest.version == 5
+
+
+def test_weights_of_an_old_epoch_are_not_published(connection: RedisConnection) -> None:
+    key = WeightsKey(connection, KEYS)
+    group = RolloutConsumer(connection, KEYS, "policy-0")
+    old = group.begin_epoch()
+    assert key.publish("one", 1, epoch=old)
+    new = group.begin_epoch()
+    with pytest.raises(OldEpochError, match="weights 2"):
+        key.publish("two", 2, epoch=old)
+    assert key.publish("three", 3, epoch=new)
+    newest = key.newest()
+    assert newest is not None
+    assert newest.reference == "three"
 
 
 def test_lost_weights_are_restored_by_the_policy_only(connection: RedisConnection) -> None:

@@ -9,16 +9,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from dray.runtime.controller_client import ControllerClient
+from dray.runtime.job import JobSpec
+
 CLASSES = """
 import json, os, signal, subprocess, sys, time
 import numpy as np
+
+def fork_environment():
+    # As vectorised environments and game servers do: a fork, a session of its own, and a daemon of that.
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(600)
+            os._exit(0)
+        time.sleep(600)
+        os._exit(0)
 
 class Worker:
     def setup(self, context):
@@ -27,36 +41,58 @@ class Worker:
             program = "import time; time.sleep(600)"
             subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
             subprocess.Popen([sys.executable, "-c", program])
+        if self.args.get("forking"):
+            fork_environment()
     def load_weights(self, weights, version):
-        assert float(weights["w"][0]) == version
+        assert float(weights["w"][0]) == version or self.args.get("restarts")
         self.version = version
     def rollout(self, prompt):
         time.sleep(self.args.get("pause", 0.0))
+        if prompt.index >= self.args.get("hang_at", 1 << 60) and self.index in self.args.get("hanging", [0, 1]):
+            time.sleep(600)
         if prompt.index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
             raise ValueError("the environment broke")
         return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32),
-                "prompt": np.array(prompt.index), "version": np.array(self.version)}
+                "prompt": np.array(prompt.index), "version": np.array(self.version),
+                "uid": np.frombuffer(os.urandom(8), np.uint64)}
 
 class Trainer:
     def setup(self, context):
-        self.steps, self.args, self.seen = 0, context.args, []
+        self.steps, self.args, self.seen, self.uids, self.group = 0, context.args, [], [], context.group
+        self.output = context.output
+        if self.group.size > 1:
+            self.shared = self.group.share("from rank 0" if self.group.rank == 0 else None)
+            assert self.shared == "from rank 0"
     def train_step(self, trajectories):
         for each in trajectories:
-            assert int(each.arrays["version"]) == each.weight_version <= self.steps
+            assert int(each.arrays["version"]) == each.weight_version
+            age = self.steps - each.weight_version
+            assert 0 <= age <= self.args.get("oldest", 1 << 60) or self.args.get("restarts")
         self.seen += [int(each.arrays["prompt"]) for each in trajectories]
         assert len(set(self.seen)) == len(self.seen) or self.args.get("repeats")
+        self.uids += [int(each.arrays["uid"][0]) for each in trajectories]
+        assert len(set(self.uids)) == len(self.uids), "a payload has contributed twice"
         if self.steps >= self.args.get("hang_at", 1 << 60):
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             time.sleep(600)
+        if self.args.get("poison") in self.seen:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.args.get("pause", 0.01))
         self.steps += 1
         return {"score": float(self.steps)}
     def weights(self):
         return {"w": np.full(1000, self.steps, np.float32)}
     def save(self, folder):
-        (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen]))
+        (self.output / "saving").touch()
+        time.sleep(self.args.get("save_pause", 0.0))
+        (folder / "trainer.json").write_text(json.dumps([self.steps, self.seen, self.uids]))
+        marker = self.output / "died-before-a-commit"
+        if self.args.get("die_before_commit") and not marker.exists():
+            marker.touch()
+            from dray.runtime.intake import Intake
+            Intake.commit = lambda intake: os.kill(os.getpid(), signal.SIGKILL)
     def load(self, folder):
-        self.steps, self.seen = json.loads((folder / "trainer.json").read_text())
+        self.steps, self.seen, self.uids = json.loads((folder / "trainer.json").read_text())
 """
 
 JOB = """
@@ -91,8 +127,8 @@ BOUND = 60.0
 class JobRun:
     """A running or ended `dray run`."""
 
-    def __init__(self, folder: Path, *options: str, stop_table: str = STOP) -> None:
-        (folder / "small.py").write_text(CLASSES)
+    def __init__(self, folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> None:
+        (folder / "small.py").write_text(classes)
         (folder / "job.toml").write_text(JOB + stop_table)
         self.output = folder / "out"
         self.process = subprocess.Popen(
@@ -127,19 +163,37 @@ class JobRun:
             assert chunk, self.story()
             self.text += chunk
 
+    def wait_for_checkpoint(self) -> None:
+        """Wait until there is one."""
+        self.wait_until((self.output / "checkpoint" / "state.json").exists, "a checkpoint")
+
     def end(self, bound: float = BOUND) -> int:
         """Wait for the end and return the exit code; whatever is left of the job fails the test."""
         try:
             rest, _ = self.process.communicate(timeout=bound)
         except subprocess.TimeoutExpired:
-            for process in self.processes():
-                process.send_signal(signal.SIGUSR1)
-            time.sleep(0.5)  # for the stacks to be in the logs of the story
+            self.dump_stacks()
             raise AssertionError(f"the job did not end within {bound} s\n{self.story()}") from None
         self.text += rest.decode()
         self.wait_until_gone(0.0)
         assert not (self.output / ".run").exists()
         return self.process.returncode
+
+    def dump_stacks(self) -> None:
+        """Have every process of the job, `dray run` included, write the stacks of its threads into the story."""
+        for process in (*self.processes("dray.runtime"), self.process):
+            process.send_signal(signal.SIGUSR1)
+        assert self.process.stdout is not None
+        last = "most recent call first"
+        logs = list((self.output / "logs").glob("*-*.log"))  # those of the replicas
+        deadline = time.monotonic() + 2.0  # one that is stopped writes nothing
+        while not all(last in log.read_text() for log in logs) and time.monotonic() < deadline:
+            select.select([self.process.stdout], [], [], 0.05)
+        while select.select([self.process.stdout], [], [], 0.2)[0]:
+            chunk = os.read(self.process.stdout.fileno(), 65536).decode()
+            if not chunk:
+                return
+            self.text += chunk
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """What runs of the job, grandchildren included; `name` is part of the command line."""
@@ -165,8 +219,44 @@ class JobRun:
     def summary(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "summary.json").read_text()))
 
+    def spec(self) -> JobSpec:
+        """What the job's processes were told, while it runs."""
+        return JobSpec.read(self.output / ".run" / "job.json")
+
+    @contextmanager
+    def controller(self) -> Iterator[ControllerClient]:
+        """A client of the job's controller."""
+        spec = self.spec()
+        address = spec.folder.controller_address
+        with ControllerClient.of_address_file(address, spec.token, 30.0) as client:
+            yield client
+
+    def wait_until(
+        self, condition: Callable[[], bool], what: str = "what is waited for", bound: float = BOUND
+    ) -> None:
+        """Wait until `condition` holds, which is about files and processes of the job."""
+        deadline = time.monotonic() + bound
+        while not condition():
+            if time.monotonic() >= deadline:
+                self.dump_stacks()
+                raise AssertionError(f"{what}: not within {bound} s\n{self.story()}")
+            time.sleep(0.02)
+
     def checkpoint(self) -> dict[str, Any]:
         return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The whole lines of `metrics.jsonl`, or one of step 0."""
+        metrics = self.output / "metrics.jsonl"
+        text = metrics.read_text() if metrics.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]] or [{"step": 0}]
+
+    def contributed(self, rank: int = 0) -> list[int]:
+        """What each payload that the weights of the checkpoint were trained on was given as its number."""
+        folder = self.output / "checkpoint" / (f"trainer-{rank}" if rank else "trainer")
+        steps, _, uids = json.loads((folder / "trainer.json").read_text())
+        assert steps == self.checkpoint()["step"]
+        return list(uids)
 
     def log(self, name: str) -> str:
         return (self.output / "logs" / f"{name}.log").read_text()
@@ -177,9 +267,9 @@ class JobRun:
 
 
 @contextmanager
-def running(folder: Path, *options: str, stop_table: str = STOP) -> Iterator[JobRun]:
+def running(folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> Iterator[JobRun]:
     """A job, of which nothing runs afterwards."""
-    job = JobRun(folder, *options, stop_table=stop_table)
+    job = JobRun(folder, *options, stop_table=stop_table, classes=classes)
     try:
         yield job
     finally:

@@ -12,7 +12,7 @@ def only(job: JobRun, name: str) -> psutil.Process:
     return found
 
 
-def test_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
+def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=150", "policy.args.repeats=true")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
@@ -23,7 +23,7 @@ def test_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
         assert job.summary()["payloads"] == 150 * 8
 
 
-def test_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: Path) -> None:
+def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: Path) -> None:
     # Rollouts are slow here, so that a replica holds prompts at any time.
     settings = job_settings("stop.at_least=1e9", "policy.args.repeats=true", "rollout.args.pause=0.2")
     with running(tmp_path, *settings) as job:
@@ -57,15 +57,15 @@ def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
         assert job.checkpoint()["step"] > 0
 
 
-def test_job_fails_when_its_policy_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9", "policy.restarts=0")) as job:
         job.wait_for("  step ")
         only(job, "dray.runtime.policy").kill()
         assert job.end(bound=15.0) == 1
         assert "failed: no policy replica is left" in job.text
 
 
-def test_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
+def test_r7_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
         job.wait_for("  step ")
         only(job, "dray.runtime.controller").kill()
@@ -74,7 +74,7 @@ def test_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
         assert job.checkpoint()["step"] > 0
 
 
-def test_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: Path) -> None:
+def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
         job.wait_for("  step ")
         job.process.send_signal(signal.SIGSTOP)  # so that the supervisor does not end them
@@ -83,23 +83,32 @@ def test_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: Pat
         job.process.send_signal(signal.SIGCONT)
         assert job.end(bound=15.0) == 1
         assert "the controller is lost" in job.log("policy-0")
+        assert job.text.count("ended early: the controller was gone") == 3
         assert job.checkpoint()["step"] > 0
 
 
-def test_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
+def test_r1_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=1e9", "timeouts.redis=2")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
         only(job, "redis-server").kill()
         assert job.end(bound=30.0) == 1, job.story()
         assert "Redis was gone" in job.text
+        assert job.checkpoint()["step"] > 0
 
 
-def test_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: Path) -> None:
-    settings = job_settings("stop.at_least=1e9", "policy.checkpoint_every=1")
+def test_r12_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: Path) -> None:
+    settings = job_settings(
+        "stop.at_least=1e9",
+        "policy.checkpoint_every=1",
+        "rollout.args.grandchild=true",
+        "rollout.args.forking=true",
+    )
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        assert len(job.processes("dray.runtime")) == 4
+        assert len(job.processes("time.sleep(600)")) == 4
+        # Controller and policy; each rollout replica with a child and a daemon that it has forked.
+        assert len(job.processes("dray.runtime")) == 2 + 2 * 3
         job.process.kill()
         job.wait_until_gone(5.0)
         step = job.checkpoint()["step"]
@@ -107,14 +116,14 @@ def test_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: Path)
         assert job.end() == 0, job.story()
 
 
-def test_grandchildren_end_with_the_job(tmp_path: Path) -> None:
+def test_r12_grandchildren_end_with_the_job(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("rollout.args.grandchild=true")) as job:
         job.wait_for("  step ")
         assert len(job.processes("time.sleep(600)")) == 4
         assert job.end() == 0, job.story()
 
 
-def test_hanging_child_has_its_stacks_dumped_and_is_killed(tmp_path: Path) -> None:
+def test_r11_hanging_child_has_its_stacks_dumped_and_is_killed(tmp_path: Path) -> None:
     settings = job_settings("policy.args.hang_at=3", "timeouts.shutdown=3")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step 3")
@@ -126,7 +135,7 @@ def test_hanging_child_has_its_stacks_dumped_and_is_killed(tmp_path: Path) -> No
         assert "in train_step" in job.log("policy-0")
 
 
-def test_unfinished_start_is_bounded(tmp_path: Path) -> None:
+def test_r16_unfinished_start_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\nclass Trainer:\n    def setup(self, context): time.sleep(600)\n"
         "    train_step = weights = save = load = setup\n"
@@ -152,7 +161,7 @@ def test_unfinished_start_is_bounded(tmp_path: Path) -> None:
         ("redis.url=redis://127.0.0.1:1", "redis.url = 'redis://127.0.0.1:1' is not allowed"),
     ],
 )
-def test_wrong_configuration_is_one_line_and_starts_nothing(tmp_path: Path, setting: str, words: str) -> None:
+def test_r14_wrong_configuration_is_one_line_and_starts_nothing(tmp_path: Path, setting: str, words: str) -> None:
     with running(tmp_path, *job_settings(setting, "timeouts.redis=1")) as job:
         assert job.end(bound=30.0) == 2
         assert words in job.text

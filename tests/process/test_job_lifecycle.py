@@ -54,7 +54,7 @@ def test_job_without_a_stop_table_finishes_with_its_steps(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
+def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:

@@ -8,7 +8,7 @@ from dray.control import RedisConnection, start_redis
 
 
 @pytest.mark.parametrize("transfer", ["ucxx", "redis"])
-def test_job_goes_on_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
+def test_r1_job_goes_on_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
     with start_redis(None, tmp_path / "redis") as server:
         settings = job_settings(
             f"redis.url={server.url}", f"job.payload_transfer={transfer}", "stop.at_least=120", "timeouts.redis=20"

@@ -1,6 +1,7 @@
 """The CartPole example on its own: no runtime, no transport."""
 
-import importlib.util
+import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dray.runtime import PolicyGroup
+
 pytest.importorskip("gymnasium", reason="the example needs gymnasium")
 torch = pytest.importorskip("torch", reason="the example needs torch")
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole" / "cartpole.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole"
 
 
 @dataclass(frozen=True)
 class Context:
     args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    group: PolicyGroup = field(default_factory=PolicyGroup)
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class Trajectory:
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cartpole_example", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example() -> Iterator[ModuleType]:
+    """The example's module, which imports its sibling."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE))
+        yield importlib.import_module("cartpole")
+    for name in ("cartpole", "ranks"):
+        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

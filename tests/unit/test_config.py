@@ -49,6 +49,31 @@ def test_override_takes_toml_values_and_bare_words(job_file: Path) -> None:
     assert config.rollout.args == {"depth": [1, 2]}
 
 
+def test_rings_hold_what_waits_for_a_checkpoint(job_file: Path) -> None:
+    waiting = ["policy.ack=checkpoint", "policy.checkpoint_every=2"]
+    assert load_job(job_file, waiting).payloads_held == 8
+    assert error_of(job_file, "policy.ack=checkpoint", "policy.checkpoint_every=17").allowed.endswith(
+        "which is 68"
+    )
+    inline = ["policy.ack=checkpoint", "policy.checkpoint_every=3", "job.payload_transfer=redis"]
+    assert error_of(job_file, *inline).key == "rollout.prompts_in_flight"
+    assert load_job(job_file, [*inline, "rollout.prompts_in_flight=12"]).prompts_in_flight == 12
+
+
+def test_policy_groups_need_references(job_file: Path) -> None:
+    error = error_of(job_file, "policy.replicas=2", "job.payload_transfer=redis")
+    assert (error.key, error.value) == ("policy.replicas", 2)
+
+
+def test_admission_lets_as_many_batches_be_under_way_as_versions_may_pass(job_file: Path) -> None:
+    in_flight = ["rollout.prompts_in_flight=100"]
+    assert load_job(job_file, in_flight).prompts_in_flight == 100
+    assert load_job(job_file, [*in_flight, "policy.max_staleness=1"]).prompts_in_flight == 8
+    assert load_job(job_file, ["policy.max_staleness=9"]).prompts_in_flight == 8
+    dropping = load_job(job_file, [*in_flight, "policy.max_staleness=1", "policy.staleness=drop"])
+    assert (dropping.prompts_in_flight, dropping.in_order) == (100, False)
+
+
 def test_configuration_cannot_be_changed(job_file: Path) -> None:
     config = load_job(job_file)
     with pytest.raises(ValueError):
@@ -74,7 +99,12 @@ def test_configuration_cannot_be_changed(job_file: Path) -> None:
         ("rollout.slots=3", "rollout.slots", "at least policy.batch_size"),
         ("rollout.prompts_in_flight=3", "rollout.prompts_in_flight", "at least policy.batch_size"),
         ("policy.batch_size=many", "policy.batch_size", "a whole number"),
-        ("policy.replicas=2", "policy.replicas", "must be 1"),
+        ("policy.replicas=65", "policy.replicas", "at most 64"),
+        ("policy.readers=2", "policy.readers", "must divide policy.replicas, which is 1"),
+        ("policy.replicas=3", "policy.batch_size", "a multiple of policy.replicas / policy.readers, which is 3"),
+        ("policy.ack=never", "policy.ack", '"step" or "checkpoint"'),
+        ("policy.ack=checkpoint", "rollout.slots", "policy.checkpoint_every with policy.ack"),
+        ("policy.max_staleness=-1", "policy.max_staleness", "at least 0"),
         ("redis.url=http://h", "redis.url", "redis://"),
         ("controller.port=70000", "controller.port", "a port number"),
         ("controller.dead_after=1", "controller.dead_after", "three times"),

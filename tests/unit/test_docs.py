@@ -15,6 +15,7 @@ from dray.buffer import layout, slot_state
 from dray.control import names
 from dray.launch import teardown
 from dray.runtime import lifecycle
+from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode
 from dray.wire import frames, handshake
 
@@ -151,6 +152,34 @@ def test_exit_codes_are_those_of_the_code() -> None:
     assert all(line.strip() in page("runtime.md") for line in ExitCode.__doc__.splitlines())
     documented = {int(row[0]) for row in rows(page("runtime.md")) if row[0].isdecimal()}
     assert documented == {code.value for code in ExitCode}
+
+
+def test_timeouts_on_the_runtime_page_are_those_of_the_code() -> None:
+    text = page("runtime.md")
+    table = rows(text[text.index("## Timeouts") : text.index("## Exit codes")])[1:]
+    seen = set()
+    for what, bound, where in table:
+        name = where.strip("`")
+        if name.startswith("dray."):
+            module, _, attribute = name.rpartition(".")
+            assert getattr(importlib.import_module(module), attribute) == float(bound), what
+        else:
+            section, _, key = name.partition(".")
+            kind = getattr(config, f"{section.capitalize()}Table")
+            assert kind.model_fields[key].default == float(bound), what
+            seen.add(name)
+    assert {f"timeouts.{key}" for key in config.TimeoutsTable.model_fields} <= seen
+
+
+def test_bodies_on_the_runtime_page_are_those_of_the_models() -> None:
+    listed = {row[0]: row[1:] for row in rows(page("runtime.md")) if row[0].startswith("`POST") and len(row) == 3}
+    expected = {}
+    for each in ENDPOINTS:
+        if each.body is not None:
+            assert isinstance(each.reply, type)
+            fields = [", ".join(model.model_fields) for model in (each.body, each.reply)]
+            expected[f"`{each.method} {each.path}`"] = fields
+    assert listed == expected
 
 
 def test_table_of_the_teardown_is_that_of_the_module() -> None:

@@ -8,14 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "failure-modes.md"
-ROWS = [
-    f"{letter}{number}" for letter, count in (("B", 14), ("W", 13), ("C", 14)) for number in range(1, count + 1)
-]
+COUNTS = (("B", 14), ("W", 13), ("C", 14), ("R", 17))
+ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]
 
 
 def documented() -> dict[str, str]:
     """The text below each row's heading."""
-    parts = re.split(r"^### ([BWC]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^### ([BWCR]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     assert len(set(parts[::2])) == len(parts[::2])
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

@@ -15,6 +15,7 @@ from dray.cli.doctor import doctor
 from dray.config import load_job
 from dray.errors import ConfigError, DrayError
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.process import exit_with_own_code_on_crash
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,9 +68,11 @@ app.command()(bench)
 
 def main() -> None:
     """The entry point of the `dray` command: errors of dray's own become one line and an exit code."""
+    exit_with_own_code_on_crash()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        # Called as a `Typer`, it would put an exception hook of its own in the place of ours.
+        typer.main.get_command(app)()
     except ConfigError as error:
         _fail(error, ExitCode.CONFIGURATION)
     except DrayError as error:

@@ -12,7 +12,7 @@ at any time. `redis` is imported in this package only.
 from dray.control.address import RedisAddress
 from dray.control.commands import Command, CommandStream
 from dray.control.connection import RedisConnection, delete_job
-from dray.control.embedded import RedisServer, start_redis
+from dray.control.embedded import REDIS_STOP_BOUND, RedisServer, start_redis
 from dray.control.entry import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
 from dray.control.errors import (
     BacklogFullError,
@@ -28,6 +28,7 @@ from dray.control.rollout_queue import RolloutQueue
 from dray.control.weights_key import PublishedWeights, WeightsKey
 
 __all__ = [
+    "REDIS_STOP_BOUND",
     "BacklogFullError",
     "Command",
     "CommandStream",

@@ -35,6 +35,10 @@ logger = logging.getLogger("dray.control")
 POLL_SLICE = 0.25
 """Longest time, in seconds, that one command blocks in Redis: how late a poll notices shutdown."""
 
+POLL_ANSWER = 1.0
+"""Seconds that a command of a poll may take to answer, what it blocks included: how late a poll notices shutdown
+while Redis is stopped."""
+
 _REFUSED = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
 _TRANSIENT = (RedisConnectionError, RedisTimeoutError)
 _FIRST_WAIT = 0.02
@@ -48,7 +52,8 @@ class RedisConnection:
 
     Args:
         address: where the server is.
-        shutdown: once set, polls return at once and no lost connection is waited for.
+        shutdown: once set, polls return at once and no lost connection is waited for; once Redis has not answered,
+            it is not asked again.
         answer_timeout: seconds that one command may take to answer; a call may outlive its deadline by this much
             when the server is stopped.
         patience: seconds of outage after which Redis counts as gone for good; no wait outlives it, and polls sit
@@ -72,6 +77,7 @@ class RedisConnection:
         self._away_since: float | None = None
         self._closed = False
         self._client = RedisClient(address, answer_timeout)
+        self._polls = RedisClient(address, min(POLL_ANSWER, answer_timeout))
 
     def call(self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline) -> T:
         """Run `operation`, again after each lost connection, until it answers, `deadline` is over or
@@ -85,12 +91,24 @@ class RedisConnection:
             RedisUnavailableError: no answer until then, or shutdown is set.
             ControlPlaneError: Redis refused the command or the credentials, or the connection is closed.
         """
+        return self._attempt(self._client, what, operation, deadline)
+
+    def _attempt(
+        self, through: RedisClient, what: str, operation: Callable[[RedisClient], T], deadline: Deadline
+    ) -> T:
         wait = _FIRST_WAIT
         while True:
             if self._closed:
                 raise ControlPlaneError(f"{what}: the connection to Redis is closed", endpoint=str(self.address))
+            if self.shutdown.is_set() and self._away_since is not None:
+                # Each of the calls with which a process ends would wait for an answer otherwise.
+                raise RedisUnavailableError(
+                    f"{what}: not tried, as Redis has not answered for {self.away_for:.1f} s and the process ends",
+                    endpoint=str(self.address),
+                    elapsed=deadline.elapsed,
+                )
             try:
-                result = operation(self._client)
+                result = operation(through)
             except _REFUSED as error:
                 raise ControlPlaneError(
                     f"{what}: Redis refuses the credentials: {error}", endpoint=str(self.address)
@@ -125,7 +143,7 @@ class RedisConnection:
         if self.shutdown.is_set():
             return nothing
         try:
-            return self.call(what, operation, deadline)
+            return self._attempt(self._polls, what, operation, deadline)
         except RedisUnavailableError:
             if self.shutdown.is_set() or self.away_for < self.patience:
                 return nothing
@@ -146,6 +164,7 @@ class RedisConnection:
         with self._lock:
             self._closed = True
         self._client.close()
+        self._polls.close()
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +187,7 @@ class RedisConnection:
         if began:
             # Idle connections of the pool broke together with this one: each would look like an outage of its own.
             self._client.drop_idle()
+            self._polls.drop_idle()
             if not self.shutdown.is_set():
                 logger.warning("Redis at %s does not answer (%s); trying again", self.address, error)
         return away

@@ -52,6 +52,8 @@ _PORT_ATTEMPTS = 16
 _RETRY_WAIT = 0.01
 _STOP_BOUND = 5.0
 _KILL_BOUND = 5.0
+REDIS_STOP_BOUND = _STOP_BOUND + _KILL_BOUND
+"""Seconds that `RedisServer.close` takes at most."""
 
 _LAUNCHER = """
 import ctypes, os, signal, sys

@@ -137,7 +137,9 @@ class QueueStatistics:
         pending: how many of them were given to a consumer.
         dead_letters: dead letters kept.
         oldest_age: age of the oldest entry in seconds, by the server's clock; None if there is none.
-        counters: published, duplicates, trained, discarded, repeated, dead_letters.
+        counters: ``published``; ``duplicates``, refused as published already; ``trained``, committed;
+            ``discarded``, lost with their producer; ``too_old``; ``repeated``, published again after they had been
+            ended; ``dead_letters``; ``rolled_back``, those of ``trained`` whose weights were lost in a crash.
     """
 
     backlog: int

@@ -26,6 +26,7 @@ class DeliveryLedger:
         self._remembered = remembered
         self._lock = threading.Lock()
         self._held: dict[str, Delivery] = {}
+        self._since: dict[str, float] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     def split_ended(self, deliveries: Iterable[Delivery]) -> tuple[list[Delivery], list[Delivery]]:
@@ -37,8 +38,8 @@ class DeliveryLedger:
                 (repeated if delivery.entry.identity in self._ended else current).append(delivery)
         return current, repeated
 
-    def hold(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
-        """Hold `deliveries`; returns those that were not held already.
+    def hold(self, deliveries: Iterable[Delivery], now: float = 0.0) -> list[Delivery]:
+        """Hold `deliveries` since `now`; returns those that were not held already.
 
         One that is held and comes again under another id (published again after a restart) keeps the new id.
         """
@@ -49,15 +50,20 @@ class DeliveryLedger:
                 held = self._held.get(identity)
                 if held is None:
                     fresh.append(delivery)
+                    self._since[identity] = now
                 self._held[identity] = replace(held or delivery, entry_id=delivery.entry_id)
         return fresh
 
     def end(self, deliveries: Iterable[Delivery]) -> None:
         """These were trained on or discarded: recognise them if they come again."""
+        self.remember(delivery.entry.identity for delivery in deliveries)
+
+    def remember(self, identities: Iterable[str]) -> None:
+        """As `end`, for what may never have been held here."""
         with self._lock:
-            for delivery in deliveries:
-                self._held.pop(delivery.entry.identity, None)
-                self._ended[delivery.entry.identity] = None
+            for identity in identities:
+                self._let_go(identity)
+                self._ended[identity] = None
             while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
 
@@ -65,7 +71,17 @@ class DeliveryLedger:
         """These are another consumer's now."""
         with self._lock:
             for delivery in deliveries:
-                self._held.pop(delivery.entry.identity, None)
+                self._let_go(delivery.entry.identity)
+
+    def _let_go(self, identity: str) -> None:
+        self._held.pop(identity, None)
+        self._since.pop(identity, None)
+
+    @property
+    def oldest_since(self) -> float | None:
+        """Since when that is held which has been held longest."""
+        with self._lock:
+            return next(iter(self._since.values()), None)
 
     def held_ids(self) -> set[str]:
         """Stream ids of what is held."""

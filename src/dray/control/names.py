@@ -7,7 +7,7 @@ key (``{job}`` with its braces)          type    what it holds
 ``dray:{job}:rollouts:index``           hash    ``producer:sequence`` → id of the entry, while the entry is there
 ``dray:{job}:rollouts:epoch``           string  random token of this life of the stream; absent or changed: lost
 ``dray:{job}:rollouts:group_epoch``     string  integer, rises when the policy group restarts; fences commits
-``dray:{job}:rollouts:counters``        hash    published, duplicates, trained, discarded, repeated, dead_letters
+``dray:{job}:rollouts:counters``        hash    published, trained, and others: see `QueueStatistics`
 ``dray:{job}:rollouts:room``            stream  newest end of entries (one entry); wakes publishers that wait
 ``dray:{job}:rollouts:dead``            stream  the last 1000 dead letters
 ``dray:{job}:commands:<replica>``       stream  the last 256 commands to one replica

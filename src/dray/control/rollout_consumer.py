@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from dray.clock import Deadline
 from dray.control import scripts
@@ -108,9 +108,46 @@ class RolloutConsumer(RolloutQueue):
         """
         return self._finish("trained", list(deliveries), timeout)
 
-    def discard(self, deliveries: Iterable[Delivery], timeout: float | None = 30.0) -> CommitOutcome:
-        """End deliveries that will not be trained on (too old, or lost with their producer); as `commit`."""
-        return self._finish("discarded", list(deliveries), timeout)
+    def commit_trained(
+        self,
+        identities: Collection[str],
+        timeout: float | None = 30.0,
+        *,
+        counter: Literal["trained", "repeated"] = "trained",
+    ) -> list[RolloutEntry]:
+        """End payloads that weights were trained on in an earlier life of the group, whoever holds them; as
+        `commit`.
+
+        What comes of them later, published again, is not handed out.
+
+        Args:
+            identities: ``producer:sequence`` of each.
+            counter: what they are counted as; ``"repeated"`` for those that had been committed.
+
+        Returns:
+            The entries of those that had not been ended before, so that the payloads can be freed.
+        """
+        if not identities:
+            return []
+        keys = [self._keys.rollouts, self._keys.index]
+        found = self._connection.call(
+            "look up what was trained on",
+            lambda client: scripts.ENTRIES.run(client, keys, list(identities)),
+            self._deadline(timeout),
+        )
+        self._end_pairs(counter, [(identity, "") for identity in identities], timeout)
+        self._ledger.remember(identities)
+        return [RolloutEntry.from_fields(paired(fields)) for fields in found]
+
+    def discard(
+        self,
+        deliveries: Iterable[Delivery],
+        timeout: float | None = 30.0,
+        *,
+        counter: Literal["discarded", "too_old"] = "discarded",
+    ) -> CommitOutcome:
+        """End deliveries that will not be trained on, and count them as `counter`; else as `commit`."""
+        return self._finish(counter, list(deliveries), timeout)
 
     def claim_from(self, dead_consumer: str, timeout: float | None = 30.0) -> list[Delivery]:
         """Take over everything that was given to a consumer which was declared dead, and forget that consumer.
@@ -121,16 +158,30 @@ class RolloutConsumer(RolloutQueue):
             ControlPlaneError: Redis does not answer, or refuses.
         """
         check_name("dead_consumer", dead_consumer)
+        claimed: list[Delivery] = []  # outside: what one attempt was given, the next would not be given again
 
-        def claim(client: RedisClient) -> list[Delivery]:
-            claimed = self._claim_pending(client, dead_consumer)
-            if dead_consumer != self.consumer:
-                scripts.FORGET_CONSUMER.run(client, [self._keys.rollouts], [GROUP, dead_consumer])
-            return claimed
+        def claim(client: RedisClient) -> None:
+            self._claim_all(client, dead_consumer, claimed)
 
-        return self._connection.call(
-            f"claim what {dead_consumer} left", self._healing(claim), self._deadline(timeout)
-        )
+        self._connection.call(f"claim what {dead_consumer} left", self._healing(claim), self._deadline(timeout))
+        return claimed
+
+    def claim_others(self, timeout: float | None = 30.0) -> list[Delivery]:
+        """`claim_from` every other consumer: for a group of one reader, all others belong to older epochs.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        claimed: list[Delivery] = []
+
+        def claim(client: RedisClient) -> None:
+            for fields in client.do("XINFO", "CONSUMERS", self._keys.rollouts, GROUP):
+                name = paired(fields)[b"name"].decode()
+                if name != self.consumer:
+                    self._claim_all(client, name, claimed)
+
+        self._connection.call("claim what others left", self._healing(claim), self._deadline(timeout))
+        return claimed
 
     def take_dead_letters(self) -> list[RolloutEntry]:
         """The entries that became dead letters at this consumer's hands since the last call, so that the caller
@@ -160,6 +211,15 @@ class RolloutConsumer(RolloutQueue):
         )
         return self._epoch
 
+    def check_epoch(self, timeout: float | None = 30.0) -> None:
+        """Make sure that the group does not go on without this member.
+
+        Raises:
+            OldEpochError: it goes on under another epoch.
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        self._end_pairs("trained", [], timeout)
+
     @property
     def epoch(self) -> int | None:
         """The epoch that this queue commits under."""
@@ -170,8 +230,19 @@ class RolloutConsumer(RolloutQueue):
         """How many deliveries this consumer was given and has not ended."""
         return len(self._ledger)
 
+    @property
+    def oldest_held(self) -> float | None:
+        """Seconds since the oldest delivery that is not ended was received; None if there is none."""
+        since = self._ledger.oldest_since
+        return None if since is None else self._connection.clock.now() - since
+
     def __repr__(self) -> str:
         return f"<RolloutConsumer {self.consumer} of {self._keys.job} at {self._connection.address}>"
+
+    def _claim_all(self, client: RedisClient, source: str, claimed: list[Delivery]) -> None:
+        claimed += self._claim_pending(client, source)
+        if source != self.consumer:
+            scripts.FORGET_CONSUMER.run(client, [self._keys.rollouts], [GROUP, source])
 
     def _read(self, count: int, deadline: Deadline, client: RedisClient) -> list[Delivery]:
         if self._found:
@@ -249,24 +320,38 @@ class RolloutConsumer(RolloutQueue):
         bury = partial(self._claim, source=self.consumer, limit=1, reason="malformed", ids=malformed)
         self._healing(bury)(client)
         if repeated:
-            self._run_finish(client, "repeated", repeated, "")
+            pairs = [(delivery.entry.identity, delivery.consumer) for delivery in repeated]
+            self._run_finish(client, "repeated", pairs, "")
         # Held only now: had one of the commands failed, the caller would not have been given them.
-        return self._ledger.hold(current)
+        return self._ledger.hold(current, self._connection.clock.now())
 
     def _finish(self, counter: str, deliveries: list[Delivery], timeout: float | None) -> CommitOutcome:
         if not deliveries:
             return CommitOutcome((), (), ())
+        pairs = [(delivery.entry.identity, delivery.consumer) for delivery in deliveries]
+        codes = self._end_pairs(counter, pairs, timeout)
+        outcome = CommitOutcome(
+            ended=tuple(d for d, code in zip(deliveries, codes, strict=True) if code == _ENDED),
+            unknown=tuple(d for d, code in zip(deliveries, codes, strict=True) if code == _NOT_THERE),
+            refused=tuple(d for d, code in zip(deliveries, codes, strict=True) if code < _NOT_THERE),
+        )
+        self._ledger.end(outcome.ended + outcome.unknown)
+        self._ledger.drop(outcome.refused)
+        return outcome
+
+    def _end_pairs(self, counter: str, pairs: list[tuple[str, str]], timeout: float | None) -> list[int]:
+        """What the script says about each (identity, consumer)."""
         epoch: int | str = "" if self._epoch is None else self._epoch
 
         def finish(client: RedisClient) -> Any:
-            reply = self._run_finish(client, counter, deliveries, epoch)
+            reply = self._run_finish(client, counter, pairs, epoch)
             if reply[0] == b"lost":
                 self._attach(client)
-                reply = self._run_finish(client, counter, deliveries, epoch)
+                reply = self._run_finish(client, counter, pairs, epoch)
             return reply
 
         status, answer = self._connection.call(
-            f"end {len(deliveries)} deliveries as {counter}", self._healing(finish), self._deadline(timeout)
+            f"end {len(pairs)} deliveries as {counter}", self._healing(finish), self._deadline(timeout)
         )
         if status == b"old":
             raise OldEpochError(
@@ -274,16 +359,11 @@ class RolloutConsumer(RolloutQueue):
             )
         if status != b"done":
             raise ControlPlaneError(f"the epoch of the policy group of job {self._keys.job} keeps being lost")
-        outcome = CommitOutcome(
-            ended=tuple(d for d, code in zip(deliveries, answer, strict=True) if code == _ENDED),
-            unknown=tuple(d for d, code in zip(deliveries, answer, strict=True) if code == _NOT_THERE),
-            refused=tuple(d for d, code in zip(deliveries, answer, strict=True) if code < _NOT_THERE),
-        )
-        self._ledger.end(outcome.ended + outcome.unknown)
-        self._ledger.drop(outcome.refused)
-        return outcome
+        return list(answer)
 
-    def _run_finish(self, client: RedisClient, counter: str, deliveries: list[Delivery], epoch: int | str) -> Any:
+    def _run_finish(
+        self, client: RedisClient, counter: str, pairs: list[tuple[str, str]], epoch: int | str
+    ) -> Any:
         keys = [getattr(self._keys, name) for name in ("rollouts", "index", "group_epoch", "counters", "room")]
-        pairs = [part for delivery in deliveries for part in (delivery.entry.identity, delivery.consumer)]
-        return scripts.FINISH.run(client, keys, [GROUP, epoch, counter, *pairs])
+        parts = [part for pair in pairs for part in pair]
+        return scripts.FINISH.run(client, keys, [GROUP, epoch, counter, *parts])

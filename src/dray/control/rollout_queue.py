@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from redis.exceptions import ResponseError
@@ -93,6 +93,32 @@ class RolloutQueue:
             dead_letters=dead,
             oldest_age=None if not oldest else max(0.0, (now_ms - int(oldest.split(b"-")[0])) / 1000),
             counters={name.decode(): int(value) for name, value in paired(counters).items()},
+        )
+
+    def listed_prompts(self, timeout: float | None = 30.0) -> list[int]:
+        """The prompt of every entry of the stream.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        prompts = self._connection.call(
+            "list prompts",
+            lambda client: scripts.LISTED_PROMPTS.run(client, [self._keys.rollouts], []),
+            self._deadline(timeout),
+        )
+        return [int(prompt) for prompt in prompts if prompt.isdigit()]
+
+    def raise_counters(self, least: Mapping[str, int], timeout: float | None = 30.0) -> None:
+        """Put counters that are lower, as after a restart of Redis, at what the caller knows.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        arguments = [part for counter in least.items() for part in counter]
+        self._connection.call(
+            "raise counters",
+            lambda client: scripts.RAISE_COUNTERS.run(client, [self._keys.counters], arguments),
+            self._deadline(timeout),
         )
 
     def dead_letters(self, count: int = 100, timeout: float | None = 30.0) -> list[dict[str, str]]:

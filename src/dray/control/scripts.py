@@ -82,7 +82,7 @@ return {'added'}
 
 FINISH = Script("""
 -- KEYS: rollouts, index, group_epoch, counters, room
--- ARGV: group, epoch or '', counter, then identity, consumer, …
+-- ARGV: group, epoch or '', counter, then identity, consumer or '' for any, …
 -- Returns: 'done' and per entry 1 ended, 0 not there, -1 pending for another consumer; or 'old', current epoch;
 -- or 'lost' if there is no epoch to compare with.
 if ARGV[2] ~= '' then
@@ -96,7 +96,7 @@ for i = 4, #ARGV, 2 do
   local code = 0
   if id then
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)
-    if pending[1] and pending[1][2] ~= ARGV[i + 1] then
+    if pending[1] and ARGV[i + 1] ~= '' and pending[1][2] ~= ARGV[i + 1] then
       code = -1
     else
       redis.call('XACK', KEYS[1], ARGV[1], id)
@@ -176,6 +176,37 @@ for i = 2, #ARGV do absent[i - 1] = 1 - redis.call('HEXISTS', KEYS[2], ARGV[i]) 
 return {'known', absent}
 """)
 
+ENTRIES = Script("""
+-- KEYS: rollouts, index   ARGV: identity, …   Returns the fields of those that are there.
+local found = {}
+for i = 1, #ARGV do
+  local id = redis.call('HGET', KEYS[2], ARGV[i])
+  local entry = id and redis.call('XRANGE', KEYS[1], id, id)[1]
+  if entry then found[#found + 1] = entry[2] end
+end
+return found
+""")
+
+LISTED_PROMPTS = Script("""
+-- KEYS: rollouts   Returns the prompt of every entry.
+local prompts = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+  for field = 1, #entry[2], 2 do
+    if entry[2][field] == 'prompt' then prompts[#prompts + 1] = entry[2][field + 1] end
+  end
+end
+return prompts
+""")
+
+RAISE_COUNTERS = Script("""
+-- KEYS: counters   ARGV: counter, value, …   A counter that is higher already stays.
+for i = 1, #ARGV, 2 do
+  if tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or '0') < tonumber(ARGV[i + 1]) then
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  end
+end
+""")
+
 STATISTICS = Script("""
 -- KEYS: rollouts, counters, dead   ARGV: group
 -- Returns: backlog, pending, dead letters kept, id of the oldest entry or '', server time in ms, counters.
@@ -202,7 +233,10 @@ return epoch
 """)
 
 PUBLISH_WEIGHTS = Script("""
--- KEYS: weights   ARGV: reference, version, 1 to keep an entry that is there.   Returns 1 if published.
+-- KEYS: weights, group_epoch   ARGV: reference, version, 1 to keep an entry that is there, epoch or ''
+-- Returns 1 if published, 0 if it was there, -1 under an old epoch. An epoch that is not there refuses nothing.
+local epoch = redis.call('GET', KEYS[2])
+if ARGV[4] ~= '' and epoch and epoch ~= ARGV[4] then return -1 end
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
   if ARGV[3] == '1' then return 0 end

@@ -9,6 +9,7 @@ from dray.clock import Deadline
 from dray.control import names, scripts
 from dray.control.client import RedisClient, paired
 from dray.control.connection import RedisConnection, block_ms
+from dray.control.errors import OldEpochError
 from dray.control.names import JobKeys
 from dray.errors import ConfigError, ControlPlaneError
 
@@ -42,20 +43,27 @@ class WeightsKey:
     def __init__(self, connection: RedisConnection, keys: JobKeys) -> None:
         self._connection = connection
         self._key = keys.weights
-        self._published: tuple[str, int] | None = None
+        self._group_epoch = keys.group_epoch
+        self._published: tuple[str, int, int | None] | None = None
 
-    def publish(self, reference: str, version: int, timeout: float | None = 30.0) -> bool:
+    def publish(
+        self, reference: str, version: int, timeout: float | None = 30.0, *, epoch: int | None = None
+    ) -> bool:
         """Make `reference` the newest weights.
+
+        Args:
+            epoch: epoch of the policy group that publishes; None: whichever it is.
 
         Returns:
             False if it was so already.
 
         Raises:
+            OldEpochError: the group goes on under another epoch; nothing was published.
             ControlPlaneError: Redis does not answer, or refuses.
         """
         if version < 0:
             raise ConfigError("version", version, "at least 0")
-        self._published = (reference, version)
+        self._published = (reference, version, epoch)
         return self._publish(keep=False, timeout=timeout)
 
     def restore(self, timeout: float | None = 30.0) -> bool:
@@ -65,7 +73,7 @@ class WeightsKey:
             True if it was lost.
 
         Raises:
-            ControlPlaneError: Redis does not answer, or refuses.
+            OldEpochError, ControlPlaneError: as `publish`.
         """
         return self._published is not None and self._publish(keep=True, timeout=timeout)
 
@@ -113,14 +121,16 @@ class WeightsKey:
 
     def _publish(self, *, keep: bool, timeout: float | None) -> bool:
         assert self._published is not None
-        reference, version = self._published
-        return bool(
-            self._connection.call(
-                f"publish weights {version}",
-                lambda client: scripts.PUBLISH_WEIGHTS.run(client, [self._key], [reference, version, int(keep)]),
-                Deadline.after(timeout, self._connection.clock),
-            )
+        reference, version, epoch = self._published
+        arguments: list[str | int] = [reference, version, int(keep), "" if epoch is None else epoch]
+        published = self._connection.call(
+            f"publish weights {version}",
+            lambda client: scripts.PUBLISH_WEIGHTS.run(client, [self._key, self._group_epoch], arguments),
+            Deadline.after(timeout, self._connection.clock),
         )
+        if published < 0:
+            raise OldEpochError(f"weights {version} are of epoch {epoch}, but the policy group has gone on")
+        return bool(published)
 
     def _read(self, client: RedisClient) -> Any:
         return client.do("XREVRANGE", self._key, "+", "-", "COUNT", 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from dray.runtime.descendants import ends_within
 from dray.runtime.membership import Role
 from dray.runtime.process import PARENT_VARIABLE
 
@@ -73,7 +73,7 @@ class Child:
 
         What is left of its process group is killed.
         """
-        if self.exit_code is None and _ends_within(self.pidfd, timeout):
+        if self.exit_code is None and ends_within(self.pidfd, timeout):
             # The group's number stays ours until the dead leader is waited for.
             _kill_group(self.pid)
             self.exit_code = self._process.wait()
@@ -82,52 +82,6 @@ class Child:
 
     def __repr__(self) -> str:
         return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
-
-
-def child_pids() -> set[int]:
-    """The pids of this process's children, ended ones included."""
-    own, found = os.getpid(), set()
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            try:
-                stat = Path(entry.path, "stat").read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            # The command, in parentheses, may hold anything; the parent is the second field after it.
-            if int(stat.rpartition(b")")[2].split()[1]) == own:
-                found.add(int(entry.name))
-    return found
-
-
-def kill_orphans(known: Collection[int], timeout: float) -> int:
-    """Kill and collect children that this process did not start but was given when their parents ended.
-
-    Args:
-        known: children that are not meant.
-        timeout: seconds to wait for each round; killing one may orphan others.
-
-    Returns:
-        How many there were.
-    """
-    killed = 0
-    while orphans := child_pids() - set(known):
-        for pid in orphans:
-            descriptor = os.pidfd_open(pid)
-            try:
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                if not _ends_within(descriptor, timeout):
-                    return killed
-            finally:
-                os.close(descriptor)
-            os.waitpid(pid, 0)
-            killed += 1
-    return killed
-
-
-def _ends_within(pidfd: int, timeout: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
 
 
 def _kill_group(pid: int) -> None:

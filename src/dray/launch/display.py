@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dray.clock import MONOTONIC
-from dray.runtime.membership import Role
+from dray.runtime.membership import FIRST_POLICY
 from dray.runtime.messages import MemberStatus, Status
 
 PLAIN_INTERVAL = 5.0
@@ -56,7 +56,7 @@ class FigureReader:
 
     def read(self, status: Status) -> Figures:
         """The figures of `status`, newer than those read before."""
-        policies = [member.progress for member in status.members if member.role is Role.POLICY]
+        policies = [member.progress for member in status.members if member.name == FIRST_POLICY]
         counters = policies[0].counters if policies else {}
         nbytes = int(counters.get("bytes", 0))
         self._follow(status.seconds, nbytes)
@@ -119,12 +119,13 @@ class Display:
         """Show `status`."""
         figures = self._reader.read(status)
         if self._live is not None:
-            self._live.update(self._picture(figures, status.members), refresh=True)
+            stall = "" if status.stall is None else f"stall: {status.stall.line}"
+            self._live.update(self._picture(figures, status.members, stall), refresh=True)
         elif MONOTONIC.now() >= self._next_line and figures.step > 0:
             self._next_line = MONOTONIC.now() + PLAIN_INTERVAL
             self.say(figures.line())
 
-    def _picture(self, figures: Figures, members: list[MemberStatus]) -> RenderableType:
+    def _picture(self, figures: Figures, members: list[MemberStatus], stall: str) -> RenderableType:
         head = Table.grid(padding=(0, 3))
         shown = "-" if math.isnan(figures.mean_return) else f"{figures.mean_return:.1f}"
         for name in ("phase", "time", "step", "mean return", "payloads", "throughput", "lane", "staleness"):
@@ -158,4 +159,4 @@ class Display:
                 f"{member.progress.seconds + member.silence:.1f} s",
                 f"{member.progress.counters.get('payloads', 0):.0f}",
             )
-        return Group(Text(self._title, style="bold"), head, Text(), replicas)
+        return Group(Text(self._title, style="bold"), head, Text(stall, style="yellow"), replicas)

@@ -38,6 +38,9 @@ def open_output(config: JobConfig, *, resume: bool) -> Iterator[tuple[JobFolder,
         found = find_checkpoint(folder.checkpoint) if resume else None
         if resume and found is None:
             raise ConfigError("--resume", str(root), RESUME_NEEDS)
+        if found is not None and found[1].ranks != config.policy.replicas:
+            allowed = f"must be {found[1].ranks}, as in the run whose checkpoint it is"
+            raise ConfigError("policy.replicas", config.policy.replicas, allowed)
         shutil.rmtree(folder.run, ignore_errors=True)
         folder.run.mkdir(mode=0o700)
         try:

@@ -95,5 +95,9 @@ class Freeing:
         """Requests under way, and those that could be."""
         return min(len(self._by_producer), self._most_under_way)
 
+    def waiting(self) -> list[PayloadRef]:
+        """Those that no answer has come for."""
+        return [ref for unfreed in self._by_producer.values() for ref in unfreed.refs.values()]
+
     def __len__(self) -> int:
         return sum(len(unfreed.refs) for unfreed in self._by_producer.values())

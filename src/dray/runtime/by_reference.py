@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 from dray.buffer import SharedRingBuffer
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Deadline
 from dray.control import (
     Delivery,
     PublishedWeights,
@@ -18,8 +18,18 @@ from dray.control import (
     StreamLostError,
     WeightsKey,
 )
-from dray.errors import BufferFullError, DrayError, ProducerLostError, StaleSlotError, TransportError
+from dray.errors import (
+    BufferClosedError,
+    BufferFullError,
+    DrayError,
+    ProducerLostError,
+    StaleSlotError,
+    TransportError,
+)
 from dray.payload import plan
+from dray.runtime.free_payloads import PayloadFreeing
+from dray.runtime.heartbeat import AgeKind
+from dray.runtime.orphans import OrphanWatch
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
@@ -28,6 +38,10 @@ from dray.wire import PayloadRef
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
 _LAST_WORDS = 1.0
+_JOB_OVER_SHARE = 0.6
+"""Of the time that payloads are served after their replica has stopped, when the job is over as well."""
+_LOOK_INTERVAL = 2.0
+_ORPHANED_AFTER = 6.0
 _PAGE = 4096
 _LONGEST_SOCKET_FOLDER = 80
 _LANES: tuple[Literal["shm", "ucx", "tcp"], ...] = ("shm", "ucx", "tcp")
@@ -38,7 +52,8 @@ def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, Refere
     """The ends of a rollout replica."""
     config = replica.spec.config.rollout
     with ExitStack() as opened:
-        ring = opened.enter_context(SharedRingBuffer(config.slots, config.slot_bytes))
+        readers = replica.spec.config.policy.readers
+        ring = opened.enter_context(SharedRingBuffer(config.slots, config.slot_bytes, readers=readers))
         server = opened.enter_context(_server(replica, ring))
         client = opened.enter_context(_client(replica))
         yield ReferenceOutlet(replica, ring, server), ReferenceWeightsInlet(replica, client)
@@ -48,8 +63,24 @@ def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, Refere
 def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, ReferenceWeightsOutlet]]:
     """The ends of a policy replica."""
     with ExitStack() as opened:
-        client = opened.enter_context(_client(replica))
-        yield ReferenceInlet(replica, client), opened.enter_context(ReferenceWeightsOutlet(replica))
+        readers = replica.spec.config.policy.readers
+        clients = [opened.enter_context(_client(replica, reader)) for reader in range(readers)]
+
+        def consume(references: Iterable[PayloadRef], timeout: float) -> None:
+            deadline = Deadline.after(timeout)
+            for client in clients:
+                client.consume(references, timeout=deadline.remaining)
+
+        freeing = opened.enter_context(PayloadFreeing(consume, _LAST_WORDS))
+        yield (
+            ReferenceInlet(replica, clients[0], freeing),
+            opened.enter_context(ReferenceWeightsOutlet(replica)),
+        )
+
+
+def rank_client(replica: Replica) -> PayloadClient:
+    """What a policy replica that is not the first of its group reads with."""
+    return _client(replica, replica.index % replica.spec.config.policy.readers)
 
 
 def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
@@ -67,8 +98,8 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
     )
 
 
-def _client(replica: Replica) -> PayloadClient:
-    return PayloadClient(lanes=replica.spec.config.job.lane, secret=replica.spec.secret)
+def _client(replica: Replica, reader: int = 0) -> PayloadClient:
+    return PayloadClient(lanes=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)
 
 
 class ReferenceOutlet:
@@ -80,6 +111,9 @@ class ReferenceOutlet:
         self._server = server
         self._queue = RolloutProducer(replica.redis, replica.keys)
         self._entries: dict[int, RolloutEntry] = {}
+        self._orphans = OrphanWatch(_ORPHANED_AFTER)
+        self._next_look = Deadline.after(_LOOK_INTERVAL)
+        replica.activity.show_ages(self._ages)
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
         reference = self._claim(arrays)
@@ -101,18 +135,48 @@ class ReferenceOutlet:
         except StreamLostError:
             self.refresh()
         self._replica.activity.counters.add_all({"payloads": 1, "bytes": reference.nbytes})
+        self._reclaim()
         return True
 
     def refresh(self) -> None:
         self._queue.restore(self._again)
+        self._reclaim()
 
     def drain(self, timeout: float) -> int:
-        deadline, job_over = Deadline.after(timeout), self._replica.heartbeat.job_over
+        heartbeat, job_over = self._replica.heartbeat, False
+        deadline = Deadline.after(timeout)
         for each in self._ring.ready(leased=True):
-            while not job_over.is_set() and not deadline.expired:
+            while not heartbeat.unread.is_set() and not deadline.expired:
+                if heartbeat.job_over.is_set() and not job_over:
+                    job_over, deadline = True, deadline.sooner(timeout * _JOB_OVER_SHARE)
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
+
+    def _ages(self) -> Mapping[AgeKind, float | None]:
+        try:
+            statistics = self._ring.statistics()
+        except BufferClosedError:
+            return {}
+        return {"payload": statistics.oldest_ready_age, "lease": statistics.oldest_lease_age}
+
+    def _reclaim(self) -> None:
+        """Free payloads that nobody will ask for; looks every few seconds."""
+        if not self._next_look.expired or self._replica.stop.is_set:
+            return
+        self._next_look = Deadline.after(_LOOK_INTERVAL)
+        ready = {each.sequence: each.slot for each in self._ring.ready() if each.sequence in self._entries}
+        try:
+            unlisted = self._queue.unlisted([self._entries[sequence] for sequence in ready])
+        except StreamLostError:
+            return  # the next refresh publishes them again
+        for sequence in self._orphans.orphans([entry.sequence for entry in unlisted], MONOTONIC.now()):
+            consumed = [self._ring.consume(ready[sequence], sequence, each) for each in range(self._ring.readers)]
+            if any(consumed):
+                prompt = self._entries[sequence].prompt
+                _LOG.warning("payload of prompt %d is an orphan, which the stream does not list: freed", prompt)
+                self._replica.activity.counters.add("reclaimed")
+                self._replica.heartbeat.settled([prompt])
 
     def _again(self) -> list[RolloutEntry]:
         waiting = [self._entries[sequence] for sequence in self._waiting()]
@@ -135,9 +199,10 @@ class ReferenceOutlet:
 class ReferenceInlet:
     """See `Inlet`."""
 
-    def __init__(self, replica: Replica, client: PayloadClient) -> None:
+    def __init__(self, replica: Replica, client: PayloadClient, freeing: PayloadFreeing) -> None:
         self._replica = replica
         self._client = client
+        self._freeing = freeing
 
     def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
         waiting: dict[tuple[bytes, int], Delivery] = {}
@@ -156,26 +221,22 @@ class ReferenceInlet:
         ):
             yield waiting[reference.identity], result
 
-    def consume(self, deliveries: Sequence[Delivery]) -> None:
-        by_producer: dict[str, list[PayloadRef]] = {}
-        for delivery in deliveries:
-            if delivery.entry.reference is not None:
-                reference = PayloadRef.from_json(delivery.entry.reference)
-                by_producer.setdefault(delivery.entry.replica, []).append(reference)
-        timeout = self._replica.spec.config.timeouts.read
-        for name, references in by_producer.items():
+    def consume(self, entries: Sequence[RolloutEntry]) -> None:
+        references = []
+        for entry in entries:
             try:
-                self._client.consume(
-                    references, timeout=min(timeout, _LAST_WORDS) if self._replica.stop.is_set else timeout
-                )
-            except (ProducerLostError, TransportError) as error:
-                # They are committed: nobody asks for them again, and a dead producer's slots died with it.
-                self._replica.activity.counters.add("unfreed", len(references))
-                _LOG.warning("%d payloads of %s were not freed: %s", len(references), name, error)
+                references.append(PayloadRef.from_json(entry.reference or ""))
+            except DrayError as error:
+                _LOG.warning("payload %s cannot be freed: %s", entry.identity, error)
+        self._freeing.add(references)
+
+    def unfreed(self) -> list[str]:
+        return [f"{each.producer.hex()}:{each.sequence}" for each in self._freeing.waiting()]
 
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()
-        return {"bytes": statistics["bytes"], "retries": statistics["retries"]}
+        unfreed = len(self._freeing) + self._freeing.given_up
+        return {"bytes": statistics["bytes"], "retries": statistics["retries"], "unfreed": unfreed}
 
     @property
     def lane(self) -> str:
@@ -195,14 +256,18 @@ class ReferenceWeightsOutlet:
         self._opened = ExitStack()
         self._server: PayloadServer | None = None
 
-    def publish(self, weights: Arrays, version: int) -> None:
+    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
         if self._server is None:
             self._server = self._open(plan(weights).nbytes)
         reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
-        self._key.publish(reference.to_json(), version)
+        self._key.publish(reference.to_json(), version, epoch=epoch)
 
     def restore(self) -> None:
         self._key.restore()
+
+    def newest_version(self) -> int | None:
+        newest = self._key.newest(self._replica.spec.config.timeouts.redis)
+        return None if newest is None else newest.version
 
     def _open(self, nbytes: int) -> PayloadServer:
         slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
@@ -235,8 +300,11 @@ class ReferenceWeightsInlet:
             reference = PayloadRef.from_json(found.reference)
             try:
                 arrays = self._client.read(reference, timeout=deadline.remaining, consume=False)
-            except StaleSlotError:
-                # Newer ones were published meanwhile, or are about to be.
+            except (StaleSlotError, ProducerLostError, TransportError) as error:
+                # Newer ones were published meanwhile, or are about to be: also by the next life of a policy that
+                # has died.
+                if not isinstance(error, StaleSlotError):
+                    _LOG.warning("weights %d cannot be fetched: %s", found.version, error)
                 counters.add("weight_stale")
                 found = self._key.wait_newer(found, deadline.sooner(_SLICE).timeout)
                 continue

@@ -2,8 +2,8 @@
 
 ```
 checkpoint/
-  state.json     step, weight_version, next_prompt, outcome
-  trainer/       what the trainer's save wrote
+  state.json     the fields of `CheckpointState`
+  trainer/       what the trainer's save wrote; trainer-1/, trainer-2/, … for the other ranks of a policy group
 ```
 """
 
@@ -22,22 +22,38 @@ from dray.runtime.job import write_json
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """How far the job was. `outcome` is empty unless the job was over: ``"solved"`` or ``"finished"``."""
+    """How far the job was.
+
+    Args:
+        outcome: empty unless the job was over: ``"solved"`` or ``"finished"``.
+        contributed: payloads that the weights were trained on.
+        committed: payloads whose commit was confirmed, those of weights that were lost in a crash included.
+        unconfirmed: ``producer:sequence`` of each payload that the weights were trained on and whose commit was
+            not confirmed; whoever goes on from here commits these and does not train on them.
+        unfreed: likewise of each payload that was committed and whose producer has not confirmed that it is freed:
+            published again, after Redis was restarted empty, it would be taken for a new one.
+        ranks: how many policy replicas have written their part.
+    """
 
     step: int
     weight_version: int
     next_prompt: int
     outcome: str = ""
+    contributed: int = 0
+    committed: int = 0
+    unconfirmed: tuple[str, ...] = ()
+    unfreed: tuple[str, ...] = ()
+    ranks: int = 1
 
 
 def save_checkpoint(folder: Path, state: CheckpointState, save_trainer: Callable[[Path], None]) -> None:
     """Put a new checkpoint in the place of the one at `folder`, which stays whole until then."""
     partial, previous = _partial(folder), _previous(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    trainer = partial / "trainer"
+    trainer = trainer_folder(partial, 0)
     trainer.mkdir(parents=True)
     save_trainer(trainer)
-    _sync_tree(trainer)
+    _sync_tree(partial)
     write_json(partial / "state.json", asdict(state))
     # A folder cannot be replaced at once: between the two renames only `previous` is there, and it is looked for.
     if folder.exists():
@@ -57,10 +73,17 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
     for place in (folder, _previous(folder)):
         if (place / "state.json").is_file():
             try:
-                return place, CheckpointState(**json.loads((place / "state.json").read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
+                fields = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                lists = {name: tuple(fields.get(name, ())) for name in ("unconfirmed", "unfreed")}
+                return place, CheckpointState(**{**fields, **lists})
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ConfigError("--resume", str(place), f"must be a checkpoint of dray ({error})") from error
     return None
+
+
+def trainer_folder(folder: Path, rank: int) -> Path:
+    """Where rank `rank` of the policy group has its part of the checkpoint at `folder`."""
+    return folder / (f"trainer-{rank}" if rank else "trainer")
 
 
 def _partial(folder: Path) -> Path:

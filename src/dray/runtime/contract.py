@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 
+def _alone(text: str | None) -> str:
+    if text is None:
+        raise ValueError("the first rank of a group has to share something")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGroup:
+    """The place of a policy replica among those that learn together.
+
+    Rank r trains on part r // `readers` of each batch; the `readers` ranks of one part get the same payloads in
+    the same order. `share` is for use in `setup`, by all ranks: it returns the text of rank 0 to each of them, for
+    instance the port of a rendezvous that rank 0 has opened; the other ranks give None.
+    """
+
+    rank: int = 0
+    size: int = 1
+    readers: int = 1
+    share: Callable[[str | None], str] = _alone
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaContext:
     """What a replica is told at `setup`.
 
-    `args` is the job file's table `[rollout.args]` or `[policy.args]`; `seed` differs between replicas; `name` is
-    unique in the job, e.g. ``"rollout-0"``; `output` is the job's output folder.
+    `args` is the job file's table `[rollout.args]` or `[policy.args]`; `seed` differs between replicas, but for
+    those of one policy group; `name` is unique in the job, e.g. ``"rollout-0"``; `output` is the job's output
+    folder; `group` says with whom a policy replica learns.
     """
 
     args: Mapping[str, Any]
@@ -23,6 +45,7 @@ class ReplicaContext:
     index: int
     name: str
     output: Path
+    group: PolicyGroup = field(default=PolicyGroup())
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +81,21 @@ class RolloutWorker(Protocol):
 
 
 class PolicyTrainer(Protocol):
-    """Learns from trajectories. Named in the job file as ``policy.trainer``; made without arguments."""
+    """Learns from trajectories. Named in the job file as ``policy.trainer``; made without arguments.
+
+    With several policy replicas each has one, and every method is called on all of them, in the same order; what
+    they have to agree on is theirs to agree on. Metrics and weights are taken from rank 0.
+    """
 
     def setup(self, context: ReplicaContext) -> None:
         """Called once, before anything else."""
         ...
 
     def train_step(self, trajectories: Sequence[Trajectory]) -> Mapping[str, float]:
-        """Do one step on ``policy.batch_size`` trajectories and return its metrics. Copy what is kept."""
+        """Do one step on ``policy.batch_size`` trajectories, or this rank's part of them, and return its metrics.
+
+        Copy what is kept.
+        """
         ...
 
     def weights(self) -> Mapping[str, np.ndarray]:

@@ -23,62 +23,68 @@ import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from dray.clock import MONOTONIC, Deadline
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
 from dray.runtime.controller_metrics import exposition
+from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
-from dray.runtime.process import begin_process
+from dray.runtime.process import begin_process, finish_process
 from dray.runtime.prompts import PromptLedger, prompt_seed
+from dray.runtime.shutdown_step import shutdown_step
+from dray.runtime.stall import StallWatch
+from dray.runtime.stall_facts import gather
 
 LARGEST_BODY = 4 << 20
+HTTP_CLOSE_BOUND = 2
 _LOG = logging.getLogger("dray.runtime.controller")
 _Body = TypeVar("_Body", bound=messages.Message)
 
 
 class Controller:
-    """The requests of one job, as methods; `application` is the ASGI application that serves them."""
+    """The requests of one job, as methods; `application` is the ASGI application that serves them.
 
-    def __init__(self, spec: JobSpec) -> None:
+    Args:
+        record: called with the status as soon as the outcome is decided: it must outlive the controller, whatever
+            ends that.
+    """
+
+    def __init__(self, spec: JobSpec, record: Callable[[messages.Status], None] | None = None) -> None:
         config = spec.config
         self._spec = spec
         self._deadline = Deadline.after(None)
         self._changed = asyncio.Condition()
+        self._record = record
         self.membership = Membership(
             {Role.ROLLOUT: config.rollout.replicas, Role.POLICY: config.policy.replicas},
             PromptLedger(config.prompts_in_flight, spec.first_prompt),
             dead_after=config.controller.dead_after,
             start_timeout=config.timeouts.start,
+            restartable=config.policy.restarts > 0,
         )
         self.final = asyncio.Event()
-        self.application = Starlette(
-            routes=[
-                Route("/healthz", self._healthz),
-                Route("/status", self._guarded(self._status)),
-                Route("/metrics", self._guarded(self._metrics)),
-                Route("/register", self._guarded(self._register), methods=["POST"]),
-                Route("/heartbeat", self._guarded(self._heartbeat), methods=["POST"]),
-                Route("/prompts", self._guarded(self._prompts), methods=["POST"]),
-                Route("/finish", self._guarded(self._finish), methods=["POST"]),
-                Route("/unregister", self._guarded(self._unregister), methods=["POST"]),
-                Route("/stop", self._guarded(self._stop), methods=["POST"]),
-                Route("/died", self._guarded(self._died), methods=["POST"]),
-            ]
-        )
+        self._stall = StallWatch(config.timeouts.stall)
+        self.application = Starlette(routes=[self._route(endpoint) for endpoint in ENDPOINTS])
 
     async def reap_until_final(self) -> None:
         """Let time act on the job, until its phase is final."""
-        interval = min(1.0, self._spec.config.controller.heartbeat_interval)
+        interval = min(1.0, self._spec.config.controller.heartbeat_interval, self._spec.config.timeouts.stall)
         while not self.final.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.final.wait(), interval)
-            self.membership.reap()
-            await self._after_event()
+            await self.reap_once()
+
+    async def reap_once(self) -> None:
+        """Let the time that has passed act on the job."""
+        self.membership.reap()
+        if self._stall.look(gather(self.membership, MONOTONIC.now(), self._deadline.elapsed)):
+            _LOG.warning("stall: %s", self._stall.line)
+        await self._after_event()
 
     async def interrupt(self, reason: str) -> None:
         """End the job whatever its members do."""
@@ -96,6 +102,7 @@ class Controller:
             seconds=self._deadline.elapsed,
             outcome=None if outcome is None else messages.OutcomeReport(kind=outcome.kind, reason=outcome.reason),
             prompts=membership.prompts.statistics(),
+            stall=self._stalled(),
             members=[
                 messages.MemberStatus(
                     name=member.name,
@@ -110,27 +117,54 @@ class Controller:
             ],
         )
 
+    def _stalled(self) -> messages.Stall | None:
+        stall = self._stall
+        if not stall.line:
+            return None
+        return messages.Stall(line=stall.line, seconds=stall.seconds, reports=stall.reports)
+
     async def _after_event(self) -> None:
         membership = self.membership
         while membership.notices:
             _LOG.info("%s", membership.notices.pop(0))
+        if membership.outcome is not None and self._record is not None:
+            record, self._record = self._record, None
+            record(self.status())
         if membership.phase.is_final and not self.final.is_set():
             self.final.set()
         async with self._changed:
             self._changed.notify_all()
 
+    def _route(self, endpoint: Endpoint) -> Route:
+        answer = getattr(self, f"_{endpoint.name}")
+        return Route(
+            endpoint.path, self._guarded(answer) if endpoint.guarded else answer, methods=[endpoint.method]
+        )
+
+    @property
+    def _readers(self) -> int:
+        return len(self.membership.active(Role.POLICY))
+
+    async def _wait_for_change(self, deadline: Deadline) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline.timeout), self._changed:
+                await self._changed.wait()
+
     def _directive(self) -> messages.Directive:
         phase = self.membership.phase
-        return messages.Directive(phase=phase, stop=not phase.gives_work)
+        return messages.Directive(phase=phase, stop=not phase.gives_work, readers=self._readers)
 
     async def _healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
+
+    async def _openapi(self, _: Request) -> Response:
+        return JSONResponse(openapi())
 
     async def _status(self, _: Request) -> Response:
         return _reply(self.status())
 
     async def _metrics(self, _: Request) -> Response:
-        content, media_type = exposition(self.membership)
+        content, media_type = exposition(self.membership, self._stall.seconds)
         return Response(content, media_type=media_type)
 
     async def _register(self, request: Request) -> Response:
@@ -142,10 +176,13 @@ class Controller:
     async def _heartbeat(self, request: Request) -> Response:
         body = await _body(request, messages.Heartbeat)
         report = body.progress
-        progress = Progress(report.doing, report.seconds, report.counters, report.labels)
+        progress = Progress(**dict(report))
         self.membership.heard(body.name, body.incarnation, progress)
         self.membership.prompts.settled(body.settled)
         await self._after_event()
+        deadline = Deadline.after(body.until_unread)
+        while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
+            await self._wait_for_change(deadline)
         return _reply(self._directive())
 
     async def _prompts(self, request: Request) -> Response:
@@ -158,14 +195,19 @@ class Controller:
             taken = self.membership.prompts.take(body.name, body.want)
             if taken or deadline.expired:
                 break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(deadline.timeout), self._changed:
-                    await self._changed.wait()
+            await self._wait_for_change(deadline)
             self.membership.heard(body.name, body.incarnation)
         seed = self._spec.config.job.seed
         directive = self._directive()
         prompts = [(index, prompt_seed(seed, index)) for index in taken]
-        return _reply(messages.PromptList(phase=directive.phase, stop=directive.stop, prompts=prompts))
+        return _reply(messages.PromptList(**directive.model_dump(), prompts=prompts))
+
+    async def _under_way(self, request: Request) -> Response:
+        body = await _body(request, messages.Caller)
+        self.membership.heard(body.name, body.incarnation)
+        prompts = self.membership.prompts
+        unsettled, following = prompts.unfinished()
+        return _reply(messages.PromptsUnderWay(unsettled=unsettled, published=prompts.in_flight(), next=following))
 
     async def _finish(self, request: Request) -> Response:
         body = await _body(request, messages.Finish)
@@ -176,7 +218,7 @@ class Controller:
 
     async def _unregister(self, request: Request) -> Response:
         body = await _body(request, messages.Unregister)
-        self.membership.left(body.name, body.incarnation, body.reason)
+        self.membership.left(body.name, body.incarnation, body.reason, body.published)
         await self._after_event()
         return _reply(self._directive())
 
@@ -188,7 +230,7 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason)
+        self.membership.died(body.name, body.role, body.reason, final=body.final)
         await self._after_event()
         return _reply(self._directive())
 
@@ -230,7 +272,7 @@ async def _body(request: Request, kind: type[_Body]) -> _Body:
 
 
 def _reply(message: messages.Message, status: int = 200) -> Response:
-    return Response(message.model_dump_json(), status, media_type="application/json")
+    return Response(message.model_dump_json(), status, media_type=JSON)
 
 
 class _Server(uvicorn.Server):
@@ -243,7 +285,11 @@ class _Server(uvicorn.Server):
 
 async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     """Serve until the job is final or a signal comes; returns how the job ended."""
-    controller = Controller(spec)
+
+    def record(status: messages.Status) -> None:
+        write_json(spec.folder.outcome, status.model_dump(mode="json"))
+
+    controller = Controller(spec, record)
     server = _Server(
         uvicorn.Config(
             controller.application,
@@ -251,7 +297,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=int(KEEP_ALIVE),
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=HTTP_CLOSE_BOUND,
         )
     )
     loop = asyncio.get_running_loop()
@@ -265,10 +311,14 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     serving = loop.create_task(server.serve(sockets=[listener]))
     await controller.reap_until_final()
     outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
-    write_json(spec.folder.outcome, controller.status().model_dump(mode="json"))
+    record(controller.status())
     _LOG.info("final: %s (%s)", outcome.kind, outcome.reason)
-    server.should_exit = True
-    await serving
+    with shutdown_step("stop answering", "requests under way", HTTP_CLOSE_BOUND):
+        server.should_exit = True
+        await serving
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    finish_process()
     return outcome
 
 

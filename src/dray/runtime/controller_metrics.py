@@ -13,16 +13,17 @@ from dray.runtime.lifecycle import Phase
 from dray.runtime.membership import Membership, MemberState
 
 
-def exposition(membership: Membership) -> tuple[bytes, str]:
-    """The text, and its media type."""
+def exposition(membership: Membership, stalled: float) -> tuple[bytes, str]:
+    """The text, and its media type; `stalled` are the seconds of the longest wait that is too long."""
     registry = CollectorRegistry()
-    registry.register(_Job(membership))
+    registry.register(_Job(membership, stalled))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
 class _Job(Collector):
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: Membership, stalled: float) -> None:
         self._membership = membership
+        self._stalled = stalled
 
     def collect(self) -> Iterator[Metric]:
         membership = self._membership
@@ -36,6 +37,8 @@ class _Job(Collector):
                 count = sum(each.role is role and each.state is state for each in membership.members.values())
                 members.add_metric([role.value, state.value], count)
         yield members
+        words = "Seconds of the longest wait, if it exceeds timeouts.stall."
+        yield GaugeMetricFamily("dray_stalled_seconds", words, value=self._stalled)
         prompts = GaugeMetricFamily("dray_prompts", "Prompts by what became of them.", labels=["state"])
         for name, prompt_count in membership.prompts.statistics().items():
             prompts.add_metric([name], prompt_count)
@@ -45,3 +48,10 @@ class _Job(Collector):
             for name, value in member.progress.counters.items():
                 counters.add_metric([member.name, name], value)
         yield counters
+        ages = GaugeMetricFamily(
+            "dray_oldest_seconds", "Age of the oldest payload, lease or reference.", labels=["replica", "kind"]
+        )
+        for member in membership.active():
+            for kind, age in member.progress.ages.items():
+                ages.add_metric([member.name, kind], age)
+        yield ages

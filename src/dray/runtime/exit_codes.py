@@ -16,6 +16,8 @@ class ExitCode(IntEnum):
     | 12 | a replica: the controller no longer counts it as a member |
     | 13 | a replica: Redis did not answer for `timeouts.redis` |
     | 14 | any process: an error of dray's own; its log has the traceback |
+    | 15 | a policy replica: its group goes on under a newer epoch; its commit was refused |
+    | 16 | a policy replica: another one of its group is gone |
     | 130 | interrupted by SIGINT |
     | 143 | interrupted by SIGTERM |
     | 128 + n | interrupted by another signal n, such as 129 for SIGHUP |
@@ -29,6 +31,8 @@ class ExitCode(IntEnum):
     NOT_A_MEMBER = 12
     REDIS_LOST = 13
     INTERNAL = 14
+    OLD_EPOCH = 15
+    GROUP_LOST = 16
     SIGINT = 130
     SIGTERM = 143
 
@@ -49,6 +53,8 @@ _MEANINGS: dict[int, str] = {
     ExitCode.NOT_A_MEMBER: "no longer a member",
     ExitCode.REDIS_LOST: "Redis was gone",
     ExitCode.INTERNAL: "internal error",
+    ExitCode.OLD_EPOCH: "the policy group goes on under a newer epoch",
+    ExitCode.GROUP_LOST: "another policy replica was gone",
     ExitCode.SIGINT: "interrupted by SIGINT",
     ExitCode.SIGTERM: "interrupted by SIGTERM",
 }

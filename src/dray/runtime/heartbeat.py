@@ -6,19 +6,20 @@ import faulthandler
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import ControlPlaneError
 from dray.runtime import messages
-from dray.runtime.controller_client import ControllerClient, ControllerLostError
+from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import MembershipError
 from dray.runtime.process import StopFlag
 from dray.telemetry import Counters
 
+AgeKind = Literal["payload", "lease", "reference"]
 _LOG = logging.getLogger("dray.runtime.heartbeat")
 
 
@@ -30,14 +31,27 @@ class Activity:
         self._lock = threading.Lock()
         self._doing = "starting"
         self._since = MONOTONIC.now()
+        self._waits_for = ""
+        self._ages: Callable[[], Mapping[AgeKind, float | None]] = dict
         self._values: dict[str, float] = {}
         self._labels: dict[str, str] = {}
 
     def doing(self, what: str) -> None:
-        """From now on the replica does `what`; while it waits, the words say for what."""
+        """From now on the replica does `what`."""
         with self._lock:
-            self._doing = what
-            self._since = MONOTONIC.now()
+            self._doing, self._waits_for, self._since = what, "", MONOTONIC.now()
+
+    def waits(self, what: str, whom: str) -> None:
+        """From now on the replica waits for `whom`, for `what`; the same wait again goes on, it does not begin."""
+        doing = f"waiting for {what}"
+        with self._lock:
+            if (doing, whom) != (self._doing, self._waits_for):
+                self._doing, self._waits_for, self._since = doing, whom, MONOTONIC.now()
+
+    def show_ages(self, ages: Callable[[], Mapping[AgeKind, float | None]]) -> None:
+        """Report what `ages` says: seconds of the oldest payload, lease and unacknowledged reference."""
+        with self._lock:
+            self._ages = ages
 
     def show(self, name: str, value: float | str) -> None:
         """Put the newest `value` of a gauge or a label on the status page."""
@@ -55,15 +69,18 @@ class Activity:
                 seconds=MONOTONIC.now() - self._since,
                 counters={**self.counters.snapshot(), **self._values},
                 labels=dict(self._labels),
+                waits_for=self._waits_for,
+                ages={kind: age for kind, age in self._ages().items() if age is not None},
             )
 
 
 class Heartbeat:
     """A thread that reports the replica's progress, in intervals and when asked to at once.
 
-    It sets `stop` when the controller says that the job is over (then `job_over` is set, too), when it no longer
-    counts the replica as a member, and when it has not answered for `lost_after` seconds. In the last two cases it
-    ends the process by itself if the main thread does not do so within `grace` seconds.
+    It sets `stop` when the controller says that the job is over (then `job_over` is set, too, and `unread` once no
+    policy replica is left to read payloads), when it no longer counts the replica as a member, and when it has not
+    answered for `lost_after` seconds. In the last two cases it ends the process by itself if the main thread does
+    not do so within `grace` seconds.
     """
 
     def __init__(
@@ -79,6 +96,9 @@ class Heartbeat:
         grace: float,
     ) -> None:
         self.job_over = threading.Event()
+        self.unread = threading.Event()
+        self._watching_readers = False
+        self._silent = False
         self._client = client
         self._name = name
         self._incarnation = incarnation
@@ -104,6 +124,11 @@ class Heartbeat:
         """Do not wait for the end of the interval."""
         self._wake.set()
 
+    def watch_readers(self) -> None:
+        """From now on learn at once, and not only in intervals, that no policy replica is left."""
+        self._watching_readers = True
+        self._wake.set()
+
     def close(self) -> None:
         """Send a last report where the controller still listens, and end the thread."""
         self._closed.set()
@@ -125,25 +150,39 @@ class Heartbeat:
             try:
                 self._beat()
                 heard = MONOTONIC.now()
+                self._silent = False
             except MembershipError as error:
                 return self._fatal(f"not a member any more: {error}", ExitCode.NOT_A_MEMBER)
             except ControllerLostError as error:
                 silence = MONOTONIC.now() - heard
                 if silence >= self._lost_after:
                     return self._fatal(f"the controller is lost: {error}", ExitCode.CONTROLLER_LOST)
+                self._silent = True
                 _LOG.warning("no answer from the controller for %.1f s: %s", silence, error)
             except ControlPlaneError as error:
                 return self._fatal(str(error), ExitCode.INTERNAL)
             if last:
                 return None
-            self._wake.wait(self._interval)
-            self._wake.clear()
+            if not self._until_unread:
+                self._wake.wait(self._interval)
+                self._wake.clear()
+
+    @property
+    def _until_unread(self) -> float:
+        """Seconds for which the controller may hold its answer back; takes the place of the interval."""
+        if not self._watching_readers or self.unread.is_set() or self._closed.is_set() or self._silent:
+            return 0.0
+        return min(self._interval, HURRIED / 2)
 
     def _beat(self) -> None:
         with self._lock:
             settled, self._settled = self._settled, []
         body = messages.Heartbeat(
-            name=self._name, incarnation=self._incarnation, progress=self._activity.report(), settled=settled
+            name=self._name,
+            incarnation=self._incarnation,
+            progress=self._activity.report(),
+            settled=settled,
+            until_unread=self._until_unread,
         )
         try:
             bound = min(self._lost_after, max(1.0, 2 * self._interval))
@@ -155,6 +194,8 @@ class Heartbeat:
         if answer.stop:
             self.job_over.set()
             self._stop.set(f"the job is {answer.phase.value}")
+            if not answer.readers:
+                self.unread.set()
 
     def _fatal(self, reason: str, exit_code: ExitCode) -> None:
         self._stop.set(reason, exit_code)

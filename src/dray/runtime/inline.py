@@ -104,11 +104,14 @@ class InlineInlet:
                 self._bytes += len(payload)
                 yield delivery, arrays
 
-    def consume(self, deliveries: Sequence[Delivery]) -> None:
+    def consume(self, entries: Sequence[RolloutEntry]) -> None:
         """The commit has removed the entries, and the payloads with them."""
 
+    def unfreed(self) -> list[str]:
+        return []
+
     def statistics(self) -> Mapping[str, float]:
-        return {"bytes": self._bytes, "retries": 0}
+        return {"bytes": self._bytes, "retries": 0, "unfreed": 0}
 
 
 class InlineWeightsOutlet:
@@ -117,11 +120,15 @@ class InlineWeightsOutlet:
     def __init__(self, replica: Replica) -> None:
         self._key = WeightsKey(replica.redis, replica.keys)
 
-    def publish(self, weights: Arrays, version: int) -> None:
-        self._key.publish(base64.standard_b64encode(pack(weights)).decode("ascii"), version)
+    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
+        self._key.publish(base64.standard_b64encode(pack(weights)).decode("ascii"), version, epoch=epoch)
 
     def restore(self) -> None:
         self._key.restore()
+
+    def newest_version(self) -> int | None:
+        newest = self._key.newest()
+        return None if newest is None else newest.version
 
 
 class InlineWeightsInlet:

@@ -43,8 +43,13 @@ class JobFolder:
 
     @property
     def outcome(self) -> Path:
-        """The last status of the job, written by the controller when the phase is final."""
+        """The last status of the job, written by the controller when the outcome is decided and at its end."""
         return self.run / "outcome.json"
+
+    @property
+    def group_epoch(self) -> Path:
+        """The policy group's newest epoch."""
+        return self.run / "group_epoch.json"
 
     @property
     def checkpoint(self) -> Path:

@@ -6,7 +6,7 @@ logs. Time comes from the clock that is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -18,6 +18,10 @@ from dray.runtime.prompts import PromptLedger
 
 OutcomeKind = Literal["solved", "finished", "max_steps", "interrupted", "failed"]
 FINISHED_OUTCOMES: frozenset[OutcomeKind] = frozenset(("solved", "finished", "max_steps"))
+
+
+FIRST_POLICY = "policy-0"
+"""The policy replica that leads its group."""
 
 
 class Role(StrEnum):
@@ -55,6 +59,8 @@ class Progress:
     seconds: float = 0.0
     counters: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    waits_for: str = ""
+    ages: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -77,7 +83,10 @@ class Membership:
     Args:
         expected: how many replicas of each role the job starts.
         dead_after: seconds of silence after which a member counts as dead.
-        start_timeout: seconds within which every expected replica must have registered.
+        start_timeout: seconds within which every expected replica must have registered, and those of a policy
+            group that is started again.
+        restartable: whether the supervisor starts the policy group again when one of it has died; then the job
+            goes on until `died` says that it does not.
     """
 
     def __init__(
@@ -87,6 +96,7 @@ class Membership:
         *,
         dead_after: float,
         start_timeout: float,
+        restartable: bool = False,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._expected = dict(expected)
@@ -94,6 +104,8 @@ class Membership:
         self._clock = clock
         self._start_bound: float | None = clock.now() + start_timeout
         self._start_timeout = start_timeout
+        self._restartable = restartable
+        self._restart_bound: float | None = None
         self._lifecycle = Lifecycle()
         self.prompts = prompts
         self.members: dict[str, Member] = {}
@@ -110,6 +122,15 @@ class Membership:
             member
             for member in self.members.values()
             if member.state is MemberState.ACTIVE and role in (None, member.role)
+        ]
+
+    def missing(self) -> list[str]:
+        """The names of the replicas that the job starts and that have never been members."""
+        return [
+            name
+            for role, count in self._expected.items()
+            for name in (f"{role.value}-{index}" for index in range(count))
+            if name not in self.members
         ]
 
     def register(self, name: str, role: Role, incarnation: str, pid: int) -> None:
@@ -129,6 +150,8 @@ class Membership:
             self._end(known, MemberState.DEAD, "replaced by a new start of the same replica")
         self.members[name] = Member(name, role, incarnation, pid, self._clock.now())
         self.notices.append(f"{name} registered (pid {pid})")
+        if len(self.active(Role.POLICY)) >= self._expected.get(Role.POLICY, 0):
+            self._restart_bound = None
         if self.phase is Phase.STARTING and all(self.active(each) for each in self._expected):
             self._move(JobEvent.QUORUM)
 
@@ -143,22 +166,27 @@ class Membership:
         if progress is not None:
             member.progress = progress
 
-    def left(self, name: str, incarnation: str, reason: str) -> None:
-        """A member ends in order. Leaving twice changes nothing."""
+    def left(self, name: str, incarnation: str, reason: str, published: Iterable[int] = ()) -> None:
+        """A member ends in order, and has `published` these prompts. Leaving twice changes nothing."""
         member = self.members.get(name)
         if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
             return
+        self.prompts.published(name, published)
         self._end(member, MemberState.LEFT, reason)
         self._consequences()
 
-    def died(self, name: str, role: Role, reason: str) -> None:
-        """The replica's process is known to be gone, whether or not it ever registered."""
+    def died(self, name: str, role: Role, reason: str, *, final: bool = True) -> None:
+        """The replica's process is known to be gone, whether or not it ever registered. Unless `final`, its
+        group is being started again."""
+        if role is Role.POLICY and final:
+            self._restartable = False
+            self._restart_bound = None
         member = self.members.get(name)
         if member is None:
             member = self.members[name] = Member(name, role, "", 0, self._clock.now())
         if member.state is MemberState.ACTIVE:
             self._end(member, MemberState.DEAD, reason)
-            self._consequences()
+        self._consequences()
 
     def stop(self, outcome: Outcome) -> None:
         """Give out no more work and let the members leave. The first outcome stands."""
@@ -175,6 +203,9 @@ class Membership:
             silence = now - member.last_heard
             if silence >= self._dead_after:
                 self._end(member, MemberState.DEAD, f"silent for {silence:.1f} s")
+        if self._restart_bound is not None and now >= self._restart_bound:
+            self._restart_bound = None
+            self._restartable = False
         if self._start_bound is not None and now >= self._start_bound:
             self._start_bound = None
             if self.phase is Phase.STARTING:
@@ -198,6 +229,8 @@ class Membership:
         member.state = state
         member.reason = reason
         self.notices.append(f"{member.name} {state.value}: {reason}")
+        if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
+            self._restart_bound = self._clock.now() + self._start_timeout
         again = self.prompts.release(member.name)
         if again and self.phase.gives_work:
             self.notices.append(f"{len(again)} prompts of {member.name} are given out again")
@@ -205,8 +238,15 @@ class Membership:
     def _consequences(self) -> None:
         """What follows from who is left. Until all expected replicas have come, absence means nothing."""
         for role, expected in self._expected.items():
-            if self.phase.gives_work and not self.active(role) and self._registered(role) >= expected:
+            if not self.phase.gives_work or self._registered(role) < expected:
+                continue
+            left = len(self.active(role))
+            if role is Role.POLICY and self._restart_bound is not None:
+                continue
+            if left == 0:
                 self.stop(Outcome("failed", f"no {role.value} replica is left"))
+            elif role is Role.POLICY and left < expected:
+                self.stop(Outcome("failed", f"the policy group has lost {expected - left} of its {expected}"))
         if self.phase is Phase.DRAINING and not self.active():
             finished = self.outcome is not None and self.outcome.kind in FINISHED_OUTCOMES
             self._move(JobEvent.LAST_LEFT_FINISHED if finished else JobEvent.LAST_LEFT_UNFINISHED)

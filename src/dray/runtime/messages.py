@@ -38,19 +38,29 @@ class Register(Caller):
 
 
 class ProgressReport(Message):
-    """What a replica does, for how many seconds, its counters, and words about it such as the lane."""
+    """What a replica does, for how many seconds, its counters, and words about it such as the lane.
+
+    `waits_for` says whom it waits for, if it does; `ages` how old the oldest payload, lease and unacknowledged
+    reference are that it has, in seconds.
+    """
 
     doing: Annotated[str, Field(max_length=200)]
     seconds: float
     counters: dict[str, float] = {}
     labels: dict[str, str] = {}
+    waits_for: Annotated[str, Field(max_length=200)] = ""
+    ages: dict[Literal["payload", "lease", "reference"], float] = {}
 
 
 class Heartbeat(Caller):
-    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded."""
+    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded.
+
+    The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
+    """
 
     progress: ProgressReport
     settled: Indices = []
+    until_unread: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
 
 
 class TakePrompts(Caller):
@@ -69,17 +79,20 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last thing a replica says."""
+    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request."""
 
     reason: Sentence
+    published: Indices = []
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end without leaving."""
+    """``POST /died``: the supervisor saw a replica's process end without leaving; `final` unless it starts the
+    replica's group again."""
 
     name: Name
     role: Role
     reason: Sentence
+    final: bool = True
 
 
 class Stop(Message):
@@ -89,16 +102,26 @@ class Stop(Message):
 
 
 class Directive(Message):
-    """The answer to register and heartbeat: whether to go on."""
+    """The answer to register and heartbeat: whether to go on, and how many policy replicas are there to read."""
 
     phase: Phase
     stop: bool
+    readers: int = 0
 
 
 class PromptList(Directive):
     """The answer to prompts: pairs of index and seed; empty where there is no work just now."""
 
     prompts: list[tuple[int, int]] = []
+
+
+class PromptsUnderWay(Message):
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the prompts that are not settled,
+    those among them whose trajectories were published, and the next prompt."""
+
+    unsettled: Indices
+    published: Indices
+    next: int
 
 
 class MemberStatus(Message):
@@ -120,6 +143,14 @@ class OutcomeReport(Message):
     reason: str
 
 
+class Stall(Message):
+    """Somebody waits for longer than `timeouts.stall`: the line about it, and how many there were so far."""
+
+    line: str
+    seconds: float
+    reports: int
+
+
 class Status(Message):
     """``GET /status``."""
 
@@ -129,6 +160,7 @@ class Status(Message):
     outcome: OutcomeReport | None
     members: list[MemberStatus]
     prompts: dict[str, int]
+    stall: Stall | None = None
 
 
 class ErrorReply(Message):

@@ -1,27 +1,42 @@
-"""The policy replica: collects a batch of payloads, runs the user's trainer, commits, publishes new weights."""
+"""The policy replica: collects a batch of payloads, runs the user's trainer, commits, publishes new weights.
+
+Of several policy replicas the first does all this, and tells the others what to read and when to train: see
+`policy_rank`.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from dray.clock import MONOTONIC, Deadline
-from dray.control import Delivery, RolloutConsumer
-from dray.errors import DrayError, StaleSlotError
+from dray.control import Delivery, RedisUnavailableError
+from dray.errors import ControlPlaneError, DrayError, StaleSlotError
 from dray.payload.trajectory import REWARDS
 from dray.runtime import messages
-from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint
-from dray.runtime.contract import PolicyTrainer, Trajectory
+from dray.runtime.batch import Batch
+from dray.runtime.by_reference import rank_client
+from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint, trainer_folder
+from dray.runtime.contract import PolicyGroup, PolicyTrainer, Trajectory
 from dray.runtime.entry_point import load_entry_point
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.group_channel import Channel, GroupLostError, Order
+from dray.runtime.intake import Intake
 from dray.runtime.membership import OutcomeKind, Role
+from dray.runtime.policy_rank import Following
 from dray.runtime.process import leave
-from dray.runtime.replica import Replica, run_replica, stop_code, user_code
+from dray.runtime.ranks import Failure, Ranks
+from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.transfer import Inlet, WeightsOutlet
 from dray.runtime.transfer_choice import open_inlet
 
@@ -29,53 +44,118 @@ _LOG = logging.getLogger("dray.runtime.policy")
 _SLICE = 0.5
 
 
-@dataclass(slots=True)
-class Batch:
-    """What one training step learns from, and what it took to get it; seconds."""
+def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
+    """Everything between registering and unregistering.
 
-    deliveries: list[Delivery] = field(default_factory=list)
-    trajectories: list[Trajectory] = field(default_factory=list)
-    waited: float = 0.0
-    reading: float = 0.0
+    Args:
+        life: how many times the policy group was started before.
+        descriptors: sockets to the other ranks, for rank 0; for the others, the one to rank 0.
+    """
+    config = replica.spec.config
+    first = replica.index == 0
+    with ExitStack() as opened:
+        peers = [f"policy-{rank}" for rank in (range(1, config.policy.replicas) if first else (0,))]
+        channels = [
+            opened.enter_context(
+                Channel(socket.socket(fileno=descriptor), peer, replica.stop, config.timeouts.shutdown / 2)
+            )
+            for descriptor, peer in zip(descriptors, peers, strict=True)
+        ]
+        ranks = Ranks(channels, config.policy.readers) if first else None
+        group = PolicyGroup(
+            rank=replica.index,
+            size=config.policy.replicas,
+            readers=config.policy.readers,
+            share=partial(_shared_by, channels[0]) if ranks is None else ranks.share,
+        )
+        replica.activity.doing("importing the trainer")
+        trainer_class = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
+        with user_code("setup"):
+            trainer: PolicyTrainer = trainer_class()
+            trainer.setup(replica.context(dict(config.policy.args), group))
+        if ranks is None:
+            client = opened.enter_context(rank_client(replica))
+            replica.stop.disposable = False
+            return Following(replica, trainer, channels[0], client).run()
+        inlet, weights = opened.enter_context(open_inlet(replica))
+        log = opened.enter_context(replica.spec.folder.metrics.open("a", encoding="utf-8"))
+        return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
 
 
-def work(replica: Replica) -> ExitCode:
-    """Everything between registering and unregistering."""
-    config = replica.spec.config.policy
-    replica.activity.doing("importing the trainer")
-    trainer_class = load_entry_point("policy.trainer", config.trainer, replica.spec.job_file.parent)
-    with user_code("setup"):
-        trainer: PolicyTrainer = trainer_class()
-        trainer.setup(replica.context(dict(config.args)))
-    with open_inlet(replica) as (inlet, weights), replica.spec.folder.metrics.open("a", encoding="utf-8") as log:
-        return Training(replica, trainer, inlet, weights, log).run()
+def _shared_by(channel: Channel, _text: str | None) -> str:
+    order = channel.receive(Order)
+    if order.what != "share":
+        raise GroupLostError(f"{channel.peer} shares nothing, but this rank waits for it")
+    return order.text
 
 
 class Training:
-    """The loop of one policy replica, and how far it is."""
+    """The loop of the first policy replica, and how far it is."""
 
     def __init__(
-        self, replica: Replica, trainer: PolicyTrainer, inlet: Inlet, weights: WeightsOutlet, log: IO[str]
+        self,
+        replica: Replica,
+        trainer: PolicyTrainer,
+        ranks: Ranks,
+        inlet: Inlet,
+        weights: WeightsOutlet,
+        log: IO[str],
     ) -> None:
         self._replica = replica
         self._config = replica.spec.config
         self._trainer = trainer
+        self._ranks = ranks
         self._inlet = inlet
         self._weights = weights
         self._log = log
-        self._queue = RolloutConsumer(replica.redis, replica.keys, replica.name)
         self._began = MONOTONIC.now()
         self._step = 0
         self._version = 0
         self._next_prompt = replica.spec.first_prompt
         self._saved_step = -1
+        self._oldest = 0
+        self._arrays: dict[str, Trajectory] = {}
 
-    def run(self) -> ExitCode:
-        """Train until the job is solved, `max_steps` is over, or the replica must stop."""
-        self._resume()
+    def run(self, *, may_load: bool) -> ExitCode:
+        """Train until the job is solved, `max_steps` is over, or the replica must stop.
+
+        Raises:
+            OldEpochError: the group goes on without this replica.
+            GroupLostError: another rank is gone.
+        """
+        self._intake = Intake(self._replica, self._inlet, self._load(may_load=may_load))
         self._replica.stop.disposable = False
-        self._queue.attach()
+        self._intake.open()
+        self._replica.activity.show_ages(lambda: {"reference": self._intake.oldest_held})
         self._publish_weights()
+        try:
+            solved = self._train_until_stopped()
+        except RedisUnavailableError:
+            # What is trained on and not committed stands in the checkpoint.
+            self._save()
+            raise
+        return self._end(solved)
+
+    def _load(self, *, may_load: bool) -> CheckpointState:
+        found = find_checkpoint(self._replica.spec.folder.checkpoint) if may_load else None
+        self._ranks.begin(None if found is None else found[0])
+        if found is None:
+            state = CheckpointState(0, 0, self._next_prompt)
+        else:
+            place, state = found
+            with user_code("load"):
+                self._trainer.load(trainer_folder(place, 0))
+            _LOG.info("goes on from step %d of %s", state.step, place)
+            self._saved_step = state.step
+        self._step = state.step
+        self._next_prompt = max(self._next_prompt, state.next_prompt)
+        # No version is given out twice: an earlier life may have published some after its last checkpoint.
+        newest = self._weights.newest_version()
+        self._version = state.weight_version if newest is None else max(state.weight_version, newest + 1)
+        return state
+
+    def _train_until_stopped(self) -> str:
+        """Why the job is solved, or nothing."""
         stop, solved = self._replica.stop, ""
         while not solved and not stop.is_set and self._step < self._config.job.max_steps:
             batch = self._collect()
@@ -84,32 +164,19 @@ class Training:
             solved = self._train(batch)
             if not solved and self._step % self._config.policy.checkpoint_every == 0:
                 self._save()
-        return self._end(solved)
-
-    def _resume(self) -> None:
-        if not self._replica.spec.resume:
-            return
-        found = find_checkpoint(self._replica.spec.folder.checkpoint)
-        if found is None:
-            return
-        place, state = found
-        with user_code("load"):
-            self._trainer.load(place / "trainer")
-        self._step, self._version, self._saved_step = state.step, state.weight_version, state.step
-        self._next_prompt = max(self._next_prompt, state.next_prompt)
-        _LOG.info("goes on from step %d of %s", self._step, place)
+        return solved
 
     def _collect(self) -> Batch | None:
         """Receive and read until there is a whole batch; None when stopped before."""
-        batch, size = Batch(), self._config.policy.batch_size
+        size = self._config.policy.batch_size
+        batch = Batch(size, self._ranks.parts)
         activity = self._replica.activity
-        while len(batch.deliveries) < size:
+        while batch.missing:
             if self._replica.stop.is_set:
                 return None
-            missing = size - len(batch.deliveries)
-            activity.doing(f"waiting for {missing} of {size} payloads")
+            activity.waits(f"{batch.missing} of {size} payloads", "the rollout replicas")
             began = MONOTONIC.now()
-            deliveries = self._queue.receive(missing, timeout=_SLICE)
+            deliveries = self._intake.receive(batch.missing, self._version, _SLICE)
             received = MONOTONIC.now()
             if deliveries:
                 activity.doing(f"reading {len(deliveries)} payloads")
@@ -121,42 +188,50 @@ class Training:
         return batch
 
     def _read(self, deliveries: list[Delivery], batch: Batch) -> None:
-        failed: list[Delivery] = []
-        for delivery, arrays in self._inlet.read(deliveries):
+        dealt = batch.deal(deliveries)
+        self._ranks.read(dealt)
+        failed: dict[str, Failure] = {}
+        for delivery, arrays in self._inlet.read(dealt[0]):
             entry = delivery.entry
-            self._next_prompt = max(self._next_prompt, entry.prompt + 1)
             if isinstance(arrays, DrayError):
-                kind = "stale" if isinstance(arrays, StaleSlotError) else "lost"
-                self._replica.activity.counters.add(kind)
-                _LOG.warning("rollout of prompt %d by %s is %s: %s", entry.prompt, entry.replica, kind, arrays)
-                failed.append(delivery)
+                failed[entry.identity] = "stale" if isinstance(arrays, StaleSlotError) else "lost"
+                _LOG.warning("payload %s: %s", entry.identity, arrays)
             else:
-                batch.deliveries.append(delivery)
-                batch.trajectories.append(Trajectory(arrays, entry.weight_version))
-        if failed:
-            self._queue.discard(failed, timeout=self._config.timeouts.redis)
-            self._inlet.consume(failed)
-            self._replica.heartbeat.settled(delivery.entry.prompt for delivery in failed)
+                self._arrays[entry.identity] = Trajectory(arrays, entry.weight_version)
+        failed |= self._ranks.failures()
+        for part, given in enumerate(dealt):
+            batch.add(part, [each for each in given if each.entry.identity not in failed])
+        self._next_prompt = max(self._next_prompt, *(each.entry.prompt + 1 for each in deliveries))
+        lost = [each for each in deliveries if each.entry.identity in failed]
+        for each in lost:
+            kind = failed[each.entry.identity]
+            self._arrays.pop(each.entry.identity, None)
+            self._replica.activity.counters.add(kind)
+            _LOG.warning("rollout of prompt %d by %s is %s", each.entry.prompt, each.entry.replica, kind)
+        self._intake.lost(lost)
 
     def _train(self, batch: Batch) -> str:
         """One step, its commit and its new weights; returns why the job is solved, or nothing."""
         activity = self._replica.activity
         activity.doing(f"training step {self._step + 1}")
         began = MONOTONIC.now()
-        mean_return = _mean_return(batch.trajectories)
-        with user_code("train_step"):
-            metrics = {name: float(value) for name, value in self._trainer.train_step(batch.trajectories).items()}
+        trajectories = [self._arrays.pop(each.entry.identity) for each in batch.part(0)]
+        mean_return = _mean_return(trajectories)
+        self._ranks.train(batch)
+        metrics = self._train_step(trajectories)
+        if self._config.policy.replicas > 1:
+            activity.waits("the end of their training step", "the other policy replicas")
+        self._ranks.wait()
         trained = MONOTONIC.now()
         self._step += 1
-        ages = [self._version - trajectory.weight_version for trajectory in batch.trajectories]
+        ages = [self._version - delivery.entry.weight_version for delivery in batch.deliveries]
         # The payloads are freed below, and with them the arrays of the batch.
-        batch.trajectories.clear()
-        activity.doing("committing")
-        self._queue.commit(batch.deliveries, timeout=self._config.timeouts.redis)
-        self._inlet.consume(batch.deliveries)
-        self._replica.heartbeat.settled(delivery.entry.prompt for delivery in batch.deliveries)
+        trajectories.clear()
+        activity.waits("the commit", "Redis")
+        self._intake.trained(batch.deliveries)
         self._version += 1
         self._publish_weights()
+        self._intake.settled(batch.deliveries)
         if mean_return is not None:
             metrics.setdefault("mean_return", mean_return)
         self._record(batch, metrics, ages, trained - began)
@@ -166,11 +241,25 @@ class Training:
             return ""
         return f"{stop.metric} {reached:g} >= {stop.at_least:g} at step {self._step}"
 
+    def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        try:
+            with user_code("train_step"):
+                found = self._trainer.train_step(trajectories)
+                return {name: float(value) for name, value in found.items()}
+        except UserCodeError as error:
+            # What is said to have gone wrong is often only that another rank is gone.
+            try:
+                self._ranks.check()
+            except GroupLostError as lost:
+                raise lost from error
+            raise
+
     def _publish_weights(self) -> None:
         self._replica.activity.doing("publishing weights")
+        self._ranks.weights()
         with user_code("weights"):
             arrays = self._trainer.weights()
-        self._weights.publish(arrays, self._version)
+        self._weights.publish(arrays, self._version, self._intake.epoch)
 
     def _record(self, batch: Batch, metrics: Mapping[str, float], ages: list[int], training: float) -> None:
         activity, statistics = self._replica.activity, self._inlet.statistics()
@@ -183,13 +272,16 @@ class Training:
             }
         )
         staleness = float(np.mean(ages))
-        for name, value in (("step", self._step), ("staleness", staleness), *statistics.items(), *metrics.items()):
+        self._oldest = max(self._oldest, *ages)
+        shown = {"step": self._step, "staleness": staleness, "staleness_max": self._oldest}
+        for name, value in {**shown, **statistics, **self._intake.statistics(), **metrics}.items():
             activity.show(name, float(value))
         activity.show("lane", self._inlet.lane)
         line = {
             "step": self._step,
             "seconds": round(MONOTONIC.now() - self._began, 3),
             "payloads": int(activity.counters["payloads"]),
+            "committed": self._intake.committed,
             "bytes": int(statistics.get("bytes", 0)),
             "staleness_mean": staleness,
             "staleness_max": max(ages),
@@ -202,25 +294,62 @@ class Training:
         self._log.flush()
 
     def _save(self, outcome: str = "") -> None:
+        """Write a checkpoint, unless there is one of this step, and commit what waited for it."""
         if self._saved_step == self._step and not outcome:
             return
         self._replica.activity.doing("writing a checkpoint")
-        state = CheckpointState(self._step, self._version, self._next_prompt, outcome)
+        try:
+            self._intake.check_epoch()
+        except RedisUnavailableError as error:
+            _LOG.warning("writes a checkpoint without knowing whether another group goes on: %s", error)
+        state = CheckpointState(
+            step=self._step,
+            weight_version=self._version,
+            next_prompt=self._next_prompt,
+            outcome=outcome,
+            contributed=self._intake.contributed,
+            committed=self._intake.committed,
+            unconfirmed=self._intake.unconfirmed,
+            unfreed=tuple(self._inlet.unfreed()),
+            ranks=self._config.policy.replicas,
+        )
         deadline = Deadline.after(None)
-        with user_code("save"):
-            save_checkpoint(self._replica.spec.folder.checkpoint, state, self._trainer.save)
+        save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
         self._saved_step = self._step
         _LOG.info("checkpoint of step %d written in %.2f s", self._step, deadline.elapsed)
+        self._intake.commit()
+
+    def _save_trainers(self, folder: Path) -> None:
+        self._ranks.save(folder.parent)
+        with user_code("save"):
+            self._trainer.save(folder)
+        self._ranks.wait()
+
+    def _show_last(self) -> None:
+        try:
+            figures = {**self._inlet.statistics(), **self._intake.statistics(now=True)}
+        except ControlPlaneError as error:
+            _LOG.warning("the last figures of the stream are missing: %s", error)
+            return
+        for name, value in figures.items():
+            self._replica.activity.show(name, float(value))
 
     def _end(self, solved: str) -> ExitCode:
         kind, reason, code = self._outcome(solved)
-        self._save(str(kind) if code is ExitCode.OK else "")
+        stop, timeouts = self._replica.stop, self._config.timeouts
+        if stop.is_set:
+            _LOG.info("shutdown: received no more and ended the step at hand, which took %.2f s", stop.since)
+        with shutdown_step("write a checkpoint", "the trainer's save", timeouts.shutdown):
+            self._save(str(kind) if code is ExitCode.OK else "")
+        self._show_last()
         if kind is not None:
             body = messages.Finish(
                 name=self._replica.name, incarnation=self._replica.incarnation, kind=kind, reason=reason
             )
-            self._replica.client.post("/finish", body, messages.Directive)
+            with shutdown_step("report the outcome", "the controller", timeouts.http):
+                self._replica.client.post("/finish", body, messages.Directive)
         self._replica.leaving_reason = reason
+        self._ranks.end()
         return code
 
     def _outcome(self, solved: str) -> tuple[OutcomeKind | None, str, ExitCode]:
@@ -242,8 +371,9 @@ def _mean_return(trajectories: list[Trajectory]) -> float | None:
 
 
 def main() -> int:
-    """``python -m dray.runtime.policy SPEC INDEX``"""
-    return run_replica(Role.POLICY, work)
+    """``python -m dray.runtime.policy SPEC INDEX [LIFE DESCRIPTOR …]``"""
+    life, *descriptors = map(int, sys.argv[3:] or ["0"])
+    return run_replica(Role.POLICY, partial(work, life, descriptors))
 
 
 if __name__ == "__main__":

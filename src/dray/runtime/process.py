@@ -1,7 +1,9 @@
 """How a process of a job begins and ends: bound to its supervisor's life, with signals, stack dumps and a log.
 
 No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
-thread that watches the supervisor then kills the child's whole process group, so that its own children go too.
+thread that watches the supervisor then kills everything below the child, and its process group. The child adopts
+whom its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
+not get away. When the child itself is killed, the supervisor adopts them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
+
+from dray.clock import MONOTONIC
+from dray.runtime.descendants import kill_descendants
+from dray.runtime.exit_codes import ExitCode
 
 PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 """Environment variable in which the supervisor tells its children its pid."""
@@ -25,6 +32,7 @@ PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a process of the job write the stacks of all its threads to its log."""
 
+_LAST_BOUND = 3.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG = logging.getLogger("dray.runtime.process")
@@ -42,6 +50,7 @@ class StopFlag:
         self.event = threading.Event()
         self.reason = ""
         self.exit_code: int | None = None
+        self._set_at: float | None = None
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
 
@@ -56,11 +65,18 @@ class StopFlag:
                 return
             self.reason = reason
             self.exit_code = exit_code
+            self._set_at = MONOTONIC.now()
             self.event.set()
             callbacks = self._callbacks
         _LOG.info("stopping: %s", reason)
         for callback in callbacks:
             callback()
+
+    @property
+    def since(self) -> float:
+        """Seconds since the flag was set; 0 before."""
+        with self._lock:
+            return 0.0 if self._set_at is None else MONOTONIC.now() - self._set_at
 
     def on_set(self, callback: Callable[[], None]) -> None:
         """Call `callback` once when the flag is set, in the thread that sets it; now, if it is set."""
@@ -84,6 +100,7 @@ def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
+    exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
         _bind_to_parent(int(parent))
@@ -129,6 +146,19 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def exit_with_own_code_on_crash() -> None:
+    """Let an exception that nobody caught end the process with `ExitCode.INTERNAL`.
+
+    Python's own code for it is 1, which says that a job was not finished.
+    """
+    sys.excepthook = _crashed
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _LOG.critical("ends on an error of dray's own", exc_info=(kind, error, trace))
+    leave(ExitCode.SIGINT if issubclass(kind, KeyboardInterrupt) else ExitCode.INTERNAL)
+
+
 def adopt_orphans() -> None:
     """Make this process the parent of grandchildren whose own parent ends (`PR_SET_CHILD_SUBREAPER`)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -136,6 +166,7 @@ def adopt_orphans() -> None:
 
 def _bind_to_parent(parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    adopt_orphans()
     try:
         descriptor = os.pidfd_open(parent)
     except ProcessLookupError:
@@ -147,6 +178,7 @@ def _bind_to_parent(parent: int) -> None:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         poll.poll()
+        kill_descendants(_LAST_BOUND)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -72,6 +72,14 @@ class PromptLedger:
         self.given_again += len(held)
         return held
 
+    def in_flight(self) -> list[int]:
+        """Prompts whose trajectories were published and are not settled."""
+        return sorted(self._published)
+
+    def unfinished(self) -> tuple[list[int], int]:
+        """The unsettled prompts, and the index of the next one."""
+        return sorted({*self._holders, *self._published, *self._again}), self._next
+
     @property
     def outstanding(self) -> int:
         """Prompts given out, or to be given again, and not settled."""

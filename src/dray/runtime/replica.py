@@ -11,18 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dray.control import JobKeys, RedisAddress, RedisConnection, RedisUnavailableError
+from dray.control import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
 from dray.errors import ControlPlaneError
 from dray.runtime import messages
-from dray.runtime.contract import ReplicaContext
-from dray.runtime.controller_client import ControllerClient, ControllerLostError
+from dray.runtime.contract import PolicyGroup, ReplicaContext
+from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.group_channel import GroupLostError
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
 from dray.runtime.process import StopFlag, begin_process, finish_process, stop_on_signals
+from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 
 _LOG = logging.getLogger("dray.runtime.replica")
+UNREGISTER_BOUND = 2.0
+_ANSWER_SHARE = 0.3
+"""Of `timeouts.shutdown`: what a command may wait for a Redis that is stopped."""
 
 
 class UserCodeError(Exception):
@@ -31,10 +36,12 @@ class UserCodeError(Exception):
 
 @contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """Tell exceptions of the user's class from dray's own."""
+    """Tell exceptions of the user's class from dray's own; leaving the interpreter is one of them."""
     try:
         yield
-    except Exception as error:
+    except GroupLostError:
+        raise
+    except (Exception, SystemExit) as error:
         raise UserCodeError(what) from error
 
 
@@ -44,6 +51,7 @@ class Replica:
     Attributes:
         stop: set when the replica must end; every wait looks at it.
         activity: what the replica does, for the status page.
+        published: prompts whose trajectories were handed on and that the controller was not told of yet.
     """
 
     def __init__(self, spec: JobSpec, role: Role, index: int, stop: StopFlag) -> None:
@@ -54,7 +62,8 @@ class Replica:
         self.incarnation = secrets.token_hex(8)
         self.stop = stop
         self.activity = Activity()
-        self.leaving_reason = "done"
+        self.leaving_reason = ""
+        self.published: list[int] = []
         self._resources = ExitStack()
 
     def __enter__(self) -> Replica:
@@ -67,24 +76,26 @@ class Replica:
             )
             self.stop.on_set(self.client.hurry)
             body = messages.Register(name=self.name, incarnation=self.incarnation, role=self.role, pid=os.getpid())
-            self.client.post("/register", body, messages.Directive)
+            # The controller itself may be starting: it has the same time for that as everybody.
+            self.client.post("/register", body, messages.Directive, config.timeouts.start)
             starting.callback(self._unregister)
-            self.heartbeat = starting.enter_context(
-                Heartbeat(
-                    self.client,
-                    self.name,
-                    self.incarnation,
-                    self.activity,
-                    self.stop,
-                    interval=config.controller.heartbeat_interval,
-                    lost_after=config.timeouts.controller_lost,
-                    grace=config.timeouts.shutdown,
-                )
+            heartbeat = Heartbeat(
+                self.client,
+                self.name,
+                self.incarnation,
+                self.activity,
+                self.stop,
+                interval=config.controller.heartbeat_interval,
+                lost_after=config.timeouts.controller_lost,
+                grace=config.timeouts.shutdown,
             )
+            last_beat = ShutdownStep("send the last heartbeat", "the controller", HURRIED)
+            self.heartbeat = closed_by_step(starting, heartbeat, last_beat)
             self.redis = starting.enter_context(
                 RedisConnection(
                     RedisAddress(self.spec.redis_url),
                     shutdown=self.stop.event,
+                    answer_timeout=min(3.0, config.timeouts.shutdown * _ANSWER_SHARE),
                     patience=config.timeouts.redis,
                 )
             )
@@ -95,8 +106,8 @@ class Replica:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    def context(self, args: dict[str, object]) -> ReplicaContext:
-        """What the user's class is given at `setup`; every replica has another seed."""
+    def context(self, args: dict[str, object], group: PolicyGroup | None = None) -> ReplicaContext:
+        """What the user's class is given at `setup`; every rollout replica has another seed."""
         offset = 0 if self.role is Role.POLICY else 1 + self.index
         return ReplicaContext(
             args=args,
@@ -104,20 +115,27 @@ class Replica:
             index=self.index,
             name=self.name,
             output=self.spec.folder.root,
+            group=group or PolicyGroup(),
         )
 
     def _unregister(self) -> None:
         if self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
             return
-        body = messages.Unregister(name=self.name, incarnation=self.incarnation, reason=self.leaving_reason[:2000])
+        body = messages.Unregister(
+            name=self.name,
+            incarnation=self.incarnation,
+            reason=(self.leaving_reason or self.stop.reason or "done")[:2000],
+            published=self.published,
+        )
         try:
-            self.client.post("/unregister", body, messages.Directive, timeout=2.0)
+            with shutdown_step("unregister", "the controller", UNREGISTER_BOUND):
+                self.client.post("/unregister", body, messages.Directive, timeout=UNREGISTER_BOUND)
         except ControlPlaneError as error:
             _LOG.warning("could not unregister: %s", error)
 
 
 def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
-    """The main function of a replica's process: ``SPEC INDEX`` on the command line, `work` in between."""
+    """The main function of a replica's process: ``SPEC INDEX …`` on the command line, `work` in between."""
     index = int(sys.argv[2])
     begin_process(f"{role.value}-{index}")
     spec = JobSpec.read(Path(sys.argv[1]))
@@ -151,6 +169,12 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     except RedisUnavailableError as error:
         _LOG.error("%s", error)
         return stop_code(stop, ExitCode.REDIS_LOST)
+    except OldEpochError as error:
+        _LOG.error("%s", error)
+        return ExitCode.OLD_EPOCH
+    except GroupLostError as error:
+        _LOG.error("%s", error)
+        return stop_code(stop, ExitCode.GROUP_LOST)
     finally:
         finish_process()
     _LOG.info("ends with exit code %d (%s)", code, code.name)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from dray.config import JobConfig
 from dray.runtime.job import JobFolder, write_json
-from dray.runtime.membership import FINISHED_OUTCOMES, Role
+from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
 from dray.runtime.messages import Status
 
 _LOG = logging.getLogger("dray.runtime.report")
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
+_DELIVERY = ("published", "trained", "rolled_back", "discarded", "too_old", "repeated", "dead_letters")
 _EVALUATION = "#c8553d"
 
 
@@ -85,7 +87,7 @@ def _solved(config: JobConfig, status: Status | None) -> bool:
 
 def _counters(status: Status | None) -> dict[str, Any]:
     members = status.members if status is not None else []
-    policy = next((member.progress for member in members if member.role is Role.POLICY), None)
+    policy = next((member.progress for member in members if member.name == FIRST_POLICY), None)
     counters = policy.counters if policy is not None else {}
     rollouts = {member.name: member for member in members if member.role is Role.ROLLOUT}
     return {
@@ -98,11 +100,20 @@ def _counters(status: Status | None) -> dict[str, Any]:
         "policy_waited_seconds": round(counters.get("waited_seconds", 0.0), 3),
         "read_seconds": round(counters.get("read_seconds", 0.0), 3),
         "train_seconds": round(counters.get("train_seconds", 0.0), 3),
+        "staleness_max": int(counters.get("staleness_max", 0)),
+        "delivery": {
+            **{name: int(counters.get(f"stream_{name}", 0)) for name in _DELIVERY},
+            "backlog": int(counters.get("stream_backlog", 0)),
+            "unfreed": int(counters.get("unfreed", 0)),
+            "reclaimed": int(sum(each.progress.counters.get("reclaimed", 0) for each in rollouts.values())),
+            "abandoned": int(sum(each.progress.counters.get("abandoned", 0) for each in rollouts.values())),
+        },
         "weight_payloads_fetched": {
             name: int(member.progress.counters.get("weight_payloads", 0))
             for name, member in sorted(rollouts.items())
         },
         "replicas": {member.name: f"{member.state.value}: {member.reason}" for member in members},
+        "counters": {member.name: _finite(member.progress.counters) for member in members},
     }
 
 
@@ -111,7 +122,11 @@ def _last_metrics(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     last: dict[str, float] = {}
     for line in steps:
         last |= line["metrics"]
-    return {name: value if math.isfinite(value) else None for name, value in sorted(last.items())}
+    return _finite(last)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in sorted(values.items())}
 
 
 def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:

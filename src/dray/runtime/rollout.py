@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 from dray.clock import MONOTONIC
 from dray.runtime import messages
@@ -12,11 +13,14 @@ from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import Role
 from dray.runtime.process import leave
 from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 from dray.runtime.transfer import Outlet, WeightsInlet
 from dray.runtime.transfer_choice import open_outlet
 
 _LOG = logging.getLogger("dray.runtime.rollout")
 _SLICE = 0.5
+SERVER_CLOSE_BOUND = 7.0
+"""Seconds that closing a `PayloadServer` takes at most, by its defaults."""
 
 
 def work(replica: Replica) -> ExitCode:
@@ -27,7 +31,9 @@ def work(replica: Replica) -> ExitCode:
     with user_code("setup"):
         worker: RolloutWorker = worker_class()
         worker.setup(replica.context(dict(config.args)))
-    with open_outlet(replica) as (outlet, weights):
+    with ExitStack() as opened:
+        closing = ShutdownStep("stop serving payloads", "transfers in flight", SERVER_CLOSE_BOUND)
+        outlet, weights = closed_by_step(opened, open_outlet(replica), closing)
         replica.stop.disposable = False
         try:
             _generate(replica, worker, outlet, weights)
@@ -42,9 +48,8 @@ def work(replica: Replica) -> ExitCode:
 def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: WeightsInlet) -> None:
     activity, stop = replica.activity, replica.stop
     version = _load_weights(replica, worker, weights, None)
-    published: list[int] = []
     while not stop.is_set:
-        activity.doing("waiting for prompts")
+        activity.waits("prompts", "the policy")
         answer = replica.client.post(
             "/prompts",
             messages.TakePrompts(
@@ -52,11 +57,11 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
                 incarnation=replica.incarnation,
                 want=replica.spec.config.rollout.prompt_batch,
                 wait=_SLICE,
-                published=published,
+                published=replica.published,
             ),
             messages.PromptList,
         )
-        published = []
+        replica.published = []
         if answer.stop:
             replica.heartbeat.job_over.set()
             stop.set(f"the job is {answer.phase.value}")
@@ -71,16 +76,16 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
             with user_code("rollout"):
                 arrays = worker.rollout(Prompt(index, seed))
             activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
-            activity.doing("waiting for room to hand on a trajectory")
+            activity.waits("room to hand on a trajectory", "the policy")
             if outlet.put(arrays, prompt=index, weight_version=version):
-                published.append(index)
+                replica.published.append(index)
 
 
 def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet, version: int | None) -> int:
     """Take over newer weights; the first ones (`version` ``None``) are waited for. Returns the acting version."""
     newest = None
     if version is None:
-        replica.activity.doing("waiting for the first weights")
+        replica.activity.waits("the first weights", "the policy")
         while newest is None and not replica.stop.is_set:
             newest = weights.newer(_SLICE)
     else:
@@ -95,9 +100,12 @@ def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet
 
 def _drain(replica: Replica, outlet: Outlet) -> None:
     """While the job goes on, its policy still reads what this replica has published."""
-    replica.activity.doing("waiting until its payloads are consumed")
-    replica.heartbeat.beat_now()
-    left = outlet.drain(replica.spec.config.timeouts.shutdown / 2)
+    stop, bound = replica.stop, replica.spec.config.timeouts.shutdown / 2
+    _LOG.info("shutdown: took no more prompts and finished the rollout at hand, which took %.2f s", stop.since)
+    replica.activity.waits("the end of its payloads", "the policy")
+    replica.heartbeat.watch_readers()
+    with shutdown_step("serve payloads until they are consumed or nobody is left", "the policy", bound):
+        left = outlet.drain(bound)
     if left:
         # When the job is over nobody wants them; before that, they are lost to it.
         level = logging.INFO if replica.heartbeat.job_over.is_set() else logging.WARNING

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dray.control import Delivery
+from dray.control import Delivery, RolloutEntry
 from dray.errors import DrayError
 
 Arrays = Mapping[str, np.ndarray]
@@ -40,12 +40,17 @@ class Inlet(Protocol):
         """The arrays of each delivery, or why they cannot be had; nothing is consumed yet."""
         ...
 
-    def consume(self, deliveries: Sequence[Delivery]) -> None:
-        """Free the payloads at their producers, as far as those still live."""
+    def consume(self, entries: Sequence[RolloutEntry]) -> None:
+        """Have payloads freed at their producers, for all their readers; does not wait for it."""
+        ...
+
+    def unfreed(self) -> list[str]:
+        """``producer:sequence`` of what `consume` was told and no producer has confirmed."""
         ...
 
     def statistics(self) -> Mapping[str, float]:
-        """``bytes`` and ``retries`` so far."""
+        """``bytes`` and ``retries`` so far, and ``unfreed``: payloads that are done with and whose producers have
+        not answered yet."""
         ...
 
     @property
@@ -57,12 +62,16 @@ class Inlet(Protocol):
 class WeightsOutlet(Protocol):
     """The policy replica's end of the way of weights."""
 
-    def publish(self, weights: Arrays, version: int) -> None:
-        """Make `weights` the newest."""
+    def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
+        """Make `weights`, of a policy group in its `epoch`, the newest."""
         ...
 
     def restore(self) -> None:
         """Publish again what Redis has lost, if it was restarted empty."""
+        ...
+
+    def newest_version(self) -> int | None:
+        """The version that was published last, by whichever life of the policy; None if there is none."""
         ...
 
 

@@ -26,3 +26,16 @@ def test_unreadable_job_file_is_one_line(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: job file = ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_error_of_our_own_is_not_taken_for_a_job_that_failed() -> None:
+    program = (
+        "import sys, dray.cli.app as app\n"
+        "def load_job(*_): raise RuntimeError('impossible')\n"
+        "app.load_job = load_job\n"
+        "sys.argv = ['dray', 'run', 'job.toml']\n"
+        "app.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 14
+    assert "RuntimeError: impossible" in ended.stderr

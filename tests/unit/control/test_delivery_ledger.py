@@ -36,3 +36,15 @@ def test_what_another_consumer_took_may_come_back() -> None:
     ledger.drop([delivery(0)])
     assert ledger.split_ended([delivery(0)]) == ([delivery(0)], [])
     assert ledger.hold([delivery(0)]) == [delivery(0)]
+
+
+def test_age_of_what_is_held_longest_is_known() -> None:
+    ledger = DeliveryLedger(10)
+    assert ledger.oldest_since is None
+    ledger.hold([delivery(0)], 5.0)
+    ledger.hold([delivery(1), delivery(0)], 6.0)
+    assert ledger.oldest_since == 5.0
+    ledger.end([delivery(0)])
+    assert ledger.oldest_since == 6.0
+    ledger.drop([delivery(1)])
+    assert ledger.oldest_since is None

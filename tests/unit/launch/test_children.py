@@ -3,7 +3,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from dray.launch.children import Child, child_pids
+from dray.launch.children import Child
+from dray.runtime.descendants import child_pids
 
 
 def child(tmp_path: Path, program: str) -> Child:

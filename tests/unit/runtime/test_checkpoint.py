@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import ConfigError
-from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint
+from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint, trainer_folder
 
 
 def save(folder: Path, step: int) -> None:
@@ -22,6 +22,24 @@ def test_newest_checkpoint_is_found_with_its_trainer(tmp_path: Path) -> None:
         assert found[1] == CheckpointState(step, step, 8 * step)
         assert (found[0] / "trainer" / "weights").read_text() == str(step)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = CheckpointState(
+        3, 4, 24, contributed=24, committed=32, unconfirmed=("ab:1", "ab:2"), unfreed=("cd:7",), ranks=2
+    )
+
+    def save_both(trainer: Path) -> None:
+        for rank in range(2):
+            folder = trainer_folder(trainer.parent, rank)
+            folder.mkdir(exist_ok=True)
+            (folder / "rank").write_text(str(rank))
+
+    save_checkpoint(tmp_path / "checkpoint", state, save_both)
+    found = find_checkpoint(tmp_path / "checkpoint")
+    assert found is not None
+    assert found[1] == state
+    assert [(trainer_folder(found[0], rank) / "rank").read_text() for rank in range(2)] == ["0", "1"]
 
 
 def test_failed_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:

@@ -12,11 +12,19 @@ from dray.runtime import messages
 from dray.runtime.controller import LARGEST_BODY, Controller
 from dray.runtime.heartbeat import Activity
 from dray.runtime.job import JobFolder, JobSpec
+from dray.runtime.membership import Outcome, Role
 
 Call = Callable[..., Awaitable[httpx.Response]]
 ROLLOUT = {"name": "rollout-0", "incarnation": "a"}
 POLICY = {"name": "policy-0", "incarnation": "b"}
-PROGRESS = {"doing": "generating", "seconds": 0.5, "counters": {"payloads": 3}, "labels": {"lane": "shm"}}
+PROGRESS = {
+    "doing": "generating",
+    "seconds": 0.5,
+    "counters": {"payloads": 3},
+    "labels": {"lane": "shm"},
+    "waits_for": "",
+    "ages": {"payload": 1.5},
+}
 
 
 @pytest.fixture
@@ -65,12 +73,35 @@ def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
         answer = (await call("/prompts", {**ROLLOUT, "want": 3, "published": [3]})).json()
         assert [index for index, _ in answer["prompts"]] == [4, 5]
         answer = (await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})).json()
-        assert answer == {"phase": "draining", "stop": True}
+        assert answer == {"phase": "draining", "stop": True, "readers": 1}
         assert (await call("/prompts", {**ROLLOUT, "want": 3})).json()["stop"]
         await call("/unregister", {**ROLLOUT, "reason": "done"})
         assert not controller.final.is_set()
         assert (await call("/unregister", {**POLICY, "reason": "done"})).json()["phase"] == "done"
         assert controller.final.is_set()
+
+    ask(spec, story)
+
+
+def test_policy_that_begins_learns_which_prompts_are_under_way(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        await start(call)
+        await call("/prompts", {**ROLLOUT, "want": 3})
+        await call("/prompts", {**ROLLOUT, "want": 1, "published": [0, 2]})
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
+        answer = (await call("/under-way", POLICY)).json()
+        assert answer == {"unsettled": [0, 1], "published": [0], "next": 3}
+        assert (await call("/under-way", {**POLICY, "incarnation": "z"})).status_code == 409
+
+    ask(spec, story)
+
+
+def test_job_waits_for_a_policy_that_is_started_again_and_no_longer(spec: JobSpec) -> None:
+    async def story(_: Controller, call: Call) -> None:
+        await start(call)
+        died = {"name": "policy-0", "role": "policy", "reason": "killed by signal 9"}
+        assert (await call("/died", {**died, "final": False})).json()["phase"] == "running"
+        assert (await call("/died", died)).json() == {"phase": "draining", "stop": True, "readers": 0}
 
     ask(spec, story)
 
@@ -99,7 +130,7 @@ def test_request_for_prompts_is_answered_at_once_when_the_job_stops(spec: JobSpe
         )
         await asyncio.sleep(0)
         await call("/stop", {"reason": "interrupted by SIGINT"})
-        assert (await waiting).json() == {"phase": "draining", "stop": True, "prompts": []}
+        assert (await waiting).json() == {"phase": "draining", "stop": True, "readers": 1, "prompts": []}
 
     ask(spec, story)
 
@@ -185,5 +216,70 @@ def test_malformed_body_is_refused_and_changes_nothing(spec: JobSpec, body: Any)
 def test_body_that_is_too_large_is_refused(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
         assert (await call("/register", {"name": "x" * LARGEST_BODY})).status_code == 413
+
+    ask(spec, story)
+
+
+def test_draining_replica_hears_at_once_that_nobody_is_left_to_read(spec: JobSpec) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        draining = {**ROLLOUT, "progress": PROGRESS, "until_unread": 2.0}
+        asked = asyncio.create_task(call("/heartbeat", draining))
+        await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})
+        assert not (await asyncio.wait({asked}, timeout=0.05))[0]
+        await call("/unregister", {**POLICY, "reason": "done"})
+        assert (await asyncio.wait_for(asked, 1.0)).json() == {"phase": "draining", "stop": True, "readers": 0}
+        # And when a policy replica stays, the wait has its bound.
+        answer = await call("/heartbeat", {**draining, "until_unread": 0.05})
+        assert answer.json()["readers"] == 0
+
+    ask(spec, story)
+
+
+def test_prompts_that_a_replica_has_published_are_not_given_again_when_it_leaves(spec: JobSpec) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        assert len((await call("/prompts", {**ROLLOUT, "want": 3})).json()["prompts"]) == 3
+        await call("/register", {"name": "rollout-1", "incarnation": "c", "role": "rollout", "pid": 3})
+        await call("/unregister", {**ROLLOUT, "reason": "done", "published": [0, 1]})
+        answer = (await call("/prompts", {"name": "rollout-1", "incarnation": "c", "want": 2})).json()
+        assert [index for index, _ in answer["prompts"]] == [2, 3]
+
+    ask(spec, story)
+
+
+def test_outcome_is_recorded_once_when_it_is_decided(spec: JobSpec) -> None:
+    recorded: list[messages.Status] = []
+    controller = Controller(spec, recorded.append)
+
+    async def story() -> None:
+        controller.membership.register("policy-0", Role.POLICY, "b", 2)
+        await controller.reap_once()
+        assert recorded == []
+        controller.membership.stop(Outcome("solved", "score 5"))
+        await controller.reap_once()
+        await controller.interrupt("SIGTERM")
+
+    asyncio.run(story())
+    (status,) = recorded
+    assert status.outcome is not None
+    assert (status.outcome.kind, status.phase) == ("solved", "draining")
+
+
+def test_stall_is_on_the_status_page_and_in_the_log(spec: JobSpec, caplog: pytest.LogCaptureFixture) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        waiting = {**PROGRESS, "doing": "waiting for 2 of 2 payloads", "seconds": 31.0}
+        await call("/heartbeat", {**POLICY, "progress": {**waiting, "waits_for": "the rollout replicas"}})
+        await controller.reap_once()
+        stall = (await call("/status")).json()["stall"]
+        words = "policy-0 waits for the rollout replicas, for 2 of 2 payloads, since 31.0 s;"
+        assert stall["line"].startswith(words)
+        assert f"stall: {stall['line']}" in caplog.text
+        assert "dray_stalled_seconds 31." in (await call("/metrics")).text
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS})
+        await controller.reap_once()
+        assert (await call("/status")).json()["stall"] is None
+        assert "dray_stalled_seconds 0.0" in (await call("/metrics")).text
 
     ask(spec, story)

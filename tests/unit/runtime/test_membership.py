@@ -162,3 +162,42 @@ def test_notices_tell_every_change(job: Membership) -> None:
     start(job)
     assert job.notices[0] == "rollout-0 registered (pid 1)"
     assert "phase starting -> running (quorum)" in job.notices
+
+
+def restartable(clock: ManualClock, ranks: int = 1) -> Membership:
+    expected = {Role.ROLLOUT: 2, Role.POLICY: ranks}
+    job = Membership(expected, PromptLedger(8), dead_after=10, start_timeout=60, restartable=True, clock=clock)
+    start(job)
+    return job
+
+
+def test_job_goes_on_while_its_policy_is_started_again(clock: ManualClock) -> None:
+    job = restartable(clock)
+    job.died("policy-0", Role.POLICY, "killed by signal 9", final=False)
+    assert job.phase is Phase.RUNNING
+    job.register("policy-0", Role.POLICY, "d", 9)
+    clock.time += 9
+    job.heard("policy-0", "d")
+    job.left("policy-0", "d", "train_step raised ValueError")
+    assert job.phase is Phase.RUNNING
+    job.died("policy-0", Role.POLICY, "the user's class raised")
+    assert job.phase is Phase.DRAINING
+    assert job.outcome == Outcome("failed", "no policy replica is left")
+
+
+def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> None:
+    job = restartable(clock)
+    job.died("policy-0", Role.POLICY, "killed by signal 9", final=False)
+    for _ in range(12):
+        clock.time += 5
+        for name, incarnation in (("rollout-0", "a"), ("rollout-1", "b")):
+            job.heard(name, incarnation)
+        job.reap()
+    assert job.outcome == Outcome("failed", "no policy replica is left")
+
+
+def test_group_that_has_lost_one_and_is_not_started_again_fails_the_job(clock: ManualClock) -> None:
+    job = restartable(clock, ranks=2)
+    job.register("policy-1", Role.POLICY, "e", 5)
+    job.died("policy-1", Role.POLICY, "killed by signal 9")
+    assert job.outcome == Outcome("failed", "the policy group has lost 1 of its 2")

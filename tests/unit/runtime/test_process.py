@@ -72,3 +72,13 @@ def test_stacks_are_written_when_asked_for() -> None:
         child.send_signal(signal.SIGUSR1)
         assert any("in stuck" in child.stderr.readline() for _ in range(40))
         child.kill()
+
+
+def test_error_of_our_own_has_an_exit_code_of_its_own() -> None:
+    program = (
+        "from dray.runtime.process import begin_process\nbegin_process('x')\nraise RuntimeError('impossible')"
+    )
+    with run_child(program, DRAY_SUPERVISOR_PID=str(os.getpid())) as child:
+        text, errors = child.communicate(timeout=20)
+    assert (child.returncode, text) == (14, "")
+    assert "RuntimeError: impossible" in errors

@@ -1,0 +1,86 @@
+"""How a job has ended: put together from what its processes left behind, whichever of them were killed.
+
+Once one of these says that the work is finished, it stands, whatever signal ended anybody afterwards: the status
+that the controller wrote, and the checkpoint, which the policy writes before it tells the controller.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from dray.errors import ConfigError
+from dray.runtime.checkpoint import CheckpointState, find_checkpoint
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.job import JobFolder
+from dray.runtime.lifecycle import Phase
+from dray.runtime.membership import FINISHED_OUTCOMES
+from dray.runtime.messages import OutcomeReport, Status
+
+_LOG = logging.getLogger("dray.launch.ending")
+_FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The job's last status with its outcome, as far as they are known, and what `dray run` says about it."""
+
+    status: Status | None
+    exit_code: int
+    reason: str
+
+
+def recorded_status(folder: JobFolder) -> Status | None:
+    """What the controller wrote when the outcome was decided, and again when the phase was final."""
+    try:
+        return Status.model_validate_json(folder.outcome.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        _LOG.error("the controller's last status is damaged: %s", error)
+        return None
+
+
+def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
+    """The state of the job's checkpoint if that says that the work is finished."""
+    try:
+        found = find_checkpoint(folder.checkpoint)
+    except ConfigError as error:
+        _LOG.error("%s", error)
+        return None
+    return found[1] if found is not None and found[1].outcome in _FINISHED_CHECKPOINTS else None
+
+
+def ending(
+    job: str,
+    status: Status | None,
+    checkpoint: CheckpointState | None,
+    signals: Sequence[signal.Signals],
+    failure: str,
+) -> Ending:
+    """How the job ended.
+
+    Args:
+        status: the newest there is.
+        checkpoint: of a finished job, if there is one.
+        signals: that the supervisor was sent.
+        failure: what it saw go wrong.
+    """
+    outcome = None if status is None else status.outcome
+    if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
+        kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
+        reason = f"{kind} at step {checkpoint.step}, says the checkpoint"
+        outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
+        known = status or Status(job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], prompts={})
+        status = known.model_copy(update={"outcome": outcome})
+    if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
+        code = ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
+        return Ending(status, code, outcome.reason)
+    if signals:
+        return Ending(status, 128 + signals[0], f"interrupted by {signals[0].name}")
+    reason = outcome.reason if outcome is not None else failure or "the job ended without an outcome"
+    return Ending(status, ExitCode.FAILED, reason)

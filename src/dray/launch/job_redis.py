@@ -1,0 +1,80 @@
+"""The Redis server of a job on this machine, from its start to the end of the job's keys in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dray.clock import Deadline
+from dray.config import JobConfig
+from dray.control import (
+    JobKeys,
+    RedisAddress,
+    RedisConnection,
+    RedisServer,
+    RedisUnavailableError,
+    delete_job,
+    start_redis,
+)
+from dray.errors import ConfigError, ControlPlaneError
+
+_SOON = 1.0
+"""Seconds within which a configured server answers without a word about it."""
+
+
+@contextmanager
+def job_redis(
+    config: JobConfig, job_id: str, place: Path, say: Callable[[str], None], complain: Callable[[str], None]
+) -> Iterator[RedisServer]:
+    """The configured server, waited for with a bound, or one that is started. The job's keys go with it.
+
+    Args:
+        place: folder for the log of a server that is started.
+        say: shows a line.
+        complain: notes a line for the end of the run.
+
+    Raises:
+        ConfigError: the configured server does not answer within `timeouts.redis`, or refuses.
+        ControlPlaneError: none can be started.
+    """
+    with _start(config, place, say) as server:
+        try:
+            yield server
+        finally:
+            if server.source == "configured":
+                _forget_keys(server.address, job_id, complain)
+
+
+def _start(config: JobConfig, place: Path, say: Callable[[str], None]) -> RedisServer:
+    url, timeout = config.redis.url, config.timeouts.redis
+    deadline = Deadline.after(timeout)
+    with _quiet("dray.control"):  # that it does not answer is said once
+        try:
+            return start_redis(url, place, timeout=timeout if url is None else min(_SOON, timeout))
+        except ConfigError as error:
+            if not isinstance(error.__cause__, RedisUnavailableError) or deadline.remaining < _SOON:
+                raise
+            say(f"{error.value} does not answer; waiting for it, at most {timeout:g} s")
+        return start_redis(url, place, timeout=deadline.remaining)
+
+
+def _forget_keys(address: RedisAddress, job_id: str, complain: Callable[[str], None]) -> None:
+    """A server that outlives the job keeps nothing of it."""
+    with RedisConnection(address, answer_timeout=1.0) as connection:
+        try:
+            delete_job(connection, JobKeys(job_id), timeout=2.0)
+        except ControlPlaneError as error:
+            complain(f"the job's keys stay in Redis: {error}")
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,88 @@
+"""The policy replicas' processes: started together, and all of them again when one is lost.
+
+A step of the group is void when one of its ranks has died, and what the others hold of it with it: so none of them
+goes on. The next life begins an epoch of its own, goes on from the last checkpoint, and is given what the one
+before had not committed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from dray.launch.children import Child
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.job import JobFolder
+from dray.runtime.membership import Role
+
+_NEVER_AGAIN = frozenset((ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST))
+_AGAIN = frozenset((ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
+
+
+class PolicyGroup:
+    """See the module. To be used in the main thread.
+
+    Args:
+        replicas: how many ranks there are.
+        restarts: how often the group may be started again.
+
+    Attributes:
+        children: the processes of this life.
+        life: how many lives there were before.
+    """
+
+    def __init__(self, folder: JobFolder, replicas: int, restarts: int) -> None:
+        self._folder = folder
+        self._replicas = replicas
+        self.restarts = restarts
+        self.children: list[Child] = []
+        self.life = -1
+
+    def start(self) -> list[Child]:
+        """Start all ranks, each connected with the first one."""
+        self.life += 1
+        with ExitStack() as ends:
+            pairs = [socket.socketpair() for _ in range(1, self._replicas)]
+            for end in (end for pair in pairs for end in pair):
+                ends.enter_context(end)
+            first, *others = ([pair[0] for pair in pairs], *([pair[1]] for pair in pairs))
+            self.children = [self._child(rank, sockets) for rank, sockets in enumerate([first, *others])]
+        return self.children
+
+    def may_start_again(self) -> bool:
+        """Whether the group goes on in another life, now that one of it has ended."""
+        codes = [child.exit_code for child in self.children if child.exit_code is not None]
+        return self.life < self.restarts and is_worth_another_life(codes, self._replicas)
+
+    def end(self) -> list[Child]:
+        """Kill the ranks that are still there; returns them."""
+        left = [child for child in self.children if child.running]
+        for child in left:
+            child.kill_group()
+        for child in left:
+            child.collect(5.0)
+        return left
+
+    def _child(self, rank: int, sockets: list[socket.socket]) -> Child:
+        name = f"{Role.POLICY.value}-{rank}"
+        descriptors = [each.fileno() for each in sockets]
+        return Child(
+            name,
+            f"dray.runtime.{Role.POLICY.value}",
+            [str(self._folder.spec), str(rank), str(self.life), *map(str, descriptors)],
+            self._folder.logs / f"{name}.log",
+            role=Role.POLICY,
+            pass_fds=descriptors,
+        )
+
+
+def is_worth_another_life(codes: Iterable[int], replicas: int) -> bool:
+    """Whether another life may do better than one whose ranks ended with `codes`: one that was killed or lost the
+    others may. An error of the user's class, in a group of one, comes again; in a larger one it may only say that
+    another rank was gone."""
+    ended = set(codes)
+    if ended & _NEVER_AGAIN:
+        return False
+    again = _AGAIN if replicas == 1 else _AGAIN | {ExitCode.USER_CODE}
+    return any(code < 0 or code in again for code in ended)

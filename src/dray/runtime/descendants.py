@@ -1,0 +1,101 @@
+"""The processes below this one, found in ``/proc`` and killed through pidfds."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from dray.clock import Deadline
+
+
+def child_pids() -> set[int]:
+    """The pids of this process's children, ended ones included."""
+    own = os.getpid()
+    return {pid for pid, parent, _ in _processes() if parent == own}
+
+
+def descendant_pids() -> set[int]:
+    """The pids of this process's children, of theirs and so on, without those that have ended."""
+    children: dict[int, list[int]] = {}
+    ended = set()
+    for pid, parent, state in _processes():
+        children.setdefault(parent, []).append(pid)
+        if state in "ZX":
+            ended.add(pid)
+    found: set[int] = set()
+    open_ends = [os.getpid()]
+    while open_ends:
+        for pid in children.get(open_ends.pop(), ()):
+            if pid not in found:
+                found.add(pid)
+                open_ends.append(pid)
+    return found - ended
+
+
+def kill_descendants(timeout: float) -> None:
+    """Kill every process below this one, and what they start meanwhile, within `timeout` seconds.
+
+    Complete if this process adopts orphans: a process whose parent is killed first stays below this one.
+    """
+    deadline = Deadline.after(timeout)
+    while (pids := descendant_pids()) and not deadline.expired:
+        _kill_and_wait(pids, deadline)
+
+
+def kill_orphans(known: Collection[int], timeout: float) -> int:
+    """Kill and collect children that this process did not start but was given when their parents ended.
+
+    Args:
+        known: children that are not meant.
+        timeout: seconds to wait for each round; killing one may orphan others.
+
+    Returns:
+        How many there were.
+    """
+    killed = 0
+    while orphans := child_pids() - set(known):
+        if not _kill_and_wait(orphans, Deadline.after(timeout)):
+            return killed
+        for pid in orphans:
+            os.waitpid(pid, 0)
+        killed += len(orphans)
+    return killed
+
+
+def ends_within(pidfd: int, timeout: float) -> bool:
+    """Whether the process of `pidfd` has ended or does so within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def _kill_and_wait(pids: Collection[int], deadline: Deadline) -> bool:
+    """Kill all of them first, so that none has the time to start another, then wait; True if all have ended."""
+    descriptors = []
+    try:
+        for pid in pids:
+            try:
+                descriptors.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(descriptors[-1], signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return all(ends_within(descriptor, deadline.remaining) for descriptor in descriptors)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Pid, parent and state of every process."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                stat = Path(entry.path, "stat").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            # The command, in parentheses, may hold anything; state and parent are the first fields after it.
+            state, parent = stat.rpartition(b")")[2].split()[:2]
+            yield int(entry.name), int(parent), state.decode()

@@ -1,0 +1,95 @@
+"""A policy replica that is not the first of its group: it reads, trains and saves when the first rank says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dray.errors import DrayError, StaleSlotError
+from dray.runtime.contract import PolicyTrainer, Trajectory
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.group_channel import Answer, Channel, GroupLostError, Order
+from dray.runtime.ranks import Failure
+from dray.runtime.replica import Replica, UserCodeError, user_code
+from dray.transport import PayloadClient
+from dray.wire import PayloadRef
+
+
+class Following:
+    """Carries out the orders of the first rank until it says that the job is over.
+
+    It does not end by itself when the job does: it would be missing in the first rank's last step.
+    """
+
+    def __init__(self, replica: Replica, trainer: PolicyTrainer, channel: Channel, client: PayloadClient) -> None:
+        self._replica = replica
+        self._trainer = trainer
+        self._channel = channel
+        self._client = client
+        self._read_so_far: dict[str, Trajectory] = {}
+
+    def run(self) -> ExitCode:
+        """The exit code with which the replica ends.
+
+        Raises:
+            GroupLostError: the first rank is gone.
+        """
+        activity = self._replica.activity
+        while True:
+            activity.waits("its orders", self._channel.peer)
+            order = self._channel.receive(Order)
+            if order.what == "end":
+                return ExitCode.OK
+            activity.doing(f"{order.what}, as told by {self._channel.peer}")
+            try:
+                answer = self._carry_out(order)
+            except UserCodeError as error:
+                if self._channel.lost:
+                    raise GroupLostError(f"{self._channel.peer} is gone") from error
+                raise
+            if answer is not None:
+                self._channel.send(answer)
+
+    def _carry_out(self, order: Order) -> Answer | None:
+        if order.what == "begin":
+            if order.text:
+                with user_code("load"):
+                    self._trainer.load(Path(order.text))
+            return None
+        if order.what == "read":
+            return self._read(order)
+        if order.what == "train":
+            return self._train(order.identities)
+        if order.what == "weights":
+            with user_code("weights"):
+                self._trainer.weights()
+            return None
+        if order.what == "save":
+            folder = Path(order.text)
+            folder.mkdir()
+            with user_code("save"):
+                self._trainer.save(folder)
+            return Answer()
+        raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")
+
+    def _read(self, order: Order) -> Answer:
+        references = [PayloadRef.from_json(text) for text in order.references]
+        versions = {each.identity: version for each, version in zip(references, order.versions, strict=True)}
+        failed: dict[str, Failure] = {}
+        results = self._client.read_many(
+            references, timeout=self._replica.spec.config.timeouts.read, consume=False, return_errors=True
+        )
+        for reference, result in results:
+            identity = f"{reference.producer.hex()}:{reference.sequence}"
+            if isinstance(result, DrayError):
+                failed[identity] = "stale" if isinstance(result, StaleSlotError) else "lost"
+            else:
+                self._read_so_far[identity] = Trajectory(result, versions[reference.identity])
+        return Answer(failed=failed)
+
+    def _train(self, identities: list[str]) -> Answer:
+        trajectories = [self._read_so_far[identity] for identity in identities]
+        self._read_so_far.clear()
+        with user_code("train_step"):
+            self._trainer.train_step(trajectories)
+        self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
+        return Answer()

@@ -1,0 +1,72 @@
+import signal
+from pathlib import Path
+
+import pytest
+
+from dray.launch.ending import ending, finished_checkpoint, recorded_status
+from dray.runtime.checkpoint import CheckpointState, save_checkpoint
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.job import JobFolder
+from dray.runtime.lifecycle import Phase
+from dray.runtime.messages import OutcomeReport, Status
+
+
+def status(kind: str | None) -> Status:
+    outcome = None if kind is None else OutcomeReport.model_validate({"kind": kind, "reason": "because"})
+    return Status(job="small", phase=Phase.DRAINING, seconds=1.0, outcome=outcome, members=[], prompts={})
+
+
+SOLVED = CheckpointState(7, 7, 70, "solved")
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "signals", "code", "reason"),
+    [
+        ("solved", None, [], 0, "because"),
+        ("finished", None, [signal.SIGTERM], 0, "because"),
+        ("max_steps", None, [signal.SIGINT], 1, "because"),
+        ("failed", None, [], 1, "because"),
+        ("interrupted", None, [], 1, "because"),
+        ("interrupted", None, [signal.SIGINT, signal.SIGTERM], 130, "interrupted by SIGINT"),
+        (None, None, [signal.SIGHUP], 129, "interrupted by SIGHUP"),
+        (None, None, [], 1, "it broke"),
+        ("failed", SOLVED, [], 0, "solved at step 7, says the checkpoint"),
+        ("interrupted", SOLVED, [signal.SIGTERM], 0, "solved at step 7, says the checkpoint"),
+        (None, SOLVED, [], 0, "solved at step 7, says the checkpoint"),
+    ],
+)
+def test_finished_work_stands_and_nothing_else_is_called_finished(
+    kind: str | None,
+    checkpoint: CheckpointState | None,
+    signals: list[signal.Signals],
+    code: int,
+    reason: str,
+) -> None:
+    found = ending("small", status(kind), checkpoint, signals, "it broke")
+    assert (found.exit_code, found.reason) == (code, reason)
+    if checkpoint is not None:
+        assert found.status is not None
+        assert found.status.outcome is not None
+        assert found.status.outcome.kind == "solved"
+
+
+def test_ending_without_any_status_is_told_from_the_checkpoint() -> None:
+    found = ending("small", None, SOLVED, [], "the controller ended early")
+    assert found.exit_code == ExitCode.OK
+    assert ending("small", None, None, [], "").reason == "the job ended without an outcome"
+
+
+def test_what_processes_left_behind_is_found(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    folder.run.mkdir()
+    assert (recorded_status(folder), finished_checkpoint(folder)) == (None, None)
+    folder.outcome.write_text("{}")
+    assert recorded_status(folder) is None
+    folder.outcome.write_text(status("solved").model_dump_json())
+    assert recorded_status(folder) == status("solved")
+    save_checkpoint(folder.checkpoint, CheckpointState(3, 3, 30), lambda _: None)
+    assert finished_checkpoint(folder) is None
+    save_checkpoint(folder.checkpoint, SOLVED, lambda _: None)
+    assert finished_checkpoint(folder) == SOLVED
+    (folder.checkpoint / "state.json").write_text("[]")
+    assert finished_checkpoint(folder) is None

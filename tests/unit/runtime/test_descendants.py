@@ -1,0 +1,42 @@
+import os
+import subprocess
+import sys
+
+from dray.runtime.descendants import child_pids, descendant_pids, kill_orphans
+
+# A child in a session of its own, which has a child that becomes an orphan at once, in another session.
+FORKING = """
+import os, sys, time
+from dray.runtime.descendants import descendant_pids, kill_descendants
+from dray.runtime.process import adopt_orphans
+
+adopt_orphans()
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            os.write(writer, b"daemon")
+            time.sleep(600)
+        os._exit(0)
+    time.sleep(600)
+print(os.read(reader, 100), len(descendant_pids()) >= 2)
+kill_descendants(5.0)
+print("left:", len(descendant_pids()), flush=True)
+"""
+
+
+def test_sessions_and_daemons_below_a_process_are_killed() -> None:
+    finished = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=30)
+    assert finished.stdout == "b'daemon' True\nleft: 0\n", finished.stderr
+
+
+def test_children_are_found_and_own_ones_are_not_orphans() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert process.pid in child_pids()
+        assert process.pid in descendant_pids()
+        assert kill_orphans(child_pids(), 1.0) == 0
+        assert os.getpid() not in descendant_pids()
+        process.communicate(b"\n", timeout=10)
+    assert process.pid not in child_pids()

@@ -1,0 +1,101 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from dray.config import parse_job
+from dray.runtime import messages
+from dray.runtime.address import bind
+from dray.runtime.controller import Controller
+from dray.runtime.controller_client import ControllerClient
+from dray.runtime.heartbeat import Activity, Heartbeat
+from dray.runtime.job import JobFolder, JobSpec
+from dray.runtime.membership import Role
+from dray.runtime.process import StopFlag
+
+INTERVAL = 0.4
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> JobSpec:
+    rollout, policy = {"worker": "a.py:A", "replicas": 1}, {"trainer": "a.py:B", "batch_size": 2}
+    config = parse_job({"job": {"name": "small", "max_steps": 3}, "rollout": rollout, "policy": policy})
+    return JobSpec(config, tmp_path / "job.toml", JobFolder(tmp_path), b"s" * 32, "unix:///x", "small-1", False, 0)
+
+
+@contextmanager
+def served(spec: JobSpec) -> Iterator[tuple[Controller, ControllerClient]]:
+    """A controller behind a real port."""
+    controller = Controller(spec)
+    server = uvicorn.Server(uvicorn.Config(controller.application, log_config=None, lifespan="off", ws="none"))
+    with bind("127.0.0.1", 0) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            with ControllerClient(url, spec.token, 5.0) as client:
+                yield controller, client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def register(client: ControllerClient, role: Role) -> dict[str, str]:
+    who = {"name": f"{role.value}-0", "incarnation": "a"}
+    client.post("/register", messages.Register(**who, role=role, pid=1), messages.Directive)
+    return who
+
+
+def test_replica_that_watches_its_readers_hears_of_the_last_one_before_the_next_beat(spec: JobSpec) -> None:
+    stop = StopFlag()
+    with served(spec) as (_, client):
+        rollout, policy = register(client, Role.ROLLOUT), register(client, Role.POLICY)
+        with Heartbeat(
+            client, **rollout, activity=Activity(), stop=stop, interval=INTERVAL, lost_after=5.0, grace=5.0
+        ) as heartbeat:
+            heartbeat.watch_readers()
+            client.post("/finish", messages.Finish(**policy, kind="solved", reason="enough"), messages.Directive)
+            assert within(5.0, heartbeat.job_over.is_set)
+            assert not heartbeat.unread.is_set()
+            client.post("/unregister", messages.Unregister(**policy, reason="done"), messages.Directive)
+            assert within(5.0, heartbeat.unread.is_set)
+    assert stop.reason == "the job is draining"
+
+
+def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec: JobSpec) -> None:
+    with served(spec) as (controller, client):
+        rollout, _ = register(client, Role.ROLLOUT), register(client, Role.POLICY)
+        beats: list[float] = []
+        heard = controller.membership.heard
+        controller.membership.heard = lambda *given: (beats.append(time.monotonic()), heard(*given))[1]  # type: ignore[method-assign]
+        with Heartbeat(
+            client, **rollout, activity=Activity(), stop=StopFlag(), interval=INTERVAL, lost_after=5.0, grace=5.0
+        ) as heartbeat:
+            heartbeat.watch_readers()
+            time.sleep(4 * INTERVAL)
+        assert 3 <= len(beats) <= 8
+
+
+def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSpec) -> None:
+    stop = StopFlag()
+    with served(spec) as (_, client):
+        rollout = register(client, Role.ROLLOUT)
+        url = client.url
+    with ControllerClient(url, spec.token, 1.0) as client:
+        with Heartbeat(
+            client, **rollout, activity=Activity(), stop=stop, interval=0.1, lost_after=0.5, grace=10.0
+        ) as heartbeat:
+            assert within(10.0, lambda: stop.is_set)
+            assert not heartbeat.job_over.is_set()
+    assert stop.exit_code == 11
