@@ -53,6 +53,18 @@ DEFECTS = (
 """,
     ),
     Defect(
+        "no sequence check in a copy",
+        TABLE,
+        """\
+            if slot.sequence != sequence or slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+                self._stale_reads += 1
+""",
+        """\
+            if slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+                self._stale_reads += 1
+""",
+    ),
+    Defect(
         "no sequence check in a consume",
         TABLE,
         """\
@@ -180,18 +192,34 @@ DEFECTS = (
         "a returned payload counts as consumed",
         SESSION,
         """\
-        if consumed:
-            self._ring.mark_consumed(lease)
-        else:
+            self._tally["acks_returned"] += 1
             self._ring.release_reading(lease)
 """,
-        "        self._ring.mark_consumed(lease)\n",
+        "            self._ring.mark_consumed(lease)\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "an inline payload that was returned counts as consumed",
+        SESSION,
+        """\
+        if flags & Flag.CONSUMED:
+            self._tally["acks_consumed"] += 1
+            consumed.append(named)
+""",
+        "        consumed.append(named)\n        if flags & Flag.CONSUMED:\n            pass\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "consumed inline payloads are not",
+        SESSION,
+        "                    self._ring.consume_many(consumed)\n",
+        "                    pass\n",
         Search.SIMULATION,
     ),
     Defect(
         "a lease in place ended by a timer",
         SERVED,
-        "        return math.inf if connection.stream.lane is Lane.SHM else self._settings.lease\n",
+        "        return self._settings.lease if connection.network else math.inf\n",
         "        return self._settings.lease\n",
         Search.SIMULATION,
     ),
@@ -275,7 +303,7 @@ DEFECTS = (
         "a copy of a slot is handed out although its lease may have ended",
         CONNECTION,
         """\
-            if held.in_place:
+            if held.from_slot:
                 self._session.forget(held.request)
                 raise
 """,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack
 
 from dray.clock import MONOTONIC
@@ -26,6 +27,8 @@ SERVER_CLOSE_BOUND = 7.0
 def work(replica: Replica) -> ExitCode:
     """Everything between registering and unregistering."""
     config = replica.spec.config.rollout
+    # Each wake-up of a server thread waits this long while the worker runs pure Python.
+    sys.setswitchinterval(config.switch_interval)
     replica.activity.doing("importing the worker")
     worker_class = load_entry_point("rollout.worker", config.worker, replica.spec.job_file.parent)
     with user_code("setup"):

@@ -22,17 +22,15 @@ from dray.errors import (
     TransportError,
 )
 from dray.payload.codec import unpack
-from dray.transport.health import OtherProducerError
+from dray.transport.handshaking import shake_hands, wait_for_message, wait_for_stream
 from dray.transport.network import Group, KernelNetwork, Network, Waiter
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from dray.transport.stream import Endpoint, Stream
 from dray.transport.ucx import UcxStream
-from dray.transport.unix import UnixStream
-from dray.transport.waiting import timed_out
 from dray.wire import PayloadRef
 from dray.wire.client_session import ClientSession, Request, refusal
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
-from dray.wire.handshake import WELCOME, ClientHandshake, Lane, ServerIdentity
+from dray.wire.handshake import Lane, ServerIdentity
 from dray.wire.session import MAX_INLINE_BYTES
 
 _UINT8 = np.dtype(np.uint8)
@@ -137,7 +135,7 @@ class Connection:
         waiter = network.waiter()
         stream = network.connect(Endpoint.parse(endpoint), deadline, group)
         try:
-            identity, descriptor = _shake(stream, endpoint, producer, secret, deadline, waiter)
+            identity, descriptor = shake_hands(stream, endpoint, producer, secret, deadline, waiter)
             try:
                 segment = Segment.attach(descriptor) if stream.lane is Lane.SHM else None
             finally:
@@ -370,10 +368,10 @@ class Connection:
         message = self._stream.receive(size)
         if message is not None:
             return message
-        return _message(self._stream, self._waiter, size, deadline, awaited, self.endpoint)
+        return wait_for_message(self._stream, self._waiter, size, deadline, awaited, self.endpoint)
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
-        _wait(self._stream, self._waiter, deadline, awaited, self.endpoint)
+        wait_for_stream(self._stream, self._waiter, deadline, awaited, self.endpoint)
 
 
 def _unpacked_ahead(root: Bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]] | None:
@@ -382,60 +380,3 @@ def _unpacked_ahead(root: Bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]] | 
         return unpack(root)
     except PayloadError:
         return None
-
-
-def _shake(
-    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline, waiter: Waiter
-) -> tuple[ServerIdentity, int]:
-    """Both sides' handshake; who the server is, and the descriptor that came with WELCOME or -1."""
-    handshake = ClientHandshake(stream.lane, producer, secret)
-    stream.send([handshake.hello()])
-    answer: bytes | None = b""
-    descriptor = -1
-    try:
-        while answer is not None:
-            while not stream.flush():
-                _wait(stream, waiter, deadline, "HELLO to be sent", endpoint)
-            if handshake.server is not None and isinstance(stream, UnixStream):
-                message, descriptor = _welcome(stream, waiter, deadline, endpoint)
-                answer = handshake.receive(message)
-                continue
-            due = _message(stream, waiter, handshake.expects, deadline, "the handshake", endpoint)
-            answer = handshake.receive(due)
-            if answer:
-                stream.send([answer])
-        found = handshake.server
-        assert found is not None
-        if found.producer != producer:
-            raise OtherProducerError(
-                f"producer {found.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
-            )
-    except BaseException:
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise
-    return found, descriptor
-
-
-def _welcome(stream: UnixStream, waiter: Waiter, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:
-    while True:
-        received = stream.receive_descriptor(WELCOME.size)
-        if received is not None:
-            return received
-        _wait(stream, waiter, deadline, "WELCOME", endpoint)
-
-
-def _message(
-    stream: Stream, waiter: Waiter, size: int, deadline: Deadline, awaited: str, endpoint: str
-) -> memoryview:
-    while (message := stream.receive(size)) is None:
-        _wait(stream, waiter, deadline, awaited, endpoint)
-    return message
-
-
-def _wait(stream: Stream, waiter: Waiter, deadline: Deadline, awaited: str, endpoint: str) -> None:
-    """Wait for the stream, no longer than the deadline and the client allow."""
-    if stream.idle():
-        waiter.wait(stream, deadline, awaited, endpoint)
-    elif deadline.expired:
-        raise timed_out(deadline, awaited, endpoint)
