@@ -83,6 +83,7 @@ class RolloutTable(Table):
     slots: int = _count(64, most=1 << 20)
     slot_bytes: int = _count(1 << 20, least=64)
     server_threads: int = _count(1, most=4)
+    inline_bytes: int = _count(4096, least=0, most=16384)
     switch_interval: float = Field(
         default=0.0001, gt=0, le=1, description="a number of seconds, above 0 and at most 1"
     )

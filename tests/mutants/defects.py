@@ -37,6 +37,7 @@ SERVED = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"
 BATCH = "prefetch/batch.py"
+HANDSHAKING = "transport/handshaking.py"
 
 DEFECTS = (
     # --- slots ----------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ DEFECTS = (
     ),
     Defect(
         "deadline per step instead of per read",
-        CONNECTION,
+        HANDSHAKING,
         """\
     if stream.idle():
         waiter.wait(stream, deadline, awaited, endpoint)
@@ -294,7 +295,7 @@ DEFECTS = (
     ),
     Defect(
         "another producer on the same address is not recognised",
-        CONNECTION,
+        HANDSHAKING,
         "        if found.producer != producer:\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,

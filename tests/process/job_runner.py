@@ -103,6 +103,7 @@ max_steps = 100000
 worker = "small.py:Worker"
 slots = 16
 slot_bytes = 4096
+inline_bytes = 0
 [policy]
 trainer = "small.py:Trainer"
 batch_size = 8

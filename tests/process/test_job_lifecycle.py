@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
-WAYS = ["redis", "auto", "shm", "tcp", "ucx"]
+WAYS = ["redis", "auto", "shm", "tcp", "ucx", "inline"]
 
 
 def way_settings(way: str) -> list[str]:
     if way == "ucx":
         pytest.importorskip("ucxx")
-    travel = "job.payload_transfer=redis" if way == "redis" else f"job.lane={way}"
+    travel = f"job.lane={way}"
+    if way == "redis":
+        travel = "job.payload_transfer=redis"
+    elif way == "inline":
+        travel = "rollout.inline_bytes=4096"
     # Nobody dies here: on a machine that gives a process its turn late, none may be taken for dead either.
     return job_settings(travel, "controller.dead_after=30", "timeouts.controller_lost=30")
 
@@ -30,7 +34,7 @@ def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None
         assert all(count > 0 for count in summary["weight_payloads_fetched"].values())
         assert len(summary["weight_payloads_fetched"]) == 2
         if way != "auto":
-            assert summary["lane"] == way
+            assert summary["lane"] == ("redis" if way == "inline" else way)
         lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 21))
         assert lines[-1]["metrics"] == {"score": 20.0, "mean_return": 8.0}

@@ -15,10 +15,10 @@ _LARGEST = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class RolloutEntry:
-    """One payload on its way to the policy: a reference to it, or its bytes.
+    """One payload on its way to the policy: a reference to it, its bytes, or both where it is small.
 
-    (producer, sequence) is its identity: published twice, it is in the stream once. For a reference they are those
-    of the `PayloadRef`; for bytes, a random id of the replica and a counter of its own.
+    (producer, sequence) is its identity: published twice, it is in the stream once. With a reference they are
+    those of the `PayloadRef`; for bytes alone, a random id of the replica and a counter of its own.
 
     Args:
         producer: 32 hexadecimal digits, in lower case.
@@ -27,10 +27,10 @@ class RolloutEntry:
         replica: name of the rollout replica.
         prompt: index of the prompt.
         reference: JSON of the `PayloadRef`.
-        payload: the packed payload itself, instead of a reference.
+        payload: the packed payload itself; with a reference, a copy that spares readers the way to the producer.
 
     Raises:
-        ConfigError: a field is out of its range, or there are not exactly one of reference and payload.
+        ConfigError: a field is out of its range, or there is neither reference nor payload.
     """
 
     producer: str
@@ -48,9 +48,8 @@ class RolloutEntry:
             value = getattr(self, name)
             if not 0 <= value <= _LARGEST:
                 raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**64 - 1")
-        if (self.reference is None) == (self.payload is None):
-            both = "neither" if self.reference is None else "both"
-            raise ConfigError("entry", both, "either a reference or a payload")
+        if self.reference is None and self.payload is None:
+            raise ConfigError("entry", "neither", "a reference, a payload, or both")
 
     @property
     def identity(self) -> str:

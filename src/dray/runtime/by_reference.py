@@ -26,7 +26,7 @@ from dray.errors import (
     StaleSlotError,
     TransportError,
 )
-from dray.payload import plan
+from dray.payload import plan, unpack
 from dray.runtime.free_payloads import PayloadFreeing
 from dray.runtime.heartbeat import AgeKind
 from dray.runtime.orphans import OrphanWatch
@@ -126,6 +126,7 @@ class ReferenceOutlet:
             replica=self._replica.name,
             prompt=prompt,
             reference=reference.to_json(),
+            payload=self._small(reference),
         )
         self._entries[reference.sequence] = entry
         if len(self._entries) > 2 * self._ring.slots:
@@ -137,6 +138,14 @@ class ReferenceOutlet:
         self._replica.activity.counters.add_all({"payloads": 1, "bytes": reference.nbytes})
         self._reclaim()
         return True
+
+    def _small(self, reference: PayloadRef) -> bytes | None:
+        """A copy of a payload that is small enough to ride in its entry."""
+        most = self._replica.spec.config.rollout.inline_bytes
+        if reference.nbytes > most:
+            return None
+        (copied,) = self._ring.copy_many([(reference.slot, reference.sequence, 0)], most)
+        return None if isinstance(copied, DrayError) else copied[0]
 
     def refresh(self) -> None:
         self._queue.restore(self._again)
@@ -203,12 +212,18 @@ class ReferenceInlet:
         self._replica = replica
         self._client = client
         self._freeing = freeing
+        self._carried = 0  # bytes that came in the entries themselves
 
     def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
         waiting: dict[tuple[bytes, int], Delivery] = {}
         references: list[PayloadRef] = []
         for delivery in deliveries:
             try:
+                if delivery.entry.payload is not None:
+                    # Memory of its own, because trainers may write to what they are given.
+                    yield delivery, unpack(bytearray(delivery.entry.payload))
+                    self._carried += len(delivery.entry.payload)
+                    continue
                 reference = PayloadRef.from_json(delivery.entry.reference or "")
             except DrayError as error:
                 yield delivery, error
@@ -236,7 +251,7 @@ class ReferenceInlet:
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()
         unfreed = len(self._freeing) + self._freeing.given_up
-        return {"bytes": statistics["bytes"], "retries": statistics["retries"], "unfreed": unfreed}
+        return {"bytes": statistics["bytes"] + self._carried, "retries": statistics["retries"], "unfreed": unfreed}
 
     @property
     def lane(self) -> str:
@@ -244,7 +259,8 @@ class ReferenceInlet:
         if configured != "auto":
             return configured
         statistics = self._client.statistics()
-        return "+".join(lane for lane in _LANES if statistics.get(f"reads_{lane}"))
+        lanes = [lane for lane in _LANES if statistics.get(f"reads_{lane}")]
+        return "+".join([*lanes, "redis"] if self._carried else lanes)
 
 
 class ReferenceWeightsOutlet:
