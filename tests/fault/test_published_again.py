@@ -19,8 +19,8 @@ from dray.control import (
     start_redis,
 )
 from dray.runtime.by_reference import ReferenceOutlet
+from dray.runtime.heartbeat import Activity
 from dray.runtime.replica import Replica
-from dray.telemetry import Counters
 from dray.transport import PayloadServer
 
 KEYS = JobKeys("again")
@@ -52,8 +52,10 @@ def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[Refe
         redis=connection,
         keys=KEYS,
         stop=SimpleNamespace(is_set=False),
-        activity=SimpleNamespace(counters=Counters()),
-        spec=SimpleNamespace(config=SimpleNamespace(timeouts=SimpleNamespace(redis=10.0))),
+        activity=Activity(),
+        spec=SimpleNamespace(
+            config=SimpleNamespace(timeouts=SimpleNamespace(redis=10.0), rollout=SimpleNamespace(inline_bytes=0))
+        ),
     )
     with PayloadServer(ring, lanes="shm", threads=1, drain_timeout=0.1) as server:
         yield ReferenceOutlet(cast(Replica, replica), ring, server)
