@@ -46,6 +46,10 @@ class Deadline:
         now = clock.now()
         return cls(math.inf if seconds is None else now + seconds, clock, now)
 
+    def now(self) -> float:
+        """The time on this deadline's clock."""
+        return self._clock.now()
+
     @property
     def remaining(self) -> float:
         """Seconds left, never negative; ``inf`` without a bound."""

@@ -77,10 +77,11 @@ class Lease:
         reader: id of the reader.
         nbytes: size of the payload.
         offset: byte offset of the payload in the segment.
+        committed_at: when it was committed, on the ring's clock.
         live: true until the lease has ended.
     """
 
-    __slots__ = ("_cell", "_ring", "live", "nbytes", "offset", "reader", "sequence", "slot")
+    __slots__ = ("_cell", "_ring", "committed_at", "live", "nbytes", "offset", "reader", "sequence", "slot")
 
     def __init__(self, ring: SharedRingBuffer, cell: Slot, reader: int) -> None:
         self._ring = ring
@@ -90,6 +91,7 @@ class Lease:
         self.reader = reader
         self.nbytes = cell.nbytes
         self.offset = cell.offset
+        self.committed_at = cell.committed_at
         self.live = True
 
     @property

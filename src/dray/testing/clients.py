@@ -290,7 +290,7 @@ class SimulatedConsumer:
         began = self._began if began is None else began
         plan.count(f"error: {type(error).__name__}")
         if isinstance(error, StaleSlotError):
-            if payload is not None and not books.lost and not self._gone(ref):
+            if payload is not None and not books.lost and not self._gone(ref) and self._was_there(ref, began):
                 raise Violation(f"{name} is said to be stale, and is there")
         elif isinstance(error, ProducerLostError):
             if not books.lost and self.world.listened(ref, began):
@@ -308,6 +308,10 @@ class SimulatedConsumer:
             made_up = payload is None or ref.nbytes != len(payload.image)
             if not isinstance(error, SlotError) or not made_up:
                 raise Violation(f"{name}: {type(error).__name__}: {error}")
+
+    def _was_there(self, ref: PayloadRef, began: float) -> bool:
+        """The payload was committed when the program asked for it: references are made up, too."""
+        return self.world.ledger.of(ref).ring._table.slots[ref.slot].committed_at < began
 
     def _gone(self, ref: PayloadRef) -> bool:
         cell = self.world.ledger.of(ref).ring._table.slots[ref.slot]

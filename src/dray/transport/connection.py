@@ -107,6 +107,7 @@ class Connection:
         self._buffers = buffers
         self._network = network
         self._waiter = waiter
+        self._looked_at = 0.0
         self.inline_bytes = inline_bytes
         self.broken = False
         self._session = ClientSession()
@@ -162,11 +163,12 @@ class Connection:
         self._send(frame, status_by)
         arrays = None
         if target is None and not self._in_band:
+            self._looked_at = deadline.now()
             target = self._ahead(ref, copy)
             if target is not None and not copy:
                 arrays = _unpacked_ahead(target)
         held = self.answer(ref, target, status_by, deadline)
-        if arrays is not None and isinstance(held, Held):
+        if arrays is not None and isinstance(held, Held) and held.root is target:
             held.arrays = arrays
         return held
 
@@ -191,6 +193,7 @@ class Connection:
             targets.append(target)
         self._send(b"".join(frames), deadline)
         if not self._in_band:
+            self._looked_at = deadline.now()
             targets = [self._ahead(ref, copy) for ref in refs]
         return targets
 
@@ -221,7 +224,11 @@ class Connection:
                 raise ProtocolError(
                     f"STATUS says that {nbytes} bytes lie at {frame[11]}", endpoint=self.endpoint, slot=ref.slot
                 )
-            return Held(request, target, not target.flags.writeable, self._buffers, from_slot=True)
+            copied = target.flags.writeable
+            if frame[8] >= self._looked_at * 1e9:  # committed after that look: who asked had guessed the reference
+                target = self._ahead(ref, copied)
+                assert target is not None
+            return Held(request, target, not copied, self._buffers, from_slot=True)
         else:
             assert target is not None
             self._payload(nbytes, deadline)
@@ -348,9 +355,9 @@ class Connection:
     def _ahead(self, ref: PayloadRef, copy: bool) -> Bytes | None:
         """A payload on the shm lane as it lies in its slot, or a copy, made while the server looks at the READ.
 
-        It is right if STATUS(ok) comes: a payload is committed before anybody has its reference, and its slot does
-        not change until its life is over, which with that STATUS it is not. None where there is no such slot, or
-        the payload is to come inline.
+        It is right if STATUS(ok) comes and says that the payload was committed before: its slot does not change
+        until its life is over, which with that STATUS it is not. None where there is no such slot, or the payload
+        is to come inline.
         """
         identity, nbytes = self.identity, ref.nbytes
         if ref.slot >= identity.slots or nbytes > identity.slot_bytes:

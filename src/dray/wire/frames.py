@@ -13,7 +13,8 @@ All integers are little-endian. After the handshake (`handshake.py`) every messa
 READ, CONSUME and STAT are requests; each is answered by one STATUS with the same request id, in order. ACK is
 not answered: STATUS frames count the ACKs processed so far in `acked`. Fields a kind does not use are zero. In
 READ `nbytes` is the size that the reference says, or 0: a payload of another size is refused with ERROR. READ with
-flag INLINE has a small payload follow its STATUS as a message, on every lane.
+flag INLINE has a small payload follow its STATUS as a message, on every lane. On the shm lane, where a payload
+stays in its slot, `checksum` of STATUS says when it was committed, in nanoseconds of the ring's clock.
 """
 
 from __future__ import annotations

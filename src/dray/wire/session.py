@@ -65,6 +65,8 @@ class LeaseLike(Protocol):
     def buffer(self) -> memoryview: ...
     @property
     def offset(self) -> int: ...
+    @property
+    def committed_at(self) -> float: ...
 
 
 class LeaseSource(Protocol):
@@ -322,7 +324,9 @@ class ServerSession:
         # Taken before STATUS(ok) is said: the ring may be closed by another thread at any moment.
         view = lease.buffer if in_band else NO_BYTES
         flags, checksum = Flag.NONE, 0
-        if self._checksum is not None and nbytes:
+        if not self._in_band:
+            checksum = int(lease.committed_at * 1e9)
+        elif self._checksum is not None and nbytes:
             flags, checksum = Flag.CHECKSUM, self._ring.checksum(slot, sequence, self._checksum)
         taken.append(
             FRAME.pack(
