@@ -123,6 +123,10 @@ class Plan:
         )
 
 
+def _names(folder: Path) -> set[str]:
+    return {each.name for each in folder.iterdir()} if folder.exists() else set()
+
+
 def run_series(jobs: int, seed: int, *, first: int = 0, show: Callable[[str], None] | None = None) -> Counter[str]:
     """Run jobs `first` … `first + jobs - 1` of the series of `seed`; returns what became of jobs and payloads.
 
@@ -133,13 +137,14 @@ def run_series(jobs: int, seed: int, *, first: int = 0, show: Callable[[str], No
     root = Path(tempfile.mkdtemp(prefix="dray-series-", dir="/tmp"))
     os.environ[TOKEN] = root.name
     sockets = Path(os.environ.setdefault("DRAY_RUNTIME_DIR", str(root / "sockets")))
+    before = _names(sockets)  # other tests of this run have folders there, too
     try:
         for number in range(first, first + jobs):
             plan, folder = Plan.of(seed, number), root / str(number)
             folder.mkdir()
             try:
                 accounts.update(_run(plan, folder))
-                left = [each.name for each in sockets.iterdir()] if sockets.exists() else []
+                left = _names(sockets) - before
                 assert not left, f"socket folders are left: {left}"
             except AssertionError as error:
                 raise AssertionError(f"job {number} of seed {seed}, {plan}: {error}") from error
