@@ -98,7 +98,7 @@ class Exchanges:
         self._clock = clock
         self._lock = threading.Lock()
         self._rotation = itertools.count()
-        self._open_ones: set[Connection] = set()
+        self._connections: set[Connection] = set()
         self._in_use: dict[Connection, None] = {}
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._closed = False
@@ -228,7 +228,7 @@ class Exchanges:
         with self._lock:
             counted = Counters()
             counted.add_all(self._counters.snapshot())
-            for connection in self._open_ones:
+            for connection in self._connections:
                 counted.add_all(_handed_out(connection))
         return counted.snapshot()
 
@@ -277,7 +277,7 @@ class Exchanges:
             raise
         self._counters.add("connects")
         with self._lock:
-            self._open_ones.add(connection)
+            self._connections.add(connection)
         self._settle(connection, group, deadline)
         self._in_use[connection] = None
         return connection, group
@@ -308,8 +308,8 @@ class Exchanges:
         self._remember(connection)
         connection.close()
         with self._lock:
-            if connection in self._open_ones:
-                self._open_ones.discard(connection)
+            if connection in self._connections:
+                self._connections.discard(connection)
                 self._counters.add_all(_handed_out(connection))
 
     def _remember(self, connection: Connection) -> None:

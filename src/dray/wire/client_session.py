@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from dray.errors import AuthenticationError, DrayError, ProtocolError, ServerBusy, SlotError, StaleSlotError
-from dray.wire.frames import FRAME, USUAL, Flag, Frame, Kind, Status, check, unpack
+from dray.wire.frames import FRAME, Flag, Frame, Kind, Status, parse
 
 _STATUS, _ACK = int(Kind.STATUS), int(Kind.ACK)
 
@@ -71,9 +71,8 @@ class ClientSession:
         Raises:
             ProtocolError: it answers another one; the connection must be aborted.
         """
-        kind, status, _, flags, slot, number, sequence, nbytes, _, acked, _, _ = frame = unpack(message)
-        if (kind, status, flags) not in USUAL:
-            check(kind, status, flags, nbytes)
+        frame = parse(message)
+        kind, status, _, flags, slot, number, sequence, _, _, acked, _, _ = frame
         if kind != _STATUS or not self._pending:
             raise ProtocolError(f"the server sent {Kind(kind).name} where no STATUS was due")
         request = self._pending.popleft()

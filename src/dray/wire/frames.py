@@ -111,21 +111,13 @@ def parse(message: bytes | bytearray | memoryview) -> Frame:
     Raises:
         ProtocolError: wrong size, unknown kind, status or flag.
     """
-    frame = unpack(message)
-    check(frame.kind, frame.status, frame.flags, frame.nbytes)
-    return frame
-
-
-def unpack(message: bytes | bytearray | memoryview) -> Frame:
-    """Take one frame apart, and leave the rest of `parse` to the caller.
-
-    Raises:
-        ProtocolError: wrong size.
-    """
     if len(message) != FRAME_BYTES:
         raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(message)}")
     # `Frame(…)` does the same, by way of a function in Python.
-    return tuple.__new__(Frame, FRAME.unpack(message))
+    frame: Frame = tuple.__new__(Frame, FRAME.unpack(message))
+    if (frame[0], frame[1], frame[3]) not in USUAL:
+        check(frame.kind, frame.status, frame.flags, frame.nbytes)
+    return frame
 
 
 def fields(messages: bytes | bytearray | memoryview) -> Iterator[tuple[int, ...]]:
