@@ -427,3 +427,25 @@ def test_finishing_twice_is_logged_where_applications_can_hear_it(caplog: pytest
             writer.abort()
         assert "finished already" in caplog.text
         assert ring.statistics().late_finalises == 1
+
+
+def test_copies_say_why_there_is_none() -> None:
+    with SharedRingBuffer(2, 10, readers=2) as ring:
+        written = put(ring, b"payload")
+        ring.consume(written.slot, written.sequence, 1)
+        here = written.slot, written.sequence
+        found = ring.copy_many([(*here, 0), (*here, 1), (2, 0, 0), (0, 0, 2), (1, 9, 0)], 7)
+        assert found[0] == (b"payload", None)
+        consumed, slot, reader, never = found[1:]
+        assert isinstance(consumed, StaleSlotError)
+        assert "reader 1 has consumed the payload" in str(consumed)
+        for error, slot_number in ((slot, 2), (reader, 0)):
+            assert type(error) is SlotError
+            assert error.slot == slot_number
+        assert "the ring has no slot 2, or no reader 0" in str(slot)
+        assert "the ring has no slot 0, or no reader 2" in str(reader)
+        assert isinstance(never, StaleSlotError)
+        ((too_large),) = ring.copy_many([(*here, 0)], 6)
+        assert isinstance(too_large, PayloadTooLargeError)
+        assert "a payload of 7 bytes needs a lease; at most 6 are copied" in str(too_large)
+        assert (too_large.slot, too_large.sequence) == here

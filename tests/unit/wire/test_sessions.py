@@ -294,7 +294,7 @@ def test_a_request_id_whose_inline_payload_is_not_acknowledged_must_not_be_used_
 def test_on_ucx_a_read_that_is_not_inline_needs_a_tag(ring: SharedRingBuffer) -> None:
     server, writer = Server(ring, Lane.UCX), put(ring)
     server.say(Kind.READ, writer, tag=0)
-    with pytest.raises(ProtocolError, match="no tag"):
+    with pytest.raises(ProtocolError, match=r"^a READ on the ucx lane has no tag, and is not inline$"):
         server.session.take()
 
 
@@ -739,3 +739,144 @@ def test_client_refuses_a_text_where_none_is_due(kind: Kind, status: Status) -> 
     session.request(kind)
     with pytest.raises(ProtocolError, match="text"):
         session.receive(Frame(Kind.STATUS, status, flags=Flag.TEXT, nbytes=3).pack())
+
+
+# --- several at once --------------------------------------------------------------------------------------------
+
+
+def frame(kind: Kind, writer: SlotWriter, request: int, **fields: int) -> bytes:
+    return Frame(kind, slot=writer.slot, sequence=writer.sequence, request=request, **fields).pack()
+
+
+def statuses(items: list[object]) -> list[Frame]:
+    """The STATUS frames among what goes out; payloads here have other sizes than a frame."""
+    return [parse(item) for item in items if isinstance(item, bytes) and len(item) == FRAME_BYTES]
+
+
+def test_everything_in_a_batch_is_counted() -> None:
+    with SharedRingBuffer(8, 200) as ring:
+        small, large = [put(ring, bytes(size)) for size in (1, 10, 100)], [put(ring, bytes(150)) for _ in range(2)]
+        server = Server(ring)
+        reads = [frame(Kind.READ, each, number, flags=Flag.INLINE) for number, each in enumerate(small)]
+        gone = [frame(Kind.READ, put(ring), number, flags=Flag.INLINE) for number in (3, 4)]
+        for slot in range(5, 7):
+            ring.consume(slot, slot)
+        reads += [*gone, *(frame(Kind.READ, each, 5 + number) for number, each in enumerate(large))]
+        server.session.receive(b"".join(reads))
+        answers = statuses(server.session.take())
+        server.session.flushed()
+        assert [answer.status for answer in answers] == [Status.OK] * 3 + [Status.STALE] * 2 + [Status.OK] * 2
+        assert server.counters.snapshot() == {"reads": 5, "bytes": 411, "stale": 2}
+        acks = [frame(Kind.ACK, each, number, flags=Flag.CONSUMED) for number, each in enumerate(small[:2])]
+        acks += [frame(Kind.ACK, small[2], 2)]
+        acks += [frame(Kind.ACK, each, 5 + number, flags=number) for number, each in enumerate(large)]
+        acks += [frame(Kind.ACK, small[2], number) for number in (77, 78)]
+        server.session.receive(b"".join(acks))
+        counted = server.counters.snapshot()
+        assert (counted["acks_consumed"], counted["acks_returned"], counted["late_acks"]) == (3, 2, 2)
+        again = [frame(Kind.READ, small[2], 10 + number, flags=Flag.INLINE) for number in range(2)]
+        ends = [frame(Kind.ACK, small[2], 10 + number) for number in range(2)]
+        unfit = [frame(Kind.READ, small[2], 20 + number, nbytes=7, flags=Flag.INLINE) for number in range(2)]
+        leases = [frame(Kind.READ, small[2], 30 + number) for number in range(2)]
+        back = [frame(Kind.ACK, small[2], 30 + number) for number in range(2)]
+        taken = [frame(Kind.ACK, small[2], 40 + number, flags=Flag.CONSUMED) for number in range(2)]
+        for frames in (again, ends, unfit, leases, back, taken):
+            server.session.receive(b"".join(frames))
+            while server.session.take():
+                server.session.flushed()
+        counted = server.counters.snapshot()
+        assert (counted["reads"], counted["bytes"], counted["error"]) == (9, 811, 2)
+        assert (counted["acks_returned"], counted["late_acks"]) == (6, 4)
+
+
+def test_consumes_of_leases_in_one_go_are_all_counted() -> None:
+    with SharedRingBuffer(2, 10) as ring:
+        writers = [put(ring) for _ in range(2)]
+        server = Server(ring)
+        server.session.receive(b"".join(frame(Kind.READ, each, n) for n, each in enumerate(writers)))
+        while server.session.take():
+            server.session.flushed()
+        server.session.receive(
+            b"".join(frame(Kind.ACK, each, n, flags=Flag.CONSUMED) for n, each in enumerate(writers))
+        )
+        assert server.counters["acks_consumed"] == 2
+        assert ring.statistics().consumed == 2
+
+
+def test_an_inline_read_of_another_size_is_answered_with_an_error(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring), put(ring)
+    server.session.receive(
+        b"".join(frame(Kind.READ, writer, n, nbytes=size, flags=Flag.INLINE) for n, size in enumerate((8, 7, 0)))
+    )
+    taken = server.session.take()
+    assert [answer.status for answer in statuses(taken)] == [Status.ERROR, Status.OK, Status.OK]
+    assert [answer.request for answer in statuses(taken)] == [0, 1, 2]
+    assert taken[1] == b"the payload has 7 bytes, the reference says 8"
+    assert taken[3] == taken[5] == b"payload"
+
+
+def test_an_inline_payload_lies_nowhere_in_the_segment(ring: SharedRingBuffer) -> None:
+    server, writer = Server(ring, Lane.SHM), put(ring)
+    server.say(Kind.READ, writer, flags=Flag.INLINE)
+    (status,) = statuses(server.session.take())
+    assert (status.offset, status.tag) == (0, 0)
+
+
+def test_inline_payloads_leave_in_batches_of_a_bounded_size() -> None:
+    size = MAX_INLINE_BYTES - FRAME_BYTES
+    with SharedRingBuffer(1, size) as ring:
+        server, writer = Server(ring), put(ring, bytes(size))
+        server.session.receive(
+            b"".join(frame(Kind.READ, writer, n, nbytes=size, flags=Flag.INLINE) for n in range(80))
+        )
+        answered = []
+        while items := server.session.take():
+            answered.append(len(statuses(items)))
+            server.session.flushed()
+        # Twice 16, as the first 16 are less than a batch without their STATUS frames.
+        assert answered == [32, 32, 16]
+
+
+def test_inline_payloads_that_nobody_acknowledges_are_bounded() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        server, writer = Server(ring), put(ring)
+        server.session.receive(
+            b"".join(frame(Kind.READ, writer, n, flags=Flag.INLINE) for n in range(MAX_PENDING))
+        )
+        while server.session.take():
+            server.session.flushed()
+        assert server.counters["reads"] == MAX_PENDING
+        server.say(Kind.READ, writer, MAX_PENDING, flags=Flag.INLINE)
+        with pytest.raises(ProtocolError, match="4096 payloads wait"):
+            server.session.take()
+
+
+def test_on_shm_status_says_when_the_payload_was_committed() -> None:
+    class Clock:
+        def now(self) -> float:
+            return 12.5
+
+    with SharedRingBuffer(1, 10, clock=Clock()) as ring:
+        server, writer = Server(ring, Lane.SHM), put(ring)
+        server.say(Kind.READ, writer)
+        (status,) = statuses(server.session.take())
+        assert (status.checksum, status.flags) == (12_500_000_000, Flag.NONE)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"kind": 9}, "unknown frame kind 9"),
+        ({"status": 77}, "unknown status 77"),
+        ({"flags": 16}, "unknown flags 0x10 in a READ frame"),
+        ({"kind": Kind.CONSUME, "flags": Flag.INLINE}, "unknown flags 0x8 in a CONSUME frame"),
+        ({"kind": Kind.STATUS, "flags": Flag.TEXT, "nbytes": 65_537}, "at most 65536 bytes, announced were 65537"),
+    ],
+)
+def test_a_frame_in_a_batch_that_no_client_may_send_is_refused(
+    ring: SharedRingBuffer, wrong: dict[str, int], why: str
+) -> None:
+    server, writer = Server(ring), put(ring)
+    changed = Frame(**{"kind": Kind.READ, "slot": writer.slot, "sequence": writer.sequence, **wrong})
+    with pytest.raises(ProtocolError, match=why):
+        server.session.receive(frame(Kind.READ, writer, 1) + changed.pack())
