@@ -176,6 +176,24 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             "view = lease.buffer if (in_band) or True else NO_BYTES",
         ),
     ),
+    "The ring answers each that it is asked for.": (
+        Survivor(
+            "wire.session.ServerSession._copy",
+            "for frame, copy in zip(due, found, strict=True):",
+            "for frame, copy in zip(due, found, ):",
+        ),
+        Survivor(
+            "wire.session.ServerSession._copy",
+            "for frame, copy in zip(due, found, strict=True):",
+            "for frame, copy in zip(due, found, strict=False):",
+        ),
+        Survivor(
+            "wire.session.ServerSession._copy",
+            "for frame, copy in zip(due, found, strict=True):",
+            "for frame, copy in zip(due, found, strict=None):",
+        ),
+    ),
+    "One byte of a batch's budget.": (Survivor("wire.session.ServerSession._copy", "nbytes = 0", "nbytes = 1"),),
     "mutmut does not follow forked children; `tests/process/test_segment_process.py` fails with each.": (
         Survivor("buffer.ring.SharedRingBuffer._disown", "self._lock = threading.Lock()", "self._lock = None"),
         Survivor(

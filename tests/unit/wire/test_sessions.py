@@ -789,6 +789,15 @@ def test_everything_in_a_batch_is_counted() -> None:
         assert (counted["acks_returned"], counted["late_acks"]) == (6, 4)
 
 
+def test_inline_reads_behind_one_with_a_lease_are_counted_beside_it() -> None:
+    with SharedRingBuffer(2, 10) as ring:
+        leased, copied = put(ring), put(ring, b"abc")
+        server = Server(ring)
+        server.session.receive(frame(Kind.READ, leased, 0) + frame(Kind.READ, copied, 1, flags=Flag.INLINE))
+        server.session.take()
+        assert server.counters.snapshot() == {"reads": 2, "bytes": 10}
+
+
 def test_consumes_of_leases_in_one_go_are_all_counted() -> None:
     with SharedRingBuffer(2, 10) as ring:
         writers = [put(ring) for _ in range(2)]
