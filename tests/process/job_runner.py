@@ -77,6 +77,8 @@ class Trainer:
             time.sleep(600)
         if self.args.get("poison") in self.seen:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.steps == self.args.get("held_at"):
+            open(self.args["held_by"]).read()
         time.sleep(self.args.get("pause", 0.01))
         self.steps += 1
         return {"score": float(self.steps)}

@@ -2,6 +2,7 @@
 R17.
 """
 
+import os
 import random
 import re
 import signal
@@ -244,3 +245,21 @@ def test_what_a_killed_job_had_committed_after_its_checkpoint_is_rolled_back(tmp
         delivery = job.summary()["delivery"]
         assert delivery["rolled_back"] >= done["committed"] - kept["contributed"]
         assert delivery["trained"] - delivery["rolled_back"] == len(job.contributed()) == (kept["step"] + 3) * 8
+
+
+def test_weights_whose_commit_redis_did_not_take_have_a_version_of_their_own(tmp_path: Path) -> None:
+    held_by = tmp_path / "held"
+    os.mkfifo(held_by)
+    settings = job_settings("stop.at_least=1e9", "policy.args.held_at=8", f'policy.args.held_by="{held_by}"')
+    with running(tmp_path, *settings) as job:
+        with held_by.open("w"):  # the ninth step is under way
+            for redis in job.processes("redis-server"):
+                redis.suspend()
+            job.process.send_signal(signal.SIGINT)
+            job.wait_until(lambda: "stopping:" in job.log("policy-0"), "the policy's word that it stops")
+        assert job.end(bound=15.0) == 130, job.story()
+        assert "writes a checkpoint without knowing whether another group goes on" in job.log("policy-0")
+    assert job.checkpoint()["step"] == 9
+    # Its weights are those of step 9, and called so: the rollout workers of `job_runner` check it.
+    with running(tmp_path, "--resume", *job_settings("stop.at_least=12")) as job:
+        assert job.end() == 0, job.story()

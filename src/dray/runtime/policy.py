@@ -225,11 +225,12 @@ class Training:
         trained = MONOTONIC.now()
         self._step += 1
         ages = [self._version - delivery.entry.weight_version for delivery in batch.deliveries]
+        # With the weights, whatever becomes of the commit: a checkpoint stores both.
+        self._version += 1
         # The payloads are freed below, and with them the arrays of the batch.
         trajectories.clear()
         activity.waits("the commit", "Redis")
         self._intake.trained(batch.deliveries)
-        self._version += 1
         self._publish_weights()
         self._intake.settled(batch.deliveries)
         if mean_return is not None:
