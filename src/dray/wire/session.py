@@ -43,8 +43,11 @@ NO_BYTES = memoryview(b"")
 MAX_INLINE_BYTES = 16 * 1024
 """A READ with INLINE may ask for payloads of up to this size."""
 
-BATCH_BYTES = 256 * 1024
-"""Payloads that are handed to the stream together, to be sent in one go."""
+BATCH_BYTES = 8 << 20
+"""Payloads that are handed to the stream together: what it can send one behind the other without a pause."""
+
+COPY_WEIGHT = 32
+"""An inline payload takes so many times its size of a batch: until it is sent, it is in memory twice."""
 
 _READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
 _OK = int(Status.OK)
@@ -268,7 +271,7 @@ class ServerSession:
             self._ring.release_reading(lease)
 
     def _answer(self, taken: list[Outgoing]) -> int:
-        """Append the answer to the oldest request, or the oldest inline ones; the payload bytes in it."""
+        """Append the answer to the oldest request, or the oldest inline ones; what it takes of a batch."""
         frame = self._requests[0]
         read = frame[0] == _READ
         nbytes = 0
@@ -359,7 +362,7 @@ class ServerSession:
         nbytes = 0
         while requests and nbytes < BATCH_BYTES and requests[0][0] == _READ and requests[0][3] & inline:
             due.append(requests.popleft())
-            nbytes += min(due[-1][7], MAX_INLINE_BYTES) + FRAME_BYTES
+            nbytes += COPY_WEIGHT * (min(due[-1][7], MAX_INLINE_BYTES) + FRAME_BYTES)
         found = self._ring.copy_many([(frame[4], frame[6], frame[2]) for frame in due], MAX_INLINE_BYTES)
         reads = nbytes = 0
         for frame, copy in zip(due, found, strict=True):
@@ -389,7 +392,7 @@ class ServerSession:
             nbytes += len(payload)
         self._tally["reads"] += reads
         self._tally["bytes"] += nbytes
-        return nbytes
+        return COPY_WEIGHT * nbytes
 
     def _refuse_copy(self, request: Frame, error: Any, taken: list[Outgoing]) -> None:
         refused = self._refusal(request.reader, request.slot)
