@@ -16,9 +16,10 @@ from dray.errors import (
 )
 from dray.telemetry import Counters
 from dray.wire.client_session import ClientSession, Request, refusal
+from dray.wire.contract import Payload
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, Payload, ServerSession
+from dray.wire.session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, ServerSession
 
 SLOTS, SLOT_BYTES, MAX_LEASES = 4, 200_000, 3
 
