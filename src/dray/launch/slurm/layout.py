@@ -1,0 +1,148 @@
+"""Which replica runs on which node, and with which GPUs: arithmetic, no I/O.
+
+The nodes of an allocation are counted from 0, those of the policy first:
+
+```
+  node                 0 … policy_nodes - 1        policy_nodes … policy_nodes + rollout_nodes - 1
+  runs                 controller, Redis (on 0)    rollout replicas
+                       policy replicas
+```
+
+A replica has whole nodes or an even part of one. With `rollout_nodes = 0` everything shares the policy's one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dray.errors import ConfigError
+from dray.runtime.membership import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one replica is.
+
+    Attributes:
+        nodes: all of its nodes; its process runs on the first.
+        gpus: which of each node's GPUs it has.
+    """
+
+    role: Role
+    index: int
+    nodes: tuple[int, ...]
+    gpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoleLayout:
+    """How the replicas of a role are spread over its nodes.
+
+    Attributes:
+        nodes: how many the role has; 0: it shares the one node of the policy.
+        replicas_per_node: how many share a node; 1 where a replica spans nodes.
+        gpus_per_replica: on each of its nodes.
+        nodes_per_replica: 1 where replicas share a node.
+    """
+
+    nodes: int
+    replicas_per_node: int = 1
+    gpus_per_replica: int = 0
+    nodes_per_replica: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas the role has."""
+        return max(self.nodes, 1) * self.replicas_per_node // self.nodes_per_replica
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The nodes of a job."""
+
+    policy: RoleLayout
+    rollout: RoleLayout
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes the job has."""
+        return self.policy.nodes + self.rollout.nodes
+
+    def placement(self, role: Role, index: int) -> Placement:
+        """Where replica `index` of `role` is."""
+        shares = role is Role.ROLLOUT and self.rollout.nodes == 0
+        first_node = 0 if role is Role.POLICY or shares else self.policy.nodes
+        first_gpu = self.policy.replicas * self.policy.gpus_per_replica if shares else 0
+        here = self.policy if role is Role.POLICY else self.rollout
+        node = first_node + index // here.replicas_per_node * here.nodes_per_replica
+        gpu = first_gpu + index % here.replicas_per_node * here.gpus_per_replica
+        return Placement(
+            role=role,
+            index=index,
+            nodes=tuple(range(node, node + here.nodes_per_replica)),
+            gpus=tuple(range(gpu, gpu + here.gpus_per_replica)),
+        )
+
+    def placements(self) -> Iterator[Placement]:
+        """Where every replica is, those of the policy first."""
+        yield from (self.placement(Role.POLICY, index) for index in range(self.policy.replicas))
+        yield from (self.placement(Role.ROLLOUT, index) for index in range(self.rollout.replicas))
+
+    def on_node(self, node: int) -> list[Placement]:
+        """The replicas whose processes run on `node`."""
+        return [placement for placement in self.placements() if placement.nodes[0] == node]
+
+
+def make_layout(
+    *, policy_replicas: int, rollout_replicas: int, policy_nodes: int, rollout_nodes: int, gpus_per_node: int
+) -> Layout:
+    """The layout of a job.
+
+    Raises:
+        ConfigError: the replicas do not fit the nodes, or the GPUs not the replicas; says what would.
+    """
+    if rollout_nodes == 0:
+        return _on_one_node(policy_replicas, rollout_replicas, policy_nodes, gpus_per_node)
+    return Layout(
+        policy=_spread(Role.POLICY, policy_replicas, policy_nodes, gpus_per_node),
+        rollout=_spread(Role.ROLLOUT, rollout_replicas, rollout_nodes, gpus_per_node),
+    )
+
+
+def rollout_nodes_of(nodes: int, policy_nodes: int) -> int:
+    """How many of `nodes` are left for rollout replicas.
+
+    Raises:
+        ConfigError: not even the policy fits.
+    """
+    if nodes < policy_nodes:
+        raise ConfigError("--nodes", nodes, f"must be at least slurm.policy_nodes, which is {policy_nodes}")
+    return nodes - policy_nodes
+
+
+def _on_one_node(policy_replicas: int, rollout_replicas: int, policy_nodes: int, gpus: int) -> Layout:
+    if policy_nodes != 1:
+        allowed = f"must be at least 1, as slurm.policy_nodes is {policy_nodes}: only one node is shared by both"
+        raise ConfigError("slurm.rollout_nodes", 0, allowed)
+    share = _share_of(gpus, policy_replicas + rollout_replicas)
+    return Layout(RoleLayout(1, policy_replicas, share), RoleLayout(0, rollout_replicas, share))
+
+
+def _spread(role: Role, replicas: int, nodes: int, gpus: int) -> RoleLayout:
+    if replicas % nodes == 0:
+        per_node = replicas // nodes
+        return RoleLayout(nodes, per_node, _share_of(gpus, per_node))
+    if nodes % replicas == 0:
+        return RoleLayout(nodes, gpus_per_replica=gpus, nodes_per_replica=nodes // replicas)
+    some = ", ".join(str(count) for count in range(1, replicas) if replicas % count == 0)
+    what = f"{some} or a multiple of {replicas}"
+    allowed = f"must be {what}, as {role.value}.replicas is {replicas}: a replica has whole nodes, or an even part"
+    raise ConfigError(f"slurm.{role.value}_nodes", nodes, allowed)
+
+
+def _share_of(gpus: int, replicas: int) -> int:
+    if gpus % replicas:
+        allowed = f"must be 0 or a multiple of {replicas}, the replicas that share a node"
+        raise ConfigError("slurm.gpus_per_node", gpus, allowed)
+    return gpus // replicas
