@@ -1,1 +1,6 @@
-"""Jobs on Slurm: from the job file to a batch script, and the life of a run there."""
+"""A job on the nodes of a Slurm allocation.
+
+The process on the first node, `head`, is the job's supervisor; on every other node a process of `node` starts the
+replicas of that node and does with them what the head says. Both read the `plan` that was written when the job was
+submitted.
+"""
