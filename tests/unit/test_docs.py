@@ -131,6 +131,8 @@ def test_defaults_of_the_server_are_those_of_the_code() -> None:
 
 
 def written(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 
