@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dray.config import JobConfig, SlurmTable
 from dray.errors import ConfigError
+from dray.launch.slurm.plan import RoleLayout
 from dray.runtime.membership import Role
 
 
@@ -36,28 +38,6 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class RoleLayout:
-    """How the replicas of a role are spread over its nodes.
-
-    Attributes:
-        nodes: how many the role has; 0: it shares the one node of the policy.
-        replicas_per_node: how many share a node; 1 where a replica spans nodes.
-        gpus_per_replica: on each of its nodes.
-        nodes_per_replica: 1 where replicas share a node.
-    """
-
-    nodes: int
-    replicas_per_node: int = 1
-    gpus_per_replica: int = 0
-    nodes_per_replica: int = 1
-
-    @property
-    def replicas(self) -> int:
-        """How many replicas the role has."""
-        return max(self.nodes, 1) * self.replicas_per_node // self.nodes_per_replica
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """The nodes of a job."""
 
@@ -69,12 +49,17 @@ class Layout:
         """How many nodes the job has."""
         return self.policy.nodes + self.rollout.nodes
 
+    def replicas(self, role: Role) -> int:
+        """How many replicas `role` has."""
+        here = self._of(role)
+        return max(here.nodes, 1) * here.replicas_per_node // here.nodes_per_replica
+
     def placement(self, role: Role, index: int) -> Placement:
         """Where replica `index` of `role` is."""
         shares = role is Role.ROLLOUT and self.rollout.nodes == 0
         first_node = 0 if role is Role.POLICY or shares else self.policy.nodes
-        first_gpu = self.policy.replicas * self.policy.gpus_per_replica if shares else 0
-        here = self.policy if role is Role.POLICY else self.rollout
+        first_gpu = self.replicas(Role.POLICY) * self.policy.gpus_per_replica if shares else 0
+        here = self._of(role)
         node = first_node + index // here.replicas_per_node * here.nodes_per_replica
         gpu = first_gpu + index % here.replicas_per_node * here.gpus_per_replica
         return Placement(
@@ -86,12 +71,43 @@ class Layout:
 
     def placements(self) -> Iterator[Placement]:
         """Where every replica is, those of the policy first."""
-        yield from (self.placement(Role.POLICY, index) for index in range(self.policy.replicas))
-        yield from (self.placement(Role.ROLLOUT, index) for index in range(self.rollout.replicas))
+        for role in (Role.POLICY, Role.ROLLOUT):
+            yield from (self.placement(role, index) for index in range(self.replicas(role)))
 
     def on_node(self, node: int) -> list[Placement]:
         """The replicas whose processes run on `node`."""
         return [placement for placement in self.placements() if placement.nodes[0] == node]
+
+    def lines(self) -> Iterator[str]:
+        """What runs where, one line for each node."""
+        for node in range(self.nodes):
+            here = [each for each in self.placements() if node in each.nodes]
+            shown = []
+            for each in here:
+                gpus = f" (GPU {','.join(map(str, each.gpus))})" if each.gpus else ""
+                more = "" if node == each.nodes[0] else ", spanned"
+                shown.append(f"{each.role.value}-{each.index}{more}{gpus}")
+            first = ["controller", "Redis"] if node == 0 else []
+            yield f"node {node}: {', '.join([*first, *shown])}"
+
+    def _of(self, role: Role) -> RoleLayout:
+        return self.policy if role is Role.POLICY else self.rollout
+
+
+def layout_of(config: JobConfig) -> Layout:
+    """The layout that a job file asks for.
+
+    Raises:
+        ConfigError: see `make_layout`.
+    """
+    table = config.slurm or SlurmTable()
+    return make_layout(
+        policy_replicas=config.policy.replicas,
+        rollout_replicas=config.rollout.replicas,
+        policy_nodes=table.policy_nodes,
+        rollout_nodes=table.rollout_nodes,
+        gpus_per_node=table.gpus_per_node,
+    )
 
 
 def make_layout(
