@@ -209,5 +209,6 @@ class SlurmRun:
     def story(self) -> str:
         """Everything that the run has said."""
         logs = [*self.output.glob("slurm-*.out"), self.output / "slurm.json", *self.output.glob("parts/*/logs/*")]
-        found = [(log.relative_to(self.output), log.read_text()[-3000:]) for log in sorted(logs) if log.exists()]
+        there = sorted(log for log in logs if log.exists())
+        found = [(log.relative_to(self.output), log.read_text()[-3000:]) for log in there]
         return "\n".join(f"--- {name}\n{text}" for name, text in found)

@@ -11,7 +11,8 @@ import pytest
 from cluster import SlurmCluster
 from slurm_run import GOAL, SlurmRun
 
-from dray.launch.slurm.run_states import TIME_LIMIT_NEAR, RunState
+from dray.launch.slurm.run_states import RunState
+from dray.runtime.exit_codes import ExitCode
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 CARTPOLE = Path(__file__).parents[2] / "examples" / "cartpole" / "job.toml"
@@ -53,7 +54,7 @@ def test_job_writes_a_checkpoint_before_its_time_limit_and_goes_on_in_another_pa
     run.go()
 
     assert run.end()["Restarts"] == "1", run.story()
-    assert run.ends() == [(1, 1, TIME_LIMIT_NEAR), (2, 1, 0)]
+    assert run.ends() == [(1, 1, ExitCode.TIME_LIMIT), (2, 1, 0)]
     assert run.record().remaining_retries == 2
     assert run.steps() == list(range(1, GOAL + 1))
     assert run.summary()["steps_of_this_run"] == GOAL - saved

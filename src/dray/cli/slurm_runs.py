@@ -92,12 +92,12 @@ def submit(
         raise typer.Exit(ExitCode.OK)
     if dry_run:
         typer.echo(prepared.script, nl=False)
-        for line in prepared.layout.lines():
+        for line in prepared.layout_lines():
             typer.echo(line, err=True)
         return
     number = submission.submit(prepared, job)
     typer.echo(f"submitted job {number}")
-    for line in prepared.layout.lines():
+    for line in prepared.layout_lines():
         typer.echo(line)
     typer.echo(f"outputs: {place}")
     typer.echo(f"logs:    {place / 'latest' / 'logs'}, {place / f'slurm-{number}.out'}")

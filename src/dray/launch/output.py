@@ -41,7 +41,7 @@ def open_output(
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     folder = JobFolder(root, attempt)
     try:
-        _lock(descriptor, root)
+        lock_folder(descriptor, root)
         found = None if resume is False else find_checkpoint(folder.checkpoint)
         if resume and found is None:
             raise ConfigError("--resume", str(root), RESUME_NEEDS)
@@ -72,8 +72,14 @@ def attempt_folder(folder: JobFolder) -> Path:
     return folder.logs
 
 
-def _lock(descriptor: int, root: Path) -> None:
-    """Lock the folder. Some file systems that nodes share know no locks of folders: there nothing tells."""
+def lock_folder(descriptor: int, root: Path) -> None:
+    """Lock the folder until `descriptor`, which is of it, is closed.
+
+    Some file systems that nodes share know no locks of folders: there nothing tells.
+
+    Raises:
+        ConfigError: it is locked.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

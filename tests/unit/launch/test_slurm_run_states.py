@@ -17,7 +17,6 @@ from dray.launch.slurm.layout import layout_of
 from dray.launch.slurm.plan import Plan
 from dray.launch.slurm.run_record import RunRecord
 from dray.launch.slurm.run_states import (
-    TIME_LIMIT_NEAR,
     TRANSITIONS,
     IllegalTransition,
     RunEvent,
@@ -27,6 +26,7 @@ from dray.launch.slurm.run_states import (
     event_of_end,
 )
 from dray.launch.slurm.state import begin, cancel_marker, end, main
+from dray.runtime.exit_codes import ExitCode
 
 MAX_STEPS = 100
 
@@ -123,10 +123,10 @@ END: dict[str, Any] = {
         (143, {"finished": True, "signal": "TERM"}, RunEvent.FINISH),
         (137, {"finished": True, "remaining_retries": 0}, RunEvent.FINISH),
         (143, {"signal": "TERM"}, RunEvent.CANCEL),
-        (TIME_LIMIT_NEAR, {"signal": "USR1"}, RunEvent.TIME_LIMIT),
-        (TIME_LIMIT_NEAR, {"signal": "USR1", "remaining_retries": 0}, RunEvent.TIME_LIMIT),
-        (TIME_LIMIT_NEAR, {"signal": "USR1", "progressed": False}, RunEvent.MOVE),
-        (TIME_LIMIT_NEAR, {"signal": "USR1", "progressed": False, "remaining_retries": 0}, RunEvent.GIVE_UP),
+        (ExitCode.TIME_LIMIT, {"signal": "USR1"}, RunEvent.TIME_LIMIT),
+        (ExitCode.TIME_LIMIT, {"signal": "USR1", "remaining_retries": 0}, RunEvent.TIME_LIMIT),
+        (ExitCode.TIME_LIMIT, {"signal": "USR1", "progressed": False}, RunEvent.MOVE),
+        (ExitCode.TIME_LIMIT, {"signal": "USR1", "progressed": False, "remaining_retries": 0}, RunEvent.GIVE_UP),
         (1, {}, RunEvent.FAIL),
         (1, {"signal": "USR1"}, RunEvent.MOVE),
         (137, {"nodes_lost": True}, RunEvent.MOVE),
@@ -158,7 +158,7 @@ def test_part_that_ends_at_its_time_limit_uses_no_retry_and_gives_all_back(plan:
     begin(plan, "7")
     write_checkpoint(plan, 30)
     assert record(plan).remaining_retries == 1
-    assert end(plan, TIME_LIMIT_NEAR, signal="USR1") == "requeue"
+    assert end(plan, ExitCode.TIME_LIMIT, signal="USR1") == "requeue"
     assert record(plan).remaining_retries == 2
     assert begin(plan, "7") == "start 2 1"
     assert record(plan).step == 30
@@ -169,7 +169,7 @@ def test_part_that_comes_no_further_before_its_limit_uses_a_retry(plan: Plan) ->
     write_checkpoint(plan, 30)
     for part, answer in ((1, "requeue"), (2, "requeue"), (3, "failed")):
         assert begin(plan, "7") == f"start {part} 1"
-        assert end(plan, TIME_LIMIT_NEAR, signal="USR1") == answer
+        assert end(plan, ExitCode.TIME_LIMIT, signal="USR1") == answer
 
 
 def test_run_whose_node_was_lost_goes_on_in_another_part_for_a_retry(plan: Plan) -> None:
@@ -270,7 +270,7 @@ def test_reason_of_an_end_is_what_the_head_said_of_this_attempt(plan: Plan) -> N
 def test_run_in_whose_folder_a_head_works_is_not_begun(plan: Plan) -> None:
     before = record(plan)
     with open_output(plan.config, resume=False):
-        with pytest.raises(ConfigError, match="must be one that no running job uses"):
+        with pytest.raises(ConfigError, match="must be a folder that no running job uses"):
             begin(plan, "7")
     assert record(plan) == before
 

@@ -14,7 +14,7 @@ from dray.config import parse_job
 from dray.errors import ConfigError
 from dray.launch.slurm.layout import layout_of
 from dray.launch.slurm.plan import Plan
-from dray.launch.slurm.run_record import RunRecord, attempt_folder
+from dray.launch.slurm.run_record import RunRecord
 from dray.launch.slurm.run_states import RunEvent, RunState
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.status import find_runs, picture, plain_lines, read_progress, shown_state, view_run
@@ -60,7 +60,7 @@ def test_running_run_shows_how_far_it_is(tmp_path: Path) -> None:
 def test_failed_run_shows_the_last_lines_of_its_head(tmp_path: Path) -> None:
     record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 0, 1, "it broke")
     folder = make_run(tmp_path / "run", record)
-    logs = attempt_folder(folder, 1, 1) / "logs"
+    logs = record.folder(folder).logs
     logs.mkdir(parents=True)
     (logs / "head.out").write_text("".join(f"line {number}\n" for number in range(20)))
     view = view_run(folder, {})

@@ -1,4 +1,4 @@
-"""Which replica runs on which node, and with which GPUs: arithmetic, no I/O.
+"""How many replicas share a node, or how many nodes a replica has: arithmetic, no I/O.
 
 The nodes of an allocation are counted from 0, those of the policy first:
 
@@ -9,11 +9,11 @@ The nodes of an allocation are counted from 0, those of the policy first:
 ```
 
 A replica has whole nodes or an even part of one. With `rollout_nodes = 0` everything shares the policy's one node.
+`placement` says where each replica is in a layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dray.config import JobConfig, SlurmTable
@@ -23,75 +23,11 @@ from dray.runtime.membership import Role
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Where one replica is.
-
-    Attributes:
-        nodes: all of its nodes; its process runs on the first.
-        gpus: which of each node's GPUs it has.
-    """
-
-    role: Role
-    index: int
-    nodes: tuple[int, ...]
-    gpus: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """The nodes of a job."""
 
     policy: RoleLayout
     rollout: RoleLayout
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes the job has."""
-        return self.policy.nodes + self.rollout.nodes
-
-    def replicas(self, role: Role) -> int:
-        """How many replicas `role` has."""
-        here = self._of(role)
-        return max(here.nodes, 1) * here.replicas_per_node // here.nodes_per_replica
-
-    def placement(self, role: Role, index: int) -> Placement:
-        """Where replica `index` of `role` is."""
-        shares = role is Role.ROLLOUT and self.rollout.nodes == 0
-        first_node = 0 if role is Role.POLICY or shares else self.policy.nodes
-        first_gpu = self.replicas(Role.POLICY) * self.policy.gpus_per_replica if shares else 0
-        here = self._of(role)
-        node = first_node + index // here.replicas_per_node * here.nodes_per_replica
-        gpu = first_gpu + index % here.replicas_per_node * here.gpus_per_replica
-        return Placement(
-            role=role,
-            index=index,
-            nodes=tuple(range(node, node + here.nodes_per_replica)),
-            gpus=tuple(range(gpu, gpu + here.gpus_per_replica)),
-        )
-
-    def placements(self) -> Iterator[Placement]:
-        """Where every replica is, those of the policy first."""
-        for role in (Role.POLICY, Role.ROLLOUT):
-            yield from (self.placement(role, index) for index in range(self.replicas(role)))
-
-    def on_node(self, node: int) -> list[Placement]:
-        """The replicas whose processes run on `node`."""
-        return [placement for placement in self.placements() if placement.nodes[0] == node]
-
-    def lines(self) -> Iterator[str]:
-        """What runs where, one line for each node."""
-        for node in range(self.nodes):
-            here = [each for each in self.placements() if node in each.nodes]
-            shown = []
-            for each in here:
-                gpus = f" (GPU {','.join(map(str, each.gpus))})" if each.gpus else ""
-                more = "" if node == each.nodes[0] else ", spanned"
-                shown.append(f"{each.role.value}-{each.index}{more}{gpus}")
-            first = ["controller", "Redis"] if node == 0 else []
-            yield f"node {node}: {', '.join([*first, *shown])}"
-
-    def _of(self, role: Role) -> RoleLayout:
-        return self.policy if role is Role.POLICY else self.rollout
 
 
 def layout_of(config: JobConfig) -> Layout:

@@ -22,7 +22,7 @@ from pathlib import Path
 from dray.errors import ConfigError
 from dray.launch.slurm.command_line import attempt_name
 from dray.launch.slurm.run_states import RunEvent, RunState, after
-from dray.runtime.job import write_json
+from dray.runtime.job import JobFolder, write_json
 
 FILE_NAME = "slurm.json"
 _NEW_PART = frozenset((RunState.SUBMITTED, RunState.REQUEUED, RunState.CANCELLED))
@@ -75,6 +75,10 @@ class RunRecord:
         """Write to the run's folder, whole or not at all."""
         write_json(run_folder / FILE_NAME, asdict(self))
 
+    def folder(self, run_folder: Path) -> JobFolder:
+        """The run's folder, with the logs of the newest attempt."""
+        return JobFolder(run_folder, attempt_name(self.part, self.attempt) if self.part else None)
+
     def begin(self, job_id: str, step: int) -> RunRecord:
         """An attempt begins in the Slurm job `job_id`, from a checkpoint of `step`."""
         new_part = self.state in _NEW_PART
@@ -106,11 +110,6 @@ class RunRecord:
     def resume(self, retries: int) -> RunRecord:
         """The run is submitted again."""
         return replace(self, state=after(self.state, RunEvent.RESUME), remaining_retries=retries)
-
-
-def attempt_folder(run_folder: Path, part: int, attempt: int) -> Path:
-    """Where an attempt keeps what is only its own: logs."""
-    return run_folder / "parts" / attempt_name(part, attempt)
 
 
 def now() -> str:

@@ -14,9 +14,6 @@ from typing import Final
 
 from dray.runtime.exit_codes import ExitCode
 
-TIME_LIMIT_NEAR = 140
-"""The exit code of a head that was told, by SIGUSR2, that the time limit is near."""
-
 
 class RunState(StrEnum):
     """Where a run stands."""
@@ -134,11 +131,11 @@ def event_of_end(
         return RunEvent.FINISH
     if signal == "TERM":
         return RunEvent.CANCEL
-    if exit_code == TIME_LIMIT_NEAR and progressed:
+    if exit_code == ExitCode.TIME_LIMIT and progressed:
         return RunEvent.TIME_LIMIT
     if remaining_retries == 0:
         return RunEvent.GIVE_UP
-    return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == TIME_LIMIT_NEAR else RunEvent.FAIL
+    return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
 
 
 def diagram() -> str:

@@ -7,24 +7,21 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dray.errors import ConfigError, DrayError
+from dray.errors import DrayError
 from dray.launch.ending import finished_checkpoint
+from dray.launch.output import attempt_folder, lock_folder
 from dray.launch.slurm.plan import Plan
-from dray.launch.slurm.run_record import RunRecord, attempt_folder
+from dray.launch.slurm.run_record import RunRecord
 from dray.launch.slurm.run_states import RunEvent, RunState, event_of_end
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder
-
-LATEST = "latest"
-"""A link in the run's folder to the newest attempt's."""
 
 _NEXT = {
     RunState.RETRYING: "again",
@@ -57,9 +54,7 @@ def begin(plan: Plan, job_id: str) -> str:
         return _NEXT[record.state]
     marker.unlink(missing_ok=True)
     record = record.begin(job_id, checkpoint_step(folder))
-    place = attempt_folder(root, record.part, record.attempt)
-    (place / "logs").mkdir(parents=True, exist_ok=True)
-    _link(root / LATEST, place)
+    attempt_folder(record.folder(root))
     record.write(root)
     return f"start {record.part} {record.attempt}"
 
@@ -114,9 +109,7 @@ def refuse_folder_in_use(root: Path) -> None:
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError("run folder", str(root), "must be one that no running job uses") from error
+        lock_folder(descriptor, root)
     finally:
         os.close(descriptor)
 
@@ -132,20 +125,14 @@ def _reason(plan: Plan, record: RunRecord, event: RunEvent, exit_code: int) -> s
     """A sentence for people: the head's own, if it came to say one."""
     if event is RunEvent.CANCEL:
         return "cancelled"
-    summary = JobFolder(plan.run_folder).summary
-    place = attempt_folder(plan.run_folder, record.part, record.attempt)
+    folder = record.folder(plan.run_folder)
+    summary, place = folder.summary, folder.logs.parent
     if event is RunEvent.TIME_LIMIT:
         return "time limit near"
     if summary.exists() and summary.stat().st_mtime >= place.stat().st_mtime:
         return str(json.loads(summary.read_text(encoding="utf-8"))["exit_reason"])
     status = 128 - exit_code if exit_code > 128 else exit_code
     return f"the head: {meaning(status)}; see {place.relative_to(plan.run_folder)}/logs/head.out"
-
-
-def _link(link: Path, target: Path) -> None:
-    partial = link.with_name(f".{link.name}.{os.getpid()}")
-    partial.symlink_to(target.relative_to(link.parent))
-    partial.replace(link)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dray.errors import ConfigError
 from dray.launch.slurm.plan import Plan, plan_path
-from dray.launch.slurm.run_record import FILE_NAME, RunRecord, attempt_folder
+from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
@@ -182,7 +182,7 @@ def _remarks(folder: Path, record: RunRecord, state: str) -> Iterator[str]:
         last = record.ends[-1]
         yield f"part {last.part}, attempt {last.attempt} ended {last.ended}: {last.reason}"
     if record.part and state in (RunState.FAILED, RunState.RETRYING, "lost"):
-        log = attempt_folder(folder, record.part, record.attempt) / "logs" / "head.out"
+        log = record.folder(folder).logs / "head.out"
         yield from (f"{log.name}: {line}" for line in _tail(log, LAST_LINES))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from dray.config import JobConfig, SlurmTable, parse_job
 from dray.errors import ConfigError
 from dray.launch.output import RESUME_NEEDS
 from dray.launch.slurm import scheduler
-from dray.launch.slurm.layout import Layout, layout_of, rollout_nodes_of
+from dray.launch.slurm.layout import layout_of, rollout_nodes_of
+from dray.launch.slurm.placement import placements
 from dray.launch.slurm.plan import Plan
 from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
@@ -45,9 +46,21 @@ class Submission:
     """
 
     plan: Plan
-    layout: Layout
     script: str
     record: RunRecord | None
+
+    def layout_lines(self) -> Iterator[str]:
+        """What runs where, one line for each node."""
+        names = [str(number) for number in range(self.plan.node_count)]
+        placed = placements(self.plan, names)
+        for name in names:
+            shown = ["controller", "Redis"] if name == names[0] else []
+            for each in placed:
+                if name in each.nodes:
+                    spanned = "" if name == each.node else ", spanned"
+                    gpus = f" (GPU {','.join(map(str, each.gpus))})" if each.gpus else ""
+                    shown.append(f"{each.name}{spanned}{gpus}")
+            yield f"node {name}: {', '.join(shown)}"
 
 
 def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | None = None) -> JobConfig:
@@ -97,7 +110,7 @@ def prepare(config: JobConfig, job_file: Path, *, resume: bool) -> Submission:
         retries=table.retries,
         environment=table.environment,
     )
-    return Submission(plan, layout, batch_script(plan), record)
+    return Submission(plan, batch_script(plan), record)
 
 
 def submit(submission: Submission, job_file: Path) -> int:
