@@ -108,7 +108,7 @@ class Supervisor:
         folder = self._folder
         strangers = child_pids()
         adopt_orphans()
-        with ExitStack() as resources, selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector, ExitStack() as resources:
             self._selector = selector
             selector.register(self._inbox, selectors.EVENT_READ)
             self._signals += check_entry_points(self._config, self._job_file, folder, self._inbox)

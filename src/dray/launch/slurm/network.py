@@ -114,8 +114,11 @@ def default_route(table: Path = _ROUTES) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, an address, is one that other machines do not reach."""
-    return ipaddress.ip_address(host).is_loopback
+    """Whether `host`, a name or an address, is one that other machines do not reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def boot_id() -> str:

@@ -1,4 +1,4 @@
-"""The other nodes of a job as the head sees them: who has connected, what runs there, and what has become of it."""
+"""The other nodes of a job as the head sees them: who has connected, what runs there, and what became of it."""
 
 from __future__ import annotations
 
@@ -123,6 +123,7 @@ class OtherNodes:
         }
         self._replicas: dict[str, RemoteReplica] = {}
         self._links: dict[str, Link] = {}
+        self._known: set[str] = set()
         self._greeted: set[_Greeted] = set()
         self._selector: selectors.BaseSelector | None = None
         self._listener: socket.socket | None = listen(host)
@@ -153,7 +154,9 @@ class OtherNodes:
         write_json(self._folder.head_address, address, mode=0o600)
 
     def look(self) -> None:
-        """Drop connections that take too long to show what they are."""
+        """Drop connections that take too long to show what they are; note nodes that take no orders any more."""
+        for node in [node for node, link in self._links.items() if link.lost]:
+            self._lose(node)
         for greeted in [each for each in self._greeted if each.deadline.expired]:
             self._drop(greeted, f"it said nothing within {GREETING_BOUND:g} s")
 
@@ -184,7 +187,8 @@ class OtherNodes:
             for link in self._links.values():
                 link.send(Goodbye())
                 link.finish_sending()
-                selector.register(link, selectors.EVENT_READ, link)
+                if not link.lost:
+                    selector.register(link, selectors.EVENT_READ, link)
             while selector.get_map() and not deadline.expired:
                 for key, _ in selector.select(deadline.remaining):
                     link = key.data
@@ -252,6 +256,7 @@ class OtherNodes:
         if purpose.rank is not None:
             self._ranks[purpose.rank] = greeted.connected
         else:
+            self._known.add(purpose.node)
             link = self._links[purpose.node] = Link(greeted.connected)
             self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(purpose.node, link))
         what = "node" if purpose.rank is None else f"policy-{purpose.rank} of node"
@@ -267,7 +272,7 @@ class OtherNodes:
             return "" if wanted and self._ranks[purpose.rank] is None else f"no rank {purpose.rank} is missing"
         if purpose.node not in {each.node for each in self._placed.values()}:
             return f"no replica runs on node {purpose.node}"
-        return f"node {purpose.node} has been here before" if purpose.node in self._links else ""
+        return f"node {purpose.node} has been here before" if purpose.node in self._known else ""
 
     def _drop(self, greeted: _Greeted, why: str) -> None:
         if greeted in self._greeted:
@@ -278,26 +283,24 @@ class OtherNodes:
             greeted.connected.close()
 
     def _hear(self, node: str, link: Link) -> None:
-        """What a node says, or that it is gone."""
-        assert self._selector is not None
         for said in link.receive():
             if isinstance(said, Started):
                 for name, pid in said.pids.items():
-                    placed = self._placed.get(name)
-                    if placed is not None and placed.node == node:
+                    if name in self._placed and self._placed[name].node == node:
                         log = self._folder.logs / f"{name}.log"
-                        self._replicas[name] = RemoteReplica(placed, pid, log, link)
-            elif isinstance(said, Ended):
-                replica = self._replicas.get(said.name)
-                if replica is not None and self._placed[said.name].node == node:
-                    replica.ended(said.code)
+                        self._replicas[name] = RemoteReplica(self._placed[name], pid, log, link)
+            elif isinstance(said, Ended) and said.name in self._replicas:
+                self._replicas[said.name].ended(said.code)
         if link.lost:
-            self._selector.unregister(link)
-            running = [each for each in self._replicas.values() if self._placed[each.name].node == node]
-            _LOG.log(
-                logging.WARNING if any(each.running for each in running) else logging.INFO,
-                "node %s is gone",
-                node,
-            )
-            for each in running:
-                each.lost()
+            self._lose(node)
+
+    def _lose(self, node: str) -> None:
+        """A node is gone."""
+        assert self._selector is not None
+        link = self._links.pop(node)
+        self._selector.unregister(link)
+        link.close()
+        _LOG.info("node %s is gone", node)
+        for name, replica in self._replicas.items():
+            if self._placed[name].node == node:
+                replica.lost()
