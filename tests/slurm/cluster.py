@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -242,7 +243,10 @@ class SlurmCluster:
         _kill([daemon])
 
         def gone() -> bool:
-            _kill(left := self.processes(name))
+            left = self.processes(name)
+            # At once, as far as can be: a process of srun's cancels the step when it sees the other one die.
+            _signal(left, signal.SIGSTOP)
+            _kill(left)
             return not left and not _runs(daemon)
 
         self.wait_until(gone, f"death of {name}")
@@ -322,8 +326,12 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _kill(processes: list[psutil.Process]) -> None:
+    _signal(processes, signal.SIGKILL)
+
+
+def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         try:
-            process.kill()
+            process.send_signal(number)
         except psutil.NoSuchProcess:
             continue

@@ -174,7 +174,7 @@ class SlurmRun:
     # --- waiting ----------------------------------------------------------------------------------------------
 
     def wait_until(self, condition: Callable[[], bool], what: str, bound: float = BOUND) -> None:
-        """Wait for something that files or processes of the run show; the end of the job without it is an error."""
+        """Wait for something that files or processes of the run show; that the job ends without it is an error."""
 
         def holds() -> bool:
             return condition() or self.job not in self.cluster.jobs()
@@ -208,7 +208,8 @@ class SlurmRun:
 
     def story(self) -> str:
         """Everything that the run has said."""
-        logs = [*self.output.glob("slurm-*.out"), self.output / "slurm.json", *self.output.glob("parts/*/logs/*")]
+        output = self.output
+        logs = [*output.glob("slurm-*.out"), output / "slurm.json", *output.glob("parts/*/logs/*")]
         there = sorted(log for log in logs if log.exists())
-        found = [(log.relative_to(self.output), log.read_text()[-3000:]) for log in there]
+        found = [(log.relative_to(output), log.read_text()[-3000:]) for log in there]
         return "\n".join(f"--- {name}\n{text}" for name, text in found)

@@ -111,7 +111,7 @@ def test_failing_job_is_tried_n_times_more_and_then_failed(run: SlurmRun) -> Non
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), run.story()
     assert run.record().state is RunState.FAILED
     assert [end[:2] for end in run.ends()] == [(1, 1), (1, 2), (1, 3)]
-    assert all(end.exit_code == 1 and "ValueError" in end.reason for end in run.record().ends), run.ends()
+    assert {(end.exit_code, end.reason) for end in run.record().ends} == {(1, "no policy replica is left")}
     assert "the trainer broke" in run.log("policy-0.log", "001.1")
     assert "state failed" in run.dray("status", str(run.output))
     assert "head.out: " in run.dray("status", str(run.output))
@@ -156,13 +156,15 @@ def test_cancelled_job_is_not_retried_and_goes_on_when_it_is_submitted_again(run
     assert [end[:2] for end in run.ends()] == [(1, 1)]
     assert run.record().remaining_retries == 2
     saved = run.checkpoint()["step"]
-    assert saved == run.steps()[-1], "the policy had time for a checkpoint"
+    assert saved >= run.steps()[-1] > 0, "the policy had time for a checkpoint"
 
     run.submit("--resume")
     run.go()
     assert run.end()["JobState"] == "COMPLETED", run.story()
     assert [end[:2] for end in run.ends()] == [(1, 1), (2, 1)]
-    assert run.steps() == list(range(1, GOAL + 1))
+    # Redis is sent SIGTERM together with the policy, whose last step may have no line of its own.
+    assert set(range(1, GOAL + 1)) - set(run.steps()) <= {saved}
+    assert run.steps() == sorted(set(run.steps()))
 
 
 def test_job_that_slurm_requeues_goes_on_and_loses_no_retry(run: SlurmRun) -> None:

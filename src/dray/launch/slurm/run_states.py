@@ -84,7 +84,7 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
         ),
         RunState.FINISHED: MappingProxyType({}),
         RunState.FAILED: MappingProxyType({RunEvent.RESUME: RunState.SUBMITTED}),
-        # Slurm starts a cancelled job again only if it took the nodes away itself: pre-emption looks like scancel.
+        # Slurm starts a cancelled job again only if it took the nodes away itself: preemption looks like scancel.
         RunState.CANCELLED: MappingProxyType(
             {
                 RunEvent.BEGIN: RunState.RUNNING,
