@@ -166,6 +166,22 @@ def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> Non
         assert run.end(bound=30.0) == [143, 0, 11], run.story()
 
 
+def test_policy_rank_behind_a_dead_network_ends_the_attempt(tmp_path: Path) -> None:
+    settings = (FOREVER, "policy.replicas=2", "policy.readers=2")
+    with (
+        two_machines() as (near, far),
+        nodes_running(
+            tmp_path, *settings, policy=RoleLayout(2), rollout=RoleLayout(1, 2), interface=near.interface
+        ) as run,
+    ):
+        run.start(nodes=[1, 3], within=near.command)
+        run.start(nodes=[2], within=far.command)
+        run.wait_for_steps(3)
+        far.cut()
+        assert run.end(bound=30.0) == [1, 11, 0], run.story()
+        assert "policy-1 ended early: its node" in run.log("n1.out")
+
+
 def test_hanging_replica_of_another_node_is_killed_in_time(tmp_path: Path) -> None:
     settings = (FOREVER, "rollout.args.hang_at=16", "rollout.args.hanging=[1]")
     with nodes_running(tmp_path, *settings) as run:
