@@ -126,6 +126,19 @@ def test_everything_ends_when_the_head_dies(tmp_path: Path) -> None:
         assert not run.processes(), run.story()
 
 
+def test_hanging_replica_is_killed_in_time_when_the_head_dies(tmp_path: Path) -> None:
+    settings = (FOREVER, "rollout.args.hang_at=16", "rollout.args.hanging=[1]")
+    with nodes_running(tmp_path, *settings) as run:
+        run.start()
+        run.wait_for_steps(3)
+        run.kill_node(1)
+        # `timeouts.shutdown` is 6 s here.
+        assert run.tasks[3].wait(12.0) == 11, run.story()
+        assert "shutdown: rollout-1: kill" in run.log("n3.out")
+        assert run.tasks[2].wait(12.0) == 11, run.story()
+        assert not run.processes(), run.story()
+
+
 def test_replicas_of_a_killed_node_supervisor_go_with_it(tmp_path: Path) -> None:
     with nodes_running(tmp_path, "stop.at_least=60", "policy.args.pause=0.02", "policy.args.repeats=true") as run:
         run.start()

@@ -14,7 +14,7 @@ import pytest
 from dray.clock import Deadline
 from dray.config import parse_job
 from dray.errors import AuthenticationError, TransportError
-from dray.launch.slurm import remote
+from dray.launch.slurm import door, remote
 from dray.launch.slurm.connection import connect
 from dray.launch.slurm.greeting import Purpose
 from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
@@ -158,7 +158,7 @@ def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
 def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "GREETING_BOUND", 0.3)
+    monkeypatch.setattr(door, "GREETING_BOUND", 0.3)
     with head_of(tmp_path) as head:
         strangers = [socket.create_connection(head.address) for _ in range(3)]
         try:
@@ -185,7 +185,7 @@ def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
 
 def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path) -> None:
     with head_of(tmp_path) as head:
-        strangers = [socket.create_connection(head.address) for _ in range(remote._MOST_GREETED + 10)]
+        strangers = [socket.create_connection(head.address) for _ in range(door.MOST_GREETED + 10)]
         try:
             head.link().close()
         finally:

@@ -192,7 +192,8 @@ class NodeSupervisor:
                 left = ", ".join(each.name for each in self._children.values() if each.running)
                 _LOG.error("%s did not end although killed", left)
                 return
-            self._wait(None if self._teardown is None else self._teardown.seconds_to_next)
+            # When everything was done, a child that was killed is waited for until the teardown is over.
+            self._wait(None if self._teardown is None else min(1.0, self._teardown.seconds_to_next))
             self._hear()
             for child in self._children.values():
                 if child.running and child.collect() is not None:
