@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from job_runner import BOUND, CLASSES, JOB, STOP
 
 from dray.config import load_job
@@ -50,15 +52,17 @@ class NodesRun:
         self.tasks: dict[int, subprocess.Popen[bytes]] = {}
         self.attempt = ""
 
-    def start(self, part: int = 1, attempt: int = 1, nodes: Sequence[int] | None = None) -> None:
-        """Start the processes of `nodes` (counted from 1, default all) for an attempt."""
+    def start(
+        self, part: int = 1, attempt: int = 1, nodes: Sequence[int] | None = None, within: Sequence[str] = ()
+    ) -> None:
+        """Start the processes of `nodes` (counted from 1, default all) for an attempt; `within` becomes them."""
         self.attempt = f"{part:03d}.{attempt}"
         for number in range(1, len(self.nodes) + 1) if nodes is None else nodes:
             module = "dray.launch.slurm.head" if number == 1 else "dray.launch.slurm.node"
             self.logs.mkdir(parents=True, exist_ok=True)
             with (self.logs / f"n{number}.out").open("ab") as out:
                 self.tasks[number] = subprocess.Popen(
-                    [sys.executable, "-m", module, str(self.plan), str(part), str(attempt)],
+                    [*within, sys.executable, "-m", module, str(self.plan), str(part), str(attempt)],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
@@ -178,3 +182,61 @@ def nodes_running(
             process.kill()
         for task in run.tasks.values():
             task.wait()
+
+
+class Machine:
+    """A network namespace that is held by a process; its end is that of the namespace."""
+
+    interface = "dray0"
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo ready && exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self._holder.stdout is not None
+        self.usable = self._holder.stdout.readline() == b"ready\n"
+
+    @property
+    def pid(self) -> int:
+        return self._holder.pid
+
+    @property
+    def command(self) -> list[str]:
+        """What goes before a command that is to run there."""
+        return ["nsenter", f"--target={self.pid}", "--net"]
+
+    def run(self, *command: str) -> bool:
+        return subprocess.run([*self.command, *command], capture_output=True, timeout=10.0).returncode == 0
+
+    def cut(self) -> None:
+        """Take the cable away: nothing comes through any more, and nobody is told."""
+        assert self.run("ip", "link", "set", self.interface, "down")
+
+    def close(self) -> None:
+        self._holder.communicate(timeout=10.0)
+
+
+@contextmanager
+def two_machines() -> Iterator[tuple[Machine, Machine]]:
+    """Two namespaces with a cable between them, whose ends have the same name; skips where that cannot be had."""
+    missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    with ExitStack() as held:
+        near, far = Machine(), Machine()
+        held.callback(near.close)
+        held.callback(far.close)
+        name = Machine.interface
+        laid = near.usable and far.usable
+        laid = laid and near.run(
+            "ip", "link", "add", name, "type", "veth", "peer", "name", name, "netns", str(far.pid)
+        )
+        for machine, address in ((near, "10.77.200.1/24"), (far, "10.77.200.2/24")):
+            laid = laid and machine.run("ip", "address", "add", address, "dev", name)
+            laid = laid and machine.run("ip", "link", "set", name, "up")
+        if not laid:
+            pytest.skip("network namespaces cannot be had here")
+        yield near, far

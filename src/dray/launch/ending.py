@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from dray.errors import ConfigError
-from dray.launch.signals import TIME_LIMIT_SIGNAL
+from dray.launch.signals import reason_of
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
@@ -82,8 +82,6 @@ def ending(
         code = ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
         return Ending(status, code, outcome.reason)
     if signals:
-        first, near = signals[0], signals[0] == TIME_LIMIT_SIGNAL
-        why = "the time limit is near" if near else f"interrupted by {first.name}"
-        return Ending(status, 128 + first, why)
+        return Ending(status, 128 + signals[0], reason_of(signals[0]))
     reason = outcome.reason if outcome is not None else failure or "the job ended without an outcome"
     return Ending(status, ExitCode.FAILED, reason)

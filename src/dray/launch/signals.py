@@ -56,5 +56,10 @@ class SignalInbox:
         return [signal.Signals(byte) for byte in content if byte in self._watched]
 
 
+def reason_of(number: signal.Signals) -> str:
+    """Why a job ends that was sent this signal."""
+    return "the time limit is near" if number == TIME_LIMIT_SIGNAL else f"interrupted by {number.name}"
+
+
 def _note(_number: int, _frame: FrameType | None) -> None:
     """Python writes the number to the wake-up descriptor before it calls this."""

@@ -26,7 +26,7 @@ from dray.launch.entry_points import check_entry_points
 from dray.launch.job_redis import job_redis
 from dray.launch.log import supervisor_log
 from dray.launch.output import attempt_folder
-from dray.launch.signals import SignalInbox
+from dray.launch.signals import SignalInbox, reason_of
 from dray.launch.site import Site
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
 from dray.runtime import messages
@@ -322,7 +322,7 @@ class Supervisor:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._say(f"{name}: ending the job, at most {bound:g} s")
-            self._tell(client, "/stop", messages.Stop(reason=f"interrupted by {name}"))
+            self._tell(client, "/stop", messages.Stop(reason=reason_of(self._signals[0])))
             self._end(at_once=True)
         for processes, teardown in self._teardowns:
             if len(self._signals) > 1:

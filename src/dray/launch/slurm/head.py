@@ -48,13 +48,14 @@ def run_head(task: Task) -> int:
     alone = len(task.nodes) == 1 and task.plan.interface is None
     interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.interface)
     if len(task.nodes) > 1:
-        check_reachable(config.redis.url, interface)
+        check_between_nodes(config, interface)
     watched = (*WATCHED, TIME_LIMIT_SIGNAL)
     with ExitStack() as opened:
         inbox = opened.enter_context(SignalInbox(watched))
         display = opened.enter_context(Display(f"dray: job {config.job.name}", config.job.max_steps))
         folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))
         site = _site(task, config, folder, interface, opened)
+        display.say(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
         return supervise(config, task.plan.job_file, site, state, inbox, display)
 
 
@@ -71,15 +72,17 @@ def attempt_config(plan: Plan) -> JobConfig:
     )
 
 
-def check_reachable(redis_url: str | None, interface: Interface) -> None:
-    """Make sure that other nodes can reach a configured Redis server.
+def check_between_nodes(config: JobConfig, interface: Interface) -> None:
+    """Make sure that the configuration is one for several nodes.
 
     Raises:
-        ConfigError: its address is one of this machine only.
+        ConfigError: the lane, or a configured Redis server, is for one machine only.
     """
-    if redis_url is None:
+    if config.job.lane == "shm" and config.job.payload_transfer == "ucxx":
+        raise ConfigError("job.lane", "shm", 'one that goes between nodes: "auto", "tcp" or "ucx"')
+    if config.redis.url is None:
         return
-    parts = urlsplit(redis_url)
+    parts = urlsplit(config.redis.url)
     host_is_local = is_loopback(parts.hostname or "") and not interface.is_loopback
     if parts.scheme == "unix" or host_is_local:
         # The URL is not shown: it may hold a password.

@@ -57,6 +57,7 @@ class _HeadAddress:
     def read(cls, path: Path, attempt: str) -> _HeadAddress | None:
         """The address of the head of this `attempt`, if it is there."""
         try:
+            list(path.parent.iterdir())  # NFS may take a file for missing until its folder was looked at
             found = cls(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError):  # not yet, or no more, or of another version
             return None
@@ -162,7 +163,10 @@ class NodeSupervisor:
             ConfigError: the node does not have what the plan says.
             DrayError: a rank of the policy gets no connection.
         """
-        spec = JobSpec.read(self._folder.spec)
+        try:
+            spec = JobSpec.read(self._folder.spec)
+        except OSError as error:
+            raise ControlPlaneError(f"the head has taken {self._folder.spec} back: {error.strerror}") from error
         if spec.job_id != address.job_id:
             raise ControlPlaneError(f"{self._folder.spec} is of another attempt than the head's address")
         self._folder.logs.mkdir(parents=True, exist_ok=True)
@@ -192,7 +196,8 @@ class NodeSupervisor:
                 left = ", ".join(each.name for each in self._children.values() if each.running)
                 _LOG.error("%s did not end although killed", left)
                 return
-            self._wait(None if self._teardown is None else self._teardown.seconds_to_next)
+            # When everything was done, a child that was killed is waited for until the teardown is over.
+            self._wait(None if self._teardown is None else min(1.0, self._teardown.seconds_to_next))
             self._hear()
             for child in self._children.values():
                 if child.running and child.collect() is not None:

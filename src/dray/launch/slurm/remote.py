@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dray.clock import Deadline
-from dray.errors import AuthenticationError
 from dray.launch.children import JobProcess
-from dray.launch.slurm.connection import end_when_silent, listen
-from dray.launch.slurm.greeting import Host, Purpose
+from dray.launch.slurm.door import Door
+from dray.launch.slurm.greeting import Purpose
 from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.launch.slurm.network import boot_id
 from dray.launch.slurm.placement import Placement
@@ -21,14 +20,9 @@ from dray.runtime.exit_codes import meaning
 from dray.runtime.job import JobFolder, JobSpec, write_json
 from dray.runtime.membership import Role
 
-GREETING_BOUND = 5.0
-"""Seconds that a new connection has to show that it knows the secret."""
-
 GOODBYE_BOUND = 5.0
 """Seconds that the head waits for the other nodes when the job is over."""
 
-_MOST_GREETED = 64
-_CHUNK = 4096
 _LOG = logging.getLogger("dray.launch.remote")
 
 
@@ -85,15 +79,6 @@ class RemoteReplica:
         return f"<RemoteReplica {self.name} on {self._node} {'running' if self.running else self.exit_code}>"
 
 
-class _Greeted:
-    """A connection that has not shown yet that it knows the secret."""
-
-    def __init__(self, connected: socket.socket, secret: bytes) -> None:
-        self.connected = connected
-        self.host = Host(secret)
-        self.deadline = Deadline.after(GREETING_BOUND)
-
-
 class OtherNodes:
     """The nodes beside the head's; see `dray.launch.site.Elsewhere`. As a context manager it closes.
 
@@ -115,8 +100,6 @@ class OtherNodes:
     ) -> None:
         self._folder = folder
         self._attempt = attempt
-        self._secret = secret
-        self._silence = silence
         self._placed = {each.name: each for each in placed}
         self._ranks: dict[int, socket.socket | None] = {
             each.index: None for each in self._placed.values() if each.role is Role.POLICY
@@ -124,9 +107,8 @@ class OtherNodes:
         self._replicas: dict[str, RemoteReplica] = {}
         self._links: dict[str, Link] = {}
         self._known: set[str] = set()
-        self._greeted: set[_Greeted] = set()
         self._selector: selectors.BaseSelector | None = None
-        self._listener: socket.socket | None = listen(host)
+        self._door = Door(host, secret, silence, self._refusal, self._welcome)
 
     @property
     def expected(self) -> int:
@@ -140,10 +122,8 @@ class OtherNodes:
 
     def open(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
         """Listen, and tell the other nodes where, in a file of the job's folder."""
-        assert self._listener is not None
         self._selector = selector
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        host, port = self._listener.getsockname()
+        host, port = self._door.open(selector)
         address = {
             "host": host,
             "port": port,
@@ -157,8 +137,7 @@ class OtherNodes:
         """Drop connections that take too long to show what they are; note nodes that take no orders any more."""
         for node in [node for node, link in self._links.items() if link.lost]:
             self._lose(node)
-        for greeted in [each for each in self._greeted if each.deadline.expired]:
-            self._drop(greeted, f"it said nothing within {GREETING_BOUND:g} s")
+        self._door.look()
 
     def take_ranks(self) -> list[socket.socket] | None:
         """See `dray.launch.site.Elsewhere`."""
@@ -170,14 +149,8 @@ class OtherNodes:
         return taken
 
     def refuse(self) -> None:
-        """Close the door."""
-        if self._listener is not None:
-            if self._selector is not None:
-                self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
-        for greeted in list(self._greeted):
-            self._drop(greeted, "the job ends")
+        """See `dray.launch.site.Elsewhere`."""
+        self._door.close()
 
     def close(self) -> None:
         """Say goodbye, and wait until the other nodes have ended what was left there."""
@@ -214,53 +187,16 @@ class OtherNodes:
 
     # --- connections ------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _welcome(self, purpose: Purpose, connected: socket.socket) -> None:
         assert self._selector is not None
-        try:
-            connected, _ = self._listener.accept()
-        except OSError:  # whoever it was has gone
-            return
-        connected.setblocking(False)
-        greeted = _Greeted(connected, self._secret)
-        self._greeted.add(greeted)
-        self._selector.register(connected, selectors.EVENT_READ, lambda: self._greet(greeted))
-        try:
-            connected.send(greeted.host.nonce)
-        except OSError as error:
-            self._drop(greeted, str(error))
-        if len(self._greeted) > _MOST_GREETED:
-            self._drop(min(self._greeted, key=lambda each: each.deadline.at), "too many say nothing")
-
-    def _greet(self, greeted: _Greeted) -> None:
-        assert self._selector is not None
-        try:
-            chunk = greeted.connected.recv(_CHUNK)
-            if not chunk:
-                self._drop(greeted, "it was closed")
-                return
-            answer = greeted.host.feed(chunk)
-            if answer is None:
-                return
-            purpose, proof = answer
-            if refusal := self._refusal(purpose):
-                self._drop(greeted, refusal)
-                return
-            end_when_silent(greeted.connected, self._silence)
-            greeted.connected.send(proof)
-        except (OSError, AuthenticationError) as error:
-            self._drop(greeted, str(error))
-            return
-        self._selector.unregister(greeted.connected)
-        self._greeted.discard(greeted)
         if purpose.rank is not None:
-            self._ranks[purpose.rank] = greeted.connected
-        else:
-            self._known.add(purpose.node)
-            link = self._links[purpose.node] = Link(greeted.connected)
-            self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(purpose.node, link))
-        what = "node" if purpose.rank is None else f"policy-{purpose.rank} of node"
-        _LOG.info("%s %s has connected", what, purpose.node)
+            self._ranks[purpose.rank] = connected
+            _LOG.info("node %s has connected policy-%d", purpose.node, purpose.rank)
+            return
+        self._known.add(purpose.node)
+        link = self._links[purpose.node] = Link(connected)
+        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(purpose.node, link))
+        _LOG.info("node %s has connected", purpose.node)
 
     def _refusal(self, purpose: Purpose) -> str:
         """Why a connection for `purpose` is not wanted, or nothing."""
@@ -273,14 +209,6 @@ class OtherNodes:
         if purpose.node not in {each.node for each in self._placed.values()}:
             return f"no replica runs on node {purpose.node}"
         return f"node {purpose.node} has been here before" if purpose.node in self._known else ""
-
-    def _drop(self, greeted: _Greeted, why: str) -> None:
-        if greeted in self._greeted:
-            assert self._selector is not None
-            _LOG.warning("a connection is not taken: %s", why)
-            self._greeted.discard(greeted)
-            self._selector.unregister(greeted.connected)
-            greeted.connected.close()
 
     def _hear(self, node: str, link: Link) -> None:
         for said in link.receive():
