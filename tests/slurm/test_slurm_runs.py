@@ -47,8 +47,9 @@ def test_cartpole_is_solved_by_a_policy_on_one_node_and_rollouts_on_two_others(
 
 
 def test_job_writes_a_checkpoint_before_its_time_limit_and_goes_on_in_another_part(run: SlurmRun) -> None:
-    run.submit("--time=00:01:00")
-    run.wait_until(lambda: run.record().state is RunState.REQUEUED, "requeueing", 100.0)
+    # Slurm sends its signal up to a minute early: after 30 to 90 seconds here.
+    run.submit("--time=00:02:00", "--pre-timeout=30")
+    run.wait_until(lambda: run.record().state is RunState.REQUEUED, "requeueing", 150.0)
     saved = run.checkpoint()["step"]
     assert saved == run.steps()[-1] > 0
     run.go()

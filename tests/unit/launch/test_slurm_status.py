@@ -129,3 +129,10 @@ def test_runs_are_found_below_the_folder_that_is_named(tmp_path: Path) -> None:
     assert find_runs([runs[1]]) == [runs[1]]
     with pytest.raises(ConfigError, match="a folder of runs"):
         find_runs([tmp_path / "none"])
+
+
+def test_runs_of_other_users_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "run", RunRecord(RunState.SUBMITTED, 2))
+    assert find_runs([tmp_path]) == [folder]
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    assert find_runs([tmp_path]) == []

@@ -86,7 +86,7 @@ class RunView:
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The folders of runs at or below `places`.
+    """The folders of this user's runs at or below `places`.
 
     Raises:
         ConfigError: a place does not exist.
@@ -106,7 +106,7 @@ def view_run(folder: Path, queue: Mapping[str, str]) -> RunView:
         queue: the user's jobs that wait or run, see `queued_jobs`.
 
     Raises:
-        ConfigError: its files are damaged, or another user's.
+        ConfigError: its files are damaged.
     """
     record = RunRecord.read(folder)
     job_id = record.job_id if record.state is RunState.RUNNING else submitted_job(folder) or record.job_id
@@ -170,10 +170,11 @@ def plain_lines(views: Sequence[RunView]) -> Iterator[str]:
 
 def _runs_below(folder: Path, deeper: int) -> Iterator[Path]:
     if (folder / FILE_NAME).is_file():
-        yield folder
+        if folder.stat().st_uid == os.getuid():
+            yield folder
     elif deeper:
         for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
+            if path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK):
                 yield from _runs_below(path, deeper - 1)
 
 
