@@ -202,6 +202,24 @@ def test_requeued_run_whose_checkpoint_says_finished_is_not_started(plan: Plan) 
     assert record(plan).state is RunState.FINISHED
 
 
+def test_lost_run_without_a_retry_counts_as_finished_if_its_checkpoint_says_so(plan: Plan) -> None:
+    for _ in range(plan.retries):
+        begin(plan, "7")
+        end(plan, 1)
+    begin(plan, "7")
+    write_checkpoint(plan, 40, "finished")
+    assert record(plan).remaining_retries == 0
+    assert begin(plan, "7") == "done"
+
+
+@pytest.mark.parametrize("event", [RunEvent.CANCEL, RunEvent.FAIL])
+def test_run_whose_checkpoint_says_finished_is_done_in_whatever_state_it_was(plan: Plan, event: RunEvent) -> None:
+    begin(plan, "7")
+    end(plan, 1, signal="TERM" if event is RunEvent.CANCEL else "")
+    write_checkpoint(plan, 40, "solved")
+    assert begin(plan, "7") == "done"
+
+
 def test_run_that_has_done_all_steps_without_being_solved_is_not_tried_again(plan: Plan) -> None:
     begin(plan, "7")
     write_checkpoint(plan, MAX_STEPS)

@@ -18,7 +18,7 @@ from dray.launch.ending import finished_checkpoint
 from dray.launch.output import attempt_folder, lock_folder
 from dray.launch.slurm.plan import Plan
 from dray.launch.slurm.run_record import RunRecord
-from dray.launch.slurm.run_states import RunEvent, RunState, event_of_end
+from dray.launch.slurm.run_states import TRANSITIONS, RunEvent, RunState, event_of_end
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder
@@ -43,10 +43,10 @@ def begin(plan: Plan, job_id: str) -> str:
     refuse_folder_in_use(root)
     record = RunRecord.read(root)
     marker = cancel_marker(root)
+    finished = finished_checkpoint(folder) is not None
     if record.state is RunState.RUNNING:
-        # Nobody recorded its end: the node of the batch script was lost, or the job was killed.
-        record = _end_lost(record, plan.retries, cancelled=marker.exists())
-    if record.state not in (RunState.FINISHED, RunState.FAILED) and finished_checkpoint(folder) is not None:
+        record = _end_unseen(record, plan.retries, finished=finished, cancelled=marker.exists())
+    elif finished and RunEvent.FINISH in TRANSITIONS[record.state]:
         record = record.move(RunEvent.FINISH)
     goes_on = not record.state.is_final or (record.state is RunState.CANCELLED and record.job_id == job_id)
     if not goes_on:
@@ -114,7 +114,10 @@ def refuse_folder_in_use(root: Path) -> None:
         os.close(descriptor)
 
 
-def _end_lost(record: RunRecord, retries: int, *, cancelled: bool) -> RunRecord:
+def _end_unseen(record: RunRecord, retries: int, *, finished: bool, cancelled: bool) -> RunRecord:
+    """The end that nobody recorded: the node of the batch script was lost, or the job was killed."""
+    if finished:
+        return record.end(RunEvent.FINISH, retries, None, "finished, says the checkpoint")
     if cancelled:
         return record.end(RunEvent.CANCEL, retries, None, "cancelled")
     event = RunEvent.MOVE if record.remaining_retries else RunEvent.GIVE_UP
