@@ -16,7 +16,8 @@ from cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
-SOURCES = Path(__file__).parents[2] / "src"
+CHECKOUT = Path(__file__).parents[2]
+SOURCES = CHECKOUT / "src"
 
 GREEN = """
 import os, pathlib, tempfile
@@ -118,7 +119,7 @@ class Project:
     def verdicts(self) -> dict[str, str]:
         """The verdict on each suite, as `report.txt` has it."""
         report = (self.output / "report.txt").read_text()
-        return dict(re.findall(r"^(\w+)  +(\w+(?: \w+)*)  ", report.partition("\n")[2], re.MULTILINE))
+        return dict(re.findall(r"^([\w.-]+)  +(\w+(?: \w+)*)  ", report.partition("\n")[2], re.MULTILINE))
 
     def junit(self) -> dict[str, ElementTree.Element]:
         return {str(each.get("name")): each for each in ElementTree.parse(self.output / "junit.xml").getroot()}
@@ -152,6 +153,15 @@ def test_green_suites_pass_and_leave_logs_and_reports(cluster: SlurmCluster, tmp
     job = cluster.job(number)
     assert (job["JobState"], job["TimeLimit"], job["NumNodes"]) == ("COMPLETED", "01:30:00", "1")
     assert (job["OverSubscribe"], job["NumCPUs"]) == ("NO", "4")  # the whole node
+
+
+def test_tests_of_this_project_run_on_a_node(cluster: SlurmCluster, tmp_path: Path) -> None:
+    project = project_of(tmp_path, cluster, green=GREEN)
+
+    code, printed = project.ci("tests/unit/wire", "tests/process/test_segment_process.py", f"--project={CHECKOUT}")
+
+    assert code == 0, printed
+    assert project.verdicts() == {"unit-wire": "passed", "process-test_segment_process.py": "passed"}
 
 
 def test_a_planted_failure_is_the_exit_code_and_the_other_suites_run(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -11,12 +12,13 @@ from xml.etree import ElementTree
 import pytest
 
 from dray.errors import ConfigError
-from dray.launch.slurm import ci_junit
+from dray.launch.signals import SignalInbox
+from dray.launch.slurm import ci_follow, ci_junit
 from dray.launch.slurm.ci import Choices, Plan, find_suites, plan, read_report, write_report
 from dray.launch.slurm.ci_junit import Counts
 from dray.launch.slurm.ci_report import End, Report, SuiteResult, Verdict, judge, read_ends
 from dray.launch.slurm.durations import format_duration, parse_duration
-from dray.launch.slurm.scheduler import JobView
+from dray.launch.slurm.scheduler import JobView, SlurmError, submit
 
 PAGE = Path(__file__).parents[3] / "docs" / "slurm-ci.md"
 
@@ -236,7 +238,7 @@ def test_half_a_report_is_none(tmp_path: Path, text: str | None) -> None:
 
 def test_half_a_line_of_the_record_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "ends.tsv").write_text("unit\t0\t12\nsystem\t1")
-    assert read_ends(tmp_path / "ends.tsv") == {"unit": End(0, 12)}
+    assert read_ends(tmp_path) == {"unit": End(0, 12)}
     assert read_ends(tmp_path / "none") == {}
 
 
@@ -276,3 +278,41 @@ def test_a_job_is_read_from_what_scontrol_shows() -> None:
 def test_verdicts_of_the_page_are_those_of_the_code() -> None:
     listed = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     assert [verdict for verdict in listed if verdict in set(Verdict)] == list(Verdict)
+
+
+# --- following --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forgetful_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `scontrol` that knows no job, as some time after its end."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Invalid job id specified' >&2\nexit 1\n")
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("forgetful_slurm")
+def test_a_job_that_slurm_has_forgotten_has_ended_as_its_script_recorded(tmp_path: Path) -> None:
+    (tmp_path / "ends.tsv").write_text("unit\t3\t1\njob\t3\t2\n")
+    (tmp_path / "ci.log").write_text("first\nlast\nhalf a li")
+    shown: list[str] = []
+    with SignalInbox() as inbox:
+        view, interrupted = ci_follow.follow(4, tmp_path, inbox, shown.append)
+    assert (view.number, view.state, view.exit_code, interrupted) == (4, "FAILED", 3, None)
+    assert "".join(shown) == "job 4: FAILED\nfirst\nlast\n"
+
+
+@pytest.mark.usefixtures("forgetful_slurm")
+def test_a_slurm_that_says_nothing_for_minutes_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ci_follow, "SILENCE_SECONDS", 0.0)
+    with SignalInbox() as inbox, pytest.raises(SlurmError, match="scontrol failed: Invalid job id specified"):
+        ci_follow.follow(4, tmp_path, inbox, str)
+
+
+def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match="sbatch is not installed here"):
+        submit(tmp_path / "ci.sh")

@@ -9,36 +9,26 @@ them is worked out here, from what it left in the output folder.
 from __future__ import annotations
 
 import re
-import select
-import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dray.clock import Deadline
 from dray.errors import ConfigError
 from dray.launch.signals import SignalInbox
 from dray.launch.slurm import ci_junit
+from dray.launch.slurm.ci_follow import follow
 from dray.launch.slurm.ci_report import BROKEN_OFF, JOB, SETUP, Report, SuiteResult, Verdict, read_ends
 from dray.launch.slurm.durations import format_duration, parse_duration
 from dray.launch.slurm.rendering import render
-from dray.launch.slurm.scheduler import JobView, SlurmError, cancel, look, submit
+from dray.launch.slurm.scheduler import JobView, submit
 
 MARGIN_SECONDS = 30 * 60
 """What the job gets beyond the time of the tests: for starting, the setup and cleaning up."""
 
 GRACE_SECONDS = 10
 """Between the stack dump of a suite that is out of time and its kill."""
-
-POLL_SECONDS = 2.0
-SILENCE_SECONDS = 300.0
-"""slurmctld may be unreachable for as long, as when it restarts, before the wait is given up."""
-
-CANCEL_SECONDS = 120.0
-RECORD_SECONDS = 15.0
-"""What a job wrote is seen here by then, on any file system that nodes share."""
 
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
@@ -135,9 +125,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
     with SignalInbox() as inbox:
         number = submit(script)
         say(f"job {number}: {', '.join(suite.name for suite in plan.suites)}; everything is in {plan.output}\n")
-        view, interrupted = _follow(number, plan.output / "ci.log", inbox, say)
-        if not interrupted:
-            _wait_for_record(plan, view, inbox)
+        view, interrupted = follow(number, plan.output, inbox, say)
     report = read_report(plan, view)
     write_report(plan, report)
     say("\n".join(["", *report.lines(), ""]))
@@ -169,7 +157,7 @@ def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
 
 def read_report(plan: Plan, view: JobView) -> Report:
     """What is in the output folder, put together."""
-    ends = read_ends(plan.output / "ends.tsv")
+    ends = read_ends(plan.output)
     results = []
     for suite in plan.suites:
         element = ci_junit.read_suite(plan.output / "junit" / f"{suite.name}.xml")
@@ -190,64 +178,6 @@ def write_report(plan: Plan, report: Report) -> None:
             log = plan.output / "logs" / f"{suite.name}.log"
             ci_junit.add_error(element, suite.name, suite.verdict, log)
     ci_junit.write_merged(plan.output / "junit.xml", elements)
-
-
-# --- following the job ------------------------------------------------------------------------------------------
-
-
-def _follow(
-    number: int, log: Path, inbox: SignalInbox, say: Callable[[str], None]
-) -> tuple[JobView, signal.Signals | None]:
-    """Show what the job writes until it has ended; its last view, and the signal that interrupted."""
-    shown = _Tail(log)
-    state, silent_until, given_up, interrupted = "", Deadline.after(SILENCE_SECONDS), Deadline.after(None), None
-    while True:
-        try:
-            view = look(number)
-            silent_until = Deadline.after(SILENCE_SECONDS)
-        except SlurmError:
-            if silent_until.expired or given_up.expired:
-                raise
-        else:
-            if view.state != state:
-                state = view.state
-                say(f"job {number}: {state}{f', {view.reason}' if state == 'PENDING' else ''}\n")
-            say(shown.take())
-            if view.ended or given_up.expired:
-                return view, interrupted
-        select.select([inbox], [], [], POLL_SECONDS)
-        for received in inbox.take():
-            if interrupted is not None:
-                given_up = Deadline.after(0.0)
-                continue
-            interrupted, given_up = received, Deadline.after(CANCEL_SECONDS)
-            say(f"{received.name}: cancelling job {number}\n")
-            cancel(number)
-
-
-def _wait_for_record(plan: Plan, view: JobView, inbox: SignalInbox) -> None:
-    """On a shared file system, what the job's node wrote last may be seen here a little later."""
-    deadline = Deadline.after(RECORD_SECONDS if view.state in ("COMPLETED", "FAILED") else 0.0)
-    while JOB not in read_ends(plan.output / "ends.tsv") and not deadline.expired:
-        select.select([inbox], [], [], min(0.5, deadline.remaining))
-
-
-class _Tail:
-    """What a growing file has got since the last look; it may not be there yet."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-
-    def take(self) -> str:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
-        except FileNotFoundError:
-            return ""
-        content = content[: content.rfind(b"\n") + 1]  # whole lines, and so whole characters
-        self._offset += len(content)
-        return content.decode("utf-8", errors="replace")
 
 
 # --- values -----------------------------------------------------------------------------------------------------

@@ -154,10 +154,10 @@ def judge(end: End | None, counts: Counts | None) -> Verdict:
     return Verdict.PASSED if counts.passed else Verdict.SKIPPED
 
 
-def read_ends(path: Path) -> Mapping[str, End]:
-    """What the batch script recorded until now, by name; nothing if the file is not there yet."""
+def read_ends(output: Path) -> Mapping[str, End]:
+    """What the batch script recorded in the output folder until now, by name."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # whole lines only
+        lines = (output / "ends.tsv").read_text(encoding="utf-8").split("\n")[:-1]  # whole lines only
     except FileNotFoundError:
         return {}
     fields = [line.split("\t") for line in lines]
