@@ -215,9 +215,10 @@ class Supervisor:
             self._react(client)
             if not self._teardowns:
                 self._start_policy()
-            if next_status.expired and controller.running:
-                self._look(client)
-                self._end_silent()
+            if next_status.expired:
+                if controller.running:
+                    self._look(client)
+                    self._end_silent()
                 next_status = Deadline.after(STATUS_INTERVAL)
 
     def _wait(self, timeout: float) -> None:
