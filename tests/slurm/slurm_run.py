@@ -16,12 +16,19 @@ from cluster import SlurmCluster
 from dray.launch.slurm.run_record import RunRecord
 
 CLASSES = '''
+import json
+import os
 import time
 import numpy as np
 
 
+def tell_place(context):
+    (context.output / f"{context.name}.place").write_text(json.dumps(dict(os.environ)))
+
+
 class Worker:
     def setup(self, context):
+        tell_place(context)
         self.output = context.output
 
     def load_weights(self, weights, version):
@@ -38,6 +45,7 @@ class Trainer:
     """Slow until there is a file `go`: the job still runs when a test does something to it."""
 
     def setup(self, context):
+        tell_place(context)
         self.steps, self.args, self.output = 0, context.args, context.output
 
     def train_step(self, trajectories):
@@ -97,6 +105,7 @@ class SlurmRun:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, job_file: Path | None = None) -> None:
         self.cluster = cluster
+        self.environ = dict(cluster.environment)
         self.folder = folder
         self.output = folder / "outputs" / "a run"
         folder.mkdir(exist_ok=True)
@@ -112,7 +121,7 @@ class SlurmRun:
         done = subprocess.run(
             [sys.executable, "-m", "dray.cli.app", "slurm", *arguments],
             cwd=self.folder,
-            env={**self.cluster.environment, "COLUMNS": "250"},
+            env={**self.environ, "COLUMNS": "250"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -145,6 +154,10 @@ class SlurmRun:
         path = self.output / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line)["step"] for line in text.split("\n")[:-1]]
+
+    def environment(self, replica: str) -> dict[str, str]:
+        """The environment that the replica has seen."""
+        return dict(json.loads((self.output / f"{replica}.place").read_text()))
 
     def checkpoint(self) -> dict[str, Any]:
         path = self.output / "checkpoint" / "state.json"

@@ -11,6 +11,7 @@ import pytest
 from cluster import SlurmCluster
 from slurm_run import GOAL, SlurmRun
 
+from dray.launch.slurm.plan import Plan
 from dray.launch.slurm.run_states import RunState
 from dray.runtime.exit_codes import ExitCode
 
@@ -189,6 +190,65 @@ def test_code_that_is_edited_after_the_submission_does_not_reach_the_job(run: Sl
     run.wait_for_steps(1)
     run.go()
     assert run.end()["JobState"] == "COMPLETED", run.story()
+
+
+def test_replicas_have_their_share_of_a_node_and_none_shows_the_secret(run: SlurmRun) -> None:
+    words = "it's $HOME"
+    run.submit("--nodes=2", "--gpus-per-node=2", f"--env=DRAY_WORDS={words}")
+    run.wait_for_steps(1)
+    seen = {name: run.environment(name) for name in ("policy-0", "rollout-0", "rollout-1")}
+    devices = {name: found["CUDA_VISIBLE_DEVICES"] for name, found in seen.items()}
+    assert devices == {"policy-0": "0,1", "rollout-0": "0", "rollout-1": "1"}
+    nodes = {name: found["DRAY_REPLICA_NODES"] for name, found in seen.items()}
+    assert nodes == {"policy-0": "n1", "rollout-0": "n2", "rollout-1": "n2"}
+    assert {found["SLURMD_NODENAME"] for found in seen.values()} == {"n1", "n2"}
+    assert {found["DRAY_WORDS"] for found in seen.values()} == {words}
+
+    secret = Plan.read(run.output / ".slurm" / "plan.json").secret.hex()
+    running = [process for process in run.cluster.processes() if process.name() != "slurmstepd"]
+    shown = [" ".join([*process.cmdline(), *process.environ().values()]) for process in running]
+    assert len(shown) > 10
+    assert not any(secret in each for each in shown)
+    run.go()
+    assert run.end()["JobState"] == "COMPLETED", run.story()
+
+
+def test_everything_of_a_container_job_runs_in_the_image(run: SlurmRun, tmp_path: Path) -> None:
+    # There is no pyxis here: in the place of srun is a script that notes its options and drops those of pyxis.
+    real, noted = run.cluster.command("which", "srun").strip(), tmp_path / "noted"
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(
+        f"""#!/bin/bash
+        echo "$@" >>{noted}
+        for each; do shift; [[ $each == --container-* ]] || set -- "$@" "$each"; done
+        exec {real} "$@"
+        """
+    )
+    (tools / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    run.environ["PATH"] = f"{tools}:{run.environ['PATH']}"
+
+    run.submit("--nodes=2", "--container=registry#image", "--container-mount=/data:/data")
+    run.wait_for_steps(1)
+    run.cluster.command("scancel", str(run.job))
+    assert run.end()["JobState"] == "CANCELLED", run.story()
+    assert "state cancelled" in run.dray("status", str(run.output))
+    run.submit("--resume", "--nodes=2", "--container=registry#image")
+    run.go()
+    assert run.end()["JobState"] == "COMPLETED", run.story()
+
+    assert [end[:2] for end in run.ends()] == [(1, 1), (2, 1)]
+    assert run.record().ends[0].reason == "cancelled"
+    mounts = f"--container-mounts={run.output}:{run.output}"
+    steps = [line for line in noted.read_text().splitlines() if "dray.launch" in line]
+    assert {word for line in steps for word in line.split() if word.startswith("dray.launch")} == {
+        "dray.launch.slurm.state",
+        "dray.launch.slurm.head",
+        "dray.launch.slurm.node",
+    }
+    assert all("--container-image=registry#image" in line and mounts in line for line in steps)
 
 
 def test_status_follows_a_run_until_it_is_over(run: SlurmRun) -> None:

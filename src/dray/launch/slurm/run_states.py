@@ -63,7 +63,6 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
                 RunEvent.MOVE: RunState.REQUEUED,
                 RunEvent.GIVE_UP: RunState.FAILED,
                 RunEvent.CANCEL: RunState.CANCELLED,
-                RunEvent.RESUME: RunState.SUBMITTED,
             }
         ),
         RunState.RETRYING: MappingProxyType(

@@ -41,18 +41,12 @@ def begin(plan: Plan, job_id: str) -> str:
     root = plan.run_folder
     folder = JobFolder(root)
     refuse_folder_in_use(root)
-    record = RunRecord.read(root)
-    marker = cancel_marker(root)
-    finished = finished_checkpoint(folder) is not None
-    if record.state is RunState.RUNNING:
-        record = _end_unseen(record, plan.retries, finished=finished, cancelled=marker.exists())
-    elif finished and RunEvent.FINISH in TRANSITIONS[record.state]:
-        record = record.move(RunEvent.FINISH)
+    record = read_settled(root, plan.retries)
     goes_on = not record.state.is_final or (record.state is RunState.CANCELLED and record.job_id == job_id)
     if not goes_on:
         record.write(root)
         return _NEXT[record.state]
-    marker.unlink(missing_ok=True)
+    cancel_marker(root).unlink(missing_ok=True)
     record = record.begin(job_id, checkpoint_step(folder))
     attempt_folder(record.folder(root))
     record.write(root)
@@ -90,6 +84,20 @@ def end(plan: Plan, exit_code: int, *, signal: str = "", nodes_lost: bool = Fals
     return _NEXT[record.state]
 
 
+def read_settled(root: Path, retries: int) -> RunRecord:
+    """The record of a run of which nothing runs: with the end of an attempt that nobody recorded, if it lacks one.
+
+    The node of the batch script was lost then, or the job was killed.
+    """
+    record = RunRecord.read(root)
+    finished = finished_checkpoint(JobFolder(root)) is not None
+    if record.state is RunState.RUNNING:
+        return _end_unseen(record, retries, finished=finished, cancelled=cancel_marker(root).exists())
+    if finished and RunEvent.FINISH in TRANSITIONS[record.state]:
+        return record.move(RunEvent.FINISH)
+    return record
+
+
 def cancel_marker(run_folder: Path) -> Path:
     """An empty file that the batch script makes when it is sent SIGTERM, before it does anything else."""
     return run_folder / ".slurm" / "cancelled"
@@ -115,7 +123,6 @@ def refuse_folder_in_use(root: Path) -> None:
 
 
 def _end_unseen(record: RunRecord, retries: int, *, finished: bool, cancelled: bool) -> RunRecord:
-    """The end that nobody recorded: the node of the batch script was lost, or the job was killed."""
     if finished:
         return record.end(RunEvent.FINISH, retries, None, "finished, says the checkpoint")
     if cancelled:

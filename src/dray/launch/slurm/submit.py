@@ -34,7 +34,7 @@ from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.script import batch_script
 from dray.launch.slurm.snapshot import take_snapshot
-from dray.launch.slurm.state import cancel_marker, refuse_folder_in_use
+from dray.launch.slurm.state import cancel_marker, read_settled, refuse_folder_in_use
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +208,15 @@ def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
     """
     if not resume or not (root / FILE_NAME).exists():
         return RunRecord(RunState.SUBMITTED, retries)
-    record = RunRecord.read(root)
-    if record.state is RunState.FINISHED:
+    if RunRecord.read(root).state is RunState.FINISHED:
         return None
     if (number := submitted_job(root)) in queued_jobs():
         raise ConfigError(
             "--resume", str(root), f"must be a run whose job is over; scancel {number} ends this one's"
         )
     refuse_folder_in_use(root)
-    return record.resume(retries)
+    record = read_settled(root, retries)
+    return None if record.state is RunState.FINISHED else record.resume(retries)
 
 
 def _code_folder(root: Path) -> Path:
