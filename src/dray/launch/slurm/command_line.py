@@ -1,4 +1,4 @@
-"""The command line of a process on a node: ``PLAN PART ATTEMPT``, and where it is: in variables of the environment.
+"""What a process on a node is told: ``PLAN PART ATTEMPT`` on the command line, and in the environment where it is.
 
 Nothing secret is in either; the plan's file has that.
 """
