@@ -10,7 +10,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from typer import Typer
+from typer.main import get_command
 
+from dray.cli.slurm_ci import ci
 from dray.errors import ConfigError
 from dray.launch.signals import SignalInbox
 from dray.launch.slurm import ci_follow, ci_junit
@@ -316,3 +319,13 @@ def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="sbatch is not installed here"):
         submit(tmp_path / "ci.sh")
+
+
+def test_options_of_the_page_are_those_of_the_command() -> None:
+    group = Typer(add_completion=False)
+    group.command()(ci)
+    options = {name for parameter in get_command(group).params for name in parameter.opts if name.startswith("--")}
+    table = PAGE.read_text().partition("## Options")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    listed = {option for cell in cells for option in re.findall(r"`(--[a-z-]+)`", cell)}
+    assert listed == options
