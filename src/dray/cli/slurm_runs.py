@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,9 @@ from dray.config import load_job
 from dray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
     from dray.launch.slurm.status import RunView
 
 
@@ -59,7 +63,7 @@ def submit(
         bool | None, typer.Option("--snapshot/--no-snapshot", help="Run a copy of the code, made now.")
     ] = None,
 ) -> None:
-    """Submit a job to Slurm, with what [slurm] of the job file says and these options."""
+    """Submit a job to Slurm, with what the table slurm of the job file says, and these options."""
     # Not needed to show the help of this or another command.
     from dray.launch.slurm import submit as submission
     from dray.runtime.exit_codes import ExitCode
@@ -117,31 +121,30 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
+    console = Console()
+    live = Live(console=console, auto_refresh=False) if watch and console.is_terminal else None
+    with live or nullcontext():
+        while True:
+            views = _look(folders or [Path("outputs")])
+            _show(views, console, live)
+            if not watch or all(view.is_over for view in views):
+                return
+            select.select([], [], [], interval)
+
+
+def _show(views: list[RunView], console: Console, live: Live | None) -> None:
     from dray.launch.slurm.status import picture, plain_lines
 
-    places = folders or [Path("outputs")]
-    console = Console()
-    if console.is_terminal and watch:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                views = _look(places)
-                live.update(picture(views), refresh=True)
-                if all(view.is_over for view in views):
-                    return
-                select.select([], [], [], interval)
-    while True:
-        views = _look(places)
-        if not views:
-            typer.echo("no runs that were submitted to Slurm are here")
-        elif console.is_terminal:
-            console.print(picture(views))
-        else:
-            for line in plain_lines(views):
-                typer.echo(line)
-            sys.stdout.flush()
-        if not watch or all(view.is_over for view in views):
-            return
-        select.select([], [], [], interval)
+    if live is not None:
+        live.update(picture(views), refresh=True)
+    elif not views:
+        console.print("no runs that were submitted to Slurm are here")
+    elif console.is_terminal:
+        console.print(picture(views))
+    else:
+        for line in plain_lines(views):
+            typer.echo(line)
+        sys.stdout.flush()
 
 
 def _look(places: list[Path]) -> list[RunView]:

@@ -94,7 +94,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     found = set()
     for place in places:
         if not place.is_dir():
-            raise ConfigError("FOLDER", str(place), "a folder of runs that were submitted, or of one")
+            raise ConfigError("FOLDER", str(place), "must be a folder of runs that were submitted, or of one")
         found |= set(_runs_below(place.absolute(), DEEPEST))
     return sorted(found)
 
