@@ -38,9 +38,11 @@ class NodesRun:
         rollout: RoleLayout,
         interface: str | None,
         environment: Mapping[str, str],
+        job: str | None,
     ) -> None:
-        (folder / "small.py").write_text(CLASSES)
-        (folder / "job.toml").write_text(JOB + STOP)
+        if job is not None:
+            (folder / "small.py").write_text(CLASSES)
+            (folder / "job.toml").write_text(job)
         self.output = folder / "out"
         config = load_job(folder / "job.toml", ["job.lane=tcp", *settings])
         plan = Plan(
@@ -167,10 +169,11 @@ def nodes_running(
     rollout: RoleLayout | None = None,
     interface: str | None = "lo",
     environment: Mapping[str, str] | None = None,
+    job: str | None = JOB + STOP,
 ) -> Iterator[NodesRun]:
-    """A run, of which no process runs afterwards."""
+    """A run, of which no process runs afterwards; without a `job` it is that of the folder."""
     run = NodesRun(
-        folder, settings, policy or RoleLayout(1), rollout or RoleLayout(2), interface, environment or {}
+        folder, settings, policy or RoleLayout(1), rollout or RoleLayout(2), interface, environment or {}, job
     )
     try:
         yield run
