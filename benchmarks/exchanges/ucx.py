@@ -1,7 +1,7 @@
 """Bare UCX: request, status and payload as three tagged messages, with `ucxx`'s low-level objects.
 
-One worker at each end in blocking progress mode, which waits in epoll; error handling on; the same settings as
-dray's `ucx` lane.
+One worker at each end in blocking progress mode, which waits as dray does, with looks before it sleeps; error
+handling on; the same settings as dray's `ucx` lane.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.partner import ANSWER_SECONDS, Partner
 from benchmarks.service import Reply
 from dray.clock import Deadline
+from dray.transport.spinning import Spinning
 from dray.transport.ucx_worker import SEGMENT_SIZE, require
 
 FRAME_BYTES = 64
@@ -39,8 +40,9 @@ class UcxEnd:
         self.worker = self.ucx.UCXWorker(self.ucx.UCXContext(chosen, features))
         self.worker.init_blocking_progress_mode()
         self.endpoint: Any = None
-        self._poll = select.poll()
-        self._poll.register(self.worker.epoll_file_descriptor, select.POLLIN)
+        poll = select.poll()
+        poll.register(self.worker.epoll_file_descriptor, select.POLLIN)
+        self._poll = Spinning(poll.poll)
 
     def send(self, memory: Any, tag: int) -> Any:
         return self.endpoint.tag_send(memory, self.ucx.UCXXTag(tag))
@@ -60,7 +62,7 @@ class UcxEnd:
         progressed = False
         while self.worker.progress_once():
             progressed = True
-        if not progressed and self.worker.arm() and not self._poll.poll(ANSWER_SECONDS * 1000):
+        if not progressed and self.worker.arm() and not self._poll(ANSWER_SECONDS * 1000):
             raise TimeoutError("UCX said nothing")
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -63,21 +64,32 @@ class DrayReceiver:
     def connect(self, references: socket.socket) -> None:
         self._references = references
 
-    def receive(self, check: Check) -> None:
+    def receive(self, check: Check, most: int) -> None:
         if self._stream is None:
-            assert self._references is not None
-            self._read(self._references.recv(_ROOM).decode(), check)
+            self._read(self._arrived(most), check)
         else:
-            with self._stream.received() as entry:
-                self._read(entry.reference or "", check)
+            with self._stream.received(most) as entries:
+                self._read([entry.reference or "" for entry in entries], check)
 
     def close(self) -> None:
         self._opened.close()
 
-    def _read(self, reference: str, check: Check) -> None:
-        ref = PayloadRef.from_json(reference)
+    def _arrived(self, most: int) -> list[str]:
+        """The next reference, and those that are there as well."""
+        assert self._references is not None
+        arrived = [self._references.recv(_ROOM)]
+        while len(arrived) < most and select.select([self._references], [], [], 0)[0]:
+            arrived.append(self._references.recv(_ROOM))
+        return [reference.decode() for reference in arrived]
+
+    def _read(self, references: Sequence[str], check: Check) -> None:
+        refs = [PayloadRef.from_json(reference) for reference in references]
         if self._lease:
-            with self._client.lease(ref, timeout=_SECONDS) as arrays:
-                check(arrays[_FIELD])
+            for ref in refs:
+                with self._client.lease(ref, timeout=_SECONDS) as arrays:
+                    check(arrays[_FIELD])
+        elif len(refs) == 1:
+            check(self._client.read(refs[0], timeout=_SECONDS)[_FIELD])
         else:
-            check(self._client.read(ref, timeout=_SECONDS)[_FIELD])
+            for _, arrays in self._client.read_many(refs, timeout=_SECONDS):
+                check(arrays[_FIELD])

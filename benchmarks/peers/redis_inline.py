@@ -42,10 +42,11 @@ class RedisReceiver:
     def connect(self, references: socket.socket) -> None:
         pass
 
-    def receive(self, check: Check) -> None:
-        with self._stream.received() as entry:
-            assert entry.payload is not None
-            check(unpack(bytearray(entry.payload))[_FIELD])
+    def receive(self, check: Check, most: int) -> None:
+        with self._stream.received(most) as entries:
+            for entry in entries:
+                assert entry.payload is not None
+                check(unpack(bytearray(entry.payload))[_FIELD])
 
     def close(self) -> None:
         with self._stream:

@@ -79,8 +79,8 @@ class StreamReceiver(_Opened):
         self._queue.attach()
 
     @contextmanager
-    def received(self) -> Iterator[RolloutEntry]:
-        """The next entry; it is committed when the block ends."""
-        (delivery,) = self._queue.receive(1, timeout=_SECONDS)
-        yield delivery.entry
-        self._queue.commit([delivery], timeout=_SECONDS)
+    def received(self, most: int) -> Iterator[list[RolloutEntry]]:
+        """The next entry, and what is there as well; they are committed when the block ends."""
+        deliveries = self._queue.receive(most, timeout=_SECONDS)
+        yield [delivery.entry for delivery in deliveries]
+        self._queue.commit(deliveries, timeout=_SECONDS)

@@ -46,7 +46,7 @@ class TorchReceiver:
     def connect(self, references: socket.socket) -> None:
         pass
 
-    def receive(self, check: Check) -> None:
+    def receive(self, check: Check, most: int) -> None:
         check(self._queue.get().numpy())
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class TransferQueueReceiver:
     def connect(self, references: socket.socket) -> None:
         self._references = references
 
-    def receive(self, check: Check) -> None:
+    def receive(self, check: Check, most: int) -> None:
         assert self._references is not None
         metadata = pickle.loads(self._references.recv(_PACKET))  # noqa: S301  (from our own producer)
         found = self._client.get_data(metadata)

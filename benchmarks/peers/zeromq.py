@@ -60,7 +60,7 @@ class ZeroMQReceiver:
     def connect(self, references: socket.socket) -> None:
         pass
 
-    def receive(self, check: Check) -> None:
+    def receive(self, check: Check, most: int) -> None:
         header, body = self._socket.recv_multipart(copy=False)
         found = json.loads(header.bytes)
         check(np.frombuffer(body.buffer, found["dtype"]).reshape(found["shape"]))

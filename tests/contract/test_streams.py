@@ -28,8 +28,8 @@ from dray.transport.ucx import UcxListener, UcxStream
 from dray.transport.ucx import connect as connect_ucx
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixListener
+from dray.wire.contract import Payload
 from dray.wire.handshake import Lane
-from dray.wire.session import Payload
 
 KINDS = ("unix", "tcp", "ucx")
 ALL = (*KINDS, *(f"simulated {kind}" for kind in KINDS))

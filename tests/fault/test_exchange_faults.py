@@ -44,9 +44,9 @@ from dray.transport.tcp import TcpListener
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixListener
+from dray.wire.contract import Outgoing, Payload
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import ServerHandshake, ServerIdentity
-from dray.wire.session import Outgoing, Payload
 
 BAND = ("tcp", "ucx")
 _numbers = itertools.count()

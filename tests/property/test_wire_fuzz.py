@@ -11,6 +11,7 @@ from dray.buffer import SharedRingBuffer
 from dray.errors import ProtocolError
 from dray.wire import PayloadRef
 from dray.wire.client_session import ClientSession
+from dray.wire.contract import Payload
 from dray.wire.frames import FRAME, FRAME_BYTES, Frame, Kind, parse
 from dray.wire.handshake import (
     CHALLENGE,
@@ -23,7 +24,7 @@ from dray.wire.handshake import (
     ServerIdentity,
     Verdict,
 )
-from dray.wire.session import Payload, ServerSession
+from dray.wire.session import ServerSession
 
 u8, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
 json_values = st.recursive(

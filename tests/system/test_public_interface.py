@@ -133,6 +133,21 @@ def test_leaving_a_batch_early_returns_what_was_not_taken(lane: Any) -> None:
             assert [int(a["n"]) for _, a in other.read_many(refs[3:])] == [3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize(("nbytes", "count", "taken"), [(8, 40, 33), (8, 70, 40), (20_000, 8, 5), (20_000, 12, 6)])
+def test_leaving_a_batch_in_a_later_window_consumes_what_was_taken_before(
+    lane: Any, nbytes: int, count: int, taken: int
+) -> None:
+    with serving(lane, slots=count) as server, PayloadClient(lanes=lane) as client:
+        refs = [server.put({"n": np.full(nbytes, n, np.uint8)}) for n in range(count)]
+        results = client.read_many(refs)
+        assert [int(next(results)[1]["n"][0]) for _ in range(taken)] == list(range(taken))
+        results.close()
+        for ref in refs[:taken]:
+            assert server.wait_consumed(ref, timeout=5)
+        wait_until(lambda: ring_of(server).get_ready_count() == count - taken, "the rest to be ready again")
+
+
 def test_an_empty_batch_is_nothing() -> None:
     with PayloadClient() as client:
         assert list(client.read_many([])) == []

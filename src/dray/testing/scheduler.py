@@ -11,6 +11,7 @@ import heapq
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -136,6 +137,7 @@ class Scheduler:
         self.ending = False
         self._hub = getcurrent()
         self._ready: list[Actor] = []
+        self._violation: Violation | None = None
         self._timers: list[tuple[float, int, Actor | Callable[[], None], int]] = []
         self._timer = 0
 
@@ -281,6 +283,8 @@ class Scheduler:
             self.actor = actor
             actor.greenlet.switch()
             self.actor = None
+            if self._violation is not None:
+                raise self._violation
             if actor.greenlet.dead:
                 actor.ended.notify()
 
@@ -355,10 +359,15 @@ class Scheduler:
         if actor.idles:
             return
         if until > actor.bound + actor.slack and until > self.now() + _EPSILON:
-            raise Violation(
+            self._violate(
                 f"{actor.name} waits until {until - 1000:.6f}, {until - actor.bound:.6f} s beyond its deadline"
             )
         if self.now() > actor.bound + actor.late + actor.slack:
-            raise Violation(f"{actor.name} goes on {self.now() - actor.bound:.6f} s after its deadline")
+            self._violate(f"{actor.name} goes on {self.now() - actor.bound:.6f} s after its deadline")
         if until == math.inf:
-            raise Violation(f"{actor.name} waits without a deadline")
+            self._violate(f"{actor.name} waits without a deadline")
+
+    def _violate(self, what: str) -> NoReturn:
+        """Raise, and have `run` raise as well: what a generator raises while it is dropped reaches nobody."""
+        self._violation = Violation(what)
+        raise self._violation

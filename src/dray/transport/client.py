@@ -318,6 +318,9 @@ class PayloadClient:
                     connection, group = self._exchanges.checkout(endpoint, producer, status_by)
                     try:
                         yield from windows(connection, waiting, self._reader, consume, status_by, deadline)
+                    except GeneratorExit:
+                        self._exchanges.leave(connection, group, deadline)
+                        raise
                     except BaseException:
                         self._exchanges.discard(connection, group)
                         raise

@@ -79,6 +79,7 @@ class Connection:
         reads, read_bytes: payloads that were handed out over it, and their size.
         inline_bytes: payloads of up to this size come with their STATUS, where that is asked for.
         broken: it must not be used again, although its last exchange went well.
+        in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Connection:
         self.lane = stream.lane
         self.reads = 0
         self.read_bytes = 0
-        self._in_band = stream.lane is not Lane.SHM
+        self.in_band = stream.lane is not Lane.SHM
         self._stream = stream
         self._segment = segment
         if segment is not None:
@@ -162,7 +163,7 @@ class Connection:
         frame, target = self._asked(ref, reader, copy)
         self._send(frame, status_by)
         arrays = None
-        if target is None and not self._in_band:
+        if target is None and not self.in_band:
             self._looked_at = deadline.now()
             target = self._ahead(ref, copy)
             if target is not None and not copy:
@@ -192,7 +193,7 @@ class Connection:
             frames.append(frame)
             targets.append(target)
         self._send(b"".join(frames), deadline)
-        if not self._in_band:
+        if not self.in_band:
             self._looked_at = deadline.now()
             targets = [self._ahead(ref, copy) for ref in refs]
         return targets
@@ -210,7 +211,7 @@ class Connection:
         status, nbytes = frame[1], frame[7]
         if status:
             text = self._text(frame, status_by)
-            if target is not None and self._in_band:
+            if target is not None and self.in_band:
                 self._payload(0, deadline)
             return refusal(request, frame, text, self.endpoint)
         if nbytes != ref.nbytes:
@@ -219,7 +220,7 @@ class Connection:
             )
         if request[7]:  # INLINE
             target = np.frombuffer(bytearray(self._message(nbytes, deadline, "the payload")), _UINT8)
-        elif not self._in_band:
+        elif not self.in_band:
             if target is None or frame[11] != self._first + frame[4] * self._stride:
                 raise ProtocolError(
                     f"STATUS says that {nbytes} bytes lie at {frame[11]}", endpoint=self.endpoint, slot=ref.slot
@@ -321,7 +322,7 @@ class Connection:
         target, tag, flags = None, 0, Flag.NONE
         if copy and ref.nbytes <= self.inline_bytes:
             flags = Flag.INLINE
-        elif self._in_band:
+        elif self.in_band:
             # A reference is untrusted: one that says more than a slot holds must not claim that memory.
             target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
             tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0

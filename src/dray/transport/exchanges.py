@@ -223,6 +223,15 @@ class Exchanges:
         if self._closed:
             self._close_idle()
 
+    def leave(self, connection: Connection, group: Group | None, deadline: Deadline) -> None:
+        """`discard` a connection on which something is still on its way.
+
+        The server may see its end before it reads the last ACKs, so the producer is told again at once what they
+        said, if it can be reached before the deadline and soon.
+        """
+        self.discard(connection, group)
+        self._settle_at(connection.endpoint, connection.identity.producer, deadline.sooner(_SETTLE_SECONDS))
+
     def counted(self) -> dict[str, float]:
         """All counters, the payloads among them that went over connections which are still open."""
         with self._lock:
@@ -330,9 +339,12 @@ class Exchanges:
                 (producer, endpoint) for producer, lost in self._unconfirmed.items() for endpoint in lost.values()
             ]
         for producer, endpoint in dict.fromkeys(where):
-            if producer in self._unconfirmed:
-                with contextlib.suppress(DrayError):
-                    self.checkin(*self.checkout(endpoint, producer, deadline))
+            self._settle_at(endpoint, producer, deadline)
+
+    def _settle_at(self, endpoint: str, producer: bytes, deadline: Deadline) -> None:
+        if producer in self._unconfirmed:
+            with contextlib.suppress(DrayError):
+                self.checkin(*self.checkout(endpoint, producer, deadline))
 
     def _close_idle(self) -> None:
         """Close what no thread uses, each after making sure that its ACKs have arrived."""

@@ -20,8 +20,8 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
-from dray.wire.session import Outgoing, Payload
 
 READ_AHEAD = 64 * 1024
 MOST_PARTS = 256

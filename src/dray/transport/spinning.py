@@ -1,8 +1,8 @@
-"""Waiting that begins with a few looks, where answers come faster than a thread falls asleep and wakes.
+"""Waiting that begins with looks, where answers come faster than a thread falls asleep and wakes.
 
-A thread that sleeps for a few microseconds wakes into cold caches, which costs more than the sleep. Looks are
-bounded in number, and only taken while waits have been short: whoever is idle sleeps at once, without using any
-processor.
+A thread that sleeps for a few microseconds wakes into cold caches, and on virtual machines waking it costs the one
+who sends to it tens of microseconds: more than the sleep was worth. Looks are bounded in time, and only taken
+while waits have been short: whoever is idle sleeps at once, without using any processor.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-MOST_LOOKS = 40
-"""Looks before a thread sleeps; each is one system call, about a microsecond, in which other threads may run."""
+SPIN_SECONDS = 300e-6
+"""How long a thread looks before it sleeps. A look is one system call of about a microsecond, during which other
+threads of its process may run."""
 
-SHORT_SECONDS = 100e-6
-"""A sleep of at most this was not worth it: the next wait begins with looks."""
+SHORT_SECONDS = 3 * SPIN_SECONDS
+"""A wait of at most this, looks included, has the next one begin with looks."""
+
+SLOW_LOOK_SECONDS = 50e-6
+"""A look that takes as long has waited for the interpreter or a processor, which others need: the last one."""
 
 
 class Spinning:
@@ -24,12 +28,18 @@ class Spinning:
 
     Args:
         poll: what to call.
+        now: the time in seconds.
     """
 
-    __slots__ = ("_poll", "_soon")
+    __slots__ = ("_now", "_poll", "_soon")
 
-    def __init__(self, poll: Callable[[Any], list[tuple[int, int]]]) -> None:
+    def __init__(
+        self,
+        poll: Callable[[Any], list[tuple[int, int]]],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._poll = poll
+        self._now = now
         self._soon = False
 
     def __call__(self, timeout: Any) -> list[tuple[int, int]]:
@@ -37,14 +47,20 @@ class Spinning:
         poll = self._poll
         if timeout == 0:
             return poll(0)
+        now = self._now
+        began = now()
         if self._soon:
-            for _ in range(MOST_LOOKS):
+            last, end = began, began + SPIN_SECONDS
+            while True:
                 found = poll(0)
                 if found:
                     return found
-        began = time.monotonic()
+                looked = now()
+                if looked > end or looked - last > SLOW_LOOK_SECONDS:
+                    break
+                last = looked
         found = poll(timeout)
-        self._soon = time.monotonic() - began < SHORT_SECONDS
+        self._soon = now() - began <= SHORT_SECONDS
         return found
 
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 from dray.errors import ConfigError
 from dray.private_directory import MAX_SOCKET_PATH
+from dray.wire.contract import Outgoing
 from dray.wire.handshake import Lane
-from dray.wire.session import Outgoing
 
 
 class Stream(Protocol):

@@ -30,8 +30,8 @@ from dray.errors import (
 )
 from dray.transport.stream import Endpoint
 from dray.transport.ucx_worker import Abandoned, UcxWorker, confine, from_ucx_error
+from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
-from dray.wire.session import Outgoing, Payload
 
 _PORTS_TO_TRY = 64
 _PREAMBLE = struct.Struct("<Q")

@@ -1,4 +1,4 @@
-"""A batch from one producer over one connection: windows of requests, those with leases one at a time."""
+"""A batch from one producer over one connection: windows of requests, two of them on their way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dray.clock import Deadline
-from dray.errors import ConnectionClosed, DrayError, TransportError
+from dray.errors import BufferClosedError, ConnectionClosed, DrayError, TransportError
 from dray.transport.connection import Connection, Held
 from dray.transport.receive_buffers import Bytes
 from dray.wire import PayloadRef
@@ -47,50 +47,59 @@ def windows(
     unasked = iter(tuple(waiting))
     due = next(unasked, None)
     ended: list[tuple[Request, bool]] = []
-    while waiting:
-        while due is not None and _ahead(asked, inline := due.nbytes <= connection.inline_bytes):
-            most = _INLINE_WINDOW if inline else connection.identity.max_leases
-            refs: list[PayloadRef] = []
-            while due is not None and len(refs) < most and (due.nbytes <= connection.inline_bytes) is inline:
-                refs.append(due)
-                due = next(unasked, None)
-            asked.append(_Window(refs, connection.ask(refs, reader, status_by, ended, copy=True), inline))
-            ended = []
-        window = asked.popleft()
-        results = [
-            connection.answer(ref, target, status_by, deadline)
-            for ref, target in zip(window.refs, window.targets, strict=True)
-        ]
-        status_by = deadline
-        outcomes = [result.data() if isinstance(result, Held) else result for result in results]
-        if any(isinstance(result, Held) and result.from_slot for result in results) and not connection.usable():
-            raise ConnectionClosed("the leases may have ended while the payloads were copied")
-        given = 0
-        try:
-            for ref, outcome in zip(window.refs, outcomes, strict=True):
-                given += 1
-                waiting.popleft()
-                yield ref, outcome
-        except BaseException:
-            with contextlib.suppress(TransportError):  # the server returns what it does not hear of
-                connection.acknowledge(_ended(results, consume, given), deadline)
-            raise
-        finally:
-            handed = zip(window.refs[:given], results[:given], strict=True)
-            sizes = [ref.nbytes for ref, result in handed if isinstance(result, Held)]
-            connection.reads += len(sizes)
-            connection.read_bytes += sum(sizes)
-        ended += _ended(results, consume, given)
+    try:
+        while waiting:
+            while due is not None:
+                inline = due.nbytes <= connection.inline_bytes
+                most, together = _limits(connection, inline)
+                if asked and (asked[-1].inline is not inline or len(asked) == together):
+                    break
+                refs: list[PayloadRef] = []
+                while due is not None and len(refs) < most and (due.nbytes <= connection.inline_bytes) is inline:
+                    refs.append(due)
+                    due = next(unasked, None)
+                told, ended = ended, []
+                asked.append(_Window(refs, connection.ask(refs, reader, status_by, told, copy=True), inline))
+            window = asked.popleft()
+            results = [
+                connection.answer(ref, target, status_by, deadline)
+                for ref, target in zip(window.refs, window.targets, strict=True)
+            ]
+            status_by = deadline
+            outcomes = [result.data() if isinstance(result, Held) else result for result in results]
+            if any(isinstance(each, Held) and each.from_slot for each in results) and not connection.usable():
+                raise ConnectionClosed("the leases may have ended while the payloads were copied")
+            given = 0
+            try:
+                for ref, outcome in zip(window.refs, outcomes, strict=True):
+                    given += 1
+                    waiting.popleft()
+                    yield ref, outcome
+            finally:
+                handed = zip(window.refs[:given], results[:given], strict=True)
+                sizes = [ref.nbytes for ref, result in handed if isinstance(result, Held)]
+                connection.reads += len(sizes)
+                connection.read_bytes += sum(sizes)
+                ended += _ended(results, consume, given)
+    except BaseException:
+        # Those that do not get through are repeated over another connection.
+        with contextlib.suppress(TransportError, BufferClosedError):
+            connection.acknowledge(ended, deadline)
+        raise
     connection.acknowledge(ended, deadline)
 
 
-def _ahead(asked: Sequence[_Window], inline: bool) -> bool:
-    """Whether to ask for a window although others are on their way.
+def _limits(connection: Connection, inline: bool) -> tuple[int, int]:
+    """How many payloads to ask for together, and how many such windows may be on their way.
 
-    What comes inline keeps no slot from the writer while the program is busy with the window before. After copies
-    from slots the connection is looked at, so nothing else may be on its way then.
+    After copies from slots the connection is looked at, so nothing else may be on its way then.
     """
-    return not asked or (inline and len(asked) < _MOST_ASKED and asked[-1].inline)
+    leases = connection.identity.max_leases
+    if inline:
+        return _INLINE_WINDOW, _MOST_ASKED
+    if connection.in_band and leases >= _MOST_ASKED:
+        return leases // _MOST_ASKED, _MOST_ASKED
+    return leases, 1
 
 
 def _ended(results: Sequence[Held | DrayError], consume: bool, given: int) -> list[tuple[Request, bool]]:

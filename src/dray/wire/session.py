@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from dray.errors import (
     BufferClosedError,
@@ -20,6 +19,7 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.telemetry import Counters
+from dray.wire.contract import LeaseLike, LeaseSource, Outgoing, Payload, Wanted
 from dray.wire.frames import (
     FRAME,
     FRAME_BYTES,
@@ -43,55 +43,14 @@ NO_BYTES = memoryview(b"")
 MAX_INLINE_BYTES = 16 * 1024
 """A READ with INLINE may ask for payloads of up to this size."""
 
-BATCH_BYTES = 256 * 1024
-"""Payloads that are handed to the stream together, to be sent in one go."""
+BATCH_BYTES = 8 << 20
+"""Payloads that are handed to the stream together: what it can send one behind the other without a pause."""
+
+COPY_WEIGHT = 32
+"""An inline payload takes so many times its size of a batch: until it is sent, it is in memory twice."""
 
 _READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
 _OK = int(Status.OK)
-
-
-class LeaseLike(Protocol):
-    """What the session needs of a lease: `buffer` is the payload, `offset` its place in the segment."""
-
-    @property
-    def slot(self) -> int: ...
-    @property
-    def sequence(self) -> int: ...
-    @property
-    def reader(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def buffer(self) -> memoryview: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def committed_at(self) -> float: ...
-
-
-class LeaseSource(Protocol):
-    """What the session needs of a ring; see `dray.buffer.SharedRingBuffer`."""
-
-    def read_raw(self, slot: int, sequence: int, reader: int = 0) -> LeaseLike: ...
-    def copy_many(self, wanted: Sequence[Wanted], most: int) -> Sequence[Any]: ...
-    def consume_many(self, wanted: Iterable[Wanted]) -> int: ...
-    def mark_consumed(self, lease: Any) -> bool: ...
-    def release_reading(self, lease: Any) -> bool: ...
-    def consume(self, slot: int, sequence: int, reader: int = 0) -> bool: ...
-    def checksum(self, slot: int, sequence: int, compute: Callable[[memoryview | bytes], int]) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """A payload to be sent as one message; `tag` is where the client expects it."""
-
-    view: memoryview
-    tag: int
-
-
-Outgoing = bytes | Payload
-Wanted = tuple[int, int, int]
-"""(slot, sequence, reader)."""
 
 
 class ServerSession:
@@ -268,7 +227,7 @@ class ServerSession:
             self._ring.release_reading(lease)
 
     def _answer(self, taken: list[Outgoing]) -> int:
-        """Append the answer to the oldest request, or the oldest inline ones; the payload bytes in it."""
+        """Append the answer to the oldest request, or the oldest inline ones; what it takes of a batch."""
         frame = self._requests[0]
         read = frame[0] == _READ
         nbytes = 0
@@ -359,7 +318,7 @@ class ServerSession:
         nbytes = 0
         while requests and nbytes < BATCH_BYTES and requests[0][0] == _READ and requests[0][3] & inline:
             due.append(requests.popleft())
-            nbytes += min(due[-1][7], MAX_INLINE_BYTES) + FRAME_BYTES
+            nbytes += COPY_WEIGHT * (min(due[-1][7], MAX_INLINE_BYTES) + FRAME_BYTES)
         found = self._ring.copy_many([(frame[4], frame[6], frame[2]) for frame in due], MAX_INLINE_BYTES)
         reads = nbytes = 0
         for frame, copy in zip(due, found, strict=True):
@@ -389,7 +348,7 @@ class ServerSession:
             nbytes += len(payload)
         self._tally["reads"] += reads
         self._tally["bytes"] += nbytes
-        return nbytes
+        return COPY_WEIGHT * nbytes
 
     def _refuse_copy(self, request: Frame, error: Any, taken: list[Outgoing]) -> None:
         refused = self._refusal(request.reader, request.slot)

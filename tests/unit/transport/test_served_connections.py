@@ -6,8 +6,9 @@ from dray.buffer import SharedRingBuffer
 from dray.telemetry import Counters
 from dray.testing import ManualClock
 from dray.transport.served_connections import ServedConnections, ThreadSettings
+from dray.wire.contract import Outgoing
 from dray.wire.handshake import Lane, ServerIdentity
-from dray.wire.session import Outgoing, ServerSession
+from dray.wire.session import ServerSession
 
 
 class Silent:

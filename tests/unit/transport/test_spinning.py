@@ -2,35 +2,35 @@
 
 import os
 import select
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from dray.transport.spinning import MOST_LOOKS, SHORT_SECONDS, Spinning, SpinningEpoll
+from dray.transport.spinning import SHORT_SECONDS, SLOW_LOOK_SECONDS, SPIN_SECONDS, Spinning, SpinningEpoll
 
 FOUND = [(7, select.POLLIN)]
+LOOK = 1e-6
 
 
 class Poll:
-    """Finds something in the call of the given number, or in the one that may wait; notes the time-outs."""
+    """Finds something in the call of the given number, or in the one that may wait; notes the time-outs, and has a
+    clock that only its calls move."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.found_in = 0
-        self.sleeps = 0.0
+        self.sleep = 0.0
+        self.look = LOOK
+        self.time = 0.0
 
     def __call__(self, timeout: Any) -> list[tuple[int, int]]:
         self.asked.append(timeout)
-        if timeout != 0 and self.sleeps:
-            deadline = time.monotonic() + self.sleeps
-            while time.monotonic() < deadline:
-                pass
+        self.time += self.look if timeout == 0 else self.sleep
         return FOUND if timeout != 0 or len(self.asked) == self.found_in else []
 
-    def forget(self) -> None:
-        self.asked.clear()
+    def now(self) -> float:
+        return self.time
 
 
 @pytest.fixture
@@ -38,42 +38,51 @@ def poll() -> Poll:
     return Poll()
 
 
+@pytest.fixture
+def spinning(poll: Poll) -> Spinning:
+    """After a short wait."""
+    made = Spinning(poll, poll.now)
+    made(5.0)
+    poll.asked.clear()
+    return made
+
+
 def test_the_first_wait_sleeps_at_once(poll: Poll) -> None:
-    assert Spinning(poll)(5.0) == FOUND
+    assert Spinning(poll, poll.now)(5.0) == FOUND
     assert poll.asked == [5.0]
 
 
-def test_after_a_short_wait_the_next_begins_with_looks_and_then_sleeps(poll: Poll) -> None:
-    spinning = Spinning(poll)
-    spinning(5.0)
-    poll.forget()
+def test_after_a_short_wait_the_next_begins_with_looks_and_then_sleeps(spinning: Spinning, poll: Poll) -> None:
     assert spinning(3.0) == FOUND
-    assert poll.asked == [0] * MOST_LOOKS + [3.0]
+    assert poll.asked[:-1] == [0] * (len(poll.asked) - 1)
+    assert poll.asked[-1] == 3.0
+    assert (len(poll.asked) - 1) * LOOK == pytest.approx(SPIN_SECONDS, rel=0.02)
 
 
-def test_a_look_that_finds_something_ends_the_wait(poll: Poll) -> None:
-    spinning = Spinning(poll)
-    spinning(5.0)
-    poll.forget()
+def test_a_look_that_finds_something_ends_the_wait(spinning: Spinning, poll: Poll) -> None:
     poll.found_in = 3
     assert spinning(None) == FOUND
     assert poll.asked == [0, 0, 0]
 
 
-def test_a_wait_that_took_long_ends_the_habit(poll: Poll) -> None:
-    spinning = Spinning(poll)
+@pytest.mark.parametrize(("sleep", "goes_on"), [(0.9 * SHORT_SECONDS, True), (1.1 * SHORT_SECONDS, False)])
+def test_the_habit_ends_with_a_wait_that_took_long(
+    spinning: Spinning, poll: Poll, sleep: float, goes_on: bool
+) -> None:
+    poll.sleep = sleep - SPIN_SECONDS  # the looks before it count
     spinning(5.0)
-    poll.sleeps = 2 * SHORT_SECONDS
+    poll.asked.clear()
     spinning(5.0)
-    poll.forget()
-    spinning(5.0)
-    assert poll.asked == [5.0]
+    assert (poll.asked[0] == 0) is goes_on
 
 
-def test_a_wait_of_no_time_is_one_look(poll: Poll) -> None:
-    spinning = Spinning(poll)
+def test_a_slow_look_is_the_last_one(spinning: Spinning, poll: Poll) -> None:
+    poll.look = 2 * SLOW_LOOK_SECONDS
     spinning(5.0)
-    poll.forget()
+    assert poll.asked == [0, 5.0]
+
+
+def test_a_wait_of_no_time_is_one_look(spinning: Spinning, poll: Poll) -> None:
     assert spinning(0) == []
     assert poll.asked == [0]
 
