@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,10 +73,13 @@ def attempt_folder(folder: JobFolder) -> Path:
     return folder.logs
 
 
-def lock_folder(descriptor: int, root: Path) -> None:
+def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
     """Lock the folder until `descriptor`, which is of it, is closed.
 
     Some file systems that nodes share know no locks of folders: there nothing tells.
+
+    Args:
+        patience: seconds to wait for another process to give up its lock.
 
     Raises:
         ConfigError: it is locked.
@@ -83,11 +87,22 @@ def lock_folder(descriptor: int, root: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError("job.output", str(root), "must be a folder that no running job uses") from error
+        if not _locked_within(descriptor, patience):
+            raise ConfigError("job.output", str(root), "must be a folder that no running job uses") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         _LOG.warning("%s cannot be locked (%s): make sure that no other job uses it", root, error.strerror)
+
+
+def _locked_within(descriptor: int, seconds: float) -> bool:
+    if seconds <= 0:
+        return False
+    # `flock` has no time-out of its own. A thread that is left behind ends with the process.
+    waiting = threading.Thread(target=fcntl.flock, args=(descriptor, fcntl.LOCK_EX), daemon=True)
+    waiting.start()
+    waiting.join(seconds)
+    return not waiting.is_alive()
 
 
 def _choose(config: JobConfig, *, resume: bool) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -285,12 +286,22 @@ def test_reason_of_an_end_is_what_the_head_said_of_this_attempt(plan: Plan) -> N
     assert ends(plan)[1][3] == "no replica is left"
 
 
-def test_run_in_whose_folder_a_head_works_is_not_begun(plan: Plan) -> None:
+def test_run_in_whose_folder_a_head_works_is_not_begun(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dray.launch.slurm.state.LOCK_PATIENCE", 0.05)
     before = record(plan)
     with open_output(plan.config, resume=False):
         with pytest.raises(ConfigError, match="must be a folder that no running job uses"):
             begin(plan, "7")
     assert record(plan) == before
+
+
+def test_lock_of_a_lost_node_is_waited_for(plan: Plan) -> None:
+    with ThreadPoolExecutor() as pool:
+        with open_output(plan.config, resume=False):
+            begun = pool.submit(begin, plan, "7")
+            with pytest.raises(TimeoutError):
+                begun.result(0.2)
+        assert begun.result(10.0) == "start 1 1"
 
 
 def test_commands_print_one_word_or_an_error(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

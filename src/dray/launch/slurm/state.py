@@ -23,6 +23,9 @@ from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder
 
+LOCK_PATIENCE = 120.0
+"""Seconds that a file system may keep the lock of a node that was lost."""
+
 _NEXT = {
     RunState.RETRYING: "again",
     RunState.REQUEUED: "requeue",
@@ -40,7 +43,7 @@ def begin(plan: Plan, job_id: str) -> str:
     """
     root = plan.run_folder
     folder = JobFolder(root)
-    refuse_folder_in_use(root)
+    refuse_folder_in_use(root, LOCK_PATIENCE)
     record = read_settled(root, plan.retries)
     goes_on = not record.state.is_final or (record.state is RunState.CANCELLED and record.job_id == job_id)
     if not goes_on:
@@ -109,15 +112,15 @@ def checkpoint_step(folder: JobFolder) -> int:
     return 0 if found is None else found[1].step
 
 
-def refuse_folder_in_use(root: Path) -> None:
-    """See `open_output`, which locks the folder while a head runs.
+def refuse_folder_in_use(root: Path, patience: float = 0.0) -> None:
+    """See `open_output`, which locks the folder while a head runs; waits at most `patience` seconds for its end.
 
     Raises:
         ConfigError: a head runs in it.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        lock_folder(descriptor, root)
+        lock_folder(descriptor, root, patience)
     finally:
         os.close(descriptor)
 
