@@ -11,6 +11,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 ENDURANCE_ARGS ?=
+SLURM_TEST_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 2
 SOAK_ARGS ?=
@@ -24,7 +25,7 @@ JOBS_ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo test lint format bench bench-peers simulate soak fuzz jobs endurance devmode mutants mutmut clean
+.PHONY: help demo grpo test test-slurm lint format bench bench-peers simulate soak fuzz jobs endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +38,10 @@ grpo: .venv/demo.stamp ## a tiny transformer learns to sort digits by GRPO, rewa
 
 test: .venv/dev.stamp ## every test but the long ones (PYTEST_ARGS="-k name" for some, without coverage)
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--cov --cov-report=)
+
+test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray does on one (SLURM_TEST_ARGS)
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm $(SLURM_TEST_ARGS)
 
 lint: .venv/dev.stamp ## ruff, mypy, import-linter, codespell
 	$(BIN)/python -m ruff check .

@@ -149,7 +149,7 @@ class CartPoleTrainer:
 
     def setup(self, context: "ReplicaContext") -> None:
         self.settings = PPOSettings(**context.args)
-        self.ranks = Ranks(context.group)
+        self.ranks = Ranks(context)
         torch.set_num_threads(1)  # the networks are tiny, and the rollout replicas need the other cores
         torch.manual_seed(context.seed)
         self.actor = network(self.settings.hidden_size, ACTION_COUNT, last_gain=0.01)

@@ -1,7 +1,8 @@
 """Several trainers that improve one policy: each works on a part of the rows, and the gradients are averaged.
 
-They talk over torch.distributed with gloo, on loopback. Rank 0 opens the rendezvous on a port that it keeps, and
-dray hands the port to the others. A trainer alone exchanges nothing.
+They talk over torch.distributed with gloo: on loopback, or between nodes on the interface that dray has chosen.
+Rank 0 opens the rendezvous on a port that it keeps, and dray hands its address to the others. A trainer alone
+exchanges nothing.
 """
 
 import os
@@ -16,23 +17,23 @@ from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
-    from dray.runtime import PolicyGroup
+    from dray.runtime import PolicyGroup, ReplicaContext
 
-HOST = "127.0.0.1"
 PATIENCE = timedelta(minutes=5)  # rank 0 evaluates while the others wait for the next step
 
 
 class Ranks:
-    """The place of this trainer among the `group` of a `ReplicaContext`."""
+    """The place of this trainer among the `group` of its `ReplicaContext`."""
 
-    def __init__(self, group: "PolicyGroup") -> None:
+    def __init__(self, context: "ReplicaContext") -> None:
+        group = context.group
         self.first = group.rank == 0
         self._size = group.size
         # The ranks that are given the same episodes share the rows among them.
         self._place, self._sharing = group.rank % group.readers, group.readers
         if self._size > 1:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-            store = _rendezvous(group)
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # on several nodes dray has set it
+            store = _rendezvous(group, context.address)
             distributed.init_process_group(
                 "gloo", store=store, rank=group.rank, world_size=group.size, timeout=PATIENCE
             )
@@ -63,20 +64,21 @@ class Ranks:
             start = end
 
 
-def _rendezvous(group: "PolicyGroup") -> Any:
+def _rendezvous(group: "PolicyGroup", address: str) -> Any:
     """The store through which gloo's ends find each other."""
     if group.rank:
-        return TCPStore(HOST, int(group.share(None)), is_master=False, timeout=PATIENCE)
-    # Bound here, so that it listens on loopback only; the port stays ours from here on.
-    with socket.create_server((HOST, 0)) as listener:
+        host, port = group.share(None).split(":")
+        return TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
+    # Bound here, so that it listens on this address only; the port stays ours from here on.
+    with socket.create_server((address, 0)) as listener:
         port = listener.getsockname()[1]
         store = TCPStore(
-            HOST,
+            address,
             port,
             is_master=True,
             wait_for_workers=False,
             timeout=PATIENCE,
             master_listen_fd=listener.detach(),
         )
-    group.share(str(port))
+    group.share(f"{address}:{port}")
     return store

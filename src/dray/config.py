@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -148,6 +148,38 @@ class TimeoutsTable(Table):
     stall: float = _seconds(30.0)
 
 
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Option = Annotated[str, Field(pattern=r"^-[^\r\n]+$")]
+_Line = Annotated[str, Field(pattern=r"^[^\r\n]+$")]
+
+
+class SlurmTable(Table):
+    """`[slurm]`: how many nodes a job takes on a Slurm cluster, and how it is submitted there."""
+
+    partition: str | None = _text(None, pattern=r"^[^\s-]\S*$", allowed="the name of a partition")
+    account: str | None = _text(None, pattern=r"^[^\s-]\S*$", allowed="the name of an account")
+    time: str = _text(
+        "01:00:00",
+        pattern=r"^(\d{1,4}-)?\d{1,3}:[0-5]\d:[0-5]\d$",
+        allowed='the time limit as "HH:MM:SS" or "D-HH:MM:SS"',
+    )
+    policy_nodes: int = _count(1, most=64)
+    rollout_nodes: int = _count(1, least=0, most=1024)
+    gpus_per_node: int = _count(0, least=0, most=64)
+    interface: str | None = _text(
+        None, pattern=r"^[^\s/]{1,15}$", allowed="the name of a network interface that every node has"
+    )
+    retries: int = _count(2, least=0, most=1000)
+    pre_timeout: int = _count(120, most=65_535)
+    sbatch_args: list[_Option] = Field(
+        default_factory=list, description='a list of options, each with a "-" first'
+    )
+    container_image: str | None = _text(None, pattern=r"^[^\s-]\S*$", allowed="the name of an image")
+    container_mounts: list[_Line] = Field(default_factory=list, description="a list of text, one for each mount")
+    environment: dict[_Name, str] = Field(default_factory=dict, description="a table of names, each with text")
+    snapshot: bool = Field(default=True, description="true or false")
+
+
 class JobConfig(Table):
     """A whole job file."""
 
@@ -158,6 +190,7 @@ class JobConfig(Table):
     controller: ControllerTable = Field(default=ControllerTable(), description="the table [controller]")
     stop: StopTable | None = Field(default=None, description="the table [stop]")
     timeouts: TimeoutsTable = Field(default=TimeoutsTable(), description="the table [timeouts]")
+    slurm: SlurmTable | None = Field(default=None, description="the table [slurm]")
 
     @property
     def prompts_in_flight(self) -> int:
@@ -312,7 +345,7 @@ def _override_value(text: str) -> Any:
 def _config_error(error: ValidationError) -> ConfigError:
     """The first of pydantic's errors as a `ConfigError`."""
     first = error.errors(include_url=False, include_context=False)[0]
-    location = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"] if part != "[key]"]
     key, value = _dotted(location), _shown(first["input"])
     if first["type"] == "extra_forbidden":
         parent = _dotted(location[:-1])
@@ -357,6 +390,7 @@ _TABLES: dict[str, type[Table]] = {
     "controller": ControllerTable,
     "stop": StopTable,
     "timeouts": TimeoutsTable,
+    "slurm": SlurmTable,
 }
 
 

@@ -31,8 +31,10 @@ def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None
         assert (summary["stale"], summary["lost"]) == (0, 0)
         assert summary["bytes"] > 160 * 256
         assert summary["metrics"] == {"mean_return": 8.0, "score": 20.0}
-        assert all(count > 0 for count in summary["weight_payloads_fetched"].values())
-        assert len(summary["weight_payloads_fetched"]) == 2
+        # One that came late may have found the job done.
+        worked = [name for name in ("rollout-0", "rollout-1") if summary["counters"].get(name, {}).get("rollouts")]
+        assert worked
+        assert all(summary["weight_payloads_fetched"][name] > 0 for name in worked)
         if way != "auto":
             assert summary["lane"] == ("redis" if way == "inline" else way)
         lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]

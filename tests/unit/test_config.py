@@ -111,6 +111,15 @@ def test_configuration_cannot_be_changed(job_file: Path) -> None:
         ("timeouts.read=inf", "timeouts.read", "a number of seconds"),
         ("timeouts.read=0", "timeouts.read", "a number of seconds"),
         ("stop.metric=loss", "stop.at_least", "must be a number"),
+        ("slurm.nodes=3", "slurm.nodes", "unknown key"),
+        ("slurm.time=01:60:00", "slurm.time", '"HH:MM:SS" or "D-HH:MM:SS"'),
+        ("slurm.partition=--wrap=x", "slurm.partition", "the name of a partition"),
+        ("slurm.policy_nodes=0", "slurm.policy_nodes", "at least 1"),
+        ("slurm.interface=../lo", "slurm.interface", "a network interface that every node has"),
+        ('slurm.sbatch_args=["gpu"]', "slurm.sbatch_args.0", 'each with a "-" first'),
+        ('slurm.sbatch_args=["-a\\n-b"]', "slurm.sbatch_args.0", 'each with a "-" first'),
+        ("slurm.environment={ LEVEL = 1 }", "slurm.environment.LEVEL", "a table of names, each with text"),
+        ('slurm.environment={ "A B" = "1" }', 'slurm.environment."A B"', "a table of names, each with text"),
     ],
 )
 def test_wrong_value_is_named_with_its_key_and_what_is_allowed(

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from dray import PayloadServer, config
 from dray.buffer import layout, slot_state
+from dray.cli.slurm import slurm
 from dray.control import names
 from dray.launch import teardown
+from dray.launch.slurm import run_states
 from dray.runtime import lifecycle
 from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode
@@ -45,6 +48,34 @@ def drawing(docstring: str | None, first: str, last: str) -> list[str]:
 def test_diagram_of_slot_states_is_that_of_the_table() -> None:
     (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("buffer.md"), re.DOTALL)
     assert diagram == slot_state.diagram()
+
+
+def test_diagram_of_run_states_is_that_of_the_table() -> None:
+    (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("slurm.md"), re.DOTALL)
+    assert diagram == run_states.diagram()
+
+
+def test_every_event_of_a_run_is_explained() -> None:
+    text = page("slurm.md")
+    table = rows(text[text.index("| event |") : text.index("- **Time limit.**")])[1:]
+    assert [row[0] for row in table] == [event.value for event in run_states.RunEvent]
+
+
+def test_bounds_in_the_page_on_slurm_are_those_of_the_code() -> None:
+    table = [row for row in rows(page("slurm.md")) if row[-1].startswith("`dray.")]
+    assert len(table) == 3
+    for what, value, where in table:
+        module, _, name = where.strip("`").rpartition(".")
+        assert getattr(importlib.import_module(module), name) == float(value), what
+
+
+def test_options_in_the_page_on_slurm_are_those_of_the_command() -> None:
+    text = page("slurm.md")
+    documented = set(re.findall(r"`(--[a-z-]+)", text[text.index("| option |") : text.index("## Layout")]))
+    offered = {
+        name for each in get_command(slurm).commands["submit"].params for name in each.opts + each.secondary_opts
+    }  # type: ignore[attr-defined]
+    assert documented == {name for name in offered if name.startswith("--")}
 
 
 def test_every_slot_event_is_explained() -> None:
@@ -131,6 +162,8 @@ def test_defaults_of_the_server_are_those_of_the_code() -> None:
 
 
 def written(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return "none" if value is None else f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
 
 

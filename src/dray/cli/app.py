@@ -12,6 +12,7 @@ import typer
 
 from dray.cli.bench import bench
 from dray.cli.doctor import doctor
+from dray.cli.slurm import slurm
 from dray.config import load_job
 from dray.errors import ConfigError, DrayError
 from dray.runtime.exit_codes import ExitCode
@@ -64,6 +65,7 @@ def run(
 
 app.command()(doctor)
 app.command()(bench)
+app.add_typer(slurm, name="slurm")
 
 
 def main() -> None:

@@ -6,12 +6,66 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 from dray.runtime.descendants import ends_within
+from dray.runtime.exit_codes import meaning
 from dray.runtime.membership import Role
 from dray.runtime.process import PARENT_VARIABLE
+
+
+class JobProcess(Protocol):
+    """A process of the job as the supervisor sees it: a child of its own, or one of another node."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the job, e.g. ``"rollout-0"``."""
+        ...
+
+    @property
+    def role(self) -> Role | None:
+        """For a replica."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """Its number on its machine."""
+        ...
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        ...
+
+    @property
+    def running(self) -> bool:
+        """Whether `collect` has not given an exit code yet."""
+        ...
+
+    @property
+    def exit_code(self) -> int | None:
+        """As `subprocess` gives it."""
+        ...
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in one phrase."""
+        ...
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; one that has ended gets none."""
+        ...
+
+    def kill_group(self) -> None:
+        """Kill the process and what is in its group."""
+        ...
+
+    def collect(self) -> int | None:
+        """The exit code, once it has ended."""
+        ...
 
 
 class Child:
@@ -23,6 +77,7 @@ class Child:
         arguments: of the command line; never a secret.
         log: where its output goes; appended to.
         role: for a replica.
+        environment: variables beside those of this process.
 
     To be made in the main thread: the kernel signals a child when the *thread* that started it ends.
     """
@@ -36,6 +91,7 @@ class Child:
         *,
         role: Role | None = None,
         pass_fds: Collection[int] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.role = role
@@ -49,7 +105,7 @@ class Child:
                 stderr=output,
                 process_group=0,
                 pass_fds=tuple(pass_fds),
-                env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
@@ -57,6 +113,10 @@ class Child:
     @property
     def running(self) -> bool:
         return self.exit_code is None
+
+    @property
+    def ending(self) -> str:
+        return "it runs" if self.exit_code is None else meaning(self.exit_code)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process; one that has ended gets none."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from dray.errors import ConfigError
+from dray.launch.signals import reason_of
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
@@ -81,6 +82,6 @@ def ending(
         code = ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
         return Ending(status, code, outcome.reason)
     if signals:
-        return Ending(status, 128 + signals[0], f"interrupted by {signals[0].name}")
+        return Ending(status, 128 + signals[0], reason_of(signals[0]))
     reason = outcome.reason if outcome is not None else failure or "the job ended without an outcome"
     return Ending(status, ExitCode.FAILED, reason)

@@ -19,6 +19,7 @@ from dray.control import (
     start_redis,
 )
 from dray.errors import ConfigError, ControlPlaneError
+from dray.runtime.place import LOOPBACK
 
 _SOON = 1.0
 """Seconds within which a configured server answers without a word about it."""
@@ -26,12 +27,18 @@ _SOON = 1.0
 
 @contextmanager
 def job_redis(
-    config: JobConfig, job_id: str, place: Path, say: Callable[[str], None], complain: Callable[[str], None]
+    config: JobConfig,
+    job_id: str,
+    place: Path,
+    host: str | None,
+    say: Callable[[str], None],
+    complain: Callable[[str], None],
 ) -> Iterator[RedisServer]:
     """The configured server, waited for with a bound, or one that is started. The job's keys go with it.
 
     Args:
         place: folder for the log of a server that is started.
+        host: an address at which a server that is started listens for other machines; None: at none.
         say: shows a line.
         complain: notes a line for the end of the run.
 
@@ -39,7 +46,7 @@ def job_redis(
         ConfigError: the configured server does not answer within `timeouts.redis`, or refuses.
         ControlPlaneError: none can be started.
     """
-    with _start(config, place, say) as server:
+    with _start(config, place, host, say) as server:
         try:
             yield server
         finally:
@@ -47,12 +54,14 @@ def job_redis(
                 _forget_keys(server.address, job_id, complain)
 
 
-def _start(config: JobConfig, place: Path, say: Callable[[str], None]) -> RedisServer:
+def _start(config: JobConfig, place: Path, host: str | None, say: Callable[[str], None]) -> RedisServer:
     url, timeout = config.redis.url, config.timeouts.redis
     deadline = Deadline.after(timeout)
     with _quiet("dray.control"):  # that it does not answer is said once
         try:
-            return start_redis(url, place, timeout=timeout if url is None else min(_SOON, timeout))
+            if url is None:
+                return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=timeout)
+            return start_redis(url, place, timeout=min(_SOON, timeout))
         except ConfigError as error:
             if not isinstance(error.__cause__, RedisUnavailableError) or deadline.remaining < _SOON:
                 raise

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,28 +17,33 @@ from dray.errors import ConfigError
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.job import JobFolder
 
+_LOG = logging.getLogger("dray.launch.output")
+_NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
 RESUME_NEEDS = "must be the output folder of an earlier run that wrote a checkpoint"
 
 
 @contextmanager
-def open_output(config: JobConfig, *, resume: bool) -> Iterator[tuple[JobFolder, CheckpointState | None]]:
+def open_output(
+    config: JobConfig, *, resume: bool | None, attempt: str | None = None
+) -> Iterator[tuple[JobFolder, CheckpointState | None]]:
     """The run's folder, locked, with an empty `run` folder that is gone afterwards; and the state to resume from.
 
     A folder that was made here, and in which nothing was left, is removed again.
 
+    Args:
+        resume: whether to go on from a checkpoint; None: if there is one.
+        attempt: the name of the attempt of a run that takes several.
+
     Raises:
         ConfigError: the folder belongs to another run, or there is nothing to resume.
     """
-    root = _choose(config, resume=resume)
+    root = _choose(config, resume=resume is not False)
     made = _make(root)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    folder = JobFolder(root)
+    folder = JobFolder(root, attempt)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError("job.output", str(root), "must be a folder that no running job uses") from error
-        found = find_checkpoint(folder.checkpoint) if resume else None
+        lock_folder(descriptor, root)
+        found = None if resume is False else find_checkpoint(folder.checkpoint)
         if resume and found is None:
             raise ConfigError("--resume", str(root), RESUME_NEEDS)
         if found is not None and found[1].ranks != config.policy.replicas:
@@ -52,6 +60,49 @@ def open_output(config: JobConfig, *, resume: bool) -> Iterator[tuple[JobFolder,
         for path in made:
             if not any(path.iterdir()):
                 path.rmdir()
+
+
+def attempt_folder(folder: JobFolder) -> Path:
+    """Make the folder of logs of an attempt, and let the link `latest` lead to its attempt; returns it."""
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    if folder.attempt is not None:
+        link = folder.latest.with_name(f".{folder.latest.name}.{os.getpid()}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.logs.parent.relative_to(folder.root))
+        link.replace(folder.latest)
+    return folder.logs
+
+
+def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
+    """Lock the folder until `descriptor`, which is of it, is closed.
+
+    Some file systems that nodes share know no locks of folders: there nothing tells.
+
+    Args:
+        patience: seconds to wait for another process to give up its lock.
+
+    Raises:
+        ConfigError: it is locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if not _locked_within(descriptor, patience):
+            raise ConfigError("job.output", str(root), "must be a folder that no running job uses") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _LOG.warning("%s cannot be locked (%s): make sure that no other job uses it", root, error.strerror)
+
+
+def _locked_within(descriptor: int, seconds: float) -> bool:
+    if seconds <= 0:
+        return False
+    # `flock` has no time-out of its own. A thread that is left behind ends with the process.
+    waiting = threading.Thread(target=fcntl.flock, args=(descriptor, fcntl.LOCK_EX), daemon=True)
+    waiting.start()
+    waiting.join(seconds)
+    return not waiting.is_alive()
 
 
 def _choose(config: JobConfig, *, resume: bool) -> Path:

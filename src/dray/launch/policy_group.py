@@ -8,13 +8,13 @@ before had not committed.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from dray.launch.children import Child
+from dray.launch.replicas import Environment, start_rank
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
-from dray.runtime.membership import Role
 
 _NEVER_AGAIN = frozenset((ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST))
 _AGAIN = frozenset((ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
@@ -24,36 +24,45 @@ class PolicyGroup:
     """See the module. To be used in the main thread.
 
     Args:
-        replicas: how many ranks there are.
-        restarts: how often the group may be started again.
+        here: how many of the ranks, the first ones, are processes of this machine.
+        restarts: how often the group may be started again; only where all of them are.
+        environment: the variables of a replica, by its name.
 
     Attributes:
         children: the processes of this life.
         life: how many lives there were before.
     """
 
-    def __init__(self, folder: JobFolder, replicas: int, restarts: int) -> None:
+    def __init__(self, folder: JobFolder, here: int, restarts: int, environment: Environment) -> None:
         self._folder = folder
-        self._replicas = replicas
+        self._here = here
+        self._environment = environment
         self.restarts = restarts
         self.children: list[Child] = []
         self.life = -1
 
-    def start(self) -> list[Child]:
-        """Start all ranks, each connected with the first one."""
+    def start(self, elsewhere: Sequence[socket.socket] = ()) -> list[Child]:
+        """Start all ranks of this machine, each connected with the first one.
+
+        Args:
+            elsewhere: connections to the ranks of other machines, in order; from here on the first rank has them.
+        """
         self.life += 1
         with ExitStack() as ends:
-            pairs = [socket.socketpair() for _ in range(1, self._replicas)]
-            for end in (end for pair in pairs for end in pair):
+            pairs = [socket.socketpair() for _ in range(1, self._here)]
+            for end in (*(end for pair in pairs for end in pair), *elsewhere):
                 ends.enter_context(end)
-            first, *others = ([pair[0] for pair in pairs], *([pair[1]] for pair in pairs))
-            self.children = [self._child(rank, sockets) for rank, sockets in enumerate([first, *others])]
+            first, *others = ([*(pair[0] for pair in pairs), *elsewhere], *([pair[1]] for pair in pairs))
+            self.children = [
+                start_rank(self._folder, rank, self.life, sockets, self._environment)
+                for rank, sockets in enumerate([first, *others])
+            ]
         return self.children
 
     def may_start_again(self) -> bool:
         """Whether the group goes on in another life, now that one of it has ended."""
         codes = [child.exit_code for child in self.children if child.exit_code is not None]
-        return self.life < self.restarts and is_worth_another_life(codes, self._replicas)
+        return self.life < self.restarts and is_worth_another_life(codes, self._here)
 
     def end(self) -> list[Child]:
         """Kill the ranks that are still there; returns them."""
@@ -63,18 +72,6 @@ class PolicyGroup:
         for child in left:
             child.collect(5.0)
         return left
-
-    def _child(self, rank: int, sockets: list[socket.socket]) -> Child:
-        name = f"{Role.POLICY.value}-{rank}"
-        descriptors = [each.fileno() for each in sockets]
-        return Child(
-            name,
-            f"dray.runtime.{Role.POLICY.value}",
-            [str(self._folder.spec), str(rank), str(self.life), *map(str, descriptors)],
-            self._folder.logs / f"{name}.log",
-            role=Role.POLICY,
-            pass_fds=descriptors,
-        )
 
 
 def is_worth_another_life(codes: Iterable[int], replicas: int) -> bool:

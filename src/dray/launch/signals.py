@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Collection
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+TIME_LIMIT_SIGNAL = signal.SIGUSR2
+"""Tells the supervisor of a job on Slurm that the time limit is near."""
+
 
 class SignalInbox:
-    """While open, signals that would end the process are collected instead. Main thread only."""
+    """While open, signals that would end the process are collected instead. Main thread only.
+
+    Args:
+        watched: these signals.
+    """
+
+    def __init__(self, watched: Collection[signal.Signals] = WATCHED) -> None:
+        self._watched = frozenset(watched)
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, _note) for number in WATCHED}
+        self._previous: dict[signal.Signals, Any] = {
+            number: signal.signal(number, _note) for number in self._watched
+        }
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         return self
 
@@ -40,7 +53,12 @@ class SignalInbox:
             content = self._reader.recv(256)
         except BlockingIOError:
             return []
-        return [signal.Signals(byte) for byte in content if byte in WATCHED]
+        return [signal.Signals(byte) for byte in content if byte in self._watched]
+
+
+def reason_of(number: signal.Signals) -> str:
+    """Why a job ends that was sent this signal."""
+    return "the time limit is near" if number == TIME_LIMIT_SIGNAL else f"interrupted by {number.name}"
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:

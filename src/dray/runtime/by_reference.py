@@ -30,6 +30,7 @@ from dray.payload import plan, unpack
 from dray.runtime.free_payloads import PayloadFreeing
 from dray.runtime.heartbeat import AgeKind
 from dray.runtime.orphans import OrphanWatch
+from dray.runtime.place import folder_is_local, own_address
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
@@ -88,10 +89,12 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
     lane = config.job.lane
     sockets = replica.spec.folder.run / "sockets"
     # A Unix socket's path is short by law; the default place is used where the output folder lies too deep.
-    directory: Path | None = sockets if len(str(sockets)) <= _LONGEST_SOCKET_FOLDER else None
+    fits = folder_is_local() and len(str(sockets)) <= _LONGEST_SOCKET_FOLDER
+    directory: Path | None = sockets if fits else None
     return PayloadServer(
         ring,
         lanes="auto" if lane == "auto" else (lane,),
+        host=own_address(),
         threads=config.rollout.server_threads,
         secret=replica.spec.secret,
         directory=directory,

@@ -37,7 +37,8 @@ class ReplicaContext:
 
     `args` is the job file's table `[rollout.args]` or `[policy.args]`; `seed` differs between replicas, but for
     those of one policy group; `name` is unique in the job, e.g. ``"rollout-0"``; `output` is the job's output
-    folder; `group` says with whom a policy replica learns.
+    folder; `group` says with whom a policy replica learns; `address` is that of this machine, at which the job's
+    others reach it.
     """
 
     args: Mapping[str, Any]
@@ -46,6 +47,7 @@ class ReplicaContext:
     name: str
     output: Path
     group: PolicyGroup = field(default=PolicyGroup())
+    address: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ class ExitCode(IntEnum):
     | 15 | a policy replica: its group goes on under a newer epoch; its commit was refused |
     | 16 | a policy replica: another one of its group is gone |
     | 130 | interrupted by SIGINT |
+    | 140 | on Slurm: the time limit was near; the run goes on in another part |
     | 143 | interrupted by SIGTERM |
     | 128 + n | interrupted by another signal n, such as 129 for SIGHUP |
     """
@@ -34,6 +35,7 @@ class ExitCode(IntEnum):
     OLD_EPOCH = 15
     GROUP_LOST = 16
     SIGINT = 130
+    TIME_LIMIT = 140
     SIGTERM = 143
 
 
@@ -56,5 +58,6 @@ _MEANINGS: dict[int, str] = {
     ExitCode.OLD_EPOCH: "the policy group goes on under a newer epoch",
     ExitCode.GROUP_LOST: "another policy replica was gone",
     ExitCode.SIGINT: "interrupted by SIGINT",
+    ExitCode.TIME_LIMIT: "the time limit was near",
     ExitCode.SIGTERM: "interrupted by SIGTERM",
 }

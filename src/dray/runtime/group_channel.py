@@ -1,7 +1,8 @@
-"""Messages between the ranks of a policy group, over a socket pair that the supervisor has made for each rank.
+"""Messages between the ranks of a policy group, over a connection that the launcher has made for each rank.
 
-A message is JSON with its length, 4 bytes in network order, before it. Each end notices at once when the other is
-gone, however that came about: the kernel closes the sockets of a process that has ended.
+On one machine that is a socket pair: each end notices at once when the other is gone, however that came about, as
+the kernel closes the sockets of a process that has ended. Between machines it is a TCP connection, which also ends
+when the other machine is silent.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 import threading
 from types import TracebackType
 from typing import Annotated, Literal, Self, TypeVar
@@ -18,10 +18,10 @@ from pydantic import Field, ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ControlPlaneError
+from dray.runtime.framing import Frames, FramingError, framed
 from dray.runtime.messages import Message
 from dray.runtime.process import StopFlag
 
-_LENGTH = struct.Struct("!I")
 _LARGEST = 256 << 20
 _CHUNK = 1 << 16
 _M = TypeVar("_M", bound=Message)
@@ -72,7 +72,7 @@ class Channel:
         self._socket = connected
         connected.setblocking(False)
         self._grace = grace
-        self._received = bytearray()
+        self._frames = Frames(_LARGEST)
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closed = False
         self._lock = threading.Lock()
@@ -84,10 +84,9 @@ class Channel:
         Raises:
             GroupLostError: the peer is gone, or does not read.
         """
-        body = message.model_dump_json().encode()
         try:
             self._socket.settimeout(self._grace)
-            self._socket.sendall(_LENGTH.pack(len(body)) + body)
+            self._socket.sendall(framed(message))
             self._socket.setblocking(False)
         except OSError as error:
             raise GroupLostError(f"{self.peer} takes no messages any more: {error}") from error
@@ -157,18 +156,11 @@ class Channel:
             raise GroupLostError(f"{self.peer} is gone: {error}") from error
         if not chunk:
             raise GroupLostError(f"{self.peer} is gone")
-        self._received += chunk
+        self._frames.feed(chunk)
 
     def _taken(self) -> bytes | None:
         """The body of the first message, if it is there as a whole."""
-        if len(self._received) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(self._received)
-        if length > _LARGEST:
-            raise GroupLostError(f"{self.peer} announced a message of {length} bytes")
-        end = _LENGTH.size + length
-        if len(self._received) < end:
-            return None
-        body = bytes(self._received[_LENGTH.size : end])
-        del self._received[:end]
-        return body
+        try:
+            return self._frames.take()
+        except FramingError as error:
+            raise GroupLostError(f"{self.peer} does not keep to the protocol: {error}") from error

@@ -16,13 +16,19 @@ from dray.config import JobConfig
 
 @dataclass(frozen=True, slots=True)
 class JobFolder:
-    """The layout of an output folder."""
+    """The layout of an output folder. A run that takes several attempts has a folder of logs for each."""
 
     root: Path
+    attempt: str | None = None
 
     @property
     def logs(self) -> Path:
-        return self.root / "logs"
+        return (self.root if self.attempt is None else self.root / "parts" / self.attempt) / "logs"
+
+    @property
+    def latest(self) -> Path:
+        """A link to the folder of the newest attempt."""
+        return self.root / "latest"
 
     @property
     def run(self) -> Path:
@@ -40,6 +46,11 @@ class JobFolder:
     @property
     def controller_address(self) -> Path:
         return self.run / "controller.json"
+
+    @property
+    def head_address(self) -> Path:
+        """Where the job's other nodes find its supervisor."""
+        return self.run / "head.json"
 
     @property
     def outcome(self) -> Path:

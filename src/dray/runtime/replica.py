@@ -21,6 +21,7 @@ from dray.runtime.group_channel import GroupLostError
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
+from dray.runtime.place import own_address
 from dray.runtime.process import StopFlag, begin_process, finish_process, stop_on_signals
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 
@@ -116,6 +117,7 @@ class Replica:
             name=self.name,
             output=self.spec.folder.root,
             group=group or PolicyGroup(),
+            address=own_address(),
         )
 
     def _unregister(self) -> None:

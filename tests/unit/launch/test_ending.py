@@ -28,6 +28,7 @@ SOLVED = CheckpointState(7, 7, 70, "solved")
         ("failed", None, [], 1, "because"),
         ("interrupted", None, [], 1, "because"),
         ("interrupted", None, [signal.SIGINT, signal.SIGTERM], 130, "interrupted by SIGINT"),
+        ("interrupted", None, [signal.SIGUSR2, signal.SIGTERM], 140, "the time limit is near"),
         (None, None, [signal.SIGHUP], 129, "interrupted by SIGHUP"),
         (None, None, [], 1, "it broke"),
         ("failed", SOLVED, [], 0, "solved at step 7, says the checkpoint"),

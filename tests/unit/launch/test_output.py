@@ -1,10 +1,13 @@
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
 from dray.config import JobConfig, parse_job
 from dray.errors import ConfigError
-from dray.launch.output import open_output
+from dray.launch.output import attempt_folder, open_output
 from dray.runtime.checkpoint import CheckpointState, save_checkpoint
 
 
@@ -76,3 +79,35 @@ def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / "out" / ".run" / "redis").mkdir(parents=True)
     with open_output(config(str(tmp_path / "out")), resume=False) as (folder, _):
         assert list(folder.run.iterdir()) == []
+
+
+def test_attempt_begins_from_the_start_or_from_the_checkpoint_whatever_an_earlier_one_left(tmp_path: Path) -> None:
+    chosen = config(str(tmp_path / "out"))
+    with open_output(chosen, resume=None, attempt="001.1") as (folder, state):
+        assert state is None
+        folder.metrics.write_text("")
+    with open_output(chosen, resume=None, attempt="001.2") as (folder, state):
+        assert state is None
+        checkpoint(folder.root)
+    with open_output(chosen, resume=None, attempt="002.1") as (folder, state):
+        assert state is not None
+        assert state.step == 7
+
+
+def test_each_attempt_has_logs_of_its_own_and_a_link_leads_to_the_newest(tmp_path: Path) -> None:
+    for attempt in ("001.1", "001.2"):
+        with open_output(config(str(tmp_path / "out")), resume=None, attempt=attempt) as (folder, _):
+            assert attempt_folder(folder) == tmp_path / "out" / "parts" / attempt / "logs"
+            assert attempt_folder(folder).is_dir()
+        assert (tmp_path / "out" / "latest").readlink() == Path("parts", attempt)
+
+
+def test_file_system_without_locks_of_folders_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_output(config(str(tmp_path / "out")), resume=None):
+        assert "make sure that no other job uses it" in caplog.text

@@ -1,0 +1,171 @@
+"""`dray slurm submit` and `dray slurm status`: runs of jobs on a cluster."""
+
+from __future__ import annotations
+
+import select
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dray.config import load_job
+from dray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+    from dray.launch.slurm.status import RunView
+
+
+def submit(
+    job: Annotated[Path, typer.Argument(help="The job file, TOML, the same as for dray run.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="By default a new one under outputs/<job name>/.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that failed, was cancelled or lost.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and submit nothing.")] = False,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
+    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one part.")] = None,
+    pre_timeout: Annotated[
+        int | None, typer.Option(metavar="SECONDS", help="Before the limit: checkpoint, and requeue.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="In all; those that the policy does not take are for rollouts.")
+    ] = None,
+    policy_nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the policy.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Shared by the replicas of a node.")] = None,
+    interface: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Network interface; by default one with RDMA.")
+    ] = None,
+    retries: Annotated[int | None, typer.Option(min=0, help="Attempts that may fail.")] = None,
+    sbatch_arg: Annotated[
+        list[str] | None, typer.Option(metavar="ARG", help='Handed to sbatch, e.g. "--qos=high".')
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Run in this image (pyxis and enroot).")
+    ] = None,
+    container_mount: Annotated[
+        list[str] | None, typer.Option(metavar="FROM:TO", help="Besides the run's folder.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of the job's environment.")
+    ] = None,
+    snapshot: Annotated[
+        bool | None, typer.Option("--snapshot/--no-snapshot", help="Run a copy of the code, made now.")
+    ] = None,
+) -> None:
+    """Submit a job to Slurm, with what the table slurm of the job file says, and these options."""
+    # Not needed to show the help of this or another command.
+    from dray.launch.slurm import submit as submission
+    from dray.runtime.exit_codes import ExitCode
+
+    if output is not None and not output:
+        raise ConfigError("--output", output, "the name of a folder")
+    config = load_job(job, settings or [])
+    if output is not None:
+        config = config.model_copy(update={"job": config.job.model_copy(update={"output": output})})
+    options = {
+        "partition": partition,
+        "account": account,
+        "time": time,
+        "pre_timeout": pre_timeout,
+        "policy_nodes": policy_nodes,
+        "gpus_per_node": gpus_per_node,
+        "interface": interface,
+        "retries": retries,
+        "sbatch_args": sbatch_arg,
+        "container_image": container,
+        "container_mounts": container_mount,
+        "environment": _variables(env or []),
+        "snapshot": snapshot,
+    }
+    config = submission.with_options(config, options, nodes)
+    prepared = submission.prepare(config, job, resume=resume)
+    place = prepared.plan.run_folder
+    if prepared.record is None:
+        typer.echo(f"finished already: nothing is left to do in {place}")
+        raise typer.Exit(ExitCode.OK)
+    if dry_run:
+        typer.echo(prepared.script, nl=False)
+        for line in prepared.layout_lines():
+            typer.echo(line, err=True)
+        return
+    number = submission.submit(prepared, job)
+    typer.echo(f"submitted job {number}")
+    for line in prepared.layout_lines():
+        typer.echo(line)
+    typer.echo(f"outputs: {place}")
+    typer.echo(f"logs:    {place / 'latest' / 'logs'}, {place / f'slurm-{number}.out'}")
+    typer.echo(f"state:   dray slurm status --watch {place}")
+
+
+def status(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Of runs, or of folders of runs; by default outputs/.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until all are over.")] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks; each asks Slurm once.")
+    ] = 10.0,
+) -> None:
+    """Show runs that were submitted: state, step, return, throughput, and the log of what failed."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    live = Live(console=console, auto_refresh=False) if watch and console.is_terminal else None
+    with live or nullcontext():
+        while True:
+            views = _look(folders or [Path("outputs")])
+            _show(views, console, live)
+            if not watch or all(view.is_over for view in views):
+                return
+            select.select([], [], [], interval)
+
+
+def _show(views: list[RunView], console: Console, live: Live | None) -> None:
+    from dray.launch.slurm.status import picture, plain_lines
+
+    if live is not None:
+        live.update(picture(views), refresh=True)
+    elif not views:
+        console.print("no runs that were submitted to Slurm are here")
+    elif console.is_terminal:
+        console.print(picture(views))
+    else:
+        for line in plain_lines(views):
+            typer.echo(line)
+        sys.stdout.flush()
+
+
+def _look(places: list[Path]) -> list[RunView]:
+    from dray.launch.slurm.status import find_runs, view_run
+    from dray.launch.slurm.submit import queued_jobs
+
+    found = find_runs(places)
+    queue = queued_jobs() if found else {}
+    return [view_run(folder, queue) for folder in found]
+
+
+def _variables(given: list[str]) -> dict[str, str]:
+    """``NAME=VALUE`` of each; the name is checked with the rest of [slurm].
+
+    Raises:
+        ConfigError: there is no ``=``.
+    """
+    found = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise ConfigError("--env", each, "NAME=VALUE")
+        found[name] = value
+    return found

@@ -1,0 +1,59 @@
+"""Whether the user's classes can be imported, found out before anything of the job is started."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import signal
+from pathlib import Path
+
+from dray.clock import Deadline
+from dray.config import JobConfig
+from dray.errors import ConfigError
+from dray.launch.children import Child
+from dray.launch.signals import SignalInbox
+from dray.runtime.exit_codes import meaning
+from dray.runtime.job import JobFolder
+
+
+def check_entry_points(
+    config: JobConfig, job_file: Path, folder: JobFolder, inbox: SignalInbox
+) -> list[signal.Signals]:
+    """Import the user's classes in a process of their own, so that nothing of them stays in this one.
+
+    Returns:
+        Signals that came meanwhile; with them nothing is known.
+
+    Raises:
+        ConfigError: they cannot be imported.
+    """
+    report = folder.run / "entry_points.json"
+    child = Child(
+        "check",
+        "dray.runtime.check_entry_points",
+        [str(job_file.parent), config.rollout.worker, config.policy.trainer, str(report)],
+        folder.run / "check.log",
+    )
+    deadline = Deadline.after(config.timeouts.start)
+    signals: list[signal.Signals] = []
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(inbox, selectors.EVENT_READ)
+            selector.register(child.pidfd, selectors.EVENT_READ)
+            while child.collect() is None and not signals and not deadline.expired:
+                selector.select(deadline.remaining)
+                signals += inbox.take()
+    finally:
+        child.kill_group()
+        child.collect(5.0)
+    if signals:
+        return signals
+    try:
+        answer = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "in time" if deadline.expired else f"without ending the process ({meaning(child.exit_code or 0)})"
+        value = f"{config.rollout.worker}, {config.policy.trainer}"
+        raise ConfigError("rollout.worker, policy.trainer", value, f"must be importable {what}") from error
+    if answer:
+        raise ConfigError(answer["key"], answer["value"], answer["allowed"])
+    return []

@@ -1,0 +1,227 @@
+"""`dray slurm ci`: test suites as one job on an exclusive node, followed until it has ended.
+
+    choices ──▶ Plan ──▶ ci.sh ──▶ sbatch … follow ci.log … ended ──▶ report.txt, junit.xml, exit code
+
+The batch script (`templates/ci.sh.j2`) runs the suites and records how each ended; everything that is said about
+them is worked out here, from what it left in the output folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from dray.errors import ConfigError
+from dray.launch.signals import SignalInbox
+from dray.launch.slurm import ci_junit
+from dray.launch.slurm.ci_follow import follow
+from dray.launch.slurm.ci_report import BROKEN_OFF, JOB, SETUP, Report, SuiteResult, Verdict, read_ends
+from dray.launch.slurm.durations import format_duration, parse_duration
+from dray.launch.slurm.rendering import render
+from dray.launch.slurm.scheduler import JobView, submit
+
+MARGIN_SECONDS = 30 * 60
+"""What the job gets beyond the time of the tests: for starting, the setup and cleaning up."""
+
+GRACE_SECONDS = 10
+"""Between the stack dump of a suite that is out of time and its kill."""
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Tests that run in one process of pytest: a name for logs and reports, and the path given to pytest."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the user asked for; times as Slurm writes them, None where Slurm or dray chooses."""
+
+    project: Path
+    python: str
+    suites: Sequence[str] = ()
+    output_root: Path = Path("outputs/ci")
+    partition: str | None = None
+    account: str | None = None
+    gpus: int = 0
+    test_timeout: str = "01:00:00"
+    time: str | None = None
+    scratch: str | None = None
+    setup: str | None = None
+    container: str | None = None
+    container_mounts: Sequence[str] = ()
+    pytest_arguments: Sequence[str] = ()
+    extra_arguments: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job that can be submitted: its suites, the folder that it writes to, and its batch script."""
+
+    suites: Sequence[Suite]
+    output: Path
+    script: str
+
+
+def plan(choices: Choices) -> Plan:
+    """Work everything out; nothing is written.
+
+    Raises:
+        ConfigError: something that was chosen cannot be.
+    """
+    project = choices.project.absolute()
+    suites = find_suites(project, choices.suites)
+    test_seconds = parse_duration("--test-timeout", choices.test_timeout)
+    time = choices.time or format_duration(test_seconds + MARGIN_SECONDS)
+    if parse_duration("--time", time) <= test_seconds:
+        raise ConfigError("--time", time, f"more than --test-timeout, which is {choices.test_timeout}")
+    _refuse_line_breaks(choices)
+    output = _next_folder(choices.output_root.absolute())
+    script = render(
+        "ci.sh.j2",
+        job_name="dray-ci",
+        job_name_in_ends=JOB,
+        setup_name=SETUP,
+        project=str(project),
+        output=str(output),
+        python=choices.python,
+        suites=suites,
+        partition=choices.partition,
+        account=choices.account,
+        gpus=choices.gpus,
+        time=time,
+        test_seconds=test_seconds,
+        grace_seconds=GRACE_SECONDS,
+        scratch=_in_double_quotes(choices.scratch) if choices.scratch else "${TMPDIR:-/tmp}",
+        setup=choices.setup,
+        container=choices.container,
+        container_mounts=_mounts(choices, project, output),
+        pytest_arguments=choices.pytest_arguments,
+        extra_arguments=choices.extra_arguments,
+    )
+    return Plan(suites, output, script)
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> int:
+    """Submit the job, show its log until it has ended, write the reports; returns the exit code.
+
+    SIGINT, SIGTERM and SIGHUP cancel the job; a second one ends the wait for its end.
+
+    Raises:
+        SlurmError: Slurm does not take the job, or could not be asked about it for minutes.
+    """
+    for name in ("logs", "junit"):
+        (plan.output / name).mkdir(parents=True)
+    script = plan.output / "ci.sh"
+    script.write_text(plan.script, encoding="utf-8")
+    with SignalInbox() as inbox:
+        number = submit(script)
+        say(f"job {number}: {', '.join(suite.name for suite in plan.suites)}; everything is in {plan.output}\n")
+        view, interrupted = follow(number, plan.output, inbox, say)
+    report = read_report(plan, view)
+    write_report(plan, report)
+    say("\n".join(["", *report.lines(), ""]))
+    return 128 + interrupted if interrupted else report.exit_code
+
+
+def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
+    """The suites: those chosen, or each folder in tests/ that holds tests.
+
+    Raises:
+        ConfigError: there are none, one is not there, or two would have the same name.
+    """
+    if not chosen:
+        folders = sorted({path.relative_to(project).parts[1] for path in project.glob("tests/*/**/test_*.py")})
+        chosen = [f"tests/{folder}" for folder in folders]
+    if not chosen:
+        raise ConfigError(
+            "suites", str(project), "a project with tests in the folders of tests/, or suites by name"
+        )
+    for path in chosen:
+        if not (project / path.partition("::")[0]).exists():
+            raise ConfigError("suites", path, f"a path in {project}")
+    suites = [Suite(re.sub(r"[^\w.]+", "-", path.removeprefix("tests/")).strip("-"), path) for path in chosen]
+    name, times = Counter([JOB, SETUP, *(suite.name for suite in suites)]).most_common(1)[0]
+    if times > 1:
+        raise ConfigError("suites", name, "suites with names of their own")
+    return suites
+
+
+def read_report(plan: Plan, view: JobView) -> Report:
+    """What is in the output folder, put together."""
+    ends = read_ends(plan.output)
+    results = []
+    for suite in plan.suites:
+        element = ci_junit.read_suite(plan.output / "junit" / f"{suite.name}.xml")
+        counts = None if element is None else ci_junit.count(element)
+        results.append(SuiteResult(suite.name, ends.get(suite.name), counts))
+    return Report(view.number, view.state, ends.get(SETUP), results)
+
+
+def write_report(plan: Plan, report: Report) -> None:
+    """Write `report.txt` and `junit.xml` into the output folder."""
+    (plan.output / "report.txt").write_text("\n".join([*report.lines(), ""]), encoding="utf-8")
+    elements = {}
+    for suite in report.suites:
+        element = ci_junit.read_suite(plan.output / "junit" / f"{suite.name}.xml")
+        whole = element is not None and suite.verdict not in BROKEN_OFF
+        elements[suite.name] = element = ElementTree.Element("testsuite") if element is None else element
+        if not whole and suite.verdict is not Verdict.EMPTY:
+            log = plan.output / "logs" / f"{suite.name}.log"
+            ci_junit.add_error(element, suite.name, suite.verdict, log)
+    ci_junit.write_merged(plan.output / "junit.xml", elements)
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _next_folder(root: Path) -> Path:
+    numbers = [int(path.name) for path in root.glob("[0-9]*") if path.name.isdecimal()]
+    return root / f"{max(numbers, default=0) + 1:03d}"
+
+
+def _refuse_line_breaks(choices: Choices) -> None:
+    """In lines that are comments to the shell a line break would end the comment."""
+    values = {
+        "--partition": choices.partition or "",
+        "--account": choices.account or "",
+        "--output-root": str(choices.output_root.absolute()),
+        **{f"--extra-sbatch-arg {argument!r}": argument for argument in choices.extra_arguments},
+    }
+    for key, value in values.items():
+        if "\n" in value or "\r" in value:
+            raise ConfigError(key.split()[0], value, "text without line breaks")
+    for argument in choices.extra_arguments:
+        if not argument.startswith("-"):
+            raise ConfigError(
+                "--extra-sbatch-arg", argument, 'an option of sbatch with its value, as in "--qos=high"'
+            )
+
+
+def _in_double_quotes(text: str) -> str:
+    """`text` for the inside of double quotes: `$NAME` and `${NAME}` are expanded there, nothing else is."""
+    parts, at = [], 0
+    for found in _VARIABLE.finditer(text):
+        parts += [re.sub(r'([\\"`$])', r"\\\1", text[at : found.start()]), found.group()]
+        at = found.end()
+    return "".join([*parts, re.sub(r'([\\"`$])', r"\\\1", text[at:])])
+
+
+def _mounts(choices: Choices, project: Path, output: Path) -> Sequence[str]:
+    """The mounts beyond project, output and scratch, if those can be mounts at all."""
+    if choices.container is None:
+        if choices.container_mounts:
+            raise ConfigError("--container-mount", list(choices.container_mounts), "used with --container only")
+        return ()
+    for path in (project, output):
+        if set(str(path)) & set(",:"):
+            raise ConfigError("--container", str(path), "mounts, which are paths without , and :")
+    return choices.container_mounts

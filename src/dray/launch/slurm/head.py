@@ -1,0 +1,136 @@
+"""The process on the first node of a job: its supervisor, with controller, Redis and the replicas of its node.
+
+``python -m dray.launch.slurm.head PLAN PART ATTEMPT``
+
+It is what `dray run` is on one machine, and goes on from the checkpoint in the run's folder if there is one. Its
+exit codes are the same. SIGUSR2 tells it that the time limit is near: it ends the job as SIGTERM does, with a code
+of its own.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+from dray.config import JobConfig
+from dray.errors import ConfigError, DrayError
+from dray.launch.display import Display
+from dray.launch.output import open_output
+from dray.launch.signals import TIME_LIMIT_SIGNAL, WATCHED, SignalInbox
+from dray.launch.site import Elsewhere, Nowhere, Site
+from dray.launch.slurm.command_line import Task, read_task
+from dray.launch.slurm.network import Interface, choose_interface, is_loopback
+from dray.launch.slurm.placement import environment, placements
+from dray.launch.slurm.plan import NODE_VARIABLE, Plan
+from dray.launch.slurm.remote import OtherNodes
+from dray.launch.supervisor import supervise
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.job import JobFolder
+from dray.runtime.membership import Role
+from dray.runtime.place import LOOPBACK
+from dray.runtime.process import DUMP_SIGNAL, exit_with_own_code_on_crash
+
+
+def run_head(task: Task) -> int:
+    """Run one attempt of a job to its end; returns the exit code.
+
+    Raises:
+        ConfigError: before anything was started.
+    """
+    if task.node != task.nodes[0]:
+        raise ConfigError(NODE_VARIABLE, task.node, f"the first of the job's nodes, which is {task.nodes[0]}")
+    config = attempt_config(task.plan)
+    # A job on one node needs nobody to reach it.
+    alone = len(task.nodes) == 1 and task.plan.interface is None
+    interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.interface)
+    if len(task.nodes) > 1:
+        check_between_nodes(config, interface)
+    watched = (*WATCHED, TIME_LIMIT_SIGNAL)
+    with ExitStack() as opened:
+        inbox = opened.enter_context(SignalInbox(watched))
+        display = opened.enter_context(Display(f"dray: job {config.job.name}", config.job.max_steps))
+        folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))
+        site = _site(task, config, folder, interface, opened)
+        display.say(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
+        return supervise(config, task.plan.job_file, site, state, inbox, display)
+
+
+def attempt_config(plan: Plan) -> JobConfig:
+    """The configuration of the job in an attempt."""
+    config = plan.config
+    # A group of several nodes begins again in another attempt.
+    restarts = config.policy.restarts if plan.policy.nodes == 1 else 0
+    return config.model_copy(
+        update={
+            "job": config.job.model_copy(update={"output": str(plan.run_folder)}),
+            "policy": config.policy.model_copy(update={"restarts": restarts}),
+        }
+    )
+
+
+def check_between_nodes(config: JobConfig, interface: Interface) -> None:
+    """Make sure that the configuration is one for several nodes.
+
+    Raises:
+        ConfigError: the lane, or a configured Redis server, is for one machine only.
+    """
+    if config.job.lane == "shm" and config.job.payload_transfer == "ucxx":
+        raise ConfigError("job.lane", "shm", 'one that goes between nodes: "auto", "tcp" or "ucx"')
+    if config.redis.url is None:
+        return
+    parts = urlsplit(config.redis.url)
+    host_is_local = is_loopback(parts.hostname or "") and not interface.is_loopback
+    if parts.scheme == "unix" or host_is_local:
+        # The URL is not shown: it may hold a password.
+        allowed = "the address of a server that every node of the job reaches"
+        raise ConfigError("redis.url", f"{parts.scheme}://…", allowed)
+
+
+def _site(task: Task, config: JobConfig, folder: JobFolder, interface: Interface, opened: ExitStack) -> Site:
+    placed = placements(task.plan, task.nodes)
+    here = {each.name: each for each in placed if each.node == task.node}
+    away = [each for each in placed if each.node != task.node]
+    elsewhere: Elsewhere = Nowhere()
+    if away:
+        silence = config.controller.dead_after
+        elsewhere = opened.enter_context(
+            OtherNodes(folder, task.name, task.plan.secret, away, interface.address, silence)
+        )
+    rollouts = [each.index for each in here.values() if each.role is Role.ROLLOUT]
+    variables = {name: environment(each, interface, os.environ) for name, each in here.items()}
+    return Site(
+        folder=folder,
+        host=interface.address,
+        ranks=len(here) - len(rollouts),
+        rollouts=range(len(rollouts)),
+        redis_host=interface.address if away else None,
+        secret=task.plan.secret,
+        environment=variables.__getitem__,
+        elsewhere=elsewhere,
+    )
+
+
+def main() -> int:
+    """See the module."""
+    exit_with_own_code_on_crash()
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    form = "%(asctime)s head %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=form)
+    try:
+        task = read_task()
+        os.environ.update(task.plan.environment)
+        return run_head(task)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.CONFIGURATION
+    except DrayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

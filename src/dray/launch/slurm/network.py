@@ -1,0 +1,126 @@
+"""Which network interface, and so which address of a node, the job's processes talk over.
+
+In this order: the configured interface; one with an RDMA device; that of the default route; any that is up and is
+not loopback. Only interfaces with an IPv4 address count. Loopback is used only if it is configured by name: no
+other machine reaches it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import math
+import socket
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dray.errors import ConfigError
+
+_SYS = Path("/sys/class")
+_ROUTES = Path("/proc/net/route")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_SIOCGIFFLAGS = 0x8913
+_SIOCGIFADDR = 0x8915
+_IFF_UP = 0x1
+_NAME = struct.Struct("15sx16x")
+_FLAGS = struct.Struct("16xH14x")
+_ADDRESS = struct.Struct("16x4x4s8x")
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface that is up, and its IPv4 address."""
+
+    name: str
+    address: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.address)
+
+
+def choose_interface(configured: str | None) -> Interface:
+    """The interface of this machine to use.
+
+    Raises:
+        ConfigError: there is none, or not the one that is `configured`.
+    """
+    return chosen(configured, interfaces(), rdma_interfaces(), default_route())
+
+
+def chosen(
+    configured: str | None, available: Sequence[Interface], rdma: Collection[str], route: str | None
+) -> Interface:
+    """The decision of `choose_interface`, without I/O.
+
+    Args:
+        available: in the kernel's order.
+        rdma: names of the interfaces that have an RDMA device.
+        route: the name of the default route's.
+
+    Raises:
+        ConfigError: as `choose_interface`.
+    """
+    if configured is not None:
+        for each in available:
+            if each.name == configured:
+                return each
+        names = ", ".join(each.name for each in available) or "none"
+        allowed = f"an interface that is up and has an IPv4 address; on this node those are: {names}"
+        raise ConfigError("slurm.interface", configured, allowed)
+    outside = [each for each in available if not each.is_loopback]
+    if not outside:
+        allowed = "this node has no other interface than loopback that is up and has an IPv4 address; name one"
+        raise ConfigError("slurm.interface", None, allowed)
+    # Sorting keeps the kernel's order among equals.
+    return min(outside, key=lambda each: (each.name not in rdma, each.name != route))
+
+
+def interfaces() -> list[Interface]:
+    """The interfaces of this machine that are up and have an IPv4 address."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            try:
+                request = _NAME.pack(name.encode())
+                (flags,) = _FLAGS.unpack(fcntl.ioctl(query, _SIOCGIFFLAGS, request))
+                (address,) = _ADDRESS.unpack(fcntl.ioctl(query, _SIOCGIFADDR, request))
+            except OSError:  # it has no IPv4 address, or is gone by now
+                continue
+            if flags & _IFF_UP:
+                found.append(Interface(name, socket.inet_ntoa(address)))
+    return found
+
+
+def rdma_interfaces(sys: Path = _SYS) -> set[str]:
+    """The names of the interfaces that have an RDMA device."""
+    return {path.name for path in sys.glob("infiniband/*/device/net/*")}
+
+
+def default_route(table: Path = _ROUTES) -> str | None:
+    """The name of the default route's interface: that of the lowest metric, if there are several."""
+    try:
+        lines = table.read_text().splitlines()[1:]
+    except OSError:
+        return None
+    best, name = math.inf, None
+    for columns in map(str.split, lines):
+        interface, destination, metric, mask = columns[0], columns[1], columns[6], columns[7]
+        if int(destination, 16) == int(mask, 16) == 0 and int(metric) < best:
+            best, name = int(metric), interface
+    return name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, is one that other machines do not reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def boot_id() -> str:
+    """What tells this machine's kernel, since it was started, from every other one."""
+    return _BOOT_ID.read_text().strip()

@@ -1,0 +1,149 @@
+"""The states of a run on Slurm, and the table of what may happen in each. No I/O and no clock.
+
+A run consists of parts, and a part of attempts. A part ends with the allocation: at the time limit, or because a
+node was lost or Slurm took the nodes away. An attempt ends when its processes do; one that fails is made again.
+`TRANSITIONS` is the whole truth, and `diagram` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from dray.runtime.exit_codes import ExitCode
+
+
+class RunState(StrEnum):
+    """Where a run stands."""
+
+    SUBMITTED = "submitted"  # Slurm has a job for it, or soon will; nothing has run
+    RUNNING = "running"  # an attempt runs, or was cut off without a word
+    RETRYING = "retrying"  # an attempt has failed; the next one begins in the same allocation
+    REQUEUED = "requeued"  # waits for Slurm to allocate nodes for the next part
+    FINISHED = "finished"  # solved, or all steps done; never run again
+    FAILED = "failed"  # out of retries
+    CANCELLED = "cancelled"  # by its user, or the nodes were taken away
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more happens unless somebody asks for it."""
+        return self in (RunState.FINISHED, RunState.FAILED, RunState.CANCELLED)
+
+
+class RunEvent(StrEnum):
+    """What moves a run from one state to another."""
+
+    BEGIN = "begin"  # the batch script runs, and starts an attempt
+    FINISH = "finish"  # the work is done, says the head's exit code or the checkpoint
+    TIME_LIMIT = "time limit"  # ended in order, with a checkpoint, shortly before the limit
+    FAIL = "fail"  # any other end, with a retry and all nodes left
+    MOVE = "move"  # any other end, with a retry left; a node is gone, or the time is over
+    GIVE_UP = "give up"  # any other end, without a retry left
+    CANCEL = "cancel"  # scancel
+    RESUME = "resume"  # submitted again, with fresh retries
+
+
+TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProxyType(
+    {
+        RunState.SUBMITTED: MappingProxyType(
+            {
+                RunEvent.BEGIN: RunState.RUNNING,
+                RunEvent.FINISH: RunState.FINISHED,
+                RunEvent.CANCEL: RunState.CANCELLED,
+                RunEvent.RESUME: RunState.SUBMITTED,
+            }
+        ),
+        RunState.RUNNING: MappingProxyType(
+            {
+                RunEvent.FINISH: RunState.FINISHED,
+                RunEvent.TIME_LIMIT: RunState.REQUEUED,
+                RunEvent.FAIL: RunState.RETRYING,
+                RunEvent.MOVE: RunState.REQUEUED,
+                RunEvent.GIVE_UP: RunState.FAILED,
+                RunEvent.CANCEL: RunState.CANCELLED,
+            }
+        ),
+        RunState.RETRYING: MappingProxyType(
+            {
+                RunEvent.BEGIN: RunState.RUNNING,
+                RunEvent.FINISH: RunState.FINISHED,
+                RunEvent.CANCEL: RunState.CANCELLED,
+                RunEvent.RESUME: RunState.SUBMITTED,
+            }
+        ),
+        RunState.REQUEUED: MappingProxyType(
+            {
+                RunEvent.BEGIN: RunState.RUNNING,
+                RunEvent.FINISH: RunState.FINISHED,
+                RunEvent.CANCEL: RunState.CANCELLED,
+                RunEvent.RESUME: RunState.SUBMITTED,
+            }
+        ),
+        RunState.FINISHED: MappingProxyType({}),
+        RunState.FAILED: MappingProxyType({RunEvent.RESUME: RunState.SUBMITTED}),
+        # Slurm starts a cancelled job again only if it took the nodes away itself: preemption looks like scancel.
+        RunState.CANCELLED: MappingProxyType(
+            {
+                RunEvent.BEGIN: RunState.RUNNING,
+                RunEvent.FINISH: RunState.FINISHED,
+                RunEvent.RESUME: RunState.SUBMITTED,
+            }
+        ),
+    }
+)
+
+
+class IllegalTransition(RuntimeError):
+    """An event came in a state that has no transition for it; the state is unchanged."""
+
+
+def after(state: RunState, event: RunEvent) -> RunState:
+    """The state that follows; an illegal event raises."""
+    following = TRANSITIONS[state].get(event)
+    if following is None:
+        raise IllegalTransition(f"{event.value!r} in state {state.value!r}")
+    return following
+
+
+def event_of_end(
+    exit_code: int,
+    *,
+    finished: bool,
+    signal: str,
+    nodes_lost: bool,
+    progressed: bool,
+    remaining_retries: int,
+) -> RunEvent:
+    """What the end of an attempt means for the run.
+
+    Args:
+        exit_code: of the head, as a shell sees it.
+        finished: the checkpoint says that the work is done, which stands whoever was killed afterwards.
+        signal: ``"TERM"`` or ``"USR1"`` if the batch script was sent that, else empty.
+        nodes_lost: the allocation no longer has all its nodes.
+        progressed: the checkpoint is of a later step than when the part began. A part that came no further would
+            not do so the next time either: it counts as failed.
+    """
+    if finished or exit_code == ExitCode.OK:
+        return RunEvent.FINISH
+    if signal == "TERM":
+        return RunEvent.CANCEL
+    if exit_code == ExitCode.TIME_LIMIT and progressed:
+        return RunEvent.TIME_LIMIT
+    if remaining_retries == 0:
+        return RunEvent.GIVE_UP
+    return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
+
+
+def diagram() -> str:
+    """The table as a mermaid state diagram."""
+    lines = ["stateDiagram-v2", f"    [*] --> {RunState.SUBMITTED.name}: submit"]
+    for state, events in TRANSITIONS.items():
+        following: dict[RunState, list[str]] = {}
+        for event, target in events.items():
+            following.setdefault(target, []).append(event.value)
+        lines += [f"    {state.name} --> {target.name}: {', '.join(each)}" for target, each in following.items()]
+    lines += [f"    {state.name} --> [*]" for state in RunState if state.is_final]
+    return "\n".join(lines)

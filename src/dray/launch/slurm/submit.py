@@ -1,0 +1,227 @@
+"""`dray slurm submit`: makes a run's folder, with all that its parts need, and hands the batch script to Slurm.
+
+```
+<run folder>/
+  slurm.json        what is known about the run, see `run_record`
+  slurm-<job>.out   the output of the batch script
+  parts/001.1/logs/ one log per process of part 1, attempt 1, and so on; `latest` leads to the newest
+  .slurm/           for its owner only
+    job.sh          the batch script
+    plan.json       what the processes are told, with the run's secret
+    code/           the snapshot
+    job_id          of the newest submission
+```
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dray.config import JobConfig, SlurmTable, parse_job
+from dray.errors import ConfigError
+from dray.launch.output import RESUME_NEEDS
+from dray.launch.slurm import scheduler
+from dray.launch.slurm.layout import layout_of, rollout_nodes_of
+from dray.launch.slurm.placement import placements
+from dray.launch.slurm.plan import Plan
+from dray.launch.slurm.run_record import FILE_NAME, RunRecord
+from dray.launch.slurm.run_states import RunState
+from dray.launch.slurm.script import batch_script
+from dray.launch.slurm.snapshot import take_snapshot
+from dray.launch.slurm.state import cancel_marker, read_settled, refuse_folder_in_use
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What is to be submitted, decided and checked; nothing is written yet.
+
+    Attributes:
+        record: of the run as it will be; None if it has finished, and nothing is left to do.
+    """
+
+    plan: Plan
+    script: str
+    record: RunRecord | None
+
+    def layout_lines(self) -> Iterator[str]:
+        """What runs where, one line for each node."""
+        names = [str(number) for number in range(self.plan.node_count)]
+        placed = placements(self.plan, names)
+        for name in names:
+            shown = ["controller", "Redis"] if name == names[0] else []
+            for each in placed:
+                if name in each.nodes:
+                    spanned = "" if name == each.node else ", spanned"
+                    gpus = f" (GPU {','.join(map(str, each.gpus))})" if each.gpus else ""
+                    shown.append(f"{each.name}{spanned}{gpus}")
+            yield f"node {name}: {', '.join(shown)}"
+
+
+def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | None = None) -> JobConfig:
+    """`config` with keys of `[slurm]` replaced: lists and tables are added to, the others take the new value.
+
+    Args:
+        options: what is None is left as it is.
+        nodes: how many there are in all; those that the policy does not take are for rollouts.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    table = (config.slurm or SlurmTable()).model_dump(mode="json")
+    for key, value in options.items():
+        if isinstance(value, list):
+            table[key] = [*table[key], *value]
+        elif isinstance(value, Mapping):
+            table[key] = {**table[key], **value}
+        elif value is not None:
+            table[key] = value
+    checked = parse_job({**config.model_dump(mode="json"), "slurm": table})
+    if nodes is None:
+        return checked
+    assert checked.slurm is not None
+    rollout_nodes = rollout_nodes_of(nodes, checked.slurm.policy_nodes)
+    return with_options(checked, {"rollout_nodes": rollout_nodes})
+
+
+def prepare(config: JobConfig, job_file: Path, *, resume: bool) -> Submission:
+    """Decide everything about a submission.
+
+    Raises:
+        ConfigError: something does not fit, or the folder is another run's.
+    """
+    table = config.slurm or SlurmTable()
+    layout = layout_of(config)
+    root = _run_folder(config, resume=resume)
+    record = _record(root, table.retries, resume=resume)
+    plan = Plan(
+        config=config,
+        job_file=_code_folder(root) / job_file.name if table.snapshot else job_file.absolute(),
+        run_folder=root,
+        secret=secrets.token_bytes(32),
+        policy=layout.policy,
+        rollout=layout.rollout,
+        interface=table.interface,
+        retries=table.retries,
+        environment=table.environment,
+    )
+    return Submission(plan, batch_script(plan), record)
+
+
+def submit(submission: Submission, job_file: Path) -> int:
+    """Write the run's folder and submit its script; returns Slurm's number of the job.
+
+    A folder of a run that Slurm does not take is removed again, if it was made here.
+
+    Raises:
+        ConfigError: the code cannot be copied.
+        SlurmError: Slurm does not take it.
+    """
+    assert submission.record is not None
+    plan, root = submission.plan, submission.plan.run_folder
+    is_new = not root.exists()
+    previous = RunRecord.read(root) if (root / FILE_NAME).exists() else None
+    try:
+        root.mkdir(parents=True, exist_ok=not is_new)
+    except OSError as error:
+        allowed = f"must be a folder that can be made ({error.strerror})"
+        raise ConfigError("job.output", str(root), allowed) from error
+    try:
+        plan.write()
+        if plan.job_file != job_file.absolute():
+            take_snapshot(job_file, plan.job_file.parent, root)
+        script = plan.path.with_name("job.sh")
+        script.write_text(submission.script, encoding="utf-8")
+        cancel_marker(root).unlink(missing_ok=True)
+        # Before Slurm has it: the job may begin at once.
+        submission.record.write(root)
+        number = scheduler.submit(script)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(root, ignore_errors=True)
+        elif previous is not None:
+            previous.write(root)
+        raise
+    _job_id_file(root).write_text(f"{number}\n", encoding="utf-8")
+    return number
+
+
+def submitted_job(run_folder: Path) -> str:
+    """Slurm's number of the run's newest job, or an empty text."""
+    try:
+        return _job_id_file(run_folder).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def queued_jobs() -> dict[str, str]:
+    """The user's jobs that wait or run, each with its state, and the reason if it waits.
+
+    Raises:
+        SlurmError: Slurm cannot be asked.
+    """
+    printed = scheduler.run_command("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%r")
+    found = {}
+    for line in printed.splitlines():
+        number, state, reason = line.split("|", 2)
+        found[number] = state.lower() + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
+    return found
+
+
+def _run_folder(config: JobConfig, *, resume: bool) -> Path:
+    """The folder that the run is to have, absolute; it need not be there.
+
+    Raises:
+        ConfigError: it is an earlier run's and this is another one, or there is no run to go on with.
+    """
+    if config.job.output is not None:
+        root = Path(config.job.output).absolute()
+        used = (root / FILE_NAME).exists() or (root / "metrics.jsonl").exists()
+        if used and not resume:
+            raise ConfigError(
+                "job.output", str(root), "must be a folder without an earlier run, or go with --resume"
+            )
+        if resume and not used:
+            raise ConfigError("--resume", str(root), RESUME_NEEDS)
+        return root
+    base = Path("outputs", config.job.name).absolute()
+    numbers = sorted(int(path.name) for path in base.glob("[0-9]*") if path.name.isdecimal())
+    if not resume:
+        return base / f"{(numbers[-1] if numbers else 0) + 1:03d}"
+    for number in reversed(numbers):
+        root = base / f"{number:03d}"
+        if (root / FILE_NAME).exists():
+            return root
+    raise ConfigError("--resume", str(base), "must have the folder of a run that was submitted before")
+
+
+def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
+    """The run's record as it is to be, None if the run has finished.
+
+    Raises:
+        ConfigError: a job of this run waits or runs.
+    """
+    if not resume or not (root / FILE_NAME).exists():
+        return RunRecord(RunState.SUBMITTED, retries)
+    if RunRecord.read(root).state is RunState.FINISHED:
+        return None
+    if (number := submitted_job(root)) in queued_jobs():
+        raise ConfigError(
+            "--resume", str(root), f"must be a run whose job is over; scancel {number} ends this one's"
+        )
+    refuse_folder_in_use(root)
+    record = read_settled(root, retries)
+    return None if record.state is RunState.FINISHED else record.resume(retries)
+
+
+def _code_folder(root: Path) -> Path:
+    return root / ".slurm" / "code"
+
+
+def _job_id_file(root: Path) -> Path:
+    return root / ".slurm" / "job_id"

@@ -1,0 +1,370 @@
+"""The supervisor of a job: starts its processes in order, watches them, and ends them in reverse order.
+
+Everything happens in the main thread, which waits for children and signals at once and never polls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import selectors
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from dray.clock import Deadline
+from dray.config import JobConfig
+from dray.control import REDIS_STOP_BOUND
+from dray.errors import ControlPlaneError
+from dray.launch.children import Child, JobProcess
+from dray.launch.crew import Crew
+from dray.launch.display import Display
+from dray.launch.ending import Ending, ending, finished_checkpoint, recorded_status
+from dray.launch.entry_points import check_entry_points
+from dray.launch.job_redis import job_redis
+from dray.launch.log import supervisor_log
+from dray.launch.output import attempt_folder
+from dray.launch.signals import SignalInbox, reason_of
+from dray.launch.site import Site
+from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
+from dray.runtime import messages
+from dray.runtime.address import bind
+from dray.runtime.checkpoint import CheckpointState
+from dray.runtime.controller_client import ControllerClient
+from dray.runtime.descendants import child_pids
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.job import JobSpec
+from dray.runtime.membership import MemberState, Role
+from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
+from dray.runtime.report import write_report
+from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
+
+STATUS_INTERVAL = 0.5
+_LOG = logging.getLogger("dray.launch.supervisor")
+
+
+def supervise(
+    config: JobConfig,
+    job_file: Path,
+    site: Site,
+    state: CheckpointState | None,
+    inbox: SignalInbox,
+    display: Display,
+) -> int:
+    """Run a job to its end and return the exit code of `dray run`. Main thread of the main interpreter only.
+
+    Args:
+        state: of the checkpoint to go on from.
+        inbox: signals that end the job.
+
+    Raises:
+        ConfigError: before anything was started.
+    """
+    if state is not None and state.outcome:
+        display.say(f"{state.outcome} already, at step {state.step}: nothing is left to do in {site.folder.root}")
+        return ExitCode.OK
+    return Supervisor(config, job_file, site, state, inbox, display).run()
+
+
+class Supervisor:
+    """See the module."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        job_file: Path,
+        site: Site,
+        state: CheckpointState | None,
+        inbox: SignalInbox,
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._job_file = job_file
+        self._site = site
+        self._folder = site.folder
+        self._elsewhere = site.elsewhere
+        self._crew = Crew(config, site)
+        self._state = state
+        self._inbox = inbox
+        self._display = display
+        self._job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
+        self._began = Deadline.after(None)
+        self._signals: list[signal.Signals] = []
+        self._teardowns: list[tuple[Callable[[], Sequence[JobProcess]], Teardown]] = []
+        self._asked = False
+        self._end_began: Deadline | None = None
+        self._status: messages.Status | None = None
+        self._controller_silent = False
+        self._heard = Deadline.after(None)
+        self._silences = 0
+        self._stalls = 0
+        self._interrupted = False
+        self._failure = ""
+        self._unexpected: list[str] = []
+
+    def run(self) -> int:
+        folder = self._folder
+        strangers = child_pids()
+        adopt_orphans()
+        with selectors.DefaultSelector() as selector, ExitStack() as resources:
+            self._selector = selector
+            selector.register(self._inbox, selectors.EVENT_READ)
+            self._signals += check_entry_points(self._config, self._job_file, folder, self._inbox)
+            if self._signals:
+                stopped = self._ending()
+                self._say(f"stopped: {stopped.reason} before anything was started")
+                return stopped.exit_code
+            listener = resources.enter_context(bind(self._site.host, self._config.controller.port))
+            step = ShutdownStep("end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
+            place, host = folder.run / "redis", self._site.redis_host
+            server = job_redis(self._config, self._job_id, place, host, self._say, self._unexpected.append)
+            redis = closed_by_step(resources, server, step)
+            attempt_folder(folder)
+            resources.enter_context(supervisor_log(folder.logs))
+            self._crew.keep(frozenset(strangers | ({redis.pid} if redis.pid is not None else set())))
+            resources.callback(self._crew.kill_orphans)
+            spec = self._write_spec((redis.tcp_address or redis.address).url)
+            # From here on there are processes; they end before anything above does.
+            resources.callback(self._crew.kill_rest)
+            resources.callback(self._elsewhere.close)
+            self._crew.start_controller(listener)
+            client = resources.enter_context(
+                ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
+            )
+            self._elsewhere.open(selector, spec)
+            self._start_replicas()
+            self._watch(client)
+            ending = self._ending()
+            if ending.status is not None:
+                self._display.update(ending.status)
+        self._display.freeze()
+        summary = write_report(
+            self._folder,
+            self._config,
+            ending.status,
+            seconds=self._began.elapsed,
+            exit_code=ending.exit_code,
+            reason=ending.reason,
+            first_step=self._state.step if self._state is not None else 0,
+        )
+        for line in (*self._unexpected, summary):
+            self._say(line)
+        return ending.exit_code
+
+    def _say(self, text: str) -> None:
+        self._display.say(text)
+        _LOG.info("%s", text)
+
+    def _ending(self) -> Ending:
+        status = recorded_status(self._folder) or self._status
+        checkpoint = finished_checkpoint(self._folder)
+        return ending(self._config.job.name, status, checkpoint, self._signals, self._failure)
+
+    # --- start ------------------------------------------------------------------------------------------------
+
+    def _write_spec(self, redis_url: str) -> JobSpec:
+        spec = JobSpec(
+            config=self._config,
+            job_file=self._job_file,
+            folder=self._folder,
+            secret=self._site.secret,
+            redis_url=redis_url,
+            job_id=self._job_id,
+            resume=self._state is not None,
+            first_prompt=self._state.next_prompt if self._state is not None else 0,
+        )
+        spec.write()
+        return spec
+
+    def _start_replicas(self) -> None:
+        self._start_policy()
+        for child in (*self._crew.start_rollouts(), self._crew.controller):
+            assert child is not None
+            self._selector.register(child.pidfd, selectors.EVENT_READ)
+        away = self._elsewhere.expected
+        more = f", {away} more start on other nodes" if away else ""
+        count = len(self._crew.replicas)
+        self._say(f"started controller and {count} replicas{more}; output in {_short(self._folder.root)}")
+
+    def _start_policy(self) -> None:
+        """Start the policy, or let it wait for its ranks of other machines."""
+        for child in self._crew.start_policy():
+            self._selector.register(child.pidfd, selectors.EVENT_READ)
+
+    # --- run and end ------------------------------------------------------------------------------------------
+
+    def _watch(self, client: ControllerClient) -> None:
+        """Wait for children and signals until every child has ended."""
+        controller = self._crew.controller
+        assert controller is not None
+        next_status = Deadline.after(0)
+        while any(process.running for process in self._crew.processes):
+            if self._teardowns and all(teardown.is_over for _, teardown in self._teardowns):
+                left = [process for process in self._crew.processes if process.running]
+                names = ", ".join(f"{process.name} (pid {process.pid})" for process in left)
+                self._say(f"{names} did not end although killed")
+                return
+            bound = next_status.remaining
+            self._wait(min([bound, *(teardown.seconds_to_next for _, teardown in self._teardowns)]))
+            self._elsewhere.look()
+            for process in self._crew.processes:
+                if process.running and process.collect() is not None:
+                    self._ended(process, client)
+            self._react(client)
+            if not self._teardowns:
+                self._start_policy()
+            if next_status.expired:
+                if controller.running:
+                    self._look(client)
+                    self._end_silent()
+                next_status = Deadline.after(STATUS_INTERVAL)
+
+    def _wait(self, timeout: float) -> None:
+        """Wait for children, other machines and signals at most `timeout` seconds."""
+        for key, _ in self._selector.select(timeout):
+            if key.fileobj is self._inbox:
+                self._signals.extend(self._inbox.take())
+            elif key.data is not None:
+                key.data()
+
+    def _ended(self, child: JobProcess, client: ControllerClient) -> None:
+        if isinstance(child, Child):
+            self._selector.unregister(child.pidfd)
+            if killed := self._crew.kill_orphans():
+                self._say(f"{killed} processes that {child.name} left behind were killed")
+        code = child.exit_code
+        assert code is not None
+        since = "" if self._end_began is None else f", {self._end_began.elapsed:.2f} s after the end began"
+        _LOG.info("%s ended with code %d (%s)%s", child.name, code, child.ending, since)
+        expected = self._asked or code in (ExitCode.OK, ExitCode.FAILED)
+        if child is self._crew.controller:
+            recorded = recorded_status(self._folder)
+            early = not self._signals and (recorded is None or not recorded.phase.is_final)
+            if early:
+                self._failure = f"the controller ended early: {child.ending}; see {_short(child.log)}"
+            self._end(at_once=early)
+            return
+        again = (
+            not self._teardowns
+            and not self._signals
+            and child in self._crew.policy.children
+            and self._crew.policy.may_start_again()
+        )
+        if not expected:
+            self._say(f"{child.name} ended early: {child.ending}; see {_short(child.log)}")
+        # Who has left in order is not affected by it.
+        reason = f"its process ended without leaving ({child.ending})" if expected else child.ending
+        assert child.role is not None
+        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again)
+        answer = self._tell(client, "/died", died)
+        again = again and not (answer is not None and answer.stop)
+        if again:
+            self._start_policy_again()
+        elif child.role is Role.POLICY or not any(each.running for each in self._crew.replicas):
+            self._end()
+
+    def _start_policy_again(self) -> None:
+        policy = self._crew.policy
+        for child in policy.end():
+            self._selector.unregister(child.pidfd)
+        for child in policy.start():
+            self._selector.register(child.pidfd, selectors.EVENT_READ)
+        self._say(f"the policy starts again, {policy.life} of {policy.restarts} times")
+
+    def _end_silent(self) -> None:
+        """A policy replica that counts as dead, but is still there, goes: another life may begin then."""
+        members = self._status.members if self._status is not None else []
+        dead = {(member.name, member.pid): member for member in members if member.state is MemberState.DEAD}
+        for process in self._crew.others():
+            member = dead.get((process.name, process.pid))
+            if member is not None and process.running and not self._teardowns:
+                self._say(f"{process.name} is {member.reason} and is killed")
+                process.kill_group()
+
+    def _end(self, *, at_once: bool = False) -> None:
+        """Begin to end the job, or do so more firmly; the controller goes last."""
+        if not self._teardowns or (at_once and not self._asked):
+            self._asked = at_once
+            bound = self._config.timeouts.shutdown
+            self._end_began = Deadline.after(None)
+            self._elsewhere.refuse()
+            self._teardowns = [
+                (self._crew.rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
+                (self._crew.others, Teardown(bound, at_once=at_once)),
+            ]
+            names = ", ".join(process.name for process in self._crew.processes if process.running)
+            asked = "they are asked by signal" if at_once else "they know it from the controller"
+            _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
+        controller = self._crew.controller
+        if controller is not None and not any(each.running for each in self._crew.replicas):
+            # The last replica has unregistered, or is not going to: nothing is left to wait for.
+            controller.signal(signal.SIGTERM)
+
+    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
+        """One call that may fail: a controller that does not answer costs its time limit once."""
+        if self._crew.controller is None or not self._crew.controller.running or self._controller_silent:
+            return None
+        recorded = recorded_status(self._folder)
+        if recorded is not None and recorded.phase.is_final:  # it listens no more
+            return None
+        try:
+            return client.post(path, body, messages.Directive)
+        except ControlPlaneError as error:
+            self._controller_silent = True
+            self._failure = self._failure or f"the controller did not answer: {error}"
+            self._say(f"the controller could not be told: {error}")
+            return None
+
+    def _react(self, client: ControllerClient) -> None:
+        """Do what signals and the deadline of the end ask for."""
+        if self._signals and not self._interrupted:
+            self._interrupted = True
+            name, bound = self._signals[0].name, self._config.timeouts.shutdown
+            self._say(f"{name}: ending the job, at most {bound:g} s")
+            self._tell(client, "/stop", messages.Stop(reason=reason_of(self._signals[0])))
+            self._end(at_once=True)
+        for processes, teardown in self._teardowns:
+            if len(self._signals) > 1:
+                teardown.hurry()
+            for means in teardown.take_due():
+                for process in processes():
+                    if process.running:
+                        self._apply(means, process)
+
+    def _apply(self, means: Means, child: JobProcess) -> None:
+        _LOG.info("shutdown: %s: %s", child.name, means.name.lower().replace("_", " "))
+        if means is Means.TERMINATE:
+            if child is not self._crew.controller:
+                child.signal(signal.SIGTERM)
+        elif means is Means.DUMP_STACKS:
+            child.signal(DUMP_SIGNAL)
+        else:
+            child.kill_group()
+            why = "was killed" if len(self._signals) > 1 else "did not end in time and was killed"
+            self._say(f"{child.name} (pid {child.pid}) {why}; see {_short(child.log)}")
+
+    def _look(self, client: ControllerClient) -> None:
+        try:
+            self._status = client.status()
+        except ControlPlaneError:  # its end is noticed elsewhere
+            stall = self._config.timeouts.stall * 2**self._silences
+            if self._heard.elapsed > stall:
+                self._silences += 1
+                waited = f"{self._heard.elapsed:.1f} s"
+                self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
+            return
+        self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
+        if not self._status.phase.gives_work and not self._teardowns:
+            self._end()
+        self._end_silent()
+        stalled = self._status.stall
+        if stalled is not None and stalled.reports > self._stalls:
+            self._stalls = stalled.reports
+            self._say(f"stall: {stalled.line}")
+        self._display.update(self._status)
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

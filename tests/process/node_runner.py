@@ -1,0 +1,245 @@
+"""Runs a job on several "nodes" without Slurm: the processes of its nodes, as a batch script would start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from job_runner import BOUND, CLASSES, JOB, STOP
+
+from dray.config import load_job
+from dray.launch.slurm.plan import Plan, RoleLayout
+from dray.runtime.controller_client import ControllerClient
+from dray.runtime.job import JobSpec
+
+SECRET = bytes.fromhex("5ec2e7" * 10) + b"xy"
+
+
+class NodesRun:
+    """A run on nodes ``n1``, ``n2``, …, which are this machine; `start` begins an attempt of it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Sequence[str],
+        policy: RoleLayout,
+        rollout: RoleLayout,
+        interface: str | None,
+        environment: Mapping[str, str],
+        job: str | None,
+    ) -> None:
+        if job is not None:
+            (folder / "small.py").write_text(CLASSES)
+            (folder / "job.toml").write_text(job)
+        self.output = folder / "out"
+        config = load_job(folder / "job.toml", ["job.lane=tcp", *settings])
+        plan = Plan(
+            config, folder / "job.toml", self.output, SECRET, policy, rollout, interface, 2, dict(environment)
+        )
+        self.plan = plan.write()
+        tag = secrets.token_hex(3)
+        self.nodes = [f"n{number}-{tag}" for number in range(1, plan.node_count + 1)]
+        self.tasks: dict[int, subprocess.Popen[bytes]] = {}
+        self.attempt = ""
+
+    def start(
+        self, part: int = 1, attempt: int = 1, nodes: Sequence[int] | None = None, within: Sequence[str] = ()
+    ) -> None:
+        """Start the processes of `nodes` (counted from 1, default all) for an attempt; `within` becomes them."""
+        self.attempt = f"{part:03d}.{attempt}"
+        for number in range(1, len(self.nodes) + 1) if nodes is None else nodes:
+            module = "dray.launch.slurm.head" if number == 1 else "dray.launch.slurm.node"
+            self.logs.mkdir(parents=True, exist_ok=True)
+            with (self.logs / f"n{number}.out").open("ab") as out:
+                self.tasks[number] = subprocess.Popen(
+                    [*within, sys.executable, "-m", module, str(self.plan), str(part), str(attempt)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    env={
+                        **os.environ,
+                        "COLUMNS": "200",
+                        "DRAY_NODES": " ".join(self.nodes),
+                        "SLURMD_NODENAME": self.nodes[number - 1],
+                    },
+                    start_new_session=True,
+                )
+
+    @property
+    def logs(self) -> Path:
+        return self.output / "parts" / self.attempt / "logs"
+
+    def end(self, bound: float = BOUND) -> list[int]:
+        """Wait for the end and return the exit codes of all nodes; whatever is left of the job fails the test."""
+        deadline = time.monotonic() + bound
+        for number, task in self.tasks.items():
+            try:
+                task.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.dump_stacks()
+                raise AssertionError(f"node {number} did not end within {bound} s\n{self.story()}") from None
+        left = self.processes()
+        assert not left, f"still there: {left}\n{self.story()}"
+        assert not (self.output / ".run").exists()
+        return [self.tasks[number].returncode for number in sorted(self.tasks)]
+
+    def dump_stacks(self) -> None:
+        """Have every process of the job write the stacks of its threads into its log."""
+        for process in self.processes("dray."):
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(1.0)
+
+    def processes(self, name: str = "", node: int | None = None) -> list[psutil.Process]:
+        """What runs of the job, or of one node; `name` is part of the command line."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                command = " ".join(process.cmdline())
+                here = node is None or environment.get("SLURMD_NODENAME") == self.nodes[node - 1]
+                ours = environment.get("DRAY_NODES") == " ".join(self.nodes) and here
+                if ours and name in command and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        return found
+
+    def wait_until(self, condition: Any, what: str, bound: float = BOUND) -> None:
+        """Wait until `condition()` holds, which is about files and processes of the job."""
+        deadline = time.monotonic() + bound
+        while not condition():
+            if time.monotonic() >= deadline:
+                self.dump_stacks()
+                raise AssertionError(f"{what}: not within {bound} s\n{self.story()}")
+            time.sleep(0.02)
+
+    def wait_for_steps(self, count: int) -> None:
+        """Wait until so many training steps are done."""
+        self.wait_until(lambda: self.steps() >= count, f"step {count}")
+
+    def steps(self) -> int:
+        metrics = self.output / "metrics.jsonl"
+        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def kill_node(self, number: int) -> None:
+        """Everything of a node at once, as when its machine dies."""
+        for process in self.processes(node=number):
+            process.kill()
+        self.tasks[number].wait()
+
+    @contextmanager
+    def controller(self) -> Iterator[ControllerClient]:
+        """A client of the job's controller."""
+        spec = JobSpec.read(self.output / ".run" / "job.json")
+        with ControllerClient.of_address_file(spec.folder.controller_address, spec.token, 30.0) as client:
+            yield client
+
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.output / "summary.json").read_text()))
+
+    def checkpoint(self) -> dict[str, Any]:
+        return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
+
+    def log(self, name: str) -> str:
+        return (self.logs / name).read_text()
+
+    def story(self) -> str:
+        logs = sorted(self.output.glob("parts/*/logs/*"))
+        return "\n".join(f"--- {log.parent.parent.name}/{log.name}\n{log.read_text()[-4000:]}" for log in logs)
+
+
+@contextmanager
+def nodes_running(
+    folder: Path,
+    *settings: str,
+    policy: RoleLayout | None = None,
+    rollout: RoleLayout | None = None,
+    interface: str | None = "lo",
+    environment: Mapping[str, str] | None = None,
+    job: str | None = JOB + STOP,
+) -> Iterator[NodesRun]:
+    """A run, of which no process runs afterwards; without a `job` it is that of the folder."""
+    run = NodesRun(
+        folder, settings, policy or RoleLayout(1), rollout or RoleLayout(2), interface, environment or {}, job
+    )
+    try:
+        yield run
+    finally:
+        for task in run.tasks.values():
+            if task.poll() is None:
+                task.kill()
+        for process in run.processes():
+            process.kill()
+        for task in run.tasks.values():
+            task.wait()
+
+
+class Machine:
+    """A network namespace that is held by a process; its end is that of the namespace."""
+
+    interface = "dray0"
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo ready && exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self._holder.stdout is not None
+        self.usable = self._holder.stdout.readline() == b"ready\n"
+
+    @property
+    def pid(self) -> int:
+        return self._holder.pid
+
+    @property
+    def command(self) -> list[str]:
+        """What goes before a command that is to run there."""
+        return ["nsenter", f"--target={self.pid}", "--net"]
+
+    def run(self, *command: str) -> bool:
+        return subprocess.run([*self.command, *command], capture_output=True, timeout=10.0).returncode == 0
+
+    def cut(self) -> None:
+        """Take the cable away: nothing comes through any more, and nobody is told."""
+        assert self.run("ip", "link", "set", self.interface, "down")
+
+    def close(self) -> None:
+        self._holder.communicate(timeout=10.0)
+
+
+@contextmanager
+def two_machines() -> Iterator[tuple[Machine, Machine]]:
+    """Two namespaces with a cable between them, whose ends have the same name; skips where that cannot be had."""
+    missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    with ExitStack() as held:
+        near, far = Machine(), Machine()
+        held.callback(near.close)
+        held.callback(far.close)
+        name = Machine.interface
+        laid = near.usable and far.usable
+        laid = laid and near.run(
+            "ip", "link", "add", name, "type", "veth", "peer", "name", name, "netns", str(far.pid)
+        )
+        for machine, address in ((near, "10.77.200.1/24"), (far, "10.77.200.2/24")):
+            laid = laid and machine.run("ip", "address", "add", address, "dev", name)
+            laid = laid and machine.run("ip", "link", "set", name, "up")
+        if not laid:
+            pytest.skip("network namespaces cannot be had here")
+        yield near, far

@@ -1,0 +1,337 @@
+"""A private Slurm cluster: slurmctld, three virtual nodes and munge, all on loopback in a temporary folder.
+
+    with SlurmCluster.started() as cluster:
+        job = cluster.submit(folder / "job.sh", "--nodes=2")
+        cluster.wait_for_job(job, "RUNNING")
+        cluster.kill_node("n2")
+        assert cluster.wait_for_end(job)["JobState"] == "COMPLETED"
+
+The machine's own Slurm and munge, if there are any, are neither used nor disturbed. The daemons are nobody's
+children (they daemonize): a test may kill and revive nodes without leaving a child process behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from slurm_conf import CREDENTIAL_SECONDS, KILL_WAIT, NODES, PARTITION, write_configuration
+
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
+ENDED = frozenset(
+    {
+        "COMPLETED",
+        "FAILED",
+        "CANCELLED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "BOOT_FAIL",
+        "DEADLINE",
+        "PREEMPTED",
+    }
+)
+"""States of a job that nothing more comes of."""
+
+BOUND = 60.0
+_COMMAND_BOUND = 30.0
+_POLL_SECONDS = 0.1
+# Variables by which a surrounding job, or the user, would have a say in this cluster.
+_FOREIGN = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SCANCEL|SQUEUE|SINFO|MUNGE)_")
+
+
+class ClusterFailed(Exception):
+    """Slurm did not do what a test needs: it did not start, a command failed, a state did not come."""
+
+
+def missing_commands() -> list[str]:
+    """What a cluster needs and this machine has not."""
+    return [name for name in COMMANDS if _found(name) is None]
+
+
+class SlurmCluster:
+    """A running cluster of the nodes `nodes` in one partition; see the module's text."""
+
+    nodes = NODES
+    partition = PARTITION
+    requeue_seconds = CREDENTIAL_SECONDS + 1.0
+    kill_wait = float(KILL_WAIT)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.configuration = write_configuration(folder)
+        self.environment: Mapping[str, str] = {
+            **{name: value for name, value in os.environ.items() if not _FOREIGN.match(name)},
+            "PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")),
+            "SLURM_CONF": str(self.configuration),
+        }
+        """For every command that is to speak with this cluster."""
+
+    # --- start and stop -----------------------------------------------------------------------------------------
+
+    @classmethod
+    @contextmanager
+    def started(cls) -> Iterator[SlurmCluster]:
+        """A cluster whose nodes are idle; nothing of it is there afterwards."""
+        # A short path, as munge's socket and those of job steps lie under it.
+        folder = Path(tempfile.mkdtemp(prefix="dray-slurm-", dir="/tmp"))
+        folder.chmod(0o755)  # munge's clients reach the socket from outside
+        cluster = cls(folder)
+        try:
+            cluster._start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+    def _start(self) -> None:
+        for name in ("munge", "state", "log", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True)
+        munge = self.folder / "munge"
+        (munge / "key").touch(mode=0o600)
+        (munge / "key").write_bytes(os.urandom(128))
+        files = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "munged.pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
+        self.command("munged", "--force", *(f"--{option}={munge / name}" for option, name in files.items()))
+        self.command("slurmctld", "-c")
+        for node in self.nodes:
+            self.command("slurmd", "-c", "-N", node)
+        for node in self.nodes:
+            self.wait_for_node(node, "IDLE")
+
+    def stop(self) -> None:
+        """End every job and daemon, within seconds, and remove the folder."""
+
+        def ended() -> bool:
+            left = [*self._daemons(), *self.processes()]
+            _kill(left)
+            return not left
+
+        self.wait_until(ended, "end of the daemons", 10.0)
+        shutil.rmtree(self.folder)
+
+    def _daemons(self) -> list[psutil.Process]:
+        files = [self.folder / f"{name}.pid" for name in ("slurmctld", *self.nodes, "munge/munged")]
+        found = [daemon for file in files if (daemon := self._daemon(file)) is not None]
+        return [process for daemon in found for process in (daemon, *_descendants(daemon))]
+
+    def _daemon(self, pid_file: Path) -> psutil.Process | None:
+        """The process that has written `pid_file`, if it still runs and the number is not another's by now."""
+        try:
+            process = psutil.Process(int(pid_file.read_text()))
+            ours = process.environ().get("SLURM_CONF") == str(self.configuration)
+        except (FileNotFoundError, ValueError, psutil.Error):
+            return None
+        return process if ours and _runs(process) else None
+
+    # --- commands -----------------------------------------------------------------------------------------------
+
+    def command(self, *command: str | Path, check: bool = True) -> str:
+        """What `command` prints, with this cluster as its Slurm.
+
+        Raises:
+            ClusterFailed: it did not end in time, or with an exit code other than 0 while `check` is set.
+        """
+        name, *rest = map(str, command)
+        try:
+            done = subprocess.run(
+                [_found(name) or name, *rest],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_BOUND,
+            )
+        except subprocess.TimeoutExpired as expired:
+            raise ClusterFailed(f"{expired}\n{self.story()}") from None
+        if check and done.returncode != 0:
+            raise ClusterFailed(f"{name} ended with {done.returncode}: {done.stderr}{done.stdout}\n{self.story()}")
+        return done.stdout
+
+    def submit(self, script: Path, *options: str) -> int:
+        """Submit a batch script with `sbatch`; its output goes to `<script>.out`. Returns the job's number."""
+        output = f"--output={script}.out"
+        return int(self.command("sbatch", "--parsable", f"--chdir={script.parent}", output, *options, script))
+
+    # --- jobs ---------------------------------------------------------------------------------------------------
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` says: `JobState`, `Restarts`, `Reason`, `ExitCode`, `BatchHost`, `NodeList`."""
+        return _fields(self.command("scontrol", "--oneliner", "show", "job", str(number)))
+
+    def jobs(self) -> list[int]:
+        """The jobs that wait or run."""
+        return [int(line) for line in self.command("squeue", "--noheader", "--format=%A").split()]
+
+    def wait_for_job(self, number: int, *states: str, bound: float = BOUND, restarts: int = 0) -> dict[str, str]:
+        """Wait until the job is in one of `states`, requeued at least `restarts` times; returns what `job` does.
+
+        Raises:
+            ClusterFailed: it is not within `bound` seconds, or has ended otherwise.
+        """
+        found: dict[str, str] = {}
+
+        def there() -> bool:
+            nonlocal found
+            found = self.job(number)
+            state = found["JobState"]
+            # One on its way to being requeued looks ended, but Slurm still has it in its queue.
+            if state in ENDED and number in self.jobs():
+                return False
+            if state in states and int(found["Restarts"]) >= restarts:
+                return True
+            if state in ENDED:
+                raise ClusterFailed(f"waiting for {states}, but it ended: {found}\n{self.story()}")
+            return False
+
+        self.wait_until(there, f"job {number} in {' or '.join(states)} (restarts ≥ {restarts})", bound)
+        return found
+
+    def wait_for_end(self, number: int, bound: float = BOUND) -> dict[str, str]:
+        """Wait until the job has ended, whatever its state; one that is requeued has not."""
+        return self.wait_for_job(number, *ENDED, bound=bound)
+
+    def nodes_of(self, number: int) -> list[str]:
+        """The names of the job's nodes, in Slurm's order; the batch script runs on the first."""
+        return self.command("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
+
+    def cancel_all(self, bound: float = BOUND) -> None:
+        """Cancel every job and wait until the nodes are free of them."""
+        if jobs := self.jobs():
+            self.command("scancel", *map(str, jobs), check=False)  # one may have ended meanwhile
+        self.wait_until(lambda: not self.jobs(), "empty queue", bound)
+
+    # --- nodes --------------------------------------------------------------------------------------------------
+
+    def node(self, name: str) -> dict[str, str]:
+        """What `scontrol show node` says: `State` (`IDLE`, `ALLOCATED`, `DOWN`, with marks like `*`), `Reason`."""
+        return _fields(self.command("scontrol", "--oneliner", "show", "node", name))
+
+    def wait_for_node(self, name: str, state: str, bound: float = BOUND) -> None:
+        """Wait until the node's state is `state`, without marks."""
+        self.wait_until(lambda: self.node(name)["State"] == state, f"node {name} in {state}", bound)
+
+    def processes(self, node: str | None = None) -> list[psutil.Process]:
+        """What runs of jobs on `node`, or on any: step daemons, batch scripts, tasks, and what these started."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            if self._runs_on(process, node):
+                found |= {each.pid: each for each in (process, *_descendants(process))}
+        return [process for process in found.values() if _runs(process)]
+
+    def kill_node(self, name: str, *, reported: bool = True) -> None:
+        """Kill the node's slurmd and every process of a job on it with SIGKILL, as a machine that loses power.
+
+        Slurm is told that the node is down; with `reported=False` it finds out itself, after `NODE_TIMEOUT`.
+        """
+        daemon = self._daemon(self.folder / f"{name}.pid")
+        assert daemon is not None, f"{name} has been killed already"
+        _kill([daemon])
+
+        def gone() -> bool:
+            left = self.processes(name)
+            # At once, as far as can be: a process of srun's cancels the step when it sees the other one die.
+            _signal(left, signal.SIGSTOP)
+            _kill(left)
+            return not left and not _runs(daemon)
+
+        self.wait_until(gone, f"death of {name}")
+        if reported:
+            self.command("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
+
+    def revive_node(self, name: str) -> None:
+        """Start the slurmd of a killed node again and wait until the node takes jobs."""
+        self.command("slurmd", "-c", "-N", name)
+        usable = ("IDLE", "MIXED", "ALLOCATED")
+
+        def back() -> bool:
+            state = self.node(name)["State"]
+            if state.startswith("DOWN") and "*" not in state:  # it answers, but Slurm was told that it is down
+                self.command("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+            return state in usable
+
+        self.wait_until(back, f"return of {name}")
+
+    def dead_nodes(self) -> list[str]:
+        """The nodes whose slurmd does not run."""
+        return [name for name in self.nodes if self._daemon(self.folder / f"{name}.pid") is None]
+
+    def _runs_on(self, process: psutil.Process, node: str | None) -> bool:
+        wanted = self.nodes if node is None else (node,)
+        try:
+            if process.name() == "slurmstepd":  # it overwrites its environment, but writes into the node's log
+                logs = {str(self.folder / "log" / f"{name}.log") for name in wanted}
+                return any(file.path in logs for file in process.open_files())
+            environment = process.environ()
+        except psutil.Error:  # ended, a zombie, or another user's
+            return False
+        ours = environment.get("SLURM_CONF") == str(self.configuration)
+        return ours and environment.get("SLURMD_NODENAME") in wanted
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    def wait_until(self, condition: Callable[[], bool], what: str, bound: float = BOUND) -> None:
+        """Ask `condition` again and again; the one place where the cluster is polled.
+
+        Raises:
+            ClusterFailed: it does not hold within `bound` seconds.
+        """
+        deadline = time.monotonic() + bound
+        while not condition():
+            if time.monotonic() >= deadline:
+                raise ClusterFailed(f"{what}: not within {bound} s\n{self.story()}")
+            time.sleep(_POLL_SECONDS)
+
+    def story(self) -> str:
+        """The ends of the daemons' logs."""
+        logs = sorted((self.folder / "log").glob("*.log"))
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
+
+
+def _found(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+
+
+def _fields(line: str) -> dict[str, str]:
+    """`Name=value` pairs; a value that holds blanks is cut at the first."""
+    return dict(part.split("=", 1) for part in line.split() if "=" in part)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    _signal(processes, signal.SIGKILL)
+
+
+def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue

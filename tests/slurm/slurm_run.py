@@ -1,0 +1,228 @@
+"""A run that `dray slurm submit` hands to the virtual cluster, as a user would, and what is there to see of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from cluster import SlurmCluster
+
+from dray.launch.slurm.run_record import RunRecord
+
+CLASSES = '''
+import json
+import os
+import time
+import numpy as np
+
+
+def tell_place(context):
+    (context.output / f"{context.name}.place").write_text(json.dumps(dict(os.environ)))
+
+
+class Worker:
+    def setup(self, context):
+        tell_place(context)
+        self.output = context.output
+
+    def load_weights(self, weights, version):
+        pass
+
+    def rollout(self, prompt):
+        state = self.output / "checkpoint" / "state.json"
+        if (self.output / "slow-end").exists() and state.exists() and "solved" in state.read_text():
+            time.sleep(2)  # the controller waits for this replica to leave
+        return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32)}
+
+
+class Trainer:
+    """Slow until there is a file `go`: the job still runs when a test does something to it."""
+
+    def setup(self, context):
+        tell_place(context)
+        self.steps, self.args, self.output = 0, context.args, context.output
+
+    def train_step(self, trajectories):
+        if self.args.get("raises"):
+            raise ValueError("the trainer broke")
+        time.sleep(0.01 if (self.output / "go").exists() else 0.5)
+        self.steps += 1
+        return {"score": float(self.steps)}
+
+    def weights(self):
+        return {"w": np.full(1000, self.steps, np.float32)}
+
+    def save(self, folder):
+        (folder / "steps").write_text(str(self.steps))
+
+    def load(self, folder):
+        self.steps = int((folder / "steps").read_text())
+'''
+
+GOAL = 150
+JOB = f"""
+[job]
+name = "small"
+max_steps = 100000
+lane = "tcp"
+[rollout]
+worker = "small.py:Worker"
+slots = 16
+slot_bytes = 4096
+inline_bytes = 0
+[policy]
+trainer = "small.py:Trainer"
+batch_size = 8
+checkpoint_every = 5
+[controller]
+heartbeat_interval = 0.5
+dead_after = 5.0
+[stop]
+metric = "score"
+at_least = {GOAL}
+[timeouts]
+start = 60
+shutdown = 6.0
+controller_lost = 8.0
+[slurm]
+interface = "lo"
+rollout_nodes = 2
+time = "00:10:00"
+pre_timeout = 20
+"""
+
+BOUND = 90.0
+
+
+class SlurmRun:
+    """A run of `job_file`, by default of the small job above, in `folder`, which is made."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, job_file: Path | None = None) -> None:
+        self.cluster = cluster
+        self.environ = dict(cluster.environment)
+        self.folder = folder
+        self.output = folder / "outputs" / "a run"
+        folder.mkdir(exist_ok=True)
+        if job_file is None:
+            job_file = folder / "job.toml"
+            job_file.write_text(JOB)
+            (folder / "small.py").write_text(CLASSES)
+        self.job_file = job_file
+        self.job = 0
+
+    def dray(self, *arguments: str, check: bool = True) -> str:
+        """What `dray slurm` prints."""
+        done = subprocess.run(
+            [sys.executable, "-m", "dray.cli.app", "slurm", *arguments],
+            cwd=self.folder,
+            env={**self.environ, "COLUMNS": "250"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=BOUND,
+        )
+        assert not check or done.returncode == 0, done.stderr + done.stdout
+        return done.stdout + done.stderr
+
+    def submit(self, *options: str) -> int:
+        """Submit the run; returns Slurm's number of the job."""
+        printed = self.dray("submit", str(self.job_file), "--output", str(self.output), *options)
+        self.job = int(printed.split("submitted job ", 1)[1].split()[0])
+        return self.job
+
+    def go(self) -> None:
+        """From now on steps are short."""
+        (self.output / "go").touch()
+
+    # --- what there is to see ---------------------------------------------------------------------------------
+
+    def record(self) -> RunRecord:
+        return RunRecord.read(self.output)
+
+    def ends(self) -> list[tuple[int, int, int | None]]:
+        """Part, attempt and exit code of every attempt that has ended."""
+        return [(end.part, end.attempt, end.exit_code) for end in self.record().ends]
+
+    def steps(self) -> list[int]:
+        """The step of every whole line of the metrics."""
+        path = self.output / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line)["step"] for line in text.split("\n")[:-1]]
+
+    def environment(self, replica: str) -> dict[str, str]:
+        """The environment that the replica has seen."""
+        return dict(json.loads((self.output / f"{replica}.place").read_text()))
+
+    def checkpoint(self) -> dict[str, Any]:
+        path = self.output / "checkpoint" / "state.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {"step": 0, "outcome": ""}
+
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.output / "summary.json").read_text()))
+
+    def log(self, name: str, attempt: str = "") -> str:
+        """A log of the attempt, such as ``"001.1"``; by default of the newest."""
+        place = self.output / "parts" / attempt if attempt else self.output / "latest"
+        return (place / "logs" / name).read_text()
+
+    def processes(self, module: str = "dray") -> list[psutil.Process]:
+        """What runs of this run, on any node: who has its folder in the command line."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                command = " ".join(process.cmdline())
+                running = process.status() != psutil.STATUS_ZOMBIE
+            except psutil.Error:
+                continue
+            if running and str(self.output) in command and module in command and process.pid != os.getpid():
+                found.append(process)
+        return found
+
+    # --- waiting ----------------------------------------------------------------------------------------------
+
+    def wait_until(self, condition: Callable[[], bool], what: str, bound: float = BOUND) -> None:
+        """Wait for something that files or processes of the run show; that the job ends without it is an error."""
+
+        def holds() -> bool:
+            return condition() or self.job not in self.cluster.jobs()
+
+        try:
+            self.cluster.wait_until(holds, what, bound)
+        except Exception as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
+        assert condition(), f"{what}: the job ended without it\n{self.story()}"
+
+    def wait_for_steps(self, count: int) -> None:
+        """Wait until there are as many lines of metrics."""
+        self.wait_until(lambda: len(self.steps()) >= count, f"{count} steps")
+
+    def wait_for_checkpoint(self) -> int:
+        """Wait until there is one; returns its step."""
+        self.wait_until(lambda: self.checkpoint()["step"] > 0, "a checkpoint")
+        return int(self.checkpoint()["step"])
+
+    def end(self, bound: float = BOUND) -> dict[str, str]:
+        """Wait for the end of the job; nothing of the run may be left. Returns what Slurm says of the job."""
+        try:
+            ended = self.cluster.wait_for_end(self.job, bound)
+            self.cluster.wait_until(
+                lambda: not self.cluster.processes(), "end of all processes on the nodes", 10.0
+            )
+        except Exception as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
+        assert self.processes() == [], self.story()
+        return ended
+
+    def story(self) -> str:
+        """Everything that the run has said."""
+        output = self.output
+        logs = [*output.glob("slurm-*.out"), output / "slurm.json", *output.glob("parts/*/logs/*")]
+        there = sorted(log for log in logs if log.exists())
+        found = [(log.relative_to(output), log.read_text()[-3000:]) for log in there]
+        return "\n".join(f"--- {name}\n{text}" for name, text in found)

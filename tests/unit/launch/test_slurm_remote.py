@@ -1,0 +1,228 @@
+"""The head's end of connections between nodes, over real sockets."""
+
+import json
+import selectors
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from dray.clock import Deadline
+from dray.config import parse_job
+from dray.errors import AuthenticationError, TransportError
+from dray.launch.slurm import door, remote
+from dray.launch.slurm.connection import connect
+from dray.launch.slurm.greeting import Purpose
+from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
+from dray.launch.slurm.placement import Placement
+from dray.launch.slurm.remote import OtherNodes
+from dray.runtime.job import JobFolder, JobSpec
+from dray.runtime.membership import Role
+
+SECRET = bytes(range(32))
+PLACED = [
+    Placement(Role.POLICY, 1, ("b",), ()),
+    Placement(Role.ROLLOUT, 0, ("c",), ()),
+    Placement(Role.ROLLOUT, 1, ("c",), ()),
+]
+CONFIG = parse_job(
+    {
+        "job": {"name": "small", "max_steps": 10},
+        "rollout": {"worker": "small.py:Worker"},
+        "policy": {"trainer": "small.py:Trainer", "batch_size": 8},
+    }
+)
+
+
+class Head:
+    """`OtherNodes`, and a loop as the supervisor has one."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / ".run").mkdir()
+        self.folder = JobFolder(folder, "001.1")
+        self.nodes = OtherNodes(self.folder, "001.1", SECRET, PLACED, "127.0.0.1", 10.0)
+        self.selector = selectors.DefaultSelector()
+        self.nodes.open(
+            self.selector, JobSpec(CONFIG, folder / "job.toml", self.folder, SECRET, "", "small-1", False, 0)
+        )
+        self.pool = ThreadPoolExecutor(8)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        document = json.loads(self.folder.head_address.read_text())
+        return document["host"], document["port"]
+
+    def guest(
+        self, node: str, rank: int | None = None, attempt: str = "001.1", secret: bytes = SECRET
+    ) -> Future[socket.socket]:
+        purpose = Purpose(node=node, attempt=attempt, rank=rank)
+        return self.pool.submit(connect, self.address, secret, purpose, Deadline.after(10.0), 10.0)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        deadline = Deadline.after(10.0)
+        while not condition():
+            assert not deadline.expired
+            for key, _ in self.selector.select(0.05):
+                key.data()
+            self.nodes.look()
+
+    def taken(self, guest: Future[socket.socket]) -> socket.socket:
+        self.until(guest.done)
+        return guest.result()
+
+    def link(self, node: str = "c") -> Link:
+        return Link(self.taken(self.guest(node)))
+
+
+@contextmanager
+def head_of(folder: Path) -> Iterator[Head]:
+    head = Head(folder)
+    try:
+        yield head
+    finally:
+        with head.selector, head.pool:
+            head.nodes.close()
+
+
+def test_address_is_for_the_owner_only_and_holds_no_secret(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        path = head.folder.head_address
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert SECRET.hex() not in path.read_text()
+
+
+def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        assert head.nodes.processes == []
+        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        head.until(lambda: head.nodes.processes)
+        first, second = head.nodes.processes
+        assert (first.name, first.pid, first.running, first.collect()) == ("rollout-0", 70, True, None)
+        second.signal(signal.SIGTERM)
+        first.kill_group()
+        said = []
+        head.until(lambda: said.extend(link.receive()) or len(said) == 2)
+        assert said == [SendSignal(name="rollout-1", number=signal.SIGTERM), Kill(name="rollout-0")]
+        link.send(Ended(name="rollout-0", code=10))
+        head.until(lambda: first.collect() is not None)
+        assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
+
+
+def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        link.send(Ended(name="rollout-0", code=0))
+        link.close()
+        head.until(
+            lambda: (
+                len(head.nodes.processes) == 2 and all(each.collect() is not None for each in head.nodes.processes)
+            )
+        )
+        assert [each.ending for each in head.nodes.processes] == ["finished", "its node c is gone"]
+        with pytest.raises(TransportError, match="does not want"):
+            head.taken(head.guest("c"))
+
+
+def test_ranks_are_given_out_in_order_once_all_are_there(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        assert head.nodes.take_ranks() is None
+        with head.taken(head.guest("b", rank=1)) as ours:
+            (theirs,) = head.nodes.take_ranks() or []
+            with theirs:
+                ours.send(b"x")
+                theirs.settimeout(5.0)
+                assert theirs.recv(1) == b"x"
+        assert head.nodes.take_ranks() == []
+
+
+@pytest.mark.parametrize(
+    ("node", "rank", "attempt"),
+    [("a", None, "001.1"), ("c", None, "001.2"), ("c", 1, "001.1"), ("b", 2, "001.1")],
+)
+def test_connection_that_does_not_belong_to_the_attempt_is_refused(
+    tmp_path: Path, node: str, rank: int | None, attempt: str
+) -> None:
+    with head_of(tmp_path) as head, pytest.raises(TransportError, match="does not want"):
+        head.taken(head.guest(node, rank, attempt))
+
+
+def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, pytest.raises((TransportError, AuthenticationError)):
+        head.taken(head.guest("c", secret=b"another" * 5))
+
+
+def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "GREETING_BOUND", 0.3)
+    with head_of(tmp_path) as head:
+        strangers = [socket.create_connection(head.address) for _ in range(3)]
+        try:
+            head.link().close()
+            for stranger in strangers:
+                stranger.settimeout(0)
+                assert len(stranger.recv(32)) == 32
+            gone = []
+
+            def drop() -> bool:
+                for stranger in [each for each in strangers if each not in gone]:
+                    try:
+                        if stranger.recv(1) == b"":
+                            gone.append(stranger)
+                    except BlockingIOError:
+                        pass
+                return len(gone) == len(strangers)
+
+            head.until(drop)
+        finally:
+            for stranger in strangers:
+                stranger.close()
+
+
+def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        strangers = [socket.create_connection(head.address) for _ in range(door.MOST_GREETED + 10)]
+        try:
+            head.link().close()
+        finally:
+            for stranger in strangers:
+                stranger.close()
+
+
+def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        link = head.link()
+
+        def leave() -> list[object]:
+            said: list[object] = []
+            with closing(link), selectors.DefaultSelector() as selector:
+                selector.register(link, selectors.EVENT_READ)
+                while not link.lost and selector.select(10.0):
+                    said += link.receive()
+            return said
+
+        left = head.pool.submit(leave)
+        deadline = Deadline.after(None)
+        head.nodes.close()
+        assert deadline.elapsed < remote.GOODBYE_BOUND
+        assert left.result(10.0) == [Goodbye()]
+
+
+def test_node_that_does_not_answer_the_goodbye_is_left_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "GOODBYE_BOUND", 0.2)
+    with head_of(tmp_path) as head, closing(head.link()):
+        head.nodes.close()
+        assert "did not say goodbye within 0.2 s: c" in caplog.text
+
+
+def test_door_is_closed_when_the_job_ends(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        head.nodes.refuse()
+        with pytest.raises(TransportError, match="cannot be reached"):
+            head.taken(head.guest("c"))

@@ -1,0 +1,138 @@
+"""What `dray slurm status` shows of the files of a run and of Slurm's queue."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dray.config import parse_job
+from dray.errors import ConfigError
+from dray.launch.slurm.layout import layout_of
+from dray.launch.slurm.plan import Plan
+from dray.launch.slurm.run_record import RunRecord
+from dray.launch.slurm.run_states import RunEvent, RunState
+from dray.launch.slurm.state import cancel_marker
+from dray.launch.slurm.status import find_runs, picture, plain_lines, read_progress, shown_state, view_run
+
+JOB = {
+    "job": {"name": "small", "max_steps": 100},
+    "rollout": {"worker": "small.py:Worker"},
+    "policy": {"trainer": "small.py:Trainer", "batch_size": 8},
+}
+
+
+def make_run(folder: Path, record: RunRecord, job_id: str = "12") -> Path:
+    config = parse_job(JOB)
+    layout = layout_of(config)
+    Plan(config, folder / "job.toml", folder, b"s" * 32, layout.policy, layout.rollout, None, 2, {}).write()
+    record.write(folder)
+    (folder / ".slurm" / "job_id").write_text(f"{job_id}\n")
+    return folder
+
+
+def metrics(*lines: tuple[int, float, int, float]) -> str:
+    """Of (step, seconds, bytes, mean return)."""
+    return "".join(
+        json.dumps({"step": step, "seconds": seconds, "bytes": nbytes, "metrics": {"mean_return": mean}}) + "\n"
+        for step, seconds, nbytes, mean in lines
+    )
+
+
+def test_running_run_shows_how_far_it_is(tmp_path: Path) -> None:
+    record = RunRecord(RunState.SUBMITTED, 2).begin("12", 0).end(RunEvent.FAIL, 2, 1, "it broke").begin("12", 0)
+    folder = make_run(tmp_path / "run", record)
+    (folder / "metrics.jsonl").write_text(metrics((1, 1.0, 0, 9.0), (2, 3.0, 5_000_000, 12.5)))
+    view = view_run(folder, {"12": "running"})
+    shown = ("12", os.path.relpath(folder), "running", "running", "1.2", "2/100", "12.5", "2.50", "1", "1")
+    assert view.cells()[0] == shown[0]
+    assert view.cells()[2:] == shown[2:]
+    assert not view.is_over
+    (remark,) = view.remarks
+    assert remark.startswith("part 1, attempt 1 ended")
+    assert remark.endswith("it broke")
+
+
+def test_failed_run_shows_the_last_lines_of_its_head(tmp_path: Path) -> None:
+    record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 0, 1, "it broke")
+    folder = make_run(tmp_path / "run", record)
+    logs = record.folder(folder).logs
+    logs.mkdir(parents=True)
+    (logs / "head.out").write_text("".join(f"line {number}\n" for number in range(20)))
+    view = view_run(folder, {})
+    assert view.state == "failed"
+    assert view.remarks[1:] == tuple(f"head.out: line {number}" for number in range(12, 20))
+    assert "head.out: line 19" in "\n".join(plain_lines([view]))
+
+
+def test_table_has_a_row_for_each_run(tmp_path: Path) -> None:
+    views = [
+        view_run(make_run(tmp_path / name, RunRecord(RunState.SUBMITTED, 2), job_id), {"1": "pending (Priority)"})
+        for name, job_id in (("a", "1"), ("b", "2"))
+    ]
+    console = Console(width=250, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    with console.file:
+        console.print(picture(views))
+    shown = console.export_text()
+    assert "pending (Priority)" in shown
+    assert "submitted, but not in Slurm" in shown
+
+
+@pytest.mark.parametrize(
+    ("state", "in_slurm", "cancelled", "shown"),
+    [
+        (RunState.RUNNING, "running", False, "running"),
+        (RunState.RUNNING, "", False, "lost"),
+        (RunState.RUNNING, "", True, "cancelled"),
+        (RunState.REQUEUED, "pending", False, "requeued"),
+        (RunState.REQUEUED, "", False, "requeued, but not in Slurm"),
+        (RunState.FINISHED, "", True, "finished"),
+    ],
+)
+def test_state_tells_whether_anything_more_comes(
+    state: RunState, in_slurm: str, cancelled: bool, shown: str
+) -> None:
+    assert shown_state(state, in_slurm, cancelled=cancelled) == shown
+
+
+def test_cancelled_marker_counts_before_the_record_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", RunRecord(RunState.SUBMITTED, 2).begin("12", 0))
+    assert view_run(folder, {}).state == "lost"
+    cancel_marker(folder).touch()
+    assert view_run(folder, {}).state == "cancelled"
+
+
+def test_throughput_is_that_of_the_newest_process(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        metrics((1, 90.0, 9_000_000, 1.0), (2, 1.0, 0, 2.0), (3, 2.0, 4_000_000, 3.0)) + '{"step": 4, '
+    )
+    progress = read_progress(path)
+    assert (progress.step, progress.mean_return, progress.rate) == (3, 3.0, 4.0)
+
+
+def test_nothing_is_known_before_the_first_step(tmp_path: Path) -> None:
+    progress = read_progress(tmp_path / "metrics.jsonl")
+    assert progress.step == 0
+    assert math.isnan(progress.rate)
+    (tmp_path / "metrics.jsonl").write_text(metrics((1, 1.0, 10, 5.0)))
+    assert math.isnan(read_progress(tmp_path / "metrics.jsonl").rate)
+
+
+def test_runs_are_found_below_the_folder_that_is_named(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "outputs" / name, RunRecord(RunState.SUBMITTED, 2)) for name in ("a/001", "b/001")]
+    assert find_runs([tmp_path / "outputs", runs[0]]) == runs
+    assert find_runs([runs[1]]) == [runs[1]]
+    with pytest.raises(ConfigError, match="a folder of runs"):
+        find_runs([tmp_path / "none"])
+
+
+def test_runs_of_other_users_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "run", RunRecord(RunState.SUBMITTED, 2))
+    assert find_runs([tmp_path]) == [folder]
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    assert find_runs([tmp_path]) == []
