@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def open_output(
     Raises:
         ConfigError: the folder belongs to another run, or there is nothing to resume.
     """
-    root = _choose(config, resume=resume is not False)
+    root = choose_folder(config, resume=resume is not False, used=has_metrics, resumable=_has_checkpoint)
     made = _make(root)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     folder = JobFolder(root, attempt)
@@ -105,10 +105,27 @@ def _locked_within(descriptor: int, seconds: float) -> bool:
     return not waiting.is_alive()
 
 
-def _choose(config: JobConfig, *, resume: bool) -> Path:
+def choose_folder(
+    config: JobConfig,
+    *,
+    resume: bool,
+    used: Callable[[Path], bool],
+    resumable: Callable[[Path], bool],
+    needs: str = RESUME_NEEDS,
+) -> Path:
+    """The folder that a run is to have, absolute; it need not be there.
+
+    Args:
+        used: whether a folder is an earlier run's.
+        resumable: whether a run can go on in one of the numbered folders.
+        needs: what one must be or have for that, for the error.
+
+    Raises:
+        ConfigError: the configured folder is an earlier run's, or there is none to go on in.
+    """
     if config.job.output is not None:
         root = Path(config.job.output).absolute()
-        if not resume and (root / "metrics.jsonl").exists():
+        if not resume and used(root):
             allowed = "must be a folder without an earlier run, or go with --resume"
             raise ConfigError("job.output", str(root), allowed)
         return root
@@ -117,10 +134,18 @@ def _choose(config: JobConfig, *, resume: bool) -> Path:
     if not resume:
         return base / f"{(numbers[-1] if numbers else 0) + 1:03d}"
     for number in reversed(numbers):
-        root = base / f"{number:03d}"
-        if find_checkpoint(root / "checkpoint") is not None:
+        if resumable(root := base / f"{number:03d}"):
             return root
-    raise ConfigError("--resume", str(base), RESUME_NEEDS)
+    raise ConfigError("--resume", str(base), needs)
+
+
+def has_metrics(root: Path) -> bool:
+    """Whether a run has written to the folder."""
+    return (root / "metrics.jsonl").exists()
+
+
+def _has_checkpoint(root: Path) -> bool:
+    return find_checkpoint(root / "checkpoint") is not None
 
 
 def _make(root: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from dray.config import JobConfig, SlurmTable, parse_job
 from dray.errors import ConfigError
-from dray.launch.output import RESUME_NEEDS
+from dray.launch.output import RESUME_NEEDS, choose_folder, has_metrics
 from dray.launch.slurm import scheduler
 from dray.launch.slurm.layout import layout_of, rollout_nodes_of
 from dray.launch.slurm.placement import placements
@@ -125,7 +125,7 @@ def submit(submission: Submission, job_file: Path) -> int:
     assert submission.record is not None
     plan, root = submission.plan, submission.plan.run_folder
     is_new = not root.exists()
-    previous = RunRecord.read(root) if (root / FILE_NAME).exists() else None
+    previous = RunRecord.read(root) if _was_submitted(root) else None
     try:
         root.mkdir(parents=True, exist_ok=not is_new)
     except OSError as error:
@@ -179,25 +179,19 @@ def _run_folder(config: JobConfig, *, resume: bool) -> Path:
     Raises:
         ConfigError: it is an earlier run's and this is another one, or there is no run to go on with.
     """
-    if config.job.output is not None:
-        root = Path(config.job.output).absolute()
-        used = (root / FILE_NAME).exists() or (root / "metrics.jsonl").exists()
-        if used and not resume:
-            raise ConfigError(
-                "job.output", str(root), "must be a folder without an earlier run, or go with --resume"
-            )
-        if resume and not used:
-            raise ConfigError("--resume", str(root), RESUME_NEEDS)
-        return root
-    base = Path("outputs", config.job.name).absolute()
-    numbers = sorted(int(path.name) for path in base.glob("[0-9]*") if path.name.isdecimal())
-    if not resume:
-        return base / f"{(numbers[-1] if numbers else 0) + 1:03d}"
-    for number in reversed(numbers):
-        root = base / f"{number:03d}"
-        if (root / FILE_NAME).exists():
-            return root
-    raise ConfigError("--resume", str(base), "must have the folder of a run that was submitted before")
+    needs = "must have the folder of a run that was submitted before"
+    root = choose_folder(config, resume=resume, used=_is_used, resumable=_was_submitted, needs=needs)
+    if resume and not _is_used(root):
+        raise ConfigError("--resume", str(root), RESUME_NEEDS)
+    return root
+
+
+def _was_submitted(root: Path) -> bool:
+    return (root / FILE_NAME).exists()
+
+
+def _is_used(root: Path) -> bool:
+    return _was_submitted(root) or has_metrics(root)
 
 
 def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
@@ -206,7 +200,7 @@ def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
     Raises:
         ConfigError: a job of this run waits or runs.
     """
-    if not resume or not (root / FILE_NAME).exists():
+    if not resume or not _was_submitted(root):
         return RunRecord(RunState.SUBMITTED, retries)
     if RunRecord.read(root).state is RunState.FINISHED:
         return None
