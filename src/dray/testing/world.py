@@ -7,11 +7,13 @@ import gc
 import itertools
 import logging
 import random
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from greenlet import GreenletExit
 
 from dray.buffer import OnFull, Retain
 from dray.errors import ConfigError
@@ -21,7 +23,7 @@ from dray.testing.clock import ManualClock
 from dray.testing.faults import HARMLESS, FaultPlan
 from dray.testing.ledger import Ledger
 from dray.testing.network import SimulatedKernel
-from dray.testing.scheduler import Scheduler, Violation
+from dray.testing.scheduler import Interrupted, Scheduler, Violation
 from dray.testing.serving import RingSettings, SimulatedServer
 from dray.testing.tagged import ucx_names
 from dray.testing.troubles import Troubles
@@ -249,11 +251,21 @@ class Run:
 
 @contextlib.contextmanager
 def quiet_process() -> Iterator[None]:
-    """No log lines and no collector that comes when it likes, for as long as runs are made."""
+    """No log lines and no collector that comes when it likes, for as long as runs are made.
+
+    Nor words about generators of dead or interrupted actors that were to be closed in order and are not.
+    """
     with contextlib.suppress(ConfigError):
         ucx_names()  # here, as what is loaded before `freeze` is not looked through after each run
     disabled = logging.root.manager.disable
     collecting = gc.isenabled()
+    unraisable = sys.unraisablehook
+
+    def unwound(what: sys.UnraisableHookArgs) -> None:
+        if not issubclass(what.exc_type, GreenletExit | Interrupted):
+            unraisable(what)
+
+    sys.unraisablehook = unwound
     logging.disable(logging.CRITICAL)
     gc.disable()
     gc.collect()
@@ -262,6 +274,7 @@ def quiet_process() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+        sys.unraisablehook = unraisable
         logging.disable(disabled)
         if collecting:
             gc.enable()
