@@ -37,6 +37,7 @@ def fork_environment():
 class Worker:
     def setup(self, context):
         self.args, self.index, self.version = context.args, context.index, None
+        self.hangs = context.output / f"{context.name}-hangs"
         if self.args.get("grandchild"):
             program = "import time; time.sleep(600)"
             subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
@@ -49,6 +50,7 @@ class Worker:
     def rollout(self, prompt):
         time.sleep(self.args.get("pause", 0.0))
         if prompt.index >= self.args.get("hang_at", 1 << 60) and self.index in self.args.get("hanging", [0, 1]):
+            self.hangs.touch()
             time.sleep(600)
         if prompt.index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
             raise ValueError("the environment broke")

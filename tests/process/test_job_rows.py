@@ -1,6 +1,7 @@
 """Faults of a whole job that are not in `test_job_faults.py`: what each row of docs/failure-modes.md says."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -102,8 +103,16 @@ def test_r4_job_whose_replicas_are_all_killed_is_finalised_as_failed(tmp_path: P
 
 
 def test_r4_finished_work_counts_although_a_replica_had_to_be_killed(tmp_path: Path) -> None:
-    settings = job_settings("rollout.args.hang_at=20", "rollout.args.hanging=[1]", "timeouts.shutdown=4")
-    with running(tmp_path, *settings, "--set", "rollout.prompt_batch=1") as job:
+    held_by = tmp_path / "held"
+    os.mkfifo(held_by)
+    settings = job_settings(
+        "rollout.args.hang_at=0", "rollout.args.hanging=[1]", "timeouts.shutdown=4", "rollout.prompt_batch=1",
+        "rollout.prompts_in_flight=1000", "policy.args.held_at=2", f'policy.args.held_by="{held_by}"',
+    )  # fmt: skip
+    with running(tmp_path, *settings) as job:
+        with held_by.open("w"):
+            # The other one waits for room, and leaves prompts.
+            job.wait_until((job.output / "rollout-1-hangs").exists, "a hanging rollout")
         assert job.end() == 0, job.story()
         assert "rollout-1" in job.text
         assert "did not end in time and was killed" in job.text

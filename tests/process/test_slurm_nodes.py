@@ -130,7 +130,7 @@ def test_hanging_replica_is_killed_in_time_when_the_head_dies(tmp_path: Path) ->
     settings = (FOREVER, "rollout.args.hang_at=16", "rollout.args.hanging=[1]")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
-        run.wait_for_steps(3)
+        run.wait_until((run.output / "rollout-1-hangs").exists, "a hanging rollout", 60.0)
         run.kill_node(1)
         # `timeouts.shutdown` is 6 s here.
         assert run.tasks[3].wait(12.0) == 11, run.story()
@@ -199,7 +199,7 @@ def test_hanging_replica_of_another_node_is_killed_in_time(tmp_path: Path) -> No
     settings = (FOREVER, "rollout.args.hang_at=16", "rollout.args.hanging=[1]")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
-        run.wait_for_steps(3)
+        run.wait_until((run.output / "rollout-1-hangs").exists, "a hanging rollout", 60.0)
         run.tasks[1].send_signal(signal.SIGTERM)
         assert run.end(bound=30.0) == [143, 0, 0], run.story()
         assert "rollout-1 (pid " in run.log("n1.out")
