@@ -49,6 +49,7 @@ class NodesRun:
             config, folder / "job.toml", self.output, SECRET, policy, rollout, interface, 2, dict(environment)
         )
         self.plan = plan.write()
+        self.replicas = config.policy.replicas + config.rollout.replicas
         tag = secrets.token_hex(3)
         self.nodes = [f"n{number}-{tag}" for number in range(1, plan.node_count + 1)]
         self.tasks: dict[int, subprocess.Popen[bytes]] = {}
@@ -126,8 +127,10 @@ class NodesRun:
             time.sleep(0.02)
 
     def wait_for_steps(self, count: int) -> None:
-        """Wait until so many training steps are done."""
+        """Wait until so many training steps are done, and every replica that was to start takes part."""
         self.wait_until(lambda: self.steps() >= count, f"step {count}")
+        controller = self.logs / "controller.log"
+        self.wait_until(lambda: controller.read_text().count(" registered (pid ") >= self.replicas, "all replicas")
 
     def steps(self) -> int:
         metrics = self.output / "metrics.jsonl"

@@ -31,7 +31,7 @@ def test_job_on_three_nodes_is_solved(tmp_path: Path) -> None:
 
 
 def test_job_goes_on_when_a_rollout_node_dies(tmp_path: Path) -> None:
-    settings = ("stop.at_least=60", "policy.args.pause=0.02", "policy.args.repeats=true")
+    settings = ("stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
         run.wait_for_steps(3)
@@ -65,7 +65,7 @@ def test_policy_on_two_nodes_trains_in_step(tmp_path: Path) -> None:
 
 def test_lost_policy_node_ends_the_attempt_and_the_next_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     settings = (
-        "policy.replicas=2", "policy.readers=2", "policy.checkpoint_every=3", "stop.at_least=25",
+        "policy.replicas=2", "policy.readers=2", "policy.checkpoint_every=3", "stop.at_least=100",
         "policy.args.pause=0.05", "policy.args.restarts=true", "rollout.args.restarts=true",
         "policy.args.repeats=true",
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_lost_policy_node_ends_the_attempt_and_the_next_goes_on_from_the_checkpo
 
 def test_policy_on_one_node_starts_again_in_place(tmp_path: Path) -> None:
     settings = (
-        "policy.checkpoint_every=3", "stop.at_least=25", "policy.args.pause=0.05",
+        "policy.checkpoint_every=3", "stop.at_least=100", "policy.args.pause=0.05",
         "policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true",
     )  # fmt: skip
     with nodes_running(tmp_path, *settings, rollout=RoleLayout(1, 2)) as run:
@@ -98,14 +98,14 @@ def test_policy_on_one_node_starts_again_in_place(tmp_path: Path) -> None:
 
 
 def test_time_limit_leaves_a_checkpoint_that_the_next_part_goes_on_from(tmp_path: Path) -> None:
-    with nodes_running(tmp_path, "stop.at_least=40", "policy.args.pause=0.05") as run:
+    with nodes_running(tmp_path, "stop.at_least=100", "policy.args.pause=0.05") as run:
         run.start()
         run.wait_for_steps(5)
         run.tasks[1].send_signal(signal.SIGUSR2)
         assert run.end(bound=30.0) == [140, 0, 0], run.story()
         assert "the time limit is near" in run.log("n1.out")
         step = run.checkpoint()["step"]
-        assert 5 <= step < 40
+        assert 5 <= step < 100
         run.start(part=2)
         assert run.end() == [0, 0, 0], run.story()
         assert f"goes on from step {step}" in run.log("policy-0.log")
@@ -140,7 +140,7 @@ def test_hanging_replica_is_killed_in_time_when_the_head_dies(tmp_path: Path) ->
 
 
 def test_replicas_of_a_killed_node_supervisor_go_with_it(tmp_path: Path) -> None:
-    with nodes_running(tmp_path, "stop.at_least=60", "policy.args.pause=0.02", "policy.args.repeats=true") as run:
+    with nodes_running(tmp_path, "stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true") as run:
         run.start()
         run.wait_for_steps(3)
         run.tasks[3].kill()
@@ -208,7 +208,7 @@ def test_hanging_replica_of_another_node_is_killed_in_time(tmp_path: Path) -> No
 
 
 def test_stopped_node_is_done_without_and_holds_the_end_up_for_a_bounded_time(tmp_path: Path) -> None:
-    settings = ("stop.at_least=40", "policy.args.pause=0.02", "policy.args.repeats=true", "timeouts.shutdown=3")
+    settings = ("stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true", "timeouts.shutdown=3")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
         run.wait_for_steps(3)
