@@ -38,6 +38,7 @@ CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"
 BATCH = "prefetch/batch.py"
 HANDSHAKING = "transport/handshaking.py"
+WINDOWS = "transport/windows.py"
 
 DEFECTS = (
     # --- slots ----------------------------------------------------------------------------------------------
@@ -291,6 +292,17 @@ DEFECTS = (
         EXCHANGES,
         "        lost = connection.unconfirmed\n        if lost:\n",
         "        lost = connection.unconfirmed\n        if not lost:\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "ACKs of a window are forgotten when the next one fails",
+        WINDOWS,
+        """\
+        with contextlib.suppress(TransportError, BufferClosedError):
+            connection.acknowledge(ended, deadline)
+        raise
+""",
+        "        raise\n",
         Search.SIMULATION,
     ),
     Defect(
