@@ -56,7 +56,7 @@ def _summary_line(named: Named, rows: Sequence[Row], *, first: bool) -> tuple[st
     reached = [row for row in rows if row.reached]
     assert worst.target is not None
     place = f" at {size_text(worst.nbytes)}" if worst.nbytes is not None and len(rows) > 1 else ""
-    count = f" ({len(reached)} of {len(rows)} sizes)" if 0 < len(reached) < len(rows) else ""
+    count = f" (reached at {len(reached)} of {len(rows)} sizes)" if 0 < len(reached) < len(rows) else ""
     sizes = f", {size_text(worst.nbytes)}" if worst.nbytes is not None and len(rows) == 1 else ""
     result = judged_text(worst) + place
     if worst.ratio is not None and worst.target.measure != "value":
