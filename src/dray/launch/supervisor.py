@@ -6,7 +6,6 @@ Everything happens in the main thread, which waits for children and signals at o
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import selectors
 import signal
@@ -35,7 +34,7 @@ from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
 from dray.runtime.descendants import child_pids
 from dray.runtime.exit_codes import ExitCode
-from dray.runtime.job import JobSpec
+from dray.runtime.job import JobSpec, short_path
 from dray.runtime.membership import MemberState, Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
 from dray.runtime.report import write_report
@@ -186,7 +185,7 @@ class Supervisor:
         away = self._elsewhere.expected
         more = f", {away} more start on other nodes" if away else ""
         count = len(self._crew.replicas)
-        self._say(f"started controller and {count} replicas{more}; output in {_short(self._folder.root)}")
+        self._say(f"started controller and {count} replicas{more}; output in {short_path(self._folder.root)}")
 
     def _start_policy(self) -> None:
         """Start the policy, or let it wait for its ranks of other machines."""
@@ -243,7 +242,7 @@ class Supervisor:
             recorded = recorded_status(self._folder)
             early = not self._signals and (recorded is None or not recorded.phase.is_final)
             if early:
-                self._failure = f"the controller ended early: {child.ending}; see {_short(child.log)}"
+                self._failure = f"the controller ended early: {child.ending}; see {short_path(child.log)}"
             self._end(at_once=early)
             return
         again = (
@@ -253,7 +252,7 @@ class Supervisor:
             and self._crew.policy.may_start_again()
         )
         if not expected:
-            self._say(f"{child.name} ended early: {child.ending}; see {_short(child.log)}")
+            self._say(f"{child.name} ended early: {child.ending}; see {short_path(child.log)}")
         # Who has left in order is not affected by it.
         reason = f"its process ended without leaving ({child.ending})" if expected else child.ending
         assert child.role is not None
@@ -343,7 +342,7 @@ class Supervisor:
         else:
             child.kill_group()
             why = "was killed" if len(self._signals) > 1 else "did not end in time and was killed"
-            self._say(f"{child.name} (pid {child.pid}) {why}; see {_short(child.log)}")
+            self._say(f"{child.name} (pid {child.pid}) {why}; see {short_path(child.log)}")
 
     def _look(self, client: ControllerClient) -> None:
         try:
@@ -364,7 +363,3 @@ class Supervisor:
             self._stalls = stalled.reports
             self._say(f"stall: {stalled.line}")
         self._display.update(self._status)
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

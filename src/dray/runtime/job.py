@@ -133,3 +133,8 @@ def write_json(path: Path, document: Mapping[str, Any], *, mode: int = 0o644) ->
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def short_path(path: Path) -> str:
+    """`path` as people are shown it: relative where it lies below the current folder."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -6,15 +6,13 @@ import importlib.util
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dray.config import JobConfig
-from dray.runtime.job import JobFolder, write_json
+from dray.runtime.job import JobFolder, short_path, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
 from dray.runtime.messages import Status
 
@@ -67,13 +65,11 @@ def write_report(
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"
-    place = _short(folder.root) + ("" if plotted else " (no plot: matplotlib is not installed)" if steps else "")
+    place = short_path(folder.root) + (
+        "" if plotted else " (no plot: matplotlib is not installed)" if steps else ""
+    )
     detail = reason.removeprefix("not solved ") if head == "not solved" else reason
     return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _solved(config: JobConfig, status: Status | None) -> bool:

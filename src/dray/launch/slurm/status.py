@@ -20,6 +20,7 @@ from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
+from dray.runtime.job import short_path
 
 DEEPEST = 3
 """How many folders below the one that is named runs are looked for: ``outputs/<job name>/<number>``."""
@@ -73,7 +74,7 @@ class RunView:
         """What stands in `COLUMNS`."""
         return (
             self.job_id or "-",
-            _short(self.folder),
+            short_path(self.folder),
             self.state,
             self.in_slurm or "-",
             self.part,
@@ -157,7 +158,7 @@ def picture(views: Sequence[RunView]) -> RenderableType:
         table.add_column(name, no_wrap=True)
     for view in views:
         table.add_row(*map(Text, view.cells()))
-    said = [Text(f"{_short(view.folder)}: {line}") for view in views for line in view.remarks]
+    said = [Text(f"{short_path(view.folder)}: {line}") for view in views for line in view.remarks]
     return Group(table, *said)
 
 
@@ -211,7 +212,3 @@ def _tail(path: Path, count: int) -> list[str]:
 
 def _number(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _short(path: Path) -> str:
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
