@@ -122,7 +122,7 @@ def test_the_summary_shows_the_size_that_is_furthest_from_the_target():
     assert len(lines) == 1
     assert lines[0][0] == "P1"
     assert "4.00 ×" in lines[0][3]
-    assert lines[0][5] == "not reached (1 of 2 sizes)"
+    assert lines[0][5] == "not reached (reached at 1 of 2 sizes)"
 
 
 def test_every_target_belongs_to_a_scenario():
