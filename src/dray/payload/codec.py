@@ -10,58 +10,26 @@ A payload is a safetensors file image::
 
 The header names the tensors in the order of the mapping that was packed. An image that comes from elsewhere is
 untrusted: everything its header says is checked before a view is made. Only its tensors' values are taken as they
-are.
+are. `dray.payload.header` builds and checks headers, and works out where the tensors lie.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
-import struct
 from collections.abc import Mapping
-from functools import lru_cache
-from math import prod
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
-from dray.payload.tensor_spec import (
-    DTYPE_NAMES,
-    DTYPES,
-    MAX_DIMENSIONS,
-    Array,
-    Fitted,
-    PayloadSchema,
-    as_array,
-    carried_dtype,
-    store,
-)
+from dray.payload.header import Field, Layout, build_header, parse_header
+from dray.payload.tensor_spec import Array, Fitted, PayloadSchema, as_array, store
 
 Image: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | npt.NDArray[np.uint8]
 """What an image is written into and read from."""
 
-ALIGNMENT = 64
-"""The data region starts at a multiple of this many bytes from the start of the image."""
-
-MAX_HEADER_BYTES = 16 << 20
-"""The longest JSON header that is written or read."""
-
-_LENGTH = struct.Struct("<Q")
-_METADATA = "__metadata__"
-_TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
-_MAX_BYTES = (1 << 63) - 1
-_MAX_RECORD_BYTES = (1 << 31) - 1
 _UINT8 = np.dtype(np.uint8)
-
-# What the caches hold is bounded in number and, through these, in size.
-_CACHED = 512
-_CACHED_FIELDS = 256
-_CACHED_METADATA = 4096
-_CACHED_HEADER_BYTES = 16 << 10
-
-_Field = tuple[str, np.dtype[Any], tuple[int, ...]]
 
 
 class PackPlan:
@@ -70,7 +38,7 @@ class PackPlan:
     __slots__ = ("_fitted", "_header", "_layout", "_sources", "nbytes")
 
     def __init__(
-        self, header: npt.NDArray[np.uint8], layout: _Layout, sources: list[Array], fitted: list[Fitted] | None
+        self, header: npt.NDArray[np.uint8], layout: Layout, sources: list[Array], fitted: list[Fitted] | None
     ) -> None:
         self.nbytes: int = layout.nbytes
         self._header = header
@@ -121,7 +89,7 @@ def plan(
     if type(arrays) is not dict and not isinstance(arrays, Mapping):
         raise PayloadFormatError(f"arrays must be a mapping of name to array, not {type(arrays).__name__}")
     sources: list[Array] = []
-    fields: list[_Field] = []
+    fields: list[Field] = []
     fitted: list[Fitted] | None = None
     if schema is None:
         for name, value in arrays.items():
@@ -131,7 +99,7 @@ def plan(
     else:
         fitted = schema.fit(arrays)
         fields = [(name, dtype, array.shape) for name, array, dtype, _ in fitted]
-    return PackPlan(*_image_of(fields, metadata), sources, fitted)
+    return PackPlan(*build_header(fields, metadata), sources, fitted)
 
 
 def pack(
@@ -163,11 +131,11 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> dict[str, Array
         SchemaError: the payload does not fit the schema; the message names the field.
     """
     root = _as_root(image)
-    parsed = _parse(root)
-    views = _views(root, parsed.layout)
-    if views and not (parsed.aligned and views[parsed.widest].flags.aligned):
+    header = parse_header(root)
+    views = _views(root, header.layout)
+    if views and not (header.aligned and views[header.widest].flags.aligned):
         views = [view if view.flags.aligned else _aligned_copy(view) for view in views]
-    arrays = dict(zip(parsed.names, views, strict=True))
+    arrays = dict(zip(header.names, views, strict=True))
     if schema is not None:
         schema.verify(arrays)
     return arrays
@@ -179,7 +147,7 @@ def unpack_metadata(image: Image) -> dict[str, str]:
     Raises:
         PayloadFormatError: `image` is not a valid payload.
     """
-    return dict(_parse(_as_root(image)).metadata)
+    return dict(parse_header(_as_root(image)).metadata)
 
 
 def max_nbytes(schema: PayloadSchema) -> int:
@@ -188,47 +156,19 @@ def max_nbytes(schema: PayloadSchema) -> int:
     Raises:
         SchemaError: a dimension has no bound; the message names the field.
     """
-    fields: list[_Field] = []
+    fields: list[Field] = []
     for name, spec in schema.items():
         shape = spec.max_shape
         if shape is None:
             raise SchemaError(f"field {name!r} has a dimension without a bound: {spec.shape}")
         fields.append((name, spec.numpy_dtype, shape))
-    return _image_of(fields, None)[1].nbytes
+    return build_header(fields, None)[1].nbytes
 
 
-# --- layout ---------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------------------------------
 
 
-class _Layout(NamedTuple):
-    """Where the tensors of an image lie."""
-
-    tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...]  # shape, dtype, offset in the image
-    nbytes: int
-    keys: tuple[str, ...]
-    # The image as one structured dtype with a field per key: a view of a field costs a fifth of `np.ndarray(…)`.
-    record: np.dtype[Any] | None
-
-
-def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nbytes: int) -> _Layout:
-    keys = tuple(map(str, range(len(tensors))))
-    record = None
-    if nbytes <= _MAX_RECORD_BYTES:
-        try:
-            record = np.dtype(
-                {
-                    "names": keys,
-                    "formats": [(dtype, shape) for shape, dtype, _ in tensors],
-                    "offsets": [offset for _, _, offset in tensors],
-                    "itemsize": nbytes,
-                }
-            )
-        except ValueError:  # an empty tensor with a dimension that a structured dtype cannot express
-            record = None
-    return _Layout(tensors, nbytes, keys, record)
-
-
-def _views(root: npt.NDArray[np.uint8], layout: _Layout) -> list[Array]:
+def _views(root: npt.NDArray[np.uint8], layout: Layout) -> list[Array]:
     """Arrays on the tensors of an image that `root` starts with; `root` is their base."""
     if layout.record is None:
         return [np.ndarray(shape, dtype, root, offset) for shape, dtype, offset in layout.tensors]
@@ -251,164 +191,3 @@ def _as_root(image: Image) -> npt.NDArray[np.uint8]:
         return np.frombuffer(image, np.uint8)
     except (TypeError, ValueError, BufferError) as error:
         raise PayloadFormatError(f"{type(image).__name__} is not a contiguous buffer of bytes: {error}") from error
-
-
-# --- writing --------------------------------------------------------------------------------------------------
-
-
-def _image_of(fields: list[_Field], metadata: Mapping[str, str] | None) -> tuple[npt.NDArray[np.uint8], _Layout]:
-    """The header, with its length in front, and the layout of an image with `fields`."""
-    if metadata is None:
-        return (_cached_build if len(fields) <= _CACHED_FIELDS else _build)(tuple(fields), ())
-    if not isinstance(metadata, Mapping):
-        raise PayloadFormatError(f"metadata must be a mapping, not {type(metadata).__name__}")
-    strings = tuple(metadata.items())
-    for pair in strings:
-        if not all(isinstance(text, str) for text in pair):
-            raise PayloadFormatError(f"metadata must map strings to strings; found {pair!r}")
-    small = (
-        len(fields) <= _CACHED_FIELDS and sum(len(key) + len(text) for key, text in strings) <= _CACHED_METADATA
-    )
-    return (_cached_build if small else _build)(tuple(fields), strings)
-
-
-def _build(
-    fields: tuple[_Field, ...], metadata: tuple[tuple[str, str], ...]
-) -> tuple[npt.NDArray[np.uint8], _Layout]:
-    dtypes, sizes = [], []
-    for name, dtype, shape in fields:
-        if not isinstance(name, str) or name == _METADATA:
-            raise PayloadFormatError(f"{name!r} cannot be the name of a field")
-        if len(shape) > MAX_DIMENSIONS:
-            raise PayloadFormatError(f"field {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
-        stored = carried_dtype(name, dtype)
-        dtypes.append(stored)
-        sizes.append(prod(shape) * stored.itemsize)
-    starts = [0] * len(fields)
-    end = 0
-    for index in sorted(range(len(fields)), key=lambda index: -dtypes[index].itemsize):
-        starts[index] = end
-        end += sizes[index]
-    members = [f'"{_METADATA}":{_to_json(dict(metadata))}'] if metadata else []
-    for (name, _, shape), dtype, start, size in zip(fields, dtypes, starts, sizes, strict=True):
-        members.append(
-            f'{_to_json(name)}:{{"dtype":"{DTYPE_NAMES[dtype]}","shape":[{",".join(map(str, shape))}],'
-            f'"data_offsets":[{start},{start + size}]}}'
-        )
-    try:
-        text = f"{{{','.join(members)}}}".encode()
-    except UnicodeEncodeError as error:
-        raise PayloadFormatError(f"a name or metadata is not valid Unicode: {error}") from error
-    text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
-    if len(text) > MAX_HEADER_BYTES:
-        raise PayloadFormatError(f"the header needs {len(text)} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    base = _LENGTH.size + len(text)
-    tensors = tuple(
-        (shape, dtype, base + start) for (_, _, shape), dtype, start in zip(fields, dtypes, starts, strict=True)
-    )
-    return np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8), _layout(tensors, base + end)
-
-
-_cached_build = lru_cache(_CACHED)(_build)
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-# --- reading --------------------------------------------------------------------------------------------------
-
-
-class _Parsed(NamedTuple):
-    names: tuple[str, ...]
-    layout: _Layout
-    metadata: tuple[tuple[str, str], ...]
-    aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
-    widest: int  # index of a tensor of the largest alignment: when `aligned`, its address decides for all
-
-
-def _parse(root: npt.NDArray[np.uint8]) -> _Parsed:
-    nbytes = len(root)
-    if nbytes < _LENGTH.size:
-        raise PayloadFormatError(f"the image has {nbytes} bytes, too few for a header")
-    (length,) = _LENGTH.unpack_from(root.data)
-    if length > MAX_HEADER_BYTES or length > nbytes - _LENGTH.size:
-        raise PayloadFormatError(f"the header claims {length} bytes in an image of {nbytes}")
-    header = root[_LENGTH.size : _LENGTH.size + length].tobytes()
-    parsed = (_cached_parse if length <= _CACHED_HEADER_BYTES else _parse_header)(header)
-    if parsed.layout.nbytes != nbytes:
-        raise PayloadFormatError(f"the image has {nbytes} bytes, its header describes {parsed.layout.nbytes}")
-    return parsed
-
-
-def _parse_header(header: bytes) -> _Parsed:
-    if header[:1] != b"{":
-        raise PayloadFormatError("the header is not a JSON object")
-    try:
-        content = _from_json(header.decode())
-        # A lone surrogate can be written as an escape, but a name that holds one could not be packed again.
-        "".join(content).encode()
-    except (ValueError, RecursionError) as error:
-        raise PayloadFormatError(f"the header is not valid JSON: {error}") from error
-    base = _LENGTH.size + len(header)
-    metadata = content.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
-    tensors, spans = [], []
-    aligned, widest = True, 0
-    for index, (name, described) in enumerate(content.items()):
-        shape, dtype, start, end = _check_tensor(name, described)
-        tensors.append((shape, dtype, base + start))
-        spans.append((start, end, name))
-        aligned = aligned and (base + start) % dtype.alignment == 0
-        if dtype.alignment > tensors[widest][1].alignment:
-            widest = index
-    reached = 0
-    for start, end, name in sorted(spans):
-        if start != reached:
-            raise PayloadFormatError(f"tensor {name!r} starts at {start}, expected {reached}: overlap or hole")
-        reached = end
-    return _Parsed(
-        tuple(content), _layout(tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest
-    )
-
-
-_cached_parse = lru_cache(_CACHED)(_parse_header)
-
-
-def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
-    if not isinstance(described, dict) or described.keys() != _TENSOR_KEYS:
-        raise PayloadFormatError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
-    code, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
-    dtype = DTYPES.get(code) if isinstance(code, str) else None
-    if dtype is None:
-        raise PayloadFormatError(f"tensor {name!r} has dtype {code!r}, which is not known")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise PayloadFormatError(
-            f"tensor {name!r} has a shape that is not a list of {MAX_DIMENSIONS} sizes or less"
-        )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise PayloadFormatError(f"tensor {name!r} has data_offsets that are not two sizes")
-    size = dtype.itemsize * prod(shape)
-    # NumPy's own bound leaves zeros out of the product: the shape of an empty array must be addressable too.
-    if size > _MAX_BYTES or (size == 0 and dtype.itemsize * prod(filter(None, shape)) > _MAX_BYTES):
-        raise PayloadFormatError(f"tensor {name!r} has shape {shape}, more than can be addressed")
-    start, end = offsets
-    if end - start != size:
-        raise PayloadFormatError(f"tensor {name!r} has data_offsets {offsets}, which do not fit its shape {shape}")
-    return tuple(shape), dtype, start, end
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_BYTES  # JSON's true is an `int` by `isinstance`
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key appears twice")
-    return content
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-_from_json = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant).decode

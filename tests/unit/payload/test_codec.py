@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
-from dray.payload import PayloadSchema, TensorSpec, codec, max_nbytes, pack, plan, unpack, unpack_metadata
+from dray.payload import PayloadSchema, TensorSpec, header, max_nbytes, pack, plan, unpack, unpack_metadata
 from dray.payload.tensor_spec import DTYPES
 
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 0, 3), (2, 3, 4)]
@@ -261,7 +261,7 @@ def test_metadata_must_map_strings_to_strings(metadata):
 
 def test_a_header_that_grows_too_long_is_refused():
     with pytest.raises(PayloadFormatError, match="header needs"):
-        pack({}, metadata={"x": "x" * codec.MAX_HEADER_BYTES})
+        pack({}, metadata={"x": "x" * header.MAX_HEADER_BYTES})
 
 
 def test_many_fields_round_trip():
@@ -271,7 +271,7 @@ def test_many_fields_round_trip():
 
 def test_too_many_dimensions_are_refused_on_both_sides():
     with pytest.raises(PayloadFormatError, match="dimensions"):
-        codec._build((("x", np.dtype("f4"), (1,) * 33),), ())
+        header._build((("x", np.dtype("f4"), (1,) * 33),), ())
     with pytest.raises(PayloadFormatError, match="shape"):
         unpack(image_of(one(shape=(1,) * 33, offsets=(0, 4)), bytes(4)))
     arrays = {"x": np.zeros((1,) * 32)}
@@ -371,17 +371,17 @@ def test_an_image_that_itself_lies_misaligned_is_read():
 
 def test_sources_and_views_larger_than_a_structured_dtype_can_be_are_handled_one_by_one(monkeypatch):
     arrays = {"x": np.arange(6.0).reshape(2, 3), "n": np.asarray(4), "e": np.zeros((0, 2))}
-    monkeypatch.setattr(codec, "_MAX_RECORD_BYTES", 0)
-    codec._cached_build.cache_clear()
-    codec._cached_parse.cache_clear()
+    monkeypatch.setattr(header, "_MAX_RECORD_BYTES", 0)
+    header._cached_build.cache_clear()
+    header._cached_parse.cache_clear()
     try:
         root = np.frombuffer(pack(arrays), np.uint8)
         read = unpack(root)
         assert_same(read, arrays)
         assert all(array.base is root for array in read.values())
     finally:
-        codec._cached_build.cache_clear()
-        codec._cached_parse.cache_clear()
+        header._cached_build.cache_clear()
+        header._cached_parse.cache_clear()
 
 
 def test_an_empty_array_with_a_huge_dimension_round_trips():
@@ -390,21 +390,21 @@ def test_an_empty_array_with_a_huge_dimension_round_trips():
 
 
 def test_equal_layouts_share_one_header():
-    codec._cached_build.cache_clear()
+    header._cached_build.cache_clear()
     for _ in range(3):
         pack({"x": np.zeros(3), "y": np.zeros((2, 2), np.int8)})
-    assert codec._cached_build.cache_info().misses == 1
+    assert header._cached_build.cache_info().misses == 1
     pack({"x": np.zeros(4), "y": np.zeros((2, 2), np.int8)})
     pack({"x": np.zeros(4, np.float32), "y": np.zeros((2, 2), np.int8)})
     pack({"x": np.zeros(4, np.float32), "y": np.zeros((2, 2), np.int8)}, metadata={"a": "b"})
-    assert codec._cached_build.cache_info().misses == 4
+    assert header._cached_build.cache_info().misses == 4
 
 
 def test_the_caches_are_bounded():
-    for length in range(codec._CACHED + 50):
+    for length in range(header._CACHED + 50):
         unpack(pack({"x": np.zeros(length, np.uint8)}))
-    assert codec._cached_build.cache_info().currsize == codec._CACHED
-    assert codec._cached_parse.cache_info().currsize == codec._CACHED
+    assert header._cached_build.cache_info().currsize == header._CACHED
+    assert header._cached_parse.cache_info().currsize == header._CACHED
 
 
 # --- untrusted images -----------------------------------------------------------------------------------------
@@ -473,15 +473,15 @@ def test_a_malformed_header_is_a_format_error(fault):
         unpack_metadata(image)
 
 
-@pytest.mark.parametrize("length", [9, 100, codec.MAX_HEADER_BYTES + 1, 1 << 31, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [9, 100, header.MAX_HEADER_BYTES + 1, 1 << 31, 1 << 63, (1 << 64) - 1])
 def test_a_header_longer_than_the_image_is_refused_before_it_is_read(length):
     with pytest.raises(PayloadFormatError, match="claims"):
         unpack(image_of(b"{}      ", length=length))
 
 
 def test_a_header_above_the_cap_is_refused_even_where_the_image_holds_it():
-    image = bytes(codec.MAX_HEADER_BYTES + 100)
-    image = struct.pack("<Q", codec.MAX_HEADER_BYTES + 1) + image[8:]
+    image = bytes(header.MAX_HEADER_BYTES + 100)
+    image = struct.pack("<Q", header.MAX_HEADER_BYTES + 1) + image[8:]
     with pytest.raises(PayloadFormatError, match="claims"):
         unpack(image)
 
@@ -515,7 +515,7 @@ def test_bytes_after_the_last_tensor_or_missing_ones_are_refused():
 
 
 def test_a_long_header_is_read_without_the_cache():
-    image = pack({"x" * codec._CACHED_HEADER_BYTES: np.arange(3)})
+    image = pack({"x" * header._CACHED_HEADER_BYTES: np.arange(3)})
     assert [array.tolist() for array in unpack(image).values()] == [[0, 1, 2]]
 
 

@@ -1,0 +1,243 @@
+"""The header of an image, and where the tensors lie that it names: the only place that knows either.
+
+`dray.payload.codec` draws the whole image. Building and parsing are cached, as most payloads of a job look alike.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dray.errors import PayloadFormatError
+from dray.payload.tensor_spec import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dtype
+
+ALIGNMENT = 64
+"""The data region starts at a multiple of this many bytes from the start of the image."""
+
+MAX_HEADER_BYTES = 16 << 20
+"""The longest JSON header that is written or read."""
+
+_LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+_TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
+_MAX_BYTES = (1 << 63) - 1
+_MAX_RECORD_BYTES = (1 << 31) - 1
+
+# What the caches hold is bounded in number and, through these, in size.
+_CACHED = 512
+_CACHED_FIELDS = 256
+_CACHED_METADATA = 4096
+_CACHED_HEADER_BYTES = 16 << 10
+
+Field: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]
+"""Name, dtype and shape of an array that is packed."""
+
+
+class Layout(NamedTuple):
+    """Where the tensors of an image lie."""
+
+    tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...]  # shape, dtype, offset in the image
+    nbytes: int
+    keys: tuple[str, ...]
+    # The image as one structured dtype with a field per key: a view of a field costs a fifth of `np.ndarray(…)`.
+    record: np.dtype[Any] | None
+
+
+class Header(NamedTuple):
+    """What the header of an image says."""
+
+    names: tuple[str, ...]
+    layout: Layout
+    metadata: tuple[tuple[str, str], ...]
+    aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
+    widest: int  # index of a tensor of the largest alignment: when `aligned`, its address decides for all
+
+
+def build_header(fields: list[Field], metadata: Mapping[str, str] | None) -> tuple[npt.NDArray[np.uint8], Layout]:
+    """The header, with its length in front, and the layout of an image with `fields`.
+
+    Raises:
+        PayloadFormatError: a name, dtype, shape or the metadata cannot be carried.
+    """
+    if metadata is None:
+        return (_cached_build if len(fields) <= _CACHED_FIELDS else _build)(tuple(fields), ())
+    if not isinstance(metadata, Mapping):
+        raise PayloadFormatError(f"metadata must be a mapping, not {type(metadata).__name__}")
+    strings = tuple(metadata.items())
+    for pair in strings:
+        if not all(isinstance(text, str) for text in pair):
+            raise PayloadFormatError(f"metadata must map strings to strings; found {pair!r}")
+    small = (
+        len(fields) <= _CACHED_FIELDS and sum(len(key) + len(text) for key, text in strings) <= _CACHED_METADATA
+    )
+    return (_cached_build if small else _build)(tuple(fields), strings)
+
+
+def parse_header(root: npt.NDArray[np.uint8]) -> Header:
+    """What the header of the image `root` says, all of it checked.
+
+    Raises:
+        PayloadFormatError: `root` is not a valid payload.
+    """
+    nbytes = len(root)
+    if nbytes < _LENGTH.size:
+        raise PayloadFormatError(f"the image has {nbytes} bytes, too few for a header")
+    (length,) = _LENGTH.unpack_from(root.data)
+    if length > MAX_HEADER_BYTES or length > nbytes - _LENGTH.size:
+        raise PayloadFormatError(f"the header claims {length} bytes in an image of {nbytes}")
+    text = root[_LENGTH.size : _LENGTH.size + length].tobytes()
+    header = (_cached_parse if length <= _CACHED_HEADER_BYTES else _parse)(text)
+    if header.layout.nbytes != nbytes:
+        raise PayloadFormatError(f"the image has {nbytes} bytes, its header describes {header.layout.nbytes}")
+    return header
+
+
+# --- layout ---------------------------------------------------------------------------------------------------
+
+
+def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nbytes: int) -> Layout:
+    keys = tuple(map(str, range(len(tensors))))
+    record = None
+    if nbytes <= _MAX_RECORD_BYTES:
+        try:
+            record = np.dtype(
+                {
+                    "names": keys,
+                    "formats": [(dtype, shape) for shape, dtype, _ in tensors],
+                    "offsets": [offset for _, _, offset in tensors],
+                    "itemsize": nbytes,
+                }
+            )
+        except ValueError:  # an empty tensor with a dimension that a structured dtype cannot express
+            record = None
+    return Layout(tensors, nbytes, keys, record)
+
+
+# --- building -------------------------------------------------------------------------------------------------
+
+
+def _build(
+    fields: tuple[Field, ...], metadata: tuple[tuple[str, str], ...]
+) -> tuple[npt.NDArray[np.uint8], Layout]:
+    dtypes, sizes = [], []
+    for name, dtype, shape in fields:
+        if not isinstance(name, str) or name == _METADATA:
+            raise PayloadFormatError(f"{name!r} cannot be the name of a field")
+        if len(shape) > MAX_DIMENSIONS:
+            raise PayloadFormatError(f"field {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+        stored = carried_dtype(name, dtype)
+        dtypes.append(stored)
+        sizes.append(prod(shape) * stored.itemsize)
+    starts = [0] * len(fields)
+    end = 0
+    for index in sorted(range(len(fields)), key=lambda index: -dtypes[index].itemsize):
+        starts[index] = end
+        end += sizes[index]
+    members = [f'"{_METADATA}":{_to_json(dict(metadata))}'] if metadata else []
+    for (name, _, shape), dtype, start, size in zip(fields, dtypes, starts, sizes, strict=True):
+        members.append(
+            f'{_to_json(name)}:{{"dtype":"{DTYPE_NAMES[dtype]}","shape":[{",".join(map(str, shape))}],'
+            f'"data_offsets":[{start},{start + size}]}}'
+        )
+    try:
+        text = f"{{{','.join(members)}}}".encode()
+    except UnicodeEncodeError as error:
+        raise PayloadFormatError(f"a name or metadata is not valid Unicode: {error}") from error
+    text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise PayloadFormatError(f"the header needs {len(text)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    base = _LENGTH.size + len(text)
+    tensors = tuple(
+        (shape, dtype, base + start) for (_, _, shape), dtype, start in zip(fields, dtypes, starts, strict=True)
+    )
+    return np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8), _layout(tensors, base + end)
+
+
+_cached_build = lru_cache(_CACHED)(_build)
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+# --- parsing --------------------------------------------------------------------------------------------------
+
+
+def _parse(text: bytes) -> Header:
+    if text[:1] != b"{":
+        raise PayloadFormatError("the header is not a JSON object")
+    try:
+        content = _from_json(text.decode())
+        # A lone surrogate can be written as an escape, but a name that holds one could not be packed again.
+        "".join(content).encode()
+    except (ValueError, RecursionError) as error:
+        raise PayloadFormatError(f"the header is not valid JSON: {error}") from error
+    base = _LENGTH.size + len(text)
+    metadata = content.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
+    tensors, spans = [], []
+    aligned, widest = True, 0
+    for index, (name, described) in enumerate(content.items()):
+        shape, dtype, start, end = _check_tensor(name, described)
+        tensors.append((shape, dtype, base + start))
+        spans.append((start, end, name))
+        aligned = aligned and (base + start) % dtype.alignment == 0
+        if dtype.alignment > tensors[widest][1].alignment:
+            widest = index
+    reached = 0
+    for start, end, name in sorted(spans):
+        if start != reached:
+            raise PayloadFormatError(f"tensor {name!r} starts at {start}, expected {reached}: overlap or hole")
+        reached = end
+    return Header(
+        tuple(content), _layout(tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest
+    )
+
+
+_cached_parse = lru_cache(_CACHED)(_parse)
+
+
+def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
+    if not isinstance(described, dict) or described.keys() != _TENSOR_KEYS:
+        raise PayloadFormatError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+    code, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise PayloadFormatError(f"tensor {name!r} has dtype {code!r}, which is not known")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise PayloadFormatError(
+            f"tensor {name!r} has a shape that is not a list of {MAX_DIMENSIONS} sizes or less"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise PayloadFormatError(f"tensor {name!r} has data_offsets that are not two sizes")
+    size = dtype.itemsize * prod(shape)
+    # NumPy's own bound leaves zeros out of the product: the shape of an empty array must be addressable too.
+    if size > _MAX_BYTES or (size == 0 and dtype.itemsize * prod(filter(None, shape)) > _MAX_BYTES):
+        raise PayloadFormatError(f"tensor {name!r} has shape {shape}, more than can be addressed")
+    start, end = offsets
+    if end - start != size:
+        raise PayloadFormatError(f"tensor {name!r} has data_offsets {offsets}, which do not fit its shape {shape}")
+    return tuple(shape), dtype, start, end
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_BYTES  # JSON's true is an `int` by `isinstance`
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key appears twice")
+    return content
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+_from_json = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant).decode
