@@ -123,22 +123,22 @@ DEFECTS = (
     Defect(
         "a lease ended twice",
         RING,
-        "            if lease.live and lease._ring is self and not self._closed:\n",
-        "            if lease._ring is self and not self._closed:\n",
+        "            if lease.live and lease._core is core and not core.closed:\n",
+        "            if lease._core is core and not core.closed:\n",
     ),
     Defect(
         "a lease ended by another ring",
         RING,
-        "            if lease.live and lease._ring is self and not self._closed:\n",
-        "            if lease.live and not self._closed:\n",
+        "            if lease.live and lease._core is core and not core.closed:\n",
+        "            if lease.live and not core.closed:\n",
     ),
     Defect(
         "waiting claim not woken by the end of a lease",
         RING,
         """\
                 self._table.finish(lease._cell, lease.reader, consumed)
-                if self._claimers:
-                    self._claimable.notify()
+                if core.claimers:
+                    core.claimable.notify()
 """,
         "                self._table.finish(lease._cell, lease.reader, consumed)\n",
     ),

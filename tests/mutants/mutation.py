@@ -20,6 +20,7 @@ from survivors import EXPLAINED, Survivor
 MUTATED = (
     "buffer/slot_state.py",
     "buffer/slot_table.py",
+    "buffer/core.py",
     "buffer/ring.py",
     "buffer/lease.py",
     "wire/session.py",

@@ -35,13 +35,13 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
         Survivor("buffer.slot_table.Slot.__init__", "self.delivered = False", "self.delivered = True"),
         Survivor("buffer.slot_table.SlotTable.claim", "slot.nbytes = nbytes", "slot.nbytes = None"),
     ),
-    "`None` instead of `False` in private attributes and arguments that are only tested for truth.": (
+    "`None` instead of `False` in attributes and arguments that are only tested for truth.": (
         Survivor(
             "buffer.slot_table.SlotTable.claim",
             "slot.delivered = slot.over = False",
             "slot.delivered = slot.over = None",
         ),
-        Survivor("buffer.ring.SharedRingBuffer.__init__", "self._disowned = False", "self._disowned = None"),
+        Survivor("buffer.core.RingCore.__init__", "self.disowned = False", "self.disowned = None"),
         Survivor(
             "buffer.ring.SharedRingBuffer.release_reading",
             "return self._finish(lease, False)",
@@ -115,44 +115,40 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             'self._memory = memoryview(b"")',
             'self._memory = memoryview(b"XXXX")',
         ),
-        Survivor("buffer.ring.SharedRingBuffer._forget_memory", "self._memory = None", 'self._memory = ""'),
+        Survivor("buffer.core.RingCore._forget_memory", "self._memory = None", 'self._memory = ""'),
     ),
     "Counts more waiting claims than there are: somebody is notified although nobody waits.": (
-        Survivor(
-            "buffer.ring.SharedRingBuffer.__init__",
-            "self._claimers = 0  # threads that wait on _claimable",
-            "self._claimers = 1  # threads that wait on _claimable",
-        ),
-        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers += 1", "self._claimers -= 1"),
-        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers += 1", "self._claimers += 2"),
-        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers -= 1", "self._claimers = 1"),
-        Survivor("buffer.ring.SharedRingBuffer._wait_for_slot", "self._claimers -= 1", "self._claimers += 1"),
+        Survivor("buffer.core.RingCore.__init__", "self.claimers = 0", "self.claimers = 1"),
+        Survivor("buffer.core.RingCore.wait_for_slot", "self.claimers += 1", "self.claimers -= 1"),
+        Survivor("buffer.core.RingCore.wait_for_slot", "self.claimers += 1", "self.claimers += 2"),
+        Survivor("buffer.core.RingCore.wait_for_slot", "self.claimers -= 1", "self.claimers = 1"),
+        Survivor("buffer.core.RingCore.wait_for_slot", "self.claimers -= 1", "self.claimers += 1"),
     ),
     "Nobody waits on the condition in a forked child: every method refuses first.": (
         Survivor(
-            "buffer.ring.SharedRingBuffer._disown",
-            "self._claimable = threading.Condition(self._lock)",
-            "self._claimable = None",
+            "buffer.core.RingCore._disown",
+            "self.claimable = threading.Condition(self.lock)",
+            "self.claimable = None",
         ),
         Survivor(
-            "buffer.ring.SharedRingBuffer._disown",
-            "self._claimable = threading.Condition(self._lock)",
-            "self._claimable = threading.Condition(None)",
+            "buffer.core.RingCore._disown",
+            "self.claimable = threading.Condition(self.lock)",
+            "self.claimable = threading.Condition(None)",
         ),
     ),
     "The text of a message that only a forked child sees; mutmut does not follow children.": (
         Survivor(
-            "buffer.ring.SharedRingBuffer._closed_error",
+            "buffer.core.RingCore.closed_error",
             'return BufferClosedError("the ring belongs to the process that this one was forked from")',
             "return BufferClosedError(None)",
         ),
         Survivor(
-            "buffer.ring.SharedRingBuffer._closed_error",
+            "buffer.core.RingCore.closed_error",
             'return BufferClosedError("the ring belongs to the process that this one was forked from")',
             'return BufferClosedError("XXthe ring belongs to the process that this one was forked fromXX")',
         ),
         Survivor(
-            "buffer.ring.SharedRingBuffer._closed_error",
+            "buffer.core.RingCore.closed_error",
             'return BufferClosedError("the ring belongs to the process that this one was forked from")',
             'return BufferClosedError("THE RING BELONGS TO THE PROCESS THAT THIS ONE WAS FORKED FROM")',
         ),
@@ -195,16 +191,16 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
     ),
     "One byte of a batch's budget.": (Survivor("wire.session.ServerSession._copy", "nbytes = 0", "nbytes = 1"),),
     "mutmut does not follow forked children; `tests/process/test_segment_process.py` fails with each.": (
-        Survivor("buffer.ring.SharedRingBuffer._disown", "self._lock = threading.Lock()", "self._lock = None"),
+        Survivor("buffer.core.RingCore._disown", "self.lock = threading.Lock()", "self.lock = None"),
         Survivor(
-            "buffer.ring.SharedRingBuffer._disown",
-            "self._closed = self._disowned = True",
-            "self._closed = self._disowned = None",
+            "buffer.core.RingCore._disown",
+            "self.closed = self.disowned = True",
+            "self.closed = self.disowned = None",
         ),
         Survivor(
-            "buffer.ring.SharedRingBuffer._disown",
-            "self._closed = self._disowned = True",
-            "self._closed = self._disowned = False",
+            "buffer.core.RingCore._disown",
+            "self.closed = self.disowned = True",
+            "self.closed = self.disowned = False",
         ),
     ),
 }

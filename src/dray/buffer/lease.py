@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-if TYPE_CHECKING:
-    from dray.buffer.ring import SharedRingBuffer
-    from dray.buffer.slot_table import Slot
+from dray.buffer.core import RingCore
+from dray.buffer.slot_table import Slot
+from dray.errors import ConfigError, PayloadTooLargeError, SlotError, StaleSlotError
+
+logger = logging.getLogger("dray.buffer")
 
 
 class SlotWriter:
@@ -20,10 +23,10 @@ class SlotWriter:
         open: true until `commit` or `abort`.
     """
 
-    __slots__ = ("_cell", "_ring", "nbytes", "open", "sequence", "slot")
+    __slots__ = ("_cell", "_core", "nbytes", "open", "sequence", "slot")
 
-    def __init__(self, ring: SharedRingBuffer, cell: Slot, nbytes: int) -> None:
-        self._ring = ring
+    def __init__(self, core: RingCore, cell: Slot, nbytes: int) -> None:
+        self._core = core
         self._cell = cell
         self.slot = cell.index
         self.sequence = cell.sequence
@@ -38,7 +41,10 @@ class SlotWriter:
             SlotError: committed or aborted.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        return self._ring._writer_view(self)
+        core = self._core
+        with core.lock:
+            self._check_open()
+            return core.view(self._cell.offset, self.nbytes)
 
     def commit(self, nbytes: int | None = None) -> None:
         """Make the payload readable; with `nbytes`, only its first bytes.
@@ -48,11 +54,40 @@ class SlotWriter:
             SlotError: committed or aborted already.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        self._ring._commit(self, nbytes)
+        core = self._core
+        with core.lock:
+            self._check_open()
+            if nbytes is None:
+                nbytes = self.nbytes
+            elif nbytes.__class__ is not int or nbytes < 0:
+                raise ConfigError("nbytes", nbytes, f"an integer from 0 to {self.nbytes}")
+            elif nbytes > self.nbytes:
+                raise PayloadTooLargeError(
+                    f"a payload of {nbytes} bytes does not fit into the {self.nbytes} bytes claimed",
+                    slot=self.slot,
+                    sequence=self.sequence,
+                )
+            core.table.commit(self._cell, nbytes)
+            self.open = False
+            if core.claimers:
+                core.claimable.notify()
 
     def abort(self) -> None:
         """Give the slot back. After `commit` or `abort` this is a no-op with a warning."""
-        self._ring._abort(self)
+        core = self._core
+        with core.lock:
+            if core.disowned:
+                raise core.closed_error()
+            if core.closed:
+                return
+            if self.open:
+                self.open = False
+                core.table.abort(self._cell)
+                if core.claimers:
+                    core.claimable.notify()
+                return
+            core.table.late_finalises += 1
+        logger.warning("abort of %r ignored: it is finished already", self)
 
     def __enter__(self) -> Self:
         return self
@@ -60,12 +95,17 @@ class SlotWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.open and not self._ring.closed:
-            self._ring._abort(self)
+        if self.open and not self._core.closed:
+            self.abort()
 
     def __repr__(self) -> str:
         state = "open" if self.open else "finished"
         return f"<SlotWriter slot {self.slot} sequence {self.sequence}, {self.nbytes} bytes, {state}>"
+
+    def _check_open(self) -> None:
+        self._core.check_open()
+        if not self.open:
+            raise SlotError("the slot is committed or aborted already", slot=self.slot, sequence=self.sequence)
 
 
 class Lease:
@@ -81,10 +121,10 @@ class Lease:
         live: true until the lease has ended.
     """
 
-    __slots__ = ("_cell", "_ring", "committed_at", "live", "nbytes", "offset", "reader", "sequence", "slot")
+    __slots__ = ("_cell", "_core", "committed_at", "live", "nbytes", "offset", "reader", "sequence", "slot")
 
-    def __init__(self, ring: SharedRingBuffer, cell: Slot, reader: int) -> None:
-        self._ring = ring
+    def __init__(self, core: RingCore, cell: Slot, reader: int) -> None:
+        self._core = core
         self._cell = cell
         self.slot = cell.index
         self.sequence = cell.sequence
@@ -102,7 +142,12 @@ class Lease:
             StaleSlotError: the lease has ended.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        return self._ring._lease_view(self)
+        core = self._core
+        with core.lock:
+            core.check_open()
+            if not self.live:
+                raise StaleSlotError("the lease has ended", slot=self.slot, sequence=self.sequence)
+            return core.view(self.offset, self.nbytes).toreadonly()
 
     def __repr__(self) -> str:
         state = "live" if self.live else "ended"

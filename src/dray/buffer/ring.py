@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
+from dray.buffer.core import RingCore
 from dray.buffer.layout import PRODUCER_ID_BYTES, SegmentLayout, checked_int
 from dray.buffer.lease import Lease, SlotWriter
 from dray.buffer.policy import OnFull, Retain, check_policy
@@ -18,15 +18,7 @@ from dray.buffer.slot_state import SlotState
 from dray.buffer.slot_table import Copied, Slot, SlotTable, Wanted
 from dray.buffer.statistics import ReadySlot, RingStatistics
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import (
-    BufferClosedError,
-    BufferFullError,
-    ConfigError,
-    PayloadError,
-    PayloadTooLargeError,
-    SlotError,
-    StaleSlotError,
-)
+from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotError
 
 logger = logging.getLogger("dray.buffer")
 
@@ -77,17 +69,10 @@ class SharedRingBuffer:
         self.retain = retain
         self.producer_id = os.urandom(PRODUCER_ID_BYTES)
         self.segment = Segment.create(layout, self.producer_id, prefault=prefault)
-        self._memory: memoryview | None = self.segment.view
         self._table = SlotTable(
             layout, self.segment.view, readers=readers, newest_only=retain == "newest", clock=clock
         )
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._claimable = threading.Condition(self._lock)
-        self._claimers = 0  # threads that wait on _claimable
-        self._closed = False
-        self._disowned = False
-        _rings.add(self)
+        self._core = RingCore(self.segment, self._table, on_full, clock)
 
     # --- writing ----------------------------------------------------------------------------------------------
 
@@ -109,13 +94,13 @@ class SharedRingBuffer:
             raise PayloadTooLargeError(
                 f"a payload of {nbytes} bytes does not fit into {self.slot_bytes}-byte slots"
             )
-        with self._lock:
-            if self._closed:
-                raise self._closed_error()
+        core = self._core
+        with core.lock:
+            if core.closed:
+                raise core.closed_error()
             if not self._table.free:
-                self._wait_for_slot(timeout)
-            slot = self._table.claim(nbytes)
-            return SlotWriter(self, slot, nbytes)
+                core.wait_for_slot(timeout)
+            return SlotWriter(core, self._table.claim(nbytes), nbytes)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -127,10 +112,11 @@ class SharedRingBuffer:
             SlotError: there is no such slot or reader.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        with self._lock:
-            if self._closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
+        core = self._core
+        with core.lock:
+            if core.closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
                 self._refuse(slot, reader)
-            return Lease(self, self._table.lease(slot, sequence, reader), reader)
+            return Lease(core, self._table.lease(slot, sequence, reader), reader)
 
     def copy_many(self, wanted: Sequence[Wanted], most: int) -> list[Copied | PayloadError | SlotError]:
         """Committed payloads' bytes, without leases: for small ones, as the ring is locked meanwhile.
@@ -142,8 +128,9 @@ class SharedRingBuffer:
         Raises:
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        with self._lock:
-            self._check_open()
+        core = self._core
+        with core.lock:
+            core.check_open()
             return self._table.copy_many(wanted, most)
 
     def mark_consumed(self, lease: Lease) -> bool:
@@ -179,14 +166,15 @@ class SharedRingBuffer:
         Raises:
             As `consume`; what stands before the culprit is consumed.
         """
-        with self._lock:
+        core = self._core
+        with core.lock:
             consumed = 0
             for slot, sequence, reader in wanted:
-                if self._closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
+                if core.closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
                     self._refuse(slot, reader)
                 consumed += self._table.consume(slot, sequence, reader)
-                if self._claimers:
-                    self._claimable.notify()
+                if core.claimers:
+                    core.claimable.notify()
             return consumed
 
     def checksum(self, slot: int, sequence: int, compute: Callable[[memoryview], int]) -> int:
@@ -200,13 +188,14 @@ class SharedRingBuffer:
             SlotError: there is no such slot.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        with self._lock:
+        core = self._core
+        with core.lock:
             cell = self._committed(slot, sequence)
             if cell.checksum is not None:
                 return cell.checksum
-            view = self._view(cell.offset, cell.nbytes).toreadonly()
+            view = core.view(cell.offset, cell.nbytes).toreadonly()
         value = checked_int("checksum", compute(view), 0, (1 << 64) - 1)
-        with self._lock:
+        with core.lock:
             self._table.keep_checksum(self._committed(slot, sequence), value)
         return value
 
@@ -219,7 +208,7 @@ class SharedRingBuffer:
             SlotError: there is no such slot.
             BufferClosedError: the ring is closed, or belongs to the parent of this process.
         """
-        with self._lock:
+        with self._core.lock:
             cell = self._find(slot)
             return cell.sequence == sequence and cell.state is not SlotState.FREE
 
@@ -233,8 +222,9 @@ class SharedRingBuffer:
             SlotError: there is no such slot.
             BufferClosedError: the ring is closed, was closed while waiting, or belongs to the parent process.
         """
-        deadline = Deadline.after(timeout, self._clock)
-        with self._lock:
+        core = self._core
+        deadline = Deadline.after(timeout, core.clock)
+        with core.lock:
             while True:
                 cell = self._find(slot)
                 if cell.sequence < sequence:
@@ -244,25 +234,25 @@ class SharedRingBuffer:
                 if not deadline.remaining > 0:
                     return False
                 if cell.ended is None:
-                    cell.ended = threading.Condition(self._lock)
+                    cell.ended = threading.Condition(core.lock)
                 cell.ended.wait(min(deadline.remaining, threading.TIMEOUT_MAX))
 
     def get_ready_count(self) -> int:
         """How many slots are READY."""
-        with self._lock:
-            self._check_open()
+        with self._core.lock:
+            self._core.check_open()
             return self._table.ready
 
     def ready(self, *, leased: bool = False) -> list[ReadySlot]:
         """The READY payloads, oldest first; with `leased`, also those being read that are not consumed yet."""
-        with self._lock:
-            self._check_open()
+        with self._core.lock:
+            self._core.check_open()
             return self._table.waiting(leased=leased)
 
     def statistics(self) -> RingStatistics:
         """The ring at this moment."""
-        with self._lock:
-            self._check_open()
+        with self._core.lock:
+            self._core.check_open()
             return self._table.statistics()
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -270,21 +260,14 @@ class SharedRingBuffer:
     @property
     def closed(self) -> bool:
         """True after `close`, and in a child forked from the creator."""
-        return self._closed
+        return self._core.closed
 
     def close(self) -> None:
         """Give the memory back and wake everybody who waits, with `BufferClosedError`. May be called twice.
 
         Views that are still in use stay valid; the memory goes with the last of them.
         """
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._claimable.notify_all()
-                for cell in self._table.live.values():
-                    cell.wake()
-                self._forget_memory()
-        self.segment.close()
+        self._core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -295,107 +278,32 @@ class SharedRingBuffer:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self._table.ready} ready, {len(self._table.free)} free"
+        state = "closed" if self._core.closed else f"{self._table.ready} ready, {len(self._table.free)} free"
         return f"<SharedRingBuffer {self.producer_id.hex()[:8]} {self.slots} x {self.slot_bytes} bytes, {state}>"
-
-    # --- called by SlotWriter and Lease ------------------------------------------------------------------------
-
-    def _commit(self, writer: SlotWriter, nbytes: int | None) -> None:
-        with self._lock:
-            self._check_writer(writer)
-            if nbytes is None:
-                nbytes = writer.nbytes
-            elif nbytes.__class__ is not int or nbytes < 0:
-                raise ConfigError("nbytes", nbytes, f"an integer from 0 to {writer.nbytes}")
-            elif nbytes > writer.nbytes:
-                raise PayloadTooLargeError(
-                    f"a payload of {nbytes} bytes does not fit into the {writer.nbytes} bytes claimed",
-                    slot=writer.slot,
-                    sequence=writer.sequence,
-                )
-            self._table.commit(writer._cell, nbytes)
-            writer.open = False
-            if self._claimers:
-                self._claimable.notify()
-
-    def _abort(self, writer: SlotWriter) -> None:
-        with self._lock:
-            if self._disowned:
-                raise self._closed_error()
-            if self._closed:
-                return
-            if writer.open:
-                writer.open = False
-                self._table.abort(writer._cell)
-                if self._claimers:
-                    self._claimable.notify()
-                return
-            self._table.late_finalises += 1
-        logger.warning("abort of %r ignored: it is finished already", writer)
-
-    def _writer_view(self, writer: SlotWriter) -> memoryview:
-        with self._lock:
-            self._check_writer(writer)
-            return self._view(writer._cell.offset, writer.nbytes)
-
-    def _lease_view(self, lease: Lease) -> memoryview:
-        with self._lock:
-            self._check_open()
-            if not lease.live:
-                raise StaleSlotError("the lease has ended", slot=lease.slot, sequence=lease.sequence)
-            return self._view(lease.offset, lease.nbytes).toreadonly()
 
     # --- with the lock held, if not said otherwise ---------------------------------------------------------------
 
     def _finish(self, lease: Lease, consumed: bool) -> bool:
         """End `lease`. Takes the lock itself."""
-        with self._lock:
-            if lease.live and lease._ring is self and not self._closed:
+        core = self._core
+        with core.lock:
+            if lease.live and lease._core is core and not core.closed:
                 lease.live = False
                 self._table.finish(lease._cell, lease.reader, consumed)
-                if self._claimers:
-                    self._claimable.notify()
+                if core.claimers:
+                    core.claimable.notify()
                 return True
-            if self._disowned:
-                raise self._closed_error()
-            if self._closed:
+            if core.disowned:
+                raise core.closed_error()
+            if core.closed:
                 return False
             self._table.late_finalises += 1
-        why = "it has ended already" if lease._ring is self else "it belongs to another ring"
+        why = "it has ended already" if lease._core is core else "it belongs to another ring"
         logger.warning("end of %r ignored: %s", lease, why)
         return False
 
-    def _wait_for_slot(self, timeout: float | None) -> None:
-        """Return when a slot is free. A thread that comes later may be served first."""
-        table = self._table
-        overwrite = self.on_full == "overwrite"
-        if overwrite and table.drop_oldest():
-            return
-        deadline = Deadline.after(0 if self.on_full == "error" else timeout, self._clock)
-        waited = False
-        self._claimers += 1
-        try:
-            while deadline.remaining > 0:
-                waited = True
-                self._claimable.wait(min(deadline.remaining, threading.TIMEOUT_MAX))
-                if self._closed:
-                    raise self._closed_error()
-                if table.free or (overwrite and table.drop_oldest()):
-                    return
-            table.full_errors += 1
-            count = ", ".join(f"{number} {state.name}" for state, number in table.count().items())
-            raise BufferFullError(f"no slot became free: {count} of {self.slots} slots", elapsed=deadline.elapsed)
-        except BaseException:
-            # If this thread was woken for a slot, another takes it.
-            self._claimable.notify()
-            raise
-        finally:
-            self._claimers -= 1
-            table.claim_waits += waited
-            table.claim_wait_seconds += deadline.elapsed
-
     def _find(self, slot: int) -> Slot:
-        if self._closed or not 0 <= slot < self.slots:
+        if self._core.closed or not 0 <= slot < self.slots:
             self._refuse(slot, 0)
         return self._table.slots[slot]
 
@@ -403,50 +311,8 @@ class SharedRingBuffer:
         self._find(slot)
         return self._table.committed(slot, sequence)
 
-    def _view(self, offset: int, nbytes: int) -> memoryview:
-        assert self._memory is not None
-        return self._memory[offset : offset + nbytes]
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise self._closed_error()
-
-    def _check_writer(self, writer: SlotWriter) -> None:
-        self._check_open()
-        if not writer.open:
-            raise SlotError("the slot is committed or aborted already", slot=writer.slot, sequence=writer.sequence)
-
     def _refuse(self, slot: int, reader: int) -> None:
-        self._check_open()
+        self._core.check_open()
         if not 0 <= slot < self.slots:
             raise SlotError(f"the ring has slots 0 to {self.slots - 1}", slot=slot)
         raise SlotError(f"reader {reader} is not one of 0 to {self.readers - 1}", slot=slot)
-
-    def _closed_error(self) -> BufferClosedError:
-        if self._disowned:
-            return BufferClosedError("the ring belongs to the process that this one was forked from")
-        return BufferClosedError("the ring is closed")
-
-    def _forget_memory(self) -> None:
-        self._memory = None
-        self._table.forget_memory()
-
-    def _disown(self) -> None:
-        """In a forked child: the memory is not there, and the lock may be held by a thread that is not either."""
-        self._lock = threading.Lock()
-        self._claimable = threading.Condition(self._lock)
-        self._closed = self._disowned = True
-        self._forget_memory()
-
-
-_rings: weakref.WeakSet[SharedRingBuffer] = weakref.WeakSet()
-
-
-def _disown_in_child() -> None:
-    for ring in _rings:
-        ring._disown()
-    _rings.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_in_child)
