@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from dray import PayloadServer, config
+from dray import PayloadServer
 from dray.buffer import layout, slot_state
 from dray.cli.slurm import slurm
+from dray.config import tables
 from dray.control import names
 from dray.launch import teardown
 from dray.launch.slurm import run_states
@@ -171,8 +172,8 @@ def test_every_key_of_a_job_file_is_documented_with_default_and_what_is_allowed(
     documented: dict[str, list[list[str]]] = {}
     for section in page("configuration.md").split("\n## ")[1:]:
         documented[section.splitlines()[0].strip("`[]")] = rows(section)[1:]
-    for name, table in config.JobConfig.model_fields.items():
-        kind = getattr(config, f"{name.capitalize()}Table")
+    for name, table in tables.JobConfig.model_fields.items():
+        kind = getattr(tables, f"{name.capitalize()}Table")
         expected = []
         for key, field in kind.model_fields.items():
             default = "required" if field.is_required() else "empty" if field.default_factory else None
@@ -198,10 +199,10 @@ def test_timeouts_on_the_runtime_page_are_those_of_the_code() -> None:
             assert getattr(importlib.import_module(module), attribute) == float(bound), what
         else:
             section, _, key = name.partition(".")
-            kind = getattr(config, f"{section.capitalize()}Table")
+            kind = getattr(tables, f"{section.capitalize()}Table")
             assert kind.model_fields[key].default == float(bound), what
             seen.add(name)
-    assert {f"timeouts.{key}" for key in config.TimeoutsTable.model_fields} <= seen
+    assert {f"timeouts.{key}" for key in tables.TimeoutsTable.model_fields} <= seen
 
 
 def test_bodies_on_the_runtime_page_are_those_of_the_models() -> None:
