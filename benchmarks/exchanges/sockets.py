@@ -49,15 +49,20 @@ class SocketService:
         self._connection: socket.socket | None = None
         self._family: Family = "tcp"
         self._answer = memoryview(b"")
+        self._payload = np.empty(0, np.uint8)
+        self._slots = np.empty((0, 0), np.uint8)
 
     def do(self, command: str, **arguments: Any) -> Reply:
         if command == "listen":
             return Reply({"address": self._listen(arguments["family"])}, self._accept)
         if command == "open":
             source = np.random.default_rng(0).integers(0, 256, arguments["nbytes"], np.uint8)
-            self._answer = source.data
+            self._payload, self._answer = source, source[: arguments["answered"]].data
+            self._slots = np.empty((arguments["slots"], arguments["nbytes"]), np.uint8)
             return Reply({})
         count = arguments["count"]
+        for slot in self._slots[:count]:
+            np.copyto(slot, self._payload)
         return Reply({}, lambda: self._exchange(count))
 
     def close(self) -> None:
@@ -95,7 +100,11 @@ class SocketService:
 
 
 class SocketExchange:
-    """A request, and an answer of the payload's size, or of one frame with ``round_trip``."""
+    """A request, and an answer of the payload's size, or of one frame with ``round_trip``.
+
+    Before a block of round trips the other process writes as many payloads, as it does before reads in place: large
+    ones leave its caches as cold to both.
+    """
 
     def __init__(self, family: Family, *, round_trip: bool) -> None:
         self.name = f"bare {'Unix' if family == 'unix' else 'TCP'}" + (
@@ -112,7 +121,7 @@ class SocketExchange:
 
     def open(self, nbytes: int, batch: int) -> None:
         answered = REQUEST_BYTES if self._round_trip else nbytes
-        self._partner.ask("open", nbytes=answered)
+        self._partner.ask("open", nbytes=nbytes, answered=answered, slots=batch if self._round_trip else 0)
         self._target = np.zeros(answered, np.uint8).data
 
     def prepare(self, count: int) -> None:
@@ -123,6 +132,7 @@ class SocketExchange:
         receive_all(self._socket, self._target)
 
     def shut(self) -> None:
+        self._partner.ask("open", nbytes=0, answered=0, slots=0)
         self._target = memoryview(b"")
 
     def close(self) -> None:

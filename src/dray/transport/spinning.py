@@ -3,10 +3,16 @@
 A thread that sleeps for a few microseconds wakes into cold caches, and on virtual machines waking it costs the one
 who sends to it tens of microseconds: more than the sleep was worth. Looks are bounded in time, and only taken
 while waits have been short: whoever is idle sleeps at once, without using any processor.
+
+After the first look, and now and then, others may have the processor: the peer whose answer is awaited may have no
+other to run on. A thread that does not get it back at once knows that somebody needs it, and sleeps at once for some
+waits: the more of them, the more often that happens.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import select
 import time
 from collections.abc import Callable
@@ -16,11 +22,19 @@ SPIN_SECONDS = 300e-6
 """How long a thread looks before it sleeps. A look is one system call of about a microsecond, during which other
 threads of its process may run."""
 
+GIVE_WAY_EVERY = 16
+"""Others may have the processor after the first of so many looks."""
+
 SHORT_SECONDS = 3 * SPIN_SECONDS
 """A wait of at most this, looks included, has the next one begin with looks."""
 
 SLOW_LOOK_SECONDS = 50e-6
 """A look that takes as long has waited for the interpreter or a processor, which others need: the last one."""
+
+REST_GROWTH = 4
+MOST_RESTED = 256
+"""After a slow look one wait sleeps at once; after another so many times as many and one, up to the most. Each look
+that finds something halves it."""
 
 
 class Spinning:
@@ -29,18 +43,23 @@ class Spinning:
     Args:
         poll: what to call.
         now: the time in seconds.
+        give_way: lets others have the processor.
     """
 
-    __slots__ = ("_now", "_poll", "_soon")
+    __slots__ = ("_give_way", "_now", "_poll", "_rest", "_resting", "_soon")
 
     def __init__(
         self,
         poll: Callable[[Any], list[tuple[int, int]]],
         now: Callable[[], float] = time.monotonic,
+        give_way: Callable[[], None] | None = None,
     ) -> None:
         self._poll = poll
         self._now = now
+        self._give_way = give_way or os.sched_yield
         self._soon = False
+        self._rest = 0
+        self._resting = 0
 
     def __call__(self, timeout: Any) -> list[tuple[int, int]]:
         """What `poll` found, at the latest after the time-out, however long that takes with looks before."""
@@ -51,16 +70,24 @@ class Spinning:
         began = now()
         if self._soon:
             last, end = began, began + SPIN_SECONDS
-            while True:
+            for look in itertools.count():
                 found = poll(0)
                 if found:
+                    self._rest >>= 1
                     return found
+                if look % GIVE_WAY_EVERY == 0:
+                    self._give_way()
                 looked = now()
-                if looked > end or looked - last > SLOW_LOOK_SECONDS:
+                if looked - last > SLOW_LOOK_SECONDS:
+                    self._rest = self._resting = min(REST_GROWTH * self._rest + 1, MOST_RESTED)
+                    break
+                if looked > end:
                     break
                 last = looked
+        elif self._resting:
+            self._resting -= 1
         found = poll(timeout)
-        self._soon = now() - began <= SHORT_SECONDS
+        self._soon = not self._resting and now() - began <= SHORT_SECONDS
         return found
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from dray.transport.spinning import SHORT_SECONDS, SLOW_LOOK_SECONDS, SPIN_SECONDS, Spinning, SpinningEpoll
+from dray.transport.spinning import (
+    GIVE_WAY_EVERY,
+    MOST_RESTED,
+    REST_GROWTH,
+    SHORT_SECONDS,
+    SLOW_LOOK_SECONDS,
+    SPIN_SECONDS,
+    Spinning,
+    SpinningEpoll,
+)
 
 FOUND = [(7, select.POLLIN)]
 LOOK = 1e-6
@@ -15,13 +24,14 @@ LOOK = 1e-6
 
 class Poll:
     """Finds something in the call of the given number, or in the one that may wait; notes the time-outs, and has a
-    clock that only its calls move."""
+    clock that only its calls and `give_way` move."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.found_in = 0
         self.sleep = 0.0
         self.look = LOOK
+        self.away = 0.0
         self.time = 0.0
 
     def __call__(self, timeout: Any) -> list[tuple[int, int]]:
@@ -32,6 +42,9 @@ class Poll:
     def now(self) -> float:
         return self.time
 
+    def give_way(self) -> None:
+        self.time += self.away
+
 
 @pytest.fixture
 def poll() -> Poll:
@@ -41,7 +54,7 @@ def poll() -> Poll:
 @pytest.fixture
 def spinning(poll: Poll) -> Spinning:
     """After a short wait."""
-    made = Spinning(poll, poll.now)
+    made = Spinning(poll, poll.now, poll.give_way)
     made(5.0)
     poll.asked.clear()
     return made
@@ -80,6 +93,56 @@ def test_a_slow_look_is_the_last_one(spinning: Spinning, poll: Poll) -> None:
     poll.look = 2 * SLOW_LOOK_SECONDS
     spinning(5.0)
     assert poll.asked == [0, 5.0]
+
+
+def test_a_thread_that_does_not_get_the_processor_back_at_once_sleeps(spinning: Spinning, poll: Poll) -> None:
+    poll.away = 2 * SLOW_LOOK_SECONDS
+    spinning(5.0)
+    assert poll.asked == [0, 5.0]
+
+
+def rested(spinning: Spinning, poll: Poll) -> int:
+    """How many waits sleep at once before the next one that looks."""
+    count = -1
+    poll.asked[:] = [5.0]
+    while poll.asked[0] == 5.0:
+        poll.asked.clear()
+        spinning(5.0)
+        count += 1
+    return count
+
+
+def test_slow_looks_have_ever_more_waits_sleep_at_once_up_to_a_bound(spinning: Spinning, poll: Poll) -> None:
+    poll.away = 2 * SLOW_LOOK_SECONDS
+    spinning(5.0)
+    found = [rested(spinning, poll) for _ in range(6)]
+    assert found[:3] == [1, REST_GROWTH + 1, REST_GROWTH * (REST_GROWTH + 1) + 1]
+    assert found[-2:] == [MOST_RESTED, MOST_RESTED]
+
+
+def test_looks_that_find_something_are_taken_more_often_again(spinning: Spinning, poll: Poll) -> None:
+    poll.away = 2 * SLOW_LOOK_SECONDS
+    spinning(5.0)
+    rested(spinning, poll)
+    poll.found_in = 1
+    rested(spinning, poll)
+    for _ in range(10):
+        poll.asked.clear()
+        spinning(5.0)
+    poll.found_in = 0
+    poll.asked.clear()
+    spinning(5.0)
+    assert rested(spinning, poll) == 1
+
+
+def test_others_may_have_the_processor_after_the_first_look_and_now_and_then(poll: Poll) -> None:
+    given: list[float] = []
+    spinning = Spinning(poll, poll.now, lambda: given.append(poll.time))
+    spinning(5.0)
+    poll.found_in = len(poll.asked) + GIVE_WAY_EVERY + 2
+    spinning(5.0)
+    assert len(given) == 2
+    assert given[0] < 3 * LOOK  # after the first look
 
 
 def test_a_wait_of_no_time_is_one_look(spinning: Spinning, poll: Poll) -> None:
