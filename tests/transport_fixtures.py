@@ -1,4 +1,4 @@
-"""What tests of the transport share: servers, payloads, other processes, and waiting with a bound."""
+"""What tests of the transport share: servers, payloads and other processes."""
 
 import contextlib
 import json
@@ -7,15 +7,14 @@ import select
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from waiting import wait_until
 
 from dray.buffer import SharedRingBuffer
-from dray.clock import Deadline
 from dray.transport import PayloadServer
 from dray.transport.stream import Endpoint
 from dray.wire import PayloadRef
@@ -28,15 +27,6 @@ MOST_BYTES = 64 << 20
 def pattern(seed: int, nbytes: int) -> bytes:
     """Bytes that differ at every place and for every seed."""
     return np.random.default_rng(seed).bytes(nbytes)
-
-
-def wait_until(condition: Callable[[], object], awaited: str, seconds: float = 10.0) -> None:
-    """Look at `condition` again and again until it holds, no longer than `seconds`."""
-    deadline = Deadline.after(seconds)
-    pause = threading.Event()
-    while not condition():
-        assert not deadline.expired, f"{seconds} s passed while waiting for {awaited}"
-        pause.wait(0.002)
 
 
 @contextlib.contextmanager

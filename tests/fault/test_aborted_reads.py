@@ -5,7 +5,8 @@ import time
 from collections import Counter
 
 import pytest
-from transport_fixtures import SERVER, Child, Footprint, wait_until
+from transport_fixtures import SERVER, Child, Footprint
+from waiting import wait_until
 
 COUNTS = [
     pytest.param(1_000, id="short"),

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, ring_of, serving, wait_until
+from transport_fixtures import LANES, ring_of, serving
+from waiting import wait_until
 
 from dray import PayloadClient, PayloadFormatError
 from dray.clock import Deadline

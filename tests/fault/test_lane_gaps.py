@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, Child, endpoint_of, pattern, ring_of, serving, wait_until
+from transport_fixtures import LANES, Child, endpoint_of, pattern, ring_of, serving
+from waiting import wait_until
 
 from dray import ConfigError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer, TransportTimeout
 from dray.clock import Deadline

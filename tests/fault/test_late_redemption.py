@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, Child, wait_until
+from transport_fixtures import LANES, Child
+from waiting import wait_until
 
 COUNTS = [
     pytest.param(2_500, id="short"),

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from mutated_conversations import ROW
-from transport_fixtures import Child, Footprint, pattern, reference, wait_until
+from transport_fixtures import Child, Footprint, pattern, reference
+from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef
 from dray.transport.ucx_worker import UCXX_AVAILABLE

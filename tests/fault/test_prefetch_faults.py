@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from transport_fixtures import LANES, Child, reference, wait_until
+from transport_fixtures import LANES, Child, reference
+from waiting import wait_until
 
 from dray.errors import BufferClosedError, DrayError, ProducerLostError, StaleSlotError, TransportError
 from dray.prefetch import BatchReader, Fetched

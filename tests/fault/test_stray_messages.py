@@ -5,7 +5,8 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-from transport_fixtures import SERVER, Child, Footprint, reference, wait_until
+from transport_fixtures import SERVER, Child, Footprint, reference
+from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef
 from dray.transport import ucx

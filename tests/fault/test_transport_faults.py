@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transport_fixtures import LANES, endpoint_of, pattern, ring_of, serving, wait_until
+from transport_fixtures import LANES, endpoint_of, pattern, ring_of, serving
+from waiting import wait_until
 
 from dray import (
     AuthenticationError,

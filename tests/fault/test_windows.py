@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, wait_until
+from transport_fixtures import LANES
+from waiting import wait_until
 
 from dray import PayloadClient, PayloadServer, SharedRingBuffer
 from dray.buffer.slot_table import Wanted

@@ -20,8 +20,8 @@ from transport_fixtures import (
     reference,
     ring_of,
     serving,
-    wait_until,
 )
+from waiting import wait_until
 
 from dray import (
     BufferFullError,

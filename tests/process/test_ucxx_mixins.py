@@ -7,7 +7,8 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from transport_fixtures import Child, wait_until
+from transport_fixtures import Child
+from waiting import wait_until
 
 from dray.ucxx import UCXXDataPackerMixin
 

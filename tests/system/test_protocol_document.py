@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import protocol_client
 import pytest
-from transport_fixtures import endpoint_of, pattern, ring_of, serving, wait_until
+from transport_fixtures import endpoint_of, pattern, ring_of, serving
+from waiting import wait_until
 
 from dray import PayloadRef, PayloadServer, SharedRingBuffer, pack, unpack
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from prefetch_fixtures import REFUSED, THERE, TIMEOUT, ToldSource, arrays, ref, refs
-from transport_fixtures import wait_until
+from waiting import wait_until
 
 from dray.errors import (
     BufferClosedError,

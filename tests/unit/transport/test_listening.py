@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_fixtures import endpoint_of, serving, wait_until
+from transport_fixtures import endpoint_of, serving
+from waiting import wait_until
 
 from dray import ConfigError, PayloadClient, PayloadServer, TransportTimeout
 from dray.clock import Deadline

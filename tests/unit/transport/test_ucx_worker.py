@@ -8,7 +8,8 @@ import socket
 import sys
 
 import pytest
-from transport_fixtures import serving, wait_until
+from transport_fixtures import serving
+from waiting import wait_until
 
 from dray import (
     ConfigError,

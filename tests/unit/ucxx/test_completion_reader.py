@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from transport_fixtures import wait_until
+from waiting import wait_until
 
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
 from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of

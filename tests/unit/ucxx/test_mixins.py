@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from transport_fixtures import wait_until
+from waiting import wait_until
 
 import dray.ucxx
 from dray.errors import BufferClosedError, ConfigError, DrayError, StaleSlotError
