@@ -70,7 +70,7 @@ fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the co
 	$(BIN)/python tests/fuzz/fuzzer.py --minutes $(MINUTES) $(FUZZ_ARGS)
 
 jobs: .venv/dev.stamp ## short jobs in a row, a replica killed in half of them (JOBS=200, JOBS_ARGS="--seed 7")
-	$(BIN)/python tests/process/job_series.py --jobs $(JOBS) $(JOBS_ARGS)
+	PYTHONPATH=tests $(BIN)/python tests/process/job_series.py --jobs $(JOBS) $(JOBS_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds and GRPO over five among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)

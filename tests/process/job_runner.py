@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
+from waiting import wait_until
+from watched_runs import BOUND, WatchedRun, processes_where
 
-from dray.runtime.controller_client import ControllerClient
-from dray.runtime.job import JobSpec
+from dray.clock import Deadline
+from dray.runtime.process import DUMP_SIGNAL
 
 CLASSES = """
 import json, os, signal, subprocess, sys, time
@@ -126,16 +125,14 @@ metric = "score"
 at_least = 20
 """
 
-BOUND = 60.0
 
-
-class JobRun:
+class JobRun(WatchedRun):
     """A running or ended `dray run`."""
 
     def __init__(self, folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> None:
         (folder / "small.py").write_text(classes)
         (folder / "job.toml").write_text(JOB + stop_table)
-        self.output = folder / "out"
+        super().__init__(folder / "out")
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -158,19 +155,14 @@ class JobRun:
 
     def wait_for(self, words: str) -> None:
         """Read what the job prints until `words` come."""
-        deadline = time.monotonic() + BOUND
+        deadline = Deadline.after(BOUND)
+        assert self.process.stdout is not None
         while words not in self.text:
-            assert select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0], (
-                self.story()
-            )
-            assert self.process.stdout is not None
+            said = select.select([self.process.stdout], [], [], deadline.remaining)[0]
+            assert said, f"{BOUND:g} s passed while waiting for {words!r}\n{self.story()}"
             chunk = os.read(self.process.stdout.fileno(), 65536).decode()
-            assert chunk, self.story()
+            assert chunk, f"the job ended without saying {words!r}\n{self.story()}"
             self.text += chunk
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until there is one."""
-        self.wait_until((self.output / "checkpoint" / "state.json").exists, "a checkpoint")
 
     def end(self, bound: float = BOUND) -> int:
         """Wait for the end and return the exit code; whatever is left of the job fails the test."""
@@ -185,15 +177,10 @@ class JobRun:
         return self.process.returncode
 
     def dump_stacks(self) -> None:
-        """Have every process of the job, `dray run` included, write the stacks of its threads into the story."""
-        for process in (*self.processes("dray.runtime"), self.process):
-            process.send_signal(signal.SIGUSR1)
+        """Those of `dray run` as well, into the story."""
+        self.process.send_signal(DUMP_SIGNAL)
+        super().dump_stacks()
         assert self.process.stdout is not None
-        last = "most recent call first"
-        logs = list((self.output / "logs").glob("*-*.log"))  # those of the replicas
-        deadline = time.monotonic() + 2.0  # one that is stopped writes nothing
-        while not all(last in log.read_text() for log in logs) and time.monotonic() < deadline:
-            select.select([self.process.stdout], [], [], 0.05)
         while select.select([self.process.stdout], [], [], 0.2)[0]:
             chunk = os.read(self.process.stdout.fileno(), 65536).decode()
             if not chunk:
@@ -202,59 +189,20 @@ class JobRun:
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """What runs of the job, grandchildren included; `name` is part of the command line."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                environment = process.environ()
-                command = " ".join(process.cmdline())
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
-            ours = environment.get("DRAY_SUPERVISOR_PID") == str(self.pid) or process.ppid() == self.pid
-            if ours and name in command and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        return found
+
+        def ours(process: psutil.Process) -> bool:
+            told = process.environ().get("DRAY_SUPERVISOR_PID")
+            return told == str(self.pid) or process.ppid() == self.pid
+
+        return processes_where(ours, name)
 
     def wait_until_gone(self, bound: float, name: str = "") -> None:
         """Nothing of the job runs any more within `bound` seconds."""
-        deadline = time.monotonic() + bound
-        while left := self.processes(name):
-            assert time.monotonic() < deadline, f"still there: {left}\n{self.story()}"
-            time.sleep(0.05)
 
-    def summary(self) -> dict[str, Any]:
-        return dict(json.loads((self.output / "summary.json").read_text()))
+        def left() -> str:
+            return f"still there: {self.processes(name)}\n{self.story()}"
 
-    def spec(self) -> JobSpec:
-        """What the job's processes were told, while it runs."""
-        return JobSpec.read(self.output / ".run" / "job.json")
-
-    @contextmanager
-    def controller(self) -> Iterator[ControllerClient]:
-        """A client of the job's controller."""
-        spec = self.spec()
-        address = spec.folder.controller_address
-        with ControllerClient.of_address_file(address, spec.token, 30.0) as client:
-            yield client
-
-    def wait_until(
-        self, condition: Callable[[], bool], what: str = "what is waited for", bound: float = BOUND
-    ) -> None:
-        """Wait until `condition` holds, which is about files and processes of the job."""
-        deadline = time.monotonic() + bound
-        while not condition():
-            if time.monotonic() >= deadline:
-                self.dump_stacks()
-                raise AssertionError(f"{what}: not within {bound} s\n{self.story()}")
-            time.sleep(0.02)
-
-    def checkpoint(self) -> dict[str, Any]:
-        return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
-
-    def steps(self) -> list[dict[str, Any]]:
-        """The whole lines of `metrics.jsonl`, or one of step 0."""
-        metrics = self.output / "metrics.jsonl"
-        text = metrics.read_text() if metrics.exists() else ""
-        return [json.loads(line) for line in text.split("\n")[:-1]] or [{"step": 0}]
+        wait_until(lambda: not self.processes(name), "the end of processes", bound, pause=0.05, story=left)
 
     def contributed(self, rank: int = 0) -> list[int]:
         """What each payload that the weights of the checkpoint were trained on was given as its number."""
@@ -266,9 +214,11 @@ class JobRun:
     def log(self, name: str) -> str:
         return (self.output / "logs" / f"{name}.log").read_text()
 
+    def logs(self) -> list[Path]:
+        return list(self.output.glob("logs/*.log"))
+
     def story(self) -> str:
-        logs = sorted((self.output / "logs").glob("*.log")) if self.output.exists() else []
-        return "\n".join([self.text, *(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)])
+        return f"{self.text}\n{super().story()}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Many short jobs, one after the other, with a replica killed in half of them: `python job_series.py --jobs 200`.
+"""Many short jobs, one after the other, with a replica killed in half of them: `make jobs`.
 
 What is done to each job follows from the seed and the job's number. The user's classes keep ledgers, which
 survive their SIGKILL: every payload that a worker made, before it is handed on, and every payload of a training
@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from job_runner import JobRun, job_settings, running
+from watched_runs import BOUND, processes_where
 
-BOUND = 60.0
 TOKEN = "DRAY_JOB_SERIES"
 """Environment variable by which processes of the series are known, whoever started them."""
 
@@ -185,10 +184,10 @@ def _run(plan: Plan, folder: Path) -> Counter[str]:
 def _kill(job: JobRun, plan: Plan) -> bool:
     """Kill the victim, if it still runs when its time has come."""
     job.wait_for("started controller")
-    deadline = time.monotonic() + BOUND
-    while plan.at_work and "[[" not in _text(job, "trained.jsonl") and job.process.poll() is None:
-        assert time.monotonic() < deadline, job.story()
-        time.sleep(0.02)
+    if plan.at_work:
+        job.wait_until(
+            lambda: "[[" in _text(job, "trained.jsonl") or job.process.poll() is not None, "a training step"
+        )
     try:
         job.process.wait(plan.kill_after)
     except subprocess.TimeoutExpired:
@@ -201,13 +200,8 @@ def _kill(job: JobRun, plan: Plan) -> bool:
 
 
 def _check_nothing_runs(job: JobRun) -> None:
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(TOKEN) == os.environ[TOKEN]:
-                left.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
+    me, token = os.getpid(), os.environ[TOKEN]
+    left = processes_where(lambda process: process.pid != me and process.environ().get(TOKEN) == token)
     assert not left, f"processes are left: {left}\n{job.story()}"
 
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from job_runner import BOUND, CLASSES, JOB, STOP
+from job_runner import CLASSES, JOB, STOP
+from watched_runs import BOUND, WatchedRun, processes_where
 
+from dray.clock import Deadline
 from dray.config import load_job
 from dray.launch.slurm.plan import Plan, RoleLayout
-from dray.runtime.controller_client import ControllerClient
-from dray.runtime.job import JobSpec
 
 SECRET = bytes.fromhex("5ec2e7" * 10) + b"xy"
 
 
-class NodesRun:
+class NodesRun(WatchedRun):
     """A run on nodes ``n1``, ``n2``, …, which are this machine; `start` begins an attempt of it."""
 
     def __init__(
@@ -43,7 +39,7 @@ class NodesRun:
         if job is not None:
             (folder / "small.py").write_text(CLASSES)
             (folder / "job.toml").write_text(job)
-        self.output = folder / "out"
+        super().__init__(folder / "out")
         config = load_job(folder / "job.toml", ["job.lane=tcp", *settings])
         plan = Plan(
             config, folder / "job.toml", self.output, SECRET, policy, rollout, interface, 2, dict(environment)
@@ -62,8 +58,8 @@ class NodesRun:
         self.attempt = f"{part:03d}.{attempt}"
         for number in range(1, len(self.nodes) + 1) if nodes is None else nodes:
             module = "dray.launch.slurm.head" if number == 1 else "dray.launch.slurm.node"
-            self.logs.mkdir(parents=True, exist_ok=True)
-            with (self.logs / f"n{number}.out").open("ab") as out:
+            self.log_folder.mkdir(parents=True, exist_ok=True)
+            with (self.log_folder / f"n{number}.out").open("ab") as out:
                 self.tasks[number] = subprocess.Popen(
                     [*within, sys.executable, "-m", module, str(self.plan), str(part), str(attempt)],
                     stdin=subprocess.DEVNULL,
@@ -79,15 +75,15 @@ class NodesRun:
                 )
 
     @property
-    def logs(self) -> Path:
+    def log_folder(self) -> Path:
         return self.output / "parts" / self.attempt / "logs"
 
     def end(self, bound: float = BOUND) -> list[int]:
         """Wait for the end and return the exit codes of all nodes; whatever is left of the job fails the test."""
-        deadline = time.monotonic() + bound
+        deadline = Deadline.after(bound)
         for number, task in self.tasks.items():
             try:
-                task.wait(max(0.1, deadline - time.monotonic()))
+                task.wait(max(0.1, deadline.remaining))
             except subprocess.TimeoutExpired:
                 self.dump_stacks()
                 raise AssertionError(f"node {number} did not end within {bound} s\n{self.story()}") from None
@@ -96,46 +92,21 @@ class NodesRun:
         assert not (self.output / ".run").exists()
         return [self.tasks[number].returncode for number in sorted(self.tasks)]
 
-    def dump_stacks(self) -> None:
-        """Have every process of the job write the stacks of its threads into its log."""
-        for process in self.processes("dray."):
-            process.send_signal(signal.SIGUSR1)
-        time.sleep(1.0)
-
     def processes(self, name: str = "", node: int | None = None) -> list[psutil.Process]:
         """What runs of the job, or of one node; `name` is part of the command line."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                environment = process.environ()
-                command = " ".join(process.cmdline())
-                here = node is None or environment.get("SLURMD_NODENAME") == self.nodes[node - 1]
-                ours = environment.get("DRAY_NODES") == " ".join(self.nodes) and here
-                if ours and name in command and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
-        return found
 
-    def wait_until(self, condition: Any, what: str, bound: float = BOUND) -> None:
-        """Wait until `condition()` holds, which is about files and processes of the job."""
-        deadline = time.monotonic() + bound
-        while not condition():
-            if time.monotonic() >= deadline:
-                self.dump_stacks()
-                raise AssertionError(f"{what}: not within {bound} s\n{self.story()}")
-            time.sleep(0.02)
+        def ours(process: psutil.Process) -> bool:
+            told = process.environ()
+            here = node is None or told.get("SLURMD_NODENAME") == self.nodes[node - 1]
+            return here and told.get("DRAY_NODES") == " ".join(self.nodes)
+
+        return processes_where(ours, name)
 
     def wait_for_steps(self, count: int) -> None:
         """Wait until so many training steps are done, and every replica that was to start takes part."""
-        self.wait_until(lambda: self.steps() >= count, f"step {count}")
-        controller = self.logs / "controller.log"
+        self.wait_until(lambda: self.step() >= count, f"step {count}")
+        controller = self.log_folder / "controller.log"
         self.wait_until(lambda: controller.read_text().count(" registered (pid ") >= self.replicas, "all replicas")
-
-    def steps(self) -> int:
-        metrics = self.output / "metrics.jsonl"
-        lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-        return int(json.loads(lines[-1])["step"]) if lines else 0
 
     def kill_node(self, number: int) -> None:
         """Everything of a node at once, as when its machine dies."""
@@ -143,25 +114,13 @@ class NodesRun:
             process.kill()
         self.tasks[number].wait()
 
-    @contextmanager
-    def controller(self) -> Iterator[ControllerClient]:
-        """A client of the job's controller."""
-        spec = JobSpec.read(self.output / ".run" / "job.json")
-        with ControllerClient.of_address_file(spec.folder.controller_address, spec.token, 30.0) as client:
-            yield client
-
-    def summary(self) -> dict[str, Any]:
-        return dict(json.loads((self.output / "summary.json").read_text()))
-
-    def checkpoint(self) -> dict[str, Any]:
-        return dict(json.loads((self.output / "checkpoint" / "state.json").read_text()))
-
     def log(self, name: str) -> str:
-        return (self.logs / name).read_text()
+        """A log of the newest attempt."""
+        return (self.log_folder / name).read_text()
 
-    def story(self) -> str:
-        logs = sorted(self.output.glob("parts/*/logs/*"))
-        return "\n".join(f"--- {log.parent.parent.name}/{log.name}\n{log.read_text()[-4000:]}" for log in logs)
+    def logs(self) -> list[Path]:
+        """Those of all attempts."""
+        return list(self.output.glob("parts/*/logs/*"))
 
 
 @contextmanager

@@ -31,5 +31,5 @@ def test_two_policy_replicas_average_their_gradients_between_machines(tmp_path: 
         run.start(nodes=[1, 3], within=near.command)
         run.start(nodes=[2], within=far.command)
         assert run.end(bound=100.0) == [1, 0, 0], run.story()  # not solved, which is what three steps can do
-        assert run.steps() == 3
+        assert run.step() == 3
         assert run.checkpoint()["ranks"] == 2

@@ -16,7 +16,6 @@ from job_runner import JobRun, job_settings, running
 
 from dray.clock import Deadline
 from dray.control import JobKeys, RedisAddress, RedisConnection, RolloutConsumer
-from dray.runtime.job import JobSpec
 
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
@@ -86,8 +85,8 @@ def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tup
             victims[chance.randrange(len(victims))].kill()
             job.wait_for(f"the policy starts again, {life + 1} of {kills} times")
         wait_for_life(job, kills)
-        step = job.steps()[-1]["step"]
-        job.wait_until(lambda: job.steps()[-1]["step"] not in range(step + 10), "further steps", 40.0)
+        step = job.step()
+        job.wait_until(lambda: job.step() not in range(step + 10), "further steps", 40.0)
         job.process.send_signal(signal.SIGINT)
         assert job.end(bound=10.0) == 130, job.story()
         account(job)
@@ -102,7 +101,7 @@ def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path:
         job.wait_for("  step ")
         paused = policy(job)
         paused.suspend()
-        spec = JobSpec.read(job.output / ".run" / "job.json")
+        spec = job.spec()
         with RedisConnection(RedisAddress(spec.redis_url)) as connection:
             # What another life of the group does, up to here.
             other = RolloutConsumer(connection, JobKeys(spec.job_id), "policy-0.other")
@@ -187,7 +186,7 @@ def test_payload_that_the_stream_does_not_list_is_reclaimed(tmp_path: Path) -> N
     settings = job_settings("stop.at_least=1e9", "policy.args.pause=0.2", "rollout.prompts_in_flight=32")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        spec = JobSpec.read(job.output / ".run" / "job.json")
+        spec = job.spec()
         keys = JobKeys(spec.job_id)
 
         def newest(client: Any) -> Any:
@@ -235,10 +234,10 @@ def test_what_a_killed_job_had_committed_after_its_checkpoint_is_rolled_back(tmp
     settings = job_settings("stop.at_least=1e9", "policy.checkpoint_every=7", "policy.args.pause=0.05")
     with running(tmp_path, *settings) as job:
         job.wait_for_checkpoint()
-        job.wait_until(lambda: job.steps()[-1]["step"] > 7 + job.checkpoint()["step"] % 7, "another step")
+        job.wait_until(lambda: job.step() > 7 + job.checkpoint()["step"] % 7, "another step")
         job.process.kill()
         job.wait_until_gone(5.0)
-        done, kept = job.steps()[-1], job.checkpoint()
+        done, kept = job.metrics()[-1], job.checkpoint()
     again = job_settings(f"stop.at_least={kept['step'] + 3}")
     with running(tmp_path, "--resume", *again) as job:
         assert job.end() == 0, job.story()

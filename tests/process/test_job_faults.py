@@ -1,15 +1,8 @@
 import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from job_runner import JobRun, job_settings, running
-
-
-def only(job: JobRun, name: str) -> psutil.Process:
-    (found,) = job.processes(name)
-    return found
+from job_runner import job_settings, running
 
 
 def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
@@ -30,10 +23,7 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
         job.wait_for("  step ")
         stopped = job.processes("dray.runtime.rollout")[0]
         stopped.suspend()
-        deadline = time.monotonic() + 20
-        while "dead: silent for" not in job.log("controller"):
-            assert time.monotonic() < deadline, job.story()
-            time.sleep(0.1)
+        job.wait_until(lambda: "dead: silent for" in job.log("controller"), "the controller to give it up", 20.0)
         assert "given out again" in job.log("controller")
         stopped.resume()
         job.wait_for("ended early: no longer a member")
@@ -60,7 +50,7 @@ def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
 def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9", "policy.restarts=0")) as job:
         job.wait_for("  step ")
-        only(job, "dray.runtime.policy").kill()
+        job.only("dray.runtime.policy").kill()
         assert job.end(bound=15.0) == 1
         assert "failed: no policy replica is left" in job.text
 
@@ -68,7 +58,7 @@ def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -
 def test_r7_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
         job.wait_for("  step ")
-        only(job, "dray.runtime.controller").kill()
+        job.only("dray.runtime.controller").kill()
         assert job.end(bound=15.0) == 1
         assert "the controller ended early: killed by signal 9" in job.text
         assert job.checkpoint()["step"] > 0
@@ -78,7 +68,7 @@ def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: 
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
         job.wait_for("  step ")
         job.process.send_signal(signal.SIGSTOP)  # so that the supervisor does not end them
-        only(job, "dray.runtime.controller").kill()
+        job.only("dray.runtime.controller").kill()
         job.wait_until_gone(20.0, "dray.runtime")
         job.process.send_signal(signal.SIGCONT)
         assert job.end(bound=15.0) == 1
@@ -91,7 +81,7 @@ def test_r1_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=1e9", "timeouts.redis=2")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        only(job, "redis-server").kill()
+        job.only("redis-server").kill()
         assert job.end(bound=30.0) == 1, job.story()
         assert "Redis was gone" in job.text
         assert job.checkpoint()["step"] > 0

@@ -92,8 +92,7 @@ def test_job_can_be_interrupted_while_it_starts(tmp_path: Path, words: str) -> N
         if words:
             job.wait_for(words)
         else:
-            while not (tmp_path / "out" / ".run").exists():
-                time.sleep(0.01)
+            job.wait_until((job.output / ".run").exists, "the folder of the run")
         job.process.send_signal(signal.SIGINT)
         assert job.end(bound=10.0) == 130, job.story()
 

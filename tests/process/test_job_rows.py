@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from job_runner import CLASSES, JOB, JobRun, job_settings, running
+from job_runner import CLASSES, JOB, job_settings, running
 
 from dray.clock import Deadline
 from dray.config import load_job
@@ -24,11 +24,6 @@ from dray.runtime.controller_client import ControllerClient
 from dray.runtime.job import JobFolder, JobSpec
 
 FOREVER = "stop.at_least=1e9"
-
-
-def only(job: JobRun, name: str) -> psutil.Process:
-    (found,) = job.processes(name)
-    return found
 
 
 def spec_of(folder: Path, *settings: str) -> JobSpec:
@@ -69,7 +64,8 @@ def test_r3_replicas_may_join_and_leave_while_the_job_runs(tmp_path: Path) -> No
                         lambda: any(
                             each.name == "rollout-7" and each.progress.counters.get("payloads", 0) > 20
                             for each in client.status().members
-                        )
+                        ),
+                        "payloads of the replica that joined",
                     )
                 joined.terminate()
                 assert joined.wait(15) == 143
@@ -169,7 +165,7 @@ def test_r6_replica_that_is_stuck_is_reported_with_who_waits_for_it(tmp_path: Pa
 def test_r8_controller_that_hangs_ends_the_job_within_the_bounds(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
         job.wait_for("  step ")
-        only(job, "dray.runtime.controller").suspend()
+        job.only("dray.runtime.controller").suspend()
         assert job.end(bound=25.0) == 1, job.story()
         assert job.text.count("ended early: the controller was gone") == 3
         assert "controller (pid" in job.text
@@ -219,9 +215,14 @@ def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, 
 def test_r9_shutdown_does_not_wait_for_a_redis_that_is_stopped(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER, "timeouts.redis=60")) as job:
         job.wait_for("  step ")
-        redis = only(job, "redis-server")
-        redis.suspend()
-        time.sleep(0.5)  # all of them are in the middle of a command or a poll now
+        redis = job.only("redis-server")
+        with job.controller() as client:
+            redis.suspend()
+            # Nothing takes that long here but a command or a poll that Redis does not answer.
+            job.wait_until(
+                lambda: all(each.progress.seconds > 0.3 for each in client.status().members),
+                "every replica to wait for Redis",
+            )
         began = time.monotonic()
         job.process.send_signal(signal.SIGTERM)
         job.wait_for("interrupted by SIGTERM")
@@ -245,9 +246,9 @@ def test_r10_finished_run_stays_finished_whatever_signal_comes_then(
     # One rollout replica hangs, so that the job is finished for a while before its processes have ended.
     settings = job_settings("rollout.args.hang_at=20", "rollout.args.hanging=[1]", "timeouts.shutdown=4")
     with running(tmp_path, *settings, "--set", "rollout.prompt_batch=1") as job:
-        job.wait_until((job.output / ".run" / "outcome.json").exists)
+        job.wait_until((job.output / ".run" / "outcome.json").exists, "the outcome")
         if whom == "controller":
-            only(job, "dray.runtime.controller").send_signal(number)
+            job.only("dray.runtime.controller").send_signal(number)
         else:
             job.process.send_signal(number)
         assert job.end() == 0, job.story()
@@ -260,8 +261,8 @@ def test_r10_finished_run_stays_finished_whatever_signal_comes_then(
 
 def test_r10_run_is_finished_although_nobody_could_tell_the_controller(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("policy.args.save_pause=1.5")) as job:
-        job.wait_until((job.output / "saving").exists)
-        only(job, "dray.runtime.controller").kill()
+        job.wait_until((job.output / "saving").exists, "the last checkpoint to begin")
+        job.only("dray.runtime.controller").kill()
         assert job.end(bound=30.0) == 0, job.story()
         assert "solved at step 20, says the checkpoint" in job.text
         assert job.summary()["solved"]
@@ -322,7 +323,7 @@ def test_r14_class_that_leaves_the_interpreter_is_told_apart_from_one_that_is_do
 
 def test_r15_port_is_held_from_before_it_is_advertised_until_the_end(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
-        job.wait_until((job.output / ".run" / "controller.json").exists)
+        job.wait_until((job.output / ".run" / "controller.json").exists, "the controller's address")
         # The controller may not even have begun to run: whoever connects now waits in the listener's queue.
         with job.controller() as client:
             assert client.status().phase in ("starting", "running")

@@ -21,10 +21,10 @@ def test_job_on_three_nodes_is_solved(tmp_path: Path) -> None:
         summary = run.summary()
         assert (summary["solved"], summary["steps"], summary["lane"]) == (True, 20, "tcp")
         assert summary["replicas"].keys() == {"policy-0", "rollout-0", "rollout-1"}
-        assert {log.name for log in run.logs.iterdir()} >= {
+        assert {log.name for log in run.log_folder.iterdir()} >= {
             "controller.log", "policy-0.log", "rollout-0.log", "rollout-1.log", "supervisor.log",
         }  # fmt: skip
-        assert (run.output / "latest").resolve() == run.logs.parent
+        assert (run.output / "latest").resolve() == run.log_folder.parent
         text = run.story()
         assert SECRET.hex() not in text
         assert "redis://:" not in text
@@ -174,7 +174,7 @@ def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> Non
         assert run.tasks[3].wait(15.0) == 11, run.story()
         assert "the head is gone" in run.log("n3.out")
         assert not run.processes(node=3)
-        run.wait_for_steps(run.steps() + 3)
+        run.wait_for_steps(run.step() + 3)
         run.tasks[1].send_signal(signal.SIGTERM)
         assert run.end(bound=30.0) == [143, 0, 11], run.story()
 

@@ -18,13 +18,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 from slurm_conf import CREDENTIAL_SECONDS, KILL_WAIT, NODES, PARTITION, write_configuration
+from waiting import wait_until
+from watched_runs import BOUND, ends_of
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 ENDED = frozenset(
@@ -42,7 +43,6 @@ ENDED = frozenset(
 )
 """States of a job that nothing more comes of."""
 
-BOUND = 60.0
 _COMMAND_BOUND = 30.0
 _POLL_SECONDS = 0.1
 # Variables by which a surrounding job, or the user, would have a say in this cluster.
@@ -50,7 +50,7 @@ _FOREIGN = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SCANCEL|SQUEUE|SINFO|MU
 
 
 class ClusterFailed(Exception):
-    """Slurm did not do what a test needs: it did not start, a command failed, a state did not come."""
+    """Slurm did not do what a test needs: a command failed, or a state cannot come any more."""
 
 
 def missing_commands() -> list[str]:
@@ -120,7 +120,7 @@ class SlurmCluster:
             _kill(left)
             return not left
 
-        self.wait_until(ended, "end of the daemons", 10.0)
+        self.wait_until(ended, "the end of the daemons", 10.0)
         shutil.rmtree(self.folder)
 
     def _daemons(self) -> list[psutil.Process]:
@@ -181,7 +181,8 @@ class SlurmCluster:
         """Wait until the job is in one of `states`, requeued at least `restarts` times; returns what `job` does.
 
         Raises:
-            ClusterFailed: it is not within `bound` seconds, or has ended otherwise.
+            AssertionError: it is not within `bound` seconds.
+            ClusterFailed: it has ended otherwise.
         """
         found: dict[str, str] = {}
 
@@ -213,7 +214,7 @@ class SlurmCluster:
         """Cancel every job and wait until the nodes are free of them."""
         if jobs := self.jobs():
             self.command("scancel", *map(str, jobs), check=False)  # one may have ended meanwhile
-        self.wait_until(lambda: not self.jobs(), "empty queue", bound)
+        self.wait_until(lambda: not self.jobs(), "an empty queue", bound)
 
     # --- nodes --------------------------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class SlurmCluster:
             _kill(left)
             return not left and not _runs(daemon)
 
-        self.wait_until(gone, f"death of {name}")
+        self.wait_until(gone, f"the death of {name}")
         if reported:
             self.command("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
 
@@ -264,7 +265,7 @@ class SlurmCluster:
                 self.command("scontrol", "update", f"nodename={name}", "state=resume", check=False)
             return state in usable
 
-        self.wait_until(back, f"return of {name}")
+        self.wait_until(back, f"the return of {name}")
 
     def dead_nodes(self) -> list[str]:
         """The nodes whose slurmd does not run."""
@@ -284,22 +285,13 @@ class SlurmCluster:
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
-    def wait_until(self, condition: Callable[[], bool], what: str, bound: float = BOUND) -> None:
-        """Ask `condition` again and again; the one place where the cluster is polled.
-
-        Raises:
-            ClusterFailed: it does not hold within `bound` seconds.
-        """
-        deadline = time.monotonic() + bound
-        while not condition():
-            if time.monotonic() >= deadline:
-                raise ClusterFailed(f"{what}: not within {bound} s\n{self.story()}")
-            time.sleep(_POLL_SECONDS)
+    def wait_until(self, condition: Callable[[], object], awaited: str, bound: float = BOUND) -> None:
+        """Ask `condition` again and again; the one place where the cluster is polled."""
+        wait_until(condition, awaited, bound, pause=_POLL_SECONDS, story=self.story)
 
     def story(self) -> str:
         """The ends of the daemons' logs."""
-        logs = sorted((self.folder / "log").glob("*.log"))
-        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
+        return ends_of((self.folder / "log").glob("*.log"), self.folder)
 
 
 def _found(name: str) -> str | None:

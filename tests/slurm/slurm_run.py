@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from cluster import SlurmCluster
+from cluster import ClusterFailed, SlurmCluster
+from watched_runs import WatchedRun, processes_where
 
 from dray.launch.slurm.run_record import RunRecord
 
@@ -29,15 +30,14 @@ def tell_place(context):
 class Worker:
     def setup(self, context):
         tell_place(context)
-        self.output = context.output
+        self.held_by = context.output / f"{context.name}-held"
 
     def load_weights(self, weights, version):
         pass
 
     def rollout(self, prompt):
-        state = self.output / "checkpoint" / "state.json"
-        if (self.output / "slow-end").exists() and state.exists() and "solved" in state.read_text():
-            time.sleep(2)  # the controller waits for this replica to leave
+        if self.held_by.exists():
+            self.held_by.read_text()  # a pipe, which says nothing until the test lets go of it
         return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32)}
 
 
@@ -100,14 +100,14 @@ pre_timeout = 20
 BOUND = 90.0
 
 
-class SlurmRun:
+class SlurmRun(WatchedRun):
     """A run of `job_file`, by default of the small job above, in `folder`, which is made."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, job_file: Path | None = None) -> None:
         self.cluster = cluster
         self.environ = dict(cluster.environment)
         self.folder = folder
-        self.output = folder / "outputs" / "a run"
+        super().__init__(folder / "outputs" / "a run")
         folder.mkdir(exist_ok=True)
         if job_file is None:
             job_file = folder / "job.toml"
@@ -151,52 +151,48 @@ class SlurmRun:
 
     def steps(self) -> list[int]:
         """The step of every whole line of the metrics."""
-        path = self.output / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line)["step"] for line in text.split("\n")[:-1]]
+        return [line["step"] for line in self.metrics()]
 
     def environment(self, replica: str) -> dict[str, str]:
         """The environment that the replica has seen."""
         return dict(json.loads((self.output / f"{replica}.place").read_text()))
 
     def checkpoint(self) -> dict[str, Any]:
-        path = self.output / "checkpoint" / "state.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {"step": 0, "outcome": ""}
-
-    def summary(self) -> dict[str, Any]:
-        return dict(json.loads((self.output / "summary.json").read_text()))
+        """What its file says; that of step 0 before there is one."""
+        there = (self.output / "checkpoint" / "state.json").exists()
+        return super().checkpoint() if there else {"step": 0, "outcome": ""}
 
     def log(self, name: str, attempt: str = "") -> str:
         """A log of the attempt, such as ``"001.1"``; by default of the newest."""
         place = self.output / "parts" / attempt if attempt else self.output / "latest"
         return (place / "logs" / name).read_text()
 
-    def processes(self, module: str = "dray") -> list[psutil.Process]:
+    def logs(self) -> list[Path]:
+        """Also what Slurm and the batch script have written."""
+        places = ("slurm-*.out", "slurm.json", "parts/*/logs/*")
+        return [log for place in places for log in self.output.glob(place)]
+
+    def processes(self, name: str = "dray") -> list[psutil.Process]:
         """What runs of this run, on any node: who has its folder in the command line."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                command = " ".join(process.cmdline())
-                running = process.status() != psutil.STATUS_ZOMBIE
-            except psutil.Error:
-                continue
-            if running and str(self.output) in command and module in command and process.pid != os.getpid():
-                found.append(process)
-        return found
+
+        def ours(process: psutil.Process) -> bool:
+            return process.pid != os.getpid() and str(self.output) in " ".join(process.cmdline())
+
+        return processes_where(ours, name)
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
-    def wait_until(self, condition: Callable[[], bool], what: str, bound: float = BOUND) -> None:
-        """Wait for something that files or processes of the run show; that the job ends without it is an error."""
+    def wait_until(self, condition: Callable[[], object], awaited: str, bound: float = BOUND) -> None:
+        """Wait for what files and processes of the run show; that the job ends without it is an error."""
 
-        def holds() -> bool:
+        def holds() -> object:
             return condition() or self.job not in self.cluster.jobs()
 
         try:
-            self.cluster.wait_until(holds, what, bound)
-        except Exception as error:
+            self.cluster.wait_until(holds, awaited, bound)
+        except (AssertionError, ClusterFailed) as error:
             raise AssertionError(f"{error}\n{self.story()}") from None
-        assert condition(), f"{what}: the job ended without it\n{self.story()}"
+        assert condition(), f"the job ended without {awaited}\n{self.story()}"
 
     def wait_for_steps(self, count: int) -> None:
         """Wait until there are as many lines of metrics."""
@@ -212,17 +208,9 @@ class SlurmRun:
         try:
             ended = self.cluster.wait_for_end(self.job, bound)
             self.cluster.wait_until(
-                lambda: not self.cluster.processes(), "end of all processes on the nodes", 10.0
+                lambda: not self.cluster.processes(), "the end of all processes on the nodes", 10.0
             )
-        except Exception as error:
+        except (AssertionError, ClusterFailed) as error:
             raise AssertionError(f"{error}\n{self.story()}") from None
         assert self.processes() == [], self.story()
         return ended
-
-    def story(self) -> str:
-        """Everything that the run has said."""
-        output = self.output
-        logs = [*output.glob("slurm-*.out"), output / "slurm.json", *output.glob("parts/*/logs/*")]
-        there = sorted(log for log in logs if log.exists())
-        found = [(log.relative_to(output), log.read_text()[-3000:]) for log in there]
-        return "\n".join(f"--- {name}\n{text}" for name, text in found)

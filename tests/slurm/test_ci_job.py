@@ -245,14 +245,8 @@ def test_the_setup_runs_first_and_nothing_runs_after_one_that_fails(cluster: Slu
 def test_interrupting_the_command_cancels_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = project_of(tmp_path, cluster, hang=HANG)
     with project.command() as process:
-        cluster.wait_until(
-            lambda: (
-                "test_that_hangs" in (project.output / "logs" / "hang.log").read_text()
-                if (project.output / "logs" / "hang.log").exists()
-                else False
-            ),
-            "start of the suite",
-        )
+        log = project.output / "logs" / "hang.log"
+        cluster.wait_until(lambda: log.exists() and "test_that_hangs" in log.read_text(), "the start of the suite")
 
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=60)
@@ -260,7 +254,7 @@ def test_interrupting_the_command_cancels_the_job(cluster: SlurmCluster, tmp_pat
     assert process.returncode == 128 + signal.SIGINT, printed
     assert "SIGINT: cancelling job" in printed
     assert "(CANCELLED): hang not run" in printed
-    cluster.wait_until(lambda: cluster.jobs() == cluster.processes() == [], "end of the job's processes")
+    cluster.wait_until(lambda: cluster.jobs() == cluster.processes() == [], "the end of the job's processes")
     assert list(project.scratch.iterdir()) == []
 
 

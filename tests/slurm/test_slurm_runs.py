@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -122,11 +123,14 @@ def test_failing_job_is_tried_n_times_more_and_then_failed(run: SlurmRun) -> Non
 def test_finished_job_whose_controller_is_ended_by_sigterm_runs_once_and_exits_with_zero(run: SlurmRun) -> None:
     run.submit()
     run.wait_for_steps(1)
-    (run.output / "slow-end").touch()
-    run.go()
-    run.wait_until(lambda: run.checkpoint()["outcome"] == "solved", "the last checkpoint")
-    (controller,) = run.processes("dray.runtime.controller")
-    controller.send_signal(signal.SIGTERM)
+    # The controller waits for a replica to leave, which is held until it has had its signal.
+    held_by = run.output / "rollout-1-held"
+    os.mkfifo(held_by)
+    with held_by.open("w"):
+        held_by.unlink()
+        run.go()
+        run.wait_until(lambda: run.checkpoint()["outcome"] == "solved", "the last checkpoint")
+        run.only("dray.runtime.controller").send_signal(signal.SIGTERM)
 
     ended = run.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), run.story()
