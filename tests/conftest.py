@@ -6,7 +6,6 @@ memory is still there that was not before it. Threads and processes that are end
 
 import gc
 import os
-import select
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from waiting import ends_within
 
 from dray.clock import Deadline
 from dray.transport import ucx_worker
@@ -117,16 +117,7 @@ def _let_end(left: Held, deadline: Deadline) -> None:
     for thread in left.threads:
         thread.join(deadline.timeout)
     for pid in left.children:
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLIN)
-            poll.poll(deadline.remaining * 1000)
-        finally:
-            os.close(descriptor)
+        ends_within(deadline.remaining, pid)
 
 
 def _children() -> frozenset[int]:

@@ -9,11 +9,12 @@ import select
 import signal
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from transport_fixtures import Child, pattern
+from waiting import wait_until
 
 from dray.clock import Deadline
 from dray.errors import ConnectionClosed, ConnectionReset, MessageTruncated, TransportError
@@ -64,12 +65,17 @@ class Pair:
             listener = UnixListener(path)
             self.client = unix.connect(str(path), deadline)
         stack.callback(listener.close)
-        server: Stream | None = None
-        while server is None and not deadline.expired:
+        accepted: list[Stream] = []
+
+        def accept() -> bool:
             self.progress()
-            server = listener.accept()
-        assert server is not None
-        self.server = server
+            stream = listener.accept()
+            if stream is not None:
+                accepted.append(stream)
+            return bool(accepted)
+
+        wait_until(accept, "the connection")
+        (self.server,) = accepted
         self._greet(stack)
 
     def _greet(self, stack: contextlib.ExitStack) -> None:
@@ -98,33 +104,33 @@ class Pair:
         self.drive(arrived, f"a message of {size} bytes")
         return found[0]
 
-    def drive(self, done: "object", awaited: str, seconds: float = 20.0) -> None:
+    def drive(self, done: Callable[[], object], awaited: str, seconds: float = 20.0) -> None:
         """Flush and wait on both streams until `done()`."""
-        deadline = Deadline.after(seconds)
-        assert callable(done)
-        while not done():
-            assert not deadline.expired, f"{seconds} s passed while waiting for {awaited}"
-            if self.simulated is not None:
-                for stream in (self.client, self.server):
-                    if stream.fileno() >= 0 and not getattr(stream, "closed", False):
-                        with contextlib.suppress(TransportError):
-                            stream.flush()
-                        stream.idle()
-                self.progress()
-                continue
-            poll = select.poll()
-            idle = True
-            for stream in (self.client, self.server):
-                if stream.fileno() < 0 or (isinstance(stream, UcxStream) and stream.closed):
-                    continue
-                with contextlib.suppress(TransportError):  # raised again where the test looks for it
+        turn = self._turn if self.simulated is None else self._simulated_turn
+        wait_until(lambda: done() or turn(), awaited, seconds, pause=0.0)
+
+    def _simulated_turn(self) -> None:
+        for stream in (self.client, self.server):
+            if stream.fileno() >= 0 and not getattr(stream, "closed", False):
+                with contextlib.suppress(TransportError):
                     stream.flush()
-                idle = stream.idle() and idle
-                poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
-            for worker in self.workers:
-                idle = worker.arm() and idle
-            if idle:
-                poll.poll(20)
+                stream.idle()
+        self.progress()
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        idle = True
+        for stream in (self.client, self.server):
+            if stream.fileno() < 0 or (isinstance(stream, UcxStream) and stream.closed):
+                continue
+            with contextlib.suppress(TransportError):  # raised again where the test looks for it
+                stream.flush()
+            idle = stream.idle() and idle
+            poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
+        for worker in self.workers:
+            idle = worker.arm() and idle
+        if idle:
+            poll.poll(20)
 
     def sent(self, stream: Stream) -> None:
         self.drive(stream.flush, "everything to be sent")
@@ -483,13 +489,20 @@ def test_two_connections_do_not_get_each_others_messages(tmp_path: Path) -> None
         port = int(listener.endpoint.rpartition(":")[2])
         mine = [connect_ucx(client, "127.0.0.1", port) for _ in range(2)]
         theirs: list[UcxStream] = []
-        deadline = Deadline.after(10)
-        while len(theirs) < 2:
-            assert not deadline.expired
+
+        def progress() -> None:
             client.progress()
             server.progress()
+            for stream in (*mine, *theirs):
+                stream.flush()
+
+        def both_connected() -> bool:
+            progress()
             if (stream := listener.accept()) is not None:
                 theirs.append(stream)
+            return len(theirs) == 2
+
+        wait_until(both_connected, "both connections")
         for stream in (*mine, *theirs):
             stack.callback(stream.close)
         targets = [bytearray(1000), bytearray(1000)]
@@ -500,23 +513,23 @@ def test_two_connections_do_not_get_each_others_messages(tmp_path: Path) -> None
         for index, stream in enumerate(mine):
             stream.send([bytes([index]) * 64])
         seen: dict[int, UcxStream] = {}
-        while len(seen) < 2:
-            assert not deadline.expired
-            client.progress()
-            server.progress()
-            for stream in mine:
-                stream.flush()
+
+        def both_seen() -> bool:
+            progress()
             for stream in theirs:
                 if stream not in seen.values() and (message := stream.receive(64)) is not None:
                     seen[message[0]] = stream
+            return len(seen) == 2
+
+        wait_until(both_seen, "a message on each")
         for index in (1, 0):
             seen[index].send([Payload(memoryview(bytes([index + 1]) * 1000), tags[index])])
-        while not all(stream.payload_arrived(1000) if stream._expected else True for stream in mine):
-            assert not deadline.expired
-            client.progress()
-            server.progress()
-            for stream in theirs:
-                stream.flush()
+
+        def both_arrived() -> bool:
+            progress()
+            return all(not stream._expected or stream.payload_arrived(1000) for stream in mine)
+
+        wait_until(both_arrived, "both payloads")
         assert targets == [b"\x01" * 1000, b"\x02" * 1000]
 
 

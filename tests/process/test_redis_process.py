@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-import select
 import signal
 import socket
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import ends_within, wait_until
 
 from dray.clock import Deadline
 from dray.control import (
@@ -44,18 +44,6 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 def entry(sequence: int) -> RolloutEntry:
     return RolloutEntry("cd" * 16, sequence, 0, "rollout-0", 0, reference="{}")
-
-
-def wait_for_end(pid: int, seconds: float) -> bool:
-    """Whether the process, which need not be a child of this one, ends in time."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([pidfd], [], [], seconds)[0])
-    finally:
-        os.close(pidfd)
 
 
 # --- beginning and ending --------------------------------------------------------------------------
@@ -231,7 +219,7 @@ def test_server_has_its_own_group_and_dies_with_a_killed_parent(
         assert os.getpgid(pid) == pid != os.getpgid(parent.pid)
         parent.kill()
         parent.wait(10)
-        assert wait_for_end(pid, 10)
+        assert ends_within(10, pid)
     assert len(list(run.iterdir())) == 1
     with start_redis(None, tmp_path):
         assert len(list(run.iterdir())) == 1, "what the dead parent left is swept"
@@ -247,7 +235,7 @@ def test_interrupt_at_the_terminal_does_not_reach_the_server(tmp_path: Path) -> 
         os.killpg(parent.pid, signal.SIGINT)
         parent.communicate(timeout=10)
         # Had the interrupt reached it, it would have ended by itself; it ended because its parent did.
-        assert wait_for_end(pid, 10)
+        assert ends_within(10, pid)
     assert "SIGINT" not in (tmp_path / "redis.log").read_text()
 
 
@@ -343,8 +331,7 @@ def test_calls_and_polls_sit_out_an_outage(server: RedisServer, caplog: pytest.L
         thread.start()
         assert server.pid is not None
         psutil.Process(server.pid).kill()
-        while two.away_for == 0:  # until the waiting consumer has noticed
-            two.shutdown.wait(0.01)
+        wait_until(lambda: two.away_for > 0, "the waiting consumer to notice")
         assert two.poll("peek", lambda client: client.do("PING"), Deadline.after(0), None) is None
         server.restart()
         producer.attach()
@@ -380,8 +367,7 @@ def test_shutdown_ends_the_wait_for_an_absent_redis_at_once(tmp_path: Path) -> N
         results: list[object] = []
         thread = threading.Thread(target=lambda: results.append(consumer.receive(1, timeout=60)))
         thread.start()
-        while connection.away_for == 0:
-            connection.shutdown.wait(0.01)
+        wait_until(lambda: connection.away_for > 0, "the waiting consumer to notice")
         connection.stop()
         thread.join(5)
         assert results == [[]]

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from dray.clock import Deadline
 from dray.config import parse_job
@@ -62,16 +63,16 @@ class Head:
         purpose = Purpose(node=node, attempt=attempt, rank=rank)
         return self.pool.submit(connect, self.address, secret, purpose, Deadline.after(10.0), 10.0)
 
-    def until(self, condition: Callable[[], object]) -> None:
-        deadline = Deadline.after(10.0)
-        while not condition():
-            assert not deadline.expired
-            for key, _ in self.selector.select(0.05):
-                key.data()
-            self.nodes.look()
+    def until(self, condition: Callable[[], object], awaited: str) -> None:
+        wait_until(lambda: condition() or self._turn(), awaited, pause=0.0)
+
+    def _turn(self) -> None:
+        for key, _ in self.selector.select(0.05):
+            key.data()
+        self.nodes.look()
 
     def taken(self, guest: Future[socket.socket]) -> socket.socket:
-        self.until(guest.done)
+        self.until(guest.done, "the guest")
         return guest.result()
 
     def link(self, node: str = "c") -> Link:
@@ -99,16 +100,16 @@ def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> Non
     with head_of(tmp_path) as head, closing(head.link()) as link:
         assert head.nodes.processes == []
         link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
-        head.until(lambda: head.nodes.processes)
+        head.until(lambda: head.nodes.processes, "the word that they run")
         first, second = head.nodes.processes
         assert (first.name, first.pid, first.running, first.collect()) == ("rollout-0", 70, True, None)
         second.signal(signal.SIGTERM)
         first.kill_group()
         said = []
-        head.until(lambda: said.extend(link.receive()) or len(said) == 2)
+        head.until(lambda: said.extend(link.receive()) or len(said) == 2, "both orders")
         assert said == [SendSignal(name="rollout-1", number=signal.SIGTERM), Kill(name="rollout-0")]
         link.send(Ended(name="rollout-0", code=10))
-        head.until(lambda: first.collect() is not None)
+        head.until(lambda: first.collect() is not None, "the word of its end")
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
 
 
@@ -120,7 +121,8 @@ def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
         head.until(
             lambda: (
                 len(head.nodes.processes) == 2 and all(each.collect() is not None for each in head.nodes.processes)
-            )
+            ),
+            "the end of both",
         )
         assert [each.ending for each in head.nodes.processes] == ["finished", "its node c is gone"]
         with pytest.raises(TransportError, match="does not want"):
@@ -177,7 +179,7 @@ def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
                         pass
                 return len(gone) == len(strangers)
 
-            head.until(drop)
+            head.until(drop, "the end of all connections")
         finally:
             for stranger in strangers:
                 stranger.close()

@@ -1,6 +1,6 @@
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +18,6 @@ from dray.runtime.membership import Role
 from dray.runtime.process import StopFlag
 
 INTERVAL = 0.4
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
 
 
 @pytest.fixture
@@ -66,10 +59,10 @@ def test_replica_that_watches_its_readers_hears_of_the_last_one_before_the_next_
         ) as heartbeat:
             heartbeat.watch_readers()
             client.post("/finish", messages.Finish(**policy, kind="solved", reason="enough"), messages.Directive)
-            assert within(5.0, heartbeat.job_over.is_set)
+            assert heartbeat.job_over.wait(5.0)
             assert not heartbeat.unread.is_set()
             client.post("/unregister", messages.Unregister(**policy, reason="done"), messages.Directive)
-            assert within(5.0, heartbeat.unread.is_set)
+            assert heartbeat.unread.wait(5.0)
     assert stop.reason == "the job is draining"
 
 
@@ -96,6 +89,6 @@ def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSp
         with Heartbeat(
             client, **rollout, activity=Activity(), stop=stop, interval=0.1, lost_after=0.5, grace=10.0
         ) as heartbeat:
-            assert within(10.0, lambda: stop.is_set)
+            assert stop.wait(10.0)
             assert not heartbeat.job_over.is_set()
     assert stop.exit_code == 11
