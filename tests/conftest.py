@@ -1,4 +1,4 @@
-"""What holds for every test: short socket paths, and nothing left behind.
+"""What holds for every test: short socket paths, and nothing left behind; and a fixture for tests of every lane.
 
 A test that passes is failed after all if a thread, a child process, a file descriptor or a mapping of shared
 memory is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transport_fixtures import LANES
 from waiting import ends_within
 
 from dray.clock import Deadline
@@ -41,6 +42,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_RUNTIME_DIR], ignore_errors=True)
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> str:
+    """Each lane, one after the other."""
+    return str(request.param)
 
 
 # --- leaks ------------------------------------------------------------------------------------------------------

@@ -54,6 +54,11 @@ def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:
     return next(e for e in map(Endpoint.parse, server.endpoints) if e.lane.label == lane)
 
 
+def counted(server: PayloadServer, name: str) -> int:
+    """One of the server's counters."""
+    return int(server.statistics()["server"].get(name, 0))
+
+
 class Child:
     """Another Python process that runs `script`, and talks in lines of JSON over its standard streams.
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from transport_fixtures import LANES, endpoint_of, pattern, ring_of, serving
+from transport_fixtures import endpoint_of, pattern, ring_of, serving
 from waiting import wait_until
 
 from dray import (
@@ -51,11 +51,6 @@ from dray.wire.handshake import ServerHandshake, ServerIdentity
 
 BAND = ("tcp", "ucx")
 _numbers = itertools.count()
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 class Hangup(Exception):

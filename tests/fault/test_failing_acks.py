@@ -3,18 +3,13 @@
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, ring_of, serving
+from transport_fixtures import ring_of, serving
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadFormatError
 from dray.clock import Deadline
 from dray.errors import ConnectionReset, ProducerLostError
 from dray.transport.connection import Connection
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 @pytest.fixture

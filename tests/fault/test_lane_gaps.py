@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_fixtures import LANES, Child, endpoint_of, pattern, ring_of, serving
+from transport_fixtures import Child, counted, endpoint_of, pattern, ring_of, serving
 from waiting import wait_until
 
 from dray import ConfigError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer, TransportTimeout
@@ -29,11 +29,6 @@ from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
 
 BAND = ("tcp", "ucx")
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 class Peer:
@@ -107,10 +102,6 @@ class Peer:
         self.stream.close()
         if self.worker is not None:
             self.worker.close()
-
-
-def counted(server: PayloadServer, name: str) -> int:
-    return int(server.statistics()["server"].get(name, 0))
 
 
 class HandClock:

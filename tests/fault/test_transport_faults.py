@@ -9,14 +9,14 @@ import socket
 import stat
 import struct
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transport_fixtures import LANES, endpoint_of, pattern, ring_of, serving
+from forked_child import run_in_child
+from transport_fixtures import counted, endpoint_of, pattern, ring_of, serving
 from waiting import wait_until
 
 from dray import (
@@ -43,11 +43,6 @@ from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import CHALLENGE, MAGIC, ClientHandshake, Lane
 
 BAND = ("tcp", "ucx")
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 class ByHand:
@@ -88,10 +83,6 @@ class ByHand:
 
     def __exit__(self, *_: object) -> None:
         self.sock.close()
-
-
-def counted(server: PayloadServer, name: str) -> int:
-    return int(server.statistics()["server"].get(name, 0))
 
 
 def has_read(server: PayloadServer, count: int) -> bool:
@@ -487,24 +478,6 @@ def test_b14_leases_of_a_connection_are_bounded_and_then_busy() -> None:
 
 
 # --- B12 --------------------------------------------------------------------------------------------------------
-
-
-def run_in_child(check: Callable[[], object]) -> str:
-    """Run `check` in a forked child; the traceback if it raised, or nothing."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            check()
-        except BaseException:
-            os.write(writing, traceback.format_exc().encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        problem = pipe.read().decode()
-    _, status = os.waitpid(pid, 0)
-    return problem or ("" if status == 0 else f"status {status}")
 
 
 def test_b12_what_a_child_inherits_says_so_and_the_parent_goes_on(lane: Any) -> None:

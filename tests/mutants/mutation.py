@@ -59,7 +59,7 @@ def prepare(folder: Path) -> None:
     shutil.copytree(SOURCES, folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     tests = folder / "tests"
     tests.mkdir()
-    for file in (*TESTS, ROOT / "tests/ring_model.py"):
+    for file in (*TESTS, ROOT / "tests/forked_child.py", ROOT / "tests/ring_model.py"):
         shutil.copy(file, tests)
     (tests / "conftest.py").touch()
     (tests / "test_walks.py").write_text(WALKS, encoding="utf-8")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from transport_fixtures import (
-    LANES,
     MOST_BYTES,
     READER,
     SERVER,
@@ -40,11 +39,6 @@ SCHEMES = {"shm": "unix", "tcp": "tcp", "ucx": "ucx"}
 
 def server_on(lane: str, slots: int = 3, slot_bytes: int = 1 << 20, **options: Any) -> Child:
     return Child(SERVER, slots=slots, slot_bytes=slot_bytes, options={"lanes": lane, "threads": 1, **options})
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:

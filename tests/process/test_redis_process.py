@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked_child import run_in_child
 from waiting import ends_within, wait_until
 
 from dray.clock import Deadline
@@ -240,11 +241,7 @@ def test_interrupt_at_the_terminal_does_not_reach_the_server(tmp_path: Path) -> 
 
 
 def test_child_of_a_fork_does_not_stop_the_server(server: RedisServer) -> None:
-    forked = os.fork()
-    if forked == 0:
-        server.close()
-        os._exit(0)
-    os.waitpid(forked, 0)
+    assert run_in_child(server.close) == ""
     assert server.pid is not None
 
 

@@ -9,11 +9,10 @@ import sys
 import textwrap
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_child import run_in_child
 
 from dray.buffer import Segment, SharedRingBuffer, SlotState
 from dray.buffer.layout import SLOT_HEADER
@@ -33,24 +32,6 @@ CREATOR = """
     socket.send_fds(channel, [ring.producer_id], [ring.segment.fileno()])
     channel.recv(1)
 """
-
-
-def run_in_child(check: Callable[[], object]) -> str:
-    """Run `check` in a forked child; the traceback if it raised, the signal if it crashed, or nothing."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            check()
-        except BaseException:
-            os.write(writing, traceback.format_exc().encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        problem = pipe.read().decode()
-    _, status = os.waitpid(pid, 0)
-    return problem or ("" if status == 0 else f"status {status}")
 
 
 def users_of(inode: int, pid: int | str) -> list[str]:

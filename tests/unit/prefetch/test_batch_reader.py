@@ -1,11 +1,11 @@
 """`BatchReader`: the threads that carry the decisions out, with a source that answers as it is told."""
 
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from forked_child import run_in_child
 from prefetch_fixtures import REFUSED, THERE, TIMEOUT, ToldSource, arrays, ref, refs
 from waiting import wait_until
 
@@ -347,17 +347,13 @@ def test_after_the_end_every_call_says_so(source: ToldSource) -> None:
 
 def test_b12_a_forked_child_is_told_that_the_reader_is_not_its_own(reader: BatchReader) -> None:
     reader.fetch_all([ref(0)])
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            reader.close()
+
+    def use() -> None:
+        reader.close()
+        with pytest.raises(BufferClosedError):
             reader.fetch_all([ref(1)])
-        except BufferClosedError:
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
+
+    assert run_in_child(use) == ""
     assert outcomes(reader.fetch_all([ref(1)])) == ["came"]
 
 

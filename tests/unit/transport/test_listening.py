@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_fixtures import endpoint_of, serving
+from forked_child import run_in_child
+from transport_fixtures import counted, endpoint_of, serving
 from waiting import wait_until
 
-from dray import ConfigError, PayloadClient, PayloadServer, TransportTimeout
+from dray import ConfigError, PayloadClient, TransportTimeout
 from dray.clock import Deadline
 from dray.errors import Unreachable
 from dray.transport import tcp, unix
 from dray.transport.unix import UnixListener
 
 SOCKETS = ("shm", "tcp")
-
-
-def counted(server: PayloadServer, name: str) -> int:
-    return int(server.statistics()["server"].get(name, 0))
 
 
 @contextlib.contextmanager
@@ -104,19 +101,15 @@ def test_a_process_of_another_user_is_not_served() -> None:
         for folder in (Path(open_to_all), *(each for each in path.parents if open_to_all in str(each.parent))):
             folder.chmod(0o755)
         path.chmod(0o666)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
+
+        def ask_as_another_user() -> None:
             os.setuid(65534)
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(10)
                 sock.connect(str(path))
-                os.write(writing, b"nothing" if sock.recv(100) == b"" else b"something")
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            assert pipe.read() == b"nothing"
-        os.waitpid(child, 0)
+                assert sock.recv(100) == b""
+
+        assert run_in_child(ask_as_another_user) == ""
         assert counted(server, "auth_failures") == 1
         assert bytes(client.read_bytes(ref)) == b"payload"
 
