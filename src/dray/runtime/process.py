@@ -95,15 +95,19 @@ def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
-    logging.basicConfig(
-        level=log_level, stream=sys.stderr, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
-    )
+    log_to_stderr(name, log_level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
         _bind_to_parent(int(parent))
+
+
+def log_to_stderr(name: str, level: int) -> None:
+    """What is logged from `level` on goes to stderr, which is the process's log; `name` is that of the process."""
+    form = f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, stream=sys.stderr, format=form)
 
 
 def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:

@@ -9,7 +9,6 @@ of its own.
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import sys
@@ -17,22 +16,23 @@ from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 from dray.config import JobConfig
-from dray.errors import ConfigError, DrayError
+from dray.errors import ConfigError
 from dray.launch.display import Display
 from dray.launch.output import open_output
 from dray.launch.signals import TIME_LIMIT_SIGNAL, WATCHED, SignalInbox
 from dray.launch.site import Elsewhere, Nowhere, Site
-from dray.launch.slurm.command_line import Task, read_task
+from dray.launch.slurm.command_line import Task
 from dray.launch.slurm.network import Interface, choose_interface, is_loopback
 from dray.launch.slurm.placement import environment, placements
 from dray.launch.slurm.plan import NODE_VARIABLE, Plan
 from dray.launch.slurm.remote import OtherNodes
+from dray.launch.slurm.task_process import run_task
 from dray.launch.supervisor import supervise
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.membership import Role
 from dray.runtime.place import LOOPBACK
-from dray.runtime.process import DUMP_SIGNAL, exit_with_own_code_on_crash
+from dray.runtime.process import log_to_stderr
 
 
 def run_head(task: Task) -> int:
@@ -41,6 +41,7 @@ def run_head(task: Task) -> int:
     Raises:
         ConfigError: before anything was started.
     """
+    log_to_stderr("head", logging.WARNING)
     if task.node != task.nodes[0]:
         raise ConfigError(NODE_VARIABLE, task.node, f"the first of the job's nodes, which is {task.nodes[0]}")
     config = attempt_config(task.plan)
@@ -116,20 +117,7 @@ def _site(task: Task, config: JobConfig, folder: JobFolder, interface: Interface
 
 def main() -> int:
     """See the module."""
-    exit_with_own_code_on_crash()
-    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
-    form = "%(asctime)s head %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=form)
-    try:
-        task = read_task()
-        os.environ.update(task.plan.environment)
-        return run_head(task)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CONFIGURATION
-    except DrayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.FAILED
+    return run_task(run_head, failed=ExitCode.FAILED)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ they do not within `timeouts.shutdown`; when this process is killed, the kernel 
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import logging
 import os
@@ -20,22 +19,23 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dray.clock import Deadline
-from dray.errors import ConfigError, ControlPlaneError, DrayError, TransportError
+from dray.errors import ConfigError, ControlPlaneError, TransportError
 from dray.launch.children import Child
 from dray.launch.replicas import start_rank, start_rollout
 from dray.launch.signals import SignalInbox
-from dray.launch.slurm.command_line import Task, read_task
+from dray.launch.slurm.command_line import Task
 from dray.launch.slurm.connection import connect
 from dray.launch.slurm.greeting import Purpose
 from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.launch.slurm.network import Interface, boot_id, choose_interface, is_loopback
 from dray.launch.slurm.placement import Placement, environment, placements
+from dray.launch.slurm.task_process import run_task
 from dray.launch.teardown import Means, Teardown
 from dray.runtime.descendants import child_pids, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.membership import Role
-from dray.runtime.process import DUMP_SIGNAL, adopt_orphans, exit_with_own_code_on_crash
+from dray.runtime.process import DUMP_SIGNAL, adopt_orphans, log_to_stderr
 
 LOOK_INTERVAL = 0.25
 """Seconds between two looks for the head's address: a file system that nodes share tells nobody that one came."""
@@ -270,23 +270,20 @@ class NodeSupervisor:
                 child.collect(5.0)
 
 
+def run_node(task: Task) -> int:
+    """Do for one node what the head says, until the attempt is over; returns the exit code.
+
+    Raises:
+        DrayError: the head cannot be found or reached.
+    """
+    log_to_stderr(f"node {task.node}", logging.INFO)
+    with SignalInbox() as inbox:
+        return NodeSupervisor(task, inbox).run()
+
+
 def main() -> int:
     """See the module."""
-    exit_with_own_code_on_crash()
-    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
-    try:
-        task = read_task()
-        form = f"%(asctime)s node {task.node} %(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
-        os.environ.update(task.plan.environment)
-        with SignalInbox() as inbox:
-            return NodeSupervisor(task, inbox).run()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CONFIGURATION
-    except DrayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CONTROLLER_LOST
+    return run_task(run_node, failed=ExitCode.CONTROLLER_LOST)
 
 
 if __name__ == "__main__":
