@@ -12,8 +12,8 @@ import typer
 
 from dray.cli.bench import bench
 from dray.cli.doctor import doctor
+from dray.cli.job_options import Settings, read_job
 from dray.cli.slurm import slurm
-from dray.config import load_job
 from dray.errors import ConfigError, DrayError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import exit_with_own_code_on_crash
@@ -44,9 +44,7 @@ def common(
 @app.command()
 def run(
     job: Annotated[Path, typer.Argument(help="The job file, TOML.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
-    ] = None,
+    settings: Settings = None,
     output: Annotated[
         str | None, typer.Option(help="Output folder; by default a new one under outputs/<job name>/.")
     ] = None,
@@ -58,8 +56,7 @@ def run(
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job
 
-    overrides = [*(settings or []), *([f"job.output={_quoted(output)}"] if output is not None else [])]
-    config = load_job(job, overrides)
+    config = read_job(job, settings, output)
     raise typer.Exit(run_job(config, job.absolute(), resume=resume))
 
 
@@ -89,12 +86,6 @@ def _fail(error: DrayError, code: ExitCode) -> None:
 def _print_error(line: str, code: ExitCode) -> int:
     print(line, file=sys.stderr)
     return int(code)
-
-
-def _quoted(text: str) -> str:
-    """`text` as a TOML string."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 if __name__ == "__main__":

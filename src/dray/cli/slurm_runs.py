@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dray.config import load_job
+from dray.cli.job_options import Settings, read_job
 from dray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 def submit(
     job: Annotated[Path, typer.Argument(help="The job file, TOML, the same as for dray run.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
-    ] = None,
+    settings: Settings = None,
     output: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="By default a new one under outputs/<job name>/.")
     ] = None,
@@ -68,11 +66,7 @@ def submit(
     from dray.launch.slurm import submit as submission
     from dray.runtime.exit_codes import ExitCode
 
-    if output is not None and not output:
-        raise ConfigError("--output", output, "the name of a folder")
-    config = load_job(job, settings or [])
-    if output is not None:
-        config = config.model_copy(update={"job": config.job.model_copy(update={"output": output})})
+    config = read_job(job, settings, output)
     options = {
         "partition": partition,
         "account": account,

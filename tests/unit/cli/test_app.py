@@ -3,6 +3,20 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
+JOB = """
+[job]
+name = "small"
+max_steps = 10
+[rollout]
+worker = "small.py:Worker"
+[policy]
+trainer = "small.py:Trainer"
+batch_size = 8
+"""
+COMMANDS_WITH_A_JOB_FILE = [["run"], ["slurm", "submit", "--dry-run"]]
+
 
 def dray(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
@@ -28,11 +42,34 @@ def test_unreadable_job_file_is_one_line(tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)
+@pytest.mark.parametrize("name", ["", "\udcff"])
+def test_output_that_is_no_name_of_a_folder_is_one_line(tmp_path: Path, command: list[str], name: str) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    ended = dray(*command, str(tmp_path / "job.toml"), "--output", name)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    allowed = "the name of a folder, in UTF-8"
+    assert ended.stderr == f"error: --output = {name!r} is not allowed: {allowed}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)
+def test_output_is_taken_as_it_stands_and_has_the_last_word(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    used = tmp_path / 'it\'s "odd" \\ \x7f, 100 %'
+    used.mkdir()
+    (used / "metrics.jsonl").touch()
+    ended = dray(*command, str(tmp_path / "job.toml"), "--output", str(used), "--set", "job.output=another")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(
+        f"error: job.output = {str(used)!r} is not allowed: must be a folder without an"
+    )
+
+
 def test_error_of_our_own_is_not_taken_for_a_job_that_failed() -> None:
     program = (
         "import sys, dray.cli.app as app\n"
-        "def load_job(*_): raise RuntimeError('impossible')\n"
-        "app.load_job = load_job\n"
+        "def read_job(*_): raise RuntimeError('impossible')\n"
+        "app.read_job = read_job\n"
         "sys.argv = ['dray', 'run', 'job.toml']\n"
         "app.main()\n"
     )
