@@ -102,8 +102,8 @@ class SocketService:
 class SocketExchange:
     """A request, and an answer of the payload's size, or of one frame with ``round_trip``.
 
-    Before a block of round trips the other process writes as many payloads, as it does before reads in place: large
-    ones leave its caches as cold to both.
+    Before a block of round trips the other process writes as many payloads, as it does before reads in place: both
+    find its caches as cold.
     """
 
     def __init__(self, family: Family, *, round_trip: bool) -> None:

@@ -5,8 +5,8 @@ who sends to it tens of microseconds: more than the sleep was worth. Looks are b
 while waits have been short: whoever is idle sleeps at once, without using any processor.
 
 After the first look, and now and then, others may have the processor: the peer whose answer is awaited may have no
-other to run on. A thread that does not get it back at once knows that somebody needs it, and sleeps at once for some
-waits: the more of them, the more often that happens.
+other to run on. A thread that does not get it back at once knows that somebody needs it: some of its next waits
+sleep at once, the more of them, the more often that happens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SLOW_LOOK_SECONDS = 50e-6
 
 REST_GROWTH = 4
 MOST_RESTED = 256
-"""After a slow look one wait sleeps at once; after another so many times as many and one, up to the most. Each look
-that finds something halves it."""
+"""After a slow look one wait sleeps at once; after another so many times as many and one, up to the most. A look
+that finds something halves them."""
 
 
 class Spinning:
