@@ -5,8 +5,8 @@ who sends to it tens of microseconds: more than the sleep was worth. Looks are b
 while waits have been short: whoever is idle sleeps at once, without using any processor.
 
 After the first look, and now and then, others may have the processor: the peer whose answer is awaited may have no
-other to run on. A thread that does not get it back at once knows that somebody needs it: some of its next waits
-sleep at once, the more of them, the more often that happens.
+other to run on. A thread that does not get it back at once, and then finds nothing, knows that somebody else needs
+it: some of its next waits sleep at once, the more of them, the more often that happens.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ SHORT_SECONDS = 3 * SPIN_SECONDS
 """A wait of at most this, looks included, has the next one begin with looks."""
 
 SLOW_LOOK_SECONDS = 50e-6
-"""A look that takes as long has waited for the interpreter or a processor, which others need: the last one."""
+"""A look that takes as long has waited for the interpreter or a processor. If the next one finds nothing, it was not
+the peer who needed that."""
 
 REST_GROWTH = 4
 MOST_RESTED = 256
-"""After a slow look one wait sleeps at once; after another so many times as many and one, up to the most. A look
-that finds something halves them."""
+"""After looks that were slow for nothing, or longer than a short wait, one wait sleeps at once; after others so many
+times as many and one, up to the most. Looks that find something halve them."""
 
 
 class Spinning:
@@ -69,25 +70,34 @@ class Spinning:
         now = self._now
         began = now()
         if self._soon:
-            last, end = began, began + SPIN_SECONDS
-            for look in itertools.count():
-                found = poll(0)
-                if found:
-                    self._rest >>= 1
-                    return found
-                if look % GIVE_WAY_EVERY == 0:
-                    self._give_way()
-                looked = now()
-                if looked - last > SLOW_LOOK_SECONDS:
-                    self._rest = self._resting = min(REST_GROWTH * self._rest + 1, MOST_RESTED)
-                    break
-                if looked > end:
-                    break
-                last = looked
+            found = self._look(began)
+            if found:
+                return found
         elif self._resting:
             self._resting -= 1
         found = poll(timeout)
         self._soon = not self._resting and now() - began <= SHORT_SECONDS
+        return found
+
+    def _look(self, began: float) -> list[tuple[int, int]]:
+        """What looks have found; nothing once it is time to sleep."""
+        poll, now = self._poll, self._now
+        last, end, slow = began, began + SPIN_SECONDS, False
+        for look in itertools.count():
+            found = poll(0)
+            if found and last - began <= SHORT_SECONDS:
+                self._rest >>= 1
+                break
+            if slow:
+                self._rest = self._resting = min(REST_GROWTH * self._rest + 1, MOST_RESTED)
+                self._soon = False
+                break
+            if last > end:
+                break
+            if look % GIVE_WAY_EVERY == 0:
+                self._give_way()
+            looked = now()
+            last, slow = looked, looked - last > SLOW_LOOK_SECONDS
         return found
 
 

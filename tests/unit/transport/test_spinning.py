@@ -89,16 +89,28 @@ def test_the_habit_ends_with_a_wait_that_took_long(
     assert (poll.asked[0] == 0) is goes_on
 
 
-def test_a_slow_look_is_the_last_one(spinning: Spinning, poll: Poll) -> None:
+def test_a_slow_look_is_followed_by_one_more(spinning: Spinning, poll: Poll) -> None:
     poll.look = 2 * SLOW_LOOK_SECONDS
     spinning(5.0)
-    assert poll.asked == [0, 5.0]
+    assert poll.asked == [0, 0, 5.0]
 
 
 def test_a_thread_that_does_not_get_the_processor_back_at_once_sleeps(spinning: Spinning, poll: Poll) -> None:
     poll.away = 2 * SLOW_LOOK_SECONDS
     spinning(5.0)
-    assert poll.asked == [0, 5.0]
+    assert poll.asked == [0, 0, 5.0]
+
+
+@pytest.mark.parametrize(("away", "goes_on"), [(0.9 * SHORT_SECONDS, True), (1.1 * SHORT_SECONDS, False)])
+def test_a_peer_that_had_the_processor_and_answered_soon_may_have_it_again(
+    spinning: Spinning, poll: Poll, away: float, goes_on: bool
+) -> None:
+    poll.away, poll.found_in = away, 2
+    assert spinning(5.0) == FOUND
+    poll.asked.clear()
+    poll.found_in = 0
+    spinning(5.0)
+    assert (poll.asked[0] == 0) is goes_on
 
 
 def rested(spinning: Spinning, poll: Poll) -> int:
