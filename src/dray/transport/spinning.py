@@ -29,13 +29,13 @@ SHORT_SECONDS = 3 * SPIN_SECONDS
 """A wait of at most this, looks included, has the next one begin with looks."""
 
 SLOW_LOOK_SECONDS = 50e-6
-"""A look that takes as long has waited for the interpreter or a processor. If the next one finds nothing, it was not
-the peer who needed that."""
+"""A look that takes as long has waited for the interpreter or a processor. If the next one finds nothing, it was
+not the peer who needed that."""
 
 REST_GROWTH = 4
 MOST_RESTED = 256
-"""After looks that were slow for nothing, or longer than a short wait, one wait sleeps at once; after others so many
-times as many and one, up to the most. Looks that find something halve them."""
+"""After looks that were slow for nothing, or longer than a short wait, one wait sleeps at once; after others so
+many times as many and one, up to the most. Looks that find something halve them."""
 
 
 class Spinning:
