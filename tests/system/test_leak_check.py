@@ -1,5 +1,6 @@
 """The check that fails a test for what it leaves behind (tests/conftest.py) finds each kind of leak."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -59,14 +60,16 @@ def test_last():
 
 
 def test_every_kind_of_leak_fails_its_test_and_a_clean_test_passes(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
+    tests = Path(__file__).parents[1]
+    shutil.copy(tests / "conftest.py", tmp_path)
     (tmp_path / "conftest.py").write_text(
         (tmp_path / "conftest.py").read_text().replace("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5")
     )
     (tmp_path / "test_leaks.py").write_text(LEAKING_TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "test_leaks.py"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    environment = {**os.environ, "PYTHONPATH": str(tests)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
     summary = [line for line in ended.stdout.splitlines() if line.startswith(("PASSED", "FAILED", "ERROR"))]
     outcomes = {(line.split()[0], line.split("::")[1].split()[0]) for line in summary}
     passed = {name for outcome, name in outcomes if outcome == "PASSED"}
