@@ -1,4 +1,5 @@
-"""docs/failure-modes.md has every row, and names tests that exist; each row has one that bears its number."""
+"""docs/failure-modes.md has every row, and names tests that exist; each row of the first four tables has one that
+bears its number."""
 
 import ast
 import re
@@ -8,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "failure-modes.md"
-COUNTS = (("B", 14), ("W", 13), ("C", 14), ("R", 17))
+COUNTS = (("B", 14), ("W", 13), ("C", 14), ("R", 17), ("Z", 12), ("V", 4))
 ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]
 
 
 def documented() -> dict[str, str]:
     """The text below each row's heading."""
-    parts = re.split(r"^### ([BWCR]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^### ([BWCRZV]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     assert len(set(parts[::2])) == len(parts[::2])
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
@@ -41,4 +42,5 @@ def test_row_says_what_happens_and_names_tests_that_exist(row: str) -> None:
     assert len(set(named)) == len(named)
     assert text.strip().splitlines()[0][0] != "-", "what happens comes first"
     assert [f"{path}::{name}" for path, name in named if name not in functions_in(path)] == []
-    assert any(name.startswith(f"test_{row.lower()}_") for _, name in named)
+    if row[0] in "BWCR":
+        assert any(name.startswith(f"test_{row.lower()}_") for _, name in named)

@@ -237,7 +237,11 @@ def test_infinities_and_nan_survive_a_narrowing_cast():
     assert np.array_equal(checked, np.array([np.inf, -np.inf, np.nan, 1], np.float32), equal_nan=True)
 
 
-@pytest.mark.parametrize("value", [np.array(["a"]), np.array([object()]), np.zeros(1, ml_dtypes.int4)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [np.array(["a"]), np.array([object()]), np.zeros(1, ml_dtypes.int4)],
+    ids=["strings", "objects", "int4"],
+)
 def test_what_is_not_a_number_is_a_format_error_that_names_the_field(value):
     with pytest.raises(PayloadFormatError, match="'x' has dtype"):
         schema_of("F32").check({"x": value})
