@@ -10,6 +10,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= $(shell expr 2 \* $$(nproc))
 ENDURANCE_ARGS ?=
 SLURM_TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -23,9 +24,11 @@ JOBS ?= 200
 JOBS_ARGS ?=
 
 BIN := .venv/bin
+# Most tests wait most of the time. A few tests are sent at a time, as some take a hundred times as long as others.
+PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo test test-slurm lint format bench bench-peers simulate soak fuzz jobs endurance devmode mutants mutmut clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak fuzz jobs endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -36,8 +39,11 @@ demo: .venv/demo.stamp ## CartPole, learnt over dray by four processes on this m
 grpo: .venv/demo.stamp ## a tiny transformer learns to sort digits by GRPO, rewards its only signal
 	$(BIN)/dray run examples/grpo/job.toml
 
-test: .venv/dev.stamp ## every test but the long ones (PYTEST_ARGS="-k name" for some, without coverage)
-	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),--cov --cov-report=)
+check: .venv/dev.stamp ## the quick tests: unit, property, contract
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/property tests/contract
+
+test: .venv/dev.stamp ## every test but the long ones, with coverage (PYTEST_ARGS="-k name": some, one after the other)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL) --cov --cov-report=)
 
 test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray does on one (SLURM_TEST_ARGS)
 	tests/slurm/install.sh

@@ -1,4 +1,5 @@
-"""What holds for every test: short socket paths, and nothing left behind; and a fixture for tests of every lane.
+"""What holds for every test: short socket paths, nothing left behind, their order where several run at once; and
+a fixture for tests of every lane.
 
 A test that passes is failed after all if a thread, a child process, a file descriptor or a mapping of shared
 memory is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
@@ -33,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
     config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
     os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
-    if config.getoption("cov_source", None):
+    if config.getoption("cov_source", None) and not _is_worker(config):
         # Here, as most runs measure nothing and have no need of it.
         from coverage_bounds import CoverageBounds
 
@@ -42,6 +43,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_RUNTIME_DIR], ignore_errors=True)
+
+
+# --- several at once --------------------------------------------------------------------------------------------
+
+LONGEST_FIRST = ("process", "system", "fault", "property", "mutants", "contract", "fuzz", "unit")
+MEASURED = ("process", "unit")
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers long tests begin first, so that all workers end at about the same time.
+
+    A test with a time limit of its own is one of the longest.
+    """
+    if _is_worker(config):
+        items.sort(
+            key=lambda item: (item.get_closest_marker("timeout") is None, LONGEST_FIRST.index(_folder(item)))
+        )
+
+
+@pytest.fixture(autouse=True)
+def _measured_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage counts what started processes do in tests of `MEASURED`; elsewhere it would only slow them down."""
+    if _folder(request.node) not in MEASURED:
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------

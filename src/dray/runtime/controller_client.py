@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import httpx
+import httpcore
 from pydantic import ValidationError
 
 from dray.clock import Deadline
@@ -31,6 +31,7 @@ HURRIED = 1.0
 
 _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 1.0
+_TRANSPORT_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 _Reply = TypeVar("_Reply", bound=messages.Message)
 _Result = TypeVar("_Result")
 
@@ -54,13 +55,8 @@ class ControllerClient:
         self.url = url
         self._timeout = timeout
         self._loop = asyncio.new_event_loop()
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=None,
-            trust_env=False,
-            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE / 2),
-        )
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2)
         self._thread = threading.Thread(target=self._loop.run_forever, name="controller-client", daemon=True)
         self._thread.start()
         self._closed = False
@@ -80,7 +76,7 @@ class ControllerClient:
             MembershipError: the controller does not count the caller as a member.
             ControlPlaneError: any other refusal.
         """
-        return self._run(self._request("POST", path, body.model_dump_json(), reply, self._deadline(timeout)))
+        return self._run(self._request("POST", path, body.model_dump_json().encode(), reply, self._deadline(timeout)))
 
     def status(self, timeout: float | None = None) -> messages.Status:
         """The job's status.
@@ -125,20 +121,22 @@ class ControllerClient:
             raise ControllerLostError("the client of the controller was closed", endpoint=self.url) from error
 
     async def _request(
-        self, method: str, path: str, body: str | None, reply: type[_Reply], deadline: Deadline
+        self, method: str, path: str, body: bytes | None, reply: type[_Reply], deadline: Deadline
     ) -> _Reply:
         wait = _FIRST_WAIT
         try:
             async with self._bounded(deadline):
                 while True:
                     try:
-                        response = await self._client.request(method, path, content=body)
-                    except httpx.TransportError:
+                        response = await self._pool.request(
+                            method, self.url + path, headers=self._headers, content=body
+                        )
+                    except _TRANSPORT_ERRORS:
                         await asyncio.sleep(wait)
                         wait = min(2 * wait, _LONGEST_WAIT)
                         continue
-                    if response.status_code < 500:
-                        return _parsed(response, reply)
+                    if response.status < 500:
+                        return _parsed(response, reply, self.url + path)
                     await asyncio.sleep(wait)
         except TimeoutError as error:
             message = f"the controller did not answer {method} {path}"
@@ -167,19 +165,17 @@ class ControllerClient:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
+        await self._pool.aclose()
 
 
-def _parsed(response: httpx.Response, reply: type[_Reply]) -> _Reply:
+def _parsed(response: httpcore.Response, reply: type[_Reply], url: str) -> _Reply:
     try:
-        if response.status_code == 200:
+        if response.status == 200:
             return reply.model_validate_json(response.content)
         refusal = messages.ErrorReply.model_validate_json(response.content)
     except ValidationError as error:
-        message = f"what answers with HTTP {response.status_code} is not a controller of this version"
-        raise ControlPlaneError(message, endpoint=str(response.url)) from error
-    if response.status_code == 409:
+        message = f"what answers with HTTP {response.status} is not a controller of this version"
+        raise ControlPlaneError(message, endpoint=url) from error
+    if response.status == 409:
         raise MembershipError(refusal.detail)
-    raise ControlPlaneError(
-        f"the controller refuses: {refusal.error} {refusal.detail}", endpoint=str(response.url)
-    )
+    raise ControlPlaneError(f"the controller refuses: {refusal.error} {refusal.detail}", endpoint=url)

@@ -20,7 +20,7 @@ LONGEST_PROMPT_WAIT = 2.0
 class Message(BaseModel):
     """A body: no unknown fields. A metric may be NaN or infinite; strict JSON has only strings for these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", defer_build=True)
 
 
 class Caller(Message):

@@ -96,7 +96,6 @@ def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
     log_to_stderr(name, log_level)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)
