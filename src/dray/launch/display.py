@@ -5,6 +5,7 @@ Some of its text comes from user code. All text is made printable, and none is r
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -134,6 +135,9 @@ class Display:
     def __init__(self, title: str, max_steps: int, console: Console | None = None) -> None:
         self._title = title
         self._console = Console() if console is None else console
+        if isinstance(self._console.file, io.TextIOWrapper):
+            # A character that the terminal's encoding does not have is shown as an escape.
+            self._console.file.reconfigure(errors="backslashreplace")
         self._reader = FigureReader(max_steps)
         self._live: Live | None = None
         self._next_line = 0.0

@@ -122,6 +122,19 @@ def test_text_of_users_and_peers_is_shown_as_it_is_and_ends_nothing(terminal: bo
     assert "12/100" in text
 
 
+def test_text_that_the_encoding_of_the_output_does_not_have_is_escaped() -> None:
+    output = io.BytesIO()
+    with (
+        io.TextIOWrapper(output, encoding="ascii") as file,
+        Display("small", 100, Console(file=file, width=150)) as display,
+    ):
+        display.update(status(3, 12, 0, metrics={"größe": 1.0}))
+        display.say("大")
+        lines = output.getvalue().splitlines()
+    assert lines[0].endswith(b"metrics gr\\xf6\\xdfe=1")
+    assert lines[1:] == [b"\\u5927"]
+
+
 def test_figures_that_are_not_finite_end_nothing() -> None:
     counters = dict.fromkeys(("step", "payloads", "bytes", "mean_return", "staleness"), math.nan)
     for terminal in (True, False):
