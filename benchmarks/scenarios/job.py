@@ -55,7 +55,8 @@ def rows(output: Path) -> Iterator[Row]:
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     loop = json.loads(lines[-1])["seconds"]
     target = Target("P14", "at most", 2.0, "value")
-    note = f"{summary['payloads']} payloads over {summary['lane']}, {summary['steps']} steps"
+    travel = summary["transfer"] + (f" over {summary['lane']}" if "lane" in summary else "")
+    note = f"{summary['payloads']} payloads by {travel}, {summary['steps']} steps"
     for of, seconds, judged in (("job's wall time", summary["seconds"], target), ("training loop", loop, None)):
         share = 100 * summary["read_seconds"] / seconds
         figure = Figure((share,), None, summary["payloads"])

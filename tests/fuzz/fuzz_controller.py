@@ -29,6 +29,8 @@ SEEDS = [
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "seconds": float("nan")}),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "counters": {"reads": float("inf")}}),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "counters": {"re ads\n": 1e300}}),
+    _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "metrics": {'a "b\\\n': float("nan")}}),
+    _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "warnings": ["\x1b[2J"] * 21}),
     _REGISTERED + request("/prompts", **_CALLER, want=4, published=[1, 2**63 - 1]),
     _REGISTERED + request("/unregister", **_CALLER, reason="x" * 300),
     _REGISTERED + request("/finish", **_CALLER, kind="solved", reason=""),

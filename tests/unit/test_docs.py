@@ -21,6 +21,7 @@ from dray.launch.slurm import run_states
 from dray.runtime import lifecycle
 from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.figures import FAMILIES
 from dray.wire import frames, handshake
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +215,14 @@ def test_bodies_on_the_runtime_page_are_those_of_the_models() -> None:
             fields = [", ".join(model.model_fields) for model in (each.body, each.reply)]
             expected[f"`{each.method} {each.path}`"] = fields
     assert listed == expected
+
+
+def test_metric_families_on_the_runtime_page_are_those_of_the_code() -> None:
+    table = [row for row in rows(page("runtime.md")) if row[0].startswith("`dray_")]
+    assert table == [
+        [f"`{each.name}`", each.kind, ", ".join(f"`{label}`" for label in each.labels), each.help]
+        for each in FAMILIES
+    ]
 
 
 def test_table_of_the_teardown_is_that_of_the_module() -> None:

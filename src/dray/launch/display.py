@@ -1,10 +1,16 @@
-"""What `dray run` shows while a job runs: a live table on a terminal, a line now and then elsewhere."""
+"""What `dray run` shows while a job runs: a live table on a terminal, a line now and then elsewhere.
+
+Some of its text comes from user code. All text is made printable, and none is read as markup.
+"""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -15,35 +21,74 @@ from rich.text import Text
 
 from dray.clock import MONOTONIC
 from dray.runtime.membership import FIRST_POLICY
-from dray.runtime.messages import MemberStatus, Status
+from dray.runtime.messages import MemberStatus, ProgressReport, Status
+from dray.runtime.printable import MAX_SHOWN, printable
+from dray.runtime.stop_condition import MEAN_RETURN
 
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""
 
+MAX_METRICS_SHOWN = 8
+"""Metrics of the user's trainer that are shown."""
+
+_LONGEST_NAME = 40
+_LONGEST_CELL = 200
+_NO_REPORT = ProgressReport(doing="", seconds=0.0)
+_STYLES = {"mean return": "bold green"}
+_WORD = re.compile(r"[\w./@:-]+")
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The numbers of one moment, read off a job's status."""
+    """The numbers of one moment, read off a job's status.
+
+    Attributes:
+        mean_return: None where payloads have no rewards.
+        transfer: how payloads come, see `Inlet.transfer`.
+        lane: that they are read over; empty if over none.
+        metrics: what the user's trainer returned.
+    """
 
     phase: str
     seconds: float
     step: int
     max_steps: int
-    mean_return: float
+    mean_return: float | None
     payloads: int
     nbytes: int
     rate: float
+    transfer: str
     lane: str
     staleness: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
         """Everything in one line."""
-        shown = "-" if math.isnan(self.mean_return) else f"{self.mean_return:.1f}"
-        return (
-            f"{self.seconds:6.1f} s  {self.phase}  step {self.step}/{self.max_steps}  mean return {shown}  "
-            f"payloads {self.payloads}  {self.rate:.2f} MB/s  lane {self.lane or '-'}  "
-            f"staleness {self.staleness:.2f}"
-        )
+        own = "  ".join(f"{name} {value}" for name, value in self.cells().items() if name not in ("phase", "time"))
+        metrics = self.shown_metrics()
+        return f"{self.seconds:6.1f} s  {self.phase}  {own}{metrics and f'  metrics {metrics}'}"
+
+    def cells(self) -> dict[str, str]:
+        """dray's own figures by their names; without those that this job does not have."""
+        shown = {
+            "phase": self.phase,
+            "time": f"{self.seconds:.0f} s",
+            "step": f"{self.step}/{self.max_steps}",
+            "mean return": "" if self.mean_return is None else f"{self.mean_return:.1f}",
+            "payloads": str(self.payloads),
+            "throughput": f"{self.rate:.2f} MB/s",
+            "transfer": printable(self.transfer, _LONGEST_NAME),
+            "lane": printable(self.lane, _LONGEST_NAME),
+            "staleness": f"{self.staleness:.2f}",
+        }
+        return {name: value for name, value in shown.items() if value}
+
+    def shown_metrics(self) -> str:
+        """The user's metrics as ``name=value``, sorted; names that are no words are quoted."""
+        names = sorted(self.metrics)
+        parts = [f"{_quoted(name)}={self.metrics[name]:.4g}" for name in names[:MAX_METRICS_SHOWN]]
+        more = len(names) - MAX_METRICS_SHOWN
+        return " ".join([*parts, f"and {more} more"] if more > 0 else parts)
 
 
 class FigureReader:
@@ -56,21 +101,22 @@ class FigureReader:
 
     def read(self, status: Status) -> Figures:
         """The figures of `status`, newer than those read before."""
-        policies = [member.progress for member in status.members if member.name == FIRST_POLICY]
-        counters = policies[0].counters if policies else {}
-        nbytes = int(counters.get("bytes", 0))
+        policy = next((each.progress for each in status.members if each.name == FIRST_POLICY), _NO_REPORT)
+        nbytes = policy.count("bytes")
         self._follow(status.seconds, nbytes)
         return Figures(
             phase=status.phase.value,
             seconds=status.seconds,
-            step=int(counters.get("step", 0)),
+            step=policy.count("step"),
             max_steps=self._max_steps,
-            mean_return=counters.get("mean_return", math.nan),
-            payloads=int(counters.get("payloads", 0)),
+            mean_return=policy.counters.get(MEAN_RETURN),
+            payloads=policy.count("payloads"),
             nbytes=nbytes,
             rate=self._rate,
-            lane=policies[0].labels.get("lane", "") if policies else "",
-            staleness=counters.get("staleness", 0.0),
+            transfer=policy.labels.get("transfer", ""),
+            lane=policy.labels.get("lane", ""),
+            staleness=policy.counters.get("staleness", 0.0),
+            metrics=policy.metrics,
         )
 
     def _follow(self, seconds: float, nbytes: int) -> None:
@@ -89,9 +135,13 @@ class Display:
     def __init__(self, title: str, max_steps: int, console: Console | None = None) -> None:
         self._title = title
         self._console = Console() if console is None else console
+        if isinstance(self._console.file, io.TextIOWrapper):
+            # A character that the terminal's encoding does not have is shown as an escape.
+            self._console.file.reconfigure(errors="backslashreplace")
         self._reader = FigureReader(max_steps)
         self._live: Live | None = None
         self._next_line = 0.0
+        self._warned: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -112,12 +162,17 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
         sys.stdout.flush()
 
     def update(self, status: Status) -> None:
-        """Show `status`."""
+        """Show `status`, and once each warning of a replica."""
         figures = self._reader.read(status)
+        for member in status.members:
+            for warning in member.progress.warnings:
+                if (member.name, warning) not in self._warned:
+                    self._warned.add((member.name, warning))
+                    self.say(f"{member.name}: {warning}")
         if self._live is not None:
             stall = "" if status.stall is None else f"stall: {status.stall.line}"
             self._live.update(self._picture(figures, status.members, stall), refresh=True)
@@ -127,25 +182,11 @@ class Display:
 
     def _picture(self, figures: Figures, members: list[MemberStatus], stall: str) -> RenderableType:
         head = Table.grid(padding=(0, 3))
-        shown = "-" if math.isnan(figures.mean_return) else f"{figures.mean_return:.1f}"
-        for name in ("phase", "time", "step", "mean return", "payloads", "throughput", "lane", "staleness"):
+        cells = figures.cells()
+        for name in cells:
             head.add_column(name)
-        head.add_row(
-            *(
-                Text(name, style="dim")
-                for name in ("phase", "time", "step", "mean return", "payloads", "throughput", "lane", "staleness")
-            )
-        )
-        head.add_row(
-            figures.phase,
-            f"{figures.seconds:.0f} s",
-            f"{figures.step}/{figures.max_steps}",
-            Text(shown, style="bold green"),
-            str(figures.payloads),
-            f"{figures.rate:.2f} MB/s",
-            figures.lane or "-",
-            f"{figures.staleness:.2f}",
-        )
+        head.add_row(*(Text(name, style="dim") for name in cells))
+        head.add_row(*(Text(value, style=_STYLES.get(name, "")) for name, value in cells.items()))
         replicas = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
         for name in ("replica", "state", "doing", "for", "payloads"):
             replicas.add_column(name)
@@ -153,10 +194,23 @@ class Display:
             style = "" if member.state.value == "active" else "yellow" if member.state.value == "left" else "red"
             doing = member.progress.doing if member.state.value == "active" else member.reason
             replicas.add_row(
-                member.name,
-                Text(member.state.value, style=style),
-                Text(doing, overflow="ellipsis", no_wrap=True),
+                _cell(member.name),
+                _cell(member.state.value, style),
+                _cell(doing),
                 f"{member.progress.seconds + member.silence:.1f} s",
-                f"{member.progress.counters.get('payloads', 0):.0f}",
+                str(member.progress.count("payloads")),
             )
-        return Group(Text(self._title, style="bold"), head, Text(stall, style="yellow"), replicas)
+        metrics = figures.shown_metrics()
+        parts: list[RenderableType] = [Text(self._title, style="bold"), head]
+        if metrics:
+            parts.append(_cell(f"metrics of train_step: {metrics}", limit=MAX_SHOWN))
+        return Group(*parts, Text(printable(stall), style="yellow"), replicas)
+
+
+def _cell(text: str, style: str = "", limit: int = _LONGEST_CELL) -> Text:
+    return Text(printable(text, limit), style=style, overflow="ellipsis", no_wrap=True)
+
+
+def _quoted(name: str) -> str:
+    shown = printable(name, _LONGEST_NAME)
+    return shown if _WORD.fullmatch(name) and shown == name else f"'{shown}'"

@@ -257,13 +257,13 @@ class ReferenceInlet:
         return {"bytes": statistics["bytes"] + self._carried, "retries": statistics["retries"], "unfreed": unfreed}
 
     @property
+    def transfer(self) -> str:
+        return "+".join([*(["reference"] if self.lane else []), *(["inline"] if self._carried else [])])
+
+    @property
     def lane(self) -> str:
-        configured = self._replica.spec.config.job.lane
-        if configured != "auto":
-            return configured
         statistics = self._client.statistics()
-        lanes = [lane for lane in _LANES if statistics.get(f"reads_{lane}")]
-        return "+".join([*lanes, "redis"] if self._carried else lanes)
+        return "+".join(lane for lane in _LANES if statistics.get(f"reads_{lane}"))
 
 
 class ReferenceWeightsOutlet:

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ from dray.runtime.controller_client import KEEP_ALIVE
 from dray.runtime.controller_metrics import exposition
 from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
-from dray.runtime.job import JobSpec, write_json
+from dray.runtime.job import JobFolder, JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
 from dray.runtime.process import begin_process, finish_process
 from dray.runtime.prompts import PromptLedger, prompt_seed
@@ -164,7 +165,7 @@ class Controller:
         return _reply(self.status())
 
     async def _metrics(self, _: Request) -> Response:
-        content, media_type = exposition(self.membership, self._stall.seconds)
+        content, media_type = exposition(self._spec.config.job.name, self.membership, self._stall.seconds)
         return Response(content, media_type=media_type)
 
     async def _register(self, request: Request) -> Response:
@@ -283,12 +284,15 @@ class _Server(uvicorn.Server):
         yield
 
 
+def record_status(folder: JobFolder, status: messages.Status) -> None:
+    """Write the job's status to the folder's `outcome`, from which the supervisor reads it."""
+    # A number that is not finite is a string in the text only, and strict JSON has no other way to write it.
+    write_json(folder.outcome, json.loads(status.model_dump_json()))
+
+
 async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     """Serve until the job is final or a signal comes; returns how the job ended."""
-
-    def record(status: messages.Status) -> None:
-        write_json(spec.folder.outcome, status.model_dump(mode="json"))
-
+    record = partial(record_status, spec.folder)
     controller = Controller(spec, record)
     server = _Server(
         uvicorn.Config(

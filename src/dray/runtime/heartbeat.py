@@ -16,6 +16,7 @@ from dray.runtime import messages
 from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import MembershipError
+from dray.runtime.printable import printable
 from dray.runtime.process import StopFlag
 from dray.telemetry import Counters
 
@@ -24,7 +25,11 @@ _LOG = logging.getLogger("dray.runtime.heartbeat")
 
 
 class Activity:
-    """What a replica does, since when, with its counters and a few words about it. Any thread may ask."""
+    """What a replica does, since when, with its counters and a few words about it. Any thread may ask.
+
+    dray's own figures (`counters`, `show`) and the metrics of the user's trainer (`show_metrics`) are kept apart,
+    whatever the user's names are.
+    """
 
     def __init__(self) -> None:
         self.counters = Counters()
@@ -35,6 +40,8 @@ class Activity:
         self._ages: Callable[[], Mapping[AgeKind, float | None]] = dict
         self._values: dict[str, float] = {}
         self._labels: dict[str, str] = {}
+        self._metrics: dict[str, float] = {}
+        self._warnings: list[str] = []
 
     def doing(self, what: str) -> None:
         """From now on the replica does `what`."""
@@ -54,12 +61,33 @@ class Activity:
             self._ages = ages
 
     def show(self, name: str, value: float | str) -> None:
-        """Put the newest `value` of a gauge or a label on the status page."""
+        """Put the newest `value` of a gauge or a label on the status page; an empty label is left out."""
         with self._lock:
-            if isinstance(value, str):
-                self._labels[name] = value
-            else:
+            if not isinstance(value, str):
                 self._values[name] = float(value)
+            elif value:
+                self._labels[name] = value
+
+    def show_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Put the newest values of the user's `metrics` on the status page.
+
+        Values of earlier calls stay; of more than `MAX_METRICS` names those go that were not given for longest.
+        """
+        with self._lock:
+            for name, value in metrics.items():
+                shown = printable(name, messages.MAX_METRIC_NAME)
+                self._metrics.pop(shown, None)
+                self._metrics[shown] = value
+            for name in list(self._metrics)[: -messages.MAX_METRICS]:
+                del self._metrics[name]
+
+    def warn(self, text: str) -> None:
+        """Log a warning, and show it on the status page and the terminal, there up to `MAX_WARNINGS` of them."""
+        line = printable(text, messages.MAX_WARNING)
+        _LOG.warning("%s", line)
+        with self._lock:
+            if len(self._warnings) < messages.MAX_WARNINGS:
+                self._warnings.append(line)
 
     def report(self) -> messages.ProgressReport:
         """Everything as it is now."""
@@ -71,6 +99,8 @@ class Activity:
                 labels=dict(self._labels),
                 waits_for=self._waits_for,
                 ages={kind: age for kind, age in self._ages().items() if age is not None},
+                metrics=dict(self._metrics),
+                warnings=list(self._warnings),
             )
 
 

@@ -85,7 +85,8 @@ class InlineOutlet:
 class InlineInlet:
     """See `Inlet`."""
 
-    lane = "redis"
+    transfer = "inline"
+    lane = ""
 
     def __init__(self) -> None:
         self._bytes = 0

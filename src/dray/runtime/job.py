@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def write_json(path: Path, document: Mapping[str, Any], *, mode: int = 0o644) ->
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """`values` for JSON, which has no NaN and no infinity: these become None, which is written as null."""
+    return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
 
 def short_path(path: Path) -> str:

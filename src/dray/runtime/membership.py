@@ -6,7 +6,7 @@ logs. Time comes from the clock that is handed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Progress:
-    """What a replica does, for how many seconds, what it waits for, and its counters."""
+    """What a replica reports; see `messages.ProgressReport`."""
 
     doing: str = "starting"
     seconds: float = 0.0
@@ -61,6 +61,8 @@ class Progress:
     labels: Mapping[str, str] = field(default_factory=dict)
     waits_for: str = ""
     ages: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,10 +12,28 @@ from dray.runtime.membership import MemberState, OutcomeKind, Role
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Indices = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=1 << 20)]
-Sentence = Annotated[str, Field(max_length=2000)]
+MAX_SENTENCE = 2000
+"""Characters of a reason."""
+
+Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
 
 LONGEST_PROMPT_WAIT = 2.0
 """Seconds a request for prompts may be held open when there are none."""
+
+
+MAX_METRICS = 256
+"""Metrics of the user's trainer in one report."""
+
+MAX_METRIC_NAME = 200
+"""Characters of the name of one of them."""
+
+MAX_WARNINGS = 20
+"""Warnings in one report."""
+
+MAX_WARNING = 500
+"""Characters of one of them."""
+
+MetricName = Annotated[str, Field(max_length=MAX_METRIC_NAME)]
 
 
 class Message(BaseModel):
@@ -38,10 +57,11 @@ class Register(Caller):
 
 
 class ProgressReport(Message):
-    """What a replica does, for how many seconds, its counters, and words about it such as the lane.
+    """What a replica does, for how many seconds, dray's own figures as `counters`, and words about it as `labels`.
 
     `waits_for` says whom it waits for, if it does; `ages` how old the oldest payload, lease and unacknowledged
-    reference are that it has, in seconds.
+    reference are that it has, in seconds. `metrics` are the newest values of what the user's `train_step`
+    returned, under the user's names; `warnings` are lines that the user should see.
     """
 
     doing: Annotated[str, Field(max_length=200)]
@@ -50,6 +70,13 @@ class ProgressReport(Message):
     labels: dict[str, str] = {}
     waits_for: Annotated[str, Field(max_length=200)] = ""
     ages: dict[Literal["payload", "lease", "reference"], float] = {}
+    metrics: Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)] = {}
+    warnings: Annotated[list[Annotated[str, Field(max_length=MAX_WARNING)]], Field(max_length=MAX_WARNINGS)] = []
+
+    def count(self, name: str) -> int:
+        """The counter `name` as a whole number; 0 if there is none, or none that is finite."""
+        value = self.counters.get(name, 0)
+        return int(value) if math.isfinite(value) else 0
 
 
 class Heartbeat(Caller):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,12 +32,15 @@ from dray.runtime.entry_point import load_entry_point
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import Channel, GroupLostError, Order
 from dray.runtime.intake import Intake
+from dray.runtime.job import finite
 from dray.runtime.membership import OutcomeKind, Role
 from dray.runtime.policy_rank import Following
+from dray.runtime.printable import printable
 from dray.runtime.process import leave
 from dray.runtime.ranks import Failure, Ranks
 from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
 from dray.runtime.shutdown_step import shutdown_step
+from dray.runtime.stop_condition import MEAN_RETURN, StopCondition, StopMetricError
 from dray.runtime.transfer import Inlet, WeightsOutlet
 from dray.runtime.transfer_choice import open_inlet
 
@@ -115,6 +119,9 @@ class Training:
         self._saved_step = -1
         self._oldest = 0
         self._arrays: dict[str, Trajectory] = {}
+        self._stop_condition = StopCondition(self._config.stop, self._config.policy.checkpoint_every)
+        self._mistake = ""
+        self._not_finite: set[str] = set()
 
     def run(self, *, may_load: bool) -> ExitCode:
         """Train until the job is solved, `max_steps` is over, or the replica must stop.
@@ -134,6 +141,10 @@ class Training:
             # What is trained on and not committed stands in the checkpoint.
             self._save()
             raise
+        except StopMetricError as error:
+            # In order, and with a checkpoint: `--resume` goes on from here with the right name.
+            self._mistake, solved = str(error), ""
+            _LOG.error("%s", error)
         return self._end(solved)
 
     def _load(self, *, may_load: bool) -> CheckpointState:
@@ -233,14 +244,11 @@ class Training:
         self._intake.trained(batch.deliveries)
         self._publish_weights()
         self._intake.settled(batch.deliveries)
-        if mean_return is not None:
-            metrics.setdefault("mean_return", mean_return)
-        self._record(batch, metrics, ages, trained - began)
-        stop = self._config.stop
-        reached = None if stop is None else metrics.get(stop.metric)
-        if stop is None or reached is None or not reached >= stop.at_least:
-            return ""
-        return f"{stop.metric} {reached:g} >= {stop.at_least:g} at step {self._step}"
+        self._record(batch, metrics, mean_return, ages, trained - began)
+        solved = self._stop_condition.judge(self._step, metrics, mean_return)
+        if self._stop_condition.remark:
+            activity.warn(self._stop_condition.remark)
+        return solved
 
     def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         try:
@@ -262,7 +270,14 @@ class Training:
             arrays = self._trainer.weights()
         self._weights.publish(arrays, self._version, self._intake.epoch)
 
-    def _record(self, batch: Batch, metrics: Mapping[str, float], ages: list[int], training: float) -> None:
+    def _record(
+        self,
+        batch: Batch,
+        metrics: Mapping[str, float],
+        mean_return: float | None,
+        ages: list[int],
+        training: float,
+    ) -> None:
         activity, statistics = self._replica.activity, self._inlet.statistics()
         activity.counters.add_all(
             {
@@ -275,9 +290,14 @@ class Training:
         staleness = float(np.mean(ages))
         self._oldest = max(self._oldest, *ages)
         shown = {"step": self._step, "staleness": staleness, "staleness_max": self._oldest}
-        for name, value in {**shown, **statistics, **self._intake.statistics(), **metrics}.items():
+        own = {} if mean_return is None else {MEAN_RETURN: mean_return}
+        for name, value in {**shown, **own, **statistics, **self._intake.statistics()}.items():
             activity.show(name, float(value))
+        activity.show("transfer", self._inlet.transfer)
         activity.show("lane", self._inlet.lane)
+        activity.show_metrics(metrics)
+        self._warn_of_not_finite({f"the metric {name!r} of train_step": value for name, value in metrics.items()})
+        self._warn_of_not_finite({f"{name}, the mean sum of rewards,": value for name, value in own.items()})
         line = {
             "step": self._step,
             "seconds": round(MONOTONIC.now() - self._began, 3),
@@ -289,10 +309,17 @@ class Training:
             "waited_seconds": round(batch.waited, 4),
             "read_seconds": round(batch.reading, 4),
             "train_seconds": round(training, 4),
-            "metrics": metrics,
+            **finite(own),
+            "metrics": finite(metrics),
         }
-        self._log.write(json.dumps(line) + "\n")
+        self._log.write(json.dumps(line, allow_nan=False) + "\n")
         self._log.flush()
+
+    def _warn_of_not_finite(self, values: Mapping[str, float]) -> None:
+        for what, value in values.items():
+            if not math.isfinite(value) and what not in self._not_finite:
+                self._not_finite.add(what)
+                self._replica.activity.warn(f"{what} is {value:g} at step {self._step}")
 
     def _save(self, outcome: str = "") -> None:
         """Write a checkpoint, unless there is one of this step, and commit what waited for it."""
@@ -345,7 +372,10 @@ class Training:
         self._show_last()
         if kind is not None:
             body = messages.Finish(
-                name=self._replica.name, incarnation=self._replica.incarnation, kind=kind, reason=reason
+                name=self._replica.name,
+                incarnation=self._replica.incarnation,
+                kind=kind,
+                reason=printable(reason, messages.MAX_SENTENCE),
             )
             with shutdown_step("report the outcome", "the controller", timeouts.http):
                 self._replica.client.post("/finish", body, messages.Directive)
@@ -355,19 +385,25 @@ class Training:
 
     def _outcome(self, solved: str) -> tuple[OutcomeKind | None, str, ExitCode]:
         stop = self._replica.stop
+        if self._mistake:
+            return "failed", self._mistake, ExitCode.FAILED
         if solved:
             return "solved", solved, ExitCode.OK
         if self._step >= self._config.job.max_steps:
             if self._config.stop is None:
                 return "finished", f"all {self._step} steps are done", ExitCode.OK
-            return "max_steps", f"not solved within {self._step} steps", ExitCode.FAILED
+            remark = self._stop_condition.never_returned
+            reason = f"not solved within {self._step} steps{remark and f': {remark}'}"
+            return "max_steps", reason, ExitCode.FAILED
         if stop.exit_code in (ExitCode.SIGINT, ExitCode.SIGTERM):
             return "interrupted", stop.reason, ExitCode(stop.exit_code)
         return None, stop.reason, stop_code(stop, ExitCode.FAILED)
 
 
 def _mean_return(trajectories: list[Trajectory]) -> float | None:
-    returns = [float(np.sum(each.arrays[REWARDS])) for each in trajectories if REWARDS in each.arrays]
+    """The figure `MEAN_RETURN`; None where no payload has rewards."""
+    rewards = [each.arrays[REWARDS] for each in trajectories if REWARDS in each.arrays]
+    returns = [float(np.sum(each, dtype=np.float64)) for each in rewards]
     return float(np.mean(returns)) if returns else None
 
 

@@ -6,21 +6,30 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from dray.config import JobConfig
-from dray.runtime.job import JobFolder, short_path, write_json
+from dray.runtime.job import JobFolder, finite, short_path, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
-from dray.runtime.messages import Status
+from dray.runtime.messages import ProgressReport, Status
+from dray.runtime.printable import printable
+from dray.runtime.stop_condition import MEAN_RETURN
 
 _LOG = logging.getLogger("dray.runtime.report")
+_LONGEST_LABEL = 80
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
 _DELIVERY = ("published", "trained", "rolled_back", "discarded", "too_old", "repeated", "dead_letters")
 _EVALUATION = "#c8553d"
+_SECONDS = {
+    "waited_seconds": "policy_waited_seconds",
+    "read_seconds": "read_seconds",
+    "train_seconds": "train_seconds",
+}
+"""Figure of the policy, and its name in the summary."""
+_NOTHING = ProgressReport(doing="", seconds=0.0)
 
 
 def write_report(
@@ -83,46 +92,37 @@ def _solved(config: JobConfig, status: Status | None) -> bool:
 
 def _counters(status: Status | None) -> dict[str, Any]:
     members = status.members if status is not None else []
-    policy = next((member.progress for member in members if member.name == FIRST_POLICY), None)
-    counters = policy.counters if policy is not None else {}
-    rollouts = {member.name: member for member in members if member.role is Role.ROLLOUT}
+    policy = next((member.progress for member in members if member.name == FIRST_POLICY), _NOTHING)
+    rollouts = {member.name: member.progress for member in members if member.role is Role.ROLLOUT}
+    own = finite({name: policy.counters[name] for name in (MEAN_RETURN, *_SECONDS) if name in policy.counters})
     return {
-        "lane": policy.labels.get("lane", "") if policy is not None else "",
-        "payloads": int(counters.get("payloads", 0)),
-        "bytes": int(counters.get("bytes", 0)),
-        "stale": int(counters.get("stale", 0)),
-        "lost": int(counters.get("lost", 0)),
-        "retries": int(counters.get("retries", 0)),
-        "policy_waited_seconds": round(counters.get("waited_seconds", 0.0), 3),
-        "read_seconds": round(counters.get("read_seconds", 0.0), 3),
-        "train_seconds": round(counters.get("train_seconds", 0.0), 3),
-        "staleness_max": int(counters.get("staleness_max", 0)),
+        "transfer": policy.labels.get("transfer", ""),
+        **{name: policy.labels[name] for name in ("lane",) if name in policy.labels},
+        **{name: own[name] for name in (MEAN_RETURN,) if name in own},
+        **{name: policy.count(name) for name in ("payloads", "bytes", "stale", "lost", "retries")},
+        **{shown: round(own.get(name) or 0.0, 3) for name, shown in _SECONDS.items()},
+        "staleness_max": policy.count("staleness_max"),
         "delivery": {
-            **{name: int(counters.get(f"stream_{name}", 0)) for name in _DELIVERY},
-            "backlog": int(counters.get("stream_backlog", 0)),
-            "unfreed": int(counters.get("unfreed", 0)),
-            "reclaimed": int(sum(each.progress.counters.get("reclaimed", 0) for each in rollouts.values())),
-            "abandoned": int(sum(each.progress.counters.get("abandoned", 0) for each in rollouts.values())),
+            **{name: policy.count(f"stream_{name}") for name in _DELIVERY},
+            "backlog": policy.count("stream_backlog"),
+            "unfreed": policy.count("unfreed"),
+            "reclaimed": sum(each.count("reclaimed") for each in rollouts.values()),
+            "abandoned": sum(each.count("abandoned") for each in rollouts.values()),
         },
         "weight_payloads_fetched": {
-            name: int(member.progress.counters.get("weight_payloads", 0))
-            for name, member in sorted(rollouts.items())
+            name: progress.count("weight_payloads") for name, progress in sorted(rollouts.items())
         },
         "replicas": {member.name: f"{member.state.value}: {member.reason}" for member in members},
-        "counters": {member.name: _finite(member.progress.counters) for member in members},
+        "counters": {member.name: dict(sorted(finite(member.progress.counters).items())) for member in members},
     }
 
 
 def _last_metrics(steps: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The last value of every metric, of whichever step; None for NaN and infinity, which JSON does not have."""
-    last: dict[str, float] = {}
+    """The last value of every metric, of whichever step."""
+    last: dict[str, float | None] = {}
     for line in steps:
         last |= line["metrics"]
-    return _finite(last)
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in sorted(values.items())}
+    return dict(sorted(finite(last).items()))
 
 
 def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:
@@ -150,20 +150,24 @@ def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> 
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
 
-    returns = np.array([line["metrics"].get("mean_return", np.nan) for line in steps])
+    # As for `[stop]`, a metric of the trainer takes the place of dray's own figure of that name.
+    own = any(MEAN_RETURN in line["metrics"] for line in steps)
+    returns = np.array([_drawn((line["metrics"] if own else line).get(MEAN_RETURN)) for line in steps])
     above.plot(number, returns, color=_RAW, linewidth=1, label="mean return of a batch")
     above.plot(number, _smoothed(returns), color=_LINE, linewidth=2, label="smoothed over 10 steps")
     if config.stop is not None:
         name = config.stop.metric
-        found = [(line["step"], line["metrics"][name]) for line in steps if name in line["metrics"]]
-        if found and name != "mean_return":
-            above.plot(*zip(*found, strict=True), "o-", color=_EVALUATION, markersize=4, linewidth=1, label=name)
+        found = [(line["step"], _drawn(line["metrics"][name])) for line in steps if name in line["metrics"]]
+        if found and name != MEAN_RETURN:
+            above.plot(
+                *zip(*found, strict=True), "o-", color=_EVALUATION, markersize=4, linewidth=1, label=_label(name)
+            )
         above.axhline(config.stop.at_least, color="0.4", linestyle="--", linewidth=1)
         above.annotate(
             f"solved at {config.stop.at_least:g}", (number[0], config.stop.at_least), xytext=(2, 3),
             textcoords="offset points", color="0.3", fontsize=9,
         )  # fmt: skip
-    above.set_ylabel("return" if config.stop is None else f"return, {config.stop.metric}")
+    above.set_ylabel("return" if config.stop is None else f"return, {_label(config.stop.metric)}")
     above.set_title(f"{config.job.name}: return and payload throughput")
     above.legend(loc="lower right", frameon=False)
 
@@ -176,6 +180,16 @@ def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> 
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder.root / config.job.plot)
     return True
+
+
+def _drawn(value: float | None) -> float:
+    """Where there is no value, the line has a gap."""
+    return math.nan if value is None else value
+
+
+def _label(name: str) -> str:
+    """`name` as matplotlib shows it: a dollar sign begins a formula."""
+    return printable(name, _LONGEST_LABEL).replace("$", r"\$")
 
 
 def _rates(steps: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -54,8 +54,14 @@ class Inlet(Protocol):
         ...
 
     @property
+    def transfer(self) -> str:
+        """How payloads have come so far: ``"reference"``, read from their producers, or ``"inline"``, in the
+        entries of the stream; both joined by ``+``; empty before the first."""
+        ...
+
+    @property
     def lane(self) -> str:
-        """How payloads have travelled so far, e.g. ``"shm"``; several joined by ``+``; empty before the first."""
+        """The lane that payloads were read over, e.g. ``"shm"``; several joined by ``+``; empty if over none."""
         ...
 
 

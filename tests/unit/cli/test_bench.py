@@ -131,13 +131,15 @@ def test_every_target_belongs_to_a_scenario():
 
 
 def test_the_share_of_reads_comes_from_what_a_job_records(tmp_path):
-    summary = {"payloads": 64, "lane": "shm", "steps": 4, "seconds": 20.0, "read_seconds": 0.1}
+    summary = {"payloads": 64, "transfer": "reference", "lane": "shm", "steps": 4}
+    summary |= {"seconds": 20.0, "read_seconds": 0.1}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "metrics.jsonl").write_text('{"seconds": 2.0}\n{"seconds": 5.0}\n')
     wall, loop = job.rows(tmp_path)
     assert wall.figure.p50 == pytest.approx(0.5)
     assert wall.reached is True
     assert loop.figure.p50 == pytest.approx(2.0)
+    assert loop.note == "64 payloads by reference over shm, 4 steps"
 
 
 def test_names_on_a_plot_are_moved_apart_in_their_order():

@@ -1,5 +1,9 @@
 import io
+import math
+from collections.abc import Mapping
+from typing import Any
 
+import pytest
 from rich.console import Console
 
 from dray.launch.display import Display, FigureReader
@@ -7,14 +11,26 @@ from dray.runtime.lifecycle import Phase
 from dray.runtime.membership import MemberState, Role
 from dray.runtime.messages import MemberStatus, ProgressReport, Status
 
+HOSTILE = {
+    "step": 999.0,
+    "payloads": math.nan,
+    "bytes": math.inf,
+    "mean_return": -3.0,
+    "staleness": 77.0,
+    "lane": 5.0,
+    "[red]x[/blue]": 1.0,
+    "a  step 5/6\n\x1b[2J": 2.0,
+}
 
-def status(seconds: float, step: int, nbytes: int) -> Status:
+
+def status(seconds: float, step: int, nbytes: int, **changes: Any) -> Status:
+    """One of a running job; `changes` are fields of the policy's progress."""
     policy = ProgressReport(
         doing="waiting for 3 of 16 payloads",
         seconds=0.2,
         counters={"step": step, "payloads": 16 * step, "bytes": nbytes, "mean_return": 21.5, "staleness": 1.25},
-        labels={"lane": "shm"},
-    )
+        labels={"transfer": "reference", "lane": "shm"},
+    ).model_copy(update=changes)
     dead = ProgressReport(doing="generating", seconds=1.0, counters={"payloads": 7})
 
     def member(name: str, role: Role, state: MemberState, progress: ProgressReport) -> MemberStatus:
@@ -42,8 +58,8 @@ def test_rate_follows_the_bytes() -> None:
         figures = reader.read(status(second, second, second * 2_000_000))
     assert 1.99 < figures.rate <= 2.0
     assert figures.line() == (
-        f"  29.0 s  running  step 29/100  mean return 21.5  payloads 464  {figures.rate:.2f} MB/s  lane shm  "
-        "staleness 1.25"
+        f"  29.0 s  running  step 29/100  mean return 21.5  payloads 464  throughput {figures.rate:.2f} MB/s  "
+        "transfer reference  lane shm  staleness 1.25"
     )
 
 
@@ -58,6 +74,90 @@ def test_plain_output_is_a_line_now_and_then() -> None:
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 2
     assert "step 1/100" in lines[0]
+
+
+def shown(*statuses: Status, terminal: bool) -> str:
+    """What a display writes for these."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=150, height=40)
+    with Display("small", 100, console) as display:
+        for each in statuses:
+            display.update(each)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("metrics", [{}, HOSTILE], ids=["none", "hostile"])
+def test_metrics_of_the_trainer_change_no_figure(metrics: Mapping[str, float]) -> None:
+    line = FigureReader(100).read(status(3, 12, 1000, metrics=metrics)).line()
+    own, _, users = line.partition("  metrics ")
+    assert own == (
+        "   3.0 s  running  step 12/100  mean return 21.5  payloads 192  throughput 0.00 MB/s  "
+        "transfer reference  lane shm  staleness 1.25"
+    )
+    assert users == (
+        "'[red]x[/blue]'=1 'a  step 5/6\\n\\x1b[2J'=2 bytes=inf lane=5 mean_return=-3 payloads=nan "
+        "staleness=77 step=999"
+        if metrics
+        else ""
+    )
+
+
+def test_metrics_beyond_a_number_are_counted() -> None:
+    line = FigureReader(100).read(status(3, 12, 0, metrics={f"m{number}": 1.0 for number in range(12)})).line()
+    assert line.endswith(" and 4 more")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_of_users_and_peers_is_shown_as_it_is_and_ends_nothing(terminal: bool) -> None:
+    evil = "[/red]\x1b[35m\nforged"
+    escaped = "[/red]\\x1b[35m\\nforged"
+    text = shown(
+        status(3, 12, 1000, metrics=HOSTILE, labels={"lane": evil, "transfer": evil}, doing=evil, warnings=[evil]),
+        terminal=terminal,
+    )
+    assert f"policy-0: {escaped}" in text
+    assert text.count(escaped) >= (4 if terminal else 3)
+    assert "\x1b[35m" not in text
+    assert "'[red]x[/blue]'=1" in text
+    assert "12/100" in text
+
+
+def test_text_that_the_encoding_of_the_output_does_not_have_is_escaped() -> None:
+    output = io.BytesIO()
+    with (
+        io.TextIOWrapper(output, encoding="ascii") as file,
+        Display("small", 100, Console(file=file, width=150)) as display,
+    ):
+        display.update(status(3, 12, 0, metrics={"größe": 1.0}))
+        display.say("大")
+        lines = output.getvalue().splitlines()
+    assert lines[0].endswith(b"metrics gr\\xf6\\xdfe=1")
+    assert lines[1:] == [b"\\u5927"]
+
+
+def test_figures_that_are_not_finite_end_nothing() -> None:
+    counters = dict.fromkeys(("step", "payloads", "bytes", "mean_return", "staleness"), math.nan)
+    for terminal in (True, False):
+        shown(
+            status(3, 12, 0, counters=counters), status(4, 13, 0, counters={"step": math.inf}), terminal=terminal
+        )
+    assert "mean return nan" in FigureReader(100).read(status(3, 12, 0, counters=counters)).line()
+
+
+def test_lane_and_mean_return_are_shown_where_there_are_any() -> None:
+    figures = FigureReader(100).read(status(3, 12, 0, counters={"step": 12}, labels={"transfer": "inline"}))
+    assert "transfer inline" in figures.line()
+    assert "lane" not in figures.line()
+    assert "mean return" not in figures.line()
+
+
+def test_warning_of_a_replica_is_shown_once() -> None:
+    text = shown(
+        status(1, 0, 0, warnings=["loss is nan"]),
+        status(2, 0, 0, warnings=["loss is nan", "worst is inf"]),
+        terminal=False,
+    )
+    assert text.splitlines() == ["policy-0: loss is nan", "policy-0: worst is inf"]
 
 
 def test_terminal_shows_figures_and_every_replica() -> None:

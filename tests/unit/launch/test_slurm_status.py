@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -25,6 +26,9 @@ JOB = {
     "policy": {"trainer": "small.py:Trainer", "batch_size": 8},
 }
 
+USERS = {"step": 99.0, "seconds": 0.0, "bytes": 1.0, "mean_return": -1.0}
+"""Metrics of a trainer, which are not shown."""
+
 
 def make_run(folder: Path, record: RunRecord, job_id: str = "12") -> Path:
     config = parse_job(JOB)
@@ -38,7 +42,8 @@ def make_run(folder: Path, record: RunRecord, job_id: str = "12") -> Path:
 def metrics(*lines: tuple[int, float, int, float]) -> str:
     """Of (step, seconds, bytes, mean return)."""
     return "".join(
-        json.dumps({"step": step, "seconds": seconds, "bytes": nbytes, "metrics": {"mean_return": mean}}) + "\n"
+        json.dumps({"step": step, "seconds": seconds, "bytes": nbytes, "mean_return": mean, "metrics": USERS})
+        + "\n"
         for step, seconds, nbytes, mean in lines
     )
 
@@ -119,6 +124,7 @@ def test_nothing_is_known_before_the_first_step(tmp_path: Path) -> None:
     progress = read_progress(tmp_path / "metrics.jsonl")
     assert progress.step == 0
     assert math.isnan(progress.rate)
+    assert progress.mean_return is None
     (tmp_path / "metrics.jsonl").write_text(metrics((1, 1.0, 10, 5.0)))
     assert math.isnan(read_progress(tmp_path / "metrics.jsonl").rate)
 
@@ -136,3 +142,28 @@ def test_runs_of_other_users_are_passed_over(tmp_path: Path, monkeypatch: pytest
     assert find_runs([tmp_path]) == [folder]
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     assert find_runs([tmp_path]) == []
+
+
+def test_return_is_left_out_where_payloads_have_none_or_it_is_not_finite(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", RunRecord(RunState.SUBMITTED, 2)) / "metrics.jsonl"
+    for mean in ({}, {"mean_return": None}):
+        line = {"step": 4, "seconds": 1.0, "bytes": 0, **mean, "metrics": USERS}
+        path.write_text(json.dumps(line) + "\n")
+        assert view_run(path.parent, {}).cells()[5:7] == ("4/100", "-")
+
+
+def test_last_lines_of_a_log_change_nothing_on_the_terminal(tmp_path: Path) -> None:
+    record = RunRecord(RunState.SUBMITTED, 0).begin("12", 0).end(RunEvent.GIVE_UP, 0, 1, "it broke\x1b[2J")
+    folder = make_run(tmp_path / "run", record)
+    logs = record.folder(folder).logs
+    logs.mkdir(parents=True)
+    (logs / "head.out").write_text("[/red]\x1b[31m\x07\n")
+    views = [view_run(folder, {})]
+    console = Console(width=250, force_terminal=True, color_system=None, file=io.StringIO())
+    console.print(picture(views))
+    assert isinstance(console.file, io.StringIO)
+    for text in (console.file.getvalue(), "\n".join(plain_lines(views))):
+        assert "head.out: [/red]\\x1b[31m\\x07" in text
+        assert "it broke\\x1b[2J" in text
+        assert "\x1b[31m" not in text
+        assert "\x07" not in text

@@ -1,6 +1,12 @@
+import json
+import logging
+import math
 import time
 
+import pytest
+
 from dray.runtime.heartbeat import Activity
+from dray.runtime.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_WARNING, MAX_WARNINGS, ProgressReport
 
 
 def test_wait_goes_on_while_it_is_the_same_and_begins_anew_otherwise() -> None:
@@ -24,3 +30,54 @@ def test_ages_are_asked_for_when_reported() -> None:
     assert activity.report().ages == {"payload": 1.0}
     ages["payload"] = 2.0
     assert activity.report().ages == {"payload": 2.0}
+
+
+def test_metrics_of_the_trainer_are_kept_apart_from_drays_own_figures() -> None:
+    activity = Activity()
+    activity.counters.add("payloads", 8)
+    activity.show("step", 3)
+    activity.show("lane", "shm")
+    before = activity.report()
+    activity.show_metrics({"step": 999.0, "payloads": -1.0, "lane": 2.0, "counters": math.nan})
+    after = activity.report()
+    assert (after.counters, after.labels) == (before.counters, before.labels)
+    assert after.metrics == pytest.approx(
+        {"step": 999.0, "payloads": -1.0, "lane": 2.0, "counters": math.nan}, nan_ok=True
+    )
+
+
+def test_value_of_a_metric_stays_until_there_is_a_newer_one() -> None:
+    activity = Activity()
+    activity.show_metrics({"accuracy": 0.5, "loss": 2.0})
+    activity.show_metrics({"loss": 1.0})
+    assert activity.report().metrics == {"accuracy": 0.5, "loss": 1.0}
+
+
+def test_report_of_any_metrics_is_bounded_and_strict_json() -> None:
+    activity = Activity()
+    activity.show_metrics({"oldest": 1.0, "\ud800": math.inf, "long" * 1000: math.nan})
+    activity.show_metrics({f"loss_{number}": 1.0 for number in range(MAX_METRICS - 1)})
+    text = activity.report().model_dump_json()
+    json.loads(text, parse_constant=pytest.fail)
+    names = list(ProgressReport.model_validate_json(text).metrics)
+    assert len(names) == MAX_METRICS
+    assert "oldest" not in names
+    assert names[-1] == f"loss_{MAX_METRICS - 2}"
+    assert max(map(len, names)) == MAX_METRIC_NAME
+
+
+def test_warning_is_logged_and_reported_up_to_a_number(caplog: pytest.LogCaptureFixture) -> None:
+    activity = Activity()
+    with caplog.at_level(logging.WARNING):
+        for number in range(MAX_WARNINGS + 5):
+            activity.warn(f"{number}: \x1b[2J\n" + "x" * 1000)
+    assert len(caplog.records) == MAX_WARNINGS + 5
+    assert caplog.records[-1].getMessage().startswith(f"{MAX_WARNINGS + 4}: \\x1b[2J\\nxxx")
+    warnings = activity.report().warnings
+    assert len(warnings) == MAX_WARNINGS
+    assert all(each.isprintable() and len(each) <= MAX_WARNING for each in warnings)
+
+
+def test_count_is_a_whole_number_whatever_was_reported() -> None:
+    report = ProgressReport(doing="", seconds=0.0, counters={"a": 3.0, "b": math.nan, "c": math.inf})
+    assert [report.count(name) for name in "abcd"] == [3, 0, 0, 0]

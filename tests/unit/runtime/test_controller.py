@@ -8,11 +8,12 @@ import httpx
 import pytest
 
 from dray.config import parse_job
+from dray.launch.ending import recorded_status
 from dray.runtime import messages
-from dray.runtime.controller import LARGEST_BODY, Controller
+from dray.runtime.controller import LARGEST_BODY, Controller, record_status
 from dray.runtime.heartbeat import Activity
 from dray.runtime.job import JobFolder, JobSpec
-from dray.runtime.membership import Outcome, Role
+from dray.runtime.membership import Outcome, Progress, Role
 
 Call = Callable[..., Awaitable[httpx.Response]]
 ROLLOUT = {"name": "rollout-0", "incarnation": "a"}
@@ -24,6 +25,8 @@ PROGRESS = {
     "labels": {"lane": "shm"},
     "waits_for": "",
     "ages": {"payload": 1.5},
+    "metrics": {"loss": 0.5},
+    "warnings": ["policy-0 has something to say"],
 }
 
 
@@ -142,8 +145,8 @@ def test_status_and_metrics_tell_what_replicas_do(spec: JobSpec) -> None:
         status = (await call("/status")).json()
         assert status["members"][0]["progress"] == PROGRESS
         metrics = (await call("/metrics")).text
-        assert 'dray_job_phase{phase="running"} 1.0' in metrics
-        assert 'dray_replica_total{counter="payloads",replica="rollout-0"} 3.0' in metrics
+        assert 'dray_job_phase{job="small",phase="running"} 1.0' in metrics
+        assert 'dray_published_payloads_total{job="small",replica="rollout-0"} 3.0' in metrics
 
     ask(spec, story)
 
@@ -155,14 +158,14 @@ def test_metric_that_is_no_number_any_more_is_reported_like_others(spec: JobSpec
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
         activity = Activity()
-        activity.show("loss", value)
+        activity.show_metrics({"loss": value})
         body = messages.Heartbeat(**POLICY, progress=activity.report()).model_dump_json()
         assert (await call("/heartbeat", json.loads(body, parse_constant=pytest.fail))).status_code == 200
         answer = await call("/status")
         json.loads(answer.content, parse_constant=pytest.fail)
         (policy,) = (m for m in messages.Status.model_validate_json(answer.content).members if m.role == "policy")
-        assert str(policy.progress.counters["loss"]) == str(value)
-        assert 'counter="loss"' in (await call("/metrics")).text
+        assert str(policy.progress.metrics["loss"]) == str(value)
+        assert 'dray_user_metric{job="small",name="loss",replica="policy-0"}' in (await call("/metrics")).text
 
     ask(spec, story)
 
@@ -266,6 +269,18 @@ def test_outcome_is_recorded_once_when_it_is_decided(spec: JobSpec) -> None:
     assert (status.outcome.kind, status.phase) == ("solved", "draining")
 
 
+def test_recorded_status_is_strict_json_and_read_as_it_was(spec: JobSpec) -> None:
+    controller = Controller(spec)
+    controller.membership.register("policy-0", Role.POLICY, "b", 2)
+    report = Progress(counters={"mean_return": float("inf")}, metrics={"loss": float("-inf")}, warnings=["x"])
+    controller.membership.heard("policy-0", "b", report)
+    status = controller.status()
+    spec.folder.run.mkdir()
+    record_status(spec.folder, status)
+    json.loads(spec.folder.outcome.read_text(), parse_constant=pytest.fail)
+    assert recorded_status(spec.folder) == status
+
+
 def test_stall_is_on_the_status_page_and_in_the_log(spec: JobSpec, caplog: pytest.LogCaptureFixture) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
@@ -276,10 +291,10 @@ def test_stall_is_on_the_status_page_and_in_the_log(spec: JobSpec, caplog: pytes
         words = "policy-0 waits for the rollout replicas, for 2 of 2 payloads, since 31.0 s;"
         assert stall["line"].startswith(words)
         assert f"stall: {stall['line']}" in caplog.text
-        assert "dray_stalled_seconds 31." in (await call("/metrics")).text
+        assert 'dray_stalled_seconds{job="small"} 31.' in (await call("/metrics")).text
         await call("/heartbeat", {**POLICY, "progress": PROGRESS})
         await controller.reap_once()
         assert (await call("/status")).json()["stall"] is None
-        assert "dray_stalled_seconds 0.0" in (await call("/metrics")).text
+        assert 'dray_stalled_seconds{job="small"} 0.0' in (await call("/metrics")).text
 
     ask(spec, story)

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,9 @@ import pytest
 
 from dray.config import JobConfig
 from dray.runtime.job import JobFolder
+from dray.runtime.lifecycle import Phase
+from dray.runtime.membership import MemberState, Role
+from dray.runtime.messages import MemberStatus, ProgressReport, Status
 from dray.runtime.report import write_report
 
 
@@ -26,15 +30,35 @@ def config_of(**job: Any) -> JobConfig:
     )
 
 
-def report(root: Path, config: JobConfig, steps: list[dict[str, float]]) -> dict[str, Any]:
-    """Write the report of a run with these metrics per step; returns the summary."""
+def status_of(policy: ProgressReport) -> Status:
+    """The last status of a job whose policy reports this."""
+    member = MemberStatus(
+        name="policy-0", role=Role.POLICY, state=MemberState.LEFT, reason="", pid=1, silence=0.0, progress=policy
+    )
+    return Status(job="small", phase=Phase.DONE, seconds=3.0, outcome=None, members=[member], prompts={})
+
+
+def report(
+    root: Path,
+    config: JobConfig,
+    steps: list[dict[str, float | None]],
+    status: Status | None = None,
+    own: dict[str, float | None] | None = None,
+) -> dict[str, Any]:
+    """Write the report of a run with these metrics per step; returns the summary.
+
+    Args:
+        own: figures of dray in each line.
+    """
     folder = JobFolder(root)
     lines = [
-        {"step": step, "seconds": float(step), "bytes": 1000 * step, "metrics": metrics}
+        {"step": step, "seconds": float(step), "bytes": 1000 * step, **(own or {}), "metrics": metrics}
         for step, metrics in enumerate(steps, 1)
     ]
     folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    write_report(folder, config, None, seconds=3.0, exit_code=1, reason="not solved within 3 steps", first_step=0)
+    write_report(
+        folder, config, status, seconds=3.0, exit_code=1, reason="not solved within 3 steps", first_step=0
+    )
     summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     return summary
 
@@ -52,6 +76,71 @@ def test_summary_is_strict_json_whatever_the_metrics_are(tmp_path: Path) -> None
 
 def test_summary_of_a_run_without_a_step_has_no_metrics(tmp_path: Path) -> None:
     assert report(tmp_path, config_of(), [])["metrics"] == {}
+
+
+def test_metrics_of_the_trainer_change_no_figure_of_the_summary(tmp_path: Path) -> None:
+    users = {"step": 99.0, "payloads": -1.0, "bytes": 1.0, "lost": 7.0, "lane": 1.0, "mean_return": 5.0}
+    policy = ProgressReport(
+        doing="",
+        seconds=0.0,
+        counters={"payloads": 8, "bytes": 100, "step": 1, "mean_return": 2.5, "read_seconds": 0.25},
+        labels={"transfer": "reference+inline", "lane": "shm"},
+    )
+    plain, hostile = (
+        report(tmp_path, config_of(), [metrics], status_of(policy.model_copy(update={"metrics": metrics})))
+        for metrics in ({}, users)
+    )
+    assert hostile.pop("metrics") == users
+    assert plain.pop("metrics") == {}
+    assert hostile == plain
+    assert (plain["payloads"], plain["bytes"], plain["lost"], plain["mean_return"]) == (8, 100, 0, 2.5)
+    assert (plain["transfer"], plain["lane"], plain["read_seconds"]) == ("reference+inline", "shm", 0.25)
+    assert plain["counters"]["policy-0"] == policy.counters
+
+
+def test_summary_has_a_lane_and_a_mean_return_where_there_are_any(tmp_path: Path) -> None:
+    policy = ProgressReport(doing="", seconds=0.0, counters={"payloads": 8}, labels={"transfer": "inline"})
+    summary = report(tmp_path, config_of(), [{}], status_of(policy))
+    assert summary["transfer"] == "inline"
+    assert {"lane", "mean_return"} & summary.keys() == set()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_figure_that_is_not_finite_is_null_in_the_summary(tmp_path: Path, value: float) -> None:
+    counters = dict.fromkeys(("mean_return", "payloads", "read_seconds", "staleness_max"), value)
+    summary = report(
+        tmp_path, config_of(), [{}], status_of(ProgressReport(doing="", seconds=0.0, counters=counters))
+    )
+    assert summary["mean_return"] is None
+    assert (summary["payloads"], summary["read_seconds"], summary["staleness_max"]) == (0, 0.0, 0)
+    assert summary["counters"]["policy-0"] == dict.fromkeys(counters)
+
+
+@pytest.mark.parametrize(
+    ("own", "steps"),
+    [
+        ({"mean_return": 0.5}, [{}, {"accuracy": 0.4}]),
+        ({"mean_return": None}, [{"mean_return": None, "accuracy": None}, {"mean_return": 1.0}]),
+        ({}, [{}, {}]),
+    ],
+    ids=["own", "not finite", "none"],
+)
+def test_plot_is_drawn_whatever_returns_there_are(
+    tmp_path: Path, own: dict[str, float | None], steps: list[dict[str, float | None]]
+) -> None:
+    pytest.importorskip("matplotlib")
+    report(tmp_path, config_of(), steps, own=own)
+    assert (tmp_path / "returns.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("metric", ["$\\frac$", "a$", "_x", "a\nb"])
+def test_plot_shows_any_name_of_a_metric(tmp_path: Path, metric: str) -> None:
+    pytest.importorskip("matplotlib")
+    config = config_of()
+    assert config.stop is not None
+    stop = config.stop.model_copy(update={"metric": metric})
+    report(tmp_path, config.model_copy(update={"stop": stop}), [{metric: 0.5}, {metric: 1.0}])
+    assert (tmp_path / "returns.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(("job", "name"), [({}, "returns.png"), ({"plot": "accuracy.png"}, "accuracy.png")])

@@ -21,6 +21,8 @@ from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
 from dray.runtime.job import short_path
+from dray.runtime.printable import printable
+from dray.runtime.stop_condition import MEAN_RETURN
 
 DEEPEST = 3
 """How many folders below the one that is named runs are looked for: ``outputs/<job name>/<number>``."""
@@ -37,10 +39,11 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The newest lines of `metrics.jsonl`: step, return, and payload bytes per second in MB/s."""
+    """The newest lines of `metrics.jsonl`: step, dray's mean return (None where payloads have no rewards, or it is
+    not finite), and payload bytes per second in MB/s."""
 
     step: int = 0
-    mean_return: float = math.nan
+    mean_return: float | None = None
     rate: float = math.nan
 
 
@@ -79,8 +82,8 @@ class RunView:
             self.in_slurm or "-",
             self.part,
             f"{self.progress.step}/{self.max_steps}",
-            _number(self.progress.mean_return, 1),
-            _number(self.progress.rate, 2),
+            "-" if self.progress.mean_return is None else f"{self.progress.mean_return:.1f}",
+            "-" if math.isnan(self.progress.rate) else f"{self.progress.rate:.2f}",
             str(self.restarts),
             str(self.remaining_retries),
         )
@@ -148,7 +151,7 @@ def read_progress(metrics: Path) -> Progress:
     if not lines:
         return Progress()
     last = lines[-1]
-    return Progress(last["step"], last["metrics"].get("mean_return", math.nan), _rate(lines))
+    return Progress(last["step"], last.get(MEAN_RETURN), _rate(lines))
 
 
 def picture(views: Sequence[RunView]) -> RenderableType:
@@ -157,16 +160,16 @@ def picture(views: Sequence[RunView]) -> RenderableType:
     for name in COLUMNS:
         table.add_column(name, no_wrap=True)
     for view in views:
-        table.add_row(*map(Text, view.cells()))
-    said = [Text(f"{short_path(view.folder)}: {line}") for view in views for line in view.remarks]
+        table.add_row(*(Text(printable(cell)) for cell in view.cells()))
+    said = [Text(printable(f"{short_path(view.folder)}: {line}")) for view in views for line in view.remarks]
     return Group(table, *said)
 
 
 def plain_lines(views: Sequence[RunView]) -> Iterator[str]:
     """The same for something that is not a terminal: one line for each run, and its remarks."""
     for view in views:
-        yield "  ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, view.cells(), strict=True))
-        yield from (f"  {line}" for line in view.remarks)
+        yield "  ".join(f"{name} {printable(cell)}" for name, cell in zip(COLUMNS, view.cells(), strict=True))
+        yield from (f"  {printable(line)}" for line in view.remarks)
 
 
 def _runs_below(folder: Path, deeper: int) -> Iterator[Path]:
@@ -208,7 +211,3 @@ def _tail(path: Path, count: int) -> list[str]:
     except FileNotFoundError:
         return []
     return content.decode("utf-8", errors="replace").splitlines()[-count:]
-
-
-def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"

@@ -1,0 +1,111 @@
+"""The metric families of ``GET /metrics``, in one table: what is exposed and its page follow from it.
+
+Units are in the names, counters end in ``_total``, and every sample has the label ``job``. `FIGURES` are what the
+replicas report in heartbeats; the metrics of the user's trainer are all in `USER_METRIC`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dray.runtime.membership import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric family.
+
+    Attributes:
+        name: as Prometheus shows it; that of a counter ends in ``_total``.
+        labels: beside ``job``.
+        help: one sentence.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Figure(Family):
+    """A family with one sample for each replica of `role` that reports the figure `reported`."""
+
+    role: Role = Role.POLICY
+    reported: str = ""
+
+
+def _policy(reported: str, name: str, words: str) -> Figure:
+    return _figure(Role.POLICY, reported, name, words)
+
+
+def _rollout(reported: str, name: str, words: str) -> Figure:
+    return _figure(Role.ROLLOUT, reported, name, words)
+
+
+def _figure(role: Role, reported: str, name: str, words: str) -> Figure:
+    kind: Literal["counter", "gauge"] = "counter" if name.endswith("_total") else "gauge"
+    return Figure(name, kind, words, ("replica",), role, reported)
+
+
+PHASE = Family("dray_job_phase", "gauge", "1 for the phase of the job, 0 for the others.", ("phase",))
+MEMBERS = Family("dray_members", "gauge", "Replicas by role and state.", ("role", "state"))
+STALLED = Family("dray_stalled_seconds", "gauge", "The longest wait, if it exceeds timeouts.stall; otherwise 0.")
+PROMPTS = Family("dray_prompts", "gauge", "Prompts that are not settled, by state.", ("state",))
+NEXT_PROMPT = Family("dray_next_prompt", "gauge", "Index of the first prompt that was never given out.")
+GIVEN_AGAIN = Family("dray_prompts_given_again_total", "counter", "Prompts of lost replicas that were released.")
+OLDEST = Family(
+    "dray_oldest_seconds",
+    "gauge",
+    "Age of the oldest payload, lease or unacknowledged reference.",
+    ("replica", "kind"),
+)
+USER_METRIC = Family(
+    "dray_user_metric", "gauge", "Newest value of a metric that train_step returned.", ("replica", "name")
+)
+
+FIGURES = (
+    _policy("step", "dray_training_step", "Newest training step of the run."),
+    _policy("payloads", "dray_trained_payloads_total", "Payloads trained on."),
+    _policy("bytes", "dray_read_bytes_total", "Payload bytes read."),
+    _policy("retries", "dray_read_retries_total", "Attempts to read a payload after a failed one."),
+    _policy("waited_seconds", "dray_waited_seconds_total", "Time spent waiting for payloads."),
+    _policy("read_seconds", "dray_read_seconds_total", "Time spent reading payloads."),
+    _policy("train_seconds", "dray_train_seconds_total", "Time spent in training steps."),
+    _policy("mean_return", "dray_mean_return", "Mean sum of rewards of the payloads of the newest step."),
+    _policy("staleness", "dray_staleness_versions", "Mean age of the payloads of the newest step."),
+    _policy("staleness_max", "dray_staleness_max_versions", "Highest age of a payload that was trained on."),
+    _policy("stale", "dray_stale_payloads_total", "Payloads whose slot held a newer payload when they were read."),
+    _policy("lost", "dray_lost_payloads_total", "Payloads that could not be read."),
+    _policy("discarded", "dray_discarded_payloads_total", "Payloads discarded by this process."),
+    _policy("too_old", "dray_too_old_payloads_total", "Payloads dropped because of policy.max_staleness."),
+    _policy("dead_letters", "dray_dead_letters_total", "Payloads that this process saw given up."),
+    _policy("unfreed", "dray_unfreed_payloads", "Payloads whose producer has not confirmed that they are freed."),
+    _policy("payloads_read", "dray_rank_payloads_total", "Payloads read by a rank other than 0."),
+    _policy("steps", "dray_rank_steps_total", "Training steps of a rank other than 0."),
+    _policy("stream_published", "dray_stream_published_total", "Entries published to the stream of rollouts."),
+    _policy("stream_duplicates", "dray_stream_duplicates_total", "Entries published a second time, and refused."),
+    _policy("stream_trained", "dray_stream_trained_total", "Entries committed."),
+    _policy("stream_discarded", "dray_stream_discarded_total", "Entries discarded."),
+    _policy("stream_too_old", "dray_stream_too_old_total", "Entries dropped because of policy.max_staleness."),
+    _policy("stream_repeated", "dray_stream_repeated_total", "Entries of payloads that were trained on before."),
+    _policy("stream_dead_letters", "dray_stream_dead_letters_total", "Entries given up after max_deliveries."),
+    _policy("stream_rolled_back", "dray_stream_rolled_back_total", "Committed entries undone with their weights."),
+    _policy("stream_backlog", "dray_stream_backlog_entries", "Entries in the stream."),
+    _policy("stream_pending", "dray_stream_pending_entries", "Entries delivered and not committed."),
+    _policy("stream_oldest_seconds", "dray_stream_oldest_seconds", "Age of the oldest entry in the stream."),
+    _rollout("payloads", "dray_published_payloads_total", "Payloads handed on."),
+    _rollout("bytes", "dray_published_bytes_total", "Payload bytes handed on."),
+    _rollout("rollouts", "dray_rollouts_total", "Calls of the worker's rollout."),
+    _rollout("rollout_seconds", "dray_rollout_seconds_total", "Time spent in the worker's rollout."),
+    _rollout("reclaimed", "dray_reclaimed_payloads_total", "Payloads freed because the stream did not list them."),
+    _rollout("abandoned", "dray_abandoned_payloads_total", "Payloads not consumed before the replica ended."),
+    _rollout("weight_payloads", "dray_weights_loaded_total", "Weights fetched."),
+    _rollout("weight_stale", "dray_weights_stale_total", "Weights that were replaced while they were fetched."),
+    _rollout("weight_version", "dray_weight_version", "Version of the weights that act."),
+)
+
+FAMILIES = (
+    PHASE, MEMBERS, STALLED, PROMPTS, NEXT_PROMPT, GIVEN_AGAIN, OLDEST, USER_METRIC, *FIGURES,
+)  # fmt: skip

@@ -1,0 +1,131 @@
+"""Whether a training step meets `[stop]`, and whether `stop.metric` names a metric at all. No I/O.
+
+A step may return no value of a metric that a later step returns, such as an evaluation every ten steps. So its
+absence alone is no error. It is one if the name is nearly that of a metric which the step did return, and no step
+so far has returned the metric itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from dray.config.tables import StopTable
+from dray.errors import ConfigError
+from dray.runtime.printable import printable
+
+MEAN_RETURN = "mean_return"
+"""dray's own figure: the mean, over the payloads of a step, of the sum of their `rewards`."""
+
+MISSPELLING_RATIO = 0.8
+"""Of two names at least this similar, by `difflib`, one is taken for a misspelling of the other."""
+
+_MOST_NAMES = 10
+_LONGEST_NAME = 60
+_DIGITS = re.compile(r"\d+")
+_SEPARATORS = re.compile(r"[\W_]+")
+
+
+class StopMetricError(ConfigError):
+    """`stop.metric` is a misspelt name of a metric."""
+
+
+class StopCondition:
+    """Judges the training steps of one process in order.
+
+    Args:
+        stop: the table of the job file; without one no step solves the job.
+        patience: steps without the metric after which `remark` says so.
+    """
+
+    def __init__(self, stop: StopTable | None, patience: int) -> None:
+        self._stop = stop
+        self._patience = patience
+        self._judged = 0
+        self._seen = False
+        self._returned: set[str] = set()
+        self.remark = ""
+
+    @property
+    def never_returned(self) -> str:
+        """What there is to say at the end about a metric that no step has returned; otherwise empty."""
+        if self._stop is None or self._seen or not self._judged:
+            return ""
+        return f"no step returned stop.metric = {self._stop.metric!r}"
+
+    def judge(self, step: int, metrics: Mapping[str, float], mean_return: float | None) -> str:
+        """Why the job is solved by `step`, or nothing. A value that is not finite never solves it.
+
+        Args:
+            metrics: what `train_step` returned. A metric named `mean_return` takes the place of dray's own.
+            mean_return: dray's own figure, where payloads have rewards.
+
+        Raises:
+            StopMetricError: no step has returned the metric, and this one returned a metric of nearly that name.
+        """
+        self.remark = ""
+        if self._stop is None:
+            return ""
+        name = self._stop.metric
+        self._judged += 1
+        self._returned.update(metrics)
+        value = metrics.get(name)
+        if name == MEAN_RETURN and name not in self._returned:
+            value = mean_return
+        if value is None:
+            if not self._seen:
+                self._missing(step, [*metrics, *([] if mean_return is None else [MEAN_RETURN])])
+            return ""
+        self._seen = True
+        if not math.isfinite(value) or value < self._stop.at_least:
+            return ""
+        return f"{printable(name)} {value:g} >= {self._stop.at_least:g} at step {step}"
+
+    def _missing(self, step: int, known: list[str]) -> None:
+        assert self._stop is not None
+        name = self._stop.metric
+        if meant := misspelling_of(name, known):
+            raise StopMetricError(
+                "stop.metric",
+                name,
+                f"it must be a metric that train_step returns; step {step} returned {listed(known)} "
+                f"(did you mean {meant!r}?)",
+            )
+        if self._judged == self._patience:
+            self.remark = (
+                f"stop.metric = {name!r}: no step up to {step} has returned this metric; step {step} returned "
+                f"{listed(known)}; the job is not solved before a step returns it"
+            )
+
+
+def misspelling_of(name: str, known: Iterable[str]) -> str:
+    """The one of `known` that `name` is most likely a misspelling of, or nothing.
+
+    Names that differ in their numbers only, such as ``top_1`` and ``top_5``, are different metrics.
+    """
+    plain = _plain(name)
+    best, found = MISSPELLING_RATIO, ""
+    for each in known:
+        other = _plain(each)
+        if each != name and other != plain and _DIGITS.sub("", other) == _DIGITS.sub("", plain):
+            continue
+        ratio = 1.0 if other == plain else difflib.SequenceMatcher(None, plain, other).ratio()
+        if ratio >= best:
+            best, found = ratio, each
+    return found
+
+
+def listed(names: list[str]) -> str:
+    """The first of `names` in quotes, and how many more there are."""
+    if not names:
+        return "no metrics"
+    shown = ", ".join(f"'{printable(each, _LONGEST_NAME)}'" for each in names[:_MOST_NAMES])
+    more = len(names) - _MOST_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _plain(name: str) -> str:
+    """`name` without what people mix up: case, and which characters separate words."""
+    return _SEPARATORS.sub("_", name.casefold())
