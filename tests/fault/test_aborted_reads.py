@@ -9,7 +9,7 @@ from transport_fixtures import SERVER, Child, Footprint
 from waiting import wait_until
 
 COUNTS = [
-    pytest.param(1_000, id="short"),
+    pytest.param(600, id="short"),
     pytest.param(100_000, id="long", marks=[pytest.mark.endurance, pytest.mark.timeout(3600)]),
 ]
 ROUND = 100

@@ -11,10 +11,10 @@ from transport_fixtures import LANES, Child
 from waiting import wait_until
 
 COUNTS = [
-    pytest.param(2_500, id="short"),
+    pytest.param(1_000, id="short"),
     pytest.param(50_000, id="long", marks=[pytest.mark.endurance, pytest.mark.timeout(1200)]),
 ]
-"""Redemptions for each lane and each of the two rings: 5,000 and 100,000 for each lane."""
+"""Redemptions for each lane and each of the two rings: 2,000 and 100,000 for each lane."""
 
 SLOTS = 16
 READERS = 2

@@ -7,7 +7,7 @@ import pytest
 from transport_fixtures import Child, Footprint
 
 COUNTS = [
-    pytest.param(20, id="short"),
+    pytest.param(12, id="short"),
     pytest.param(500, id="long", marks=[pytest.mark.endurance, pytest.mark.timeout(1800)]),
 ]
 WARM_CYCLES = 8  # or a fifth of all: the reader's heap takes a while to find its shape

@@ -7,7 +7,7 @@ SEED = 6
 @pytest.mark.parametrize(
     "jobs",
     [
-        pytest.param(6, marks=pytest.mark.timeout(400), id="short"),
+        pytest.param(4, marks=pytest.mark.timeout(300), id="short"),
         pytest.param(200, marks=[pytest.mark.endurance, pytest.mark.timeout(2 * 3600)], id="long"),
     ],
 )

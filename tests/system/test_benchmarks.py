@@ -44,21 +44,6 @@ def measured(folder, targets):
     return done.stdout, json.loads((folder / "result.json").read_text()), folder
 
 
-@pytest.fixture(scope="module")
-def lanes(tmp_path_factory):
-    return measured(tmp_path_factory.mktemp("lanes"), LANES)
-
-
-@pytest.fixture(scope="module")
-def within(tmp_path_factory):
-    return measured(tmp_path_factory.mktemp("within"), WITHIN)
-
-
-@pytest.fixture(scope="module")
-def beside(tmp_path_factory):
-    return measured(tmp_path_factory.mktemp("beside"), BESIDE)
-
-
 def check_rows(result, targets):
     """What holds for every run: its scenarios, figures of every round, a line for each target that was judged."""
     shown, document, _ = result
@@ -79,22 +64,44 @@ def check_rows(result, targets):
     return judged
 
 
-def test_lanes_stand_beside_their_limits(lanes):
+def test_lanes_stand_beside_their_limits_and_a_result_beside_itself(tmp_path):
+    result = measured(tmp_path, LANES)
     # At 1 KiB nothing is asked of large payloads.
     ucx = {"P6"} if UCXX_AVAILABLE else set()
-    assert check_rows(lanes, LANES) >= {"P1", "P4", "P7"} | ucx
-    _, document, _ = lanes
+    assert check_rows(result, LANES) >= {"P1", "P4", "P7"} | ucx
+    _, document, _ = result
     held = {row["subject"] for row in document["rows"] if row["scenario"] == "reads" and row["limit"]}
     assert held == {"shm in place", "tcp", "tcp with checksum"} | ({"ucx"} if UCXX_AVAILABLE else set())
+    check_machine(document["machine"])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_against_itself(str(tmp_path / "result.json"))
 
 
-def test_costs_of_one_side_have_rows_and_targets(within):
-    assert check_rows(within, WITHIN) == {"P8", "P9", "P10", "P11", "P12", "P13"}
+def check_machine(machine):
+    """It is described without being named."""
+    assert machine["cores"] >= 1
+    assert machine["processor"]
+    assert machine["versions"]["dray"]
+    assert os.uname().nodename not in json.dumps(machine)
 
 
-def test_peers_are_measured_or_skipped_with_a_reason(beside):
-    check_rows(beside, BESIDE)
-    _, document, _ = beside
+def check_against_itself(file):
+    """Nothing has moved."""
+    done = run_benchmarks("--load", file, "--against", file)
+    assert done.returncode == 0, done.stderr
+    assert "What moved" in done.stdout
+    assert "better\n" not in done.stdout
+    assert "worse\n" not in done.stdout
+
+
+def test_costs_of_one_side_have_rows_and_targets(tmp_path):
+    assert check_rows(measured(tmp_path, WITHIN), WITHIN) == {"P8", "P9", "P10", "P11", "P12", "P13"}
+
+
+def test_peers_are_measured_or_skipped_with_a_reason(tmp_path):
+    result = measured(tmp_path, BESIDE)
+    check_rows(result, BESIDE)
+    _, document, _ = result
     found = {row["subject"].partition(", ")[2] for row in document["rows"]}
     skipped = {each["what"]: each["why"] for each in document["skipped"]}
     assert {"dray shm", "dray shm in place", "dray shm, by Redis", "Redis inline"} <= found
@@ -108,30 +115,6 @@ def test_the_job_tells_its_time_inside_reads(tmp_path):
     assert [row["scenario"] for row in document["rows"]] == ["job", "job"]
     assert all(0 <= row["p50"] < 100 for row in document["rows"])
     assert "\nP14 " in shown
-
-
-def test_the_machine_is_described_without_being_named(lanes):
-    _, document, _ = lanes
-    machine = document["machine"]
-    assert machine["cores"] >= 1
-    assert machine["processor"]
-    assert machine["versions"]["dray"]
-    assert os.uname().nodename not in json.dumps(machine)
-
-
-def test_the_plot_is_a_png(lanes):
-    *_, folder = lanes
-    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_against_itself_has_not_moved(lanes):
-    *_, folder = lanes
-    file = str(folder / "result.json")
-    done = run_benchmarks("--load", file, "--against", file)
-    assert done.returncode == 0, done.stderr
-    assert "What moved" in done.stdout
-    assert "better\n" not in done.stdout
-    assert "worse\n" not in done.stdout
 
 
 @pytest.mark.parametrize(
