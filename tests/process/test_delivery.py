@@ -252,7 +252,7 @@ def test_weights_whose_commit_redis_did_not_take_have_a_version_of_their_own(tmp
     settings = job_settings("stop.at_least=1e9", "policy.args.held_at=8", f'policy.args.held_by="{held_by}"')
     with running(tmp_path, *settings) as job:
         with held_by.open("w"):  # the ninth step is under way
-            for redis in job.processes("redis-server"):
+            for redis in job.processes("redis.sock"):
                 redis.suspend()
             job.process.send_signal(signal.SIGINT)
             job.wait_until(lambda: "stopping:" in job.log("policy-0"), "the policy's word that it stops")

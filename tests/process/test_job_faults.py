@@ -81,7 +81,7 @@ def test_r1_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=1e9", "timeouts.redis=2")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        job.only("redis-server").kill()
+        job.only("redis.sock").kill()
         assert job.end(bound=30.0) == 1, job.story()
         assert "Redis was gone" in job.text
         assert job.checkpoint()["step"] > 0

@@ -119,7 +119,7 @@ def test_r5_controller_without_replicas_waits_for_the_first_until_its_bound(tmp_
     settings = ("controller.dead_after=1", "controller.heartbeat_interval=0.3", "timeouts.start=6")
     spec = spec_of(tmp_path, *settings)
     with bind("127.0.0.1", 0) as listener:
-        advertise(spec.folder, listener)
+        advertise(spec.folder, listener, spec.token)
         command = [sys.executable, "-m", "dray.runtime.controller", str(spec.folder.spec), str(listener.fileno())]
         with (tmp_path / "controller.log").open("wb") as log:
             controller = subprocess.Popen(command, stderr=log, pass_fds=[listener.fileno()])
@@ -193,7 +193,7 @@ def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, 
                 over.wait()
 
     with bind("127.0.0.1", 0) as listener:
-        advertise(spec.folder, listener)
+        advertise(spec.folder, listener, spec.token)
         thread = threading.Thread(target=drip)
         thread.start()
         command = [sys.executable, "-m", "dray.runtime.rollout", str(spec.folder.spec), "0"]
@@ -215,7 +215,7 @@ def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, 
 def test_r9_shutdown_does_not_wait_for_a_redis_that_is_stopped(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER, "timeouts.redis=60")) as job:
         job.wait_for("  step ")
-        redis = job.only("redis-server")
+        redis = job.only("redis.sock")
         with job.controller() as client:
             redis.suspend()
             # Nothing takes that long here but a command or a poll that Redis does not answer.

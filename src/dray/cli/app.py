@@ -6,14 +6,16 @@ import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from dray.cli.bench import bench
 from dray.cli.doctor import doctor
-from dray.cli.job_options import Settings, read_job
+from dray.cli.extras import remedy, require_extra
+from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.cli.slurm import slurm
+from dray.cli.status import status
 from dray.errors import ConfigError, DrayError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import exit_with_own_code_on_crash
@@ -45,28 +47,45 @@ def common(
 def run(
     job: Annotated[Path, typer.Argument(help="The job file, TOML.")],
     settings: Settings = None,
+    log_level: LogLevelOption = None,
     output: Annotated[
         str | None, typer.Option(help="Output folder; by default a new one under outputs/<job name>/.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue from the checkpoint in the output folder, with the options of the start of the run; "
+            "options given now take their place.",
+        ),
     ] = False,
 ) -> None:
     """Run a job on this machine and show its progress."""
+    require_extra("runtime")
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job
+    from dray.launch.output import run_folder
 
-    config = read_job(job, settings, output)
-    raise typer.Exit(run_job(config, job.absolute(), resume=resume))
+    request = read_job(job, settings, output, log_level)
+    if resume:
+        request = request.resumed(run_folder(request.config, resume=True))
+    config = request.config
+    if config.job.lane == "ucx" and config.job.payload_transfer == "ucxx":
+        require_extra("ucxx")
+    raise typer.Exit(run_job(config, request.options, resume=resume, lines=request.lines))
 
 
+app.command()(status)
 app.command()(doctor)
 app.command()(bench)
 app.add_typer(slurm, name="slurm")
 
 
 def main() -> None:
-    """The entry point of the `dray` command: errors of dray's own become one line and an exit code."""
+    """The entry point of the `dray` command: errors of dray's own become one line and an exit code.
+
+    So does a package that is missing because an extra was not installed.
+    """
     exit_with_own_code_on_crash()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -76,16 +95,16 @@ def main() -> None:
         _fail(error, ExitCode.CONFIGURATION)
     except DrayError as error:
         _fail(error, ExitCode.FAILED)
+    except ModuleNotFoundError as error:
+        line = remedy(error)
+        if line is None:
+            raise
+        _fail(line, ExitCode.CONFIGURATION)
 
 
-def _fail(error: DrayError, code: ExitCode) -> None:
-    line = " ".join(str(error).split())
-    sys.exit(_print_error(f"error: {line}", code))
-
-
-def _print_error(line: str, code: ExitCode) -> int:
-    print(line, file=sys.stderr)
-    return int(code)
+def _fail(error: DrayError | str, code: ExitCode) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(int(code))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def facts(machine: Machine) -> Iterator[tuple[str, str]]:
     for name, found in machine.versions.items():
         yield name, found or "not installed"
     if machine.redis_server is None:
-        yield "redis server", "none: pip install 'dray[embedded]', or configure redis.url"
+        yield "redis server", f"none: {machine.redis_remedies}"
     else:
         yield "redis server", f"{machine.redis_version} {machine.redis_server}".strip()
     yield "RDMA devices", ", ".join(machine.rdma_devices) or "none"

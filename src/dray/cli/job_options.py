@@ -2,30 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 import typer
 
 from dray.config import JobConfig, load_job
 from dray.errors import ConfigError
+from dray.launch.run_options import RunOptions
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
 ]
+LogLevelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="debug|info|warning|error",
+        help="How much the processes of the job log, the supervisor included; by default info.",
+    ),
+]
 
 
-def read_job(job: Path, settings: list[str] | None, output: str | None) -> JobConfig:
-    """The configuration of a job file with what was said on the command line; `output` has the last word.
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A job as a command asks for it.
+
+    Attributes:
+        config: what the job file and the options say together.
+        options: what was given on the command line, and kept from the start of the run if that goes on.
+        lines: what to tell the user about options that were kept.
+    """
+
+    config: JobConfig
+    options: RunOptions
+    lines: tuple[str, ...] = ()
+
+    def resumed(self, root: Path) -> Self:
+        """The same for the run in the folder `root`, with the options that it was started with under those given.
+
+        Raises:
+            ConfigError: the options of the run cannot be trusted or read, or do not fit the job file any more.
+        """
+        kept = RunOptions.read(root)
+        if kept is None:
+            return replace(self, config=_with_output(self.config, str(root)))
+        options = self.options.over(kept)
+        config = _with_output(load_job(options.job_file, options.settings), str(root))
+        return replace(self, config=config, options=options, lines=tuple(self.options.kept_lines(kept)))
+
+
+def read_job(
+    job: Path,
+    settings: list[str] | None,
+    output: str | None,
+    log_level: str | None,
+    slurm: Mapping[str, Any] | None = None,
+) -> JobRequest:
+    """What a job file says with the options of a command; `output` and `log_level` have the last word.
+
+    Args:
+        slurm: options for keys of [slurm]; None for those that were not given. They are noted and not applied.
 
     Raises:
         ConfigError: the file cannot be read, or a key, a value or the name of the folder is not allowed.
     """
-    config = load_job(job, settings or [])
-    if output is None:
-        return config
-    if not output or not _is_utf8(output):
-        raise ConfigError("--output", output, "the name of a folder, in UTF-8")
+    given = [*(settings or []), *([f"job.log_level={log_level}"] if log_level is not None else [])]
+    config = load_job(job, given)
+    if output is not None:
+        if not output or not _is_utf8(output):
+            raise ConfigError("--output", output, "the name of a folder, in UTF-8")
+        config = _with_output(config, output)
+    options = RunOptions(
+        job_file=job.absolute(),
+        job_text=job.read_text(encoding="utf-8"),
+        settings=tuple(given),
+        slurm={key: value for key, value in (slurm or {}).items() if value not in (None, [], {})},
+    )
+    return JobRequest(config, options)
+
+
+def _with_output(config: JobConfig, output: str) -> JobConfig:
     return config.model_copy(update={"job": config.job.model_copy(update={"output": output})})
 
 

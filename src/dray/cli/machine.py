@@ -37,6 +37,7 @@ class Machine:
         versions: package → version, None where it is not installed. None of them was imported to find out.
         redis_server: the Redis server that a job would start, None if there is none.
         redis_version: what it says about itself; empty if it does not.
+        redis_remedies: what makes a server available where there is none.
         rdma_devices: names of the RDMA devices, with their ports' states.
         memlock: bytes a process may lock in memory, which RDMA needs; None for no limit.
         open_files: descriptors a process may have; None for no limit.
@@ -49,6 +50,7 @@ class Machine:
     versions: dict[str, str | None]
     redis_server: str | None
     redis_version: str
+    redis_remedies: str
     rdma_devices: tuple[str, ...]
     memlock: int | None
     open_files: int | None
@@ -57,6 +59,9 @@ class Machine:
 
 def examine() -> Machine:
     """Look at this machine."""
+    # It brings the redis package in, which only a job needs.
+    from dray.control.embedded import server_remedies
+
     redis = _redis_server()
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -65,6 +70,7 @@ def examine() -> Machine:
         versions={name: _version(candidates) for name, candidates in _DISTRIBUTIONS.items()},
         redis_server=redis,
         redis_version=_redis_version(redis) if redis else "",
+        redis_remedies=server_remedies(),
         rdma_devices=rdma_devices(RDMA_DEVICES),
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         open_files=_limit(resource.RLIMIT_NOFILE),
@@ -100,7 +106,6 @@ def _version(candidates: Iterable[str]) -> str | None:
 
 
 def _redis_server() -> str | None:
-    # It brings the redis package in, which only a job needs.
     from dray.control.embedded import find_redis_binary
 
     try:

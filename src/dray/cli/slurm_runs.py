@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dray.cli.job_options import Settings, read_job
+from dray.cli.extras import require_extra
+from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
 def submit(
     job: Annotated[Path, typer.Argument(help="The job file, TOML, the same as for dray run.")],
     settings: Settings = None,
+    log_level: LogLevelOption = None,
     output: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="By default a new one under outputs/<job name>/.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that failed, was cancelled or lost.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue a run that failed, was cancelled or lost, with the options that it was submitted with; "
+            "options given now take their place.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and submit nothing.")] = False,
     partition: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
@@ -66,7 +73,6 @@ def submit(
     from dray.launch.slurm import submit as submission
     from dray.runtime.exit_codes import ExitCode
 
-    config = read_job(job, settings, output)
     options = {
         "partition": partition,
         "account": account,
@@ -81,8 +87,15 @@ def submit(
         "container_mounts": container_mount,
         "environment": _variables(env or []),
         "snapshot": snapshot,
+        "nodes": nodes,
     }
-    config = submission.with_options(config, options, nodes)
+    request = read_job(job, settings, output, log_level, options)
+    if resume:
+        request = request.resumed(submission.run_folder(request.config, resume=True))
+    table = dict(request.options.slurm)
+    config = submission.with_options(request.config, table, table.pop("nodes", None))
+    if not dry_run and (config.slurm is None or config.slurm.container_image is None):
+        require_extra("runtime")  # the nodes run this very installation
     prepared = submission.prepare(config, job, resume=resume)
     place = prepared.plan.run_folder
     if prepared.record is None:
@@ -93,7 +106,9 @@ def submit(
         for line in prepared.layout_lines():
             typer.echo(line, err=True)
         return
-    number = submission.submit(prepared, job)
+    number = submission.submit(prepared, job, request.options)
+    for line in request.lines:
+        typer.echo(line)
     typer.echo(f"submitted job {number}")
     for line in prepared.layout_lines():
         typer.echo(line)

@@ -4,6 +4,6 @@
 """
 
 from dray.config.reading import load_job, parse_job
-from dray.config.tables import ENTRY_POINT_FORM, JobConfig, SlurmTable
+from dray.config.tables import ENTRY_POINT_FORM, JobConfig, LogLevel, SlurmTable
 
-__all__ = ["ENTRY_POINT_FORM", "JobConfig", "SlurmTable", "load_job", "parse_job"]
+__all__ = ["ENTRY_POINT_FORM", "JobConfig", "LogLevel", "SlurmTable", "load_job", "parse_job"]

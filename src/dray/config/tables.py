@@ -15,6 +15,9 @@ ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "pa
 LARGEST: Final = 2**63 - 1
 """No integer in a job file is larger."""
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+"""How much the processes of a job log."""
+
 _ENTRY_POINT = r"^[^:\s]+:[A-Za-z_][A-Za-z0-9_]*$"
 
 
@@ -53,6 +56,7 @@ class JobTable(Table):
     max_steps: int = _count()
     payload_transfer: Literal["ucxx", "redis"] = Field(default="ucxx", description='"ucxx" or "redis"')
     lane: Literal["auto", "shm", "tcp", "ucx"] = Field(default="auto", description='"auto", "shm", "tcp" or "ucx"')
+    log_level: LogLevel = Field(default="info", description='"debug", "info", "warning" or "error"')
 
 
 class RolloutTable(Table):
@@ -105,6 +109,7 @@ class ControllerTable(Table):
 
     host: str = _text("127.0.0.1", pattern=r"^\S+$", allowed="a host name or address of this machine")
     port: int = Field(default=0, ge=0, le=65535, description="a port number from 0 (any free port) to 65535")
+    token_file: str | None = _text(None, allowed="a file for its owner only, or one that does not exist yet")
     heartbeat_interval: float = _seconds(1.0)
     dead_after: float = _seconds(15.0)
 

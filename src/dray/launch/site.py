@@ -7,12 +7,15 @@ import selectors
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from dray.config import JobConfig
 from dray.launch.children import JobProcess
 from dray.launch.replicas import Environment
+from dray.launch.run_options import RunOptions
 from dray.runtime.job import JobFolder, JobSpec
+from dray.runtime.token_file import token_from_file
 
 
 class Elsewhere(Protocol):
@@ -88,6 +91,8 @@ class Site:
         ranks: how many policy replicas, the first ones, run on this machine.
         rollouts: the numbers of the rollout replicas that run on this machine.
         secret: of the job.
+        token: of the controller, if the user has chosen one.
+        options: what the run was started with; kept in its folder once it has begun.
         environment: the variables of a replica of this machine, by its name.
     """
 
@@ -97,10 +102,33 @@ class Site:
     rollouts: range
     redis_host: str | None = None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+    token: str | None = field(default=None, repr=False)
+    options: RunOptions | None = None
     environment: Environment = _nothing
     elsewhere: Elsewhere = field(default_factory=Nowhere)
 
 
-def this_machine(config: JobConfig, folder: JobFolder) -> Site:
-    """Everything runs on this machine."""
-    return Site(folder, config.controller.host, config.policy.replicas, range(config.rollout.replicas))
+def this_machine(config: JobConfig, folder: JobFolder, options: RunOptions | None = None) -> Site:
+    """Everything runs on this machine.
+
+    Raises:
+        ConfigError: the file of the controller's token cannot be used.
+    """
+    return Site(
+        folder=folder,
+        host=config.controller.host,
+        ranks=config.policy.replicas,
+        rollouts=range(config.rollout.replicas),
+        token=chosen_token(config),
+        options=options,
+    )
+
+
+def chosen_token(config: JobConfig) -> str | None:
+    """The controller's token if the job file names a file for it.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    path = config.controller.token_file
+    return None if path is None else token_from_file(Path(path))

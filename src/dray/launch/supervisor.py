@@ -121,14 +121,16 @@ class Supervisor:
             server = job_redis(self._config, self._job_id, place, host, self._say, self._unexpected.append)
             redis = closed_by_step(resources, server, step)
             attempt_folder(folder)
-            resources.enter_context(supervisor_log(folder.logs))
+            if self._site.options is not None:
+                self._site.options.write(folder.root)
+            resources.enter_context(supervisor_log(folder.logs, self._config.job.log_level))
             self._crew.keep(frozenset(strangers | ({redis.pid} if redis.pid is not None else set())))
             resources.callback(self._crew.kill_orphans)
             spec = self._write_spec((redis.tcp_address or redis.address).url)
             # From here on there are processes; they end before anything above does.
             resources.callback(self._crew.kill_rest)
             resources.callback(self._elsewhere.close)
-            self._crew.start_controller(listener)
+            self._crew.start_controller(listener, spec.token)
             client = resources.enter_context(
                 ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
             )
@@ -173,6 +175,7 @@ class Supervisor:
             job_id=self._job_id,
             resume=self._state is not None,
             first_prompt=self._state.next_prompt if self._state is not None else 0,
+            chosen_token=self._site.token,
         )
         spec.write()
         return spec

@@ -33,8 +33,8 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def advertise(folder: JobFolder, listener: socket.socket) -> None:
-    """Write the controller's URL to the job's folder, for the job's owner only."""
+def advertise(folder: JobFolder, listener: socket.socket, token: str) -> None:
+    """Write the controller's URL and its token to the job's folder, for the job's owner only."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    write_json(folder.controller_address, {"url": f"http://{shown}:{port}"}, mode=0o600)
+    write_json(folder.controller_address, {"url": f"http://{shown}:{port}", "token": token}, mode=0o600)

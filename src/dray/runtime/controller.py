@@ -35,7 +35,7 @@ from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, JobSpec, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
-from dray.runtime.process import begin_process, finish_process
+from dray.runtime.process import begin_process, finish_process, set_log_level
 from dray.runtime.prompts import PromptLedger, prompt_seed
 from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.stall import StallWatch
@@ -330,6 +330,7 @@ def main() -> int:
     """``python -m dray.runtime.controller SPEC SOCKET``, where SOCKET is the number of a listening socket."""
     begin_process("controller")
     spec = JobSpec.read(Path(sys.argv[1]))
+    set_log_level(spec.config.job.log_level)
     with socket.socket(fileno=int(sys.argv[2])) as listener:
         outcome = asyncio.run(serve(spec, listener))
     return ExitCode.OK if outcome.kind in FINISHED_OUTCOMES else ExitCode.FAILED

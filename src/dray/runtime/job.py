@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +78,27 @@ class JobFolder:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """A job as its processes see it. Holds the secret: lives in memory and in one file of mode 0600."""
+    """A job as its processes see it. Holds the secret: lives in memory and in one file of mode 0600.
+
+    Attributes:
+        chosen_token: the controller's token if the user has chosen one.
+    """
 
     config: JobConfig
     job_file: Path
     folder: JobFolder
-    secret: bytes
-    redis_url: str
+    secret: bytes = field(repr=False)
+    redis_url: str = field(repr=False)
     job_id: str
     resume: bool
     first_prompt: int
+    chosen_token: str | None = field(default=None, repr=False)
 
     @property
     def token(self) -> str:
-        """What the controller asks for; follows from the secret and does not give it away."""
+        """What the controller asks for; unless chosen it follows from the secret, and does not disclose it."""
+        if self.chosen_token is not None:
+            return self.chosen_token
         return hmac.new(self.secret, b"dray controller token", hashlib.sha256).hexdigest()
 
     def write(self) -> None:
@@ -105,6 +112,7 @@ class JobSpec:
             "job_id": self.job_id,
             "resume": self.resume,
             "first_prompt": self.first_prompt,
+            "chosen_token": self.chosen_token,
         }
         write_json(self.folder.spec, document, mode=0o600)
 
@@ -121,6 +129,7 @@ class JobSpec:
             job_id=document["job_id"],
             resume=document["resume"],
             first_prompt=document["first_prompt"],
+            chosen_token=document["chosen_token"],
         )
 
 

@@ -18,11 +18,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Final, NoReturn
 
 from dray.clock import MONOTONIC
+from dray.config import LogLevel
 from dray.runtime.descendants import kill_descendants
 from dray.runtime.exit_codes import ExitCode
 
@@ -31,6 +32,11 @@ PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a process of the job write the stacks of all its threads to its log."""
+
+LEVELS: Final[Mapping[LogLevel, int]] = MappingProxyType(
+    {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+)
+"""The number of each level in `logging`."""
 
 _LAST_BOUND = 3.0
 _PR_SET_PDEATHSIG = 1
@@ -91,11 +97,11 @@ class StopFlag:
         return self.event.wait(timeout)
 
 
-def begin_process(name: str, *, log_level: int = logging.INFO) -> None:
+def begin_process(name: str) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
-    log_to_stderr(name, log_level)
+    log_to_stderr(name, logging.INFO)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)
@@ -107,6 +113,13 @@ def log_to_stderr(name: str, level: int) -> None:
     """What is logged from `level` on goes to stderr, which is the process's log; `name` is that of the process."""
     form = f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=level, stream=sys.stderr, format=form)
+
+
+def set_log_level(level: LogLevel) -> None:
+    """Log from `level` on. "debug" adds the messages of dray; other libraries log from "info" on at most."""
+    number = LEVELS[level]
+    logging.getLogger("dray").setLevel(number)
+    logging.getLogger().setLevel(max(number, logging.INFO))
 
 
 def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:

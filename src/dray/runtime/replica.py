@@ -22,7 +22,7 @@ from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
 from dray.runtime.place import own_address
-from dray.runtime.process import StopFlag, begin_process, finish_process, stop_on_signals
+from dray.runtime.process import StopFlag, begin_process, finish_process, set_log_level, stop_on_signals
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 
 _LOG = logging.getLogger("dray.runtime.replica")
@@ -141,6 +141,7 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     index = int(sys.argv[2])
     begin_process(f"{role.value}-{index}")
     spec = JobSpec.read(Path(sys.argv[1]))
+    set_log_level(spec.config.job.log_level)
     stop = StopFlag()
 
     def on_signal(number: signal.Signals) -> None:

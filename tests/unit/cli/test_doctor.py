@@ -20,6 +20,7 @@ MACHINE = Machine(
     versions={"dray": "0.1.0", "torch": None},
     redis_server=None,
     redis_version="",
+    redis_remedies="pip install 'dray[embedded]'",
     rdma_devices=(),
     memlock=None,
     open_files=4096,
@@ -59,7 +60,7 @@ def test_the_json_form_holds_lanes_machine_and_verdict():
 def test_facts_name_what_is_absent():
     told = dict(facts(MACHINE))
     assert told["torch"] == "not installed"
-    assert "dray[embedded]" in told["redis server"]
+    assert told["redis server"] == "none: pip install 'dray[embedded]'"
     assert told["RDMA devices"] == "none"
     assert told["UCX_TLS"] == "tcp"
 

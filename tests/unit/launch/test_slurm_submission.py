@@ -13,6 +13,7 @@ import pytest
 
 from dray.config import JobConfig, parse_job
 from dray.errors import ConfigError
+from dray.launch.run_options import RunOptions
 from dray.launch.slurm import snapshot
 from dray.launch.slurm.plan import Plan, plan_path
 from dray.launch.slurm.run_record import RunRecord
@@ -201,13 +202,17 @@ def test_what_slurm_does_not_take_leaves_no_folder(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
-def test_job_runs_the_copy_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_runs_the_copy_of_the_code_and_its_options_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_file = make_job_file(tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 12\n")
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    assert submit(prepare(job(tmp_path), job_file, resume=False), job_file) == 12
+    options = RunOptions(job_file, "", ("job.seed=7",), {"partition": "gpu"})
+    assert submit(prepare(job(tmp_path), job_file, resume=False), job_file, options) == 12
+    assert RunOptions.read(tmp_path / "out") == options
     (job_file.parent / "small.py").write_text("edited = 1\n")
     plan = Plan.read(plan_path(tmp_path / "out"))
     assert plan.job_file == tmp_path / "out" / ".slurm" / "code" / "job.toml"

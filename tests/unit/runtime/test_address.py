@@ -13,9 +13,12 @@ def test_advertised_address_is_the_bound_one(tmp_path: Path) -> None:
     (tmp_path / ".run").mkdir()
     folder = JobFolder(tmp_path)
     with bind("127.0.0.1", 0) as listener:
-        advertise(folder, listener)
+        advertise(folder, listener, "token of the job")
         port = listener.getsockname()[1]
-        assert json.loads(folder.controller_address.read_text()) == {"url": f"http://127.0.0.1:{port}"}
+        assert json.loads(folder.controller_address.read_text()) == {
+            "url": f"http://127.0.0.1:{port}",
+            "token": "token of the job",
+        }
         assert folder.controller_address.stat().st_mode & 0o777 == 0o600
         socket.create_connection(("127.0.0.1", port)).close()
         with pytest.raises(ConfigError, match=r"controller.host, controller.port = '127.0.0.1:\d+'"):

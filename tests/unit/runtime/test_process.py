@@ -4,6 +4,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from dray.runtime.process import StopFlag
 
 
@@ -82,3 +84,29 @@ def test_error_of_our_own_has_an_exit_code_of_its_own() -> None:
         text, errors = child.communicate(timeout=20)
     assert (child.returncode, text) == (14, "")
     assert "RuntimeError: impossible" in errors
+
+
+@pytest.mark.parametrize(
+    ("level", "written"),
+    [
+        ("debug", ["dray debug", "dray info", "dray warning", "other info", "other warning"]),
+        ("info", ["dray info", "dray warning", "other info", "other warning"]),
+        ("warning", ["dray warning", "other warning"]),
+        ("error", []),
+    ],
+)
+def test_level_of_the_job_holds_for_dray_and_keeps_debug_messages_of_others_out(
+    level: str, written: list[str]
+) -> None:
+    program = (
+        "import logging\nfrom dray.runtime.process import begin_process, set_log_level\n"
+        f"begin_process('x')\nset_log_level({level!r})\n"
+        "for name in ('dray', 'other'):\n"
+        "    logger = logging.getLogger(f'{name}.part')\n"
+        "    for each in ('debug', 'info', 'warning'):\n"
+        "        getattr(logger, each)(f'{name} {each}')\n"
+    )
+    with run_child(program) as child:
+        _, errors = child.communicate(timeout=20)
+    assert child.returncode == 0
+    assert [line.partition(": ")[2] for line in errors.splitlines()] == written

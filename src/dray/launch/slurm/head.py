@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.display import Display
-from dray.launch.output import open_output
+from dray.launch.output import open_output, resume_line
 from dray.launch.signals import TIME_LIMIT_SIGNAL, WATCHED, SignalInbox
-from dray.launch.site import Elsewhere, Nowhere, Site
+from dray.launch.site import Elsewhere, Nowhere, Site, chosen_token
 from dray.launch.slurm.command_line import Task
 from dray.launch.slurm.network import Interface, choose_interface, is_loopback
 from dray.launch.slurm.placement import environment, placements
@@ -56,6 +56,8 @@ def run_head(task: Task) -> int:
         display = opened.enter_context(Display(f"dray: job {config.job.name}", config.job.max_steps))
         folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))
         site = _site(task, config, folder, interface, opened)
+        if state is not None and not state.outcome:
+            display.say(resume_line(folder, state))
         display.say(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
         return supervise(config, task.plan.job_file, site, state, inbox, display)
 
@@ -110,6 +112,7 @@ def _site(task: Task, config: JobConfig, folder: JobFolder, interface: Interface
         rollouts=range(len(rollouts)),
         redis_host=interface.address if away else None,
         secret=task.plan.secret,
+        token=chosen_token(config),
         environment=variables.__getitem__,
         elsewhere=elsewhere,
     )

@@ -35,7 +35,7 @@ from dray.runtime.descendants import child_pids, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.membership import Role
-from dray.runtime.process import DUMP_SIGNAL, adopt_orphans, log_to_stderr
+from dray.runtime.process import DUMP_SIGNAL, adopt_orphans, log_to_stderr, set_log_level
 
 LOOK_INTERVAL = 0.25
 """Seconds between two looks for the head's address: a file system that nodes share tells nobody that one came."""
@@ -277,6 +277,7 @@ def run_node(task: Task) -> int:
         DrayError: the head cannot be found or reached.
     """
     log_to_stderr(f"node {task.node}", logging.INFO)
+    set_log_level(task.plan.config.job.log_level)
     with SignalInbox() as inbox:
         return NodeSupervisor(task, inbox).run()
 

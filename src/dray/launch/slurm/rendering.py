@@ -5,22 +5,15 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from dray.errors import ConfigError
-
 
 def render(name: str, **values: Any) -> str:
     """The batch script that the template `name` in the folder templates/ gives.
 
     Raises:
-        ConfigError: Jinja2 is not installed.
+        ModuleNotFoundError: Jinja2 is not installed.
         jinja2.UndefinedError: the template names a value that is not given.
     """
-    try:
-        import jinja2  # here, as nothing but the commands for Slurm needs it
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "dray slurm", "this installation", "one with dray[slurm], which brings Jinja2"
-        ) from error
+    import jinja2  # here, as nothing but the commands for Slurm needs it
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),

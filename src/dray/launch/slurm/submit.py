@@ -4,6 +4,7 @@
 <run folder>/
   slurm.json        what is known about the run, see `run_record`
   slurm-<job>.out   the output of the batch script
+  options.json      what the run was submitted with, see `run_options`
   parts/001.1/logs/ one log per process of part 1, attempt 1, and so on; `latest` leads to the newest
   .slurm/           for its owner only
     job.sh          the batch script
@@ -26,6 +27,7 @@ from typing import Any
 from dray.config import JobConfig, SlurmTable, parse_job
 from dray.errors import ConfigError
 from dray.launch.output import RESUME_NEEDS, choose_folder, has_metrics
+from dray.launch.run_options import RunOptions
 from dray.launch.slurm import scheduler
 from dray.launch.slurm.layout import layout_of, rollout_nodes_of
 from dray.launch.slurm.placement import placements
@@ -97,7 +99,7 @@ def prepare(config: JobConfig, job_file: Path, *, resume: bool) -> Submission:
     """
     table = config.slurm or SlurmTable()
     layout = layout_of(config)
-    root = _run_folder(config, resume=resume)
+    root = run_folder(config, resume=resume)
     record = _record(root, table.retries, resume=resume)
     plan = Plan(
         config=config,
@@ -113,10 +115,13 @@ def prepare(config: JobConfig, job_file: Path, *, resume: bool) -> Submission:
     return Submission(plan, batch_script(plan), record)
 
 
-def submit(submission: Submission, job_file: Path) -> int:
+def submit(submission: Submission, job_file: Path, options: RunOptions | None = None) -> int:
     """Write the run's folder and submit its script; returns Slurm's number of the job.
 
     A folder of a run that Slurm does not take is removed again, if it was made here.
+
+    Args:
+        options: what the run was submitted with; kept in its folder.
 
     Raises:
         ConfigError: the code cannot be copied.
@@ -148,6 +153,8 @@ def submit(submission: Submission, job_file: Path) -> int:
             previous.write(root)
         raise
     _job_id_file(root).write_text(f"{number}\n", encoding="utf-8")
+    if options is not None:
+        options.write(root)
     return number
 
 
@@ -173,7 +180,7 @@ def queued_jobs() -> dict[str, str]:
     return found
 
 
-def _run_folder(config: JobConfig, *, resume: bool) -> Path:
+def run_folder(config: JobConfig, *, resume: bool) -> Path:
     """The folder that the run is to have, absolute; it need not be there.
 
     Raises:

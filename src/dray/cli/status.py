@@ -1,0 +1,104 @@
+"""`dray status`: what a running job does, asked of its controller."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dray.cli.extras import require_extra
+from dray.errors import ConfigError
+from dray.runtime.job import JobFolder
+from dray.runtime.private_file import read_private_file
+
+if TYPE_CHECKING:
+    from dray.runtime.messages import MemberStatus, Status
+
+ANSWER_BOUND = 5.0
+"""Seconds within which the controller must answer."""
+
+_RUNNING = "*/*/.run/controller.json"
+_ALLOWED = "the output folder of a job that is running"
+
+
+def status(
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="Output folder of a running job; by default that of the one job under outputs/."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object: the answer of GET /status, and the controller's URL."),
+    ] = False,
+) -> None:
+    """Show what a running job does: phase, step, replicas, and where its controller listens."""
+    require_extra("runtime")
+    from dray.runtime.controller_client import ControllerClient
+
+    folder = JobFolder(output if output is not None else find_running(Path("outputs")))
+    url, token = read_address(folder)
+    with ControllerClient(url, token, ANSWER_BOUND) as client:
+        answer = client.status()
+    if as_json:
+        typer.echo(json.dumps({"controller": url, **answer.model_dump(mode="json")}, indent=2))
+        return
+    for line in status_lines(answer, url):
+        typer.echo(line)
+
+
+def find_running(place: Path) -> Path:
+    """The output folder of the one job that runs under `place`, with the folders' default names.
+
+    Raises:
+        ConfigError: none runs there, or more than one.
+    """
+    found = sorted(path.parent.parent for path in place.glob(_RUNNING))
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "there is none"
+        raise ConfigError("OUTPUT", str(place), f"{_ALLOWED}; under {place}/: {names}")
+    return found[0]
+
+
+def read_address(folder: JobFolder) -> tuple[str, str]:
+    """URL and token of the controller of the job that runs in `folder`.
+
+    Raises:
+        ConfigError: no job of this user runs there.
+    """
+    path = folder.controller_address
+    try:
+        document = json.loads(read_private_file(path, "OUTPUT"))
+        return str(document["url"]), str(document["token"])
+    except FileNotFoundError as error:
+        raise ConfigError("OUTPUT", str(folder.root), _ALLOWED) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError("OUTPUT", str(path), f"the address of a controller of this version ({error})") from error
+
+
+def status_lines(answer: Status, url: str) -> Iterator[str]:
+    """The status as plain lines."""
+    steps = [member.progress.counters["step"] for member in answer.members if "step" in member.progress.counters]
+    step = f", step {max(steps):.0f}" if steps else ""
+    yield f"job {answer.job}: {answer.phase.value} for {answer.seconds:.1f} s{step}; controller at {url}"
+    if answer.outcome is not None:
+        yield f"outcome: {answer.outcome.kind}, {_printable(answer.outcome.reason)}"
+    if answer.stall is not None:
+        yield f"stall: {_printable(answer.stall.line)}"
+    width = max((len(member.name) for member in answer.members), default=0)
+    for member in sorted(answer.members, key=lambda each: each.name):
+        yield f"{member.name:{width}}  {member.state.value}  {_printable(_activity(member))}"
+
+
+def _activity(member: MemberStatus) -> str:
+    if member.state.value != "active":
+        return member.reason
+    waits = f", waits for {member.progress.waits_for}" if member.progress.waits_for else ""
+    return f"{member.progress.doing} for {member.progress.seconds + member.silence:.1f} s{waits}"
+
+
+def _printable(text: str) -> str:
+    """`text` without what could move the cursor or end the line: parts of it come from other processes."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)

@@ -1,0 +1,101 @@
+"""What a command does on an installation without an extra: one line, exit code 2, no traceback."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dray.cli.extras import EXTRAS, remedy, require_extra
+
+ROOT = Path(__file__).parents[3]
+JOB = """
+[job]
+name = "small"
+max_steps = 10
+[rollout]
+worker = "small.py:Worker"
+[policy]
+trainer = "small.py:Trainer"
+batch_size = 8
+"""
+PROGRAM = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+sys.argv = ["dray", *sys.argv[2:]]
+from dray.cli.app import main
+main()
+"""
+
+
+def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The end of a `dray` command in an interpreter in which `packages` cannot be imported."""
+    (folder / "job.toml").write_text(JOB)
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, ",".join(packages), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "command"),
+    [
+        *((package, "runtime", ["run", "job.toml"]) for package in EXTRAS["runtime"]),
+        ("httpcore", "runtime", ["status", "."]),
+        ("uvicorn", "runtime", ["slurm", "submit", "job.toml"]),
+        ("jinja2", "slurm", ["slurm", "submit", "--dry-run", "job.toml"]),
+        ("ucxx", "ucxx", ["run", "job.toml", "--set", "job.lane=ucx"]),
+    ],
+)
+def test_command_without_its_extra_names_package_and_extra_in_one_line(
+    tmp_path: Path, missing: str, extra: str, command: list[str]
+) -> None:
+    ended = dray_without([missing], tmp_path, *command)
+    line = f"error: this command needs {missing}, which is not installed: pip install 'dray[{extra}]'\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
+
+
+@pytest.mark.parametrize(
+    "command", [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"]]
+)
+def test_command_that_needs_no_extra_works_without_any(tmp_path: Path, command: list[str]) -> None:
+    everything = [package for packages in EXTRAS.values() for package in packages]
+    ended = dray_without(everything, tmp_path, *command)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_module_that_no_extra_brings_is_an_internal_error(tmp_path: Path) -> None:
+    ended = dray_without(["dray.launch.local"], tmp_path, "run", "job.toml")
+    assert ended.returncode == 14
+    assert "ModuleNotFoundError: import of dray.launch.local halted" in ended.stderr
+    assert remedy(ModuleNotFoundError("a message alone")) is None
+
+
+def test_submodule_counts_as_its_package() -> None:
+    line = remedy(ModuleNotFoundError("No module named 'starlette.routing'", name="starlette.routing"))
+    assert line == "this command needs starlette, which is not installed: pip install 'dray[runtime]'"
+
+
+def test_missing_package_is_known_by_the_name_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_extra("runtime")
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        require_extra("runtime")
+    assert caught.value.name == "starlette"
+
+
+def test_extras_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra, packages in EXTRAS.items():
+        asked = {re.split(r"[<>=;\[]", each)[0] for each in project["optional-dependencies"][extra]} - {"dray"}
+        # The name of a distribution may say for which CUDA it is built.
+        names = {re.sub(r"-cu\d+$", "", each).replace("-", "_") for each in asked}
+        assert names == set(packages), extra
