@@ -47,7 +47,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 # --- several at once --------------------------------------------------------------------------------------------
 
-LONGEST_FIRST = ("process", "system", "fault", "property", "mutants", "contract", "fuzz", "unit")
+SHORT = ("unit", "fuzz", "contract", "mutants", "property", "fault")
+"""Folders of tests, those whose tests are the shortest first."""
+
 MEASURED = ("process", "unit")
 
 
@@ -60,14 +62,17 @@ def _folder(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers long tests begin first, so that all workers end at about the same time.
-
-    A test with a time limit of its own is one of the longest.
-    """
+    """With several workers the longest tests begin first, so that all workers end at about the same time."""
     if _is_worker(config):
-        items.sort(
-            key=lambda item: (item.get_closest_marker("timeout") is None, LONGEST_FIRST.index(_folder(item)))
-        )
+        items.sort(key=_length, reverse=True)
+
+
+def _length(item: pytest.Item) -> int:
+    """A rank: the tests with a time limit of their own are the longest, and the folders follow."""
+    if item.get_closest_marker("timeout") is not None:
+        return len(SHORT) + 1
+    folder = _folder(item)
+    return SHORT.index(folder) if folder in SHORT else len(SHORT)
 
 
 @pytest.fixture(autouse=True)
