@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from dray.errors import PayloadError, PayloadFormatError
+from dray.errors import MissingDependencyError, PayloadFormatError
 from dray.payload import PayloadSchema, TensorSpec, pack, staging, unpack
 from dray.payload.tensor_spec import DTYPES
 
@@ -201,10 +201,10 @@ def test_a_tensordict_is_one_call_away():
 
 def test_what_is_not_installed_is_named(monkeypatch, caplog, fresh_warning):
     monkeypatch.setitem(sys.modules, "tensordict", None)
-    with pytest.raises(PayloadError, match="pip install tensordict"):
+    with pytest.raises(MissingDependencyError, match="pip install tensordict"):
         staging.to_tensordict({})
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(PayloadError, match=r"pip install 'dray\[torch\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[torch\]'"):
         staging.to_torch({})
     assert not staging.is_tensor(np.zeros(1))
     assert staging.host_buffer(10).shape == (10,)

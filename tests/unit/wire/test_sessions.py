@@ -7,7 +7,7 @@ import pytest
 
 from dray.buffer import SharedRingBuffer, SlotWriter
 from dray.errors import (
-    AuthenticationError,
+    ReaderIdError,
     BufferFullError,
     ProtocolError,
     ServerBusy,
@@ -721,7 +721,7 @@ def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
     [
         (Status.STALE, "", StaleSlotError, "the payload was consumed or overwritten"),
         (Status.BUSY, "", ServerBusy, "the lease limit of this connection is reached"),
-        (Status.DENIED, "", AuthenticationError, "reader id 63 is not one of this ring's readers"),
+        (Status.DENIED, "", ReaderIdError, "reader id 63 is denied: this ring's are 0 to 2"),
         (Status.ERROR, "why", SlotError, "the server answered with an error: why"),
         (Status.ERROR, "", SlotError, "the server answered with an error: no reason given"),
     ],
@@ -729,7 +729,7 @@ def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
 def test_each_refusal_is_an_error_that_names_its_payload(
     answer: Status, text: str, error: type[Exception], says: str
 ) -> None:
-    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1")
+    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1", 3)
     assert type(made) is error
     assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
     assert str(made).startswith(f"{says} (")
