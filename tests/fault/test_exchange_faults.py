@@ -329,6 +329,16 @@ def test_a_retry_is_counted_by_its_cause_and_says_where_why_and_what_is_next(
             assert message.endswith(f"; 0.001 s of quarantine; next: {healthy}")
 
 
+def test_a_request_that_uses_up_all_its_time_is_not_a_retry_and_raises_its_own_error() -> None:
+    with served("tcp") as good, Misbehaving("tcp", good, silent) as bad, PayloadClient(lanes="tcp") as client:
+        ref = at(good.put_bytes(pattern(1, NBYTES)), bad.endpoint, *good.endpoints)
+        with pytest.raises(TransportTimeout, match="waiting for STATUS") as caught:
+            client.consume([ref], timeout=0.3)
+        assert caught.value.endpoint == bad.endpoint
+        assert client.statistics()["retries"] == 0
+        assert client.statistics()["quarantined"] == [bad.endpoint]
+
+
 def test_c1_a_reference_without_an_endpoint_on_the_lane_is_unreachable() -> None:
     with serving("tcp") as server, PayloadClient(lanes="shm") as client:
         with pytest.raises(Unreachable):

@@ -329,7 +329,7 @@ class PayloadClient:
                         raise
                     self._exchanges.checkin(connection, group)
                 except TransportError as error:
-                    self._exchanges.failed(attempts, endpoint, producer, error)
+                    self._exchanges.failed(attempts, endpoint, producer, error, deadline)
             except DrayError as final:
                 for ref in waiting:
                     yield ref, final

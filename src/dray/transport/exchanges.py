@@ -146,7 +146,7 @@ class Exchanges:
                     self.discard(connection, group)
                     raise
             except TransportError as error:
-                self.failed(attempts, endpoint, ref.producer, error)
+                self.failed(attempts, endpoint, ref.producer, error, deadline)
 
     # --- attempts ---------------------------------------------------------------------------------------------
 
@@ -179,14 +179,18 @@ class Exchanges:
             raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
         return endpoint, deadline if attempts.last else deadline.share(0.5, now)
 
-    def failed(self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError) -> None:
-        """Note a failed attempt; returns if another one is due, else raises what it comes to."""
+    def failed(
+        self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError, deadline: Deadline
+    ) -> None:
+        """Note a failed attempt; returns if another one is due and has time, else raises what it comes to."""
         now = self._clock.now()
         with self._lock:
             final = attempts.give_up(endpoint, error, now)
             if isinstance(final, ProducerLostError) and isinstance(error, OtherProducerError):
                 # Not where nobody listens: the producer may only be about to listen again.
                 self._unconfirmed.pop(producer, None)
+        if final is None and now >= deadline.at:
+            final = error
         following = None if final is not None else attempts.choose(now)
         if is_elsewhere(error):
             self._counters.add("elsewhere")
