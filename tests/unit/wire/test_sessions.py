@@ -578,8 +578,12 @@ def test_an_ack_after_the_ring_was_closed_is_ignored() -> None:
     server.say(Kind.READ, writer, 1)
     server.take()
     ring.close()
+    assert server.session.leases == 1
     server.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
     server.say(Kind.ACK, writer, 2, flags=Flag.CONSUMED)
+    assert server.take() == []
+    assert (server.session.leases, server.session.busy, server.session.closing) == (0, False, False)
+    assert (server.counters["acks_consumed"], server.counters["late_acks"]) == (1, 1)
     server.session.close()
 
 
