@@ -69,7 +69,8 @@ class ClientSession:
         """Match a STATUS with the oldest request.
 
         Raises:
-            ProtocolError: it answers another one; the connection must be aborted.
+            ProtocolError: it answers another one, or confirms ACKs that were not sent; the connection must be
+                aborted.
         """
         frame = parse(message)
         kind, status, _, flags, slot, number, sequence, _, _, acked, _, _ = frame
@@ -83,6 +84,8 @@ class ClientSession:
             )
         if flags & Flag.TEXT and status != Status.ERROR and request.kind != Kind.STAT:
             raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
+        if acked > self._acks:
+            raise ProtocolError(f"STATUS confirms {acked} ACKs, of which {self._acks} were sent")
         unconfirmed = self._unconfirmed
         while unconfirmed and unconfirmed[0][0] <= acked:
             unconfirmed.popleft()

@@ -720,6 +720,16 @@ def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
     assert session.unconfirmed == [reads[2]]
 
 
+def test_a_status_that_confirms_acks_which_were_not_sent_is_an_error() -> None:
+    session = ClientSession()
+    read = session.request(Kind.READ)
+    session.receive(status(read))
+    session.ack(read, True)
+    session.receive(status(session.request(Kind.STAT), acked=1))
+    with pytest.raises(ProtocolError, match="confirms 2 ACKs, of which 1 were sent"):
+        session.receive(status(session.request(Kind.STAT), acked=2))
+
+
 @pytest.mark.parametrize(
     ("answer", "text", "error", "says"),
     [
