@@ -44,7 +44,7 @@ _SETTLE_SECONDS = 1.0
 _SURELY_OPEN_SECONDS = 0.05
 """A connection used this lately is not asked whether the server has closed it; its exchange would tell."""
 
-_CAUSES: dict[type[TransportError], str] = {
+RETRIES_BY_CAUSE: dict[type[TransportError], str] = {
     TransportTimeout: "retries_timeout",
     ConnectionReset: "retries_reset",
     ConnectionClosed: "retries_closed",
@@ -205,7 +205,7 @@ class Exchanges:
     def _note(self, endpoint: str, error: TransportError, following: str | None) -> None:
         """Count the retry that follows a failed attempt, and log both: the first at an endpoint is a warning."""
         if following is not None:
-            self._counters.add_all({"retries": 1, _CAUSES[type(error)]: 1})
+            self._counters.add_all({"retries": 1, RETRIES_BY_CAUSE[type(error)]: 1})
         with self._lock:
             level = logging.DEBUG if endpoint in self._named else logging.WARNING
             self._named[endpoint] = None

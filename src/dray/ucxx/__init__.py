@@ -22,9 +22,10 @@ Life of a slot::
 
 A payload read by prefetch goes back to READY and stays with its producer until it is handed out: collected, or
 taken by `get_policy_input`. Then a CONSUME frees it, in the background, tried three times a second apart. A read
-that comes too late is thus not lost: it is dropped here and READY there, and `get_policy_input` reads it again. A
-payload read at once is consumed by the ACK of its read. One that cannot be read in time stays READY: its completion
-may be resolved again or discarded. A ring should hold two batches: the one being collected and the one being fetched.
+that comes too late is thus not lost: it is dropped here and READY there, and `get_policy_input` reads it again.
+A payload read at once is consumed by the ACK of its read. One that cannot be read in time stays READY: its
+completion may be resolved again or discarded. A ring should hold two batches: the one being collected and the one
+being fetched.
 
 Retries, all under one deadline::
 

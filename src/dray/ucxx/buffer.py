@@ -30,7 +30,8 @@ class UCXXBuffer:
 
     Raises:
         ConfigError: a setting is not allowed, or a lane cannot be served here.
-        MissingDependencyError: the ``ucx`` lane is to be served and `ucxx` is not installed; it says what to install.
+        MissingDependencyError: the ``ucx`` lane is to be served and `ucxx` is not installed; it says what to
+            install.
     """
 
     def __init__(self, config: UCXXBufferConfig | None = None) -> None:

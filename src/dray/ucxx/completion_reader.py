@@ -220,7 +220,8 @@ class CompletionReader:
         self._said.add(type(error))
         logger.log(level, "episode skipped (%s): %s", kind, str(error))
         # It is still there and reading it again would not help; one that may still be read is not consumed unseen.
-        if ref is not None and not error.retryable and not isinstance(error, (StaleSlotError, ProducerLostError)):
+        final = not error.retryable and not isinstance(error, (StaleSlotError, ProducerLostError))
+        if ref is not None and final:
             self._batches.discard([ref])
 
     # --- life -------------------------------------------------------------------------------------------------

@@ -115,6 +115,8 @@ def refusal(request: Request, frame: Frame, text: str, endpoint: str, readers: i
         case Status.BUSY:
             return ServerBusy("the lease limit of this connection is reached", **where)
         case Status.DENIED:
-            return ReaderIdError(f"reader id {request.reader} is denied: this ring's are 0 to {readers - 1}", **where)
+            return ReaderIdError(
+                f"reader id {request.reader} is denied: this ring's are 0 to {readers - 1}", **where
+            )
         case _:
             return SlotError(f"the server answered with an error: {text or 'no reason given'}", **where)

@@ -79,7 +79,9 @@ def test_arguments_are_handed_on_as_they_were_given_by_keyword_or_position(rollo
         assert "rewards" in args[1] if read else args[1] == "text"
     for completion in ("text", rollout.write_to_buffer({"rewards": [1.0]})):
         read = is_completion(completion)
-        args, kwargs = packer.get_policy_input(rollout_output=completion, sample="sample", n_ignore_prefix_tokens=3)
+        args, kwargs = packer.get_policy_input(
+            rollout_output=completion, sample="sample", n_ignore_prefix_tokens=3
+        )
         assert args == ()
         assert list(kwargs) == ["rollout_output", "sample", "n_ignore_prefix_tokens"]
         assert "rewards" in kwargs["rollout_output"] if read else kwargs["rollout_output"] == "text"

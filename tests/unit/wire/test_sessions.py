@@ -7,9 +7,9 @@ import pytest
 
 from dray.buffer import SharedRingBuffer, SlotWriter
 from dray.errors import (
-    ReaderIdError,
     BufferFullError,
     ProtocolError,
+    ReaderIdError,
     ServerBusy,
     SlotError,
     StaleSlotError,
