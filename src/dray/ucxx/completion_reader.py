@@ -219,7 +219,7 @@ class CompletionReader:
         level = logging.DEBUG if type(error) in self._said else logging.WARNING
         self._said.add(type(error))
         logger.log(level, "episode skipped (%s): %s", kind, str(error))
-        # It is still there and reading it again would not help; one that may still be read is not consumed unseen.
+        # It is there and reading it again would not help. One that may still be read is not consumed unseen.
         final = not error.retryable and not isinstance(error, (StaleSlotError, ProducerLostError))
         if ref is not None and final:
             self._batches.discard([ref])

@@ -36,7 +36,8 @@ def test_each_form_of_a_completion_is_one_also_as_the_attribute_of_an_object(for
     "value",
     [
         None, 0, "", "text", "dray_payload", {}, {"text": "dray_payload"}, [1], b"x", "{", '["dray_payload"]',
-        "[" * 9999, '{"text": "dray_payload"}', '{"p": 1, "s": 2}', {"completion": completion_for(REFERENCE)}, [REFERENCE],
+        "[" * 9999, '{"text": "dray_payload"}',
+        '{"p": 1, "s": 2}', {"completion": completion_for(REFERENCE)}, [REFERENCE],
     ],
 )  # fmt: skip
 def test_anything_else_is_none_also_as_the_attribute_of_an_object(value: object) -> None:
