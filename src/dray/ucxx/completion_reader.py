@@ -174,7 +174,7 @@ class CompletionReader:
         return None
 
     def discard(self, batch: Iterable[object]) -> None:
-        """Free, in the background, the payloads of completions in `batch`, which will not be asked for any more."""
+        """Free, in the background, the payloads of completions that will not be asked for any more."""
         self._batches.discard(self._references(batch))
 
     def _read_now(self, ref: PayloadRef, seconds: float) -> Arrays | None:
