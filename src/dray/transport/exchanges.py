@@ -55,7 +55,7 @@ RETRIES_BY_CAUSE: dict[type[TransportError], str] = {
 }
 """What retries are counted as, by the error before them."""
 
-_MOST_NAMED = 1024
+_MAX_NAMED = 1024
 """Endpoints whose first failure is remembered, so that it alone is a warning."""
 
 _MOST_PRODUCERS = 256
@@ -209,7 +209,7 @@ class Exchanges:
         with self._lock:
             level = logging.DEBUG if endpoint in self._named else logging.WARNING
             self._named[endpoint] = None
-            while len(self._named) > _MOST_NAMED:
+            while len(self._named) > _MAX_NAMED:
                 del self._named[next(iter(self._named))]
         skipped = "no" if isinstance(error, ServerBusy) else f"{self._quarantine.seconds:g} s of"
         logger.log(

@@ -28,7 +28,7 @@ from dray.wire import PayloadRef
 
 logger = logging.getLogger("dray.ucxx")
 
-LEAST_SECONDS = 1.0
+MIN_LATE_SECONDS = 1.0
 """What a read of a payload that did not come with its batch gets at least, however long others have waited."""
 
 
@@ -47,9 +47,9 @@ class LateReads:
 
     @property
     def seconds(self) -> float:
-        """What the next read has, at least `LEAST_SECONDS`."""
+        """What the next read has, at least `MIN_LATE_SECONDS`."""
         with self._lock:
-            return max(LEAST_SECONDS, self._left)
+            return max(MIN_LATE_SECONDS, self._left)
 
     def spend(self, seconds: float) -> None:
         """A read has taken so long."""

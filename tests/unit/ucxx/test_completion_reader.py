@@ -10,7 +10,7 @@ from waiting import wait_until
 
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
 from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of
-from dray.ucxx.completion_reader import LEAST_SECONDS, LateReads
+from dray.ucxx.completion_reader import MIN_LATE_SECONDS, LateReads
 from dray.wire import PayloadRef
 
 
@@ -71,7 +71,7 @@ def test_late_reads_share_the_time_of_a_batch_and_each_has_a_little() -> None:
     late.spend(4.0)
     assert late.seconds == 6.0
     late.spend(60.0)
-    assert late.seconds == LEAST_SECONDS
+    assert late.seconds == MIN_LATE_SECONDS
     late.renew()
     assert late.seconds == 10.0
 

@@ -77,7 +77,7 @@ def test_ceilings_are_those_of_the_code() -> None:
         ("Retries", "are read together, {} at most", batch.GROUP),
         ("Retries", "`ucxx_read_timeout` seconds ({}) at most", UCXXConfig().ucxx_read_timeout),
         ("Retries", "`ucxx_prefetch_timeout` ({})", UCXXConfig().ucxx_prefetch_timeout),
-        ("Retries", "each of them at least {} s", completion_reader.LEAST_SECONDS),
+        ("Retries", "each of them at least {} s", completion_reader.MIN_LATE_SECONDS),
         ("Prefetch", "{} s longer than the batch has", reader.GRACE_SECONDS),
         ("Prefetch", "frees what was handed out ({} s at most)", threads.LAST_FREE_SECONDS),
     ],
