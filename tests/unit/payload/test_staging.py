@@ -120,6 +120,7 @@ def test_writable_arrays_share_memory_with_their_tensors_and_are_kept_alive():
 def test_tensors_of_a_read_only_payload_are_copies_that_may_be_written():
     arrays = unpack(bytes(pack({name: np.ones(3).astype(dtype) for name, dtype in DTYPES.items()})))
     tensors = staging.to_torch(arrays)
+    assert set(tensors) == set(DTYPES)
     for name, tensor in tensors.items():
         tensor.zero_()
         assert arrays[name].astype("c8").tolist() == [1, 1, 1]
