@@ -72,6 +72,31 @@ class ConfigError(DrayError):
         return type(self), (self.key, self.value, self.allowed)
 
 
+class MissingDependencyError(DrayError, ImportError, RuntimeError):
+    """An optional package is needed and is not installed, or does not load; the message says what to install.
+
+    It is an `ImportError` and a `RuntimeError` because frameworks check for one of them.
+
+    Args:
+        package: the package, e.g. ``"ucxx"``.
+        needed_by: what needs it, e.g. ``"the ucx lane"``.
+        install: what `pip install` has to be given, e.g. ``"'dray[ucxx]'"``.
+        reason: why an installed package does not load.
+    """
+
+    def __init__(self, package: str, needed_by: str, install: str, reason: str | None = None) -> None:
+        state = "is not installed" if reason is None else f"does not load ({reason})"
+        super().__init__(f"{needed_by} needs the package {package}, which {state}: pip install {install}")
+        self.name = package
+        self.package = package
+        self.needed_by = needed_by
+        self.install = install
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.package, self.needed_by, self.install, self.reason)
+
+
 # --- payloads -------------------------------------------------------------------------------------------------
 
 
@@ -146,11 +171,14 @@ class Unreachable(TransportError):
 
     Args:
         refused: the endpoint's host answered that nobody listens there.
+        elsewhere: the address does not exist on this host: it is another host's Unix socket, or that of a server
+            which has ended. Such an address has `refused` as well.
     """
 
-    def __init__(self, message: str, *, refused: bool = False, **about: Any) -> None:
+    def __init__(self, message: str, *, refused: bool = False, elsewhere: bool = False, **about: Any) -> None:
         super().__init__(message, **about)
-        self.refused = refused
+        self.refused = refused or elsewhere
+        self.elsewhere = elsewhere
 
 
 class ServerBusy(TransportError):
@@ -163,6 +191,10 @@ class ProtocolError(DrayError):
 
 class AuthenticationError(ProtocolError):
     """The peer could not prove that it knows the job's secret, or refused our proof."""
+
+
+class ReaderIdError(ProtocolError, ValueError):
+    """A reader id is not one of the ring's; the message says which ids it has."""
 
 
 class VersionMismatch(ProtocolError):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import logging
 import os
 import select
 import socket
@@ -275,6 +276,67 @@ def test_c1_an_endpoint_that_cannot_be_reached_is_quarantined_and_read_elsewhere
             assert memoryview(found) == pattern(1, NBYTES)
         assert set(client.statistics()["quarantined"]) <= {endpoint}
         assert client.statistics()["retries"] <= 1
+
+
+def test_unix_sockets_of_another_host_are_no_failures_where_another_lane_serves(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "dray.client")
+    with serving(("shm", "tcp"), threads=2) as server, PayloadClient() as client:
+        ref = server.put_bytes(b"payload")
+        far = [f"unix:/tmp/dray-1000/5a0ee7c2/{n}.sock" for n in range(2)]
+        ref = at(ref, *far, *(endpoint for endpoint in server.endpoints if not endpoint.startswith("unix:")))
+        for _ in range(4):
+            assert bytes(client.read_bytes(ref, timeout=10, consume=False)) == b"payload"
+        statistics = client.statistics()
+        assert (statistics["reads_tcp"], statistics["elsewhere"]) == (4, 2)
+        assert (statistics["retries"], statistics["quarantined"]) == (0, [])
+    assert caplog.records == []
+
+
+def test_a_socket_missing_from_a_folder_of_this_host_is_a_failure() -> None:
+    with serving(("shm", "tcp"), threads=2) as server, PayloadClient() as client:
+        ref = server.put_bytes(b"payload")
+        socket_path = Path(endpoint_of(server, "shm").host)
+        socket_path.unlink()
+        for _ in range(2):
+            assert bytes(client.read_bytes(ref, timeout=10, consume=False)) == b"payload"
+        statistics = client.statistics()
+        assert (statistics["reads_shm"], statistics["retries"], statistics["retries_unreachable"]) == (2, 1, 1)
+        assert statistics["quarantined"] == [f"unix:{socket_path}"]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "cause"), [(silent, "timeout"), (reset, "reset"), (half_and_closed, "truncated")]
+)
+def test_a_retry_is_counted_by_its_cause_and_says_where_why_and_what_is_next(
+    behaviour: Behaviour, cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "dray.client")
+    with served("tcp") as good, Misbehaving("tcp", good, behaviour) as bad:
+        (healthy,) = good.endpoints
+        ref = at(good.put_bytes(pattern(1, NBYTES)), bad.endpoint, healthy)
+        with PayloadClient(lanes="tcp", quarantine_seconds=0.001) as client:
+            for _ in range(4):  # every other one begins with the endpoint that fails
+                client.read_bytes(ref, timeout=1, consume=False)
+            statistics = client.statistics()
+        assert (statistics["retries"], statistics[f"retries_{cause}"]) == (2, 2)
+        said = [record for record in caplog.records if record.getMessage().startswith("attempt at")]
+        assert [record.levelname for record in said] == ["WARNING", "DEBUG"]
+        for record in said:
+            message = record.getMessage()
+            assert message.startswith(f"attempt at {bad.endpoint} failed: ")
+            assert message.endswith(f"; 0.001 s of quarantine; next: {healthy}")
+
+
+def test_a_request_that_uses_up_all_its_time_is_not_a_retry_and_raises_its_own_error() -> None:
+    with served("tcp") as good, Misbehaving("tcp", good, silent) as bad, PayloadClient(lanes="tcp") as client:
+        ref = at(good.put_bytes(pattern(1, NBYTES)), bad.endpoint, *good.endpoints)
+        with pytest.raises(TransportTimeout, match="waiting for STATUS") as caught:
+            client.consume([ref], timeout=0.3)
+        assert caught.value.endpoint == bad.endpoint
+        assert client.statistics()["retries"] == 0
+        assert client.statistics()["quarantined"] == [bad.endpoint]
 
 
 def test_c1_a_reference_without_an_endpoint_on_the_lane_is_unreachable() -> None:

@@ -185,16 +185,22 @@ def test_c13_another_producer_on_the_address_is_told_apart(lane: str) -> None:
             assert other.ring.get_ready_count() == 1
 
 
-def test_a_skipped_episode_does_not_pin_its_slot() -> None:
+def test_an_episode_that_cannot_be_read_in_time_stays_until_it_is_read_or_discarded() -> None:
     with producer("tcp", slots=2) as child:
         config = UCXXConfig(ucxx_prefetch_timeout=1.0)
         with CompletionReader(config, lane="tcp") as reader:
-            (ref,) = put(child, 1)
+            first, second = (completion_for(ref) for ref in put(child, 1, 2))
             child.stop()
-            assert reader.start_prefetch([completion_for(ref)])
-            assert reader.wait_prefetch()
+            assert reader.start_prefetch([first, second])
             assert reader.collect_prefetch() == 0
-            assert reader.resolve(completion_for(ref)) is None
-            assert reader.statistics()["skipped_transport"] == 1
+            assert reader.resolve(first) is None
+            assert reader.resolve(second) is None
+            assert reader.statistics()["skipped_transport"] == 2
             child.resume()
-            wait_until(lambda: child.ask("state") == [2, 0, 0], "the slot to be free again", 20)
+            found = reader.resolve(first)
+            assert found is not None
+            assert found["value"][0] == 1
+            assert reader.statistics()["batches"]["freed"] == 0
+            assert child.ask("state")[1] >= 1, "the other one is READY still"
+            reader.discard([second])
+            wait_until(lambda: child.ask("state") == [2, 0, 0], "both slots to be free again", 20)

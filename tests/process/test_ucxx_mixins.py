@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,36 @@ def test_r13_episodes_of_a_killed_rollout_worker_are_skipped_and_the_others_are_
         assert [packer.get_policy_input(n, each)[0] for n, each in zip((4, 5, 6), good, strict=True)] == [4, 5, 6]  # type: ignore[index]
         assert counted(packer)["skipped_lost"] == 3
         wait_until(lambda: alive.ask("free") == 32, "the slots to be free again")
+
+
+@pytest.mark.parametrize(
+    ("slow", "timeout", "prefetched"),
+    [(False, None, True), (False, 0, None), (True, None, False), (True, 0, False)],
+    ids=["healthy", "healthy, not waited for", "slow", "slow, not waited for"],
+)
+def test_no_episode_is_lost_when_a_batch_is_collected_without_a_wait_before(
+    slow: bool, timeout: float | None, prefetched: bool | None
+) -> None:
+    """The order of calls for which an earlier transport's callers are written."""
+    with rollout(("tcp",)) as worker, packing("tcp", ucxx_prefetch_timeout=2.0 if slow else 60.0) as packer:
+        assert worker.hear(60) == "serving"
+        outputs = [SimpleNamespace(completion=each) for each in worker.ask(list(range(16)))]
+        if slow:
+            worker.stop()
+        assert packer.start_prefetch(outputs)
+        collected = packer.collect_prefetch() if timeout is None else packer.collect_prefetch(timeout)
+        if slow:
+            worker.resume()
+        assert worker.ask("free") >= 16, "what was collected is freed, and nothing else"
+        for number, output in enumerate(outputs):
+            found = packer.get_policy_input(sample=number, rollout_output=output)
+            assert found == (number, 1 + number % 5, number * (1 + number % 5))
+        statistics = counted(packer)
+        assert (statistics["prefetched"], statistics["read_at_once"]) == (collected, 16 - collected)
+        assert statistics["skipped"] == 0
+        if prefetched is not None:
+            assert collected == (16 if prefetched else 0)
+        assert worker.ask("end") == 0, "every payload was read and freed"
 
 
 def test_a_small_buffer_goes_round_many_times_while_the_packer_reads_behind_it() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transport_fixtures import LANES, ring_of, serving
+from transport_fixtures import LANES, counted, ring_of, serving
 from waiting import wait_until
 
 from dray import (
+    AuthenticationError,
     BufferClosedError,
     BufferFullError,
     ConfigError,
@@ -23,6 +24,7 @@ from dray import (
     PayloadServer,
     PayloadTooLargeError,
     ProtocolError,
+    ReaderIdError,
     SchemaError,
     SharedRingBuffer,
     SlotError,
@@ -375,10 +377,12 @@ def test_slots_out_of_range_are_stale_and_the_connection_stays(lane: Any) -> Non
 def test_a_reader_id_the_ring_does_not_have_is_an_error(lane: Any) -> None:
     with serving(lane) as server, PayloadClient(lanes=lane, reader=1) as client:
         ref = server.put_bytes(b"payload")
-        with pytest.raises(ProtocolError, match="reader id 1"):
-            client.read_bytes(ref)
-        with pytest.raises(ProtocolError, match="reader id 1"):
-            client.consume([ref])
+        for ask in (lambda: client.read_bytes(ref), lambda: client.consume([ref]), lambda: client.read_bytes(ref)):
+            with pytest.raises(ReaderIdError, match="reader id 1 is denied: this ring's are 0 to 0") as caught:
+                ask()
+            assert isinstance(caught.value, ValueError)
+            assert not isinstance(caught.value, AuthenticationError)
+        assert counted(server, "auth_failures") == 0
         assert ring_of(server).get_ready_count() == 1
 
 

@@ -47,6 +47,20 @@ def drawing(docstring: str | None, first: str, last: str) -> list[str]:
     return [line.strip() for line in lines[begin : end + 1]]
 
 
+def test_contributing_names_modules_and_what_is_in_them() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    adding = text.split("## Adding a lane")[1].split("\n## ")[0]
+    modules = re.findall(r"`([\w<>]+/[\w<>]+\.py)`", adding)
+    missing = [each for each in modules if "<" not in each and not (ROOT / "src" / "dray" / each).is_file()]
+    assert missing == []
+    named = re.findall(r"`(\w+)/(\w+)\.py`[^`]*\(`([\w.]+)`\)", adding)
+    assert len(named) >= 5
+    for package, module, name in named:
+        found: object = importlib.import_module(f"dray.{package}.{module}")
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
 def test_diagram_of_slot_states_is_that_of_the_table() -> None:
     (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("buffer.md"), re.DOTALL)
     assert diagram == slot_state.diagram()

@@ -16,7 +16,7 @@ from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.cli.slurm import slurm
 from dray.cli.status import status
-from dray.errors import ConfigError, DrayError
+from dray.errors import ConfigError, DrayError, MissingDependencyError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import exit_with_own_code_on_crash
 
@@ -91,7 +91,7 @@ def main() -> None:
     try:
         # Called as a `Typer`, it would put an exception hook of its own in the place of ours.
         typer.main.get_command(app)()
-    except ConfigError as error:
+    except (ConfigError, MissingDependencyError) as error:
         _fail(error, ExitCode.CONFIGURATION)
     except DrayError as error:
         _fail(error, ExitCode.FAILED)

@@ -88,7 +88,7 @@ def _remedy(lane: str, about: str) -> str:
         return "set DRAY_RUNTIME_DIR to a folder that only you can enter (chmod 700)"
     if about in ("EMFILE", "ENFILE"):
         return "allow more open files: ulimit -n"
-    if about == "lane":
+    if about == "ucxx":
         return INSTALL_UCXX
     if lane == "ucx":
         chosen = sorted(name for name in os.environ if name.startswith("UCX_"))

@@ -19,7 +19,7 @@ import numpy as np
 
 from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC
-from dray.errors import ConfigError, DrayError
+from dray.errors import ConfigError, DrayError, MissingDependencyError
 from dray.transport import PayloadClient, PayloadServer
 from dray.wire import PayloadRef
 
@@ -72,9 +72,16 @@ def _read(lane: Any, answers: TextIO) -> None:
 
 
 def _described(error: DrayError | OSError) -> dict[str, str]:
-    kind = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
-    key = error.key if isinstance(error, ConfigError) else kind
-    return {"error": f"{type(error).__name__}: {error}", "about": key}
+    match error:
+        case ConfigError():
+            about = error.key
+        case MissingDependencyError():
+            about = error.package
+        case OSError():
+            about = errno.errorcode.get(error.errno or 0, "")
+        case _:
+            about = ""
+    return {"error": f"{type(error).__name__}: {error}", "about": about}
 
 
 def _say(answers: TextIO, answer: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from dray.errors import PayloadError
+from dray.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def to_torch(
             memory is used, and a warning logged once.
 
     Raises:
-        PayloadError: torch is not installed.
+        MissingDependencyError: torch is not installed.
     """
     pytorch = _torch()
     target = pytorch.device("cpu" if device is None else device)
@@ -98,12 +98,12 @@ def to_tensordict(
     """Return the arrays as a `tensordict.TensorDict` without batch dimensions; for the rest see `to_torch`.
 
     Raises:
-        PayloadError: torch or tensordict is not installed.
+        MissingDependencyError: torch or tensordict is not installed.
     """
     try:
         tensordict = importlib.import_module("tensordict")
     except ImportError as error:
-        raise PayloadError("tensordict is not installed: pip install tensordict") from error
+        raise MissingDependencyError("tensordict", "to_tensordict", "tensordict") from error
     return tensordict.TensorDict(to_torch(arrays, device, pin=pin), batch_size=[], device=device)
 
 
@@ -118,7 +118,7 @@ def host_buffer(nbytes: int, *, pin: bool = True) -> npt.NDArray[np.uint8]:
     if pin:
         try:
             pytorch = _torch()
-        except PayloadError as error:
+        except MissingDependencyError as error:
             _warn_pageable(error)
         else:
             buffer: npt.NDArray[np.uint8] = _pinned_empty((nbytes,), pytorch.uint8).numpy()
@@ -130,7 +130,7 @@ def _torch() -> Any:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise PayloadError("torch is not installed: pip install 'dray[torch]'") from error
+        raise MissingDependencyError("torch", "staging", "'dray[torch]'") from error
 
 
 def _pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -27,6 +27,7 @@ from dray.errors import (
     TransportError,
 )
 from dray.payload import plan, unpack
+from dray.prefetch.threads import FREE_SECONDS
 from dray.runtime.free_payloads import PayloadFreeing
 from dray.runtime.heartbeat import AgeKind
 from dray.runtime.orphans import OrphanWatch
@@ -38,7 +39,6 @@ from dray.wire import PayloadRef
 
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
-_LAST_WORDS = 1.0
 _JOB_OVER_SHARE = 0.6
 """Of the time that payloads are served after their replica has stopped, when the job is over as well."""
 _LOOK_INTERVAL = 2.0
@@ -65,6 +65,7 @@ def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, Referenc
     """The ends of a policy replica."""
     with ExitStack() as opened:
         readers = replica.spec.config.policy.readers
+        ended = opened.enter_context(ExitStack())  # after the clients, which end the requests under way
         clients = [opened.enter_context(_client(replica, reader)) for reader in range(readers)]
 
         def consume(references: Iterable[PayloadRef], timeout: float) -> None:
@@ -72,7 +73,9 @@ def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, Referenc
             for client in clients:
                 client.consume(references, timeout=deadline.remaining)
 
-        freeing = opened.enter_context(PayloadFreeing(consume, _LAST_WORDS))
+        freeing = PayloadFreeing(consume, FREE_SECONDS)
+        ended.callback(freeing.join)
+        opened.enter_context(freeing)
         yield (
             ReferenceInlet(replica, clients[0], freeing),
             opened.enter_context(ReferenceWeightsOutlet(replica)),

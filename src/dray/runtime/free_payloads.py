@@ -61,17 +61,26 @@ class PayloadFreeing:
             return len(self._state)
 
     def close(self, timeout: float = 1.0) -> None:
-        """Ask every producer that has not answered once more, for at most `timeout` seconds in all."""
+        """Ask every producer that has not answered once more, for at most `timeout` seconds in all.
+
+        A request under way may outlast this: it ends with what `consume` goes through, for which `join` waits.
+        """
         with self._changed:
             if self._until is None:
                 self._until = Deadline.after(timeout)
                 self._state.hurry()
+            until = self._until
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(until.remaining)
         left = len(self) + self.given_up
         if left:
             _LOG.warning("%d payloads were not freed: their producers did not answer", left)
+
+    def join(self) -> None:
+        """Wait for requests that were under way at `close`; they must have been told to end."""
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> Self:
         return self

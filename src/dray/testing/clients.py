@@ -14,6 +14,7 @@ from dray.errors import (
     DrayError,
     LeaseInUseError,
     ProducerLostError,
+    ReaderIdError,
     ServerBusy,
     SlotError,
     StaleSlotError,
@@ -295,7 +296,7 @@ class SimulatedConsumer:
         elif isinstance(error, ProducerLostError):
             if not books.lost and self.world.listened(ref, began):
                 raise Violation(f"the producer of {name} is said to be lost, and listens")
-        elif isinstance(error, AuthenticationError):
+        elif isinstance(error, AuthenticationError | ReaderIdError):
             if self.welcome:
                 raise Violation(f"{name}: {error}")
         elif isinstance(error, TransportError):

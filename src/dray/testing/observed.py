@@ -156,12 +156,14 @@ class ObservedClient(PayloadClient):
         self._scheduler.note(f"chooses {endpoint}")
         return endpoint, status_by
 
-    def _watched_failed(self, attempts: Any, endpoint: str, producer: bytes, error: Any) -> None:
+    def _watched_failed(
+        self, attempts: Any, endpoint: str, producer: bytes, error: Any, deadline: Deadline
+    ) -> None:
         self._tried.setdefault(attempts, set()).add(endpoint)
         self._scheduler.note(f"failed at {endpoint}: {type(error).__name__}")
         if not isinstance(error, ServerBusy):
             self._failed_at[endpoint] = self._scheduler.now()
-        self._note_failed(attempts, endpoint, producer, error)
+        self._note_failed(attempts, endpoint, producer, error, deadline)
 
     def _quarantined(self, endpoint: str, now: float) -> bool:
         failed = self._failed_at.get(endpoint)

@@ -64,7 +64,8 @@ class PayloadClient:
         network: where connections come from, by default the machine's; it is closed with the client.
 
     Raises:
-        ConfigError: an argument is not allowed, or the required lane cannot be had on this machine.
+        ConfigError: an argument is not allowed, or this machine is not supported.
+        MissingDependencyError: the required lane needs a package that is not installed.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class PayloadClient:
             ProducerLostError: its producer is gone.
             TransportError: it could not be read in time; it is still there.
             AuthenticationError: this client does not have the job's secret.
+            ReaderIdError: this client's reader id is not one of the ring's.
             PayloadFormatError: the bytes are not arrays; see `read_bytes`.
         """
         return unpack(self.read_bytes(ref, timeout=timeout, consume=consume))
@@ -246,7 +248,8 @@ class PayloadClient:
         """Counters, and the endpoints in quarantine.
 
         ``reads`` are payloads handed out, ``reads_shm``, ``reads_tcp`` and ``reads_ucx`` those of each lane,
-        ``bytes`` their size; ``retries`` are attempts after a failed one, ``connects`` connections opened.
+        ``bytes`` their size; ``retries`` are attempts after a failed one, by cause ``retries_timeout`` and so on;
+        ``connects`` connections opened, ``elsewhere`` endpoints that do not exist on this host.
         """
         return {**self._exchanges.counted(), "quarantined": self._exchanges.quarantined()}
 
@@ -326,7 +329,7 @@ class PayloadClient:
                         raise
                     self._exchanges.checkin(connection, group)
                 except TransportError as error:
-                    self._exchanges.failed(attempts, endpoint, producer, error)
+                    self._exchanges.failed(attempts, endpoint, producer, error, deadline)
             except DrayError as final:
                 for ref in waiting:
                     yield ref, final

@@ -213,7 +213,7 @@ class Connection:
             text = self._text(frame, status_by)
             if target is not None and self.in_band:
                 self._payload(0, deadline)
-            return refusal(request, frame, text, self.endpoint)
+            return refusal(request, frame, text, self.endpoint, self.identity.readers)
         if nbytes != ref.nbytes:
             raise ProtocolError(
                 f"the payload has {nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
@@ -266,7 +266,7 @@ class Connection:
         """CONSUME for each (slot, sequence, reader), pipelined; ``OK`` or ``STALE`` for each.
 
         Raises:
-            AuthenticationError: a reader id is not one of the ring's.
+            ReaderIdError: a reader id is not one of the ring's.
             SlotError: the ring is closed.
         """
         went: list[Status] = []
@@ -346,7 +346,7 @@ class Connection:
         request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
         text = self._text(frame, deadline)
         if frame.status not in (Status.OK, Status.STALE):
-            raise refusal(request, frame, text, self.endpoint)
+            raise refusal(request, frame, text, self.endpoint, self.identity.readers)
         return frame, text
 
     def _payload(self, nbytes: int, deadline: Deadline) -> None:

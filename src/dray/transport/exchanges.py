@@ -15,15 +15,19 @@ from typing import TypeVar
 from dray.clock import Clock, Deadline
 from dray.errors import (
     BufferClosedError,
+    ConnectionClosed,
+    ConnectionReset,
     DrayError,
+    MessageTruncated,
     ProducerLostError,
+    ServerBusy,
     TransportError,
     TransportTimeout,
     Unreachable,
 )
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
-from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts, by_lane
+from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts, by_lane, is_elsewhere
 from dray.transport.network import Group, KernelNetwork, Network
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -39,6 +43,20 @@ _SETTLE_SECONDS = 1.0
 
 _SURELY_OPEN_SECONDS = 0.05
 """A connection used this lately is not asked whether the server has closed it; its exchange would tell."""
+
+RETRIES_BY_CAUSE: dict[type[TransportError], str] = {
+    TransportTimeout: "retries_timeout",
+    ConnectionReset: "retries_reset",
+    ConnectionClosed: "retries_closed",
+    MessageTruncated: "retries_truncated",
+    Unreachable: "retries_unreachable",
+    ServerBusy: "retries_busy",
+    OtherProducerError: "retries_other_producer",
+}
+"""What retries are counted as, by the error before them."""
+
+_MAX_NAMED = 1024
+"""Endpoints whose first failure is remembered, so that it alone is a warning."""
 
 _MOST_PRODUCERS = 256
 """Producers whose ACKs may be lost that a client remembers; most that it does not reach again are dead."""
@@ -101,6 +119,7 @@ class Exchanges:
         self._connections: set[Connection] = set()
         self._in_use: dict[Connection, None] = {}
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
+        self._named: dict[str, None] = {}  # endpoints that a warning has named
         self._closed = False
 
     def run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
@@ -127,7 +146,7 @@ class Exchanges:
                     self.discard(connection, group)
                     raise
             except TransportError as error:
-                self.failed(attempts, endpoint, ref.producer, error)
+                self.failed(attempts, endpoint, ref.producer, error, deadline)
 
     # --- attempts ---------------------------------------------------------------------------------------------
 
@@ -160,19 +179,48 @@ class Exchanges:
             raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
         return endpoint, deadline if attempts.last else deadline.share(0.5, now)
 
-    def failed(self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError) -> None:
-        """Note a failed attempt; returns if another one is due, else raises what it comes to."""
+    def failed(
+        self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError, deadline: Deadline
+    ) -> None:
+        """Note a failed attempt; returns if another one is due and has time, else raises what it comes to."""
+        now = self._clock.now()
         with self._lock:
-            final = attempts.give_up(endpoint, error, self._clock.now())
+            final = attempts.give_up(endpoint, error, now)
             if isinstance(final, ProducerLostError) and isinstance(error, OtherProducerError):
                 # Not where nobody listens: the producer may only be about to listen again.
                 self._unconfirmed.pop(producer, None)
+        if final is None and now >= deadline.at:
+            final = error
+        following = None if final is not None else attempts.choose(now)
+        if is_elsewhere(error):
+            self._counters.add("elsewhere")
+            logger.debug("%s is not on this host; next: %s", endpoint, following or "none is left")
+        else:
+            self._note(endpoint, error, following)
         if final is error:
             raise error
         if final is not None:
             raise final from error
-        self._counters.add("retries")
-        logger.debug("%s; trying another endpoint", error)
+
+    def _note(self, endpoint: str, error: TransportError, following: str | None) -> None:
+        """Count the retry that follows a failed attempt, and log both: the first at an endpoint is a warning."""
+        if following is not None:
+            self._counters.add_all({"retries": 1, RETRIES_BY_CAUSE[type(error)]: 1})
+        with self._lock:
+            level = logging.DEBUG if endpoint in self._named else logging.WARNING
+            self._named[endpoint] = None
+            while len(self._named) > _MAX_NAMED:
+                del self._named[next(iter(self._named))]
+        skipped = "no" if isinstance(error, ServerBusy) else f"{self._quarantine.seconds:g} s of"
+        logger.log(
+            level,
+            "attempt at %s failed: %s: %s; %s quarantine; next: %s",
+            endpoint,
+            type(error).__name__,
+            str(error),  # not the error, whose frames a kept record would keep
+            skipped,
+            following or "none is left",
+        )
 
     # --- connections ------------------------------------------------------------------------------------------
 

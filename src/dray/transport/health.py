@@ -17,19 +17,27 @@ class OtherProducerError(TransportError):
 
 
 class Quarantine:
-    """Endpoints that failed lately and are skipped for a while. Thread-safe: each step is one of a dict's."""
+    """Endpoints that are skipped for a while: those that failed lately, and those that do not exist on this host.
+
+    Only the former are in quarantine; the latter belong to another host, where they may be healthy. Thread-safe:
+    each step is one of a dict's.
+    """
 
     def __init__(self, seconds: float = QUARANTINE_SECONDS) -> None:
-        self._seconds = seconds
-        self._until: dict[str, float] = {}
+        self.seconds = seconds
+        self._until: dict[str, tuple[float, bool]] = {}
 
     def failed(self, endpoint: str, now: float) -> None:
-        """Skip the endpoint for a while, from now."""
-        self._until[endpoint] = now + self._seconds
+        """Skip the endpoint for a while, from now, in quarantine."""
+        self._until[endpoint] = now + self.seconds, True
+
+    def elsewhere(self, endpoint: str, now: float) -> None:
+        """Skip the endpoint for a while, from now: it does not exist on this host."""
+        self._until[endpoint] = now + self.seconds, False
 
     def healthy(self, endpoint: str, now: float) -> bool:
-        """The endpoint is not in quarantine; one whose time is over is forgotten."""
-        until = self._until.get(endpoint)
+        """The endpoint is not to be skipped; one whose time is over is forgotten."""
+        until, _ = self._until.get(endpoint, (None, False))
         if until is None:
             return True
         if now < until:
@@ -39,12 +47,17 @@ class Quarantine:
 
     @property
     def empty(self) -> bool:
-        """No endpoint has failed lately."""
+        """No endpoint is to be skipped."""
         return not self._until
 
     def listed(self, now: float) -> list[str]:
         """The endpoints in quarantine."""
-        return [endpoint for endpoint in list(self._until) if not self.healthy(endpoint, now)]
+        return [e for e, (_, failed) in list(self._until.items()) if not self.healthy(e, now) and failed]
+
+
+def is_elsewhere(error: TransportError) -> bool:
+    """The endpoint does not exist on this host: that is no failure of it."""
+    return isinstance(error, Unreachable) and error.elsewhere
 
 
 @functools.lru_cache(maxsize=1024)
@@ -59,9 +72,9 @@ class ReadAttempts:
     """Layer 1: the endpoints one read tries, in which order, and when it gives up.
 
     A read rotates over the endpoints of the best lane that has a healthy one, then over those of the next lane.
-    A transport failure puts its endpoint in quarantine and uses up one of two attempts. An endpoint where nobody
-    listens, or another producer does, uses up none: it cannot hold the payload. If every endpoint is like that,
-    the producer is lost.
+    A transport failure puts its endpoint in quarantine and uses up one of two attempts. An endpoint where no
+    server listens, or another producer's, uses up none: it cannot hold the payload. If every endpoint is like
+    that, the producer is lost. One that does not exist on this host is skipped without quarantine.
 
     Args:
         endpoints: those that may be tried, as `by_lane` puts them; at least one.
@@ -88,7 +101,7 @@ class ReadAttempts:
         return self._left == 1
 
     def choose(self, now: float) -> str:
-        """The endpoint of the next attempt: one not tried yet, if possible a healthy one."""
+        """The endpoint of the next attempt: one not tried yet, if possible a healthy one. Changes nothing."""
         if not self._tried and self._quarantine.empty:
             best = self._by_lane[0]
             return best[self._rotation % len(best)]
@@ -113,7 +126,9 @@ class ReadAttempts:
             self._ruled_out.add(endpoint)
         else:
             self._left -= 1
-        if not isinstance(error, ServerBusy):
+        if is_elsewhere(error):
+            self._quarantine.elsewhere(endpoint, now)
+        elif not isinstance(error, ServerBusy):
             self._quarantine.failed(endpoint, now)
         asked = [e for lane in self._by_lane for e in lane]
         if len(self._ruled_out) == len(asked):

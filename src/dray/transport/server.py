@@ -67,6 +67,7 @@ class PayloadServer:
     Raises:
         ConfigError: an argument is not allowed, a lane cannot be served here, or `host` is not loopback and there
             is no secret.
+        MissingDependencyError: a lane needs a package that is not installed.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ from dray.errors import (
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
+    MissingDependencyError,
     TransportError,
     TransportTimeout,
     Unreachable,
@@ -57,11 +58,10 @@ def require() -> tuple[ModuleType, type]:
     """The low-level module of `ucxx` and its array type.
 
     Raises:
-        ConfigError: the package is not installed, or does not load.
+        MissingDependencyError: the package is not installed, or does not load.
     """
     if not UCXX_AVAILABLE:
-        missing = "shm or tcp here: the ucxx package is not installed (pip install 'dray[ucxx]')"
-        raise ConfigError("lane", "ucx", missing)
+        raise MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'")
     # Both libraries print what dray reports as typed errors; whoever debugs them sets these variables.
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
@@ -70,7 +70,7 @@ def require() -> tuple[ModuleType, type]:
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
     except ImportError as error:
-        raise ConfigError("lane", "ucx", f"shm or tcp here: the ucxx package does not load ({error})") from error
+        raise MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'", str(error)) from error
     return libucxx, Array
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dray.clock import Deadline
-from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout
+from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout, Unreachable
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.transport.waiting import PollWaiter, Wake
@@ -111,12 +111,17 @@ def connect(path: str, deadline: Deadline) -> UnixStream:
     """Connect to a server's Unix socket.
 
     Raises:
-        Unreachable: there is no such socket, or nobody listens on it.
+        Unreachable: there is no such socket, or nobody listens on it; without even its folder, which is there as
+            long as a server lives, the socket is another host's.
         TransportTimeout: its backlog stayed full until the deadline.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connect_socket(sock, path, deadline, f"unix:{path}")
+    except Unreachable as error:
+        sock.close()
+        error.elsewhere = error.refused and not Path(path).parent.is_dir()
+        raise
     except BaseException:
         sock.close()
         raise

@@ -14,7 +14,7 @@ Architecture::
           └── completion {"dray_payload": reference} ─ framework ─────┘
 
 `UCXXBuffer` and `CompletionReader` are objects to compose; the mixins hand every call to one of them. A completion
-is a JSON-safe ``dict``; `is_completion` alone says what is one, for prefetch and for `get_policy_input`.
+is a JSON-safe ``dict``; `is_completion` alone says what stands for one, for prefetch and for `get_policy_input`.
 
 Life of a slot::
 
@@ -22,9 +22,10 @@ Life of a slot::
 
 A payload read by prefetch goes back to READY and stays with its producer until it is handed out: collected, or
 taken by `get_policy_input`. Then a CONSUME frees it, in the background, tried three times a second apart. A read
-that comes too late is thus not lost: it is dropped here and READY there. A payload read at once is consumed by the
-ACK of its read. A skipped episode's payload, if it is still there, is freed too. A ring should hold two batches:
-the one being collected and the one being fetched.
+that comes too late is thus not lost: it is dropped here and READY there, and `get_policy_input` reads it again.
+A payload read at once is consumed by the ACK of its read. One that cannot be read in time stays READY: its
+completion may be resolved again or discarded. A ring should hold two batches: the one being collected and the one
+being fetched.
 
 Retries, all under one deadline::
 
@@ -61,8 +62,8 @@ Counters of `CompletionReader.statistics`: ``prefetched``, ``read_at_once``, ``s
 (given up: their slots stay READY until the producer ends), ``refused_starts``; ``reading`` (groups) and
 ``to_free`` (payloads) are what is so now. Under ``client``: those of `PayloadClient`.
 
-Importing needs no `ucxx`; a server or client that may use the ``ucx`` lane raises `ConfigError` without it and
-says what to install.
+Importing needs no `ucxx`; a server or client that may use the ``ucx`` lane raises `MissingDependencyError`, which
+is an `ImportError` and a `RuntimeError`, without it and says what to install.
 """
 
 from dray.buffer import SharedRingBuffer, SlotState

@@ -29,7 +29,9 @@ class UCXXBuffer:
         server: who serves them.
 
     Raises:
-        ConfigError: a setting is not allowed, or a lane cannot be served here: without `ucxx`, what to install.
+        ConfigError: a setting is not allowed, or a lane cannot be served here.
+        MissingDependencyError: the ``ucx`` lane is to be served and `ucxx` is not installed; it says what to
+            install.
     """
 
     def __init__(self, config: UCXXBufferConfig | None = None) -> None:

@@ -17,7 +17,8 @@ def open_client(lane: LaneChoice, secret: bytes | None, reader: int) -> PayloadC
     """A client that may use the ``ucx`` lane, unless another is required.
 
     Raises:
-        ConfigError: an argument is not allowed, or `ucxx` is needed and not installed: it says what to install.
+        ConfigError: an argument is not allowed.
+        MissingDependencyError: `ucxx` is needed and not installed; it says what to install.
     """
     if lane == "auto":
         require()
@@ -33,7 +34,8 @@ class UCXXClient:
         reader: this reader's id, where payloads are meant for several.
 
     Raises:
-        ConfigError: an argument is not allowed, or `ucxx` is needed and not installed: it says what to install.
+        ConfigError: an argument is not allowed.
+        MissingDependencyError: `ucxx` is needed and not installed; it says what to install.
     """
 
     def __init__(self, *, lane: LaneChoice = "auto", secret: bytes | None = None, reader: int = 0) -> None:

@@ -22,8 +22,7 @@ class UCXXDataPackerMixin:
     `setup_ucxx_reader` once and `cleanup_ucxx_reader` at the end. With double buffering, a step is::
 
         packer.defer_prefetch(completions_of_next_step)  # begins to arrive with `collect_prefetch`
-        packer.wait_prefetch()
-        packer.collect_prefetch()
+        packer.collect_prefetch()  # waits for this step's
         inputs = [packer.get_policy_input(sample, completion) for sample, completion in this_step]
 
     Attributes:
@@ -47,7 +46,8 @@ class UCXXDataPackerMixin:
         """Make the reader; with ``payload_transfer = "redis"`` do nothing. Arguments as of `CompletionReader`.
 
         Raises:
-            ConfigError: a setting is not allowed, or `ucxx` is needed and not installed.
+            ConfigError: a setting is not allowed.
+            MissingDependencyError: `ucxx` is needed and not installed.
             DrayError: the reader made before is not closed, or one of its reads has not ended yet.
         """
         if self.ucxx_reader is not None:
@@ -76,9 +76,9 @@ class UCXXDataPackerMixin:
         """See `CompletionReader.wait_prefetch`."""
         return self.ucxx_reader is None or self.ucxx_reader.wait_prefetch(timeout)
 
-    def collect_prefetch(self) -> int:
+    def collect_prefetch(self, timeout: float | None = None) -> int:
         """See `CompletionReader.collect_prefetch`."""
-        return 0 if self.ucxx_reader is None else self.ucxx_reader.collect_prefetch()
+        return 0 if self.ucxx_reader is None else self.ucxx_reader.collect_prefetch(timeout)
 
     def defer_prefetch(self, batch: Collection[object]) -> bool:
         """See `CompletionReader.defer_prefetch`."""
@@ -86,18 +86,39 @@ class UCXXDataPackerMixin:
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def get_policy_input(self, sample: Any, rollout_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_policy_input(self, *args: Any, **kwargs: Any) -> Any:
         """What the class behind this one makes of an episode; the arrays themselves where there is none.
 
-        A completion is replaced by its arrays, from prefetch or read now. Anything else passes untouched. Returns
-        None for an episode whose payload cannot be had: it is counted, and to be left out of the batch.
+        Called as that class has it, ``get_policy_input(sample, rollout_output, ...)``, by position or by keyword;
+        all arguments are handed on as they were given. Only `rollout_output` is replaced by its arrays if it is a
+        completion, from prefetch or read now. Returns None for an episode whose payload cannot be had: it is
+        counted, and to be left out of the batch.
+
+        Raises:
+            TypeError: there is no `rollout_output`.
         """
+        given = list(args)
+        if "rollout_output" in kwargs:
+            rollout_output = kwargs["rollout_output"]
+        elif len(given) > 1:
+            rollout_output = given[1]
+        else:
+            raise TypeError("get_policy_input() needs rollout_output, as the second argument or by keyword")
         if is_completion(rollout_output):
             rollout_output = self._reader.resolve(rollout_output)
             if rollout_output is None:
                 return None
+            if "rollout_output" in kwargs:
+                kwargs["rollout_output"] = rollout_output
+            else:
+                given[1] = rollout_output
         following = getattr(super(), "get_policy_input", None)
-        return rollout_output if following is None else following(sample, rollout_output, *args, **kwargs)
+        return rollout_output if following is None else following(*given, **kwargs)
+
+    def discard_completions(self, batch: Collection[object]) -> None:
+        """See `CompletionReader.discard`."""
+        if not self._needs_none(batch):
+            self._reader.discard(batch)
 
     def _read_one(self, ref: PayloadRef, timeout: float | None = None) -> Arrays:
         """Layer 2; see `CompletionReader.read_one`."""

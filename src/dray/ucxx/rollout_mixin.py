@@ -33,7 +33,8 @@ class UCXXRolloutMixin:
             config: how payloads travel.
 
         Raises:
-            ConfigError: a setting is not allowed, or `ucxx` is needed and not installed.
+            ConfigError: a setting is not allowed.
+            MissingDependencyError: `ucxx` is needed and not installed.
             DrayError: it was called before.
         """
         if self.ucxx_buffer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, NamedTuple
 
-from dray.errors import AuthenticationError, DrayError, ProtocolError, ServerBusy, SlotError, StaleSlotError
+from dray.errors import DrayError, ProtocolError, ReaderIdError, ServerBusy, SlotError, StaleSlotError
 from dray.wire.frames import FRAME, Flag, Frame, Kind, Status, parse
 
 _STATUS, _ACK = int(Kind.STATUS), int(Kind.ACK)
@@ -69,7 +69,8 @@ class ClientSession:
         """Match a STATUS with the oldest request.
 
         Raises:
-            ProtocolError: it answers another one; the connection must be aborted.
+            ProtocolError: it answers another one, or confirms ACKs that were not sent; the connection must be
+                aborted.
         """
         frame = parse(message)
         kind, status, _, flags, slot, number, sequence, _, _, acked, _, _ = frame
@@ -83,6 +84,8 @@ class ClientSession:
             )
         if flags & Flag.TEXT and status != Status.ERROR and request.kind != Kind.STAT:
             raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
+        if acked > self._acks:
+            raise ProtocolError(f"STATUS confirms {acked} ACKs, of which {self._acks} were sent")
         unconfirmed = self._unconfirmed
         while unconfirmed and unconfirmed[0][0] <= acked:
             unconfirmed.popleft()
@@ -103,8 +106,8 @@ class ClientSession:
         )
 
 
-def refusal(request: Request, frame: Frame, text: str, endpoint: str) -> DrayError:
-    """The error that stands for an answer other than OK."""
+def refusal(request: Request, frame: Frame, text: str, endpoint: str, readers: int) -> DrayError:
+    """The error that stands for an answer other than OK, of a ring that has so many readers."""
     where: dict[str, Any] = {"endpoint": endpoint, "slot": request.slot, "sequence": request.sequence}
     match frame.status:
         case Status.STALE:
@@ -112,6 +115,8 @@ def refusal(request: Request, frame: Frame, text: str, endpoint: str) -> DrayErr
         case Status.BUSY:
             return ServerBusy("the lease limit of this connection is reached", **where)
         case Status.DENIED:
-            return AuthenticationError(f"reader id {request.reader} is not one of this ring's readers", **where)
+            return ReaderIdError(
+                f"reader id {request.reader} is denied: this ring's are 0 to {readers - 1}", **where
+            )
         case _:
             return SlotError(f"the server answered with an error: {text or 'no reason given'}", **where)

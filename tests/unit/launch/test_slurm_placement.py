@@ -76,5 +76,5 @@ def test_fewer_gpus_than_the_plan_has_are_an_error() -> None:
 
 def test_plan_of_a_replica_on_its_own_node_leaves_the_gpus_alone() -> None:
     layout = replace(RoleLayout(2), gpus_per_replica=0)
-    for placed in placements(plan(RoleLayout(1), layout), ["a", "b", "c"]):
-        assert "CUDA_VISIBLE_DEVICES" not in environment(placed, IB, {})
+    placed = placements(plan(RoleLayout(1), layout), ["a", "b", "c"])
+    assert ["CUDA_VISIBLE_DEVICES" in environment(each, IB, {}) for each in placed] == [False] * 3

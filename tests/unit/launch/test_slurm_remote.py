@@ -6,7 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -186,13 +186,21 @@ def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
 
 
 def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head:
-        strangers = [socket.create_connection(head.address) for _ in range(door.MOST_GREETED + 10)]
+    def is_open(stranger: socket.socket) -> bool:
+        stranger.settimeout(5.0)
+        assert len(stranger.recv(32)) == 32
+        stranger.settimeout(0)
         try:
-            head.link().close()
-        finally:
-            for stranger in strangers:
-                stranger.close()
+            return stranger.recv(1) != b""
+        except BlockingIOError:
+            return True
+
+    with head_of(tmp_path) as head, ExitStack() as opened:
+        strangers = [
+            opened.enter_context(socket.create_connection(head.address)) for _ in range(door.MOST_GREETED + 10)
+        ]
+        head.link().close()  # has come in after all of them, and pushed out one more
+        assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (door.MOST_GREETED - 1)
 
 
 def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:

@@ -300,7 +300,9 @@ def test_views_lock_a_resizable_image():
 
 def test_every_view_keeps_the_root_array_alive():
     image = bytes(pack({name: sample(name, (2, 3)) for name in DTYPES} | {"scalar": 1, "empty": np.zeros((0, 2))}))
-    for kept in unpack(image):
+    names = set(unpack(image))
+    assert names == {*DTYPES, "scalar", "empty"}
+    for kept in names:
         root = np.frombuffer(image, np.uint8)
         alive = weakref.ref(root)
         arrays = unpack(root)

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from dray.errors import PayloadError, PayloadFormatError
+from dray.errors import MissingDependencyError, PayloadFormatError
 from dray.payload import PayloadSchema, TensorSpec, pack, staging, unpack
 from dray.payload.tensor_spec import DTYPES
 
@@ -120,6 +120,7 @@ def test_writable_arrays_share_memory_with_their_tensors_and_are_kept_alive():
 def test_tensors_of_a_read_only_payload_are_copies_that_may_be_written():
     arrays = unpack(bytes(pack({name: np.ones(3).astype(dtype) for name, dtype in DTYPES.items()})))
     tensors = staging.to_torch(arrays)
+    assert set(tensors) == set(DTYPES)
     for name, tensor in tensors.items():
         tensor.zero_()
         assert arrays[name].astype("c8").tolist() == [1, 1, 1]
@@ -201,10 +202,10 @@ def test_a_tensordict_is_one_call_away():
 
 def test_what_is_not_installed_is_named(monkeypatch, caplog, fresh_warning):
     monkeypatch.setitem(sys.modules, "tensordict", None)
-    with pytest.raises(PayloadError, match="pip install tensordict"):
+    with pytest.raises(MissingDependencyError, match="pip install tensordict"):
         staging.to_tensordict({})
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(PayloadError, match=r"pip install 'dray\[torch\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[torch\]'"):
         staging.to_torch({})
     assert not staging.is_tensor(np.zeros(1))
     assert staging.host_buffer(10).shape == (10,)

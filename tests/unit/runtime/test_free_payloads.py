@@ -2,7 +2,7 @@ import threading
 from collections.abc import Iterable
 
 from dray.clock import Deadline
-from dray.errors import ProducerLostError, TransportTimeout
+from dray.errors import BufferClosedError, ProducerLostError, TransportTimeout
 from dray.runtime.free_payloads import PayloadFreeing
 from dray.wire import PayloadRef
 
@@ -51,6 +51,24 @@ def test_producer_that_is_stopped_holds_nobody_up_and_is_asked_until_it_answers(
         producers.wait_freed(8)
         assert producers.freed[-3:] == [(STOPPED, 0), (STOPPED, 1), (STOPPED, 2)]
     assert len(freeing) == freeing.given_up == 0
+
+
+def test_end_does_not_wait_for_a_request_under_way_which_ends_with_its_client() -> None:
+    asked, client_closed = threading.Event(), threading.Event()
+
+    def consume(wanted: Iterable[PayloadRef], timeout: float) -> None:
+        asked.set()
+        assert client_closed.wait(20)
+        raise BufferClosedError("the client was closed while it waited")
+
+    freeing = PayloadFreeing(consume, attempt=60.0)
+    freeing.add(references(STOPPED, 3))
+    assert asked.wait(10)
+    freeing.close(timeout=0.01)
+    assert len(freeing) == 3
+    client_closed.set()
+    freeing.join()
+    assert freeing.given_up == 3
 
 
 def test_end_asks_each_producer_once_more_and_counts_what_was_not_freed() -> None:

@@ -16,6 +16,7 @@ from dray.wire.handshake import Lane
 TCP = ["tcp:h:1", "tcp:h:2", "tcp:h:3"]
 SHM = ["unix:/a", "unix:/b"]
 REFUSED = Unreachable("nobody", refused=True)
+ELSEWHERE = Unreachable("no such path", elsewhere=True)
 FAILED = ConnectionReset("reset")
 
 
@@ -53,6 +54,32 @@ def test_the_list_holds_what_is_in_quarantine_now() -> None:
     quarantine.failed("b", 5.0)
     assert sorted(quarantine.listed(9.0)) == ["a", "b"]
     assert quarantine.listed(12.0) == ["b"]
+
+
+def test_what_is_not_on_this_host_is_skipped_and_not_in_quarantine() -> None:
+    quarantine = Quarantine(30.0)
+    read = attempts([*SHM, TCP[0]], quarantine, most=1)
+    for _ in SHM:
+        endpoint = read.choose(0.0)
+        assert endpoint in SHM
+        assert read.give_up(endpoint, ELSEWHERE, 0.0) is None
+    assert read.choose(0.0) == TCP[0]
+    assert quarantine.listed(1.0) == []
+    assert attempts([*SHM, TCP[0]], quarantine).choose(29.9) == TCP[0]
+    assert attempts([*SHM, TCP[0]], quarantine).choose(30.0) in SHM
+
+
+def test_a_producer_none_of_whose_endpoints_is_on_this_host_is_lost() -> None:
+    read = attempts(SHM)
+    assert read.give_up(read.choose(0.0), ELSEWHERE, 0.0) is None
+    assert isinstance(read.give_up(read.choose(0.0), ELSEWHERE, 0.0), ProducerLostError)
+
+
+def test_choosing_changes_nothing() -> None:
+    read = attempts([*SHM, *TCP], rotation=1)
+    assert [read.choose(0.0) for _ in range(3)] == [SHM[1]] * 3
+    read.give_up(SHM[1], FAILED, 0.0)
+    assert [read.choose(0.0) for _ in range(3)] == [SHM[0]] * 3
 
 
 def test_reads_rotate_over_the_endpoints_of_a_lane() -> None:

@@ -110,7 +110,8 @@ def test_a_process_of_another_user_is_not_served() -> None:
                 assert sock.recv(100) == b""
 
         assert run_in_child(ask_as_another_user) == ""
-        assert counted(server, "auth_failures") == 1
+        # The server closes the connection first, then counts.
+        wait_until(lambda: counted(server, "auth_failures") == 1, "the refusal to be counted")
         assert bytes(client.read_bytes(ref)) == b"payload"
 
 

@@ -79,9 +79,10 @@ from dray.transport import PayloadServer
 ring = SharedRingBuffer(1, 64)
 server = PayloadServer(ring, lanes="shm", directory=Path(sys.argv[1]))
 if os.fork() == 0:
+    # The child speaks for both: it runs this only after it has closed what it inherited of the server.
+    print(Path(server.endpoints[0].removeprefix("unix:")).parent, flush=True)
     sys.stdin.read()
     os._exit(0)
-print(Path(server.endpoints[0].removeprefix("unix:")).parent, flush=True)
 sys.stdin.read()
 """
     command = [sys.executable, "-c", script, str(root)]

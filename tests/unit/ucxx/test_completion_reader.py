@@ -10,6 +10,7 @@ from waiting import wait_until
 
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
 from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of
+from dray.ucxx.completion_reader import MIN_LATE_SECONDS, LateReads
 from dray.wire import PayloadRef
 
 
@@ -44,6 +45,35 @@ def test_prefetched_completions_resolve_as_often_as_asked(buffer: UCXXBuffer, re
     statistics = reader.statistics()
     assert (statistics["prefetched"], statistics["read_at_once"], statistics["skipped"]) == (4, 0, 0)
     wait_until(lambda: buffer.ring.statistics().free == 16, "the slots to be free again")
+
+
+def test_a_batch_is_collected_when_it_has_come_without_a_wait_before(
+    buffer: UCXXBuffer, reader: CompletionReader
+) -> None:
+    batch = write(buffer, *map(float, range(16)))
+    assert reader.start_prefetch(batch)
+    assert reader.collect_prefetch() == 16
+    assert [reward(reader.resolve(completion)) for completion in batch] == list(range(16))
+    assert reader.statistics()["prefetched"] == 16
+
+
+def test_discarded_payloads_are_freed_unread(buffer: UCXXBuffer, reader: CompletionReader) -> None:
+    batch = write(buffer, 1.0, 2.0)
+    reader.discard(["text", *batch])
+    wait_until(lambda: buffer.ring.statistics().free == 16, "the slots to be free again")
+    assert reader.resolve(batch[0]) is None
+    assert reader.statistics()["skipped_stale"] == 1
+
+
+def test_late_reads_share_the_time_of_a_batch_and_each_has_a_little() -> None:
+    late = LateReads(10.0)
+    assert late.seconds == 10.0
+    late.spend(4.0)
+    assert late.seconds == 6.0
+    late.spend(60.0)
+    assert late.seconds == MIN_LATE_SECONDS
+    late.renew()
+    assert late.seconds == 10.0
 
 
 def test_what_was_not_prefetched_is_read_at_once(buffer: UCXXBuffer, reader: CompletionReader) -> None:

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,46 @@ def test_the_packer_behind_the_mixin_gets_the_arrays(rollout: Rollout, packer: P
     assert arrays["episode_length"] == 2
 
 
+def test_arguments_are_handed_on_as_they_were_given_by_keyword_or_position(rollout: Rollout) -> None:
+    class Recorder:
+        def get_policy_input(self, *args: Any, **kwargs: Any) -> Any:
+            return args, kwargs
+
+    class Recording(UCXXDataPackerMixin, Recorder):
+        pass
+
+    packer = Recording()
+    packer.setup_ucxx_reader({}, lane="shm")
+    for completion in ("text", rollout.write_to_buffer({"rewards": [1.0]})):
+        read = is_completion(completion)
+        args, kwargs = packer.get_policy_input("sample", completion, 3, more=4)
+        assert (args[0], args[2:], kwargs) == ("sample", (3,), {"more": 4})
+        assert "rewards" in args[1] if read else args[1] == "text"
+    for completion in ("text", rollout.write_to_buffer({"rewards": [1.0]})):
+        read = is_completion(completion)
+        args, kwargs = packer.get_policy_input(
+            rollout_output=completion, sample="sample", n_ignore_prefix_tokens=3
+        )
+        assert args == ()
+        assert list(kwargs) == ["rollout_output", "sample", "n_ignore_prefix_tokens"]
+        assert "rewards" in kwargs["rollout_output"] if read else kwargs["rollout_output"] == "text"
+    assert packer.cleanup_ucxx_reader()
+
+
+def test_an_episode_may_be_all_that_is_given_and_must_be(rollout: Rollout) -> None:
+    packer = UCXXDataPackerMixin()
+    packer.setup_ucxx_reader(config={"ucxx_prefetch_timeout": 20}, lane="shm")
+    completion = rollout.write_to_buffer(trajectory={"rewards": [1.0]})
+    assert packer.start_prefetch(batch=[completion])
+    assert packer.wait_prefetch(timeout=20)
+    assert packer.collect_prefetch(timeout=0) == 1
+    assert list(packer.get_policy_input(rollout_output=completion)["rewards"]) == [1.0]
+    assert packer.get_policy_input(rollout_output=None) is None
+    with pytest.raises(TypeError, match="rollout_output"):
+        packer.get_policy_input("sample")
+    assert packer.cleanup_ucxx_reader(timeout=5.0)
+
+
 def test_a_mixin_alone_returns_the_arrays(rollout: Rollout) -> None:
     packer = UCXXDataPackerMixin()
     packer.setup_ucxx_reader(UCXXConfig(), lane="shm")
@@ -71,7 +112,7 @@ def test_a_mixin_alone_returns_the_arrays(rollout: Rollout) -> None:
 
 
 def test_everything_else_passes_untouched(packer: Packer) -> None:
-    for output in ("a text", {"text": "a text"}, None, ["list"], object()):
+    for output in ("a text", {"text": "a text"}, None, ["list"], object(), SimpleNamespace(completion="a text")):
         assert packer.get_policy_input(0, output)[1] is output
     assert packer.ucxx_reader is not None
     assert packer.ucxx_reader.statistics()["skipped"] == 0
@@ -114,8 +155,12 @@ def test_c8_a_batch_without_completions_is_waited_for_no_moment(packer: Packer) 
 
 
 @pytest.mark.parametrize(
-    "output", ["text", {}, {"text": 1}, None, 3, {"dray_payload": "{"}, {"dray_payload": 1}, [], "dray_payload"]
-)
+    "output",
+    [
+        "text", {}, {"text": 1}, None, 3, {"dray_payload": "{"}, {"dray_payload": 1}, [], "dray_payload",
+        '{"dray_payload": 1}', SimpleNamespace(completion="text"), SimpleNamespace(completion={"dray_payload": 1}),
+    ],
+)  # fmt: skip
 def test_c10_prefetch_and_interception_agree_on_what_is_a_completion(packer: Packer, output: Any) -> None:
     assert packer.start_prefetch([output])
     assert packer.wait_prefetch(5)
@@ -124,12 +169,22 @@ def test_c10_prefetch_and_interception_agree_on_what_is_a_completion(packer: Pac
     assert (passed is None) == is_completion(output)
 
 
-def test_c10_what_prefetch_fetches_interception_finds(rollout: Rollout, packer: Packer) -> None:
-    completion = {**rollout.write_to_buffer({"rewards": [1.0]}), "prompt": "with a key of the framework's own"}
-    packer.start_prefetch([completion])
-    packer.wait_prefetch()
-    packer.collect_prefetch()
-    packer.get_policy_input(0, completion)
+FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
+    "mapping": lambda completion: {**completion, "prompt": "with a key of the framework's own"},
+    "text": json.dumps,
+    "reference": reference_of,
+    "text of a reference": lambda completion: reference_of(completion).to_json(),
+    "object": lambda completion: SimpleNamespace(prompt="text", completion=completion),
+    "object with text": lambda completion: SimpleNamespace(completion=json.dumps(completion)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_c10_what_prefetch_fetches_interception_finds(form: str, rollout: Rollout, packer: Packer) -> None:
+    output = FORMS[form](rollout.write_to_buffer({"rewards": [1.0]}))
+    assert packer.start_prefetch([output])
+    assert packer.collect_prefetch() == 1
+    assert packer.get_policy_input(0, output)[1]["rewards"] == [1.0]
     assert packer.ucxx_reader is not None
     assert packer.ucxx_reader.statistics()["prefetched"] == 1
 
@@ -146,6 +201,7 @@ def test_with_payloads_in_redis_nothing_starts_and_everything_passes() -> None:
     assert packer.defer_prefetch(["text"])
     assert packer.wait_prefetch(0)
     assert packer.collect_prefetch() == 0
+    packer.discard_completions(["text"])
     assert packer.get_policy_input(0, "text")[1] == "text"
     assert rollout.cleanup_ucxx() == 0
     assert packer.cleanup_ucxx_reader()
@@ -158,6 +214,7 @@ def test_a_completion_without_a_reader_is_an_error_and_not_a_silent_pass(rollout
         lambda: packer.get_policy_input(0, completion),
         lambda: packer.start_prefetch([completion]),
         lambda: packer.defer_prefetch([completion]),
+        lambda: packer.discard_completions([completion]),
     ):
         with pytest.raises(BufferClosedError, match="setup_ucxx_reader"):
             call()
@@ -198,15 +255,17 @@ WITHOUT_UCXX = """
 import sys
 sys.modules["ucxx"] = sys.modules["torch"] = sys.modules["redis"] = None
 import dray.ucxx
-from dray.errors import ConfigError
+from dray.errors import MissingDependencyError
 assert not dray.ucxx.UCXX_AVAILABLE
 for start in (dray.ucxx.UCXXBuffer, dray.ucxx.UCXXClient, dray.ucxx.CompletionReader):
-    try:
-        start()
-    except ConfigError as error:
-        assert "pip install 'dray[ucxx]'" in str(error), error
-    else:
-        raise SystemExit(f"{start} started")
+    for caught in (MissingDependencyError, ImportError, RuntimeError):
+        try:
+            start()
+        except caught as error:
+            assert "pip install 'dray[ucxx]'" in str(error), error
+            assert error.name == "ucxx"
+        else:
+            raise SystemExit(f"{start} started")
 config = dray.ucxx.UCXXBufferConfig(lanes=("shm",))
 with dray.ucxx.UCXXBuffer(config) as buffer, dray.ucxx.CompletionReader(lane="shm") as reader:
     assert reader.resolve(buffer.write({"rewards": [2.0]}))["rewards"] == [2.0]

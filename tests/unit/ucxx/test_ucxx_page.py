@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dray.buffer import RingStatistics, slot_state
+from dray.errors import TransportError
 from dray.prefetch import batch, freeing, reader, threads
-from dray.transport import health, pool
-from dray.ucxx import UCXXBufferConfig, UCXXConfig
+from dray.transport import exchanges, health, pool
+from dray.ucxx import UCXXBufferConfig, UCXXConfig, completion_reader
 from dray.wire.frames import Status
 
 ROOT = Path(__file__).parents[3]
@@ -76,6 +77,7 @@ def test_ceilings_are_those_of_the_code() -> None:
         ("Retries", "are read together, {} at most", batch.GROUP),
         ("Retries", "`ucxx_read_timeout` seconds ({}) at most", UCXXConfig().ucxx_read_timeout),
         ("Retries", "`ucxx_prefetch_timeout` ({})", UCXXConfig().ucxx_prefetch_timeout),
+        ("Retries", "each of them at least {} s", completion_reader.MIN_LATE_SECONDS),
         ("Prefetch", "{} s longer than the batch has", reader.GRACE_SECONDS),
         ("Prefetch", "frees what was handed out ({} s at most)", threads.LAST_FREE_SECONDS),
     ],
@@ -159,6 +161,11 @@ def tallied() -> set[str]:
     }
 
 
+def test_retries_after_every_transport_error_have_a_counter() -> None:
+    data_plane = {each for each in TransportError.__subclasses__() if each.__module__.startswith("dray.")}
+    assert set(exchanges.RETRIES_BY_CAUSE) == data_plane
+
+
 def test_every_counter_is_explained() -> None:
     tables = re.split(r"\n(\w+)[^|\n]*:\n\n", section("Counters"))[1:]
     documented = {
@@ -168,7 +175,7 @@ def test_every_counter_is_explained() -> None:
     counted: dict[str, set[str]] = {"Server": {s.name.lower() for s in Status} - {"ok"}, "Client": {"quarantined"}}
     counted["Server"] |= tallied()
     counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
-    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx"}
+    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *exchanges.RETRIES_BY_CAUSE.values()}
     counted["Batches"] = {"reading", "to_free"}
     counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
     of = {"prefetch": "Batches", "ucxx": "Episodes", "wire": "Server"}

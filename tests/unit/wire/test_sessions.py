@@ -7,9 +7,9 @@ import pytest
 
 from dray.buffer import SharedRingBuffer, SlotWriter
 from dray.errors import (
-    AuthenticationError,
     BufferFullError,
     ProtocolError,
+    ReaderIdError,
     ServerBusy,
     SlotError,
     StaleSlotError,
@@ -578,8 +578,12 @@ def test_an_ack_after_the_ring_was_closed_is_ignored() -> None:
     server.say(Kind.READ, writer, 1)
     server.take()
     ring.close()
+    assert server.session.leases == 1
     server.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
     server.say(Kind.ACK, writer, 2, flags=Flag.CONSUMED)
+    assert server.take() == []
+    assert (server.session.leases, server.session.busy, server.session.closing) == (0, False, False)
+    assert (server.counters["acks_consumed"], server.counters["late_acks"]) == (1, 1)
     server.session.close()
 
 
@@ -716,12 +720,22 @@ def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
     assert session.unconfirmed == [reads[2]]
 
 
+def test_a_status_that_confirms_acks_which_were_not_sent_is_an_error() -> None:
+    session = ClientSession()
+    read = session.request(Kind.READ)
+    session.receive(status(read))
+    session.ack(read, True)
+    session.receive(status(session.request(Kind.STAT), acked=1))
+    with pytest.raises(ProtocolError, match="confirms 2 ACKs, of which 1 were sent"):
+        session.receive(status(session.request(Kind.STAT), acked=2))
+
+
 @pytest.mark.parametrize(
     ("answer", "text", "error", "says"),
     [
         (Status.STALE, "", StaleSlotError, "the payload was consumed or overwritten"),
         (Status.BUSY, "", ServerBusy, "the lease limit of this connection is reached"),
-        (Status.DENIED, "", AuthenticationError, "reader id 63 is not one of this ring's readers"),
+        (Status.DENIED, "", ReaderIdError, "reader id 63 is denied: this ring's are 0 to 2"),
         (Status.ERROR, "why", SlotError, "the server answered with an error: why"),
         (Status.ERROR, "", SlotError, "the server answered with an error: no reason given"),
     ],
@@ -729,7 +743,7 @@ def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
 def test_each_refusal_is_an_error_that_names_its_payload(
     answer: Status, text: str, error: type[Exception], says: str
 ) -> None:
-    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1")
+    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1", 3)
     assert type(made) is error
     assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
     assert str(made).startswith(f"{says} (")

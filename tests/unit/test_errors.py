@@ -1,0 +1,28 @@
+"""The error tree: what callers catch."""
+
+import pickle
+
+import pytest
+
+from dray.errors import DrayError, MissingDependencyError, Unreachable
+
+
+@pytest.mark.parametrize("caught", [MissingDependencyError, DrayError, ImportError, RuntimeError])
+@pytest.mark.parametrize("reason", [None, "a library is missing"])
+def test_a_missing_package_is_what_callers_catch_and_survives_pickling(
+    caught: type[Exception], reason: str | None
+) -> None:
+    error = MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'", reason)
+    with pytest.raises(
+        caught, match=r"the ucx lane needs the package ucxx, .*: pip install 'dray\[ucxx\]'$"
+    ) as found:
+        raise pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert (str(found.value), vars(found.value)) == (str(error), vars(error))
+    assert found.value.name == "ucxx"
+    assert (reason or "is not installed") in str(error)
+
+
+def test_an_address_that_is_not_on_this_host_refuses_connections() -> None:
+    assert (Unreachable("x").refused, Unreachable("x").elsewhere) == (False, False)
+    assert (Unreachable("x", refused=True).refused, Unreachable("x", refused=True).elsewhere) == (True, False)
+    assert (Unreachable("x", elsewhere=True).refused, Unreachable("x", elsewhere=True).elsewhere) == (True, True)
