@@ -55,7 +55,7 @@ class ControllerClient:
         self.url = url
         self._timeout = timeout
         self._loop = asyncio.new_event_loop()
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._headers: dict[bytes | str, bytes | str] = {"Authorization": f"Bearer {token}"}
         self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2)
         self._thread = threading.Thread(target=self._loop.run_forever, name="controller-client", daemon=True)
         self._thread.start()
@@ -76,7 +76,8 @@ class ControllerClient:
             MembershipError: the controller does not count the caller as a member.
             ControlPlaneError: any other refusal.
         """
-        return self._run(self._request("POST", path, body.model_dump_json().encode(), reply, self._deadline(timeout)))
+        content = body.model_dump_json().encode()
+        return self._run(self._request("POST", path, content, reply, self._deadline(timeout)))
 
     def status(self, timeout: float | None = None) -> messages.Status:
         """The job's status.
