@@ -125,7 +125,7 @@ def replica_end(
     if code == ExitCode.NOT_A_MEMBER and state is MemberState.DEAD:
         return ReplicaEnd(f"the controller had declared it dead ({reason})", early=True)
     if code == ExitCode.NOT_A_MEMBER and state is None and over is not None:
-        return ReplicaEnd(f"was to register after {over}, and ended", early=False)
+        return ReplicaEnd(f"tried to register after {over}, and ended", early=False)
     if code == ExitCode.CONTROLLER_LOST and over is not None:
         return ReplicaEnd(f"ended: {over} and the controller was gone", early=False)
     if code == ExitCode.OK or (code == ExitCode.FAILED and over is not None):

@@ -269,7 +269,7 @@ class Supervisor:
             self._say(end.line(child.name) + (f"; see {short_path(child.log)}" if end.early else ""))
         assert child.role is not None
         # A member that has left in order is not affected by it.
-        died = messages.Died(name=child.name, role=child.role, reason=end.reason, final=not again)
+        died = messages.Died(name=child.name, role=child.role, reason=end.reason[:2000], final=not again)
         answer = self._tell(client, "/died", died)
         again = again and not (answer is not None and answer.stop)
         if again:
@@ -359,8 +359,8 @@ class Supervisor:
             return call()
         except ControlPlaneError as error:
             self._controller_silent = True
-            self._failure = self._failure or f"the controller did not answer: {error}"
-            self._say(f"the controller did not answer: {error}")
+            self._failure = self._failure or str(error)
+            self._say(str(error))
             return None
 
     def _react(self, client: ControllerClient) -> None:
@@ -388,7 +388,7 @@ class Supervisor:
             child.signal(DUMP_SIGNAL)
         else:
             hurried = len(self._signals) > 1
-            why = f"{self._signals[-1].name} came again" if hurried else "it did not end in time"
+            why = f"another signal came ({self._signals[-1].name})" if hurried else "it did not end in time"
             self._request_end(child, signal.SIGKILL, why)
             how = "was killed" if hurried else "did not end in time and was killed"
             self._say(f"{child.name} (pid {child.pid}) {how}; see {short_path(child.log)}")

@@ -21,13 +21,13 @@ SILENT = (MemberState.DEAD, "silent for 3.2 s")
         (ExitCode.SIGTERM, ASKED, LEFT, "failed", "r ended as asked (SIGTERM): the job had failed"),
         (-signal.SIGTERM, ASKED, None, "failed", "r ended as asked (SIGTERM): the job had failed"),
         (-signal.SIGKILL, KILLED, ACTIVE, "solved", "r was killed: it did not end in time"),
-        (ExitCode.NOT_A_MEMBER, None, None, "failed", "r was to register after the job had failed, and ended"),
+        (ExitCode.NOT_A_MEMBER, None, None, "failed", "r tried to register after the job had failed, and ended"),
         (
             ExitCode.NOT_A_MEMBER,
             None,
             None,
             "interrupted",
-            "r was to register after the job had been interrupted, and ended",
+            "r tried to register after the job had been interrupted, and ended",
         ),
         (
             ExitCode.NOT_A_MEMBER,
