@@ -78,6 +78,18 @@ class WatchedRun:
         """Wait for what files and processes of the run show."""
         wait_until(condition, awaited, bound, pause=0.02, story=self._story_with_stacks)
 
+    def kill_all(self, bound: float = 10.0) -> None:
+        """Kill what runs of it, also what was just being started; it has ended when this returns."""
+
+        def none_is_left() -> bool:
+            left = self.processes()
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return not left
+
+        wait_until(none_is_left, "the end of killed processes", bound, pause=0.02, story=self.processes)
+
     def wait_for_checkpoint(self) -> None:
         """Wait until there is one."""
         self.wait_until((self.output / "checkpoint" / "state.json").exists, "a checkpoint")

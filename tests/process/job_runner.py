@@ -230,9 +230,8 @@ def running(folder: Path, *options: str, stop_table: str = STOP, classes: str = 
     finally:
         if job.process.poll() is None:
             job.process.kill()
-        for process in job.processes():
-            process.kill()
         job.process.wait()
+        job.kill_all()
         assert job.process.stdout is not None
         job.process.stdout.close()
 

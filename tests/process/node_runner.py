@@ -143,10 +143,9 @@ def nodes_running(
         for task in run.tasks.values():
             if task.poll() is None:
                 task.kill()
-        for process in run.processes():
-            process.kill()
         for task in run.tasks.values():
             task.wait()
+        run.kill_all()
 
 
 class Machine:

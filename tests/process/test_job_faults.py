@@ -26,7 +26,7 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
         job.wait_until(lambda: "dead: silent for" in job.log("controller"), "the controller to give it up", 20.0)
         assert "given out again" in job.log("controller")
         stopped.resume()
-        job.wait_for("ended early: no longer a member")
+        job.wait_for("ended early: the controller had declared it dead (silent for ")
         job.process.send_signal(signal.SIGINT)
         assert job.end(bound=10.0) == 130
 

@@ -51,6 +51,7 @@ def test_job_that_is_not_solved_in_time_exits_with_one(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("job.max_steps=5")) as job:
         assert job.end() == 1
         assert "not solved within 5 steps" in job.text
+        assert "phase draining -> failed (last left, failed)" in job.log("controller")
         assert not job.summary()["solved"]
         assert job.checkpoint()["step"] == 5
 
@@ -74,6 +75,8 @@ def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
         assert time.monotonic() - began < 10
         assert f"interrupted by {number.name}" in job.text
         assert "killed" not in job.text
+        assert "phase draining -> interrupted" in job.log("controller")
+        assert "received SIGTERM" not in str(job.summary()["replicas"])
         state = job.checkpoint()
         assert state["step"] == job.summary()["steps"] > 0
     goal = state["step"] + 10

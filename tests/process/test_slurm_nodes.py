@@ -158,6 +158,9 @@ def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: i
         codes = run.end(bound=30.0)
         assert codes == ([143, 0] if number == 1 else [1, 143]), run.story()
         assert "killed" not in run.log("n1.out")
+        if number == 2:
+            assert "rollout-0 ended early: its node" in run.log("n1.out")
+            assert "was told to end and sent it SIGTERM" in run.log("n1.out")
 
 
 def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from dray.cli.slurm import slurm
 from dray.config import tables
 from dray.control import names
 from dray.launch import teardown
+from dray.launch.policy_group import RESTARTED
 from dray.launch.slurm import run_states
 from dray.runtime import lifecycle
 from dray.runtime.endpoints import ENDPOINTS
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.figures import FAMILIES
 from dray.wire import frames, handshake
 
@@ -201,6 +202,14 @@ def test_exit_codes_are_those_of_the_code() -> None:
     assert all(line.strip() in page("runtime.md") for line in ExitCode.__doc__.splitlines())
     documented = {int(row[0]) for row in rows(page("runtime.md")) if row[0].isdecimal()}
     assert documented == {code.value for code in ExitCode}
+
+
+def test_exit_codes_after_which_a_policy_group_is_restarted_are_those_of_the_table() -> None:
+    text = page("runtime.md")
+    table = rows(text[text.index("| exit code | of a policy replica |") : text.index("## On several nodes")])[1:]
+    expected = [[f"{code:d}", meaning(code), restarted.value] for code, restarted in RESTARTED.items()]
+    assert table[: len(expected)] == expected
+    assert [row[::2] for row in table[len(expected) :]] == [["any other", "yes"], ["a signal", "yes"]]
 
 
 def test_timeouts_on_the_runtime_page_are_those_of_the_code() -> None:

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
 from dray.runtime.descendants import ends_within
-from dray.runtime.exit_codes import meaning
-from dray.runtime.membership import Role
+from dray.runtime.exit_codes import ExitCode, meaning
+from dray.runtime.membership import THE_JOB_HAS, MemberState, OutcomeKind, Role
 from dray.runtime.process import PARENT_VARIABLE
 
 
@@ -66,6 +67,72 @@ class JobProcess(Protocol):
     def collect(self) -> int | None:
         """The exit code, once it has ended."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EndRequest:
+    """The signal with which the supervisor has a process end, and why: what completes "because"."""
+
+    number: signal.Signals
+    why: str
+
+    def explains(self, code: int) -> bool:
+        """Whether a process that ends with exit code `code` does so on this request."""
+        return code in (-self.number, 128 + self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaEnd:
+    """Why the process of a replica has ended.
+
+    Attributes:
+        reason: one phrase.
+        early: whether it ended by itself, and not because it was done or the job was over.
+        killed: whether the supervisor has killed it.
+    """
+
+    reason: str
+    early: bool
+    killed: bool = False
+
+    def line(self, name: str) -> str:
+        """One sentence about the replica `name`."""
+        return f"{name} ended early: {self.reason}" if self.early else f"{name} {self.reason}"
+
+
+def replica_end(
+    code: int,
+    ending: str,
+    request: EndRequest | None,
+    member: tuple[MemberState, str] | None,
+    outcome: OutcomeKind | None,
+) -> ReplicaEnd:
+    """Why the process of a replica has ended, put together from all that is known of it.
+
+    Args:
+        code: its exit code, as `subprocess` gives it.
+        ending: what that says by itself, in one phrase.
+        request: the last one that the supervisor has sent it.
+        member: what the controller counts it as, and why, if it has registered.
+        outcome: of the job, if that is over.
+    """
+    over = None if outcome is None else f"the job had {THE_JOB_HAS[outcome]}"
+    state, reason = (None, "") if member is None else member
+    if request is not None and request.explains(code):
+        killed = request.number == signal.SIGKILL
+        how = "was killed" if killed else f"ended as asked ({request.number.name})"
+        return ReplicaEnd(f"{how}: {request.why}", early=False, killed=killed)
+    if code == ExitCode.NOT_A_MEMBER and state is MemberState.DEAD:
+        return ReplicaEnd(f"the controller had declared it dead ({reason})", early=True)
+    if code == ExitCode.NOT_A_MEMBER and state is None and over is not None:
+        return ReplicaEnd(f"tried to register after {over}, and ended", early=False)
+    if code == ExitCode.CONTROLLER_LOST and over is not None:
+        return ReplicaEnd(f"ended: {over} and the controller was gone", early=False)
+    if code == ExitCode.OK or (code == ExitCode.FAILED and over is not None):
+        if state is not MemberState.ACTIVE or over is not None:
+            return ReplicaEnd(ending, early=False)
+        return ReplicaEnd(f"its process left without unregistering (exit code {code})", early=True)
+    return ReplicaEnd(ending, early=True)
 
 
 class Child:

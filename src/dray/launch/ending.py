@@ -19,7 +19,7 @@ from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.lifecycle import Phase
-from dray.runtime.membership import FINISHED_OUTCOMES
+from dray.runtime.membership import FINISHED_OUTCOMES, final_phase
 from dray.runtime.messages import OutcomeReport, Status
 
 _LOG = logging.getLogger("dray.launch.ending")
@@ -77,7 +77,8 @@ def ending(
         reason = f"{kind} at step {checkpoint.step}, says the checkpoint"
         outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
         known = status or Status(job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], prompts={})
-        status = known.model_copy(update={"outcome": outcome})
+        phase = final_phase(outcome.kind) if known.phase.is_final else known.phase
+        status = known.model_copy(update={"outcome": outcome, "phase": phase})
     if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
         code = ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
         return Ending(status, code, outcome.reason)

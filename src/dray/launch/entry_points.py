@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import selectors
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from dray.clock import Deadline
@@ -15,11 +16,17 @@ from dray.launch.signals import SignalInbox
 from dray.runtime.exit_codes import meaning
 from dray.runtime.job import JobFolder
 
+NOTICE_AFTER = 2.0
+"""Seconds that an import takes before there is a line about it; another one follows whenever that has doubled."""
+
 
 def check_entry_points(
-    config: JobConfig, job_file: Path, folder: JobFolder, inbox: SignalInbox
+    config: JobConfig, job_file: Path, folder: JobFolder, inbox: SignalInbox, say: Callable[[str], None]
 ) -> list[signal.Signals]:
     """Import the user's classes in a process of their own, so that nothing of them stays in this one.
+
+    Args:
+        say: shows a line to the user.
 
     Returns:
         Signals that came meanwhile; with them nothing is known.
@@ -35,14 +42,21 @@ def check_entry_points(
         folder.run / "check.log",
     )
     deadline = Deadline.after(config.timeouts.start)
+    notice = NOTICE_AFTER
     signals: list[signal.Signals] = []
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(inbox, selectors.EVENT_READ)
             selector.register(child.pidfd, selectors.EVENT_READ)
             while child.collect() is None and not signals and not deadline.expired:
-                selector.select(deadline.remaining)
+                selector.select(min(deadline.remaining, notice - deadline.elapsed))
                 signals += inbox.take()
+                if deadline.elapsed >= notice:
+                    notice *= 2
+                    say(
+                        f"importing {config.rollout.worker} and {config.policy.trainer} "
+                        f"({deadline.elapsed:.0f} s so far, at most {config.timeouts.start:g} s)"
+                    )
     finally:
         child.kill_group()
         child.collect(5.0)

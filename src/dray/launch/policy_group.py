@@ -3,21 +3,52 @@
 A step of the group is void when one of its ranks has died, and what the others hold of it with it: so none of them
 goes on. The next life begins an epoch of its own, goes on from the last checkpoint, and is given what the one
 before had not committed.
+
+Whether the group is started again depends on the exit codes of its ranks alone, by the table `RESTARTED`.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from enum import Enum
+from types import MappingProxyType
 
 from dray.launch.children import Child
 from dray.launch.replicas import Environment, start_rank
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 
-_NEVER_AGAIN = frozenset((ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST))
-_AGAIN = frozenset((ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
+
+class Restarted(Enum):
+    """Whether a policy group is started again when one of its ranks has ended with a certain exit code."""
+
+    YES = "yes"
+    IN_A_GROUP_OF_SEVERAL = "in a group of several"
+    NO = "no"
+
+
+RESTARTED: Mapping[int, Restarted] = MappingProxyType(
+    {
+        ExitCode.OK: Restarted.NO,
+        ExitCode.FAILED: Restarted.YES,
+        ExitCode.CONFIGURATION: Restarted.NO,
+        # Alone, the class raises again. In a larger group it may have raised because another rank was gone.
+        ExitCode.USER_CODE: Restarted.IN_A_GROUP_OF_SEVERAL,
+        ExitCode.CONTROLLER_LOST: Restarted.NO,
+        ExitCode.NOT_A_MEMBER: Restarted.YES,
+        ExitCode.REDIS_LOST: Restarted.NO,
+        ExitCode.INTERNAL: Restarted.YES,
+        ExitCode.OLD_EPOCH: Restarted.YES,
+        ExitCode.GROUP_LOST: Restarted.YES,
+        # It was asked to end, and has written a checkpoint: that ends the job, too.
+        ExitCode.SIGINT: Restarted.NO,
+        ExitCode.TIME_LIMIT: Restarted.NO,
+        ExitCode.SIGTERM: Restarted.NO,
+    }
+)
+"""Every `ExitCode`. Any other code, and being killed by a signal, is `Restarted.YES`."""
 
 
 class PolicyGroup:
@@ -60,9 +91,9 @@ class PolicyGroup:
         return self.children
 
     def may_start_again(self) -> bool:
-        """Whether the group goes on in another life, now that one of it has ended."""
+        """Whether the group is to be started again, now that one of it has ended."""
         codes = [child.exit_code for child in self.children if child.exit_code is not None]
-        return self.life < self.restarts and is_worth_another_life(codes, self._here)
+        return self.life < self.restarts and is_restarted(codes, self._here)
 
     def end(self) -> list[Child]:
         """Kill the ranks that are still there; returns them."""
@@ -74,12 +105,14 @@ class PolicyGroup:
         return left
 
 
-def is_worth_another_life(codes: Iterable[int], replicas: int) -> bool:
-    """Whether another life may do better than one whose ranks ended with `codes`: one that was killed or lost the
-    others may. An error of the user's class, in a group of one, comes again; in a larger one it may only say that
-    another rank was gone."""
-    ended = set(codes)
-    if ended & _NEVER_AGAIN:
+def is_restarted(codes: Iterable[int], replicas: int) -> bool:
+    """Whether a group is started again whose ranks ended with `codes`: no code forbids it, and one asks for it.
+
+    Args:
+        codes: as `subprocess` gives them, of the ranks that have ended.
+        replicas: how many ranks the group has.
+    """
+    verdicts = {RESTARTED.get(code, Restarted.YES) for code in codes}
+    if replicas == 1 and Restarted.IN_A_GROUP_OF_SEVERAL in verdicts:
         return False
-    again = _AGAIN if replicas == 1 else _AGAIN | {ExitCode.USER_CODE}
-    return any(code < 0 or code in again for code in ended)
+    return bool(verdicts) and Restarted.NO not in verdicts

@@ -9,15 +9,16 @@ import logging
 import secrets
 import selectors
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from dray.clock import Deadline
 from dray.config import JobConfig
 from dray.control import REDIS_STOP_BOUND
 from dray.errors import ControlPlaneError
-from dray.launch.children import Child, JobProcess
+from dray.launch.children import Child, EndRequest, JobProcess, replica_end
 from dray.launch.crew import Crew
 from dray.launch.display import Display
 from dray.launch.ending import Ending, ending, finished_checkpoint, recorded_status
@@ -35,13 +36,14 @@ from dray.runtime.controller_client import ControllerClient
 from dray.runtime.descendants import child_pids
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobSpec, short_path
-from dray.runtime.membership import MemberState, Role
+from dray.runtime.membership import THE_JOB_HAS, MemberState, Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
 from dray.runtime.report import write_report
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
 
 STATUS_INTERVAL = 0.5
 _LOG = logging.getLogger("dray.launch.supervisor")
+_Answer = TypeVar("_Answer")
 
 
 def supervise(
@@ -96,12 +98,13 @@ class Supervisor:
         self._end_began: Deadline | None = None
         self._status: messages.Status | None = None
         self._controller_silent = False
-        self._heard = Deadline.after(None)
         self._silences = 0
         self._stalls = 0
         self._interrupted = False
         self._failure = ""
         self._unexpected: list[str] = []
+        self._requests: dict[JobProcess, EndRequest] = {}
+        self._asked_members: dict[tuple[str, int], str] = {}
 
     def run(self) -> int:
         folder = self._folder
@@ -110,7 +113,7 @@ class Supervisor:
         with selectors.DefaultSelector() as selector, ExitStack() as resources:
             self._selector = selector
             selector.register(self._inbox, selectors.EVENT_READ)
-            self._signals += check_entry_points(self._config, self._job_file, folder, self._inbox)
+            self._signals += check_entry_points(self._config, self._job_file, folder, self._inbox, self._say)
             if self._signals:
                 stopped = self._ending()
                 self._say(f"stopped: {stopped.reason} before anything was started")
@@ -131,6 +134,7 @@ class Supervisor:
             resources.callback(self._crew.kill_rest)
             resources.callback(self._elsewhere.close)
             self._crew.start_controller(listener, spec.token)
+            self._heard = Deadline.after(None)
             client = resources.enter_context(
                 ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
             )
@@ -160,6 +164,8 @@ class Supervisor:
 
     def _ending(self) -> Ending:
         status = recorded_status(self._folder) or self._status
+        if status is not None:
+            status = _with_reasons(status, self._asked_members)
         checkpoint = finished_checkpoint(self._folder)
         return ending(self._config.job.name, status, checkpoint, self._signals, self._failure)
 
@@ -238,34 +244,45 @@ class Supervisor:
                 self._say(f"{killed} processes that {child.name} left behind were killed")
         code = child.exit_code
         assert code is not None
-        since = "" if self._end_began is None else f", {self._end_began.elapsed:.2f} s after the end began"
-        _LOG.info("%s ended with code %d (%s)%s", child.name, code, child.ending, since)
-        expected = self._asked or code in (ExitCode.OK, ExitCode.FAILED)
         if child is self._crew.controller:
+            self._log_end(child, child.ending)
             recorded = recorded_status(self._folder)
             early = not self._signals and (recorded is None or not recorded.phase.is_final)
             if early:
                 self._failure = f"the controller ended early: {child.ending}; see {short_path(child.log)}"
             self._end(at_once=early)
             return
+        status = self._newest_status(client)
+        outcome = None if status is None or status.outcome is None else status.outcome.kind
+        request = self._requests.get(child)
+        end = replica_end(code, child.ending, request, _member_of(status, child), outcome)
+        self._log_end(child, end.reason)
+        if request is not None and request.number == signal.SIGTERM and request.explains(code):
+            self._asked_members[child.name, child.pid] = end.reason
         again = (
             not self._teardowns
             and not self._signals
+            and outcome is None
             and child in self._crew.policy.children
             and self._crew.policy.may_start_again()
         )
-        if not expected:
-            self._say(f"{child.name} ended early: {child.ending}; see {short_path(child.log)}")
-        # Who has left in order is not affected by it.
-        reason = f"its process ended without leaving ({child.ending})" if expected else child.ending
+        # A process is named when it is killed.
+        told = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
+        if not told:
+            self._say(end.line(child.name) + (f"; see {short_path(child.log)}" if end.early else ""))
         assert child.role is not None
-        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again)
+        # A member that has left in order is not affected by it.
+        died = messages.Died(name=child.name, role=child.role, reason=end.reason[:2000], final=not again)
         answer = self._tell(client, "/died", died)
         again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
         elif child.role is Role.POLICY or not any(each.running for each in self._crew.replicas):
             self._end()
+
+    def _log_end(self, child: JobProcess, reason: str) -> None:
+        since = "" if self._end_began is None else f", {self._end_began.elapsed:.2f} s after the end began"
+        _LOG.info("%s ended with code %s (%s)%s", child.name, child.exit_code, reason, since)
 
     def _start_policy_again(self) -> None:
         policy = self._crew.policy
@@ -283,7 +300,8 @@ class Supervisor:
             member = dead.get((process.name, process.pid))
             if member is not None and process.running and not self._teardowns:
                 self._say(f"{process.name} is {member.reason} and is killed")
-                process.kill_group()
+                why = f"the controller had declared it dead ({member.reason})"
+                self._request_end(process, signal.SIGKILL, why)
 
     def _end(self, *, at_once: bool = False) -> None:
         """Begin to end the job, or do so more firmly; the controller goes last."""
@@ -304,7 +322,36 @@ class Supervisor:
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             controller.signal(signal.SIGTERM)
 
+    def _request_end(self, process: JobProcess, number: signal.Signals, why: str) -> None:
+        """Send SIGTERM to a process, or SIGKILL to its group."""
+        self._requests[process] = EndRequest(number, why)
+        if number == signal.SIGKILL:
+            process.kill_group()
+        else:
+            process.signal(number)
+
+    def _why_it_ends(self) -> str:
+        """Why the processes of the job are asked to end."""
+        status = recorded_status(self._folder) or self._status
+        if status is not None and status.outcome is not None:
+            return f"the job had {THE_JOB_HAS[status.outcome.kind]}"
+        if self._signals:
+            return f"the job had {THE_JOB_HAS['interrupted']}"
+        return self._failure or "no policy replica was left"
+
+    def _newest_status(self, client: ControllerClient) -> messages.Status | None:
+        """What the controller answers now; else what it has recorded; else its last answer."""
+        answered = self._ask(client.status)
+        if answered is None:
+            return recorded_status(self._folder) or self._status
+        self._status = answered
+        return answered
+
     def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
+        """What the controller answers to a message, if it answers."""
+        return self._ask(lambda: client.post(path, body, messages.Directive))
+
+    def _ask(self, call: Callable[[], _Answer]) -> _Answer | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
         if self._crew.controller is None or not self._crew.controller.running or self._controller_silent:
             return None
@@ -312,11 +359,11 @@ class Supervisor:
         if recorded is not None and recorded.phase.is_final:  # it listens no more
             return None
         try:
-            return client.post(path, body, messages.Directive)
+            return call()
         except ControlPlaneError as error:
             self._controller_silent = True
-            self._failure = self._failure or f"the controller did not answer: {error}"
-            self._say(f"the controller could not be told: {error}")
+            self._failure = self._failure or str(error)
+            self._say(str(error))
             return None
 
     def _react(self, client: ControllerClient) -> None:
@@ -339,13 +386,15 @@ class Supervisor:
         _LOG.info("shutdown: %s: %s", child.name, means.name.lower().replace("_", " "))
         if means is Means.TERMINATE:
             if child is not self._crew.controller:
-                child.signal(signal.SIGTERM)
+                self._request_end(child, signal.SIGTERM, self._why_it_ends())
         elif means is Means.DUMP_STACKS:
             child.signal(DUMP_SIGNAL)
         else:
-            child.kill_group()
-            why = "was killed" if len(self._signals) > 1 else "did not end in time and was killed"
-            self._say(f"{child.name} (pid {child.pid}) {why}; see {short_path(child.log)}")
+            hurried = len(self._signals) > 1
+            why = f"another signal came ({self._signals[-1].name})" if hurried else "it did not end in time"
+            self._request_end(child, signal.SIGKILL, why)
+            how = "was killed" if hurried else "did not end in time and was killed"
+            self._say(f"{child.name} (pid {child.pid}) {how}; see {short_path(child.log)}")
 
     def _look(self, client: ControllerClient) -> None:
         try:
@@ -366,3 +415,20 @@ class Supervisor:
             self._stalls = stalled.reports
             self._say(f"stall: {stalled.line}")
         self._display.update(self._status)
+
+
+def _member_of(status: messages.Status | None, process: JobProcess) -> tuple[MemberState, str] | None:
+    """What the controller counts a process as, and why; None if it has not registered."""
+    for member in [] if status is None else status.members:
+        if (member.name, member.pid) == (process.name, process.pid):
+            return member.state, member.reason
+    return None
+
+
+def _with_reasons(status: messages.Status, reasons: Mapping[tuple[str, int], str]) -> messages.Status:
+    """`status`, in which members have the reasons that the supervisor knows, by name and pid."""
+    members = [
+        member.model_copy(update={"reason": reasons.get((member.name, member.pid), member.reason)})
+        for member in status.members
+    ]
+    return status.model_copy(update={"members": members})

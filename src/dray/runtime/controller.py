@@ -34,7 +34,8 @@ from dray.runtime.controller_metrics import exposition
 from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, JobSpec, write_json
-from dray.runtime.membership import FINISHED_OUTCOMES, Membership, MembershipError, Outcome, Progress, Role
+from dray.runtime.lifecycle import Phase
+from dray.runtime.membership import Membership, MembershipError, Outcome, Progress, Role, final_phase
 from dray.runtime.process import begin_process, finish_process, set_log_level
 from dray.runtime.prompts import PromptLedger, prompt_seed
 from dray.runtime.shutdown_step import shutdown_step
@@ -333,7 +334,7 @@ def main() -> int:
     set_log_level(spec.config.job.log_level)
     with socket.socket(fileno=int(sys.argv[2])) as listener:
         outcome = asyncio.run(serve(spec, listener))
-    return ExitCode.OK if outcome.kind in FINISHED_OUTCOMES else ExitCode.FAILED
+    return ExitCode.OK if final_phase(outcome.kind) is Phase.DONE else ExitCode.FAILED
 
 
 if __name__ == "__main__":

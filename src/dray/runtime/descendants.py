@@ -10,6 +10,9 @@ from pathlib import Path
 
 from dray.clock import Deadline
 
+_ENDED = "ZX"
+"""States of a process that has ended, and that its parent has not waited for yet."""
+
 
 def child_pids() -> set[int]:
     """The pids of this process's children, ended ones included."""
@@ -23,7 +26,7 @@ def descendant_pids() -> set[int]:
     ended = set()
     for pid, parent, state in _processes():
         children.setdefault(parent, []).append(pid)
-        if state in "ZX":
+        if state in _ENDED:
             ended.add(pid)
     found: set[int] = set()
     open_ends = [os.getpid()]
@@ -53,15 +56,17 @@ def kill_orphans(known: Collection[int], timeout: float) -> int:
         timeout: seconds to wait for each round; killing one may orphan others.
 
     Returns:
-        How many there were.
+        How many were alive and were killed; those that had ended already are collected, too, and not counted.
     """
-    killed = 0
-    while orphans := child_pids() - set(known):
-        if not _kill_and_wait(orphans, Deadline.after(timeout)):
-            return killed
-        for pid in orphans:
-            os.waitpid(pid, 0)
-        killed += len(orphans)
+    own, killed, all_ended = os.getpid(), 0, True
+    while all_ended and (
+        orphans := {pid: state for pid, parent, state in _processes() if parent == own and pid not in known}
+    ):
+        all_ended = _kill_and_wait(orphans, Deadline.after(timeout))
+        for pid, state in orphans.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended and state not in _ENDED:
+                killed += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     return killed
 
 

@@ -1,10 +1,12 @@
 """The phases of a job and every transition between them. No I/O and no clock.
 
 ```
-            QUORUM              STOP               LAST_LEFT_FINISHED
-  STARTING ─────────► RUNNING ────────► DRAINING ──────────────────────► DONE
-      │                                   ▲  │     LAST_LEFT_UNFINISHED
-      └───────────────────────────────────┘  └─────────────────────────► FAILED
+            QUORUM              STOP                LAST_LEFT_FINISHED
+  STARTING ─────────► RUNNING ────────► DRAINING ─┬───────────────────────► DONE
+      │                                   ▲       │ LAST_LEFT_INTERRUPTED
+      │                                   │       ├───────────────────────► INTERRUPTED
+      │                                   │       │ LAST_LEFT_FAILED
+      └───────────────────────────────────┘       └───────────────────────► FAILED
                       STOP
 ```
 """
@@ -20,12 +22,13 @@ class Phase(StrEnum):
     STARTING = "starting"  # not every kind of replica has registered
     RUNNING = "running"
     DRAINING = "draining"  # no new work; replicas finish what is in flight and leave
-    DONE = "done"  # everyone has left, and the work was finished
-    FAILED = "failed"  # everyone has left, and it was not
+    DONE = "done"  # every member has left; the job was solved, or all its steps are done
+    INTERRUPTED = "interrupted"  # every member has left, because a signal ended the job
+    FAILED = "failed"  # every member has left; the job could not go on, or was not solved within its steps
 
     @property
     def is_final(self) -> bool:
-        return self in (Phase.DONE, Phase.FAILED)
+        return self in (Phase.DONE, Phase.INTERRUPTED, Phase.FAILED)
 
     @property
     def gives_work(self) -> bool:
@@ -38,7 +41,8 @@ class JobEvent(StrEnum):
     QUORUM = "quorum"  # a replica of every kind that the job needs has registered
     STOP = "stop"  # finished, interrupted, or unable to go on
     LAST_LEFT_FINISHED = "last left, finished"
-    LAST_LEFT_UNFINISHED = "last left, unfinished"
+    LAST_LEFT_INTERRUPTED = "last left, interrupted"
+    LAST_LEFT_FAILED = "last left, failed"
 
 
 TRANSITIONS: dict[tuple[Phase, JobEvent], Phase] = {
@@ -46,7 +50,8 @@ TRANSITIONS: dict[tuple[Phase, JobEvent], Phase] = {
     (Phase.STARTING, JobEvent.STOP): Phase.DRAINING,
     (Phase.RUNNING, JobEvent.STOP): Phase.DRAINING,
     (Phase.DRAINING, JobEvent.LAST_LEFT_FINISHED): Phase.DONE,
-    (Phase.DRAINING, JobEvent.LAST_LEFT_UNFINISHED): Phase.FAILED,
+    (Phase.DRAINING, JobEvent.LAST_LEFT_INTERRUPTED): Phase.INTERRUPTED,
+    (Phase.DRAINING, JobEvent.LAST_LEFT_FAILED): Phase.FAILED,
 }
 
 

@@ -13,15 +13,38 @@ from typing import Literal
 
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ControlPlaneError
-from dray.runtime.lifecycle import JobEvent, Lifecycle, Phase
+from dray.runtime.lifecycle import TRANSITIONS, JobEvent, Lifecycle, Phase
 from dray.runtime.prompts import PromptLedger
 
 OutcomeKind = Literal["solved", "finished", "max_steps", "interrupted", "failed"]
 FINISHED_OUTCOMES: frozenset[OutcomeKind] = frozenset(("solved", "finished", "max_steps"))
+"""The work is at its end: these stand, whatever happens afterwards."""
 
+LAST_LEFT: dict[OutcomeKind, JobEvent] = {
+    "solved": JobEvent.LAST_LEFT_FINISHED,
+    "finished": JobEvent.LAST_LEFT_FINISHED,
+    "max_steps": JobEvent.LAST_LEFT_FAILED,
+    "interrupted": JobEvent.LAST_LEFT_INTERRUPTED,
+    "failed": JobEvent.LAST_LEFT_FAILED,
+}
+"""What it means, by outcome, that the last member has left."""
+
+THE_JOB_HAS: dict[OutcomeKind, str] = {
+    "solved": "been solved",
+    "finished": "finished",
+    "max_steps": "used up its steps",
+    "interrupted": "been interrupted",
+    "failed": "failed",
+}
+"""What completes "the job has …", by outcome."""
 
 FIRST_POLICY = "policy-0"
 """The policy replica that leads its group."""
+
+
+def final_phase(kind: OutcomeKind) -> Phase:
+    """The phase in which a job with this outcome ends."""
+    return TRANSITIONS[Phase.DRAINING, LAST_LEFT[kind]]
 
 
 class Role(StrEnum):
@@ -147,7 +170,10 @@ class Membership:
                 raise MembershipError(f"{name} is {known.state.value}: {known.reason}")
             return
         if not self.phase.gives_work:
-            raise MembershipError(f"the job is {self.phase.value} and takes no new members")
+            assert self.outcome is not None
+            raise MembershipError(
+                f"the job has {THE_JOB_HAS[self.outcome.kind]} and takes no new members: {self.outcome.reason}"
+            )
         if known is not None and known.state is MemberState.ACTIVE:
             self._end(known, MemberState.DEAD, "replaced by a new start of the same replica")
         self.members[name] = Member(name, role, incarnation, pid, self._clock.now())
@@ -250,8 +276,8 @@ class Membership:
             elif role is Role.POLICY and left < expected:
                 self.stop(Outcome("failed", f"the policy group has lost {expected - left} of its {expected}"))
         if self.phase is Phase.DRAINING and not self.active():
-            finished = self.outcome is not None and self.outcome.kind in FINISHED_OUTCOMES
-            self._move(JobEvent.LAST_LEFT_FINISHED if finished else JobEvent.LAST_LEFT_UNFINISHED)
+            assert self.outcome is not None
+            self._move(LAST_LEFT[self.outcome.kind])
 
     def _move(self, event: JobEvent) -> None:
         before = self.phase

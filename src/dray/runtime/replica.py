@@ -136,7 +136,7 @@ class Replica:
             _LOG.warning("could not unregister: %s", error)
 
 
-def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
+def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> int:
     """The main function of a replica's process: ``SPEC INDEX …`` on the command line, `work` in between."""
     index = int(sys.argv[2])
     begin_process(f"{role.value}-{index}")
@@ -162,7 +162,7 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
                 raise
     except UserCodeError as error:
         _LOG.error("%s raised", error, exc_info=error.__cause__)
-        return ExitCode.USER_CODE
+        return _code_of(error.__cause__)
     except MembershipError as error:
         _LOG.error("%s", error)
         return stop_code(stop, ExitCode.NOT_A_MEMBER)
@@ -182,6 +182,16 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
         finish_process()
     _LOG.info("ends with exit code %d (%s)", code, code.name)
     return code
+
+
+def _code_of(raised: BaseException | None) -> int:
+    """The exit code for what the user's class has raised: one that it has chosen with `sys.exit` is its own.
+
+    0 would say that the replica is done; what does not fit into an exit code, such as a text, has no number.
+    """
+    if isinstance(raised, SystemExit) and isinstance(raised.code, int) and 0 < raised.code < 256:
+        return raised.code
+    return ExitCode.USER_CODE
 
 
 def stop_code(stop: StopFlag, otherwise: ExitCode) -> ExitCode:

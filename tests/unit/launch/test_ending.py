@@ -57,6 +57,13 @@ def test_ending_without_any_status_is_told_from_the_checkpoint() -> None:
     assert ending("small", None, None, [], "").reason == "the job ended without an outcome"
 
 
+def test_z9_phase_of_a_job_whose_checkpoint_is_finished_is_done() -> None:
+    for phase, expected in ((Phase.FAILED, Phase.DONE), (Phase.DRAINING, Phase.DRAINING)):
+        found = ending("small", status("failed").model_copy(update={"phase": phase}), SOLVED, [], "")
+        assert found.status is not None
+        assert found.status.phase is expected
+
+
 def test_what_processes_left_behind_is_found(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     folder.run.mkdir()

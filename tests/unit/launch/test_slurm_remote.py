@@ -113,6 +113,25 @@ def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> Non
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
 
 
+@pytest.mark.parametrize(
+    ("code", "asked", "ending"),
+    [
+        (143, signal.SIGTERM, "its node c was told to end and sent it SIGTERM"),
+        (-signal.SIGKILL, signal.SIGKILL, "its node c was told to end and sent it SIGKILL"),
+        (10, signal.SIGTERM, "the user's class raised"),
+        (143, 0, "interrupted by SIGTERM"),
+    ],
+)
+def test_z8_replica_that_its_own_node_has_asked_to_end_is_not_called_interrupted(
+    tmp_path: Path, code: int, asked: int, ending: str
+) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        link.send(Started(pids={"rollout-0": 70}))
+        link.send(Ended(name="rollout-0", code=code, asked=asked))
+        head.until(lambda: [each.collect() for each in head.nodes.processes] == [code], "the word of its end")
+        assert [each.ending for each in head.nodes.processes] == [ending]
+
+
 def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
         link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))

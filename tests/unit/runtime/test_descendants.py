@@ -27,6 +27,36 @@ print("left:", len(descendant_pids()), flush=True)
 """
 
 
+# A child that is killed leaves two to this process: one that runs, and one that has ended and was not waited for.
+LEAVING = """
+import os, signal, time
+from dray.runtime.descendants import child_pids, kill_orphans
+from dray.runtime.process import adopt_orphans
+
+adopt_orphans()
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+    if os.fork() == 0:
+        time.sleep(600)
+    os.write(writer, b"x")
+    time.sleep(600)
+os.read(reader, 1)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+print(len(child_pids()), kill_orphans((), 5.0), child_pids(), kill_orphans((), 5.0), flush=True)
+"""
+
+
+def test_z9_orphans_that_had_ended_already_are_collected_and_not_counted_as_killed() -> None:
+    finished = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=30)
+    assert finished.stdout == "2 1 set() 0\n", finished.stderr
+
+
 def test_sessions_and_daemons_below_a_process_are_killed() -> None:
     finished = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=30)
     assert finished.stdout == "b'daemon' True\nleft: 0\n", finished.stderr

@@ -19,4 +19,4 @@ def test_every_pair_outside_the_table_raises_and_changes_nothing() -> None:
 
 def test_final_phases_have_no_way_out() -> None:
     assert not any(phase.is_final for phase, _ in TRANSITIONS)
-    assert {phase for phase in Phase if phase.is_final} == {Phase.DONE, Phase.FAILED}
+    assert {phase for phase in Phase if phase.is_final} == {Phase.DONE, Phase.INTERRUPTED, Phase.FAILED}

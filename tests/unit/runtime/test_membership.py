@@ -1,7 +1,16 @@
 import pytest
 
 from dray.runtime.lifecycle import Phase
-from dray.runtime.membership import Membership, MembershipError, MemberState, Outcome, Progress, Role
+from dray.runtime.membership import (
+    Membership,
+    MembershipError,
+    MemberState,
+    Outcome,
+    OutcomeKind,
+    Progress,
+    Role,
+    final_phase,
+)
 from dray.runtime.prompts import PromptLedger
 
 
@@ -149,13 +158,25 @@ def test_solved_job_is_done_when_the_last_has_left_and_stays_done(job: Membershi
 def test_draining_job_takes_no_new_member_and_gives_no_prompt_again(job: Membership) -> None:
     start(job)
     job.stop(Outcome("interrupted", "SIGINT"))
-    with pytest.raises(MembershipError, match="draining"):
+    with pytest.raises(MembershipError, match="the job has been interrupted and takes no new members: SIGINT"):
         job.register("rollout-2", Role.ROLLOUT, "d", 4)
 
 
-def test_interrupted_job_without_members_ends_at_once(job: Membership) -> None:
-    job.stop(Outcome("interrupted", "SIGINT"))
-    assert job.phase is Phase.FAILED
+@pytest.mark.parametrize(
+    ("kind", "phase"),
+    [
+        ("solved", Phase.DONE),
+        ("finished", Phase.DONE),
+        ("max_steps", Phase.FAILED),
+        ("failed", Phase.FAILED),
+        ("interrupted", Phase.INTERRUPTED),
+    ],
+)
+def test_z9_last_phase_of_a_job_is_that_of_its_outcome(job: Membership, kind: OutcomeKind, phase: Phase) -> None:
+    job.stop(Outcome(kind, "because"))
+    assert job.phase is phase is final_phase(kind)
+    with pytest.raises(MembershipError, match="takes no new members: because"):
+        job.register("rollout-0", Role.ROLLOUT, "a", 1)
 
 
 def test_notices_tell_every_change(job: Membership) -> None:

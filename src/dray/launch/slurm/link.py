@@ -33,11 +33,15 @@ class Started(Message):
 
 
 class Ended(Message):
-    """From a node: how a replica ended, with the exit code as `subprocess` gives it."""
+    """From a node: how a replica ended, with the exit code as `subprocess` gives it.
+
+    `asked` is the number of the signal with which the node itself has had it end, or 0.
+    """
 
     what: Literal["ended"] = "ended"
     name: Name
     code: int
+    asked: Annotated[int, Field(ge=0, le=64)] = 0
 
 
 class SendSignal(Message):

@@ -86,6 +86,7 @@ class NodeSupervisor:
         self._placed = [each for each in placements(task.plan, task.nodes) if each.node == task.node]
         self._signals: list[signal.Signals] = []
         self._children: dict[str, Child] = {}
+        self._asked: dict[str, signal.Signals] = {}
         self._teardown: Teardown | None = None
         self._dismissed = False
 
@@ -237,7 +238,7 @@ class NodeSupervisor:
         left = f"; {killed} processes that it left behind were killed" if killed else ""
         _LOG.info("%s ended with code %d (%s)%s", child.name, code, meaning(code), left)
         if not self._link.lost:
-            self._link.send(Ended(name=child.name, code=code))
+            self._link.send(Ended(name=child.name, code=code, asked=self._asked.get(child.name, 0)))
 
     def _end(self) -> None:
         """Begin to end what is there: at once when the job is over, else with time to end in order."""
@@ -258,10 +259,14 @@ class NodeSupervisor:
                 if not child.running:
                     continue
                 _LOG.info("shutdown: %s: %s", child.name, means.name.lower().replace("_", " "))
-                if means is Means.KILL:
-                    child.kill_group()
+                if means is Means.DUMP_STACKS:
+                    child.signal(DUMP_SIGNAL)
+                elif means is Means.TERMINATE:
+                    self._asked[child.name] = signal.SIGTERM
+                    child.signal(signal.SIGTERM)
                 else:
-                    child.signal(signal.SIGTERM if means is Means.TERMINATE else DUMP_SIGNAL)
+                    self._asked[child.name] = signal.SIGKILL
+                    child.kill_group()
 
     def _kill_rest(self) -> None:
         for child in self._children.values():

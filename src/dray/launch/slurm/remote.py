@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dray.clock import Deadline
-from dray.launch.children import JobProcess
+from dray.launch.children import EndRequest, JobProcess
 from dray.launch.slurm.door import Door
 from dray.launch.slurm.greeting import Purpose
 from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
@@ -39,6 +39,7 @@ class RemoteReplica:
         self._link = link
         self._code: int | None = None
         self._with_node = False
+        self._request: EndRequest | None = None
 
     @property
     def running(self) -> bool:
@@ -48,6 +49,8 @@ class RemoteReplica:
     def ending(self) -> str:
         if self._with_node:
             return f"its node {self._node} is gone"
+        if self._request is not None:
+            return f"{self._request.why} and sent it {self._request.number.name}"
         return "it runs" if self.exit_code is None else meaning(self.exit_code)
 
     def signal(self, number: signal.Signals) -> None:
@@ -65,10 +68,13 @@ class RemoteReplica:
         self.exit_code = self._code
         return self.exit_code
 
-    def ended(self, code: int) -> None:
+    def ended(self, said: Ended) -> None:
         """Its node says how it ended."""
         if self._code is None:
-            self._code = code
+            self._code = said.code
+            if said.asked:
+                request = EndRequest(signal.Signals(said.asked), f"its node {self._node} was told to end")
+                self._request = request if request.explains(said.code) else None
 
     def lost(self) -> None:
         """Its node is gone, and the process with it, or about to be."""
@@ -218,7 +224,7 @@ class OtherNodes:
                         log = self._folder.logs / f"{name}.log"
                         self._replicas[name] = RemoteReplica(self._placed[name], pid, log, link)
             elif isinstance(said, Ended) and said.name in self._replicas:
-                self._replicas[said.name].ended(said.code)
+                self._replicas[said.name].ended(said)
         if link.lost:
             self._lose(node)
 
