@@ -14,7 +14,7 @@ from dray.cli.bench import bench
 from dray.cli.doctor import doctor
 from dray.cli.job_options import Settings, read_job
 from dray.cli.slurm import slurm
-from dray.errors import ConfigError, DrayError
+from dray.errors import ConfigError, DrayError, error_lines
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import exit_with_own_code_on_crash
 
@@ -66,7 +66,7 @@ app.add_typer(slurm, name="slurm")
 
 
 def main() -> None:
-    """The entry point of the `dray` command: errors of dray's own become one line and an exit code."""
+    """The entry point of the `dray` command: errors of dray's own become lines and an exit code."""
     exit_with_own_code_on_crash()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -79,13 +79,9 @@ def main() -> None:
 
 
 def _fail(error: DrayError, code: ExitCode) -> None:
-    line = " ".join(str(error).split())
-    sys.exit(_print_error(f"error: {line}", code))
-
-
-def _print_error(line: str, code: ExitCode) -> int:
-    print(line, file=sys.stderr)
-    return int(code)
+    for line in error_lines(error):
+        print(line, file=sys.stderr)
+    sys.exit(int(code))
 
 
 if __name__ == "__main__":

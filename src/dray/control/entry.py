@@ -91,7 +91,7 @@ class RolloutEntry:
             )
         except KeyError as error:
             raise ProtocolError(f"an entry of the rollout stream has no field {error}") from error
-        except (ValueError, ConfigError) as error:
+        except ValueError as error:  # one of this class's own among them
             raise ProtocolError(f"an entry of the rollout stream is malformed: {error}") from error
 
 

@@ -16,7 +16,9 @@ from dray.launch.replicas import Environment, start_rank
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 
-_NEVER_AGAIN = frozenset((ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST))
+_NEVER_AGAIN = frozenset(
+    (ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST, ExitCode.USER_VALUE)
+)
 _AGAIN = frozenset((ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
 
 
@@ -76,8 +78,8 @@ class PolicyGroup:
 
 def is_worth_another_life(codes: Iterable[int], replicas: int) -> bool:
     """Whether another life may do better than one whose ranks ended with `codes`: one that was killed or lost the
-    others may. An error of the user's class, in a group of one, comes again; in a larger one it may only say that
-    another rank was gone."""
+    others may. What the user's class returned comes again. An exception of it does so in a group of one; in a
+    larger one it may only say that another rank was gone."""
     ended = set(codes)
     if ended & _NEVER_AGAIN:
         return False

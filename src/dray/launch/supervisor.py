@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from dray.clock import Deadline
 from dray.config import JobConfig
@@ -33,7 +34,7 @@ from dray.runtime.address import bind
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
 from dray.runtime.descendants import child_pids
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import USER_CODES, ExitCode
 from dray.runtime.job import JobSpec, short_path
 from dray.runtime.membership import MemberState, Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
@@ -42,6 +43,7 @@ from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
 
 STATUS_INTERVAL = 0.5
 _LOG = logging.getLogger("dray.launch.supervisor")
+_Reply = TypeVar("_Reply", bound=messages.Directive)
 
 
 def supervise(
@@ -251,13 +253,15 @@ class Supervisor:
             and child in self._crew.policy.children
             and self._crew.policy.may_start_again()
         )
-        if not expected:
-            self._say(f"{child.name} ended early: {child.ending}; see {short_path(child.log)}")
         # Who has left in order is not affected by it.
         reason = f"its process ended without leaving ({child.ending})" if expected else child.ending
         assert child.role is not None
-        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again)
-        answer = self._tell(client, "/died", died)
+        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again, exit_code=code)
+        answer = self._tell(client, "/died", died, messages.MemberEnd)
+        if not expected:
+            # What a replica said when it left is more than its exit code tells.
+            why = answer.reason if answer is not None and code in USER_CODES else child.ending
+            self._say(f"{child.name} ended early: {why}; see {short_path(child.log)}")
         again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
@@ -301,7 +305,9 @@ class Supervisor:
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             controller.signal(signal.SIGTERM)
 
-    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
+    def _tell(
+        self, client: ControllerClient, path: str, body: messages.Message, reply: type[_Reply]
+    ) -> _Reply | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
         if self._crew.controller is None or not self._crew.controller.running or self._controller_silent:
             return None
@@ -309,7 +315,7 @@ class Supervisor:
         if recorded is not None and recorded.phase.is_final:  # it listens no more
             return None
         try:
-            return client.post(path, body, messages.Directive)
+            return client.post(path, body, reply)
         except ControlPlaneError as error:
             self._controller_silent = True
             self._failure = self._failure or f"the controller did not answer: {error}"
@@ -322,7 +328,8 @@ class Supervisor:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._say(f"{name}: ending the job, at most {bound:g} s")
-            self._tell(client, "/stop", messages.Stop(reason=reason_of(self._signals[0])))
+            stop = messages.Stop(reason=reason_of(self._signals[0]))
+            self._tell(client, "/stop", stop, messages.Directive)
             self._end(at_once=True)
         for processes, teardown in self._teardowns:
             if len(self._signals) > 1:

@@ -100,7 +100,7 @@ class Controller:
             job=self._spec.config.job.name,
             phase=membership.phase,
             seconds=self._deadline.elapsed,
-            outcome=None if outcome is None else messages.OutcomeReport(kind=outcome.kind, reason=outcome.reason),
+            outcome=None if outcome is None else messages.OutcomeReport(**asdict(outcome)),
             prompts=membership.prompts.statistics(),
             stall=self._stalled(),
             members=[
@@ -218,7 +218,7 @@ class Controller:
 
     async def _unregister(self, request: Request) -> Response:
         body = await _body(request, messages.Unregister)
-        self.membership.left(body.name, body.incarnation, body.reason, body.published)
+        self.membership.left(body.name, body.incarnation, body.reason, body.published, exit_code=body.exit_code)
         await self._after_event()
         return _reply(self._directive())
 
@@ -230,9 +230,10 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason, final=body.final)
+        self.membership.died(body.name, body.role, body.reason, final=body.final, exit_code=body.exit_code)
         await self._after_event()
-        return _reply(self._directive())
+        reason = self.membership.members[body.name].reason
+        return _reply(messages.MemberEnd(**self._directive().model_dump(), reason=reason))
 
     def _guarded(
         self, answer: Callable[[Request], Awaitable[Response]]

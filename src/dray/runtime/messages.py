@@ -11,7 +11,8 @@ from dray.runtime.membership import MemberState, OutcomeKind, Role
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Indices = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=1 << 20)]
-Sentence = Annotated[str, Field(max_length=2000)]
+MAX_SENTENCE = 2000
+Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
 
 LONGEST_PROMPT_WAIT = 2.0
 """Seconds a request for prompts may be held open when there are none."""
@@ -79,20 +80,23 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request."""
+    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request, and
+    the exit code with which it is about to end."""
 
     reason: Sentence
     published: Indices = []
+    exit_code: Annotated[int, Field(ge=0, le=255)] = 0
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end without leaving; `final` unless it starts the
-    replica's group again."""
+    """``POST /died``: the supervisor saw a replica's process end, with `exit_code` as `subprocess` gives it, and
+    `reason` in case that the replica has given none; `final` unless the supervisor starts its group again."""
 
     name: Name
     role: Role
     reason: Sentence
     final: bool = True
+    exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
 
 
 class Stop(Message):
@@ -107,6 +111,12 @@ class Directive(Message):
     phase: Phase
     stop: bool
     readers: int = 0
+
+
+class MemberEnd(Directive):
+    """The answer to died: why the replica has ended, by its own words where it has left."""
+
+    reason: str
 
 
 class PromptList(Directive):
@@ -137,10 +147,11 @@ class MemberStatus(Message):
 
 
 class OutcomeReport(Message):
-    """How the job came to its end."""
+    """How the job came to its end; `cause` is the exit code of the replica that it failed for."""
 
     kind: OutcomeKind
     reason: str
+    cause: int | None = None
 
 
 class Stall(Message):

@@ -35,10 +35,19 @@ from dray.runtime.membership import OutcomeKind, Role
 from dray.runtime.policy_rank import Following
 from dray.runtime.process import leave
 from dray.runtime.ranks import Failure, Ranks
-from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.replica import Replica, run_replica, stop_code
 from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.transfer import Inlet, WeightsOutlet
 from dray.runtime.transfer_choice import open_inlet
+from dray.runtime.user_code import (
+    UserCodeError,
+    call_user,
+    carried,
+    make_user_object,
+    returned_arrays,
+    returned_metrics,
+    save_into,
+)
 
 _LOG = logging.getLogger("dray.runtime.policy")
 _SLICE = 0.5
@@ -70,9 +79,8 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
         )
         replica.activity.doing("importing the trainer")
         trainer_class = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
-        with user_code("setup"):
-            trainer: PolicyTrainer = trainer_class()
-            trainer.setup(replica.context(dict(config.policy.args), group))
+        trainer: PolicyTrainer = make_user_object(trainer_class)
+        call_user(trainer, "setup", replica.context(dict(config.policy.args), group))
         if ranks is None:
             client = opened.enter_context(rank_client(replica))
             replica.stop.disposable = False
@@ -143,8 +151,7 @@ class Training:
             state = CheckpointState(0, 0, self._next_prompt)
         else:
             place, state = found
-            with user_code("load"):
-                self._trainer.load(trainer_folder(place, 0))
+            call_user(self._trainer, "load", trainer_folder(place, 0))
             _LOG.info("goes on from step %d of %s", state.step, place)
             self._saved_step = state.step
         self._step = state.step
@@ -244,9 +251,8 @@ class Training:
 
     def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         try:
-            with user_code("train_step"):
-                found = self._trainer.train_step(trajectories)
-                return {name: float(value) for name, value in found.items()}
+            found = call_user(self._trainer, "train_step", trajectories)
+            return returned_metrics(self._trainer, "train_step", found)
         except UserCodeError as error:
             # What is said to have gone wrong is often only that another rank is gone.
             try:
@@ -258,9 +264,9 @@ class Training:
     def _publish_weights(self) -> None:
         self._replica.activity.doing("publishing weights")
         self._ranks.weights()
-        with user_code("weights"):
-            arrays = self._trainer.weights()
-        self._weights.publish(arrays, self._version, self._intake.epoch)
+        arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
+        with carried(self._trainer, "weights"):
+            self._weights.publish(arrays, self._version, self._intake.epoch)
 
     def _record(self, batch: Batch, metrics: Mapping[str, float], ages: list[int], training: float) -> None:
         activity, statistics = self._replica.activity, self._inlet.statistics()
@@ -322,8 +328,7 @@ class Training:
 
     def _save_trainers(self, folder: Path) -> None:
         self._ranks.save(folder.parent)
-        with user_code("save"):
-            self._trainer.save(folder)
+        save_into(self._trainer, folder)
         self._ranks.wait()
 
     def _show_last(self) -> None:

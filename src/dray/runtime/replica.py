@@ -7,12 +7,13 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from dray.control import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
-from dray.errors import ControlPlaneError
+from dray.errors import ConfigError, ControlPlaneError, DrayError
+from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.contract import PolicyGroup, ReplicaContext
 from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
@@ -21,29 +22,16 @@ from dray.runtime.group_channel import GroupLostError
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
+from dray.runtime.messages import MAX_SENTENCE
 from dray.runtime.place import own_address
 from dray.runtime.process import StopFlag, begin_process, finish_process, stop_on_signals
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
+from dray.runtime.user_code import UserCodeError, described_error
 
 _LOG = logging.getLogger("dray.runtime.replica")
 UNREGISTER_BOUND = 2.0
 _ANSWER_SHARE = 0.3
 """Of `timeouts.shutdown`: what a command may wait for a Redis that is stopped."""
-
-
-class UserCodeError(Exception):
-    """The user's class raised; the cause is its exception."""
-
-
-@contextmanager
-def user_code(what: str) -> Iterator[None]:
-    """Tell exceptions of the user's class from dray's own; leaving the interpreter is one of them."""
-    try:
-        yield
-    except GroupLostError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserCodeError(what) from error
 
 
 class Replica:
@@ -52,6 +40,8 @@ class Replica:
     Attributes:
         stop: set when the replica must end; every wait looks at it.
         activity: what the replica does, for the status page.
+        leaving_reason: what the controller is told when the replica leaves; by default why it was to stop.
+        exit_code: with which it will end, as far as that is known.
         published: prompts whose trajectories were handed on and that the controller was not told of yet.
     """
 
@@ -64,6 +54,7 @@ class Replica:
         self.stop = stop
         self.activity = Activity()
         self.leaving_reason = ""
+        self.exit_code = ExitCode.OK
         self.published: list[int] = []
         self._resources = ExitStack()
 
@@ -126,7 +117,8 @@ class Replica:
         body = messages.Unregister(
             name=self.name,
             incarnation=self.incarnation,
-            reason=(self.leaving_reason or self.stop.reason or "done")[:2000],
+            reason=printable(self.leaving_reason or self.stop.reason or "done", MAX_SENTENCE),
+            exit_code=self.exit_code,
             published=self.published,
         )
         try:
@@ -152,35 +144,50 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     try:
         with Replica(spec, role, index, stop) as replica:
             try:
-                code = work(replica)
-            except UserCodeError as error:
-                replica.leaving_reason = f"{error} raised {type(error.__cause__).__name__}"
+                replica.exit_code = code = work(replica)
+            except BaseException as error:
+                replica.leaving_reason = reason_of(error)
+                replica.exit_code = exit_code_of(error, stop)
                 raise
-            except ControlPlaneError as error:
-                replica.leaving_reason = str(error)
-                raise
-    except UserCodeError as error:
-        _LOG.error("%s raised", error, exc_info=error.__cause__)
-        return ExitCode.USER_CODE
-    except MembershipError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.NOT_A_MEMBER)
-    except ControllerLostError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.CONTROLLER_LOST)
-    except RedisUnavailableError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.REDIS_LOST)
-    except OldEpochError as error:
-        _LOG.error("%s", error)
-        return ExitCode.OLD_EPOCH
-    except GroupLostError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.GROUP_LOST)
+    except _EXPECTED as error:
+        # The traceback of the user's class is what its user looks for.
+        _LOG.error("%s", reason_of(error), exc_info=error.__cause__ if isinstance(error, UserCodeError) else None)
+        return exit_code_of(error, stop)
     finally:
         finish_process()
     _LOG.info("ends with exit code %d (%s)", code, code.name)
     return code
+
+
+_EXIT_CODES: dict[type[Exception], ExitCode] = {
+    ConfigError: ExitCode.CONFIGURATION,
+    MembershipError: ExitCode.NOT_A_MEMBER,
+    ControllerLostError: ExitCode.CONTROLLER_LOST,
+    RedisUnavailableError: ExitCode.REDIS_LOST,
+    OldEpochError: ExitCode.OLD_EPOCH,
+    GroupLostError: ExitCode.GROUP_LOST,
+}
+"""What a replica ends with by the error that ended it, beside the user's own; any other is an internal one."""
+
+_EXPECTED: tuple[type[Exception], ...] = (UserCodeError, *_EXIT_CODES)
+
+_WHATEVER_WAS_ASKED = frozenset((ExitCode.CONFIGURATION, ExitCode.OLD_EPOCH))
+"""These are told even if the replica was to stop for another reason."""
+
+
+def exit_code_of(error: BaseException, stop: StopFlag) -> ExitCode:
+    """The exit code of a replica that `error` ends."""
+    if isinstance(error, UserCodeError):
+        return error.exit_code
+    found = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), ExitCode.INTERNAL)
+    return found if found in _WHATEVER_WAS_ASKED or found is ExitCode.INTERNAL else stop_code(stop, found)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a replica ends that `error` ends, in one line."""
+    if isinstance(error, UserCodeError | DrayError):
+        return printable(str(error), MAX_SENTENCE)
+    return f"internal error: {described_error(error, None)}"
 
 
 def stop_code(stop: StopFlag, otherwise: ExitCode) -> ExitCode:

@@ -14,6 +14,8 @@ from dray.runtime.exit_codes import ExitCode
         ([ExitCode.NOT_A_MEMBER], 1, True),
         ([ExitCode.USER_CODE], 1, False),
         ([ExitCode.USER_CODE], 2, True),
+        ([ExitCode.USER_VALUE], 1, False),
+        ([ExitCode.USER_VALUE, ExitCode.GROUP_LOST], 2, False),
         ([ExitCode.GROUP_LOST], 2, True),
         ([ExitCode.GROUP_LOST, ExitCode.REDIS_LOST], 2, False),
         ([ExitCode.OK], 2, False),

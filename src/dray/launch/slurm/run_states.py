@@ -40,7 +40,7 @@ class RunEvent(StrEnum):
     TIME_LIMIT = "time limit"  # ended in order, with a checkpoint, shortly before the limit
     FAIL = "fail"  # any other end, with a retry and all nodes left
     MOVE = "move"  # any other end, with a retry left; a node is gone, or the time is over
-    GIVE_UP = "give up"  # any other end, without a retry left
+    GIVE_UP = "give up"  # any other end, without a retry left, or one that would come again
     CANCEL = "cancel"  # scancel
     RESUME = "resume"  # submitted again, with fresh retries
 
@@ -95,6 +95,10 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
 )
 
 
+NOT_WORTH_A_RETRY: Final = frozenset((ExitCode.USER_VALUE,))
+"""What another attempt would come to as well: the user's class returns what cannot be used."""
+
+
 class IllegalTransition(RuntimeError):
     """An event came in a state that has no transition for it; the state is unchanged."""
 
@@ -132,7 +136,7 @@ def event_of_end(
         return RunEvent.CANCEL
     if exit_code == ExitCode.TIME_LIMIT and progressed:
         return RunEvent.TIME_LIMIT
-    if remaining_retries == 0:
+    if remaining_retries == 0 or exit_code in NOT_WORTH_A_RETRY:
         return RunEvent.GIVE_UP
     return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
 
