@@ -29,12 +29,11 @@ from dray.runtime.user_code import (
 
 BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
 AS_JOBS = [
-    "rollout returns None",
     "rollout returns {'x': np.ones(131072)}",
     "rollout returns {'x': np.zeros(50_000_000)}",
     "rollout raises text with escape sequences",
     "weights returns {'w': np.ones(8 + 10_000 * self.steps)}",
-    "train_step returns {'loss': 'small'}",
+    "weights returns None in a policy group of two",
     "both classes have mistakes",
     "several keys are wrong",
 ]
@@ -60,16 +59,16 @@ def test_job_names_the_mistake_in_terminal_summary_and_exit_code(mistake: Mistak
     if run.exit_code == ExitCode.CONFIGURATION:
         assert not run.output.exists()
         return
-    early = re.search(r"^(\S+) ended early: (.+); see (.+\.log)$", run.said, re.MULTILINE)
+    early = re.search(r"^(\S+) ended early: (\w+\.\w+\(\) .+); see (.+\.log)$", run.said, re.MULTILINE)
     assert early is not None, run.said
     replica, reason, log = early.groups()
     assert reason in (tmp_path / log).read_text()
-    role = replica.partition("-")[0]
-    assert f"failed: no {role} replica is left: {replica}: {reason}, after " in run.said
     summary = json.loads((run.output / "summary.json").read_text())
     assert summary["exit_code"] == mistake.exit_code
-    assert summary["exit_reason"] == f"no {role} replica is left: {replica}: {reason}"
+    assert summary["exit_reason"].endswith(f": {replica}: {reason}")
     assert summary["replicas"][replica] == f"left: {reason}"
+    assert f"failed: {summary['exit_reason']}, after " in run.said
+    assert "starts again" not in run.said
 
 
 @pytest.mark.parametrize(

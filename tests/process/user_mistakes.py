@@ -144,6 +144,11 @@ MISTAKES = [
     weights("{'w': np.array([None])}", "field 'w'", "object"),
     weights("{'w': {'layer': np.ones(3)}}", "field 'w'", "a dict"),
     weights("{'w': np.ones(8 + 10_000 * self.steps)}", "bytes", "the first weights"),
+    replace(
+        weights("None", "returned None"),
+        name="weights returns None in a policy group of two",
+        settings=("policy.replicas=2", "policy.readers=2"),
+    ),
     train_step("None", "returned None", "a mapping of metric names to numbers"),
     train_step("[1.0]", "returned a list", "a mapping of metric names to numbers"),
     train_step("{'loss': 'small'}", "metric 'loss'", "'small'"),

@@ -13,12 +13,10 @@ from contextlib import ExitStack
 
 from dray.launch.children import Child
 from dray.launch.replicas import Environment, start_rank
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import COMES_AGAIN, ExitCode
 from dray.runtime.job import JobFolder
 
-_NEVER_AGAIN = frozenset(
-    (ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST, ExitCode.USER_VALUE)
-)
+_NEVER_AGAIN = COMES_AGAIN | {ExitCode.CONFIGURATION, ExitCode.CONTROLLER_LOST, ExitCode.REDIS_LOST}
 _AGAIN = frozenset((ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
 
 

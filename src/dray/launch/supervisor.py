@@ -12,7 +12,6 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
 
 from dray.clock import Deadline
 from dray.config import JobConfig
@@ -43,7 +42,6 @@ from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
 
 STATUS_INTERVAL = 0.5
 _LOG = logging.getLogger("dray.launch.supervisor")
-_Reply = TypeVar("_Reply", bound=messages.Directive)
 
 
 def supervise(
@@ -253,20 +251,28 @@ class Supervisor:
             and child in self._crew.policy.children
             and self._crew.policy.may_start_again()
         )
+        if not expected:
+            why = self._reason_given(child, client) if code in USER_CODES else ""
+            self._say(f"{child.name} ended early: {why or child.ending}; see {short_path(child.log)}")
         # Who has left in order is not affected by it.
         reason = f"its process ended without leaving ({child.ending})" if expected else child.ending
         assert child.role is not None
         died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again, exit_code=code)
-        answer = self._tell(client, "/died", died, messages.MemberEnd)
-        if not expected:
-            # What a replica said when it left is more than its exit code tells.
-            why = answer.reason if answer is not None and code in USER_CODES else child.ending
-            self._say(f"{child.name} ended early: {why}; see {short_path(child.log)}")
+        answer = self._tell(client, "/died", died)
         again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
         elif child.role is Role.POLICY or not any(each.running for each in self._crew.replicas):
             self._end()
+
+    def _reason_given(self, process: JobProcess, client: ControllerClient) -> str:
+        """What a replica told the controller when it left; empty if that is not known."""
+        try:
+            status: messages.Status | None = client.status()
+        except ControlPlaneError:  # it may have ended with the job
+            status = recorded_status(self._folder)
+        members = [] if status is None else status.members
+        return next((each.reason for each in members if (each.name, each.pid) == (process.name, process.pid)), "")
 
     def _start_policy_again(self) -> None:
         policy = self._crew.policy
@@ -305,9 +311,7 @@ class Supervisor:
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
             controller.signal(signal.SIGTERM)
 
-    def _tell(
-        self, client: ControllerClient, path: str, body: messages.Message, reply: type[_Reply]
-    ) -> _Reply | None:
+    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
         if self._crew.controller is None or not self._crew.controller.running or self._controller_silent:
             return None
@@ -315,7 +319,7 @@ class Supervisor:
         if recorded is not None and recorded.phase.is_final:  # it listens no more
             return None
         try:
-            return client.post(path, body, reply)
+            return client.post(path, body, messages.Directive)
         except ControlPlaneError as error:
             self._controller_silent = True
             self._failure = self._failure or f"the controller did not answer: {error}"
@@ -328,8 +332,7 @@ class Supervisor:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._say(f"{name}: ending the job, at most {bound:g} s")
-            stop = messages.Stop(reason=reason_of(self._signals[0]))
-            self._tell(client, "/stop", stop, messages.Directive)
+            self._tell(client, "/stop", messages.Stop(reason=reason_of(self._signals[0])))
             self._end(at_once=True)
         for processes, teardown in self._teardowns:
             if len(self._signals) > 1:

@@ -232,8 +232,7 @@ class Controller:
         body = await _body(request, messages.Died)
         self.membership.died(body.name, body.role, body.reason, final=body.final, exit_code=body.exit_code)
         await self._after_event()
-        reason = self.membership.members[body.name].reason
-        return _reply(messages.MemberEnd(**self._directive().model_dump(), reason=reason))
+        return _reply(self._directive())
 
     def _guarded(
         self, answer: Callable[[Request], Awaitable[Response]]

@@ -56,7 +56,7 @@ ENDPOINTS = (
     ),
     Endpoint("POST", "/finish", "The policy ends the job.", messages.Finish, messages.Directive),
     Endpoint("POST", "/unregister", "The last words of a replica.", messages.Unregister, messages.Directive),
-    Endpoint("POST", "/died", "The supervisor saw a process end.", messages.Died, messages.MemberEnd),
+    Endpoint("POST", "/died", "The supervisor saw a process end.", messages.Died, messages.Directive),
     Endpoint("POST", "/stop", "The supervisor ends the job early.", messages.Stop, messages.Directive),
 )
 

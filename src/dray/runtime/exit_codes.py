@@ -45,6 +45,9 @@ class ExitCode(IntEnum):
 USER_CODES: Final = frozenset((ExitCode.USER_CODE, ExitCode.USER_VALUE))
 """Of a replica that has ended by a mistake in the user's class. A job that fails for it exits with the same."""
 
+COMES_AGAIN: Final = frozenset((ExitCode.USER_VALUE,))
+"""What another attempt would come to as well: with these neither a policy group nor a run is started again."""
+
 JOB_FAILURES: Final = USER_CODES | {ExitCode.FAILED}
 """Of a job that has ended by itself and did not finish."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ControlPlaneError
-from dray.runtime.exit_codes import USER_CODES, ExitCode
+from dray.runtime.exit_codes import COMES_AGAIN, USER_CODES, ExitCode
 from dray.runtime.lifecycle import JobEvent, Lifecycle, Phase
 from dray.runtime.prompts import PromptLedger
 
@@ -95,7 +95,7 @@ class Membership:
         start_timeout: seconds within which every expected replica must have registered, and those of a policy
             group that is started again.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
-            goes on until `died` says that it does not.
+            goes on until `died` says that it does not, or one has left with what comes again.
     """
 
     def __init__(
@@ -183,6 +183,8 @@ class Membership:
         if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
             return
         self.prompts.published(name, published)
+        if member.role is Role.POLICY and exit_code in COMES_AGAIN:
+            self._restartable = False
         self._end(member, MemberState.LEFT, reason, exit_code)
         self._consequences()
 

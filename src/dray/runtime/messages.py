@@ -113,12 +113,6 @@ class Directive(Message):
     readers: int = 0
 
 
-class MemberEnd(Directive):
-    """The answer to died: why the replica has ended, by its own words where it has left."""
-
-    reason: str
-
-
 class PromptList(Directive):
     """The answer to prompts: pairs of index and seed; empty where there is no work just now."""
 

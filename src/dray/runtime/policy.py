@@ -70,6 +70,8 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
             )
             for descriptor, peer in zip(descriptors, peers, strict=True)
         ]
+        # Before the channels are closed, by which the other ranks notice.
+        opened.push(partial(_leave_at_once, replica))
         ranks = Ranks(channels, config.policy.readers) if first else None
         group = PolicyGroup(
             rank=replica.index,
@@ -88,6 +90,11 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
         inlet, weights = opened.enter_context(open_inlet(replica))
         log = opened.enter_context(replica.spec.folder.metrics.open("a", encoding="utf-8"))
         return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
+
+
+def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __: object) -> None:
+    if isinstance(error, UserCodeError):
+        replica.leave_at_once(error)
 
 
 def _shared_by(channel: Channel, _text: str | None) -> str:

@@ -56,6 +56,7 @@ class Replica:
         self.leaving_reason = ""
         self.exit_code = ExitCode.OK
         self.published: list[int] = []
+        self._left = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Replica:
@@ -111,9 +112,24 @@ class Replica:
             address=own_address(),
         )
 
+    def failed(self, error: BaseException) -> None:
+        """`error` ends this replica: that is what the controller will be told."""
+        self.leaving_reason = reason_of(error)
+        self.exit_code = exit_code_of(error, self.stop)
+
+    def leave_at_once(self, error: BaseException) -> None:
+        """Tell the controller that `error` ends this replica before others notice that it is gone.
+
+        What they end with is a consequence then, and known to be one.
+        """
+        self.failed(error)
+        self.heartbeat.close()
+        self._unregister()
+
     def _unregister(self) -> None:
-        if self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
+        if self._left or self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
             return
+        self._left = True
         body = messages.Unregister(
             name=self.name,
             incarnation=self.incarnation,
@@ -146,8 +162,7 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
             try:
                 replica.exit_code = code = work(replica)
             except BaseException as error:
-                replica.leaving_reason = reason_of(error)
-                replica.exit_code = exit_code_of(error, stop)
+                replica.failed(error)
                 raise
     except _EXPECTED as error:
         # The traceback of the user's class is what its user looks for.

@@ -221,6 +221,14 @@ def test_job_goes_on_while_its_policy_is_started_again(clock: ManualClock) -> No
     assert job.outcome == Outcome("failed", reason, 10)
 
 
+def test_job_does_not_wait_for_a_policy_that_would_come_to_the_same_again(clock: ManualClock) -> None:
+    job = restartable(clock, ranks=2)
+    job.register("policy-1", Role.POLICY, "e", 5)
+    job.left("policy-0", "c", "Trainer.weights() returned None", exit_code=17)
+    reason = "the policy group has lost 1 of its 2: policy-0: Trainer.weights() returned None"
+    assert job.outcome == Outcome("failed", reason, 17)
+
+
 def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> None:
     job = restartable(clock)
     job.died("policy-0", Role.POLICY, "killed by signal 9", final=False)

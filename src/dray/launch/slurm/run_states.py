@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import COMES_AGAIN, ExitCode
 
 
 class RunState(StrEnum):
@@ -95,10 +95,6 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
 )
 
 
-NOT_WORTH_A_RETRY: Final = frozenset((ExitCode.USER_VALUE,))
-"""What another attempt would come to as well: the user's class returns what cannot be used."""
-
-
 class IllegalTransition(RuntimeError):
     """An event came in a state that has no transition for it; the state is unchanged."""
 
@@ -136,7 +132,7 @@ def event_of_end(
         return RunEvent.CANCEL
     if exit_code == ExitCode.TIME_LIMIT and progressed:
         return RunEvent.TIME_LIMIT
-    if remaining_retries == 0 or exit_code in NOT_WORTH_A_RETRY:
+    if remaining_retries == 0 or exit_code in COMES_AGAIN:
         return RunEvent.GIVE_UP
     return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
 
