@@ -320,7 +320,7 @@ def test_commands_print_one_word_or_an_error(plan: Plan, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "start 1 1\nagain\n"
     (plan.run_folder / "slurm.json").write_text('{"state": "well"}')
     assert main(["begin", str(plan.path), "--job-id", "7"]) == 2
-    assert capsys.readouterr().err.startswith("error: slurm.json = ")
+    assert capsys.readouterr().err.startswith("error: slurm.json at ")
 
 
 def test_record_reads_as_it_was_written(plan: Plan) -> None:
