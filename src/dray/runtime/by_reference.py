@@ -285,16 +285,17 @@ class ReferenceWeightsOutlet:
         self._slot_bytes = 0
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
-        nbytes = plan(weights).nbytes
         if self._server is None:
-            self._server = self._open(nbytes)
-            self._first_nbytes = nbytes
-        if nbytes > self._slot_bytes:
+            self._first_nbytes = plan(weights).nbytes
+            self._server = self._open(self._first_nbytes)
+        try:
+            reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
+        except PayloadTooLargeError as error:
+            nbytes = plan(weights).nbytes
             raise PayloadTooLargeError(
                 f"{nbytes:,} bytes where the first weights had {self._first_nbytes:,}: their ring was made for at "
                 f"most {self._slot_bytes:,}; return arrays of the same names, shapes and dtypes each time"
-            )
-        reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
+            ) from error
         self._key.publish(reference.to_json(), version, epoch=epoch)
 
     def restore(self) -> None:

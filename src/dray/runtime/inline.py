@@ -20,7 +20,7 @@ from dray.control import (
     WeightsKey,
 )
 from dray.errors import DrayError, PayloadFormatError, PayloadTooLargeError
-from dray.payload import pack, plan, unpack
+from dray.payload import plan, unpack
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 
@@ -153,10 +153,12 @@ class InlineWeightsInlet:
 
 
 def _packed(arrays: Arrays) -> bytearray:
-    nbytes = plan(arrays).nbytes
-    if nbytes > MAX_PAYLOAD:
+    planned = plan(arrays)
+    if planned.nbytes > MAX_PAYLOAD:
         raise PayloadTooLargeError(
-            f"{nbytes:,} bytes, where Redis takes at most {MAX_PAYLOAD:,}: "
+            f"{planned.nbytes:,} bytes, where Redis takes at most {MAX_PAYLOAD:,}: "
             'job.payload_transfer = "ucxx" has no such bound'
         )
-    return pack(arrays)
+    image = bytearray(planned.nbytes)
+    planned.write(image)
+    return image
