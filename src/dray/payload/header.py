@@ -129,7 +129,7 @@ def _build(
     dtypes, sizes = [], []
     for name, dtype, shape in fields:
         if not isinstance(name, str):
-            raise PayloadFormatError(f"field name {name!r} is a {type(name).__name__}: names are text")
+            raise PayloadFormatError(f"field name {name!r} is not text, which names must be")
         if name == _METADATA:
             raise PayloadFormatError(f"{name!r} cannot be the name of a field")
         if len(shape) > MAX_DIMENSIONS:
