@@ -7,7 +7,13 @@ their message.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
+
+from dray.printable import printable, printable_value
+
+_MAX_LINE = 1900
+"""Characters of the line about one mistake in the configuration."""
 
 
 class DrayError(Exception):
@@ -53,23 +59,56 @@ class DrayError(Exception):
         return f"{self.message} ({', '.join(about)})" if about else self.message
 
 
-class ConfigError(DrayError):
-    """A configuration value is not allowed.
+class ConfigError(DrayError, ValueError):
+    """A configuration value is not allowed, or something that the configuration needs is not there.
+
+    The message is one line, ``KEY = VALUE is not allowed: ALLOWED``, or ``KEY PROBLEM: ALLOWED`` with a `problem`.
+    An error about several mistakes has one such line for each, and is otherwise that of the first.
 
     Args:
         key: dotted path of the key, e.g. ``"policy.replicas"``.
         value: the value found there.
         allowed: what is allowed, in words.
+        problem: what is wrong where no value is to be named, e.g. ``"is missing"``.
+        others: further mistakes, each an error of its own.
+
+    Attributes:
+        mistakes: every mistake, this one first.
     """
 
-    def __init__(self, key: str, value: Any, allowed: str) -> None:
-        super().__init__(f"{key} = {value!r} is not allowed: {allowed}")
+    def __init__(
+        self,
+        key: str,
+        value: Any,
+        allowed: str,
+        problem: str | None = None,
+        others: Sequence[ConfigError] = (),
+    ) -> None:
+        found = f"= {printable_value(value)} is not allowed" if problem is None else problem
+        super().__init__(printable(f"{key} {found}: {allowed}", _MAX_LINE))
         self.key = key
         self.value = value
         self.allowed = allowed
+        self.problem = problem
+        self.mistakes: tuple[ConfigError, ...] = (self, *others)
+
+    @classmethod
+    def of(cls, mistakes: Sequence[ConfigError]) -> ConfigError:
+        """One error about all of `mistakes`, of which there is at least one."""
+        first, *others = mistakes
+        return cls(first.key, first.value, first.allowed, first.problem, others) if others else first
+
+    def __str__(self) -> str:
+        return "\n".join(each.message for each in self.mistakes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.value, self.allowed)
+        return type(self), (self.key, self.value, self.allowed, self.problem, self.mistakes[1:])
+
+
+def error_lines(error: DrayError) -> list[str]:
+    """What a terminal is shown of `error`: one line, or one for each mistake of a `ConfigError`."""
+    texts = [each.message for each in error.mistakes] if isinstance(error, ConfigError) else [str(error)]
+    return [f"error: {printable(text, _MAX_LINE)}" for text in texts]
 
 
 class MissingDependencyError(DrayError, ImportError, RuntimeError):

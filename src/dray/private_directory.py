@@ -106,13 +106,16 @@ def _sweep(root: Path) -> None:
 
 
 def _own(root: Path) -> None:
+    problem = f"{root} cannot be used"
     if len(os.fsencode(root)) > _LONGEST_ROOT:
-        raise ConfigError("runtime directory", str(root), f"a path of {_LONGEST_ROOT} bytes")
+        allowed = f"must be a path of at most {_LONGEST_ROOT} bytes"
+        raise ConfigError("runtime directory", str(root), allowed, problem)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = root.lstat()
     except OSError as error:
-        allowed = f"a folder that can be made ({error.strerror})"
-        raise ConfigError("runtime directory", str(root), allowed) from error
+        allowed = f"must be a folder that can be made ({error.strerror})"
+        raise ConfigError("runtime directory", str(root), allowed, problem) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError("runtime directory", str(root), "a folder of this user with mode 0700, not a link")
+        allowed = "must be a folder of this user with mode 0700, not a link"
+        raise ConfigError("runtime directory", str(root), allowed, problem)

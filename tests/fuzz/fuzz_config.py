@@ -1,4 +1,5 @@
-"""Job files and overrides: a configuration that survives the way to the processes of a job, or one `ConfigError`.
+"""Job files and overrides: a configuration that survives the way to the processes of a job, or one `ConfigError`
+with a short line for each mistake.
 
 The input is a job file; lines after a NUL byte are overrides. A first byte of 0xff stands for a whole valid file,
 so that the fuzzer need not find one.
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from dray.config import JobConfig, load_job
+from dray.config.reading import MAX_MISTAKES
 from dray.errors import ConfigError
 
 WHOLE = b"\xff"
@@ -43,6 +45,7 @@ SEEDS = [
     WHOLE + b"slots = 2\n",
     WHOLE + b"\0job.lane=tcp\nrollout.args.depth=[1, 2]",
     WHOLE + b"\0job.sede=3",
+    WHOLE + b"\0job.sede=3\njob.lane=rdma\nlane\npolicy.args.x=nan\npolicy.x=inf",
     WHOLE + b"\0job=3",
     WHOLE + b"\0rollout.args.x=" + b"[" * 2000,
     WHOLE + b"\0stop.at_least=nan\nstop.metric=a",
@@ -73,10 +76,14 @@ def run(data: bytes) -> None:
 
 
 def _check(error: ConfigError) -> None:
-    line = str(error)
-    assert line.isprintable(), line
-    assert error.key
-    assert error.allowed
-    assert line.startswith(error.key)
-    assert error.allowed in line
-    assert len(line) < 2000, len(line)
+    """A line for each mistake, and no more lines than a person reads."""
+    assert str(error).split("\n") == [each.message for each in error.mistakes]
+    assert 1 <= len(error.mistakes) <= MAX_MISTAKES
+    for mistake in error.mistakes:
+        line = mistake.message
+        assert line.isprintable(), line
+        assert mistake.key
+        assert mistake.allowed
+        assert line.startswith(mistake.key)
+        assert mistake.allowed in line
+        assert len(line) < 2000, len(line)

@@ -68,7 +68,7 @@ def test_z7_policy_that_leaves_by_an_exit_code_of_its_own_is_restarted(tmp_path:
         "import os, sys, small\n"
         "class Trainer(small.Trainer):\n"
         "    def train_step(self, trajectories):\n"
-        "        for name, leave in ('first', lambda: os._exit(5)), ('second', lambda: sys.exit(7)):\n"
+        "        for name, leave in ('first', lambda: os._exit(5)), ('second', lambda: os._exit(7)):\n"
         "            if not (self.output / name).exists():\n"
         "                (self.output / name).touch()\n"
         "                leave()\n"

@@ -1,3 +1,4 @@
+import re
 import signal
 from pathlib import Path
 
@@ -35,15 +36,20 @@ def test_worker_that_raises_ends_its_replica_and_not_the_job(tmp_path: Path) -> 
     settings = job_settings("rollout.args.raise_at=40", "rollout.args.raising=[1]", "stop.at_least=50")
     with running(tmp_path, *settings) as job:
         assert job.end() == 0, job.story()
-        assert "rollout-1 ended early: the user's class raised" in job.text
-        assert "ValueError: the environment broke" in job.log("rollout-1")
-        assert "rollout raised ValueError" in job.summary()["replicas"]["rollout-1"]
+        said = r"Worker\.rollout\(\) raised ValueError: the environment broke \(small\.py:\d+ in rollout\)"
+        assert re.search(rf"rollout-1 ended early: {said}; see .*rollout-1\.log", job.text), job.text
+        assert "Traceback" in job.log("rollout-1")
+        assert re.fullmatch(f"left: {said}", job.summary()["replicas"]["rollout-1"])
 
 
 def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("rollout.args.raise_at=40", "stop.at_least=1e9")) as job:
-        assert job.end() == 1
-        assert "failed: no rollout replica is left" in job.text
+        assert job.end() == 10
+        reason = (
+            r"no rollout replica is left: rollout-\d: Worker\.rollout\(\) raised ValueError: the environment broke"
+        )
+        assert re.search(f"failed: {reason}", job.text), job.text
+        assert re.match(reason, job.summary()["exit_reason"])
         assert job.checkpoint()["step"] > 0
 
 

@@ -1,8 +1,10 @@
+import copy
 from pathlib import Path
 
 import pytest
 
 from dray.config import load_job
+from dray.config.reading import MAX_MISTAKES
 from dray.errors import ConfigError
 
 SMALLEST = """
@@ -138,15 +140,56 @@ def test_override_that_names_no_key_is_refused(job_file: Path, override: str) ->
 def test_missing_key_and_missing_table_are_named(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(SMALLEST.replace("batch_size = 4", ""))
-    assert error_of(path).key == "policy.batch_size"
-    assert "(missing)" in str(error_of(path))
-    path.write_text("")
-    assert error_of(path).key == "job"
+    error = error_of(path)
+    assert (error.key, error.value) == ("policy.batch_size", None)
+    assert str(error) == "policy.batch_size is missing: must be a whole number, at least 1 and at most 1048576"
+    path.write_text(SMALLEST.replace("[job]", "[redis]").replace('name = "small"\nmax_steps = 3', ""))
+    assert str(error_of(path)) == "[job] is missing: the table needs name, max_steps"
+
+
+def test_all_mistakes_of_a_job_file_are_named_at_once(job_file: Path) -> None:
+    mistakes = [
+        "job.sede=3",
+        "policy.batch_size=-1",
+        "lane",
+        "rollout.args.x=nan",
+        "stop.metric=a",
+        "policy.x=inf",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_job(job_file, mistakes)
+    error = caught.value
+    keys = ["--set", "rollout.args.x", "job.sede", "policy.batch_size", "policy.x", "stop.at_least"]
+    assert sorted(each.key for each in error.mistakes) == sorted(keys)
+    assert str(error).split("\n") == [each.message for each in error.mistakes]
+    assert (error.key, error.value, error.allowed) == (
+        "--set", "lane", "must be TABLE.KEY=VALUE, for example job.lane=tcp",
+    )  # fmt: skip
+    assert str(copy.copy(error)) == str(error)
+
+
+def test_all_broken_rules_between_keys_are_named_at_once(job_file: Path) -> None:
+    broken = ["rollout.slots=3", "rollout.prompts_in_flight=2", "policy.readers=2", "controller.dead_after=1"]
+    with pytest.raises(ConfigError) as caught:
+        load_job(job_file, broken)
+    keys = ["rollout.slots", "rollout.prompts_in_flight", "policy.readers", "controller.dead_after"]
+    assert [each.key for each in caught.value.mistakes] == keys
+
+
+def test_number_of_mistakes_that_are_named_is_bounded(job_file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(job_file, [f"job.key{number}=1" for number in range(1000)])
+    assert len(caught.value.mistakes) == MAX_MISTAKES
+
+
+def test_wrong_configuration_is_a_value_error(job_file: Path) -> None:
+    with pytest.raises(ValueError, match="unknown key"):
+        load_job(job_file, ["job.sede=3"])
 
 
 def test_unreadable_file_and_broken_toml_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
-    assert "No such file" in error_of(path).allowed
+    assert str(error_of(path)) == f"job file {path} cannot be read: No such file or directory"
     path.write_text("[job]\nname = \n")
     assert "line 2" in error_of(path).allowed
     path.write_bytes(b"\xff\xfe")

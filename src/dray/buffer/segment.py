@@ -230,8 +230,9 @@ def _sized(layout: SegmentLayout) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_MEMORY:
             raise
+        value = f"{layout.slots} x {layout.slot_bytes}"
         allowed = f"a segment of {layout.nbytes} bytes must fit into this machine's memory ({error.strerror})"
-        raise ConfigError("slots x slot_bytes", f"{layout.slots} x {layout.slot_bytes}", allowed) from error
+        raise ConfigError("slots x slot_bytes", value, allowed, f"= {value} is too much") from error
 
 
 def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
@@ -277,7 +278,8 @@ def _seal(fd: int) -> None:
         if error.errno != errno.EINVAL:
             raise
         allowed = "shared memory needs the seals of Linux 5.1 or later"
-        raise ConfigError("kernel", os.uname().release, allowed) from error
+        release = os.uname().release
+        raise ConfigError("kernel", release, allowed, f"{release} is too old") from error
 
 
 def _get_seals(fd: int) -> int:

@@ -16,7 +16,7 @@ from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.cli.slurm import slurm
 from dray.cli.status import status
-from dray.errors import ConfigError, DrayError, MissingDependencyError
+from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import exit_with_own_code_on_crash
 
@@ -82,7 +82,7 @@ app.add_typer(slurm, name="slurm")
 
 
 def main() -> None:
-    """The entry point of the `dray` command: errors of dray's own become one line and an exit code.
+    """The entry point of the `dray` command: errors of dray's own become lines and an exit code.
 
     So does a package that is missing because an extra was not installed.
     """
@@ -103,7 +103,8 @@ def main() -> None:
 
 
 def _fail(error: DrayError | str, code: ExitCode) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    for line in [f"error: {error}"] if isinstance(error, str) else error_lines(error):
+        print(line, file=sys.stderr)
     sys.exit(int(code))
 
 

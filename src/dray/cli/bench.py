@@ -56,7 +56,8 @@ def bench(
     Works in a checkout of the repository. Nothing passes or fails: exit code 0 says that it was measured.
     """
     if not (CHECKOUT / "benchmarks" / "run.py").is_file():
-        raise ConfigError("dray bench", "this installation", "a checkout of dray, where the folder benchmarks/ is")
+        needs = "it needs a checkout of dray, where the folder benchmarks/ is"
+        raise ConfigError("dray bench", None, needs, "cannot run in this installation")
     # The benchmarks import each other from the repository's folder, wherever the command is given.
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))

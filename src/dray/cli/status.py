@@ -11,6 +11,7 @@ import typer
 
 from dray.cli.extras import require_extra
 from dray.errors import ConfigError
+from dray.printable import printable
 from dray.runtime.job import JobFolder
 from dray.runtime.private_file import read_private_file
 
@@ -84,12 +85,12 @@ def status_lines(answer: Status, url: str) -> Iterator[str]:
     step = f", step {max(steps):.0f}" if steps else ""
     yield f"job {answer.job}: {answer.phase.value} for {answer.seconds:.1f} s{step}; controller at {url}"
     if answer.outcome is not None:
-        yield f"outcome: {answer.outcome.kind}, {_printable(answer.outcome.reason)}"
+        yield f"outcome: {answer.outcome.kind}, {printable(answer.outcome.reason)}"
     if answer.stall is not None:
-        yield f"stall: {_printable(answer.stall.line)}"
+        yield f"stall: {printable(answer.stall.line)}"
     width = max((len(member.name) for member in answer.members), default=0)
     for member in sorted(answer.members, key=lambda each: each.name):
-        yield f"{member.name:{width}}  {member.state.value}  {_printable(_activity(member))}"
+        yield f"{member.name:{width}}  {member.state.value}  {printable(_activity(member))}"
 
 
 def _activity(member: MemberStatus) -> str:
@@ -97,8 +98,3 @@ def _activity(member: MemberStatus) -> str:
         return member.reason
     waits = f", waits for {member.progress.waits_for}" if member.progress.waits_for else ""
     return f"{member.progress.doing} for {member.progress.seconds + member.silence:.1f} s{waits}"
-
-
-def _printable(text: str) -> str:
-    """`text` without what could move the cursor or end the line: parts of it come from other processes."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)

@@ -1,6 +1,6 @@
-"""From the text of a job file to a `JobConfig`, or to one line that says what is wrong with it.
+"""From the text of a job file to a `JobConfig`, or to an error with one line for each mistake in it.
 
-The line names the key, the value found and what would have been right. Unknown keys are errors.
+A line names the key, the value found and what would have been right. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -11,61 +11,67 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from dray.config.tables import LARGEST, TABLES, JobConfig, Table, check_together
+from dray.config.tables import LARGEST, TABLES, JobConfig, Table, broken_rules
 from dray.errors import ConfigError
+from dray.printable import printable
+
+MAX_MISTAKES: Final = 50
+"""Mistakes of one job file that are reported."""
 
 _DEEPEST = 64
-_LONGEST_SHOWN = 400
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-
-
-class Unshown:
-    """Stands for a value that is not there, or cannot be shown as it is."""
-
-    def __init__(self, words: str) -> None:
-        self._words = words
-
-    def __repr__(self) -> str:
-        return self._words
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read the job file at `path`, apply `overrides` (each ``"table.key=value"``) and check everything.
 
     Raises:
-        ConfigError: the file cannot be read or is not TOML, or a key or value is not allowed.
+        ConfigError: the file cannot be read or is not TOML, or keys or values are not allowed; all of them are
+            named.
     """
     try:
         document = _toml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("job file", str(path), f"a readable TOML file ({error.strerror})") from error
+        problem = f"{path} cannot be read"
+        raise ConfigError("job file", str(path), error.strerror or str(error), problem) from error
     except UnicodeDecodeError as error:
-        raise ConfigError("job file", str(path), "a TOML file in UTF-8") from error
+        raise ConfigError("job file", str(path), "must be text in UTF-8", f"{path} cannot be read") from error
     except _NotToml as error:
-        raise ConfigError("job file", str(path), f"valid TOML ({error})") from error
-    for override in overrides:
-        _apply_override(document, override)
-    return parse_job(document)
+        raise ConfigError("job file", str(path), f"must be TOML; {error}", f"{path} cannot be read") from error
+    mistakes = [mistake for override in overrides for mistake in _apply_override(document, override)]
+    return _parsed(document, mistakes)
 
 
 def parse_job(document: Mapping[str, Any]) -> JobConfig:
     """Check `document`, the content of a job file.
 
     Raises:
-        ConfigError: for the first key or value that is not allowed.
+        ConfigError: keys or values are not allowed; all of them are named.
     """
-    _check_plain(document, [])
+    return _parsed(document, [])
+
+
+def _parsed(document: Mapping[str, Any], mistakes: list[ConfigError]) -> JobConfig:
+    """Check `document`, of which `mistakes` are known already."""
+    unfit = dict(_unfit_values(document, []))
+    mistakes += unfit.values()
+    config = None
     try:
         config = JobConfig.model_validate(dict(document))
     except ValidationError as error:
-        raise _config_error(error) from error
-    check_together(config)
+        found = error.errors(include_url=False, include_context=False)
+        # Where a value cannot be carried at all, that is what is wrong with its key.
+        mistakes += [_mistake(each) for each in found if not _is_about(unfit, each["loc"])]
+    else:
+        mistakes += broken_rules(config)
+    if config is None or mistakes:
+        raise ConfigError.of(mistakes[:MAX_MISTAKES])
     return config
 
 
@@ -79,46 +85,59 @@ def _toml(text: str) -> dict[str, Any]:
     except RecursionError as error:
         raise _NotToml("it is nested too deeply") from error
     except ValueError as error:  # besides its own errors, those of numbers with too many digits
-        raise _NotToml(_shortened(str(error))) from error
+        raise _NotToml(printable(str(error))) from error
 
 
-def _check_plain(value: Any, location: Sequence[str]) -> None:
-    """Only what reaches the processes of a job as it is: they get the configuration as JSON."""
+_Location = tuple[str, ...]
+
+
+def _unfit_values(value: Any, location: Sequence[str]) -> Iterator[tuple[_Location, ConfigError]]:
+    """What does not reach the processes of a job as it is: they get the configuration as JSON."""
+    here, key = tuple(location), _dotted(location)
     if len(location) > _DEEPEST:
-        raise ConfigError(_dotted(location), Unshown("(a value)"), f"tables and lists go {_DEEPEST} deep at most")
-    if isinstance(value, Mapping):
+        yield here, ConfigError(key, None, f"tables and lists go {_DEEPEST} deep at most", "is nested too deeply")
+    elif isinstance(value, Mapping):
         for name, inner in value.items():
-            _check_plain(inner, [*location, str(name)])
+            yield from _unfit_values(inner, [*location, str(name)])
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            _check_plain(inner, [*location, str(index)])
+            yield from _unfit_values(inner, [*location, str(index)])
     elif isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
-        shown = Unshown(f"(an integer of {value.bit_length()} bits)")
-        raise ConfigError(_dotted(location), shown, "integers have at most 64 bits")
+        problem = f"is an integer of {value.bit_length()} bits"
+        yield here, ConfigError(key, None, "integers have at most 64 bits", problem)
     elif len(location) <= 2:  # the keys of tables have types of their own
         return
     elif isinstance(value, datetime.date | datetime.time):
-        raise ConfigError(_dotted(location), value.isoformat(), "a date or time is written as text, in quotes")
+        yield here, ConfigError(key, value.isoformat(), "a date or time is written as text, in quotes")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(_dotted(location), value, "numbers are finite")
+        yield here, ConfigError(key, value, "numbers are finite")
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
+def _is_about(unfit: Mapping[_Location, ConfigError], location: Sequence[int | str]) -> bool:
+    """Whether one of the `unfit` values is at `location`, or within what is there."""
+    wanted = tuple(str(part) for part in location)
+    return any(each[: len(wanted)] == wanted for each in unfit)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> Iterator[ConfigError]:
+    """Put the value of `override` into `document`; what is wrong with it is yielded."""
     try:
         override.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("--set", _shown(override), "text in UTF-8") from error
+    except UnicodeEncodeError:
+        yield ConfigError("--set", override, "must be text in UTF-8")
+        return
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2 or not all(names):
-        raise ConfigError("--set", _shown(override), "table.key=value, for example job.lane=tcp")
+        yield ConfigError("--set", override, "must be TABLE.KEY=VALUE, for example job.lane=tcp")
+        return
     table = document
     for depth, name in enumerate(names[:-1], start=1):
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(
-                "--set", _shown(override), f"table.key=value; {_dotted(names[:depth])} is not a table"
-            )
+            allowed = f"must be TABLE.KEY=VALUE; {_dotted(names[:depth])} is not a table"
+            yield ConfigError("--set", override, allowed)
+            return
     table[names[-1]] = _override_value(text.strip())
 
 
@@ -131,37 +150,30 @@ def _override_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _config_error(error: ValidationError) -> ConfigError:
-    """The first of pydantic's errors as a `ConfigError`."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    location = [str(part) for part in first["loc"] if part != "[key]"]
-    key, value = _dotted(location), _shown(first["input"])
-    if first["type"] == "extra_forbidden":
+def _mistake(error: Mapping[str, Any]) -> ConfigError:
+    """One of pydantic's errors as a `ConfigError`."""
+    location = [str(part) for part in error["loc"] if part != "[key]"]
+    key = _dotted(location)
+    if error["type"] == "extra_forbidden":
         parent = _dotted(location[:-1])
         known = sorted(_table_at(location[:-1]).model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         where = f"[{parent}]" if parent else "a job file"
-        return ConfigError(key, value, f"unknown key{hint}; {where} has {', '.join(known)}")
-    if first["type"] == "missing":
-        value = Unshown("(missing)")
-    return ConfigError(key, value, f"must be {_allowed(location)}")
+        return ConfigError(key, error["input"], f"unknown key{hint}; {where} has {', '.join(known)}")
+    allowed = f"must be {_allowed(location)}"
+    if error["type"] != "missing":
+        return ConfigError(key, error["input"], allowed)
+    if len(location) == 1:
+        needed = [name for name, field in _table_at(location).model_fields.items() if field.is_required()]
+        return ConfigError(f"[{key}]", None, f"the table needs {', '.join(needed)}", "is missing")
+    return ConfigError(key, None, allowed, "is missing")
 
 
 def _dotted(location: Sequence[str]) -> str:
     """The key at `location` as TOML writes it, in one line."""
     shown = [part if _BARE_KEY.fullmatch(part) else json.dumps(part) for part in location]
-    return _shortened(".".join(shown))
-
-
-def _shown(value: Any) -> Any:
-    """`value`, or what stands for it where it would fill a screen."""
-    words = repr(value)
-    return value if len(words) <= _LONGEST_SHOWN else Unshown(_shortened(words))
-
-
-def _shortened(words: str) -> str:
-    return words if len(words) <= _LONGEST_SHOWN else f"{words[:_LONGEST_SHOWN]}…"
+    return printable(".".join(shown))
 
 
 def _allowed(location: Sequence[str]) -> str:

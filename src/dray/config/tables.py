@@ -5,6 +5,7 @@ Every key has a sentence that says what is allowed; `docs/configuration.md` has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -210,38 +211,35 @@ TABLES: Final[dict[str, type[Table]]] = {
 }
 
 
-def check_together(config: JobConfig) -> None:
-    """Check the rules that concern more than one key.
-
-    Raises:
-        ConfigError: for the first that is broken.
-    """
+def broken_rules(config: JobConfig) -> Iterator[ConfigError]:
+    """Every rule about more than one key that `config` breaks."""
     held, what = config.payloads_held, "policy.batch_size"
     if config.policy.ack == "checkpoint":
         what = 'policy.batch_size * policy.checkpoint_every with policy.ack = "checkpoint"'
     by_reference = config.job.payload_transfer == "ucxx"
     if by_reference and config.rollout.slots < held:
         # Payloads keep their slots until they are committed: with fewer, one replica alone could not go on.
-        raise ConfigError("rollout.slots", config.rollout.slots, f"must be at least {what}, which is {held}")
+        yield ConfigError("rollout.slots", config.rollout.slots, f"must be at least {what}, which is {held}")
     if by_reference:
         held, what = config.policy.batch_size, "policy.batch_size"
     if config.prompts_in_flight < held:
         allowed = f"must be at least {what}, which is {held}"
-        raise ConfigError("rollout.prompts_in_flight", config.prompts_in_flight, allowed)
-    _check_group(config.policy, by_reference=by_reference)
+        yield ConfigError("rollout.prompts_in_flight", config.prompts_in_flight, allowed)
+    yield from _broken_by_group(config.policy, by_reference=by_reference)
     interval = config.controller.heartbeat_interval
     if config.controller.dead_after < 3 * interval:
         allowed = f"must be at least three times controller.heartbeat_interval, which is {interval:g}"
-        raise ConfigError("controller.dead_after", config.controller.dead_after, allowed)
+        yield ConfigError("controller.dead_after", config.controller.dead_after, allowed)
 
 
-def _check_group(policy: PolicyTable, *, by_reference: bool) -> None:
+def _broken_by_group(policy: PolicyTable, *, by_reference: bool) -> Iterator[ConfigError]:
     if policy.replicas > 1 and not by_reference:
-        raise ConfigError("policy.replicas", policy.replicas, 'must be 1 with job.payload_transfer = "redis"')
+        yield ConfigError("policy.replicas", policy.replicas, 'must be 1 with job.payload_transfer = "redis"')
     if policy.replicas % policy.readers:
         allowed = f"must divide policy.replicas, which is {policy.replicas}"
-        raise ConfigError("policy.readers", policy.readers, allowed)
+        yield ConfigError("policy.readers", policy.readers, allowed)
+        return
     parts = policy.replicas // policy.readers
     if policy.batch_size % parts:
         allowed = f"must be a multiple of policy.replicas / policy.readers, which is {parts}"
-        raise ConfigError("policy.batch_size", policy.batch_size, allowed)
+        yield ConfigError("policy.batch_size", policy.batch_size, allowed)

@@ -36,7 +36,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.config.reading import Unshown
 from dray.control.address import RedisAddress
 from dray.control.client import RedisClient
 from dray.control.connection import RedisConnection
@@ -128,7 +127,7 @@ def find_redis_binary() -> Path:
         bundled = Path(location, "_binaries", f"linux-{platform.machine()}", "valkey-server")
         if os.access(bundled, os.X_OK):
             return bundled.absolute()
-    raise ConfigError("redis.url", Unshown("(not set)"), f"this machine has no Redis server: {server_remedies()}")
+    raise ConfigError("redis.url", None, server_remedies(), "is not set, and this machine has no Redis server")
 
 
 def server_remedies() -> str:

@@ -49,7 +49,7 @@ class RolloutEntry:
             if not 0 <= value <= _LARGEST:
                 raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**64 - 1")
         if self.reference is None and self.payload is None:
-            raise ConfigError("entry", "neither", "a reference, a payload, or both")
+            raise ConfigError("entry", None, "must have a reference, a payload, or both", "is empty")
 
     @property
     def identity(self) -> str:
@@ -91,7 +91,7 @@ class RolloutEntry:
             )
         except KeyError as error:
             raise ProtocolError(f"an entry of the rollout stream has no field {error}") from error
-        except (ValueError, ConfigError) as error:
+        except ValueError as error:  # one of this class's own among them
             raise ProtocolError(f"an entry of the rollout stream is malformed: {error}") from error
 
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from dray.runtime.descendants import ends_within
-from dray.runtime.exit_codes import ExitCode, meaning
+from dray.runtime.exit_codes import USER_CODES, ExitCode, meaning
 from dray.runtime.membership import THE_JOB_HAS, MemberState, OutcomeKind, Role
 from dray.runtime.process import PARENT_VARIABLE
 
@@ -122,6 +122,8 @@ def replica_end(
         killed = request.number == signal.SIGKILL
         how = "was killed" if killed else f"ended as asked ({request.number.name})"
         return ReplicaEnd(f"{how}: {request.why}", early=False, killed=killed)
+    if code in USER_CODES and reason:
+        return ReplicaEnd(reason, early=True)
     if code == ExitCode.NOT_A_MEMBER and state is MemberState.DEAD:
         return ReplicaEnd(f"the controller had declared it dead ({reason})", early=True)
     if code == ExitCode.NOT_A_MEMBER and state is None and over is not None:

@@ -20,13 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 from dray.clock import MONOTONIC
+from dray.printable import printable
 from dray.runtime.membership import FIRST_POLICY
 from dray.runtime.messages import MemberStatus, ProgressReport, Status
-from dray.runtime.printable import MAX_SHOWN, printable
 from dray.runtime.stop_condition import MEAN_RETURN
 
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""
+
+MAX_SHOWN = 4000
+"""Characters of one text that are shown."""
 
 MAX_METRICS_SHOWN = 8
 """Metrics of the user's trainer that are shown."""

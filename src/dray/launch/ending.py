@@ -10,13 +10,14 @@ import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 from pydantic import ValidationError
 
 from dray.errors import ConfigError
 from dray.launch.signals import reason_of
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import USER_CODES, ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.lifecycle import Phase
 from dray.runtime.membership import FINISHED_OUTCOMES, final_phase
@@ -80,9 +81,22 @@ def ending(
         phase = final_phase(outcome.kind) if known.phase.is_final else known.phase
         status = known.model_copy(update={"outcome": outcome, "phase": phase})
     if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
-        code = ExitCode.FAILED if outcome.kind == "max_steps" else ExitCode.OK
-        return Ending(status, code, outcome.reason)
+        return Ending(status, exit_code_of(outcome), outcome.reason)
     if signals:
         return Ending(status, 128 + signals[0], reason_of(signals[0]))
-    reason = outcome.reason if outcome is not None else failure or "the job ended without an outcome"
-    return Ending(status, ExitCode.FAILED, reason)
+    if outcome is not None:
+        return Ending(status, exit_code_of(outcome), outcome.reason)
+    return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+
+
+def exit_code_of(outcome: OutcomeReport) -> ExitCode:
+    """The exit code of a job that came to `outcome`, unless a signal ended it."""
+    match outcome.kind:
+        case "solved" | "finished":
+            return ExitCode.OK
+        case "max_steps" | "interrupted":
+            return ExitCode.FAILED
+        case "failed":
+            return ExitCode(outcome.cause) if outcome.cause in USER_CODES else ExitCode.FAILED
+        case _:
+            assert_never(outcome.kind)

@@ -63,11 +63,13 @@ def check_entry_points(
     if signals:
         return signals
     try:
-        answer = json.loads(report.read_text(encoding="utf-8"))
+        mistakes = json.loads(report.read_text(encoding="utf-8"))["mistakes"]
     except (OSError, ValueError) as error:
-        what = "in time" if deadline.expired else f"without ending the process ({meaning(child.exit_code or 0)})"
         value = f"{config.rollout.worker}, {config.policy.trainer}"
-        raise ConfigError("rollout.worker, policy.trainer", value, f"must be importable {what}") from error
-    if answer:
-        raise ConfigError(answer["key"], answer["value"], answer["allowed"])
+        why = f"importing them took longer than timeouts.start = {config.timeouts.start:g} s"
+        if not deadline.expired:
+            why = f"importing them ended the process ({meaning(child.exit_code or 0)})"
+        raise ConfigError("rollout.worker, policy.trainer", value, why, "cannot be used") from error
+    if mistakes:
+        raise ConfigError.of([ConfigError(**each) for each in mistakes])
     return []

@@ -45,7 +45,7 @@ def open_output(
         lock_folder(descriptor, root)
         found = None if resume is False else find_checkpoint(folder.checkpoint)
         if resume and found is None:
-            raise ConfigError("--resume", str(root), RESUME_NEEDS)
+            raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot go on in {root}")
         if found is not None and found[1].ranks != config.policy.replicas:
             allowed = f"must be {found[1].ranks}, as in the run whose checkpoint it is"
             raise ConfigError("policy.replicas", config.policy.replicas, allowed)
@@ -150,7 +150,7 @@ def choose_folder(
     for number in reversed(numbers):
         if resumable(root := base / f"{number:03d}"):
             return root
-    raise ConfigError("--resume", str(base), needs)
+    raise ConfigError("--resume", str(base), needs, f"cannot go on in {base}")
 
 
 def has_metrics(root: Path) -> bool:

@@ -42,6 +42,7 @@ RESTARTED: Mapping[int, Restarted] = MappingProxyType(
         ExitCode.INTERNAL: Restarted.YES,
         ExitCode.OLD_EPOCH: Restarted.YES,
         ExitCode.GROUP_LOST: Restarted.YES,
+        ExitCode.USER_VALUE: Restarted.NO,
         # It was asked to end, and has written a checkpoint: that ends the job, too.
         ExitCode.SIGINT: Restarted.NO,
         ExitCode.TIME_LIMIT: Restarted.NO,

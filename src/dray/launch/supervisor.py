@@ -29,6 +29,7 @@ from dray.launch.output import attempt_folder
 from dray.launch.signals import SignalInbox, reason_of
 from dray.launch.site import Site
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
+from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.address import bind
 from dray.runtime.checkpoint import CheckpointState
@@ -272,7 +273,8 @@ class Supervisor:
             self._say(end.line(child.name) + (f"; see {short_path(child.log)}" if end.early else ""))
         assert child.role is not None
         # A member that has left in order is not affected by it.
-        died = messages.Died(name=child.name, role=child.role, reason=end.reason[:2000], final=not again)
+        reason = printable(end.reason, messages.MAX_SENTENCE)
+        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again, exit_code=code)
         answer = self._tell(client, "/died", died)
         again = again and not (answer is not None and answer.stop)
         if again:

@@ -128,7 +128,9 @@ def _build(
 ) -> tuple[npt.NDArray[np.uint8], Layout]:
     dtypes, sizes = [], []
     for name, dtype, shape in fields:
-        if not isinstance(name, str) or name == _METADATA:
+        if not isinstance(name, str):
+            raise PayloadFormatError(f"field name {name!r} is not text, which names must be")
+        if name == _METADATA:
             raise PayloadFormatError(f"{name!r} cannot be the name of a field")
         if len(shape) > MAX_DIMENSIONS:
             raise PayloadFormatError(f"field {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")

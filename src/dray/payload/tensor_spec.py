@@ -99,9 +99,10 @@ class TensorSpec:
             found = np.dtype(dtype)
         except TypeError as error:
             raise PayloadFormatError(f"{dtype!r} is not a dtype: {error}") from error
-        if found.newbyteorder("<") not in DTYPE_NAMES:
-            raise PayloadFormatError(f"dtype {found} cannot be carried; known are {', '.join(DTYPES)}")
-        return cls(DTYPE_NAMES[found.newbyteorder("<")], shape, max_length, optional)
+        name = DTYPE_NAMES.get(_little_endian(found))
+        if name is None:
+            raise PayloadFormatError(f"dtype {found} cannot be carried: {_remedy(found)}")
+        return cls(name, shape, max_length, optional)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -261,17 +262,28 @@ def as_array(name: str, value: npt.ArrayLike) -> Array:
     """Return `value` (array, torch tensor, list or number) as a NumPy array, without a copy where possible.
 
     Raises:
-        PayloadFormatError: `value` of field `name` cannot be read as an array.
+        PayloadFormatError: `value` of field `name` cannot be read as an array; the message says what it is.
     """
     if type(value) is np.ndarray:
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        remedy = "fill it, as x.filled(0) does, and put the mask into a field of its own"
+        raise PayloadFormatError(f"field {name!r} is a masked array, whose mask is not carried: {remedy}")
+    if isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise PayloadFormatError(f"field {name!r} is a {kind}: a field is one array; give each array in it a name")
     try:
         if staging.is_tensor(value):
             tensor: Any = value
             return staging.to_numpy(tensor)
-        return np.asarray(value)
+        array = np.asarray(value)
     except Exception as error:  # whatever a foreign array object raises, the caller gets one type
-        raise PayloadFormatError(f"field {name!r} cannot be read as an array: {error}") from error
+        hint = " (lists of different lengths are no array)" if isinstance(value, list | tuple) else ""
+        raise PayloadFormatError(f"field {name!r} cannot be read as an array{hint}: {error}") from error
+    if array.dtype == np.object_ and not hasattr(value, "dtype"):
+        what = "None" if value is None else f"a {type(value).__name__}"
+        raise PayloadFormatError(f"field {name!r} is {what}, of which there is no array of numbers")
+    return array
 
 
 def carried_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -280,10 +292,41 @@ def carried_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     Raises:
         PayloadFormatError: the dtype cannot be carried; the message names field and dtype.
     """
-    little = dtype.newbyteorder("<")
+    little = _little_endian(dtype)
     if little not in DTYPE_NAMES:
-        raise PayloadFormatError(f"field {name!r} has dtype {dtype}, which cannot be carried")
+        raise _not_carried(name, dtype)
     return little
+
+
+def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """`dtype` in little-endian order, or as it is where it has no such thing as an order."""
+    try:
+        return dtype.newbyteorder("<")
+    except TypeError:  # NumPy's StringDType, and what other packages may register
+        return dtype
+
+
+def _not_carried(name: str, dtype: np.dtype[Any]) -> PayloadFormatError:
+    return PayloadFormatError(f"field {name!r} has dtype {dtype}, which cannot be carried: {_remedy(dtype)}")
+
+
+_TEXT = "carry text as numbers, such as np.frombuffer(text.encode(), np.uint8)"
+_REMEDIES = {
+    "O": "the elements must be numbers, not Python objects",
+    "U": _TEXT,
+    "S": _TEXT,
+    "T": _TEXT,
+    "M": "carry times as numbers, such as x.astype(np.int64)",
+    "m": "carry durations as numbers, such as x.astype(np.int64)",
+    "c": "carry it as complex64, such as x.astype(np.complex64)",
+    "V": "give each of its parts a field of its own",
+}
+"""What helps where a dtype cannot be carried, by NumPy's letter for its kind."""
+
+
+def _remedy(dtype: np.dtype[Any]) -> str:
+    known = f"must be one of {', '.join(DTYPES)}"
+    return _REMEDIES.get(dtype.kind, known) if dtype.num < _FIRST_USER_DTYPE or dtype.kind == "T" else known
 
 
 def cast_between(name: str, source: np.dtype[Any], target: np.dtype[Any]) -> Cast | None:
@@ -294,7 +337,7 @@ def cast_between(name: str, source: np.dtype[Any], target: np.dtype[Any]) -> Cas
     """
     have, want = _richness(source), _richness(target)
     if have is None:
-        raise PayloadFormatError(f"field {name!r} has dtype {source}, which cannot be carried")
+        raise _not_carried(name, source)
     if source.newbyteorder("<") == target:
         return "same"
     from_float8 = have == want == _FLOAT and source.itemsize == 1 < target.itemsize  # exact, but unknown to NumPy

@@ -22,6 +22,7 @@ from dray.errors import (
     BufferClosedError,
     BufferFullError,
     DrayError,
+    PayloadTooLargeError,
     ProducerLostError,
     StaleSlotError,
     TransportError,
@@ -208,6 +209,12 @@ class ReferenceOutlet:
                 return self._server.put(arrays, timeout=_SLICE)
             except BufferFullError:
                 self.refresh()
+            except PayloadTooLargeError as error:
+                nbytes, slot_bytes = plan(arrays).nbytes, self._ring.slot_bytes
+                raise PayloadTooLargeError(
+                    f"rollout.slot_bytes = {slot_bytes} is too small for a payload of {nbytes:,} bytes: "
+                    f"set at least {nbytes}"
+                ) from error
         return None
 
 
@@ -277,11 +284,21 @@ class ReferenceWeightsOutlet:
         self._key = WeightsKey(replica.redis, replica.keys)
         self._opened = ExitStack()
         self._server: PayloadServer | None = None
+        self._first_nbytes = 0
+        self._slot_bytes = 0
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
         if self._server is None:
-            self._server = self._open(plan(weights).nbytes)
-        reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
+            self._first_nbytes = plan(weights).nbytes
+            self._server = self._open(self._first_nbytes)
+        try:
+            reference = self._server.put(weights, timeout=self._replica.spec.config.timeouts.read)
+        except PayloadTooLargeError as error:
+            nbytes = plan(weights).nbytes
+            raise PayloadTooLargeError(
+                f"{nbytes:,} bytes where the first weights had {self._first_nbytes:,}: their ring was made for at "
+                f"most {self._slot_bytes:,}; return arrays of the same names, shapes and dtypes each time"
+            ) from error
         self._key.publish(reference.to_json(), version, epoch=epoch)
 
     def restore(self) -> None:
@@ -292,10 +309,10 @@ class ReferenceWeightsOutlet:
         return None if newest is None else newest.version
 
     def _open(self, nbytes: int) -> PayloadServer:
-        slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
+        self._slot_bytes = -(-(nbytes + nbytes // 16) // _PAGE) * _PAGE
         # One slot for each reader that is behind, one for the newest, one to write to.
         slots = self._replica.spec.config.rollout.replicas + 2
-        ring = self._opened.enter_context(SharedRingBuffer(slots, slot_bytes, retain="newest"))
+        ring = self._opened.enter_context(SharedRingBuffer(slots, self._slot_bytes, retain="newest"))
         return self._opened.enter_context(_server(self._replica, ring))
 
     def __enter__(self) -> ReferenceWeightsOutlet:

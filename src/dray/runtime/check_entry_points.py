@@ -15,15 +15,16 @@ from dray.runtime.process import begin_process
 
 
 def main() -> int:
-    """Write ``{}`` to REPORT, or the parts of a `ConfigError`."""
+    """Write to REPORT what is wrong: the parts of each mistake of a `ConfigError`."""
     begin_process("check")
     folder, worker, trainer, report = sys.argv[1:]
-    answer = {}
+    mistakes: tuple[ConfigError, ...] = ()
     try:
         check_entry_points(worker, trainer, Path(folder))
     except ConfigError as error:
-        answer = {"key": error.key, "value": str(error.value), "allowed": error.allowed}
-    write_json(Path(report), answer)
+        mistakes = error.mistakes
+    parts = [{name: getattr(each, name) for name in ("key", "value", "allowed", "problem")} for each in mistakes]
+    write_json(Path(report), {"mistakes": parts})
     return 0
 
 

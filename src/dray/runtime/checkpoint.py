@@ -77,7 +77,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
                 lists = {name: tuple(fields.get(name, ())) for name in ("unconfirmed", "unfreed")}
                 return place, CheckpointState(**{**fields, **lists})
             except (ValueError, TypeError, AttributeError) as error:
-                raise ConfigError("--resume", str(place), f"must be a checkpoint of dray ({error})") from error
+                allowed, problem = f"must be a checkpoint of dray ({error})", f"cannot go on from {place}"
+                raise ConfigError("--resume", str(place), allowed, problem) from error
     return None
 
 

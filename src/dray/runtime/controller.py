@@ -102,7 +102,7 @@ class Controller:
             job=self._spec.config.job.name,
             phase=membership.phase,
             seconds=self._deadline.elapsed,
-            outcome=None if outcome is None else messages.OutcomeReport(kind=outcome.kind, reason=outcome.reason),
+            outcome=None if outcome is None else messages.OutcomeReport(**asdict(outcome)),
             prompts=membership.prompts.statistics(),
             stall=self._stalled(),
             members=[
@@ -220,7 +220,7 @@ class Controller:
 
     async def _unregister(self, request: Request) -> Response:
         body = await _body(request, messages.Unregister)
-        self.membership.left(body.name, body.incarnation, body.reason, body.published)
+        self.membership.left(body.name, body.incarnation, body.reason, body.published, exit_code=body.exit_code)
         await self._after_event()
         return _reply(self._directive())
 
@@ -232,7 +232,7 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason, final=body.final)
+        self.membership.died(body.name, body.role, body.reason, final=body.final, exit_code=body.exit_code)
         await self._after_event()
         return _reply(self._directive())
 

@@ -1,16 +1,21 @@
-"""From the text of an entry point in the job file to the class that it names."""
+"""From the text of an entry point in the job file to the class that it names, and whether that fits."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dray.config import ENTRY_POINT_FORM
 from dray.errors import ConfigError
+from dray.printable import printable
+from dray.runtime.contract import PolicyTrainer, RolloutWorker
+from dray.runtime.user_code import described_error
 
 
 def load_entry_point(key: str, text: str, folder: Path) -> type[Any]:
@@ -32,29 +37,89 @@ def load_entry_point(key: str, text: str, folder: Path) -> type[Any]:
             name for name, value in vars(module).items() if isinstance(value, type) and name[0] != "_"
         )
         names = ", ".join(classes) or "none"
-        raise ConfigError(
-            key, text, f"must be {ENTRY_POINT_FORM}; {module_name} has no class {class_name}, but {names}"
-        )
+        raise _unusable(key, text, f"{module_name} has no class {class_name}, but {names}")
     return found
 
 
 def check_entry_points(worker: str, trainer: str, folder: Path) -> None:
-    """Import both classes and see that they have the methods that the runtime calls.
+    """Import both classes and see that they can be made, and called, as the runtime does it.
 
     Raises:
-        ConfigError: one cannot be imported or lacks a method.
+        ConfigError: one cannot be imported, or does not fit; every mistake of both is named.
     """
-    needed = {
-        ("rollout.worker", worker): ("setup", "load_weights", "rollout"),
-        ("policy.trainer", trainer): ("setup", "train_step", "weights", "save", "load"),
-    }
-    for (key, text), methods in needed.items():
-        found = load_entry_point(key, text, folder)
-        missing = [name for name in methods if not callable(getattr(found, name, None))]
-        if missing:
-            raise ConfigError(
-                key, text, f"must be a class with {', '.join(methods)}; it lacks {', '.join(missing)}"
-            )
+    mistakes = []
+    for key, text, contract in (
+        ("rollout.worker", worker, RolloutWorker),
+        ("policy.trainer", trainer, PolicyTrainer),
+    ):
+        try:
+            found = load_entry_point(key, text, folder)
+        except ConfigError as error:
+            mistakes.append(error)
+        else:
+            mistakes += [_unusable(key, text, reason) for reason in misfits(found, contract)]
+    if mistakes:
+        raise ConfigError.of(mistakes)
+
+
+def misfits(found: type[Any], contract: type[Any]) -> Iterator[str]:
+    """What about the class `found` does not fit the Protocol `contract`, each in a few words.
+
+    Nothing of the class is run. What cannot be known without that, such as the signature of a method in C, is
+    taken to fit.
+    """
+    yield from _constructor_misfits(found)
+    methods = {name: each for name, each in vars(contract).items() if inspect.isfunction(each) and name[0] != "_"}
+    missing = [name for name in methods if not callable(getattr(found, name, None))]
+    if missing:
+        yield f"it lacks {', '.join(missing)}; the methods must be {', '.join(methods)}"
+    for name, wanted in methods.items():
+        if name not in missing:
+            yield from _method_misfits(found, name, list(inspect.signature(wanted).parameters))
+
+
+def _constructor_misfits(found: type[Any]) -> Iterator[str]:
+    name = found.__name__
+    if inspect.isabstract(found):
+        yield f"{name} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"
+    signature = _signature(found)
+    if signature is not None and (reason := _refusal(signature, 0)):
+        yield f"{name}{signature} cannot be made without arguments: {reason}"
+
+
+def _method_misfits(found: type[Any], name: str, parameters: list[str]) -> Iterator[str]:
+    """Those of one method, which is called with `parameters`, `self` among them, by position."""
+    method, static = getattr(found, name), inspect.getattr_static(found, name)
+    if inspect.iscoroutinefunction(method):
+        yield f"{name}() is an async function, and dray does not await it: make it a plain function"
+    elif inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+        yield f"{name}() is a generator, as it uses yield: return the value instead"
+    takes_self = inspect.isfunction(static)
+    if not takes_self and not isinstance(static, staticmethod | classmethod):
+        return  # an object or a descriptor: it may be anything
+    given = parameters if takes_self else parameters[1:]
+    signature = _signature(method)
+    if signature is not None and (reason := _refusal(signature, len(given))):
+        yield f"{name}{signature} cannot be called with ({', '.join(given)}): {reason}"
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    """The signature without annotations, if it can be known."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        return None
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return inspect.Signature(plain)
+
+
+def _refusal(signature: inspect.Signature, count: int) -> str:
+    """Why a function cannot be called with `count` arguments by position; empty if it can."""
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def _file(key: str, text: str, path: Path) -> ModuleType:
@@ -63,7 +128,7 @@ def _file(key: str, text: str, path: Path) -> ModuleType:
     if loaded is not None and loaded.__file__ == str(path):
         return loaded
     if not path.is_file():
-        raise ConfigError(key, text, f"must be {ENTRY_POINT_FORM}; there is no file {path}")
+        raise _unusable(key, text, f"there is no file {path}; must be {ENTRY_POINT_FORM}")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -74,19 +139,18 @@ def _file(key: str, text: str, path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise _not_importable(key, text, error) from error
+        raise _unusable(key, text, f"importing it raised {described_error(error, str(path))}") from error
     return module
 
 
 def _module(key: str, text: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise _not_importable(key, text, error) from error
+    except (Exception, SystemExit) as error:
+        raise _unusable(key, text, f"importing it raised {described_error(error, None)}") from error
 
 
-def _not_importable(key: str, text: str, error: Exception) -> ConfigError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return ConfigError(key, text, f"must be {ENTRY_POINT_FORM} that can be imported; {reason}")
+def _unusable(key: str, text: str, reason: str) -> ConfigError:
+    return ConfigError(key, text, printable(reason, 1000), f"= {text!r} cannot be used")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Final
 
 
 class ExitCode(IntEnum):
     """| code | meaning |
     |---|---|
     | 0 | finished: solved, or all steps done where no `[stop]` is set |
-    | 1 | failed: not solved within `max_steps`, or no replica left to go on with |
+    | 1 | failed: not solved within `max_steps`, or no replica left to go on with, unless that is 10 or 17 |
     | 2 | configuration: nothing was started |
-    | 10 | a replica: the user's class raised; its log has the traceback |
+    | 10 | a replica, and the job that fails for it: the user's class raised; its log has the traceback |
     | 11 | a replica: the controller did not answer for `timeouts.controller_lost` |
     | 12 | a replica: the controller no longer counts it as a member |
     | 13 | a replica: Redis did not answer for `timeouts.redis` |
     | 14 | any process: an error of dray's own; its log has the traceback |
     | 15 | a policy replica: its group goes on under a newer epoch; its commit was refused |
     | 16 | a policy replica: another one of its group is gone |
+    | 17 | a replica, and the job that fails for it: the user's class returned what cannot be used |
     | 130 | interrupted by SIGINT |
     | 140 | on Slurm: the time limit was near; the run goes on in another part |
     | 143 | interrupted by SIGTERM |
@@ -34,9 +36,20 @@ class ExitCode(IntEnum):
     INTERNAL = 14
     OLD_EPOCH = 15
     GROUP_LOST = 16
+    USER_VALUE = 17
     SIGINT = 130
     TIME_LIMIT = 140
     SIGTERM = 143
+
+
+USER_CODES: Final = frozenset((ExitCode.USER_CODE, ExitCode.USER_VALUE))
+"""Of a replica that has ended by a mistake in the user's class. A job that fails for it exits with the same."""
+
+COMES_AGAIN: Final = frozenset((ExitCode.USER_VALUE,))
+"""What another attempt would come to as well: with these neither a policy group nor a run is started again."""
+
+JOB_FAILURES: Final = USER_CODES | {ExitCode.FAILED}
+"""Of a job that has ended by itself and did not finish."""
 
 
 def meaning(code: int) -> str:
@@ -57,6 +70,7 @@ _MEANINGS: dict[int, str] = {
     ExitCode.INTERNAL: "internal error",
     ExitCode.OLD_EPOCH: "the policy group goes on under a newer epoch",
     ExitCode.GROUP_LOST: "another policy replica was gone",
+    ExitCode.USER_VALUE: "the user's class returned what cannot be used",
     ExitCode.SIGINT: "interrupted by SIGINT",
     ExitCode.TIME_LIMIT: "the time limit was near",
     ExitCode.SIGTERM: "interrupted by SIGTERM",

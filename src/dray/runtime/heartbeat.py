@@ -12,11 +12,11 @@ from typing import Literal, Self
 
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import ControlPlaneError
+from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import MembershipError
-from dray.runtime.printable import printable
 from dray.runtime.process import StopFlag
 from dray.telemetry import Counters
 

@@ -7,6 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from dray.control import (
     BacklogFullError,
@@ -18,12 +19,15 @@ from dray.control import (
     StreamLostError,
     WeightsKey,
 )
-from dray.errors import DrayError, PayloadFormatError
-from dray.payload import pack, unpack
+from dray.errors import DrayError, PayloadFormatError, PayloadTooLargeError
+from dray.payload import plan, unpack
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 
 _SLICE = 0.5
+
+MAX_PAYLOAD: Final = 380 << 20
+"""Bytes of a payload: Redis takes 512 MiB in one value, and weights are a third longer there."""
 
 
 @contextmanager
@@ -50,7 +54,7 @@ class InlineOutlet:
         self._recent: deque[RolloutEntry] = deque(maxlen=bound)
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
-        image = bytes(pack(arrays))
+        image = bytes(_packed(arrays))
         entry = RolloutEntry(
             producer=self._producer,
             sequence=self._sequence,
@@ -122,7 +126,7 @@ class InlineWeightsOutlet:
         self._key = WeightsKey(replica.redis, replica.keys)
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
-        self._key.publish(base64.standard_b64encode(pack(weights)).decode("ascii"), version, epoch=epoch)
+        self._key.publish(base64.standard_b64encode(_packed(weights)).decode("ascii"), version, epoch=epoch)
 
     def restore(self) -> None:
         self._key.restore()
@@ -147,3 +151,15 @@ class InlineWeightsInlet:
         self._last = found
         self._replica.activity.counters.add("weight_payloads")
         return found.version, unpack(bytearray(base64.standard_b64decode(found.reference)))
+
+
+def _packed(arrays: Arrays) -> bytearray:
+    planned = plan(arrays)
+    if planned.nbytes > MAX_PAYLOAD:
+        raise PayloadTooLargeError(
+            f"{planned.nbytes:,} bytes, where Redis takes at most {MAX_PAYLOAD:,}: "
+            'job.payload_transfer = "ucxx" has no such bound'
+        )
+    image = bytearray(planned.nbytes)
+    planned.write(image)
+    return image

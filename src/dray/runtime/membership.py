@@ -13,6 +13,7 @@ from typing import Literal
 
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ControlPlaneError
+from dray.runtime.exit_codes import COMES_AGAIN, USER_CODES, ExitCode
 from dray.runtime.lifecycle import TRANSITIONS, JobEvent, Lifecycle, Phase
 from dray.runtime.prompts import PromptLedger
 
@@ -68,10 +69,12 @@ class MembershipError(ControlPlaneError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a job came to its end; `reason` is one sentence."""
+    """How a job came to its end; `reason` is one sentence, `cause` the exit code of the replica that it failed
+    for."""
 
     kind: OutcomeKind
     reason: str
+    cause: int | None = None
 
 
 @dataclass(slots=True)
@@ -90,7 +93,11 @@ class Progress:
 
 @dataclass(slots=True)
 class Member:
-    """One life of a replica. A restarted replica has the same name and another incarnation."""
+    """One life of a replica. A restarted replica has the same name and another incarnation.
+
+    Once it takes part no more, `reason` says why, `exit_code` with what its process ends, as far as that is known,
+    and `ended` when.
+    """
 
     name: str
     role: Role
@@ -99,6 +106,8 @@ class Member:
     last_heard: float
     state: MemberState = MemberState.ACTIVE
     reason: str = ""
+    exit_code: int | None = None
+    ended: float = 0.0
     progress: Progress = field(default_factory=Progress)
 
 
@@ -111,7 +120,7 @@ class Membership:
         start_timeout: seconds within which every expected replica must have registered, and those of a policy
             group that is started again.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
-            goes on until `died` says that it does not.
+            goes on until `died` says that it does not, or one has left with what comes again.
     """
 
     def __init__(
@@ -194,16 +203,22 @@ class Membership:
         if progress is not None:
             member.progress = progress
 
-    def left(self, name: str, incarnation: str, reason: str, published: Iterable[int] = ()) -> None:
+    def left(
+        self, name: str, incarnation: str, reason: str, published: Iterable[int] = (), *, exit_code: int = 0
+    ) -> None:
         """A member ends in order, and has `published` these prompts. Leaving twice changes nothing."""
         member = self.members.get(name)
         if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
             return
         self.prompts.published(name, published)
-        self._end(member, MemberState.LEFT, reason)
+        if member.role is Role.POLICY and exit_code in COMES_AGAIN:
+            self._restartable = False
+        self._end(member, MemberState.LEFT, reason, exit_code)
         self._consequences()
 
-    def died(self, name: str, role: Role, reason: str, *, final: bool = True) -> None:
+    def died(
+        self, name: str, role: Role, reason: str, *, final: bool = True, exit_code: int | None = None
+    ) -> None:
         """The replica's process is known to be gone, whether or not it ever registered. Unless `final`, its
         group is being started again."""
         if role is Role.POLICY and final:
@@ -213,7 +228,7 @@ class Membership:
         if member is None:
             member = self.members[name] = Member(name, role, "", 0, self._clock.now())
         if member.state is MemberState.ACTIVE:
-            self._end(member, MemberState.DEAD, reason)
+            self._end(member, MemberState.DEAD, reason, exit_code)
         self._consequences()
 
     def stop(self, outcome: Outcome) -> None:
@@ -253,9 +268,11 @@ class Membership:
     def _registered(self, role: Role) -> int:
         return sum(member.role is role for member in self.members.values())
 
-    def _end(self, member: Member, state: MemberState, reason: str) -> None:
+    def _end(self, member: Member, state: MemberState, reason: str, exit_code: int | None = None) -> None:
         member.state = state
         member.reason = reason
+        member.exit_code = exit_code
+        member.ended = self._clock.now()
         self.notices.append(f"{member.name} {state.value}: {reason}")
         if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
             self._restart_bound = self._clock.now() + self._start_timeout
@@ -272,13 +289,34 @@ class Membership:
             if role is Role.POLICY and self._restart_bound is not None:
                 continue
             if left == 0:
-                self.stop(Outcome("failed", f"no {role.value} replica is left"))
+                self._fail(f"no {role.value} replica is left", role)
             elif role is Role.POLICY and left < expected:
-                self.stop(Outcome("failed", f"the policy group has lost {expected - left} of its {expected}"))
+                self._fail(f"the policy group has lost {expected - left} of its {expected}", role)
         if self.phase is Phase.DRAINING and not self.active():
             assert self.outcome is not None
             self._move(LAST_LEFT[self.outcome.kind])
 
+    def _fail(self, what: str, role: Role) -> None:
+        """End the job for what has become of the replicas of `role`; the reason names the first real cause."""
+        members = [each for each in self.members.values() if each.role is role]
+        gone = [each for each in members if each.state is not MemberState.ACTIVE]
+        cause = min(gone, key=lambda each: (_cause_rank(each.exit_code), each.ended), default=None)
+        if cause is None:
+            self.stop(Outcome("failed", what))
+        else:
+            self.stop(Outcome("failed", f"{what}: {cause.name}: {cause.reason}", cause.exit_code))
+
     def _move(self, event: JobEvent) -> None:
         before = self.phase
         self.notices.append(f"phase {before.value} -> {self._lifecycle.apply(event).value} ({event.value})")
+
+
+_CONSEQUENCES = frozenset((ExitCode.OK, ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
+"""Of replicas that have ended for what became of others."""
+
+
+def _cause_rank(exit_code: int | None) -> int:
+    """How likely the end of a replica is what the others' ends follow from: lowest first."""
+    if exit_code in USER_CODES:
+        return 0
+    return 2 if exit_code in _CONSEQUENCES else 1

@@ -106,20 +106,23 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request."""
+    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request, and
+    the exit code with which it is about to end."""
 
     reason: Sentence
     published: Indices = []
+    exit_code: Annotated[int, Field(ge=0, le=255)] = 0
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end without leaving; `final` unless it starts the
-    replica's group again."""
+    """``POST /died``: the supervisor saw a replica's process end, with `exit_code` as `subprocess` gives it, and
+    `reason` in case that the replica has given none; `final` unless the supervisor starts its group again."""
 
     name: Name
     role: Role
     reason: Sentence
     final: bool = True
+    exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
 
 
 class Stop(Message):
@@ -164,10 +167,11 @@ class MemberStatus(Message):
 
 
 class OutcomeReport(Message):
-    """How the job came to its end."""
+    """How the job came to its end; `cause` is the exit code of the replica that it failed for."""
 
     kind: OutcomeKind
     reason: str
+    cause: int | None = None
 
 
 class Stall(Message):

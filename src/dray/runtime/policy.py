@@ -23,6 +23,7 @@ from dray.clock import MONOTONIC, Deadline
 from dray.control import Delivery, RedisUnavailableError
 from dray.errors import ControlPlaneError, DrayError, StaleSlotError
 from dray.payload.trajectory import REWARDS
+from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.batch import Batch
 from dray.runtime.by_reference import rank_client
@@ -35,14 +36,22 @@ from dray.runtime.intake import Intake
 from dray.runtime.job import finite
 from dray.runtime.membership import OutcomeKind, Role
 from dray.runtime.policy_rank import Following
-from dray.runtime.printable import printable
 from dray.runtime.process import leave
 from dray.runtime.ranks import Failure, Ranks
-from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.replica import Replica, run_replica, stop_code
 from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.stop_condition import MEAN_RETURN, StopCondition, StopMetricError
 from dray.runtime.transfer import Inlet, WeightsOutlet
 from dray.runtime.transfer_choice import open_inlet
+from dray.runtime.user_code import (
+    UserCodeError,
+    call_user,
+    carried,
+    make_user_object,
+    returned_arrays,
+    returned_metrics,
+    save_into,
+)
 
 _LOG = logging.getLogger("dray.runtime.policy")
 _SLICE = 0.5
@@ -65,6 +74,8 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
             )
             for descriptor, peer in zip(descriptors, peers, strict=True)
         ]
+        # Before the channels are closed, by which the other ranks notice.
+        opened.push(partial(_leave_at_once, replica))
         ranks = Ranks(channels, config.policy.readers) if first else None
         group = PolicyGroup(
             rank=replica.index,
@@ -74,9 +85,8 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
         )
         replica.activity.doing("importing the trainer")
         trainer_class = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
-        with user_code("setup"):
-            trainer: PolicyTrainer = trainer_class()
-            trainer.setup(replica.context(dict(config.policy.args), group))
+        trainer: PolicyTrainer = make_user_object(trainer_class)
+        call_user(trainer, "setup", replica.context(dict(config.policy.args), group))
         if ranks is None:
             client = opened.enter_context(rank_client(replica))
             replica.stop.disposable = False
@@ -84,6 +94,11 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
         inlet, weights = opened.enter_context(open_inlet(replica))
         log = opened.enter_context(replica.spec.folder.metrics.open("a", encoding="utf-8"))
         return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
+
+
+def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __: object) -> None:
+    if isinstance(error, UserCodeError):
+        replica.leave_at_once(error)
 
 
 def _shared_by(channel: Channel, _text: str | None) -> str:
@@ -154,8 +169,7 @@ class Training:
             state = CheckpointState(0, 0, self._next_prompt)
         else:
             place, state = found
-            with user_code("load"):
-                self._trainer.load(trainer_folder(place, 0))
+            call_user(self._trainer, "load", trainer_folder(place, 0))
             _LOG.info("goes on from step %d of %s", state.step, place)
             self._saved_step = state.step
         self._step = state.step
@@ -252,9 +266,8 @@ class Training:
 
     def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         try:
-            with user_code("train_step"):
-                found = self._trainer.train_step(trajectories)
-                return {name: float(value) for name, value in found.items()}
+            found = call_user(self._trainer, "train_step", trajectories)
+            return returned_metrics(self._trainer, "train_step", found)
         except UserCodeError as error:
             # What is said to have gone wrong is often only that another rank is gone.
             try:
@@ -266,9 +279,9 @@ class Training:
     def _publish_weights(self) -> None:
         self._replica.activity.doing("publishing weights")
         self._ranks.weights()
-        with user_code("weights"):
-            arrays = self._trainer.weights()
-        self._weights.publish(arrays, self._version, self._intake.epoch)
+        arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
+        with carried(self._trainer, "weights"):
+            self._weights.publish(arrays, self._version, self._intake.epoch)
 
     def _record(
         self,
@@ -349,8 +362,7 @@ class Training:
 
     def _save_trainers(self, folder: Path) -> None:
         self._ranks.save(folder.parent)
-        with user_code("save"):
-            self._trainer.save(folder)
+        save_into(self._trainer, folder)
         self._ranks.wait()
 
     def _show_last(self) -> None:

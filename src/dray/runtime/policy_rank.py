@@ -9,7 +9,8 @@ from dray.runtime.contract import PolicyTrainer, Trajectory
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import Answer, Channel, GroupLostError, Order
 from dray.runtime.ranks import Failure
-from dray.runtime.replica import Replica, UserCodeError, user_code
+from dray.runtime.replica import Replica
+from dray.runtime.user_code import UserCodeError, call_user, save_into
 from dray.transport import PayloadClient
 from dray.wire import PayloadRef
 
@@ -52,22 +53,19 @@ class Following:
     def _carry_out(self, order: Order) -> Answer | None:
         if order.what == "begin":
             if order.text:
-                with user_code("load"):
-                    self._trainer.load(Path(order.text))
+                call_user(self._trainer, "load", Path(order.text))
             return None
         if order.what == "read":
             return self._read(order)
         if order.what == "train":
             return self._train(order.identities)
         if order.what == "weights":
-            with user_code("weights"):
-                self._trainer.weights()
+            call_user(self._trainer, "weights")
             return None
         if order.what == "save":
             folder = Path(order.text)
             folder.mkdir()
-            with user_code("save"):
-                self._trainer.save(folder)
+            save_into(self._trainer, folder)
             return Answer()
         raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")
 
@@ -89,7 +87,6 @@ class Following:
     def _train(self, identities: list[str]) -> Answer:
         trajectories = [self._read_so_far[identity] for identity in identities]
         self._read_so_far.clear()
-        with user_code("train_step"):
-            self._trainer.train_step(trajectories)
+        call_user(self._trainer, "train_step", trajectories)
         self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
         return Answer()

@@ -7,12 +7,13 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from dray.control import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
-from dray.errors import ControlPlaneError
+from dray.errors import ConfigError, ControlPlaneError, DrayError
+from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.contract import PolicyGroup, ReplicaContext
 from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
@@ -21,29 +22,16 @@ from dray.runtime.group_channel import GroupLostError
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
+from dray.runtime.messages import MAX_SENTENCE
 from dray.runtime.place import own_address
 from dray.runtime.process import StopFlag, begin_process, finish_process, set_log_level, stop_on_signals
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
+from dray.runtime.user_code import UserCodeError, described_error
 
 _LOG = logging.getLogger("dray.runtime.replica")
 UNREGISTER_BOUND = 2.0
 _ANSWER_SHARE = 0.3
 """Of `timeouts.shutdown`: what a command may wait for a Redis that is stopped."""
-
-
-class UserCodeError(Exception):
-    """The user's class raised; the cause is its exception."""
-
-
-@contextmanager
-def user_code(what: str) -> Iterator[None]:
-    """Tell exceptions of the user's class from dray's own; leaving the interpreter is one of them."""
-    try:
-        yield
-    except GroupLostError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserCodeError(what) from error
 
 
 class Replica:
@@ -52,6 +40,8 @@ class Replica:
     Attributes:
         stop: set when the replica must end; every wait looks at it.
         activity: what the replica does, for the status page.
+        leaving_reason: what the controller is told when the replica leaves; by default why it was to stop.
+        exit_code: with which it will end, as far as that is known.
         published: prompts whose trajectories were handed on and that the controller was not told of yet.
     """
 
@@ -64,7 +54,9 @@ class Replica:
         self.stop = stop
         self.activity = Activity()
         self.leaving_reason = ""
+        self.exit_code = ExitCode.OK
         self.published: list[int] = []
+        self._left = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Replica:
@@ -120,13 +112,29 @@ class Replica:
             address=own_address(),
         )
 
+    def failed(self, error: BaseException) -> None:
+        """`error` ends this replica: that is what the controller will be told."""
+        self.leaving_reason = reason_of(error)
+        self.exit_code = exit_code_of(error, self.stop)
+
+    def leave_at_once(self, error: BaseException) -> None:
+        """Tell the controller that `error` ends this replica before others notice that it is gone.
+
+        What they end with is a consequence then, and known to be one.
+        """
+        self.failed(error)
+        self.heartbeat.close()
+        self._unregister()
+
     def _unregister(self) -> None:
-        if self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
+        if self._left or self.stop.exit_code in (ExitCode.CONTROLLER_LOST, ExitCode.NOT_A_MEMBER):
             return
+        self._left = True
         body = messages.Unregister(
             name=self.name,
             incarnation=self.incarnation,
-            reason=(self.leaving_reason or self.stop.reason or "done")[:2000],
+            reason=printable(self.leaving_reason or self.stop.reason or "done", MAX_SENTENCE),
+            exit_code=self.exit_code,
             published=self.published,
         )
         try:
@@ -136,7 +144,7 @@ class Replica:
             _LOG.warning("could not unregister: %s", error)
 
 
-def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> int:
+def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     """The main function of a replica's process: ``SPEC INDEX …`` on the command line, `work` in between."""
     index = int(sys.argv[2])
     begin_process(f"{role.value}-{index}")
@@ -153,45 +161,49 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> int:
     try:
         with Replica(spec, role, index, stop) as replica:
             try:
-                code = work(replica)
-            except UserCodeError as error:
-                replica.leaving_reason = f"{error} raised {type(error.__cause__).__name__}"
+                replica.exit_code = code = work(replica)
+            except BaseException as error:
+                replica.failed(error)
                 raise
-            except ControlPlaneError as error:
-                replica.leaving_reason = str(error)
-                raise
-    except UserCodeError as error:
-        _LOG.error("%s raised", error, exc_info=error.__cause__)
-        return _code_of(error.__cause__)
-    except MembershipError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.NOT_A_MEMBER)
-    except ControllerLostError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.CONTROLLER_LOST)
-    except RedisUnavailableError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.REDIS_LOST)
-    except OldEpochError as error:
-        _LOG.error("%s", error)
-        return ExitCode.OLD_EPOCH
-    except GroupLostError as error:
-        _LOG.error("%s", error)
-        return stop_code(stop, ExitCode.GROUP_LOST)
+    except _EXPECTED as error:
+        # The traceback of the user's class is what its user looks for.
+        _LOG.error("%s", reason_of(error), exc_info=error.__cause__ if isinstance(error, UserCodeError) else None)
+        return exit_code_of(error, stop)
     finally:
         finish_process()
     _LOG.info("ends with exit code %d (%s)", code, code.name)
     return code
 
 
-def _code_of(raised: BaseException | None) -> int:
-    """The exit code for what the user's class has raised: one that it has chosen with `sys.exit` is its own.
+_EXIT_CODES: dict[type[Exception], ExitCode] = {
+    ConfigError: ExitCode.CONFIGURATION,
+    MembershipError: ExitCode.NOT_A_MEMBER,
+    ControllerLostError: ExitCode.CONTROLLER_LOST,
+    RedisUnavailableError: ExitCode.REDIS_LOST,
+    OldEpochError: ExitCode.OLD_EPOCH,
+    GroupLostError: ExitCode.GROUP_LOST,
+}
+"""What a replica ends with by the error that ended it, beside the user's own; any other is an internal one."""
 
-    0 would say that the replica is done; what does not fit into an exit code, such as a text, has no number.
-    """
-    if isinstance(raised, SystemExit) and isinstance(raised.code, int) and 0 < raised.code < 256:
-        return raised.code
-    return ExitCode.USER_CODE
+_EXPECTED: tuple[type[Exception], ...] = (UserCodeError, *_EXIT_CODES)
+
+_WHATEVER_WAS_ASKED = frozenset((ExitCode.CONFIGURATION, ExitCode.OLD_EPOCH))
+"""These are told even if the replica was to stop for another reason."""
+
+
+def exit_code_of(error: BaseException, stop: StopFlag) -> ExitCode:
+    """The exit code of a replica that `error` ends."""
+    if isinstance(error, UserCodeError):
+        return error.exit_code
+    found = next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), ExitCode.INTERNAL)
+    return found if found in _WHATEVER_WAS_ASKED or found is ExitCode.INTERNAL else stop_code(stop, found)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a replica ends that `error` ends, in one line."""
+    if isinstance(error, UserCodeError | DrayError):
+        return printable(str(error), MAX_SENTENCE)
+    return f"internal error: {described_error(error, None)}"
 
 
 def stop_code(stop: StopFlag, otherwise: ExitCode) -> ExitCode:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from dray.config import JobConfig
+from dray.printable import printable
+from dray.runtime.exit_codes import JOB_FAILURES
 from dray.runtime.job import JobFolder, finite, short_path, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
 from dray.runtime.messages import ProgressReport, Status
-from dray.runtime.printable import printable
 from dray.runtime.stop_condition import MEAN_RETURN
 
 _LOG = logging.getLogger("dray.runtime.report")
@@ -70,7 +71,7 @@ def write_report(
     finished = outcome is not None and outcome.kind in FINISHED_OUTCOMES
     if summary["solved"]:
         head = "solved"
-    elif finished or exit_code == 1:
+    elif finished or exit_code in JOB_FAILURES:
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"

@@ -13,10 +13,11 @@ from dray.runtime.entry_point import load_entry_point
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import Role
 from dray.runtime.process import leave
-from dray.runtime.replica import Replica, UserCodeError, run_replica, stop_code, user_code
+from dray.runtime.replica import Replica, run_replica, stop_code
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 from dray.runtime.transfer import Outlet, WeightsInlet
 from dray.runtime.transfer_choice import open_outlet
+from dray.runtime.user_code import UserCodeError, call_user, carried, make_user_object, returned_arrays
 
 _LOG = logging.getLogger("dray.runtime.rollout")
 _SLICE = 0.5
@@ -31,9 +32,8 @@ def work(replica: Replica) -> ExitCode:
     sys.setswitchinterval(config.switch_interval)
     replica.activity.doing("importing the worker")
     worker_class = load_entry_point("rollout.worker", config.worker, replica.spec.job_file.parent)
-    with user_code("setup"):
-        worker: RolloutWorker = worker_class()
-        worker.setup(replica.context(dict(config.args)))
+    worker: RolloutWorker = make_user_object(worker_class)
+    call_user(worker, "setup", replica.context(dict(config.args)))
     with ExitStack() as opened:
         closing = ShutdownStep("stop serving payloads", "transfers in flight", SERVER_CLOSE_BOUND)
         outlet, weights = closed_by_step(opened, open_outlet(replica), closing)
@@ -41,7 +41,7 @@ def work(replica: Replica) -> ExitCode:
         try:
             _generate(replica, worker, outlet, weights)
         except UserCodeError as error:
-            replica.stop.set(f"the worker's {error} raised", ExitCode.USER_CODE)
+            replica.stop.set(str(error), error.exit_code)
             _drain(replica, outlet)
             raise
         _drain(replica, outlet)
@@ -76,11 +76,13 @@ def _generate(replica: Replica, worker: RolloutWorker, outlet: Outlet, weights: 
                 return
             activity.doing("generating")
             began = MONOTONIC.now()
-            with user_code("rollout"):
-                arrays = worker.rollout(Prompt(index, seed))
+            found = call_user(worker, "rollout", Prompt(index, seed))
+            arrays = returned_arrays(worker, "rollout", found)
             activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
             activity.waits("room to hand on a trajectory", "the policy")
-            if outlet.put(arrays, prompt=index, weight_version=version):
+            with carried(worker, "rollout"):
+                handed_on = outlet.put(arrays, prompt=index, weight_version=version)
+            if handed_on:
                 replica.published.append(index)
 
 
@@ -95,8 +97,7 @@ def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet
         newest = weights.newer(0.0)
     if newest is None:
         return version or 0
-    with user_code("load_weights"):
-        worker.load_weights(newest[1], newest[0])
+    call_user(worker, "load_weights", newest[1], newest[0])
     replica.activity.show("weight_version", newest[0])
     return newest[0]
 

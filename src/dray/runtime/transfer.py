@@ -21,7 +21,11 @@ class Outlet(Protocol):
     """The rollout replica's end of the way of trajectories."""
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
-        """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on."""
+        """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on.
+
+        Raises:
+            PayloadError: `arrays` cannot be carried; where there are too many bytes, the message names the key.
+        """
         ...
 
     def refresh(self) -> None:
@@ -69,7 +73,11 @@ class WeightsOutlet(Protocol):
     """The policy replica's end of the way of weights."""
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
-        """Make `weights`, of a policy group in its `epoch`, the newest."""
+        """Make `weights`, of a policy group in its `epoch`, the newest.
+
+        Raises:
+            PayloadError: `weights` cannot be carried; where there are too many bytes, the message has the bound.
+        """
         ...
 
     def restore(self) -> None:

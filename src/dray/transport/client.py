@@ -365,7 +365,10 @@ def _as_it_is(result: Bytes | DrayError) -> Bytes | DrayError:
 def _usable(lanes: str) -> tuple[Lane, ...]:
     """The lanes this client may use, best first."""
     if not sys.platform.startswith("linux"):
-        raise ConfigError("sys.platform", sys.platform, "Linux: dray's lanes need epoll and memfd")
+        problem = f"{sys.platform} is not supported"
+        raise ConfigError(
+            "sys.platform", sys.platform, "must be linux; dray's lanes need epoll and memfd", problem
+        )
     if lanes == "auto":
         return (Lane.SHM, Lane.UCX, Lane.TCP) if UCXX_AVAILABLE else (Lane.SHM, Lane.TCP)
     if lanes not in LANE_NAMES:

@@ -31,7 +31,9 @@ class _Table:
         known = [each.name for each in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key, value in table.items():
             if key not in known:
-                raise ConfigError(str(key), value, f"there is no such key; known are {', '.join(known)}")
+                raise ConfigError(
+                    str(key), value, f"the keys are {', '.join(known)}", "is no key of this configuration"
+                )
         return cls(**table)
 
 

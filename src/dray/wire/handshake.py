@@ -86,7 +86,9 @@ class ServerIdentity:
 def check_secret(secret: bytes | None) -> None:
     """Raise `ConfigError`, which does not show it, unless the secret is some bytes or ``None``."""
     if secret is not None and (not isinstance(secret, bytes) or not secret):
-        raise ConfigError("secret", type(secret).__name__, "some bytes, or None")
+        kind = type(secret).__name__
+        problem = "is empty" if isinstance(secret, bytes) else f"is a {kind}"
+        raise ConfigError("secret", kind, "must be some bytes, or None", problem)
 
 
 def proof(secret: bytes, role: bytes, lane: Lane, nonces: bytes, producer: bytes) -> bytes:

@@ -11,8 +11,10 @@ from dray.runtime.lifecycle import Phase
 from dray.runtime.messages import OutcomeReport, Status
 
 
-def status(kind: str | None) -> Status:
-    outcome = None if kind is None else OutcomeReport.model_validate({"kind": kind, "reason": "because"})
+def status(kind: str | None, cause: int | None = None) -> Status:
+    outcome = None
+    if kind is not None:
+        outcome = OutcomeReport.model_validate({"kind": kind, "reason": "because", "cause": cause})
     return Status(job="small", phase=Phase.DRAINING, seconds=1.0, outcome=outcome, members=[], prompts={})
 
 
@@ -49,6 +51,18 @@ def test_finished_work_stands_and_nothing_else_is_called_finished(
         assert found.status is not None
         assert found.status.outcome is not None
         assert found.status.outcome.kind == "solved"
+
+
+@pytest.mark.parametrize(("cause", "code"), [(None, 1), (0, 1), (-9, 1), (13, 1), (14, 1), (10, 10), (17, 17)])
+def test_job_that_fails_for_a_mistake_in_the_users_class_has_the_exit_code_of_that(
+    cause: int | None, code: int
+) -> None:
+    found = ending("small", status("failed", cause), None, [], "")
+    assert (found.exit_code, found.reason) == (code, "because")
+    # A finished job, and one that a signal ends, have their own.
+    assert ending("small", status("failed", cause), SOLVED, [], "").exit_code == ExitCode.OK
+    assert ending("small", status("failed", cause), None, [signal.SIGINT], "").exit_code == ExitCode.SIGINT
+    assert ending("small", status("solved", cause), None, [], "").exit_code == ExitCode.OK
 
 
 def test_ending_without_any_status_is_told_from_the_checkpoint() -> None:

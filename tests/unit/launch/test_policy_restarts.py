@@ -24,6 +24,8 @@ def test_z7_group_is_restarted_however_a_rank_is_lost(code: int, replicas: int) 
         ([ExitCode.INTERNAL], 1, True),
         ([ExitCode.USER_CODE], 1, False),
         ([ExitCode.USER_CODE], 2, True),
+        ([ExitCode.USER_VALUE], 1, False),
+        ([ExitCode.USER_VALUE, ExitCode.GROUP_LOST], 2, False),
         ([ExitCode.GROUP_LOST], 2, True),
         ([ExitCode.GROUP_LOST, ExitCode.REDIS_LOST], 2, False),
         ([ExitCode.GROUP_LOST, ExitCode.CONFIGURATION], 2, False),

@@ -133,6 +133,10 @@ END: dict[str, Any] = {
         (137, {"nodes_lost": True}, RunEvent.MOVE),
         (137, {"nodes_lost": True, "remaining_retries": 0}, RunEvent.GIVE_UP),
         (1, {"remaining_retries": 0}, RunEvent.GIVE_UP),
+        (ExitCode.USER_CODE, {}, RunEvent.FAIL),
+        (ExitCode.USER_VALUE, {}, RunEvent.GIVE_UP),
+        (ExitCode.USER_VALUE, {"nodes_lost": True}, RunEvent.GIVE_UP),
+        (ExitCode.USER_VALUE, {"signal": "TERM"}, RunEvent.CANCEL),
     ],
 )
 def test_end_of_an_attempt(code: int, changed: dict[str, Any], event: RunEvent) -> None:
@@ -151,6 +155,12 @@ def test_failed_attempt_is_made_again_until_no_retry_is_left(plan: Plan) -> None
     assert begin(plan, "7") == "failed"
     assert record(plan).state is RunState.FAILED
     assert [each[:3] for each in ends(plan)] == [(1, 1, 14), (1, 2, 14), (1, 3, 14)]
+
+
+def test_attempt_whose_class_returns_what_cannot_be_used_is_not_made_again(plan: Plan) -> None:
+    assert [begin(plan, "7"), end(plan, ExitCode.USER_VALUE)] == ["start 1 1", "failed"]
+    assert record(plan).state is RunState.FAILED
+    assert begin(plan, "7") == "failed"
 
 
 def test_part_that_ends_at_its_time_limit_uses_no_retry_and_gives_all_back(plan: Plan) -> None:
@@ -310,7 +320,7 @@ def test_commands_print_one_word_or_an_error(plan: Plan, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "start 1 1\nagain\n"
     (plan.run_folder / "slurm.json").write_text('{"state": "well"}')
     assert main(["begin", str(plan.path), "--job-id", "7"]) == 2
-    assert capsys.readouterr().err.startswith("error: slurm.json = ")
+    assert capsys.readouterr().err.startswith("error: slurm.json at ")
 
 
 def test_record_reads_as_it_was_written(plan: Plan) -> None:

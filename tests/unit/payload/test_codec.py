@@ -195,8 +195,7 @@ def test_array_subclasses_are_packed_as_arrays(tmp_path):
         np.zeros(2, [("a", "f4")]),
         np.zeros(2, ml_dtypes.float8_e4m3b11fnuz),
         np.zeros(2, ml_dtypes.int4),
-        None,
-        {"nested": 1},
+        np.array(["a"], np.dtypes.StringDType()),
     ],
     ids=lambda value: str(getattr(value, "dtype", value)),
 )
@@ -205,6 +204,34 @@ def test_other_dtypes_are_an_error_that_names_field_and_dtype(value):
         PayloadFormatError, match=r"'odd' has dtype " + str(np.asarray(value).dtype).split("[")[0][:3]
     ):
         pack({"fine": np.zeros(2), "odd": value})
+
+
+class _Opaque: ...
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "is None"),
+        ({"nested": 1}, "is a dict"),
+        (_Opaque(), "is a _Opaque"),
+        ([[1, 2], [3]], "lists of different lengths"),
+        (np.ma.masked_less(np.arange(4.0), 2), "is a masked array, whose mask is not carried"),
+        (np.ma.masked, "is a masked array"),
+    ],
+)
+def test_what_is_no_array_is_an_error_that_names_field_and_kind(value, words):
+    with pytest.raises(PayloadFormatError) as caught:
+        pack({"odd": value})
+    assert "field 'odd'" in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_what_is_no_array_is_an_error_with_a_schema_as_well():
+    schema = PayloadSchema({"odd": TensorSpec("F32", (None,))})
+    for value in (np.ma.masked_less(np.arange(4.0), 2), np.array(["a"], np.dtypes.StringDType()), {"x": 1}):
+        with pytest.raises(PayloadFormatError, match="field 'odd'"):
+            pack({"odd": value}, schema)
 
 
 class Raising:

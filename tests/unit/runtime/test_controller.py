@@ -109,6 +109,27 @@ def test_job_waits_for_a_policy_that_is_started_again_and_no_longer(spec: JobSpe
     ask(spec, story)
 
 
+def test_reason_with_which_a_replica_leaves_is_in_the_status_and_the_outcome(
+    spec: JobSpec,
+) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        reason = "Worker.rollout() of small.py returned None"
+        await call("/unregister", {**ROLLOUT, "reason": reason, "exit_code": 17})
+        for index in range(1, spec.config.rollout.replicas):
+            name = f"rollout-{index}"
+            await call("/died", {"name": name, "role": "rollout", "reason": "it never came", "exit_code": 1})
+        died = {"name": "rollout-0", "role": "rollout", "reason": "exit code 17", "exit_code": 17}
+        assert (await call("/died", died)).json()["stop"]
+        status = controller.status()
+        assert {each.name: each.reason for each in status.members}["rollout-0"] == reason
+        assert status.outcome is not None
+        assert status.outcome.reason == f"no rollout replica is left: rollout-0: {reason}"
+        assert status.outcome.cause == 17
+
+    ask(spec, story)
+
+
 def test_request_for_prompts_waits_until_there_are_some(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)

@@ -107,7 +107,7 @@ def test_job_without_policy_fails(job: Membership) -> None:
     job.left("rollout-0", "a", "job over")
     job.left("rollout-1", "b", "job over")
     assert job.phase is Phase.FAILED
-    assert job.outcome == Outcome("failed", "no policy replica is left")
+    assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
 def test_job_goes_on_without_one_rollout_replica_and_fails_without_any(job: Membership) -> None:
@@ -116,7 +116,42 @@ def test_job_goes_on_without_one_rollout_replica_and_fails_without_any(job: Memb
     assert job.phase is Phase.RUNNING
     job.died("rollout-1", Role.ROLLOUT, "killed by signal 9")
     assert job.phase is Phase.DRAINING
-    assert job.outcome == Outcome("failed", "no rollout replica is left")
+    assert job.outcome == Outcome("failed", "no rollout replica is left: rollout-0: killed by signal 9")
+
+
+@pytest.mark.parametrize(
+    ("ends", "cause"),
+    [
+        ([("rollout-0", -9), ("rollout-1", -9)], "rollout-0"),
+        ([("rollout-0", -9), ("rollout-1", 10)], "rollout-1"),
+        ([("rollout-0", 12), ("rollout-1", -9)], "rollout-1"),
+        ([("rollout-0", 0), ("rollout-1", 13)], "rollout-1"),
+        ([("rollout-1", 17), ("rollout-0", 10)], "rollout-1"),
+        ([("rollout-1", 0), ("rollout-0", 0)], "rollout-1"),
+    ],
+)
+def test_job_fails_for_the_first_end_that_is_no_consequence_of_another(
+    job: Membership, clock: ManualClock, ends: list[tuple[str, int]], cause: str
+) -> None:
+    start(job)
+    for name, code in ends:
+        clock.time += 1
+        if code < 0:
+            job.died(name, Role.ROLLOUT, f"code {code}", exit_code=code)
+        else:
+            job.left(name, "a" if name == "rollout-0" else "b", f"code {code}", exit_code=code)
+    code = dict(ends)[cause]
+    assert job.outcome == Outcome("failed", f"no rollout replica is left: {cause}: code {code}", code)
+
+
+def test_words_of_a_replica_that_has_left_stand_when_its_process_has_ended(job: Membership) -> None:
+    start(job)
+    job.left("policy-0", "c", "Trainer.weights() returned None", exit_code=17)
+    job.died("policy-0", Role.POLICY, "the user's class returned what cannot be used", exit_code=17)
+    assert job.members["policy-0"].reason == "Trainer.weights() returned None"
+    assert job.outcome == Outcome(
+        "failed", "no policy replica is left: policy-0: Trainer.weights() returned None", 17
+    )
 
 
 def test_replica_that_dies_before_registering_counts_as_gone(job: Membership) -> None:
@@ -199,11 +234,20 @@ def test_job_goes_on_while_its_policy_is_started_again(clock: ManualClock) -> No
     job.register("policy-0", Role.POLICY, "d", 9)
     clock.time += 9
     job.heard("policy-0", "d")
-    job.left("policy-0", "d", "train_step raised ValueError")
+    job.left("policy-0", "d", "train_step raised ValueError", exit_code=10)
     assert job.phase is Phase.RUNNING
     job.died("policy-0", Role.POLICY, "the user's class raised")
     assert job.phase is Phase.DRAINING
-    assert job.outcome == Outcome("failed", "no policy replica is left")
+    reason = "no policy replica is left: policy-0: train_step raised ValueError"
+    assert job.outcome == Outcome("failed", reason, 10)
+
+
+def test_job_does_not_wait_for_a_policy_that_would_come_to_the_same_again(clock: ManualClock) -> None:
+    job = restartable(clock, ranks=2)
+    job.register("policy-1", Role.POLICY, "e", 5)
+    job.left("policy-0", "c", "Trainer.weights() returned None", exit_code=17)
+    reason = "the policy group has lost 1 of its 2: policy-0: Trainer.weights() returned None"
+    assert job.outcome == Outcome("failed", reason, 17)
 
 
 def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> None:
@@ -214,11 +258,11 @@ def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> Non
         for name, incarnation in (("rollout-0", "a"), ("rollout-1", "b")):
             job.heard(name, incarnation)
         job.reap()
-    assert job.outcome == Outcome("failed", "no policy replica is left")
+    assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
 def test_group_that_has_lost_one_and_is_not_started_again_fails_the_job(clock: ManualClock) -> None:
     job = restartable(clock, ranks=2)
     job.register("policy-1", Role.POLICY, "e", 5)
     job.died("policy-1", Role.POLICY, "killed by signal 9")
-    assert job.outcome == Outcome("failed", "the policy group has lost 1 of its 2")
+    assert job.outcome == Outcome("failed", "the policy group has lost 1 of its 2: policy-1: killed by signal 9")

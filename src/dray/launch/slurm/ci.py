@@ -142,9 +142,8 @@ def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
         folders = sorted({path.relative_to(project).parts[1] for path in project.glob("tests/*/**/test_*.py")})
         chosen = [f"tests/{folder}" for folder in folders]
     if not chosen:
-        raise ConfigError(
-            "suites", str(project), "a project with tests in the folders of tests/, or suites by name"
-        )
+        allowed = "there must be tests in the folders of its tests/, or suites given by name"
+        raise ConfigError("suites", str(project), allowed, f"cannot be found in {project}")
     for path in chosen:
         if not (project / path.partition("::")[0]).exists():
             raise ConfigError("suites", path, f"a path in {project}")

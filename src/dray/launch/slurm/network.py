@@ -72,8 +72,10 @@ def chosen(
         raise ConfigError("slurm.interface", configured, allowed)
     outside = [each for each in available if not each.is_loopback]
     if not outside:
-        allowed = "this node has no other interface than loopback that is up and has an IPv4 address; name one"
-        raise ConfigError("slurm.interface", None, allowed)
+        allowed = (
+            "must name one; this node has no other interface than loopback that is up and has an IPv4 address"
+        )
+        raise ConfigError("slurm.interface", None, allowed, "is not set")
     # Sorting keeps the kernel's order among equals.
     return min(outside, key=lambda each: (each.name not in rdma, each.name != route))
 

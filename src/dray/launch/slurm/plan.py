@@ -101,10 +101,8 @@ class Plan:
         """
         try:
             with path.open(encoding="utf-8") as file:
-                mode = os.fstat(file.fileno()).st_mode & 0o777
+                _check_owner_only(path, file.fileno())
                 document = json.load(file)
-            if mode & 0o077:
-                raise ConfigError("plan", str(path), f"a file for its owner only; its mode is {mode:o}")
             return cls(
                 config=JobConfig.model_validate(document["config"]),
                 job_file=Path(document["job_file"]),
@@ -117,10 +115,21 @@ class Plan:
                 environment=document["environment"],
             )
         except OSError as error:
-            raise ConfigError("plan", str(path), f"a file that can be read ({error.strerror})") from error
+            reason = str(error.strerror)
+            raise ConfigError("plan", str(path), reason, problem=f"{path} cannot be read") from error
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             # Nothing of what was read is shown: it may be the secret.
-            raise ConfigError("plan", str(path), f"a plan of this version ({type(error).__name__})") from None
+            allowed = f"must be a plan of this version ({type(error).__name__})"
+            raise ConfigError("plan", str(path), allowed, problem=f"{path} cannot be used") from None
+
+
+def _check_owner_only(path: Path, descriptor: int) -> None:
+    mode = os.fstat(descriptor).st_mode & 0o777
+    if mode & 0o077:
+        allowed = f"must be a file for its owner only, its mode is {mode:o}"
+        raise ConfigError("plan", str(path), allowed, problem=f"{path} is not used")
 
 
 def plan_path(run_folder: Path) -> Path:

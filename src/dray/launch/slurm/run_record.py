@@ -67,9 +67,11 @@ class RunRecord:
             ends = tuple(AttemptEnd(**end) for end in document["ends"])
             return cls(**{**document, "state": RunState(document["state"]), "ends": ends})
         except OSError as error:
-            raise ConfigError("run folder", str(run_folder), "the folder of a run that was submitted") from error
+            allowed, problem = "must be that of a run that was submitted", f"{run_folder} cannot be used"
+            raise ConfigError("run folder", str(run_folder), allowed, problem) from error
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(FILE_NAME, str(path), f"a record of this version ({error})") from error
+            allowed, problem = f"must be a record of this version ({error})", f"at {path} cannot be used"
+            raise ConfigError(FILE_NAME, str(path), allowed, problem) from error
 
     def write(self, run_folder: Path) -> None:
         """Write to the run's folder, whole or not at all."""

@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import COMES_AGAIN, ExitCode
 
 
 class RunState(StrEnum):
@@ -40,7 +40,7 @@ class RunEvent(StrEnum):
     TIME_LIMIT = "time limit"  # ended in order, with a checkpoint, shortly before the limit
     FAIL = "fail"  # any other end, with a retry and all nodes left
     MOVE = "move"  # any other end, with a retry left; a node is gone, or the time is over
-    GIVE_UP = "give up"  # any other end, without a retry left
+    GIVE_UP = "give up"  # any other end, without a retry left, or one that would come again
     CANCEL = "cancel"  # scancel
     RESUME = "resume"  # submitted again, with fresh retries
 
@@ -132,7 +132,7 @@ def event_of_end(
         return RunEvent.CANCEL
     if exit_code == ExitCode.TIME_LIMIT and progressed:
         return RunEvent.TIME_LIMIT
-    if remaining_retries == 0:
+    if remaining_retries == 0 or exit_code in COMES_AGAIN:
         return RunEvent.GIVE_UP
     return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
 

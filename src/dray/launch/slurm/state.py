@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dray.errors import DrayError
+from dray.errors import DrayError, error_lines
 from dray.launch.ending import finished_checkpoint
 from dray.launch.output import attempt_folder, lock_folder
 from dray.launch.slurm.plan import Plan
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(end(plan, given.exit_code, signal=given.signal, nodes_lost=given.nodes_lost))
     except DrayError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(*error_lines(error), sep="\n", file=sys.stderr)
         return ExitCode.CONFIGURATION
     return ExitCode.OK
 

@@ -20,8 +20,8 @@ from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
+from dray.printable import printable
 from dray.runtime.job import short_path
-from dray.runtime.printable import printable
 from dray.runtime.stop_condition import MEAN_RETURN
 
 DEEPEST = 3

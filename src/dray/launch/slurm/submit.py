@@ -189,7 +189,7 @@ def run_folder(config: JobConfig, *, resume: bool) -> Path:
     needs = "must have the folder of a run that was submitted before"
     root = choose_folder(config, resume=resume, used=_is_used, resumable=_was_submitted, needs=needs)
     if resume and not _is_used(root):
-        raise ConfigError("--resume", str(root), RESUME_NEEDS)
+        raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot go on in {root}")
     return root
 
 
@@ -212,9 +212,8 @@ def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
     if RunRecord.read(root).state is RunState.FINISHED:
         return None
     if (number := submitted_job(root)) in queued_jobs():
-        raise ConfigError(
-            "--resume", str(root), f"must be a run whose job is over; scancel {number} ends this one's"
-        )
+        allowed = f"must be a run whose job is over; scancel {number} ends this one's"
+        raise ConfigError("--resume", str(root), allowed, f"cannot go on in {root}")
     refuse_folder_in_use(root)
     record = read_settled(root, retries)
     return None if record.state is RunState.FINISHED else record.resume(retries)

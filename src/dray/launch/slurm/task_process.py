@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from dray.errors import ConfigError, DrayError
+from dray.errors import ConfigError, DrayError, error_lines
 from dray.launch.slurm.command_line import Task, read_task
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import DUMP_SIGNAL, exit_with_own_code_on_crash
@@ -16,7 +16,8 @@ from dray.runtime.process import DUMP_SIGNAL, exit_with_own_code_on_crash
 def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
     """Call `run` with what this process was told, in the environment of the plan; returns the exit code.
 
-    An error of dray's is one line on stderr, and `ExitCode.CONFIGURATION` or, if it is of another kind, `failed`.
+    An error of dray's is a line on stderr (a `ConfigError` one for each mistake), and `ExitCode.CONFIGURATION` or,
+    if it is of another kind, `failed`.
     """
     exit_with_own_code_on_crash()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
@@ -25,8 +26,8 @@ def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
         os.environ.update(task.plan.environment)
         return run(task)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(*error_lines(error), sep="\n", file=sys.stderr)
         return ExitCode.CONFIGURATION
     except DrayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(*error_lines(error), sep="\n", file=sys.stderr)
         return failed

@@ -1,0 +1,36 @@
+"""Text of user code and of peers, made fit for a terminal, a log line or an error."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_TEXT: Final = 400
+"""Characters that are shown of one text, unless a caller chooses another bound."""
+
+_CUT = "…"
+
+
+def printable(text: str, limit: int = MAX_TEXT) -> str:
+    r"""Return `text` as one line of at most `limit` characters, all of them printable.
+
+    White space, line breaks among it, becomes single spaces. Other characters that do not print, such as those of
+    terminal escape sequences, become Python escapes (``\x1b``). A text that is too long ends with ``…``.
+    """
+    # No more than this is looked at: a text of megabytes costs as little as one line.
+    words = " ".join(text[: 4 * limit].split())
+    shown = words if words.isprintable() else "".join(map(_escaped, words[:limit]))
+    if len(shown) <= limit and len(text) <= 4 * limit:
+        return shown
+    return shown[: limit - len(_CUT)] + _CUT
+
+
+def printable_value(value: object, limit: int = MAX_TEXT) -> str:
+    """Return ``repr(value)`` as `printable` does, whatever `value` is."""
+    try:
+        return printable(repr(value), limit)
+    except Exception:  # noqa: BLE001 - the repr of a foreign object raises whatever it likes
+        return f"({type(value).__name__} that has no repr)"
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

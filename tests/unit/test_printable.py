@@ -1,0 +1,40 @@
+import pytest
+
+from dray.printable import printable, printable_value
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("two\nlines\t and\r\nmore ", "two lines and more"),
+        ("red \x1b[31m and bell \x07", "red \\x1b[31m and bell \\x07"),
+        ("right to left \u202e", "right to left \\u202e"),
+        ("no text \udcc3", "no text \\udcc3"),
+        ("größer €", "größer €"),
+        ("", ""),
+    ],
+)
+def test_text_becomes_one_line_without_control_characters(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 11, "x" * 10_000_000, "\x1b" * 11, "a " * 50, " " * 50 + "x", "\n" * 39 + "xy"]
+)
+def test_text_is_never_longer_than_its_limit_and_shows_that_it_was_cut(text: str) -> None:
+    shown = printable(text, 10)
+    assert len(shown) <= 10
+    assert shown.isprintable()
+    assert shown.endswith("…") or shown == " ".join(text.split())
+
+
+def test_value_is_shown_whatever_its_repr_does() -> None:
+    class Hidden:
+        def __repr__(self) -> str:
+            raise RuntimeError("not today")
+
+    assert printable_value("a\nb") == "'a\\nb'"
+    assert printable_value(Hidden()) == "(Hidden that has no repr)"
+    assert len(printable_value(list(range(1000)), 50)) == 50
