@@ -50,8 +50,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 SHORT = ("unit", "fuzz", "contract", "mutants", "property", "fault")
 """Folders of tests, those whose tests are the shortest first."""
 
-MEASURED = ("process", "unit")
-
 
 def _is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
@@ -77,8 +75,8 @@ def _length(item: pytest.Item) -> int:
 
 @pytest.fixture(autouse=True)
 def _measured_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coverage counts what started processes do in tests of `MEASURED`; elsewhere it would only slow them down."""
-    if _folder(request.node) not in MEASURED:
+    """Coverage counts what started processes do in tests marked `measured`; others it would only slow down."""
+    if request.node.get_closest_marker("measured") is None:
         monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 

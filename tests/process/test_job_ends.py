@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from job_runner import JobRun, job_settings, running
 
+pytestmark = pytest.mark.measured
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
 # What starts a process of the job waits, before anything of dray is imported, until somebody opens its FIFO.

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
+pytestmark = pytest.mark.measured
+
 
 def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=150", "policy.args.repeats=true")

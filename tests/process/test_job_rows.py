@@ -288,8 +288,13 @@ def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_goes_on
         job.wait_for("  step ")
         replicas = [each for each in job.processes("dray.runtime.rollout") if each.ppid() == job.pid]
         assert len(replicas) == 2
-        below = [each for each in replicas[0].children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
-        assert len(below) == 4  # two programs, a fork and its daemon
+
+        def living() -> list[psutil.Process]:
+            return [each for each in replicas[0].children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+
+        # Two programs, a fork and its daemon, whose parent is on its way out.
+        job.wait_until(lambda: len(living()) == 4, "four processes below the replica")
+        below = living()
         replicas[0].kill()
         psutil.wait_procs(below, timeout=10)
         assert [each for each in below if each.is_running()] == [], job.story()

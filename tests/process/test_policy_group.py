@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
+pytestmark = pytest.mark.measured
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
 

@@ -10,6 +10,7 @@ from node_runner import SECRET, nodes_running, two_machines
 from dray.launch.slurm.network import choose_interface, interfaces
 from dray.launch.slurm.plan import RoleLayout
 
+pytestmark = pytest.mark.measured
 OUTSIDE = [each for each in interfaces() if not each.is_loopback]
 FOREVER = "stop.at_least=1e9"
 

@@ -71,10 +71,12 @@ def read_address(folder: JobFolder) -> tuple[str, str]:
     """
     path = folder.controller_address
     try:
-        document = json.loads(read_private_file(path, "OUTPUT"))
-        return str(document["url"]), str(document["token"])
+        text = read_private_file(path, "OUTPUT")
     except FileNotFoundError as error:
         raise ConfigError("OUTPUT", str(folder.root), _ALLOWED) from error
+    try:
+        document = json.loads(text)
+        return str(document["url"]), str(document["token"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError("OUTPUT", str(path), f"the address of a controller of this version ({error})") from error
 

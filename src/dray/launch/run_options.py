@@ -50,15 +50,17 @@ class RunOptions:
         """
         path = root / FILE_NAME
         try:
-            document = json.loads(read_private_file(path, _KEY))
+            text = read_private_file(path, _KEY)
+        except FileNotFoundError:
+            return None
+        try:
+            document = json.loads(text)
             return cls(
                 job_file=Path(document["job_file"]),
                 job_text=str(document["job_text"]),
                 settings=tuple(map(str, document["settings"])),
                 slurm=dict(document["slurm"]),
             )
-        except FileNotFoundError:
-            return None
         except (ValueError, TypeError, KeyError) as error:
             allowed = f"the options of a run, as this version writes them ({type(error).__name__})"
             raise ConfigError(_KEY, str(path), allowed) from None

@@ -75,7 +75,7 @@ def test_lines_show_the_job_and_each_replica() -> None:
     assert list(status_lines(answer, URL)) == [
         f"job small: running for 31.2 s, step 12; controller at {URL}",
         "outcome: interrupted, Ctrl-C",
-        "stall: policy-0\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}waits",
+        "stall: policy-0\\x1b[2J waits",
         "policy-0   active  training for 1.2 s",
         "rollout-0  active  acting for 2.5 s, waits for the policy",
         "rollout-1  dead  killed",

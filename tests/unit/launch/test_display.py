@@ -95,7 +95,7 @@ def test_metrics_of_the_trainer_change_no_figure(metrics: Mapping[str, float]) -
         "transfer reference  lane shm  staleness 1.25"
     )
     assert users == (
-        "'[red]x[/blue]'=1 'a  step 5/6\\n\\x1b[2J'=2 bytes=inf lane=5 mean_return=-3 payloads=nan "
+        "'[red]x[/blue]'=1 'a step 5/6 \\x1b[2J'=2 bytes=inf lane=5 mean_return=-3 payloads=nan "
         "staleness=77 step=999"
         if metrics
         else ""
@@ -110,7 +110,7 @@ def test_metrics_beyond_a_number_are_counted() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_text_of_users_and_peers_is_shown_as_it_is_and_ends_nothing(terminal: bool) -> None:
     evil = "[/red]\x1b[35m\nforged"
-    escaped = "[/red]\\x1b[35m\\nforged"
+    escaped = "[/red]\\x1b[35m forged"
     text = shown(
         status(3, 12, 1000, metrics=HOSTILE, labels={"lane": evil, "transfer": evil}, doing=evil, warnings=[evil]),
         terminal=terminal,

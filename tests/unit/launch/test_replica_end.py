@@ -12,6 +12,7 @@ ASKED = EndRequest(signal.SIGTERM, "the job had failed")
 KILLED = EndRequest(signal.SIGKILL, "it did not end in time")
 ACTIVE = (MemberState.ACTIVE, "")
 LEFT = (MemberState.LEFT, "the job is draining")
+RAISED = (MemberState.LEFT, "Worker.rollout() raised KeyError: 3")
 SILENT = (MemberState.DEAD, "silent for 3.2 s")
 
 
@@ -49,7 +50,8 @@ SILENT = (MemberState.DEAD, "silent for 3.2 s")
         (ExitCode.FAILED, None, ACTIVE, None, "r ended early: failed"),
         (ExitCode.CONTROLLER_LOST, None, ACTIVE, None, "r ended early: the controller was gone"),
         (5, None, ACTIVE, None, "r ended early: exit code 5"),
-        (ExitCode.USER_CODE, ASKED, LEFT, "failed", "r ended early: the user's class raised"),
+        (ExitCode.USER_CODE, ASKED, RAISED, "failed", "r ended early: Worker.rollout() raised KeyError: 3"),
+        (ExitCode.USER_CODE, None, None, None, "r ended early: the user's class raised"),
         (-signal.SIGSEGV, KILLED, ACTIVE, "failed", "r ended early: killed by signal 11"),
         (ExitCode.SIGTERM, None, LEFT, None, "r ended early: interrupted by SIGTERM"),
     ],

@@ -72,7 +72,7 @@ def test_warning_is_logged_and_reported_up_to_a_number(caplog: pytest.LogCapture
         for number in range(MAX_WARNINGS + 5):
             activity.warn(f"{number}: \x1b[2J\n" + "x" * 1000)
     assert len(caplog.records) == MAX_WARNINGS + 5
-    assert caplog.records[-1].getMessage().startswith(f"{MAX_WARNINGS + 4}: \\x1b[2J\\nxxx")
+    assert caplog.records[-1].getMessage().startswith(f"{MAX_WARNINGS + 4}: \\x1b[2J xxx")
     warnings = activity.report().warnings
     assert len(warnings) == MAX_WARNINGS
     assert all(each.isprintable() and len(each) <= MAX_WARNING for each in warnings)

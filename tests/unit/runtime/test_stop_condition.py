@@ -114,5 +114,5 @@ def test_misspelling_is_told_from_another_metric(name: str, known: list[str], me
 
 def test_list_of_names_is_printable_and_bounded() -> None:
     assert listed([]) == "no metrics"
-    assert listed(["a\n", "b"]) == "'a\\n', 'b'"
+    assert listed(["a\x1b\n", "b"]) == "'a\\x1b', 'b'"
     assert listed([f"m{number}" for number in range(12)]).endswith("'m9' and 2 more")

@@ -41,7 +41,7 @@ def test_the_four_keys_are_taken() -> None:
         ("ucxx_read_timeout", 86_401, "at most 86400"),
         ("ucxx_read_max_attempts", 0, "a whole number from 1 to 100"),
         ("ucxx_read_max_attempts", 2.0, "a whole number"),
-        ("ucxx_prefetch_timeot", 60, "known are payload_transfer, ucxx_prefetch_timeout"),
+        ("ucxx_prefetch_timeot", 60, "the keys are payload_transfer, ucxx_prefetch_timeout"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(key: str, value: Any, allowed: str) -> None:
