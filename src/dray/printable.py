@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 MAX_TEXT: Final = 400
 """Characters that are shown of one text, unless a caller chooses another bound."""
 
 _CUT = "…"
+_BREAK = re.compile(r"[^\S ]+")
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:
     r"""Return `text` as one line of at most `limit` characters, all of them printable.
 
-    White space, line breaks among it, becomes single spaces. Other characters that do not print, such as those of
-    terminal escape sequences, become Python escapes (``\x1b``). A text that is too long ends with ``…``.
+    Line breaks and tabs become a space, and none are left at the end. Other characters that do not print, such as
+    those of terminal escape sequences, become Python escapes (``\x1b``). A text that is too long ends with ``…``.
     """
     # No more than this is looked at: a text of megabytes costs as little as one line.
-    words = " ".join(text[: 4 * limit].split())
+    words = _BREAK.sub(" ", text[: 4 * limit]).rstrip()
     shown = words if words.isprintable() else "".join(map(_escaped, words[:limit]))
     if len(shown) <= limit and len(text) <= 4 * limit:
         return shown

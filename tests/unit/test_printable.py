@@ -7,7 +7,8 @@ from dray.printable import printable, printable_value
     ("text", "shown"),
     [
         ("plain", "plain"),
-        ("two\nlines\t and\r\nmore ", "two lines and more"),
+        ("two\nlines\tand\r\nmore \n", "two lines and more"),
+        ("  1.5 s  running", "  1.5 s  running"),
         ("red \x1b[31m and bell \x07", "red \\x1b[31m and bell \\x07"),
         ("right to left \u202e", "right to left \\u202e"),
         ("no text \udcc3", "no text \\udcc3"),

@@ -95,7 +95,7 @@ def test_metrics_of_the_trainer_change_no_figure(metrics: Mapping[str, float]) -
         "transfer reference  lane shm  staleness 1.25"
     )
     assert users == (
-        "'[red]x[/blue]'=1 'a step 5/6 \\x1b[2J'=2 bytes=inf lane=5 mean_return=-3 payloads=nan "
+        "'[red]x[/blue]'=1 'a  step 5/6 \\x1b[2J'=2 bytes=inf lane=5 mean_return=-3 payloads=nan "
         "staleness=77 step=999"
         if metrics
         else ""
