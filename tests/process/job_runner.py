@@ -80,7 +80,7 @@ class Trainer:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.steps == self.args.get("held_at"):
             open(self.args["held_by"]).read()
-        time.sleep(self.args.get("pause", 0.01))
+        time.sleep(self.args.get("pause", 0.03))
         self.steps += 1
         return {"score": float(self.steps)}
     def weights(self):

@@ -13,6 +13,7 @@ pytest.importorskip("gymnasium")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole"
 
 
+@pytest.mark.endurance
 def test_two_policy_replicas_average_their_gradients_between_machines(tmp_path: Path) -> None:
     folder = tmp_path / "cartpole"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))

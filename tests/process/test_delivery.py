@@ -168,6 +168,17 @@ def test_what_a_checkpoint_has_is_committed_and_not_trained_on_again(tmp_path: P
         assert (len(job.checkpoint()["unconfirmed"]), job.checkpoint()["committed"]) == (16, 64)
 
 
+def test_what_a_checkpoint_has_counts_as_trained_although_redis_ended_before_its_commit(tmp_path: Path) -> None:
+    settings = ("policy.ack=checkpoint", "policy.checkpoint_every=2", "policy.args.die_before_commit=true")
+    with running(tmp_path, *job_settings(*settings, "policy.restarts=0")) as job:
+        assert job.end() == 1, job.story()
+        assert (job.checkpoint()["step"], len(job.checkpoint()["unconfirmed"])) == (2, 16)
+    with running(tmp_path, "--resume", *job_settings("stop.at_least=5", "policy.restarts=3")) as job:
+        assert job.end() == 0, job.story()
+        delivery = job.summary()["delivery"]
+        assert (delivery["trained"], delivery["rolled_back"]) == (len(job.contributed()), 0)
+
+
 def test_payload_that_kills_the_policy_again_and_again_becomes_a_dead_letter(tmp_path: Path) -> None:
     settings = job_settings(
         *AGAIN, "policy.args.poison=20", "policy.max_deliveries=2", "policy.checkpoint_every=1",

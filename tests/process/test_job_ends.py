@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from job_runner import JobRun, job_settings, running
 
-pytestmark = pytest.mark.measured
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
 # What starts a process of the job waits, before anything of dray is imported, until somebody opens its FIFO.
@@ -35,9 +34,9 @@ def hold_back(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def said_at(job: JobRun, words: str) -> datetime:
-    """When the supervisor has logged the first line with `words`."""
-    log = (job.output / "logs" / "supervisor.log").read_text()
-    line = next(line for line in log.splitlines() if words in line)
+    """When the supervisor has logged the first line with `words`, which it shows before it logs it."""
+    job.wait_until(lambda: words in job.log("supervisor"), f"{words!r} in the supervisor's log")
+    line = next(line for line in job.log("supervisor").splitlines() if words in line)
     return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f")
 
 

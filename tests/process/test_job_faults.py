@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
-pytestmark = pytest.mark.measured
-
 
 def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=150", "policy.args.repeats=true")
@@ -19,6 +17,7 @@ def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None
         assert job.summary()["payloads"] == 150 * 8
 
 
+@pytest.mark.measured
 def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: Path) -> None:
     # Rollouts are slow here, so that a replica holds prompts at any time.
     settings = job_settings("stop.at_least=1e9", "policy.args.repeats=true", "rollout.args.pause=0.2")
@@ -55,6 +54,7 @@ def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
         assert job.checkpoint()["step"] > 0
 
 
+@pytest.mark.measured
 def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9", "policy.restarts=0")) as job:
         job.wait_for("  step ")
@@ -85,6 +85,7 @@ def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: 
         assert job.checkpoint()["step"] > 0
 
 
+@pytest.mark.measured
 def test_r1_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=1e9", "timeouts.redis=2")
     with running(tmp_path, *settings) as job:
@@ -135,7 +136,7 @@ def test_r11_hanging_child_has_its_stacks_dumped_and_is_killed(tmp_path: Path) -
 
 def test_r16_unfinished_start_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
-        "import time\nclass Trainer:\n    def setup(self, context): time.sleep(600)\n"
+        "import time\nclass Trainer:\n    def setup(self, *arguments): time.sleep(600)\n"
         "    train_step = weights = save = load = setup\n"
     )
     settings = job_settings("policy.trainer=slow.py:Trainer", "timeouts.start=1000", "timeouts.shutdown=2")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
-pytestmark = pytest.mark.measured
-WAYS = ["redis", "auto", "shm", "tcp", "ucx", "inline"]
+WAYS = ["redis", "shm", "tcp", "ucx", "inline"]
 
 
 def way_settings(way: str) -> list[str]:
@@ -23,6 +22,7 @@ def way_settings(way: str) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.measured
 def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None:
     with running(tmp_path, *way_settings(way)) as job:
         assert job.end() == 0, job.story()
@@ -39,8 +39,7 @@ def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None
         inline = way in ("redis", "inline")
         assert summary["transfer"] == ("inline" if inline else "reference")
         assert ("lane" in summary) is not inline
-        if way != "auto":
-            assert summary.get("lane", way) == way
+        assert summary.get("lane", way) == way
         lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 21))
         assert (lines[-1]["metrics"], lines[-1]["mean_return"]) == ({"score": 20.0}, 8.0)
@@ -65,6 +64,7 @@ def test_job_without_a_stop_table_finishes_with_its_steps(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.measured
 def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
-pytestmark = pytest.mark.measured
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
 
 @pytest.mark.parametrize(("readers", "each"), [(1, 80), (2, 160)])
+@pytest.mark.measured
 def test_ranks_of_a_group_train_on_their_part_and_the_step_is_committed_once(
     tmp_path: Path, readers: int, each: int
 ) -> None:
@@ -34,6 +34,7 @@ def test_ranks_of_a_group_train_on_their_part_and_the_step_is_committed_once(
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.endurance),
     ],
 )
+@pytest.mark.measured
 def test_r2_dead_rank_voids_the_step_and_the_group_begins_another_epoch(
     tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:

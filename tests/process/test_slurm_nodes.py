@@ -10,11 +10,11 @@ from node_runner import SECRET, nodes_running, two_machines
 from dray.launch.slurm.network import choose_interface, interfaces
 from dray.launch.slurm.plan import RoleLayout
 
-pytestmark = pytest.mark.measured
 OUTSIDE = [each for each in interfaces() if not each.is_loopback]
 FOREVER = "stop.at_least=1e9"
 
 
+@pytest.mark.measured
 def test_job_on_three_nodes_is_solved(tmp_path: Path) -> None:
     with nodes_running(tmp_path) as run:
         run.start()
@@ -64,6 +64,7 @@ def test_policy_on_two_nodes_trains_in_step(tmp_path: Path) -> None:
         assert parts[0] == parts[1]
 
 
+@pytest.mark.measured
 def test_lost_policy_node_ends_the_attempt_and_the_next_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     settings = (
         "policy.replicas=2", "policy.readers=2", "policy.checkpoint_every=3", "stop.at_least=100",
@@ -151,6 +152,7 @@ def test_replicas_of_a_killed_node_supervisor_go_with_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.measured
 def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: int) -> None:
     with nodes_running(tmp_path, FOREVER, rollout=RoleLayout(1, 2)) as run:
         run.start()
@@ -164,6 +166,7 @@ def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: i
             assert "was told to end and sent it SIGTERM" in run.log("n1.out")
 
 
+@pytest.mark.measured
 def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> None:
     with (
         two_machines() as (near, far),

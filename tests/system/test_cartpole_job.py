@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 pytest.importorskip("gymnasium")
 
 
-@pytest.mark.parametrize("transfer", ["ucxx", "redis"])
+@pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])
 def test_cartpole_job_trains_for_a_few_steps(tmp_path: Path, transfer: str) -> None:
     settings = ["job.max_steps=3", f"job.payload_transfer={transfer}"]
     output = tmp_path / "out"

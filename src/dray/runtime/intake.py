@@ -85,7 +85,7 @@ class Intake:
         repeated = self._queue.commit_trained(self._state.unfreed, self._timeout, counter="repeated")
         self._inlet.consume([*trained, *repeated])
         self._backlog = self._queue.claim_others(self._timeout)
-        self._count_rolled_back(len(trained))
+        self._count_rolled_back()
         self._settle_ended()
         self._bury()
         if trained or self._backlog:
@@ -100,10 +100,12 @@ class Intake:
         write_json(place, {"epoch": epoch}, mode=0o600)
         _LOG.info("the policy group begins epoch %d", epoch)
 
-    def _count_rolled_back(self, again: int) -> None:
+    def _count_rolled_back(self) -> None:
         counters = self._queue.statistics(self._timeout).counters
         recorded = _last_committed(self._replica)
-        self.committed = max(counters.get("trained", 0), self._state.committed + again, recorded)
+        # The weights have what was unconfirmed, also where the server that would have known of it is gone.
+        kept = self._state.committed + len(self._state.unconfirmed)
+        self.committed = max(counters.get("trained", 0), kept, recorded)
         self.rolled_back = max(0, self.committed - self.contributed)
         new = self.rolled_back - counters.get("rolled_back", 0)
         if new > 0:
