@@ -102,6 +102,7 @@ JOB = """
 [job]
 name = "small"
 max_steps = 100000
+plot = ""
 [rollout]
 worker = "small.py:Worker"
 slots = 16

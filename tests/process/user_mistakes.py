@@ -41,6 +41,7 @@ class Trainer:
 JOB = """
 [job]
 name = "mistaken"
+plot = ""
 max_steps = 3
 [rollout]
 worker = "mistaken.py:<Worker>"

@@ -45,7 +45,7 @@ def machine(**options: Any) -> type:
     return case
 
 
-test_ring_behaves_like_its_model = machine(max_examples=150)
+test_ring_behaves_like_its_model = machine(max_examples=75)
 
 test_ring_behaves_like_its_model_for_long = machine(max_examples=5000)
 for _mark in (pytest.mark.endurance, pytest.mark.timeout(3600)):

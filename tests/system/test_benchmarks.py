@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[2]
 TINY = ("--quick", "--sizes", "1KiB", "--rounds", "2", "--operations", "4", "--details")
 FEW = ("--idle-seconds", "0.1", "--memory-reads", "100", "--job-steps", "1")
 
-LANES, WITHIN, BESIDE = "P1,P2,P3,P4,P5,P6,P7", "P8,P9,P10,P11,P12,P13", "P15"
+LANES, WITHIN, SERVING, BESIDE = "P1,P2,P3,P4,P5,P6,P7", "P9,P10,P13", "P8,P11,P12", "P15"
 SCENARIOS = {
     LANES: {"reads", "batches"},
-    WITHIN: {"idle", "packing", "ring", "fleet", "busy", "memory"},
+    WITHIN: {"packing", "ring", "memory"},
+    SERVING: {"idle", "fleet", "busy"},
     BESIDE: {"beside"},
 }
 
@@ -94,8 +95,9 @@ def check_against_itself(file):
     assert "worse\n" not in done.stdout
 
 
-def test_costs_of_one_side_have_rows_and_targets(tmp_path):
-    assert check_rows(measured(tmp_path, WITHIN), WITHIN) == {"P8", "P9", "P10", "P11", "P12", "P13"}
+@pytest.mark.parametrize("targets", [WITHIN, pytest.param(SERVING, marks=pytest.mark.endurance)])
+def test_costs_of_one_side_have_rows_and_targets(tmp_path, targets):
+    assert check_rows(measured(tmp_path, targets), targets) == set(targets.split(","))
 
 
 def test_peers_are_measured_or_skipped_with_a_reason(tmp_path):

@@ -92,7 +92,11 @@ def test_configuration_cannot_be_changed(job_file: Path) -> None:
         ("job.seed=1.0", "job.seed", "a whole number"),
         ("job.lane=rdma", "job.lane", '"auto", "shm", "tcp" or "ucx"'),
         ("job.name=a/b", "job.name", "letters, digits"),
-        ("job.plot=../plot.png", "job.plot", "a file name of letters, digits, '.', '_' or '-' that ends in .png"),
+        (
+            "job.plot=../plot.png",
+            "job.plot",
+            "a file name of letters, digits, '.', '_' or '-' that ends in .png, or",
+        ),
         ("job.payload_transfer=nccl", "job.payload_transfer", '"ucxx" or "redis"'),
         ("job.max_steps=0", "job.max_steps", "at least 1"),
         ("rollout.replicas=-2", "rollout.replicas", "at least 1"),

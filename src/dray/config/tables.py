@@ -49,10 +49,10 @@ class JobTable(Table):
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="a whole number from 0 to 2147483647")
     output: str | None = _text(None, allowed="a folder; by default a new numbered one under outputs/<job.name>/")
-    plot: str = _text(
+    plot: str = Field(
         "returns.png",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\.png$",
-        allowed="a file name of letters, digits, '.', '_' or '-' that ends in .png",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62}\.png)?$",
+        description="a file name of letters, digits, '.', '_' or '-' that ends in .png, or \"\" for no plot",
     )
     max_steps: int = _count()
     payload_transfer: Literal["ucxx", "redis"] = Field(default="ucxx", description='"ucxx" or "redis"')

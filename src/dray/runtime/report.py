@@ -66,7 +66,10 @@ def write_report(
         "metrics": _last_metrics(steps),
     }
     write_json(folder.summary, summary)
-    plotted = _plot(folder, config, steps)
+    drawable = bool(steps and config.job.plot)
+    plotted = drawable and importlib.util.find_spec("matplotlib") is not None
+    if plotted:
+        _plot(folder, config, steps)
     outcome = status.outcome if status is not None else None
     finished = outcome is not None and outcome.kind in FINISHED_OUTCOMES
     if summary["solved"]:
@@ -75,9 +78,8 @@ def write_report(
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"
-    place = short_path(folder.root) + (
-        "" if plotted else " (no plot: matplotlib is not installed)" if steps else ""
-    )
+    missing = " (no plot: matplotlib is not installed)" if drawable and not plotted else ""
+    place = short_path(folder.root) + missing
     detail = reason.removeprefix("not solved ") if head == "not solved" else reason
     return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
 
@@ -139,10 +141,8 @@ def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:
     return steps
 
 
-def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> bool:
-    """Draw return and throughput over steps; False if there is nothing to draw, or no matplotlib."""
-    if not steps or importlib.util.find_spec("matplotlib") is None:
-        return False
+def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> None:
+    """Draw return and throughput over `steps`, of which there is at least one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -180,7 +180,6 @@ def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> 
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder.root / config.job.plot)
-    return True
 
 
 def _drawn(value: float | None) -> float:

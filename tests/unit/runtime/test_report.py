@@ -149,3 +149,8 @@ def test_plot_has_the_name_that_the_job_gives_it(tmp_path: Path, job: dict[str, 
     report(tmp_path, config_of(**job), [{"mean_return": 0.5}, {"mean_return": 0.6, "accuracy": 0.4}])
     assert [path.name for path in tmp_path.glob("*.png")] == [name]
     assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_plot_without_a_name_is_not_drawn(tmp_path: Path) -> None:
+    report(tmp_path, config_of(plot=""), [{"mean_return": 0.5}])
+    assert list(tmp_path.glob("*.png")) == []
