@@ -22,7 +22,6 @@ def way_settings(way: str) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.measured
 def test_job_is_solved_however_payloads_travel(tmp_path: Path, way: str) -> None:
     with running(tmp_path, *way_settings(way)) as job:
         assert job.end() == 0, job.story()

@@ -10,7 +10,6 @@ AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args
 
 
 @pytest.mark.parametrize(("readers", "each"), [(1, 80), (2, 160)])
-@pytest.mark.measured
 def test_ranks_of_a_group_train_on_their_part_and_the_step_is_committed_once(
     tmp_path: Path, readers: int, each: int
 ) -> None:

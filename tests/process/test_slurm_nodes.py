@@ -152,7 +152,6 @@ def test_replicas_of_a_killed_node_supervisor_go_with_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.measured
 def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: int) -> None:
     with nodes_running(tmp_path, FOREVER, rollout=RoleLayout(1, 2)) as run:
         run.start()
@@ -166,7 +165,6 @@ def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: i
             assert "was told to end and sent it SIGTERM" in run.log("n1.out")
 
 
-@pytest.mark.measured
 def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> None:
     with (
         two_machines() as (near, far),
