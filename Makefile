@@ -43,7 +43,7 @@ check: .venv/dev.stamp ## the quick tests: unit, property, contract
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/property tests/contract
 
 test: .venv/dev.stamp ## every test but the long ones, with coverage (PYTEST_ARGS="-k name": some, one after the other)
-	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL) --cov --cov-report=)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL) --durations=20 --cov --cov-report=)
 
 test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray does on one (SLURM_TEST_ARGS)
 	tests/slurm/install.sh
