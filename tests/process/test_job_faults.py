@@ -115,6 +115,23 @@ def test_r12_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: P
         assert job.end() == 0, job.story()
 
 
+def test_r12_grandchildren_of_a_replica_that_is_still_set_up_end_with_a_killed_supervisor(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time, small\n"
+        "class Worker(small.Worker):\n"
+        "    def setup(self, context):\n"
+        "        super().setup(context)\n"
+        "        time.sleep(600)\n"
+    )
+    settings = ("rollout.worker=slow.py:Worker", "rollout.args.grandchild=true", "rollout.args.forking=true")
+    with running(tmp_path, *job_settings(*settings)) as job:
+        # Each replica, and below it two programs, a child and a daemon.
+        job.wait_until(lambda: len(job.processes("dray.runtime.rollout")) == 2 * 3, "forked children")
+        job.wait_until(lambda: len(job.processes("time.sleep(600)")) == 2 * 2, "programs")
+        job.process.kill()
+        job.wait_until_gone(5.0)
+
+
 def test_r12_grandchildren_end_with_the_job(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("rollout.args.grandchild=true")) as job:
         job.wait_for("  step ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -17,7 +16,7 @@ from dray.runtime import messages
 from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import MembershipError
-from dray.runtime.process import StopFlag
+from dray.runtime.process import StopFlag, exit_at_once
 from dray.telemetry import Counters
 
 AgeKind = Literal["payload", "lease", "reference"]
@@ -233,4 +232,4 @@ class Heartbeat:
         if not self._closed.wait(bound.timeout):
             _LOG.error("the main thread did not end within %.1f s; stacks follow", self._grace)
             faulthandler.dump_traceback(all_threads=True)
-            os._exit(exit_code)
+            exit_at_once(exit_code)

@@ -159,6 +159,15 @@ def leave(code: int) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    exit_at_once(code)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Kill everything below this process and end it, without exit handlers.
+
+    The supervisor would kill what is left, but it may be gone, and its end the reason for this one.
+    """
+    kill_descendants(_LAST_BOUND)
     os._exit(code)
 
 

@@ -24,7 +24,14 @@ from dray.runtime.job import JobSpec
 from dray.runtime.membership import MembershipError, Role
 from dray.runtime.messages import MAX_SENTENCE
 from dray.runtime.place import own_address
-from dray.runtime.process import StopFlag, begin_process, finish_process, set_log_level, stop_on_signals
+from dray.runtime.process import (
+    StopFlag,
+    begin_process,
+    exit_at_once,
+    finish_process,
+    set_log_level,
+    stop_on_signals,
+)
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 from dray.runtime.user_code import UserCodeError, described_error
 
@@ -154,7 +161,7 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
 
     def on_signal(number: signal.Signals) -> None:
         if stop.disposable:  # perhaps in the middle of a long import, which looks at nothing
-            os._exit(128 + number)
+            exit_at_once(128 + number)
         stop.set(f"received {number.name}", ExitCode(128 + number))
 
     stop_on_signals(on_signal)
