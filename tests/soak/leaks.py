@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from soak.processes import Footprint, Life
 
-_LEAST_SAMPLES = 12
+_MIN_SECONDS = 90.0
+"""A shorter life is not judged: what a process holds still rises to what it needs at most."""
+
 _ALLOWED = {"memory": 64.0, "descriptors": 12.0, "sockets": 12.0, "threads": 4.0, "segments": 3.0}
 """By how much the last third of a life may exceed the second: connections come and go with the faults."""
 _ALLOWED_SLOPE = 6.0
@@ -32,7 +34,11 @@ class Growth:
 
 def growths(lives: Iterable[Life]) -> list[Growth]:
     """What each steady process held, once it was warm, and at the end of the plan."""
-    return [_growth(life) for life in lives if life.steady and len(life.footprints) >= _LEAST_SAMPLES]
+    return [_growth(life) for life in lives if life.steady and _seconds(life.footprints) >= _MIN_SECONDS]
+
+
+def _seconds(footprints: list[Footprint]) -> float:
+    return footprints[-1].at - footprints[0].at if footprints else 0.0
 
 
 def _growth(life: Life) -> Growth:

@@ -313,6 +313,9 @@ def test_what_grows_is_a_leak_and_what_goes_up_and_down_is_not(tmp_path: Path) -
         made.footprints = [Footprint(2.0 * n, 50.0, descriptors(n), 5, 4, 2) for n in range(60)]
         return made
 
-    grown, steady = growths([life("grows", lambda n: 10 + n), life("stays", lambda n: 10 + n % 7)])
+    grows = life("grows", lambda n: 10 + n)
+    grown, steady = growths([grows, life("stays", lambda n: 10 + n % 7)])
     assert grown.leaks == ("descriptors",)
     assert steady.leaks == ()
+    del grows.footprints[40:]
+    assert growths([grows]) == []  # it has not lived long enough to tell
