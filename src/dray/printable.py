@@ -8,6 +8,9 @@ from typing import Final
 MAX_TEXT: Final = 400
 """Characters that are shown of one text, unless a caller chooses another bound."""
 
+MAX_LINE: Final = 4000
+"""Characters that are shown of a line on a terminal, which may hold several such texts."""
+
 _CUT = "…"
 _BREAK = re.compile(r"[^\S ]+")
 

@@ -11,7 +11,7 @@ import typer
 
 from dray.cli.extras import require_extra
 from dray.errors import ConfigError
-from dray.printable import printable
+from dray.printable import MAX_LINE, printable
 from dray.runtime.job import JobFolder
 from dray.runtime.private_file import read_private_file
 
@@ -87,12 +87,12 @@ def status_lines(answer: Status, url: str) -> Iterator[str]:
     step = f", step {max(steps):.0f}" if steps else ""
     yield f"job {answer.job}: {answer.phase.value} for {answer.seconds:.1f} s{step}; controller at {url}"
     if answer.outcome is not None:
-        yield f"outcome: {answer.outcome.kind}, {printable(answer.outcome.reason)}"
+        yield f"outcome: {answer.outcome.kind}, {printable(answer.outcome.reason, MAX_LINE)}"
     if answer.stall is not None:
-        yield f"stall: {printable(answer.stall.line)}"
+        yield f"stall: {printable(answer.stall.line, MAX_LINE)}"
     width = max((len(member.name) for member in answer.members), default=0)
     for member in sorted(answer.members, key=lambda each: each.name):
-        yield f"{member.name:{width}}  {member.state.value}  {printable(_activity(member))}"
+        yield f"{member.name:{width}}  {member.state.value}  {printable(_activity(member), MAX_LINE)}"
 
 
 def _activity(member: MemberStatus) -> str:

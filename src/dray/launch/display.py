@@ -20,16 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dray.clock import MONOTONIC
-from dray.printable import printable
+from dray.printable import MAX_LINE, printable
 from dray.runtime.membership import FIRST_POLICY
 from dray.runtime.messages import MemberStatus, ProgressReport, Status
 from dray.runtime.stop_condition import MEAN_RETURN
 
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""
-
-MAX_SHOWN = 4000
-"""Characters of one text that are shown."""
 
 MAX_METRICS_SHOWN = 8
 """Metrics of the user's trainer that are shown."""
@@ -165,7 +162,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.print(Text(printable(text, MAX_LINE)), soft_wrap=True)
         sys.stdout.flush()
 
     def update(self, status: Status) -> None:
@@ -206,8 +203,8 @@ class Display:
         metrics = figures.shown_metrics()
         parts: list[RenderableType] = [Text(self._title, style="bold"), head]
         if metrics:
-            parts.append(_cell(f"metrics of train_step: {metrics}", limit=MAX_SHOWN))
-        return Group(*parts, Text(printable(stall), style="yellow"), replicas)
+            parts.append(_cell(f"metrics of train_step: {metrics}", limit=MAX_LINE))
+        return Group(*parts, Text(printable(stall, MAX_LINE), style="yellow"), replicas)
 
 
 def _cell(text: str, style: str = "", limit: int = _LONGEST_CELL) -> Text:

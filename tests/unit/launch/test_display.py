@@ -76,6 +76,15 @@ def test_plain_output_is_a_line_now_and_then() -> None:
     assert "step 1/100" in lines[0]
 
 
+def test_what_is_said_about_a_mistake_is_shown_to_its_end() -> None:
+    console = Console(file=io.StringIO())
+    said = f"rollout-0 ended early: {'a long reason ' * 100}; see out/logs/rollout-0.log"
+    with Display("small", 100, console) as display:
+        display.say(said)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == f"{said}\n"
+
+
 def shown(*statuses: Status, terminal: bool) -> str:
     """What a display writes for these."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=150, height=40)

@@ -20,7 +20,7 @@ from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
-from dray.printable import printable
+from dray.printable import MAX_LINE, printable
 from dray.runtime.job import short_path
 from dray.runtime.stop_condition import MEAN_RETURN
 
@@ -160,16 +160,20 @@ def picture(views: Sequence[RunView]) -> RenderableType:
     for name in COLUMNS:
         table.add_column(name, no_wrap=True)
     for view in views:
-        table.add_row(*(Text(printable(cell)) for cell in view.cells()))
-    said = [Text(printable(f"{short_path(view.folder)}: {line}")) for view in views for line in view.remarks]
+        table.add_row(*(Text(printable(cell, MAX_LINE)) for cell in view.cells()))
+    said = [
+        Text(printable(f"{short_path(view.folder)}: {line}", MAX_LINE)) for view in views for line in view.remarks
+    ]
     return Group(table, *said)
 
 
 def plain_lines(views: Sequence[RunView]) -> Iterator[str]:
     """The same for something that is not a terminal: one line for each run, and its remarks."""
     for view in views:
-        yield "  ".join(f"{name} {printable(cell)}" for name, cell in zip(COLUMNS, view.cells(), strict=True))
-        yield from (f"  {printable(line)}" for line in view.remarks)
+        yield "  ".join(
+            f"{name} {printable(cell, MAX_LINE)}" for name, cell in zip(COLUMNS, view.cells(), strict=True)
+        )
+        yield from (f"  {printable(line, MAX_LINE)}" for line in view.remarks)
 
 
 def _runs_below(folder: Path, deeper: int) -> Iterator[Path]:
