@@ -32,7 +32,7 @@ class JobRequest:
 
     Attributes:
         config: what the job file and the options say together.
-        options: what was given on the command line, and kept from the start of the run if that goes on.
+        options: what was given on the command line, and kept from the start of the run if it is resumed.
         lines: what to tell the user about options that were kept.
     """
 

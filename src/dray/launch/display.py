@@ -31,8 +31,8 @@ PLAIN_INTERVAL = 5.0
 MAX_METRICS_SHOWN = 8
 """Metrics of the user's trainer that are shown."""
 
-_LONGEST_NAME = 40
-_LONGEST_CELL = 200
+_MAX_NAME = 40
+_MAX_CELL = 200
 _NO_REPORT = ProgressReport(doing="", seconds=0.0)
 _STYLES = {"mean return": "bold green"}
 _WORD = re.compile(r"[\w./@:-]+")
@@ -77,8 +77,8 @@ class Figures:
             "mean return": "" if self.mean_return is None else f"{self.mean_return:.1f}",
             "payloads": str(self.payloads),
             "throughput": f"{self.rate:.2f} MB/s",
-            "transfer": printable(self.transfer, _LONGEST_NAME),
-            "lane": printable(self.lane, _LONGEST_NAME),
+            "transfer": printable(self.transfer, _MAX_NAME),
+            "lane": printable(self.lane, _MAX_NAME),
             "staleness": f"{self.staleness:.2f}",
         }
         return {name: value for name, value in shown.items() if value}
@@ -207,10 +207,10 @@ class Display:
         return Group(*parts, Text(printable(stall, MAX_LINE), style="yellow"), replicas)
 
 
-def _cell(text: str, style: str = "", limit: int = _LONGEST_CELL) -> Text:
+def _cell(text: str, style: str = "", limit: int = _MAX_CELL) -> Text:
     return Text(printable(text, limit), style=style, overflow="ellipsis", no_wrap=True)
 
 
 def _quoted(name: str) -> str:
-    shown = printable(name, _LONGEST_NAME)
+    shown = printable(name, _MAX_NAME)
     return shown if _WORD.fullmatch(name) and shown == name else f"'{shown}'"

@@ -30,7 +30,7 @@ _NOT_SHOWN = ("redis.", "slurm.environment", "rollout.args", "policy.args")
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """See the module. Holds what users may keep secret: no part of it is for a log.
+    """The options of one run. They may hold secrets of the user: no part of them is for a log.
 
     Attributes:
         slurm: without those that were not given.

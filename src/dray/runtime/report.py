@@ -19,7 +19,7 @@ from dray.runtime.messages import ProgressReport, Status
 from dray.runtime.stop_condition import MEAN_RETURN
 
 _LOG = logging.getLogger("dray.runtime.report")
-_LONGEST_LABEL = 80
+_MAX_LABEL = 80
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
 _DELIVERY = ("published", "trained", "rolled_back", "discarded", "too_old", "repeated", "dead_letters")
@@ -189,7 +189,7 @@ def _drawn(value: float | None) -> float:
 
 def _label(name: str) -> str:
     """`name` as matplotlib shows it: a dollar sign begins a formula."""
-    return printable(name, _LONGEST_LABEL).replace("$", r"\$")
+    return printable(name, _MAX_LABEL).replace("$", r"\$")
 
 
 def _rates(steps: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -22,8 +22,8 @@ MEAN_RETURN = "mean_return"
 MISSPELLING_RATIO = 0.8
 """Of two names at least this similar, by `difflib`, one is taken for a misspelling of the other."""
 
-_MOST_NAMES = 10
-_LONGEST_NAME = 60
+_MAX_NAMES = 10
+_MAX_NAME = 60
 _DIGITS = re.compile(r"\d+")
 _SEPARATORS = re.compile(r"[\W_]+")
 
@@ -121,8 +121,8 @@ def listed(names: list[str]) -> str:
     """The first of `names` in quotes, and how many more there are."""
     if not names:
         return "no metrics"
-    shown = ", ".join(f"'{printable(each, _LONGEST_NAME)}'" for each in names[:_MOST_NAMES])
-    more = len(names) - _MOST_NAMES
+    shown = ", ".join(f"'{printable(each, _MAX_NAME)}'" for each in names[:_MAX_NAMES])
+    more = len(names) - _MAX_NAMES
     return f"{shown} and {more} more" if more > 0 else shown
 
 
