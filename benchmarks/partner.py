@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.peers.isolation import Isolation
 from benchmarks.service import FAILED
 from dray.clock import Deadline
 
@@ -33,6 +34,7 @@ class Partner:
         module: the package that holds the service, run with ``-m``.
         python: the interpreter, and with it the environment.
         quiet: drop what the process writes to standard error.
+        isolation: the network and the home folder of its own that the process gets.
     """
 
     def __init__(
@@ -43,16 +45,19 @@ class Partner:
         module: str = "benchmarks.exchanges",
         python: Path | str = sys.executable,
         quiet: bool = False,
+        isolation: Isolation | None = None,
     ) -> None:
         self.kind = kind
+        isolation = isolation or Isolation((), {})
         self._process = subprocess.Popen(
-            [str(python), "-m", module, kind, *map(str, pass_fds)],
+            [*isolation.prefix, str(python), "-m", module, kind, *map(str, pass_fds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
             bufsize=0,
             pass_fds=tuple(pass_fds),
             cwd=_ROOT,
+            env={**os.environ, **isolation.environment},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -18,7 +18,8 @@ class Peer:
         copies: of a payload's bytes on the way, those of the kernel included.
         environment: the name of the virtual environment it needs, or `OWN`.
         needed: the module without which it does not run.
-        alone: its background processes would disturb the others, so it is measured after them.
+        runs_ray: Ray's background processes would disturb the others, so it is measured after them; and it runs in
+            a network of its own, which has nothing but loopback.
         quick: part of a quick run.
     """
 
@@ -27,7 +28,7 @@ class Peer:
     copies: str
     environment: str = OWN
     needed: str = "dray"
-    alone: bool = False
+    runs_ray: bool = False
     quick: bool = True
 
     @property
@@ -61,7 +62,9 @@ OTHERS = (
     Peer("ZeroMQ ipc", "zeromq:ipc", "into the kernel, out of it", "zeromq", "zmq"),
     Peer("ZeroMQ tcp", "zeromq:tcp", "into the kernel, out of it", "zeromq", "zmq", quick=False),
     Peer("torch queue", "torch", "into new shared memory", "torch", "torch"),
-    Peer("Ray", "ray", "into the object store; below 100 KiB into a message and out of it", "ray", "ray", True),
+    Peer(
+        "Ray", "ray", "into the object store; below 100 KiB into a message and out of it", "ray", "ray", True, True
+    ),
     Peer(
         "TransferQueue",
         "transferqueue",

@@ -14,25 +14,34 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers.isolation import join_loopback
 from benchmarks.service import Reply
 
 _STORE_BYTES = 4 << 30
 _SECONDS = 60.0
 
 
-def quieten_ray() -> None:
-    """No statistics to anybody, no token in the home folder."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+def start_ray(**options: Any) -> Any:
+    """The module, with this process connected to a Ray on loopback alone: one of its own, or that of an `address`.
+
+    Raises:
+        NotIsolated: the process could reach other hosts.
+    """
+    join_loopback()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray = importlib.import_module("ray")
+    if "address" not in options:
+        options |= {"address": "local", "include_dashboard": False}
+    ray.init(_node_ip_address="127.0.0.1", log_to_driver=False, **options)
+    return ray
 
 
 class RayService:
     """The producer is this process, the driver; the consumer is an actor."""
 
     def __init__(self) -> None:
-        quieten_ray()
-        self._ray: Any = importlib.import_module("ray")
-        self._ray.init(num_cpus=2, include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=False)
+        self._ray = start_ray(num_cpus=2, object_store_memory=_STORE_BYTES)
         self._actor: Any = self._ray.remote(_Consumer).options(num_cpus=1).remote()
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._sequence = 0

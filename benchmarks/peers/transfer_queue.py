@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.peers.contract import Array, Check, Producer, spawn_module
-from benchmarks.peers.ray_store import quieten_ray
+from benchmarks.peers.ray_store import start_ray
 
 _FIELD = "payload"
 _PARTITION = "bench"
@@ -25,8 +25,7 @@ _CPUS = 8
 @functools.cache
 def _client(**ray_options: Any) -> Any:
     """One per process: Ray and TransferQueue start within seconds, and end with the process."""
-    quieten_ray()
-    importlib.import_module("ray").init(log_to_driver=False, **ray_options)
+    start_ray(**ray_options)
     queue: Any = importlib.import_module("transfer_queue")
     queue.init()
     return queue.get_client()
@@ -55,7 +54,7 @@ class TransferQueueReceiver:
 
     def __init__(self, nbytes: int, window: int) -> None:
         self._ray: Any = importlib.import_module("ray")
-        self._client = _client(num_cpus=_CPUS, include_dashboard=False, namespace="bench")
+        self._client = _client(num_cpus=_CPUS, namespace="bench")
         self._references: socket.socket | None = None
 
     def settings(self) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from benchmarks.figures import Figure, Row, Target
 from benchmarks.partner import Partner, PartnerError
 from benchmarks.peers.catalog import OTHERS, PEERS, REDIS, Peer
 from benchmarks.peers.environments import NotInstalled, interpreter
+from benchmarks.peers.isolation import NotIsolated, isolated
 from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import Progress, Scenario, Skipped
 
@@ -48,13 +49,9 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
             partners: dict[Peer, Partner] = {}
             for peer in group:
                 try:
-                    python = interpreter(peer)
-                except NotInstalled as missing:
-                    yield Skipped(peer.name, str(missing))
-                    continue
-                module = "benchmarks.peers"
-                partner = Partner(peer.kind, module=module, python=python, quiet=not peer.is_dray)
-                partners[peer] = opened.enter_context(partner)
+                    partners[peer] = _start(peer, opened)
+                except (NotInstalled, NotIsolated) as why:
+                    yield Skipped(peer.name, str(why))
             for nbytes in _sizes(plan):
                 for peer, error in _measure(partners, nbytes, plan, progress, found):
                     # Its process has ended; what it gave before stays.
@@ -64,9 +61,24 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
         yield from _rows({cell.peer: each for cell, each in found.items() if cell.nbytes == nbytes}, nbytes)
 
 
+def _start(peer: Peer, opened: ExitStack) -> Partner:
+    """A peer's process, which ends with `opened`; raises NotInstalled or NotIsolated."""
+    python = interpreter(peer)
+    isolation = opened.enter_context(isolated()) if peer.runs_ray else None
+    return opened.enter_context(
+        Partner(
+            peer.kind,
+            module="benchmarks.peers",
+            python=python,
+            quiet=not peer.is_dray,
+            isolation=isolation,
+        )
+    )
+
+
 def _groups(plan: Plan) -> list[list[Peer]]:
     chosen = [peer for peer in PEERS if peer.quick or not plan.quick]
-    return [[peer for peer in chosen if not peer.alone], *([peer] for peer in chosen if peer.alone)]
+    return [[peer for peer in chosen if not peer.runs_ray], *([peer] for peer in chosen if peer.runs_ray)]
 
 
 def _sizes(plan: Plan) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers.isolation import NotIsolated, isolated
 from dray.transport.ucx_worker import UCXX_AVAILABLE
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,46 @@ def test_peers_are_measured_or_skipped_with_a_reason(tmp_path):
     assert {"dray shm", "dray shm in place", "dray shm, by Redis", "Redis inline"} <= found
     for name in ("ZeroMQ ipc", "torch queue", "Ray"):
         assert name in found or skipped[name]
+
+
+ISOLATED = """
+import socket
+from pathlib import Path
+from benchmarks.peers.isolation import join_loopback
+join_loopback()
+with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+    pass
+print([name for _, name in socket.if_nameindex()], [each.name for each in Path.home().iterdir()])
+"""
+
+
+def test_ray_gets_a_network_of_its_own_with_nothing_but_loopback():
+    try:
+        with isolated() as isolation:
+            done = subprocess.run(
+                [*isolation.prefix, sys.executable, "-c", ISOLATED],
+                cwd=ROOT,
+                env={**os.environ, **isolation.environment},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            home = Path(isolation.environment["HOME"])
+    except NotIsolated as error:
+        pytest.skip(str(error))
+    assert (done.stdout, done.stderr) == ("['lo'] ['ray_bootstrap_config.yaml']\n", "")
+    assert not home.exists()
+
+
+def test_ray_is_not_started_where_it_could_reach_other_hosts(tmp_path):
+    """Of interfaces besides loopback, and of the provider file: one of them is missing in this process."""
+    starting = "from benchmarks.peers.ray_store import start_ray; start_ray()"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", starting], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "NotIsolated: Ray runs only " in done.stderr
 
 
 @pytest.mark.endurance
