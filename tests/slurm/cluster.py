@@ -245,9 +245,10 @@ class SlurmCluster:
 
         def gone() -> bool:
             left = self.processes(name)
-            # At once, as far as can be: a process of srun's cancels the step when it sees the other one die.
+            # At once, as far as can be: a process of srun's cancels the step when it sees its parent die. It is
+            # stopped, but the kernel continues what becomes an orphan: what was started last is killed first.
             _signal(left, signal.SIGSTOP)
-            _kill(left)
+            _kill(sorted(left, key=_started, reverse=True))
             return not left and not _runs(daemon)
 
         self.wait_until(gone, f"the death of {name}")
@@ -315,6 +316,11 @@ def _runs(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(process: psutil.Process) -> tuple[float, int]:
+    """When a process was started; it is known from when the process was found."""
+    return process.create_time(), process.pid
 
 
 def _kill(processes: list[psutil.Process]) -> None:

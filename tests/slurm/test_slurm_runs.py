@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dray.launch.slurm.run_states import RunState
 from dray.runtime.exit_codes import ExitCode
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 CARTPOLE = Path(__file__).parents[2] / "examples" / "cartpole" / "job.toml"
 
 
@@ -173,6 +175,35 @@ def test_cancelled_job_is_not_retried_and_goes_on_when_it_is_submitted_again(run
     # Redis is sent SIGTERM together with the policy, whose last step may have no line of its own.
     assert set(range(1, GOAL + 1)) - set(run.steps()) <= {saved}
     assert run.steps() == sorted(set(run.steps()))
+
+
+def test_cancelled_job_leaves_no_secret_where_slurm_kills_its_head(run: SlurmRun) -> None:
+    """A rollout replica does not end, so the head waits for it longer than Slurm waits for the head."""
+    run.submit("--set=timeouts.shutdown=15")
+    run.wait_for_steps(1)
+    held_by = run.output / "rollout-1-held"
+    os.mkfifo(held_by)
+    with held_by.open("w"):  # the replica reads it by now
+        run.cluster.command("scancel", str(run.job))
+        assert run.end()["JobState"] == "CANCELLED", run.story()
+
+    assert not (run.output / ".run").exists()
+    assert run.record().state is RunState.CANCELLED
+    lines = (run.output / f"slurm-{run.job}.out").read_text().splitlines()
+    assert all(STAMP.match(line) for line in lines if " == " in line)
+    assert any(STAMP.match(line) for line in run.log("head.out").splitlines())
+
+
+def test_run_that_is_cancelled_while_it_waits_is_cancelled_and_one_that_never_could_begin_is_refused(
+    run: SlurmRun,
+) -> None:
+    with pytest.raises(AssertionError, match="--nodes = 5 is not allowed: at most 3, all that the default"):
+        run.submit("--nodes=5", "--set=rollout.replicas=4")
+    run.submit("--nodes=1", "--sbatch-arg=--hold")
+    assert "state submitted  in Slurm pending" in run.dray("status", str(run.output))
+    run.cluster.command("scancel", str(run.job))
+    assert run.end()["JobState"] == "CANCELLED"
+    assert "state cancelled  in Slurm -" in run.dray("status", str(run.output))
 
 
 def test_job_that_slurm_requeues_goes_on_and_loses_no_retry(run: SlurmRun) -> None:

@@ -157,12 +157,12 @@ def _show(views: list[RunView], console: Console, live: Live | None) -> None:
 
 
 def _look(places: list[Path]) -> list[RunView]:
+    from dray.launch.slurm.scheduler import known_jobs
     from dray.launch.slurm.status import find_runs, view_run
-    from dray.launch.slurm.submit import queued_jobs
 
     found = find_runs(places)
-    queue = queued_jobs() if found else {}
-    return [view_run(folder, queue) for folder in found]
+    jobs = known_jobs() if found else {}
+    return [view_run(folder, jobs) for folder in found]
 
 
 def _variables(given: list[str]) -> dict[str, str]:

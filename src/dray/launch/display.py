@@ -9,6 +9,7 @@ import io
 import math
 import re
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -130,10 +131,17 @@ class FigureReader:
 
 
 class Display:
-    """Shows a job's progress until closed."""
+    """Shows a job's progress until closed.
 
-    def __init__(self, title: str, max_steps: int, console: Console | None = None) -> None:
+    Args:
+        timestamps: each line that stays begins with the local date and time.
+    """
+
+    def __init__(
+        self, title: str, max_steps: int, console: Console | None = None, *, timestamps: bool = False
+    ) -> None:
         self._title = title
+        self._timestamps = timestamps
         self._console = Console() if console is None else console
         if isinstance(self._console.file, io.TextIOWrapper):
             # A character that the terminal's encoding does not have is shown as an escape.
@@ -162,7 +170,8 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(Text(printable(text, MAX_LINE)), soft_wrap=True)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S ") if self._timestamps else ""
+        self._console.print(Text(stamp + printable(text, MAX_LINE)), soft_wrap=True)
         sys.stdout.flush()
 
     def update(self, status: Status) -> None:

@@ -84,7 +84,7 @@ def test_table_has_a_row_for_each_run(tmp_path: Path) -> None:
         console.print(picture(views))
     shown = console.export_text()
     assert "pending (Priority)" in shown
-    assert "submitted, but not in Slurm" in shown
+    assert "submitted; Slurm no longer has its job" in shown
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_table_has_a_row_for_each_run(tmp_path: Path) -> None:
         (RunState.RUNNING, "", False, "lost"),
         (RunState.RUNNING, "", True, "cancelled"),
         (RunState.REQUEUED, "pending", False, "requeued"),
-        (RunState.REQUEUED, "", False, "requeued, but not in Slurm"),
+        (RunState.REQUEUED, "", False, "requeued; Slurm no longer has its job"),
         (RunState.FINISHED, "", True, "finished"),
     ],
 )
@@ -109,6 +109,12 @@ def test_cancelled_marker_counts_before_the_record_says_so(tmp_path: Path) -> No
     assert view_run(folder, {}).state == "lost"
     cancel_marker(folder).touch()
     assert view_run(folder, {}).state == "cancelled"
+
+
+def test_run_whose_job_was_cancelled_while_it_waited_is_cancelled(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", RunRecord(RunState.SUBMITTED, 2), "12")
+    view = view_run(folder, {"12": "cancelled"})
+    assert (view.state, view.in_slurm, view.is_over) == ("cancelled", "", True)
 
 
 def test_throughput_is_that_of_the_newest_process(tmp_path: Path) -> None:

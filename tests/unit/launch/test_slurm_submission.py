@@ -220,6 +220,38 @@ def test_job_runs_the_copy_of_the_code_and_its_options_are_kept(
     assert RunRecord.read(tmp_path / "out").state is RunState.SUBMITTED
 
 
+@pytest.mark.parametrize(
+    ("table", "allowed"),
+    [
+        ({"rollout_nodes": 2}, "at most 2, all that the default partition has"),
+        ({"rollout_nodes": 4, "partition": "big"}, "at most 3, all that partition big has"),
+        ({"rollout_nodes": 4, "partition": "small,big"}, "at most 3, all that partition small,big has"),
+        ({"rollout_nodes": 2, "partition": "big"}, None),
+        ({"rollout_nodes": 8, "partition": "unknown"}, None),
+        ({"rollout_nodes": 8, "sbatch_args": ["--partition=elsewhere"]}, None),
+    ],
+)
+def test_job_of_more_nodes_than_the_partition_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: Mapping[str, Any], allowed: str | None
+) -> None:
+    job_file = make_job_file(tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    nodes = ["small*|n1", "small*|n2", "big|n1", "big|n2", "big|n3"]
+    for name, printed in (("sbatch", "12"), ("sinfo", "\\n".join(nodes))):
+        (tools / name).write_text(f"#!/bin/sh\nprintf '{printed}\\n'\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    prepared = prepare(job(tmp_path, table), job_file, resume=False)
+    if allowed is None:
+        assert submit(prepared, job_file) == 12
+        return
+    with pytest.raises(ConfigError) as raised:
+        submit(prepared, job_file)
+    assert (raised.value.key, raised.value.allowed) == ("--nodes", allowed)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_snapshot_the_job_runs_the_code_where_it_is(tmp_path: Path) -> None:
     prepared = prepare(job(tmp_path, {"snapshot": False}), tmp_path / "job.toml", resume=False)
     assert prepared.plan.job_file == tmp_path / "job.toml"

@@ -53,7 +53,8 @@ def run_head(task: Task) -> int:
     watched = (*WATCHED, TIME_LIMIT_SIGNAL)
     with ExitStack() as opened:
         inbox = opened.enter_context(SignalInbox(watched))
-        display = opened.enter_context(Display(f"dray: job {config.job.name}", config.job.max_steps))
+        title = f"dray: job {config.job.name}"
+        display = opened.enter_context(Display(title, config.job.max_steps, timestamps=True))
         folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))
         site = _site(task, config, folder, interface, opened)
         if state is not None and not state.outcome:

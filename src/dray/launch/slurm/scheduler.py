@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -93,6 +94,51 @@ def look(number: int) -> JobView:
         SlurmError: Slurm does not know it, or cannot be asked.
     """
     return JobView.parse(run_command("scontrol", "--oneliner", "show", "job", str(number)))
+
+
+def partition_nodes(partition: str | None) -> int | None:
+    """How many nodes a partition has, in whatever state they are; None if Slurm does not say.
+
+    Args:
+        partition: one name, several with commas between them for the largest, or None for the default one.
+    """
+    try:
+        lines = run_command("sinfo", "--noheader", "--Node", "--format=%P|%N").splitlines()
+    except SlurmError:  # sbatch says what is wrong
+        return None
+    nodes: dict[str, set[str]] = {}
+    for line in lines:
+        name, node = line.split("|", 1)
+        nodes.setdefault(name, set()).add(node)
+    wanted = [each for each in nodes if each.endswith("*")] if partition is None else partition.split(",")
+    sizes = {name.rstrip("*"): len(found) for name, found in nodes.items()}
+    return max((sizes[name] for each in wanted if (name := each.rstrip("*")) in sizes), default=None)
+
+
+def known_jobs() -> dict[str, str]:
+    """The user's jobs by number, each with its state, and the reason if it waits, e.g. ``"pending (Priority)"``.
+
+    A job that has ended is among them for as long as Slurm remembers it (`MinJobAge`, 300 s by default).
+
+    Raises:
+        SlurmError: Slurm cannot be asked.
+    """
+    columns = ("--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r")
+    found = {}
+    for line in run_command("squeue", *columns).splitlines():
+        number, state, reason = line.split("|", 2)
+        found[number] = state.lower() + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
+    return found
+
+
+def waiting_or_running() -> dict[str, str]:
+    """Those of `known_jobs` that have not ended."""
+    return {number: state for number, state in known_jobs().items() if not has_ended(state)}
+
+
+def has_ended(state: str) -> bool:
+    """Whether a state of `known_jobs` is one that Slurm does nothing more for."""
+    return state.upper() in ENDED_STATES
 
 
 def cancel(number: int) -> None:

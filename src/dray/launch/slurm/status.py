@@ -18,6 +18,7 @@ from dray.errors import ConfigError
 from dray.launch.slurm.plan import Plan, plan_path
 from dray.launch.slurm.run_record import FILE_NAME, RunRecord
 from dray.launch.slurm.run_states import RunState
+from dray.launch.slurm.scheduler import has_ended
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
 from dray.printable import MAX_LINE, printable
@@ -103,19 +104,22 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
-def view_run(folder: Path, queue: Mapping[str, str]) -> RunView:
+def view_run(folder: Path, jobs: Mapping[str, str]) -> RunView:
     """A run as it is now.
 
     Args:
-        queue: the user's jobs that wait or run, see `queued_jobs`.
+        jobs: what Slurm knows of the user's jobs, see `known_jobs`.
 
     Raises:
         ConfigError: its files are damaged.
     """
     record = RunRecord.read(folder)
     job_id = record.job_id if record.state is RunState.RUNNING else submitted_job(folder) or record.job_id
-    in_slurm = queue.get(job_id, "")
-    state = shown_state(record.state, in_slurm, cancelled=cancel_marker(folder).exists())
+    in_slurm = jobs.get(job_id, "")
+    # The job of a run that waits has no script yet that would note its end.
+    cancelled = in_slurm == "cancelled" or cancel_marker(folder).exists()
+    in_slurm = "" if has_ended(in_slurm) else in_slurm
+    state = shown_state(record.state, in_slurm, cancelled=cancelled)
     running = record.state is RunState.RUNNING
     return RunView(
         folder=folder,
@@ -137,7 +141,7 @@ def shown_state(state: RunState, in_slurm: str, *, cancelled: bool) -> str:
         return state.value
     if cancelled:
         return RunState.CANCELLED.value
-    return "lost" if state is RunState.RUNNING else f"{state.value}, but not in Slurm"
+    return "lost" if state is RunState.RUNNING else f"{state.value}; Slurm no longer has its job"
 
 
 def read_progress(metrics: Path) -> Progress:

@@ -38,6 +38,9 @@ from dray.launch.slurm.script import batch_script
 from dray.launch.slurm.snapshot import take_snapshot
 from dray.launch.slurm.state import cancel_marker, read_settled, refuse_folder_in_use
 
+_ELSEWHERE = ("-p", "--partition", "-M", "--cluster")
+"""Options of sbatch that choose another partition or cluster than `slurm.partition` does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -124,11 +127,12 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
         options: what the run was submitted with; kept in its folder.
 
     Raises:
-        ConfigError: the code cannot be copied.
+        ConfigError: the code cannot be copied, or the cluster does not have as many nodes.
         SlurmError: Slurm does not take it.
     """
     assert submission.record is not None
     plan, root = submission.plan, submission.plan.run_folder
+    _check_node_count(plan)
     is_new = not root.exists()
     previous = RunRecord.read(root) if _was_submitted(root) else None
     try:
@@ -166,20 +170,6 @@ def submitted_job(run_folder: Path) -> str:
         return ""
 
 
-def queued_jobs() -> dict[str, str]:
-    """The user's jobs that wait or run, each with its state, and the reason if it waits.
-
-    Raises:
-        SlurmError: Slurm cannot be asked.
-    """
-    printed = scheduler.run_command("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%r")
-    found = {}
-    for line in printed.splitlines():
-        number, state, reason = line.split("|", 2)
-        found[number] = state.lower() + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
-    return found
-
-
 def run_folder(config: JobConfig, *, resume: bool) -> Path:
     """The folder that the run is to have, absolute; it need not be there.
 
@@ -211,12 +201,23 @@ def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
         return RunRecord(RunState.SUBMITTED, retries)
     if RunRecord.read(root).state is RunState.FINISHED:
         return None
-    if (number := submitted_job(root)) in queued_jobs():
+    if (number := submitted_job(root)) in scheduler.waiting_or_running():
         allowed = f"must be a run whose job is over; scancel {number} ends this one's"
         raise ConfigError("--resume", str(root), allowed, f"cannot go on in {root}")
     refuse_folder_in_use(root)
     record = read_settled(root, retries)
     return None if record.state is RunState.FINISHED else record.resume(retries)
+
+
+def _check_node_count(plan: Plan) -> None:
+    """Refuse a job that would wait for ever, for more nodes than its partition has."""
+    table = plan.config.slurm or SlurmTable()
+    if "SBATCH_PARTITION" in os.environ or any(each.startswith(_ELSEWHERE) for each in table.sbatch_args):
+        return
+    count = scheduler.partition_nodes(table.partition)
+    if count is not None and plan.node_count > count:
+        partition = f"partition {table.partition}" if table.partition else "the default partition"
+        raise ConfigError("--nodes", plan.node_count, f"at most {count}, all that {partition} has")
 
 
 def _code_folder(root: Path) -> Path:
