@@ -234,8 +234,10 @@ class SlurmCluster:
                 found |= {each.pid: each for each in (process, *_descendants(process))}
         return [process for process in found.values() if _runs(process)]
 
-    def kill_node(self, name: str, *, reported: bool = True) -> None:
+    def kill_node(self, name: str, *, reported: bool = True, parents_first: bool = False) -> None:
         """Kill the node's slurmd and every process of a job on it with SIGKILL, as a machine that loses power.
+
+        With `parents_first` one after the other, so that Slurm ends the steps that were started on the node.
 
         Slurm is told that the node is down; with `reported=False` it finds out itself, after `NODE_TIMEOUT`.
         """
@@ -247,8 +249,9 @@ class SlurmCluster:
             left = self.processes(name)
             # At once, as far as can be: a process of srun's cancels the step when it sees its parent die. It is
             # stopped, but the kernel continues what becomes an orphan: what was started last is killed first.
-            _signal(left, signal.SIGSTOP)
-            _kill(sorted(left, key=_started, reverse=True))
+            if not parents_first:
+                _signal(left, signal.SIGSTOP)
+            _kill(sorted(left, key=_started, reverse=not parents_first))
             return not left and not _runs(daemon)
 
         self.wait_until(gone, f"the death of {name}")

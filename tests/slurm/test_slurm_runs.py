@@ -80,10 +80,13 @@ def test_job_goes_on_when_a_rollout_node_is_killed(run: SlurmRun) -> None:
     assert run.summary()["replicas"]["rollout-1"].startswith("dead")
 
 
-def test_job_goes_on_from_its_checkpoint_when_the_node_of_policy_and_script_is_killed(run: SlurmRun) -> None:
+@pytest.mark.parametrize("parents_first", [False, True], ids=["at once", "parents first"])
+def test_job_goes_on_from_its_checkpoint_when_the_node_of_policy_and_script_is_killed(
+    run: SlurmRun, parents_first: bool
+) -> None:
     run.submit("--nodes=2")
     saved = run.wait_for_checkpoint()
-    run.cluster.kill_node("n1")
+    run.cluster.kill_node("n1", parents_first=parents_first)
     run.go()
 
     assert run.end()["Restarts"] == "1", run.story()
