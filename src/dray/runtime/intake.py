@@ -113,7 +113,7 @@ class Intake:
         kept = self._state.committed + len(self._state.unconfirmed)
         self.committed = max(counters.get("trained", 0), kept, self._recorded)
         self.rolled_back = max(0, self.committed - self.contributed)
-        new = self.rolled_back - counters.get("rolled_back", 0)
+        new = self.rolled_back - max(counters.get("rolled_back", 0), kept - self.contributed)
         if new > 0:
             _LOG.warning("%d payloads were trained on after the last checkpoint: they are rolled back", new)
         # Before anything else is committed: the server's counter goes on from that of earlier runs.

@@ -60,7 +60,7 @@ class JobFolder:
 
     @property
     def group_epoch(self) -> Path:
-        """The policy group's newest epoch."""
+        """The policy group's newest epoch, and how many payloads were committed before it."""
         return self.run / "group_epoch.json"
 
     @property
