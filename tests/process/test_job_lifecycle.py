@@ -94,7 +94,7 @@ def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
 
 def test_sigquit_and_sigusr2_leave_a_checkpoint_and_a_run_goes_on_with_its_figures(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
-        job.wait_for("  step ")
+        job.wait_until(job.step, "a training step")
         job.process.send_signal(signal.SIGQUIT)
         assert job.end(bound=10.0) == 131, job.story()
         assert "stopped: interrupted by SIGQUIT" in job.text
@@ -104,7 +104,7 @@ def test_sigquit_and_sigusr2_leave_a_checkpoint_and_a_run_goes_on_with_its_figur
     # What a process that is killed while it saves leaves behind.
     (job.output / ".checkpoint.partial" / "trainer").mkdir(parents=True)
     with running(tmp_path, "--resume", *job_settings("stop.at_least=1e9")) as job:
-        job.wait_for("  step ")
+        job.wait_until(lambda: job.step() > first["steps"], "a further step")
         job.process.send_signal(signal.SIGUSR2)
         assert job.end(bound=10.0) == 140, job.story()
         assert "stopped: interrupted by SIGUSR2" in job.text

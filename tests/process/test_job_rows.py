@@ -173,7 +173,7 @@ def test_r8_controller_that_hangs_ends_the_job_within_the_bounds(tmp_path: Path)
 
 
 def test_controller_that_the_supervisor_ends_because_it_hung_is_no_reason_of_its_own(tmp_path: Path) -> None:
-    settings = job_settings(FOREVER, "timeouts.controller_lost=1", "controller.dead_after=20")
+    settings = job_settings(FOREVER, "controller.dead_after=20", "timeouts.shutdown=10")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
         controller = job.only("dray.runtime.controller")
