@@ -21,6 +21,7 @@ MUTANTS_ARGS ?=
 SEEDS ?= 10000
 SIMULATE_ARGS ?=
 JOBS ?= 200
+KILLS ?= 10
 JOBS_ARGS ?=
 
 BIN := .venv/bin
@@ -28,7 +29,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak fuzz jobs endurance devmode mutants mutmut clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak fuzz jobs chain endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +78,9 @@ fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the co
 
 jobs: .venv/dev.stamp ## short jobs in a row, a replica killed in half of them (JOBS=200, JOBS_ARGS="--seed 7")
 	PYTHONPATH=tests $(BIN)/python tests/process/job_series.py --jobs $(JOBS) $(JOBS_ARGS)
+
+chain: .venv/dev.stamp ## one job that is killed and resumed again and again (KILLS=10, CHAIN_ARGS="--seed 7")
+	PYTHONPATH=tests $(BIN)/python tests/process/job_chain.py --kills $(KILLS) $(CHAIN_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds and GRPO over five among them
 	$(BIN)/python -m pytest -m endurance $(ENDURANCE_ARGS)

@@ -54,6 +54,8 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         found = account(job)
         assert job.checkpoint()["step"] == 30
         assert len(job.contributed()) == 30 * 8
+        assert [line["step"] for line in job.metrics()] == list(range(1, 31)), "those that were undone are gone"
+        assert job.summary()["payloads"] == job.metrics()[-1]["payloads"] == 240, "of all policies together"
         assert found["rolled_back"] == found["trained"] - 240
         assert found["rolled_back"] % 8 == 0
 
@@ -127,7 +129,7 @@ def test_r17_paused_policy_is_replaced_once_it_counts_as_dead(tmp_path: Path) ->
         policy(job).suspend()
         job.wait_for("and is killed")
         assert job.end() == 0, job.story()
-        assert re.search(r"policy-0 is silent for \d", job.text)
+        assert len(re.findall(r"policy-0 is silent for \d.*and is killed", job.text)) == 1
         assert "dead: silent for" in job.log("controller")
         assert len(job.contributed()) == 240
         account(job)
@@ -156,6 +158,7 @@ def test_what_a_checkpoint_has_is_committed_and_not_trained_on_again(tmp_path: P
         "policy.checkpoint_every=2",
         "policy.args.die_before_commit=true",
         "stop.at_least=10",
+        "job.lane=tcp",
     )
     with running(tmp_path, *settings) as job:
         assert job.end() == 0, job.story()
@@ -164,6 +167,7 @@ def test_what_a_checkpoint_has_is_committed_and_not_trained_on_again(tmp_path: P
         assert "16 payloads that the checkpoint has are committed" in job.log("policy-0")
         found = account(job)
         assert (found["rolled_back"], len(job.contributed())) == (0, 80)
+        assert found["unfreed"] == 0, "when the job ends, and not when the last of them were committed"
         # Those of the last two steps, which were committed when this checkpoint was there.
         assert (len(job.checkpoint()["unconfirmed"]), job.checkpoint()["committed"]) == (16, 64)
 
@@ -177,6 +181,7 @@ def test_what_a_checkpoint_has_counts_as_trained_although_redis_ended_before_its
         assert job.end() == 0, job.story()
         delivery = job.summary()["delivery"]
         assert (delivery["trained"], delivery["rolled_back"]) == (len(job.contributed()), 0)
+        assert job.checkpoint()["committed"] + len(job.checkpoint()["unconfirmed"]) == delivery["trained"]
 
 
 def test_payload_that_kills_the_policy_again_and_again_becomes_a_dead_letter(tmp_path: Path) -> None:
@@ -270,6 +275,7 @@ def test_weights_whose_commit_redis_did_not_take_have_a_version_of_their_own(tmp
         assert job.end(bound=15.0) == 130, job.story()
         assert "writes a checkpoint without knowing whether another group goes on" in job.log("policy-0")
     assert job.checkpoint()["step"] == 9
+    assert [line["step"] for line in job.metrics()] == list(range(1, 10)), "each step of the checkpoint has a line"
     # Its weights are those of step 9, and called so: the rollout workers of `job_runner` check it.
     with running(tmp_path, "--resume", *job_settings("stop.at_least=12")) as job:
         assert job.end() == 0, job.story()

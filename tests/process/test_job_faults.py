@@ -70,6 +70,9 @@ def test_r7_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
         assert job.end(bound=15.0) == 1
         assert "the controller ended early: killed by signal 9" in job.text
         assert job.checkpoint()["step"] > 0
+        age = job.summary()["figures_age"]
+        assert age > 0
+        assert f"(its figures may be {age:.1f} s old: the controller was gone before the end)" in job.text
 
 
 def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: Path) -> None:

@@ -92,6 +92,30 @@ def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
         assert "solved already" in job.text
 
 
+def test_sigquit_and_sigusr2_leave_a_checkpoint_and_a_run_goes_on_with_its_figures(tmp_path: Path) -> None:
+    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+        job.wait_until(job.step, "a training step")
+        job.process.send_signal(signal.SIGQUIT)
+        assert job.end(bound=10.0) == 131, job.story()
+        assert "stopped: interrupted by SIGQUIT" in job.text
+        first = job.summary()
+        assert first["payloads"] == job.checkpoint()["contributed"] == 8 * first["steps"] > 0
+        assert first["figures_age"] is None
+    # What a process that is killed while it saves leaves behind.
+    (job.output / ".checkpoint.partial" / "trainer").mkdir(parents=True)
+    with running(tmp_path, "--resume", *job_settings("stop.at_least=1e9")) as job:
+        job.wait_until(lambda: job.step() > first["steps"], "a further step")
+        job.process.send_signal(signal.SIGUSR2)
+        assert job.end(bound=10.0) == 140, job.story()
+        assert "stopped: interrupted by SIGUSR2" in job.text
+        last = job.summary()
+        assert last["payloads"] == job.checkpoint()["contributed"] == 8 * last["steps"] > first["payloads"]
+        assert last["bytes"] > first["bytes"]
+        assert last["delivery"]["trained"] == last["payloads"]
+        assert [line["step"] for line in job.metrics()] == list(range(1, last["steps"] + 1))
+        assert not (job.output / ".checkpoint.partial").exists()
+
+
 @pytest.mark.parametrize("words", ["started controller", ""])
 def test_job_can_be_interrupted_while_it_starts(tmp_path: Path, words: str) -> None:
     with running(tmp_path) as job:

@@ -172,6 +172,29 @@ def test_r8_controller_that_hangs_ends_the_job_within_the_bounds(tmp_path: Path)
         assert job.checkpoint()["step"] > 0
 
 
+def test_controller_that_the_supervisor_ends_because_it_hung_is_no_reason_of_its_own(tmp_path: Path) -> None:
+    settings = job_settings(FOREVER, "controller.dead_after=20", "timeouts.shutdown=10")
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step ")
+        controller = job.only("dray.runtime.controller")
+        controller.suspend()
+        job.wait_for("the controller did not answer")
+        job.wait_until(lambda: _has_pending(controller.pid, signal.SIGTERM), "SIGTERM to the controller")
+        controller.resume()
+        assert job.end() == 1, job.story()
+        reason = job.summary()["exit_reason"]
+        assert reason.startswith("the controller did not answer"), job.story()
+        assert f"failed: {reason}" in job.text
+        assert "controller received SIGTERM" in job.log("controller")
+        assert "received SIGTERM" not in job.text
+
+
+def _has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process that is stopped has been sent a signal."""
+    fields = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(fields["ShdPnd"], 16) >> number - 1 & 1)
+
+
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"])
 def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, answer: bytes) -> None:
     spec = spec_of(tmp_path, "timeouts.start=2")

@@ -18,6 +18,7 @@ from dray.config import tables
 from dray.control import names
 from dray.launch import teardown
 from dray.launch.policy_group import RESTARTED
+from dray.launch.signals import WATCHED
 from dray.launch.slurm import run_states
 from dray.runtime import lifecycle
 from dray.runtime.endpoints import ENDPOINTS
@@ -202,6 +203,20 @@ def test_exit_codes_are_those_of_the_code() -> None:
     assert all(line.strip() in page("runtime.md") for line in ExitCode.__doc__.splitlines())
     documented = {int(row[0]) for row in rows(page("runtime.md")) if row[0].isdecimal()}
     assert documented == {code.value for code in ExitCode}
+
+
+def test_signals_on_the_runtime_page_are_those_that_end_a_run() -> None:
+    text = page("runtime.md")
+    table = rows(text[text.index("| signal to `dray run` |") : text.index("Children end with their supervisor")])[
+        1:
+    ]
+    documented = {
+        name: int(code)
+        for names, _, codes in table
+        for name, code in zip(names.split(", "), codes.split(", "), strict=True)
+        if code.isdecimal()
+    }
+    assert documented == {number.name: 128 + number for number in WATCHED}
 
 
 def test_exit_codes_after_which_a_policy_group_is_restarted_are_those_of_the_table() -> None:

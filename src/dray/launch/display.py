@@ -104,7 +104,10 @@ class FigureReader:
         """The figures of `status`, newer than those read before."""
         policy = next((each.progress for each in status.members if each.name == FIRST_POLICY), _NO_REPORT)
         nbytes = policy.count("bytes")
-        self._follow(status.seconds, nbytes)
+        if "bytes" in policy.counters:
+            self._follow(status.seconds, nbytes)
+        else:
+            self._last = None  # a policy that is restarted begins with the bytes of its checkpoint
         return Figures(
             phase=status.phase.value,
             seconds=status.seconds,

@@ -20,7 +20,7 @@ from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.exit_codes import USER_CODES, ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.lifecycle import Phase
-from dray.runtime.membership import FINISHED_OUTCOMES, final_phase
+from dray.runtime.membership import FINISHED_OUTCOMES, MemberState, final_phase
 from dray.runtime.messages import OutcomeReport, Status
 
 _LOG = logging.getLogger("dray.launch.ending")
@@ -35,6 +35,14 @@ class Ending:
     exit_code: int
     reason: str
 
+    @property
+    def complete(self) -> bool:
+        """Whether the status has the last figures of all replicas: the controller was there until they ended."""
+        status = self.status
+        if status is None or not status.phase.is_final:
+            return False
+        return all(member.state is not MemberState.ACTIVE for member in status.members)
+
 
 def recorded_status(folder: JobFolder) -> Status | None:
     """What the controller wrote when the outcome was decided, and again when the phase was final."""
@@ -45,6 +53,11 @@ def recorded_status(folder: JobFolder) -> Status | None:
     except ValidationError as error:
         _LOG.error("the controller's last status is damaged: %s", error)
         return None
+
+
+def newest_status(*statuses: Status | None) -> Status | None:
+    """The one of a job's statuses that was made last, if there is any."""
+    return max((each for each in statuses if each is not None), key=lambda each: each.seconds, default=None)
 
 
 def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
@@ -63,6 +76,9 @@ def ending(
     checkpoint: CheckpointState | None,
     signals: Sequence[signal.Signals],
     failure: str,
+    *,
+    controller_request: str = "",
+    on_slurm: bool = False,
 ) -> Ending:
     """How the job ended.
 
@@ -71,7 +87,13 @@ def ending(
         checkpoint: of a finished job, if there is one.
         signals: that the supervisor was sent.
         failure: what it saw go wrong.
+        controller_request: why the supervisor asked a controller without an outcome to end, if it did.
+        on_slurm: whether the job is one of Slurm.
     """
+    if controller_request and status is not None and _interrupted(status) and not signals:
+        # That the controller "received SIGTERM" is what the supervisor did, and no reason.
+        failed = OutcomeReport(kind="failed", reason=controller_request)
+        status = status.model_copy(update={"outcome": failed, "phase": Phase.FAILED})
     outcome = None if status is None else status.outcome
     if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
         kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
@@ -83,10 +105,14 @@ def ending(
     if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
         return Ending(status, exit_code_of(outcome), outcome.reason)
     if signals:
-        return Ending(status, 128 + signals[0], reason_of(signals[0]))
+        return Ending(status, 128 + signals[0], reason_of(signals[0], on_slurm=on_slurm))
     if outcome is not None:
         return Ending(status, exit_code_of(outcome), outcome.reason)
     return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+
+
+def _interrupted(status: Status) -> bool:
+    return status.outcome is not None and status.outcome.kind == "interrupted"
 
 
 def exit_code_of(outcome: OutcomeReport) -> ExitCode:

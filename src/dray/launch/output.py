@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dray.config import JobConfig
 from dray.errors import ConfigError
-from dray.runtime.checkpoint import CheckpointState, find_checkpoint
+from dray.runtime.checkpoint import CheckpointState, find_checkpoint, sweep_partial
 from dray.runtime.job import JobFolder, short_path
+from dray.runtime.metrics_log import partial_metrics
 
 _LOG = logging.getLogger("dray.launch.output")
 _NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
@@ -43,6 +44,7 @@ def open_output(
     folder = JobFolder(root, attempt)
     try:
         lock_folder(descriptor, root)
+        _sweep(folder)
         found = None if resume is False else find_checkpoint(folder.checkpoint)
         if resume and found is None:
             raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot go on in {root}")
@@ -60,6 +62,14 @@ def open_output(
         for path in made:
             if not any(path.iterdir()):
                 path.rmdir()
+
+
+def _sweep(folder: JobFolder) -> None:
+    """Remove what processes that were killed while they wrote have left. Only while the folder is locked."""
+    sweep_partial(folder.checkpoint)
+    partial_metrics(folder.metrics).unlink(missing_ok=True)
+    for path in folder.root.glob(f".{folder.summary.name}.*"):
+        path.unlink()
 
 
 def resume_line(folder: JobFolder, state: CheckpointState) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+"""Each of them ends the job in order, with a checkpoint."""
 
 TIME_LIMIT_SIGNAL = signal.SIGUSR2
 """Tells the supervisor of a job on Slurm that the time limit is near."""
@@ -56,9 +57,10 @@ class SignalInbox:
         return [signal.Signals(byte) for byte in content if byte in self._watched]
 
 
-def reason_of(number: signal.Signals) -> str:
+def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
     """Why a job ends that was sent this signal."""
-    return "the time limit is near" if number == TIME_LIMIT_SIGNAL else f"interrupted by {number.name}"
+    limit = on_slurm and number == TIME_LIMIT_SIGNAL
+    return "the time limit is near" if limit else f"interrupted by {number.name}"
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from dray.errors import ControlPlaneError
 from dray.launch.children import Child, EndRequest, JobProcess, replica_end
 from dray.launch.crew import Crew
 from dray.launch.display import Display
-from dray.launch.ending import Ending, ending, finished_checkpoint, recorded_status
+from dray.launch.ending import Ending, ending, finished_checkpoint, newest_status, recorded_status
 from dray.launch.entry_points import check_entry_points
 from dray.launch.job_redis import job_redis
 from dray.launch.log import supervisor_log
@@ -106,6 +106,7 @@ class Supervisor:
         self._unexpected: list[str] = []
         self._requests: dict[JobProcess, EndRequest] = {}
         self._asked_members: dict[tuple[str, int], str] = {}
+        self._controller_request = ""
 
     def run(self) -> int:
         folder = self._folder
@@ -154,6 +155,7 @@ class Supervisor:
             exit_code=ending.exit_code,
             reason=ending.reason,
             first_step=self._state.step if self._state is not None else 0,
+            age=None if ending.complete else self._heard.elapsed,
         )
         for line in (*self._unexpected, summary):
             self._say(line)
@@ -164,11 +166,18 @@ class Supervisor:
         _LOG.info("%s", text)
 
     def _ending(self) -> Ending:
-        status = recorded_status(self._folder) or self._status
+        status = newest_status(recorded_status(self._folder), self._status)
         if status is not None:
             status = _with_reasons(status, self._asked_members)
-        checkpoint = finished_checkpoint(self._folder)
-        return ending(self._config.job.name, status, checkpoint, self._signals, self._failure)
+        return ending(
+            self._config.job.name,
+            status,
+            finished_checkpoint(self._folder),
+            self._signals,
+            self._failure,
+            controller_request=self._controller_request,
+            on_slurm=self._folder.attempt is not None,
+        )
 
     # --- start ------------------------------------------------------------------------------------------------
 
@@ -300,7 +309,9 @@ class Supervisor:
         dead = {(member.name, member.pid): member for member in members if member.state is MemberState.DEAD}
         for process in self._crew.others():
             member = dead.get((process.name, process.pid))
-            if member is not None and process.running and not self._teardowns:
+            request = self._requests.get(process)
+            killed = request is not None and request.number == signal.SIGKILL
+            if member is not None and process.running and not killed and not self._teardowns:
                 self._say(f"{process.name} is {member.reason} and is killed")
                 why = f"the controller had declared it dead ({member.reason})"
                 self._request_end(process, signal.SIGKILL, why)
@@ -322,6 +333,8 @@ class Supervisor:
         controller = self._crew.controller
         if controller is not None and not any(each.running for each in self._crew.replicas):
             # The last replica has unregistered, or is not going to: nothing is left to wait for.
+            if not self._controller_request and not self._has_outcome():
+                self._controller_request = self._failure or "no replica was left"
             controller.signal(signal.SIGTERM)
 
     def _request_end(self, process: JobProcess, number: signal.Signals, why: str) -> None:
@@ -340,6 +353,11 @@ class Supervisor:
         if self._signals:
             return f"the job had {THE_JOB_HAS['interrupted']}"
         return self._failure or "no policy replica was left"
+
+    def _has_outcome(self) -> bool:
+        """Whether the controller is known to have an outcome of the job."""
+        statuses = (recorded_status(self._folder), self._status)
+        return any(status is not None and status.outcome is not None for status in statuses)
 
     def _newest_status(self, client: ControllerClient) -> messages.Status | None:
         """What the controller answers now; else what it has recorded; else its last answer."""
@@ -374,7 +392,8 @@ class Supervisor:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._say(f"{name}: ending the job, at most {bound:g} s")
-            self._tell(client, "/stop", messages.Stop(reason=reason_of(self._signals[0])))
+            reason = reason_of(self._signals[0], on_slurm=self._folder.attempt is not None)
+            self._tell(client, "/stop", messages.Stop(reason=reason))
             self._end(at_once=True)
         for processes, teardown in self._teardowns:
             if len(self._signals) > 1:
@@ -411,7 +430,6 @@ class Supervisor:
         self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
         if not self._status.phase.gives_work and not self._teardowns:
             self._end()
-        self._end_silent()
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports

@@ -75,6 +75,8 @@ def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, Referenc
                 client.consume(references, timeout=deadline.remaining)
 
         freeing = PayloadFreeing(consume, FREE_SECONDS)
+        # The last heartbeat has what is left when every request has ended, not what was under way before.
+        ended.callback(lambda: replica.activity.show("unfreed", float(freeing.unfreed)))
         ended.callback(freeing.join)
         opened.enter_context(freeing)
         yield (
@@ -263,8 +265,11 @@ class ReferenceInlet:
 
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()
-        unfreed = len(self._freeing) + self._freeing.given_up
-        return {"bytes": statistics["bytes"] + self._carried, "retries": statistics["retries"], "unfreed": unfreed}
+        return {
+            "bytes": statistics["bytes"] + self._carried,
+            "retries": statistics["retries"],
+            "unfreed": self._freeing.unfreed,
+        }
 
     @property
     def transfer(self) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dray.errors import ConfigError
@@ -33,6 +33,8 @@ class CheckpointState:
         unfreed: likewise of each payload that was committed and whose producer has not confirmed that it is freed:
             published again, after Redis was restarted empty, it would be taken for a new one.
         ranks: how many policy replicas have written their part.
+        totals: further figures of the training that led to these weights, such as ``bytes`` and ``seconds``; they
+            go on from here when the policy is restarted or the run is resumed.
     """
 
     step: int
@@ -44,6 +46,7 @@ class CheckpointState:
     unconfirmed: tuple[str, ...] = ()
     unfreed: tuple[str, ...] = ()
     ranks: int = 1
+    totals: Mapping[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, state: CheckpointState, save_trainer: Callable[[Path], None]) -> None:
@@ -64,6 +67,26 @@ def save_checkpoint(folder: Path, state: CheckpointState, save_trainer: Callable
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def record_committed(place: Path, state: CheckpointState, committed: int) -> CheckpointState:
+    """Note at the checkpoint `place` that `committed` payloads are committed, among them those that `state` has as
+    unconfirmed; returns the new state.
+
+    From here on this number depends neither on Redis nor on the metrics of steps that were rolled back.
+    """
+    new = replace(state, committed=committed, unconfirmed=(), unfreed=(*state.unfreed, *state.unconfirmed))
+    if new != state:
+        write_json(place / "state.json", asdict(new))
+        _sync(place)
+    return new
+
+
+def sweep_partial(folder: Path) -> None:
+    """Remove what a process that was killed while it saved has left beside the checkpoint at `folder`."""
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(_previous(folder), ignore_errors=True)
+
+
 def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
     """The newest whole checkpoint at `folder`, or None.
 
@@ -75,7 +98,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
             try:
                 fields = json.loads((place / "state.json").read_text(encoding="utf-8"))
                 lists = {name: tuple(fields.get(name, ())) for name in ("unconfirmed", "unfreed")}
-                return place, CheckpointState(**{**fields, **lists})
+                totals = {name: float(value) for name, value in fields.get("totals", {}).items()}
+                return place, CheckpointState(**{**fields, **lists, "totals": totals})
             except (ValueError, TypeError, AttributeError) as error:
                 allowed, problem = f"must be a checkpoint of dray ({error})", f"cannot go on from {place}"
                 raise ConfigError("--resume", str(place), allowed, problem) from error

@@ -23,7 +23,7 @@ from typing import TypeVar
 import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -254,6 +254,10 @@ class Controller:
                     error.errors(include_url=False, include_input=False, include_context=False)[:3]
                 )
                 return _reply(messages.ErrorReply(error="malformed", detail=detail), 422)
+            except ClientDisconnect:
+                path = request.url.path
+                _LOG.info("a client closed its connection before its request for %s was complete", path)
+                return Response(status_code=400)
             except _BodyTooLarge:
                 return _reply(messages.ErrorReply(error="too large", detail=f"at most {LARGEST_BODY} bytes"), 413)
 

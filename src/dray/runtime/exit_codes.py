@@ -21,9 +21,9 @@ class ExitCode(IntEnum):
     | 16 | a policy replica: another one of its group is gone |
     | 17 | a replica, and the job that fails for it: the user's class returned what cannot be used |
     | 130 | interrupted by SIGINT |
-    | 140 | on Slurm: the time limit was near; the run goes on in another part |
+    | 140 | interrupted by SIGUSR2; on Slurm: the time limit was near, and the run goes on in another part |
     | 143 | interrupted by SIGTERM |
-    | 128 + n | interrupted by another signal n, such as 129 for SIGHUP |
+    | 128 + n | interrupted by another signal n: 129 for SIGHUP, 131 for SIGQUIT |
     """
 
     OK = 0

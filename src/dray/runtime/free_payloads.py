@@ -60,6 +60,12 @@ class PayloadFreeing:
         with self._changed:
             return len(self._state)
 
+    @property
+    def unfreed(self) -> int:
+        """How many payloads were not freed so far: those that wait, and those that were given up."""
+        with self._changed:
+            return len(self._state) + self.given_up
+
     def close(self, timeout: float = 1.0) -> None:
         """Ask every producer that has not answered once more, for at most `timeout` seconds in all.
 
@@ -73,7 +79,7 @@ class PayloadFreeing:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(until.remaining)
-        left = len(self) + self.given_up
+        left = self.unfreed
         if left:
             _LOG.warning("%d payloads were not freed: their producers did not answer", left)
 

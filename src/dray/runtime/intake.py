@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from dray.clock import Deadline
 from dray.control import Delivery, RolloutConsumer, RolloutEntry
@@ -36,17 +36,19 @@ class Intake:
 
     Args:
         state: the checkpoint that the weights come from.
+        recorded: payloads that were committed before, according to the lines of the metrics.
 
     Attributes:
         contributed: payloads that the weights are trained on.
         committed: payloads whose commit is confirmed, over all lives of the group.
     """
 
-    def __init__(self, replica: Replica, inlet: Inlet, state: CheckpointState) -> None:
+    def __init__(self, replica: Replica, inlet: Inlet, state: CheckpointState, recorded: int = 0) -> None:
         config = replica.spec.config
         self._replica = replica
         self._inlet = inlet
         self._state = state
+        self._recorded = recorded
         self._policy = config.policy
         self._timeout = config.timeouts.redis
         # A name for this life alone: an earlier one that wakes is given nothing that would be taken for ours.
@@ -95,21 +97,33 @@ class Intake:
     def _begin_epoch(self) -> None:
         # The number is kept beside Redis, too: one that was restarted empty must not give out the same one again.
         place = self._replica.spec.folder.group_epoch
-        known = int(json.loads(place.read_text(encoding="utf-8"))["epoch"]) if place.exists() else 0
-        epoch = self._queue.begin_epoch(known, self._timeout)
-        write_json(place, {"epoch": epoch}, mode=0o600)
+        known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        self._recorded = max(self._recorded, known.get("committed", 0))
+        epoch = self._queue.begin_epoch(known.get("epoch", 0), self._timeout)
+        self._write_epoch(epoch)
         _LOG.info("the policy group begins epoch %d", epoch)
+
+    def _write_epoch(self, epoch: int | None) -> None:
+        place = self._replica.spec.folder.group_epoch
+        write_json(place, {"epoch": epoch, "committed": self._recorded}, mode=0o600)
 
     def _count_rolled_back(self) -> None:
         counters = self._queue.statistics(self._timeout).counters
-        recorded = _last_committed(self._replica)
         # The weights have what was unconfirmed, also where the server that would have known of it is gone.
         kept = self._state.committed + len(self._state.unconfirmed)
-        self.committed = max(counters.get("trained", 0), kept, recorded)
+        self.committed = max(counters.get("trained", 0), kept, self._recorded)
         self.rolled_back = max(0, self.committed - self.contributed)
-        new = self.rolled_back - counters.get("rolled_back", 0)
+        new = self.rolled_back - max(counters.get("rolled_back", 0), kept - self.contributed)
         if new > 0:
             _LOG.warning("%d payloads were trained on after the last checkpoint: they are rolled back", new)
+        # Before anything else is committed: the server's counter goes on from that of earlier runs.
+        self._raise_counters()
+        self._recorded = self.committed
+        self._write_epoch(self.epoch)
+
+    def _raise_counters(self) -> None:
+        if self.committed or self.rolled_back:
+            self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
 
     def _look_after_starving(self, received: Sequence[Delivery]) -> None:
         # Redis was restarted empty, and a producer has died before it could publish again: nobody else knows that
@@ -244,9 +258,7 @@ class Intake:
         if not (now or self._next_look.expired):
             return {}
         self._next_look = Deadline.after(_LOOK_INTERVAL)
-        if self.committed or self.rolled_back:
-            # A server that was restarted empty has forgotten them.
-            self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
+        self._raise_counters()  # a server that was restarted empty has forgotten them
         found = self._queue.statistics(self._timeout)
         counters = {f"stream_{name}": float(value) for name, value in found.counters.items()}
         return {
@@ -278,17 +290,3 @@ class Intake:
         if self._order is not None:
             self._order.settled(indices)
         self._replica.heartbeat.settled(indices)
-
-
-def _last_committed(replica: Replica) -> int:
-    """What the last training step on record had committed: more than any server that is gone can tell."""
-    recorded = 0
-    if replica.spec.folder.metrics.exists():
-        with replica.spec.folder.metrics.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    fields: dict[str, Any] = json.loads(line)
-                except ValueError:
-                    continue  # cut off by a kill
-                recorded = max(recorded, int(fields.get("committed", 0)))
-    return recorded

@@ -60,7 +60,7 @@ class JobFolder:
 
     @property
     def group_epoch(self) -> Path:
-        """The policy group's newest epoch."""
+        """The policy group's newest epoch, and how many payloads were committed before it."""
         return self.run / "group_epoch.json"
 
     @property
@@ -134,12 +134,16 @@ class JobSpec:
 
 
 def write_json(path: Path, document: Mapping[str, Any], *, mode: int = 0o644) -> None:
-    """Put `document` at `path`, whole or not at all, even across a crash of the machine."""
+    """Put `document` at `path`, whole or not at all, even across a crash of the machine.
+
+    Raises:
+        ValueError: it holds a number that is not finite, which JSON does not have.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(f"{text}\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

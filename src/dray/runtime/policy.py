@@ -6,7 +6,6 @@ Of several policy replicas the first does all this, and tells the others what to
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import socket
@@ -15,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -27,7 +25,13 @@ from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.batch import Batch
 from dray.runtime.by_reference import rank_client
-from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint, trainer_folder
+from dray.runtime.checkpoint import (
+    CheckpointState,
+    find_checkpoint,
+    record_committed,
+    save_checkpoint,
+    trainer_folder,
+)
 from dray.runtime.contract import PolicyGroup, PolicyTrainer, Trajectory
 from dray.runtime.entry_point import load_entry_point
 from dray.runtime.exit_codes import ExitCode
@@ -35,6 +39,7 @@ from dray.runtime.group_channel import Channel, GroupLostError, Order
 from dray.runtime.intake import Intake
 from dray.runtime.job import finite
 from dray.runtime.membership import OutcomeKind, Role
+from dray.runtime.metrics_log import MetricsLog
 from dray.runtime.policy_rank import Following
 from dray.runtime.process import leave
 from dray.runtime.ranks import Failure, Ranks
@@ -55,6 +60,11 @@ from dray.runtime.user_code import (
 
 _LOG = logging.getLogger("dray.runtime.policy")
 _SLICE = 0.5
+_COUNTERS = (
+    "waited_seconds", "read_seconds", "train_seconds", "stale", "lost", "discarded", "too_old", "dead_letters",
+)  # fmt: skip
+_TOTALS = (*_COUNTERS, "seconds", "staleness_max", "bytes", "retries")
+"""Figures that go on from a checkpoint; the first ones are counters of the activity."""
 
 
 def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
@@ -92,7 +102,7 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
             replica.stop.disposable = False
             return Following(replica, trainer, channels[0], client).run()
         inlet, weights = opened.enter_context(open_inlet(replica))
-        log = opened.enter_context(replica.spec.folder.metrics.open("a", encoding="utf-8"))
+        log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
 
 
@@ -118,7 +128,7 @@ class Training:
         ranks: Ranks,
         inlet: Inlet,
         weights: WeightsOutlet,
-        log: IO[str],
+        log: MetricsLog,
     ) -> None:
         self._replica = replica
         self._config = replica.spec.config
@@ -133,6 +143,7 @@ class Training:
         self._next_prompt = replica.spec.first_prompt
         self._saved_step = -1
         self._oldest = 0
+        self._earlier: Mapping[str, float] = {}
         self._arrays: dict[str, Trajectory] = {}
         self._stop_condition = StopCondition(self._config.stop, self._config.policy.checkpoint_every)
         self._mistake = ""
@@ -145,9 +156,15 @@ class Training:
             OldEpochError: the group goes on without this replica.
             GroupLostError: another rank is gone.
         """
-        self._intake = Intake(self._replica, self._inlet, self._load(may_load=may_load))
+        found = self._find(may_load=may_load)
+        state = CheckpointState(0, 0, self._next_prompt) if found is None else found[1]
+        self._resume(state)
+        self._intake = Intake(self._replica, self._inlet, state, self._log.committed if may_load else 0)
         self._replica.stop.disposable = False
         self._intake.open()
+        if found is not None:
+            record_committed(*found, self._intake.committed)
+        self._log.cut(self._step)
         self._replica.activity.show_ages(lambda: {"reference": self._intake.oldest_held})
         self._publish_weights()
         try:
@@ -162,22 +179,43 @@ class Training:
             _LOG.error("%s", error)
         return self._end(solved)
 
-    def _load(self, *, may_load: bool) -> CheckpointState:
+    def _find(self, *, may_load: bool) -> tuple[Path, CheckpointState] | None:
+        """The checkpoint to resume from, if there is one; all ranks have loaded it when this returns."""
         found = find_checkpoint(self._replica.spec.folder.checkpoint) if may_load else None
         self._ranks.begin(None if found is None else found[0])
-        if found is None:
-            state = CheckpointState(0, 0, self._next_prompt)
-        else:
+        if found is not None:
             place, state = found
             call_user(self._trainer, "load", trainer_folder(place, 0))
             _LOG.info("goes on from step %d of %s", state.step, place)
             self._saved_step = state.step
+        return found
+
+    def _resume(self, state: CheckpointState) -> None:
+        """Take up the figures of the training that led to `state`."""
         self._step = state.step
         self._next_prompt = max(self._next_prompt, state.next_prompt)
         # No version is given out twice: an earlier life may have published some after its last checkpoint.
         newest = self._weights.newest_version()
         self._version = state.weight_version if newest is None else max(state.weight_version, newest + 1)
-        return state
+        self._earlier = {name: state.totals.get(name, 0.0) for name in _TOTALS}
+        self._began -= self._earlier["seconds"]
+        self._oldest = int(self._earlier["staleness_max"])
+        activity = self._replica.activity
+        activity.counters.add_all({name: self._earlier[name] for name in _COUNTERS if self._earlier[name]})
+        activity.counters.add("payloads", state.contributed)
+        shown = {"step": self._step, "staleness_max": self._oldest, **self._read_statistics()}
+        for name, value in shown.items():
+            activity.show(name, float(value))
+
+    def _read_statistics(self) -> dict[str, float]:
+        """The inlet's statistics, which go on from those of the checkpoint."""
+        return {name: value + self._earlier.get(name, 0.0) for name, value in self._inlet.statistics().items()}
+
+    def _totals(self) -> dict[str, float]:
+        """What a checkpoint keeps of the figures, by the names in `_TOTALS`."""
+        own = {"seconds": MONOTONIC.now() - self._began, "staleness_max": self._oldest, **self._read_statistics()}
+        counters = self._replica.activity.counters
+        return {name: own[name] if name in own else counters[name] for name in _TOTALS}
 
     def _train_until_stopped(self) -> str:
         """Why the job is solved, or nothing."""
@@ -255,10 +293,16 @@ class Training:
         # The payloads are freed below, and with them the arrays of the batch.
         trajectories.clear()
         activity.waits("the commit", "Redis")
-        self._intake.trained(batch.deliveries)
+        try:
+            self._intake.trained(batch.deliveries)
+        except RedisUnavailableError:
+            # The checkpoint that follows has this step, and so must its line.
+            self._record(batch, metrics, mean_return, ages, trained - began)
+            raise
+        self._record(batch, metrics, mean_return, ages, trained - began)
+        self._show_stream()
         self._publish_weights()
         self._intake.settled(batch.deliveries)
-        self._record(batch, metrics, mean_return, ages, trained - began)
         solved = self._stop_condition.judge(self._step, metrics, mean_return)
         if self._stop_condition.remark:
             activity.warn(self._stop_condition.remark)
@@ -291,7 +335,8 @@ class Training:
         ages: list[int],
         training: float,
     ) -> None:
-        activity, statistics = self._replica.activity, self._inlet.statistics()
+        """Write the step's line, and show its figures."""
+        activity, statistics = self._replica.activity, self._read_statistics()
         activity.counters.add_all(
             {
                 "payloads": len(batch.deliveries),
@@ -304,7 +349,7 @@ class Training:
         self._oldest = max(self._oldest, *ages)
         shown = {"step": self._step, "staleness": staleness, "staleness_max": self._oldest}
         own = {} if mean_return is None else {MEAN_RETURN: mean_return}
-        for name, value in {**shown, **own, **statistics, **self._intake.statistics()}.items():
+        for name, value in {**shown, **own, **statistics}.items():
             activity.show(name, float(value))
         activity.show("transfer", self._inlet.transfer)
         activity.show("lane", self._inlet.lane)
@@ -325,8 +370,7 @@ class Training:
             **finite(own),
             "metrics": finite(metrics),
         }
-        self._log.write(json.dumps(line, allow_nan=False) + "\n")
-        self._log.flush()
+        self._log.write(line)
 
     def _warn_of_not_finite(self, values: Mapping[str, float]) -> None:
         for what, value in values.items():
@@ -353,8 +397,10 @@ class Training:
             unconfirmed=self._intake.unconfirmed,
             unfreed=tuple(self._inlet.unfreed()),
             ranks=self._config.policy.replicas,
+            totals=self._totals(),
         )
         deadline = Deadline.after(None)
+        self._log.sync()
         save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
         self._saved_step = self._step
         _LOG.info("checkpoint of step %d written in %.2f s", self._step, deadline.elapsed)
@@ -365,14 +411,17 @@ class Training:
         save_into(self._trainer, folder)
         self._ranks.wait()
 
+    def _show_stream(self, *, now: bool = False) -> None:
+        for name, value in self._intake.statistics(now=now).items():
+            self._replica.activity.show(name, float(value))
+
     def _show_last(self) -> None:
+        for name, value in self._read_statistics().items():
+            self._replica.activity.show(name, float(value))
         try:
-            figures = {**self._inlet.statistics(), **self._intake.statistics(now=True)}
+            self._show_stream(now=True)
         except ControlPlaneError as error:
             _LOG.warning("the last figures of the stream are missing: %s", error)
-            return
-        for name, value in figures.items():
-            self._replica.activity.show(name, float(value))
 
     def _end(self, solved: str) -> ExitCode:
         kind, reason, code = self._outcome(solved)

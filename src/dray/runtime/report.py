@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import math
 from typing import Any
 
@@ -16,9 +14,9 @@ from dray.runtime.exit_codes import JOB_FAILURES
 from dray.runtime.job import JobFolder, finite, short_path, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
 from dray.runtime.messages import ProgressReport, Status
+from dray.runtime.metrics_log import read_metrics
 from dray.runtime.stop_condition import MEAN_RETURN
 
-_LOG = logging.getLogger("dray.runtime.report")
 _MAX_LABEL = 80
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
@@ -42,6 +40,7 @@ def write_report(
     exit_code: int,
     reason: str,
     first_step: int,
+    age: float | None = None,
 ) -> str:
     """Write both files and return the line with which `dray run` ends.
 
@@ -50,8 +49,9 @@ def write_report(
         seconds: how long the run took.
         reason: why it ended.
         first_step: the step that the run went on from.
+        age: seconds since the controller last answered, where it was gone before it could write the last status.
     """
-    steps = _read_metrics(folder)
+    steps = read_metrics(folder.metrics)
     last = steps[-1]["step"] if steps else first_step
     summary = {
         "job": config.job.name,
@@ -61,6 +61,7 @@ def write_report(
         "steps": last,
         "steps_of_this_run": last - first_step,
         "seconds": round(seconds, 2),
+        "figures_age": None if age is None else round(age, 2),
         "payload_transfer": config.job.payload_transfer,
         **_counters(status),
         "metrics": _last_metrics(steps),
@@ -79,7 +80,8 @@ def write_report(
     else:
         head = "stopped"
     missing = " (no plot: matplotlib is not installed)" if drawable and not plotted else ""
-    place = short_path(folder.root) + missing
+    old = "" if age is None else f" (its figures may be {age:.1f} s old: the controller was gone before the end)"
+    place = short_path(folder.root) + missing + old
     detail = reason.removeprefix("not solved ") if head == "not solved" else reason
     return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
 
@@ -126,19 +128,6 @@ def _last_metrics(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     for line in steps:
         last |= line["metrics"]
     return dict(sorted(finite(last).items()))
-
-
-def _read_metrics(folder: JobFolder) -> list[dict[str, Any]]:
-    """The lines of all runs in this folder; a last line that was cut off by a kill is left out."""
-    if not folder.metrics.exists():
-        return []
-    steps = []
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            steps.append(json.loads(line))
-        except ValueError:
-            _LOG.warning("a damaged line of %s is left out", folder.metrics)
-    return steps
 
 
 def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> None:
@@ -193,15 +182,11 @@ def _label(name: str) -> str:
 
 
 def _rates(steps: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """MB/s of each step. Seconds and bytes start again at zero where a run was resumed."""
-    rates = []
-    seconds = nbytes = 0.0
-    for line in steps:
-        if line["seconds"] < seconds:
-            seconds = nbytes = 0.0
-        rates.append((line["bytes"] - nbytes) / max(line["seconds"] - seconds, 1e-9) / 1e6)
-        seconds, nbytes = line["seconds"], line["bytes"]
-    return np.array(rates)
+    """MB/s of each step. Seconds and bytes go on where a run was resumed."""
+    seconds = np.diff([0.0, *(line["seconds"] for line in steps)])
+    nbytes = np.diff([0.0, *(line["bytes"] for line in steps)])
+    rates: np.ndarray[Any, np.dtype[np.float64]] = nbytes / np.where(seconds > 0, seconds, np.inf) / 1e6
+    return rates
 
 
 def _smoothed(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

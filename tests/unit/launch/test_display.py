@@ -63,6 +63,13 @@ def test_rate_follows_the_bytes() -> None:
     )
 
 
+def test_rate_leaves_out_the_bytes_of_the_training_that_a_policy_resumes_from() -> None:
+    reader = FigureReader(100)
+    for second, nbytes in enumerate((None, 9_000_000_000, 9_000_000_000, None, 5_000_000_000)):
+        counters = {} if nbytes is None else {"bytes": float(nbytes)}
+        assert reader.read(status(second, 0, 0, counters=counters)).rate == 0
+
+
 def test_plain_output_is_a_line_now_and_then() -> None:
     console = Console(file=io.StringIO(), width=40)
     with Display("small", 100, console) as display:

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from dray.launch.ending import ending, finished_checkpoint, recorded_status
+from dray.launch.ending import ending, finished_checkpoint, newest_status, recorded_status
 from dray.runtime.checkpoint import CheckpointState, save_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.lifecycle import Phase
-from dray.runtime.messages import OutcomeReport, Status
+from dray.runtime.membership import MemberState, Role
+from dray.runtime.messages import MemberStatus, OutcomeReport, ProgressReport, Status
 
 
 def status(kind: str | None, cause: int | None = None) -> Status:
@@ -30,7 +31,8 @@ SOLVED = CheckpointState(7, 7, 70, "solved")
         ("failed", None, [], 1, "because"),
         ("interrupted", None, [], 1, "because"),
         ("interrupted", None, [signal.SIGINT, signal.SIGTERM], 130, "interrupted by SIGINT"),
-        ("interrupted", None, [signal.SIGUSR2, signal.SIGTERM], 140, "the time limit is near"),
+        ("interrupted", None, [signal.SIGUSR2, signal.SIGTERM], 140, "interrupted by SIGUSR2"),
+        ("interrupted", None, [signal.SIGQUIT], 131, "interrupted by SIGQUIT"),
         (None, None, [signal.SIGHUP], 129, "interrupted by SIGHUP"),
         (None, None, [], 1, "it broke"),
         ("failed", SOLVED, [], 0, "solved at step 7, says the checkpoint"),
@@ -51,6 +53,56 @@ def test_finished_work_stands_and_nothing_else_is_called_finished(
         assert found.status is not None
         assert found.status.outcome is not None
         assert found.status.outcome.kind == "solved"
+
+
+def test_sigusr2_means_that_the_time_limit_is_near_on_slurm_only() -> None:
+    for on_slurm, reason in ((True, "the time limit is near"), (False, "interrupted by SIGUSR2")):
+        found = ending("small", None, None, [signal.SIGUSR2], "", on_slurm=on_slurm)
+        assert (found.exit_code, found.reason) == (140, reason)
+
+
+def test_controller_that_the_supervisor_asked_to_end_gives_no_reason_for_it() -> None:
+    asked = "the controller did not answer GET /status"
+    found = ending("small", status("interrupted"), None, [], "", controller_request=asked)
+    assert (found.exit_code, found.reason) == (1, asked)
+    assert found.status is not None
+    assert found.status.phase is Phase.FAILED
+    # A signal, finished work and another outcome say more.
+    for kind, checkpoint, signals, reason in (
+        ("interrupted", None, [signal.SIGINT], "interrupted by SIGINT"),
+        ("interrupted", SOLVED, [], "solved at step 7, says the checkpoint"),
+        ("failed", None, [], "because"),
+        ("solved", None, [], "because"),
+    ):
+        assert ending("small", status(kind), checkpoint, signals, "", controller_request=asked).reason == reason
+
+
+def test_newest_status_counts_whoever_has_it() -> None:
+    recorded = status("solved")
+    newer = recorded.model_copy(update={"seconds": recorded.seconds + 1})
+    assert newest_status(recorded, newer) is newest_status(newer, recorded) is newer
+    assert newest_status(None, recorded) is recorded
+    assert newest_status(None, None) is None
+
+
+def test_figures_are_complete_when_the_controller_has_seen_every_replica_end() -> None:
+    final = status("failed").model_copy(update={"phase": Phase.FAILED})
+    members = [
+        MemberStatus(
+            name=state.value, role=Role.ROLLOUT, state=state, reason="", pid=1, silence=0.0,
+            progress=ProgressReport(doing="", seconds=0.0),
+        )
+        for state in MemberState
+    ]  # fmt: skip
+    ended = [each for each in members if each.state is not MemberState.ACTIVE]
+    for last, complete in (
+        (None, False),
+        (status("failed"), False),
+        (final, True),
+        (final.model_copy(update={"members": ended}), True),
+        (final.model_copy(update={"members": members}), False),
+    ):
+        assert ending("small", last, None, [], "").complete is complete
 
 
 @pytest.mark.parametrize(("cause", "code"), [(None, 1), (0, 1), (-9, 1), (13, 1), (14, 1), (10, 10), (17, 17)])

@@ -76,9 +76,15 @@ def test_folder_that_cannot_be_made_is_a_config_error(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "out" / ".run" / "redis").mkdir(parents=True)
-    with open_output(config(str(tmp_path / "out")), resume=False) as (folder, _):
+    root = tmp_path / "out"
+    checkpoint(root)
+    for left in (".run/redis", ".checkpoint.partial/trainer", ".checkpoint.previous/trainer"):
+        (root / left).mkdir(parents=True)
+    for left in (".summary.json.123", ".metrics.jsonl.partial"):
+        (root / left).write_text("{")
+    with open_output(config(str(root)), resume=True) as (folder, _):
         assert list(folder.run.iterdir()) == []
+        assert sorted(path.name for path in root.iterdir()) == [".run", "checkpoint"]
 
 
 def test_attempt_begins_from_the_start_or_from_the_checkpoint_whatever_an_earlier_one_left(tmp_path: Path) -> None:

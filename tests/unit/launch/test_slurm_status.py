@@ -117,10 +117,10 @@ def test_run_whose_job_was_cancelled_while_it_waited_is_cancelled(tmp_path: Path
     assert (view.state, view.in_slurm, view.is_over) == ("cancelled", "", True)
 
 
-def test_throughput_is_that_of_the_newest_process(tmp_path: Path) -> None:
+def test_throughput_is_that_of_the_newest_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        metrics((1, 90.0, 9_000_000, 1.0), (2, 1.0, 0, 2.0), (3, 2.0, 4_000_000, 3.0)) + '{"step": 4, '
+        metrics((1, 90.0, 9_000_000, 1.0), (2, 91.0, 11_000_000, 2.0), (3, 92.0, 17_000_000, 3.0)) + '{"step": 4, '
     )
     progress = read_progress(path)
     assert (progress.step, progress.mean_return, progress.rate) == (3, 3.0, 4.0)

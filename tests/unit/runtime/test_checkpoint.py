@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 
 from dray.errors import ConfigError
-from dray.runtime.checkpoint import CheckpointState, find_checkpoint, save_checkpoint, trainer_folder
+from dray.runtime.checkpoint import (
+    CheckpointState,
+    find_checkpoint,
+    record_committed,
+    save_checkpoint,
+    sweep_partial,
+    trainer_folder,
+)
 
 
 def save(folder: Path, step: int) -> None:
@@ -26,8 +33,9 @@ def test_newest_checkpoint_is_found_with_its_trainer(tmp_path: Path) -> None:
 
 def test_state_comes_back_as_it_was(tmp_path: Path) -> None:
     state = CheckpointState(
-        3, 4, 24, contributed=24, committed=32, unconfirmed=("ab:1", "ab:2"), unfreed=("cd:7",), ranks=2
-    )
+        3, 4, 24, contributed=24, committed=32, unconfirmed=("ab:1", "ab:2"), unfreed=("cd:7",), ranks=2,
+        totals={"bytes": 100.0, "seconds": 2.5},
+    )  # fmt: skip
 
     def save_both(trainer: Path) -> None:
         for rank in range(2):
@@ -72,7 +80,48 @@ def test_crash_between_the_renames_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert (found[1].step, [path.name for path in tmp_path.iterdir()]) == (2, ["checkpoint"])
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"step": 1, "unknown": 2})])
+def test_what_was_committed_is_recorded_once_however_often_the_job_is_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    state = CheckpointState(3, 3, 24, contributed=24, committed=16, unconfirmed=("ab:1",) * 8, unfreed=("cd:7",))
+    save_checkpoint(folder, state, lambda _: None)
+    for committed in (24, 24, 40):
+        found = find_checkpoint(folder)
+        assert found is not None
+        new = record_committed(*found, committed)
+        # What is unconfirmed no more is recognised if it is published again.
+        assert (new.committed, new.unconfirmed, new.unfreed) == (committed, (), ("cd:7", *["ab:1"] * 8))
+        assert find_checkpoint(folder) == (folder, new)
+    assert [path.name for path in folder.iterdir()].count("state.json") == len(list(folder.iterdir())) - 1
+
+
+def test_what_a_killed_save_has_left_is_swept_and_the_checkpoint_stays(tmp_path: Path) -> None:
+    folder, partial, previous = (
+        tmp_path / name for name in ("checkpoint", ".checkpoint.partial", ".checkpoint.previous")
+    )
+    (partial / "trainer").mkdir(parents=True)
+    sweep_partial(folder)
+    assert list(tmp_path.iterdir()) == []
+    save(folder, 1)
+    for left in (partial, previous):
+        (left / "trainer").mkdir(parents=True)
+    sweep_partial(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    # Killed between its two renames: what is called the previous one is the checkpoint.
+    folder.rename(previous)
+    sweep_partial(folder)
+    found = find_checkpoint(folder)
+    assert found is not None
+    assert found[1].step == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", json.dumps({"step": 1, "unknown": 2})),
+        json.dumps({"step": 1, "weight_version": 1, "next_prompt": 8, "totals": {"bytes": "many"}}),
+        json.dumps({"step": 1, "weight_version": 1, "next_prompt": 8, "totals": [1]}),
+    ],
+)
 def test_damaged_state_is_a_config_error(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,35 @@ def test_body_that_is_too_large_is_refused(spec: JobSpec) -> None:
         assert (await call("/register", {"name": "x" * LARGEST_BODY})).status_code == 413
 
     ask(spec, story)
+
+
+def test_client_that_hangs_up_within_its_request_costs_one_line(
+    spec: JobSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        scope = {
+            "type": "http", "method": "POST", "path": "/heartbeat", "query_string": b"",
+            "headers": [(b"authorization", f"Bearer {spec.token}".encode())],
+        }  # fmt: skip
+        events = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return events.pop(0)
+
+        async def send(_: Any) -> None:
+            """Nobody is there."""
+
+        caplog.clear()
+        await controller.application(scope, receive, send)
+        assert (await call("/healthz")).status_code == 200
+
+    ask(spec, story)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("dray")]
+    assert lines == ["a client closed its connection before its request for /heartbeat was complete"]
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_draining_replica_hears_at_once_that_nobody_is_left_to_read(spec: JobSpec) -> None:

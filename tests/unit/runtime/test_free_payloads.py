@@ -68,7 +68,7 @@ def test_end_does_not_wait_for_a_request_under_way_which_ends_with_its_client() 
     assert len(freeing) == 3
     client_closed.set()
     freeing.join()
-    assert freeing.given_up == 3
+    assert freeing.given_up == freeing.unfreed == 3
 
 
 def test_end_asks_each_producer_once_more_and_counts_what_was_not_freed() -> None:
@@ -79,4 +79,4 @@ def test_end_asks_each_producer_once_more_and_counts_what_was_not_freed() -> Non
     freeing.close(timeout=1.0)
     freeing.close()
     assert len(producers.freed) == 2
-    assert len(freeing) + freeing.given_up == 3
+    assert len(freeing) + freeing.given_up == freeing.unfreed == 3

@@ -69,6 +69,23 @@ def test_summary_has_the_last_value_of_each_metric_whichever_step_it_is_of(tmp_p
     assert summary["metrics"] == {"accuracy": 0.5, "accuracy_before": 0.0, "loss": 1.0}
 
 
+def test_summary_and_last_line_say_how_old_their_figures_are_when_the_controller_was_gone(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+
+    def written(age: float | None) -> tuple[Any, str]:
+        line = write_report(
+            folder, config_of(), None, seconds=3.0, exit_code=1, reason="it broke", first_step=0, age=age
+        )
+        return json.loads(folder.summary.read_text())["figures_age"], line
+
+    age, line = written(2.345)
+    assert age == 2.35
+    assert line.endswith("(its figures may be 2.3 s old: the controller was gone before the end)")
+    age, line = written(None)
+    assert age is None
+    assert "old" not in line
+
+
 def test_summary_is_strict_json_whatever_the_metrics_are(tmp_path: Path) -> None:
     summary = report(tmp_path, config_of(), [{"loss": float("nan"), "worst": float("-inf"), "best": 1.0}])
     assert summary["metrics"] == {"best": 1.0, "loss": None, "worst": None}

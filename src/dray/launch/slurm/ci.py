@@ -113,7 +113,7 @@ def plan(choices: Choices) -> Plan:
 def run(plan: Plan, say: Callable[[str], None]) -> int:
     """Submit the job, show its log until it has ended, write the reports; returns the exit code.
 
-    SIGINT, SIGTERM and SIGHUP cancel the job; a second one ends the wait for its end.
+    A signal of `WATCHED` cancels the job; a second one ends the wait for its end.
 
     Raises:
         SlurmError: Slurm does not take the job, or could not be asked about it for minutes.

@@ -19,7 +19,7 @@ from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.display import Display
 from dray.launch.output import open_output, resume_line
-from dray.launch.signals import TIME_LIMIT_SIGNAL, WATCHED, SignalInbox
+from dray.launch.signals import SignalInbox
 from dray.launch.site import Elsewhere, Nowhere, Site, chosen_token
 from dray.launch.slurm.command_line import Task
 from dray.launch.slurm.network import Interface, choose_interface, is_loopback
@@ -50,9 +50,8 @@ def run_head(task: Task) -> int:
     interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.interface)
     if len(task.nodes) > 1:
         check_between_nodes(config, interface)
-    watched = (*WATCHED, TIME_LIMIT_SIGNAL)
     with ExitStack() as opened:
-        inbox = opened.enter_context(SignalInbox(watched))
+        inbox = opened.enter_context(SignalInbox())
         title = f"dray: job {config.job.name}"
         display = opened.enter_context(Display(title, config.job.max_steps, timestamps=True))
         folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))

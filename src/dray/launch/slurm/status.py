@@ -200,12 +200,8 @@ def _remarks(folder: Path, record: RunRecord, state: str) -> Iterator[str]:
 
 
 def _rate(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Over the last lines of one process: the counters of another begin at 0 again."""
-    last, first = lines[-1], lines[-1]
-    for line in reversed(lines):
-        if line["seconds"] > first["seconds"] or line["bytes"] > first["bytes"]:
-            break
-        first = line
+    """Over `lines`. Seconds and bytes go on where a run was resumed."""
+    first, last = lines[0], lines[-1]
     seconds = last["seconds"] - first["seconds"]
     return float((last["bytes"] - first["bytes"]) / seconds / 1e6) if seconds > 0 else math.nan
 
