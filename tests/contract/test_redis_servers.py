@@ -417,14 +417,14 @@ def test_a_waiting_consumer_survives_the_loss_of_the_stream(connection: RedisCon
 def test_an_orphan_is_told_from_what_the_stream_lists(connection: RedisConnection) -> None:
     producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
     with pytest.raises(StreamLostError):
-        producer.unlisted([entry(0)])
+        producer.publish_trimmed([entry(0)])
     producer.publish(entry(0))
     producer.publish(entry(1))
     consumer.commit(consumer.receive(1, timeout=5))
-    assert producer.unlisted([entry(0), entry(1)]) == [entry(0)]
+    assert producer.publish_trimmed([entry(0), entry(1)]) == [entry(0)]
     forget_everything(connection)
     with pytest.raises(StreamLostError):
-        producer.unlisted([entry(1)])
+        producer.publish_trimmed([entry(1)])
 
 
 # --- commands, weights, the rest --------------------------------------------------------------------------------
