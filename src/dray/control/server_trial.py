@@ -45,6 +45,8 @@ def _do_once(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> 
     entry = RolloutEntry("0" * 32, 0, 0, _TRIAL, 0, payload=b"")
     producer, consumer = RolloutProducer(connection, keys), RolloutConsumer(connection, keys, _TRIAL)
     weights = WeightsKey(connection, keys)
+    # A server that knows the scripts from an earlier job is asked for EVALSHA only.
+    connection.call("run a script", lambda client: client.do("EVAL", "return 1", 0), deadline, reads_only=True)
     producer.attach(deadline.timeout)
     epoch = consumer.begin_epoch(timeout=deadline.timeout)
     producer.publish(entry, deadline.timeout)
