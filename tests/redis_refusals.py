@@ -115,9 +115,21 @@ def administrator(address: RedisAddress) -> Iterator[RedisClient]:
 
 
 def run_through_refusals(
-    command: list[str], address: RedisAddress, *, refusals: int, seconds: float, between: float, bound: float
+    command: list[str],
+    address: RedisAddress,
+    begins: Callable[[], object],
+    *,
+    refusals: int,
+    seconds: float,
+    between: float,
+    bound: float,
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run `command`, which uses the server at `address`, while that refuses `refusals` times for `seconds` each.
+
+    Args:
+        begins: whether the first refusal may come.
+        between: seconds before each refusal.
+        bound: seconds that the command may take.
 
     Returns:
         How the command ended, with what it printed, and the codes with which the server refused meanwhile.
@@ -127,6 +139,7 @@ def run_through_refusals(
 
     def refuse() -> None:
         with administrator(address) as admin:
+            wait_until(lambda: begins() or ended.is_set(), "the moment to begin", bound, pause=0.05)
             for code in [*REFUSALS, *REFUSALS][:refusals]:
                 if ended.wait(between):
                     return
@@ -149,7 +162,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Solve CartPole while its Redis server refuses again and again.")
     parser.add_argument("--refusals", type=int, default=5, help="how often the server refuses; by default 5")
     parser.add_argument("--seconds", type=float, default=3.0, help="for how long each time; by default 3")
-    parser.add_argument("--between", type=float, default=3.0, help="seconds before each of them; by default 3")
+    parser.add_argument("--between", type=float, default=0.5, help="seconds before each of them; by default 0.5")
     parser.add_argument("--job", type=Path, default=CARTPOLE, help="the job file; by default that of CartPole")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, start_redis(None, Path(folder)) as server:
@@ -160,7 +173,7 @@ def main() -> int:
             *(part for setting in settings for part in ("--set", setting)),
         ]  # fmt: skip
         completed, met = run_through_refusals(
-            command, server.address,
+            command, server.address, (output / "metrics.jsonl").exists,
             refusals=options.refusals, seconds=options.seconds, between=options.between, bound=1800,
         )  # fmt: skip
     sys.stdout.write(completed.stdout + completed.stderr)
