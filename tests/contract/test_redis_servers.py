@@ -496,6 +496,30 @@ def test_removed_entries_whose_producer_is_gone_are_counted(connection: RedisCon
     assert statistics.counters == {"published": 4, "trimmed": 3}
 
 
+def test_a_lost_index_is_made_again_from_the_stream(connection: RedisConnection) -> None:
+    """A server that evicts keys when it is full may drop the index alone."""
+
+    def lose_index() -> None:
+        assert connection.call("lose", lambda c: c.do("UNLINK", KEYS.index), later()) == 1
+
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    entries = [entry(0), entry(1, payload=b"1"), entry(2)]
+    for each in entries:
+        producer.publish(each)
+    held = consumer.receive(2, timeout=5)
+    lose_index()
+    with pytest.raises(StreamLostError):
+        producer.publish_trimmed(entries)
+    assert not producer.attach(), "it is the same stream"
+    assert producer.publish_trimmed(entries) == []
+    lose_index()
+    assert not producer.publish(entries[2])
+    lose_index()
+    assert consumer.commit(held).ended == tuple(held)
+    assert producer.publish_trimmed(entries) == entries[:2]
+    assert consumer.statistics().counters == {"published": 3, "duplicates": 1, "trained": 2}
+
+
 # --- keys that end by themselves --------------------------------------------------------------------------------
 
 

@@ -47,7 +47,21 @@ for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, {KEY_LIFETIME}) end
 return reply
 """
 
-ATTACH = Script("""
+# A server that is full may evict keys that have a lifetime, one without the other. KEYS: rollouts, index, …
+_RESTORE_INDEX = """
+if redis.call('EXISTS', KEYS[2]) == 0 then
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+    local fields = {}
+    for field = 1, #entry[2], 2 do fields[entry[2][field]] = entry[2][field + 1] end
+    if fields['producer'] and fields['sequence'] then
+      redis.call('HSET', KEYS[2], fields['producer'] .. ':' .. fields['sequence'], entry[1])
+    end
+  end
+end
+"""
+
+ATTACH = Script(
+    """
 -- KEYS: rollouts, index, epoch, group_epoch   ARGV: group, fresh token, group epoch to restore or ''
 -- Returns: the stream's epoch, 1 if anything was missing and has been made.
 local made = 0
@@ -74,10 +88,15 @@ if ARGV[3] ~= '' and tonumber(redis.call('GET', KEYS[4]) or '0') < tonumber(ARGV
   redis.call('SET', KEYS[4], ARGV[3])
   made = 1
 end
+"""
+    + _RESTORE_INDEX
+    + """
 return {redis.call('GET', KEYS[3]), made}
-""")
+"""
+)
 
-PUBLISH = Script("""
+PUBLISH = Script(
+    """
 -- KEYS: rollouts, index, epoch, counters, room
 -- ARGV: known epoch, identity, group, bound or 0, then field, value, …
 -- Returns: 'added' | 'there' | 'lost', and with 'full' the id in `room` after which to wait.
@@ -85,6 +104,9 @@ PUBLISH = Script("""
 if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0 then
   return {'lost'}
 end
+"""
+    + _RESTORE_INDEX
+    + """
 local before = redis.call('HGET', KEYS[2], ARGV[2])
 if before then
   if redis.call('XRANGE', KEYS[1], before, before)[1]
@@ -104,9 +126,11 @@ local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 5))
 redis.call('HSET', KEYS[2], ARGV[2], id)
 redis.call('HINCRBY', KEYS[4], 'published', 1)
 return {'added'}
-""")
+"""
+)
 
-FINISH = Script("""
+FINISH = Script(
+    """
 -- KEYS: rollouts, index, group_epoch, counters, room
 -- ARGV: group, epoch or '', counter, then identity, consumer or '' for any, …
 -- Returns: 'done' and per entry 1 ended, 0 not there, -1 pending for another consumer; or 'old', current epoch;
@@ -116,6 +140,9 @@ if ARGV[2] ~= '' then
   if not epoch then return {'lost', ''} end
   if epoch ~= ARGV[2] then return {'old', epoch} end
 end
+"""
+    + _RESTORE_INDEX
+    + """
 local outcome, ended = {}, 0
 for i = 4, #ARGV, 2 do
   local id = redis.call('HGET', KEYS[2], ARGV[i])
@@ -139,7 +166,8 @@ if ended > 0 then
   redis.call('XADD', KEYS[5], 'MAXLEN', 1, '*', 'ended', ended)
 end
 return {'done', outcome}
-""")
+"""
+)
 
 CLAIM = Script(f"""
 -- KEYS: rollouts, index, counters, dead, room
@@ -199,7 +227,10 @@ LISTED = Script(
     """
 -- KEYS: rollouts, index, epoch   ARGV: known epoch, group, then identity, …
 -- Returns per identity 0 if it has ended, 1 if it is in the stream or pending, 2 if it was trimmed.
-if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0 then return {'lost'} end
+if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0
+   or (redis.call('EXISTS', KEYS[2]) == 0 and redis.call('XLEN', KEYS[1]) > 0) then
+  return {'lost'}
+end
 local states = {}
 for i = 3, #ARGV do
   local id = redis.call('HGET', KEYS[2], ARGV[i])

@@ -8,6 +8,7 @@ from dray.clock import Deadline
 from dray.control.client import RedisClient
 from dray.control.connection import RedisConnection
 from dray.control.entry import RolloutEntry
+from dray.control.errors import RedisUnavailableError
 from dray.control.names import JobKeys
 from dray.control.rollout_consumer import RolloutConsumer
 from dray.control.rollout_producer import RolloutProducer
@@ -52,6 +53,8 @@ def _do_once(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> 
     producer.publish(entry, deadline.timeout)
     producer.publish_trimmed([entry], deadline.timeout)
     received = consumer.receive(1, deadline.timeout)
+    if not received and deadline.expired:
+        raise RedisUnavailableError("Redis did not hand out in time what was published", elapsed=deadline.elapsed)
     if [delivery.entry for delivery in received] != [entry]:
         raise ControlPlaneError("Redis did not hand out what was published", endpoint=str(connection.address))
     consumer.claim_others(deadline.timeout)
