@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -175,6 +176,15 @@ def test_a_started_server_that_a_script_blocks_ends_as_asked(
             server.close()
             assert ends_within(0, pid)
     assert "killing it" not in caplog.text
+
+
+def test_an_answer_that_quotes_the_password_is_shown_without_it_also_in_the_traceback(server: RedisServer) -> None:
+    password = server.address.options()["password"]
+    answer = f"ERR unknown command 'AUTH', with args beginning with: '{password}'"
+    with RedisConnection(server.address) as connection, pytest.raises(ControlPlaneError) as caught:
+        connection.call("ask", lambda c: c.do("EVAL", "return redis.error_reply(ARGV[1])", 0, answer), now())
+    assert "with args beginning with: '***'" in str(caught.value)
+    assert password not in "".join(traceback.format_exception(caught.value))
 
 
 # --- for good ---------------------------------------------------------------------------------------------------

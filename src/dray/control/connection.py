@@ -124,18 +124,16 @@ class RedisConnection:
                 )
             try:
                 result = operation(through)
-            except _REFUSED as error:
-                answer = self.address.redacted(answer_text(error))
-                raise ControlPlaneError(
-                    f"{what}: Redis refuses the credentials: {answer}", endpoint=str(self.address)
-                ) from error
             except RedisError as error:
                 answer = self.address.redacted(answer_text(error))
+                # An answer that quotes the credentials is in no traceback either.
+                cause = error if answer == answer_text(error) else None
                 refused = is_temporary(error)
-                if not (refused or isinstance(error, _TRANSIENT)):
+                if isinstance(error, _REFUSED) or not (refused or isinstance(error, _TRANSIENT)):
+                    state = "refuses the credentials" if isinstance(error, _REFUSED) else "answered with an error"
                     raise ControlPlaneError(
-                        f"{what}: Redis answered with an error: {answer}", endpoint=str(self.address)
-                    ) from error
+                        f"{what}: Redis {state}: {answer}", endpoint=str(self.address)
+                    ) from cause
                 away = self._note_away(answer, refused=refused, reads_only=reads_only)
                 for_good = away >= self.patience
                 if for_good or deadline.expired or self.shutdown.is_set() or self._closed:
@@ -145,7 +143,7 @@ class RedisConnection:
                         answer=answer if refused else "",
                         endpoint=str(self.address),
                         elapsed=deadline.elapsed,
-                    ) from error
+                    ) from cause
                 self.shutdown.wait(min(wait, deadline.remaining, self.patience - away))
                 wait = min(2 * wait, _LONGEST_WAIT)
             else:

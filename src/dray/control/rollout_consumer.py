@@ -218,7 +218,7 @@ class RolloutConsumer(RolloutQueue):
         Their producers publish such payloads again while they live: this is for those that are gone.
 
         Args:
-            held: those too that were given to a consumer, which a commit would end: at the end of a job.
+            held: those too that this consumer was given, which a commit would end: at the end of a job.
 
         Raises:
             ControlPlaneError: Redis does not answer, or refuses.
@@ -226,7 +226,7 @@ class RolloutConsumer(RolloutQueue):
         keys = [self._keys.rollouts, self._keys.index, self._keys.counters]
 
         def drop(client: RedisClient) -> int:
-            return int(scripts.DROP_TRIMMED.run(client, keys, [GROUP, int(held)]))
+            return int(scripts.DROP_TRIMMED.run(client, keys, [GROUP, self.consumer if held else ""]))
 
         return self._connection.call(
             "count what was removed from the stream", self._healing(drop), self._deadline(timeout)

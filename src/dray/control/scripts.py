@@ -248,13 +248,14 @@ return {'known', states}
 )
 
 DROP_TRIMMED = Script("""
--- KEYS: rollouts, index, counters   ARGV: group, 1 to drop those too that are pending.   Returns how many.
+-- KEYS: rollouts, index, counters   ARGV: group, consumer of which those too are dropped that are pending, or ''
+-- Returns how many.
 local index, dropped = redis.call('HGETALL', KEYS[2]), 0
 for i = 1, #index, 2 do
   local id = index[i + 1]
   if not redis.call('XRANGE', KEYS[1], id, id)[1] then
     local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
-    if ARGV[2] == '1' or not pending then
+    if not pending or pending[2] == ARGV[2] then
       redis.call('XACK', KEYS[1], ARGV[1], id)
       redis.call('HDEL', KEYS[2], index[i])
       dropped = dropped + 1

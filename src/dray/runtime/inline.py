@@ -88,7 +88,7 @@ class InlineOutlet:
             self._next_check = Deadline.after(_CHECK_INTERVAL)
             # What there is no room for now, or is lost with the stream, is published at one of the next times.
             with suppress(StreamLostError, BacklogFullError, ControlPlaneStopped):
-                self._queue.publish_trimmed(self._recent, _SLICE)
+                self._queue.publish_trimmed(self._recent, self._replica.spec.config.timeouts.redis)
 
     def drain(self, timeout: float) -> int:
         return 0
