@@ -13,6 +13,7 @@ import pytest
 
 from dray.clock import Deadline
 from dray.control import (
+    KEY_LIFETIME,
     BacklogFullError,
     CommandStream,
     ControlPlaneStopped,
@@ -417,14 +418,136 @@ def test_a_waiting_consumer_survives_the_loss_of_the_stream(connection: RedisCon
 def test_an_orphan_is_told_from_what_the_stream_lists(connection: RedisConnection) -> None:
     producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
     with pytest.raises(StreamLostError):
-        producer.unlisted([entry(0)])
+        producer.publish_trimmed([entry(0)])
     producer.publish(entry(0))
     producer.publish(entry(1))
     consumer.commit(consumer.receive(1, timeout=5))
-    assert producer.unlisted([entry(0), entry(1)]) == [entry(0)]
+    assert producer.publish_trimmed([entry(0), entry(1)]) == [entry(0)]
     forget_everything(connection)
     with pytest.raises(StreamLostError):
-        producer.unlisted([entry(1)])
+        producer.publish_trimmed([entry(1)])
+
+
+# --- entries that another client removed ------------------------------------------------------------------------
+
+
+def remove_all_entries(connection: RedisConnection) -> int:
+    """What a client of the server does that trims the stream; returns how many entries it removed."""
+    return int(connection.call("trim", lambda c: c.do("XTRIM", KEYS.rollouts, "MAXLEN", 0), later()))
+
+
+def test_removed_entries_that_no_consumer_holds_are_published_again_and_counted(
+    connection: RedisConnection,
+) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    entries = [entry(sequence) for sequence in range(5)]
+    for each in entries:
+        producer.publish(each)
+    held = consumer.receive(2, timeout=5)
+    ended = consumer.receive(1, timeout=5)
+    consumer.commit(ended)
+    assert remove_all_entries(connection) == 4
+    assert producer.publish_trimmed(entries) == [delivery.entry for delivery in ended]
+    assert producer.backlog() == 2, "those that a consumer holds it will end"
+    again = consumer.receive(5, timeout=5)
+    assert [delivery.entry for delivery in again] == entries[3:]
+    assert consumer.commit([*held, *again]).ended == (*held, *again)
+    assert producer.publish_trimmed(entries) == entries
+    statistics = producer.statistics()
+    assert (statistics.backlog, statistics.pending) == (0, 0)
+    assert statistics.counters == {"published": 7, "trimmed": 2, "trained": 5}
+    assert not connection.call("keys", lambda c: c.do("HLEN", KEYS.index), later())
+
+
+def test_removed_entries_of_a_dead_consumer_are_published_again(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS)
+    for sequence in range(2):
+        producer.publish(entry(sequence))
+    assert len(RolloutConsumer(connection, KEYS, "policy-0.a").receive(2, timeout=5)) == 2
+    remove_all_entries(connection)
+    heir = RolloutConsumer(connection, KEYS, "policy-0.b")
+    assert heir.claim_others() == []
+    assert not producer.publish_trimmed([entry(0), entry(1)])
+    assert [delivery.entry.sequence for delivery in heir.receive(2, timeout=5)] == [0, 1]
+    assert heir.statistics().counters == {"published": 4, "trimmed": 2}
+
+
+def test_a_removed_entry_that_is_published_once_more_is_there_again(connection: RedisConnection) -> None:
+    producer = RolloutProducer(connection, KEYS, max_backlog=1)
+    producer.publish(entry(0, payload=b"0"))
+    remove_all_entries(connection)
+    assert producer.publish(entry(0, payload=b"0"))
+    assert not producer.publish(entry(0, payload=b"0"))
+    assert producer.statistics().counters == {"published": 2, "trimmed": 1, "duplicates": 1}
+
+
+def test_removed_entries_whose_producer_is_gone_are_counted(connection: RedisConnection) -> None:
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    for sequence in range(3):
+        producer.publish(entry(sequence))
+    consumer.receive(1, timeout=5)
+    assert consumer.drop_trimmed() == 0
+    remove_all_entries(connection)
+    producer.publish(entry(3))
+    assert consumer.drop_trimmed() == 2, "the consumer may still end what it holds"
+    assert consumer.drop_trimmed(held=True) == 1
+    statistics = consumer.statistics()
+    assert (statistics.backlog, statistics.pending) == (1, 0)
+    assert statistics.counters == {"published": 4, "trimmed": 3}
+
+
+def test_a_lost_index_is_made_again_from_the_stream(connection: RedisConnection) -> None:
+    """A server that evicts keys when it is full may drop the index alone."""
+
+    def lose_index() -> None:
+        assert connection.call("lose", lambda c: c.do("UNLINK", KEYS.index), later()) == 1
+
+    producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
+    entries = [entry(0), entry(1, payload=b"1"), entry(2)]
+    for each in entries:
+        producer.publish(each)
+    held = consumer.receive(2, timeout=5)
+    lose_index()
+    with pytest.raises(StreamLostError):
+        producer.publish_trimmed(entries)
+    assert not producer.attach(), "it is the same stream"
+    assert producer.publish_trimmed(entries) == []
+    lose_index()
+    assert not producer.publish(entries[2])
+    lose_index()
+    assert consumer.commit(held).ended == tuple(held)
+    assert producer.publish_trimmed(entries) == entries[:2]
+    assert consumer.statistics().counters == {"published": 3, "duplicates": 1, "trained": 2}
+
+
+# --- keys that end by themselves --------------------------------------------------------------------------------
+
+
+def test_every_key_of_a_job_ends_by_itself_and_use_renews_it(connection: RedisConnection) -> None:
+    def use(sequence: int) -> None:
+        producer = RolloutProducer(connection, KEYS, max_backlog=9)
+        consumer = RolloutConsumer(connection, KEYS, f"policy-{sequence}", max_deliveries=1)
+        epoch = consumer.begin_epoch()
+        for number in range(3):
+            producer.publish(entry(10 * sequence + number))
+        consumer.commit(consumer.receive(1, timeout=5))
+        consumer.receive(1, timeout=5)
+        RolloutConsumer(connection, KEYS, "policy-x", max_deliveries=1).claim_from(consumer.consumer)
+        WeightsKey(connection, KEYS).publish(f"{sequence}", sequence, epoch=epoch)
+        CommandStream(connection, KEYS, "rollout-0").send("drain")
+
+    def seconds_left() -> dict[str, int]:
+        keys = connection.call("list", lambda c: c.do("KEYS", "*"), later())
+        return {key.decode(): connection.call("ttl", lambda c, k=key: c.do("TTL", k), later()) for key in keys}
+
+    use(0)
+    assert set(seconds_left()) == {*KEYS.fixed, KEYS.commands("rollout-0")}
+    for key, seconds in seconds_left().items():
+        assert KEY_LIFETIME - 60 <= seconds <= KEY_LIFETIME, key
+        connection.call("age", lambda c, k=key: c.do("EXPIRE", k, 100), later())
+    use(1)
+    for key, seconds in seconds_left().items():
+        assert seconds > 100, key
 
 
 # --- commands, weights, the rest --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import stat
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,7 @@ from waiting import ends_within, wait_until
 from dray.clock import Deadline
 from dray.control import (
     JobKeys,
+    RedisAddress,
     RedisConnection,
     RedisServer,
     RedisUnavailableError,
@@ -243,6 +246,65 @@ def test_interrupt_at_the_terminal_does_not_reach_the_server(tmp_path: Path) -> 
 def test_child_of_a_fork_does_not_stop_the_server(server: RedisServer) -> None:
     assert run_in_child(server.close) == ""
     assert server.pid is not None
+
+
+# --- strangers ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def idle_connections(address: RedisAddress, count: int) -> Iterator[None]:
+    place = address.options()
+    with ExitStack() as opened:
+        for _ in range(count):
+            opened.enter_context(socket.create_connection((place["host"], place["port"]), 10))
+        yield
+
+
+def test_idle_connections_do_not_keep_new_ones_of_the_job_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(embedded_module, "MAX_CLIENTS", 60)
+    with start_redis(None, tmp_path / "redis", tcp=True) as server:
+        assert server.tcp_address is not None
+        with RedisConnection(server.tcp_address) as before:
+            producer = RolloutProducer(before, KEYS)
+            producer.publish(entry(0))
+            for sequence in (1, 2):
+                with (
+                    idle_connections(server.tcp_address, 200),
+                    RedisConnection(server.tcp_address) as new,
+                    RedisConnection(server.address) as local,
+                ):
+                    for connection in (new, local):
+                        RolloutProducer(connection, KEYS).publish(entry(sequence), timeout=30)
+            producer.publish(entry(3))
+            assert producer.backlog() == 4
+            assert before.away_for == 0
+    assert "connections that had not authenticated" in caplog.text
+
+
+def test_a_started_server_admits_as_many_clients_as_it_has_descriptors_for(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with start_redis(None, tmp_path / "redis", tcp=True) as server, RedisConnection(server.address) as connection:
+        for name, expected in (("maxclients", min(20_000, limit - 64)), ("timeout", 60)):
+            found = connection.call(
+                "ask", lambda client, name=name: client.do("CONFIG", "GET", name), Deadline.after(5)
+            )
+            assert int(found[1]) == expected, name
+
+
+def test_an_idle_connection_that_the_server_closes_is_made_again_without_an_outage(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisConnection(server.address) as idle, RedisConnection(server.address) as other:
+        producer = RolloutProducer(idle, KEYS)
+        producer.publish(entry(0))
+        # What the server's `timeout` does to a connection that has been idle for long.
+        assert (
+            other.call("kill", lambda client: client.do("CLIENT", "KILL", "SKIPME", "yes"), Deadline.after(5)) >= 1
+        )
+        assert producer.publish(entry(1), timeout=0)
+    assert "does not answer" not in caplog.text
 
 
 # --- outages ---------------------------------------------------------------------------------------

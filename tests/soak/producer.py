@@ -156,7 +156,7 @@ class Producer:
         if not old:
             return
         with self._ledger.waiting(Operation.LOOK_UP, REDIS_SECONDS), contextlib.suppress(StreamLostError):
-            orphans = self._queue.unlisted([self._entries[each] for each in old], timeout=REDIS_SECONDS)
+            orphans = self._queue.publish_trimmed([self._entries[each] for each in old], timeout=REDIS_SECONDS)
             for orphan in orphans:
                 if self._ring.consume(old[orphan.sequence], orphan.sequence):
                     self._write(Kind.RECLAIMED, orphan.sequence)

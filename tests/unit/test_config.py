@@ -2,10 +2,11 @@ import copy
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from dray.config import load_job
+from dray.config import JobConfig, load_job
 from dray.config.reading import MAX_MISTAKES
-from dray.errors import ConfigError
+from dray.errors import ConfigError, error_lines
 
 SMALLEST = """
 [job]
@@ -246,3 +247,46 @@ def test_override_of_any_text_is_taken_or_named(job_file: Path, override: str, k
         assert isinstance(load_job(job_file, [override]).rollout.args["x"], str)
     else:
         assert error_of(job_file, override).key == key
+
+
+@pytest.mark.parametrize(
+    ("lines", "overrides", "key"),
+    [
+        ('[redis]\nurl = "http://:sesame@h"', [], "redis.url"),
+        ('[redis]\nurl = "redis://:sesame @h"', [], "redis.url"),
+        ('[redis]\nurl = ["redis://:sesame@h"]', [], "redis.url"),
+        ('[redis]\nsecret = "sesame"', [], "redis.secret"),
+        ('[redis]\n"redis://:sesame@h" = 1', [], 'redis."(URL)"'),
+        ('[[redis]]\nurl = "redis://:sesame@h"', [], "redis"),
+        ('[reddis]\npassword = "sesame"', [], "reddis"),
+        ('[timeouts]\nredis = "redis://:sesame@h"', [], "timeouts.redis"),
+        ('[timeouts]\npassword = "sesame"', [], "timeouts.password"),
+        ("", ["redis.url=http://:sesame@h"], "redis.url"),
+        ("", ["redis.secret=sesame"], "redis.secret"),
+        ("", ["redis=redis://:sesame@h"], "--set"),
+        ("", ["redis://:sesame@h"], "--set"),
+        ("", ["redisurl=redis://:sesame@h"], "--set"),
+        ("", ["password=sesame"], "--set"),
+        ("", ["redis.url=sesame", "redis.url.more=sesame"], "--set"),
+        ("", ["redis.url=\udcc3sesame"], "--set"),
+    ],
+)
+def test_no_message_about_a_mistake_holds_a_credential(
+    job_file: Path, lines: str, overrides: list[str], key: str
+) -> None:
+    job_file.write_text(f"{SMALLEST}\n{lines}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_job(job_file, overrides)
+    assert key in [mistake.key for mistake in caught.value.mistakes]
+    shown = "".join([*error_lines(caught.value), repr(caught.value), repr(vars(caught.value))])
+    assert "sesame" not in shown
+
+
+def test_a_url_that_is_allowed_is_in_no_repr_and_in_no_error_of_the_model(job_file: Path) -> None:
+    config = load_job(job_file, ["redis.url=redis://:sesame@h"])
+    assert config.redis.url == "redis://:sesame@h"
+    document = config.model_dump(mode="json")
+    document["redis"]["more"] = document["redis"]["url"]
+    with pytest.raises(ValidationError) as caught:
+        JobConfig.model_validate(document)
+    assert "sesame" not in f"{config!r} {config} {config.redis!r} {caught.value!r} {caught.value}"

@@ -1,6 +1,7 @@
 """From the text of a job file to a `JobConfig`, or to an error with one line for each mistake in it.
 
-A line names the key, the value found and what would have been right. Unknown keys are errors.
+A line names the key, the value found and what would have been right. Unknown keys are errors. A value that may
+hold a credential is not shown: whatever stands where the URL of Redis belongs, any URL, text under an unknown key.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from pydantic import ValidationError
 
 from dray.config.tables import LARGEST, TABLES, JobConfig, Table, broken_rules
 from dray.errors import ConfigError
-from dray.printable import printable
+from dray.printable import printable, printable_value
 
 MAX_MISTAKES: Final = 50
 """Mistakes of one job file that are reported."""
 
 _DEEPEST = 64
+_REDIS = ["redis"]
+_URL_MARK = "://"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -124,21 +127,33 @@ def _apply_override(document: dict[str, Any], override: str) -> Iterator[ConfigE
     try:
         override.encode()
     except UnicodeEncodeError:
-        yield ConfigError("--set", override, "must be text in UTF-8")
+        yield _not_an_override(override, "must be text in UTF-8")
         return
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2 or not all(names):
-        yield ConfigError("--set", override, "must be TABLE.KEY=VALUE, for example job.lane=tcp")
+        yield _not_an_override(override, "must be TABLE.KEY=VALUE, for example job.lane=tcp")
         return
     table = document
     for depth, name in enumerate(names[:-1], start=1):
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
             allowed = f"must be TABLE.KEY=VALUE; {_dotted(names[:depth])} is not a table"
-            yield ConfigError("--set", override, allowed)
+            yield _not_an_override(override, allowed)
             return
     table[names[-1]] = _override_value(text.strip())
+
+
+def _not_an_override(override: str, allowed: str) -> ConfigError:
+    key, equals, _ = override.partition("=")
+    if not key.strip().startswith(_REDIS[0]) and _is_shown([], key):
+        return ConfigError("--set", f"{key}=…" if equals else override, allowed)
+    return ConfigError("--set", None, allowed, "is not allowed")
+
+
+def _is_shown(location: Sequence[str], value: Any) -> bool:
+    """Whether the `value` at `location` certainly holds no credential."""
+    return location[:1] != _REDIS and _URL_MARK not in printable_value(value)
 
 
 def _override_value(text: str) -> Any:
@@ -160,19 +175,28 @@ def _mistake(error: Mapping[str, Any]) -> ConfigError:
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         where = f"[{parent}]" if parent else "a job file"
-        return ConfigError(key, error["input"], f"unknown key{hint}; {where} has {', '.join(known)}")
+        shown = isinstance(error["input"], bool | int | float)
+        return _not_allowed(location, error["input"], f"unknown key{hint}; {where} has {', '.join(known)}", shown)
     allowed = f"must be {_allowed(location)}"
     if error["type"] != "missing":
-        return ConfigError(key, error["input"], allowed)
+        return _not_allowed(location, error["input"], allowed)
     if len(location) == 1:
         needed = [name for name, field in _table_at(location).model_fields.items() if field.is_required()]
         return ConfigError(f"[{key}]", None, f"the table needs {', '.join(needed)}", "is missing")
     return ConfigError(key, None, allowed, "is missing")
 
 
+def _not_allowed(location: Sequence[str], value: Any, allowed: str, shown: bool = True) -> ConfigError:
+    key = _dotted(location)
+    if shown and _is_shown(location, value):
+        return ConfigError(key, value, allowed)
+    return ConfigError(key, None, allowed, "is not allowed")
+
+
 def _dotted(location: Sequence[str]) -> str:
     """The key at `location` as TOML writes it, in one line."""
-    shown = [part if _BARE_KEY.fullmatch(part) else json.dumps(part) for part in location]
+    hidden = ["(URL)" if _URL_MARK in part else part for part in location]
+    shown = [part if _BARE_KEY.fullmatch(part) else json.dumps(part) for part in hidden]
     return printable(".".join(shown))
 
 

@@ -25,11 +25,13 @@ _ENTRY_POINT = r"^[^:\s]+:[A-Za-z_][A-Za-z0-9_]*$"
 class Table(BaseModel):
     """A table of the job file: no unknown keys, no conversions between types, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
-def _text(default: Any = ..., *, pattern: str | None = None, allowed: str) -> Any:
-    return Field(default, pattern=pattern, min_length=1, description=allowed)
+def _text(default: Any = ..., *, pattern: str | None = None, allowed: str, shown: bool = True) -> Any:
+    return Field(default, pattern=pattern, min_length=1, description=allowed, repr=shown)
 
 
 def _count(default: Any = ..., *, least: int = 1, most: int = LARGEST) -> Any:
@@ -102,6 +104,7 @@ class RedisTable(Table):
         None,
         pattern=r"^(rediss?|unix)://\S+$",
         allowed="the redis://, rediss:// or unix:// URL of a server that answers",
+        shown=False,  # it may hold a password
     )
 
 

@@ -21,13 +21,14 @@ from dray.control.errors import (
     RedisUnavailableError,
     StreamLostError,
 )
-from dray.control.names import JobKeys
+from dray.control.names import KEY_LIFETIME, JobKeys
 from dray.control.rollout_consumer import RolloutConsumer
 from dray.control.rollout_producer import RolloutProducer
 from dray.control.rollout_queue import RolloutQueue
 from dray.control.weights_key import PublishedWeights, WeightsKey
 
 __all__ = [
+    "KEY_LIFETIME",
     "REDIS_STOP_BOUND",
     "BacklogFullError",
     "Command",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -10,7 +11,11 @@ from redis.connection import parse_url
 
 from dray.errors import ConfigError
 
-ALLOWED = "a URL like redis://[[user]:password@]host:port/db, rediss://… or unix://[:password@]/path/to/socket"
+ALLOWED = (
+    "must be like redis://[[user]:password@]host:port/db, rediss://… or unix://[:password@]/path/to/socket, with "
+    "the special characters of user and password percent-encoded"
+)
+_DEFAULT_USER = "default"
 _OPTIONS = {"host", "port", "db", "username", "password", "path", "connection_class"}
 
 
@@ -28,30 +33,45 @@ class RedisAddress:
         self.options()
 
     @classmethod
-    def of_socket(cls, path: str, password: str) -> RedisAddress:
+    def of_socket(cls, path: str, password: str, user: str = "") -> RedisAddress:
         """The address of a server on a Unix socket."""
-        return cls(f"unix://:{quote(password, safe='')}@{quote(path)}")
+        return cls(f"unix://{quote(user, safe='')}:{quote(password, safe='')}@{quote(path)}")
 
     @classmethod
-    def of_port(cls, host: str, port: int, password: str) -> RedisAddress:
+    def of_port(cls, host: str, port: int, password: str, user: str = "") -> RedisAddress:
         """The address of a server on a TCP port."""
         bracketed = f"[{host}]" if ":" in host else host
-        return cls(f"redis://:{quote(password, safe='')}@{bracketed}:{port}/0")
+        return cls(f"redis://{quote(user, safe='')}:{quote(password, safe='')}@{bracketed}:{port}/0")
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a redis-py connection pool, the password among them."""
         try:
             parts = urlsplit(self.url)
             options: dict[str, Any] = parse_url(self.url)  # type: ignore[no-untyped-call]
-        except ValueError as error:
-            raise ConfigError("redis.url", _without_credentials(self.url), ALLOWED) from error
+        except ValueError:  # quotes parts of the URL
+            raise _not_an_address() from None
         unknown = [name for name in options if name not in _OPTIONS and not name.startswith("ssl_")]
-        database = parts.path.strip("/")
-        bad_database = parts.scheme != "unix" and database != "" and not database.isdecimal()
-        has_place = bool(options.get("path")) if parts.scheme == "unix" else bool(parts.hostname)
-        if unknown or bad_database or not has_place:
-            raise ConfigError("redis.url", _without_credentials(self.url), ALLOWED)
+        place = parts.netloc.rpartition("@")[2]
+        if parts.scheme == "unix":
+            # What stands there would be taken for the beginning of a path, and may be that of a password.
+            fits = bool(options.get("path")) and not place
+        else:
+            # A password with a plain "/", "?" or "#" ends the place too early: its rest has the "@".
+            database = parts.path.strip("/")
+            fits = bool(parts.hostname) and (not database or database.isdecimal())
+            fits = fits and "@" not in parts.query and not parts.fragment
+        if unknown or not fits:
+            raise _not_an_address()
         return options
+
+    def redacted(self, text: str) -> str:
+        """`text`, such as an answer of the server, without the credentials of this address."""
+        options = self.options()
+        for name in ("password", "username"):
+            secret = options.get(name)
+            if secret and secret != _DEFAULT_USER:
+                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
+        return text
 
     def __str__(self) -> str:
         return _without_credentials(self.url)
@@ -61,9 +81,11 @@ class RedisAddress:
 
 
 def _without_credentials(url: str) -> str:
-    # Works on text that does not parse, too: what stands before the last @, and any query, may hold a password.
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return "***" if "@" in url or "?" in url else url
-    place = rest.rpartition("@")[2].partition("?")[0]
+    scheme, _, rest = url.partition("://")
+    place = rest.partition("?")[0].rpartition("@")[2]
     return f"{scheme}://{unquote(place)}"
+
+
+def _not_an_address() -> ConfigError:
+    # The value is not shown: where it does not parse, any part of it may be a password.
+    return ConfigError("redis.url", None, ALLOWED, "is not the URL of a Redis server")

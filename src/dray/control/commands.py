@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.clock import Deadline
-from dray.control import names
+from dray.control import names, scripts
 from dray.control.client import RedisClient, paired
 from dray.control.connection import RedisConnection, block_ms
 from dray.control.names import JobKeys
@@ -88,7 +88,7 @@ class CommandStream:
         if not name:
             raise ConfigError("command", name, "a name")
         text = json.dumps(dict(fields or {}), sort_keys=True)
-        entry: list[str | bytes] = [
+        entry: list[str | bytes | int] = [
             names.COMMAND_NAME,
             name,
             names.COMMAND_FIELDS,
@@ -98,7 +98,7 @@ class CommandStream:
         ]
         self._connection.call(
             f"send {name} to {self.replica}",
-            lambda client: client.do("XADD", self._key, "MAXLEN", names.COMMANDS_KEPT, "*", *entry),
+            lambda client: scripts.SEND_COMMAND.run(client, [self._key], entry),
             Deadline.after(timeout, self._connection.clock),
         )
 
@@ -118,7 +118,11 @@ class CommandStream:
         deadline = Deadline.after(timeout, self._connection.clock)
         while True:
             reply = self._connection.poll(
-                f"receive commands to {self.replica}", lambda client: self._read(client, deadline), deadline, None
+                f"receive commands to {self.replica}",
+                lambda client: self._read(client, deadline),
+                deadline,
+                None,
+                reads_only=True,
             )
             commands = [] if not reply else self._accept(reply[0][1])
             if commands or deadline.expired or self._connection.shutdown.is_set():

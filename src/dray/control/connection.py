@@ -1,8 +1,13 @@
 """The one place that calls redis-py: retries, deadlines and the mapping of its errors.
 
-A command that meets a lost connection is made again, with growing waits, until its deadline; so every operation
-given to `RedisConnection.call` must be safe to repeat. An outage is logged once when it begins and once when it
-ends; one that lasts longer than `patience` counts as for good, and every wait ends with it.
+A command that meets a lost connection, or a server that cannot serve at the moment (`answers.TEMPORARY_CODES`),
+is made again, with growing waits, until its deadline; so every operation given to `RedisConnection.call` must be
+safe to repeat. An outage is logged once when it begins and once when it ends; one that lasts longer than
+`patience` counts as for good, and every wait ends with it.
+
+A server that refuses may have handed its place to another one: the connections to it are closed, and the next
+attempt resolves the server's name again. A server that has become a replica refuses writes and answers reads, so
+the success of an operation that only reads does not end an outage that began with a refused write.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.control.address import RedisAddress
+from dray.control.answers import answer_text, is_temporary
 from dray.control.client import RedisClient
 from dray.control.errors import RedisUnavailableError
 from dray.control.names import JobKeys
@@ -56,8 +62,8 @@ class RedisConnection:
             it is not asked again.
         answer_timeout: seconds that one command may take to answer; a call may outlive its deadline by this much
             when the server is stopped.
-        patience: seconds of outage after which Redis counts as gone for good; no wait outlives it, and polls sit
-            out anything shorter.
+        patience: seconds of outage, in which Redis does not answer or refuses, after which it counts as gone for
+            good; no wait outlives it, and polls sit out anything shorter.
     """
 
     def __init__(
@@ -75,26 +81,35 @@ class RedisConnection:
         self.clock = clock
         self._lock = threading.Lock()
         self._away_since: float | None = None
+        self._refuses_writes_only = False
         self._closed = False
         self._client = RedisClient(address, answer_timeout)
         self._polls = RedisClient(address, min(POLL_ANSWER, answer_timeout))
 
-    def call(self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline) -> T:
-        """Run `operation`, again after each lost connection, until it answers, `deadline` is over or
-        the outage has lasted for `patience`.
+    def call(
+        self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline, *, reads_only: bool = False
+    ) -> T:
+        """Run `operation`, again after each lost connection and each answer that says "not now", until it
+        succeeds, `deadline` is over or the outage has lasted for `patience`.
 
         Args:
             what: the operation in words, for messages.
             operation: commands that may be repeated.
+            reads_only: the commands change nothing.
 
         Raises:
-            RedisUnavailableError: no answer until then, or shutdown is set.
+            RedisUnavailableError: no success until then, or shutdown is set.
             ControlPlaneError: Redis refused the command or the credentials, or the connection is closed.
         """
-        return self._attempt(self._client, what, operation, deadline)
+        return self._attempt(self._client, what, operation, deadline, reads_only)
 
     def _attempt(
-        self, through: RedisClient, what: str, operation: Callable[[RedisClient], T], deadline: Deadline
+        self,
+        through: RedisClient,
+        what: str,
+        operation: Callable[[RedisClient], T],
+        deadline: Deadline,
+        reads_only: bool,
     ) -> T:
         wait = _FIRST_WAIT
         while True:
@@ -109,30 +124,41 @@ class RedisConnection:
                 )
             try:
                 result = operation(through)
-            except _REFUSED as error:
-                raise ControlPlaneError(
-                    f"{what}: Redis refuses the credentials: {error}", endpoint=str(self.address)
-                ) from error
-            except _TRANSIENT as error:
-                away = self._note_away(error)
+            except RedisError as error:
+                answer = self.address.redacted(answer_text(error))
+                # An answer that quotes the credentials is in no traceback either.
+                cause = error if answer == answer_text(error) else None
+                refused = is_temporary(error)
+                if isinstance(error, _REFUSED) or not (refused or isinstance(error, _TRANSIENT)):
+                    state = "refuses the credentials" if isinstance(error, _REFUSED) else "answered with an error"
+                    raise ControlPlaneError(
+                        f"{what}: Redis {state}: {answer}", endpoint=str(self.address)
+                    ) from cause
+                away = self._note_away(answer, refused=refused, reads_only=reads_only)
                 for_good = away >= self.patience
                 if for_good or deadline.expired or self.shutdown.is_set() or self._closed:
+                    state = "has refused" if refused else "has not answered"
                     raise RedisUnavailableError(
-                        f"{what}: Redis has not answered for {away:.1f} s: {error}",
+                        f"{what}: Redis {state} for {away:.1f} s: {answer}",
+                        answer=answer if refused else "",
                         endpoint=str(self.address),
                         elapsed=deadline.elapsed,
-                    ) from error
+                    ) from cause
                 self.shutdown.wait(min(wait, deadline.remaining, self.patience - away))
                 wait = min(2 * wait, _LONGEST_WAIT)
-            except RedisError as error:
-                raise ControlPlaneError(
-                    f"{what}: Redis answered with an error: {error}", endpoint=str(self.address)
-                ) from error
             else:
-                self._note_back()
+                self._note_back(reads_only=reads_only)
                 return result
 
-    def poll(self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline, nothing: T) -> T:
+    def poll(
+        self,
+        what: str,
+        operation: Callable[[RedisClient], T],
+        deadline: Deadline,
+        nothing: T,
+        *,
+        reads_only: bool = False,
+    ) -> T:
         """As `call`, for an operation that waits for news: `nothing` in shutdown and in outages shorter than
         `patience`.
 
@@ -143,7 +169,7 @@ class RedisConnection:
         if self.shutdown.is_set():
             return nothing
         try:
-            return self._attempt(self._polls, what, operation, deadline)
+            return self._attempt(self._polls, what, operation, deadline, reads_only)
         except RedisUnavailableError:
             if self.shutdown.is_set() or self.away_for < self.patience:
                 return nothing
@@ -151,7 +177,7 @@ class RedisConnection:
 
     @property
     def away_for(self) -> float:
-        """Seconds since Redis stopped answering; 0 while it answers."""
+        """Seconds since Redis stopped answering, or began to refuse; 0 while it serves."""
         with self._lock:
             return 0.0 if self._away_since is None else self.clock.now() - self._away_since
 
@@ -178,22 +204,25 @@ class RedisConnection:
         state = "closed" if self._closed else "away" if self._away_since is not None else "open"
         return f"<RedisConnection {self.address} {state}>"
 
-    def _note_away(self, error: RedisError) -> float:
+    def _note_away(self, answer: str, *, refused: bool, reads_only: bool) -> float:
         with self._lock:
             began = self._away_since is None
             if self._away_since is None:
                 self._away_since = self.clock.now()
             away = self.clock.now() - self._away_since
-        if began:
+            self._refuses_writes_only = refused and not reads_only
+        if began or refused:
             # Idle connections of the pool broke together with this one: each would look like an outage of its own.
+            # Those to a server that refuses would not follow its name to another one.
             self._client.drop_idle()
             self._polls.drop_idle()
-            if not self.shutdown.is_set():
-                logger.warning("Redis at %s does not answer (%s); trying again", self.address, error)
+        if began and not self.shutdown.is_set():
+            state = "refuses" if refused else "does not answer"
+            logger.warning("Redis at %s %s (%s); trying again", self.address, state, answer)
         return away
 
-    def _note_back(self) -> None:
-        if self._away_since is None:
+    def _note_back(self, *, reads_only: bool) -> None:
+        if self._away_since is None or (reads_only and self._refuses_writes_only):
             return
         with self._lock:
             since, self._away_since = self._away_since, None

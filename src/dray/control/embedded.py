@@ -11,6 +11,8 @@ What the child is told and why:
   the *thread* that started the child ends, so a server is started from the main thread only.
 * It has a process group of its own: Ctrl-C at the terminal does not end it before the job is done with it.
 * Redis binds its port by itself. A port that is taken makes it exit, and the next one is tried.
+* Clients authenticate as a user of the job; before, they are the default user, which may do nothing. The number of
+  clients follows from the limit of descriptors; `idle_clients` keeps strangers on the TCP port from using it up.
 * The socket lies in a directory of its own that only its owner can enter. The directory is locked by this process
   and by the server; one that nobody locks was left by dead owners, and the next start removes it.
 """
@@ -22,6 +24,7 @@ import logging
 import os
 import platform
 import random
+import resource
 import secrets
 import select
 import shutil
@@ -33,12 +36,16 @@ from types import TracebackType
 from typing import IO, Self
 
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.control.address import RedisAddress
 from dray.control.client import RedisClient
 from dray.control.connection import RedisConnection
+from dray.control.idle_clients import STRANGERS, IdleClientReaper
+from dray.control.names import JobKeys
+from dray.control.server_trial import NEEDED, try_server
 from dray.errors import ConfigError, ControlPlaneError
 from dray.private_directory import PrivateDirectory
 
@@ -54,6 +61,15 @@ _WHEEL_GLIBC = (2, 28)
 _PORTS = range(20000, 32768)
 _PORT_ATTEMPTS = 16
 _RETRY_WAIT = 0.01
+MAX_CLIENTS = 20_000
+"""Clients that a server which is started here admits at most."""
+
+# Descriptors that the server keeps for other things than clients.
+_OWN_DESCRIPTORS = 64
+# Seconds after which the server closes the connection of a client that sends nothing, one that waits for an answer
+# excepted. The job's own are made again when they are needed.
+_IDLE_TIMEOUT = 60
+_USER = "dray"
 _STOP_BOUND = 5.0
 _KILL_BOUND = 5.0
 REDIS_STOP_BOUND = _STOP_BOUND + _KILL_BOUND
@@ -75,16 +91,18 @@ def start_redis(
     url: str | None,
     directory: Path,
     *,
+    keys: JobKeys | None = None,
     tcp: bool = False,
     host: str = "127.0.0.1",
     timeout: float = 10.0,
     clock: Clock = MONOTONIC,
 ) -> RedisServer:
-    """The Redis server of a job: the configured one if it answers, or one that is started for it.
+    """The Redis server of a job: the configured one if it is of use, or one that is started for it.
 
     Args:
         url: the configured URL; None: start a server.
         directory: where the log of a started server lies; made if it is missing.
+        keys: of the job, which a configured server is tried with; None: keys that no job has.
         tcp: let a started server listen on a TCP port as well.
         host: the address of that port.
         timeout: seconds within which the server must answer.
@@ -93,12 +111,13 @@ def start_redis(
         A context manager that stops what it has started.
 
     Raises:
-        ConfigError: the URL is malformed, nothing answers there or it refuses the credentials; or there is no URL
-            and no server program on this machine.
+        ConfigError: the URL is malformed, or no server answers there that a job can use; or there is no URL and no
+            server program on this machine.
         ControlPlaneError: the server did not start, or this is not the main thread.
     """
     if url is not None:
-        return RedisServer(_checked_address(url, timeout, clock), source="configured")
+        address = _checked_address(url, keys or JobKeys(f"trial-{secrets.token_hex(4)}"), timeout, clock)
+        return RedisServer(address, source="configured")
     if threading.current_thread() is not threading.main_thread():
         raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
     child = _Child(find_redis_binary(), directory, host if tcp else None)
@@ -214,13 +233,13 @@ class RedisServer:
         return f"<RedisServer {self.address} {state}>"
 
 
-def _checked_address(url: str, timeout: float, clock: Clock) -> RedisAddress:
+def _checked_address(url: str, keys: JobKeys, timeout: float, clock: Clock) -> RedisAddress:
     address = RedisAddress(url)
     with RedisConnection(address, answer_timeout=min(3.0, timeout), patience=timeout, clock=clock) as connection:
         try:
-            connection.call("PING", lambda client: client.do("PING"), Deadline.after(timeout, clock))
+            try_server(connection, keys, Deadline.after(timeout, clock))
         except ControlPlaneError as error:
-            raise ConfigError("redis.url", str(address), f"the URL of a server that answers ({error})") from error
+            raise ConfigError("redis.url", str(address), f"{NEEDED} ({error})") from error
     return address
 
 
@@ -237,7 +256,9 @@ class _Child:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._log = self._directory / LOG_NAME
         self._private = PrivateDirectory()
-        self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password)
+        self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password, _USER)
+        self._max_clients = _max_clients()
+        self._reaper: IdleClientReaper | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._as_asked = True
@@ -262,7 +283,8 @@ class _Child:
             if self._wait_until_ready(deadline):
                 self._port = port
                 if self._host is not None:
-                    self.tcp_address = RedisAddress.of_port(self._host, port, self._password)
+                    self.tcp_address = RedisAddress.of_port(self._host, port, self._password, _USER)
+                    self._reaper = self._reaper or IdleClientReaper(self.address, self._max_clients)
                 return
             self._reap()
         self._as_asked = False
@@ -288,6 +310,8 @@ class _Child:
         try:
             self.stop(deadline)
         finally:
+            if self._reaper is not None:
+                self._reaper.close()
             self._private.close()
         if self._as_asked:
             self._log.unlink(missing_ok=True)
@@ -318,7 +342,10 @@ class _Child:
             f"port {port}",
             f"unixsocket {_quoted(str(self._private.path / _SOCKET))}",
             "unixsocketperm 600",
-            f"requirepass {self._password}",
+            f"user {STRANGERS} off",
+            f"user {_USER} on >{self._password} ~* &* +@all",
+            f"maxclients {self._max_clients}",
+            f"timeout {_IDLE_TIMEOUT}",
             'save ""',
             "appendonly no",
             "maxmemory-policy noeviction",
@@ -360,9 +387,11 @@ class _Child:
         except (RedisConnectionError, RedisTimeoutError):
             client.close()
             return False
+        except ResponseError:
+            pass  # it answers, and ends even where it refuses everything else, as when a script blocks it
         try:
             client.do("SHUTDOWN", "NOSAVE")
-        except RedisTimeoutError:
+        except (RedisTimeoutError, ResponseError):
             return False
         except RedisConnectionError:
             return True  # the server's way to say that it ends
@@ -391,6 +420,11 @@ class _Child:
     def _last_line(self) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "(empty)"
+
+
+def _max_clients() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return MAX_CLIENTS if limit == resource.RLIM_INFINITY else max(1, min(MAX_CLIENTS, limit - _OWN_DESCRIPTORS))
 
 
 def _send_and_close(stream: IO[bytes], content: bytes) -> None:

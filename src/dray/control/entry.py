@@ -138,7 +138,8 @@ class QueueStatistics:
         oldest_age: age of the oldest entry in seconds, by the server's clock; None if there is none.
         counters: ``published``; ``duplicates``, refused as published already; ``trained``, committed;
             ``discarded``, lost with their producer; ``too_old``; ``repeated``, published again after they had been
-            ended; ``dead_letters``; ``rolled_back``, those of ``trained`` whose weights were lost in a crash.
+            ended; ``trimmed``, removed from the stream by another client; ``dead_letters``; ``rolled_back``, those
+            of ``trained`` whose weights were lost in a crash.
     """
 
     backlog: int

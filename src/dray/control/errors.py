@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dray.errors import ControlPlaneError
 
 
 class RedisUnavailableError(ControlPlaneError):
-    """Redis has not answered until the deadline; the message says for how long it has been away."""
+    """Redis has not answered until the deadline, or has refused; the message says for how long.
+
+    Args:
+        answer: what the server answered; empty if it did not.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, *, answer: str = "", **about: Any) -> None:
+        super().__init__(message, **about)
+        self.answer = answer
 
 
 class StreamLostError(ControlPlaneError):

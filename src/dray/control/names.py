@@ -20,6 +20,8 @@ fields but for ``payload``, whose length stands in ``payload_bytes``, and adds `
 ``reason``. A command has ``name``, ``fields`` (JSON object of strings) and ``token`` (random, tells a repeated
 send). Weights have ``reference`` and ``version``.
 
+Every key ends `KEY_LIFETIME` seconds after the last change that the job made through it.
+
 The braces make all keys of a job fall into one hash slot, so that scripts work on a Redis cluster too.
 """
 
@@ -33,6 +35,8 @@ from dray.errors import ConfigError
 GROUP = "policy"
 DEAD_LETTERS_KEPT = 1000
 COMMANDS_KEPT = 256
+KEY_LIFETIME = 86_400
+"""Seconds after its last use by a script that changes it at which a key ends: the job is gone then."""
 
 # Fields of an entry of the rollout stream; scripts.py names PRODUCER, SEQUENCE and PAYLOAD as well.
 PRODUCER = b"producer"
@@ -103,6 +107,20 @@ class JobKeys:
     @property
     def weights(self) -> str:
         return self.prefix + "weights"
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Every key but the command streams."""
+        return (
+            self.rollouts,
+            self.index,
+            self.stream_epoch,
+            self.group_epoch,
+            self.counters,
+            self.room,
+            self.dead,
+            self.weights,
+        )
 
     def commands(self, replica: str) -> str:
         """The command stream of `replica`."""

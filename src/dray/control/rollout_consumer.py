@@ -134,6 +134,7 @@ class RolloutConsumer(RolloutQueue):
             "look up what was trained on",
             lambda client: scripts.ENTRIES.run(client, keys, list(identities)),
             self._deadline(timeout),
+            reads_only=True,
         )
         self._end_pairs(counter, [(identity, "") for identity in identities], timeout)
         self._ledger.remember(identities)
@@ -210,6 +211,26 @@ class RolloutConsumer(RolloutQueue):
             )
         )
         return self._epoch
+
+    def drop_trimmed(self, timeout: float | None = 30.0, *, held: bool = False) -> int:
+        """Count payloads whose entries another client removed from the stream, and forget them; returns how many.
+
+        Their producers publish such payloads again while they live: this is for those that are gone.
+
+        Args:
+            held: those too that this consumer was given, which a commit would end: at the end of a job.
+
+        Raises:
+            ControlPlaneError: Redis does not answer, or refuses.
+        """
+        keys = [self._keys.rollouts, self._keys.index, self._keys.counters]
+
+        def drop(client: RedisClient) -> int:
+            return int(scripts.DROP_TRIMMED.run(client, keys, [GROUP, self.consumer if held else ""]))
+
+        return self._connection.call(
+            "count what was removed from the stream", self._healing(drop), self._deadline(timeout)
+        )
 
     def check_epoch(self, timeout: float | None = 30.0) -> None:
         """Make sure that the group does not go on without this member.

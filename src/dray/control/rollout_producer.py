@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from dray.clock import Deadline
@@ -10,9 +11,14 @@ from dray.control import scripts
 from dray.control.connection import RedisConnection, block_ms
 from dray.control.entry import RolloutEntry
 from dray.control.errors import BacklogFullError, ControlPlaneStopped, StreamLostError
-from dray.control.names import JobKeys
+from dray.control.names import GROUP, JobKeys
 from dray.control.rollout_queue import RolloutQueue
 from dray.errors import ConfigError
+
+logger = logging.getLogger("dray.control")
+
+# What the script LISTED returns for an entry.
+_ENDED, _LISTED, _TRIMMED = range(3)
 
 
 class RolloutProducer(RolloutQueue):
@@ -35,7 +41,7 @@ class RolloutProducer(RolloutQueue):
         self._max_backlog = max_backlog
 
     def publish(self, entry: RolloutEntry, timeout: float | None = 30.0) -> bool:
-        """Put `entry` into the stream, unless its identity is there.
+        """Put `entry` into the stream, unless its identity is there and no other client has removed it.
 
         Args:
             entry: what to publish.
@@ -54,7 +60,7 @@ class RolloutProducer(RolloutQueue):
         if self._stream_epoch is None:
             self._connection.call("attach to the rollout stream", self._attach, deadline)
         keys = [getattr(self._keys, name) for name in ("rollouts", "index", "stream_epoch", "counters", "room")]
-        arguments = [self._stream_epoch or "", entry.identity, self._max_backlog or 0, *entry.to_fields()]
+        arguments = [self._stream_epoch or "", entry.identity, GROUP, self._max_backlog or 0, *entry.to_fields()]
         what = f"publish {entry.identity}"
         while True:
             status, *after = self._connection.call(
@@ -85,24 +91,40 @@ class RolloutProducer(RolloutQueue):
                 for entry in waiting():
                     self.publish(entry)
 
-    def unlisted(self, entries: Sequence[RolloutEntry], timeout: float | None = 30.0) -> list[RolloutEntry]:
-        """Those of `entries`, all published by this process, that the stream no longer lists: they were ended, and
-        a READY payload among them is an orphan that nobody will ask for.
+    def publish_trimmed(self, entries: Sequence[RolloutEntry], timeout: float | None = 30.0) -> list[RolloutEntry]:
+        """Publish again those of `entries`, all published by this process, whose stream entries another client has
+        removed (XTRIM, XDEL) and that no consumer holds.
+
+        Returns:
+            Those of `entries` that the stream no longer lists because they were ended: a READY payload among them
+            is an orphan that no consumer will ask for.
 
         Raises:
             StreamLostError: Redis was restarted empty, so that the index proves nothing.
-            ControlPlaneError: Redis does not answer, or refuses.
+            ControlPlaneError: Redis does not answer, or refuses; or as `publish`.
         """
+        deadline = self._deadline(timeout)
         keys = [self._keys.rollouts, self._keys.index, self._keys.stream_epoch]
-        arguments = [self._stream_epoch or "", *(entry.identity for entry in entries)]
-        status, *absent = self._connection.call(
+        arguments = [self._stream_epoch or "", GROUP, *(entry.identity for entry in entries)]
+        status, *states = self._connection.call(
             "look entries up",
-            lambda client: scripts.UNLISTED.run(client, keys, arguments),
-            self._deadline(timeout),
+            lambda client: scripts.LISTED.run(client, keys, arguments),
+            deadline,
+            reads_only=True,
         )
         if status == b"lost":
             raise StreamLostError("look entries up: Redis was restarted empty")
-        return [entry for entry, missing in zip(entries, absent[0], strict=True) if missing]
+        by_state: dict[int, list[RolloutEntry]] = {_ENDED: [], _LISTED: [], _TRIMMED: []}
+        for entry, state in zip(entries, states[0], strict=True):
+            by_state[state].append(entry)
+        if trimmed := by_state[_TRIMMED]:
+            logger.warning(
+                "another client has removed %d entries from the rollout stream of job %s; publishing them again",
+                len(trimmed), self._keys.job,
+            )  # fmt: skip
+        for entry in trimmed:
+            self.publish(entry, deadline.timeout)
+        return by_state[_ENDED]
 
     def _wait_for_room(self, after: bytes, deadline: Deadline) -> None:
         self._connection.poll(
@@ -112,4 +134,5 @@ class RolloutProducer(RolloutQueue):
             ),
             deadline,
             None,
+            reads_only=True,
         )

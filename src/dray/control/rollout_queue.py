@@ -72,6 +72,7 @@ class RolloutQueue:
                 "measure the backlog",
                 lambda client: client.do("XLEN", self._keys.rollouts),
                 self._deadline(timeout),
+                reads_only=True,
             )
         )
 
@@ -86,6 +87,7 @@ class RolloutQueue:
             "read statistics",
             lambda client: scripts.STATISTICS.run(client, keys, [GROUP]),
             self._deadline(timeout),
+            reads_only=True,
         )
         return QueueStatistics(
             backlog=backlog,
@@ -105,6 +107,7 @@ class RolloutQueue:
             "list prompts",
             lambda client: scripts.LISTED_PROMPTS.run(client, [self._keys.rollouts], []),
             self._deadline(timeout),
+            reads_only=True,
         )
         return [int(prompt) for prompt in prompts if prompt.isdigit()]
 
@@ -131,6 +134,7 @@ class RolloutQueue:
             "read dead letters",
             lambda client: client.do("XREVRANGE", self._keys.dead, "+", "-", "COUNT", count),
             self._deadline(timeout),
+            reads_only=True,
         )
         return [
             {name.decode(): value.decode(errors="replace") for name, value in paired(fields).items()}

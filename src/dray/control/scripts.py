@@ -1,4 +1,8 @@
-"""The Lua scripts: what must happen in Redis at once or not at all. Key and field names are those of `names`."""
+"""The Lua scripts: what must happen in Redis at once or not at all. Key and field names are those of `names`.
+
+A script that changes keys also gives each of its keys its whole lifetime again: what a job leaves behind that was
+killed ends by itself, and what a running job uses does not.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,21 @@ from typing import Any
 from redis.exceptions import NoScriptError
 
 from dray.control.client import RedisClient
-from dray.control.names import DEAD_LETTERS_KEPT
+from dray.control.names import COMMANDS_KEPT, DEAD_LETTERS_KEPT, KEY_LIFETIME
 
 
 class Script:
-    """A Lua script, sent by its digest where the server knows it."""
+    """A Lua script, sent by its digest where the server knows it.
+
+    Args:
+        body: the script.
+        reads_only: it changes nothing.
+    """
 
     __slots__ = ("_digest", "_text")
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    def __init__(self, body: str, *, reads_only: bool = False) -> None:
+        self._text = text = body if reads_only else _RENEWING.replace("BODY", body)
         self._digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     def run(self, client: RedisClient, keys: Sequence[str], arguments: Sequence[str | bytes | int]) -> Any:
@@ -29,7 +38,30 @@ class Script:
             return client.do("EVAL", self._text, len(keys), *keys, *arguments)
 
 
-ATTACH = Script("""
+_RENEWING = f"""
+local function run()
+BODY
+end
+local reply = run()
+for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, {KEY_LIFETIME}) end
+return reply
+"""
+
+# A server that is full may evict keys that have a lifetime, one without the other. KEYS: rollouts, index, …
+_RESTORE_INDEX = """
+if redis.call('EXISTS', KEYS[2]) == 0 then
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+    local fields = {}
+    for field = 1, #entry[2], 2 do fields[entry[2][field]] = entry[2][field + 1] end
+    if fields['producer'] and fields['sequence'] then
+      redis.call('HSET', KEYS[2], fields['producer'] .. ':' .. fields['sequence'], entry[1])
+    end
+  end
+end
+"""
+
+ATTACH = Script(
+    """
 -- KEYS: rollouts, index, epoch, group_epoch   ARGV: group, fresh token, group epoch to restore or ''
 -- Returns: the stream's epoch, 1 if anything was missing and has been made.
 local made = 0
@@ -56,31 +88,49 @@ if ARGV[3] ~= '' and tonumber(redis.call('GET', KEYS[4]) or '0') < tonumber(ARGV
   redis.call('SET', KEYS[4], ARGV[3])
   made = 1
 end
+"""
+    + _RESTORE_INDEX
+    + """
 return {redis.call('GET', KEYS[3]), made}
-""")
+"""
+)
 
-PUBLISH = Script("""
--- KEYS: rollouts, index, epoch, counters, room   ARGV: known epoch, identity, bound or 0, then field, value, …
+PUBLISH = Script(
+    """
+-- KEYS: rollouts, index, epoch, counters, room
+-- ARGV: known epoch, identity, group, bound or 0, then field, value, …
 -- Returns: 'added' | 'there' | 'lost', and with 'full' the id in `room` after which to wait.
+-- An entry that was trimmed, and that no consumer holds, is not there. Without the group, no consumer holds any.
 if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0 then
   return {'lost'}
 end
-if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
-  redis.call('HINCRBY', KEYS[4], 'duplicates', 1)
-  return {'there'}
+"""
+    + _RESTORE_INDEX
+    + """
+local before = redis.call('HGET', KEYS[2], ARGV[2])
+if before then
+  if redis.call('XRANGE', KEYS[1], before, before)[1]
+     or redis.pcall('XPENDING', KEYS[1], ARGV[3], before, before, 1)[1] then
+    redis.call('HINCRBY', KEYS[4], 'duplicates', 1)
+    return {'there'}
+  end
+  redis.call('HDEL', KEYS[2], ARGV[2])
+  redis.call('HINCRBY', KEYS[4], 'trimmed', 1)
 end
-local bound = tonumber(ARGV[3])
+local bound = tonumber(ARGV[4])
 if bound > 0 and redis.call('XLEN', KEYS[1]) >= bound then
   local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
   return {'full', last[1] and last[1][1] or '0-0'}
 end
-local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 4))
+local id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 5))
 redis.call('HSET', KEYS[2], ARGV[2], id)
 redis.call('HINCRBY', KEYS[4], 'published', 1)
 return {'added'}
-""")
+"""
+)
 
-FINISH = Script("""
+FINISH = Script(
+    """
 -- KEYS: rollouts, index, group_epoch, counters, room
 -- ARGV: group, epoch or '', counter, then identity, consumer or '' for any, …
 -- Returns: 'done' and per entry 1 ended, 0 not there, -1 pending for another consumer; or 'old', current epoch;
@@ -90,6 +140,9 @@ if ARGV[2] ~= '' then
   if not epoch then return {'lost', ''} end
   if epoch ~= ARGV[2] then return {'old', epoch} end
 end
+"""
+    + _RESTORE_INDEX
+    + """
 local outcome, ended = {}, 0
 for i = 4, #ARGV, 2 do
   local id = redis.call('HGET', KEYS[2], ARGV[i])
@@ -113,7 +166,8 @@ if ended > 0 then
   redis.call('XADD', KEYS[5], 'MAXLEN', 1, '*', 'ended', ended)
 end
 return {'done', outcome}
-""")
+"""
+)
 
 CLAIM = Script(f"""
 -- KEYS: rollouts, index, counters, dead, room
@@ -128,6 +182,7 @@ for i = 6, #ARGV do
     local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
     local count = pending[1][4]
     if not entry then
+      -- Trimmed. The index keeps it: its producer publishes it again, or DROP_TRIMMED counts it.
       redis.call('XACK', KEYS[1], ARGV[1], id)
     elseif limit > 0 and count >= limit then
       local letter, producer, sequence = {{}}, '', ''
@@ -168,15 +223,51 @@ end
 return 0
 """)
 
-UNLISTED = Script("""
--- KEYS: rollouts, index, epoch   ARGV: known epoch, then identity, …   Returns per identity 1 if not in the index.
-if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0 then return {'lost'} end
-local absent = {}
-for i = 2, #ARGV do absent[i - 1] = 1 - redis.call('HEXISTS', KEYS[2], ARGV[i]) end
-return {'known', absent}
+LISTED = Script(
+    """
+-- KEYS: rollouts, index, epoch   ARGV: known epoch, group, then identity, …
+-- Returns per identity 0 if it has ended, 1 if it is in the stream or pending, 2 if it was trimmed.
+if redis.call('GET', KEYS[3]) ~= ARGV[1] or redis.call('EXISTS', KEYS[1]) == 0
+   or (redis.call('EXISTS', KEYS[2]) == 0 and redis.call('XLEN', KEYS[1]) > 0) then
+  return {'lost'}
+end
+local states = {}
+for i = 3, #ARGV do
+  local id = redis.call('HGET', KEYS[2], ARGV[i])
+  if not id then
+    states[i - 2] = 0
+  elseif redis.call('XRANGE', KEYS[1], id, id)[1] or redis.pcall('XPENDING', KEYS[1], ARGV[2], id, id, 1)[1] then
+    states[i - 2] = 1
+  else
+    states[i - 2] = 2
+  end
+end
+return {'known', states}
+""",
+    reads_only=True,
+)
+
+DROP_TRIMMED = Script("""
+-- KEYS: rollouts, index, counters   ARGV: group, consumer of which those too are dropped that are pending, or ''
+-- Returns how many.
+local index, dropped = redis.call('HGETALL', KEYS[2]), 0
+for i = 1, #index, 2 do
+  local id = index[i + 1]
+  if not redis.call('XRANGE', KEYS[1], id, id)[1] then
+    local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
+    if not pending or pending[2] == ARGV[2] then
+      redis.call('XACK', KEYS[1], ARGV[1], id)
+      redis.call('HDEL', KEYS[2], index[i])
+      dropped = dropped + 1
+    end
+  end
+end
+if dropped > 0 then redis.call('HINCRBY', KEYS[3], 'trimmed', dropped) end
+return dropped
 """)
 
-ENTRIES = Script("""
+ENTRIES = Script(
+    """
 -- KEYS: rollouts, index   ARGV: identity, …   Returns the fields of those that are there.
 local found = {}
 for i = 1, #ARGV do
@@ -185,9 +276,12 @@ for i = 1, #ARGV do
   if entry then found[#found + 1] = entry[2] end
 end
 return found
-""")
+""",
+    reads_only=True,
+)
 
-LISTED_PROMPTS = Script("""
+LISTED_PROMPTS = Script(
+    """
 -- KEYS: rollouts   Returns the prompt of every entry.
 local prompts = {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
@@ -196,6 +290,13 @@ for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
   end
 end
 return prompts
+""",
+    reads_only=True,
+)
+
+SEND_COMMAND = Script(f"""
+-- KEYS: commands of a replica   ARGV: field, value, …
+return redis.call('XADD', KEYS[1], 'MAXLEN', {COMMANDS_KEPT}, '*', unpack(ARGV))
 """)
 
 RAISE_COUNTERS = Script("""
@@ -207,7 +308,8 @@ for i = 1, #ARGV, 2 do
 end
 """)
 
-STATISTICS = Script("""
+STATISTICS = Script(
+    """
 -- KEYS: rollouts, counters, dead   ARGV: group
 -- Returns: backlog, pending, dead letters kept, id of the oldest entry or '', server time in ms, counters.
 local time = redis.call('TIME')
@@ -222,7 +324,9 @@ local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)
 if first[1] then oldest = first[1][1] end
 return {redis.call('XLEN', KEYS[1]), pending, redis.call('XLEN', KEYS[3]), oldest,
         tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000), redis.call('HGETALL', KEYS[2])}
-""")
+""",
+    reads_only=True,
+)
 
 BEGIN_EPOCH = Script("""
 -- KEYS: group_epoch   ARGV: an epoch that the new one exceeds.   Returns the new epoch.

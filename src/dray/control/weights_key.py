@@ -84,7 +84,9 @@ class WeightsKey:
             ControlPlaneError: Redis does not answer, or refuses.
         """
         deadline = Deadline.after(timeout, self._connection.clock)
-        return self._decoded(self._connection.call("read the newest weights", self._read, deadline))
+        return self._decoded(
+            self._connection.call("read the newest weights", self._read, deadline, reads_only=True)
+        )
 
     def wait_newer(
         self, than: PublishedWeights | None = None, timeout: float | None = 30.0
@@ -113,7 +115,9 @@ class WeightsKey:
             return self._read(client)
 
         while True:
-            weights = self._decoded(self._connection.poll("wait for newer weights", wait, deadline, []))
+            weights = self._decoded(
+                self._connection.poll("wait for newer weights", wait, deadline, [], reads_only=True)
+            )
             if weights is not None and weights != than:
                 return weights
             if deadline.expired or self._connection.shutdown.is_set():

@@ -10,6 +10,7 @@ from pathlib import Path
 from dray.clock import Deadline
 from dray.config import JobConfig
 from dray.control import (
+    KEY_LIFETIME,
     JobKeys,
     RedisAddress,
     RedisConnection,
@@ -43,39 +44,44 @@ def job_redis(
         complain: notes a line for the end of the run.
 
     Raises:
-        ConfigError: the configured server does not answer within `timeouts.redis`, or refuses.
+        ConfigError: the configured server does not answer within `timeouts.redis`, or is of no use to the job.
         ControlPlaneError: none can be started.
     """
-    with _start(config, place, host, say) as server:
+    keys = JobKeys(job_id)
+    with _start(config, keys, place, host, say) as server:
         try:
             yield server
         finally:
             if server.source == "configured":
-                _forget_keys(server.address, job_id, complain)
+                _forget_keys(server.address, keys, complain)
 
 
-def _start(config: JobConfig, place: Path, host: str | None, say: Callable[[str], None]) -> RedisServer:
+def _start(
+    config: JobConfig, keys: JobKeys, place: Path, host: str | None, say: Callable[[str], None]
+) -> RedisServer:
     url, timeout = config.redis.url, config.timeouts.redis
     deadline = Deadline.after(timeout)
     with _quiet("dray.control"):  # that it does not answer is said once
         try:
             if url is None:
                 return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=timeout)
-            return start_redis(url, place, timeout=min(_SOON, timeout))
+            return start_redis(url, place, keys=keys, timeout=min(_SOON, timeout))
         except ConfigError as error:
-            if not isinstance(error.__cause__, RedisUnavailableError) or deadline.remaining < _SOON:
+            cause = error.__cause__
+            if not isinstance(cause, RedisUnavailableError) or deadline.remaining < _SOON:
                 raise
-            say(f"{error.value} does not answer; waiting for it, at most {timeout:g} s")
-        return start_redis(url, place, timeout=deadline.remaining)
+            state = f"refuses ({cause.answer})" if cause.answer else "does not answer"
+            say(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
+        return start_redis(url, place, keys=keys, timeout=deadline.remaining)
 
 
-def _forget_keys(address: RedisAddress, job_id: str, complain: Callable[[str], None]) -> None:
+def _forget_keys(address: RedisAddress, keys: JobKeys, complain: Callable[[str], None]) -> None:
     """A server that outlives the job keeps nothing of it."""
     with RedisConnection(address, answer_timeout=1.0) as connection:
         try:
-            delete_job(connection, JobKeys(job_id), timeout=2.0)
+            delete_job(connection, keys, timeout=2.0)
         except ControlPlaneError as error:
-            complain(f"the job's keys stay in Redis: {error}")
+            complain(f"the job's keys stay in Redis for at most {KEY_LIFETIME / 3600:g} hours: {error}")
 
 
 @contextmanager

@@ -179,16 +179,17 @@ class ReferenceOutlet:
         return {"payload": statistics.oldest_ready_age, "lease": statistics.oldest_lease_age}
 
     def _reclaim(self) -> None:
-        """Free payloads that nobody will ask for; looks every few seconds."""
+        """Every few seconds: free payloads that no consumer will ask for, and publish again those whose entries
+        another client has removed."""
         if not self._next_look.expired or self._replica.stop.is_set:
             return
         self._next_look = Deadline.after(_LOOK_INTERVAL)
         ready = {each.sequence: each.slot for each in self._ring.ready() if each.sequence in self._entries}
         try:
-            unlisted = self._queue.unlisted([self._entries[sequence] for sequence in ready])
+            ended = self._queue.publish_trimmed([self._entries[sequence] for sequence in ready])
         except StreamLostError:
             return  # the next refresh publishes them again
-        for sequence in self._orphans.orphans([entry.sequence for entry in unlisted], MONOTONIC.now()):
+        for sequence in self._orphans.orphans([entry.sequence for entry in ended], MONOTONIC.now()):
             consumed = [self._ring.consume(ready[sequence], sequence, each) for each in range(self._ring.readers)]
             if any(consumed):
                 prompt = self._entries[sequence].prompt

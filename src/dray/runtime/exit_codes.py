@@ -15,7 +15,7 @@ class ExitCode(IntEnum):
     | 10 | a replica, and the job that fails for it: the user's class raised; its log has the traceback |
     | 11 | a replica: the controller did not answer for `timeouts.controller_lost` |
     | 12 | a replica: the controller no longer counts it as a member |
-    | 13 | a replica: Redis did not answer for `timeouts.redis` |
+    | 13 | a replica: Redis did not answer, or refused, for `timeouts.redis` |
     | 14 | any process: an error of dray's own; its log has the traceback |
     | 15 | a policy replica: its group goes on under a newer epoch; its commit was refused |
     | 16 | a policy replica: another one of its group is gone |

@@ -90,6 +90,7 @@ FIGURES = (
     _policy("stream_discarded", "dray_stream_discarded_total", "Entries discarded."),
     _policy("stream_too_old", "dray_stream_too_old_total", "Entries dropped because of policy.max_staleness."),
     _policy("stream_repeated", "dray_stream_repeated_total", "Entries of payloads that were trained on before."),
+    _policy("stream_trimmed", "dray_stream_trimmed_total", "Entries removed by another client of Redis."),
     _policy("stream_dead_letters", "dray_stream_dead_letters_total", "Entries given up after max_deliveries."),
     _policy("stream_rolled_back", "dray_stream_rolled_back_total", "Committed entries undone with their weights."),
     _policy("stream_backlog", "dray_stream_backlog_entries", "Entries in the stream."),

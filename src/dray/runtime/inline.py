@@ -6,9 +6,10 @@ import base64
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
+from dray.clock import Deadline
 from dray.control import (
     BacklogFullError,
     ControlPlaneStopped,
@@ -25,6 +26,7 @@ from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 
 _SLICE = 0.5
+_CHECK_INTERVAL = 2.0
 
 MAX_PAYLOAD: Final = 380 << 20
 """Bytes of a payload: Redis takes 512 MiB in one value, and weights are a third longer there."""
@@ -52,6 +54,7 @@ class InlineOutlet:
         self._producer = secrets.token_hex(16)
         self._sequence = 0
         self._recent: deque[RolloutEntry] = deque(maxlen=bound)
+        self._next_check = Deadline.after(_CHECK_INTERVAL)
 
     def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
         image = bytes(_packed(arrays))
@@ -81,6 +84,11 @@ class InlineOutlet:
 
     def refresh(self) -> None:
         self._queue.restore(lambda: self._recent)
+        if self._next_check.expired and not self._replica.stop.is_set:
+            self._next_check = Deadline.after(_CHECK_INTERVAL)
+            # What there is no room for now, or is lost with the stream, is published at one of the next times.
+            with suppress(StreamLostError, BacklogFullError, ControlPlaneStopped):
+                self._queue.publish_trimmed(self._recent, self._replica.spec.config.timeouts.redis)
 
     def drain(self, timeout: float) -> int:
         return 0

@@ -126,12 +126,13 @@ class Intake:
             self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
 
     def _look_after_starving(self, received: Sequence[Delivery]) -> None:
-        # Redis was restarted empty, and a producer has died before it could publish again: nobody else knows that
-        # its payloads are gone, and their prompts would count as under way for ever.
+        # Redis was restarted empty, or another client has removed entries, and a producer has died before it could
+        # publish again: its payloads are gone, and their prompts would count as under way for ever.
         if received:
             self._starving = Deadline.after(self._patience)
         elif self._starving.expired and not self._replica.stop.is_set:
             self._starving = Deadline.after(self._patience)
+            self._queue.drop_trimmed(self._timeout)
             self._settle_ended()
 
     def _settle_ended(self) -> None:
@@ -250,7 +251,7 @@ class Intake:
         return tuple(each.entry.identity for each in self._trained)
 
     def statistics(self, *, now: bool = False) -> dict[str, float]:
-        """The stream's counters, at most once a second unless `now`; empty in between.
+        """The stream's counters, at most once a second unless `now`, for the last time; empty in between.
 
         Raises:
             ControlPlaneError: Redis does not answer, or refuses.
@@ -258,6 +259,8 @@ class Intake:
         if not (now or self._next_look.expired):
             return {}
         self._next_look = Deadline.after(_LOOK_INTERVAL)
+        if now:  # the last time: what was removed from the stream comes no more
+            self._queue.drop_trimmed(self._timeout, held=True)
         self._raise_counters()  # a server that was restarted empty has forgotten them
         found = self._queue.statistics(self._timeout)
         counters = {f"stream_{name}": float(value) for name, value in found.counters.items()}

@@ -20,7 +20,7 @@ from dray.runtime.stop_condition import MEAN_RETURN
 _MAX_LABEL = 80
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
-_DELIVERY = ("published", "trained", "rolled_back", "discarded", "too_old", "repeated", "dead_letters")
+_DELIVERY = ("published", "trained", "rolled_back", "discarded", "too_old", "repeated", "trimmed", "dead_letters")
 _EVALUATION = "#c8553d"
 _SECONDS = {
     "waited_seconds": "policy_waited_seconds",

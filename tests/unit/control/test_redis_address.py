@@ -1,3 +1,5 @@
+import traceback
+
 import pytest
 
 from dray.control import RedisAddress
@@ -32,6 +34,14 @@ def test_address_shows_the_place_and_never_the_password(url: str, shown: str) ->
         "redis://:sesame@host/0?decode_responses=true",
         "redis://:sesame@host/0?db=x",
         "user:sesame@host",
+        "redis://user:sesame#1@host",
+        "redis://user:12#sesame@host",
+        "redis://user:12?sesame@host",
+        "redis://:12/sesame@host",
+        "redis://[sesame@host",
+        "redis://:sesame",
+        "unix://:12/sesame@/run/s",
+        "unix://sesame/run/s",
         "",
     ],
 )
@@ -40,7 +50,15 @@ def test_malformed_url_is_a_config_error_that_hides_the_password(url: str) -> No
         RedisAddress(url)
     assert caught.value.key == "redis.url"
     assert "redis://" in caught.value.allowed
-    assert "sesame" not in str(caught.value)
+    assert "sesame" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_what_a_server_answers_is_shown_without_the_credentials() -> None:
+    answer = "ERR unknown command 'AUTH', with args beginning with: 'keeper' 'open sesame!', open-sesames"
+    shown = RedisAddress("redis://keeper:open%20sesame%21@h").redacted(answer)
+    assert shown == "ERR unknown command 'AUTH', with args beginning with: '***' '***', open-sesames"
+    assert RedisAddress("redis://default:x@h").redacted("the default user") == "the default user"
+    assert RedisAddress("redis://h").redacted(answer) == answer
 
 
 def test_password_of_any_characters_survives_the_url() -> None:

@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
-from urllib.parse import urlsplit
 
 from dray.config import JobConfig
+from dray.control import RedisAddress
 from dray.errors import ConfigError
 from dray.launch.display import Display
 from dray.launch.output import open_output, resume_line
@@ -85,12 +85,10 @@ def check_between_nodes(config: JobConfig, interface: Interface) -> None:
         raise ConfigError("job.lane", "shm", 'one that goes between nodes: "auto", "tcp" or "ucx"')
     if config.redis.url is None:
         return
-    parts = urlsplit(config.redis.url)
-    host_is_local = is_loopback(parts.hostname or "") and not interface.is_loopback
-    if parts.scheme == "unix" or host_is_local:
-        # The URL is not shown: it may hold a password.
-        allowed = "the address of a server that every node of the job reaches"
-        raise ConfigError("redis.url", f"{parts.scheme}://…", allowed)
+    address = RedisAddress(config.redis.url)
+    host = address.options().get("host")
+    if host is None or (is_loopback(host) and not interface.is_loopback):
+        raise ConfigError("redis.url", str(address), "the address of a server that every node of the job reaches")
 
 
 def _site(task: Task, config: JobConfig, folder: JobFolder, interface: Interface, opened: ExitStack) -> Site:
