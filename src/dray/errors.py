@@ -244,5 +244,22 @@ class ProducerLostError(DrayError):
     """The producer of a payload is gone, and the payload with it."""
 
 
+class OutputError(DrayError, OSError):
+    """A file or folder of a job cannot be written; the message names it and says why.
+
+    Args:
+        path: the file or folder.
+        reason: the operating system's, e.g. ``"No space left on device"``.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path} cannot be written: {reason}")
+        self.filename = path
+        self.strerror = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.filename, self.strerror)
+
+
 class ControlPlaneError(DrayError):
     """Redis or the controller did not answer as it must."""

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from dray.errors import DrayError, MissingDependencyError, Unreachable
+from dray.errors import DrayError, MissingDependencyError, OutputError, Unreachable
 
 
 @pytest.mark.parametrize("caught", [MissingDependencyError, DrayError, ImportError, RuntimeError])
@@ -26,3 +26,11 @@ def test_an_address_that_is_not_on_this_host_refuses_connections() -> None:
     assert (Unreachable("x").refused, Unreachable("x").elsewhere) == (False, False)
     assert (Unreachable("x", refused=True).refused, Unreachable("x", refused=True).elsewhere) == (True, False)
     assert (Unreachable("x", elsewhere=True).refused, Unreachable("x", elsewhere=True).elsewhere) == (True, True)
+
+
+def test_an_output_that_cannot_be_written_is_an_os_error_and_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(OutputError("out/summary.json", "No space left on device")))  # noqa: S301
+    assert isinstance(error, OSError)
+    assert isinstance(error, DrayError)
+    assert str(error) == "out/summary.json cannot be written: No space left on device"
+    assert (error.filename, error.strerror) == ("out/summary.json", "No space left on device")

@@ -22,6 +22,7 @@ from dray.control import Delivery, RolloutConsumer, RolloutEntry
 from dray.runtime import messages
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.job import write_json
+from dray.runtime.private_file import read_private_file
 from dray.runtime.prompt_order import PromptOrder
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Inlet
@@ -95,7 +96,7 @@ class Intake:
     def _begin_epoch(self) -> None:
         # The number is kept beside Redis, too: one that was restarted empty must not give out the same one again.
         place = self._replica.spec.folder.group_epoch
-        known = int(json.loads(place.read_text(encoding="utf-8"))["epoch"]) if place.exists() else 0
+        known = int(json.loads(read_private_file(place, "the epoch"))["epoch"]) if place.exists() else 0
         epoch = self._queue.begin_epoch(known, self._timeout)
         write_json(place, {"epoch": epoch}, mode=0o600)
         _LOG.info("the policy group begins epoch %d", epoch)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -36,6 +37,7 @@ from dray.runtime.intake import Intake
 from dray.runtime.job import finite
 from dray.runtime.membership import OutcomeKind, Role
 from dray.runtime.policy_rank import Following
+from dray.runtime.private_file import open_to_append
 from dray.runtime.process import leave
 from dray.runtime.ranks import Failure, Ranks
 from dray.runtime.replica import Replica, run_replica, stop_code
@@ -92,8 +94,14 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
             replica.stop.disposable = False
             return Following(replica, trainer, channels[0], client).run()
         inlet, weights = opened.enter_context(open_inlet(replica))
-        log = opened.enter_context(replica.spec.folder.metrics.open("a", encoding="utf-8"))
+        log = os.fdopen(open_to_append(replica.spec.folder.metrics, "job.output"), "a", encoding="utf-8")
+        opened.callback(_close_log, log)
         return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
+
+
+def _close_log(log: IO[str]) -> None:
+    with suppress(OSError):  # there was a warning when a line could not be written
+        log.close()
 
 
 def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __: object) -> None:
@@ -326,7 +334,11 @@ class Training:
             "metrics": finite(metrics),
         }
         self._log.write(json.dumps(line, allow_nan=False) + "\n")
-        self._log.flush()
+        try:
+            self._log.flush()
+        except OSError as error:
+            # The line stays in the buffer, and is written with the next one as soon as there is space.
+            activity.warn(f"{self._replica.spec.folder.metrics.name} cannot be written ({error.strerror})")
 
     def _warn_of_not_finite(self, values: Mapping[str, float]) -> None:
         for what, value in values.items():
