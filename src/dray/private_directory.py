@@ -34,8 +34,8 @@ class PrivateDirectory:
         lock: descriptor that holds the lock, -1 after `close`.
 
     Raises:
-        ConfigError: the root cannot be used, belongs to another user or lies in a folder of one, or is too long for
-            a socket's path.
+        ConfigError: the root cannot be used, is another user's, can be replaced by another user, or is too long
+            for a socket's path.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -69,8 +69,8 @@ class PrivateDirectory:
 def default_root() -> Path:
     """Where this user's folders are: ``$DRAY_RUNTIME_DIR`` or ``/tmp/dray-<uid>``, which outlast a login session.
 
-    Where another user has taken the latter, ``/tmp/dray-<uid>-<random>`` takes its place: one that this user has made
-    before, else a new one.
+    Where another user has taken the latter, ``/tmp/dray-<uid>-<random>`` takes its place: one that this user has
+    made before, else a new one.
 
     Raises:
         ConfigError: no folder can be made in ``/tmp``.

@@ -4,7 +4,15 @@ import pickle
 
 import pytest
 
-from dray.errors import DrayError, MissingDependencyError, OutputError, Unreachable
+from dray.errors import (
+    ControlPlaneError,
+    DrayError,
+    MissingDependencyError,
+    OutputError,
+    ProtocolError,
+    Unreachable,
+)
+from dray.printable import MAX_LINE
 
 
 @pytest.mark.parametrize("caught", [MissingDependencyError, DrayError, ImportError, RuntimeError])
@@ -34,3 +42,9 @@ def test_an_output_that_cannot_be_written_is_an_os_error_and_survives_pickling()
     assert isinstance(error, DrayError)
     assert str(error) == "out/summary.json cannot be written: No space left on device"
     assert (error.filename, error.strerror) == ("out/summary.json", "No space left on device")
+
+
+def test_text_of_a_peer_in_an_error_is_one_printable_line() -> None:
+    error = ControlPlaneError("the controller answered:\n\x1b[2J\ud800 forged", endpoint="tcp:127.0.0.1:1")
+    assert str(error) == "the controller answered: \\x1b[2J\\ud800 forged (endpoint tcp:127.0.0.1:1)"
+    assert len(str(ProtocolError("x" * 100_000))) == MAX_LINE

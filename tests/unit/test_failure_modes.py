@@ -15,9 +15,10 @@ ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, c
 
 def documented() -> dict[str, str]:
     """The text below each row's heading."""
-    parts = re.split(r"^### ([BWCRZV]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^### ([A-Z]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     assert len(set(parts[::2])) == len(parts[::2])
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    letters = {letter for letter, _ in COUNTS}
+    return {row: text for row, text in zip(parts[::2], parts[1::2], strict=True) if row[0] in letters}
 
 
 def functions_in(path: str) -> set[str]:

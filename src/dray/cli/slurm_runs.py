@@ -13,6 +13,7 @@ import typer
 from dray.cli.extras import require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.errors import ConfigError
+from dray.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +109,7 @@ def submit(
         return
     number = submission.submit(prepared, job, request.options)
     for line in request.lines:
-        typer.echo(line)
+        typer.echo(printable(line, MAX_LINE))
     typer.echo(f"submitted job {number}")
     for line in prepared.layout_lines():
         typer.echo(line)

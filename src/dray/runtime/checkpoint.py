@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dray.errors import ConfigError
 from dray.runtime.job import write_json
-from dray.runtime.private_file import FOLDER_MODE, check_own_tree, read_own_file, written
+from dray.runtime.private_file import FOLDER_MODE, check_own_tree, output_errors, read_own_file
 
 _KEY = "--resume"
 
@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, state: CheckpointState, save_trainer: Callable
         OutputError: it cannot be written.
     """
     partial, previous = _partial(folder), _previous(folder)
-    with written(folder):
+    with output_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         trainer = trainer_folder(partial, 0)
         try:

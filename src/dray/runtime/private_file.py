@@ -62,7 +62,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = FILE_MODE) -> None:
         OutputError: it cannot be written; what was at `path` is still there.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with written(path):
+    with output_errors(path):
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -76,7 +76,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = FILE_MODE) -> None:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
+def output_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` of the block, which writes to `path`, into an `OutputError`."""
     try:
         yield
@@ -98,7 +98,7 @@ def open_to_append(path: Path, key: str) -> int:
     """
     # Without O_NONBLOCK the open of a named pipe waits for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with written(path):
+    with output_errors(path):
         try:
             descriptor = os.open(path, flags, FILE_MODE)
         except OSError as error:
@@ -144,7 +144,7 @@ def make_own_folder(path: Path, key: str, mode: int = FOLDER_MODE) -> None:
         OutputError: it cannot be made.
         ConfigError: something else is there.
     """
-    with written(path):
+    with output_errors(path):
         try:
             path.mkdir(mode)
         except FileExistsError:

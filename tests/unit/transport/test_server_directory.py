@@ -3,6 +3,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,8 @@ ROOT = """
 import os
 from dray.private_directory import default_root
 os.environ.pop("DRAY_RUNTIME_DIR")
+os.mkdir("/tmp/login", 0o700)
+os.environ["XDG_RUNTIME_DIR"] = "/tmp/login"
 print(default_root(), default_root())
 """
 
@@ -160,7 +163,6 @@ def test_the_root_comes_from_the_environment_or_is_one_that_survives_a_logout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DRAY_RUNTIME_DIR", "/somewhere")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert default_root() == Path("/somewhere")
     assert printed(with_own_tmp(tmp_path, ROOT)) == [f"/tmp/dray-{os.getuid()}"] * 2
 
@@ -183,14 +185,15 @@ def test_a_random_folder_takes_the_place_of_one_that_another_user_has_taken(tmp_
     assert done.stderr.count("is used instead") == 1
 
 
-def test_a_root_in_a_folder_in_which_others_can_replace_it_is_refused(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+def test_a_root_in_a_folder_in_which_others_can_replace_it_is_refused() -> None:
+    short = Path(tempfile.mkdtemp(dir=os.environ["DRAY_RUNTIME_DIR"]))
+    shared = short / "shared"
     (shared / "deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(shared / "deep")
+    (short / "link").symlink_to(shared / "deep")
     shared.chmod(0o777)
     if os.getuid() == 0:
         os.chown(shared, 12345, -1)
-    for root in (shared / "dray", shared / "deep" / "dray", tmp_path / "link" / "dray"):
+    for root in (shared / "dray", shared / "deep" / "dray", short / "link" / "dray"):
         with pytest.raises(ConfigError, match=rf"other users can replace what is in {shared}: .*chmod \+t"):
             PrivateDirectory(root)
     shared.chmod(0o1777)
