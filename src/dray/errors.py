@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from dray.printable import printable, printable_value
+from dray.printable import MAX_LINE, printable, printable_value
 
 _MAX_LINE = 1900
 """Characters of the line about one mistake in the configuration."""
@@ -20,7 +20,7 @@ class DrayError(Exception):
     """Base of every dray error.
 
     Args:
-        message: what happened, in one sentence.
+        message: what happened, in one sentence; made printable, and one line.
         endpoint: the address it happened at, e.g. ``"tcp:127.0.0.1:40001"``.
         slot: the slot index it is about.
         sequence: the sequence number it is about.
@@ -38,6 +38,8 @@ class DrayError(Exception):
         sequence: int | None = None,
         elapsed: float | None = None,
     ) -> None:
+        # It may hold text of a peer or of user code, and callers show and log it.
+        message = printable(message, MAX_LINE)
         super().__init__(message)
         self.message = message
         self.endpoint = endpoint
@@ -242,6 +244,23 @@ class VersionMismatch(ProtocolError):
 
 class ProducerLostError(DrayError):
     """The producer of a payload is gone, and the payload with it."""
+
+
+class OutputError(DrayError, OSError):
+    """A file or folder of a job cannot be written; the message names it and says why.
+
+    Args:
+        path: the file or folder.
+        reason: the operating system's, e.g. ``"No space left on device"``.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path} cannot be written: {reason}")
+        self.filename = path
+        self.strerror = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.filename, self.strerror)
 
 
 class ControlPlaneError(DrayError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Final
 
@@ -12,6 +13,7 @@ MAX_LINE: Final = 4000
 """Characters that are shown of a line on a terminal, which may hold several such texts."""
 
 _CUT = "…"
+_CONTINUATION = "\n    "
 _BREAK = re.compile(r"[^\S ]+")
 
 
@@ -35,6 +37,18 @@ def printable_value(value: object, limit: int = MAX_TEXT) -> str:
         return printable(repr(value), limit)
     except Exception:  # noqa: BLE001 - the repr of a foreign object raises whatever it likes
         return f"({type(value).__name__} that has no repr)"
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats records as `logging` does, with every line printable.
+
+    All lines of a record but the first are indented, so that a line break in a message, or in the text of an
+    exception, begins nothing that looks like another record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of `record`."""
+        return _CONTINUATION.join(printable(line, MAX_LINE) for line in super().format(record).splitlines())
 
 
 def _escaped(character: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from dray.errors import ConfigError
 MAX_SOCKET_PATH = 107
 """The kernel's limit on the path of a Unix socket, in bytes."""
 
+_LOG = logging.getLogger("dray.private_directory")
 _LOCK = "lock"
 _LONGEST_NAME = len("/12345678/redis.sock")
 _LONGEST_ROOT = MAX_SOCKET_PATH - _LONGEST_NAME
@@ -24,21 +27,21 @@ class PrivateDirectory:
     """A fresh folder with mode 0700, locked while its process, or a child that inherits `lock`, lives.
 
     Args:
-        root: where the folder is made; default ``$DRAY_RUNTIME_DIR``, ``$XDG_RUNTIME_DIR/dray`` or
-            ``/tmp/dray-<uid>``. Folders there whose owner is dead are removed.
+        root: where the folder is made; by default `default_root`. Folders there whose owner is dead are removed.
 
     Attributes:
         path: the folder.
         lock: descriptor that holds the lock, -1 after `close`.
 
     Raises:
-        ConfigError: the root cannot be used, belongs to someone else, or is too long for a socket's path.
+        ConfigError: the root cannot be used, is another user's, can be replaced by another user, or is too long
+            for a socket's path.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         import fcntl  # there is none where dray only has to import
 
-        root = root or default_root()
+        root = default_root() if root is None else root
         _own(root)
         self.path = root / secrets.token_hex(4)
         with _locked(root):
@@ -64,14 +67,36 @@ class PrivateDirectory:
 
 
 def default_root() -> Path:
-    """Where this user's folders are."""
+    """Where this user's folders are: ``$DRAY_RUNTIME_DIR`` or ``/tmp/dray-<uid>``, which outlast a login session.
+
+    Where another user has taken the latter, ``/tmp/dray-<uid>-<random>`` takes its place: one that this user has
+    made before, else a new one.
+
+    Raises:
+        ConfigError: no folder can be made in ``/tmp``.
+    """
     chosen = os.environ.get("DRAY_RUNTIME_DIR")
-    if chosen:
-        return Path(chosen)
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir() and len(os.fsencode(runtime)) <= _LONGEST_ROOT - len("/dray"):
-        return Path(runtime) / "dray"
-    return Path("/tmp") / f"dray-{os.getuid()}"
+    return Path(chosen) if chosen else _root_in(Path("/tmp"))
+
+
+def _root_in(parent: Path) -> Path:
+    usual = parent / f"dray-{os.getuid()}"
+    others = sorted(parent.glob(f"{usual.name}-" + "?" * 8))
+    for root in (usual, *others):
+        try:
+            if root == usual:
+                root.mkdir(mode=0o700, exist_ok=True)
+            if not _refused(root.lstat()):
+                return root
+        except OSError:
+            continue  # something else is there, or it is gone
+    try:
+        root = Path(tempfile.mkdtemp(prefix=f"{usual.name}-", dir=parent))
+    except OSError as error:
+        allowed = f"a folder in which others can be made ({error.strerror})"
+        raise ConfigError("runtime directory", str(parent), allowed, f"cannot be made in {parent}") from error
+    _LOG.warning("%s is not a folder of this user with mode 0700: %s is used instead", usual, root)
+    return root
 
 
 @contextlib.contextmanager
@@ -111,11 +136,32 @@ def _own(root: Path) -> None:
         allowed = f"must be a path of at most {_LONGEST_ROOT} bytes"
         raise ConfigError("runtime directory", str(root), allowed, problem)
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = root.lstat()
+        for path in reversed([root, *(each for each in root.absolute().parents if not each.exists())]):
+            path.mkdir(mode=0o700, exist_ok=True)
+        refused = _refused(root.lstat())
+        # Both the folders in which links on the way lie, and those that the links lead to.
+        parents = {*root.absolute().parents, *root.resolve().parents}
+        replaceable = sorted(path for path in parents if _others_may_replace(path.stat()))
     except OSError as error:
         allowed = f"must be a folder that can be made ({error.strerror})"
         raise ConfigError("runtime directory", str(root), allowed, problem) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if refused:
         allowed = "must be a folder of this user with mode 0700, not a link"
         raise ConfigError("runtime directory", str(root), allowed, problem)
+    if replaceable:
+        allowed = (
+            f"other users can replace what is in {replaceable[-1]}: it must belong to root or to this user, "
+            "or have the sticky bit (chmod +t)"
+        )
+        raise ConfigError("runtime directory", str(root), allowed, problem)
+
+
+def _refused(found: os.stat_result) -> bool:
+    return not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or bool(found.st_mode & 0o077)
+
+
+def _others_may_replace(found: os.stat_result) -> bool:
+    """Whether another user may rename what is in this folder. The folders of root are as root wants them."""
+    if found.st_mode & stat.S_ISVTX or found.st_uid == 0:
+        return False
+    return found.st_uid != os.getuid() or bool(found.st_mode & 0o002)

@@ -7,7 +7,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,14 +128,26 @@ at_least = 20
 
 
 class JobRun(WatchedRun):
-    """A running or ended `dray run`."""
+    """A running or ended `dray run`.
 
-    def __init__(self, folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> None:
+    Args:
+        prefix: a command that runs the one whose words follow it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        stop_table: str = STOP,
+        classes: str = CLASSES,
+        prefix: Sequence[str] = (),
+    ) -> None:
         (folder / "small.py").write_text(classes)
         (folder / "job.toml").write_text(JOB + stop_table)
         super().__init__(folder / "out")
         self.process = subprocess.Popen(
             [
+                *prefix,
                 sys.executable,
                 "-m",
                 "dray.cli.app",
@@ -223,9 +235,15 @@ class JobRun(WatchedRun):
 
 
 @contextmanager
-def running(folder: Path, *options: str, stop_table: str = STOP, classes: str = CLASSES) -> Iterator[JobRun]:
+def running(
+    folder: Path,
+    *options: str,
+    stop_table: str = STOP,
+    classes: str = CLASSES,
+    prefix: Sequence[str] = (),
+) -> Iterator[JobRun]:
     """A job, of which nothing runs afterwards."""
-    job = JobRun(folder, *options, stop_table=stop_table, classes=classes)
+    job = JobRun(folder, *options, stop_table=stop_table, classes=classes, prefix=prefix)
     try:
         yield job
     finally:

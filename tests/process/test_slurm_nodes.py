@@ -9,6 +9,7 @@ from node_runner import SECRET, nodes_running, two_machines
 
 from dray.launch.slurm.network import choose_interface, interfaces
 from dray.launch.slurm.plan import RoleLayout
+from dray.runtime.job import write_json
 
 OUTSIDE = [each for each in interfaces() if not each.is_loopback]
 FOREVER = "stop.at_least=1e9"
@@ -245,7 +246,7 @@ def test_loopback_of_another_machine_is_refused(tmp_path: Path) -> None:
     with nodes_running(tmp_path) as run:
         (run.output / ".run").mkdir(mode=0o700)
         address = {"host": "127.0.0.1", "port": 9, "attempt": "001.1", "job_id": "x", "boot_id": "another"}
-        (run.output / ".run" / "head.json").write_text(json.dumps(address))
+        write_json(run.output / ".run" / "head.json", address, mode=0o600)
         run.start(nodes=[2])
         assert run.tasks[2].wait(30.0) == 2, run.story()
         assert "slurm.interface = '127.0.0.1' is not allowed" in run.log("n2.out")

@@ -34,19 +34,10 @@ def test_w12_sockets_of_dead_owners_are_swept_at_the_next_start_and_those_of_oth
                 assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(1, 1000)
 
 
-def test_w12_a_path_too_long_for_a_socket_is_passed_over_or_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_w12_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * MAX_SOCKET_PATH)
     deep.mkdir(mode=0o700)
     with SharedRingBuffer(1, 1000) as ring:
         with pytest.raises(ConfigError):
             PayloadServer(ring, lanes="shm", directory=deep)
         assert list(deep.iterdir()) == []
-    monkeypatch.delenv("DRAY_RUNTIME_DIR")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    with serving("shm") as server, PayloadClient(lanes="shm") as client:
-        path = socket_of(list(server.endpoints))
-        assert len(str(path)) <= MAX_SOCKET_PATH
-        assert deep not in path.parents
-        assert bytes(client.read_bytes(server.put_bytes(b"payload"), timeout=5)) == b"payload"

@@ -1,6 +1,9 @@
+import logging
+import sys
+
 import pytest
 
-from dray.printable import printable, printable_value
+from dray.printable import PrintableFormatter, printable, printable_value
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,24 @@ def test_value_is_shown_whatever_its_repr_does() -> None:
     assert printable_value("a\nb") == "'a\\nb'"
     assert printable_value(Hidden()) == "(Hidden that has no repr)"
     assert len(printable_value(list(range(1000)), 50)) == 50
+
+
+def test_a_record_of_a_log_cannot_look_like_two() -> None:
+    forged = "2026-01-01 00:00:00,000 supervisor INFO dray: all is well"
+    record = logging.LogRecord(
+        "a\nlogger", logging.WARNING, __file__, 1, "%s", (f"text\x1b[2J\r\n{forged}",), None
+    )
+    lines = PrintableFormatter("%(levelname)s %(name)s: %(message)s").format(record).splitlines()
+    assert lines == ["WARNING a", "    logger: text\\x1b[2J", f"    {forged}"]
+
+
+def test_an_exception_in_a_log_cannot_look_like_a_record() -> None:
+    forged = "2026-01-01 00:00:00,000 supervisor INFO dray: all is well"
+    try:
+        raise ValueError(f"\x1b[2J\u2028{forged}")
+    except ValueError:
+        record = logging.LogRecord("dray", logging.ERROR, __file__, 1, "failed", (), sys.exc_info())
+    first, *rest = PrintableFormatter("%(levelname)s: %(message)s").format(record).splitlines()
+    assert first == "ERROR: failed"
+    assert rest[-2:] == ["    ValueError: \\x1b[2J", f"    {forged}"]
+    assert all(line.startswith("    ") for line in rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -18,7 +19,8 @@ from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
 from dray.runtime.exit_codes import ExitCode
-from dray.runtime.process import exit_with_own_code_on_crash
+from dray.runtime.process import exit_with_own_code_on_crash, printable_handler
+from dray.runtime.streams import flush_streams, open_missing_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,10 +86,12 @@ app.add_typer(slurm, name="slurm")
 def main() -> None:
     """The entry point of the `dray` command: errors of dray's own become lines and an exit code.
 
-    So does a package that is missing because an extra was not installed.
+    So does a package that is missing because an extra was not installed. Standard streams that are closed or
+    cannot be written change nothing about what the command does, nor its exit code.
     """
+    open_missing_streams()
     exit_with_own_code_on_crash()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[printable_handler()])
     try:
         # Called as a `Typer`, it would put an exception hook of its own in the place of ours.
         typer.main.get_command(app)()
@@ -100,11 +104,14 @@ def main() -> None:
         if line is None:
             raise
         _fail(line, ExitCode.CONFIGURATION)
+    finally:
+        flush_streams()
 
 
 def _fail(error: DrayError | str, code: ExitCode) -> NoReturn:
-    for line in [f"error: {error}"] if isinstance(error, str) else error_lines(error):
-        print(line, file=sys.stderr)
+    with suppress(OSError):  # stderr cannot be written: the exit code is what is left to say it
+        for line in [f"error: {error}"] if isinstance(error, str) else error_lines(error):
+            print(line, file=sys.stderr)
     sys.exit(int(code))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dray.errors import ConfigError
+from dray.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from dray.cli.lane_check import LaneReport
@@ -119,7 +120,7 @@ def verdict(report: LaneReport, needed: frozenset[str]) -> str:
 
 def told(report: LaneReport) -> str:
     """What was found out about a lane, and what to do."""
-    return f"{report.detail}; {report.remedy}" if report.remedy else report.detail
+    return printable(f"{report.detail}; {report.remedy}" if report.remedy else report.detail, MAX_LINE)
 
 
 def _show(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str]) -> None:

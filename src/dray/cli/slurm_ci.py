@@ -75,7 +75,8 @@ def ci(
             container_mounts=container_mount or (),
             pytest_arguments=pytest_arg or (),
             extra_arguments=extra_sbatch_arg or (),
-        )
+        ),
+        make=not dry_run,
     )
     if dry_run:
         typer.echo(planned.script, nl=False)

@@ -13,6 +13,7 @@ import typer
 from dray.cli.extras import require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.errors import ConfigError
+from dray.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +97,7 @@ def submit(
     config = submission.with_options(request.config, table, table.pop("nodes", None))
     if not dry_run and (config.slurm is None or config.slurm.container_image is None):
         require_extra("runtime")  # the nodes run this very installation
-    prepared = submission.prepare(config, job, resume=resume)
+    prepared = submission.prepare(config, job, resume=resume, make=not dry_run)
     place = prepared.plan.run_folder
     if prepared.record is None:
         typer.echo(f"finished already: nothing is left to do in {place}")
@@ -108,7 +109,7 @@ def submit(
         return
     number = submission.submit(prepared, job, request.options)
     for line in request.lines:
-        typer.echo(line)
+        typer.echo(printable(line, MAX_LINE))
     typer.echo(f"submitted job {number}")
     for line in prepared.layout_lines():
         typer.echo(line)

@@ -15,6 +15,7 @@ from typing import Protocol
 from dray.runtime.descendants import ends_within
 from dray.runtime.exit_codes import USER_CODES, ExitCode, meaning
 from dray.runtime.membership import THE_JOB_HAS, MemberState, OutcomeKind, Role
+from dray.runtime.private_file import open_to_append
 from dray.runtime.process import PARENT_VARIABLE
 
 
@@ -166,7 +167,7 @@ class Child:
         self.role = role
         self.log = log
         self.exit_code: int | None = None
-        with log.open("ab") as output:
+        with os.fdopen(open_to_append(log, "job.output"), "ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,

@@ -1,16 +1,20 @@
 """What `dray run` shows while a job runs: a live table on a terminal, a line now and then elsewhere.
 
-Some of its text comes from user code. All text is made printable, and none is read as markup.
+Some of its text comes from user code. All text is made printable, and none is read as markup. A display
+that fails, because the terminal is gone or a stream is closed, ends nothing but itself.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import math
+import os
 import re
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -25,6 +29,7 @@ from dray.printable import MAX_LINE, printable
 from dray.runtime.membership import FIRST_POLICY
 from dray.runtime.messages import MemberStatus, ProgressReport, Status
 from dray.runtime.stop_condition import MEAN_RETURN
+from dray.runtime.streams import discard
 
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""
@@ -32,6 +37,7 @@ PLAIN_INTERVAL = 5.0
 MAX_METRICS_SHOWN = 8
 """Metrics of the user's trainer that are shown."""
 
+_LOG = logging.getLogger("dray.launch.display")
 _MAX_NAME = 40
 _MAX_CELL = 200
 _NO_REPORT = ProgressReport(doing="", seconds=0.0)
@@ -145,19 +151,18 @@ class Display:
     ) -> None:
         self._title = title
         self._timestamps = timestamps
-        self._console = Console() if console is None else console
+        self._console = _Console() if console is None else console
         if isinstance(self._console.file, io.TextIOWrapper):
             # A character that the terminal's encoding does not have is shown as an escape.
             self._console.file.reconfigure(errors="backslashreplace")
         self._reader = FigureReader(max_steps)
         self._live: Live | None = None
         self._next_line = 0.0
+        self._failed = False
         self._warned: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=False)
-            self._live.start()
+        self._show(self._start)
         return self
 
     def __exit__(
@@ -167,30 +172,61 @@ class Display:
 
     def freeze(self) -> None:
         """Leave the picture as it is; what is said from now on comes below it."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._show(self._stop)
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S ") if self._timestamps else ""
-        self._console.print(Text(stamp + printable(text, MAX_LINE)), soft_wrap=True)
-        sys.stdout.flush()
+        self._show(lambda: self._print(text))
 
     def update(self, status: Status) -> None:
         """Show `status`, and once each warning of a replica."""
+        self._show(lambda: self._update(status))
+
+    def _show(self, show: Callable[[], None]) -> None:
+        """Call `show`, unless an earlier call has failed: that ends the display, and not the job.
+
+        The logs and the output folder have all that is not shown.
+        """
+        if self._failed:
+            return
+        try:
+            show()
+        except Exception as error:  # noqa: BLE001 - of rich, of an encoding, or of a stream that cannot be written
+            self._failed = True
+            discard(self._console.file)
+            with suppress(Exception):
+                self._stop()  # gives the standard streams back, which a live display redirects
+            known = isinstance(error, OSError)
+            _LOG.warning("the display has failed (%s): the job goes on without it", error, exc_info=not known)
+
+    def _start(self) -> None:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=False)
+            self._live.start()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+    def _print(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S ") if self._timestamps else ""
+        self._console.print(Text(stamp + printable(text, MAX_LINE)), soft_wrap=True)
+        self._console.file.flush()
+
+    def _update(self, status: Status) -> None:
         figures = self._reader.read(status)
         for member in status.members:
             for warning in member.progress.warnings:
                 if (member.name, warning) not in self._warned:
                     self._warned.add((member.name, warning))
-                    self.say(f"{member.name}: {warning}")
+                    self._print(f"{member.name}: {warning}")
         if self._live is not None:
             stall = "" if status.stall is None else f"stall: {status.stall.line}"
             self._live.update(self._picture(figures, status.members, stall), refresh=True)
         elif MONOTONIC.now() >= self._next_line and figures.step > 0:
             self._next_line = MONOTONIC.now() + PLAIN_INTERVAL
-            self.say(figures.line())
+            self._print(figures.line())
 
     def _picture(self, figures: Figures, members: list[MemberStatus], stall: str) -> RenderableType:
         head = Table.grid(padding=(0, 3))
@@ -217,6 +253,12 @@ class Display:
         if metrics:
             parts.append(_cell(f"metrics of train_step: {metrics}", limit=MAX_LINE))
         return Group(*parts, Text(printable(stall, MAX_LINE), style="yellow"), replicas)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the error to the display: by default this ends the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def _cell(text: str, style: str = "", limit: int = _MAX_CELL) -> Text:

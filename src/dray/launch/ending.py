@@ -22,6 +22,7 @@ from dray.runtime.job import JobFolder
 from dray.runtime.lifecycle import Phase
 from dray.runtime.membership import FINISHED_OUTCOMES, MemberState, final_phase
 from dray.runtime.messages import OutcomeReport, Status
+from dray.runtime.private_file import read_own_file
 
 _LOG = logging.getLogger("dray.launch.ending")
 _FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
@@ -47,11 +48,11 @@ class Ending:
 def recorded_status(folder: JobFolder) -> Status | None:
     """What the controller wrote when the outcome was decided, and again when the phase was final."""
     try:
-        return Status.model_validate_json(folder.outcome.read_bytes())
+        return Status.model_validate_json(read_own_file(folder.outcome, "the outcome"))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        _LOG.error("the controller's last status is damaged: %s", error)
+    except (ConfigError, ValidationError) as error:
+        _LOG.error("the controller's last status cannot be used: %s", error)
         return None
 
 

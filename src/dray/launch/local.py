@@ -10,7 +10,7 @@ from pathlib import Path
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.display import Display
-from dray.launch.output import open_output, resume_line
+from dray.launch.output import is_begun, open_output, resume_line, start_again_line
 from dray.launch.run_options import RunOptions
 from dray.launch.signals import SignalInbox
 from dray.launch.site import this_machine
@@ -35,8 +35,9 @@ def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lin
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
         with open_output(config, resume=resume) as (folder, state):
             site = this_machine(config, folder, options)
-            if state is not None and not state.outcome:
-                for line in (resume_line(folder, state), *lines):
+            if state is None or not state.outcome:
+                first = [start_again_line(folder)] if resume else []
+                for line in (*(first if state is None else [resume_line(folder, state)]), *lines):
                     display.say(line)
             code = supervise(config, options.job_file, site, state, inbox, display)
             if code != ExitCode.OK:
@@ -50,10 +51,12 @@ def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:
         found = find_checkpoint(folder.checkpoint)
     except ConfigError as error:
         return f"nothing to resume: {error}"
+    if found is None and not is_begun(folder.root):
+        return "nothing to resume: the run had not begun"
+    command = shlex.join(["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)])
     if found is None:
-        return "nothing to resume: the run has no checkpoint"
+        return f"start again with: {command} (the run has no checkpoint)"
     step = found[1].step
     if step >= max_steps:
         return f"nothing to resume: the checkpoint is of step {step}, the last one of job.max_steps"
-    command = ["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)]
-    return f"resume with: {shlex.join(command)} (checkpoint of step {step})"
+    return f"resume with: {command} (checkpoint of step {step})"

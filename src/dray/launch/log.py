@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dray.config import LogLevel
-from dray.runtime.process import LEVELS
+from dray.runtime.private_file import open_to_append
+from dray.runtime.process import LEVELS, printable_handler
 
 NAME = "supervisor.log"
 
@@ -17,8 +19,8 @@ NAME = "supervisor.log"
 def supervisor_log(folder: Path, level: LogLevel = "info") -> Iterator[None]:
     """What `dray` logs from `level` on goes to the file `NAME` in `folder`; warnings go to the terminal, too."""
     logger = logging.getLogger("dray")
-    writer = logging.FileHandler(folder / NAME, encoding="utf-8")
-    writer.setFormatter(logging.Formatter("%(asctime)s supervisor %(levelname)s %(name)s: %(message)s"))
+    file = os.fdopen(open_to_append(folder / NAME, "job.output"), "a", encoding="utf-8", errors="backslashreplace")
+    writer = printable_handler("%(asctime)s supervisor ", file)
     level_before, shown = logger.level, [(each, each.level) for each in logging.getLogger().handlers]
     for each, _ in shown:
         each.setLevel(logging.WARNING)
@@ -32,3 +34,5 @@ def supervisor_log(folder: Path, level: LogLevel = "info") -> Iterator[None]:
         for each, before in shown:
             each.setLevel(before)
         writer.close()
+        with suppress(OSError):  # the disk is full
+            file.close()

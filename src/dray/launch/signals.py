@@ -18,12 +18,14 @@ TIME_LIMIT_SIGNAL = signal.SIGUSR2
 class SignalInbox:
     """While open, signals that would end the process are collected instead. Main thread only.
 
+    A signal that the process was started to ignore, as SIGHUP under ``nohup``, stays ignored.
+
     Args:
         watched: these signals.
     """
 
     def __init__(self, watched: Collection[signal.Signals] = WATCHED) -> None:
-        self._watched = frozenset(watched)
+        self._watched = frozenset(each for each in watched if signal.getsignal(each) is not signal.SIG_IGN)
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()

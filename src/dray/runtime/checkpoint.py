@@ -18,6 +18,9 @@ from pathlib import Path
 
 from dray.errors import ConfigError
 from dray.runtime.job import write_json
+from dray.runtime.private_file import FOLDER_MODE, check_own_tree, output_errors, read_own_file
+
+_KEY = "--resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +53,33 @@ class CheckpointState:
 
 
 def save_checkpoint(folder: Path, state: CheckpointState, save_trainer: Callable[[Path], None]) -> None:
-    """Put a new checkpoint in the place of the one at `folder`, which stays whole until then."""
+    """Put a new checkpoint in the place of the one at `folder`, which stays whole until then.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     partial, previous = _partial(folder), _previous(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    trainer = trainer_folder(partial, 0)
-    trainer.mkdir(parents=True)
-    save_trainer(trainer)
-    _sync_tree(partial)
-    write_json(partial / "state.json", asdict(state))
-    # A folder cannot be replaced at once: between the two renames only `previous` is there, and it is looked for.
-    if folder.exists():
+    with output_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer = trainer_folder(partial, 0)
+        try:
+            partial.mkdir(FOLDER_MODE)
+            trainer.mkdir(FOLDER_MODE)
+            save_trainer(trainer)
+            _sync_tree(partial)
+            write_json(partial / "state.json", asdict(state))
+        except BaseException:
+            # On a full disk this is the space that the rest of the job's end needs.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # A folder cannot be replaced at once: between the two renames only `previous` is there, where it is looked
+        # for as well.
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        partial.rename(folder)
+        _sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    partial.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def record_committed(place: Path, state: CheckpointState, committed: int) -> CheckpointState:
@@ -91,19 +106,31 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
     """The newest whole checkpoint at `folder`, or None.
 
     Raises:
-        ConfigError: there is one, but its state cannot be read.
+        ConfigError: there is one, but its state cannot be read, or another user may have written it.
     """
     for place in (folder, _previous(folder)):
-        if (place / "state.json").is_file():
-            try:
-                fields = json.loads((place / "state.json").read_text(encoding="utf-8"))
-                lists = {name: tuple(fields.get(name, ())) for name in ("unconfirmed", "unfreed")}
-                totals = {name: float(value) for name, value in fields.get("totals", {}).items()}
-                return place, CheckpointState(**{**fields, **lists, "totals": totals})
-            except (ValueError, TypeError, AttributeError) as error:
-                allowed, problem = f"must be a checkpoint of dray ({error})", f"cannot go on from {place}"
-                raise ConfigError("--resume", str(place), allowed, problem) from error
+        try:
+            text = read_own_file(place / "state.json", _KEY)
+        except FileNotFoundError:
+            continue
+        try:
+            fields = json.loads(text)
+            lists = {name: tuple(fields.get(name, ())) for name in ("unconfirmed", "unfreed")}
+            totals = {name: float(value) for name, value in fields.get("totals", {}).items()}
+            return place, CheckpointState(**{**fields, **lists, "totals": totals})
+        except (ValueError, TypeError, AttributeError) as error:
+            allowed, problem = f"must be a checkpoint of dray ({error})", f"cannot go on from {place}"
+            raise ConfigError(_KEY, str(place), allowed, problem) from error
     return None
+
+
+def check_checkpoint(place: Path) -> None:
+    """Make sure that no other user can have written anything of the checkpoint at `place`: a trainer may run it.
+
+    Raises:
+        ConfigError: a file or folder in it belongs to another user, or may be written by others.
+    """
+    check_own_tree(place, _KEY)
 
 
 def trainer_folder(folder: Path, rank: int) -> Path:

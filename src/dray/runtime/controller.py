@@ -290,9 +290,14 @@ class _Server(uvicorn.Server):
 
 
 def record_status(folder: JobFolder, status: messages.Status) -> None:
-    """Write the job's status to the folder's `outcome`, from which the supervisor reads it."""
+    """Write the job's status to the folder's `outcome`, where the supervisor reads it; a failure is logged."""
     # A number that is not finite is a string in the text only, and strict JSON has no other way to write it.
-    write_json(folder.outcome, json.loads(status.model_dump_json()))
+    document = json.loads(status.model_dump_json())
+    try:
+        write_json(folder.outcome, document)
+    except OSError as error:
+        # The supervisor has asked for the status, and finds the end of the work in the checkpoint, too.
+        _LOG.error("cannot write the outcome to %s: %s", folder.outcome, error.strerror)
 
 
 async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:

@@ -22,6 +22,7 @@ from dray.clock import Deadline
 from dray.errors import ControlPlaneError
 from dray.runtime import messages
 from dray.runtime.membership import MembershipError
+from dray.runtime.private_file import read_private_file
 
 KEEP_ALIVE = 30.0
 """Seconds for which the controller keeps an idle connection; clients give one up well before."""
@@ -66,7 +67,7 @@ class ControllerClient:
     @classmethod
     def of_address_file(cls, path: Path, token: str, timeout: float) -> Self:
         """A client for the controller that advertised itself in the file at `path`."""
-        return cls(json.loads(path.read_text(encoding="utf-8"))["url"], token, timeout)
+        return cls(json.loads(read_private_file(path, "the controller's address"))["url"], token, timeout)
 
     def post(self, path: str, body: messages.Message, reply: type[_Reply], timeout: float | None = None) -> _Reply:
         """Send `body` and return the answer; repeated after transport failures.

@@ -22,6 +22,7 @@ from dray.control import Delivery, RolloutConsumer, RolloutEntry
 from dray.runtime import messages
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.job import write_json
+from dray.runtime.private_file import read_private_file
 from dray.runtime.prompt_order import PromptOrder
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Inlet
@@ -97,7 +98,7 @@ class Intake:
     def _begin_epoch(self) -> None:
         # The number is kept beside Redis, too: one that was restarted empty must not give out the same one again.
         place = self._replica.spec.folder.group_epoch
-        known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        known = json.loads(read_private_file(place, "the epoch")) if place.exists() else {}
         self._recorded = max(self._recorded, known.get("committed", 0))
         epoch = self._queue.begin_epoch(known.get("epoch", 0), self._timeout)
         self._write_epoch(epoch)

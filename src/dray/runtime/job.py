@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dray.config import JobConfig
+from dray.runtime.private_file import FILE_MODE, read_private_file, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,13 @@ class JobSpec:
 
     @classmethod
     def read(cls, path: Path) -> JobSpec:
-        """Read what `write` wrote."""
-        document = json.loads(path.read_text(encoding="utf-8"))
+        """Read what `write` wrote.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ConfigError: another user may have written or read it.
+        """
+        document = json.loads(read_private_file(path, "the description of the job"))
         return cls(
             config=JobConfig.model_validate(document["config"]),
             job_file=Path(document["job_file"]),
@@ -133,20 +139,13 @@ class JobSpec:
         )
 
 
-def write_json(path: Path, document: Mapping[str, Any], *, mode: int = 0o644) -> None:
-    """Put `document` at `path`, whole or not at all, even across a crash of the machine.
+def write_json(path: Path, document: Mapping[str, Any], *, mode: int = FILE_MODE) -> None:
+    """Put `document` at `path`, see `write_whole`.
 
     Raises:
         ValueError: it holds a number that is not finite, which JSON does not have.
     """
-    text = json.dumps(document, indent=2, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(f"{text}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, f"{json.dumps(document, indent=2, allow_nan=False)}\n".encode(), mode=mode)
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:

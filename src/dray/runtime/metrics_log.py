@@ -7,6 +7,7 @@ the file before a checkpoint has its step.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from dray.runtime.private_file import open_to_append, output_errors, write_whole
 
 
 class MetricsLog:
@@ -34,31 +37,41 @@ class MetricsLog:
 
         The file is replaced as a whole: after a kill there is either the old one or the new one. What a process
         that was paused and replaced still writes goes to the old one, which is gone.
+
+        Raises:
+            OutputError: it cannot be written.
         """
-        partial = partial_metrics(self._path)
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(f"{text}\n" for line, text in self._found if line["step"] <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        kept = "".join(f"{text}\n" for line, text in self._found if line["step"] <= step)
+        write_whole(self._path, kept.encode())
         self._found = []
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = os.fdopen(open_to_append(self._path, "job.output"), "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append the line of a step: a kill of this process does not lose it any more. Only after `cut`."""
+        """Append the line of a step: a kill of this process does not lose it any more. Only after `cut`.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk. It is kept, and written before the next one.
+        """
         assert self._file is not None
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Make what was written survive a crash of the machine: a checkpoint that follows has these steps."""
+        """Make what was written survive a crash of the machine: a checkpoint that follows has these steps.
+
+        Raises:
+            OutputError: a line could not be written, and cannot now.
+        """
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with output_errors(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file. May be called twice."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # `write` has raised it before
+                self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -76,11 +89,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     it that are of the same step or a later one: these were rolled back.
     """
     return [line for line, _ in _read(path)]
-
-
-def partial_metrics(path: Path) -> Path:
-    """Where `MetricsLog` writes what is to replace `path`."""
-    return path.with_name(f".{path.name}.partial")
 
 
 def _read(path: Path) -> list[tuple[dict[str, Any], str]]:

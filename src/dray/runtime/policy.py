@@ -370,7 +370,11 @@ class Training:
             **finite(own),
             "metrics": finite(metrics),
         }
-        self._log.write(line)
+        try:
+            self._log.write(line)
+        except OSError as error:
+            # The line is kept, and written with the next one as soon as there is space.
+            activity.warn(f"{self._replica.spec.folder.metrics.name} cannot be written ({error.strerror})")
 
     def _warn_of_not_finite(self, values: Mapping[str, float]) -> None:
         for what, value in values.items():

@@ -8,6 +8,7 @@ from dray.errors import DrayError, StaleSlotError
 from dray.runtime.contract import PolicyTrainer, Trajectory
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import Answer, Channel, GroupLostError, Order
+from dray.runtime.private_file import FOLDER_MODE
 from dray.runtime.ranks import Failure
 from dray.runtime.replica import Replica
 from dray.runtime.user_code import UserCodeError, call_user, save_into
@@ -64,7 +65,7 @@ class Following:
             return None
         if order.what == "save":
             folder = Path(order.text)
-            folder.mkdir()
+            folder.mkdir(FOLDER_MODE)
             save_into(self._trainer, folder)
             return Answer()
         raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")

@@ -20,12 +20,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
-from typing import Final, NoReturn
+from typing import IO, Final, NoReturn
 
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
+from dray.printable import PrintableFormatter
 from dray.runtime.descendants import kill_descendants
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.streams import flush_streams
 
 PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 """Environment variable in which the supervisor tells its children its pid."""
@@ -39,6 +41,7 @@ LEVELS: Final[Mapping[LogLevel, int]] = MappingProxyType(
 """The number of each level in `logging`."""
 
 _LAST_BOUND = 3.0
+_OTHERS_WRITE = 0o022
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG = logging.getLogger("dray.runtime.process")
@@ -101,6 +104,8 @@ def begin_process(name: str) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    # Another user who could write to a file of the job, a checkpoint say, could run code in the next run.
+    os.umask(os.umask(_OTHERS_WRITE) | _OTHERS_WRITE)
     log_to_stderr(name, logging.INFO)
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     exit_with_own_code_on_crash()
@@ -111,8 +116,14 @@ def begin_process(name: str) -> None:
 
 def log_to_stderr(name: str, level: int) -> None:
     """What is logged from `level` on goes to stderr, which is the process's log; `name` is that of the process."""
-    form = f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level, stream=sys.stderr, format=form)
+    logging.basicConfig(level=level, handlers=[printable_handler(f"%(asctime)s {name} ")])
+
+
+def printable_handler(prefix: str = "", stream: IO[str] | None = None) -> logging.Handler:
+    """A handler that writes records to `stream`, by default stderr, with `prefix` in the form of `logging`."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(PrintableFormatter(f"{prefix}%(levelname)s %(name)s: %(message)s"))
+    return handler
 
 
 def set_log_level(level: LogLevel) -> None:
@@ -157,8 +168,7 @@ def leave(code: int) -> NoReturn:
     handlers.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     exit_at_once(code)
 
 

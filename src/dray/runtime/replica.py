@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dray.control import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
-from dray.errors import ConfigError, ControlPlaneError, DrayError
+from dray.errors import ConfigError, ControlPlaneError, DrayError, OutputError
 from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.contract import PolicyGroup, ReplicaContext
@@ -189,6 +189,7 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
     RedisUnavailableError: ExitCode.REDIS_LOST,
     OldEpochError: ExitCode.OLD_EPOCH,
     GroupLostError: ExitCode.GROUP_LOST,
+    OutputError: ExitCode.FAILED,
 }
 """What a replica ends with by the error that ended it, beside the user's own; any other is an internal one."""
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
+import logging
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dray.config import JobConfig
-from dray.printable import printable
+from dray.printable import printable, printable_value
 from dray.runtime.exit_codes import JOB_FAILURES
 from dray.runtime.job import JobFolder, finite, short_path, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
 from dray.runtime.messages import ProgressReport, Status
 from dray.runtime.metrics_log import read_metrics
+from dray.runtime.private_file import write_whole
 from dray.runtime.stop_condition import MEAN_RETURN
 
+_LOG = logging.getLogger("dray.runtime.report")
 _MAX_LABEL = 80
 _LINE = "#2a6f97"
 _RAW = "#a9c6d9"
@@ -44,6 +49,9 @@ def write_report(
 ) -> str:
     """Write both files and return the line with which `dray run` ends.
 
+    A file that cannot be written, as on a full disk, is a warning and a remark in that line: the checkpoint and
+    the outcome of the job stand without it.
+
     Args:
         status: the job's last status, if there was one.
         seconds: how long the run took.
@@ -66,11 +74,11 @@ def write_report(
         **_counters(status),
         "metrics": _last_metrics(steps),
     }
-    write_json(folder.summary, summary)
-    drawable = bool(steps and config.job.plot)
-    plotted = drawable and importlib.util.find_spec("matplotlib") is not None
-    if plotted:
-        _plot(folder, config, steps)
+    remarks = [
+        *_remark("no summary", partial(write_json, folder.summary, summary), OSError),
+        # Whatever a library of plots raises, the run is over and has its outcome.
+        *_remark("no plot", partial(_plot, folder, config, steps), Exception),
+    ]
     outcome = status.outcome if status is not None else None
     finished = outcome is not None and outcome.kind in FINISHED_OUTCOMES
     if summary["solved"]:
@@ -79,11 +87,22 @@ def write_report(
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"
-    missing = " (no plot: matplotlib is not installed)" if drawable and not plotted else ""
     old = "" if age is None else f" (its figures may be {age:.1f} s old: the controller was gone before the end)"
-    place = short_path(folder.root) + missing + old
+    place = short_path(folder.root) + (f" ({'; '.join(remarks)})" if remarks else "") + old
     detail = reason.removeprefix("not solved ") if head == "not solved" else reason
     return f"{head}{' ' if head == 'not solved' else ': '}{detail}, after {seconds:.1f} s; see {place}"
+
+
+def _remark(missing: str, write: Callable[[], None], expected: type[Exception]) -> Iterator[str]:
+    """Call `write`; if it raises what is `expected`, a warning, and a remark that something is `missing`."""
+    try:
+        write()
+    except expected as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            yield f"{missing}: matplotlib is not installed"
+            return
+        _LOG.warning("%s", missing, exc_info=not isinstance(error, OSError))
+        yield f"{missing}: {getattr(error, 'strerror', None) or printable_value(error)}"
 
 
 def _solved(config: JobConfig, status: Status | None) -> bool:
@@ -131,7 +150,9 @@ def _last_metrics(steps: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> None:
-    """Draw return and throughput over `steps`, of which there is at least one."""
+    """Draw return and throughput over `steps`, if there are any and the job has a plot."""
+    if not (steps and config.job.plot):
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -168,7 +189,9 @@ def _plot(folder: JobFolder, config: JobConfig, steps: list[dict[str, Any]]) -> 
     for axes in (above, below):
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder.root / config.job.plot)
+    image = io.BytesIO()
+    figure.savefig(image)
+    write_whole(folder.root / config.job.plot, image.getvalue())
 
 
 def _drawn(value: float | None) -> float:

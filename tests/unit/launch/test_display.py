@@ -1,5 +1,7 @@
 import io
 import math
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,3 +197,52 @@ def test_terminal_shows_figures_and_every_replica() -> None:
         "silent",
     ):
         assert words in text
+
+
+def picture_of(display: Display) -> None:
+    """All that a display is asked to do."""
+    display.update(status(3, 12, 1000, warnings=["loss is nan"]))
+    display.say("a line")
+    display.freeze()
+    display.say("another line")
+
+
+def test_terminal_that_is_gone_ends_the_display_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    terminal, end = os.openpty()
+    with os.fdopen(end, "w") as file, Display("small", 100, Console(file=file, force_terminal=True)) as display:
+        display.update(status(2, 11, 0))
+        os.close(terminal)
+        picture_of(display)
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == "the display has failed ([Errno 5] Input/output error): the job goes on without it"
+    )
+
+
+@pytest.mark.parametrize("sink", ["a full device", "a pipe without a reader"])
+def test_output_that_cannot_be_written_ends_the_display_and_nothing_else(
+    sink: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if sink == "a full device":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    with os.fdopen(descriptor, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with Display("small", 100) as display:
+            picture_of(display)
+        monkeypatch.undo()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_display_that_raises_anything_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise LookupError("no such style")
+
+    with Display("small", 100, Console(file=Broken(), force_terminal=True)) as display:
+        picture_of(display)
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert "no such style" in record.getMessage()

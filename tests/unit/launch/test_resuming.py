@@ -38,9 +38,17 @@ def test_command_can_be_pasted_into_a_shell_whatever_the_folder_is_called(tmp_pa
     assert words == ["dray", "run", "--resume", str(root / "job.toml"), "--output", str(root)]
 
 
-def test_run_without_a_checkpoint_says_that_nothing_can_be_resumed(tmp_path: Path) -> None:
+def test_run_without_a_checkpoint_says_how_it_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_text("")
     line = how_to_resume(JobFolder(tmp_path), tmp_path / "job.toml", 10)
-    assert line == "nothing to resume: the run has no checkpoint"
+    command = f"dray run --resume {tmp_path}/job.toml --output {tmp_path}"
+    assert line == f"start again with: {command} (the run has no checkpoint)"
+
+
+def test_run_that_started_nothing_says_that_nothing_can_be_resumed(tmp_path: Path) -> None:
+    assert (
+        how_to_resume(JobFolder(tmp_path), tmp_path / "job.toml", 10) == "nothing to resume: the run had not begun"
+    )
 
 
 def test_run_whose_steps_are_done_names_the_key_that_ended_it(tmp_path: Path) -> None:

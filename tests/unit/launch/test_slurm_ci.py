@@ -103,6 +103,10 @@ def test_durations_are_read_and_written_as_slurm_does(text: str, seconds: int) -
     assert parse_duration("time", format_duration(seconds)) == seconds
 
 
+def test_runs_that_are_planned_before_either_begins_have_different_folders(choices: Choices) -> None:
+    assert [plan(choices, make=True).output.name for _ in range(2)] == ["001", "002"]
+
+
 def test_every_run_has_a_folder_of_its_own(choices: Choices) -> None:
     assert plan(choices).output.name == "001"
     (choices.output_root / "017").mkdir(parents=True)

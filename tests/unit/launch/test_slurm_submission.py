@@ -193,6 +193,22 @@ def test_new_runs_get_numbered_folders(tmp_path: Path, monkeypatch: pytest.Monke
     assert prepare(config, tmp_path / "job.toml", resume=False).plan.run_folder == tmp_path / "outputs/small/004"
 
 
+def test_submissions_that_are_prepared_before_either_is_made_have_different_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = job(tmp_path, job={"name": "small", "max_steps": 10})
+    names = []
+    for _ in range(2):
+        prepared = prepare(config, tmp_path / "job.toml", resume=False, make=True)
+        names.append(prepared.plan.run_folder.name)
+        assert str(prepared.plan.run_folder) in prepared.script
+    assert names == ["001", "002"]
+    (tmp_path / "outputs" / "small" / "002").chmod(0o777)
+    with pytest.raises(ConfigError, match="its mode is 777"):
+        submit(prepared, make_job_file(tmp_path))
+
+
 def test_what_slurm_does_not_take_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job_file = make_job_file(tmp_path)
     prepared = prepare(job(tmp_path), job_file, resume=False)

@@ -1,7 +1,10 @@
 import logging
 from pathlib import Path
 
+import pytest
+
 from dray.config import LogLevel
+from dray.errors import ConfigError
 from dray.launch.log import NAME, supervisor_log
 
 
@@ -20,3 +23,19 @@ def test_supervisor_logs_from_the_level_of_the_job_on(tmp_path: Path) -> None:
     assert logged(tmp_path, "info") == ["INFO", "WARNING", "ERROR"]
     assert logged(tmp_path, "error") == ["ERROR"]
     assert logging.getLogger("dray").level == before
+
+
+def test_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("content")
+    (tmp_path / NAME).symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match="not a link"), supervisor_log(tmp_path):
+        pass
+    assert (tmp_path / "victim").read_text() == "content"
+
+
+def test_text_of_others_begins_no_line_of_its_own(tmp_path: Path) -> None:
+    with supervisor_log(tmp_path):
+        logging.getLogger("dray.launch").info("rollout-0: %s", "text\n2026-01-01 forged\x1b[2J")
+    first, second = (tmp_path / NAME).read_text().splitlines()
+    assert first.endswith("rollout-0: text")
+    assert second == "    2026-01-01 forged\\x1b[2J"

@@ -2,10 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+from writing import files_of_at_most, umask
 
-from dray.errors import ConfigError
+from dray.errors import ConfigError, OutputError
 from dray.runtime.checkpoint import (
     CheckpointState,
+    check_checkpoint,
     find_checkpoint,
     record_committed,
     save_checkpoint,
@@ -128,3 +130,46 @@ def test_damaged_state_is_a_config_error(tmp_path: Path, text: str) -> None:
     (folder / "state.json").write_text(text)
     with pytest.raises(ConfigError, match="--resume"):
         find_checkpoint(folder)
+
+
+def test_checkpoint_is_made_without_rights_of_others_to_write_whatever_the_umask(tmp_path: Path) -> None:
+    with umask(0):
+        save_checkpoint(tmp_path / "checkpoint", CheckpointState(1, 1, 8), lambda _: None)
+    assert [path for path in tmp_path.rglob("*") if path.stat().st_mode & 0o022] == []
+
+
+def test_state_that_another_user_may_have_written_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save(folder, 1)
+    (folder / "state.json").chmod(0o664)
+    with pytest.raises(ConfigError, match=r"state.json.* its mode is 664"):
+        find_checkpoint(folder)
+    (folder / "state.json").rename(tmp_path / "elsewhere")
+    (folder / "state.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="it is a link"):
+        find_checkpoint(folder)
+
+
+def test_checkpoint_is_trusted_unless_others_may_write_what_its_trainer_saved(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save(folder, 1)
+    check_checkpoint(folder)
+    (folder / "trainer" / "weights").chmod(0o646)
+    with pytest.raises(ConfigError, match=r"trainer/weights.* its mode is 646"):
+        check_checkpoint(folder)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="not a link"):
+        check_checkpoint(folder)
+
+
+def test_checkpoint_for_which_there_is_no_space_leaves_the_previous_one_and_no_part_of_itself(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "checkpoint"
+    save(folder, 1)
+    with files_of_at_most(10), pytest.raises(OutputError, match="cannot be written: File too large"):
+        save(folder, 2)
+    found = find_checkpoint(folder)
+    assert found is not None
+    assert (found[1].step, [path.name for path in tmp_path.iterdir()]) == (1, ["checkpoint"])

@@ -38,6 +38,19 @@ def status_of(policy: ProgressReport) -> Status:
     return Status(job="small", phase=Phase.DONE, seconds=3.0, outcome=None, members=[member], prompts={})
 
 
+def with_metrics(
+    root: Path, steps: list[dict[str, float | None]], own: dict[str, float | None] | None = None
+) -> JobFolder:
+    """The output folder of a run with these metrics per step."""
+    folder = JobFolder(root)
+    lines = [
+        {"step": step, "seconds": float(step), "bytes": 1000 * step, **(own or {}), "metrics": metrics}
+        for step, metrics in enumerate(steps, 1)
+    ]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
 def report(
     root: Path,
     config: JobConfig,
@@ -50,12 +63,7 @@ def report(
     Args:
         own: figures of dray in each line.
     """
-    folder = JobFolder(root)
-    lines = [
-        {"step": step, "seconds": float(step), "bytes": 1000 * step, **(own or {}), "metrics": metrics}
-        for step, metrics in enumerate(steps, 1)
-    ]
-    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    folder = with_metrics(root, steps, own)
     write_report(
         folder, config, status, seconds=3.0, exit_code=1, reason="not solved within 3 steps", first_step=0
     )
@@ -171,3 +179,44 @@ def test_plot_has_the_name_that_the_job_gives_it(tmp_path: Path, job: dict[str, 
 def test_plot_without_a_name_is_not_drawn(tmp_path: Path) -> None:
     report(tmp_path, config_of(plot=""), [{"mean_return": 0.5}])
     assert list(tmp_path.glob("*.png")) == []
+
+
+@pytest.mark.parametrize(("name", "missing"), [("summary.json", "no summary"), ("returns.png", "no plot")])
+def test_file_that_cannot_be_written_is_a_warning_and_not_the_end_of_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, missing: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / name).mkdir()
+    line = write_report(
+        *(with_metrics(tmp_path, [{"mean_return": 0.5}]), config_of(), None),
+        seconds=3.0, exit_code=1, reason="not solved within 3 steps", first_step=0,
+    )  # fmt: skip
+    assert "not solved within 3 steps, after 3.0 s; see " in line
+    assert line.endswith(f" ({missing}: Is a directory)")
+    assert missing in caplog.text
+    others = {"summary.json", "returns.png"} - {name}
+    assert all((tmp_path / other).is_file() for other in others)
+
+
+def test_plot_that_its_library_cannot_draw_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(figure.Figure, "savefig", fail)
+    summary = report(tmp_path, config_of(), [{"mean_return": 0.5}])
+    assert summary["steps"] == 1
+    assert "no such font" in caplog.text
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_plot_replaces_a_link_and_does_not_follow_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "victim").write_text("content")
+    (tmp_path / "returns.png").symlink_to(tmp_path / "victim")
+    report(tmp_path, config_of(), [{"mean_return": 0.5}])
+    assert not (tmp_path / "returns.png").is_symlink()
+    assert (tmp_path / "victim").read_text() == "content"

@@ -3,10 +3,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from writing import umask
 
 from dray.buffer import SharedRingBuffer
 from dray.errors import ConfigError
@@ -23,6 +25,46 @@ sock.bind(str(directory.path / "0.sock"))
 print(directory.path, flush=True)
 sys.stdin.read()
 """
+
+
+ROOT = """
+import os
+from dray.private_directory import default_root
+os.environ.pop("DRAY_RUNTIME_DIR")
+os.mkdir("/tmp/login", 0o700)
+os.environ["XDG_RUNTIME_DIR"] = "/tmp/login"
+print(default_root(), default_root())
+"""
+
+TWO_OWNERS = """
+import os, subprocess, sys
+os.environ.pop("DRAY_RUNTIME_DIR")
+program = '''
+import logging, os
+from dray.private_directory import PrivateDirectory
+logging.basicConfig()
+print(PrivateDirectory().path, flush=True)
+os._exit(0)
+'''
+for _ in range(2):
+    print(subprocess.check_output([sys.executable, "-c", program], text=True), end="", flush=True)
+print(*sorted(os.listdir("/tmp")))
+"""
+
+
+def with_own_tmp(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program for which `folder` is ``/tmp``."""
+    script = 'mount --bind "$0" /tmp && exec "$1" -c "$2"'
+    command = ["unshare", "--mount", "sh", "-c", script, str(folder), sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.stderr.startswith(("unshare:", "mount:")):
+        pytest.skip(f"a mount of its own cannot be had: {done.stderr.strip()}")
+    return done
+
+
+def printed(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 @pytest.fixture
@@ -117,24 +159,51 @@ def test_a_root_of_another_user_is_refused(root: Path) -> None:
         PrivateDirectory(root)
 
 
-def test_the_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DRAY_RUNTIME_DIR", "/somewhere")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert default_root() == Path("/somewhere")
-    monkeypatch.delenv("DRAY_RUNTIME_DIR")
-    assert default_root() == tmp_path / "dray"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    assert default_root() == Path(f"/tmp/dray-{os.getuid()}")
-
-
-def test_a_runtime_directory_too_deep_for_socket_paths_is_passed_over(
+def test_the_root_comes_from_the_environment_or_is_one_that_survives_a_logout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    deep = tmp_path / ("d" * 90)
-    deep.mkdir()
-    monkeypatch.delenv("DRAY_RUNTIME_DIR", raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
-    assert default_root() == Path(f"/tmp/dray-{os.getuid()}")
+    monkeypatch.setenv("DRAY_RUNTIME_DIR", "/somewhere")
+    assert default_root() == Path("/somewhere")
+    assert printed(with_own_tmp(tmp_path, ROOT)) == [f"/tmp/dray-{os.getuid()}"] * 2
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_random_folder_takes_the_place_of_one_that_another_user_has_taken(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    taken = tmp_path / "dray-0"
+    for name in ("dray-0", "dray-0-another"):
+        (tmp_path / name).mkdir(mode=0o700)
+        os.chown(tmp_path / name, 12345, -1)
+    done = with_own_tmp(tmp_path, TWO_OWNERS)
+    first, second, *left = printed(done)
+    (name,) = set(left) - {"dray-0", "dray-0-another"}
+    # The second process uses the folder that the first one has made, and sweeps what is left of it.
+    assert {Path(first).parent, Path(second).parent} == {Path("/tmp", name)}
+    assert [path.name for path in (tmp_path / name).iterdir()] == [Path(second).name]
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
+    assert list(taken.iterdir()) == []
+    assert done.stderr.count("is used instead") == 1
+
+
+def test_a_root_in_a_folder_in_which_others_can_replace_it_is_refused() -> None:
+    short = Path(tempfile.mkdtemp(dir=os.environ["DRAY_RUNTIME_DIR"]))
+    shared = short / "shared"
+    (shared / "deep").mkdir(parents=True)
+    (short / "link").symlink_to(shared / "deep")
+    shared.chmod(0o777)
+    if os.getuid() == 0:
+        os.chown(shared, 12345, -1)
+    for root in (shared / "dray", shared / "deep" / "dray", short / "link" / "dray"):
+        with pytest.raises(ConfigError, match=rf"other users can replace what is in {shared}: .*chmod \+t"):
+            PrivateDirectory(root)
+    shared.chmod(0o1777)
+    PrivateDirectory(shared / "deep" / "dray").close()
+
+
+def test_folders_on_the_way_to_a_root_are_made_for_this_user_only(tmp_path: Path) -> None:
+    with umask(0):
+        PrivateDirectory(tmp_path / "a" / "b").close()
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b")] == [0o700, 0o700]
 
 
 def test_a_configured_directory_too_deep_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:

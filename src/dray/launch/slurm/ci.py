@@ -16,6 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from dray.errors import ConfigError
+from dray.launch.output import make_run_folder
 from dray.launch.signals import SignalInbox
 from dray.launch.slurm import ci_junit
 from dray.launch.slurm.ci_follow import follow
@@ -71,8 +72,11 @@ class Plan:
     script: str
 
 
-def plan(choices: Choices) -> Plan:
+def plan(choices: Choices, *, make: bool = False) -> Plan:
     """Work everything out; nothing is written.
+
+    Args:
+        make: make the output folder, so that no other run that starts at the same time has it, too.
 
     Raises:
         ConfigError: something that was chosen cannot be.
@@ -84,7 +88,8 @@ def plan(choices: Choices) -> Plan:
     if parse_duration("--time", time) <= test_seconds:
         raise ConfigError("--time", time, f"more than --test-timeout, which is {choices.test_timeout}")
     _refuse_line_breaks(choices)
-    output = _next_folder(choices.output_root.absolute())
+    root = choices.output_root.absolute()
+    output = make_run_folder(lambda: _next_folder(root), new=True)[0] if make else _next_folder(root)
     script = render(
         "ci.sh.j2",
         job_name="dray-ci",
@@ -119,7 +124,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
         SlurmError: Slurm does not take the job, or could not be asked about it for minutes.
     """
     for name in ("logs", "junit"):
-        (plan.output / name).mkdir(parents=True)
+        (plan.output / name).mkdir(parents=True, exist_ok=True)
     script = plan.output / "ci.sh"
     script.write_text(plan.script, encoding="utf-8")
     with SignalInbox() as inbox:

@@ -21,6 +21,7 @@ from pathlib import Path
 from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError, TransportError
 from dray.launch.children import Child
+from dray.launch.output import KEY
 from dray.launch.replicas import start_rank, start_rollout
 from dray.launch.signals import SignalInbox
 from dray.launch.slurm.command_line import Task
@@ -35,6 +36,7 @@ from dray.runtime.descendants import child_pids, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.membership import Role
+from dray.runtime.private_file import make_own_folders, read_private_file
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans, log_to_stderr, set_log_level
 
 LOOK_INTERVAL = 0.25
@@ -55,10 +57,16 @@ class _HeadAddress:
 
     @classmethod
     def read(cls, path: Path, attempt: str) -> _HeadAddress | None:
-        """The address of the head of this `attempt`, if it is there."""
+        """The address of the head of this `attempt`, if it is there.
+
+        Raises:
+            ConfigError: another user may have written it.
+        """
         try:
             list(path.parent.iterdir())  # NFS may take a file for missing until its folder was looked at
-            found = cls(json.loads(path.read_text(encoding="utf-8")))
+            found = cls(json.loads(read_private_file(path, "the head's address")))
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError):  # not yet, or no more, or of another version
             return None
         return found if found.attempt == attempt else None
@@ -170,7 +178,7 @@ class NodeSupervisor:
             raise ControlPlaneError(f"the head has taken {self._folder.spec} back: {error.strerror}") from error
         if spec.job_id != address.job_id:
             raise ControlPlaneError(f"{self._folder.spec} is of another attempt than the head's address")
-        self._folder.logs.mkdir(parents=True, exist_ok=True)
+        make_own_folders(self._folder.root, self._folder.logs, KEY)
         places = {each.name: environment(each, interface, os.environ) for each in self._placed}
         for placed in self._placed:
             child = self._start_replica(placed, places, address)

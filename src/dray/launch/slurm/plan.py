@@ -7,7 +7,6 @@ known when the job runs, and every part of a run may have others (`NODES_VARIABL
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.runtime.job import write_json
+from dray.runtime.private_file import FOLDER_MODE, make_own_folder, read_private_file
 
 NODES_VARIABLE = "DRAY_NODES"
 """Environment variable with the names of the job's nodes, separated by spaces: first those of the policy."""
@@ -76,7 +76,8 @@ class Plan:
     def write(self) -> Path:
         """Write the plan where it belongs, for its owner only, whole or not at all; returns the place."""
         folder = self.path.parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.run_folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_own_folder(folder, "plan", 0o700)
         folder.chmod(0o700)
         document = {
             "config": self.config.model_dump(mode="json"),
@@ -100,9 +101,7 @@ class Plan:
             ConfigError: there is no plan of this version there, or others than its owner may read it.
         """
         try:
-            with path.open(encoding="utf-8") as file:
-                _check_owner_only(path, file.fileno())
-                document = json.load(file)
+            document = json.loads(read_private_file(path, "plan"))
             return cls(
                 config=JobConfig.model_validate(document["config"]),
                 job_file=Path(document["job_file"]),
@@ -114,7 +113,7 @@ class Plan:
                 retries=document["retries"],
                 environment=document["environment"],
             )
-        except OSError as error:
+        except FileNotFoundError as error:
             reason = str(error.strerror)
             raise ConfigError("plan", str(path), reason, problem=f"{path} cannot be read") from error
         except ConfigError:
@@ -123,13 +122,6 @@ class Plan:
             # Nothing of what was read is shown: it may be the secret.
             allowed = f"must be a plan of this version ({type(error).__name__})"
             raise ConfigError("plan", str(path), allowed, problem=f"{path} cannot be used") from None
-
-
-def _check_owner_only(path: Path, descriptor: int) -> None:
-    mode = os.fstat(descriptor).st_mode & 0o777
-    if mode & 0o077:
-        allowed = f"must be a file for its owner only, its mode is {mode:o}"
-        raise ConfigError("plan", str(path), allowed, problem=f"{path} is not used")
 
 
 def plan_path(run_folder: Path) -> Path:

@@ -23,6 +23,7 @@ from dray.errors import ConfigError
 from dray.launch.slurm.command_line import attempt_name
 from dray.launch.slurm.run_states import RunEvent, RunState, after
 from dray.runtime.job import JobFolder, write_json
+from dray.runtime.private_file import read_own_file
 
 FILE_NAME = "slurm.json"
 _NEW_PART = frozenset((RunState.SUBMITTED, RunState.REQUEUED, RunState.CANCELLED))
@@ -63,12 +64,14 @@ class RunRecord:
         """
         path = run_folder / FILE_NAME
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(read_own_file(path, FILE_NAME))
             ends = tuple(AttemptEnd(**end) for end in document["ends"])
             return cls(**{**document, "state": RunState(document["state"]), "ends": ends})
-        except OSError as error:
+        except FileNotFoundError as error:
             allowed, problem = "must be that of a run that was submitted", f"{run_folder} cannot be used"
             raise ConfigError("run folder", str(run_folder), allowed, problem) from error
+        except ConfigError:
+            raise
         except (ValueError, TypeError, KeyError) as error:
             allowed, problem = f"must be a record of this version ({error})", f"at {path} cannot be used"
             raise ConfigError(FILE_NAME, str(path), allowed, problem) from error

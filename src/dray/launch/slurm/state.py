@@ -15,13 +15,14 @@ from pathlib import Path
 
 from dray.errors import DrayError, error_lines
 from dray.launch.ending import finished_checkpoint
-from dray.launch.output import attempt_folder, lock_folder
+from dray.launch.output import KEY, attempt_folder, lock_folder
 from dray.launch.slurm.plan import Plan
 from dray.launch.slurm.run_record import RunRecord
 from dray.launch.slurm.run_states import TRANSITIONS, RunEvent, RunState, event_of_end
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder
+from dray.runtime.private_file import open_own_folder, read_own_file
 
 LOCK_PATIENCE = 120.0
 """Seconds that a file system may keep the lock of a node that was lost."""
@@ -116,9 +117,9 @@ def refuse_folder_in_use(root: Path, patience: float = 0.0) -> None:
     """See `open_output`, which locks the folder while a head runs; waits at most `patience` seconds for its end.
 
     Raises:
-        ConfigError: a head runs in it.
+        ConfigError: a head runs in it, or another user may write to it.
     """
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = open_own_folder(root, KEY)
     try:
         lock_folder(descriptor, root, patience)
     finally:
@@ -143,7 +144,7 @@ def _reason(plan: Plan, record: RunRecord, event: RunEvent, exit_code: int) -> s
     if event is RunEvent.TIME_LIMIT:
         return "time limit near"
     if summary.exists() and summary.stat().st_mtime >= place.stat().st_mtime:
-        return str(json.loads(summary.read_text(encoding="utf-8"))["exit_reason"])
+        return str(json.loads(read_own_file(summary, KEY))["exit_reason"])
     status = 128 - exit_code if exit_code > 128 else exit_code
     return f"the head: {meaning(status)}; see {place.relative_to(plan.run_folder)}/logs/head.out"
 

@@ -19,14 +19,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dray.config import JobConfig, SlurmTable, parse_job
 from dray.errors import ConfigError
-from dray.launch.output import RESUME_NEEDS, choose_folder, has_metrics
+from dray.launch.output import KEY, RESUME_NEEDS, choose_folder, has_metrics, make_run_folder, remove_empty
 from dray.launch.run_options import RunOptions
 from dray.launch.slurm import scheduler
 from dray.launch.slurm.layout import layout_of, rollout_nodes_of
@@ -37,6 +38,7 @@ from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.script import batch_script
 from dray.launch.slurm.snapshot import take_snapshot
 from dray.launch.slurm.state import cancel_marker, read_settled, refuse_folder_in_use
+from dray.runtime.private_file import open_own_folder, read_own_file, write_whole
 
 _ELSEWHERE = ("-p", "--partition", "-M", "--cluster")
 """Options of sbatch that choose another partition or cluster than `slurm.partition` does."""
@@ -48,11 +50,13 @@ class Submission:
 
     Attributes:
         record: of the run as it will be; None if it has finished, and nothing is left to do.
+        made: the folders that were made for the run, innermost first.
     """
 
     plan: Plan
     script: str
     record: RunRecord | None
+    made: Sequence[Path] = ()
 
     def layout_lines(self) -> Iterator[str]:
         """What runs where, one line for each node."""
@@ -94,28 +98,39 @@ def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | Non
     return with_options(checked, {"rollout_nodes": rollout_nodes})
 
 
-def prepare(config: JobConfig, job_file: Path, *, resume: bool) -> Submission:
+def prepare(config: JobConfig, job_file: Path, *, resume: bool, make: bool = False) -> Submission:
     """Decide everything about a submission.
+
+    Args:
+        make: make the run's folder, so that no other run that starts at the same time has it, too.
 
     Raises:
         ConfigError: something does not fit, or the folder is another run's.
     """
     table = config.slurm or SlurmTable()
     layout = layout_of(config)
-    root = run_folder(config, resume=resume)
-    record = _record(root, table.retries, resume=resume)
-    plan = Plan(
-        config=config,
-        job_file=_code_folder(root) / job_file.name if table.snapshot else job_file.absolute(),
-        run_folder=root,
-        secret=secrets.token_bytes(32),
-        policy=layout.policy,
-        rollout=layout.rollout,
-        interface=table.interface,
-        retries=table.retries,
-        environment=table.environment,
-    )
-    return Submission(plan, batch_script(plan), record)
+    made: Sequence[Path] = ()
+    if make and not resume:
+        root, made = make_run_folder(lambda: run_folder(config, resume=False), new=config.job.output is None)
+    else:
+        root = run_folder(config, resume=resume)
+    with ExitStack() as undo:
+        undo.callback(remove_empty, made)
+        record = _record(root, table.retries, resume=resume)
+        plan = Plan(
+            config=config,
+            job_file=_code_folder(root) / job_file.name if table.snapshot else job_file.absolute(),
+            run_folder=root,
+            secret=secrets.token_bytes(32),
+            policy=layout.policy,
+            rollout=layout.rollout,
+            interface=table.interface,
+            retries=table.retries,
+            environment=table.environment,
+        )
+        submission = Submission(plan, batch_script(plan), record, made)
+        undo.pop_all()
+        return submission
 
 
 def submit(submission: Submission, job_file: Path, options: RunOptions | None = None) -> int:
@@ -133,19 +148,16 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
     assert submission.record is not None
     plan, root = submission.plan, submission.plan.run_folder
     _check_node_count(plan)
-    is_new = not root.exists()
+    made = submission.made or make_run_folder(lambda: root, new=False)[1]
+    is_new = bool(made)
+    os.close(open_own_folder(root, KEY))
     previous = RunRecord.read(root) if _was_submitted(root) else None
-    try:
-        root.mkdir(parents=True, exist_ok=not is_new)
-    except OSError as error:
-        allowed = f"must be a folder that can be made ({error.strerror})"
-        raise ConfigError("job.output", str(root), allowed) from error
     try:
         plan.write()
         if plan.job_file != job_file.absolute():
             take_snapshot(job_file, plan.job_file.parent, root)
         script = plan.path.with_name("job.sh")
-        script.write_text(submission.script, encoding="utf-8")
+        write_whole(script, submission.script.encode())
         cancel_marker(root).unlink(missing_ok=True)
         # Before Slurm has it: the job may begin at once.
         submission.record.write(root)
@@ -153,10 +165,11 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
     except BaseException:
         if is_new:
             shutil.rmtree(root, ignore_errors=True)
+            remove_empty(made)
         elif previous is not None:
             previous.write(root)
         raise
-    _job_id_file(root).write_text(f"{number}\n", encoding="utf-8")
+    write_whole(_job_id_file(root), f"{number}\n".encode())
     if options is not None:
         options.write(root)
     return number
@@ -165,7 +178,7 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
 def submitted_job(run_folder: Path) -> str:
     """Slurm's number of the run's newest job, or an empty text."""
     try:
-        return _job_id_file(run_folder).read_text(encoding="utf-8").strip()
+        return read_own_file(_job_id_file(run_folder), FILE_NAME).decode(errors="replace").strip()
     except FileNotFoundError:
         return ""
 
@@ -177,7 +190,7 @@ def run_folder(config: JobConfig, *, resume: bool) -> Path:
         ConfigError: it is an earlier run's and this is another one, or there is no run to go on with.
     """
     needs = "must have the folder of a run that was submitted before"
-    root = choose_folder(config, resume=resume, used=_is_used, resumable=_was_submitted, needs=needs)
+    root = choose_folder(config, resume=resume, used=_is_used, resumable=(_was_submitted,), needs=needs)
     if resume and not _is_used(root):
         raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot go on in {root}")
     return root
