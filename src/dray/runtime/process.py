@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Final, NoReturn
 
+from dray.admission import raise_descriptor_limit
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
 from dray.runtime.descendants import kill_descendants
@@ -102,6 +103,7 @@ def begin_process(name: str) -> None:
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
     log_to_stderr(name, logging.INFO)
+    raise_descriptor_limit()
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)

@@ -7,11 +7,13 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from waiting import wait_until
 
+from dray.admission import MAX_UNPROVEN, Unproven
 from dray.clock import Deadline
 from dray.config import parse_job
 from dray.errors import AuthenticationError, TransportError
@@ -179,7 +181,7 @@ def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
 def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "GREETING_BOUND", 0.3)
+    monkeypatch.setattr(door, "Unproven", partial(Unproven, seconds=0.3))
     with head_of(tmp_path) as head:
         strangers = [socket.create_connection(head.address) for _ in range(3)]
         try:
@@ -216,10 +218,10 @@ def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path)
 
     with head_of(tmp_path) as head, ExitStack() as opened:
         strangers = [
-            opened.enter_context(socket.create_connection(head.address)) for _ in range(door.MOST_GREETED + 10)
+            opened.enter_context(socket.create_connection(head.address)) for _ in range(MAX_UNPROVEN + 10)
         ]
         head.link().close()  # has come in after all of them, and pushed out one more
-        assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (door.MOST_GREETED - 1)
+        assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (MAX_UNPROVEN - 1)
 
 
 def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:
