@@ -20,9 +20,9 @@ from dray.transport import ucx
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_sockets import SilentPeers
 from dray.transport.ucx_worker import UcxWorker
+from dray.wire.handshake import NO_PROOF, ClientHandshake, Lane
 
 SECRET = bytes(range(32))
-HELLO = b"DRAY" + bytes(60)
 
 
 @pytest.fixture
@@ -73,11 +73,10 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
 def test_a_proof_must_come_in_time_whatever_was_sent_before(name: str, strangers: contextlib.ExitStack) -> None:
     with serving(name, secret=SECRET, idle_timeout=0.5) as server:
         silent, greeting = connect(server, name, strangers), connect(server, name, strangers)
-        greeting.sendall(HELLO)
-        wait_until(lambda: counted(server, UNPROVEN_CLOSED) == 2, "both to be closed")
-        assert is_closed(silent)
+        greeting.sendall(ClientHandshake(Lane[name.upper()], secret=SECRET).hello())
         assert greeting.recv(200)[:4] == b"DRAY"
-        wait_until(lambda: is_closed(greeting), "its end to come")
+        wait_until(lambda: counted(server, UNPROVEN_CLOSED) == 2, "both to be closed")
+        wait_until(lambda: is_closed(silent) and is_closed(greeting), "their ends to come")
         assert counted(server, "evicted") == 0
 
 
@@ -111,15 +110,14 @@ def test_a_connection_has_little_memory_before_the_proof(name: str, strangers: c
 def test_malformed_connections_are_counted_and_few_lines(
     caplog: pytest.LogCaptureFixture, strangers: contextlib.ExitStack
 ) -> None:
+    no_frame = ClientHandshake(Lane.TCP).hello() + NO_PROOF + b"\xff" * 64
     with serving("tcp") as server:
-        client = b"DRAY" + (1).to_bytes(2, "little") + bytes([2, 0]) + bytes(56)
         for _ in range(30):
             sock = connect(server, "tcp", strangers)
-            sock.sendall(
-                client + bytes(32) + b"\xff" * 64
-            )  # a frame of no kind, after a handshake without a secret
-            while not is_closed(sock):
-                pass
+            sock.sendall(no_frame)
+            with contextlib.suppress(ConnectionResetError):
+                while sock.recv(1000):
+                    pass
         wait_until(lambda: counted(server, "malformed") == 30, "all to be counted")
         lines = [each.message for each in caplog.records if each.name == "dray.server"]
         assert len(lines) == 1

@@ -132,6 +132,7 @@ def test_a_request_with_a_wrong_token_is_the_last_of_its_connection(
     while chunk := sock.recv(1000):
         received += chunk
     assert received.startswith(b"HTTP/1.1 401")
+    assert b"\r\nconnection: close\r\n" in received.lower()
 
 
 def test_requests_that_are_not_http_are_few_lines(
