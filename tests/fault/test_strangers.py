@@ -61,8 +61,8 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
             # Those that are closed by now do not take it.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(b"D")
-        wait_until(lambda: counted(server, UNPROVEN_CLOSED) == MAX_UNPROVEN, "the first ones to be closed")
-        wait_until(lambda: sum(map(is_closed, opened)) == MAX_UNPROVEN, "their ends to come")
+        wait_until(lambda: counted(server, UNPROVEN_CLOSED) >= MAX_UNPROVEN, "the first ones to be closed")
+        wait_until(lambda: sum(map(is_closed, opened)) >= MAX_UNPROVEN, "their ends to come")
         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == b"payload"
         with PayloadClient(lanes=lane, secret=SECRET) as another:
             assert bytes(another.read_bytes(ref, timeout=20)) == b"payload"
@@ -184,7 +184,7 @@ say("closed")
             sock = opened.enter_context(socket.socket())
             sock.setblocking(False)
             assert sock.connect_ex((host, int(port))) == errno.EINPROGRESS
-        wait_until(lambda: child.ask("statistics")[UNPROVEN_CLOSED] == 400 - MAX_UNPROVEN, "most to be closed")
+        wait_until(lambda: child.ask("statistics")[UNPROVEN_CLOSED] >= 400 - MAX_UNPROVEN, "most to be closed")
         with PayloadClient(lanes="ucx") as client:
             assert bytes(client.read_bytes(ref, timeout=20)) == b"payload"
         assert child.ask() == "closed"

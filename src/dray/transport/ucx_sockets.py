@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dray.admission import Unproven
+from dray.admission import MAX_UNPROVEN, Unproven
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ConfigError, Unreachable
 from dray.transport.sockets import not_inherited
@@ -41,6 +41,8 @@ _FIRST_BYTES = 8
 _SEARCH_SECONDS = 10.0
 _SEARCH_SECONDS_AWAITED = 1.0
 _SEARCH_SECONDS_BUSY = 0.25
+_COUNT_SECONDS = 1.0
+_MANY_DESCRIPTORS = MAX_UNPROVEN // 2
 _MAX_TRIED = 1 << 16
 
 Peer = tuple[str, int]
@@ -77,7 +79,9 @@ class SilentPeers:
         self._requested: set[Peer] = set()
         self._ended: set[int] = set()
         self._last = -math.inf
-        self._next = clock.now() + _SEARCH_SECONDS
+        self._search_at = clock.now()
+        self._count_at = math.inf
+        self._lowest_free: float = 0
         # Searching must work when no descriptor is left.
         self._spare = not_inherited(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         self._unconnected = not_inherited(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
@@ -94,15 +98,19 @@ class SilentPeers:
 
     def hasten(self) -> None:
         """Connections have come in: search soon."""
-        self._next = min(self._next, self._last + _SEARCH_SECONDS_BUSY)
+        self._search_at = min(self._search_at, self._last + _SEARCH_SECONDS_BUSY)
 
     @property
     def remaining(self) -> float:
         """Seconds until `shut_down` has something to do, never negative."""
-        return max(0.0, self._next - self._clock.now())
+        return max(0.0, min(self._search_at, self._count_at) - self._clock.now())
 
     def shut_down(self) -> int:
-        """Search, and shut down those that are late or displaced; how many."""
+        """Search if it is time for that, and shut down those that are late or displaced; how many."""
+        now = self._clock.now()
+        if now < self._search_at and self._find_lowest_free() < self._lowest_free + _MANY_DESCRIPTORS:
+            self._count_at = now + _COUNT_SECONDS
+            return 0
         found = {each.inode: each for each in self._search()}
         self._ended &= found.keys()  # UCX takes a moment to close them
         for gone in [inode for inode in self._unproven if inode not in found]:
@@ -125,8 +133,10 @@ class SilentPeers:
                 self._ended.add(inode)
                 count += 1
         self._let_go()
-        self._last = self._clock.now()
-        self._next = self._last + (_SEARCH_SECONDS_AWAITED if self._unproven else _SEARCH_SECONDS)
+        self._last = now
+        self._search_at = now + (_SEARCH_SECONDS_AWAITED if self._unproven else _SEARCH_SECONDS)
+        self._count_at = now + _COUNT_SECONDS
+        self._lowest_free = self._find_lowest_free()
         return count
 
     def close(self) -> None:
@@ -162,6 +172,18 @@ class SilentPeers:
             return os.fstat(self._spare.fileno()).st_ino == inode and _is_tcp(self._spare)
         except OSError:
             return False
+
+    def _find_lowest_free(self) -> float:
+        """The lowest free descriptor, ``inf`` if there is none: with so many more open it is as much higher.
+
+        That takes microseconds, and notices what edges have not shown.
+        """
+        try:
+            descriptor = os.dup(self._unconnected.fileno())
+        except OSError:
+            return math.inf
+        os.close(descriptor)
+        return descriptor
 
     def _let_go(self) -> None:
         """A duplicate would keep its connection open."""
