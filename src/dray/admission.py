@@ -175,7 +175,7 @@ class LineLimit:
             return None
         self._next = now + self._seconds
         left_out, self._left_out = self._left_out, 0
-        return f" ({left_out} similar lines left out)" if left_out else ""
+        return f" (similar lines left out: {left_out})" if left_out else ""
 
     def warn(self, logger: logging.Logger, message: str, *arguments: object) -> None:
         """Log a warning, unless it is to be left out."""

@@ -75,9 +75,9 @@ def test_one_line_passes_in_a_time_and_the_next_tells_how_many_did_not() -> None
     lines = LineLimit(10.0, clock)
     assert [lines.passes() for _ in range(4)] == ["", None, None, None]
     clock.advance(10.0)
-    assert [lines.passes(), lines.passes()] == [" (3 similar lines left out)", None]
+    assert [lines.passes(), lines.passes()] == [" (similar lines left out: 3)", None]
     clock.advance(25.0)
-    assert lines.passes() == " (1 similar lines left out)"
+    assert lines.passes() == " (similar lines left out: 1)"
 
 
 def test_failing_accepts_are_one_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,7 +90,7 @@ def test_failing_accepts_are_one_line_a_second(caplog: pytest.LogCaptureFixture)
         clock.advance(0.1)
     assert len(caplog.records) == 5
     assert "Too many open files; the next attempt follows in 1 s" in caplog.messages[0]
-    assert caplog.messages[1].endswith("(9 similar lines left out)")
+    assert caplog.messages[1].endswith("(similar lines left out: 9)")
     clock.advance(1.0)
     assert pause.remaining == 0.0
 
