@@ -213,8 +213,8 @@ def flooded_job(command: list[str], output: Path, connections: int, seconds: flo
     Args:
         connections: how many are kept to each kind of address.
     """
-    with tempfile.TemporaryFile("w+") as said:
-        job = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile("w+") as printed:
+        job = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
         try:
             wait_until(
                 lambda: job.poll() is not None or _first_step(output), "the first step", _START_SECONDS, pause=0.1
@@ -224,8 +224,8 @@ def flooded_job(command: list[str], output: Path, connections: int, seconds: flo
         finally:
             job.kill()
             job.wait()
-        said.seek(0)
-        result.ending = said.read()[-1000:]
+        printed.seek(0)
+        result.ending = printed.read()[-1000:]
     summary = output / "summary.json"
     result.solved = result.exit_code == 0 and summary.exists() and json.loads(summary.read_text())["solved"]
     result.log_bytes += _log_bytes(output)

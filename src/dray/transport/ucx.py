@@ -284,8 +284,8 @@ class UcxListener:
     """Listens for UCX connections on the interface that has `host`, on `port` or the next free one.
 
     Attributes:
-        silent: bounds the connections that UCX accepts and that do not speak UCX; None where UCX cannot tell them
-            apart.
+        silent: bounds the connections that UCX accepts and that do not speak UCX; None where UCX cannot name
+            the peers that do.
     """
 
     def __init__(self, worker: UcxWorker, host: str, port: int = 0) -> None:

@@ -318,7 +318,7 @@ def _peer_of(request: int) -> Peer | None:
 
 
 def can_name_peers() -> bool:
-    """The loaded UCX says where a connection request comes from."""
+    """The loaded UCX can name the peer of a connection request."""
     return _request_query() is not None
 
 
