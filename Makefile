@@ -22,6 +22,8 @@ SEEDS ?= 10000
 SIMULATE_ARGS ?=
 JOBS ?= 200
 KILLS ?= 10
+SECONDS ?= 60
+FLOOD_ARGS ?=
 JOBS_ARGS ?=
 
 BIN := .venv/bin
@@ -29,7 +31,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak fuzz jobs chain endurance devmode mutants mutmut clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak flood fuzz jobs chain endurance devmode mutants mutmut clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +74,9 @@ simulate: .venv/dev.stamp ## the data plane over simulated sockets and time, a s
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)
+
+flood: .venv/dev.stamp ## CartPole while strangers connect to all that listens (SECONDS=60, FLOOD_ARGS): outputs/flood.json
+	PYTHONPATH=tests $(BIN)/python -m soak.flood --seconds $(SECONDS) --json outputs/flood.json $(FLOOD_ARGS)
 
 fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the code's branches (MINUTES=2, FUZZ_ARGS)
 	$(BIN)/python tests/fuzz/fuzzer.py --minutes $(MINUTES) $(FUZZ_ARGS)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from dray.admission import raise_descriptor_limit
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.display import Display
@@ -32,6 +33,7 @@ def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lin
         ConfigError: before anything was started.
     """
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    raise_descriptor_limit()
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
         with open_output(config, resume=resume) as (folder, state):
             site = this_machine(config, folder, options)

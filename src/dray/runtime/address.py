@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+from dray.admission import BACKLOG
 from dray.errors import ConfigError
 from dray.runtime.job import JobFolder, write_json
 
@@ -24,7 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         value = f"{host}:{port}"

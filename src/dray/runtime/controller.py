@@ -14,7 +14,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.clock import MONOTONIC, Deadline
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
 from dray.runtime.controller_metrics import exposition
 from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
+from dray.runtime.http_listener import PROVEN, HttpServer
 from dray.runtime.job import JobFolder, JobSpec, write_json
 from dray.runtime.lifecycle import Phase
 from dray.runtime.membership import Membership, MembershipError, Outcome, Progress, Role, final_phase
@@ -41,6 +43,7 @@ from dray.runtime.prompts import PromptLedger, prompt_seed
 from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.stall import StallWatch
 from dray.runtime.stall_facts import gather
+from dray.telemetry import Counters
 
 LARGEST_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2
@@ -54,6 +57,9 @@ class Controller:
     Args:
         record: called with the status as soon as the outcome is decided: it must outlive the controller, whatever
             ends that.
+
+    Attributes:
+        connections: counts of those that have not shown the token.
     """
 
     def __init__(self, spec: JobSpec, record: Callable[[messages.Status], None] | None = None) -> None:
@@ -69,6 +75,7 @@ class Controller:
             start_timeout=config.timeouts.start,
             restartable=config.policy.restarts > 0,
         )
+        self.connections = Counters(UNPROVEN_CLOSED, ACCEPT_FAILURES)
         self.final = asyncio.Event()
         self._stall = StallWatch(config.timeouts.stall)
         self.application = Starlette(routes=[self._route(endpoint) for endpoint in ENDPOINTS])
@@ -166,7 +173,9 @@ class Controller:
         return _reply(self.status())
 
     async def _metrics(self, _: Request) -> Response:
-        content, media_type = exposition(self._spec.config.job.name, self.membership, self._stall.seconds)
+        content, media_type = exposition(
+            self._spec.config.job.name, self.membership, self._stall.seconds, self.connections.snapshot()
+        )
         return Response(content, media_type=media_type)
 
     async def _register(self, request: Request) -> Response:
@@ -244,7 +253,8 @@ class Controller:
 
         async def guarded(request: Request) -> Response:
             if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
-                return _reply(messages.ErrorReply(error="unauthorised"), 401)
+                return _reply(messages.ErrorReply(error="unauthorised"), 401, {"Connection": "close"})
+            request.scope.get("state", {}).get(PROVEN, _unbounded)()
             try:
                 return await answer(request)
             except MembershipError as error:
@@ -277,16 +287,12 @@ async def _body(request: Request, kind: type[_Body]) -> _Body:
     return kind.model_validate_json(bytes(content))
 
 
-def _reply(message: messages.Message, status: int = 200) -> Response:
-    return Response(message.model_dump_json(), status, media_type=JSON)
+def _reply(message: messages.Message, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(message.model_dump_json(), status, headers, media_type=JSON)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with the process's signals left to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+def _unbounded() -> None:
+    """The application is not served by an `HttpServer`, so that nothing bounds its connections."""
 
 
 def record_status(folder: JobFolder, status: messages.Status) -> None:
@@ -304,7 +310,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
     """Serve until the job is final or a signal comes; returns how the job ended."""
     record = partial(record_status, spec.folder)
     controller = Controller(spec, record)
-    server = _Server(
+    server = HttpServer(
         uvicorn.Config(
             controller.application,
             log_config=None,
@@ -312,7 +318,9 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
             lifespan="off",
             timeout_keep_alive=int(KEEP_ALIVE),
             timeout_graceful_shutdown=HTTP_CLOSE_BOUND,
-        )
+        ),
+        listener,
+        controller.connections,
     )
     loop = asyncio.get_running_loop()
     interrupted: set[asyncio.Task[None]] = set()
@@ -322,7 +330,7 @@ async def serve(spec: JobSpec, listener: socket.socket) -> Outcome:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    serving = loop.create_task(server.serve(sockets=[listener]))
+    serving = loop.create_task(server.serve())
     await controller.reap_until_final()
     outcome = controller.membership.outcome or Outcome("failed", "the controller ended without an outcome")
     record(controller.status())

@@ -9,6 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.runtime.figures import (
     FAMILIES,
     GIVEN_AGAIN,
@@ -17,7 +18,9 @@ from dray.runtime.figures import (
     OLDEST,
     PHASE,
     PROMPTS,
+    REFUSED,
     STALLED,
+    UNPROVEN,
     USER_METRIC,
     Family,
     Figure,
@@ -29,23 +32,27 @@ _Samples = Iterable[tuple[tuple[str, ...], float]]
 _UNSETTLED = ("held", "published", "waiting_again")
 
 
-def exposition(job: str, membership: Membership, stalled: float) -> tuple[bytes, str]:
+def exposition(
+    job: str, membership: Membership, stalled: float, connections: Mapping[str, float]
+) -> tuple[bytes, str]:
     """The text, and its media type.
 
     Args:
         job: the job's name.
         stalled: seconds of the longest wait that is too long.
+        connections: counts of those to the controller that have not shown the token.
     """
     registry = CollectorRegistry()
-    registry.register(_Job(job, membership, stalled))
+    registry.register(_Job(job, membership, stalled, connections))
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
 class _Job(Collector):
-    def __init__(self, job: str, membership: Membership, stalled: float) -> None:
+    def __init__(self, job: str, membership: Membership, stalled: float, connections: Mapping[str, float]) -> None:
         self._job = job
         self._membership = membership
         self._stalled = stalled
+        self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
         samples = dict(self._samples())
@@ -81,6 +88,8 @@ class _Job(Collector):
         yield PROMPTS, [((state,), prompts[state]) for state in _UNSETTLED]
         yield NEXT_PROMPT, [((), prompts["next"])]
         yield GIVEN_AGAIN, [((), prompts["given_again"])]
+        yield UNPROVEN, [((), self._connections[UNPROVEN_CLOSED])]
+        yield REFUSED, [((), self._connections[ACCEPT_FAILURES])]
         yield OLDEST, _of_each({each.name: each.progress.ages for each in membership.active()})
         yield USER_METRIC, _of_each({each.name: each.progress.metrics for each in members})
 

@@ -61,6 +61,12 @@ OLDEST = Family(
     "Age of the oldest payload, lease or unacknowledged reference.",
     ("replica", "kind"),
 )
+UNPROVEN = Family(
+    "dray_unproven_connections_closed_total",
+    "counter",
+    "Connections to the controller that were closed because they had not shown the job's token.",
+)
+REFUSED = Family("dray_accept_failures_total", "counter", "Failures of the controller to accept a connection.")
 USER_METRIC = Family(
     "dray_user_metric", "gauge", "Newest value of a metric that train_step returned.", ("replica", "name")
 )
@@ -108,5 +114,5 @@ FIGURES = (
 )
 
 FAMILIES = (
-    PHASE, MEMBERS, STALLED, PROMPTS, NEXT_PROMPT, GIVEN_AGAIN, OLDEST, USER_METRIC, *FIGURES,
+    PHASE, MEMBERS, STALLED, PROMPTS, NEXT_PROMPT, GIVEN_AGAIN, OLDEST, UNPROVEN, REFUSED, USER_METRIC, *FIGURES,
 )  # fmt: skip

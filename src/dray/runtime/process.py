@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import IO, Final, NoReturn
 
+from dray.admission import raise_descriptor_limit
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
 from dray.printable import PrintableFormatter
@@ -107,6 +108,7 @@ def begin_process(name: str) -> None:
     # Another user who could write to a file of the job, a checkpoint say, could run code in the next run.
     os.umask(os.umask(_OTHERS_WRITE) | _OTHERS_WRITE)
     log_to_stderr(name, logging.INFO)
+    raise_descriptor_limit()
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     exit_with_own_code_on_crash()
     parent = os.environ.get(PARENT_VARIABLE)

@@ -50,6 +50,7 @@ class SimulatedListener:
         self.worker = worker
         self.waiting: deque[SimulatedSocket | SimulatedUcxEndpoint] = deque()
         self.closed = False
+        self.silent = None
 
     def fileno(self) -> int:
         return self._number

@@ -8,7 +8,8 @@ from typing import Protocol
 from dray.clock import Deadline
 from dray.transport import tcp, ucx, unix
 from dray.transport.stream import Endpoint, Stream
-from dray.transport.ucx_worker import UcxWorker, is_loopback
+from dray.transport.ucx_sockets import is_loopback
+from dray.transport.ucx_worker import UcxWorker
 from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dray.admission import UNPROVEN_CLOSED, UNPROVEN_SECONDS, LineLimit, Unproven
 from dray.clock import Clock, Deadline
 from dray.errors import ConnectionClosed, ProtocolError, TransportError
 from dray.telemetry import Counters
@@ -24,7 +25,6 @@ ROUNDS = 64
 MOST_MESSAGES = 256
 """Messages of one connection that are taken at a time."""
 _LINGER_SECONDS = 1.0
-_HANDSHAKE_SECONDS = 10.0
 _WATCHDOG_SECONDS = 0.05
 _MOST_LISTED = 100
 
@@ -114,6 +114,8 @@ class ServedConnections:
         self._ucx: dict[Stream, ServedConnection] = {}
         self._undrained: list[ServedConnection] = []
         self._next_sweep = math.inf
+        self._unproven: Unproven[ServedConnection] = Unproven(clock, min(UNPROVEN_SECONDS, settings.idle))
+        self._lines = LineLimit(clock=clock)
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -123,6 +125,9 @@ class ServedConnections:
         connection = ServedConnection(stream, self._make_session(stream.lane), now, pid)
         self._counters.add("connections")
         self._next_sweep = min(self._next_sweep, now + self._limit(connection))
+        displaced = self._unproven.add(connection)
+        if displaced is not None:
+            self._close_unproven(displaced, "newer ones displaced it")
         (self._ucx if connection.tagged else self._sockets)[stream] = connection
         self.serve(connection)
 
@@ -142,6 +147,8 @@ class ServedConnections:
                 if messages is not None and not connection.lingering:
                     session.receive(messages)
                     connection.active = self._clock.now()
+                    if not connection.announced:
+                        self._note_progress(connection)
                 items = session.take()
                 if items:
                     descriptor = None
@@ -199,6 +206,9 @@ class ServedConnections:
         found = bool(self._undrained)
         if found:
             self._settle_undrained()
+        for connection in self._unproven.overdue() if self._unproven else ():
+            self._close_unproven(connection, "its proof of the secret was late")
+            found = True
         now = self._clock.now()
         if now < self._next_sweep:
             return found
@@ -239,7 +249,9 @@ class ServedConnections:
         """Seconds until `sweep` or `finished` has something to do; None for no bound."""
         if self._undrained or stopping:
             return _WATCHDOG_SECONDS
-        return None if self._next_sweep == math.inf else max(0.0, self._next_sweep - self._clock.now())
+        sweep = math.inf if self._next_sweep == math.inf else max(0.0, self._next_sweep - self._clock.now())
+        remaining = min(sweep, self._unproven.remaining)
+        return None if remaining == math.inf else remaining
 
     def leases(self) -> list[dict[str, float | int | None]]:
         """The longest silent readers with live leases: pid (Unix lane), leases, seconds since their last word."""
@@ -260,20 +272,32 @@ class ServedConnections:
         if connection.lingering:
             return _LINGER_SECONDS
         if not connection.session.established:
-            return min(_HANDSHAKE_SECONDS, self._settings.idle)
+            return math.inf  # its proof has a deadline
         if not connection.session.leases:
             return self._settings.idle
         return self._settings.lease if connection.network else math.inf
+
+    def _note_progress(self, connection: ServedConnection) -> None:
+        if connection.session.established:
+            self._unproven.discard(connection)
+        elif not connection.session.closing:
+            self._unproven.greeted(connection)
+
+    def _close_unproven(self, connection: ServedConnection, why: str) -> None:
+        self._counters.add(UNPROVEN_CLOSED)
+        self._lines.warn(logger, "closed a connection on the %s lane: %s", connection.stream.lane.label, why)
+        self._drop(connection, None)
 
     def _drop(self, connection: ServedConnection, error: Exception | None) -> None:
         """End a connection; its leases are returned once nothing reads their slots for sending."""
         if isinstance(error, ProtocolError):
             self._counters.add("malformed")
-            logger.warning("connection closed: %s", error)
+            self._lines.warn(logger, "connection closed: %s", error)
         elif error is not None:
             self._counters.add("failed_connections")
             logger.debug("connection lost: %s", error)
         stream = connection.stream
+        self._unproven.discard(connection)
         if connection.tagged:
             del self._ucx[stream]
         else:

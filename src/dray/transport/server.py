@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 import xxhash
 
+from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError
@@ -28,7 +29,8 @@ from dray.transport.server_thread import ServerThread
 from dray.transport.stream import LANE_NAMES
 from dray.transport.tcp import TcpListener
 from dray.transport.ucx import UcxListener
-from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, is_loopback, require
+from dray.transport.ucx_sockets import is_loopback
+from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
 from dray.transport.unix import UnixListener
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane, ServerIdentity, check_secret
@@ -39,7 +41,10 @@ logger = logging.getLogger("dray.server")
 LaneName = Literal["shm", "tcp", "ucx"]
 MOST_THREADS = 16
 _MOST_LISTED = 200  # so that the text after STATUS holds them
-_COUNTED = ("connections", "reads", "bytes", "stale", "malformed", "auth_failures", "evicted")
+_COUNTED = (
+    "connections", "reads", "bytes", "stale", "malformed", "auth_failures", "evicted",
+    UNPROVEN_CLOSED, ACCEPT_FAILURES,
+)  # fmt: skip
 
 
 class PayloadServer:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from dray.admission import ACCEPT_FAILURES, MAX_ACCEPTED, UNPROVEN_CLOSED, AcceptPause, LineLimit
 from dray.clock import Clock, Deadline
 from dray.errors import AuthenticationError, TransportError
 from dray.telemetry import Counters
@@ -21,14 +22,13 @@ from dray.transport.served_connections import ROUNDS, ServedConnection, ServedCo
 from dray.transport.spinning import SpinningEpoll
 from dray.transport.tcp import TcpListener
 from dray.transport.ucx import UcxListener, UcxStream
+from dray.transport.ucx_sockets import SilentPeers
 from dray.transport.ucx_worker import UcxWorker
 from dray.transport.unix import UnixListener, UnixStream
 from dray.wire.handshake import Lane
 from dray.wire.session import ServerSession
 
 logger = logging.getLogger("dray.server")
-
-_ACCEPT_PAUSE_SECONDS = 1.0
 
 
 class Poll(Protocol):
@@ -73,6 +73,8 @@ class ServerThread:
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._worker = worker
         self._ucx = ucx
+        self._silent = ucx.silent if ucx is not None else None
+        self._silent_watched = self._silent.filenos() if self._silent is not None else []
         self._counters = counters
         self._clock = clock
         self._served = ServedConnections(
@@ -80,7 +82,8 @@ class ServerThread:
         )
         self._sockets: dict[int, ServedConnection] = {}
         self._paused: list[UnixListener | TcpListener] = []
-        self._resume_at = math.inf
+        self._pause = AcceptPause(logger, clock)
+        self._lines = LineLimit(clock=clock)
         self._stop_by: Deadline | None = None
         self._ucx_due = worker is not None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -88,6 +91,9 @@ class ServerThread:
             self._poll = make_poll()
             for watched in (self._wake, *self._listeners, *((worker.fileno(),) if worker else ())):
                 self._poll.register(watched, select.EPOLLIN)
+            for watched in self._silent_watched:
+                # Level-triggered, it would be readable until UCX has accepted.
+                self._poll.register(watched, select.EPOLLIN | select.EPOLLET)
         except BaseException:
             self._close_wake()
             raise
@@ -146,10 +152,14 @@ class ServerThread:
                         self._accept(self._listeners[descriptor])
                     elif descriptor == self._wake:
                         os.eventfd_read(self._wake)
+                    elif self._silent is not None and descriptor in self._silent_watched:
+                        self._silent.hasten()
                     else:
                         self._ucx_due = True
                 if self._paused:
                     self._resume_accepting()
+                if self._silent is not None and not self._silent.remaining:
+                    self._shut_down_silent(self._silent)
                 if self._served.sweep() or not events:
                     self._ucx_due = True
         except BaseException:
@@ -164,43 +174,53 @@ class ServerThread:
 
     def _timeout(self) -> float | None:
         timeout = self._served.timeout(self._stop_by is not None)
-        if self._resume_at == math.inf:
-            return timeout
-        resume = max(0.0, self._resume_at - self._clock.now())
-        return resume if timeout is None else min(timeout, resume)
+        due = min(
+            math.inf if timeout is None else timeout,
+            self._pause.remaining if self._paused else math.inf,
+            self._silent.remaining if self._silent is not None else math.inf,
+        )
+        return None if due == math.inf else due
 
     def _accept(self, listener: UnixListener | TcpListener | UcxListener) -> None:
-        while True:
+        for _ in range(MAX_ACCEPTED):
             try:
                 stream = listener.accept()
             except AuthenticationError as error:
                 self._counters.add("auth_failures")
-                logger.warning("%s", error)
+                self._lines.warn(logger, "%s", error)
                 continue
             except TransportError as error:
-                self._counters.add("accept_failures")
-                logger.warning("a connection could not be accepted: %s", error)
+                self._counters.add(ACCEPT_FAILURES)
                 if isinstance(listener, UcxListener):
+                    self._lines.warn(logger, "a connection on the ucx lane could not be accepted: %s", error)
                     continue
-                self._pause_accepting(listener)
+                self._pause_accepting(listener, error)
                 return
             if stream is None:
                 return
             self._served.add(stream, stream.peer()[0] if isinstance(stream, UnixStream) else None)
 
-    def _pause_accepting(self, listener: UnixListener | TcpListener) -> None:
+    def _pause_accepting(self, listener: UnixListener | TcpListener, error: TransportError) -> None:
         """Out of descriptors, most likely: leave the connection in the backlog rather than spin on it."""
         self._poll.unregister(listener.fileno())
         self._paused.append(listener)
-        self._resume_at = min(self._resume_at, self._clock.now() + _ACCEPT_PAUSE_SECONDS)
+        self._pause.begin(error)
 
     def _resume_accepting(self) -> None:
-        if self._clock.now() < self._resume_at:
+        if self._pause.remaining:
             return
-        self._resume_at = math.inf
         for listener in self._paused:
             self._poll.register(listener.fileno(), select.EPOLLIN)
         self._paused.clear()
+
+    def _shut_down_silent(self, silent: SilentPeers) -> None:
+        assert self._worker is not None
+        self._worker.progress()  # it may hand over requests
+        self._ucx_due = True
+        count = silent.shut_down()
+        if count:
+            self._counters.add(UNPROVEN_CLOSED, count)
+            self._lines.warn(logger, "closed %d connections on the ucx lane: they do not speak UCX", count)
 
     def _progress_ucx(self) -> bool:
         """Serve the UCX connections until there is nothing to do but wait; True if their turn is over before."""
@@ -213,10 +233,13 @@ class ServerThread:
             seen = worker.steps
             if listener is not None and self._stop_by is None:
                 self._accept(listener)
+                unaccepted = listener.waiting
+            else:
+                unaccepted = False
             # Serving may itself have made progress and so completed a request of a connection already looked at.
             unfinished = self._served.serve_ucx()
             worker.drop_strays(self._awaits)
-            if worker.steps == seen and not unfinished and worker.arm():
+            if worker.steps == seen and not unfinished and not unaccepted and worker.arm():
                 self._ucx_due = False
                 return False
         return True
@@ -248,8 +271,10 @@ class ServerThread:
                 self._poll.unregister(descriptor)
             listener.close()
         self._paused.clear()
-        self._resume_at = math.inf
         self._listeners.clear()
+        for descriptor in self._silent_watched:
+            self._poll.unregister(descriptor)
+        self._silent, self._silent_watched = None, []
         if self._ucx is not None:
             self._ucx.close()
             self._ucx = None

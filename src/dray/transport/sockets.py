@@ -24,6 +24,9 @@ from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
 
 READ_AHEAD = 64 * 1024
+UNPROVEN_READ_AHEAD = 256
+"""Of an accepted connection until many messages are asked for together: the handshake's have at most 64 bytes."""
+
 MOST_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
@@ -85,13 +88,14 @@ class SocketStream:
     Args:
         sock: the socket; the stream owns it from now on.
         lane: ``SHM`` for a Unix socket, ``TCP`` for a TCP socket.
+        accepted: it is the server's end, which has little memory until the peer has proven the secret.
     """
 
-    def __init__(self, sock: socket.socket, lane: Lane) -> None:
+    def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
         sock.setblocking(False)
         self.lane = lane
         self._sock = not_inherited(sock)
-        self._inbox = bytearray(READ_AHEAD)
+        self._inbox = bytearray(UNPROVEN_READ_AHEAD if accepted else READ_AHEAD)
         self._view = memoryview(self._inbox)
         self._begin = self._end = 0
         self._parts: deque[memoryview] = deque()
@@ -116,6 +120,8 @@ class SocketStream:
     def receive(self, size: int, most: int = 1) -> memoryview | None:
         begin, end = self._begin, self._end
         if end - begin < size:
+            if most > 1 and len(self._inbox) < READ_AHEAD:
+                self._grow(READ_AHEAD)
             if self._dry or not self._fill(size - end + begin) or self._end - self._begin < size:
                 return None
             begin, end = self._begin, self._end
@@ -194,7 +200,7 @@ class SocketStream:
     def _fill(self, missing: int) -> int:
         """Read towards a message that lacks `missing` bytes; the bytes read."""
         begin, end = self._begin, self._end
-        if begin == end and not self._expected and missing <= READ_AHEAD:
+        if begin == end and not self._expected and missing <= len(self._inbox):
             self._begin = self._end = 0
             got = self._recv(self._inbox)
         else:
@@ -202,13 +208,16 @@ class SocketStream:
                 self._inbox[: end - begin] = self._inbox[begin:end]
                 self._begin, self._end = 0, end - begin
             if self._end + missing > len(self._inbox):
-                grown = bytearray(self._end + missing)
-                grown[: self._end] = self._inbox[: self._end]
-                self._inbox, self._view = grown, memoryview(grown)
+                self._grow(self._end + missing)
             # More than the next message, unless a payload is to go straight into its place.
             got = self._recv(self._view[self._end : self._end + missing if self._expected else None])
         self._end += got
         return got
+
+    def _grow(self, nbytes: int) -> None:
+        grown = bytearray(nbytes)
+        grown[: self._end] = self._inbox[: self._end]
+        self._inbox, self._view = grown, memoryview(grown)
 
     def _fill_payload(self, target: memoryview) -> bool:
         ahead = min(self._end - self._begin, target.nbytes - self._filled)

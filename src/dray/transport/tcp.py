@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import socket
 
+from dray.admission import BACKLOG
 from dray.clock import Deadline
-from dray.errors import ConfigError, Unreachable
+from dray.errors import ConfigError, TransportError, Unreachable
 from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
 from dray.transport.waiting import Wake
 from dray.wire.handshake import Lane
 
-_BACKLOG = 256
 _PORTS_TO_TRY = 64
 
 
@@ -26,7 +26,7 @@ class TcpListener:
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bind_next_free(self._sock, host, port)
-            self._sock.listen(_BACKLOG)
+            self._sock.listen(BACKLOG)
         except BaseException:
             self._sock.close()
             raise
@@ -39,9 +39,10 @@ class TcpListener:
     def accept(self) -> SocketStream | None:
         """The next connection, or None when there is none."""
         sock = accept(self._sock)
-        if sock is None:
+        try:
+            return None if sock is None else _stream(sock, accepted=True)
+        except TransportError:  # it has ended meanwhile
             return None
-        return _stream(sock)
 
     def close(self) -> None:
         self._sock.close()
@@ -92,10 +93,10 @@ def connect(host: str, port: int, deadline: Deadline, wake: Wake | None = None) 
     raise failure or Unreachable("the host has no address", endpoint=endpoint)
 
 
-def _stream(sock: socket.socket) -> SocketStream:
+def _stream(sock: socket.socket, accepted: bool = False) -> SocketStream:
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         sock.close()
         raise from_os_error(error) from error
-    return SocketStream(sock, Lane.TCP)
+    return SocketStream(sock, Lane.TCP, accepted)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import secrets
+import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ from dray.errors import (
     Unreachable,
 )
 from dray.transport.stream import Endpoint
-from dray.transport.ucx_worker import Abandoned, UcxWorker, confine, from_ucx_error
+from dray.transport.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
+from dray.transport.ucx_worker import Abandoned, UcxWorker, from_ucx_error
 from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
 
@@ -279,18 +281,33 @@ class UcxStream:
 
 
 class UcxListener:
-    """Listens for UCX connections on the interface that has `host`, on `port` or the next free one."""
+    """Listens for UCX connections on the interface that has `host`, on `port` or the next free one.
+
+    Attributes:
+        silent: bounds the connections that UCX accepts and that do not speak UCX; None where UCX cannot name
+            the peers that do.
+    """
 
     def __init__(self, worker: UcxWorker, host: str, port: int = 0) -> None:
         self._worker = worker
         self._requests: deque[int] = deque()
+        self.silent: SilentPeers | None = None
+        self._listening: socket.socket | None = None
         self._listener = self._bind(port)
         try:
-            confine(self._listener.port, host)
+            self._listening = listening_socket(self._listener.port)
+            confine(self._listening, host)
+            if can_name_peers():
+                self.silent = SilentPeers(self._listener.port, worker.data_ports)
         except BaseException:
             self.close()
             raise
         self.endpoint = str(Endpoint(Lane.UCX, host, self._listener.port))
+
+    @property
+    def waiting(self) -> bool:
+        """`accept` has a connection."""
+        return self._listener is not None and bool(self._requests)
 
     def accept(self) -> UcxStream | None:
         """The next connection, or None when there is none."""
@@ -305,10 +322,15 @@ class UcxListener:
 
     def close(self) -> None:
         """Take no more connections. The port is free again when the worker is closed."""
-        if self._listener is not None:
-            self._worker.retire(self._listener, self._refuse)
-            self._refuse()
-            self._listener = None
+        if self._listener is None:
+            return
+        if self._listening is not None:
+            self._worker.retire(self._listener, self._listening, self._refuse)
+            self._listening.close()
+        if self.silent is not None:
+            self.silent.close()
+        self._refuse()
+        self._listener = None
 
     def _refuse(self, listener: Any = None) -> None:
         """End the connections that wait to be accepted: UCX keeps what nobody answers."""
@@ -318,10 +340,15 @@ class UcxListener:
                 endpoint = listener.create_endpoint_from_conn_request(self._requests.popleft(), True)
                 self._worker.close_endpoint(endpoint, [])
 
+    def _requested(self, request: int) -> None:
+        if self.silent is not None:
+            self.silent.requested(request)
+        self._requests.append(request)
+
     def _bind(self, port: int) -> Any:
         for candidate in range(port, min(port + _PORTS_TO_TRY, 65536)) if port else (0,):
             try:
-                return self._worker.listen(candidate, self._requests.append)
+                return self._worker.listen(candidate, self._requested)
             except Unreachable as error:
                 if not error.refused:
                     raise

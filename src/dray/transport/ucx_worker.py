@@ -11,23 +11,18 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
-import ipaddress
 import itertools
 import os
 import secrets
 import select
 import socket
-import stat
-import struct
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from dray.clock import Deadline
 from dray.errors import (
-    ConfigError,
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
@@ -36,6 +31,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.transport.ucx_sockets import drop_all_packets, ports_opened
 
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
 SEGMENT_SIZE = "1m"
@@ -45,13 +41,6 @@ _CLOSE_STEP_NS = 10_000_000
 _CLOSE_STEPS = 100
 _PROGRESS_STEPS = 10_000
 _SETTLE_SECONDS = 0.05
-_IFNAME = struct.Struct("16s16x")
-_IFADDR = struct.Struct("20x4s8x")
-_SIOCGIFADDR = 0x8915
-_SO_ATTACH_FILTER = 26
-_SOCK_FPROG = struct.Struct("@HP")
-_RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
-"""A packet filter of one instruction, which accepts no byte of any packet."""
 
 
 def require() -> tuple[ModuleType, type]:
@@ -119,15 +108,22 @@ class UcxWorker:
 
     Args:
         loopback: confine the worker's own sockets to the loopback interface.
+
+    Attributes:
+        data_ports: TCP ports to which UCX connects other workers with this one.
     """
 
     def __init__(self, loopback: bool) -> None:
         self.ucx, self.array = require()
         try:
-            self._worker = self.ucx.UCXWorker(_context(loopback, os.getpid()))
+            context = _context(loopback, os.getpid())
+            self._worker, opened = ports_opened(lambda: self.ucx.UCXWorker(context))
+            address = self.ucx.UCXAddress.create_from_worker(self._worker).tobytes()
             self._worker.init_blocking_progress_mode()
         except self.ucx.UCXError as error:
             raise from_ucx_error(error) from error
+        # Another thread may have opened others meanwhile.
+        self.data_ports = frozenset(port for port in opened if port.to_bytes(2, "big") in address)
         self.loopback = loopback
         self.steps = 0
         # Nobody who has not been told a tag should hit upon one.
@@ -172,15 +168,14 @@ class UcxWorker:
         except self.ucx.UCXError as error:
             raise Unreachable(f"UCX cannot listen on port {port}: {error}") from error
 
-    def retire(self, listener: Any, refuse: Callable[[Any], None]) -> None:
-        """Have a listener take no more connections, and keep it until this worker is closed.
+    def retire(self, listener: Any, listening: socket.socket, refuse: Callable[[Any], None]) -> None:
+        """Have a listener, whose socket is `listening`, take no more connections; it is kept until `close`.
 
         The endpoints it accepted keep it going, and it calls back into the object that made it. UCX (1.21) crashes
         when a listener goes before a connection that it accepted has said what it wants, so `close` gives those
         a moment, and has `refuse` end them.
         """
-        with _listening_socket(listener.port) as sock:
-            _drop_all_packets(sock)
+        drop_all_packets(listening)
         self._retired.append((listener, refuse))
         self._settled = Deadline.after(_SETTLE_SECONDS)
 
@@ -307,71 +302,3 @@ def _make_context(loopback: bool, pid: int) -> Any:  # noqa: ARG001  (pid is the
     chosen = {name: value for name, value in options.items() if f"UCX_{name}" not in os.environ}
     features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
     return ucx.UCXContext(chosen, features)
-
-
-@functools.lru_cache(maxsize=1024)
-def is_loopback(host: str) -> bool:
-    """The host is this machine's loopback."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def confine(port: int, host: str) -> None:
-    """Confine the listening socket on `port` to the interface that has the address `host`.
-
-    ucxx cannot bind its listener to an address; the kernel can bind the socket to a device. ``0.0.0.0`` asks for
-    every interface and is left alone.
-
-    Raises:
-        ConfigError: no interface of this machine has the address.
-    """
-    if host == "0.0.0.0":
-        return
-    device = _interface(host)
-    with _listening_socket(port) as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
-
-
-@contextlib.contextmanager
-def _listening_socket(port: int) -> Iterator[socket.socket]:
-    """A duplicate of the descriptor of the UCX listener on `port`, which ucxx does not give out."""
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        try:
-            duplicate = os.dup(int(entry.name))
-        except OSError:  # the descriptor that listed the folder, which is gone, or another thread's
-            continue
-        if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
-            os.close(duplicate)
-            continue
-        with socket.socket(fileno=duplicate) as found:
-            if found.family != socket.AF_INET or found.type != socket.SOCK_STREAM:
-                continue
-            listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            if listening and found.getsockname() == ("0.0.0.0", port):
-                yield found
-                return
-    raise Unreachable(f"the listening socket on port {port} cannot be found")
-
-
-def _drop_all_packets(sock: socket.socket) -> None:
-    """No new connection comes through this listening socket any more; those that have come stay."""
-    program = ctypes.create_string_buffer(_RETURN_NOTHING)
-    filter_ = _SOCK_FPROG.pack(1, ctypes.addressof(program))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_)
-
-
-def _interface(host: str) -> str:
-    if is_loopback(host):
-        return "lo"
-    import fcntl  # there is none where dray only has to import
-
-    wanted = socket.inet_aton(socket.gethostbyname(host))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                answer = fcntl.ioctl(query, _SIOCGIFADDR, _IFNAME.pack(name.encode()))
-                if _IFADDR.unpack(answer)[0] == wanted:
-                    return name
-    raise ConfigError("host", host, "an IPv4 address of one of this machine's interfaces")

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from dray import admission
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout, Unreachable
 from dray.private_directory import MAX_SOCKET_PATH
@@ -17,7 +18,6 @@ from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 
-_BACKLOG = 256
 _UCRED = struct.Struct("3i")
 _TIMEVAL = struct.Struct("@ll")
 
@@ -28,8 +28,8 @@ class UnixStream(SocketStream):
     The message that ends the handshake brings the segment's descriptor: `receive_descriptor` takes it.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, Lane.SHM)
+    def __init__(self, sock: socket.socket, accepted: bool = False) -> None:
+        super().__init__(sock, Lane.SHM, accepted)
 
     def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
         """The next message together with the descriptor it carries, or None if it is not here yet.
@@ -65,7 +65,7 @@ class UnixListener:
         self._sock = not_inherited(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
             self._sock.bind(str(path))
-            self._sock.listen(_BACKLOG)
+            self._sock.listen(admission.BACKLOG)
         except OSError as error:
             self._sock.close()
             raise from_os_error(error, self.endpoint) from error
@@ -83,7 +83,7 @@ class UnixListener:
         sock = accept(self._sock)
         if sock is None:
             return None
-        stream = UnixStream(sock)
+        stream = UnixStream(sock, accepted=True)
         pid, uid = stream.peer()
         if uid != os.getuid():
             stream.close()
@@ -99,12 +99,9 @@ class UnixListener:
 def accept(listening: socket.socket) -> socket.socket | None:
     """The next connection of a non-blocking listening socket, or None."""
     try:
-        sock, _ = listening.accept()
-    except (BlockingIOError, ConnectionAbortedError):
-        return None
+        return admission.accept(listening)
     except OSError as error:
         raise from_os_error(error) from error
-    return sock
 
 
 def connect(path: str, deadline: Deadline) -> UnixStream:

@@ -1,17 +1,22 @@
 """The head's end of connections between nodes, over real sockets."""
 
 import json
+import os
+import resource
+import select
 import selectors
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from waiting import wait_until
 
+from dray.admission import MAX_UNPROVEN, Unproven
 from dray.clock import Deadline
 from dray.config import parse_job
 from dray.errors import AuthenticationError, TransportError
@@ -179,7 +184,7 @@ def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
 def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "GREETING_BOUND", 0.3)
+    monkeypatch.setattr(door, "Unproven", partial(Unproven, seconds=0.3))
     with head_of(tmp_path) as head:
         strangers = [socket.create_connection(head.address) for _ in range(3)]
         try:
@@ -216,10 +221,47 @@ def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path)
 
     with head_of(tmp_path) as head, ExitStack() as opened:
         strangers = [
-            opened.enter_context(socket.create_connection(head.address)) for _ in range(door.MOST_GREETED + 10)
+            opened.enter_context(socket.create_connection(head.address)) for _ in range(MAX_UNPROVEN + 10)
         ]
         head.link().close()  # has come in after all of them, and pushed out one more
-        assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (door.MOST_GREETED - 1)
+        assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (MAX_UNPROVEN - 1)
+
+
+def test_strangers_make_few_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with head_of(tmp_path) as head:
+        for _ in range(20):
+            with socket.create_connection(head.address) as stranger:
+                stranger.settimeout(5.0)
+                head.until(lambda: select.select([stranger], [], [], 0)[0], "the nonce")
+                stranger.sendall(bytes(66) + bytes(32))
+                stranger.recv(32)
+                head.until(lambda: select.select([stranger], [], [], 0)[0], "the end of the connection")
+                assert stranger.recv(1) == b""
+        lines = [each.message for each in caplog.records if each.levelname == "WARNING"]
+        assert lines == ["a connection is not taken: the other end of a connection does not know the job's secret"]
+
+
+def test_head_without_descriptors_accepts_later_and_does_not_spin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failures() -> list[str]:
+        return [message for message in caplog.messages if "could not be accepted" in message]
+
+    with head_of(tmp_path) as head, socket.socket() as early:
+        address = head.address
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            early.connect(address)
+            head.until(failures, "the failure to accept")
+            assert head.selector.select(0) == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        head.until(lambda: select.select([early], [], [], 0)[0], "the nonce")
+        assert len(failures()) == 1
+        head.link().close()
 
 
 def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import math
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.runtime.controller_metrics import exposition
 from dray.runtime.figures import FAMILIES, FIGURES
 from dray.runtime.membership import Membership, Progress, Role
 from dray.runtime.prompts import PromptLedger
 
+CONNECTIONS = {UNPROVEN_CLOSED: 7, ACCEPT_FAILURES: 2}
 HOSTILE = {
     "step": 999.0,
     "payloads": -1.0,
@@ -39,7 +41,7 @@ def members(**progress: Progress) -> Membership:
 def read(membership: Membership, stalled: float = 0.0) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
     """name of a sample → its labels → its value; no sample is there twice."""
     found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
-    content, _ = exposition("small", membership, stalled)
+    content, _ = exposition("small", membership, stalled, CONNECTIONS)
     for family in text_string_to_metric_families(content.decode()):
         for sample in family.samples:
             samples = found.setdefault(sample.name, {})
@@ -54,7 +56,7 @@ def labels(**values: str) -> frozenset[tuple[str, str]]:
 
 
 def test_every_family_is_declared_once_with_type_and_help() -> None:
-    content, _ = exposition("small", members(), 0.0)
+    content, _ = exposition("small", members(), 0.0, CONNECTIONS)
     text = content.decode()
     parsed = list(text_string_to_metric_families(text))
     declared = [(each.name, each.type, each.documentation) for each in parsed]
@@ -94,6 +96,8 @@ def test_job_is_described_by_its_phase_members_prompts_and_stall() -> None:
     assert found["dray_prompts"][labels(state="held")] == 3.0
     assert found["dray_next_prompt"] == {labels(): 8.0}
     assert found["dray_oldest_seconds"] == {labels(replica="rollout-0", kind="payload"): 1.5}
+    assert found["dray_unproven_connections_closed_total"] == {labels(): 7.0}
+    assert found["dray_accept_failures_total"] == {labels(): 2.0}
     membership.died("rollout-0", Role.ROLLOUT, "killed")
     assert read(membership)["dray_prompts_given_again_total"] == {labels(): 3.0}
 

@@ -22,7 +22,7 @@ from dray import (
     TransportTimeout,
 )
 from dray.errors import ConnectionClosed, ConnectionReset, Unreachable
-from dray.transport import ucx, ucx_worker
+from dray.transport import ucx, ucx_sockets, ucx_worker
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_worker import UcxWorker
 
@@ -69,9 +69,9 @@ def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
     assert caught.value.key == "host"
 
 
-def test_a_port_on_which_nobody_listens_cannot_be_confined() -> None:
+def test_a_port_on_which_nobody_listens_has_no_socket() -> None:
     with pytest.raises(Unreachable):
-        ucx_worker.confine(1, "127.0.0.1")
+        ucx_sockets.listening_socket(1)
 
 
 def test_a_host_that_ucx_does_not_know_is_a_transport_error() -> None:

@@ -6,6 +6,7 @@ import math
 import socket
 from contextlib import ExitStack
 
+from dray.admission import BACKLOG
 from dray.clock import Deadline
 from dray.errors import ConfigError, TransportError, TransportTimeout, Unreachable
 from dray.launch.slurm.greeting import NONCE, PROOF, Guest, Purpose
@@ -22,7 +23,7 @@ def listen(host: str) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.bind((host, 0))
-        listener.listen(1024)
+        listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         listener.close()

@@ -7,16 +7,10 @@ import selectors
 import socket
 from collections.abc import Callable
 
-from dray.clock import Deadline
+from dray.admission import MAX_ACCEPTED, UNPROVEN_SECONDS, AcceptPause, LineLimit, Unproven, accept
 from dray.errors import AuthenticationError
 from dray.launch.slurm.connection import end_when_silent, listen
 from dray.launch.slurm.greeting import Host, Purpose
-
-GREETING_BOUND = 5.0
-"""Seconds that a new connection has to show that it knows the secret."""
-
-MOST_GREETED = 64
-"""Connections that have not shown it yet; the oldest gives way to another one."""
 
 _CHUNK = 4096
 _LOG = logging.getLogger("dray.launch.door")
@@ -28,7 +22,6 @@ class _Greeted:
     def __init__(self, connected: socket.socket, secret: bytes) -> None:
         self.connected = connected
         self.host = Host(secret)
-        self.deadline = Deadline.after(GREETING_BOUND)
 
 
 class Door:
@@ -56,7 +49,10 @@ class Door:
         self._silence = silence
         self._refusal = refusal
         self._welcome = welcome
-        self._greeted: set[_Greeted] = set()
+        self._unproven: Unproven[_Greeted] = Unproven()
+        self._pause = AcceptPause(_LOG)
+        self._paused = False
+        self._lines = LineLimit()
         self._selector: selectors.BaseSelector | None = None
         self._listener: socket.socket | None = listen(host)
 
@@ -64,42 +60,60 @@ class Door:
         """Let `selector` call what is here when somebody comes; returns where the door is."""
         assert self._listener is not None
         self._selector = selector
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._accept_when_readable()
         host, port = self._listener.getsockname()
         return host, port
 
     def look(self) -> None:
-        """Drop connections that have taken too long."""
-        for greeted in [each for each in self._greeted if each.deadline.expired]:
-            self._drop(greeted, f"it said nothing within {GREETING_BOUND:g} s")
+        """Drop connections that have taken too long, and accept again after a pause."""
+        for greeted in self._unproven.overdue():
+            self._close(greeted, f"it has not proven the secret within {UNPROVEN_SECONDS:g} s")
+        if self._paused and not self._pause.remaining and self._listener is not None:
+            self._accept_when_readable()
 
     def close(self) -> None:
         """Let nobody in any more. Twice is fine."""
         if self._listener is not None:
-            if self._selector is not None:
+            if self._selector is not None and not self._paused:
                 self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
-        for greeted in list(self._greeted):
+        for greeted in list(self._unproven):
             self._drop(greeted, "the job ends")
+
+    def _accept_when_readable(self) -> None:
+        assert self._selector is not None
+        assert self._listener is not None
+        self._paused = False
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self) -> None:
         assert self._listener is not None
         assert self._selector is not None
-        try:
-            connected, _ = self._listener.accept()
-        except OSError:  # whoever it was has gone
-            return
+        for _ in range(MAX_ACCEPTED):
+            try:
+                connected = accept(self._listener)
+            except OSError as error:
+                self._pause.begin(error)
+                self._paused = True
+                self._selector.unregister(self._listener)
+                return
+            if connected is None:
+                return
+            self._add(connected)
+
+    def _add(self, connected: socket.socket) -> None:
+        assert self._selector is not None
         connected.setblocking(False)
         greeted = _Greeted(connected, self._secret)
-        self._greeted.add(greeted)
+        displaced = self._unproven.add(greeted)
+        if displaced is not None:
+            self._close(displaced, "newer ones that have not proven the secret displaced it")
         self._selector.register(connected, selectors.EVENT_READ, lambda: self._greet(greeted))
         try:
             connected.send(greeted.host.nonce)
         except OSError as error:
             self._drop(greeted, str(error))
-        if len(self._greeted) > MOST_GREETED:
-            self._drop(min(self._greeted, key=lambda each: each.deadline.at), "too many say nothing")
 
     def _greet(self, greeted: _Greeted) -> None:
         try:
@@ -121,13 +135,16 @@ class Door:
             return
         assert self._selector is not None
         self._selector.unregister(greeted.connected)
-        self._greeted.discard(greeted)
+        self._unproven.discard(greeted)
         self._welcome(purpose, greeted.connected)
 
     def _drop(self, greeted: _Greeted, why: str) -> None:
-        if greeted in self._greeted:
-            assert self._selector is not None
-            _LOG.warning("a connection is not taken: %s", why)
-            self._greeted.discard(greeted)
-            self._selector.unregister(greeted.connected)
-            greeted.connected.close()
+        if greeted in self._unproven:
+            self._unproven.discard(greeted)
+            self._close(greeted, why)
+
+    def _close(self, greeted: _Greeted, why: str) -> None:
+        assert self._selector is not None
+        self._lines.warn(_LOG, "a connection is not taken: %s", why)
+        self._selector.unregister(greeted.connected)
+        greeted.connected.close()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from dray.admission import raise_descriptor_limit
 from dray.errors import ConfigError, DrayError, error_lines
 from dray.launch.slurm.command_line import Task, read_task
 from dray.runtime.exit_codes import ExitCode
@@ -21,6 +22,7 @@ def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
     """
     exit_with_own_code_on_crash()
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    raise_descriptor_limit()
     try:
         task = read_task()
         os.environ.update(task.plan.environment)
