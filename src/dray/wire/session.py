@@ -261,6 +261,7 @@ class ServerSession:
                 return BATCH_BYTES
         except BufferClosedError as error:
             self.closing = True
+            self._requests.clear()
             self._say(Frame._make(frame), Status.ERROR, str(error), taken)
         if read and not nbytes and self._tagged and frame[10]:
             taken.append(Payload(NO_BYTES, frame[10]))

@@ -602,10 +602,12 @@ def test_a_closed_ring_is_answered_with_an_error_and_ends_the_connection(kind: K
     writer = put(ring)
     ring.close()
     server.say(kind, writer)
+    server.say(Kind.CONSUME, writer, 1)
     status, text = server.take()
     assert isinstance(status, Frame)
     assert (status.status, b"closed" in text) == (Status.ERROR, True)  # type: ignore[operator]
     assert server.session.closing
+    assert (server.session.unanswered, server.take()) == (0, [])
     server.session.close()
 
 
