@@ -37,7 +37,7 @@ from dray.errors import (
 )
 from dray.payload import PayloadSchema, TensorSpec, pack, unpack
 from dray.transport import PayloadClient, PayloadServer
-from dray.wire import PayloadRef
+from dray.wire import PayloadRef, make_secret
 
 __version__ = "0.1.0"
 
@@ -73,6 +73,7 @@ __all__ = [
     "TransportTimeout",
     "Unreachable",
     "VersionMismatch",
+    "make_secret",
     "pack",
     "unpack",
 ]

@@ -69,13 +69,16 @@ class Deadline:
         """What is left, in the form that `threading` and `select` take: seconds, or ``None`` for no bound."""
         return None if self.at == math.inf else self.remaining
 
-    def share(self, part: float, now: float | None = None) -> Deadline:
-        """A deadline that gets `part` (0 … 1) of what is left of this one, `now` if that is known."""
-        if self.at == math.inf:
+    def share(self, part: float, now: float | None = None, most: float = math.inf) -> Deadline:
+        """A deadline that gets `part` (0 … 1) of what is left of this one, and at most so many seconds.
+
+        `now` is given if it is known.
+        """
+        if self.at == most == math.inf:
             return self
         if now is None:
             now = self._clock.now()
-        return Deadline(now + max(0.0, self.at - now) * part, self._clock, now)
+        return Deadline(now + min(max(0.0, self.at - now) * part, most), self._clock, now)
 
     def sooner(self, seconds: float) -> Deadline:
         """The earlier of this deadline and `seconds` from now."""

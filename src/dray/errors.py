@@ -142,7 +142,13 @@ class MissingDependencyError(DrayError, ImportError, RuntimeError):
 
 
 class PayloadError(DrayError):
-    """A payload cannot be packed or unpacked."""
+    """A payload cannot be packed or unpacked.
+
+    The message is one line of bounded length, whatever the names of fields in it are: they may come from a peer.
+    """
+
+    def __init__(self, message: str, **about: Any) -> None:
+        super().__init__(printable(message, _MAX_LINE), **about)
 
 
 class SchemaError(PayloadError):

@@ -10,13 +10,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 READ_AND_STAGE = """
 import logging
 import numpy as np
-from dray import PayloadClient, PayloadServer, SharedRingBuffer
+from dray import PayloadClient, PayloadServer, SharedRingBuffer, make_secret
 from dray.payload import staging
 
 logging.basicConfig(format="%(levelname)s %(name)s")
-with SharedRingBuffer(4, 1 << 16) as ring, PayloadServer(ring, lanes=["shm", "tcp"]) as server:
+secret = make_secret()
+with SharedRingBuffer(4, 1 << 16) as ring, PayloadServer(ring, lanes=["shm", "tcp"], secret=secret) as server:
     for lane in ("shm", "tcp"):
-        with PayloadClient(lanes=lane) as client:
+        with PayloadClient(lanes=lane, secret=secret) as client:
             for number in range(2):
                 arrays = client.read(server.put({"a": np.full(5, number, np.float32)}), timeout=10)
                 tensors = staging.to_torch(arrays, pin=True)

@@ -14,7 +14,7 @@ from dray.buffer.slot_table import Wanted
 from dray.clock import Deadline
 
 TIMEOUT = 1.0
-QUARANTINE = 0.7
+QUARANTINE = 0.4
 SLACK = 1.0
 
 
@@ -57,8 +57,10 @@ def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_
             assert not limit.expired
             began, number = time.monotonic(), number + 1
             if read(number % 1000) > len(tried):
-                # It was skipped from the moment when its attempt had failed, after half the time of a read.
-                assert not tried or time.monotonic() - tried[-1] > QUARANTINE + TIMEOUT / 2
+                # It was skipped from the moment when its attempt had failed, after half the time of a read, and
+                # each time for twice as long.
+                skipped = QUARANTINE * 2 ** (len(tried) - 1)
+                assert not tried or time.monotonic() - tried[-1] > skipped + TIMEOUT / 2
                 tried.append(began)
         assert number > 3 * 3  # the other thread answered all the while
         ring.wedged.clear()

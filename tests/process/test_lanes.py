@@ -1,11 +1,15 @@
 """Two processes on each lane: every byte, and what happens when one of them is killed or stopped."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
+import select
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -104,6 +108,93 @@ def test_w5_a_reader_stopped_within_a_payload_holds_up_nobody(lane: Any) -> None
             assert memoryview(client.read_bytes(ref, timeout=20, consume=False)) == pattern(1, nbytes)
 
 
+@contextlib.contextmanager
+def slowed(endpoint: str, bytes_per_second: int) -> Iterator[str]:
+    """A relay to a TCP endpoint, for one connection, that limits the rate of the server's bytes; its endpoint."""
+    address = Endpoint.parse(endpoint)
+    chunk = 1 << 16
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as up:
+        listener.settimeout(20)
+        up.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, chunk)
+        up.connect((address.host, address.port))
+
+        def relay() -> None:
+            down, _ = listener.accept()
+            with down, contextlib.suppress(ConnectionError):
+                while not done.is_set():
+                    readable, _, _ = select.select([down, up], [], [], 0.1)
+                    if down in readable:
+                        up.sendall(down.recv(chunk))
+                    if up in readable:
+                        part = up.recv(chunk)
+                        if not part:
+                            return
+                        down.sendall(part)
+                        done.wait(len(part) / bytes_per_second)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            relayed = thread.submit(relay)
+            try:
+                yield f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                done.set()
+                relayed.result(20)
+
+
+SLOW_OPTIONS = {"threads": 1, "lease_timeout": 0.6}
+
+
+def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut() -> None:
+    """Neither by the server nor by the client: each payload has the whole deadline of its batch."""
+    options = {**SLOW_OPTIONS, "lanes": ["tcp"]}
+    with (
+        Child(SERVER, slots=6, slot_bytes=2 << 20, options=options) as server,
+        PayloadClient(lanes="tcp") as client,
+    ):
+        (direct,) = server.hear()
+        with slowed(direct, 4 << 20) as slow:
+            refs = [reference(server.ask([seed, nbytes])) for seed, nbytes in enumerate((10, 10, *[2 << 20] * 4))]
+            refs = [dataclasses.replace(ref, endpoints=(slow, direct)) for ref in refs]
+            # Both endpoints have answered soon, so that the client would not wait long for either.
+            for ref in refs[:2]:
+                client.read_bytes(ref, timeout=20)
+            found = dict(client.read_many_bytes(refs[2:], timeout=30))
+            assert [bytes(found[ref]) for ref in refs[2:]] == [pattern(seed, 2 << 20) for seed in range(2, 6)]
+            assert client.statistics()["retries"] == 0
+            assert server.ask("statistics")["server"]["evicted"] == 0
+
+
+SLOW_READER = """
+import time
+ref = PayloadRef.from_json(json.dumps(arguments["ref"]))
+deadline = Deadline.after(30)
+worker = UcxWorker(True)
+connection = Connection.open(ref.endpoints[0], ref.producer, None, deadline, worker)
+(target,) = connection.ask([ref], 0, deadline)
+for _ in range(6):
+    worker.progress()
+    time.sleep(0.2)
+held = connection.answer(ref, target, deadline, deadline)
+connection.finish(held, True, deadline)
+connection.stat(deadline)
+assert held.data().tobytes() == pattern(1, ref.nbytes)
+say("read")
+"""
+"""Lets UCX work five times a second, for longer than two leases, while a payload is on its way."""
+
+
+def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut_on_ucx() -> None:
+    nbytes = 48 << 20
+    with Child(SERVER, slots=1, slot_bytes=nbytes, options={**SLOW_OPTIONS, "lanes": ["ucx"]}) as server:
+        server.hear()
+        ref = server.ask([1, nbytes])
+        with Child(SLOW_READER, ref=ref) as reader:
+            assert reader.hear() == "read"
+        counted = server.ask("statistics")["server"]
+        assert (counted["evicted"], counted["acks_consumed"]) == (0, 1)
+
+
 def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
     with serving("shm", slots=1) as server:
         ref = server.put_bytes(b"pinned")
@@ -173,7 +264,7 @@ def test_a_producer_killed_within_a_payload_never_gives_partial_bytes(lane: Any)
 
 
 @pytest.mark.parametrize("lane", ["tcp", "ucx"])
-@pytest.mark.parametrize("secret", [None, b"another job's"])
+@pytest.mark.parametrize("secret", [None, b"another job's secret"])
 def test_c13_another_producer_on_the_address_is_recognised(lane: Any, secret: bytes | None) -> None:
     """The first server ends; a second one, of another job perhaps, gets its port."""
     with SharedRingBuffer(2, 1000) as ring, PayloadServer(ring, lanes=lane, threads=1) as first:

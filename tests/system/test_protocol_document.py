@@ -20,6 +20,7 @@ from dray import PayloadRef, PayloadServer, SharedRingBuffer, pack, unpack
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
 CLIENT = Path(protocol_client.__file__)
+SECRET = b"the job's secret"
 
 
 def run_client(actions: str, *references: PayloadRef, options: tuple[str, ...] = ()) -> tuple[int, list[Any]]:
@@ -43,7 +44,7 @@ def test_the_client_shares_no_code_with_dray() -> None:
     assert set(modules) <= allowed
 
 
-@pytest.mark.parametrize("secret", [None, b"the job's secret"])
+@pytest.mark.parametrize("secret", [None, SECRET])
 def test_the_client_reads_a_payload_and_consumes_it_once(secret: bytes | None) -> None:
     options = ("--secret", secret.hex()) if secret else ()
     with serving("tcp", secret=secret) as server:
@@ -112,7 +113,7 @@ def test_a_payload_for_two_readers_is_consumed_by_both() -> None:
         assert (code, statuses(said)) == (0, ["DENIED", "DENIED"])
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [("", b"job"), (b"wrong".hex(), b"job"), (b"job".hex(), None)])
+@pytest.mark.parametrize(("mine", "theirs"), [("", SECRET), (b"wrong".hex(), SECRET), (SECRET.hex(), None)])
 def test_the_client_without_the_right_secret_gets_no_payload_byte(mine: str, theirs: bytes | None) -> None:
     with serving("tcp", secret=theirs) as server:
         ref = server.put({"a": [1]})
@@ -123,9 +124,9 @@ def test_the_client_without_the_right_secret_gets_no_payload_byte(mine: str, the
 
 
 def test_the_client_tells_another_producer_apart_before_it_looks_at_the_proof() -> None:
-    with serving("tcp", secret=b"another job's") as server:
+    with serving("tcp", secret=b"another job's secret") as server:
         mine = PayloadRef(b"p" * 16, 0, 0, 100, server.endpoints)
-        code, said = run_client("take", mine, options=("--secret", b"job".hex()))
+        code, said = run_client("take", mine, options=("--secret", SECRET.hex()))
         assert (code, said) == (4, [])
 
 

@@ -32,7 +32,10 @@ from dray import (
     TensorSpec,
     TransportTimeout,
     Unreachable,
+    make_secret,
 )
+
+SECRET = b"the job's secret"
 
 
 def test_the_example_works() -> None:
@@ -286,12 +289,13 @@ def test_an_exception_in_a_lease_returns_the_payload(lane: Any) -> None:
         ({"lanes": "rdma"}, "lanes"),
         ({"threads": 0}, "threads"),
         ({"threads": 17}, "threads"),
-        ({"threads": 16}, "threads"),
+        ({"threads": 16, "lanes": ["shm", "tcp"]}, "threads"),
         ({"max_leases": 0}, "max_leases"),
         ({"host": "192.0.2.77", "lanes": ["tcp"]}, "host"),
-        ({"host": "203.0.113.77", "lanes": ["tcp"], "secret": b"s"}, "host"),
+        ({"host": "203.0.113.77", "lanes": ["tcp"], "secret": b"s" * 16}, "host"),
         ({"secret": "text"}, "secret"),
         ({"secret": b""}, "secret"),
+        ({"secret": b"only fifteen..."}, "secret"),
         ({"port": 65536, "lanes": ["tcp"]}, "port"),
         ({"port": -1, "lanes": ["tcp"]}, "port"),
         ({"idle_timeout": 0}, "idle_timeout"),
@@ -313,6 +317,7 @@ def test_a_server_names_the_wrong_argument(wrong: dict[str, Any], key: str) -> N
         ({"reader": 64}, "reader"),
         ({"attempts": 0}, "attempts"),
         ({"secret": "text"}, "secret"),
+        ({"secret": b"only fifteen..."}, "secret"),
     ],
 )
 def test_a_client_names_the_wrong_argument(wrong: dict[str, Any], key: str) -> None:
@@ -418,15 +423,37 @@ def test_a_foreign_reference_is_not_this_servers() -> None:
 
 def test_nothing_is_logged_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dray"):
-        with serving("tcp") as server, PayloadClient() as client:
+        with serving(secret=SECRET) as server, PayloadClient(secret=SECRET) as client:
             client.read_bytes(server.put_bytes(b"x"))
     assert caplog.records == []
+
+
+def test_without_a_secret_only_shared_memory_is_served_unless_a_lane_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def schemes(server: PayloadServer) -> set[str]:
+        return {endpoint.partition(":")[0] for endpoint in server.endpoints}
+
+    with caplog.at_level(logging.INFO, logger="dray.server"):
+        with serving() as server:
+            assert schemes(server) == {"unix"}
+        with serving(secret=make_secret()) as server:
+            assert schemes(server) >= {"unix", "tcp"}
+        assert caplog.records == []
+        with serving(["shm", "tcp"]) as server:
+            assert schemes(server) == {"unix", "tcp"}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("tcp without a secret")
 
 
 def test_an_ipv6_host_is_served_on_the_lanes_that_can(tmp_path: Any) -> None:
     with SharedRingBuffer(2, 1000) as ring:
         with pytest.raises(ConfigError, match="IPv4"):
             PayloadServer(ring, host="::1", lanes=["tcp", "ucx"])
-        with PayloadServer(ring, host="::1", lanes="auto") as server, PayloadClient(lanes="tcp") as client:
+        with (
+            PayloadServer(ring, host="::1", lanes="auto", secret=SECRET) as server,
+            PayloadClient(lanes="tcp", secret=SECRET) as client,
+        ):
             assert {endpoint.partition(":")[0] for endpoint in server.endpoints} == {"unix", "tcp"}
             assert client.read(server.put({"a": np.arange(3)}))["a"].tolist() == [0, 1, 2]

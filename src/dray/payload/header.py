@@ -17,12 +17,16 @@ import numpy.typing as npt
 
 from dray.errors import PayloadFormatError
 from dray.payload.tensor_spec import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dtype
+from dray.printable import printable_value
 
 ALIGNMENT = 64
 """The data region starts at a multiple of this many bytes from the start of the image."""
 
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4 << 20
 """The longest JSON header that is written or read."""
+
+MAX_TENSORS = 16_384
+"""The most tensors of a payload."""
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -73,7 +77,7 @@ def build_header(fields: list[Field], metadata: Mapping[str, str] | None) -> tup
     strings = tuple(metadata.items())
     for pair in strings:
         if not all(isinstance(text, str) for text in pair):
-            raise PayloadFormatError(f"metadata must map strings to strings; found {pair!r}")
+            raise PayloadFormatError(f"metadata must map strings to strings; found {printable_value(pair)}")
     small = (
         len(fields) <= _CACHED_FIELDS and sum(len(key) + len(text) for key, text in strings) <= _CACHED_METADATA
     )
@@ -120,20 +124,28 @@ def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nby
     return Layout(tensors, nbytes, keys, record)
 
 
+def _check_count(tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise PayloadFormatError(f"a payload has at most {MAX_TENSORS} tensors; this one has {tensors}")
+
+
 # --- building -------------------------------------------------------------------------------------------------
 
 
 def _build(
     fields: tuple[Field, ...], metadata: tuple[tuple[str, str], ...]
 ) -> tuple[npt.NDArray[np.uint8], Layout]:
+    _check_count(len(fields))
     dtypes, sizes = [], []
     for name, dtype, shape in fields:
         if not isinstance(name, str):
-            raise PayloadFormatError(f"field name {name!r} is not text, which names must be")
+            raise PayloadFormatError(f"field name {printable_value(name)} is not text, which names must be")
         if name == _METADATA:
             raise PayloadFormatError(f"{name!r} cannot be the name of a field")
         if len(shape) > MAX_DIMENSIONS:
-            raise PayloadFormatError(f"field {name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+            raise PayloadFormatError(
+                f"field {printable_value(name)} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
+            )
         stored = carried_dtype(name, dtype)
         dtypes.append(stored)
         sizes.append(prod(shape) * stored.itemsize)
@@ -182,6 +194,7 @@ def _parse(text: bytes) -> Header:
     metadata = content.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
+    _check_count(len(content))
     tensors, spans = [], []
     aligned, widest = True, 0
     for index, (name, described) in enumerate(content.items()):
@@ -194,7 +207,9 @@ def _parse(text: bytes) -> Header:
     reached = 0
     for start, end, name in sorted(spans):
         if start != reached:
-            raise PayloadFormatError(f"tensor {name!r} starts at {start}, expected {reached}: overlap or hole")
+            raise PayloadFormatError(
+                f"tensor {printable_value(name)} starts at {start}, expected {reached}: overlap or hole"
+            )
         reached = end
     return Header(
         tuple(content), _layout(tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest
@@ -206,25 +221,27 @@ _cached_parse = lru_cache(_CACHED)(_parse)
 
 def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
     if not isinstance(described, dict) or described.keys() != _TENSOR_KEYS:
-        raise PayloadFormatError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        raise _refusal(name, "is not described by dtype, shape and data_offsets")
     code, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise PayloadFormatError(f"tensor {name!r} has dtype {code!r}, which is not known")
+        raise _refusal(name, f"has dtype {printable_value(code)}, which is not known")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise PayloadFormatError(
-            f"tensor {name!r} has a shape that is not a list of {MAX_DIMENSIONS} sizes or less"
-        )
+        raise _refusal(name, f"has a shape that is not a list of {MAX_DIMENSIONS} sizes or less")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise PayloadFormatError(f"tensor {name!r} has data_offsets that are not two sizes")
+        raise _refusal(name, "has data_offsets that are not two sizes")
     size = dtype.itemsize * prod(shape)
     # NumPy's own bound leaves zeros out of the product: the shape of an empty array must be addressable too.
     if size > _MAX_BYTES or (size == 0 and dtype.itemsize * prod(filter(None, shape)) > _MAX_BYTES):
-        raise PayloadFormatError(f"tensor {name!r} has shape {shape}, more than can be addressed")
+        raise _refusal(name, f"has shape {shape}, more than can be addressed")
     start, end = offsets
     if end - start != size:
-        raise PayloadFormatError(f"tensor {name!r} has data_offsets {offsets}, which do not fit its shape {shape}")
+        raise _refusal(name, f"has data_offsets {offsets}, which do not fit its shape {shape}")
     return tuple(shape), dtype, start, end
+
+
+def _refusal(name: str, problem: str) -> PayloadFormatError:
+    return PayloadFormatError(f"tensor {printable_value(name)} {problem}")
 
 
 def _is_size(value: object) -> bool:

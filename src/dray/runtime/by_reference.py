@@ -37,6 +37,7 @@ from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
 from dray.wire import PayloadRef
+from dray.wire.ref import has_control
 
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
@@ -94,8 +95,8 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
     config = replica.spec.config
     lane = config.job.lane
     sockets = replica.spec.folder.run / "sockets"
-    # A Unix socket's path is short by law; the default place is used where the output folder lies too deep.
-    fits = folder_is_local() and len(str(sockets)) <= _LONGEST_SOCKET_FOLDER
+    # A Unix socket's path is short by law, and has no control characters in a reference: else the default place.
+    fits = folder_is_local() and len(str(sockets)) <= _LONGEST_SOCKET_FOLDER and not has_control(str(sockets))
     directory: Path | None = sockets if fits else None
     return PayloadServer(
         ring,

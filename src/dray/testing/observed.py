@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
@@ -16,7 +17,7 @@ from dray.testing.scheduler import Process, Scheduler, Signal, Violation
 from dray.transport.client import PayloadClient
 from dray.transport.connection import Connection
 from dray.transport.exchanges import Exchange, Refused
-from dray.transport.health import QUARANTINE_SECONDS
+from dray.transport.health import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS
 from dray.transport.in_place import Graveyard
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from dray.transport.sockets import SocketStream
@@ -85,7 +86,7 @@ class ObservedClient(PayloadClient):
         self._scheduler = kernel.scheduler
         self._plan = kernel.plan
         self._graveyard = SimulatedGraveyard(kernel.scheduler, process)
-        self._failed_at: dict[str, float] = {}
+        self._skipped: dict[str, tuple[float, float]] = {}  # until when, and for how many seconds in all
         self._tried: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
         self._asked: Counter[tuple[bytes, int]] = Counter()
         self._stale: Counter[tuple[bytes, int]] = Counter()
@@ -96,6 +97,7 @@ class ObservedClient(PayloadClient):
         self._run_and_keep, self._check_in = exchanges.run_and_keep, exchanges._pool.checkin
         exchanges.choose = self._watched_choose
         exchanges.failed = self._watched_failed
+        self._note_answered, exchanges.answered = exchanges.answered, self._watched_answered
         exchanges.run_and_keep = self._watched_run
         exchanges._pool.checkin = self._watched_checkin
 
@@ -162,12 +164,20 @@ class ObservedClient(PayloadClient):
         self._tried.setdefault(attempts, set()).add(endpoint)
         self._scheduler.note(f"failed at {endpoint}: {type(error).__name__}")
         if not isinstance(error, ServerBusy):
-            self._failed_at[endpoint] = self._scheduler.now()
+            now = self._scheduler.now()
+            until, seconds = self._skipped.get(endpoint, (math.inf, QUARANTINE_SECONDS))
+            if now >= until:
+                seconds = min(2 * seconds, MAX_QUARANTINE_GROWTH * QUARANTINE_SECONDS)
+            self._skipped[endpoint] = now + seconds, seconds
         self._note_failed(attempts, endpoint, producer, error, deadline)
 
+    def _watched_answered(self, connection: Connection) -> None:
+        self._skipped.pop(connection.endpoint, None)
+        self._note_answered(connection)
+
     def _quarantined(self, endpoint: str, now: float) -> bool:
-        failed = self._failed_at.get(endpoint)
-        return failed is not None and now < failed + QUARANTINE_SECONDS
+        until, _ = self._skipped.get(endpoint, (now, 0.0))
+        return now < until
 
     def _watched_run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[Any]) -> Any:
         stale = False

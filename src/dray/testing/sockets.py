@@ -18,6 +18,8 @@ from dray.testing.scheduler import Process, Scheduler, Signal
 from dray.wire.handshake import Lane
 
 _UCRED = struct.Struct("3i")
+# Where `struct tcp_info` counts the bytes that were acknowledged and received.
+_TCP_INFO_BYTES, _CARRIED_AT, _CARRIED = 232, 120, struct.Struct("=QQ")
 
 
 class Pipe:
@@ -25,13 +27,14 @@ class Pipe:
 
     Attributes:
         arrived: what the receiver can read.
+        carried: bytes that have arrived so far.
         ended: the sender has closed it; after `arrived` comes the end.
         broken: it was reset.
         lost: whatever is written disappears.
     """
 
-    __slots__ = ("_capacity", "_delay", "_flying", "_last", "_plan", "_scheduler", "arrived", "broken", "changed",
-                 "descriptors", "ended", "lost", "low_water", "unread")  # fmt: skip
+    __slots__ = ("_capacity", "_delay", "_flying", "_last", "_plan", "_scheduler", "arrived", "broken", "carried",
+                 "changed", "descriptors", "ended", "lost", "low_water", "unread")  # fmt: skip
 
     def __init__(self, scheduler: Scheduler, plan: FaultPlan) -> None:
         self._scheduler = scheduler
@@ -42,6 +45,7 @@ class Pipe:
         self._last = 0.0
         self.low_water = 1
         self.arrived = bytearray()
+        self.carried = 0
         self.descriptors: deque[int] = deque()
         self.ended = self.broken = self.lost = self.unread = False
         self.changed: list[Signal] = []
@@ -76,6 +80,7 @@ class Pipe:
         due = max(now + self._delay, self._last)
         if due <= now:
             self.arrived += data
+            self.carried += len(data)
             self.notify()
         else:
             self._flying += len(data)
@@ -117,6 +122,7 @@ class Pipe:
         self._flying -= len(data)
         if not self.ended and not self.broken:
             self.arrived += data
+            self.carried += len(data)
         self.notify()
 
     def _end(self) -> None:
@@ -256,7 +262,11 @@ class SimulatedSocket:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", passed.popleft()))] if passed else []
         return bytes(message[:got]), rights, 0, None
 
-    def getsockopt(self, _level: int, _option: int, _size: int) -> bytes:
+    def getsockopt(self, level: int, _option: int, _size: int) -> bytes:
+        if level == socket.IPPROTO_TCP:
+            info = bytearray(_TCP_INFO_BYTES)
+            _CARRIED.pack_into(info, _CARRIED_AT, self._outgoing.carried, self._incoming.carried)
+            return bytes(info)
         return _UCRED.pack(self._peer.pid, os.getuid(), 0)
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class Run:
         self._refs: dict[int, deque[PayloadRef]] = {}
         self._old: list[PayloadRef] = []
         self._published: set[PayloadRef] = set()
-        secret = b"secret" if rng.random() < 0.3 else None
+        secret = b"the job's secret" if rng.random() < 0.3 else None
         self.readers = rng.choice((1, 1, 1, 2, 3))
         self.servers = [self._make_server(index, secret) for index in range(rng.choice((1, 1, 2)))]
         self.consumers = [self._make_consumer(index, secret) for index in range(rng.choice((1, 2, 2, 3)))]
@@ -214,7 +214,7 @@ class Run:
             if rng.random() < 0.5:
                 reader = self.readers
             else:
-                secret = None if secret is not None else b"another"
+                secret = None if secret is not None else b"another job's secret"
         kind = SimulatedBatches if rng.random() < 0.35 else SimulatedConsumer
         lanes = rng.choice(("auto", "auto", "auto", *(lane.label for lane in self.servers[0].settings.lanes)))
         inline_bytes = rng.choice((0, 200, 1000, MAX_INLINE_BYTES))

@@ -51,14 +51,15 @@ class PayloadClient:
     Args:
         lanes: ``"auto"`` takes the best lane that reaches the producer: ``shm`` on the same host, else ``ucx``,
             else ``tcp``. A lane's name requires that lane: a reference without it is an error.
-        secret: the job's secret, where servers have one.
+        secret: the job's secret, at least 16 random bytes, where servers have one.
         reader: this reader's id, 0 … readers - 1, where payloads are meant for several.
         verify: compare payloads with the checksums that servers send.
         inline_bytes: reads of payloads of up to this size, at most 16 KiB, get them with the answer itself, copied
             by the server: faster for small ones, and no slot is held. 0 leaves that to empty ones.
         most_idle: idle connections kept for each endpoint.
         idle_seconds: an idle connection older than this is replaced before use.
-        quarantine_seconds: how long a failed endpoint is skipped.
+        quarantine_seconds: how long a failed endpoint is skipped; twice as long each time it fails again without
+            an answer in between, up to 16 times.
         attempts: transport failures one read survives, less one.
         clock: where time comes from.
         network: where connections come from, by default the machine's; it is closed with the client.
@@ -224,7 +225,9 @@ class PayloadClient:
 
     def _consume(self, refs: Sequence[PayloadRef], deadline: Deadline) -> int:
         wanted = [(ref.slot, ref.sequence, self._reader) for ref in refs]
-        return self._run(refs[0], deadline, lambda c, _, limit: c.consume(wanted, limit)).count(Status.OK)
+        return self._run(refs[0], deadline, lambda c, first, whole: c.consume(wanted, whole, first)).count(
+            Status.OK
+        )
 
     def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> dict[str, Any]:
         """The statistics of the server that a reference names; see `PayloadServer.statistics`.
@@ -233,7 +236,7 @@ class PayloadClient:
             TransportError: it could not be reached in time.
             ProtocolError: what it says is not what a server says.
         """
-        text = self._run(ref, Deadline.after(timeout, self._clock), lambda c, _, d: c.stat(d))
+        text = self._run(ref, Deadline.after(timeout, self._clock), lambda c, first, _: c.stat(first))
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -327,6 +330,7 @@ class PayloadClient:
                     except BaseException:
                         self._exchanges.discard(connection, group)
                         raise
+                    self._exchanges.answered(connection)
                     self._exchanges.checkin(connection, group)
                 except TransportError as error:
                     self._exchanges.failed(attempts, endpoint, producer, error, deadline)

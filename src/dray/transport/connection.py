@@ -109,6 +109,8 @@ class Connection:
         self._network = network
         self._waiter = waiter
         self._looked_at = 0.0
+        self._asked_at = 0.0
+        self._answered_at: float | None = None
         self.inline_bytes = inline_bytes
         self.broken = False
         self._session = ClientSession()
@@ -208,6 +210,8 @@ class Connection:
             ProtocolError: what came is not the payload that was asked for.
         """
         request, frame = self._session.receive(self._message(FRAME_BYTES, status_by, "STATUS"))
+        if self._answered_at is None:
+            self._answered_at = status_by.now()
         status, nbytes = frame[1], frame[7]
         if status:
             text = self._text(frame, status_by)
@@ -262,19 +266,26 @@ class Connection:
 
     # --- other requests ---------------------------------------------------------------------------------------
 
-    def consume(self, wanted: Sequence[tuple[int, int, int]], deadline: Deadline) -> list[Status]:
+    def consume(
+        self, wanted: Sequence[tuple[int, int, int]], deadline: Deadline, status_by: Deadline | None = None
+    ) -> list[Status]:
         """CONSUME for each (slot, sequence, reader), pipelined; ``OK`` or ``STALE`` for each.
+
+        The first answer must come until `status_by`, if that is given.
 
         Raises:
             ReaderIdError: a reader id is not one of the ring's.
             SlotError: the ring is closed.
         """
         went: list[Status] = []
+        answer_by = status_by or deadline
         for first in range(0, len(wanted), _WINDOW):
             window = wanted[first : first + _WINDOW]
             frames = [self._session.request(Kind.CONSUME, *each).pack() for each in window]
-            self._send(b"".join(frames), deadline)
-            went += [Status(self._accepted(deadline)[0].status) for _ in window]
+            self._send(b"".join(frames), answer_by)
+            for _ in window:
+                went.append(Status(self._accepted(answer_by)[0].status))
+                answer_by = deadline
         return went
 
     def confirm(self, deadline: Deadline) -> None:
@@ -293,6 +304,15 @@ class Connection:
     def unconfirmed(self) -> list[tuple[int, int, int]]:
         """(slot, sequence, reader) of ACKs that may not have arrived."""
         return [(request.slot, request.sequence, request.reader) for request in self._session.unconfirmed]
+
+    def asked_since(self, now: float) -> None:
+        """An exchange over this connection began at `now`, with connecting where that was needed."""
+        self._asked_at, self._answered_at = now, None
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from there to the exchange's first STATUS; None before it."""
+        return None if self._answered_at is None else self._answered_at - self._asked_at
 
     def usable(self) -> bool:
         """False once the server has closed an idle connection."""
@@ -344,6 +364,8 @@ class Connection:
     def _accepted(self, deadline: Deadline) -> tuple[Frame, str]:
         """The answer to a request that is not a READ, unless it is a refusal."""
         request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
+        if self._answered_at is None:
+            self._answered_at = deadline.now()
         text = self._text(frame, deadline)
         if frame.status not in (Status.OK, Status.STALE):
             raise refusal(request, frame, text, self.endpoint, self.identity.readers)

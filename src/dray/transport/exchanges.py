@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -27,7 +28,7 @@ from dray.errors import (
 )
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
-from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts, by_lane, is_elsewhere
+from dray.transport.health import Latencies, OtherProducerError, Quarantine, ReadAttempts, by_lane, is_elsewhere
 from dray.transport.network import Group, KernelNetwork, Network
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -109,6 +110,7 @@ class Exchanges:
         self._inline_bytes = inline_bytes
         self._pool = pool
         self._quarantine = quarantine
+        self._latencies = Latencies()
         self._attempts = attempts
         self._buffers = ReceiveBuffers()
         self._network = network or KernelNetwork(Wake())
@@ -138,8 +140,11 @@ class Exchanges:
             try:
                 connection, group = self.checkout(endpoint, ref.producer, status_by)
                 try:
-                    return exchange(connection, status_by, deadline), connection, group
+                    result = exchange(connection, status_by, deadline)
+                    self.answered(connection)
+                    return result, connection, group
                 except Refused as refused:
+                    self.answered(connection)
                     self.checkin(connection, group)
                     raise refused.error from None
                 except BaseException:
@@ -168,7 +173,8 @@ class Exchanges:
     def choose(self, attempts: ReadAttempts, deadline: Deadline) -> tuple[str, Deadline]:
         """The endpoint of the next attempt, and until when it must have connected and answered.
 
-        That is half of what is left, so that a wedged endpoint leaves time for another; the last attempt gets all.
+        The last attempt gets all the time that is left, any other half of it. Where another endpoint is healthy
+        and not tried so far, the latencies of the lane bound that further: a wedged endpoint costs little.
 
         Raises:
             TransportTimeout: the deadline is over.
@@ -177,7 +183,19 @@ class Exchanges:
         endpoint = attempts.choose(now)
         if now >= deadline.at:
             raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
-        return endpoint, deadline if attempts.last else deadline.share(0.5, now)
+        if attempts.last:
+            return endpoint, deadline
+        most = math.inf
+        if attempts.has_other(endpoint, now):
+            most = self._latencies.bound(Endpoint.parse(endpoint).lane)
+        return endpoint, deadline.share(0.5, now, most)
+
+    def answered(self, connection: Connection) -> None:
+        """Note that an exchange went well, and how long its first answer took."""
+        latency = connection.latency
+        if latency is not None:
+            self._latencies.answered(connection.lane, latency)
+        self._quarantine.answered(connection.endpoint)
 
     def failed(
         self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError, deadline: Deadline
@@ -211,7 +229,7 @@ class Exchanges:
             self._named[endpoint] = None
             while len(self._named) > _MAX_NAMED:
                 del self._named[next(iter(self._named))]
-        skipped = "no" if isinstance(error, ServerBusy) else f"{self._quarantine.seconds:g} s of"
+        skipped = "no" if isinstance(error, ServerBusy) else f"{self._quarantine.term(endpoint):g} s of"
         logger.log(
             level,
             "attempt at %s failed: %s: %s; %s quarantine; next: %s",
@@ -227,8 +245,9 @@ class Exchanges:
     def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, Group | None]:
         """An open connection to the endpoint, and the group that it keeps busy."""
         pool = self._pool
+        began = self._clock.now()
+        now = began
         while True:
-            now = self._clock.now()
             with self._lock:
                 at_hand = pool.at_hand(endpoint, now)
                 if at_hand is None:
@@ -238,7 +257,9 @@ class Exchanges:
                     self.discard(expired, group)
                 connection, group, idle = decision.connection, decision.group, decision.idle
                 if connection is None:
-                    return self._open(endpoint, producer, deadline, group)
+                    connection, group = self._open(endpoint, producer, deadline, group)
+                    connection.asked_since(began)
+                    return connection, group
             else:
                 (connection, idle), group = at_hand, None
             surely_open = idle < _SURELY_OPEN_SECONDS
@@ -246,8 +267,10 @@ class Exchanges:
                 if self._unconfirmed:
                     self._settle(connection, group, deadline)
                 self._in_use[connection] = None
+                connection.asked_since(began)
                 return connection, group
             self.discard(connection, group)
+            now = self._clock.now()
 
     def checkin(self, connection: Connection, group: Group | None) -> None:
         """Keep a connection after a clean exchange."""

@@ -1,15 +1,55 @@
-"""Which endpoint to try next: quarantine over a client's life, attempts within one read. Decides; never waits."""
+"""Which endpoint to try next, and for how long. Decides; never waits.
+
+Quarantine and latencies last as long as a client, attempts as long as one read.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from dray.errors import ProducerLostError, ServerBusy, TransportError, Unreachable
 from dray.transport.stream import Endpoint
 
 QUARANTINE_SECONDS = 30.0
+MAX_QUARANTINE_GROWTH = 16
+"""An endpoint that fails again and again is skipped for so many times the first quarantine at most."""
+MAX_REMEMBERED = 1024
+"""Endpoints whose failures are remembered; those that failed first are forgotten first."""
 MOST_ATTEMPTS = 2
+
+MIN_ATTEMPT_SECONDS = 1.0
+"""An attempt has this long to connect and get its STATUS, however fast healthy endpoints are."""
+UNKNOWN_ATTEMPT_SECONDS = 5.0
+"""The same for a lane on which no endpoint has answered so far."""
+MAX_LATENCY_FACTOR = 8.0
+"""An attempt has so many times the latency of a slow healthy one."""
+_LATENCY_WEIGHT = 0.1
+"""How much of the way the slowest latency goes towards one that is lower."""
+
+
+class Latencies:
+    """How long healthy endpoints of each lane take to connect and to answer, and so how long to wait for one.
+
+    The slowest of the last ones counts: one that is higher at once, lower ones little by little. Thread-safe: each
+    step is one of a dict's.
+    """
+
+    def __init__(self) -> None:
+        self._slowest: dict[int, float] = {}
+
+    def answered(self, lane: int, seconds: float) -> None:
+        """An endpoint of the lane took so long."""
+        slowest = self._slowest.get(lane, 0.0)
+        self._slowest[lane] = max(seconds, slowest + (seconds - slowest) * _LATENCY_WEIGHT)
+
+    def bound(self, lane: int) -> float:
+        """Seconds after which another endpoint is a better choice than to go on waiting."""
+        slowest = self._slowest.get(lane)
+        if slowest is None:
+            return UNKNOWN_ATTEMPT_SECONDS
+        return max(MIN_ATTEMPT_SECONDS, slowest * MAX_LATENCY_FACTOR)
 
 
 class OtherProducerError(TransportError):
@@ -19,21 +59,41 @@ class OtherProducerError(TransportError):
 class Quarantine:
     """Endpoints that are skipped for a while: those that failed lately, and those that do not exist on this host.
 
-    Only the former are in quarantine; the latter belong to another host, where they may be healthy. Thread-safe:
-    each step is one of a dict's.
+    Only the former are in quarantine; the latter belong to another host, where they may be healthy. One that fails
+    again after its quarantine, and has not answered meanwhile, is in quarantine for twice as long, up to 16 times.
+    Thread-safe: each step is one of a dict's.
     """
 
     def __init__(self, seconds: float = QUARANTINE_SECONDS) -> None:
         self.seconds = seconds
         self._until: dict[str, tuple[float, bool]] = {}
+        self._terms: dict[str, float] = {}
 
     def failed(self, endpoint: str, now: float) -> None:
         """Skip the endpoint for a while, from now, in quarantine."""
-        self._until[endpoint] = now + self.seconds, True
+        term = self._terms.get(endpoint)
+        if term is None:
+            term = self.seconds
+        elif self.healthy(endpoint, now):  # within a quarantine, several readers may fail for one reason
+            term = min(2 * term, MAX_QUARANTINE_GROWTH * self.seconds)
+        self._terms[endpoint] = term
+        self._until[endpoint] = now + term, True
+        _forget_oldest(self._terms)
+        _forget_oldest(self._until)
 
     def elsewhere(self, endpoint: str, now: float) -> None:
         """Skip the endpoint for a while, from now: it does not exist on this host."""
         self._until[endpoint] = now + self.seconds, False
+        _forget_oldest(self._until)
+
+    def answered(self, endpoint: str) -> None:
+        """The endpoint is healthy, whatever it was before."""
+        if self._terms.pop(endpoint, None) is not None:
+            self._until.pop(endpoint, None)
+
+    def term(self, endpoint: str) -> float:
+        """Seconds of the endpoint's last quarantine."""
+        return self._terms.get(endpoint, self.seconds)
 
     def healthy(self, endpoint: str, now: float) -> bool:
         """The endpoint is not to be skipped; one whose time is over is forgotten."""
@@ -53,6 +113,11 @@ class Quarantine:
     def listed(self, now: float) -> list[str]:
         """The endpoints in quarantine."""
         return [e for e, (_, failed) in list(self._until.items()) if not self.healthy(e, now) and failed]
+
+
+def _forget_oldest(remembered: dict[str, Any]) -> None:
+    while len(remembered) > MAX_REMEMBERED:
+        remembered.pop(next(iter(list(remembered))), None)
 
 
 def is_elsewhere(error: TransportError) -> bool:
@@ -99,6 +164,16 @@ class ReadAttempts:
     def last(self) -> bool:
         """The next attempt is the last one: it gets all the time that is left."""
         return self._left == 1
+
+    def has_other(self, endpoint: str, now: float) -> bool:
+        """Another endpoint that has not been tried is healthy."""
+        if not self._tried and self._quarantine.empty:
+            return len(self._by_lane) > 1 or len(self._by_lane[0]) > 1
+        return any(
+            other != endpoint and other not in self._tried and self._quarantine.healthy(other, now)
+            for lane in self._by_lane
+            for other in lane
+        )
 
     def choose(self, now: float) -> str:
         """The endpoint of the next attempt: one not tried yet, if possible a healthy one. Changes nothing."""

@@ -21,12 +21,18 @@ from dray.wire.session import ServerSession
 logger = logging.getLogger("dray.server")
 
 ROUNDS = 64
-"""Answers one connection gets in a row before the others have their turn."""
+"""Batches of answers one connection gets in a row before the others have their turn."""
+TURN_SECONDS = 0.002
+"""A turn ends with the batch of answers in which this time is over."""
 MOST_MESSAGES = 256
 """Messages of one connection that are taken at a time."""
 _LINGER_SECONDS = 1.0
 _WATCHDOG_SECONDS = 0.05
 _MOST_LISTED = 100
+_PROGRESS_CHECKS = 8
+"""How often the progress of a reader with a lease is checked within the lease's limit."""
+MIN_UCX_BYTES_PER_SECOND = 1 << 20
+"""UCX does not report how far a message has come: on a busy worker a payload that is slower than this is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,8 @@ class ThreadSettings:
 
     Attributes:
         idle: a connection without requests and leases is closed after this.
-        lease: on network lanes, a lease whose reader is silent ends after this, with its connection.
+        lease: on network lanes, a lease whose reader is silent, and to which no bytes travel, ends after this,
+            with its connection.
     """
 
     idle: float
@@ -49,6 +56,9 @@ class ServedConnection:
         stream, session: its two halves.
         network, tagged: it is not on the Unix lane; it is on the ucx lane.
         unsent: answers wait for room.
+        active: when its last message came, or the last payload had left.
+        progressed: when its stream was last seen to have made progress.
+        progress: what the stream said of its progress then.
         watched: whether the driver was told so; None before it was told anything.
     """
 
@@ -58,6 +68,8 @@ class ServedConnection:
         "lingering",
         "network",
         "pid",
+        "progress",
+        "progressed",
         "session",
         "stream",
         "tagged",
@@ -70,12 +82,18 @@ class ServedConnection:
         self.session = session
         self.network = stream.lane is not Lane.SHM
         self.tagged = stream.lane is Lane.UCX
-        self.active = now
+        self.active = self.progressed = now
+        self.progress: object = None
         self.announced = False
         self.lingering = False
         self.unsent = False
         self.watched: bool | None = None
         self.pid = pid
+
+    @property
+    def silent_since(self) -> float:
+        """When it was last seen to do anything."""
+        return max(self.active, self.progressed)
 
 
 class ServedConnections:
@@ -104,7 +122,7 @@ class ServedConnections:
         self._make_session = make_session
         self._descriptor = descriptor
         self._settings = settings
-        self._shortest = min(settings.idle, settings.lease)
+        self._shortest = min(settings.idle, settings.lease / _PROGRESS_CHECKS)
         self._counters = counters
         self._clock = clock
         self._watch = watch
@@ -134,6 +152,7 @@ class ServedConnections:
     def serve(self, connection: ServedConnection) -> bool:
         """Go on with a connection as far as that is possible without waiting; whether its turn ended before."""
         stream, session = connection.stream, connection.session
+        turn_ends = self._clock.now() + TURN_SECONDS
         again = False
         try:
             for _ in range(ROUNDS):
@@ -142,8 +161,11 @@ class ServedConnections:
                     if not stream.flush():
                         break
                     connection.unsent = False
+                    connection.active = self._clock.now()
                     session.flushed()
-                messages = stream.receive(session.expects, MOST_MESSAGES if session.established else 1)
+                messages = None
+                if session.unanswered < MOST_MESSAGES:  # more of them stay in the connection
+                    messages = stream.receive(session.expects, MOST_MESSAGES if session.established else 1)
                 if messages is not None and not connection.lingering:
                     session.receive(messages)
                     connection.active = self._clock.now()
@@ -155,10 +177,13 @@ class ServedConnections:
                     if not connection.announced and session.established:
                         connection.announced = True
                         descriptor = None if connection.network else self._descriptor
-                    if stream.send(items, descriptor):
-                        session.flushed()
-                    else:
+                    if not stream.send(items, descriptor):
                         connection.unsent = True
+                        continue
+                    session.flushed()
+                    if self._clock.now() >= turn_ends:
+                        again = True
+                        break
                 elif messages is None:
                     break
             else:
@@ -175,7 +200,11 @@ class ServedConnections:
             self._next_sweep = min(self._next_sweep, self._clock.now() + _LINGER_SECONDS)
         elif connection.active + self._shortest < self._next_sweep:
             # Its own limit: a time that is past already would have the driver look again and again.
-            self._next_sweep = min(self._next_sweep, connection.active + self._limit(connection))
+            limit = self._limit(connection)
+            due = connection.active + limit
+            if _holds_lease(connection):
+                due = self._clock.now() + limit / _PROGRESS_CHECKS
+            self._next_sweep = min(self._next_sweep, due)
         if not connection.tagged:
             if again:
                 self._again[connection] = None
@@ -214,13 +243,18 @@ class ServedConnections:
             return found
         self._next_sweep = math.inf
         for connection in self.all():
-            due = connection.active + self._limit(connection)
+            limit = self._limit(connection)
+            next_check = math.inf
+            if _holds_lease(connection):
+                _note_progress(connection, now)
+                next_check = now + limit / _PROGRESS_CHECKS
+            due = connection.silent_since + limit
             if due <= now:
                 self._counters.add("evicted")
                 self._drop(connection, None)
                 found = True
             else:
-                self._next_sweep = min(self._next_sweep, due)
+                self._next_sweep = min(self._next_sweep, due, next_check)
         return found
 
     def finished(self, stop_by: Deadline) -> bool:
@@ -254,10 +288,12 @@ class ServedConnections:
         return None if remaining == math.inf else remaining
 
     def leases(self) -> list[dict[str, float | int | None]]:
-        """The longest silent readers with live leases: pid (Unix lane), leases, seconds since their last word."""
+        """The longest silent readers with live leases: pid (Unix lane), leases, seconds since then."""
         now = self._clock.now()
-        holding = sorted((c for c in self.all() if c.session.leases), key=lambda c: c.active)
-        return [{"pid": c.pid, "leases": c.session.leases, "age": now - c.active} for c in holding[:_MOST_LISTED]]
+        holding = sorted((c for c in self.all() if c.session.leases), key=lambda c: c.silent_since)
+        return [
+            {"pid": c.pid, "leases": c.session.leases, "age": now - c.silent_since} for c in holding[:_MOST_LISTED]
+        ]
 
     def all(self) -> list[ServedConnection]:
         """The open connections."""
@@ -315,3 +351,20 @@ class ServedConnections:
             else:
                 waiting.append(connection)
         self._undrained = waiting
+
+
+def _holds_lease(connection: ServedConnection) -> bool:
+    """It has a lease that a time limit ends."""
+    return connection.network and connection.session.leases > 0 and not connection.lingering
+
+
+def _note_progress(connection: ServedConnection, now: float) -> None:
+    """Note whether bytes have travelled since the last check."""
+    progress = connection.stream.progress()
+    if progress is None or progress == connection.progress:
+        return
+    connection.progress = progress
+    connection.progressed = now
+    if connection.tagged:
+        slowest = connection.session.sending_bytes / MIN_UCX_BYTES_PER_SECOND
+        connection.progressed = min(now, connection.active + slowest)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
 from dray.transport.unix import UnixListener
 from dray.wire import PayloadRef
 from dray.wire.handshake import Lane, ServerIdentity, check_secret
+from dray.wire.ref import has_control
 from dray.wire.session import ServerSession
 
 logger = logging.getLogger("dray.server")
@@ -52,13 +52,17 @@ class PayloadServer:
 
     Args:
         ring: where the payloads are. It must outlive the server, and stays the caller's to close.
-        lanes: which lanes to serve; ``"auto"`` is ``shm``, ``tcp`` and, where ``ucxx`` is installed, ``ucx``.
+        lanes: which lanes to serve; ``"auto"`` is ``shm`` and, with a secret, ``tcp`` and, where ``ucxx`` is
+            installed, ``ucx``. Loopback is no boundary between users: where ``tcp`` or ``ucx`` is named and there
+            is no secret, every user of the machine can read and consume, and a warning is logged.
         host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise.
         port: first port to try; 0 takes any.
         threads: how many server threads, 1 … 16.
-        secret: the job's secret; with it, readers must prove that they know it.
+        secret: the job's secret, at least 16 random bytes (`dray.make_secret` makes one); with it, readers must
+            prove that they know it.
         idle_timeout: seconds after which a connection without requests and leases is closed.
-        lease_timeout: seconds a reader on a network lane may hold a payload without saying anything.
+        lease_timeout: seconds a reader on a network lane may hold a payload while it is silent and no byte travels
+            to it.
         drain_timeout: seconds that `close` gives to transfers in flight.
         max_leases: payloads a connection may hold at a time.
         checksum: ``True`` sends an xxh3-64 of each payload on network lanes; ``"commit"`` computes it already when
@@ -92,7 +96,8 @@ class PayloadServer:
         directory: Path | None = None,
         clock: Clock = MONOTONIC,
     ) -> None:
-        self._lanes = _served(lanes)
+        check_secret(secret)
+        self._lanes = _served(lanes, secret)
         if ":" in host and lanes == "auto":
             self._lanes -= {Lane.UCX}  # ucxx listens on IPv4 only
         elif ":" in host and Lane.UCX in self._lanes:
@@ -108,9 +113,11 @@ class PayloadServer:
                 raise ConfigError(key, seconds, "more than 0 seconds")
         if not drain_timeout >= 0:
             raise ConfigError("drain_timeout", drain_timeout, "0 seconds or more")
-        check_secret(secret)
-        if secret is None and not is_loopback(host) and self._lanes != {Lane.SHM}:
-            raise ConfigError("host", host, "a loopback address, or any with a secret configured")
+        if secret is None and self._lanes != {Lane.SHM}:
+            if not is_loopback(host):
+                raise ConfigError("host", host, "a loopback address, or any with a secret configured")
+            open_lanes = "/".join(lane.label for lane in Lane if lane in self._lanes - {Lane.SHM})
+            logger.warning("%s without a secret: every user of this machine can read and consume", open_lanes)
         self._ring = ring
         self._host = host
         self._port = port
@@ -234,6 +241,9 @@ class PayloadServer:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _check_reference_fits(self) -> None:
+        for endpoint in self.endpoints:
+            if has_control(endpoint):
+                raise ConfigError("directory", endpoint, "a path without control characters: references carry it")
         try:
             self.ref(self._ring.slots - 1, 2**64 - 1, self._ring.slot_bytes).to_json()
         except ProtocolError as error:
@@ -297,8 +307,10 @@ class PayloadServer:
             os.close(self._directory.lock)  # the folder can be swept when the parent is dead
 
 
-def _served(lanes: Sequence[str] | str) -> frozenset[Lane]:
+def _served(lanes: Sequence[str] | str, secret: bytes | None) -> frozenset[Lane]:
     if lanes == "auto":
+        if secret is None:
+            return frozenset({Lane.SHM})
         return frozenset(Lane) if UCXX_AVAILABLE else frozenset({Lane.SHM, Lane.TCP})
     names = {lanes} if isinstance(lanes, str) else set(lanes)
     unknown = names - set(LANE_NAMES)
@@ -307,11 +319,6 @@ def _served(lanes: Sequence[str] | str) -> frozenset[Lane]:
     if "ucx" in names:
         require()
     return frozenset(lane for lane in Lane if lane.label in names)
-
-
-def make_secret() -> bytes:
-    """A fresh secret for a job: 256 random bits."""
-    return secrets.token_bytes(32)
 
 
 _servers: weakref.WeakSet[PayloadServer] = weakref.WeakSet()

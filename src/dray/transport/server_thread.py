@@ -239,7 +239,9 @@ class ServerThread:
             # Serving may itself have made progress and so completed a request of a connection already looked at.
             unfinished = self._served.serve_ucx()
             worker.drop_strays(self._awaits)
-            if worker.steps == seen and not unfinished and not unaccepted and worker.arm():
+            if unfinished:
+                return True
+            if worker.steps == seen and not unaccepted and worker.arm():
                 self._ucx_due = False
                 return False
         return True

@@ -33,6 +33,12 @@ MOST_PARTS = 256
 _FEW, _MUCH = 64 * 1024, 256 * 1024
 """While more than a few bytes of a payload are missing, a reader of TCP is woken for many at a time."""
 
+# In the kernel's `struct tcp_info`: the bytes that the peer has acknowledged and those that came from it, and the
+# window that it offers, which grows while it reads what it has acknowledged. Older kernels' structures end before.
+_TCP_INFO_BYTES = 232
+_TCP_BYTES = slice(120, 136)
+_TCP_SEND_WINDOW = slice(228, 232)
+
 _LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
 
@@ -184,6 +190,15 @@ class SocketStream:
         self._expected.popleft()
         self._filled = 0
         return True
+
+    def progress(self) -> object:
+        if self.lane is not Lane.TCP:
+            return None
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:  # the connection has failed: it makes no progress
+            return None
+        return info[_TCP_BYTES], info[_TCP_SEND_WINDOW]
 
     def close(self) -> None:
         self._parts.clear()

@@ -16,6 +16,7 @@ from dray.errors import ConfigError
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.wire.contract import Outgoing
 from dray.wire.handshake import Lane
+from dray.wire.ref import has_control
 
 
 class Stream(Protocol):
@@ -65,6 +66,10 @@ class Stream(Protocol):
 
     def payload_arrived(self, nbytes: int) -> bool:
         """True when the oldest expected payload is complete; `nbytes` is what STATUS said, 0 if there is none."""
+        ...
+
+    def progress(self) -> object:
+        """A value that changes while bytes travel in either direction, as far as this end can see that."""
         ...
 
     def close(self) -> None:
@@ -127,6 +132,8 @@ class Endpoint:
 
 @functools.lru_cache(maxsize=4096)
 def _parse(address: str) -> Endpoint:
+    if has_control(address):
+        raise ConfigError("endpoint", address, "an address without control characters")
     scheme, _, rest = address.partition(":")
     lane = SCHEMES.get(scheme)
     if lane is Lane.SHM and _is_path(rest):

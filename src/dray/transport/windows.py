@@ -38,7 +38,7 @@ def windows(
     """Yield what the connection brings, taking each reference off `waiting` as its result is handed out.
 
     The leases of a window end with the requests of the next, after its payloads were handed out. `status_by`
-    bounds the first window: once it has come the endpoint is known to answer.
+    bounds the first answer: once it has come the endpoint is known to answer.
 
     Raises:
         TransportError: the connection failed, or a deadline passed; what it has not brought is still `waiting`.
@@ -61,11 +61,10 @@ def windows(
                 told, ended = ended, []
                 asked.append(_Window(refs, connection.ask(refs, reader, status_by, told, copy=True), inline))
             window = asked.popleft()
-            results = [
-                connection.answer(ref, target, status_by, deadline)
-                for ref, target in zip(window.refs, window.targets, strict=True)
-            ]
-            status_by = deadline
+            results = []
+            for ref, target in zip(window.refs, window.targets, strict=True):
+                results.append(connection.answer(ref, target, status_by, deadline))
+                status_by = deadline
             outcomes = [result.data() if isinstance(result, Held) else result for result in results]
             if any(isinstance(each, Held) and each.from_slot for each in results) and not connection.usable():
                 raise ConnectionClosed("the leases may have ended while the payloads were copied")

@@ -13,6 +13,7 @@ from dray.errors import ConfigError
 from dray.payload import PayloadSchema, TensorSpec
 from dray.payload.trajectory import EPISODE_LENGTH
 from dray.transport.stream import LANE_NAMES
+from dray.wire.handshake import check_secret
 
 LaneName = Literal["shm", "tcp", "ucx"]
 MOST_SECONDS = 86_400.0
@@ -78,7 +79,8 @@ class UCXXBufferConfig(_Table):
         slot_bytes: size of the largest payload.
         on_full: what writing to a full buffer does, see `SharedRingBuffer`.
         readers: how many readers each payload is meant for.
-        lanes: how payloads can be had: ``shm`` on the same host, ``ucx`` and ``tcp`` from anywhere.
+        lanes: how payloads can be had: ``shm`` on the same host, ``ucx`` and ``tcp`` from anywhere. None stands
+            for ``shm``, and with a secret for ``ucx`` as well.
         host: address to listen on and to advertise.
         port: first port to try; 0 takes any.
         n_server_threads: server threads, each with endpoints of its own.
@@ -86,7 +88,8 @@ class UCXXBufferConfig(_Table):
         write_timeout: seconds that a write waits for a free slot.
         schema: what trajectories must look like; ``episode_length`` need not be in it.
         per_step: fields with one row per step, beside those that dray knows.
-        secret: the job's secret, which readers must know; needed to listen on more than loopback.
+        secret: the job's secret, at least 16 random bytes, which readers must know; needed to listen on more than
+            loopback.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -96,7 +99,7 @@ class UCXXBufferConfig(_Table):
     slot_bytes: int = 1 << 20
     on_full: OnFull = "block"
     readers: int = 1
-    lanes: Sequence[LaneName] = ("shm", "ucx")
+    lanes: Sequence[LaneName] | None = None
     host: str = "127.0.0.1"
     port: int = 0
     n_server_threads: int = 2
@@ -111,7 +114,9 @@ class UCXXBufferConfig(_Table):
         _count("slot_bytes", self.slot_bytes, 1, 2**63 - 1)
         _one_of("on_full", self.on_full, ("block", "error", "overwrite"))
         _count("readers", self.readers, 1, 64)
-        if isinstance(self.lanes, str) or not self.lanes or not set(self.lanes) <= set(LANE_NAMES):
+        if self.lanes is not None and (
+            isinstance(self.lanes, str) or not self.lanes or not set(self.lanes) <= set(LANE_NAMES)
+        ):
             raise ConfigError("lanes", self.lanes, f"a list of some of {', '.join(LANE_NAMES)}")
         _count("port", self.port, 0, 65_535)
         _count("n_server_threads", self.n_server_threads, 1, 16)
@@ -121,8 +126,14 @@ class UCXXBufferConfig(_Table):
             raise ConfigError("schema", self.schema, "a PayloadSchema")
         if isinstance(self.per_step, str):
             raise ConfigError("per_step", self.per_step, "a list of field names")
-        if self.secret is not None and not isinstance(self.secret, bytes):
-            raise ConfigError("secret", "(not shown)", "bytes")
+        check_secret(self.secret)
+
+    @property
+    def served_lanes(self) -> Sequence[LaneName]:
+        """The lanes that are served."""
+        if self.lanes is not None:
+            return self.lanes
+        return ("shm",) if self.secret is None else ("shm", "ucx")
 
     @property
     def trajectory_schema(self) -> PayloadSchema | None:

@@ -3,6 +3,7 @@
 Nothing in this package opens, reads or waits; it turns messages into answers. `transport` moves the bytes.
 """
 
+from dray.wire.handshake import make_secret
 from dray.wire.ref import PayloadRef
 
-__all__ = ["PayloadRef"]
+__all__ = ["PayloadRef", "make_secret"]

@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from dray.errors import DrayError, ProtocolError, ReaderIdError, ServerBusy, SlotError, StaleSlotError
+from dray.printable import printable
 from dray.wire.frames import FRAME, Flag, Frame, Kind, Status, parse
 
 _STATUS, _ACK = int(Kind.STATUS), int(Kind.ACK)
@@ -119,4 +120,4 @@ def refusal(request: Request, frame: Frame, text: str, endpoint: str, readers: i
                 f"reader id {request.reader} is denied: this ring's are 0 to {readers - 1}", **where
             )
         case _:
-            return SlotError(f"the server answered with an error: {text or 'no reason given'}", **where)
+            return SlotError(f"the server answered with an error: {printable(text) or 'no reason given'}", **where)

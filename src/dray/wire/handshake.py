@@ -21,6 +21,7 @@ import enum
 import hashlib
 import hmac
 import os
+import secrets
 import struct
 from dataclasses import dataclass
 
@@ -33,7 +34,11 @@ NONCE_BYTES = 32
 PROOF_BYTES = 32
 NO_PROOF = bytes(PROOF_BYTES)
 MAX_READERS = 64
+MIN_SECRET_BYTES = 16
+"""A shorter secret is refused: a client gets the server's proof first, and can try secrets against it offline."""
+
 ANY_PRODUCER = bytes(PRODUCER_BYTES)
+_SECRET_BYTES = 32
 
 #                     magic version lane flags producer nonce
 HELLO = struct.Struct("<4sHBB16s32s8x")
@@ -83,12 +88,21 @@ class ServerIdentity:
     readers: int
 
 
+def make_secret() -> bytes:
+    """Return a fresh secret: 32 random bytes."""
+    return secrets.token_bytes(_SECRET_BYTES)
+
+
 def check_secret(secret: bytes | None) -> None:
-    """Raise `ConfigError`, which does not show it, unless the secret is some bytes or ``None``."""
-    if secret is not None and (not isinstance(secret, bytes) or not secret):
-        kind = type(secret).__name__
-        problem = "is empty" if isinstance(secret, bytes) else f"is a {kind}"
-        raise ConfigError("secret", kind, "must be some bytes, or None", problem)
+    """Raise `ConfigError`, which does not show it, unless the secret is long enough or ``None``."""
+    if secret is None or (isinstance(secret, bytes) and len(secret) >= MIN_SECRET_BYTES):
+        return
+    kind = type(secret).__name__
+    problem = f"has {len(secret)} bytes" if isinstance(secret, bytes) else f"is a {kind}"
+    allowed = (
+        f"must have at least {MIN_SECRET_BYTES} random bytes, such as those of dray.make_secret(), or be None"
+    )
+    raise ConfigError("secret", kind, allowed, problem)
 
 
 def proof(secret: bytes, role: bytes, lane: Lane, nonces: bytes, producer: bytes) -> bytes:

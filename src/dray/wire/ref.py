@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ PRODUCER_BYTES = 16
 MAX_SLOT = 2**32 - 1
 MAX_U64 = 2**64 - 1
 _DIGITS = frozenset(string.hexdigits)
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,18 @@ class PayloadRef:
         if not isinstance(fields, dict) or fields.keys() != {"p", "s", "q", "n", "e"}:
             raise ProtocolError("a reference is a JSON object with exactly the keys p, s, q, n, e")
         endpoints = fields["e"]
-        if not isinstance(endpoints, list) or not all(isinstance(e, str) and ":" in e for e in endpoints):
+        if not isinstance(endpoints, list) or not all(map(_is_address, endpoints)):
             raise ProtocolError(f"reference field endpoints must be a list of addresses, got {endpoints!r}")
         return cls(_producer(fields["p"]), fields["s"], fields["q"], fields["n"], tuple(endpoints))
+
+
+def has_control(text: str) -> bool:
+    r"""Whether the text has a control character (CR, LF, NUL, ``\x1b``, …) or a line or paragraph separator."""
+    return _CONTROL.search(text) is not None
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and ":" in value and not has_control(value)
 
 
 def _producer(value: Any) -> bytes:

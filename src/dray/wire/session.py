@@ -49,6 +49,9 @@ BATCH_BYTES = 8 << 20
 COPY_WEIGHT = 32
 """An inline payload takes so many times its size of a batch: until it is sent, it is in memory twice."""
 
+REQUEST_WEIGHT = BATCH_BYTES >> 10
+"""The least that an answer takes of a batch, whatever its payload. STAT costs the most and takes a whole one."""
+
 _READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
 _OK = int(Status.OK)
 
@@ -96,6 +99,7 @@ class ServerSession:
         self._copied: dict[int, Wanted] = {}
         self._sending: set[int] = set()
         self._acked = 0
+        self._granted = 0
         self._tally: defaultdict[str, int] = defaultdict(int)
         self.established = False
         self.expects = self._handshake.expects
@@ -105,6 +109,16 @@ class ServerSession:
     def leases(self) -> int:
         """Leases alive on this connection; one that has any is not idle."""
         return len(self._leases)
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that wait for their answer."""
+        return len(self._requests)
+
+    @property
+    def sending_bytes(self) -> int:
+        """Bytes of the leased payloads that the stream has not sent to their end."""
+        return sum(self._leases[request].nbytes for request in self._sending)
 
     @property
     def busy(self) -> bool:
@@ -193,6 +207,8 @@ class ServerSession:
     def _ack(self, request: int, named: Wanted, flags: int, consumed: list[Wanted]) -> None:
         """End a read; what was copied, or is leased no more, joins `consumed` if it is."""
         self._acked += 1
+        if self._acked > self._granted:
+            raise ProtocolError(f"{self._acked} ACKs came for {self._granted} READs that were answered OK")
         copied = self._copied.pop(request, None)
         if copied is None:
             self._end_lease(request, named, flags, consumed)
@@ -227,7 +243,7 @@ class ServerSession:
             self._ring.release_reading(lease)
 
     def _answer(self, taken: list[Outgoing]) -> int:
-        """Append the answer to the oldest request, or the oldest inline ones; what it takes of a batch."""
+        """Append the answer to the oldest request, or the oldest inline ones; how much of a batch that takes."""
         frame = self._requests[0]
         read = frame[0] == _READ
         nbytes = 0
@@ -242,12 +258,14 @@ class ServerSession:
                 taken.append(self._status(request, self._consume(request)))
             else:
                 self._say(Frame._make(frame), Status.OK, self._describe(), taken)
+                return BATCH_BYTES
         except BufferClosedError as error:
             self.closing = True
+            self._requests.clear()
             self._say(Frame._make(frame), Status.ERROR, str(error), taken)
         if read and not nbytes and self._tagged and frame[10]:
             taken.append(Payload(NO_BYTES, frame[10]))
-        return nbytes
+        return max(nbytes, REQUEST_WEIGHT)
 
     def _consume(self, request: Frame) -> Status:
         if request.reader >= self._readers:
@@ -303,6 +321,7 @@ class ServerSession:
                 lease.offset,
             )
         )
+        self._granted += 1
         self._tally["reads"] += 1
         self._tally["bytes"] += nbytes
         if not in_band:
@@ -315,10 +334,11 @@ class ServerSession:
         """Answer the inline READs that are due, with copies of payloads whose slots need no lease from then on."""
         requests, copied, inline = self._requests, self._copied, Flag.INLINE
         due = []
-        nbytes = 0
-        while requests and nbytes < BATCH_BYTES and requests[0][0] == _READ and requests[0][3] & inline:
+        weight = 0
+        while requests and weight < BATCH_BYTES and requests[0][0] == _READ and requests[0][3] & inline:
             due.append(requests.popleft())
-            nbytes += COPY_WEIGHT * (min(due[-1][7], MAX_INLINE_BYTES) + FRAME_BYTES)
+            # A size of 0 asks for whatever size the payload has.
+            weight += _copy_weight(min(due[-1][7] or MAX_INLINE_BYTES, MAX_INLINE_BYTES))
         found = self._ring.copy_many([(frame[4], frame[6], frame[2]) for frame in due], MAX_INLINE_BYTES)
         reads = nbytes = 0
         for frame, copy in zip(due, found, strict=True):
@@ -346,9 +366,10 @@ class ServerSession:
             taken.append(payload)
             reads += 1
             nbytes += len(payload)
+        self._granted += reads
         self._tally["reads"] += reads
         self._tally["bytes"] += nbytes
-        return COPY_WEIGHT * nbytes
+        return _copy_weight(nbytes, len(due))
 
     def _refuse_copy(self, request: Frame, error: Any, taken: list[Outgoing]) -> None:
         refused = self._refusal(request.reader, request.slot)
@@ -384,6 +405,10 @@ class ServerSession:
         encoded = text.encode()[:MAX_TEXT_BYTES]
         taken.append(self._status(request, status, Flag.TEXT, len(encoded)))
         taken.append(encoded)
+
+
+def _copy_weight(nbytes: int, answers: int = 1) -> int:
+    return answers * REQUEST_WEIGHT + COPY_WEIGHT * nbytes
 
 
 def _other_size(said: int, nbytes: int) -> str:

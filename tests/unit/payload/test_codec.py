@@ -3,6 +3,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import struct
 import weakref
 from types import MappingProxyType
@@ -294,6 +295,53 @@ def test_a_header_that_grows_too_long_is_refused():
 def test_many_fields_round_trip():
     arrays = {f"layer.{index}": np.full(index % 5, index) for index in range(400)}
     assert_same(unpack(pack(arrays)), arrays)
+
+
+def test_most_tensors_round_trip_and_one_more_is_refused_on_both_sides():
+    empty = np.empty(0, np.uint8)
+    arrays = {str(index): empty for index in range(header.MAX_TENSORS)}
+    assert len(unpack(pack(arrays))) == header.MAX_TENSORS
+    with pytest.raises(PayloadFormatError, match="at most 16384 tensors; this one has 16385"):
+        pack({**arrays, "one more": empty})
+    described = ",".join(
+        f'"{index}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for index in range(header.MAX_TENSORS + 1)
+    )
+    with pytest.raises(PayloadFormatError, match="at most 16384 tensors; this one has 16385"):
+        unpack(image_of(f"{{{described}}}".encode()))
+
+
+LONG = "\x1b[2Jforged\n" + "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {LONG: 0},
+        {LONG: {"dtype": LONG, "shape": [], "data_offsets": [0, 4]}},
+        {LONG: {"dtype": "F32", "shape": LONG, "data_offsets": [0, 4]}},
+        {LONG: {"dtype": "F32", "shape": [], "data_offsets": LONG}},
+        {LONG: {"dtype": "F32", "shape": [], "data_offsets": [1, 5]}},
+        {LONG: {"dtype": "F32", "shape": [1 << 62, 2], "data_offsets": [0, 4]}},
+        {"x": {"dtype": LONG, "shape": [], "data_offsets": [0, 4]}},
+        {"__metadata__": LONG},
+    ],
+)
+def test_error_about_an_image_is_one_short_line_whatever_the_image_says(described):
+    with pytest.raises(PayloadFormatError) as caught:
+        unpack(image_of(json.dumps(described).encode()))
+    assert len(str(caught.value)) < 2000
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "arrays", [{LONG: "text"}, {LONG: np.array(["text"])}, {LONG: None}, {LONG: [[1], [2, 3]]}]
+)
+def test_error_about_an_array_is_one_short_line_whatever_its_name(arrays):
+    with pytest.raises(PayloadFormatError) as caught:
+        pack(arrays)
+    assert len(str(caught.value)) < 2000
+    assert str(caught.value).isprintable()
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
 
 
 def test_too_many_dimensions_are_refused_on_both_sides():

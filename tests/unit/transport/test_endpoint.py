@@ -26,7 +26,8 @@ def test_an_address_is_taken_apart_and_put_together(address: str, endpoint: Endp
         "", "unix", "unix:", "tcp", "tcp:", "tcp:h", "tcp::1", "tcp:h:", "tcp:h:0", "tcp:h:65536", "tcp:h:-1",
         "tcp:h:1x", "rdma:h:1", "h:1", "TCP:h:1", "tcp:h:٣", "tcp:[]:1", "tcp:h:" + "9" * 5000, "tcp:h:²",
         "tcp:a..b:1", "ucx:a..b:1", f"tcp:{'a' * 64}:1", "tcp:\ud800:1", "ucx:\ud800:1", "tcp:a\0b:1",
-        "unix:\ud800", "unix:\0abstract", "unix:/a\0b", f"unix:{'a' * 108}", f"unix:{'é' * 54}",
+        "unix:\ud800", "unix:\0abstract", "unix:/a\0b", "unix:/a\nb", "tcp:a\r\nb:1", "ucx:\x1b[2J:1",
+        "unix:/\x9b", "tcp:h:1\n", f"unix:{'a' * 108}", f"unix:{'é' * 54}",
     ],
 )  # fmt: skip
 def test_anything_else_is_a_config_error_that_names_it(address: str) -> None:

@@ -10,7 +10,17 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-from dray.transport.health import OtherProducerError, Quarantine, ReadAttempts, by_lane
+from dray.transport.health import (
+    MAX_QUARANTINE_GROWTH,
+    MAX_REMEMBERED,
+    MIN_ATTEMPT_SECONDS,
+    UNKNOWN_ATTEMPT_SECONDS,
+    Latencies,
+    OtherProducerError,
+    Quarantine,
+    ReadAttempts,
+    by_lane,
+)
 from dray.wire.handshake import Lane
 
 TCP = ["tcp:h:1", "tcp:h:2", "tcp:h:3"]
@@ -46,6 +56,85 @@ def test_a_new_failure_starts_the_time_again() -> None:
     quarantine.failed("a", 20.0)
     assert not quarantine.healthy("a", 40.0)
     assert quarantine.healthy("a", 50.0)
+
+
+def test_quarantine_of_an_endpoint_that_fails_again_doubles_up_to_a_bound() -> None:
+    quarantine = Quarantine(30.0)
+    now, terms = 0.0, []
+    for _ in range(7):
+        quarantine.failed("a", now)
+        terms.append(quarantine.term("a"))
+        now += quarantine.term("a")
+        assert not quarantine.healthy("a", now - 0.1)
+        assert quarantine.healthy("a", now)
+    assert terms == [30.0, 60.0, 120.0, 240.0, 480.0, 480.0, 480.0]
+    assert terms[-1] == MAX_QUARANTINE_GROWTH * 30.0
+    quarantine.failed("b", now)
+    assert quarantine.term("b") == 30.0
+
+
+def test_several_failures_in_one_quarantine_do_not_lengthen_the_next() -> None:
+    quarantine = Quarantine(30.0)
+    for now in (0.0, 0.1, 29.0):
+        quarantine.failed("a", now)
+        assert quarantine.term("a") == 30.0
+    quarantine.failed("a", 60.0)
+    assert quarantine.term("a") == 60.0
+
+
+def test_answer_ends_a_quarantine_and_the_next_is_short_again() -> None:
+    quarantine = Quarantine(30.0)
+    for now in (0.0, 30.0, 90.0):
+        quarantine.failed("a", now)
+    quarantine.elsewhere("b", 90.0)
+    for endpoint in "ab":
+        quarantine.answered(endpoint)
+    assert quarantine.healthy("a", 91.0)
+    assert not quarantine.healthy("b", 91.0)
+    assert quarantine.listed(91.0) == []
+    quarantine.failed("a", 92.0)
+    assert quarantine.term("a") == 30.0
+
+
+def test_what_a_client_remembers_of_failed_endpoints_is_bounded() -> None:
+    quarantine = Quarantine(30.0)
+    for number in range(MAX_REMEMBERED + 10):
+        quarantine.failed(f"tcp:h:{number}", 0.0)
+        quarantine.elsewhere(f"unix:/{number}", 0.0)
+    assert len(quarantine.listed(1.0)) <= MAX_REMEMBERED
+    assert quarantine.healthy("tcp:h:0", 1.0)
+    assert not quarantine.healthy(f"tcp:h:{MAX_REMEMBERED + 9}", 1.0)
+
+
+def test_bound_of_an_attempt_follows_the_slowest_of_the_last_answers_of_its_lane() -> None:
+    latencies = Latencies()
+    assert latencies.bound(Lane.TCP) == UNKNOWN_ATTEMPT_SECONDS
+    latencies.answered(Lane.TCP, 0.001)
+    assert latencies.bound(Lane.TCP) == MIN_ATTEMPT_SECONDS
+    assert latencies.bound(Lane.UCX) == UNKNOWN_ATTEMPT_SECONDS
+    latencies.answered(Lane.TCP, 2.0)
+    slow = latencies.bound(Lane.TCP)
+    assert slow > 10.0
+    bounds = []
+    for _ in range(100):
+        latencies.answered(Lane.TCP, 0.001)
+        bounds.append(latencies.bound(Lane.TCP))
+    assert bounds[0] > 0.8 * slow
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == MIN_ATTEMPT_SECONDS
+
+
+def test_only_a_healthy_endpoint_that_was_not_tried_is_another_one() -> None:
+    assert not attempts(TCP[:1]).has_other(TCP[0], 0.0)
+    assert attempts([SHM[0], TCP[0]]).has_other(SHM[0], 0.0)
+    quarantine = Quarantine()
+    plan = attempts(TCP, quarantine)
+    assert plan.has_other(TCP[0], 0.0)
+    quarantine.failed(TCP[1], 0.0)
+    assert plan.has_other(TCP[0], 1.0)
+    plan.give_up(TCP[2], ServerBusy("busy"), 1.0)
+    assert not plan.has_other(TCP[0], 1.0)
+    assert plan.has_other(TCP[0], 31.0)
 
 
 def test_the_list_holds_what_is_in_quarantine_now() -> None:

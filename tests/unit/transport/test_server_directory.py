@@ -213,6 +213,13 @@ def test_a_configured_directory_too_deep_is_an_error_that_leaves_nothing(tmp_pat
     assert not root.exists()
 
 
+def test_directory_that_no_reference_can_carry_is_an_error_that_leaves_nothing(root: Path) -> None:
+    with SharedRingBuffer(1, 64) as ring, pytest.raises(ConfigError, match="control characters") as caught:
+        PayloadServer(ring, lanes="shm", directory=root / "a\nb")
+    assert caught.value.key == "directory"
+    assert list((root / "a\nb").iterdir()) == []
+
+
 def test_sockets_lie_in_the_private_folder_and_go_with_the_server(root: Path) -> None:
     with SharedRingBuffer(1, 64) as ring:
         with PayloadServer(ring, lanes="shm", threads=2, directory=root) as server:

@@ -20,6 +20,7 @@ from dray import (
     SharedRingBuffer,
     TransportError,
     TransportTimeout,
+    make_secret,
 )
 from dray.errors import ConnectionClosed, ConnectionReset, Unreachable
 from dray.transport import ucx, ucx_sockets, ucx_worker
@@ -56,7 +57,8 @@ def own_address() -> str:
 
 def test_a_ucx_server_on_an_interface_is_read_at_its_address() -> None:
     host = own_address()
-    with serving("ucx", host=host, secret=b"job") as server, PayloadClient(lanes="ucx", secret=b"job") as client:
+    secret = make_secret()
+    with serving("ucx", host=host, secret=secret) as server, PayloadClient(lanes="ucx", secret=secret) as client:
         ref = server.put_bytes(b"payload")
         assert ref.endpoints[0].startswith(f"ucx:{host}:")
         assert bytes(client.read_bytes(ref)) == b"payload"

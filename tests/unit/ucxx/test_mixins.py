@@ -257,7 +257,9 @@ sys.modules["ucxx"] = sys.modules["torch"] = sys.modules["redis"] = None
 import dray.ucxx
 from dray.errors import MissingDependencyError
 assert not dray.ucxx.UCXX_AVAILABLE
-for start in (dray.ucxx.UCXXBuffer, dray.ucxx.UCXXClient, dray.ucxx.CompletionReader):
+served = dray.ucxx.UCXXBufferConfig(secret=bytes(16))
+starts = (lambda: dray.ucxx.UCXXBuffer(served), dray.ucxx.UCXXClient, dray.ucxx.CompletionReader)
+for start in starts:
     for caught in (MissingDependencyError, ImportError, RuntimeError):
         try:
             start()

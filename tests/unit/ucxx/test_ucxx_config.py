@@ -78,11 +78,18 @@ def test_a_wrong_buffer_setting_is_named(key: str, value: Any) -> None:
     assert raised.value.key == key
 
 
+def test_without_a_secret_only_shared_memory_is_served_unless_a_lane_is_named() -> None:
+    assert UCXXBufferConfig().served_lanes == ("shm",)
+    assert UCXXBufferConfig(secret=bytes(16)).served_lanes == ("shm", "ucx")
+    assert UCXXBufferConfig(lanes=("tcp",)).served_lanes == ("tcp",)
+
+
 def test_the_secret_is_not_shown() -> None:
-    assert "hidden" not in repr(UCXXBufferConfig(secret=b"hidden"))
-    with pytest.raises(ConfigError) as raised:
-        UCXXBufferConfig.parse({"secret": "hidden"})
-    assert "hidden" not in str(raised.value)
+    assert "hidden" not in repr(UCXXBufferConfig(secret=b"hidden" * 3))
+    for wrong in ("hidden", b"hidden"):
+        with pytest.raises(ConfigError) as raised:
+            UCXXBufferConfig.parse({"secret": wrong})
+        assert "hidden" not in str(raised.value)
 
 
 def test_a_schema_gets_the_length_that_every_trajectory_has() -> None:

@@ -1,6 +1,8 @@
+from typing import Any
+
 import pytest
 
-from dray.errors import AuthenticationError, ProtocolError, VersionMismatch
+from dray.errors import AuthenticationError, ConfigError, ProtocolError, VersionMismatch
 from dray.wire import handshake as wire
 from dray.wire.frames import VERSION
 from dray.wire.handshake import (
@@ -37,6 +39,24 @@ def shake(client: ClientHandshake, server: ServerHandshake) -> bytes | None:
 
 def test_message_sizes_are_those_of_the_protocol() -> None:
     assert (HELLO.size, CHALLENGE.size, PROOF.size, WELCOME.size) == (64, 128, 32, 8)
+
+
+def test_made_secrets_are_long_enough_and_differ() -> None:
+    first, second = wire.make_secret(), wire.make_secret()
+    assert len(first) >= 2 * wire.MIN_SECRET_BYTES
+    assert first != second
+    wire.check_secret(first)
+    wire.check_secret(bytes(wire.MIN_SECRET_BYTES))
+    wire.check_secret(None)
+
+
+@pytest.mark.parametrize("secret", [b"", b"x", b"hunter2-hunter2", "hunter2-hunter2-hunter2"])
+def test_secret_that_can_be_guessed_is_refused_and_not_shown(secret: Any) -> None:
+    with pytest.raises(ValueError, match="at least 16 random bytes") as caught:
+        wire.check_secret(secret)
+    assert isinstance(caught.value, ConfigError)
+    assert caught.value.key == "secret"
+    assert "hunter" not in str(caught.value) + repr(caught.value.value)
 
 
 @pytest.mark.parametrize("lane", list(Lane))

@@ -73,6 +73,10 @@ def test_too_many_endpoints_do_not_make_a_reference() -> None:
         (fields(e="tcp:h:1"), "field endpoints"),
         (fields(e=[1]), "field endpoints"),
         (fields(e=["nonsense"]), "field endpoints"),
+        *(
+            (fields(e=["tcp:h:1", f"unix:/run/{character}/0.sock"]), "field endpoints")
+            for character in ("\0", "\r", "\n", "\t", "\x1b[2J", "\x7f", "\x85", "\x9b", "\u2028", "\u2029")
+        ),
         (fields(e=["tcp:" + "h" * 600 + ":1"]), "at most 512 bytes"),
     ],
 )

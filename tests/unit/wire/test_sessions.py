@@ -19,7 +19,7 @@ from dray.wire.client_session import ClientSession, Request, refusal
 from dray.wire.contract import Payload
 from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, ServerSession
+from dray.wire.session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, REQUEST_WEIGHT, ServerSession
 
 SLOTS, SLOT_BYTES, MAX_LEASES = 4, 200_000, 3
 
@@ -45,6 +45,7 @@ class Server:
     ) -> None:
         self.counters = Counters()
         self.lane = lane
+        self.ring = ring
         slots = promised_slots or ring.slots
         self.identity = ServerIdentity(ring.producer_id, slots, ring.slot_bytes, MAX_LEASES, ring.readers)
         self.session = ServerSession(lane, ring, self.identity, counters=self.counters, **options)  # type: ignore[arg-type]
@@ -87,6 +88,23 @@ class Server:
 
     def statuses(self) -> list[Status]:
         return [Status(item.status) for item in self.take() if isinstance(item, Frame)]
+
+
+def answers_of(server: Server) -> list[Frame]:
+    """The next STATUS frames of a server that also sends inline payloads, of other sizes than a frame."""
+    answers = statuses(server.session.take())
+    server.session.flushed()
+    return answers
+
+
+def granted(server: Server, count: int) -> None:
+    """The server has answered so many READs that wait for their ACKs, of requests from 500 on."""
+    writer = put(server.ring, b"1")
+    for number in range(count):
+        server.say(Kind.READ, writer, 500 + number, flags=Flag.INLINE)
+    assert [answer.status for answer in answers_of(server)] == [Status.OK] * count
+    for reader in range(server.ring.readers):
+        server.ring.consume(writer.slot, writer.sequence, reader)
 
 
 # --- the server's end -------------------------------------------------------------------------------------------
@@ -418,7 +436,7 @@ def test_replies_keep_the_order_of_requests(ring: SharedRingBuffer) -> None:
     server.say(Kind.STAT, request=12)
     server.say(Kind.CONSUME, two, 13)
     server.say(Kind.READ, two, 14, reader=1)
-    items = server.take()
+    items = [*server.take(), *server.take()]
     assert [item.request if isinstance(item, Frame) else item for item in items] == [
         10, b"one", 11, 12, b'{"a": 1}', 13, 14, b"two",
     ]  # fmt: skip
@@ -457,6 +475,7 @@ def test_a_late_ack_consumes_while_the_sequence_stands(ring: SharedRingBuffer) -
     first.take()
     first.session.close()
     second = Server(ring)
+    granted(second, 2)
     second.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
     second.say(Kind.ACK, writer, 1, reader=1, flags=Flag.CONSUMED)
     assert ring.statistics().free == SLOTS
@@ -468,12 +487,29 @@ def test_a_late_ack_of_nothing_changes_nothing_and_is_counted(
     ring: SharedRingBuffer, changed: dict[str, int]
 ) -> None:
     server, writer = Server(ring), put(ring)
+    granted(server, 2)
     server.say(Kind.ACK, **{"slot": writer.slot, "sequence": writer.sequence, "flags": Flag.CONSUMED, **changed})
     assert ring.get_ready_count() == 1
     assert server.counters["late_acks"] == 1
     server.say(Kind.ACK, writer)
     assert server.counters["late_acks"] == 2
     assert ring.get_ready_count() == 1
+
+
+@pytest.mark.parametrize("flags", [Flag.NONE, Flag.CONSUMED])
+@pytest.mark.parametrize("inline", [Flag.NONE, Flag.INLINE])
+def test_more_acks_than_reads_that_were_answered_ok_are_refused(
+    ring: SharedRingBuffer, flags: int, inline: int
+) -> None:
+    server, writer, other = Server(ring), put(ring), put(ring)
+    server.say(Kind.READ, writer, 1, flags=inline)
+    server.say(Kind.READ, request=2, slot=writer.slot, sequence=99, flags=inline)
+    assert [answer.status for answer in answers_of(server)] == [Status.OK, Status.STALE]
+    server.say(Kind.ACK, writer, 1)
+    with pytest.raises(ProtocolError, match="2 ACKs came for 1 READs that were answered OK"):
+        server.say(Kind.ACK, other, 2, flags=flags)
+    server.session.close()
+    assert ring.get_ready_count() == 2
 
 
 @pytest.mark.parametrize("changed", [{"slot": 1}, {"reader": 1}, {"sequence": 99}])
@@ -501,9 +537,10 @@ def test_an_ack_before_its_payload_was_sent_is_refused(ring: SharedRingBuffer) -
 def test_an_ack_before_its_read_was_answered_ends_no_lease(ring: SharedRingBuffer) -> None:
     server, writer = Server(ring), put(ring)
     server.say(Kind.READ, writer, 1)
-    server.say(Kind.ACK, writer, 1)
-    assert server.statuses() == [Status.OK]
-    assert server.session.leases == 1
+    with pytest.raises(ProtocolError, match="1 ACKs came for 0 READs"):
+        server.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
+    server.session.close()
+    assert ring.get_ready_count() == 1
 
 
 def test_a_request_id_used_twice_is_refused(ring: SharedRingBuffer) -> None:
@@ -565,24 +602,27 @@ def test_a_closed_ring_is_answered_with_an_error_and_ends_the_connection(kind: K
     writer = put(ring)
     ring.close()
     server.say(kind, writer)
+    server.say(Kind.CONSUME, writer, 1)
     status, text = server.take()
     assert isinstance(status, Frame)
     assert (status.status, b"closed" in text) == (Status.ERROR, True)  # type: ignore[operator]
     assert server.session.closing
+    assert (server.session.unanswered, server.take()) == (0, [])
     server.session.close()
 
 
 def test_an_ack_after_the_ring_was_closed_is_ignored() -> None:
     ring = SharedRingBuffer(2, 10)
     server, writer = Server(ring), put(ring)
-    server.say(Kind.READ, writer, 1)
+    for request in (1, 3):
+        server.say(Kind.READ, writer, request)
     server.take()
     ring.close()
-    assert server.session.leases == 1
+    assert server.session.leases == 2
     server.say(Kind.ACK, writer, 1, flags=Flag.CONSUMED)
     server.say(Kind.ACK, writer, 2, flags=Flag.CONSUMED)
     assert server.take() == []
-    assert (server.session.leases, server.session.busy, server.session.closing) == (0, False, False)
+    assert (server.session.leases, server.session.busy, server.session.closing) == (1, False, False)
     assert (server.counters["acks_consumed"], server.counters["late_acks"]) == (1, 1)
     server.session.close()
 
@@ -750,6 +790,14 @@ def test_each_refusal_is_an_error_that_names_its_payload(
     assert "tcp:h:1" in str(made)
 
 
+def test_text_of_an_error_is_one_short_line() -> None:
+    text = "no room\n\x1b[2Jforged " + "x" * 60_000
+    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, Status.ERROR), text, "tcp:h:1", 3)
+    assert "no room" in str(made)
+    assert str(made).isprintable()
+    assert len(str(made)) < 1000
+
+
 @pytest.mark.parametrize("status", [Status.OK, Status.STALE, Status.BUSY, Status.DENIED])
 @pytest.mark.parametrize("kind", [Kind.READ, Kind.CONSUME])
 def test_client_refuses_a_text_where_none_is_due(kind: Kind, status: Status) -> None:
@@ -785,6 +833,7 @@ def test_everything_in_a_batch_is_counted() -> None:
         server.session.flushed()
         assert [answer.status for answer in answers] == [Status.OK] * 3 + [Status.STALE] * 2 + [Status.OK] * 2
         assert server.counters.snapshot() == {"reads": 5, "bytes": 411, "stale": 2}
+        granted(server, 4)
         acks = [frame(Kind.ACK, each, number, flags=Flag.CONSUMED) for number, each in enumerate(small[:2])]
         acks += [frame(Kind.ACK, small[2], 2)]
         acks += [frame(Kind.ACK, each, 5 + number, flags=number) for number, each in enumerate(large)]
@@ -803,7 +852,7 @@ def test_everything_in_a_batch_is_counted() -> None:
             while server.session.take():
                 server.session.flushed()
         counted = server.counters.snapshot()
-        assert (counted["reads"], counted["bytes"], counted["error"]) == (9, 811, 2)
+        assert (counted["reads"], counted["bytes"], counted["error"]) == (13, 815, 2)
         assert (counted["acks_returned"], counted["late_acks"]) == (6, 4)
 
 
@@ -860,8 +909,34 @@ def test_inline_payloads_leave_in_batches_of_a_bounded_size() -> None:
         while items := server.session.take():
             answered.append(len(statuses(items)))
             server.session.flushed()
-        # Twice 16, as the first 16 are less than a batch without their STATUS frames.
-        assert answered == [32, 32, 16]
+        assert answered == [16] * 5
+
+
+def test_inline_reads_of_any_size_leave_in_batches_of_a_bounded_size() -> None:
+    with SharedRingBuffer(1, MAX_INLINE_BYTES) as ring:
+        server, writer = Server(ring), put(ring, bytes(MAX_INLINE_BYTES))
+        for number in range(80):
+            server.say(Kind.READ, writer, number, nbytes=0, flags=Flag.INLINE)
+        assert len(answers_of(server)) == 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"), [(Kind.READ, Flag.NONE), (Kind.READ, Flag.INLINE), (Kind.CONSUME, Flag.NONE)]
+)
+def test_each_answer_without_a_payload_takes_its_part_of_a_batch(kind: Kind, flags: int) -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        server = Server(ring)
+        for number in range(MAX_PENDING):
+            server.say(kind, request=number, nbytes=1 if kind is Kind.READ else 0, flags=flags)
+        assert 0 < len(answers_of(server)) <= 2 * BATCH_BYTES // REQUEST_WEIGHT
+
+
+def test_statistics_take_a_batch_each() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        server = Server(ring)
+        for number in range(100):
+            server.say(Kind.STAT, request=number)
+        assert [server.statuses() for _ in range(101)] == [[Status.OK]] * 100 + [[]]
 
 
 def test_inline_payloads_that_nobody_acknowledges_are_bounded() -> None:
