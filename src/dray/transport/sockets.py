@@ -30,6 +30,9 @@ MOST_PARTS = 256
 _FEW, _MUCH = 64 * 1024, 256 * 1024
 """While more than a few bytes of a payload are missing, a reader of TCP is woken for many at a time."""
 
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+"""Flag for every send: where the program has restored SIGPIPE, a peer that is gone must not end the process."""
+
 _LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
 
@@ -129,7 +132,7 @@ class SocketStream:
         if descriptor is None and not parts and (message := _messages_only(items)) is not None:
             # Most of the time messages leave at once and whole.
             try:
-                sent = self._sock.send(message)
+                sent = self._sock.send(message, NO_SIGNAL)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -248,9 +251,11 @@ class SocketStream:
 
     def _sendmsg(self, batch: list[memoryview]) -> int:
         if self._descriptor is None:
-            return self._sock.send(batch[0]) if len(batch) == 1 else self._sock.sendmsg(batch)
+            if len(batch) == 1:
+                return self._sock.send(batch[0], NO_SIGNAL)
+            return self._sock.sendmsg(batch, (), NO_SIGNAL)
         rights = array.array("i", [self._descriptor])
-        sent = self._sock.sendmsg(batch, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        sent = self._sock.sendmsg(batch, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], NO_SIGNAL)
         self._descriptor = None
         return sent
 

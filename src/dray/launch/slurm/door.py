@@ -95,7 +95,7 @@ class Door:
         self._greeted.add(greeted)
         self._selector.register(connected, selectors.EVENT_READ, lambda: self._greet(greeted))
         try:
-            connected.send(greeted.host.nonce)
+            connected.send(greeted.host.nonce, socket.MSG_NOSIGNAL)
         except OSError as error:
             self._drop(greeted, str(error))
         if len(self._greeted) > MOST_GREETED:
@@ -115,7 +115,7 @@ class Door:
                 self._drop(greeted, refusal)
                 return
             end_when_silent(greeted.connected, self._silence)
-            greeted.connected.send(proof)
+            greeted.connected.send(proof, socket.MSG_NOSIGNAL)
         except (OSError, AuthenticationError) as error:
             self._drop(greeted, str(error))
             return
