@@ -47,6 +47,7 @@ class SharedRingBuffer:
 
     Raises:
         ConfigError: an argument is not allowed, or the system cannot give that memory.
+        OutOfResources: no descriptor is left for the memory.
     """
 
     def __init__(

@@ -24,6 +24,10 @@ from typing import Final, Self
 
 from dray.buffer.layout import PRODUCER_ID_BYTES, SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.resources import needing, out_of_resources
+
+if sys.platform != "win32":
+    import fcntl  # now: without a descriptor it could not be loaded
 
 _PROT_READ: Final = 1
 _PROT_WRITE: Final = 2
@@ -76,6 +80,7 @@ class Segment:
 
         Raises:
             ConfigError: this system has no sealed memfd, or the segment is larger than it can map or reserve.
+            OutOfResources: no descriptor is left for it.
         """
         if len(producer_id) != PRODUCER_ID_BYTES:
             raise ConfigError("producer_id", producer_id, f"{PRODUCER_ID_BYTES} bytes")
@@ -84,7 +89,8 @@ class Segment:
                 "sys.platform", sys.platform, "shared memory needs memfd_create of Linux 5.1 or later"
             )
         with _fork_lock:
-            fd = os.memfd_create("dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with needing("a ring"):
+                fd = os.memfd_create("dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
                 with _sized(layout):
                     os.ftruncate(fd, layout.nbytes)
@@ -115,6 +121,7 @@ class Segment:
         Raises:
             ProtocolError: `fd` is not a dray segment, is not sealed, or has a size other than its header says.
             SlotError: the memory cannot be mapped.
+            OutOfResources: the process has no memory or no mapping left for it.
         """
         try:
             nbytes, seals = os.fstat(fd).st_size, _get_seals(fd)
@@ -130,7 +137,10 @@ class Segment:
             try:
                 view = _map(fd, nbytes, writable=False)
             except OSError as error:
-                raise SlotError(f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}") from error
+                exhausted = out_of_resources(error, f"a mapping of {nbytes} bytes")
+                raise exhausted or SlotError(
+                    f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
+                ) from error
             segment = cls(layout, producer_id, view, -1, writable=False)
             _segments.add(segment)
         return segment
@@ -270,8 +280,6 @@ def _madvise_if_known(view: memoryview, advice: int) -> None:
 
 
 def _seal(fd: int) -> None:
-    import fcntl  # not on every system, where importing dray must work all the same
-
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
     except OSError as error:
@@ -283,8 +291,6 @@ def _seal(fd: int) -> None:
 
 
 def _get_seals(fd: int) -> int:
-    import fcntl  # as above
-
     return fcntl.fcntl(fd, _F_GET_SEALS)
 
 

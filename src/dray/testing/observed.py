@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
-
-import numpy as np
 
 from dray.clock import Deadline
 from dray.errors import ServerBusy, StaleSlotError
@@ -15,7 +13,7 @@ from dray.testing.network import SimulatedKernel, SimulatedNetwork, SimulatedWai
 from dray.testing.scheduler import Process, Scheduler, Signal, Violation
 from dray.transport.client import PayloadClient
 from dray.transport.connection import Connection
-from dray.transport.exchanges import Exchange, Refused
+from dray.transport.exchanges import ConnectionHolder, Exchange, Refused
 from dray.transport.health import QUARANTINE_SECONDS
 from dray.transport.in_place import Graveyard
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
@@ -33,16 +31,14 @@ class SimulatedGraveyard(Graveyard):
         self._scheduler = scheduler
         self._process = process
         self._signal = Signal(scheduler)
-        self._ends: list[Callable[[], None]] = []
-        self._roots: list[weakref.ref[Any]] = []
+        self._buried: list[int] = []
         self._digging = False
 
-    def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> None:
-        def died(_: object) -> None:
-            self._ends.append(end)
-            self._signal.notify()
+    def bury(self, number: int) -> None:
+        self._buried.append(number)
+        self._signal.notify()
 
-        self._roots.append(weakref.ref(root, died))
+    def _start(self) -> None:
         if not self._digging:
             self._digging = True
             self._scheduler.spawn(self._process, "leases", self._dig, idles=True)
@@ -52,8 +48,8 @@ class SimulatedGraveyard(Graveyard):
 
     def _dig(self) -> None:
         while True:
-            while self._ends:
-                self._ends.pop()()
+            while self._buried:
+                self._end(self._buried.pop())
             self._scheduler.wait((self._signal,), float("inf"))
 
 
@@ -93,10 +89,10 @@ class ObservedClient(PayloadClient):
         exchanges: Any = self._exchanges
         exchanges._buffers = SimulatedBuffers(kernel)
         self._choose, self._note_failed = exchanges.choose, exchanges.failed
-        self._run_and_keep, self._check_in = exchanges.run_and_keep, exchanges._pool.checkin
+        self._run_holding, self._check_in = exchanges.run_holding, exchanges._pool.checkin
         exchanges.choose = self._watched_choose
         exchanges.failed = self._watched_failed
-        exchanges.run_and_keep = self._watched_run
+        exchanges.run_holding = self._watched_run
         exchanges._pool.checkin = self._watched_checkin
 
     # --- stale references -------------------------------------------------------------------------------------
@@ -169,7 +165,9 @@ class ObservedClient(PayloadClient):
         failed = self._failed_at.get(endpoint)
         return failed is not None and now < failed + QUARANTINE_SECONDS
 
-    def _watched_run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[Any]) -> Any:
+    def _watched_run(
+        self, holder: ConnectionHolder, ref: PayloadRef, deadline: Deadline, exchange: Exchange[Any]
+    ) -> Any:
         stale = False
 
         def watched(connection: Connection, status_by: Deadline, limit: Deadline) -> Any:
@@ -182,9 +180,9 @@ class ObservedClient(PayloadClient):
                 stale = isinstance(refused.error, StaleSlotError)
                 raise
 
-        result, connection, group = self._run_and_keep(ref, deadline, watched)
-        self.kept = connection
-        return result, connection, group
+        result = self._run_holding(holder, ref, deadline, watched)
+        self.kept = holder.connection
+        return result
 
     def _watched_checkin(self, endpoint: str, connection: Connection, group: Any, now: float) -> Any:
         stream = connection._stream

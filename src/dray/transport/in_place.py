@@ -1,4 +1,16 @@
-"""Leases that a program works on in place: they end when the last array into the slot is gone, not before."""
+"""Leases that a program works on in place: they end when the last array into the slot is gone, not before.
+
+A lease is in one of these states; its connection is kept by its caller in the first, by arrays in the second and
+third:
+
+| state | ends with |
+|---|---|
+| not entered | `close`, the end of the lease object, or the client's `close`: released |
+| entered | the block's end: consumed, or released after an exception |
+| lingering: the block has ended, an array lives | the array: as the block has ended |
+
+Where an exception of a signal handler comes in the middle of an end, the lease ends with its last array as well.
+"""
 
 from __future__ import annotations
 
@@ -15,69 +27,125 @@ import numpy as np
 from dray.errors import LeaseInUseError
 from dray.payload.codec import unpack
 from dray.transport.connection import Held
-from dray.wire.client_session import Request
+from dray.transport.exchanges import ConnectionHolder, Exchanges
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
-End = Callable[[Request, bool], None]
+
+
+class Fate:
+    """How a lease ends once its arrays are gone.
+
+    Attributes:
+        consumed: consumed, not released.
+        watched: nobody else sees to it.
+    """
+
+    __slots__ = ("consumed", "watched")
+
+    def __init__(self) -> None:
+        self.consumed = False
+        self.watched = True
 
 
 class Graveyard:
-    """Ends leases whose last array dies after their ``with`` block.
+    """Ends leases whose last array dies before they have ended.
 
     An array may die anywhere, in the middle of a locked section too, so its death only puts the lease into a
-    queue; a thread, started with the first such lease, ends it.
+    queue; a thread, started with the first lease, ends it.
     """
 
     def __init__(self) -> None:
-        self._dead: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._watched: dict[int, weakref.ref[Any]] = {}
-        self._numbers = itertools.count()
+        self._dead: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._watched: dict[int, tuple[weakref.ref[Any], Callable[[], None]]] = {}
+        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> None:
-        """Call `end`, in a thread of its own, once `root` is gone."""
+    def watch(self, root: np.ndarray[Any, Any], fate: Fate, end: Callable[[], None]) -> int:
+        """Call `end`, in a thread of its own, once `root` is gone, unless it is not to be watched then.
+
+        Returns a number for `bury` and `forget`.
+        """
         number = next(self._numbers)
+
+        def gone(_: object) -> None:
+            if fate.watched:
+                self.bury(number)
+
         with self._lock:
-            self._watched[number] = weakref.ref(root, lambda _: self._dead.put((number, end)))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="dray-leases", daemon=True)
-                self._thread.start()
+            self._watched[number] = weakref.ref(root, gone), end
+            self._start()
+        return number
+
+    def bury(self, number: int) -> None:
+        """Its last array is gone: end it in the thread."""
+        self._dead.put(number)
+
+    def forget(self, number: int) -> None:
+        """Watch it no longer."""
+        self._watched.pop(number, None)
+        if self._closed:
+            self._dead.put(0)
 
     def close(self) -> None:
         """End the thread, or let it end with the last lease that is still in use. Twice is fine."""
         with self._lock:
             self._closed = True
             thread = None if self._watched else self._thread
+        self._dead.put(0)
         if thread is not None:
-            self._dead.put(None)
             thread.join()
 
-    def _run(self) -> None:
-        while (dead := self._dead.get()) is not None:
-            number, end = dead
+    def _start(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="dray-leases", daemon=True)
+            self._thread.start()
+
+    def _end(self, number: int) -> None:
+        _, end = self._watched.pop(number, (None, None))
+        if end is not None:
             end()
-            with self._lock:
-                del self._watched[number]
-                if self._closed and not self._watched:
-                    return
+
+    def _run(self) -> None:
+        while True:
+            self._end(self._dead.get())
+            if self._closed and not self._watched:
+                return
 
 
 class InPlaceLease:
-    """A payload, held for the length of a ``with`` block; made by `PayloadClient.lease`."""
+    """A payload, held for the length of a ``with`` block; made by `PayloadClient.lease`.
 
-    def __init__(self, held: Held, end: End, graveyard: Graveyard) -> None:
+    Args:
+        held: the payload.
+        exchanges, holder: what keeps its connection.
+        graveyard: ends the lease where this object does not.
+    """
+
+    def __init__(self, held: Held, exchanges: Exchanges, holder: ConnectionHolder, graveyard: Graveyard) -> None:
         self._request = held.request
         self._in_place = held.in_place
         self._root: np.ndarray[Any, Any] | None = held.root
-        self._end = end
+        self._exchanges = exchanges
+        self._holder = holder
         self._graveyard = graveyard
         self._arrays: Arrays = held.arrays or {}
         held.arrays = None
+        self._fate = fate = Fate()
+        request = held.request
+        self._watched = graveyard.watch(
+            held.root, fate, lambda: exchanges.end_kept_lease(holder, request, fate.consumed)
+        )
 
     def __enter__(self) -> Arrays:
+        """The payload's arrays.
+
+        Raises:
+            BufferClosedError: the lease has ended, or the client was closed meanwhile.
+        """
         try:
+            self._exchanges.hand_out(self._holder)
             assert self._root is not None
             if not self._arrays:
                 self._arrays.update(unpack(self._root))
@@ -98,19 +166,29 @@ class InPlaceLease:
             )
 
     def close(self) -> None:
-        """Return the payload, if the block was never entered. Twice is fine."""
+        """Release the payload, if the block was never entered. Twice is fine."""
         self._finish(consumed=False)
 
     def _finish(self, consumed: bool) -> bool:
         """End the lease now, or when the last array into the slot is gone; whether it is the latter."""
         if self._root is None:
             return False
+        fate, alive = self._fate, weakref.ref(self._root)
         self._arrays.clear()
-        alive, self._root = weakref.ref(self._root), None
-        request, end = self._request, self._end
-        root = alive() if self._in_place else None
-        if root is None:
-            end(request, consumed)
-            return False
-        self._graveyard.watch(root, lambda: end(request, consumed))
-        return True
+        with self._holder.inside:
+            try:
+                fate.consumed = consumed
+                fate.watched = False  # this call sees to it
+                self._root = None
+                if self._in_place and alive() is not None:
+                    fate.watched = True
+                    if alive() is not None:
+                        return True
+                self._exchanges.end_lease(self._holder, self._request, consumed)
+            except BaseException:
+                fate.watched = True
+                if alive() is None:
+                    self._graveyard.bury(self._watched)
+                raise
+        self._graveyard.forget(self._watched)
+        return False

@@ -68,6 +68,7 @@ class PayloadServer:
         ConfigError: an argument is not allowed, a lane cannot be served here, or `host` is not loopback and there
             is no secret.
         MissingDependencyError: a lane needs a package that is not installed.
+        OutOfResources: no descriptor is left for its sockets and threads.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from dray.clock import Clock, Deadline
 from dray.errors import AuthenticationError, TransportError
+from dray.resources import needing
 from dray.telemetry import Counters
 from dray.transport.served_connections import ROUNDS, ServedConnection, ServedConnections, ThreadSettings
 from dray.transport.spinning import SpinningEpoll
@@ -83,9 +84,11 @@ class ServerThread:
         self._resume_at = math.inf
         self._stop_by: Deadline | None = None
         self._ucx_due = worker is not None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with needing("a server thread"):
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._poll = make_poll()
+            with needing("a server thread"):
+                self._poll = make_poll()
             for watched in (self._wake, *self._listeners, *((worker.fileno(),) if worker else ())):
                 self._poll.register(watched, select.EPOLLIN)
         except BaseException:

@@ -20,6 +20,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.resources import out_of_resources
 from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
 
@@ -55,6 +56,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
+def make_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+    """A new socket.
+
+    Raises:
+        OutOfResources: no descriptor is left for it.
+        Unreachable: this system has no such sockets.
+    """
+    try:
+        return socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise from_os_error(error) from error
+
+
 def poll_timeout(deadline: Deadline) -> float | None:
     """What is left, as `select.poll` takes it: milliseconds, of which it takes 24 days at most."""
     milliseconds = deadline.remaining * 1000
@@ -69,6 +83,8 @@ def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError
         case ConnectionResetError() | BrokenPipeError() | ConnectionAbortedError():
             return ConnectionReset(f"the connection was reset: {error}", endpoint=endpoint)
         case _:
+            if (exhausted := out_of_resources(error, "a connection", endpoint)) is not None:
+                return exhausted
             refused = error.errno in _REFUSED
             return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
 

@@ -13,7 +13,8 @@ from typing import Any
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout, Unreachable
 from dray.private_directory import MAX_SOCKET_PATH
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.resources import descriptors_exhausted
+from dray.transport.sockets import SocketStream, from_os_error, make_socket, not_inherited
 from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 
@@ -35,9 +36,12 @@ class UnixStream(SocketStream):
         """The next message together with the descriptor it carries, or None if it is not here yet.
 
         The descriptor is the caller's to close.
+
+        Raises:
+            OutOfResources: no descriptor was left to receive it.
         """
         try:
-            message, descriptors, _, _ = socket.recv_fds(self._sock, size, 1)
+            message, descriptors, flags, _ = socket.recv_fds(self._sock, size, 1)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -46,6 +50,10 @@ class UnixStream(SocketStream):
             for descriptor in descriptors:
                 os.close(descriptor)
             raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
+        if not descriptors and flags & socket.MSG_CTRUNC:
+            # The kernel drops a descriptor for which the receiver has no number.
+            exhausted = descriptors_exhausted("the segment's descriptor")
+            raise exhausted or MessageTruncated("the segment's descriptor did not come with the handshake")
         return message, descriptors[0] if descriptors else -1
 
     def peer(self) -> tuple[int, int]:
@@ -62,7 +70,7 @@ class UnixListener:
             raise ConfigError("socket path", str(path), f"at most {MAX_SOCKET_PATH} bytes")
         self.path = path
         self.endpoint = f"unix:{path}"
-        self._sock = not_inherited(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        self._sock = not_inherited(make_socket(socket.AF_UNIX))
         try:
             self._sock.bind(str(path))
             self._sock.listen(_BACKLOG)
@@ -114,8 +122,9 @@ def connect(path: str, deadline: Deadline) -> UnixStream:
         Unreachable: there is no such socket, or nobody listens on it; without even its folder, which is there as
             long as a server lives, the socket is another host's.
         TransportTimeout: its backlog stayed full until the deadline.
+        OutOfResources: no descriptor is left for the connection.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = make_socket(socket.AF_UNIX)
     try:
         connect_socket(sock, path, deadline, f"unix:{path}")
     except Unreachable as error:

@@ -8,6 +8,7 @@ import threading
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout
+from dray.resources import needing
 from dray.transport.sockets import poll_timeout
 from dray.transport.spinning import Spinning
 from dray.transport.stream import Stream
@@ -21,7 +22,8 @@ class Wake:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with needing("a client"):
+            self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._waits: set[Spinning] = set()
         self._woken = False
 
