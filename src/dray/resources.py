@@ -1,4 +1,4 @@
-"""Limits of the system that a process can reach: descriptors and the kernel's memory, told as one typed error."""
+"""Descriptors and memory of the system: their limits as one typed error, and a way to make them without a loss."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from dray.errors import OutOfResources
 
 if sys.platform != "win32":
     import resource  # now: without a descriptor it could not be loaded
 
-_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
-_EXHAUSTED = _DESCRIPTORS | {errno.ENOMEM, errno.ENOBUFS}
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+T = TypeVar("T")
 
 
 def out_of_resources(error: OSError, awaited: str, endpoint: str | None = None) -> OutOfResources | None:
@@ -38,6 +40,15 @@ def descriptors_exhausted(awaited: str, endpoint: str | None = None) -> OutOfRes
     except OSError as error:
         return out_of_resources(error, awaited, endpoint)
     return None
+
+
+def keep_result(results: list[T], call: Callable[..., T], *arguments: object) -> None:
+    """Append what `call`, a function in C, returns to `results`, without a moment in between.
+
+    Python lets an exception of a signal handler come after each call, and what the call returned is lost then: a
+    descriptor would stay open for good.
+    """
+    results.extend(map(call, *((each,) for each in arguments)))
 
 
 @contextlib.contextmanager

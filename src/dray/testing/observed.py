@@ -31,11 +31,13 @@ class SimulatedGraveyard(Graveyard):
         self._scheduler = scheduler
         self._process = process
         self._signal = Signal(scheduler)
-        self._buried: list[int] = []
+        self._dead: Any = self
+        self._buried: list[object] = []
         self._digging = False
 
-    def bury(self, number: int) -> None:
-        self._buried.append(number)
+    def put(self, dead: object) -> None:
+        """What is put into the queue of the real one."""
+        self._buried.append(dead)
         self._signal.notify()
 
     def _start(self) -> None:

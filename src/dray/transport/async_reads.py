@@ -1,7 +1,7 @@
 """Reads for asyncio: each waits in a thread of the client's own, and what nobody receives is released.
 
-The event loop's default threads stay the program's: with as many hanging reads as that has threads, nothing else of
-the program could use them.
+The event loop's default threads stay the program's: as many hanging reads as there are of them would leave it
+none.
 """
 
 from __future__ import annotations

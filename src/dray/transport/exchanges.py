@@ -148,8 +148,8 @@ class Exchanges:
     def run_holding(
         self, holder: ConnectionHolder, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]
     ) -> T:
-        """Like `run`, inside `holder`, which has the connection afterwards: to `checkin` or `discard`, if this raises
-        as well."""
+        """Like `run`, by a thread inside `holder`; what that has afterwards, after an exception as well, is to be
+        given to `checkin` or `discard`."""
         attempts = self.plan(ref)
         while True:
             endpoint, status_by = self.choose(attempts, deadline)

@@ -1,4 +1,4 @@
-"""Who holds a client's connections: a thread that is inside one, a caller between two results, or arrays of a lease.
+"""Who holds a client's connections: a thread inside one, a caller between two results, or the arrays of a lease.
 
 An exception of a signal handler can end any call between any two of its steps, those of its clean-up too. So nothing
 depends on the clean-up: a connection that is open, not idle, and held by none of these is left over, and is closed
@@ -22,7 +22,7 @@ class Keeper(enum.Enum):
 
     NOBODY = enum.auto()
     CALLER = enum.auto()
-    """A batch between two results, a lease whose block was not entered, or a read that asyncio has not received."""
+    """A batch between two results, a lease whose block was not entered, or a read that no task has received."""
     ARRAYS = enum.auto()
     """A lease whose arrays were handed out: its slot must not be used again while they are there."""
 

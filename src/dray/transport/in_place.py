@@ -14,7 +14,6 @@ Where an exception of a signal handler comes in the middle of an end, the lease 
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import weakref
@@ -32,21 +31,6 @@ from dray.transport.exchanges import ConnectionHolder, Exchanges
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 
 
-class Fate:
-    """How a lease ends once its arrays are gone.
-
-    Attributes:
-        consumed: consumed, not released.
-        watched: nobody else sees to it.
-    """
-
-    __slots__ = ("consumed", "watched")
-
-    def __init__(self) -> None:
-        self.consumed = False
-        self.watched = True
-
-
 class Graveyard:
     """Ends leases whose last array dies before they have ended.
 
@@ -55,55 +39,44 @@ class Graveyard:
     """
 
     def __init__(self) -> None:
-        self._dead: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._dead: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._watched: dict[int, tuple[weakref.ref[Any], Callable[[], None]]] = {}
-        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def watch(self, root: np.ndarray[Any, Any], fate: Fate, end: Callable[[], None]) -> int:
-        """Call `end`, in a thread of its own, once `root` is gone, unless it is not to be watched then.
-
-        Returns a number for `bury` and `forget`.
-        """
-        number = next(self._numbers)
-
-        def gone(_: object) -> None:
-            if fate.watched:
-                self.bury(number)
-
+    def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> int:
+        """Call `end`, in a thread of its own, once `root` is gone; the number is for `forget`."""
+        # Without a function in Python, which an exception of a signal handler could end before it has done this.
+        watched = weakref.ref(root, self._dead.put)
         with self._lock:
-            self._watched[number] = weakref.ref(root, gone), end
+            self._watched[id(watched)] = watched, end
             self._start()
-        return number
-
-    def bury(self, number: int) -> None:
-        """Its last array is gone: end it in the thread."""
-        self._dead.put(number)
+        return id(watched)
 
     def forget(self, number: int) -> None:
         """Watch it no longer."""
         self._watched.pop(number, None)
         if self._closed:
-            self._dead.put(0)
+            self._dead.put(None)
 
     def close(self) -> None:
         """End the thread, or let it end with the last lease that is still in use. Twice is fine."""
         with self._lock:
             self._closed = True
             thread = None if self._watched else self._thread
-        self._dead.put(0)
+        self._dead.put(None)
         if thread is not None:
             thread.join()
 
     def _start(self) -> None:
         if self._thread is None and not self._closed:
-            self._thread = threading.Thread(target=self._run, name="dray-leases", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="dray-leases", daemon=True)
+            thread.start()
+            self._thread = thread
 
-    def _end(self, number: int) -> None:
-        _, end = self._watched.pop(number, (None, None))
+    def _end(self, dead: object) -> None:
+        _, end = self._watched.pop(id(dead), (None, None))
         if end is not None:
             end()
 
@@ -111,6 +84,7 @@ class Graveyard:
         while True:
             self._end(self._dead.get())
             if self._closed and not self._watched:
+                self._dead.put(None)  # there is another thread where an exception came right after its start
                 return
 
 
@@ -132,11 +106,7 @@ class InPlaceLease:
         self._graveyard = graveyard
         self._arrays: Arrays = held.arrays or {}
         held.arrays = None
-        self._fate = fate = Fate()
-        request = held.request
-        self._watched = graveyard.watch(
-            held.root, fate, lambda: exchanges.end_kept_lease(holder, request, fate.consumed)
-        )
+        self._watched = self._watch(held.root, consumed=False)
 
     def __enter__(self) -> Arrays:
         """The payload's arrays.
@@ -173,22 +143,27 @@ class InPlaceLease:
         """End the lease now, or when the last array into the slot is gone; whether it is the latter."""
         if self._root is None:
             return False
-        fate, alive = self._fate, weakref.ref(self._root)
+        alive = weakref.ref(self._root)
         self._arrays.clear()
         with self._holder.inside:
             try:
-                fate.consumed = consumed
-                fate.watched = False  # this call sees to it
+                self._graveyard.forget(self._watched)
                 self._root = None
-                if self._in_place and alive() is not None:
-                    fate.watched = True
-                    if alive() is not None:
-                        return True
+                root = alive() if self._in_place else None
+                if root is not None:
+                    self._watch(root, consumed)
+                    return True
                 self._exchanges.end_lease(self._holder, self._request, consumed)
             except BaseException:
-                fate.watched = True
-                if alive() is None:
-                    self._graveyard.bury(self._watched)
+                root = alive()
+                if root is None:
+                    self._exchanges.discard(self._holder)
+                else:
+                    self._watch(root, consumed)
                 raise
-        self._graveyard.forget(self._watched)
         return False
+
+    def _watch(self, root: np.ndarray[Any, Any], consumed: bool) -> int:
+        """End the lease once `root` is gone."""
+        exchanges, holder, request = self._exchanges, self._holder, self._request
+        return self._graveyard.watch(root, lambda: exchanges.end_kept_lease(holder, request, consumed))

@@ -30,8 +30,8 @@ class Wake:
     def close(self) -> None:
         """End every wait with `BufferClosedError`. Twice is fine."""
         with self._lock:
-            if not self._woken:
-                self._woken = True
+            self._woken = True
+            if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)
         self._close_unused()
 
@@ -49,8 +49,8 @@ class Wake:
         """
         found: object = False
         # In this order, without the lock: who closes sees this wait, or this wait sees the end.
-        self._waits.add(poll)
         try:
+            self._waits.add(poll)
             if not self._woken:
                 found = poll(poll_timeout(deadline))
         finally:
@@ -64,8 +64,8 @@ class Wake:
     def _close_unused(self) -> None:
         with self._lock:
             if not self._waits and self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+                unused, self._descriptor = self._descriptor, -1
+                os.close(unused)
 
 
 class PollWaiter:
