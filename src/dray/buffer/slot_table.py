@@ -191,6 +191,8 @@ class SlotTable:
         self.live = OrderedDict((slot.sequence, slot) for slot in taken)
         self.ready = sum(slot.state is _READY for slot in taken)
         self.leases = sum(slot.leases for slot in taken)
+        if self._newest is not None and self._newest.over:
+            self._newest = None
         self._claimed = max(self._claimed, 1 + max(slot.sequence for slot in self.slots))
         self._aborted = self._claimed - self._committed - sum(slot.state is _WRITING for slot in taken)
         self.changing = False
