@@ -1,9 +1,9 @@
 """Who holds a client's connections: a thread inside one, a caller between two results, or the arrays of a lease.
 
 An exception of a signal handler can end any call between any two of its steps, those of its clean-up too. So
-nothing depends on the clean-up: a connection that is open, not idle, and held by none of these is left over, and is
-closed by the next call that opens or closes one, by `PayloadClient.close` at the latest. `Holder.inside` is a lock of
-the interpreter's own, which a ``with`` statement gives back whatever happens.
+nothing depends on the clean-up: a connection that is open, not idle, and held by none of these is left over. It is
+closed by the next call that opens or closes one, by `PayloadClient.close` at the latest. `Holder.inside` is a lock
+of the interpreter's own, which a ``with`` statement gives back whatever happens.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ from dray.errors import (
     Unreachable,
 )
 
+from dray.resources import check_descriptors, descriptors_exhausted, needing, out_of_resources
+
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
 SEGMENT_SIZE = "1m"
 """UCX's TCP segments; its own 8 KiB bind a connection with error handling to 1 GB/s."""
@@ -45,6 +47,10 @@ _CLOSE_STEP_NS = 10_000_000
 _CLOSE_STEPS = 100
 _PROGRESS_STEPS = 10_000
 _SETTLE_SECONDS = 0.05
+_WORKER_DESCRIPTORS = 11
+"""What a worker opens, one listener or connection included; where UCX finds fewer, it may end the process."""
+_CONTEXT_DESCRIPTORS = 7
+"""What a process's first worker opens besides."""
 _IFNAME = struct.Struct("16s16x")
 _IFADDR = struct.Struct("20x4s8x")
 _SIOCGIFADDR = 0x8915
@@ -119,15 +125,21 @@ class UcxWorker:
 
     Args:
         loopback: confine the worker's own sockets to the loopback interface.
+
+    Raises:
+        OutOfResources: too few descriptors are left for it.
     """
 
     def __init__(self, loopback: bool) -> None:
+        check_descriptors(
+            _WORKER_DESCRIPTORS + (0 if _has_context(loopback) else _CONTEXT_DESCRIPTORS), "a UCX worker"
+        )
         self.ucx, self.array = require()
         try:
             self._worker = self.ucx.UCXWorker(_context(loopback, os.getpid()))
             self._worker.init_blocking_progress_mode()
         except self.ucx.UCXError as error:
-            raise from_ucx_error(error) from error
+            raise descriptors_exhausted("a UCX worker") or from_ucx_error(error) from error
         self.loopback = loopback
         self.steps = 0
         # Nobody who has not been told a tag should hit upon one.
@@ -164,12 +176,15 @@ class UcxWorker:
 
         Raises:
             Unreachable: UCX cannot listen there; `refused` if the port is taken.
+            OutOfResources: no descriptor is left for it.
         """
         try:
             return self.ucx.UCXListener.create(self._worker, port, on_request)
         except self.ucx.UCXBusyError as error:
             raise Unreachable(f"port {port} is taken: {error}", refused=True) from error
         except self.ucx.UCXError as error:
+            if (exhausted := descriptors_exhausted("a UCX listener")) is not None:
+                raise exhausted from error
             raise Unreachable(f"UCX cannot listen on port {port}: {error}") from error
 
     def retire(self, listener: Any, refuse: Callable[[Any], None]) -> None:
@@ -189,7 +204,7 @@ class UcxWorker:
         try:
             return self.ucx.UCXEndpoint.create(self._worker, host, port, True)
         except self.ucx.UCXError as error:
-            raise from_ucx_error(error) from error
+            raise descriptors_exhausted("a UCX connection") or from_ucx_error(error) from error
 
     def probe(self, tag: Any) -> Any:
         """The oldest message that nobody asked for under a tag, taken off the queue: `matched` and `length`."""
@@ -290,11 +305,18 @@ def _canceling_size() -> Any:
 
 
 _CONTEXT_LOCK = threading.Lock()
+_contexts: set[tuple[bool, int]] = set()
+
+
+def _has_context(loopback: bool) -> bool:
+    return (loopback, os.getpid()) in _contexts
 
 
 def _context(loopback: bool, pid: int) -> Any:
     with _CONTEXT_LOCK:
-        return _make_context(loopback, pid)
+        context = _make_context(loopback, pid)
+        _contexts.add((loopback, pid))
+        return context
 
 
 @functools.lru_cache(maxsize=4)
@@ -337,10 +359,15 @@ def confine(port: int, host: str) -> None:
 @contextlib.contextmanager
 def _listening_socket(port: int) -> Iterator[socket.socket]:
     """A duplicate of the descriptor of the UCX listener on `port`, which ucxx does not give out."""
-    for entry in list(Path("/proc/self/fd").iterdir()):
+    with needing("a UCX listener"):
+        entries = list(Path("/proc/self/fd").iterdir())
+    for entry in entries:
         try:
             duplicate = os.dup(int(entry.name))
-        except OSError:  # the descriptor that listed the folder, which is gone, or another thread's
+        except OSError as error:
+            if (exhausted := out_of_resources(error, "a UCX listener")) is not None:
+                raise exhausted from error
+            # the descriptor that listed the folder, which is gone, or another thread's
             continue
         if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
             os.close(duplicate)
