@@ -13,11 +13,11 @@ from redis.retry import Retry
 from dray.control.address import RedisAddress
 
 
-class _NoSignalSocket(socket.socket):
-    """Where the program has restored SIGPIPE, a server that is gone must not end the process."""
+class NoSignalSocket(socket.socket):
+    """A socket whose `sendall` never raises SIGPIPE, which a program may have given its default action back."""
 
     @classmethod
-    def of(cls, connected: socket.socket) -> _NoSignalSocket:
+    def of(cls, connected: socket.socket) -> NoSignalSocket:
         """The same socket, with its timeout; `connected` is closed."""
         timeout = connected.gettimeout()
         found = cls(fileno=connected.detach())
@@ -30,12 +30,12 @@ class _NoSignalSocket(socket.socket):
 
 class _TcpConnection(Connection):
     def _connect(self) -> socket.socket:
-        return _NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
+        return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
 
 
 class _UnixConnection(UnixDomainSocketConnection):
     def _connect(self) -> socket.socket:
-        return _NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
+        return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
 
 
 _CONNECTIONS: dict[type, type] = {Connection: _TcpConnection, UnixDomainSocketConnection: _UnixConnection}

@@ -36,7 +36,6 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-
 from dray.resources import check_descriptors, descriptors_exhausted, needing, out_of_resources
 
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
