@@ -1,4 +1,4 @@
-"""Y6: a signal handler raises in the middle of a call; afterwards everything can be closed, and nothing is held."""
+"""Y6: a signal handler raises in the middle of a call; afterwards everything closes, and nothing is held."""
 
 import gc
 from typing import Any

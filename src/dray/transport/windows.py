@@ -47,8 +47,8 @@ class Windows:
     """Reads a batch, window by window.
 
     Its user goes through the results of `next`, calls `hand_out` for each, and then sets `connection.handed_out`
-    to its `lease` right before the ``yield`` that hands it out: no exception can come between these two. The leases
-    of a window end with the requests of the next.
+    to its `lease` right before the ``yield`` that hands it out: no exception can come between these two. The
+    leases of a window end with the requests of the next.
 
     Args:
         exchanges: the client's connections.
