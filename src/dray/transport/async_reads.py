@@ -13,9 +13,8 @@ from collections.abc import Callable
 
 from dray.clock import Deadline
 from dray.errors import DrayError, TransportTimeout
-from dray.transport.exchanges import ConnectionHolder, Exchanges
+from dray.transport.exchanges import KeptLease
 from dray.transport.in_place import Arrays
-from dray.wire.client_session import Request
 
 MAX_ASYNC_READS = 32
 """Threads of one client that wait for reads of asyncio."""
@@ -28,17 +27,14 @@ class HeldRead:
         arrays: what it has, or why that cannot be unpacked.
     """
 
-    def __init__(
-        self, arrays: Arrays | DrayError, request: Request, exchanges: Exchanges, holder: ConnectionHolder
-    ) -> None:
+    def __init__(self, arrays: Arrays | DrayError, lease: KeptLease) -> None:
         self.arrays = arrays
-        self._request = request
-        self._exchanges = exchanges
-        self._holder = holder
+        self._lease = lease
 
     def end(self, consumed: bool) -> None:
         """Consume or release it."""
-        self._exchanges.end_kept_lease(self._holder, self._request, consumed)
+        with self._lease.inside:
+            self._lease.end(consumed)
 
 
 class AsyncReads:

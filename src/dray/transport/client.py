@@ -23,7 +23,7 @@ from dray.payload.codec import unpack
 from dray.telemetry import Counters
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.connection import Connection, Held
-from dray.transport.exchanges import ConnectionHolder, Exchange, Exchanges, Refused
+from dray.transport.exchanges import ConnectionHolder, Exchange, Exchanges, KeptLease, Refused
 from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
 from dray.transport.holding import Holder, Keeper
 from dray.transport.in_place import Arrays, Graveyard, InPlaceLease
@@ -162,7 +162,7 @@ class PayloadClient:
                     ),
                 )
                 _count(holder, ref)
-                lease = InPlaceLease(held, self._exchanges, holder, self._graveyard)
+                lease = InPlaceLease(held, KeptLease(self._exchanges, holder, held.request), self._graveyard)
                 holder.keeper = Keeper.CALLER
             except BaseException:
                 self._exchanges.discard(holder)
@@ -302,7 +302,7 @@ class PayloadClient:
             arrays = _unpacked(held.data())
             if held.from_slot and not connection.usable():
                 raise ConnectionClosed("the lease may have ended while the payload was copied")
-            return HeldRead(arrays, held.request, self._exchanges, holder)
+            return HeldRead(arrays, KeptLease(self._exchanges, holder, held.request))
 
         holder: ConnectionHolder = Holder()
         with holder.inside:

@@ -330,13 +330,8 @@ class Exchanges:
                 raise BufferClosedError("the lease has ended, or the client was closed meanwhile")
             holder.keeper = Keeper.ARRAYS
 
-    def end_kept_lease(self, holder: ConnectionHolder, request: Request, consumed: bool) -> None:
-        """End a lease that was kept, unless it has ended."""
-        with holder.inside:
-            self.end_lease(holder, request, consumed)
-
     def end_lease(self, holder: ConnectionHolder, request: Request, consumed: bool) -> None:
-        """`end_kept_lease` of a thread that is inside `holder`."""
+        """End a lease that was kept, by a thread inside `holder`, unless it has ended."""
         try:
             connection = self.resume(holder)
         except BufferClosedError:
@@ -542,6 +537,33 @@ class Exchanges:
                 holder.clear()
                 self._holders.discard(holder)
         self._close_left()
+
+
+class KeptLease:
+    """A payload's lease whose connection is kept after its exchange.
+
+    Attributes:
+        request: the READ that holds it.
+        inside: held by the thread that calls `end` or `drop`.
+    """
+
+    def __init__(self, exchanges: Exchanges, holder: ConnectionHolder, request: Request) -> None:
+        self.request = request
+        self.inside = holder.inside
+        self._exchanges = exchanges
+        self._holder = holder
+
+    def hand_out(self) -> None:
+        """See `Exchanges.hand_out`."""
+        self._exchanges.hand_out(self._holder)
+
+    def end(self, consumed: bool) -> None:
+        """End it, unless it has ended."""
+        self._exchanges.end_lease(self._holder, self.request, consumed)
+
+    def drop(self) -> None:
+        """Close its connection, unless it has ended: the server returns the lease."""
+        self._exchanges.discard(self._holder)
 
 
 def _handed_out(connection: Connection) -> dict[str, float]:

@@ -19,14 +19,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from dray.errors import LeaseInUseError
 from dray.payload.codec import unpack
 from dray.transport.connection import Held
-from dray.transport.exchanges import ConnectionHolder, Exchanges
+from dray.wire.client_session import Request
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 
@@ -88,21 +88,30 @@ class Graveyard:
                 return
 
 
+class Kept(Protocol):
+    """What a lease is to its connection: see `dray.transport.exchanges.KeptLease`."""
+
+    request: Request
+    inside: threading.Lock
+
+    def hand_out(self) -> None: ...
+    def end(self, consumed: bool) -> None: ...
+    def drop(self) -> None: ...
+
+
 class InPlaceLease:
     """A payload, held for the length of a ``with`` block; made by `PayloadClient.lease`.
 
     Args:
         held: the payload.
-        exchanges, holder: what keeps its connection.
+        kept: its lease.
         graveyard: ends the lease where this object does not.
     """
 
-    def __init__(self, held: Held, exchanges: Exchanges, holder: ConnectionHolder, graveyard: Graveyard) -> None:
-        self._request = held.request
+    def __init__(self, held: Held, kept: Kept, graveyard: Graveyard) -> None:
         self._in_place = held.in_place
         self._root: np.ndarray[Any, Any] | None = held.root
-        self._exchanges = exchanges
-        self._holder = holder
+        self._kept = kept
         self._graveyard = graveyard
         self._arrays: Arrays = held.arrays or {}
         held.arrays = None
@@ -115,7 +124,7 @@ class InPlaceLease:
             BufferClosedError: the lease has ended, or the client was closed meanwhile.
         """
         try:
-            self._exchanges.hand_out(self._holder)
+            self._kept.hand_out()
             assert self._root is not None
             if not self._arrays:
                 self._arrays.update(unpack(self._root))
@@ -131,8 +140,8 @@ class InPlaceLease:
         if in_use and kind is None:
             raise LeaseInUseError(
                 "an array of this lease is still referenced; its slot stays leased until that is gone",
-                slot=self._request.slot,
-                sequence=self._request.sequence,
+                slot=self._kept.request.slot,
+                sequence=self._kept.request.sequence,
             )
 
     def close(self) -> None:
@@ -145,7 +154,7 @@ class InPlaceLease:
             return False
         alive = weakref.ref(self._root)
         self._arrays.clear()
-        with self._holder.inside:
+        with self._kept.inside:
             try:
                 self._graveyard.forget(self._watched)
                 self._root = None
@@ -153,11 +162,11 @@ class InPlaceLease:
                 if root is not None:
                     self._watch(root, consumed)
                     return True
-                self._exchanges.end_lease(self._holder, self._request, consumed)
+                self._kept.end(consumed)
             except BaseException:
                 root = alive()
                 if root is None:
-                    self._exchanges.discard(self._holder)
+                    self._kept.drop()
                 else:
                     self._watch(root, consumed)
                 raise
@@ -165,5 +174,10 @@ class InPlaceLease:
 
     def _watch(self, root: np.ndarray[Any, Any], consumed: bool) -> int:
         """End the lease once `root` is gone."""
-        exchanges, holder, request = self._exchanges, self._holder, self._request
-        return self._graveyard.watch(root, lambda: exchanges.end_kept_lease(holder, request, consumed))
+        kept = self._kept
+
+        def end() -> None:
+            with kept.inside:
+                kept.end(consumed)
+
+        return self._graveyard.watch(root, end)
