@@ -68,6 +68,7 @@ class RingCore:
                 waited = True
                 self.claimable.wait(min(deadline.remaining, threading.TIMEOUT_MAX))
                 self.check_open()
+                self.mend()
                 if table.free or (overwrite and table.drop_oldest()):
                     return
             table.full_errors += 1

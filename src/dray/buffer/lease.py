@@ -15,7 +15,7 @@ logger = logging.getLogger("dray.buffer")
 
 
 class SlotWriter:
-    """A claimed slot. Fill `buffer`, then `commit`; leaving the ``with`` block without it aborts.
+    """A claimed slot. Fill `buffer`, then `commit`; leaving the ``with`` block, or losing this object, aborts.
 
     Attributes:
         slot: index of the slot.

@@ -50,7 +50,7 @@ class UnixStream(SocketStream):
         """
         received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
         try:
-            keep_result(received, self._sock.recvmsg, size, socket.CMSG_SPACE(_DESCRIPTOR.size))
+            keep_result(received, self._sock.recvmsg, size, socket.CMSG_LEN(_DESCRIPTOR.size))
             ((message, ancillary, flags, _),) = received
             if len(message) != size:
                 raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
