@@ -141,6 +141,27 @@ class Payload:
         return SlotState.READING if self.leases else SlotState.READY
 
 
+class KeptInRing:
+    """What a lease of the ring is to the block that works on it."""
+
+    def __init__(self, ring: SharedRingBuffer, lease: Lease, request: Request, ended: threading.Event) -> None:
+        self.request = request
+        self.inside = threading.Lock()
+        self._ring = ring
+        self._lease = lease
+        self._ended = ended
+
+    def hand_out(self) -> None:
+        pass
+
+    def end(self, consumed: bool) -> None:
+        (self._ring.mark_consumed if consumed else self._ring.release_reading)(self._lease)
+        self._ended.set()
+
+    def drop(self) -> None:
+        self.end(consumed=False)
+
+
 @dataclass
 class InPlace:
     """A program that works on a slot in place: its lease, and the array it has taken out of the block."""
@@ -511,15 +532,11 @@ class RingAndModel:
             return
         lease = self.ring.read_raw(slot, sequence, reader)
         self._leased(lease)
-        ended, ring = threading.Event(), self.ring
-
-        def end(request: Request, consumed: bool) -> None:
-            (ring.mark_consumed if consumed else ring.release_reading)(lease)
-            ended.set()
-
+        ended = threading.Event()
         root = np.frombuffer(self.attached.view[lease.offset : lease.offset + lease.nbytes], np.uint8)
         request = Request(Kind.READ, 0, slot, sequence, reader)
-        block = InPlaceLease(Held(request, root, True, ReceiveBuffers()), end, self.graveyard)
+        kept = KeptInRing(self.ring, lease, request, ended)
+        block = InPlaceLease(Held(request, root, True, ReceiveBuffers()), kept, self.graveyard)
         del root
         arrays = block.__enter__()
         self.in_blocks.append(InPlace(lease, block, arrays, arrays["x"].tobytes(), ended))

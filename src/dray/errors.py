@@ -228,6 +228,25 @@ class Unreachable(TransportError):
         self.elsewhere = elsewhere
 
 
+class OutOfResources(TransportError, OSError):
+    """The process or the machine has no descriptor, or the kernel no memory, left; the message names the limit.
+
+    It is also raised where a ring, server or client is made. It says nothing about the peer.
+
+    Args:
+        number: the system's error number, such as ``errno.EMFILE``.
+        strerror: what the system calls it.
+    """
+
+    def __init__(self, message: str, number: int, strerror: str, **about: Any) -> None:
+        super().__init__(message, **about)
+        self.errno = number
+        self.strerror = strerror
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.errno, self.strerror), self.__dict__
+
+
 class ServerBusy(TransportError):
     """The server's lease limit for this connection is reached; the endpoint itself is healthy."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.resources import needing
 
 MAX_SOCKET_PATH = 107
 """The kernel's limit on the path of a Unix socket, in bytes."""
@@ -36,6 +37,7 @@ class PrivateDirectory:
     Raises:
         ConfigError: the root cannot be used, is another user's, can be replaced by another user, or is too long
             for a socket's path.
+        OutOfResources: no descriptor is left for the lock.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -44,7 +46,7 @@ class PrivateDirectory:
         root = default_root() if root is None else root
         _own(root)
         self.path = root / secrets.token_hex(4)
-        with _locked(root):
+        with needing("a folder of sockets"), _locked(root):
             _sweep(root)
             self.path.mkdir(mode=0o700)
             try:

@@ -38,7 +38,6 @@ CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"
 BATCH = "prefetch/batch.py"
 HANDSHAKING = "transport/handshaking.py"
-WINDOWS = "transport/windows.py"
 
 DEFECTS = (
     # --- slots ----------------------------------------------------------------------------------------------
@@ -137,10 +136,14 @@ DEFECTS = (
         RING,
         """\
                 self._table.finish(lease._cell, lease.reader, consumed)
+                self._table.changing = False
                 if core.claimers:
                     core.claimable.notify()
 """,
-        "                self._table.finish(lease._cell, lease.reader, consumed)\n",
+        """\
+                self._table.finish(lease._cell, lease.reader, consumed)
+                self._table.changing = False
+""",
     ),
     Defect(
         "a lease ended while an array lives in its slot",
@@ -244,16 +247,14 @@ DEFECTS = (
         "a pooled connection returned after a failed exchange",
         EXCHANGES,
         """\
-                except BaseException:
-                    self.discard(connection, group)
-                    raise
             except TransportError as error:
+                self.discard(holder)
+                self.failed(attempts, endpoint, ref.producer, error, deadline)
 """,
         """\
-                except BaseException:
-                    self.checkin(connection, group)
-                    raise
             except TransportError as error:
+                self.checkin(holder)
+                self.failed(attempts, endpoint, ref.producer, error, deadline)
 """,
         Search.SIMULATION,
     ),
@@ -296,13 +297,9 @@ DEFECTS = (
     ),
     Defect(
         "ACKs of a window are forgotten when the next one fails",
-        WINDOWS,
-        """\
-        with contextlib.suppress(TransportError, BufferClosedError):
-            connection.acknowledge(ended, deadline)
-        raise
-""",
-        "        raise\n",
+        CONNECTION,
+        "        lost = [*self._session.unconfirmed, *(request for request, consumed in ended if consumed)]\n",
+        "        lost = self._session.unconfirmed\n",
         Search.SIMULATION,
     ),
     Defect(

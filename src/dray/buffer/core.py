@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 
 from dray.buffer.policy import OnFull
 from dray.buffer.segment import Segment
@@ -38,6 +39,7 @@ class RingCore:
         self.claimers = 0
         self.closed = False
         self.disowned = False
+        self.lost: deque[object] = deque()  # writers that are gone and have neither committed nor aborted
         self._on_full = on_full
         self._memory: memoryview | None = segment.view
         _cores.add(self)
@@ -66,6 +68,7 @@ class RingCore:
                 waited = True
                 self.claimable.wait(min(deadline.remaining, threading.TIMEOUT_MAX))
                 self.check_open()
+                self.mend()
                 if table.free or (overwrite and table.drop_oldest()):
                     return
             table.full_errors += 1
@@ -81,6 +84,21 @@ class RingCore:
             self.claimers -= 1
             table.claim_waits += waited
             table.claim_wait_seconds += deadline.elapsed
+
+    def begin_change(self) -> None:
+        """Before the slots are changed; ``table.changing = False`` ends it.
+
+        An exception of a signal handler may come in between; the next change finishes what it left.
+        """
+        if self.lost or self.table.changing:
+            self.mend()
+        self.table.changing = True
+
+    def mend(self) -> None:
+        """Finish changes that an exception of a signal handler ended, and free what lost writers have claimed."""
+        if self.lost or self.table.changing:
+            self.lost.clear()
+            self.table.mend()
 
     def check_open(self) -> None:
         """Raise `BufferClosedError` unless the ring can be used."""

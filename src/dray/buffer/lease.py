@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from dray.buffer.core import RingCore
+from dray.buffer.slot_state import SlotState
 from dray.buffer.slot_table import Slot
 from dray.errors import ConfigError, PayloadTooLargeError, SlotError, StaleSlotError
 
@@ -14,7 +15,7 @@ logger = logging.getLogger("dray.buffer")
 
 
 class SlotWriter:
-    """A claimed slot. Fill `buffer`, then `commit`; leaving the ``with`` block without it aborts.
+    """A claimed slot. Fill `buffer`, then `commit`; leaving the ``with`` block, or losing this object, aborts.
 
     Attributes:
         slot: index of the slot.
@@ -23,7 +24,7 @@ class SlotWriter:
         open: true until `commit` or `abort`.
     """
 
-    __slots__ = ("_cell", "_core", "nbytes", "open", "sequence", "slot")
+    __slots__ = ("__weakref__", "_cell", "_core", "nbytes", "open", "sequence", "slot")
 
     def __init__(self, core: RingCore, cell: Slot, nbytes: int) -> None:
         self._core = core
@@ -67,8 +68,11 @@ class SlotWriter:
                     slot=self.slot,
                     sequence=self.sequence,
                 )
+            core.begin_change()
             core.table.commit(self._cell, nbytes)
+            self._cell.writer = None
             self.open = False
+            core.table.changing = False
             if core.claimers:
                 core.claimable.notify()
 
@@ -81,13 +85,33 @@ class SlotWriter:
             if core.closed:
                 return
             if self.open:
+                core.begin_change()
                 self.open = False
-                core.table.abort(self._cell)
+                self._cell.writer = None
+                if self._cell.state is SlotState.WRITING:
+                    core.table.abort(self._cell)
+                else:  # an exception came in the middle of the commit
+                    core.table.withdraw(self._cell)
+                core.table.changing = False
                 if core.claimers:
                     core.claimable.notify()
                 return
             core.table.late_finalises += 1
         logger.warning("abort of %r ignored: it is finished already", self)
+
+    def withdraw(self) -> None:
+        """`abort`, or the end of a payload that was committed and whose reference nobody was given."""
+        if self.open:
+            self.abort()
+            return
+        core, cell = self._core, self._cell
+        with core.lock:
+            if not core.closed and cell.sequence == self.sequence and not cell.over:
+                core.begin_change()
+                core.table.withdraw(cell)
+                core.table.changing = False
+                if core.claimers:
+                    core.claimable.notify()
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
@@ -47,6 +48,7 @@ class SharedRingBuffer:
 
     Raises:
         ConfigError: an argument is not allowed, or the system cannot give that memory.
+        OutOfResources: no descriptor is left for the memory.
     """
 
     def __init__(
@@ -98,9 +100,15 @@ class SharedRingBuffer:
         with core.lock:
             if core.closed:
                 raise core.closed_error()
+            core.mend()
             if not self._table.free:
                 core.wait_for_slot(timeout)
-            return SlotWriter(core, self._table.claim(nbytes), nbytes)
+            core.begin_change()
+            cell = self._table.claim(nbytes)
+            writer = SlotWriter(core, cell, nbytes)
+            cell.writer = weakref.ref(writer, core.lost.append)
+            self._table.changing = False
+            return writer
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -172,7 +180,9 @@ class SharedRingBuffer:
             for slot, sequence, reader in wanted:
                 if core.closed or not (0 <= slot < self.slots and 0 <= reader < self.readers):
                     self._refuse(slot, reader)
+                core.begin_change()
                 consumed += self._table.consume(slot, sequence, reader)
+                self._table.changing = False
                 if core.claimers:
                     core.claimable.notify()
             return consumed
@@ -241,18 +251,21 @@ class SharedRingBuffer:
         """How many slots are READY."""
         with self._core.lock:
             self._core.check_open()
+            self._core.mend()
             return self._table.ready
 
     def ready(self, *, leased: bool = False) -> list[ReadySlot]:
         """The READY payloads, oldest first; with `leased`, also those being read that are not consumed yet."""
         with self._core.lock:
             self._core.check_open()
+            self._core.mend()
             return self._table.waiting(leased=leased)
 
     def statistics(self) -> RingStatistics:
         """The ring at this moment."""
         with self._core.lock:
             self._core.check_open()
+            self._core.mend()
             return self._table.statistics()
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -288,8 +301,10 @@ class SharedRingBuffer:
         core = self._core
         with core.lock:
             if lease.live and lease._core is core and not core.closed:
+                core.begin_change()
                 lease.live = False
                 self._table.finish(lease._cell, lease.reader, consumed)
+                self._table.changing = False
                 if core.claimers:
                     core.claimable.notify()
                 return True

@@ -24,6 +24,10 @@ from typing import Final, Self
 
 from dray.buffer.layout import PRODUCER_ID_BYTES, SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.resources import keep_result, needing, out_of_resources
+
+if sys.platform != "win32":
+    import fcntl  # now: without a descriptor it could not be loaded
 
 _PROT_READ: Final = 1
 _PROT_WRITE: Final = 2
@@ -76,6 +80,7 @@ class Segment:
 
         Raises:
             ConfigError: this system has no sealed memfd, or the segment is larger than it can map or reserve.
+            OutOfResources: no descriptor is left for it.
         """
         if len(producer_id) != PRODUCER_ID_BYTES:
             raise ConfigError("producer_id", producer_id, f"{PRODUCER_ID_BYTES} bytes")
@@ -84,14 +89,18 @@ class Segment:
                 "sys.platform", sys.platform, "shared memory needs memfd_create of Linux 5.1 or later"
             )
         with _fork_lock:
-            fd = os.memfd_create("dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            made: list[int] = []
             try:
+                with needing("a ring"):
+                    keep_result(made, os.memfd_create, "dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                (fd,) = made
                 with _sized(layout):
                     os.ftruncate(fd, layout.nbytes)
                     view = _map(fd, layout.nbytes, writable=True)
                 _seal(fd)
             except BaseException:
-                os.close(fd)
+                for each in made:
+                    os.close(each)
                 raise
             segment = cls(layout, producer_id, view, fd, writable=True)
             _segments.add(segment)
@@ -115,6 +124,7 @@ class Segment:
         Raises:
             ProtocolError: `fd` is not a dray segment, is not sealed, or has a size other than its header says.
             SlotError: the memory cannot be mapped.
+            OutOfResources: the process has no memory or no mapping left for it.
         """
         try:
             nbytes, seals = os.fstat(fd).st_size, _get_seals(fd)
@@ -130,7 +140,10 @@ class Segment:
             try:
                 view = _map(fd, nbytes, writable=False)
             except OSError as error:
-                raise SlotError(f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}") from error
+                exhausted = out_of_resources(error, f"a mapping of {nbytes} bytes")
+                raise exhausted or SlotError(
+                    f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
+                ) from error
             segment = cls(layout, producer_id, view, -1, writable=False)
             _segments.add(segment)
         return segment
@@ -239,26 +252,34 @@ def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
     """Map `fd`; the memory is unmapped when the last view of it dies."""
     libc = _libc()
     protection = _PROT_READ | _PROT_WRITE if writable else _PROT_READ
-    address = libc.mmap(None, nbytes, protection, _MAP_SHARED, fd, 0)
-    if address == _MAP_FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    if libc.madvise(address, nbytes, _MADV_DONTFORK) != 0:
-        number = ctypes.get_errno()
-        libc.munmap(address, nbytes)
-        raise OSError(number, os.strerror(number))
-    memory = (ctypes.c_ubyte * nbytes).from_address(address)
-    unmap = weakref.finalize(memory, _unmap, address, nbytes)
-    unmap.atexit = False
-    _mappings[address] = unmap
+    _unmap_dead()
+    mapped: list[int] = []
+    try:
+        keep_result(mapped, libc.mmap, None, nbytes, protection, _MAP_SHARED, fd, 0)
+        failed = mapped == [_MAP_FAILED]
+        if failed or libc.madvise(*mapped, nbytes, _MADV_DONTFORK) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        memory = (ctypes.c_ubyte * nbytes).from_address(*mapped)
+        _mappings[mapped[0]] = weakref.ref(memory, _unmap_dead), nbytes
+    except BaseException:
+        for address in mapped:
+            if address != _MAP_FAILED and address not in _mappings:
+                libc.munmap(address, nbytes)
+        raise
     view = memoryview(memory).cast("B")
     return view if writable else view.toreadonly()
 
 
-def _unmap(address: int, nbytes: int) -> None:
-    # Runs wherever the last view dies, so it takes no lock. The entry goes first: the address may be reused then.
-    del _mappings[address]
-    _libc().munmap(address, nbytes)
+def _unmap_dead(_: object = None) -> None:
+    """Unmap what the last view of has died.
+
+    It runs wherever that happens, so it takes no lock. Where an exception of a signal handler ends it, the next
+    mapping, or the end of another, does the rest. An entry goes first: the address may be reused then.
+    """
+    for address, (memory, nbytes) in list(_mappings.items()):
+        if memory() is None and _mappings.pop(address, None) is not None:
+            _libc().munmap(address, nbytes)
 
 
 def _madvise_if_known(view: memoryview, advice: int) -> None:
@@ -270,8 +291,6 @@ def _madvise_if_known(view: memoryview, advice: int) -> None:
 
 
 def _seal(fd: int) -> None:
-    import fcntl  # not on every system, where importing dray must work all the same
-
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
     except OSError as error:
@@ -283,8 +302,6 @@ def _seal(fd: int) -> None:
 
 
 def _get_seals(fd: int) -> int:
-    import fcntl  # as above
-
     return fcntl.fcntl(fd, _F_GET_SEALS)
 
 
@@ -297,12 +314,10 @@ def _get_seals(fd: int) -> int:
 
 _fork_lock = threading.RLock()
 _segments: weakref.WeakSet[Segment] = weakref.WeakSet()
-_mappings: dict[int, weakref.finalize[[int, int], ctypes.Array[ctypes.c_ubyte]]] = {}
+_mappings: dict[int, tuple[weakref.ref[ctypes.Array[ctypes.c_ubyte]], int]] = {}
 
 
 def _disown_in_child() -> None:
-    for unmap in _mappings.values():
-        unmap.detach()
     _mappings.clear()
     for segment in _segments:
         segment._forget()

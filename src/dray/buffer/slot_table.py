@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Final, TypeAlias
@@ -45,6 +46,7 @@ class Slot:
 
     `over` says that the payload's life has ended (consumed by all, overwritten, retired or aborted); the slot is
     FREE as soon as no lease is left. `sequence` stays, so that old references are told from those never given.
+    `writer` is the one who has claimed it, while it is WRITING.
     """
 
     __slots__ = (
@@ -62,6 +64,7 @@ class Slot:
         "over",
         "sequence",
         "state",
+        "writer",
     )
 
     def __init__(self, index: int, header: int, offset: int) -> None:
@@ -79,6 +82,7 @@ class Slot:
         self.delivered = False
         self.over = True
         self.ended: threading.Condition | None = None
+        self.writer: weakref.ref[object] | None = None
 
     def wake(self) -> None:
         """Wake those who wait for the end of this payload."""
@@ -110,6 +114,7 @@ class SlotTable:
         self.claim_waits = 0
         self.claim_wait_seconds = 0.0
         self.full_errors = 0
+        self.changing = False  # while set by nobody who is inside: a change was not finished, see `mend`
         self._slot_bytes = layout.slot_bytes
         self._memory = memory
         self._newest_only = newest_only
@@ -156,6 +161,41 @@ class SlotTable:
         self._aborted += 1
         slot.over = True
         slot.wake()
+
+    def withdraw(self, slot: Slot) -> None:
+        """End a committed payload whose reference nobody was given."""
+        self._dropped_unread += 1
+        if self._newest is slot:
+            self._newest = None
+        self._end(slot)
+
+    def mend(self) -> None:
+        """Finish what an exception of a signal handler came in the middle of: all follows from the slots' states.
+
+        A slot whose writer is gone is free.
+        """
+        for slot in self.slots:
+            lost = slot.state is _WRITING and (slot.writer is None or slot.writer() is None)
+            if lost or (slot.state in (_READY, _READING) and slot.over and not slot.leases):
+                slot.state, slot.over, slot.writer = _FREE, True, None
+                slot.wake()
+            elif slot.state in (_READY, _READING):
+                slot.state = _READING if slot.leases else _READY
+            elif slot.state is _FREE:
+                slot.over = True
+                slot.wake()
+            self._memory[slot.header + STATE_OFFSET] = slot.state
+        free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
+        taken = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
+        self.free = deque(free)
+        self.live = OrderedDict((slot.sequence, slot) for slot in taken)
+        self.ready = sum(slot.state is _READY for slot in taken)
+        self.leases = sum(slot.leases for slot in taken)
+        if self._newest is not None and self._newest.over:
+            self._newest = None
+        self._claimed = max(self._claimed, 1 + max(slot.sequence for slot in self.slots))
+        self._aborted = self._claimed - self._committed - sum(slot.state is _WRITING for slot in taken)
+        self.changing = False
 
     def lease(self, index: int, sequence: int, reader: int) -> Slot:
         """READY or READING → READING, with one lease more.

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import Connection, UnixDomainSocketConnection
 from redis.retry import Retry
 
 from dray.control.address import RedisAddress
+
+
+class NoSignalSocket(socket.socket):
+    """A socket whose `sendall` never raises SIGPIPE, which a program may have given its default action back."""
+
+    @classmethod
+    def of(cls, connected: socket.socket) -> NoSignalSocket:
+        """The same socket, with its timeout; `connected` is closed."""
+        timeout = connected.gettimeout()
+        found = cls(fileno=connected.detach())
+        found.settimeout(timeout)
+        return found
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        super().sendall(data, flags | socket.MSG_NOSIGNAL)
+
+
+class _TcpConnection(Connection):
+    def _connect(self) -> socket.socket:
+        return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
+
+
+class _UnixConnection(UnixDomainSocketConnection):
+    def _connect(self) -> socket.socket:
+        return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
+
+
+_CONNECTIONS: dict[type, type] = {Connection: _TcpConnection, UnixDomainSocketConnection: _UnixConnection}
+"""What stands for each class of redis-py; TLS keeps its own, as its library writes to the socket itself."""
 
 
 class RedisClient:
@@ -20,8 +51,11 @@ class RedisClient:
     """
 
     def __init__(self, address: RedisAddress, answer_timeout: float) -> None:
+        options = address.options()
+        chosen = options.pop("connection_class", Connection)
         self._pool = redis.ConnectionPool(
-            **address.options(),
+            connection_class=_CONNECTIONS.get(chosen, chosen),
+            **options,
             protocol=2,
             socket_timeout=answer_timeout,
             socket_connect_timeout=answer_timeout,

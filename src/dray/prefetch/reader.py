@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, ConfigError, DrayError
@@ -86,7 +85,8 @@ class BatchReader:
         Raises:
             As `PayloadClient.read`.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             by = self._by(timeout)
         return self._threads.read_one(ref, by, consume)
 
@@ -106,7 +106,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed, or gets closed meanwhile.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             batch = self._batch(refs, self._by(timeout))
             try:
                 self._submit(batch)
@@ -131,7 +132,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             batch = self._batch(refs, self._by(timeout))
             if self._buffers.displaceable:
                 self._collect()
@@ -150,7 +152,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             accepted = self._buffers.defer(self._batch(refs, math.inf), timeout)
             self._advance()
             return accepted
@@ -164,7 +167,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed, or gets closed meanwhile.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             if timeout is not None:
                 by = self._by(timeout)
             elif self._buffers.back is not None:
@@ -183,7 +187,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             return self._collect()
 
     def take(self, ref: PayloadRef) -> Fetched | None:
@@ -194,7 +199,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed, or gets closed meanwhile.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             found = self._buffers.find(ref)
             if not isinstance(found, BatchFetch):
                 return found
@@ -216,7 +222,8 @@ class BatchReader:
         Raises:
             BufferClosedError: the reader is closed.
         """
-        with self._open():
+        with self._lock():
+            self._check_open()
             self._threads.locked_free(refs)
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -250,14 +257,12 @@ class BatchReader:
 
     # --- inside, with the lock held ---------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[None]:
+    def _lock(self) -> Any:
+        """The lock itself, as a context manager in Python may not give it back where a signal handler raises."""
         # A forked child must not even try the lock: a thread that it does not have may hold it.
         if os.getpid() != self._pid:
             raise self._closed_error()
-        with self._threads.lock:
-            self._check_open()
-            yield
+        return self._threads.lock
 
     def _check_open(self) -> None:
         if self._threads.closing:

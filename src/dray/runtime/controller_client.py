@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import signal
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
@@ -58,7 +59,7 @@ class ControllerClient:
         self._loop = asyncio.new_event_loop()
         self._headers: dict[bytes | str, bytes | str] = {"Authorization": f"Bearer {token}"}
         self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="controller-client", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="controller-client", daemon=True)
         self._thread.start()
         self._closed = False
         self._bounds: set[asyncio.Timeout] = set()
@@ -111,6 +112,11 @@ class ControllerClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run_loop(self) -> None:
+        # Where user code has restored SIGPIPE, a controller that is gone must not end the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+        self._loop.run_forever()
 
     def _deadline(self, timeout: float | None) -> Deadline:
         return Deadline.after(self._timeout if timeout is None else timeout)

@@ -86,7 +86,7 @@ class Channel:
         """
         try:
             self._socket.settimeout(self._grace)
-            self._socket.sendall(framed(message))
+            self._socket.sendall(framed(message), socket.MSG_NOSIGNAL)
             self._socket.setblocking(False)
         except OSError as error:
             raise GroupLostError(f"{self.peer} takes no messages any more: {error}") from error

@@ -19,7 +19,7 @@ import numpy as np
 
 from dray.clock import MONOTONIC, Deadline
 from dray.control import Delivery, RedisUnavailableError
-from dray.errors import ControlPlaneError, DrayError, StaleSlotError
+from dray.errors import ControlPlaneError, DrayError, OutOfResources, StaleSlotError
 from dray.payload.trajectory import REWARDS
 from dray.printable import printable
 from dray.runtime import messages
@@ -256,6 +256,8 @@ class Training:
         failed: dict[str, Failure] = {}
         for delivery, arrays in self._inlet.read(dealt[0]):
             entry = delivery.entry
+            if isinstance(arrays, OutOfResources):
+                raise arrays  # of this process: the payload is there, and is delivered again
             if isinstance(arrays, DrayError):
                 failed[entry.identity] = "stale" if isinstance(arrays, StaleSlotError) else "lost"
                 _LOG.warning("payload %s: %s", entry.identity, arrays)

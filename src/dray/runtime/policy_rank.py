@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dray.errors import DrayError, StaleSlotError
+from dray.errors import DrayError, OutOfResources, StaleSlotError
 from dray.runtime.contract import PolicyTrainer, Trajectory
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import Answer, Channel, GroupLostError, Order
@@ -79,6 +79,8 @@ class Following:
         )
         for reference, result in results:
             identity = f"{reference.producer.hex()}:{reference.sequence}"
+            if isinstance(result, OutOfResources):
+                raise result  # of this process: the payload is there, and is delivered again
             if isinstance(result, DrayError):
                 failed[identity] = "stale" if isinstance(result, StaleSlotError) else "lost"
             else:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
-
-import numpy as np
 
 from dray.clock import Deadline
 from dray.errors import ServerBusy, StaleSlotError
@@ -16,7 +14,7 @@ from dray.testing.network import SimulatedKernel, SimulatedNetwork, SimulatedWai
 from dray.testing.scheduler import Process, Scheduler, Signal, Violation
 from dray.transport.client import PayloadClient
 from dray.transport.connection import Connection
-from dray.transport.exchanges import Exchange, Refused
+from dray.transport.exchanges import ConnectionHolder, Exchange, Refused
 from dray.transport.health import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS
 from dray.transport.in_place import Graveyard
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
@@ -34,16 +32,16 @@ class SimulatedGraveyard(Graveyard):
         self._scheduler = scheduler
         self._process = process
         self._signal = Signal(scheduler)
-        self._ends: list[Callable[[], None]] = []
-        self._roots: list[weakref.ref[Any]] = []
+        self._dead: Any = self
+        self._buried: list[object] = []
         self._digging = False
 
-    def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> None:
-        def died(_: object) -> None:
-            self._ends.append(end)
-            self._signal.notify()
+    def put(self, dead: object) -> None:
+        """What is put into the queue of the real one."""
+        self._buried.append(dead)
+        self._signal.notify()
 
-        self._roots.append(weakref.ref(root, died))
+    def _start(self) -> None:
         if not self._digging:
             self._digging = True
             self._scheduler.spawn(self._process, "leases", self._dig, idles=True)
@@ -53,8 +51,8 @@ class SimulatedGraveyard(Graveyard):
 
     def _dig(self) -> None:
         while True:
-            while self._ends:
-                self._ends.pop()()
+            while self._buried:
+                self._end(self._buried.pop())
             self._scheduler.wait((self._signal,), float("inf"))
 
 
@@ -94,11 +92,11 @@ class ObservedClient(PayloadClient):
         exchanges: Any = self._exchanges
         exchanges._buffers = SimulatedBuffers(kernel)
         self._choose, self._note_failed = exchanges.choose, exchanges.failed
-        self._run_and_keep, self._check_in = exchanges.run_and_keep, exchanges._pool.checkin
+        self._run_holding, self._check_in = exchanges.run_holding, exchanges._pool.checkin
         exchanges.choose = self._watched_choose
         exchanges.failed = self._watched_failed
         self._note_answered, exchanges.answered = exchanges.answered, self._watched_answered
-        exchanges.run_and_keep = self._watched_run
+        exchanges.run_holding = self._watched_run
         exchanges._pool.checkin = self._watched_checkin
 
     # --- stale references -------------------------------------------------------------------------------------
@@ -179,7 +177,9 @@ class ObservedClient(PayloadClient):
         until, _ = self._skipped.get(endpoint, (now, 0.0))
         return now < until
 
-    def _watched_run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[Any]) -> Any:
+    def _watched_run(
+        self, holder: ConnectionHolder, ref: PayloadRef, deadline: Deadline, exchange: Exchange[Any]
+    ) -> Any:
         stale = False
 
         def watched(connection: Connection, status_by: Deadline, limit: Deadline) -> Any:
@@ -192,9 +192,9 @@ class ObservedClient(PayloadClient):
                 stale = isinstance(refused.error, StaleSlotError)
                 raise
 
-        result, connection, group = self._run_and_keep(ref, deadline, watched)
-        self.kept = connection
-        return result, connection, group
+        result = self._run_holding(holder, ref, deadline, watched)
+        self.kept = holder.connection
+        return result
 
     def _watched_checkin(self, endpoint: str, connection: Connection, group: Any, now: float) -> Any:
         stream = connection._stream

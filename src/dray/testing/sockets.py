@@ -231,10 +231,13 @@ class SimulatedSocket:
             incoming.notify()
         return have
 
-    def send(self, data: memoryview) -> int:
-        return self.sendmsg([data])
+    def send(self, data: memoryview, flags: int = 0) -> int:
+        return self.sendmsg([data], (), flags)
 
-    def sendmsg(self, parts: Sequence[memoryview], ancillary: Sequence[tuple[int, int, Any]] = ()) -> int:
+    def sendmsg(
+        self, parts: Sequence[memoryview], ancillary: Sequence[tuple[int, int, Any]] = (), flags: int = 0
+    ) -> int:
+        assert flags == socket.MSG_NOSIGNAL
         self._check()
         fault = self._plan.strike(self.lane)
         if fault is not None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import logging
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -17,6 +13,7 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import (
     BufferClosedError,
     ConfigError,
+    ConnectionClosed,
     DrayError,
     PayloadError,
     ProtocolError,
@@ -24,23 +21,22 @@ from dray.errors import (
 )
 from dray.payload.codec import unpack
 from dray.telemetry import Counters
+from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.connection import Connection, Held
-from dray.transport.exchanges import Exchange, Exchanges, Refused
+from dray.transport.exchanges import ConnectionHolder, Exchange, Exchanges, KeptLease, Refused
 from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
+from dray.transport.holding import Holder, Keeper
 from dray.transport.in_place import Arrays, Graveyard, InPlaceLease
 from dray.transport.network import Group, Network
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
 from dray.transport.receive_buffers import Bytes
 from dray.transport.stream import LANE_NAMES
 from dray.transport.ucx_worker import UCXX_AVAILABLE, require
-from dray.transport.windows import windows
+from dray.transport.windows import Windows
 from dray.wire import PayloadRef
-from dray.wire.client_session import Request
 from dray.wire.frames import Status
 from dray.wire.handshake import MAX_READERS, Lane, check_secret
 from dray.wire.session import MAX_INLINE_BYTES
-
-logger = logging.getLogger("dray.client")
 
 T = TypeVar("T")
 
@@ -67,6 +63,7 @@ class PayloadClient:
     Raises:
         ConfigError: an argument is not allowed, or this machine is not supported.
         MissingDependencyError: the required lane needs a package that is not installed.
+        OutOfResources: no descriptor is left for the client.
     """
 
     def __init__(
@@ -101,6 +98,7 @@ class PayloadClient:
             self._lanes, secret, verify, inline_bytes, pool, quarantine, attempts, self._counters, clock, network
         )
         self._graveyard = Graveyard()
+        self._async_reads = AsyncReads()
         self._pid = os.getpid()
 
     # --- reading ----------------------------------------------------------------------------------------------
@@ -121,24 +119,26 @@ class PayloadClient:
             ReaderIdError: this client's reader id is not one of the ring's.
             PayloadFormatError: the bytes are not arrays; see `read_bytes`.
         """
-        return unpack(self.read_bytes(ref, timeout=timeout, consume=consume))
+        return self._read(ref, timeout, consume, _unpacked)
 
     def read_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Bytes:
         """The payload as uint8 of shape (nbytes,), in memory of its own; otherwise like `read`."""
 
-        def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> Bytes:
-            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=True))
-            data = held.data()
-            connection.finish(held, consume, deadline)
-            connection.reads += 1
-            connection.read_bytes += ref.nbytes
-            return data
-
-        return self._run(ref, Deadline.after(timeout, self._clock), exchange)
+        return self._read(ref, timeout, consume, _as_it_is)
 
     async def read_async(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Arrays:
-        """`read` for asyncio: it runs in a worker thread of the event loop."""
-        return await asyncio.to_thread(self.read, ref, timeout=timeout, consume=consume)
+        """`read` for asyncio, in up to 32 threads of the client's own; more reads than that wait for their turn.
+
+        The payload is consumed when the awaiting task receives it: what a cancelled read brings is released.
+        """
+        self._check_process()
+        deadline = Deadline.after(timeout, self._clock)
+        reading = await self._async_reads.run(lambda: self._hold(ref, deadline), deadline)
+        arrays = reading.arrays
+        reading.end(consume)
+        if isinstance(arrays, DrayError):
+            raise arrays
+        return arrays
 
     def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease:
         """The payload's arrays for the length of a ``with`` block; in place, without a copy, on the shm lane.
@@ -151,26 +151,24 @@ class PayloadClient:
             As `read`, when the block is entered.
         """
         self._check_process()
-        held, connection, group = self._exchanges.run_and_keep(
-            ref,
-            Deadline.after(timeout, self._clock),
-            lambda c, status_by, deadline: _accepted(c.read(ref, self._reader, status_by, deadline, copy=False)),
-        )
-        connection.reads += 1
-        connection.read_bytes += ref.nbytes
-
-        def end(request: Request, consumed: bool) -> None:
+        holder: ConnectionHolder = Holder()
+        with holder.inside:
             try:
-                connection.acknowledge([(request, consumed)], Deadline.after(1.0, self._clock))
-            except (TransportError, BufferClosedError) as error:
-                # The server has returned the lease with the connection; its producer may be gone altogether.
-                logger.debug("end of a lease on %s: %s", connection.endpoint, error)
-                self._counters.add("leases_ended_late")
-                self._exchanges.discard(connection, group)
-            else:
-                self._exchanges.checkin(connection, group)
-
-        return InPlaceLease(held, end, self._graveyard)
+                held = self._exchanges.run_holding(
+                    holder,
+                    ref,
+                    Deadline.after(timeout, self._clock),
+                    lambda c, status_by, deadline: _accepted(
+                        c.read(ref, self._reader, status_by, deadline, copy=False)
+                    ),
+                )
+                _count(holder, ref)
+                lease = InPlaceLease(held, KeptLease(self._exchanges, holder, held.request), self._graveyard)
+                holder.keeper = Keeper.CALLER
+            except BaseException:
+                self._exchanges.discard(holder)
+                raise
+            return lease
 
     def read_many(
         self,
@@ -264,6 +262,7 @@ class PayloadClient:
         if os.getpid() == self._pid:
             self._graveyard.close()
             self._exchanges.close()
+            self._async_reads.close()
 
     def __enter__(self) -> Self:
         return self
@@ -275,6 +274,49 @@ class PayloadClient:
 
     def __repr__(self) -> str:
         return f"<PayloadClient {'/'.join(lane.label for lane in self._lanes)}>"
+
+    def _read(
+        self,
+        ref: PayloadRef,
+        timeout: float | None,
+        consume: bool,
+        unpacked: Callable[[Bytes | DrayError], T | DrayError],
+    ) -> T:
+        """Read a payload; it is consumed last, as nothing that is raised before has taken it from its producer."""
+
+        def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> T | DrayError:
+            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=True))
+            data = unpacked(held.data())
+            connection.finish(held, consume, deadline)
+            connection.reads += 1
+            connection.read_bytes += ref.nbytes
+            return data
+
+        data = self._run(ref, Deadline.after(timeout, self._clock), exchange)
+        if isinstance(data, DrayError):
+            raise data
+        return data
+
+    def _hold(self, ref: PayloadRef, deadline: Deadline) -> HeldRead:
+        """Read a payload, and leave it to the caller whether it is consumed."""
+
+        def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> HeldRead:
+            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=True))
+            arrays = _unpacked(held.data())
+            if held.from_slot and not connection.usable():
+                raise ConnectionClosed("the lease may have ended while the payload was copied")
+            return HeldRead(arrays, KeptLease(self._exchanges, holder, held.request))
+
+        holder: ConnectionHolder = Holder()
+        with holder.inside:
+            try:
+                reading = self._exchanges.run_holding(holder, ref, deadline, exchange)
+                _count(holder, ref)
+                holder.keeper = Keeper.CALLER
+            except BaseException:
+                self._exchanges.discard(holder)
+                raise
+            return reading
 
     def _run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
         self._check_process()
@@ -294,50 +336,32 @@ class PayloadClient:
         return_errors: bool,
         unpacked: Callable[[Bytes | DrayError], Any],
     ) -> Generator[tuple[PayloadRef, Any], None, None]:
-        for waiting in _by_producer(refs):
-            with contextlib.closing(self._read_producer(waiting, consume, deadline)) as results:
-                for ref, result in results:
-                    outcome = unpacked(result)
-                    if isinstance(outcome, DrayError):
-                        self._counters.add("failed_reads")
-                        if not return_errors:
-                            raise outcome
-                    yield ref, outcome
-
-    def _read_producer(
-        self, refs: Sequence[PayloadRef], consume: bool, deadline: Deadline
-    ) -> Generator[tuple[PayloadRef, Bytes | DrayError], None, None]:
-        """Read one producer's payloads over one connection at a time, a window of requests in flight."""
-        self._check_process()
-        waiting = deque(refs)
-        producer = waiting[0].producer
-        try:
-            attempts = self._exchanges.plan(waiting[0])
-        except (TransportError, ConfigError) as unusable:
-            for ref in waiting:
-                yield ref, unusable
-            return
-        while waiting:
+        for each in _by_producer(refs):
+            self._check_process()
             try:
-                endpoint, status_by = self._exchanges.choose(attempts, deadline)
-                try:
-                    connection, group = self._exchanges.checkout(endpoint, producer, status_by)
-                    try:
-                        yield from windows(connection, waiting, self._reader, consume, status_by, deadline)
-                    except GeneratorExit:
-                        self._exchanges.leave(connection, group, deadline)
-                        raise
-                    except BaseException:
-                        self._exchanges.discard(connection, group)
-                        raise
-                    self._exchanges.answered(connection)
-                    self._exchanges.checkin(connection, group)
-                except TransportError as error:
-                    self._exchanges.failed(attempts, endpoint, producer, error, deadline)
-            except DrayError as final:
-                for ref in waiting:
-                    yield ref, final
-                return
+                batch = Windows(self._exchanges, each, self._reader, consume, deadline)
+            except (TransportError, ConfigError) as unusable:
+                self._counters.add("failed_reads", len(each))
+                if not return_errors:
+                    raise
+                yield from ((ref, unusable) for ref in each)
+                continue
+            try:
+                while window := batch.next():
+                    for result in window:
+                        outcome = unpacked(result.outcome)
+                        failed = isinstance(outcome, DrayError)
+                        if failed:
+                            self._counters.add("failed_reads")
+                        batch.hand_out(result)
+                        item, lease, connection = (result.ref, outcome), result.lease, batch.connection
+                        if connection is not None:
+                            connection.handed_out = lease  # no call between this and the `yield`
+                        if failed and not return_errors:
+                            raise outcome
+                        yield item
+            finally:
+                batch.leave()
 
 
 def _by_producer(refs: Iterable[PayloadRef]) -> Iterable[list[PayloadRef]]:
@@ -345,6 +369,13 @@ def _by_producer(refs: Iterable[PayloadRef]) -> Iterable[list[PayloadRef]]:
     for ref in refs:
         grouped.setdefault(ref.producer, []).append(ref)
     return grouped.values()
+
+
+def _count(holder: ConnectionHolder, ref: PayloadRef) -> None:
+    """Count a payload that is about to be handed out."""
+    if holder.connection is not None:
+        holder.connection.reads += 1
+        holder.connection.read_bytes += ref.nbytes
 
 
 def _accepted(held: Held | DrayError) -> Held:

@@ -80,6 +80,8 @@ class Connection:
         inline_bytes: payloads of up to this size come with their STATUS, where that is asked for.
         broken: it must not be used again, although its last exchange went well.
         in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
+        ended: leases that the next `ask` or `end_leases` ends, as `acknowledge` takes them.
+        handed_out: the lease of the payload that its caller has received last, to be added to `ended`.
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class Connection:
         self.lane = stream.lane
         self.reads = 0
         self.read_bytes = 0
+        self.ended: list[tuple[Request, bool]] = []
+        self.handed_out: tuple[Request, bool] | None = None
         self.in_band = stream.lane is not Lane.SHM
         self._stream = stream
         self._segment = segment
@@ -180,15 +184,14 @@ class Connection:
         refs: Sequence[PayloadRef],
         reader: int,
         deadline: Deadline,
-        ended: Sequence[tuple[Request, bool]] = (),
         copy: bool = False,
     ) -> list[Bytes | None]:
         """Send one READ for each reference, pipelined; the memory each payload will arrive in, or lies in (shm).
 
         With `copy` payloads are wanted in memory of their own: small ones come with their STATUS, and have None
-        here. Reads that have `ended`, as `acknowledge` takes them, are told in the same message.
+        here. The leases that have `ended` are told in the same message.
         """
-        frames = [self._session.ack(request, consumed) for request, consumed in ended]
+        frames = self._ends()
         targets: list[Bytes | None] = []
         for ref in refs:
             frame, target = self._asked(ref, reader, copy)
@@ -249,6 +252,18 @@ class Connection:
         if ended:
             self._send(b"".join([self._session.ack(request, consumed) for request, consumed in ended]), deadline)
 
+    def note_handed_out(self) -> None:
+        """Add the lease of the payload that was handed out last to those that have `ended`."""
+        if self.handed_out is not None:
+            self.ended.append(self.handed_out)
+            self.handed_out = None
+
+    def end_leases(self, deadline: Deadline) -> None:
+        """End the leases that have `ended`."""
+        frames = self._ends()
+        if frames:
+            self._send(b"".join(frames), deadline)
+
     def finish(self, held: Held, consumed: bool, deadline: Deadline) -> None:
         """End the lease of a payload that is in memory of its own now.
 
@@ -263,6 +278,9 @@ class Connection:
                 self._session.forget(held.request)
                 raise
             self.broken = True  # the payload is whole; its ACK is repeated on another connection
+        except BaseException:
+            self._session.forget(held.request)  # the caller does not get the payload
+            raise
 
     # --- other requests ---------------------------------------------------------------------------------------
 
@@ -303,7 +321,9 @@ class Connection:
     @property
     def unconfirmed(self) -> list[tuple[int, int, int]]:
         """(slot, sequence, reader) of ACKs that may not have arrived."""
-        return [(request.slot, request.sequence, request.reader) for request in self._session.unconfirmed]
+        ended = self.ended if self.handed_out is None else [*self.ended, self.handed_out]
+        lost = [*self._session.unconfirmed, *(request for request, consumed in ended if consumed)]
+        return [(request.slot, request.sequence, request.reader) for request in lost]
 
     def asked_since(self, now: float) -> None:
         """An exchange over this connection began at `now`, with connecting where that was needed."""
@@ -349,6 +369,13 @@ class Connection:
             self._stream.expect(target.data, tag)
         request = self._session.request(_READ, ref.slot, ref.sequence, reader, ref.nbytes, tag, flags)
         return request.pack(), target
+
+    def _ends(self) -> list[bytes]:
+        """The ACKs of the leases that have `ended`."""
+        self.note_handed_out()
+        frames = [self._session.ack(request, consumed) for request, consumed in self.ended]
+        self.ended.clear()
+        return frames
 
     def _send(self, message: bytes, deadline: Deadline) -> None:
         sent = self._stream.send([message])

@@ -20,6 +20,7 @@ from dray.errors import (
     ConnectionReset,
     DrayError,
     MessageTruncated,
+    OutOfResources,
     ProducerLostError,
     ServerBusy,
     TransportError,
@@ -29,18 +30,23 @@ from dray.errors import (
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
 from dray.transport.health import Latencies, OtherProducerError, Quarantine, ReadAttempts, by_lane, is_elsewhere
+from dray.transport.holding import Holder, Keeper, held
 from dray.transport.network import Group, KernelNetwork, Network
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
 from dray.transport.stream import Endpoint
 from dray.transport.waiting import Wake
 from dray.wire import PayloadRef
+from dray.wire.client_session import Request
 from dray.wire.handshake import Lane
 
 logger = logging.getLogger("dray.client")
 
 _SETTLE_SECONDS = 1.0
 """What `close` spends on making sure that ACKs have arrived."""
+
+_END_SECONDS = 1.0
+"""What the end of a lease may take before its connection is closed instead."""
 
 _SURELY_OPEN_SECONDS = 0.05
 """A connection used this lately is not asked whether the server has closed it; its exchange would tell."""
@@ -51,6 +57,7 @@ RETRIES_BY_CAUSE: dict[type[TransportError], str] = {
     ConnectionClosed: "retries_closed",
     MessageTruncated: "retries_truncated",
     Unreachable: "retries_unreachable",
+    OutOfResources: "retries_out_of_resources",
     ServerBusy: "retries_busy",
     OtherProducerError: "retries_other_producer",
 }
@@ -63,6 +70,7 @@ _MOST_PRODUCERS = 256
 """Producers whose ACKs may be lost that a client remembers; most that it does not reach again are dead."""
 
 T = TypeVar("T")
+ConnectionHolder = Holder[Connection, Group]
 Exchange = Callable[[Connection, Deadline, Deadline], T]
 """Gets the connection, the deadline for connecting and STATUS, and that of the whole."""
 
@@ -118,39 +126,46 @@ class Exchanges:
         self._clock = clock
         self._lock = threading.Lock()
         self._rotation = itertools.count()
-        self._connections: set[Connection] = set()
-        self._in_use: dict[Connection, None] = {}
+        self._closing_one = threading.RLock()  # held by the thread that closes what is left over
+        self._connections: dict[Connection, Group | None] = {}  # all that are open, each with its group
+        self._groups: set[Group] = set()
+        self._holders: set[ConnectionHolder] = set()
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._named: dict[str, None] = {}  # endpoints that a warning has named
+        self._closing = False
         self._closed = False
 
     def run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
         """Run one exchange with the producer of `ref`, over another endpoint if the first fails."""
-        result, connection, group = self.run_and_keep(ref, deadline, exchange)
-        self.checkin(connection, group)
-        return result
+        holder: ConnectionHolder = Holder()
+        with holder.inside:
+            try:
+                result = self.run_holding(holder, ref, deadline, exchange)
+                self.checkin(holder)
+            except BaseException:
+                self.discard(holder)
+                raise
+            return result
 
-    def run_and_keep(
-        self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]
-    ) -> tuple[T, Connection, Group | None]:
-        """Like `run`; the connection is the caller's afterwards, to `checkin` or `discard`."""
+    def run_holding(
+        self, holder: ConnectionHolder, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]
+    ) -> T:
+        """Like `run`, by a thread inside `holder`; what that has afterwards, after an exception as well, is to be
+        given to `checkin` or `discard`."""
         attempts = self.plan(ref)
         while True:
             endpoint, status_by = self.choose(attempts, deadline)
             try:
-                connection, group = self.checkout(endpoint, ref.producer, status_by)
-                try:
-                    result = exchange(connection, status_by, deadline)
-                    self.answered(connection)
-                    return result, connection, group
-                except Refused as refused:
-                    self.answered(connection)
-                    self.checkin(connection, group)
-                    raise refused.error from None
-                except BaseException:
-                    self.discard(connection, group)
-                    raise
+                connection = self.checkout(holder, endpoint, ref.producer, status_by)
+                result = exchange(connection, status_by, deadline)
+                self.answered(connection)
+                return result
+            except Refused as refused:
+                self.answered(connection)
+                self.checkin(holder)
+                raise refused.error from None
             except TransportError as error:
+                self.discard(holder)
                 self.failed(attempts, endpoint, ref.producer, error, deadline)
 
     # --- attempts ---------------------------------------------------------------------------------------------
@@ -229,7 +244,10 @@ class Exchanges:
             self._named[endpoint] = None
             while len(self._named) > _MAX_NAMED:
                 del self._named[next(iter(self._named))]
-        skipped = "no" if isinstance(error, ServerBusy) else f"{self._quarantine.term(endpoint):g} s of"
+        if isinstance(error, ServerBusy | OutOfResources):
+            skipped = "no"
+        else:
+            skipped = f"{self._quarantine.term(endpoint):g} s of"
         logger.log(
             level,
             "attempt at %s failed: %s: %s; %s quarantine; next: %s",
@@ -242,66 +260,119 @@ class Exchanges:
 
     # --- connections ------------------------------------------------------------------------------------------
 
-    def checkout(self, endpoint: str, producer: bytes, deadline: Deadline) -> tuple[Connection, Group | None]:
-        """An open connection to the endpoint, and the group that it keeps busy."""
+    def checkout(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
+        """Give `holder`, which the thread is inside, an open connection to the endpoint."""
         pool = self._pool
         began = self._clock.now()
         now = began
         while True:
+            expired = False
             with self._lock:
+                self._holders.add(holder)
                 at_hand = pool.at_hand(endpoint, now)
                 if at_hand is None:
                     decision = pool.checkout(endpoint, now, self._network.fits(Endpoint.parse(endpoint)))
-            if at_hand is None:
-                for expired, group in decision.expired:
-                    self.discard(expired, group)
-                connection, group, idle = decision.connection, decision.group, decision.idle
-                if connection is None:
-                    connection, group = self._open(endpoint, producer, deadline, group)
-                    connection.asked_since(began)
-                    return connection, group
-            else:
-                (connection, idle), group = at_hand, None
-            surely_open = idle < _SURELY_OPEN_SECONDS
-            if connection.identity.producer == producer and (surely_open or connection.usable()):
-                if self._unconfirmed:
-                    self._settle(connection, group, deadline)
-                self._in_use[connection] = None
-                connection.asked_since(began)
-                return connection, group
-            self.discard(connection, group)
-            now = self._clock.now()
+                    holder.connection, holder.group, idle = decision.connection, decision.group, decision.idle
+                    expired = bool(decision.expired)
+                else:
+                    holder.connection, idle = at_hand
+            if expired:
+                self._close_left(holder)
+            connection = holder.connection
+            if connection is None:
+                connection = self._open(holder, endpoint, producer, deadline)
+            elif connection.identity.producer != producer or not (
+                idle < _SURELY_OPEN_SECONDS or connection.usable()
+            ):
+                self.discard(holder)
+                now = self._clock.now()
+                continue
+            if self._unconfirmed:
+                self._settle(connection, deadline)
+            connection.asked_since(began)
+            return connection
 
-    def checkin(self, connection: Connection, group: Group | None) -> None:
-        """Keep a connection after a clean exchange."""
-        if connection.broken:
-            self.discard(connection, group)
+    def checkin(self, holder: ConnectionHolder) -> None:
+        """Keep the holder's connection after a clean exchange."""
+        connection = holder.connection
+        if connection is None or connection.broken:
+            self.discard(holder)
             return
-        self._in_use.pop(connection, None)
         with self._lock:
-            surplus = self._pool.checkin(connection.endpoint, connection, group, self._clock.now())
+            surplus = self._pool.checkin(connection.endpoint, connection, holder.group, self._clock.now())
+            holder.clear()
+            self._holders.discard(holder)
         if surplus is not None:
-            self.discard(surplus, group)
-        elif self._closed:
-            self._close_idle()
-
-    def discard(self, connection: Connection, group: Group | None) -> None:
-        """Close a connection; ACKs that may be lost with it are remembered."""
-        self._in_use.pop(connection, None)
-        self._end(connection)
-        with self._lock:
-            self._pool.discard(group)
+            self._close_left()
         if self._closed:
             self._close_idle()
 
-    def leave(self, connection: Connection, group: Group | None, deadline: Deadline) -> None:
+    def discard(self, holder: ConnectionHolder) -> None:
+        """Close the holder's connection, if any; ACKs that may be lost with it are remembered."""
+        with self._lock:
+            empty = holder.connection is None and holder.group is None
+            holder.clear()
+            self._holders.discard(holder)
+        if not empty:
+            self._close_left()
+        if self._closed:
+            self._close_idle()
+
+    def leave(self, holder: ConnectionHolder, deadline: Deadline) -> None:
         """`discard` a connection on which something is still on its way.
 
         The server may see its end before it reads the last ACKs, so the producer is told again at once what they
         said, if it can be reached before the deadline and soon.
         """
-        self.discard(connection, group)
-        self._settle_at(connection.endpoint, connection.identity.producer, deadline.sooner(_SETTLE_SECONDS))
+        connection = holder.connection
+        self.discard(holder)
+        if connection is not None:
+            self._settle_at(connection.endpoint, connection.identity.producer, deadline.sooner(_SETTLE_SECONDS))
+
+    # --- connections that are kept between two calls ----------------------------------------------------------
+
+    def resume(self, holder: ConnectionHolder) -> Connection:
+        """The connection that was kept for this thread, which is inside `holder` again.
+
+        Raises:
+            BufferClosedError: closing the client has ended it.
+        """
+        with self._lock:
+            if holder.connection is None:
+                raise BufferClosedError("the client was closed meanwhile")
+            holder.keeper = Keeper.NOBODY
+            return holder.connection
+
+    def hand_out(self, holder: ConnectionHolder) -> None:
+        """From now on arrays in the slot keep the connection.
+
+        Raises:
+            BufferClosedError: the lease has ended, or closing the client has ended it.
+        """
+        with self._lock:
+            if holder.connection is None:
+                raise BufferClosedError("the lease has ended, or the client was closed meanwhile")
+            holder.keeper = Keeper.ARRAYS
+
+    def end_lease(self, holder: ConnectionHolder, request: Request, consumed: bool) -> None:
+        """End a lease that was kept, by a thread inside `holder`, unless it has ended."""
+        try:
+            connection = self.resume(holder)
+        except BufferClosedError:
+            return
+        try:
+            connection.acknowledge([(request, consumed)], Deadline.after(_END_SECONDS, self._clock))
+            self.checkin(holder)
+        except (TransportError, BufferClosedError) as error:
+            # The server has returned the lease with the connection; its producer may be gone altogether.
+            logger.debug("end of a lease on %s: %s", connection.endpoint, error)
+            self._counters.add("leases_ended_late")
+            self.discard(holder)
+        except BaseException:
+            self.discard(holder)
+            raise
+
+    # --- figures and end --------------------------------------------------------------------------------------
 
     def counted(self) -> dict[str, float]:
         """All counters, the payloads among them that went over connections which are still open."""
@@ -317,63 +388,76 @@ class Exchanges:
         return self._quarantine.listed(self._clock.now())
 
     def close(self) -> None:
-        """End waits and close every idle connection; one in use is closed by who uses it. Twice is fine."""
+        """End waits and close every connection that no thread is inside; the thread closes it. Twice is fine.
+
+        Connections of leases whose arrays were handed out are closed with them.
+        """
         if not self._closed:
+            self._closing = True
+            self._close_left()
             self._close_idle()
             # Nobody repeats the ACKs of those that are in use once their threads have been told to end.
             with self._lock:
-                withheld = self._pool.withheld()
-            for connection in (*list(self._in_use), *withheld):
+                in_use = list(self._connections)
+            for connection in in_use:
                 self._remember(connection)
             self._settle_all()
         self._closed = True
         self._network.close()
         self._close_idle()
 
-    def _open(
-        self, endpoint: str, producer: bytes, deadline: Deadline, group: Group | None
-    ) -> tuple[Connection, Group | None]:
-        address = Endpoint.parse(endpoint)
-        try:
-            if group is None and (group := self._network.make_group(address)) is not None:
-                with self._lock:
-                    self._pool.add_group(group)
-            connection = Connection.open(
-                endpoint,
-                producer,
-                self._secret,
-                deadline,
-                group,
-                self._verify,
-                self._buffers,
-                self._network,
-                self._inline_bytes,
-            )
-        except BaseException:
-            with self._lock:
-                self._pool.discard(group)
-            if self._closed:
-                self._close_idle()
-            raise
-        self._counters.add("connects")
+    def _open(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
+        self._close_left(holder)
+        while True:
+            try:
+                connection = self._connect(holder, endpoint, producer, deadline)
+                break
+            except OutOfResources:
+                if not self._give_up_idle():
+                    raise
         with self._lock:
-            self._connections.add(connection)
-        self._settle(connection, group, deadline)
-        self._in_use[connection] = None
-        return connection, group
+            self._connections[connection] = holder.group
+            holder.connection = connection
+        self._counters.add("connects")
+        return connection
 
-    def _settle(self, connection: Connection, group: Group | None, deadline: Deadline) -> None:
-        """Tell the producer again what ACKs that may have been lost said; on failure the connection is closed."""
+    def _connect(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
+        address = Endpoint.parse(endpoint)
+        if holder.group is None and (group := self._network.make_group(address)) is not None:
+            with self._lock:
+                self._groups.add(group)
+                holder.group = group
+                self._pool.add_group(group)
+        return Connection.open(
+            endpoint,
+            producer,
+            self._secret,
+            deadline,
+            holder.group,
+            self._verify,
+            self._buffers,
+            self._network,
+            self._inline_bytes,
+        )
+
+    def _give_up_idle(self) -> bool:
+        """Close the idle connections, for the sake of one that is needed; whether there were any."""
+        with self._lock:
+            connections, groups = self._pool.drain()
+        self._close_left()
+        if connections or groups:
+            self._counters.add("given_up", len(connections))
+            logger.debug("%d idle connections are closed for the descriptors of another one", len(connections))
+        return bool(connections or groups)
+
+    def _settle(self, connection: Connection, deadline: Deadline) -> None:
+        """Tell the producer again what ACKs that may have been lost said."""
         producer = connection.identity.producer
         with self._lock:
             lost = sorted(self._unconfirmed.get(producer, ()))
         if not lost:
             return
-        try:
-            connection.consume(lost, deadline)
-        except BaseException:
-            self.discard(connection, group)
-            raise
+        connection.consume(lost, deadline)
         # Only now: a client that is closed meanwhile must know of them.
         with self._lock:
             left = self._unconfirmed.get(producer, {})
@@ -383,14 +467,50 @@ class Exchanges:
                 self._unconfirmed.pop(producer, None)
         self._counters.add("acks_repeated", len(lost))
 
+    def _close_left(self, mine: ConnectionHolder | None = None) -> None:
+        """Close what is open, not idle, and held by nobody.
+
+        One of a group that is held is closed by the thread that is inside `mine`, if that holds the group, else
+        later.
+        """
+        with self._closing_one:
+            while (connection := self._next_left(mine)) is not None:
+                self._end(connection)
+            with self._lock:
+                _, groups = held(self._holders, self._closing)
+                left = [group for group in self._groups if group not in groups and not self._pool.has(group)]
+            for group in left:
+                group.close()
+                self._groups.discard(group)
+
+    def _next_left(self, mine: ConnectionHolder | None) -> Connection | None:
+        """A connection to close; its group is busy until there is none."""
+        with self._lock:
+            self._forget_left_holders()
+            connections, groups = held(self._holders, self._closing)
+            connections.update(self._pool.withheld())
+            for connection, group in self._connections.items():
+                free = group is None or group not in groups or (mine is not None and group is mine.group)
+                if connection not in connections and free:
+                    self._pool.occupy(group)
+                    return connection
+            for group in self._groups:
+                if group not in groups:
+                    self._pool.discard(group)
+            return None
+
+    def _forget_left_holders(self) -> None:
+        for holder in [each for each in self._holders if not each.holds(self._closing)]:
+            holder.clear()
+            self._holders.discard(holder)
+
     def _end(self, connection: Connection) -> None:
         """Close a connection; what it counted stays, and the ACKs that may be lost with it."""
         self._remember(connection)
         connection.close()
         with self._lock:
-            if connection in self._connections:
-                self._connections.discard(connection)
-                self._counters.add_all(_handed_out(connection))
+            del self._connections[connection]
+            self._counters.add_all(_handed_out(connection))
 
     def _remember(self, connection: Connection) -> None:
         """Keep the ACKs that may be lost with a connection."""
@@ -413,21 +533,61 @@ class Exchanges:
             self._settle_at(endpoint, producer, deadline)
 
     def _settle_at(self, endpoint: str, producer: bytes, deadline: Deadline) -> None:
-        if producer in self._unconfirmed:
-            with contextlib.suppress(DrayError):
-                self.checkin(*self.checkout(endpoint, producer, deadline))
+        if producer not in self._unconfirmed:
+            return
+        holder: ConnectionHolder = Holder()
+        with holder.inside:
+            try:
+                self.checkout(holder, endpoint, producer, deadline)
+                self.checkin(holder)
+            except DrayError:
+                self.discard(holder)
+            except BaseException:
+                self.discard(holder)
+                raise
 
     def _close_idle(self) -> None:
         """Close what no thread uses, each after making sure that its ACKs have arrived."""
-        with self._lock:
-            connections, groups = self._pool.drain()
-        deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
-        for connection in connections:
-            with contextlib.suppress(DrayError):
-                connection.confirm(deadline)
-            self._end(connection)
-        for group in groups:
-            group.close()
+        holder: ConnectionHolder = Holder()
+        with holder.inside:
+            with self._lock:
+                self._holders.add(holder)
+                holder.drained = self._pool.drain()
+            deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
+            for connection in holder.drained[0]:
+                with contextlib.suppress(DrayError):
+                    connection.confirm(deadline)
+            with self._lock:
+                holder.clear()
+                self._holders.discard(holder)
+        self._close_left()
+
+
+class KeptLease:
+    """A payload's lease whose connection is kept after its exchange.
+
+    Attributes:
+        request: the READ that holds it.
+        inside: held by the thread that calls `end` or `drop`.
+    """
+
+    def __init__(self, exchanges: Exchanges, holder: ConnectionHolder, request: Request) -> None:
+        self.request = request
+        self.inside = holder.inside
+        self._exchanges = exchanges
+        self._holder = holder
+
+    def hand_out(self) -> None:
+        """See `Exchanges.hand_out`."""
+        self._exchanges.hand_out(self._holder)
+
+    def end(self, consumed: bool) -> None:
+        """End it, unless it has ended."""
+        self._exchanges.end_lease(self._holder, self.request, consumed)
+
+    def drop(self) -> None:
+        """Close its connection, unless it has ended: the server returns the lease."""
+        self._exchanges.discard(self._holder)
 
 
 def _handed_out(connection: Connection) -> dict[str, float]:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from dray.errors import ProducerLostError, ServerBusy, TransportError, Unreachable
+from dray.errors import OutOfResources, ProducerLostError, ServerBusy, TransportError, Unreachable
 from dray.transport.stream import Endpoint
 
 QUARANTINE_SECONDS = 30.0
@@ -139,7 +139,9 @@ class ReadAttempts:
     A read rotates over the endpoints of the best lane that has a healthy one, then over those of the next lane.
     A transport failure puts its endpoint in quarantine and uses up one of two attempts. An endpoint where no
     server listens, or another producer's, uses up none: it cannot hold the payload. If every endpoint is like
-    that, the producer is lost. One that does not exist on this host is skipped without quarantine.
+    that, the producer is lost. One that does not exist on this host is skipped without quarantine. Where this
+    process has no descriptor or memory left for a lane, the other lanes are tried, without quarantine; that uses
+    up none either.
 
     Args:
         endpoints: those that may be tried, as `by_lane` puts them; at least one.
@@ -195,6 +197,8 @@ class ReadAttempts:
         self, endpoint: str, error: TransportError, now: float
     ) -> TransportError | ProducerLostError | None:
         """Note a failed attempt: None to go on, else the error to raise."""
+        if isinstance(error, OutOfResources):
+            return self._lane_is_out(endpoint, error)
         self._tried.add(endpoint)
         absent = isinstance(error, OtherProducerError) or (isinstance(error, Unreachable) and error.refused)
         if absent:
@@ -211,3 +215,8 @@ class ReadAttempts:
                 f"the producer is gone: nobody answers for it at {', '.join(asked)}", endpoint=endpoint
             )
         return error if self._left == 0 else None
+
+    def _lane_is_out(self, endpoint: str, error: OutOfResources) -> OutOfResources | None:
+        """This process cannot reach any endpoint of the lane: another lane is tried, which may need less."""
+        self._tried.update(next(lane for lane in self._by_lane if endpoint in lane))
+        return None if any(e not in self._tried for lane in self._by_lane for e in lane) else error

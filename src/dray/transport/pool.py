@@ -114,6 +114,15 @@ class ConnectionPool(Generic[C, G]):
         if group is not None and group in self._groups:
             self._groups[group] = False
 
+    def has(self, group: G) -> bool:
+        """The group was added, and was not given out for good."""
+        return group in self._groups
+
+    def occupy(self, group: G | None) -> None:
+        """Make a group busy, so that one of its connections can be closed; see `discard`."""
+        if group is not None and group in self._groups:
+            self._groups[group] = True
+
     def drain(self) -> tuple[list[C], list[G]]:
         """Give out, for good, the idle connections and groups that no thread uses."""
         connections: list[C] = []

@@ -36,9 +36,9 @@ class ReceiveBuffers:
         self._lock = threading.Lock()
         self._free: dict[int, list[Bytes]] = {}
         self._free_bytes = 0
-        # Arrays die anywhere, within a locked section too: their blocks wait here for the next `take`.
-        self._returned: deque[Bytes] = deque()
-        self._lent: dict[int, weakref.ref[Bytes]] = {}
+        # Arrays die anywhere, within a locked section too: what is known of them waits here for the next `take`.
+        self._returned: deque[weakref.ref[Bytes]] = deque()
+        self._lent: dict[int, tuple[weakref.ref[Bytes], Bytes]] = {}
 
     def take(self, nbytes: int) -> Bytes:
         """Uninitialised memory, uint8 of shape (nbytes,).
@@ -74,18 +74,13 @@ class ReceiveBuffers:
             return self._free_bytes
 
     def _watch(self, lent: Bytes, block: Bytes) -> None:
-        key = id(block)
-        returned, references = self._returned, self._lent
-
-        def come_back(_: weakref.ref[Bytes]) -> None:
-            references.pop(key, None)
-            returned.append(block)
-
-        references[key] = weakref.ref(lent, come_back)
+        # Without a function in Python, which an exception of a signal handler could end before it has done this.
+        watched = weakref.ref(lent, self._returned.append)
+        self._lent[id(watched)] = watched, block
 
     def _collect(self) -> None:
         while self._returned:
-            block = self._returned.popleft()
+            _, block = self._lent.pop(id(self._returned.popleft()))
             if self._free_bytes + block.nbytes <= self._most_free:
                 self._free.setdefault(block.nbytes, []).append(block)
                 self._free_bytes += block.nbytes

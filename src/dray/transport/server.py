@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -77,6 +77,7 @@ class PayloadServer:
         ConfigError: an argument is not allowed, a lane cannot be served here, or `host` is not loopback and there
             is no secret.
         MissingDependencyError: a lane needs a package that is not installed.
+        OutOfResources: no descriptor is left for its sockets and threads.
     """
 
     def __init__(
@@ -170,19 +171,13 @@ class PayloadServer:
         """
         self._check_open()
         packed = plan(arrays, schema, metadata)
-        with self._ring.claim(packed.nbytes, timeout) as slot:
-            packed.write(slot.buffer)
-            slot.commit()
-        return self._committed(slot.slot, slot.sequence, packed.nbytes)
+        return self._put(packed.nbytes, packed.write, timeout)
 
     def put_bytes(self, data: bytes | bytearray | memoryview, *, timeout: float | None = None) -> PayloadRef:
         """Commit bytes as they are, to be read with `PayloadClient.read_bytes`; otherwise like `put`."""
         self._check_open()
         view = memoryview(data).cast("B")
-        with self._ring.claim(view.nbytes, timeout) as slot:
-            slot.buffer[:] = view
-            slot.commit()
-        return self._committed(slot.slot, slot.sequence, view.nbytes)
+        return self._put(view.nbytes, lambda memory: memory.__setitem__(slice(None), view), timeout)
 
     def ref(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
         """The reference for a payload of this server's ring."""
@@ -288,6 +283,18 @@ class PayloadServer:
             describe=lambda: json.dumps(self.statistics()),
             counters=self._counters,
         )
+
+    def _put(self, nbytes: int, write: Callable[[memoryview], None], timeout: float | None) -> PayloadRef:
+        """The reference of a payload that `write` has written; after an exception there is no payload."""
+        slot = self._ring.claim(nbytes, timeout)
+        try:
+            write(slot.buffer)
+            slot.commit()
+            ref = self._committed(slot.slot, slot.sequence, nbytes)
+        except BaseException:
+            slot.withdraw()
+            raise
+        return ref
 
     def _committed(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
         if self._checksum == "commit" and nbytes:

@@ -17,6 +17,7 @@ from typing import Protocol
 from dray.admission import ACCEPT_FAILURES, MAX_ACCEPTED, UNPROVEN_CLOSED, AcceptPause, LineLimit
 from dray.clock import Clock, Deadline
 from dray.errors import AuthenticationError, TransportError
+from dray.resources import needing
 from dray.telemetry import Counters
 from dray.transport.served_connections import ROUNDS, ServedConnection, ServedConnections, ThreadSettings
 from dray.transport.spinning import SpinningEpoll
@@ -86,9 +87,11 @@ class ServerThread:
         self._lines = LineLimit(clock=clock)
         self._stop_by: Deadline | None = None
         self._ucx_due = worker is not None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with needing("a server thread"):
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._poll = make_poll()
+            with needing("a server thread"):
+                self._poll = make_poll()
             for watched in (self._wake, *self._listeners, *((worker.fileno(),) if worker else ())):
                 self._poll.register(watched, select.EPOLLIN)
             for watched in self._silent_watched:

@@ -20,6 +20,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.resources import out_of_resources
 from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
 
@@ -38,6 +39,9 @@ _FEW, _MUCH = 64 * 1024, 256 * 1024
 _TCP_INFO_BYTES = 232
 _TCP_BYTES = slice(120, 136)
 _TCP_SEND_WINDOW = slice(228, 232)
+
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+"""Flag for every send: where the program has restored SIGPIPE, a peer that is gone must not end the process."""
 
 _LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
@@ -61,6 +65,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
+def make_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+    """A new socket.
+
+    Raises:
+        OutOfResources: no descriptor is left for it.
+        Unreachable: this system has no such sockets.
+    """
+    try:
+        return socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise from_os_error(error) from error
+
+
 def poll_timeout(deadline: Deadline) -> float | None:
     """What is left, as `select.poll` takes it: milliseconds, of which it takes 24 days at most."""
     milliseconds = deadline.remaining * 1000
@@ -75,6 +92,8 @@ def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError
         case ConnectionResetError() | BrokenPipeError() | ConnectionAbortedError():
             return ConnectionReset(f"the connection was reset: {error}", endpoint=endpoint)
         case _:
+            if (exhausted := out_of_resources(error, "a connection", endpoint)) is not None:
+                return exhausted
             refused = error.errno in _REFUSED
             return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
 
@@ -141,7 +160,7 @@ class SocketStream:
         if descriptor is None and not parts and (message := _messages_only(items)) is not None:
             # Most of the time messages leave at once and whole.
             try:
-                sent = self._sock.send(message)
+                sent = self._sock.send(message, NO_SIGNAL)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -272,9 +291,11 @@ class SocketStream:
 
     def _sendmsg(self, batch: list[memoryview]) -> int:
         if self._descriptor is None:
-            return self._sock.send(batch[0]) if len(batch) == 1 else self._sock.sendmsg(batch)
+            if len(batch) == 1:
+                return self._sock.send(batch[0], NO_SIGNAL)
+            return self._sock.sendmsg(batch, (), NO_SIGNAL)
         rights = array.array("i", [self._descriptor])
-        sent = self._sock.sendmsg(batch, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        sent = self._sock.sendmsg(batch, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], NO_SIGNAL)
         self._descriptor = None
         return sent
 

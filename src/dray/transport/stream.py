@@ -7,6 +7,7 @@ server's thread for all its streams at once, a client for the one it uses.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  (now: without a descriptor `encode` could not load it)
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ import socket
 from dray.admission import BACKLOG
 from dray.clock import Deadline
 from dray.errors import ConfigError, TransportError, Unreachable
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.transport.sockets import SocketStream, from_os_error, make_socket, not_inherited
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
 from dray.transport.waiting import Wake
@@ -22,7 +22,7 @@ class TcpListener:
 
     def __init__(self, host: str, port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._sock = not_inherited(socket.socket(family, socket.SOCK_STREAM))
+        self._sock = not_inherited(make_socket(family))
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bind_next_free(self._sock, host, port)
@@ -71,6 +71,7 @@ def connect(host: str, port: int, deadline: Deadline, wake: Wake | None = None) 
     Raises:
         Unreachable: the host is unknown, or nobody listens there.
         TransportTimeout: there was no answer until the deadline.
+        OutOfResources: no descriptor is left for the connection.
     """
     endpoint = str(Endpoint(Lane.TCP, host, port))
     try:
@@ -79,7 +80,7 @@ def connect(host: str, port: int, deadline: Deadline, wake: Wake | None = None) 
         raise Unreachable(f"the host is unknown: {error}", endpoint=endpoint) from error
     failure: Unreachable | None = None
     for family, kind, protocol, _, address in found:
-        sock = socket.socket(family, kind, protocol)
+        sock = make_socket(family, kind, protocol)
         try:
             connect_socket(sock, address, deadline, endpoint, wake)
         except Unreachable as error:

@@ -31,6 +31,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.resources import check_descriptors, descriptors_exhausted
 from dray.transport.ucx_sockets import drop_all_packets, ports_opened
 
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
@@ -41,6 +42,10 @@ _CLOSE_STEP_NS = 10_000_000
 _CLOSE_STEPS = 100
 _PROGRESS_STEPS = 10_000
 _SETTLE_SECONDS = 0.05
+_WORKER_DESCRIPTORS = 11
+"""What a worker opens, one listener or connection included; where UCX finds fewer, it may end the process."""
+_CONTEXT_DESCRIPTORS = 7
+"""What a process's first worker opens besides."""
 
 
 def require() -> tuple[ModuleType, type]:
@@ -111,9 +116,15 @@ class UcxWorker:
 
     Attributes:
         data_ports: TCP ports to which UCX connects other workers with this one.
+
+    Raises:
+        OutOfResources: too few descriptors are left for it.
     """
 
     def __init__(self, loopback: bool) -> None:
+        check_descriptors(
+            _WORKER_DESCRIPTORS + (0 if _has_context(loopback) else _CONTEXT_DESCRIPTORS), "a UCX worker"
+        )
         self.ucx, self.array = require()
         try:
             context = _context(loopback, os.getpid())
@@ -121,7 +132,7 @@ class UcxWorker:
             address = self.ucx.UCXAddress.create_from_worker(self._worker).tobytes()
             self._worker.init_blocking_progress_mode()
         except self.ucx.UCXError as error:
-            raise from_ucx_error(error) from error
+            raise descriptors_exhausted("a UCX worker") or from_ucx_error(error) from error
         # Another thread may have opened others meanwhile.
         self.data_ports = frozenset(port for port in opened if port.to_bytes(2, "big") in address)
         self.loopback = loopback
@@ -160,12 +171,15 @@ class UcxWorker:
 
         Raises:
             Unreachable: UCX cannot listen there; `refused` if the port is taken.
+            OutOfResources: no descriptor is left for it.
         """
         try:
             return self.ucx.UCXListener.create(self._worker, port, on_request)
         except self.ucx.UCXBusyError as error:
             raise Unreachable(f"port {port} is taken: {error}", refused=True) from error
         except self.ucx.UCXError as error:
+            if (exhausted := descriptors_exhausted("a UCX listener")) is not None:
+                raise exhausted from error
             raise Unreachable(f"UCX cannot listen on port {port}: {error}") from error
 
     def retire(self, listener: Any, listening: socket.socket, refuse: Callable[[Any], None]) -> None:
@@ -184,7 +198,7 @@ class UcxWorker:
         try:
             return self.ucx.UCXEndpoint.create(self._worker, host, port, True)
         except self.ucx.UCXError as error:
-            raise from_ucx_error(error) from error
+            raise descriptors_exhausted("a UCX connection") or from_ucx_error(error) from error
 
     def probe(self, tag: Any) -> Any:
         """The oldest message that nobody asked for under a tag, taken off the queue: `matched` and `length`."""
@@ -285,11 +299,18 @@ def _canceling_size() -> Any:
 
 
 _CONTEXT_LOCK = threading.Lock()
+_contexts: set[tuple[bool, int]] = set()
+
+
+def _has_context(loopback: bool) -> bool:
+    return (loopback, os.getpid()) in _contexts
 
 
 def _context(loopback: bool, pid: int) -> Any:
     with _CONTEXT_LOCK:
-        return _make_context(loopback, pid)
+        context = _make_context(loopback, pid)
+        _contexts.add((loopback, pid))
+        return context
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,13 +12,22 @@ from typing import Any
 
 from dray import admission
 from dray.clock import Deadline
-from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout, Unreachable
+from dray.errors import (
+    AuthenticationError,
+    ConfigError,
+    MessageTruncated,
+    OutOfResources,
+    TransportTimeout,
+    Unreachable,
+)
 from dray.private_directory import MAX_SOCKET_PATH
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.resources import descriptors_exhausted, keep_result
+from dray.transport.sockets import SocketStream, from_os_error, make_socket, not_inherited
 from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 
 _UCRED = struct.Struct("3i")
+_DESCRIPTOR = struct.Struct("@i")
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -35,23 +44,47 @@ class UnixStream(SocketStream):
         """The next message together with the descriptor it carries, or None if it is not here yet.
 
         The descriptor is the caller's to close.
+
+        Raises:
+            OutOfResources: no descriptor was left to receive it.
         """
+        received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
         try:
-            message, descriptors, _, _ = socket.recv_fds(self._sock, size, 1)
+            keep_result(received, self._sock.recvmsg, size, socket.CMSG_LEN(_DESCRIPTOR.size))
+            ((message, ancillary, flags, _),) = received
+            if len(message) != size:
+                raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
+            descriptor = _descriptor(ancillary)
+            if descriptor < 0 and flags & socket.MSG_CTRUNC:
+                # The kernel drops a descriptor for which the receiver has no number.
+                exhausted = descriptors_exhausted("the segment's descriptor")
+                raise exhausted or MessageTruncated("the segment's descriptor did not come with the handshake")
         except BlockingIOError:
             return None
         except OSError as error:
+            if isinstance(error, OutOfResources):
+                raise
             raise from_os_error(error) from error
-        if len(message) != size:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
-        return message, descriptors[0] if descriptors else -1
+        except BaseException:
+            for _, ancillary, _, _ in received:
+                if (descriptor := _descriptor(ancillary)) >= 0:
+                    os.close(descriptor)
+            raise
+        return message, descriptor
 
     def peer(self) -> tuple[int, int]:
         """(pid, uid) of the process at the other end, as the kernel knows them."""
         pid, uid, _gid = _UCRED.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         return pid, uid
+
+
+def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The descriptor that came with a message, or -1."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) == _DESCRIPTOR.size:
+            (descriptor,) = _DESCRIPTOR.unpack(data)
+            return int(descriptor)
+    return -1
 
 
 class UnixListener:
@@ -62,7 +95,7 @@ class UnixListener:
             raise ConfigError("socket path", str(path), f"at most {MAX_SOCKET_PATH} bytes")
         self.path = path
         self.endpoint = f"unix:{path}"
-        self._sock = not_inherited(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        self._sock = not_inherited(make_socket(socket.AF_UNIX))
         try:
             self._sock.bind(str(path))
             self._sock.listen(admission.BACKLOG)
@@ -111,8 +144,9 @@ def connect(path: str, deadline: Deadline) -> UnixStream:
         Unreachable: there is no such socket, or nobody listens on it; without even its folder, which is there as
             long as a server lives, the socket is another host's.
         TransportTimeout: its backlog stayed full until the deadline.
+        OutOfResources: no descriptor is left for the connection.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = make_socket(socket.AF_UNIX)
     try:
         connect_socket(sock, path, deadline, f"unix:{path}")
     except Unreachable as error:

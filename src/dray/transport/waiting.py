@@ -8,6 +8,7 @@ import threading
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout
+from dray.resources import needing
 from dray.transport.sockets import poll_timeout
 from dray.transport.spinning import Spinning
 from dray.transport.stream import Stream
@@ -21,15 +22,16 @@ class Wake:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with needing("a client"):
+            self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._waits: set[Spinning] = set()
         self._woken = False
 
     def close(self) -> None:
         """End every wait with `BufferClosedError`. Twice is fine."""
         with self._lock:
-            if not self._woken:
-                self._woken = True
+            self._woken = True
+            if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)
         self._close_unused()
 
@@ -47,8 +49,8 @@ class Wake:
         """
         found: object = False
         # In this order, without the lock: who closes sees this wait, or this wait sees the end.
-        self._waits.add(poll)
         try:
+            self._waits.add(poll)
             if not self._woken:
                 found = poll(poll_timeout(deadline))
         finally:
@@ -62,8 +64,8 @@ class Wake:
     def _close_unused(self) -> None:
         with self._lock:
             if not self._waits and self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+                unused, self._descriptor = self._descriptor, -1
+                os.close(unused)
 
 
 class PollWaiter:

@@ -280,15 +280,39 @@ def test_statistics_tell_counts_and_ages() -> None:
         put(ring, b"de")
         lease = ring.read_raw(0, 0)
         clock.time += 3
-        ring.claim(1)
+        writer = ring.claim(1)
         now = ring.statistics()
         assert (now.slots, now.slot_bytes, now.free, now.writing, now.ready, now.reading) == (4, 10, 1, 1, 1, 1)
         assert (now.claimed, now.committed, now.committed_bytes, now.leases, now.leased) == (3, 2, 5, 1, 1)
         assert (now.oldest_ready_age, now.oldest_lease_age) == (3.0, 3.0)
+        writer.abort()
         ring.release_reading(lease)
         assert ring.statistics().oldest_ready_age == 5.0
         with pytest.raises(AttributeError):
             now.free = 3  # type: ignore[misc]
+
+
+def test_slot_of_a_writer_that_is_gone_is_free_again() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        writer = ring.claim(4)
+        assert ring.statistics().writing == 1
+        del writer
+        found = ring.statistics()
+        assert (found.free, found.writing, found.aborted) == (1, 0, 1)
+        with ring.claim(4, timeout=0) as again:
+            again.commit()
+        assert ring.get_ready_count() == 1
+
+
+def test_payload_that_is_withdrawn_is_over_whether_it_was_committed_or_not() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        for committed in (False, True):
+            writer = ring.claim(4, timeout=0)
+            if committed:
+                writer.commit()
+            writer.withdraw()
+            assert ring.statistics().free == 1
+            assert ring.wait_consumed(writer.slot, writer.sequence, timeout=0)
 
 
 def test_wait_consumed_returns_when_the_last_reader_has_consumed() -> None:

@@ -129,7 +129,7 @@ def test_block_raises_at_its_timeout_and_says_where_the_slots_are() -> None:
         put(ring)
         lease = ring.read_raw(0, 0)
         put(ring)
-        ring.claim(1)
+        writer = ring.claim(1)
         with pytest.raises(BufferFullError, match="0 FREE, 1 WRITING, 1 READY, 1 READING of 3 slots") as caught:
             ring.claim(1, timeout=0.05)
         assert caught.value.retryable
@@ -138,6 +138,7 @@ def test_block_raises_at_its_timeout_and_says_where_the_slots_are() -> None:
         assert ring.statistics().full_errors == 1
         ring.mark_consumed(lease)
         assert ring.claim(1, timeout=0).slot == lease.slot
+        writer.abort()
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
@@ -289,12 +290,13 @@ def test_leased_payload_retires_with_its_last_lease() -> None:
             ring.read_raw(old.slot, old.sequence)
         ring.release_reading(leases[0])
         assert leases[1].buffer == b"old"
-        ring.claim(1)
+        writer = ring.claim(1)
         waiting = WaitingClaim(ring, clock)
         ring.mark_consumed(leases[1])
         result = waiting.join()
         assert isinstance(result, SlotWriter)
         assert result.slot == old.slot
+        writer.abort()
 
 
 def test_aborted_write_does_not_retire_the_newest() -> None:

@@ -62,7 +62,7 @@ def connect(
         try:
             nonce = _receive(connected, NONCE, deadline, endpoint)
             connected.settimeout(max(0.001, deadline.remaining))
-            connected.sendall(guest.answer(nonce))
+            connected.sendall(guest.answer(nonce), socket.MSG_NOSIGNAL)
             guest.check(_receive(connected, PROOF, deadline, endpoint))
             connected.setblocking(False)
         except TimeoutError as error:

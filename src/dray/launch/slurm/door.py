@@ -111,7 +111,7 @@ class Door:
             self._close(displaced, "newer ones that have not proven the secret displaced it")
         self._selector.register(connected, selectors.EVENT_READ, lambda: self._greet(greeted))
         try:
-            connected.send(greeted.host.nonce)
+            connected.send(greeted.host.nonce, socket.MSG_NOSIGNAL)
         except OSError as error:
             self._drop(greeted, str(error))
 
@@ -129,7 +129,7 @@ class Door:
                 self._drop(greeted, refusal)
                 return
             end_when_silent(greeted.connected, self._silence)
-            greeted.connected.send(proof)
+            greeted.connected.send(proof, socket.MSG_NOSIGNAL)
         except (OSError, AuthenticationError) as error:
             self._drop(greeted, str(error))
             return

@@ -89,7 +89,7 @@ class Link:
         """Send `message`. An end that does not read the few that there are counts as gone."""
         try:
             data = framed(message)
-            self.lost = self.lost or self._socket.send(data) < len(data)
+            self.lost = self.lost or self._socket.send(data, socket.MSG_NOSIGNAL) < len(data)
         except OSError:
             self.lost = True
 

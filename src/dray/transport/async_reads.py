@@ -1,0 +1,94 @@
+"""Reads for asyncio: each waits in a thread of the client's own, and what nobody receives is released.
+
+The event loop's default threads stay the program's: as many hanging reads as there are of them would leave it
+none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable
+
+from dray.clock import Deadline
+from dray.errors import DrayError, TransportTimeout
+from dray.transport.exchanges import KeptLease
+from dray.transport.in_place import Arrays
+
+MAX_ASYNC_READS = 32
+"""Threads of one client that wait for reads of asyncio."""
+
+
+class HeldRead:
+    """A payload that has come and is neither consumed nor released yet.
+
+    Attributes:
+        arrays: what it has, or why that cannot be unpacked.
+    """
+
+    def __init__(self, arrays: Arrays | DrayError, lease: KeptLease) -> None:
+        self.arrays = arrays
+        self._lease = lease
+
+    def end(self, consumed: bool) -> None:
+        """Consume or release it."""
+        with self._lease.inside:
+            self._lease.end(consumed)
+
+
+class AsyncReads:
+    """The threads in which the reads of one client wait; started when they are needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None
+
+    async def run(self, read: Callable[[], HeldRead], deadline: Deadline) -> HeldRead:
+        """What `read` returns; it runs in another thread.
+
+        Cancelled, it releases what `read` brings.
+
+        Raises:
+            TransportTimeout: no thread was free until the deadline.
+        """
+        with self._lock:
+            if self._threads is None:
+                self._threads = concurrent.futures.ThreadPoolExecutor(MAX_ASYNC_READS, "dray-async-read")
+            future = self._threads.submit(read)
+        unread = False
+
+        def give_up() -> None:
+            nonlocal unread
+            unread = future.cancel()
+
+        timer = None
+        if deadline.timeout is not None:
+            timer = asyncio.get_running_loop().call_later(deadline.timeout, give_up)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError as error:
+            future.add_done_callback(_release)
+            task = asyncio.current_task()
+            if unread and task is not None and not task.cancelling():
+                message = f"no thread was free: {MAX_ASYNC_READS} reads are under way"
+                raise TransportTimeout(message, elapsed=deadline.elapsed) from error
+            raise
+        except GeneratorExit:  # the task is destroyed with its event loop
+            future.add_done_callback(_release)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def close(self) -> None:
+        """Wait for the reads under way, whose waits were ended, and end the threads. Twice is fine."""
+        with self._lock:
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown()
+
+
+def _release(future: concurrent.futures.Future[HeldRead]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().end(consumed=False)
