@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Collection
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
+
+from dray.forking import SignalHandlers, not_inherited
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -25,21 +27,16 @@ class SignalInbox:
         self._watched = frozenset(watched)
 
     def __enter__(self) -> Self:
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = map(not_inherited, socket.socketpair())
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._previous: dict[signal.Signals, Any] = {
-            number: signal.signal(number, _note) for number in self._watched
-        }
-        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._handlers = SignalHandlers(self._watched, self._writer)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._previous_fd)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handlers.restore()
         self._reader.close()
         self._writer.close()
 
@@ -59,7 +56,3 @@ class SignalInbox:
 def reason_of(number: signal.Signals) -> str:
     """Why a job ends that was sent this signal."""
     return "the time limit is near" if number == TIME_LIMIT_SIGNAL else f"interrupted by {number.name}"
-
-
-def _note(_number: int, _frame: FrameType | None) -> None:
-    """Python writes the number to the wake-up descriptor before it calls this."""

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import selectors
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ControlPlaneError
+from dray.forking import descriptor_not_inherited, not_inherited
 from dray.runtime import messages
 from dray.runtime.membership import MembershipError
 
@@ -32,6 +34,21 @@ HURRIED = 1.0
 _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 1.0
 _TRANSPORT_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
+
+
+class _Network(httpcore.AnyIOBackend):
+    """Connects; the connections are not those of forked children."""
+
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        stream = await super().connect_tcp(*args, **options)
+        return descriptor_not_inherited(stream, _descriptor)
+
+
+def _descriptor(stream: httpcore.AsyncNetworkStream) -> int:
+    connected = stream.get_extra_info("socket")
+    return -1 if connected is None else int(connected.fileno())
+
+
 _Reply = TypeVar("_Reply", bound=messages.Message)
 _Result = TypeVar("_Result")
 
@@ -54,9 +71,9 @@ class ControllerClient:
     def __init__(self, url: str, token: str, timeout: float) -> None:
         self.url = url
         self._timeout = timeout
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop(not_inherited(selectors.EpollSelector()))
         self._headers: dict[bytes | str, bytes | str] = {"Authorization": f"Bearer {token}"}
-        self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2)
+        self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2, network_backend=_Network())
         self._thread = threading.Thread(target=self._loop.run_forever, name="controller-client", daemon=True)
         self._thread.start()
         self._closed = False

@@ -5,9 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import math
-import os
 import socket
-import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -20,6 +18,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.forking import not_inherited
 from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
 
@@ -32,24 +31,6 @@ _FEW, _MUCH = 64 * 1024, 256 * 1024
 
 _LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
-
-
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def not_inherited(sock: socket.socket) -> socket.socket:
-    """Close the socket in forked children: one that they kept open would hide the death of this process."""
-    _sockets.add(sock)
-    return sock
-
-
-def _close_in_child() -> None:
-    for sock in list(_sockets):
-        sock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def poll_timeout(deadline: Deadline) -> float | None:

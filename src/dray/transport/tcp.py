@@ -7,7 +7,8 @@ import socket
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, Unreachable
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.forking import not_inherited
+from dray.transport.sockets import SocketStream, from_os_error
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
 from dray.transport.waiting import Wake

@@ -12,8 +12,9 @@ from typing import Any
 
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout, Unreachable
+from dray.forking import not_inherited
 from dray.private_directory import MAX_SOCKET_PATH
-from dray.transport.sockets import SocketStream, from_os_error, not_inherited
+from dray.transport.sockets import SocketStream, from_os_error
 from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 
