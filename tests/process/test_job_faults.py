@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 from pathlib import Path
@@ -31,6 +32,20 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
         job.wait_for("ended early: the controller had declared it dead (silent for ")
         job.process.send_signal(signal.SIGINT)
         assert job.end(bound=10.0) == 130
+
+
+def test_job_fails_at_once_when_replicas_die_before_the_controller_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if 'dray.runtime.rollout' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with running(tmp_path, *job_settings("timeouts.start=600")) as job:
+        assert job.end() == 1, job.story()
+        assert "failed: no rollout replica is left: rollout-0: killed by signal 9" in job.text
+        assert "did not answer" not in job.text
 
 
 def test_worker_that_raises_ends_its_replica_and_not_the_job(tmp_path: Path) -> None:

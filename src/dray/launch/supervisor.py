@@ -26,6 +26,7 @@ from dray.launch.entry_points import check_entry_points
 from dray.launch.job_redis import job_redis
 from dray.launch.log import supervisor_log
 from dray.launch.output import attempt_folder
+from dray.launch.reports import Report, Reports
 from dray.launch.signals import SignalInbox, reason_of
 from dray.launch.site import Site
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
@@ -98,7 +99,7 @@ class Supervisor:
         self._asked = False
         self._end_began: Deadline | None = None
         self._status: messages.Status | None = None
-        self._controller_silent = False
+        self._controller_silent = True  # until it has answered for the first time
         self._silences = 0
         self._stalls = 0
         self._interrupted = False
@@ -139,6 +140,7 @@ class Supervisor:
             client = resources.enter_context(
                 ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
             )
+            self._reports = Reports(client)
             self._elsewhere.open(selector, spec)
             self._start_replicas()
             self._watch(client)
@@ -221,7 +223,7 @@ class Supervisor:
             for process in self._crew.processes:
                 if process.running and process.collect() is not None:
                     self._ended(process, client)
-            self._react(client)
+            self._react()
             if not self._teardowns:
                 self._start_policy()
             if next_status.expired:
@@ -274,8 +276,11 @@ class Supervisor:
         assert child.role is not None
         # A member that has left in order is not affected by it.
         reason = printable(end.reason, messages.MAX_SENTENCE)
-        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again, exit_code=code)
-        answer = self._tell(client, "/died", died)
+        answer = self._report(
+            messages.Died(
+                name=child.name, role=child.role, pid=child.pid, reason=reason, final=not again, exit_code=code
+            )
+        )
         again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
@@ -349,9 +354,10 @@ class Supervisor:
         self._status = answered
         return answered
 
-    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
-        """What the controller answers to a message, if it answers."""
-        return self._ask(lambda: client.post(path, body, messages.Directive))
+    def _report(self, report: Report) -> messages.Directive | None:
+        """What the controller answers to a report; None if it does not answer now, and gets the report later."""
+        self._reports.add(report)
+        return self._ask(self._reports.send)
 
     def _ask(self, call: Callable[[], _Answer]) -> _Answer | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
@@ -368,13 +374,13 @@ class Supervisor:
             self._say(str(error))
             return None
 
-    def _react(self, client: ControllerClient) -> None:
+    def _react(self) -> None:
         """Do what signals and the deadline of the end ask for."""
         if self._signals and not self._interrupted:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._say(f"{name}: ending the job, at most {bound:g} s")
-            self._tell(client, "/stop", messages.Stop(reason=reason_of(self._signals[0])))
+            self._report(messages.Stop(reason=reason_of(self._signals[0])))
             self._end(at_once=True)
         for processes, teardown in self._teardowns:
             if len(self._signals) > 1:
@@ -409,6 +415,7 @@ class Supervisor:
                 self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
         self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
+        self._ask(self._reports.send)
         if not self._status.phase.gives_work and not self._teardowns:
             self._end()
         self._end_silent()

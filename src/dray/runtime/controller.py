@@ -232,7 +232,9 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason, final=body.final, exit_code=body.exit_code)
+        self.membership.died(
+            body.name, body.role, body.reason, pid=body.pid, final=body.final, exit_code=body.exit_code
+        )
         await self._after_event()
         return _reply(self._directive())
 

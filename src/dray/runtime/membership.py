@@ -217,17 +217,17 @@ class Membership:
         self._consequences()
 
     def died(
-        self, name: str, role: Role, reason: str, *, final: bool = True, exit_code: int | None = None
+        self, name: str, role: Role, reason: str, *, pid: int = 0, final: bool = True, exit_code: int | None = None
     ) -> None:
-        """The replica's process is known to be gone, whether or not it ever registered. Unless `final`, its
-        group is being started again."""
+        """The replica's process `pid`, 0 if that is not known, is gone, whether or not it ever registered. Unless
+        `final`, its group is being started again. A process that has registered since then stays a member."""
         if role is Role.POLICY and final:
             self._restartable = False
             self._restart_bound = None
         member = self.members.get(name)
         if member is None:
-            member = self.members[name] = Member(name, role, "", 0, self._clock.now())
-        if member.state is MemberState.ACTIVE:
+            member = self.members[name] = Member(name, role, "", pid, self._clock.now())
+        if member.state is MemberState.ACTIVE and pid in (0, member.pid):
             self._end(member, MemberState.DEAD, reason, exit_code)
         self._consequences()
 

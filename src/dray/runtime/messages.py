@@ -115,11 +115,14 @@ class Unregister(Caller):
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end, with `exit_code` as `subprocess` gives it, and
-    `reason` in case that the replica has given none; `final` unless the supervisor starts its group again."""
+    """``POST /died``: the supervisor saw a replica's process `pid` end, with `exit_code` as `subprocess` gives it,
+    and `reason` in case that the replica has given none; `final` unless the supervisor starts its group again.
+
+    It changes nothing for another process of the same name that has registered since."""
 
     name: Name
     role: Role
+    pid: Annotated[int, Field(ge=0)] = 0
     reason: Sentence
     final: bool = True
     exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None

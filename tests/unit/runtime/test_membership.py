@@ -110,6 +110,16 @@ def test_job_without_policy_fails(job: Membership) -> None:
     assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
+def test_late_word_of_the_end_of_an_earlier_process_changes_nothing_for_its_successor(job: Membership) -> None:
+    start(job)
+    job.register("policy-0", Role.POLICY, "c2", 33)
+    job.died("policy-0", Role.POLICY, "killed by signal 9", pid=3, final=False)
+    assert job.members["policy-0"].state is MemberState.ACTIVE
+    job.died("policy-0", Role.POLICY, "killed by signal 9", pid=33)
+    assert job.members["policy-0"].reason == "killed by signal 9"
+    assert job.phase is Phase.DRAINING
+
+
 def test_job_goes_on_without_one_rollout_replica_and_fails_without_any(job: Membership) -> None:
     start(job)
     job.died("rollout-0", Role.ROLLOUT, "killed by signal 9")
