@@ -78,12 +78,19 @@ def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -
         assert "failed: no policy replica is left" in job.text
 
 
-def test_r7_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+@pytest.mark.parametrize("replicas", [2, pytest.param(12, marks=pytest.mark.endurance)])
+def test_r7_job_fails_when_its_controller_is_killed_and_every_replica_ends_by_itself(
+    tmp_path: Path, replicas: int
+) -> None:
+    # More payloads than a policy trains on wait when the end comes.
+    settings = job_settings("stop.at_least=1e9", f"rollout.replicas={replicas}", "rollout.prompts_in_flight=64")
+    with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
         job.only("dray.runtime.controller").kill()
         assert job.end(bound=15.0) == 1
         assert "the controller ended early: killed by signal 9" in job.text
+        assert job.log("supervisor").count("ended with code 143 (ended as asked (SIGTERM)") == replicas + 1
+        assert "was killed" not in job.text
         assert job.checkpoint()["step"] > 0
 
 

@@ -99,6 +99,7 @@ class Supervisor:
         self._asked = False
         self._end_began: Deadline | None = None
         self._status: messages.Status | None = None
+        self._answered = False
         self._controller_silent = True  # until it has answered for the first time
         self._silences = 0
         self._stalls = 0
@@ -227,7 +228,8 @@ class Supervisor:
             if not self._teardowns:
                 self._start_policy()
             if next_status.expired:
-                if controller.running:
+                # The end of the job waits for no controller that has stopped answering.
+                if controller.running and not (self._teardowns and self._answered and self._controller_silent):
                     self._look(client)
                     self._end_silent()
                 next_status = Deadline.after(STATUS_INTERVAL)
@@ -414,7 +416,8 @@ class Supervisor:
                 waited = f"{self._heard.elapsed:.1f} s"
                 self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
-        self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
+        self._answered, self._controller_silent = True, False
+        self._heard, self._silences = Deadline.after(None), 0
         self._ask(self._reports.send)
         if not self._status.phase.gives_work and not self._teardowns:
             self._end()

@@ -90,6 +90,22 @@ def test_absent_peer_is_retried_until_the_bound_and_not_longer() -> None:
         assert 0.4 < time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("hurry_first", [True, False])
+def test_process_that_is_about_to_end_does_not_wait_for_a_controller_that_refuses(hurry_first: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with ControllerClient(url, "t", 600, hurried=600) as client:
+        if hurry_first:
+            client.hurry()
+        timer = threading.Timer(0.3, client.hurry)
+        timer.start()
+        for _ in range(3):
+            with pytest.raises(ControllerLostError, match="the controller is gone"):
+                client.post("/unregister", BODY, messages.Directive)
+        assert client.refused
+        timer.join()
+
+
 def test_broken_connection_is_tried_again() -> None:
     attempts: list[int] = []
 
