@@ -48,6 +48,26 @@ def test_job_fails_at_once_when_replicas_die_before_the_controller_listens(
         assert "did not answer" not in job.text
 
 
+def test_job_is_solved_by_a_worker_that_holds_the_interpreter_longer_than_a_replica_may_be_silent(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "holding.py").write_text(
+        "import ctypes, small\n"
+        "class Worker(small.Worker):\n"
+        "    def rollout(self, prompt):\n"
+        "        if prompt.index == 0:\n"
+        "            ctypes.PyDLL(None).sleep(3)\n"
+        "        return super().rollout(prompt)\n"
+    )
+    # The replica itself may not take the controller for lost either.
+    limits = ("controller.dead_after=1", "timeouts.controller_lost=1", "timeouts.http=1", "timeouts.stall=1.5")
+    settings = ("rollout.worker=holding.py:Worker", "rollout.replicas=1", "stop.at_least=3", *limits)
+    with running(tmp_path, *job_settings(*settings)) as job:
+        assert job.end() == 0, job.story()
+        assert "dead" not in job.log("controller")
+        assert "stall: " in job.text
+
+
 def test_worker_that_raises_ends_its_replica_and_not_the_job(tmp_path: Path) -> None:
     settings = job_settings("rollout.args.raise_at=40", "rollout.args.raising=[1]", "stop.at_least=50")
     with running(tmp_path, *settings) as job:

@@ -232,7 +232,7 @@ class Supervisor:
                 if controller.running and not (self._teardowns and self._answered and self._controller_silent):
                     self._look(client)
                     self._end_silent()
-                next_status = Deadline.after(STATUS_INTERVAL)
+                next_status = Deadline.after(min(STATUS_INTERVAL, self._config.controller.dead_after / 6))
 
     def _wait(self, timeout: float) -> None:
         """Wait for children, other machines and signals at most `timeout` seconds."""
@@ -406,6 +406,12 @@ class Supervisor:
             how = "was killed" if hurried else "did not end in time and was killed"
             self._say(f"{child.name} (pid {child.pid}) {how}; see {short_path(child.log)}")
 
+    def _report_alive(self, client: ControllerClient, status: messages.Status) -> None:
+        """Tell the controller of silent replicas whose processes run."""
+        seen = _seen_alive(status, self._crew.replicas, self._config.controller.dead_after)
+        if seen:
+            self._ask(lambda: client.post("/alive", messages.Alive(seen=seen), messages.Directive))
+
     def _look(self, client: ControllerClient) -> None:
         try:
             self._status = client.status()
@@ -419,6 +425,7 @@ class Supervisor:
         self._answered, self._controller_silent = True, False
         self._heard, self._silences = Deadline.after(None), 0
         self._ask(self._reports.send)
+        self._report_alive(client, self._status)
         if not self._status.phase.gives_work and not self._teardowns:
             self._end()
         self._end_silent()
@@ -427,6 +434,23 @@ class Supervisor:
             self._stalls = stalled.reports
             self._say(f"stall: {stalled.line}")
         self._display.update(self._status)
+
+
+def _seen_alive(
+    status: messages.Status, processes: Sequence[JobProcess], dead_after: float
+) -> list[messages.Seen]:
+    """The members that are silent, and could soon count as dead, although their processes run."""
+    silent = {
+        (member.name, member.pid)
+        for member in status.members
+        if member.state is MemberState.ACTIVE and member.silence > dead_after / 3
+    }
+    found = [
+        messages.Seen(name=process.name, pid=process.pid, seconds=process.seconds_unseen())
+        for process in processes
+        if process.running and (process.name, process.pid) in silent
+    ]
+    return [each for each in found if each.seconds < dead_after][: messages.MAX_MEMBERS]
 
 
 def _member_of(status: messages.Status | None, process: JobProcess) -> tuple[MemberState, str] | None:

@@ -224,6 +224,12 @@ class Controller:
         await self._after_event()
         return _reply(self._directive())
 
+    async def _alive(self, request: Request) -> Response:
+        body = await _body(request, messages.Alive)
+        for each in body.seen:
+            self.membership.seen(each.name, each.pid, each.seconds)
+        return _reply(self._directive())
+
     async def _stop(self, request: Request) -> Response:
         body = await _body(request, messages.Stop)
         self.membership.stop(Outcome("interrupted", body.reason))

@@ -6,6 +6,7 @@ logs. Time comes from the clock that is handed in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -95,6 +96,7 @@ class Progress:
 class Member:
     """One life of a replica. A restarted replica has the same name and another incarnation.
 
+    `last_heard` is when it was heard of, `last_seen` when its process was known to run, by who watches that.
     Once it takes part no more, `reason` says why, `exit_code` with what its process ends, as far as that is known,
     and `ended` when.
     """
@@ -104,6 +106,7 @@ class Member:
     incarnation: str
     pid: int
     last_heard: float
+    last_seen: float = -math.inf
     state: MemberState = MemberState.ACTIVE
     reason: str = ""
     exit_code: int | None = None
@@ -116,7 +119,7 @@ class Membership:
 
     Args:
         expected: how many replicas of each role the job starts.
-        dead_after: seconds of silence after which a member counts as dead.
+        dead_after: seconds after which a member counts as dead that is silent and not seen to run.
         start_timeout: seconds within which every expected replica must have registered, and those of a policy
             group that is started again.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
@@ -203,6 +206,15 @@ class Membership:
         if progress is not None:
             member.progress = progress
 
+    def seen(self, name: str, pid: int, seconds: float) -> None:
+        """The process `pid` of a member was known to run, `seconds` ago: it is not dead, however silent it is.
+
+        User code that holds the interpreter keeps heartbeats from being sent.
+        """
+        member = self.members.get(name)
+        if member is not None and member.pid == pid:
+            member.last_seen = max(member.last_seen, self._clock.now() - seconds)
+
     def left(
         self, name: str, incarnation: str, reason: str, published: Iterable[int] = (), *, exit_code: int = 0
     ) -> None:
@@ -240,10 +252,10 @@ class Membership:
         self._consequences()
 
     def reap(self) -> None:
-        """Declare dead who has been silent too long, and who never came."""
+        """Declare dead who was neither heard nor seen for too long, and who never came."""
         now = self._clock.now()
         for member in self.active():
-            silence = now - member.last_heard
+            silence = now - max(member.last_heard, member.last_seen)
             if silence >= self._dead_after:
                 self._end(member, MemberState.DEAD, f"silent for {silence:.1f} s")
         if self._restart_bound is not None and now >= self._restart_bound:

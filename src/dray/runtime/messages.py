@@ -21,6 +21,9 @@ LONGEST_PROMPT_WAIT = 2.0
 """Seconds a request for prompts may be held open when there are none."""
 
 
+MAX_MEMBERS = 2048
+"""Replicas that one message is about."""
+
 MAX_METRICS = 256
 """Metrics of the user's trainer in one report."""
 
@@ -126,6 +129,20 @@ class Died(Message):
     reason: Sentence
     final: bool = True
     exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
+
+
+class Seen(Message):
+    """A replica whose process `pid` was known to run `seconds` ago."""
+
+    name: Name
+    pid: Annotated[int, Field(gt=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Alive(Message):
+    """``POST /alive``: what the supervisor knows of replicas from which no heartbeat comes."""
+
+    seen: Annotated[list[Seen], Field(max_length=MAX_MEMBERS)]
 
 
 class Stop(Message):

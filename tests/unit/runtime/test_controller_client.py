@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import socket
 import threading
 import time
@@ -103,6 +104,24 @@ def test_process_that_is_about_to_end_does_not_wait_for_a_controller_that_refuse
             with pytest.raises(ControllerLostError, match="the controller is gone"):
                 client.post("/unregister", BODY, messages.Directive)
         assert client.refused
+        timer.join()
+
+
+def test_answer_that_came_while_the_interpreter_was_held_is_not_lost() -> None:
+    held = threading.Event()
+
+    def answer(connection: socket.socket, over: threading.Event) -> None:
+        held.wait(20)
+        reply("200 OK", '{"phase": "running", "stop": false}')(connection, over)
+
+    def hold() -> None:
+        held.set()
+        ctypes.PyDLL(None).sleep(2)
+
+    with peer(answer) as url, ControllerClient(url, "t", 0.8) as client:
+        timer = threading.Timer(0.2, hold)
+        timer.start()
+        assert not client.post("/unregister", BODY, messages.Directive).stop
         timer.join()
 
 

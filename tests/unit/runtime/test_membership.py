@@ -80,6 +80,29 @@ def test_silent_replica_is_reaped_and_its_prompts_are_given_again(job: Membershi
     assert job.prompts.take("rollout-1", 2) == [0, 1]
 
 
+def test_silent_replica_whose_process_runs_is_alive_until_that_is_not_known_any_more(
+    job: Membership, clock: ManualClock
+) -> None:
+    start(job)
+    for _ in range(4):
+        clock.time += 9
+        job.seen("rollout-0", 1, 0.0)
+        job.seen("rollout-1", 1, 0.0)  # another process
+        job.heard("policy-0", "c")
+        job.reap()
+    states = {name: member.state for name, member in job.members.items()}
+    active, dead = MemberState.ACTIVE, MemberState.DEAD
+    assert states == {"rollout-0": active, "rollout-1": dead, "policy-0": active}
+    # For reports of stalls it is silent all the same.
+    assert clock.time - job.members["rollout-0"].last_heard == 36
+    clock.time += 4
+    job.seen("rollout-0", 1, 4.0)
+    job.heard("policy-0", "c")
+    clock.time += 6
+    job.reap()
+    assert job.members["rollout-0"].reason == "silent for 10.0 s"
+
+
 def test_reaped_replica_that_wakes_is_refused(job: Membership, clock: ManualClock) -> None:
     start(job)
     clock.time += 11
