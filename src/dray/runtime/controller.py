@@ -30,7 +30,7 @@ from starlette.routing import Route
 from dray.clock import MONOTONIC, Deadline
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
-from dray.runtime.controller_metrics import exposition
+from dray.runtime.controller_metrics import MEDIA_TYPE, JobMetrics
 from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, JobSpec, write_json
@@ -166,8 +166,9 @@ class Controller:
         return _reply(self.status())
 
     async def _metrics(self, _: Request) -> Response:
-        content, media_type = exposition(self._spec.config.job.name, self.membership, self._stall.seconds)
-        return Response(content, media_type=media_type)
+        metrics = JobMetrics(self._spec.config.job.name, self.membership, self._stall.seconds)
+        # Requests are answered meanwhile.
+        return Response(await asyncio.to_thread(metrics.text), media_type=MEDIA_TYPE)
 
     async def _register(self, request: Request) -> Response:
         body = await _body(request, messages.Register)

@@ -199,7 +199,7 @@ class Heartbeat:
                 _LOG.warning("no answer from the controller for %.1f s: %s", silence, error)
             except ControlPlaneError as error:
                 return self._fatal(str(error), ExitCode.INTERNAL)
-            if last or (self._silent and self._closed.is_set()):
+            if (last and not self._settled) or (self._silent and self._closed.is_set()):
                 return None
             if not self._until_unread:
                 began = MONOTONIC.now()
@@ -227,7 +227,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         with self._lock:
-            settled, self._settled = self._settled, []
+            # What is more comes with the next one, at once.
+            settled, self._settled = self._settled[: messages.MAX_REPORTED], self._settled[messages.MAX_REPORTED :]
+            if self._settled:
+                self._wake.set()
         body = messages.Heartbeat(
             name=self._name,
             incarnation=self._incarnation,

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Literal
 
 from dray.clock import MONOTONIC, Clock
+from dray.config.tables import MAX_ROLLOUT_REPLICAS
 from dray.errors import ControlPlaneError
 from dray.runtime.exit_codes import COMES_AGAIN, USER_CODES, ExitCode
 from dray.runtime.lifecycle import TRANSITIONS, JobEvent, Lifecycle, Phase
@@ -90,6 +91,7 @@ class Progress:
     ages: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    trimmed: int = 0
 
 
 @dataclass(slots=True)
@@ -136,6 +138,7 @@ class Membership:
         restartable: bool = False,
         clock: Clock = MONOTONIC,
     ) -> None:
+        self._started = dict(expected)
         self._expected = dict(expected)
         self._dead_after = dead_after
         self._clock = clock
@@ -174,8 +177,9 @@ class Membership:
         """A replica has started. Registering again with the same incarnation changes nothing.
 
         Raises:
-            MembershipError: the job takes no new members any more.
+            MembershipError: the job takes no new members any more, or has no replica of this name and role.
         """
+        self._check_name(name, role)
         known = self.members.get(name)
         if known is not None and known.incarnation == incarnation:
             if known.state is not MemberState.ACTIVE:
@@ -204,6 +208,8 @@ class Membership:
         member = self._require(name, incarnation)
         member.last_heard = self._clock.now()
         if progress is not None:
+            if progress.trimmed and not member.progress.trimmed:
+                self.notices.append(f"{name} reported more than fits: {progress.trimmed} entries were trimmed")
             member.progress = progress
 
     def seen(self, name: str, pid: int, seconds: float) -> None:
@@ -232,7 +238,12 @@ class Membership:
         self, name: str, role: Role, reason: str, *, pid: int = 0, final: bool = True, exit_code: int | None = None
     ) -> None:
         """The replica's process `pid`, 0 if that is not known, is gone, whether or not it ever registered. Unless
-        `final`, its group is being started again. A process that has registered since then stays a member."""
+        `final`, its group is being started again. A process that has registered since then stays a member.
+
+        Raises:
+            MembershipError: the job has no replica of this name and role.
+        """
+        self._check_name(name, role)
         if role is Role.POLICY and final:
             self._restartable = False
             self._restart_bound = None
@@ -268,6 +279,14 @@ class Membership:
             for role in self._expected:
                 self._expected[role] = min(self._expected[role], self._registered(role))
         self._consequences()
+
+    def _check_name(self, name: str, role: Role) -> None:
+        """Members are bounded: those that the job starts, and rollout replicas that are started by hand."""
+        most = MAX_ROLLOUT_REPLICAS if role is Role.ROLLOUT else self._started[role]
+        prefix, _, number = name.rpartition("-")
+        if prefix != role.value or not number.isdecimal() or str(int(number)) != number or int(number) >= most:
+            allowed = f"{role.value}-0 to {role.value}-{most - 1}"
+            raise MembershipError(f"the job has no {role.value} replica {name}: it must be one of {allowed}")
 
     def _require(self, name: str, incarnation: str) -> Member:
         member = self.members.get(name)

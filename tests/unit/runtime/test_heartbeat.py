@@ -96,6 +96,27 @@ def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec:
         assert 3 <= len(beats) <= 8
 
 
+def test_prompts_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_replica(spec: JobSpec) -> None:
+    stop, several = StopFlag(), range(10**15, 10**15 + 3 * messages.MAX_REPORTED + 1)
+    with served(spec) as (controller, client):
+        rollout = register(client, Role.ROLLOUT)
+        reported: list[int] = []
+        controller.membership.prompts.settled = reported.extend  # type: ignore[method-assign]
+        with Heartbeat(
+            client,
+            **rollout,
+            activity=Activity(),
+            stop=stop,
+            interval=600,
+            lost_after=600,
+            grace=600,
+            bounds=BOUNDS,
+        ) as heartbeat:
+            heartbeat.settled(several)
+    assert reported == list(several)
+    assert not stop.is_set
+
+
 def test_replica_that_is_to_end_does_not_serve_for_a_controller_that_is_gone(spec: JobSpec) -> None:
     stop = StopFlag()
     with served(spec) as (_, client):
