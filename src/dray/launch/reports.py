@@ -1,4 +1,4 @@
-"""What the supervisor has seen and the controller has not heard yet: kept, in order, until it has answered."""
+"""What the supervisor has to report to the controller: kept, in order, until the controller has answered."""
 
 from __future__ import annotations
 

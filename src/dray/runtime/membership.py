@@ -98,7 +98,7 @@ class Progress:
 class Member:
     """One life of a replica. A restarted replica has the same name and another incarnation.
 
-    `last_heard` is when it was heard of, `last_seen` when its process was known to run, by who watches that.
+    `last_heard` is when it was heard of, `last_seen` when its supervisor last knew that its process ran.
     Once it takes part no more, `reason` says why, `exit_code` with what its process ends, as far as that is known,
     and `ended` when.
     """

@@ -104,7 +104,7 @@ class ProgressReport(Message):
     reference are that it has, in seconds. `metrics` are the newest values of what the user's `train_step`
     returned, under the user's names; `warnings` are lines that the user should see.
 
-    What exceeds the bounds is cut or dropped, by who makes a report as by who reads one; `trimmed` counts it.
+    What exceeds the bounds is cut or dropped, when a report is made and when one is read; `trimmed` counts it.
     """
 
     doing: Words

@@ -1,4 +1,4 @@
-"""Text and tables of others, cut to bounds; what is of another type is left as it is, for who judges types."""
+"""Text and tables of others, cut to bounds. What has another type stays as it is: validation follows."""
 
 from __future__ import annotations
 

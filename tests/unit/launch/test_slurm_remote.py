@@ -120,9 +120,9 @@ def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_pat
         first, second = head.nodes.processes
         head.until(lambda: min(first.seconds_unseen(), second.seconds_unseen()) > 0.1, "some time")
         link.send(Alive(names=["rollout-1", "policy-1"]))
-        head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the word that one runs")
+        head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the report that one runs")
         link.send(Alive(names=["rollout-0"]))
-        head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the word that the other runs")
+        head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the report that the other runs")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_report_of_anything_is_bounded_and_says_how_much_was_trimmed() -> None:
     assert Activity().report().trimmed == 0
 
 
-def test_largest_heartbeat_is_one_that_the_controller_takes() -> None:
+def test_largest_heartbeat_fits_what_the_controller_accepts() -> None:
     activity, wide = Activity(), "\U0001f600"
     for number in range(2 * MAX_FIGURES):
         activity.counters.add(f"{number}{wide * 200}", 1 / 3)

@@ -133,7 +133,7 @@ def test_job_without_policy_fails(job: Membership) -> None:
     assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
-def test_late_word_of_the_end_of_an_earlier_process_changes_nothing_for_its_successor(job: Membership) -> None:
+def test_late_report_of_the_end_of_an_earlier_process_changes_nothing_for_its_successor(job: Membership) -> None:
     start(job)
     job.register("policy-0", Role.POLICY, "c2", 33)
     job.died("policy-0", Role.POLICY, "killed by signal 9", pid=3, final=False)
