@@ -33,6 +33,7 @@ _Any = TypeVar("_Any")
 
 _descriptors: weakref.WeakKeyDictionary[Any, Callable[[Any], int]] = weakref.WeakKeyDictionary()
 _handlers: list[SignalHandlers] = []
+_callbacks: dict[Callable[[], None], None] = {}
 _masks = threading.local()
 
 
@@ -45,6 +46,11 @@ def descriptor_not_inherited(holder: _Any, fileno: Callable[[_Any], int]) -> _An
     """As `not_inherited`; `fileno` returns the descriptor of `holder`, to which it must not refer."""
     _descriptors[holder] = fileno
     return holder
+
+
+def call_in_children(callback: Callable[[], None]) -> None:
+    """Call `callback` in children that are forked from now on, before they get a signal; once, if given twice."""
+    _callbacks[callback] = None
 
 
 class SignalHandlers:
@@ -119,8 +125,8 @@ def _fileno(holder: HasDescriptor) -> int:
 
 def _before() -> None:
     # A signal that the child gets before it has given the handlers up waits until then.
-    numbers = {number for each in _handlers for number in each.numbers}
-    _masks.saved = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
+    handled = _handlers or _callbacks
+    _masks.saved = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()) if handled else None
 
 
 def _unblock() -> None:
@@ -132,6 +138,8 @@ def _in_child() -> None:
     try:
         for handlers in reversed(_handlers[:]):
             handlers.restore()
+        for callback in _callbacks:
+            callback()
         _give_up(list(_descriptors.items()))
         _descriptors.clear()
     finally:

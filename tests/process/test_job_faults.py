@@ -34,17 +34,18 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
         assert job.end(bound=10.0) == 130
 
 
+@pytest.mark.parametrize("role", ["rollout", "policy"])
 def test_job_fails_at_once_when_replicas_die_before_the_controller_listens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        "if 'dray.runtime.rollout' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"if 'dray.runtime.{role}' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with running(tmp_path, *job_settings("timeouts.start=600")) as job:
+    with running(tmp_path, *job_settings("timeouts.start=600", "policy.restarts=1")) as job:
         assert job.end() == 1, job.story()
-        assert "failed: no rollout replica is left: rollout-0: killed by signal 9" in job.text
+        assert f"failed: no {role} replica is left: {role}-0: killed by signal 9" in job.text
         assert "did not answer" not in job.text
 
 

@@ -286,7 +286,7 @@ class Supervisor:
         again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
-        elif child.role is Role.POLICY or not any(each.running for each in self._crew.replicas):
+        elif child.role is Role.POLICY or not self._replicas_run:
             self._end()
 
     def _log_end(self, child: JobProcess, reason: str) -> None:
@@ -327,9 +327,14 @@ class Supervisor:
             asked = "they are asked by signal" if at_once else "they know it from the controller"
             _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
         controller = self._crew.controller
-        if controller is not None and not any(each.running for each in self._crew.replicas):
-            # The last replica has unregistered, or is not going to: nothing is left to wait for.
+        if controller is not None and self._answered and not self._replicas_run:
+            # The last replica has unregistered, or is not going to: nothing is left to wait for. A controller that
+            # is starting hears first what became of them.
             controller.signal(signal.SIGTERM)
+
+    @property
+    def _replicas_run(self) -> bool:
+        return any(each.running for each in self._crew.replicas)
 
     def _request_end(self, process: JobProcess, number: signal.Signals, why: str) -> None:
         """Send SIGTERM to a process, or SIGKILL to its group."""
@@ -426,7 +431,10 @@ class Supervisor:
         self._heard, self._silences = Deadline.after(None), 0
         self._ask(self._reports.send)
         self._report_alive(client, self._status)
-        if not self._status.phase.gives_work and not self._teardowns:
+        if self._teardowns:
+            if not self._replicas_run:
+                self._end()
+        elif not self._status.phase.gives_work:
             self._end()
         self._end_silent()
         stalled = self._status.stall

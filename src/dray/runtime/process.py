@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
-from dray.forking import SignalHandlers, not_inherited
+from dray.forking import SignalHandlers, call_in_children, not_inherited
 from dray.runtime.descendants import kill_descendants
 from dray.runtime.exit_codes import ExitCode
 
@@ -115,7 +115,7 @@ def begin_process(name: str) -> None:
 def dump_stacks_on_signal() -> None:
     """Write the stacks of all threads to stderr at `DUMP_SIGNAL`; a forked child does not."""
     faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
-    os.register_at_fork(after_in_child=_forget_dump_signal)
+    call_in_children(_forget_dump_signal)
 
 
 def log_to_stderr(name: str, level: int) -> None:
@@ -180,7 +180,7 @@ def exit_with_own_code_on_crash() -> None:
     Python's own code for it is 1, which says that a job was not finished.
     """
     sys.excepthook = _crashed
-    os.register_at_fork(after_in_child=_forget_crash_code)
+    call_in_children(_forget_crash_code)
 
 
 def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
