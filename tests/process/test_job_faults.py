@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 from pathlib import Path
@@ -33,6 +34,41 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
         assert job.end(bound=10.0) == 130
 
 
+@pytest.mark.parametrize("role", ["rollout", "policy"])
+def test_job_fails_at_once_when_replicas_die_before_the_controller_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        f"if 'dray.runtime.{role}' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with running(tmp_path, *job_settings("timeouts.start=600", "policy.restarts=1")) as job:
+        assert job.end() == 1, job.story()
+        assert f"failed: no {role} replica is left: {role}-0: killed by signal 9" in job.text
+        assert "did not answer" not in job.text
+
+
+def test_job_is_solved_by_a_worker_that_holds_the_interpreter_longer_than_a_replica_may_be_silent(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "holding.py").write_text(
+        "import ctypes, small\n"
+        "class Worker(small.Worker):\n"
+        "    def rollout(self, prompt):\n"
+        "        if prompt.index == 0:\n"
+        "            ctypes.PyDLL(None).sleep(3)\n"
+        "        return super().rollout(prompt)\n"
+    )
+    # The replica itself may not take the controller for lost either.
+    limits = ("controller.dead_after=1", "timeouts.controller_lost=1", "timeouts.http=1", "timeouts.stall=1.5")
+    settings = ("rollout.worker=holding.py:Worker", "rollout.replicas=1", "stop.at_least=3", *limits)
+    with running(tmp_path, *job_settings(*settings)) as job:
+        assert job.end() == 0, job.story()
+        assert "dead" not in job.log("controller")
+        assert "stall: " in job.text
+
+
 def test_worker_that_raises_ends_its_replica_and_not_the_job(tmp_path: Path) -> None:
     settings = job_settings("rollout.args.raise_at=40", "rollout.args.raising=[1]", "stop.at_least=50")
     with running(tmp_path, *settings) as job:
@@ -63,12 +99,19 @@ def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -
         assert "failed: no policy replica is left" in job.text
 
 
-def test_r7_job_fails_when_its_controller_is_killed(tmp_path: Path) -> None:
-    with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
+@pytest.mark.parametrize("replicas", [2, pytest.param(12, marks=pytest.mark.endurance)])
+def test_r7_job_fails_when_its_controller_is_killed_and_every_replica_ends_by_itself(
+    tmp_path: Path, replicas: int
+) -> None:
+    # More payloads than a policy trains on wait when the end comes.
+    settings = job_settings("stop.at_least=1e9", f"rollout.replicas={replicas}", "rollout.prompts_in_flight=64")
+    with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
         job.only("dray.runtime.controller").kill()
         assert job.end(bound=15.0) == 1
         assert "the controller ended early: killed by signal 9" in job.text
+        assert job.log("supervisor").count("ended with code 143 (ended as asked (SIGTERM)") == replicas + 1
+        assert "was killed" not in job.text
         assert job.checkpoint()["step"] > 0
         age = job.summary()["figures_age"]
         assert age > 0

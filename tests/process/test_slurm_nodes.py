@@ -213,6 +213,31 @@ def test_hanging_replica_of_another_node_is_killed_in_time(tmp_path: Path) -> No
         assert "most recent call first" in run.log("rollout-1.log")
 
 
+def test_replica_of_another_node_may_hold_the_interpreter_and_may_not_be_stopped(tmp_path: Path) -> None:
+    (tmp_path / "holding.py").write_text(
+        "import ctypes, small\n"
+        "class Worker(small.Worker):\n"
+        "    def rollout(self, prompt):\n"
+        "        if self.hangs.with_name(f'hold-{self.index}').exists() and not self.hangs.exists():\n"
+        "            self.hangs.touch()\n"
+        "            ctypes.PyDLL(None).sleep(4)\n"
+        "        return super().rollout(prompt)\n"
+    )
+    # Payloads that the stopped replica has published come with their references.
+    settings = ("rollout.worker=holding.py:Worker", "rollout.inline_bytes=4096", "policy.args.repeats=true")
+    with nodes_running(tmp_path, *settings, "stop.at_least=40", "timeouts.shutdown=3") as run:
+        run.start()
+        run.wait_for_steps(3)
+        (run.output / "hold-0").touch()
+        (stopped,) = run.processes("dray.runtime.rollout", node=3)
+        stopped.suspend()
+        assert run.end() == [0, 0, 0], run.story()
+        assert (run.output / "rollout-0-hangs").exists()
+        replicas = run.summary()["replicas"]
+        assert replicas["rollout-0"].startswith("left: ")
+        assert replicas["rollout-1"].startswith("dead: silent for")
+
+
 def test_stopped_node_is_done_without_and_holds_the_end_up_for_a_bounded_time(tmp_path: Path) -> None:
     settings = ("stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true", "timeouts.shutdown=3")
     with nodes_running(tmp_path, *settings) as run:

@@ -20,7 +20,7 @@ from dray.launch import teardown
 from dray.launch.policy_group import RESTARTED
 from dray.launch.signals import WATCHED
 from dray.launch.slurm import run_states
-from dray.runtime import lifecycle
+from dray.runtime import end_bounds, lifecycle
 from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.figures import FAMILIES
@@ -174,7 +174,7 @@ def test_bounds_in_the_page_on_lanes_are_those_of_the_code() -> None:
 def test_defaults_of_the_server_are_those_of_the_code() -> None:
     parameters = inspect.signature(PayloadServer).parameters
     table = [row for row in rows(page("lanes.md")) if row[0].strip("`") in parameters]
-    assert len(table) == 5
+    assert len(table) == 6
     for name, default, _ in table:
         assert parameters[name.strip("`")].default == float(default), name
 
@@ -266,6 +266,13 @@ def test_metric_families_on_the_runtime_page_are_those_of_the_code() -> None:
 def test_table_of_the_teardown_is_that_of_the_module() -> None:
     assert teardown.__doc__ is not None
     for line in teardown.__doc__.splitlines():
+        if line.startswith("|"):
+            assert line in page("runtime.md")
+
+
+def test_bounds_of_the_end_are_those_of_the_module() -> None:
+    assert end_bounds.__doc__ is not None
+    for line in end_bounds.__doc__.splitlines():
         if line.startswith("|"):
             assert line in page("runtime.md")
 

@@ -62,11 +62,15 @@ class JobTable(Table):
     log_level: LogLevel = Field(default="info", description='"debug", "info", "warning" or "error"')
 
 
+MAX_ROLLOUT_REPLICAS = 1024
+"""Rollout replicas of a job, those included that are started by hand."""
+
+
 class RolloutTable(Table):
     """`[rollout]`: the replicas that generate trajectories, and their rings."""
 
     worker: str = _text(pattern=_ENTRY_POINT, allowed=ENTRY_POINT_FORM)
-    replicas: int = _count(2, most=1024)
+    replicas: int = _count(2, most=MAX_ROLLOUT_REPLICAS)
     slots: int = _count(64, most=1 << 20)
     slot_bytes: int = _count(1 << 20, least=64)
     server_threads: int = _count(1, most=4)

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from dray.runtime.descendants import ends_within
+from dray.clock import MONOTONIC
+from dray.runtime.descendants import ends_within, is_running
 from dray.runtime.exit_codes import USER_CODES, ExitCode, meaning
 from dray.runtime.membership import THE_JOB_HAS, MemberState, OutcomeKind, Role
 from dray.runtime.private_file import open_to_append
@@ -55,6 +56,10 @@ class JobProcess(Protocol):
     @property
     def ending(self) -> str:
         """How it ended, in one phrase."""
+        ...
+
+    def seconds_unseen(self) -> float:
+        """Seconds since the process was last known to run; one that is stopped does not."""
         ...
 
     def signal(self, number: signal.Signals) -> None:
@@ -179,6 +184,7 @@ class Child:
             )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
+        self._seen = MONOTONIC.now()
 
     @property
     def running(self) -> bool:
@@ -187,6 +193,13 @@ class Child:
     @property
     def ending(self) -> str:
         return "it runs" if self.exit_code is None else meaning(self.exit_code)
+
+    def seconds_unseen(self) -> float:
+        """Seconds since the process was last found to run; 0 unless it is stopped or has ended."""
+        now = MONOTONIC.now()
+        if self.running and is_running(self.pid):
+            self._seen = now
+        return now - self._seen
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process; one that has ended gets none."""

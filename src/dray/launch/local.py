@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from dray.launch.supervisor import supervise
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, short_path
-from dray.runtime.process import DUMP_SIGNAL
+from dray.runtime.process import dump_stacks_on_signal
 
 
 def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lines: Sequence[str] = ()) -> int:
@@ -32,7 +31,7 @@ def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lin
     Raises:
         ConfigError: before anything was started.
     """
-    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    dump_stacks_on_signal()
     raise_descriptor_limit()
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
         with open_output(config, resume=resume) as (folder, state):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Collection
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
+
+from dray.forking import SignalHandlers, not_inherited
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 """Each of them ends the job in order, with a checkpoint."""
@@ -28,21 +30,16 @@ class SignalInbox:
         self._watched = frozenset(each for each in watched if signal.getsignal(each) is not signal.SIG_IGN)
 
     def __enter__(self) -> Self:
-        self._reader, self._writer = socket.socketpair()
+        self._reader, self._writer = map(not_inherited, socket.socketpair())
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._previous: dict[signal.Signals, Any] = {
-            number: signal.signal(number, _note) for number in self._watched
-        }
-        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._handlers = SignalHandlers(self._watched, self._writer)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._previous_fd)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handlers.restore()
         self._reader.close()
         self._writer.close()
 
@@ -63,7 +60,3 @@ def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
     """Why a job ends that was sent this signal."""
     limit = on_slurm and number == TIME_LIMIT_SIGNAL
     return "the time limit is near" if limit else f"interrupted by {number.name}"
-
-
-def _note(_number: int, _frame: FrameType | None) -> None:
-    """Python writes the number to the wake-up descriptor before it calls this."""

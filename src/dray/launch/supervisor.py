@@ -26,6 +26,7 @@ from dray.launch.entry_points import check_entry_points
 from dray.launch.job_redis import job_redis
 from dray.launch.log import supervisor_log
 from dray.launch.output import attempt_folder
+from dray.launch.reports import Report, Reports
 from dray.launch.signals import SignalInbox, reason_of
 from dray.launch.site import Site
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
@@ -98,7 +99,8 @@ class Supervisor:
         self._asked = False
         self._end_began: Deadline | None = None
         self._status: messages.Status | None = None
-        self._controller_silent = False
+        self._answered = False
+        self._controller_silent = True  # until it has answered for the first time
         self._silences = 0
         self._stalls = 0
         self._interrupted = False
@@ -140,6 +142,7 @@ class Supervisor:
             client = resources.enter_context(
                 ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
             )
+            self._reports = Reports(client)
             self._elsewhere.open(selector, spec)
             self._start_replicas()
             self._watch(client)
@@ -230,14 +233,15 @@ class Supervisor:
             for process in self._crew.processes:
                 if process.running and process.collect() is not None:
                     self._ended(process, client)
-            self._react(client)
+            self._react()
             if not self._teardowns:
                 self._start_policy()
             if next_status.expired:
-                if controller.running:
+                # The end of the job waits for no controller that has stopped answering.
+                if controller.running and not (self._teardowns and self._answered and self._controller_silent):
                     self._look(client)
                     self._end_silent()
-                next_status = Deadline.after(STATUS_INTERVAL)
+                next_status = Deadline.after(min(STATUS_INTERVAL, self._config.controller.dead_after / 6))
 
     def _wait(self, timeout: float) -> None:
         """Wait for children, other machines and signals at most `timeout` seconds."""
@@ -283,12 +287,15 @@ class Supervisor:
         assert child.role is not None
         # A member that has left in order is not affected by it.
         reason = printable(end.reason, messages.MAX_SENTENCE)
-        died = messages.Died(name=child.name, role=child.role, reason=reason, final=not again, exit_code=code)
-        answer = self._tell(client, "/died", died)
+        answer = self._report(
+            messages.Died(
+                name=child.name, role=child.role, pid=child.pid, reason=reason, final=not again, exit_code=code
+            )
+        )
         again = again and not (answer is not None and answer.stop)
         if again:
             self._start_policy_again()
-        elif child.role is Role.POLICY or not any(each.running for each in self._crew.replicas):
+        elif child.role is Role.POLICY or not self._replicas_run:
             self._end()
 
     def _log_end(self, child: JobProcess, reason: str) -> None:
@@ -331,11 +338,16 @@ class Supervisor:
             asked = "they are asked by signal" if at_once else "they know it from the controller"
             _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
         controller = self._crew.controller
-        if controller is not None and not any(each.running for each in self._crew.replicas):
-            # The last replica has unregistered, or is not going to: nothing is left to wait for.
+        if controller is not None and self._answered and not self._replicas_run:
+            # The last replica has unregistered, or is not going to: nothing is left to wait for. A controller that
+            # is starting hears first what became of them.
             if not self._controller_request and not self._has_outcome():
                 self._controller_request = self._failure or "no replica was left"
             controller.signal(signal.SIGTERM)
+
+    @property
+    def _replicas_run(self) -> bool:
+        return any(each.running for each in self._crew.replicas)
 
     def _request_end(self, process: JobProcess, number: signal.Signals, why: str) -> None:
         """Send SIGTERM to a process, or SIGKILL to its group."""
@@ -367,9 +379,10 @@ class Supervisor:
         self._status = answered
         return answered
 
-    def _tell(self, client: ControllerClient, path: str, body: messages.Message) -> messages.Directive | None:
-        """What the controller answers to a message, if it answers."""
-        return self._ask(lambda: client.post(path, body, messages.Directive))
+    def _report(self, report: Report) -> messages.Directive | None:
+        """What the controller answers to a report; None if it does not answer now, and gets the report later."""
+        self._reports.add(report)
+        return self._ask(self._reports.send)
 
     def _ask(self, call: Callable[[], _Answer]) -> _Answer | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
@@ -386,14 +399,14 @@ class Supervisor:
             self._say(str(error))
             return None
 
-    def _react(self, client: ControllerClient) -> None:
+    def _react(self) -> None:
         """Do what signals and the deadline of the end ask for."""
         if self._signals and not self._interrupted:
             self._interrupted = True
             name, bound = self._signals[0].name, self._config.timeouts.shutdown
             self._say(f"{name}: ending the job, at most {bound:g} s")
             reason = reason_of(self._signals[0], on_slurm=self._folder.attempt is not None)
-            self._tell(client, "/stop", messages.Stop(reason=reason))
+            self._report(messages.Stop(reason=reason))
             self._end(at_once=True)
         for processes, teardown in self._teardowns:
             if len(self._signals) > 1:
@@ -417,6 +430,12 @@ class Supervisor:
             how = "was killed" if hurried else "did not end in time and was killed"
             self._say(f"{child.name} (pid {child.pid}) {how}; see {short_path(child.log)}")
 
+    def _report_alive(self, client: ControllerClient, status: messages.Status) -> None:
+        """Tell the controller of silent replicas whose processes run."""
+        seen = _seen_alive(status, self._crew.replicas, self._config.controller.dead_after)
+        if seen:
+            self._ask(lambda: client.post("/alive", messages.Alive(seen=seen), messages.Directive))
+
     def _look(self, client: ControllerClient) -> None:
         try:
             self._status = client.status()
@@ -427,14 +446,37 @@ class Supervisor:
                 waited = f"{self._heard.elapsed:.1f} s"
                 self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
-        self._controller_silent, self._heard, self._silences = False, Deadline.after(None), 0
-        if not self._status.phase.gives_work and not self._teardowns:
+        self._answered, self._controller_silent = True, False
+        self._heard, self._silences = Deadline.after(None), 0
+        self._ask(self._reports.send)
+        self._report_alive(client, self._status)
+        if self._teardowns:
+            if not self._replicas_run:
+                self._end()
+        elif not self._status.phase.gives_work:
             self._end()
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports
             self._say(f"stall: {stalled.line}")
         self._display.update(self._status)
+
+
+def _seen_alive(
+    status: messages.Status, processes: Sequence[JobProcess], dead_after: float
+) -> list[messages.Seen]:
+    """The members that are silent, and could soon count as dead, although their processes run."""
+    silent = {
+        (member.name, member.pid)
+        for member in status.members
+        if member.state is MemberState.ACTIVE and member.silence > dead_after / 3
+    }
+    found = [
+        messages.Seen(name=process.name, pid=process.pid, seconds=process.seconds_unseen())
+        for process in processes
+        if process.running and (process.name, process.pid) in silent
+    ]
+    return [each for each in found if each.seconds < dead_after][: messages.MAX_MEMBERS]
 
 
 def _member_of(status: messages.Status | None, process: JobProcess) -> tuple[MemberState, str] | None:

@@ -41,8 +41,6 @@ from dray.wire.ref import has_control
 
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
-_JOB_OVER_SHARE = 0.6
-"""Of the time that payloads are served after their replica has stopped, when the job is over as well."""
 _LOOK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
 _PAGE = 4096
@@ -104,6 +102,8 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
         host=own_address(),
         threads=config.rollout.server_threads,
         secret=replica.spec.secret,
+        drain_timeout=replica.bounds.transfers,
+        join_timeout=replica.bounds.threads,
         directory=directory,
     )
 
@@ -162,12 +162,12 @@ class ReferenceOutlet:
         self._reclaim()
 
     def drain(self, timeout: float) -> int:
-        heartbeat, job_over = self._replica.heartbeat, False
+        heartbeat, serve = self._replica.heartbeat, self._replica.bounds.serve
         deadline = Deadline.after(timeout)
         for each in self._ring.ready(leased=True):
             while not heartbeat.unread.is_set() and not deadline.expired:
-                if heartbeat.job_over.is_set() and not job_over:
-                    job_over, deadline = True, deadline.sooner(timeout * _JOB_OVER_SHARE)
+                if heartbeat.over_at is not None:
+                    deadline = Deadline(min(deadline.at, heartbeat.over_at + serve))
                 if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()

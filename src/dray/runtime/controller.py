@@ -31,7 +31,7 @@ from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.clock import MONOTONIC, Deadline
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
-from dray.runtime.controller_metrics import exposition
+from dray.runtime.controller_metrics import MEDIA_TYPE, JobMetrics
 from dray.runtime.endpoints import ENDPOINTS, JSON, Endpoint, openapi
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.http_listener import PROVEN, HttpServer
@@ -173,10 +173,10 @@ class Controller:
         return _reply(self.status())
 
     async def _metrics(self, _: Request) -> Response:
-        content, media_type = exposition(
-            self._spec.config.job.name, self.membership, self._stall.seconds, self.connections.snapshot()
-        )
-        return Response(content, media_type=media_type)
+        membership, stalled = self.membership, self._stall.seconds
+        metrics = JobMetrics(self._spec.config.job.name, membership, stalled, self.connections.snapshot())
+        # Requests are answered meanwhile.
+        return Response(await asyncio.to_thread(metrics.text), media_type=MEDIA_TYPE)
 
     async def _register(self, request: Request) -> Response:
         body = await _body(request, messages.Register)
@@ -233,6 +233,12 @@ class Controller:
         await self._after_event()
         return _reply(self._directive())
 
+    async def _alive(self, request: Request) -> Response:
+        body = await _body(request, messages.Alive)
+        for each in body.seen:
+            self.membership.seen(each.name, each.pid, each.seconds)
+        return _reply(self._directive())
+
     async def _stop(self, request: Request) -> Response:
         body = await _body(request, messages.Stop)
         self.membership.stop(Outcome("interrupted", body.reason))
@@ -241,7 +247,9 @@ class Controller:
 
     async def _died(self, request: Request) -> Response:
         body = await _body(request, messages.Died)
-        self.membership.died(body.name, body.role, body.reason, final=body.final, exit_code=body.exit_code)
+        self.membership.died(
+            body.name, body.role, body.reason, pid=body.pid, final=body.final, exit_code=body.exit_code
+        )
         await self._after_event()
         return _reply(self._directive())
 

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import selectors
 import signal
 import threading
 from collections.abc import AsyncIterator, Coroutine
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ControlPlaneError
+from dray.forking import descriptor_not_inherited, not_inherited
 from dray.runtime import messages
 from dray.runtime.membership import MembershipError
 from dray.runtime.private_file import read_private_file
@@ -28,12 +30,36 @@ from dray.runtime.private_file import read_private_file
 KEEP_ALIVE = 30.0
 """Seconds for which the controller keeps an idle connection; clients give one up well before."""
 
-HURRIED = 1.0
-"""Seconds that a call may take once the process is about to end."""
-
 _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 1.0
+_LATE = 0.5
+"""A call that ends so many seconds after its deadline was not waiting: its process did not run."""
+
 _TRANSPORT_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
+
+
+class _ConnectionRefused(httpcore.ConnectError):
+    """Nothing listens at the address."""
+
+
+class _Network(httpcore.AnyIOBackend):
+    """Connects; the connections are not those of forked children."""
+
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        try:
+            stream = await super().connect_tcp(*args, **options)
+        except httpcore.ConnectError as error:
+            if _is_refusal(error):
+                raise _ConnectionRefused from error
+            raise
+        return descriptor_not_inherited(stream, _descriptor)
+
+
+def _descriptor(stream: httpcore.AsyncNetworkStream) -> int:
+    connected = stream.get_extra_info("socket")
+    return -1 if connected is None else int(connected.fileno())
+
+
 _Reply = TypeVar("_Reply", bound=messages.Message)
 _Result = TypeVar("_Result")
 
@@ -51,24 +77,34 @@ class ControllerClient:
         url: e.g. ``"http://127.0.0.1:40000"``.
         token: the job's token.
         timeout: seconds that a call may take in all.
+        hurried: the same once the process is about to end.
     """
 
-    def __init__(self, url: str, token: str, timeout: float) -> None:
+    def __init__(self, url: str, token: str, timeout: float, *, hurried: float = 1.0) -> None:
         self.url = url
         self._timeout = timeout
-        self._loop = asyncio.new_event_loop()
+        self._hurried = hurried
+        self._loop = asyncio.SelectorEventLoop(not_inherited(selectors.EpollSelector()))
         self._headers: dict[bytes | str, bytes | str] = {"Authorization": f"Bearer {token}"}
-        self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2)
+        self._pool = httpcore.AsyncConnectionPool(keepalive_expiry=KEEP_ALIVE / 2, network_backend=_Network())
         self._thread = threading.Thread(target=self._run_loop, name="controller-client", daemon=True)
         self._thread.start()
         self._closed = False
         self._bounds: set[asyncio.Timeout] = set()
-        self._hurried = False
+        self._hurry = asyncio.Event()
+        self._refused = False
 
     @classmethod
-    def of_address_file(cls, path: Path, token: str, timeout: float) -> Self:
+    def of_address_file(cls, path: Path, token: str, timeout: float, *, hurried: float = 1.0) -> Self:
         """A client for the controller that advertised itself in the file at `path`."""
-        return cls(json.loads(read_private_file(path, "the controller's address"))["url"], token, timeout)
+        url = json.loads(read_private_file(path, "the controller's address"))["url"]
+        return cls(url, token, timeout, hurried=hurried)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the last connection was refused: the controller is gone, as it listens from before it is started
+        until it ends."""
+        return self._refused
 
     def post(self, path: str, body: messages.Message, reply: type[_Reply], timeout: float | None = None) -> _Reply:
         """Send `body` and return the answer; repeated after transport failures.
@@ -90,10 +126,10 @@ class ControllerClient:
         return self._run(self._request("GET", "/status", None, messages.Status, self._deadline(timeout)))
 
     def hurry(self) -> None:
-        """From now on, and for calls under way, wait at most `HURRIED` seconds: the process is about to end."""
-        self._hurried = True
+        """The process is about to end: from now on, and for calls under way, wait at most the `hurried` seconds,
+        and not at all for a controller that is gone."""
         if not self._closed:
-            self._loop.call_soon_threadsafe(self._shorten)
+            self._loop.call_soon_threadsafe(self._begin_hurry)
 
     def close(self) -> None:
         """Close the connections; calls under way in other threads fail."""
@@ -131,38 +167,66 @@ class ControllerClient:
     async def _request(
         self, method: str, path: str, body: bytes | None, reply: type[_Reply], deadline: Deadline
     ) -> _Reply:
-        wait = _FIRST_WAIT
+        message = f"the controller did not answer {method} {path}"
         try:
-            async with self._bounded(deadline):
-                while True:
-                    try:
-                        response = await self._pool.request(
-                            method, self.url + path, headers=self._headers, content=body
-                        )
-                    except _TRANSPORT_ERRORS:
-                        await asyncio.sleep(wait)
-                        wait = min(2 * wait, _LONGEST_WAIT)
-                        continue
+            return await self._attempts(method, path, body, reply, deadline)
+        except TimeoutError as error:
+            if deadline.now() - deadline.at < _LATE:
+                raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
+        # User code held the interpreter, or the process was stopped: the controller may well have answered.
+        try:
+            return await self._attempts(method, path, body, reply, Deadline.after(self._hurried))
+        except TimeoutError as error:
+            raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
+
+    async def _attempts(
+        self, method: str, path: str, body: bytes | None, reply: type[_Reply], deadline: Deadline
+    ) -> _Reply:
+        wait = _FIRST_WAIT
+        async with self._bounded(deadline):
+            while True:
+                try:
+                    response = await self._pool.request(
+                        method, self.url + path, headers=self._headers, content=body
+                    )
+                except _TRANSPORT_ERRORS as error:
+                    self._refused = isinstance(error, _ConnectionRefused)
+                    if self._refused and self._hurry.is_set():
+                        message = f"the controller is gone: it refused the connection for {method} {path}"
+                        raise ControllerLostError(message, endpoint=self.url) from error
+                else:
+                    self._refused = False
                     if response.status < 500:
                         return _parsed(response, reply, self.url + path)
-                    await asyncio.sleep(wait)
-        except TimeoutError as error:
-            message = f"the controller did not answer {method} {path}"
-            raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
+                await self._pause(wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before the next attempt; the first of a hurry comes at once."""
+        if self._hurry.is_set():
+            await asyncio.sleep(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
 
     @contextlib.asynccontextmanager
     async def _bounded(self, deadline: Deadline) -> AsyncIterator[None]:
         async with asyncio.timeout(deadline.timeout) as bound:
             self._bounds.add(bound)
             try:
-                if self._hurried:
+                if self._hurry.is_set():
                     self._shorten()
                 yield
             finally:
                 self._bounds.discard(bound)
 
+    def _begin_hurry(self) -> None:
+        self._hurry.set()
+        self._shorten()
+
     def _shorten(self) -> None:
-        latest = self._loop.time() + HURRIED
+        latest = self._loop.time() + self._hurried
         for bound in self._bounds:
             when = bound.when()
             if not bound.expired() and (when is None or when > latest):
@@ -174,6 +238,15 @@ class ControllerClient:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._pool.aclose()
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether connecting failed because nothing listens at the address, by what `error` was raised from."""
+    while error is not None and not isinstance(error, ConnectionRefusedError | BaseExceptionGroup):
+        error = error.__cause__
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_refusal(each) for each in error.exceptions)
+    return error is not None
 
 
 def _parsed(response: httpcore.Response, reply: type[_Reply], url: str) -> _Reply:

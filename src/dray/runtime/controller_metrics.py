@@ -20,6 +20,7 @@ from dray.runtime.figures import (
     PROMPTS,
     REFUSED,
     STALLED,
+    TRIMMED,
     UNPROVEN,
     USER_METRIC,
     Family,
@@ -32,27 +33,33 @@ _Samples = Iterable[tuple[tuple[str, ...], float]]
 _UNSETTLED = ("held", "published", "waiting_again")
 
 
-def exposition(
-    job: str, membership: Membership, stalled: float, connections: Mapping[str, float]
-) -> tuple[bytes, str]:
-    """The text, and its media type.
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+"""Of the text."""
+
+
+class JobMetrics(Collector):
+    """The job at one moment. Making it is quick; `text` may take long, and any thread may ask for it.
 
     Args:
         job: the job's name.
         stalled: seconds of the longest wait that is too long.
         connections: counts of those to the controller that have not shown the token.
     """
-    registry = CollectorRegistry()
-    registry.register(_Job(job, membership, stalled, connections))
-    return generate_latest(registry), CONTENT_TYPE_LATEST
 
-
-class _Job(Collector):
     def __init__(self, job: str, membership: Membership, stalled: float, connections: Mapping[str, float]) -> None:
         self._job = job
-        self._membership = membership
+        self._phase = membership.phase
+        self._prompts = membership.prompts.statistics()
         self._stalled = stalled
         self._connections = connections
+        # A report is replaced by the next one, and never changed.
+        self._members = [(each.name, each.role, each.state, each.progress) for each in membership.members.values()]
+
+    def text(self) -> bytes:
+        """The job in the Prometheus text format."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
         samples = dict(self._samples())
@@ -67,31 +74,31 @@ class _Job(Collector):
         return metric
 
     def _figures(self, figure: Figure) -> _Samples:
-        for member in self._membership.members.values():
-            value = member.progress.counters.get(figure.reported)
-            if member.role is figure.role and value is not None:
-                yield (member.name,), value
+        for name, role, _, progress in self._members:
+            value = progress.counters.get(figure.reported)
+            if role is figure.role and value is not None:
+                yield (name,), value
 
     def _samples(self) -> Iterator[tuple[Family, _Samples]]:
         """Those of every family that is no `Figure`."""
-        membership = self._membership
-        members = membership.members.values()
-        yield PHASE, [((phase.value,), float(phase is membership.phase)) for phase in Phase]
-        roles = sorted({member.role for member in members})
-        counted = [(each.role, each.state) for each in members]
+        yield PHASE, [((phase.value,), float(phase is self._phase)) for phase in Phase]
+        counted = [(role, state) for _, role, state, _ in self._members]
+        roles = sorted({role for role, _ in counted})
         yield (
             MEMBERS,
             [((role.value, state.value), counted.count((role, state))) for role in roles for state in MemberState],
         )
         yield STALLED, [((), self._stalled)]
-        prompts = membership.prompts.statistics()
+        prompts = self._prompts
         yield PROMPTS, [((state,), prompts[state]) for state in _UNSETTLED]
         yield NEXT_PROMPT, [((), prompts["next"])]
         yield GIVEN_AGAIN, [((), prompts["given_again"])]
         yield UNPROVEN, [((), self._connections[UNPROVEN_CLOSED])]
         yield REFUSED, [((), self._connections[ACCEPT_FAILURES])]
-        yield OLDEST, _of_each({each.name: each.progress.ages for each in membership.active()})
-        yield USER_METRIC, _of_each({each.name: each.progress.metrics for each in members})
+        active = [(name, report) for name, _, state, report in self._members if state is MemberState.ACTIVE]
+        yield OLDEST, _of_each({name: report.ages for name, report in active})
+        yield USER_METRIC, _of_each({name: report.metrics for name, _, _, report in self._members})
+        yield TRIMMED, [((name,), report.trimmed) for name, _, _, report in self._members]
 
 
 def _of_each(reports: Mapping[str, Mapping[str, float]]) -> _Samples:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dray.clock import Deadline
 
+_STOPPED = "Tt"
 _ENDED = "ZX"
 """States of a process that has ended, and that its parent has not waited for yet."""
 
@@ -36,6 +37,15 @@ def descendant_pids() -> set[int]:
                 found.add(pid)
                 open_ends.append(pid)
     return found - ended
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process, a child of this one, has neither ended nor been stopped by a signal or a debugger."""
+    try:
+        stat = Path("/proc", str(pid), "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return _parent_and_state(stat)[1] not in _ENDED + _STOPPED
 
 
 def kill_descendants(timeout: float) -> None:
@@ -101,6 +111,10 @@ def _processes() -> Iterator[tuple[int, int, str]]:
                 stat = Path(entry.path, "stat").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            # The command, in parentheses, may hold anything; state and parent are the first fields after it.
-            state, parent = stat.rpartition(b")")[2].split()[:2]
-            yield int(entry.name), int(parent), state.decode()
+            yield int(entry.name), *_parent_and_state(stat)
+
+
+def _parent_and_state(stat: bytes) -> tuple[int, str]:
+    # The command, in parentheses, may hold anything; state and parent are the first fields after it.
+    state, parent = stat.rpartition(b")")[2].split()[:2]
+    return int(parent), state.decode()

@@ -56,6 +56,7 @@ ENDPOINTS = (
     ),
     Endpoint("POST", "/finish", "The policy ends the job.", messages.Finish, messages.Directive),
     Endpoint("POST", "/unregister", "The last words of a replica.", messages.Unregister, messages.Directive),
+    Endpoint("POST", "/alive", "The supervisor sees silent replicas run.", messages.Alive, messages.Directive),
     Endpoint("POST", "/died", "The supervisor saw a process end.", messages.Died, messages.Directive),
     Endpoint("POST", "/stop", "The supervisor ends the job early.", messages.Stop, messages.Directive),
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 from dray.config import ENTRY_POINT_FORM
 from dray.errors import ConfigError
+from dray.forking import parent_only
 from dray.printable import printable
 from dray.runtime.contract import PolicyTrainer, RolloutWorker
 from dray.runtime.user_code import described_error
@@ -138,7 +139,8 @@ def _file(key: str, text: str, path: Path) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        with parent_only():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _unusable(key, text, f"importing it raised {described_error(error, str(path))}") from error
@@ -147,7 +149,8 @@ def _file(key: str, text: str, path: Path) -> ModuleType:
 
 def _module(key: str, text: str, name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with parent_only():
+            return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise _unusable(key, text, f"importing it raised {described_error(error, None)}") from error
 

@@ -70,6 +70,9 @@ REFUSED = Family("dray_accept_failures_total", "counter", "Failures of the contr
 USER_METRIC = Family(
     "dray_user_metric", "gauge", "Newest value of a metric that train_step returned.", ("replica", "name")
 )
+TRIMMED = Family(
+    "dray_trimmed_entries", "gauge", "Entries of the newest report that were cut or dropped.", ("replica",)
+)
 
 FIGURES = (
     _policy("step", "dray_training_step", "Newest training step of the run."),
@@ -114,5 +117,6 @@ FIGURES = (
 )
 
 FAMILIES = (
-    PHASE, MEMBERS, STALLED, PROMPTS, NEXT_PROMPT, GIVEN_AGAIN, OLDEST, UNPROVEN, REFUSED, USER_METRIC, *FIGURES,
+    PHASE, MEMBERS, STALLED, PROMPTS, NEXT_PROMPT, GIVEN_AGAIN, OLDEST, UNPROVEN, REFUSED, USER_METRIC, TRIMMED,
+    *FIGURES,
 )  # fmt: skip

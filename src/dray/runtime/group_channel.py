@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ControlPlaneError
+from dray.forking import not_inherited
 from dray.runtime.framing import Frames, FramingError, framed
 from dray.runtime.messages import Message
 from dray.runtime.process import StopFlag
@@ -69,7 +70,7 @@ class Channel:
 
     def __init__(self, connected: socket.socket, peer: str, stop: StopFlag, grace: float) -> None:
         self.peer = peer
-        self._socket = connected
+        self._socket = not_inherited(connected)
         connected.setblocking(False)
         self._grace = grace
         self._frames = Frames(_LARGEST)

@@ -13,7 +13,8 @@ from dray.clock import MONOTONIC, Deadline
 from dray.errors import ControlPlaneError
 from dray.printable import printable
 from dray.runtime import messages
-from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
+from dray.runtime.controller_client import ControllerClient, ControllerLostError
+from dray.runtime.end_bounds import EndBounds
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import MembershipError
 from dray.runtime.process import StopFlag, exit_at_once
@@ -110,6 +111,10 @@ class Heartbeat:
     policy replica is left to read payloads), when it no longer counts the replica as a member, and when it has not
     answered for `lost_after` seconds. In the last two cases it ends the process by itself if the main thread does
     not do so within `grace` seconds.
+
+    Attributes:
+        over_at: since when the job ends, on the clock of this process: the controller has said so, or does not
+            answer while the replica is to end. `unread` is set as well if the controller is gone.
     """
 
     def __init__(
@@ -123,7 +128,9 @@ class Heartbeat:
         interval: float,
         lost_after: float,
         grace: float,
+        bounds: EndBounds,
     ) -> None:
+        self.over_at: float | None = None
         self.job_over = threading.Event()
         self.unread = threading.Event()
         self._watching_readers = False
@@ -136,6 +143,7 @@ class Heartbeat:
         self._interval = interval
         self._lost_after = lost_after
         self._grace = grace
+        self._bounds = bounds
         self._lock = threading.Lock()
         self._settled: list[int] = []
         self._wake = threading.Event()
@@ -173,39 +181,56 @@ class Heartbeat:
         self.close()
 
     def _run(self) -> None:
-        heard = MONOTONIC.now()
+        silence = 0.0
         while True:
-            last = self._closed.is_set()
+            last, began = self._closed.is_set(), MONOTONIC.now()
             try:
                 self._beat()
-                heard = MONOTONIC.now()
-                self._silent = False
+                silence, self._silent = 0.0, False
             except MembershipError as error:
                 return self._fatal(f"not a member any more: {error}", ExitCode.NOT_A_MEMBER)
             except ControllerLostError as error:
-                silence = MONOTONIC.now() - heard
+                # The time in which user code held the interpreter is none in which the controller was silent.
+                silence += min(MONOTONIC.now() - began, self._attempt)
                 if silence >= self._lost_after:
                     return self._fatal(f"the controller is lost: {error}", ExitCode.CONTROLLER_LOST)
                 self._silent = True
+                self._note_silence()
                 _LOG.warning("no answer from the controller for %.1f s: %s", silence, error)
             except ControlPlaneError as error:
                 return self._fatal(str(error), ExitCode.INTERNAL)
-            if last:
+            if (last and not self._settled) or (self._silent and self._closed.is_set()):
                 return None
             if not self._until_unread:
+                began = MONOTONIC.now()
                 self._wake.wait(self._interval)
                 self._wake.clear()
+                silence += min(MONOTONIC.now() - began, self._interval) if self._silent else 0.0
+
+    @property
+    def _attempt(self) -> float:
+        """Seconds that one call may take."""
+        return min(self._lost_after, max(1.0, 2 * self._interval))
+
+    def _note_silence(self) -> None:
+        if self._stop.is_set and self.over_at is None:
+            self.over_at = MONOTONIC.now() - self._stop.since
+        if self._client.refused:
+            self.unread.set()
 
     @property
     def _until_unread(self) -> float:
         """Seconds for which the controller may hold its answer back; takes the place of the interval."""
         if not self._watching_readers or self.unread.is_set() or self._closed.is_set() or self._silent:
             return 0.0
-        return min(self._interval, HURRIED / 2)
+        return min(self._interval, self._bounds.answer / 2)
 
     def _beat(self) -> None:
         with self._lock:
-            settled, self._settled = self._settled, []
+            # What is more comes with the next one, at once.
+            settled, self._settled = self._settled[: messages.MAX_REPORTED], self._settled[messages.MAX_REPORTED :]
+            if self._settled:
+                self._wake.set()
         body = messages.Heartbeat(
             name=self._name,
             incarnation=self._incarnation,
@@ -214,13 +239,14 @@ class Heartbeat:
             until_unread=self._until_unread,
         )
         try:
-            bound = min(self._lost_after, max(1.0, 2 * self._interval))
-            answer = self._client.post("/heartbeat", body, messages.Directive, bound)
+            answer = self._client.post("/heartbeat", body, messages.Directive, self._attempt)
         except ControllerLostError:
             with self._lock:
                 self._settled[:0] = settled
             raise
         if answer.stop:
+            if not self.job_over.is_set():
+                self.over_at = MONOTONIC.now()
             self.job_over.set()
             self._stop.set(f"the job is {answer.phase.value}")
             if not answer.readers:

@@ -6,12 +6,14 @@ logs. Time comes from the clock that is handed in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
 from dray.clock import MONOTONIC, Clock
+from dray.config.tables import MAX_ROLLOUT_REPLICAS
 from dray.errors import ControlPlaneError
 from dray.runtime.exit_codes import COMES_AGAIN, USER_CODES, ExitCode
 from dray.runtime.lifecycle import TRANSITIONS, JobEvent, Lifecycle, Phase
@@ -89,12 +91,14 @@ class Progress:
     ages: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    trimmed: int = 0
 
 
 @dataclass(slots=True)
 class Member:
     """One life of a replica. A restarted replica has the same name and another incarnation.
 
+    `last_heard` is when it was heard of, `last_seen` when its supervisor last knew that its process ran.
     Once it takes part no more, `reason` says why, `exit_code` with what its process ends, as far as that is known,
     and `ended` when.
     """
@@ -104,6 +108,7 @@ class Member:
     incarnation: str
     pid: int
     last_heard: float
+    last_seen: float = -math.inf
     state: MemberState = MemberState.ACTIVE
     reason: str = ""
     exit_code: int | None = None
@@ -116,7 +121,7 @@ class Membership:
 
     Args:
         expected: how many replicas of each role the job starts.
-        dead_after: seconds of silence after which a member counts as dead.
+        dead_after: seconds after which a member counts as dead that is silent and not seen to run.
         start_timeout: seconds within which every expected replica must have registered, and those of a policy
             group that is started again.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
@@ -133,6 +138,7 @@ class Membership:
         restartable: bool = False,
         clock: Clock = MONOTONIC,
     ) -> None:
+        self._started = dict(expected)
         self._expected = dict(expected)
         self._dead_after = dead_after
         self._clock = clock
@@ -171,8 +177,9 @@ class Membership:
         """A replica has started. Registering again with the same incarnation changes nothing.
 
         Raises:
-            MembershipError: the job takes no new members any more.
+            MembershipError: the job takes no new members any more, or has no replica of this name and role.
         """
+        self._check_name(name, role)
         known = self.members.get(name)
         if known is not None and known.incarnation == incarnation:
             if known.state is not MemberState.ACTIVE:
@@ -201,7 +208,18 @@ class Membership:
         member = self._require(name, incarnation)
         member.last_heard = self._clock.now()
         if progress is not None:
+            if progress.trimmed and not member.progress.trimmed:
+                self.notices.append(f"{name} reported more than fits: {progress.trimmed} entries were trimmed")
             member.progress = progress
+
+    def seen(self, name: str, pid: int, seconds: float) -> None:
+        """The process `pid` of a member was known to run, `seconds` ago: it is not dead, however silent it is.
+
+        User code that holds the interpreter keeps heartbeats from being sent.
+        """
+        member = self.members.get(name)
+        if member is not None and member.pid == pid:
+            member.last_seen = max(member.last_seen, self._clock.now() - seconds)
 
     def left(
         self, name: str, incarnation: str, reason: str, published: Iterable[int] = (), *, exit_code: int = 0
@@ -217,17 +235,22 @@ class Membership:
         self._consequences()
 
     def died(
-        self, name: str, role: Role, reason: str, *, final: bool = True, exit_code: int | None = None
+        self, name: str, role: Role, reason: str, *, pid: int = 0, final: bool = True, exit_code: int | None = None
     ) -> None:
-        """The replica's process is known to be gone, whether or not it ever registered. Unless `final`, its
-        group is being started again."""
+        """The replica's process `pid`, 0 if that is not known, is gone, whether or not it ever registered. Unless
+        `final`, its group is being started again. A process that has registered since then stays a member.
+
+        Raises:
+            MembershipError: the job has no replica of this name and role.
+        """
+        self._check_name(name, role)
         if role is Role.POLICY and final:
             self._restartable = False
             self._restart_bound = None
         member = self.members.get(name)
         if member is None:
-            member = self.members[name] = Member(name, role, "", 0, self._clock.now())
-        if member.state is MemberState.ACTIVE:
+            member = self.members[name] = Member(name, role, "", pid, self._clock.now())
+        if member.state is MemberState.ACTIVE and pid in (0, member.pid):
             self._end(member, MemberState.DEAD, reason, exit_code)
         self._consequences()
 
@@ -240,10 +263,10 @@ class Membership:
         self._consequences()
 
     def reap(self) -> None:
-        """Declare dead who has been silent too long, and who never came."""
+        """Declare dead who was neither heard nor seen for too long, and who never came."""
         now = self._clock.now()
         for member in self.active():
-            silence = now - member.last_heard
+            silence = now - max(member.last_heard, member.last_seen)
             if silence >= self._dead_after:
                 self._end(member, MemberState.DEAD, f"silent for {silence:.1f} s")
         if self._restart_bound is not None and now >= self._restart_bound:
@@ -256,6 +279,14 @@ class Membership:
             for role in self._expected:
                 self._expected[role] = min(self._expected[role], self._registered(role))
         self._consequences()
+
+    def _check_name(self, name: str, role: Role) -> None:
+        """Members are bounded: those that the job starts, and rollout replicas that are started by hand."""
+        most = MAX_ROLLOUT_REPLICAS if role is Role.ROLLOUT else self._started[role]
+        prefix, _, number = name.rpartition("-")
+        if prefix != role.value or not number.isdecimal() or str(int(number)) != number or int(number) >= most:
+            allowed = f"{role.value}-0 to {role.value}-{most - 1}"
+            raise MembershipError(f"the job has no {role.value} replica {name}: it must be one of {allowed}")
 
     def _require(self, name: str, incarnation: str) -> Member:
         member = self.members.get(name)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dray.runtime.lifecycle import Phase
 from dray.runtime.membership import MemberState, OutcomeKind, Role
+from dray.runtime.trimming import Trimming
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
-Indices = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=1 << 20)]
+Index = Annotated[int, Field(ge=0, lt=2**63)]
+Indices = Annotated[list[Index], Field(max_length=1 << 20)]
 MAX_SENTENCE = 2000
 """Characters of a reason."""
 
@@ -20,6 +22,24 @@ Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
 LONGEST_PROMPT_WAIT = 2.0
 """Seconds a request for prompts may be held open when there are none."""
 
+
+MAX_MEMBERS = 2048
+"""Replicas that one message is about."""
+
+MAX_REPORTED = 1 << 16
+"""Prompts that one request reports."""
+
+MAX_FIGURES = 256
+"""dray's own figures in one report."""
+
+MAX_LABELS = 64
+"""Labels in one report."""
+
+MAX_FIGURE_NAME = 100
+"""Characters of the name of a figure or label."""
+
+MAX_WORDS = 200
+"""Characters of a label, of what a replica does, and of whom it waits for."""
 
 MAX_METRICS = 256
 """Metrics of the user's trainer in one report."""
@@ -33,7 +53,10 @@ MAX_WARNINGS = 20
 MAX_WARNING = 500
 """Characters of one of them."""
 
+Reported = Annotated[list[Index], Field(max_length=MAX_REPORTED)]
+FigureName = Annotated[str, Field(max_length=MAX_FIGURE_NAME)]
 MetricName = Annotated[str, Field(max_length=MAX_METRIC_NAME)]
+Words = Annotated[str, Field(max_length=MAX_WORDS)]
 
 
 class Message(BaseModel):
@@ -56,22 +79,48 @@ class Register(Caller):
     pid: Annotated[int, Field(gt=0)]
 
 
+def trimmed_report(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `ProgressReport`, without what exceeds its bounds; `trimmed` is increased by that."""
+    trimming = Trimming()
+    fields = {
+        **given,
+        "doing": trimming.text(given.get("doing"), MAX_WORDS),
+        "waits_for": trimming.text(given.get("waits_for", ""), MAX_WORDS),
+        "counters": trimming.table(given.get("counters", {}), MAX_FIGURES, MAX_FIGURE_NAME),
+        "labels": trimming.table(given.get("labels", {}), MAX_LABELS, MAX_FIGURE_NAME, MAX_WORDS),
+        "metrics": trimming.table(given.get("metrics", {}), MAX_METRICS, MAX_METRIC_NAME),
+        "warnings": trimming.texts(given.get("warnings", []), MAX_WARNINGS, MAX_WARNING),
+    }
+    if not trimming.count:
+        return given
+    earlier = given.get("trimmed", 0)
+    return {**fields, "trimmed": earlier + trimming.count if isinstance(earlier, int) else earlier}
+
+
 class ProgressReport(Message):
     """What a replica does, for how many seconds, dray's own figures as `counters`, and words about it as `labels`.
 
     `waits_for` says whom it waits for, if it does; `ages` how old the oldest payload, lease and unacknowledged
     reference are that it has, in seconds. `metrics` are the newest values of what the user's `train_step`
     returned, under the user's names; `warnings` are lines that the user should see.
+
+    What exceeds the bounds is cut or dropped, when a report is made and when one is read; `trimmed` counts it.
     """
 
-    doing: Annotated[str, Field(max_length=200)]
+    doing: Words
     seconds: float
-    counters: dict[str, float] = {}
-    labels: dict[str, str] = {}
-    waits_for: Annotated[str, Field(max_length=200)] = ""
+    counters: Annotated[dict[FigureName, float], Field(max_length=MAX_FIGURES)] = {}
+    labels: Annotated[dict[FigureName, Words], Field(max_length=MAX_LABELS)] = {}
+    waits_for: Words = ""
     ages: dict[Literal["payload", "lease", "reference"], float] = {}
     metrics: Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)] = {}
     warnings: Annotated[list[Annotated[str, Field(max_length=MAX_WARNING)]], Field(max_length=MAX_WARNINGS)] = []
+    trimmed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trim(cls, given: Any) -> Any:
+        return trimmed_report(given) if isinstance(given, dict) else given
 
     def count(self, name: str) -> int:
         """The counter `name` as a whole number; 0 if there is none, or none that is finite."""
@@ -86,7 +135,7 @@ class Heartbeat(Caller):
     """
 
     progress: ProgressReport
-    settled: Indices = []
+    settled: Reported = []
     until_unread: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
 
 
@@ -95,7 +144,7 @@ class TakePrompts(Caller):
 
     want: Annotated[int, Field(ge=1, le=4096)]
     wait: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
-    published: Indices = []
+    published: Reported = []
 
 
 class Finish(Caller):
@@ -110,19 +159,36 @@ class Unregister(Caller):
     the exit code with which it is about to end."""
 
     reason: Sentence
-    published: Indices = []
+    published: Reported = []
     exit_code: Annotated[int, Field(ge=0, le=255)] = 0
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process end, with `exit_code` as `subprocess` gives it, and
-    `reason` in case that the replica has given none; `final` unless the supervisor starts its group again."""
+    """``POST /died``: the supervisor saw a replica's process `pid` end, with `exit_code` as `subprocess` gives it,
+    and `reason` in case that the replica has given none; `final` unless the supervisor starts its group again.
+
+    It changes nothing for another process of the same name that has registered since."""
 
     name: Name
     role: Role
+    pid: Annotated[int, Field(ge=0)] = 0
     reason: Sentence
     final: bool = True
     exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
+
+
+class Seen(Message):
+    """A replica whose process `pid` was known to run `seconds` ago."""
+
+    name: Name
+    pid: Annotated[int, Field(gt=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Alive(Message):
+    """``POST /alive``: what the supervisor knows of replicas from which no heartbeat comes."""
+
+    seen: Annotated[list[Seen], Field(max_length=MAX_MEMBERS)]
 
 
 class Stop(Message):

@@ -4,6 +4,8 @@ No process outlives its job. The kernel signals a child whose supervisor has die
 thread that watches the supervisor then kills everything below the child, and its process group. The child adopts
 whom its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
 not get away. When the child itself is killed, the supervisor adopts them.
+
+What user code forks is no process of the job: it handles signals and uncaught exceptions as Python does.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import IO, Final, NoReturn
 from dray.admission import raise_descriptor_limit
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
+from dray.forking import SignalHandlers, call_in_children, not_inherited
 from dray.printable import PrintableFormatter
 from dray.runtime.descendants import kill_descendants
 from dray.runtime.exit_codes import ExitCode
@@ -104,7 +107,7 @@ class StopFlag:
 def begin_process(name: str) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
     faulthandler.enable()
-    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    dump_stacks_on_signal()
     # Another user who could write to a file of the job, a checkpoint say, could run code in the next run.
     os.umask(os.umask(_OTHERS_WRITE) | _OTHERS_WRITE)
     log_to_stderr(name, logging.INFO)
@@ -114,6 +117,12 @@ def begin_process(name: str) -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
         _bind_to_parent(int(parent))
+
+
+def dump_stacks_on_signal() -> None:
+    """Write the stacks of all threads to stderr at `DUMP_SIGNAL`; a forked child does not."""
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    call_in_children(_forget_dump_signal)
 
 
 def log_to_stderr(name: str, level: int) -> None:
@@ -137,20 +146,14 @@ def set_log_level(level: LogLevel) -> None:
 
 def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
     """Call `on_stop` for SIGTERM and SIGINT, from a thread of its own, even while the main thread is in C code."""
-    reader, writer = socket.socketpair()
+    reader, writer = map(not_inherited, socket.socketpair())
     writer.setblocking(False)
-
-    def note(_number: int, _frame: object) -> None:
-        """Python writes the number to the wake-up socket before it calls this."""
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    handlers = SignalHandlers((signal.SIGTERM, signal.SIGINT), writer)
 
     def watch() -> None:
         while True:
             for byte in reader.recv(64):
-                if byte in (signal.SIGTERM, signal.SIGINT):
+                if byte in handlers.numbers:
                     on_stop(signal.Signals(byte))
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
@@ -189,11 +192,21 @@ def exit_with_own_code_on_crash() -> None:
     Python's own code for it is 1, which says that a job was not finished.
     """
     sys.excepthook = _crashed
+    call_in_children(_forget_crash_code)
 
 
 def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     _LOG.critical("ends on an error of dray's own", exc_info=(kind, error, trace))
     leave(ExitCode.SIGINT if issubclass(kind, KeyboardInterrupt) else ExitCode.INTERNAL)
+
+
+def _forget_dump_signal() -> None:
+    faulthandler.unregister(DUMP_SIGNAL)
+
+
+def _forget_crash_code() -> None:
+    if sys.excepthook is _crashed:
+        sys.excepthook = sys.__excepthook__
 
 
 def adopt_orphans() -> None:

@@ -16,7 +16,8 @@ from dray.errors import ConfigError, ControlPlaneError, DrayError, OutputError
 from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.contract import PolicyGroup, ReplicaContext
-from dray.runtime.controller_client import HURRIED, ControllerClient, ControllerLostError
+from dray.runtime.controller_client import ControllerClient, ControllerLostError
+from dray.runtime.end_bounds import EndBounds
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import GroupLostError
 from dray.runtime.heartbeat import Activity, Heartbeat
@@ -47,6 +48,7 @@ class Replica:
     Attributes:
         stop: set when the replica must end; every wait looks at it.
         activity: what the replica does, for the status page.
+        bounds: of the waits of its end.
         leaving_reason: what the controller is told when the replica leaves; by default why it was to stop.
         exit_code: with which it will end, as far as that is known.
         published: prompts whose trajectories were handed on and that the controller was not told of yet.
@@ -60,6 +62,7 @@ class Replica:
         self.incarnation = secrets.token_hex(8)
         self.stop = stop
         self.activity = Activity()
+        self.bounds = EndBounds.of(spec.config.timeouts.shutdown)
         self.leaving_reason = ""
         self.exit_code = ExitCode.OK
         self.published: list[int] = []
@@ -71,7 +74,10 @@ class Replica:
         with self._resources as starting:
             self.client = starting.enter_context(
                 ControllerClient.of_address_file(
-                    self.spec.folder.controller_address, self.spec.token, config.timeouts.http
+                    self.spec.folder.controller_address,
+                    self.spec.token,
+                    config.timeouts.http,
+                    hurried=self.bounds.answer,
                 )
             )
             self.stop.on_set(self.client.hurry)
@@ -88,8 +94,9 @@ class Replica:
                 interval=config.controller.heartbeat_interval,
                 lost_after=config.timeouts.controller_lost,
                 grace=config.timeouts.shutdown,
+                bounds=self.bounds,
             )
-            last_beat = ShutdownStep("send the last heartbeat", "the controller", HURRIED)
+            last_beat = ShutdownStep("send the last heartbeat", "the controller", 2 * self.bounds.answer)
             self.heartbeat = closed_by_step(starting, heartbeat, last_beat)
             self.redis = starting.enter_context(
                 RedisConnection(

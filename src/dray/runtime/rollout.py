@@ -21,8 +21,6 @@ from dray.runtime.user_code import UserCodeError, call_user, carried, make_user_
 
 _LOG = logging.getLogger("dray.runtime.rollout")
 _SLICE = 0.5
-SERVER_CLOSE_BOUND = 7.0
-"""Seconds that closing a `PayloadServer` takes at most, by its defaults."""
 
 
 def work(replica: Replica) -> ExitCode:
@@ -35,7 +33,7 @@ def work(replica: Replica) -> ExitCode:
     worker: RolloutWorker = make_user_object(worker_class)
     call_user(worker, "setup", replica.context(dict(config.args)))
     with ExitStack() as opened:
-        closing = ShutdownStep("stop serving payloads", "transfers in flight", SERVER_CLOSE_BOUND)
+        closing = ShutdownStep("stop serving payloads", "transfers in flight", replica.bounds.close)
         outlet, weights = closed_by_step(opened, open_outlet(replica), closing)
         replica.stop.disposable = False
         try:
@@ -104,7 +102,7 @@ def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsInlet
 
 def _drain(replica: Replica, outlet: Outlet) -> None:
     """While the job goes on, its policy still reads what this replica has published."""
-    stop, bound = replica.stop, replica.spec.config.timeouts.shutdown / 2
+    stop, bound = replica.stop, replica.bounds.leave
     _LOG.info("shutdown: took no more prompts and finished the rollout at hand, which took %.2f s", stop.since)
     replica.activity.waits("the end of its payloads", "the policy")
     replica.heartbeat.watch_readers()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from dray.errors import PayloadError
+from dray.forking import parent_only
 from dray.printable import printable, printable_value
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import GroupLostError
@@ -149,7 +150,8 @@ def file_of(found: type[Any]) -> str | None:
 @contextmanager
 def _user_code(found: type[Any], what: str) -> Iterator[None]:
     try:
-        yield
+        with parent_only():
+            yield
     except GroupLostError:
         raise
     except BaseException as error:  # leaving the interpreter is one of its mistakes

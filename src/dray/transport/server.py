@@ -64,6 +64,7 @@ class PayloadServer:
         lease_timeout: seconds a reader on a network lane may hold a payload while it is silent and no byte travels
             to it.
         drain_timeout: seconds that `close` gives to transfers in flight.
+        join_timeout: seconds that `close` then waits for the threads.
         max_leases: payloads a connection may hold at a time.
         checksum: ``True`` sends an xxh3-64 of each payload on network lanes; ``"commit"`` computes it already when
             the payload is put; ``False`` sends none.
@@ -92,6 +93,7 @@ class PayloadServer:
         idle_timeout: float = 120.0,
         lease_timeout: float = 60.0,
         drain_timeout: float = 2.0,
+        join_timeout: float = 5.0,
         max_leases: int = 8,
         checksum: bool | Literal["commit"] = True,
         directory: Path | None = None,
@@ -112,8 +114,9 @@ class PayloadServer:
         for key, seconds in (("idle_timeout", idle_timeout), ("lease_timeout", lease_timeout)):
             if not seconds > 0:
                 raise ConfigError(key, seconds, "more than 0 seconds")
-        if not drain_timeout >= 0:
-            raise ConfigError("drain_timeout", drain_timeout, "0 seconds or more")
+        for key, seconds in (("drain_timeout", drain_timeout), ("join_timeout", join_timeout)):
+            if not seconds >= 0:
+                raise ConfigError(key, seconds, "0 seconds or more")
         if secret is None and self._lanes != {Lane.SHM}:
             if not is_loopback(host):
                 raise ConfigError("host", host, "a loopback address, or any with a secret configured")
@@ -125,6 +128,7 @@ class PayloadServer:
         self._secret = secret
         self._checksum = checksum
         self._drain_timeout = drain_timeout
+        self._join_timeout = join_timeout
         self._settings = ThreadSettings(idle_timeout, lease_timeout)
         self._identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, max_leases, ring.readers)
         self._clock = clock
@@ -214,7 +218,7 @@ class PayloadServer:
         drain = Deadline.after(self._drain_timeout)
         for thread in self._threads:
             thread.stop(drain)
-        join = Deadline.after(self._drain_timeout + 5.0)
+        join = Deadline.after(self._drain_timeout + self._join_timeout)
         for thread in self._threads:
             if not thread.join(join):
                 logger.error("a server thread did not end within %.1f s of being told to", join.elapsed)

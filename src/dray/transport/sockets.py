@@ -5,9 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import math
-import os
 import socket
-import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -20,6 +18,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.forking import not_inherited
 from dray.resources import out_of_resources
 from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
@@ -45,24 +44,6 @@ NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 _LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
-
-
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def not_inherited(sock: socket.socket) -> socket.socket:
-    """Close the socket in forked children: one that they kept open would hide the death of this process."""
-    _sockets.add(sock)
-    return sock
-
-
-def _close_in_child() -> None:
-    for sock in list(_sockets):
-        sock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def make_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:

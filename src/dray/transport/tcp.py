@@ -8,7 +8,8 @@ import socket
 from dray.admission import BACKLOG
 from dray.clock import Deadline
 from dray.errors import ConfigError, TransportError, Unreachable
-from dray.transport.sockets import SocketStream, from_os_error, make_socket, not_inherited
+from dray.forking import not_inherited
+from dray.transport.sockets import SocketStream, from_os_error, make_socket
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
 from dray.transport.waiting import Wake

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from dray.admission import MAX_UNPROVEN, Unproven
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ConfigError, Unreachable
-from dray.transport.sockets import not_inherited
+from dray.forking import not_inherited
 
 _IFNAME = struct.Struct("16s16x")
 _IFADDR = struct.Struct("20x4s8x")

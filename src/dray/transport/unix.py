@@ -20,9 +20,10 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
+from dray.forking import not_inherited
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.resources import descriptors_exhausted, keep_result
-from dray.transport.sockets import SocketStream, from_os_error, make_socket, not_inherited
+from dray.transport.sockets import SocketStream, from_os_error, make_socket
 from dray.transport.waiting import PollWaiter, Wake
 from dray.wire.handshake import Lane
 

@@ -47,6 +47,21 @@ def test_what_is_left_of_its_group_is_killed_with_it(tmp_path: Path) -> None:
     assert state.strip() == "" or state.startswith("Z")
 
 
+def test_child_is_unseen_while_it_is_stopped(tmp_path: Path) -> None:
+    started = child(tmp_path, "import time; time.sleep(600)")
+    assert started.seconds_unseen() == 0.0
+    started.signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, started.pid, os.WSTOPPED)
+    first = started.seconds_unseen()
+    assert started.seconds_unseen() > first > 0.0
+    started.signal(signal.SIGCONT)
+    os.waitid(os.P_PID, started.pid, os.WCONTINUED)
+    assert started.seconds_unseen() == 0.0
+    started.kill_group()
+    assert started.collect(20.0) == -signal.SIGKILL
+    assert started.seconds_unseen() > 0.0
+
+
 def test_killed_child_tells_its_signal(tmp_path: Path) -> None:
     started = child(tmp_path, "import time; time.sleep(600)")
     assert started.collect(0.05) is None

@@ -23,7 +23,7 @@ from dray.errors import AuthenticationError, TransportError
 from dray.launch.slurm import door, remote
 from dray.launch.slurm.connection import connect
 from dray.launch.slurm.greeting import Purpose
-from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
+from dray.launch.slurm.link import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.launch.slurm.placement import Placement
 from dray.launch.slurm.remote import OtherNodes
 from dray.runtime.job import JobFolder, JobSpec
@@ -116,6 +116,18 @@ def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> Non
         link.send(Ended(name="rollout-0", code=10))
         head.until(lambda: first.collect() is not None, "the word of its end")
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
+
+
+def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        head.until(lambda: head.nodes.processes, "the word that they run")
+        first, second = head.nodes.processes
+        head.until(lambda: min(first.seconds_unseen(), second.seconds_unseen()) > 0.1, "some time")
+        link.send(Alive(names=["rollout-1", "policy-1"]))
+        head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the report that one runs")
+        link.send(Alive(names=["rollout-0"]))
+        head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the report that the other runs")
 
 
 @pytest.mark.parametrize(

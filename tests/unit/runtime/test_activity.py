@@ -5,8 +5,19 @@ import time
 
 import pytest
 
+from dray.runtime.controller import LARGEST_BODY
 from dray.runtime.heartbeat import Activity
-from dray.runtime.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_WARNING, MAX_WARNINGS, ProgressReport
+from dray.runtime.messages import (
+    MAX_FIGURES,
+    MAX_LABELS,
+    MAX_METRIC_NAME,
+    MAX_METRICS,
+    MAX_REPORTED,
+    MAX_WARNING,
+    MAX_WARNINGS,
+    Heartbeat,
+    ProgressReport,
+)
 
 
 def test_wait_goes_on_while_it_is_the_same_and_begins_anew_otherwise() -> None:
@@ -51,6 +62,38 @@ def test_value_of_a_metric_stays_until_there_is_a_newer_one() -> None:
     activity.show_metrics({"accuracy": 0.5, "loss": 2.0})
     activity.show_metrics({"loss": 1.0})
     assert activity.report().metrics == {"accuracy": 0.5, "loss": 1.0}
+
+
+def test_report_of_anything_is_bounded_and_says_how_much_was_trimmed() -> None:
+    activity = Activity()
+    activity.doing("x" * 1000)
+    for number in range(MAX_FIGURES):
+        activity.counters.add(f"counter {number}")
+    activity.show("a gauge too many", 1.0)
+    activity.show("n" * 1000, "a label")
+    for number in range(MAX_LABELS + 4):
+        activity.show(f"label {number}", "y" * 1000)
+    report = activity.report()
+    assert (len(report.counters), len(report.labels)) == (MAX_FIGURES, MAX_LABELS)
+    longest = max(map(len, [*report.counters, *report.labels]))
+    assert (len(report.doing), longest, max(map(len, report.labels.values()))) == (200, 100, 200)
+    # What it does, a gauge, five labels, the name of one label, the texts of all others that are left.
+    assert report.trimmed == 1 + 1 + 5 + 1 + (MAX_LABELS - 1)
+    assert Activity().report().trimmed == 0
+
+
+def test_largest_heartbeat_fits_what_the_controller_accepts() -> None:
+    activity, wide = Activity(), "\U0001f600"
+    for number in range(2 * MAX_FIGURES):
+        activity.counters.add(f"{number}{wide * 200}", 1 / 3)
+        activity.show(f"{number}{wide * 200}", wide * 1000)
+        activity.warn(wide * 1000)
+        activity.waits(wide * 1000, wide * 1000)
+    activity.show_metrics({f"{number}{wide * 1000}": 1 / 3 for number in range(2 * MAX_METRICS)})
+    heartbeat = Heartbeat(
+        name="policy-0", incarnation="a" * 64, progress=activity.report(), settled=[2**63 - 1] * MAX_REPORTED
+    )
+    assert len(heartbeat.model_dump_json().encode()) < LARGEST_BODY
 
 
 def test_report_of_any_metrics_is_bounded_and_strict_json() -> None:

@@ -66,6 +66,68 @@ async def start(call: Call) -> None:
     assert (await call("/register", {**POLICY, "role": "policy", "pid": 2})).json()["phase"] == "running"
 
 
+def test_report_that_exceeds_every_bound_is_trimmed_and_that_is_shown(spec: JobSpec) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        figures = {f"figure {number}": 1.0 for number in range(1000)}
+        labels = {f"label {number}": "x" * 1000 for number in range(10)}
+        large = {**PROGRESS, "doing": "y" * 1000, "counters": figures, "labels": labels, "metrics": figures}
+        assert (await call("/heartbeat", {**POLICY, "progress": large})).status_code == 200
+        trimmed = 1 + 2 * (1000 - 256) + 10
+        (policy,) = [each for each in controller.status().members if each.name == "policy-0"]
+        assert policy.progress.trimmed == trimmed
+        assert (len(policy.progress.counters), len(policy.progress.metrics)) == (256, 256)
+        sample = f'dray_trimmed_entries{{job="small",replica="policy-0"}} {trimmed}'
+        assert sample in (await call("/metrics")).text
+        assert (await call("/heartbeat", {**POLICY, "progress": {**PROGRESS, "counters": 3}})).status_code == 422
+
+    ask(spec, story)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("stranger", "rollout"),
+        ("rollout-1024", "rollout"),
+        ("rollout-00", "rollout"),
+        ("rollout-x", "rollout"),
+        ("rollout-0", "policy"),
+        ("policy-1", "policy"),
+        ("policy-0", "rollout"),
+    ],
+)
+def test_name_that_is_none_of_the_jobs_is_refused_and_takes_no_room(spec: JobSpec, name: str, role: str) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        answers = [
+            await call("/register", {"name": name, "incarnation": "z", "role": role, "pid": 9}),
+            await call("/died", {"name": name, "role": role, "reason": "killed"}),
+        ]
+        for answer in answers:
+            assert answer.status_code == 409
+            assert name in answer.json()["detail"]
+            assert "must be one of" in answer.json()["detail"]
+        assert {each.name for each in controller.status().members} == {"rollout-0", "policy-0"}
+
+    ask(spec, story)
+
+
+def test_controller_answers_while_it_writes_the_metrics_of_many_replicas(spec: JobSpec) -> None:
+    async def story(controller: Controller, call: Call) -> None:
+        await start(call)
+        metrics = {f"metric {number}": 1.0 for number in range(256)}
+        for number in range(200):
+            controller.membership.register(f"rollout-{number}", Role.ROLLOUT, "a", 1)
+            controller.membership.heard(f"rollout-{number}", "a", Progress(metrics=metrics))
+        written = asyncio.create_task(call("/metrics"))
+        for _ in range(5):
+            assert (await call("/heartbeat", {**POLICY, "progress": PROGRESS})).status_code == 200
+        assert not written.done()
+        assert (await written).text.count("dray_user_metric{") == 200 * 256 + 1
+
+    ask(spec, story)
+
+
 def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
@@ -165,7 +227,7 @@ def test_status_and_metrics_tell_what_replicas_do(spec: JobSpec) -> None:
         await start(call)
         await call("/heartbeat", {**ROLLOUT, "progress": PROGRESS})
         status = (await call("/status")).json()
-        assert status["members"][0]["progress"] == PROGRESS
+        assert status["members"][0]["progress"] == {**PROGRESS, "trimmed": 0}
         metrics = (await call("/metrics")).text
         assert 'dray_job_phase{job="small",phase="running"} 1.0' in metrics
         assert 'dray_published_payloads_total{job="small",replica="rollout-0"} 3.0' in metrics

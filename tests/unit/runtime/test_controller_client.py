@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import socket
 import threading
 import time
@@ -88,6 +89,40 @@ def test_absent_peer_is_retried_until_the_bound_and_not_longer() -> None:
         with pytest.raises(ControllerLostError):
             client.status()
         assert 0.4 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("hurry_first", [True, False])
+def test_process_that_is_about_to_end_does_not_wait_for_a_controller_that_refuses(hurry_first: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with ControllerClient(url, "t", 600, hurried=600) as client:
+        if hurry_first:
+            client.hurry()
+        timer = threading.Timer(0.3, client.hurry)
+        timer.start()
+        for _ in range(3):
+            with pytest.raises(ControllerLostError, match="the controller is gone"):
+                client.post("/unregister", BODY, messages.Directive)
+        assert client.refused
+        timer.join()
+
+
+def test_answer_that_came_while_the_interpreter_was_held_is_not_lost() -> None:
+    held = threading.Event()
+
+    def answer(connection: socket.socket, over: threading.Event) -> None:
+        held.wait(20)
+        reply("200 OK", '{"phase": "running", "stop": false}')(connection, over)
+
+    def hold() -> None:
+        held.set()
+        ctypes.PyDLL(None).sleep(2)
+
+    with peer(answer) as url, ControllerClient(url, "t", 0.8) as client:
+        timer = threading.Timer(0.2, hold)
+        timer.start()
+        assert not client.post("/unregister", BODY, messages.Directive).stop
+        timer.join()
 
 
 def test_broken_connection_is_tried_again() -> None:

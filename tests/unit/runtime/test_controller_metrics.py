@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
-from dray.runtime.controller_metrics import exposition
+from dray.runtime.controller_metrics import JobMetrics
 from dray.runtime.figures import FAMILIES, FIGURES
 from dray.runtime.membership import Membership, Progress, Role
 from dray.runtime.prompts import PromptLedger
@@ -41,7 +41,7 @@ def members(**progress: Progress) -> Membership:
 def read(membership: Membership, stalled: float = 0.0) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
     """name of a sample → its labels → its value; no sample is there twice."""
     found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
-    content, _ = exposition("small", membership, stalled, CONNECTIONS)
+    content = JobMetrics("small", membership, stalled, CONNECTIONS).text()
     for family in text_string_to_metric_families(content.decode()):
         for sample in family.samples:
             samples = found.setdefault(sample.name, {})
@@ -56,8 +56,7 @@ def labels(**values: str) -> frozenset[tuple[str, str]]:
 
 
 def test_every_family_is_declared_once_with_type_and_help() -> None:
-    content, _ = exposition("small", members(), 0.0, CONNECTIONS)
-    text = content.decode()
+    text = JobMetrics("small", members(), 0.0, CONNECTIONS).text().decode()
     parsed = list(text_string_to_metric_families(text))
     declared = [(each.name, each.type, each.documentation) for each in parsed]
     expected = [(each.name.removesuffix("_total"), each.kind, each.help) for each in FAMILIES]

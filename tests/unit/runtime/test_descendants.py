@@ -1,8 +1,9 @@
 import os
+import signal
 import subprocess
 import sys
 
-from dray.runtime.descendants import child_pids, descendant_pids, kill_orphans
+from dray.runtime.descendants import child_pids, descendant_pids, is_running, kill_orphans
 
 # A child in a session of its own, which has a child that becomes an orphan at once, in another session.
 FORKING = """
@@ -55,6 +56,16 @@ print(len(child_pids()), kill_orphans((), 5.0), child_pids(), kill_orphans((), 5
 def test_z9_orphans_that_had_ended_already_are_collected_and_not_counted_as_killed() -> None:
     finished = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=30)
     assert finished.stdout == "2 1 set() 0\n", finished.stderr
+
+
+def test_process_that_is_stopped_does_not_run() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+        assert is_running(child.pid)
+        for number, runs in ((signal.SIGSTOP, False), (signal.SIGCONT, True), (signal.SIGKILL, False)):
+            child.send_signal(number)
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOWAIT)
+            assert is_running(child.pid) is runs
+    assert not is_running(child.pid)
 
 
 def test_sessions_and_daemons_below_a_process_are_killed() -> None:

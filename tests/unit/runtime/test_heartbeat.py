@@ -12,12 +12,14 @@ from dray.runtime import messages
 from dray.runtime.address import bind
 from dray.runtime.controller import Controller
 from dray.runtime.controller_client import ControllerClient
+from dray.runtime.end_bounds import EndBounds
 from dray.runtime.heartbeat import Activity, Heartbeat
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.membership import Role
 from dray.runtime.process import StopFlag
 
 INTERVAL = 0.4
+BOUNDS = EndBounds.of(20.0)
 
 
 @pytest.fixture
@@ -55,7 +57,14 @@ def test_replica_that_watches_its_readers_hears_of_the_last_one_before_the_next_
     with served(spec) as (_, client):
         rollout, policy = register(client, Role.ROLLOUT), register(client, Role.POLICY)
         with Heartbeat(
-            client, **rollout, activity=Activity(), stop=stop, interval=INTERVAL, lost_after=5.0, grace=5.0
+            client,
+            **rollout,
+            activity=Activity(),
+            stop=stop,
+            interval=INTERVAL,
+            lost_after=5.0,
+            grace=5.0,
+            bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.watch_readers()
             client.post("/finish", messages.Finish(**policy, kind="solved", reason="enough"), messages.Directive)
@@ -73,11 +82,63 @@ def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec:
         heard = controller.membership.heard
         controller.membership.heard = lambda *given: (beats.append(time.monotonic()), heard(*given))[1]  # type: ignore[method-assign]
         with Heartbeat(
-            client, **rollout, activity=Activity(), stop=StopFlag(), interval=INTERVAL, lost_after=5.0, grace=5.0
+            client,
+            **rollout,
+            activity=Activity(),
+            stop=StopFlag(),
+            interval=INTERVAL,
+            lost_after=5.0,
+            grace=5.0,
+            bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.watch_readers()
             time.sleep(4 * INTERVAL)
         assert 3 <= len(beats) <= 8
+
+
+def test_prompts_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_replica(spec: JobSpec) -> None:
+    stop, several = StopFlag(), range(10**15, 10**15 + 3 * messages.MAX_REPORTED + 1)
+    with served(spec) as (controller, client):
+        rollout = register(client, Role.ROLLOUT)
+        reported: list[int] = []
+        controller.membership.prompts.settled = reported.extend  # type: ignore[method-assign]
+        with Heartbeat(
+            client,
+            **rollout,
+            activity=Activity(),
+            stop=stop,
+            interval=600,
+            lost_after=600,
+            grace=600,
+            bounds=BOUNDS,
+        ) as heartbeat:
+            heartbeat.settled(several)
+    assert reported == list(several)
+    assert not stop.is_set
+
+
+def test_replica_that_is_to_end_does_not_serve_for_a_controller_that_is_gone(spec: JobSpec) -> None:
+    stop = StopFlag()
+    with served(spec) as (_, client):
+        rollout = register(client, Role.ROLLOUT)
+        url = client.url
+    with ControllerClient(url, spec.token, 600, hurried=600) as client:
+        stop.on_set(client.hurry)
+        with Heartbeat(
+            client,
+            **rollout,
+            activity=Activity(),
+            stop=stop,
+            interval=600,
+            lost_after=600,
+            grace=600,
+            bounds=BOUNDS,
+        ) as heartbeat:
+            stop.set("received SIGTERM", 143)
+            assert heartbeat.unread.wait(20.0)
+            assert heartbeat.over_at is not None
+            assert not heartbeat.job_over.is_set()
+    assert stop.exit_code == 143
 
 
 def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSpec) -> None:
@@ -87,7 +148,14 @@ def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSp
         url = client.url
     with ControllerClient(url, spec.token, 1.0) as client:
         with Heartbeat(
-            client, **rollout, activity=Activity(), stop=stop, interval=0.1, lost_after=0.5, grace=10.0
+            client,
+            **rollout,
+            activity=Activity(),
+            stop=stop,
+            interval=0.1,
+            lost_after=0.5,
+            grace=10.0,
+            bounds=BOUNDS,
         ) as heartbeat:
             assert stop.wait(10.0)
             assert not heartbeat.job_over.is_set()

@@ -80,6 +80,29 @@ def test_silent_replica_is_reaped_and_its_prompts_are_given_again(job: Membershi
     assert job.prompts.take("rollout-1", 2) == [0, 1]
 
 
+def test_silent_replica_whose_process_runs_is_alive_until_that_is_not_known_any_more(
+    job: Membership, clock: ManualClock
+) -> None:
+    start(job)
+    for _ in range(4):
+        clock.time += 9
+        job.seen("rollout-0", 1, 0.0)
+        job.seen("rollout-1", 1, 0.0)  # another process
+        job.heard("policy-0", "c")
+        job.reap()
+    states = {name: member.state for name, member in job.members.items()}
+    active, dead = MemberState.ACTIVE, MemberState.DEAD
+    assert states == {"rollout-0": active, "rollout-1": dead, "policy-0": active}
+    # For reports of stalls it is silent all the same.
+    assert clock.time - job.members["rollout-0"].last_heard == 36
+    clock.time += 4
+    job.seen("rollout-0", 1, 4.0)
+    job.heard("policy-0", "c")
+    clock.time += 6
+    job.reap()
+    assert job.members["rollout-0"].reason == "silent for 10.0 s"
+
+
 def test_reaped_replica_that_wakes_is_refused(job: Membership, clock: ManualClock) -> None:
     start(job)
     clock.time += 11
@@ -108,6 +131,16 @@ def test_job_without_policy_fails(job: Membership) -> None:
     job.left("rollout-1", "b", "job over")
     assert job.phase is Phase.FAILED
     assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
+
+
+def test_late_report_of_the_end_of_an_earlier_process_changes_nothing_for_its_successor(job: Membership) -> None:
+    start(job)
+    job.register("policy-0", Role.POLICY, "c2", 33)
+    job.died("policy-0", Role.POLICY, "killed by signal 9", pid=3, final=False)
+    assert job.members["policy-0"].state is MemberState.ACTIVE
+    job.died("policy-0", Role.POLICY, "killed by signal 9", pid=33)
+    assert job.members["policy-0"].reason == "killed by signal 9"
+    assert job.phase is Phase.DRAINING
 
 
 def test_job_goes_on_without_one_rollout_replica_and_fails_without_any(job: Membership) -> None:

@@ -3,6 +3,7 @@
 | from | | |
 |---|---|---|
 | node | `started` | its replicas have been started, with these numbers |
+| node | `alive` | these replicas run, and are not stopped |
 | node | `ended` | a replica has ended, with this exit code |
 | head | `signal` | send a replica this signal |
 | head | `kill` | kill a replica and its group |
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dray.runtime.framing import Frames, FramingError, framed
-from dray.runtime.messages import Message, Name
+from dray.runtime.messages import MAX_MEMBERS, Message, Name
 
 _LARGEST = 1 << 20
 _CHUNK = 1 << 16
@@ -30,6 +31,13 @@ class Started(Message):
 
     what: Literal["started"] = "started"
     pids: dict[Name, Annotated[int, Field(gt=0)]]
+
+
+class Alive(Message):
+    """From a node, in intervals: the replicas whose processes run."""
+
+    what: Literal["alive"] = "alive"
+    names: Annotated[list[Name], Field(max_length=MAX_MEMBERS)]
 
 
 class Ended(Message):
@@ -65,7 +73,7 @@ class Goodbye(Message):
     what: Literal["goodbye"] = "goodbye"
 
 
-Said = Started | Ended | SendSignal | Kill | Goodbye
+Said = Started | Alive | Ended | SendSignal | Kill | Goodbye
 _SAID: TypeAdapter[Said] = TypeAdapter(Annotated[Said, Field(discriminator="what")])
 
 

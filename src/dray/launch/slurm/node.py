@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import selectors
 import signal
@@ -27,12 +28,12 @@ from dray.launch.signals import SignalInbox
 from dray.launch.slurm.command_line import Task
 from dray.launch.slurm.connection import connect
 from dray.launch.slurm.greeting import Purpose
-from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
+from dray.launch.slurm.link import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.launch.slurm.network import Interface, boot_id, choose_interface, is_loopback
 from dray.launch.slurm.placement import Placement, environment, placements
 from dray.launch.slurm.task_process import run_task
 from dray.launch.teardown import Means, Teardown
-from dray.runtime.descendants import child_pids, kill_orphans
+from dray.runtime.descendants import child_pids, is_running, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.membership import Role
@@ -41,6 +42,9 @@ from dray.runtime.process import DUMP_SIGNAL, adopt_orphans, log_to_stderr, set_
 
 LOOK_INTERVAL = 0.25
 """Seconds between two looks for the head's address: a file system that nodes share tells nobody that one came."""
+
+ALIVE_INTERVAL = 1.0
+"""Seconds between two reports to the head of which replicas run."""
 
 _LOG = logging.getLogger("dray.launch.node")
 
@@ -96,6 +100,7 @@ class NodeSupervisor:
         self._children: dict[str, Child] = {}
         self._asked: dict[str, signal.Signals] = {}
         self._teardown: Teardown | None = None
+        self._next_report = Deadline.after(0)
         self._dismissed = False
 
     def run(self) -> int:
@@ -205,8 +210,11 @@ class NodeSupervisor:
                 left = ", ".join(each.name for each in self._children.values() if each.running)
                 _LOG.error("%s did not end although killed", left)
                 return
+            self._report_alive()
             # When everything was done, a child that was killed is waited for until the teardown is over.
-            self._wait(None if self._teardown is None else min(1.0, self._teardown.seconds_to_next))
+            bound = math.inf if self._teardown is None else min(1.0, self._teardown.seconds_to_next)
+            bound = min(bound, self._next_report.remaining)
+            self._wait(None if bound == math.inf else bound)
             self._hear()
             for child in self._children.values():
                 if child.running and child.collect() is not None:
@@ -214,6 +222,17 @@ class NodeSupervisor:
             if self._over and self._teardown is None:
                 self._end()
             self._apply_due()
+
+    def _report_alive(self) -> None:
+        """Tell the head in intervals which replicas run; those that are stopped do not."""
+        if not self._next_report.expired:
+            return
+        if self._link.lost:
+            self._next_report = Deadline.after(None)
+            return
+        self._next_report = Deadline.after(min(ALIVE_INTERVAL, self._silence / 6))
+        names = [child.name for child in self._children.values() if child.running and is_running(child.pid)]
+        self._link.send(Alive(names=names))
 
     @property
     def _over(self) -> bool:

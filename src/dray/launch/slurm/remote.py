@@ -9,11 +9,11 @@ import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Deadline
 from dray.launch.children import EndRequest, JobProcess
 from dray.launch.slurm.door import Door
 from dray.launch.slurm.greeting import Purpose
-from dray.launch.slurm.link import Ended, Goodbye, Kill, Link, SendSignal, Started
+from dray.launch.slurm.link import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.launch.slurm.network import boot_id
 from dray.launch.slurm.placement import Placement
 from dray.runtime.exit_codes import meaning
@@ -40,6 +40,7 @@ class RemoteReplica:
         self._code: int | None = None
         self._with_node = False
         self._request: EndRequest | None = None
+        self._seen = MONOTONIC.now()
 
     @property
     def running(self) -> bool:
@@ -52,6 +53,14 @@ class RemoteReplica:
         if self._request is not None:
             return f"{self._request.why} and sent it {self._request.number.name}"
         return "it runs" if self.exit_code is None else meaning(self.exit_code)
+
+    def seconds_unseen(self) -> float:
+        """Seconds since its node last said that the process runs."""
+        return MONOTONIC.now() - self._seen
+
+    def seen(self) -> None:
+        """Its node says that the process runs."""
+        self._seen = MONOTONIC.now()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process; one that has ended gets none."""
@@ -223,6 +232,10 @@ class OtherNodes:
                     if name in self._placed and self._placed[name].node == node:
                         log = self._folder.logs / f"{name}.log"
                         self._replicas[name] = RemoteReplica(self._placed[name], pid, log, link)
+            elif isinstance(said, Alive):
+                for name in said.names:
+                    if name in self._replicas and self._placed[name].node == node:
+                        self._replicas[name].seen()
             elif isinstance(said, Ended) and said.name in self._replicas:
                 self._replicas[said.name].ended(said)
         if link.lost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from dray.admission import raise_descriptor_limit
 from dray.errors import ConfigError, DrayError, error_lines
 from dray.launch.slurm.command_line import Task, read_task
 from dray.runtime.exit_codes import ExitCode
-from dray.runtime.process import DUMP_SIGNAL, exit_with_own_code_on_crash
+from dray.runtime.process import dump_stacks_on_signal, exit_with_own_code_on_crash
 
 
 def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
@@ -21,7 +20,7 @@ def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
     if it is of another kind, `failed`.
     """
     exit_with_own_code_on_crash()
-    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    dump_stacks_on_signal()
     raise_descriptor_limit()
     try:
         task = read_task()
