@@ -22,6 +22,9 @@ def silent() -> Iterator[PayloadRef]:
         yield PayloadRef(b"p" * 16, 0, 0, 10, (f"tcp:127.0.0.1:{listener.getsockname()[1]}",))
 
 
+SECRET = bytes(range(32))
+
+
 def packed(number: int) -> list[int]:
     return [number, 40_000]
 
@@ -48,10 +51,11 @@ def test_no_payload_of_a_cancelled_read_is_lost(scheme: Any) -> None:
         ),
         slots=37,
         slot_bytes=1 << 19,
+        secret=SECRET.hex(),
     ) as server:
         server.hear()
         refs = [reference(server.ask(packed(number))) for number in range(37)]
-        with PayloadClient(lanes=scheme) as client:
+        with PayloadClient(lanes=scheme, secret=SECRET) as client:
 
             async def read_all() -> list[bool]:
                 return [await cancelled(client, ref, 3**n % 800) for n, ref in enumerate(refs)]

@@ -112,6 +112,7 @@ def test_malformed_connections_are_counted_and_few_lines(
 ) -> None:
     no_frame = ClientHandshake(Lane.TCP).hello() + NO_PROOF + b"\xff" * 64
     with serving("tcp") as server:
+        caplog.clear()
         for _ in range(30):
             sock = connect(server, "tcp", strangers)
             sock.sendall(no_frame)

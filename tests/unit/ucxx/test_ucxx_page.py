@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dray import admission
 from dray.buffer import RingStatistics, slot_state
 from dray.errors import TransportError
 from dray.prefetch import batch, freeing, reader, threads
@@ -112,16 +113,14 @@ def test_every_log_line_is_explained_with_its_logger_and_level() -> None:
     expected = set()
     for path, call in calls():
         function = call.func
-        if (
-            isinstance(function, ast.Attribute)
-            and isinstance(function.value, ast.Name)
-            and function.value.id == "logger"
-        ):
-            line = call.args[1 if function.attr == "log" else 0]
+        if not isinstance(function, ast.Attribute):
+            continue
+        limited = function.attr == "warn"  # of a LineLimit, which gets the logger
+        if limited or (isinstance(function.value, ast.Name) and function.value.id == "logger"):
+            line = call.args[1 if limited or function.attr == "log" else 0]
             assert isinstance(line, ast.Constant)
-            expected.add(
-                (f"`{loggers[path]}`", levels.get(function.attr, function.attr.upper()), f"`{line.value}`")
-            )
+            level = "WARNING" if limited else levels.get(function.attr, function.attr.upper())
+            expected.add((f"`{loggers[path]}`", level, f"`{line.value}`"))
     assert len(expected) > 10
     assert {tuple(row[:3]) for row in rows(section("Log lines"))[1:]} == expected
 
@@ -141,10 +140,15 @@ def counter_names(call: ast.Call) -> set[str]:
         return set()
     constants: list[ast.AST] = list(call.args)
     formatted = {id(part) for node in ast.walk(call) if isinstance(node, ast.JoinedStr) for part in node.values}
-    return {
+    nodes = [node for argument in constants for node in ast.walk(argument)]
+    named = {
+        getattr(admission, node.id)
+        for node in nodes
+        if isinstance(node, ast.Name) and node.id in ("ACCEPT_FAILURES", "UNPROVEN_CLOSED")
+    }
+    return named | {
         node.value
-        for argument in constants
-        for node in ast.walk(argument)
+        for node in nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in formatted
     }
 
