@@ -25,9 +25,11 @@ def shake_hands(
     """
     handshake = ClientHandshake(stream.lane, producer, secret)
     stream.send([handshake.hello()])
-    answer: bytes | None = b""
     descriptor = -1
     try:
+        # Within the block: CPython 3.11 misses an exception of a signal handler that comes with the jump back to a loop
+        # with which a block begins.
+        answer: bytes | None = b""
         while answer is not None:
             while not stream.flush():
                 wait_for_stream(stream, waiter, deadline, "HELLO to be sent", endpoint)

@@ -14,6 +14,7 @@ Where an exception of a signal handler comes in the middle of an end, the lease 
 
 from __future__ import annotations
 
+import _thread
 import queue
 import threading
 import weakref
@@ -42,7 +43,7 @@ class Graveyard:
         self._dead: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._watched: dict[int, tuple[weakref.ref[Any], Callable[[], None]]] = {}
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._running: _thread.LockType | None = None  # locked while the thread runs
         self._closed = False
 
     def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> int:
@@ -64,28 +65,33 @@ class Graveyard:
         """End the thread, or let it end with the last lease that is still in use. Twice is fine."""
         with self._lock:
             self._closed = True
-            thread = None if self._watched else self._thread
+            running = None if self._watched else self._running
         self._dead.put(None)
-        if thread is not None:
-            thread.join()
+        if running is not None:
+            with running:
+                pass
 
     def _start(self) -> None:
-        if self._thread is None and not self._closed:
-            thread = threading.Thread(target=self._run, name="dray-leases", daemon=True)
-            thread.start()
-            self._thread = thread
+        if self._running is None and not self._closed:
+            running = _thread.allocate_lock()
+            running.acquire()
+            # Not a `threading.Thread`: after an exception of a signal handler in its `start` the new thread may wait
+            # for ever.
+            _thread.start_new_thread(self._run, (running,))
+            self._running = running
 
     def _end(self, dead: object) -> None:
         _, end = self._watched.pop(id(dead), (None, None))
         if end is not None:
             end()
 
-    def _run(self) -> None:
-        while True:
-            self._end(self._dead.get())
-            if self._closed and not self._watched:
-                self._dead.put(None)  # there is another thread where an exception came right after its start
-                return
+    def _run(self, running: _thread.LockType) -> None:
+        try:
+            while not (self._closed and not self._watched):
+                self._end(self._dead.get())
+            self._dead.put(None)  # there is another thread where an exception came right after its start
+        finally:
+            running.release()
 
 
 class Kept(Protocol):

@@ -16,7 +16,6 @@ from dray.errors import (
     AuthenticationError,
     ConfigError,
     MessageTruncated,
-    OutOfResources,
     TransportTimeout,
     Unreachable,
 )
@@ -60,17 +59,15 @@ class UnixStream(SocketStream):
                 # The kernel drops a descriptor for which the receiver has no number.
                 exhausted = descriptors_exhausted("the segment's descriptor")
                 raise exhausted or MessageTruncated("the segment's descriptor did not come with the handshake")
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if isinstance(error, OutOfResources):
-                raise
-            raise from_os_error(error) from error
-        except BaseException:
+        except BaseException as error:
             for _, ancillary, _, _ in received:
                 if (descriptor := _descriptor(ancillary)) >= 0:
                     os.close(descriptor)
-            raise
+            if received or not isinstance(error, OSError):
+                raise
+            if isinstance(error, BlockingIOError):
+                return None
+            raise from_os_error(error) from error
         return message, descriptor
 
     def peer(self) -> tuple[int, int]:
