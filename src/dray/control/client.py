@@ -8,7 +8,36 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from dray.clock import Deadline
 from dray.control.address import RedisAddress
+from dray.errors import TransportError
+from dray.name_resolution import resolve
+
+
+class _Connection(redis.Connection):
+    """Looks the server's name up within the time for connecting, which redis-py does not bound."""
+
+    def _connect(self) -> Any:
+        name, failure = self.host, OSError(f"{self.host} has no address")
+        try:
+            for _, address in resolve(name, self.port, Deadline.after(self.socket_connect_timeout)):
+                self.host = address[0]
+                try:
+                    return super()._connect()  # type: ignore[no-untyped-call]
+                except OSError as error:
+                    failure = error
+            raise failure
+        except TransportError as error:
+            raise OSError(error.message) from error  # of a TimeoutError redis-py drops the text
+        finally:
+            self.host = name
+
+
+class _TlsConnection(redis.SSLConnection, _Connection):
+    """TLS above such a connection: certificates are compared with the name."""
+
+
+_CLASSES = {redis.Connection: _Connection, redis.SSLConnection: _TlsConnection}
 
 
 class RedisClient:
@@ -20,8 +49,11 @@ class RedisClient:
     """
 
     def __init__(self, address: RedisAddress, answer_timeout: float) -> None:
+        options = address.options()
+        found = options.pop("connection_class", redis.Connection)
         self._pool = redis.ConnectionPool(
-            **address.options(),
+            **options,
+            connection_class=_CLASSES.get(found, found),
             protocol=2,
             socket_timeout=answer_timeout,
             socket_connect_timeout=answer_timeout,

@@ -26,7 +26,7 @@ from dray.telemetry import Counters
 from dray.transport.served_connections import ThreadSettings
 from dray.transport.server_thread import ServerThread
 from dray.transport.stream import LANE_NAMES
-from dray.transport.tcp import TcpListener
+from dray.transport.tcp import TcpListener, listening_address
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, is_loopback, require
 from dray.transport.unix import UnixListener
@@ -48,7 +48,8 @@ class PayloadServer:
     Args:
         ring: where the payloads are. It must outlive the server, and stays the caller's to close.
         lanes: which lanes to serve; ``"auto"`` is ``shm``, ``tcp`` and, where ``ucxx`` is installed, ``ucx``.
-        host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise.
+        host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise. A name is looked up once,
+            here: references carry the numeric address.
         port: first port to try; 0 takes any.
         threads: how many server threads, 1 … 16.
         secret: the job's secret; with it, readers must prove that they know it.
@@ -88,10 +89,14 @@ class PayloadServer:
         clock: Clock = MONOTONIC,
     ) -> None:
         self._lanes = _served(lanes)
+        named = host
+        if self._lanes != {Lane.SHM}:
+            host = listening_address(named)
         if ":" in host and lanes == "auto":
             self._lanes -= {Lane.UCX}  # ucxx listens on IPv4 only
         elif ":" in host and Lane.UCX in self._lanes:
-            raise ConfigError("host", host, "an IPv4 address where the ucx lane is served")
+            meant = "" if host == named else f", which {named!r} does not mean here (it means {host})"
+            raise ConfigError("host", named, f"an IPv4 address where the ucx lane is served{meant}")
         if not 1 <= threads <= MOST_THREADS:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
         if max_leases < 1:
@@ -105,7 +110,14 @@ class PayloadServer:
             raise ConfigError("drain_timeout", drain_timeout, "0 seconds or more")
         check_secret(secret)
         if secret is None and not is_loopback(host) and self._lanes != {Lane.SHM}:
-            raise ConfigError("host", host, "a loopback address, or any with a secret configured")
+            raise ConfigError("host", named, "a loopback address, or any with a secret configured")
+        if host != named and is_loopback(host) and "localhost" not in named:
+            logger.warning(
+                "host %r means %s here, a loopback address: other machines cannot reach this server; for them "
+                "give the address of one of this machine's interfaces",
+                named,
+                host,
+            )
         self._ring = ring
         self._host = host
         self._port = port

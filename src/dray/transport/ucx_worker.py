@@ -49,6 +49,7 @@ _IFNAME = struct.Struct("16s16x")
 _IFADDR = struct.Struct("20x4s8x")
 _SIOCGIFADDR = 0x8915
 _SO_ATTACH_FILTER = 26
+_OWN_ADDRESS = "an IPv4 address of one of this machine's interfaces"
 _SOCK_FPROG = struct.Struct("@HP")
 _RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
 """A packet filter of one instruction, which accepts no byte of any packet."""
@@ -185,7 +186,11 @@ class UcxWorker:
         self._settled = Deadline.after(_SETTLE_SECONDS)
 
     def connect(self, host: str, port: int) -> Any:
-        """An endpoint towards a listener; whether it stands shows in its first exchange."""
+        """An endpoint towards a listener; whether it stands shows in its first exchange.
+
+        Args:
+            host: a numeric IPv4 address; a name would be looked up without a bound.
+        """
         try:
             return self.ucx.UCXEndpoint.create(self._worker, host, port, True)
         except self.ucx.UCXError as error:
@@ -319,7 +324,7 @@ def is_loopback(host: str) -> bool:
 
 
 def confine(port: int, host: str) -> None:
-    """Confine the listening socket on `port` to the interface that has the address `host`.
+    """Confine the listening socket on `port` to the interface that has the numeric address `host`.
 
     ucxx cannot bind its listener to an address; the kernel can bind the socket to a device. ``0.0.0.0`` asks for
     every interface and is left alone.
@@ -367,11 +372,14 @@ def _interface(host: str) -> str:
         return "lo"
     import fcntl  # there is none where dray only has to import
 
-    wanted = socket.inet_aton(socket.gethostbyname(host))
+    try:
+        wanted = socket.inet_pton(socket.AF_INET, host)
+    except OSError as error:
+        raise ConfigError("host", host, _OWN_ADDRESS) from error
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
                 answer = fcntl.ioctl(query, _SIOCGIFADDR, _IFNAME.pack(name.encode()))
                 if _IFADDR.unpack(answer)[0] == wanted:
                     return name
-    raise ConfigError("host", host, "an IPv4 address of one of this machine's interfaces")
+    raise ConfigError("host", host, _OWN_ADDRESS)
