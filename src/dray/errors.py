@@ -47,7 +47,7 @@ class DrayError(Exception):
 
     def __str__(self) -> str:
         about = [
-            f"{name} {value}"
+            f"{name} {printable(str(value), _MAX_LINE)}"
             for name, value in (
                 ("endpoint", self.endpoint),
                 ("slot", self.slot),

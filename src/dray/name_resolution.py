@@ -1,8 +1,8 @@
 """The addresses of a host, found within a deadline.
 
 The system's resolver has no deadline: with a silent name server `getaddrinfo` returns after ten seconds or more,
-and nothing ends it before. A name is therefore looked up in a daemon thread. A caller waits for that thread as long
-as its own deadline allows, and leaves it behind then. A numeric address needs neither resolver nor thread.
+and nothing ends it before. A name is therefore looked up in a daemon thread. A caller waits for that thread as
+long as its own deadline allows, and leaves it behind then. A numeric address needs neither resolver nor thread.
 """
 
 from __future__ import annotations

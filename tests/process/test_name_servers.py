@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from isolation import run_isolated
 
 RESOLVER = {
@@ -55,7 +54,7 @@ reader.join(10)
 found["closed"] = ended[0]
 
 # Another endpoint of the same reference is read in the time that is left.
-with SharedRingBuffer(1, 64) as ring, PayloadServer(ring, lanes=("tcp",), threads=1) as server, PayloadClient() as client:
+with SharedRingBuffer(1, 64) as ring, PayloadServer(ring, lanes=("tcp",)) as server, PayloadClient() as client:
     put = server.put_bytes(b"payload")
     both = reference("tcp:silent.example:40000", put.endpoints[0], ref=put)
     found["other endpoint"] = bytes(client.read_bytes(both, timeout=4)).decode()
@@ -66,7 +65,8 @@ for scheme in ("redis", "rediss"):
         found[scheme] = refused(lambda: redis.call("ask", lambda client: client.do("PING"), Deadline.after(0)))
 
 # No more threads than MAX_LOOKUPS wait for the name server.
-found["names"] = [refused(lambda: resolve(f"name-{n}.example", 1, Deadline.after(0))) for n in range(MAX_LOOKUPS + 1)]
+names = [f"name-{number}.example" for number in range(MAX_LOOKUPS + 1)]
+found["names"] = [refused(lambda: resolve(name, 1, Deadline.after(0))) for name in names]
 found["threads"] = sum(thread.name == "dray-name-resolution" for thread in threading.enumerate())
 found["numeric"] = resolve("127.0.0.1", 7, Deadline.after(0))
 print(json.dumps(found))

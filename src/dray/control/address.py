@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from redis.connection import parse_url
 
@@ -30,7 +31,7 @@ class RedisAddress:
     @classmethod
     def of_socket(cls, path: str, password: str) -> RedisAddress:
         """The address of a server on a Unix socket."""
-        return cls(f"unix://:{quote(password, safe='')}@{quote(path)}")
+        return cls(f"unix://:{quote(password, safe='')}@{quote(os.fsencode(path))}")
 
     @classmethod
     def of_port(cls, host: str, port: int, password: str) -> RedisAddress:
@@ -45,6 +46,9 @@ class RedisAddress:
             options: dict[str, Any] = parse_url(self.url)  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise ConfigError("redis.url", _without_credentials(self.url), ALLOWED) from error
+        if parts.scheme == "unix" and "path" in options:
+            # redis-py takes the path for UTF-8 and replaces what is not.
+            options["path"] = os.fsdecode(unquote_to_bytes(parts.path))
         unknown = [name for name in options if name not in _OPTIONS and not name.startswith("ssl_")]
         database = parts.path.strip("/")
         bad_database = parts.scheme != "unix" and database != "" and not database.isdecimal()

@@ -13,6 +13,7 @@ from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.children import Child
 from dray.launch.signals import SignalInbox
+from dray.path_text import path_of
 from dray.runtime.exit_codes import meaning
 from dray.runtime.job import JobFolder
 
@@ -35,10 +36,11 @@ def check_entry_points(
         ConfigError: they cannot be imported.
     """
     report = folder.run / "entry_points.json"
+    classes = path_of(config.rollout.worker), path_of(config.policy.trainer)
     child = Child(
         "check",
         "dray.runtime.check_entry_points",
-        [str(job_file.parent), config.rollout.worker, config.policy.trainer, str(report)],
+        [str(each) for each in (job_file.parent, *classes, report)],
         folder.run / "check.log",
     )
     deadline = Deadline.after(config.timeouts.start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dray.launch.run_options import RunOptions
 from dray.launch.signals import SignalInbox
 from dray.launch.site import this_machine
 from dray.launch.supervisor import supervise
+from dray.path_text import as_argument
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, short_path
@@ -56,4 +56,4 @@ def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:
     if step >= max_steps:
         return f"nothing to resume: the checkpoint is of step {step}, the last one of job.max_steps"
     command = ["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)]
-    return f"resume with: {shlex.join(command)} (checkpoint of step {step})"
+    return f"resume with: {' '.join(map(as_argument, command))} (checkpoint of step {step})"

@@ -17,7 +17,7 @@ NAME = "supervisor.log"
 def supervisor_log(folder: Path, level: LogLevel = "info") -> Iterator[None]:
     """What `dray` logs from `level` on goes to the file `NAME` in `folder`; warnings go to the terminal, too."""
     logger = logging.getLogger("dray")
-    writer = logging.FileHandler(folder / NAME, encoding="utf-8")
+    writer = logging.FileHandler(folder / NAME, encoding="utf-8", errors="backslashreplace")
     writer.setFormatter(logging.Formatter("%(asctime)s supervisor %(levelname)s %(name)s: %(message)s"))
     level_before, shown = logger.level, [(each, each.level) for each in logging.getLogger().handlers]
     for each, _ in shown:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dray.config import JobConfig
 from dray.errors import ConfigError
+from dray.path_text import path_of
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.job import JobFolder, short_path
 
@@ -138,7 +139,7 @@ def choose_folder(
         ConfigError: the configured folder is an earlier run's, or there is none to go on in.
     """
     if config.job.output is not None:
-        root = Path(config.job.output).absolute()
+        root = path_of(config.job.output).absolute()
         if not resume and used(root):
             allowed = "must be a folder without an earlier run, or go with --resume"
             raise ConfigError("job.output", str(root), allowed)

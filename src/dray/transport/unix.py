@@ -12,6 +12,7 @@ from typing import Any
 
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, MessageTruncated, TransportTimeout, Unreachable
+from dray.path_text import bytes_of, path_of, text_of
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.transport.sockets import SocketStream, from_os_error, not_inherited
 from dray.transport.waiting import PollWaiter, Wake
@@ -61,10 +62,10 @@ class UnixListener:
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             raise ConfigError("socket path", str(path), f"at most {MAX_SOCKET_PATH} bytes")
         self.path = path
-        self.endpoint = f"unix:{path}"
+        self.endpoint = f"unix:{text_of(path)}"
         self._sock = not_inherited(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
-            self._sock.bind(str(path))
+            self._sock.bind(os.fsencode(path))
             self._sock.listen(_BACKLOG)
         except OSError as error:
             self._sock.close()
@@ -110,17 +111,21 @@ def accept(listening: socket.socket) -> socket.socket | None:
 def connect(path: str, deadline: Deadline) -> UnixStream:
     """Connect to a server's Unix socket.
 
+    Args:
+        path: as `dray.path_text` has it.
+
     Raises:
         Unreachable: there is no such socket, or nobody listens on it; without even its folder, which is there as
             long as a server lives, the socket is another host's.
         TransportTimeout: its backlog stayed full until the deadline.
     """
+    address = bytes_of(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connect_socket(sock, path, deadline, f"unix:{path}")
+        connect_socket(sock, address, deadline, f"unix:{path}")
     except Unreachable as error:
         sock.close()
-        error.elsewhere = error.refused and not Path(path).parent.is_dir()
+        error.elsewhere = error.refused and not path_of(path).parent.is_dir()
         raise
     except BaseException:
         sock.close()
@@ -128,7 +133,7 @@ def connect(path: str, deadline: Deadline) -> UnixStream:
     return UnixStream(sock)
 
 
-SocketAddress = str | tuple[Any, ...]
+SocketAddress = bytes | tuple[Any, ...]
 
 
 def connect_socket(
