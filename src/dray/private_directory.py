@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.system_calls import needed
 
 MAX_SOCKET_PATH = 107
 """The kernel's limit on the path of a Unix socket, in bytes."""
@@ -32,7 +33,8 @@ class PrivateDirectory:
         lock: descriptor that holds the lock, -1 after `close`.
 
     Raises:
-        ConfigError: the root cannot be used, belongs to someone else, or is too long for a socket's path.
+        ConfigError: the root cannot be used, belongs to someone else, or is too long for a socket's path; or a
+            sandbox refuses locks.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -49,7 +51,8 @@ class PrivateDirectory:
             except OSError:
                 self.path.rmdir()  # without a lock in it nobody would ever sweep it
                 raise
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            with needed("flock"):
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     @property
     def closed(self) -> bool:
@@ -81,7 +84,8 @@ def _locked(root: Path) -> Iterator[None]:
 
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with needed("flock"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

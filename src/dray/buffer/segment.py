@@ -24,6 +24,7 @@ from typing import Final, Self
 
 from dray.buffer.layout import PRODUCER_ID_BYTES, SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.system_calls import needed
 
 _PROT_READ: Final = 1
 _PROT_WRITE: Final = 2
@@ -75,7 +76,8 @@ class Segment:
             prefault: reserve and map all of its pages now instead of at the first write to each.
 
         Raises:
-            ConfigError: this system has no sealed memfd, or the segment is larger than it can map or reserve.
+            ConfigError: this system has no sealed memfd, a sandbox refuses a system call, or the segment is larger
+                than can be mapped or reserved.
         """
         if len(producer_id) != PRODUCER_ID_BYTES:
             raise ConfigError("producer_id", producer_id, f"{PRODUCER_ID_BYTES} bytes")
@@ -84,7 +86,8 @@ class Segment:
                 "sys.platform", sys.platform, "shared memory needs memfd_create of Linux 5.1 or later"
             )
         with _fork_lock:
-            fd = os.memfd_create("dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with needed("memfd_create"):
+                fd = os.memfd_create("dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
                 with _sized(layout):
                     os.ftruncate(fd, layout.nbytes)
@@ -113,6 +116,7 @@ class Segment:
         `fd` stays the caller's, who may close it at once: an attached segment keeps no descriptor.
 
         Raises:
+            ConfigError: a sandbox refuses a system call.
             ProtocolError: `fd` is not a dray segment, is not sealed, or has a size other than its header says.
             SlotError: the memory cannot be mapped.
         """
@@ -242,11 +246,13 @@ def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
     address = libc.mmap(None, nbytes, protection, _MAP_SHARED, fd, 0)
     if address == _MAP_FAILED:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        with needed("mmap"):
+            raise OSError(number, os.strerror(number))
     if libc.madvise(address, nbytes, _MADV_DONTFORK) != 0:
         number = ctypes.get_errno()
         libc.munmap(address, nbytes)
-        raise OSError(number, os.strerror(number))
+        with needed("madvise"):
+            raise OSError(number, os.strerror(number))
     memory = (ctypes.c_ubyte * nbytes).from_address(address)
     unmap = weakref.finalize(memory, _unmap, address, nbytes)
     unmap.atexit = False
@@ -266,14 +272,16 @@ def _madvise_if_known(view: memoryview, advice: int) -> None:
     address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
     if _libc().madvise(address, view.nbytes, advice) != 0 and ctypes.get_errno() != errno.EINVAL:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        with needed("madvise"):
+            raise OSError(number, os.strerror(number))
 
 
 def _seal(fd: int) -> None:
     import fcntl  # not on every system, where importing dray must work all the same
 
     try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
+        with needed("fcntl"):
+            fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -285,7 +293,8 @@ def _seal(fd: int) -> None:
 def _get_seals(fd: int) -> int:
     import fcntl  # as above
 
-    return fcntl.fcntl(fd, _F_GET_SEALS)
+    with needed("fcntl"):
+        return fcntl.fcntl(fd, _F_GET_SEALS)
 
 
 # --- fork -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dray.errors import ConfigError
 from dray.path_text import path_of
 from dray.runtime.checkpoint import CheckpointState, find_checkpoint
 from dray.runtime.job import JobFolder, short_path
+from dray.system_calls import needed
 
 _LOG = logging.getLogger("dray.launch.output")
 _NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
@@ -88,7 +89,7 @@ def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
         patience: seconds to wait for another process to give up its lock.
 
     Raises:
-        ConfigError: it is locked.
+        ConfigError: it is locked, or a sandbox refuses locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +98,8 @@ def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
             raise ConfigError("job.output", str(root), "must be a folder that no running job uses") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise
+            with needed("flock"):
+                raise
         _LOG.warning("%s cannot be locked (%s): make sure that no other job uses it", root, error.strerror)
 
 
