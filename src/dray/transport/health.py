@@ -132,6 +132,13 @@ class ReadAttempts:
                 return choice[self._rotation % len(choice)]
         raise AssertionError("choose was called after give_up")
 
+    def leave_lane(self, endpoint: str) -> bool:
+        """Try no more endpoints of the lane of `endpoint`, if there is another lane; whether there is."""
+        others = [lane for lane in self._by_lane if endpoint not in lane]
+        if others:
+            self._by_lane = others
+        return bool(others)
+
     def give_up(
         self, endpoint: str, error: TransportError, now: float
     ) -> TransportError | ProducerLostError | None:

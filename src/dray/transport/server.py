@@ -18,7 +18,7 @@ import xxhash
 
 from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError
+from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError, Unreachable
 from dray.payload.codec import plan
 from dray.payload.tensor_spec import PayloadSchema
 from dray.private_directory import PrivateDirectory
@@ -47,7 +47,8 @@ class PayloadServer:
 
     Args:
         ring: where the payloads are. It must outlive the server, and stays the caller's to close.
-        lanes: which lanes to serve; ``"auto"`` is ``shm``, ``tcp`` and, where ``ucxx`` is installed, ``ucx``.
+        lanes: which lanes to serve; ``"auto"`` is ``shm``, ``tcp`` and, where ``ucxx`` is installed and works,
+            ``ucx``.
         host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise. A name is looked up once,
             here: references carry the numeric address.
         port: first port to try; 0 takes any.
@@ -133,7 +134,8 @@ class PayloadServer:
         self._threads: list[ServerThread] = []
         self._directory = PrivateDirectory(directory) if Lane.SHM in self._lanes else None
         try:
-            for index in range(threads):
+            self._threads.append(self._make_first_thread(lanes))
+            for index in range(1, threads):
                 self._threads.append(self._make_thread(index))
             by_lane = zip(*(thread.endpoints for thread in self._threads), strict=True)
             self.endpoints = tuple(endpoint for lane in by_lane for endpoint in lane)
@@ -246,6 +248,19 @@ class PayloadServer:
         except ProtocolError as error:
             allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
             raise ConfigError("threads", len(self._threads), allowed) from error
+
+    def _make_first_thread(self, lanes: Sequence[str] | str) -> ServerThread:
+        """It shows which lanes this machine can use."""
+        try:
+            return self._make_thread(0)
+        except Unreachable as error:
+            if not error.lane_unusable:
+                raise
+            if lanes != "auto":
+                raise ConfigError("lanes", lanes, f"lanes that this machine can use ({error.message})") from error
+            logger.warning("this server goes on without the ucx lane: %s", error.message)
+        self._lanes -= {Lane.UCX}
+        return self._make_thread(0)
 
     def _make_thread(self, index: int) -> ServerThread:
         with contextlib.ExitStack() as opened:

@@ -120,6 +120,11 @@ class UcxWorker:
 
     Args:
         loopback: confine the worker's own sockets to the loopback interface.
+
+    Raises:
+        MissingDependencyError: the package is not installed, or does not load.
+        Unreachable: UCX cannot be used on this machine (`lane_unusable`).
+        TransportError: UCX makes no worker.
     """
 
     def __init__(self, loopback: bool) -> None:
@@ -127,6 +132,9 @@ class UcxWorker:
         try:
             self._worker = self.ucx.UCXWorker(_context(loopback, os.getpid()))
             self._worker.init_blocking_progress_mode()
+        except (self.ucx.UCXShmemSegmentError, self.ucx.UCXNoDeviceError) as error:
+            message = f"UCX cannot be used on this machine: {error}{_shared_memory_remark()}"
+            raise Unreachable(message, lane_unusable=True) from error
         except self.ucx.UCXError as error:
             raise from_ucx_error(error) from error
         self.loopback = loopback
@@ -312,6 +320,12 @@ def _make_context(loopback: bool, pid: int) -> Any:  # noqa: ARG001  (pid is the
     chosen = {name: value for name, value in options.items() if f"UCX_{name}" not in os.environ}
     features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
     return ucx.UCXContext(chosen, features)
+
+
+def _shared_memory_remark() -> str:
+    """UCX keeps memory that it shares in /dev/shm: what is wrong with that folder, if anything."""
+    folder = "/dev/shm"
+    return "" if os.access(folder, os.W_OK) else f"; it needs a {folder} that can be written to"
 
 
 @functools.lru_cache(maxsize=1024)

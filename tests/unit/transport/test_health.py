@@ -44,6 +44,17 @@ def test_a_reference_without_an_endpoint_that_can_be_used_names_those_that_canno
     assert by_lane(("unix:/a",), (Lane.TCP,)) == ()
 
 
+def test_a_lane_that_cannot_be_used_is_left_for_the_others_and_kept_where_it_is_alone() -> None:
+    several = attempts(["ucx:h:1", "ucx:h:2", *TCP])
+    assert several.choose(0.0) == "ucx:h:1"
+    assert several.leave_lane("ucx:h:1")
+    assert several.choose(0.0) in TCP
+    assert not several.last
+    alone = attempts(["ucx:h:1", "ucx:h:2"])
+    assert not alone.leave_lane("ucx:h:1")
+    assert alone.choose(0.0) == "ucx:h:1"
+
+
 def test_quarantine_ends_after_its_time() -> None:
     quarantine = Quarantine(30.0)
     quarantine.failed("a", 100.0)
