@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from dray.clock import Deadline
 from dray.errors import TransportTimeout, Unreachable
 
-MAX_LOOKUPS = 16
+MAX_QUERIES = 16
 """Names that are looked up at one time; each has a thread until the system's resolver returns."""
 
 MAX_RESOLVE_SECONDS = 10.0
@@ -54,9 +54,11 @@ def resolve(
         except socket.gaierror as error:
             if error.errno != socket.EAI_NONAME:
                 raise
-            found = _look_up(host, deadline, wait, endpoint)
-    except (OSError, ValueError) as error:  # ValueError: a label is too long, or there is a NUL
+            found = _answer(host, deadline, wait, endpoint)
+    except (socket.gaierror, ValueError) as error:  # ValueError: a label is too long, or there is a NUL
         raise Unreachable(f"the host {host!r} is unknown: {error}", endpoint=endpoint) from error
+    except OSError as error:
+        raise Unreachable(f"the host {host!r} cannot be looked up: {error}", endpoint=endpoint) from error
     return [(family, (address[0], port, *address[2:])) for family, address in found]
 
 
@@ -65,10 +67,10 @@ def _ask(host: str, flags: int = 0) -> list[Address]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-# --- look-ups -------------------------------------------------------------------------------------------------
+# --- queries --------------------------------------------------------------------------------------------------
 
 
-class _Lookup:
+class _Query:
     """One question to the system's resolver, for every thread that has it at the time."""
 
     def __init__(self, host: str) -> None:
@@ -83,21 +85,21 @@ class _Lookup:
             answer = error
         with _lock:
             self.answer = answer
-            del _lookups[self.host]
+            del _queries[self.host]
             for wake in self.wakes:
                 os.eventfd_write(wake, 1)
 
 
 _lock = threading.RLock()  # a signal handler may fork while it is held
-_lookups: dict[str, _Lookup] = {}
+_queries: dict[str, _Query] = {}
 
 
-def _look_up(
+def _answer(
     host: str, deadline: Deadline, wait: Callable[[int], None] | None, endpoint: str | None
 ) -> list[Address]:
     wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
-        lookup = _begin(host, wake, endpoint)
+        query = _begin(host, wake, endpoint)
         try:
             if wait is not None:
                 wait(wake)
@@ -105,34 +107,34 @@ def _look_up(
                 _wait(wake, deadline, endpoint)
         finally:
             with _lock:
-                lookup.wakes.discard(wake)
+                query.wakes.discard(wake)
     finally:
         os.close(wake)
-    match lookup.answer:
+    match query.answer:
         case list() as found:
             return found
         case Exception() as error:
             # Other threads raise it too: each with a traceback of its own.
             raise type(error)(*error.args) from error
         case _:
-            raise AssertionError("the wait for a look-up ended before it had an answer")
+            raise AssertionError("the wait for a query ended before it had an answer")
 
 
-def _begin(host: str, wake: int, endpoint: str | None) -> _Lookup:
-    """The look-up of `host` under way, or a new one; `wake` is written to when it has an answer."""
+def _begin(host: str, wake: int, endpoint: str | None) -> _Query:
+    """The query for `host` under way, or a new one; `wake` is written to when it has an answer."""
     with _lock:
-        lookup = _lookups.get(host)
-        if lookup is None:
-            if len(_lookups) >= MAX_LOOKUPS:
+        query = _queries.get(host)
+        if query is None:
+            if len(_queries) >= MAX_QUERIES:
                 raise Unreachable(
-                    f"{MAX_LOOKUPS} other names are being looked up, and the name server does not answer",
+                    f"{MAX_QUERIES} other names are being looked up, and the name server does not answer",
                     endpoint=endpoint,
                 )
-            lookup = _Lookup(host)
-            threading.Thread(target=lookup.run, name="dray-name-resolution", daemon=True).start()
-            _lookups[host] = lookup
-        lookup.wakes.add(wake)
-    return lookup
+            query = _Query(host)
+            threading.Thread(target=query.run, name="dray-name-resolution", daemon=True).start()
+            _queries[host] = query
+        query.wakes.add(wake)
+    return query
 
 
 def _wait(wake: int, deadline: Deadline, endpoint: str | None) -> None:
@@ -147,7 +149,7 @@ def _wait(wake: int, deadline: Deadline, endpoint: str | None) -> None:
 
 def _forget_in_child() -> None:
     """The threads that look names up are the parent's."""
-    _lookups.clear()
+    _queries.clear()
     _lock.release()
 
 

@@ -16,7 +16,7 @@ import json, socket, threading
 from dray import *
 from dray.clock import Deadline
 from dray.control import RedisAddress, RedisConnection
-from dray.name_resolution import MAX_LOOKUPS, resolve
+from dray.name_resolution import MAX_QUERIES, resolve
 
 # The name server: it takes every question and answers none.
 name_server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -54,7 +54,12 @@ reader.join(10)
 found["closed"] = ended[0]
 
 # Another endpoint of the same reference is read in the time that is left.
-with SharedRingBuffer(1, 64) as ring, PayloadServer(ring, lanes=("tcp",)) as server, PayloadClient() as client:
+secret = bytes(32)
+with (
+    SharedRingBuffer(1, 64) as ring,
+    PayloadServer(ring, lanes=("tcp",), secret=secret) as server,
+    PayloadClient(secret=secret) as client,
+):
     put = server.put_bytes(b"payload")
     both = reference("tcp:silent.example:40000", put.endpoints[0], ref=put)
     found["other endpoint"] = bytes(client.read_bytes(both, timeout=4)).decode()
@@ -64,8 +69,8 @@ for scheme in ("redis", "rediss"):
     with RedisConnection(RedisAddress(f"{scheme}://redis.example:6379"), answer_timeout=0.3) as redis:
         found[scheme] = refused(lambda: redis.call("ask", lambda client: client.do("PING"), Deadline.after(0)))
 
-# No more threads than MAX_LOOKUPS wait for the name server.
-names = [f"name-{number}.example" for number in range(MAX_LOOKUPS + 1)]
+# No more threads than MAX_QUERIES wait for the name server.
+names = [f"name-{number}.example" for number in range(MAX_QUERIES + 1)]
 found["names"] = [refused(lambda: resolve(name, 1, Deadline.after(0))) for name in names]
 found["threads"] = sum(thread.name == "dray-name-resolution" for thread in threading.enumerate())
 found["numeric"] = resolve("127.0.0.1", 7, Deadline.after(0))

@@ -125,8 +125,12 @@ class Kept(logging.Handler):
         lines.append(record.getMessage())
 logging.getLogger("dray").addHandler(Kept())
 
-found = {}
-with SharedRingBuffer(2, 64) as ring, PayloadServer(ring, threads=2) as server, PayloadClient() as client:
+found, secret = {}, bytes(32)
+with (
+    SharedRingBuffer(2, 64) as ring,
+    PayloadServer(ring, threads=2, secret=secret) as server,
+    PayloadClient(secret=secret) as client,
+):
     lanes = [endpoint.partition(":")[0] for endpoint in server.endpoints]
     found["server"] = [lanes, lines.copy()]
     lines.clear()
