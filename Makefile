@@ -18,6 +18,7 @@ MINUTES ?= 2
 SOAK_ARGS ?=
 FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
+LOWEST_ARGS ?=
 SEEDS ?= 10000
 SIMULATE_ARGS ?=
 JOBS ?= 200
@@ -31,7 +32,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak flood fuzz jobs chain endurance devmode mutants mutmut clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +100,9 @@ mutants: .venv/dev.stamp ## plant known defects, one at a time: the model or the
 mutmut: .venv/dev.stamp ## mutate the code of slots and sessions: what no test notices is explained
 	@$(PIP_INSTALL) 'mutmut>=3.8,<4'
 	$(BIN)/python tests/mutants/mutation.py
+
+lowest: .venv/dev.stamp ## the lowest versions that pyproject.toml declares, installed elsewhere: unit tests and jobs (LOWEST_ARGS)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/lowest_versions.py $(LOWEST_ARGS)
 
 clean: ## remove .venv, caches and build products; outputs/ stays
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis \

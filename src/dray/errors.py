@@ -49,7 +49,7 @@ class DrayError(Exception):
 
     def __str__(self) -> str:
         about = [
-            f"{name} {value}"
+            f"{name} {printable(str(value), _MAX_LINE)}"
             for name, value in (
                 ("endpoint", self.endpoint),
                 ("slot", self.slot),
@@ -220,12 +220,22 @@ class Unreachable(TransportError):
         refused: the endpoint's host answered that nobody listens there.
         elsewhere: the address does not exist on this host: it is another host's Unix socket, or that of a server
             which has ended. Such an address has `refused` as well.
+        lane_unusable: this machine cannot use the endpoint's lane at all.
     """
 
-    def __init__(self, message: str, *, refused: bool = False, elsewhere: bool = False, **about: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        refused: bool = False,
+        elsewhere: bool = False,
+        lane_unusable: bool = False,
+        **about: Any,
+    ) -> None:
         super().__init__(message, **about)
         self.refused = refused or elsewhere
         self.elsewhere = elsewhere
+        self.lane_unusable = lane_unusable
 
 
 class OutOfResources(TransportError, OSError):

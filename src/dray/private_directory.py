@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dray.errors import ConfigError
 from dray.resources import needing
+from dray.system_calls import needed
 
 MAX_SOCKET_PATH = 107
 """The kernel's limit on the path of a Unix socket, in bytes."""
@@ -36,7 +37,7 @@ class PrivateDirectory:
 
     Raises:
         ConfigError: the root cannot be used, is another user's, can be replaced by another user, or is too long
-            for a socket's path.
+            for a socket's path; or a sandbox refuses locks.
         OutOfResources: no descriptor is left for the lock.
     """
 
@@ -54,7 +55,8 @@ class PrivateDirectory:
             except OSError:
                 self.path.rmdir()  # without a lock in it nobody would ever sweep it
                 raise
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            with needed("flock"):
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     @property
     def closed(self) -> bool:
@@ -108,7 +110,8 @@ def _locked(root: Path) -> Iterator[None]:
 
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with needed("flock"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

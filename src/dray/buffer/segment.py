@@ -20,11 +20,12 @@ import threading
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from dray.buffer.layout import PRODUCER_ID_BYTES, SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
 from dray.resources import keep_result, needing, out_of_resources
+from dray.system_calls import needed
 
 if sys.platform != "win32":
     import fcntl  # now: without a descriptor it could not be loaded
@@ -79,7 +80,8 @@ class Segment:
             prefault: reserve and map all of its pages now instead of at the first write to each.
 
         Raises:
-            ConfigError: this system has no sealed memfd, or the segment is larger than it can map or reserve.
+            ConfigError: this system has no sealed memfd, a sandbox refuses a system call, or the segment is larger
+                than can be mapped or reserved.
             OutOfResources: no descriptor is left for it.
         """
         if len(producer_id) != PRODUCER_ID_BYTES:
@@ -91,7 +93,7 @@ class Segment:
         with _fork_lock:
             made: list[int] = []
             try:
-                with needing("a ring"):
+                with needing("a ring"), needed("memfd_create"):
                     keep_result(made, os.memfd_create, "dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 (fd,) = made
                 with _sized(layout):
@@ -122,6 +124,7 @@ class Segment:
         `fd` stays the caller's, who may close it at once: an attached segment keeps no descriptor.
 
         Raises:
+            ConfigError: a sandbox refuses a system call.
             ProtocolError: `fd` is not a dray segment, is not sealed, or has a size other than its header says.
             SlotError: the memory cannot be mapped.
             OutOfResources: the process has no memory or no mapping left for it.
@@ -256,10 +259,12 @@ def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
     mapped: list[int] = []
     try:
         keep_result(mapped, libc.mmap, None, nbytes, protection, _MAP_SHARED, fd, 0)
-        failed = mapped == [_MAP_FAILED]
-        if failed or libc.madvise(*mapped, nbytes, _MADV_DONTFORK) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        if mapped == [_MAP_FAILED]:
+            with needed("mmap"):
+                _raise_errno()
+        if libc.madvise(*mapped, nbytes, _MADV_DONTFORK) != 0:
+            with needed("madvise"):
+                _raise_errno()
         memory = (ctypes.c_ubyte * nbytes).from_address(*mapped)
         _mappings[mapped[0]] = weakref.ref(memory, _unmap_dead), nbytes
     except BaseException:
@@ -269,6 +274,11 @@ def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
         raise
     view = memoryview(memory).cast("B")
     return view if writable else view.toreadonly()
+
+
+def _raise_errno() -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
 
 
 def _unmap_dead(_: object = None) -> None:
@@ -287,12 +297,14 @@ def _madvise_if_known(view: memoryview, advice: int) -> None:
     address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
     if _libc().madvise(address, view.nbytes, advice) != 0 and ctypes.get_errno() != errno.EINVAL:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        with needed("madvise"):
+            raise OSError(number, os.strerror(number))
 
 
 def _seal(fd: int) -> None:
     try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
+        with needed("fcntl"):
+            fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -302,7 +314,8 @@ def _seal(fd: int) -> None:
 
 
 def _get_seals(fd: int) -> int:
-    return fcntl.fcntl(fd, _F_GET_SEALS)
+    with needed("fcntl"):
+        return fcntl.fcntl(fd, _F_GET_SEALS)
 
 
 # --- fork -----------------------------------------------------------------------------------------------------

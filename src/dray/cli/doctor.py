@@ -11,6 +11,7 @@ import typer
 
 from dray.errors import ConfigError
 from dray.printable import MAX_LINE, printable
+from dray.system_calls import ALLOW
 
 if TYPE_CHECKING:
     from dray.cli.lane_check import LaneReport
@@ -86,6 +87,7 @@ def facts(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "RDMA devices", ", ".join(machine.rdma_devices) or "none"
     yield "locked memory", "no limit" if machine.memlock is None else f"at most {machine.memlock:,} bytes"
     yield "open files", "no limit" if machine.open_files is None else f"at most {machine.open_files:,}"
+    yield "system calls", f"refused: {', '.join(machine.refused_calls)}" if machine.refused_calls else "allowed"
     for name, value in machine.ucx_variables.items():
         yield name, value
 
@@ -97,6 +99,8 @@ def remarks(machine: Machine) -> Iterator[str]:
             f"RDMA registers memory, and at most {machine.memlock:,} bytes may be locked: raise the limit "
             "(ulimit -l unlimited)"
         )
+    if machine.refused_calls:
+        yield f"the system calls {', '.join(machine.refused_calls)} are refused: they {ALLOW}"
     if machine.open_files is not None and machine.open_files < _FEW_OPEN_FILES:
         yield f"at most {machine.open_files} open files limit the number of connections: raise it (ulimit -n 4096)"
 

@@ -12,6 +12,7 @@ import typer
 from dray.config import JobConfig, load_job
 from dray.errors import ConfigError
 from dray.launch.run_options import RunOptions
+from dray.path_text import text_of
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
@@ -48,9 +49,9 @@ class JobRequest:
         """
         kept = RunOptions.read(root)
         if kept is None:
-            return replace(self, config=_with_output(self.config, str(root)))
+            return replace(self, config=_with_output(self.config, text_of(root)))
         options = self.options.over(kept)
-        config = _with_output(load_job(options.job_file, options.settings), str(root))
+        config = _with_output(load_job(options.job_file, options.settings), text_of(root))
         return replace(self, config=config, options=options, lines=tuple(self.options.kept_lines(kept)))
 
 
@@ -72,9 +73,9 @@ def read_job(
     given = [*(settings or []), *([f"job.log_level={log_level}"] if log_level is not None else [])]
     config = load_job(job, given)
     if output is not None:
-        if not output or not _is_utf8(output):
-            raise ConfigError("--output", output, "the name of a folder, in UTF-8")
-        config = _with_output(config, output)
+        if not output:
+            raise ConfigError("--output", output, "the name of a folder")
+        config = _with_output(config, text_of(output))
     options = RunOptions(
         job_file=job.absolute(),
         job_text=job.read_text(encoding="utf-8"),
@@ -86,11 +87,3 @@ def read_job(
 
 def _with_output(config: JobConfig, output: str) -> JobConfig:
     return config.model_copy(update={"job": config.job.model_copy(update={"output": output})})
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

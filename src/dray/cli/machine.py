@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.system_calls import refused_calls
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -41,6 +42,7 @@ class Machine:
         rdma_devices: names of the RDMA devices, with their ports' states.
         memlock: bytes a process may lock in memory, which RDMA needs; None for no limit.
         open_files: descriptors a process may have; None for no limit.
+        refused_calls: system calls that dray needs and that a sandbox refuses to this process.
         ucx_variables: UCX's variables in the environment.
     """
 
@@ -54,6 +56,7 @@ class Machine:
     rdma_devices: tuple[str, ...]
     memlock: int | None
     open_files: int | None
+    refused_calls: tuple[str, ...]
     ucx_variables: dict[str, str]
 
 
@@ -74,6 +77,7 @@ def examine() -> Machine:
         rdma_devices=rdma_devices(RDMA_DEVICES),
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         open_files=_limit(resource.RLIMIT_NOFILE),
+        refused_calls=refused_calls(),
         ucx_variables={name: value for name, value in sorted(os.environ.items()) if name.startswith("UCX_")},
     )
 

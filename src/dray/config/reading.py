@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from dray.config.tables import LARGEST, TABLES, JobConfig, Table, broken_rules
 from dray.errors import ConfigError
+from dray.path_text import text_of
 from dray.printable import printable, printable_value
 
 MAX_MISTAKES: Final = 50
@@ -124,6 +125,7 @@ def _is_about(unfit: Mapping[_Location, ConfigError], location: Sequence[int | s
 
 def _apply_override(document: dict[str, Any], override: str) -> Iterator[ConfigError]:
     """Put the value of `override` into `document`; what is wrong with it is yielded."""
+    override = text_of(override)
     try:
         override.encode()
     except UnicodeEncodeError:

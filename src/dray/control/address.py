@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from redis.connection import parse_url
 
@@ -35,7 +36,7 @@ class RedisAddress:
     @classmethod
     def of_socket(cls, path: str, password: str, user: str = "") -> RedisAddress:
         """The address of a server on a Unix socket."""
-        return cls(f"unix://{quote(user, safe='')}:{quote(password, safe='')}@{quote(path)}")
+        return cls(f"unix://{quote(user, safe='')}:{quote(password, safe='')}@{quote(os.fsencode(path))}")
 
     @classmethod
     def of_port(cls, host: str, port: int, password: str, user: str = "") -> RedisAddress:
@@ -50,6 +51,9 @@ class RedisAddress:
             options: dict[str, Any] = parse_url(self.url)  # type: ignore[no-untyped-call]
         except ValueError:  # quotes parts of the URL
             raise _not_an_address() from None
+        if parts.scheme == "unix" and "path" in options:
+            # redis-py takes the path for UTF-8 and replaces what is not.
+            options["path"] = os.fsdecode(unquote_to_bytes(parts.path))
         unknown = [name for name in options if name not in _OPTIONS and not name.startswith("ssl_")]
         place = parts.netloc.rpartition("@")[2]
         if parts.scheme == "unix":

@@ -7,10 +7,13 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import Connection, UnixDomainSocketConnection
+from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry
 
+from dray.clock import Deadline
 from dray.control.address import RedisAddress
+from dray.errors import TransportError
+from dray.name_resolution import resolve
 
 
 class NoSignalSocket(socket.socket):
@@ -29,8 +32,26 @@ class NoSignalSocket(socket.socket):
 
 
 class _TcpConnection(Connection):
+    """Looks the server's name up within the time for connecting, which redis-py does not bound."""
+
     def _connect(self) -> socket.socket:
-        return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
+        name, failure = self.host, OSError(f"{self.host} has no address")
+        try:
+            for _, address in resolve(name, self.port, Deadline.after(self.socket_connect_timeout)):
+                self.host = address[0]
+                try:
+                    return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
+                except OSError as error:
+                    failure = error
+            raise failure
+        except TransportError as error:
+            raise OSError(error.message) from error  # of a TimeoutError redis-py drops the text
+        finally:
+            self.host = name
+
+
+class _TlsConnection(SSLConnection, _TcpConnection):
+    """TLS above such a connection. Certificates are compared with the name; TLS writes to the socket itself."""
 
 
 class _UnixConnection(UnixDomainSocketConnection):
@@ -38,8 +59,12 @@ class _UnixConnection(UnixDomainSocketConnection):
         return NoSignalSocket.of(super()._connect())  # type: ignore[no-untyped-call]
 
 
-_CONNECTIONS: dict[type, type] = {Connection: _TcpConnection, UnixDomainSocketConnection: _UnixConnection}
-"""What stands for each class of redis-py; TLS keeps its own, as its library writes to the socket itself."""
+_CONNECTIONS: dict[type, type] = {
+    Connection: _TcpConnection,
+    SSLConnection: _TlsConnection,
+    UnixDomainSocketConnection: _UnixConnection,
+}
+"""What stands for each class of redis-py."""
 
 
 class RedisClient:

@@ -18,6 +18,7 @@ from dray.runtime.exit_codes import USER_CODES, ExitCode, meaning
 from dray.runtime.membership import THE_JOB_HAS, MemberState, OutcomeKind, Role
 from dray.runtime.private_file import open_to_append
 from dray.runtime.process import PARENT_VARIABLE
+from dray.system_calls import needed
 
 
 class JobProcess(Protocol):
@@ -183,8 +184,14 @@ class Child:
                 env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             )
         self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
         self._seen = MONOTONIC.now()
+        try:
+            with needed("pidfd_open"):
+                self.pidfd = os.pidfd_open(self.pid)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     @property
     def running(self) -> bool:

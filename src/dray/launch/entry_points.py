@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.children import Child
 from dray.launch.signals import SignalInbox
+from dray.path_text import bytes_of
 from dray.runtime.exit_codes import meaning
 from dray.runtime.job import JobFolder
 
@@ -35,10 +37,12 @@ def check_entry_points(
         ConfigError: they cannot be imported.
     """
     report = folder.run / "entry_points.json"
+    # They may name files: arguments of a process are bytes, as paths are.
+    classes = [os.fsdecode(bytes_of(each)) for each in (config.rollout.worker, config.policy.trainer)]
     child = Child(
         "check",
         "dray.runtime.check_entry_points",
-        [str(job_file.parent), config.rollout.worker, config.policy.trainer, str(report)],
+        [str(job_file.parent), *classes, str(report)],
         folder.run / "check.log",
     )
     deadline = Deadline.after(config.timeouts.start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dray.launch.run_options import RunOptions
 from dray.launch.signals import SignalInbox
 from dray.launch.site import this_machine
 from dray.launch.supervisor import supervise
+from dray.path_text import as_argument
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, short_path
@@ -54,7 +54,8 @@ def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:
         return f"nothing to resume: {error}"
     if found is None and not is_begun(folder.root):
         return "nothing to resume: the run had not begun"
-    command = shlex.join(["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)])
+    words = ["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)]
+    command = " ".join(map(as_argument, words))
     if found is None:
         return f"start again with: {command} (the run has no checkpoint)"
     step = found[1].step

@@ -15,9 +15,11 @@ from pathlib import Path
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch import run_options
+from dray.path_text import path_of
 from dray.runtime.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial
 from dray.runtime.job import JobFolder, short_path
 from dray.runtime.private_file import FOLDER_MODE, make_own_folders, open_own_folder
+from dray.system_calls import needed
 
 KEY = "job.output"
 _LOG = logging.getLogger("dray.launch.output")
@@ -108,7 +110,7 @@ def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
         patience: seconds to wait for another process to give up its lock.
 
     Raises:
-        ConfigError: it is locked.
+        ConfigError: it is locked, or a sandbox refuses locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,7 +119,8 @@ def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
             raise ConfigError(KEY, str(root), "must be a folder that no running job uses") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise
+            with needed("flock"):
+                raise
         _LOG.warning("%s cannot be locked (%s): make sure that no other job uses it", root, error.strerror)
 
 
@@ -160,7 +163,7 @@ def choose_folder(
         ConfigError: the configured folder is an earlier run's, or there is none to go on in.
     """
     if config.job.output is not None:
-        root = Path(config.job.output).absolute()
+        root = path_of(config.job.output).absolute()
         if not resume and used(root):
             allowed = "must be a folder without an earlier run, or go with --resume"
             raise ConfigError(KEY, str(root), allowed)

@@ -7,13 +7,13 @@ import selectors
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from dray.config import JobConfig
 from dray.launch.children import JobProcess
 from dray.launch.replicas import Environment
 from dray.launch.run_options import RunOptions
+from dray.path_text import path_of
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.token_file import token_from_file
 
@@ -131,4 +131,4 @@ def chosen_token(config: JobConfig) -> str | None:
         ConfigError: the file cannot be used.
     """
     path = config.controller.token_file
-    return None if path is None else token_from_file(Path(path))
+    return None if path is None else token_from_file(path_of(path))

@@ -267,8 +267,7 @@ def as_array(name: str, value: npt.ArrayLike) -> Array:
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
-        remedy = "fill it, as x.filled(0) does, and put the mask into a field of its own"
-        raise PayloadFormatError(f"field {name!r} is a masked array, whose mask is not carried: {remedy}")
+        raise PayloadFormatError(f"field {name!r} is a masked array, whose mask is not carried: {_UNMASK}")
     if isinstance(value, Mapping):
         kind = type(value).__name__
         raise PayloadFormatError(f"field {name!r} is a {kind}: a field is one array; give each array in it a name")
@@ -283,7 +282,18 @@ def as_array(name: str, value: npt.ArrayLike) -> Array:
     if array.dtype == np.object_ and not hasattr(value, "dtype"):
         what = "None" if value is None else f"a {type(value).__name__}"
         raise PayloadFormatError(f"field {name!r} is {what}, of which there is no array of numbers")
+    if isinstance(value, list | tuple) and _holds_a_mask(value):
+        raise PayloadFormatError(
+            f"field {name!r} is a {type(value).__name__} of masked arrays, whose masks are not carried: {_UNMASK}"
+        )
     return array
+
+
+def _holds_a_mask(value: object) -> bool:
+    """Whether a value that NumPy has made an array of, so that its depth is bounded, holds a masked array."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_a_mask, value))
+    return isinstance(value, np.ma.MaskedArray)
 
 
 def carried_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -310,6 +320,7 @@ def _not_carried(name: str, dtype: np.dtype[Any]) -> PayloadFormatError:
     return PayloadFormatError(f"field {name!r} has dtype {dtype}, which cannot be carried: {_remedy(dtype)}")
 
 
+_UNMASK = "fill it, as x.filled(0) does, and put the mask into a field of its own"
 _TEXT = "carry text as numbers, such as np.frombuffer(text.encode(), np.uint8)"
 _REMEDIES = {
     "O": "the elements must be numbers, not Python objects",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.path_text import text_of
 from dray.runtime.entry_point import check_entry_points
 from dray.runtime.job import write_json
 from dray.runtime.process import begin_process
@@ -20,7 +21,7 @@ def main() -> int:
     folder, worker, trainer, report = sys.argv[1:]
     mistakes: tuple[ConfigError, ...] = ()
     try:
-        check_entry_points(worker, trainer, Path(folder))
+        check_entry_points(text_of(worker), text_of(trainer), Path(folder))
     except ConfigError as error:
         mistakes = error.mistakes
     parts = [{name: getattr(each, name) for name in ("key", "value", "allowed", "problem")} for each in mistakes]

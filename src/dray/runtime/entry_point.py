@@ -14,6 +14,7 @@ from typing import Any
 from dray.config import ENTRY_POINT_FORM
 from dray.errors import ConfigError
 from dray.forking import parent_only
+from dray.path_text import path_of
 from dray.printable import printable
 from dray.runtime.contract import PolicyTrainer, RolloutWorker
 from dray.runtime.user_code import described_error
@@ -29,9 +30,10 @@ def load_entry_point(key: str, text: str, folder: Path) -> type[Any]:
         ConfigError: the module cannot be found or imported, or has no such class.
     """
     module_name, _, class_name = text.partition(":")
-    module = (
-        _file(key, text, folder / module_name) if module_name.endswith(".py") else _module(key, text, module_name)
-    )
+    if module_name.endswith(".py"):
+        module = _file(key, text, folder / path_of(module_name))
+    else:
+        module = _module(key, text, module_name)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = sorted(

@@ -105,7 +105,8 @@ class JobSpec:
     def write(self) -> None:
         """Write to the folder's `spec`, readable by the owner only."""
         document = {
-            "config": self.config.model_dump(mode="json"),
+            # Without the configured folder, which `folder` stands for: its name need not be text.
+            "config": self.config.model_dump(mode="json", exclude={"job": {"output"}}),
             "job_file": str(self.job_file),
             "output": str(self.folder.root),
             "secret": self.secret.hex(),

@@ -216,6 +216,9 @@ class Exchanges:
         self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError, deadline: Deadline
     ) -> None:
         """Note a failed attempt; returns if another one is due and has time, else raises what it comes to."""
+        if isinstance(error, Unreachable) and error.lane_unusable and attempts.leave_lane(endpoint):
+            self._give_up_lane(Endpoint.parse(endpoint).lane, error)
+            return
         now = self._clock.now()
         with self._lock:
             final = attempts.give_up(endpoint, error, now)
@@ -234,6 +237,14 @@ class Exchanges:
             raise error
         if final is not None:
             raise final from error
+
+    def _give_up_lane(self, lane: Lane, error: TransportError) -> None:
+        """Use a lane no more that this machine cannot use, and log that once."""
+        with self._lock:
+            known = lane not in self._lanes
+            self._lanes = tuple(each for each in self._lanes if each != lane)
+        if not known:
+            logger.warning("this client goes on without the %s lane: %s", lane.label, error.message)
 
     def _note(self, endpoint: str, error: TransportError, following: str | None) -> None:
         """Count the retry that follows a failed attempt, and log both: the first at an endpoint is a warning."""

@@ -27,8 +27,8 @@ def shake_hands(
     stream.send([handshake.hello()])
     descriptor = -1
     try:
-        # Within the block: CPython 3.11 misses an exception of a signal handler that comes with the jump back to a loop
-        # with which a block begins.
+        # Within the block: CPython 3.11 misses an exception of a signal handler that comes with the jump back to a
+        # loop that is the first statement of a block.
         answer: bytes | None = b""
         while answer is not None:
             while not stream.flush():

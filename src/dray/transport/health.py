@@ -9,7 +9,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from dray.errors import OutOfResources, ProducerLostError, ServerBusy, TransportError, Unreachable
+from dray.errors import ConfigError, OutOfResources, ProducerLostError, ServerBusy, TransportError, Unreachable
+from dray.printable import printable
 from dray.transport.stream import Endpoint
 
 QUARANTINE_SECONDS = 30.0
@@ -127,10 +128,25 @@ def is_elsewhere(error: TransportError) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def by_lane(endpoints: tuple[str, ...], lanes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    """The distinct endpoints of each lane that has any, in the order of `lanes`."""
-    distinct = dict.fromkeys(endpoints)
-    found = (tuple(e for e in distinct if Endpoint.parse(e).lane == lane) for lane in lanes)
-    return tuple(filter(None, found))
+    """The distinct endpoints of each lane that has any, in the order of `lanes`.
+
+    What is no endpoint, or one of a later version, is left out where another one is on one of the lanes.
+
+    Raises:
+        ConfigError: no endpoint is on one of the lanes, and not all are endpoints.
+    """
+    found: dict[int, list[str]] = {lane: [] for lane in lanes}
+    unusable = []
+    for endpoint in dict.fromkeys(endpoints):
+        try:
+            lane = Endpoint.parse(endpoint).lane
+        except ConfigError as error:
+            unusable.append(error)
+        else:
+            found.get(lane, []).append(endpoint)
+    if unusable and not any(found.values()):
+        raise ConfigError.of(unusable)
+    return tuple(tuple(each) for each in found.values() if each)
 
 
 class ReadAttempts:
@@ -193,6 +209,13 @@ class ReadAttempts:
                 return choice[self._rotation % len(choice)]
         raise AssertionError("choose was called after give_up")
 
+    def leave_lane(self, endpoint: str) -> bool:
+        """Try no more endpoints of the lane of `endpoint`, if there is another lane; whether there is."""
+        others = [lane for lane in self._by_lane if endpoint not in lane]
+        if others:
+            self._by_lane = others
+        return bool(others)
+
     def give_up(
         self, endpoint: str, error: TransportError, now: float
     ) -> TransportError | ProducerLostError | None:
@@ -212,7 +235,7 @@ class ReadAttempts:
         asked = [e for lane in self._by_lane for e in lane]
         if len(self._ruled_out) == len(asked):
             return ProducerLostError(
-                f"the producer is gone: nobody answers for it at {', '.join(asked)}", endpoint=endpoint
+                f"the producer is gone: nobody answers for it at {printable(', '.join(asked))}", endpoint=endpoint
             )
         return error if self._left == 0 else None
 

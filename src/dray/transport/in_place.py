@@ -75,8 +75,8 @@ class Graveyard:
         if self._running is None and not self._closed:
             running = _thread.allocate_lock()
             running.acquire()
-            # Not a `threading.Thread`: after an exception of a signal handler in its `start` the new thread may wait
-            # for ever.
+            # Not a `threading.Thread`: an exception of a signal handler in its `start` may leave the new thread
+            # waiting for ever.
             _thread.start_new_thread(self._run, (running,))
             self._running = running
 

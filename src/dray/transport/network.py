@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from dray.clock import Deadline
+from dray.errors import Unreachable
 from dray.transport import tcp, ucx, unix
 from dray.transport.stream import Endpoint, Stream
 from dray.transport.ucx_sockets import is_loopback
 from dray.transport.ucx_worker import UcxWorker
-from dray.transport.waiting import PollWaiter, Wake
+from dray.transport.waiting import PollWaiter, Wake, addresses_of
 from dray.wire.handshake import Lane
 
 
@@ -89,7 +91,12 @@ class KernelNetwork:
         if address.lane is Lane.TCP:
             return tcp.connect(address.host, address.port, deadline, self._wake)
         assert isinstance(group, UcxWorker)
-        return ucx.connect(group, address.host, address.port)
+        # UCX asks the system's resolver itself, without a bound: it gets numeric addresses only.
+        found = addresses_of(address.host, address.port, deadline, str(address), self._wake)
+        for family, place in found:
+            if family is socket.AF_INET:
+                return ucx.connect(group, place[0], address.port)
+        raise Unreachable("the host has no IPv4 address, which UCX needs", endpoint=str(address))
 
     def waiter(self, lasting: bool = False) -> Waiter:
         return PollWaiter(None if lasting else self._wake)

@@ -18,7 +18,7 @@ import xxhash
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError
+from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError, Unreachable
 from dray.payload.codec import plan
 from dray.payload.tensor_spec import PayloadSchema
 from dray.private_directory import PrivateDirectory
@@ -26,7 +26,7 @@ from dray.telemetry import Counters
 from dray.transport.served_connections import ThreadSettings
 from dray.transport.server_thread import ServerThread
 from dray.transport.stream import LANE_NAMES
-from dray.transport.tcp import TcpListener
+from dray.transport.tcp import TcpListener, listening_address
 from dray.transport.ucx import UcxListener
 from dray.transport.ucx_sockets import is_loopback
 from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
@@ -53,9 +53,10 @@ class PayloadServer:
     Args:
         ring: where the payloads are. It must outlive the server, and stays the caller's to close.
         lanes: which lanes to serve; ``"auto"`` is ``shm`` and, with a secret, ``tcp`` and, where ``ucxx`` is
-            installed, ``ucx``. Loopback is no boundary between users: where ``tcp`` or ``ucx`` is named and there
-            is no secret, every user of the machine can read and consume, and a warning is logged.
-        host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise.
+            installed and works, ``ucx``. Loopback is no boundary between users: where ``tcp`` or ``ucx`` is named
+            and there is no secret, every user of the machine can read and consume, and a warning is logged.
+        host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise. A name is looked up once,
+            here: references carry the numeric address.
         port: first port to try; 0 takes any.
         threads: how many server threads, 1 … 16.
         secret: the job's secret, at least 16 random bytes (`dray.make_secret` makes one); with it, readers must
@@ -101,10 +102,14 @@ class PayloadServer:
     ) -> None:
         check_secret(secret)
         self._lanes = _served(lanes, secret)
+        named = host
+        if self._lanes != {Lane.SHM}:
+            host = listening_address(named)
         if ":" in host and lanes == "auto":
             self._lanes -= {Lane.UCX}  # ucxx listens on IPv4 only
         elif ":" in host and Lane.UCX in self._lanes:
-            raise ConfigError("host", host, "an IPv4 address where the ucx lane is served")
+            meant = "" if host == named else f", which {named!r} does not mean here (it means {host})"
+            raise ConfigError("host", named, f"an IPv4 address where the ucx lane is served{meant}")
         if not 1 <= threads <= MOST_THREADS:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
         if max_leases < 1:
@@ -119,9 +124,16 @@ class PayloadServer:
                 raise ConfigError(key, seconds, "0 seconds or more")
         if secret is None and self._lanes != {Lane.SHM}:
             if not is_loopback(host):
-                raise ConfigError("host", host, "a loopback address, or any with a secret configured")
+                raise ConfigError("host", named, "a loopback address, or any with a secret configured")
             open_lanes = "/".join(lane.label for lane in Lane if lane in self._lanes - {Lane.SHM})
             logger.warning("%s without a secret: every user of this machine can read and consume", open_lanes)
+        if host != named and is_loopback(host) and "localhost" not in named:
+            logger.warning(
+                "host %r means %s here, a loopback address: other machines cannot reach this server; for them "
+                "give the address of one of this machine's interfaces",
+                named,
+                host,
+            )
         self._ring = ring
         self._host = host
         self._port = port
@@ -138,7 +150,8 @@ class PayloadServer:
         self._threads: list[ServerThread] = []
         self._directory = PrivateDirectory(directory) if Lane.SHM in self._lanes else None
         try:
-            for index in range(threads):
+            self._threads.append(self._make_first_thread(lanes))
+            for index in range(1, threads):
                 self._threads.append(self._make_thread(index))
             by_lane = zip(*(thread.endpoints for thread in self._threads), strict=True)
             self.endpoints = tuple(endpoint for lane in by_lane for endpoint in lane)
@@ -248,6 +261,19 @@ class PayloadServer:
         except ProtocolError as error:
             allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
             raise ConfigError("threads", len(self._threads), allowed) from error
+
+    def _make_first_thread(self, lanes: Sequence[str] | str) -> ServerThread:
+        """It shows which lanes this machine can use."""
+        try:
+            return self._make_thread(0)
+        except Unreachable as error:
+            if not error.lane_unusable:
+                raise
+            if lanes != "auto":
+                raise ConfigError("lanes", lanes, f"lanes that this machine can use ({error.message})") from error
+            logger.warning("this server goes on without the ucx lane: %s", error.message)
+        self._lanes -= {Lane.UCX}
+        return self._make_thread(0)
 
     def _make_thread(self, index: int) -> ServerThread:
         with contextlib.ExitStack() as opened:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dray.errors import ConfigError
+from dray.path_text import bytes_of
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.wire.contract import Outgoing
 from dray.wire.handshake import Lane
@@ -107,7 +108,7 @@ class Endpoint:
 
     Attributes:
         lane: the lane that serves it.
-        host: host name or numeric address; the socket's path on the Unix lane.
+        host: host name or numeric address; on the Unix lane the socket's path, as `dray.path_text` has it.
         port: port number; 0 on the Unix lane.
     """
 
@@ -150,7 +151,7 @@ def _parse(address: str) -> Endpoint:
 def _is_path(text: str) -> bool:
     """A Unix socket can have this path: an address comes from elsewhere."""
     try:
-        encoded = text.encode()
+        encoded = bytes_of(text)
     except UnicodeEncodeError:
         return False
     return 0 < len(encoded) <= MAX_SOCKET_PATH and b"\0" not in encoded

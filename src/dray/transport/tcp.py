@@ -9,17 +9,18 @@ from dray.admission import BACKLOG
 from dray.clock import Deadline
 from dray.errors import ConfigError, TransportError, Unreachable
 from dray.forking import not_inherited
+from dray.name_resolution import MAX_RESOLVE_SECONDS, resolve
 from dray.transport.sockets import SocketStream, from_os_error, make_socket
 from dray.transport.stream import Endpoint
 from dray.transport.unix import accept, connect_socket
-from dray.transport.waiting import Wake
+from dray.transport.waiting import Wake, addresses_of
 from dray.wire.handshake import Lane
 
 _PORTS_TO_TRY = 64
 
 
 class TcpListener:
-    """Listens on `host`, on `port` or, where that is taken, on the next free one; port 0 takes any."""
+    """Listens on a numeric address, on `port` or, where that is taken, on the next free one; port 0 takes any."""
 
     def __init__(self, host: str, port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -49,6 +50,25 @@ class TcpListener:
         self._sock.close()
 
 
+def listening_address(host: str) -> str:
+    """The numeric address to listen at, and to advertise, for `host`: a client then needs no name server.
+
+    Of a name's addresses an IPv4 one is preferred, as UCX listens at no other.
+
+    Raises:
+        ConfigError: the host is unknown.
+    """
+    if ":" in host:
+        return host  # with its zone, if it has one
+    try:
+        found = resolve(host, 0, Deadline.after(MAX_RESOLVE_SECONDS))
+    except TransportError as error:
+        allowed = f"an address of this machine, or a name that means one ({error.message})"
+        raise ConfigError("host", host, allowed) from error
+    _, address = min(found, key=lambda each: each[0] is not socket.AF_INET)
+    return str(address[0])
+
+
 def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
     """Bind to the first free port from `port` on.
 
@@ -71,17 +91,13 @@ def connect(host: str, port: int, deadline: Deadline, wake: Wake | None = None) 
 
     Raises:
         Unreachable: the host is unknown, or nobody listens there.
-        TransportTimeout: there was no answer until the deadline.
+        TransportTimeout: there was no answer until the deadline, from a name server or from the host.
         OutOfResources: no descriptor is left for the connection.
     """
     endpoint = str(Endpoint(Lane.TCP, host, port))
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise Unreachable(f"the host is unknown: {error}", endpoint=endpoint) from error
     failure: Unreachable | None = None
-    for family, kind, protocol, _, address in found:
-        sock = make_socket(family, kind, protocol)
+    for family, address in addresses_of(host, port, deadline, endpoint, wake):
+        sock = make_socket(family)
         try:
             connect_socket(sock, address, deadline, endpoint, wake)
         except Unreachable as error:

@@ -30,7 +30,7 @@ from dray.errors import (
     Unreachable,
 )
 from dray.transport.stream import Endpoint
-from dray.transport.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
+from dray.transport.ucx_sockets import SilentPeers, can_name_peers, confine, is_loopback, listening_socket
 from dray.transport.ucx_worker import Abandoned, UcxWorker, from_ucx_error
 from dray.wire.contract import Outgoing, Payload
 from dray.wire.handshake import Lane
@@ -306,7 +306,9 @@ class UcxListener:
         except BaseException:
             self.close()
             raise
-        self.endpoint = str(Endpoint(Lane.UCX, host, self._listener.port))
+        # UCX answers at no other address of the loopback network, such as the 127.0.1.1 of Debian's host names.
+        advertised = "127.0.0.1" if is_loopback(host) else host
+        self.endpoint = str(Endpoint(Lane.UCX, advertised, self._listener.port))
 
     @property
     def waiting(self) -> bool:
@@ -360,7 +362,7 @@ class UcxListener:
 
 
 def connect(worker: UcxWorker, host: str, port: int) -> UcxStream:
-    """Begin a connection to a server's UCX endpoint; the handshake shows whether it stands.
+    """Begin a connection to a server's UCX endpoint at a numeric address; the handshake shows whether it stands.
 
     Raises:
         Unreachable: the host is unknown.

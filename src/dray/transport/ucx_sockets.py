@@ -24,6 +24,7 @@ from dray.clock import MONOTONIC, Clock
 from dray.errors import ConfigError, Unreachable
 from dray.forking import not_inherited
 
+_OWN_ADDRESS = "an IPv4 address of one of this machine's interfaces"
 _IFNAME = struct.Struct("16s16x")
 _IFADDR = struct.Struct("20x4s8x")
 _SIOCGIFADDR = 0x8915
@@ -338,11 +339,14 @@ def _interface(host: str) -> str:
         return "lo"
     import fcntl  # there is none where dray only has to import
 
-    wanted = socket.inet_aton(socket.gethostbyname(host))
+    try:
+        wanted = socket.inet_pton(socket.AF_INET, host)
+    except OSError as error:
+        raise ConfigError("host", host, _OWN_ADDRESS) from error
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
                 answer = fcntl.ioctl(query, _SIOCGIFADDR, _IFNAME.pack(name.encode()))
                 if _IFADDR.unpack(answer)[0] == wanted:
                     return name
-    raise ConfigError("host", host, "an IPv4 address of one of this machine's interfaces")
+    raise ConfigError("host", host, _OWN_ADDRESS)

@@ -118,7 +118,10 @@ class UcxWorker:
         data_ports: TCP ports to which UCX connects other workers with this one.
 
     Raises:
+        MissingDependencyError: the package is not installed, or does not load.
         OutOfResources: too few descriptors are left for it.
+        Unreachable: UCX cannot be used on this machine (`lane_unusable`).
+        TransportError: UCX makes no worker.
     """
 
     def __init__(self, loopback: bool) -> None:
@@ -131,6 +134,9 @@ class UcxWorker:
             self._worker, opened = ports_opened(lambda: self.ucx.UCXWorker(context))
             address = self.ucx.UCXAddress.create_from_worker(self._worker).tobytes()
             self._worker.init_blocking_progress_mode()
+        except (self.ucx.UCXShmemSegmentError, self.ucx.UCXNoDeviceError) as error:
+            message = f"UCX cannot be used on this machine: {error}{_shared_memory_remark()}"
+            raise Unreachable(message, lane_unusable=True) from error
         except self.ucx.UCXError as error:
             raise descriptors_exhausted("a UCX worker") or from_ucx_error(error) from error
         # Another thread may have opened others meanwhile.
@@ -194,7 +200,11 @@ class UcxWorker:
         self._settled = Deadline.after(_SETTLE_SECONDS)
 
     def connect(self, host: str, port: int) -> Any:
-        """An endpoint towards a listener; whether it stands shows in its first exchange."""
+        """An endpoint towards a listener; whether it stands shows in its first exchange.
+
+        Args:
+            host: a numeric IPv4 address; a name would be looked up without a bound.
+        """
         try:
             return self.ucx.UCXEndpoint.create(self._worker, host, port, True)
         except self.ucx.UCXError as error:
@@ -323,3 +333,9 @@ def _make_context(loopback: bool, pid: int) -> Any:  # noqa: ARG001  (pid is the
     chosen = {name: value for name, value in options.items() if f"UCX_{name}" not in os.environ}
     features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
     return ucx.UCXContext(chosen, features)
+
+
+def _shared_memory_remark() -> str:
+    """UCX keeps memory that it shares in /dev/shm: what is wrong with that folder, if anything."""
+    folder = "/dev/shm"
+    return "" if os.access(folder, os.W_OK) else f"; it needs a {folder} that can be written to"

@@ -20,6 +20,7 @@ from dray.errors import (
     Unreachable,
 )
 from dray.forking import not_inherited
+from dray.path_text import bytes_of, path_of, text_of
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.resources import descriptors_exhausted, keep_result
 from dray.transport.sockets import SocketStream, from_os_error, make_socket
@@ -92,10 +93,10 @@ class UnixListener:
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             raise ConfigError("socket path", str(path), f"at most {MAX_SOCKET_PATH} bytes")
         self.path = path
-        self.endpoint = f"unix:{path}"
+        self.endpoint = f"unix:{text_of(path)}"
         self._sock = not_inherited(make_socket(socket.AF_UNIX))
         try:
-            self._sock.bind(str(path))
+            self._sock.bind(os.fsencode(path))
             self._sock.listen(admission.BACKLOG)
         except OSError as error:
             self._sock.close()
@@ -138,18 +139,22 @@ def accept(listening: socket.socket) -> socket.socket | None:
 def connect(path: str, deadline: Deadline) -> UnixStream:
     """Connect to a server's Unix socket.
 
+    Args:
+        path: as `dray.path_text` has it.
+
     Raises:
         Unreachable: there is no such socket, or nobody listens on it; without even its folder, which is there as
             long as a server lives, the socket is another host's.
         TransportTimeout: its backlog stayed full until the deadline.
         OutOfResources: no descriptor is left for the connection.
     """
+    address = bytes_of(path)
     sock = make_socket(socket.AF_UNIX)
     try:
-        connect_socket(sock, path, deadline, f"unix:{path}")
+        connect_socket(sock, address, deadline, f"unix:{path}")
     except Unreachable as error:
         sock.close()
-        error.elsewhere = error.refused and not Path(path).parent.is_dir()
+        error.elsewhere = error.refused and not path_of(path).parent.is_dir()
         raise
     except BaseException:
         sock.close()
@@ -157,7 +162,7 @@ def connect(path: str, deadline: Deadline) -> UnixStream:
     return UnixStream(sock)
 
 
-SocketAddress = str | tuple[Any, ...]
+SocketAddress = bytes | tuple[Any, ...]
 
 
 def connect_socket(

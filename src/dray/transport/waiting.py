@@ -8,6 +8,7 @@ import threading
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout
+from dray.name_resolution import AWAITED, Address, resolve
 from dray.resources import needing
 from dray.transport.sockets import poll_timeout
 from dray.transport.spinning import Spinning
@@ -112,6 +113,21 @@ class PollWaiter:
         spinning = self._spinning
         if not (wake.wait(spinning, deadline) if wake is not None else spinning(poll_timeout(deadline))):
             raise timed_out(deadline, awaited, endpoint)
+
+
+def addresses_of(host: str, port: int, deadline: Deadline, endpoint: str, wake: Wake | None) -> list[Address]:
+    """The addresses of a server's host, in the order in which they are to be tried.
+
+    Raises:
+        Unreachable: the host is unknown.
+        TransportTimeout: the name server did not answer before the deadline.
+        BufferClosedError: the client is closed.
+    """
+
+    def wait(descriptor: int) -> None:
+        PollWaiter(wake).wait_for(descriptor, select.POLLIN, deadline, AWAITED, endpoint)
+
+    return resolve(host, port, deadline, wait, endpoint)
 
 
 def timed_out(deadline: Deadline, awaited: str, endpoint: str) -> TransportTimeout:

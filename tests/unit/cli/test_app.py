@@ -51,13 +51,11 @@ def test_every_mistake_of_a_job_file_is_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)
-@pytest.mark.parametrize("name", ["", "\udcff"])
-def test_output_that_is_no_name_of_a_folder_is_one_line(tmp_path: Path, command: list[str], name: str) -> None:
+def test_output_that_is_no_name_of_a_folder_is_one_line(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "job.toml").write_text(JOB)
-    ended = dray(*command, str(tmp_path / "job.toml"), "--output", name)
+    ended = dray(*command, str(tmp_path / "job.toml"), "--output", "")
     assert (ended.returncode, ended.stdout) == (2, "")
-    allowed = "the name of a folder, in UTF-8"
-    assert ended.stderr == f"error: --output = {name!r} is not allowed: {allowed}\n"
+    assert ended.stderr == "error: --output = '' is not allowed: the name of a folder\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)

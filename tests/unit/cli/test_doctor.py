@@ -24,6 +24,7 @@ MACHINE = Machine(
     rdma_devices=(),
     memlock=None,
     open_files=4096,
+    refused_calls=(),
     ucx_variables={"UCX_TLS": "tcp"},
 )
 
@@ -55,6 +56,17 @@ def test_the_json_form_holds_lanes_machine_and_verdict():
     assert document["lanes"]["shm"]["works"] is True
     assert document["lanes"]["ucx"]["remedy"]
     assert document["machine"]["versions"] == {"dray": "0.1.0", "torch": None}
+
+
+def test_system_calls_that_are_refused_are_a_fact_and_a_remark_that_says_what_to_allow():
+    refused = replace(MACHINE, refused_calls=("memfd_create", "flock"))
+    assert dict(facts(refused))["system calls"] == "refused: memfd_create, flock"
+    (remark,) = remarks(refused)
+    assert remark.startswith(
+        "the system calls memfd_create, flock are refused: they must be allowed by the sandbox"
+    )
+    assert dict(facts(MACHINE))["system calls"] == "allowed"
+    assert list(remarks(MACHINE)) == []
 
 
 def test_facts_name_what_is_absent():

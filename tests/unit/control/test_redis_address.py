@@ -1,3 +1,4 @@
+import os
 import traceback
 
 import pytest
@@ -21,6 +22,14 @@ def test_address_shows_the_place_and_never_the_password(url: str, shown: str) ->
     assert str(address) == shown
     assert "same" not in repr(address)
     assert "same" in address.options()["password"]
+
+
+@pytest.mark.parametrize("folder", [b"/run/\xff", "/run/é".encode(), b"/run/a%20b c"])
+def test_socket_is_found_whatever_bytes_its_path_has(folder: bytes) -> None:
+    path = os.fsdecode(folder + b"/s")
+    address = RedisAddress.of_socket(path, "sesame")
+    assert address.url.isascii()
+    assert address.options()["path"] == path
 
 
 @pytest.mark.parametrize(

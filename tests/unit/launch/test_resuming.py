@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ def test_command_can_be_pasted_into_a_shell_whatever_the_folder_is_called(tmp_pa
     line = how_to_resume(with_checkpoint(root, 5), root / "job.toml", 10)
     words = shlex.split(line.removeprefix("resume with: ").removesuffix(" (checkpoint of step 5)"))
     assert words == ["dray", "run", "--resume", str(root / "job.toml"), "--output", str(root)]
+
+
+def test_command_can_be_pasted_into_a_shell_where_the_folder_is_not_utf_8(tmp_path: Path) -> None:
+    root = tmp_path / "it's \udcff"
+    line = how_to_resume(with_checkpoint(root, 5), tmp_path / "job.toml", 10)
+    assert line.isprintable()
+    word = line.partition("--output ")[2].removesuffix(" (checkpoint of step 5)")
+    shown = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, timeout=30, check=True)
+    assert shown.stdout == os.fsencode(root)
 
 
 def test_run_without_a_checkpoint_says_how_it_is_started_again(tmp_path: Path) -> None:

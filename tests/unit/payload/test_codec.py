@@ -18,6 +18,9 @@ from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
 from dray.payload import PayloadSchema, TensorSpec, header, max_nbytes, pack, plan, unpack, unpack_metadata
 from dray.payload.tensor_spec import DTYPES
 
+# NumPy 1 has no such dtype.
+STRINGS = np.array(["a"], np.dtypes.StringDType() if hasattr(np.dtypes, "StringDType") else np.str_)
+
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (2, 0, 3), (2, 3, 4)]
 NUMPY_NATIVE = [name for name in DTYPES if name not in ("BF16", "F8_E4M3", "F8_E5M2")]
 
@@ -196,7 +199,7 @@ def test_array_subclasses_are_packed_as_arrays(tmp_path):
         np.zeros(2, [("a", "f4")]),
         np.zeros(2, ml_dtypes.float8_e4m3b11fnuz),
         np.zeros(2, ml_dtypes.int4),
-        np.array(["a"], np.dtypes.StringDType()),
+        STRINGS,
     ],
     ids=lambda value: str(getattr(value, "dtype", value)),
 )
@@ -219,6 +222,8 @@ class _Opaque: ...
         ([[1, 2], [3]], "lists of different lengths"),
         (np.ma.masked_less(np.arange(4.0), 2), "is a masked array, whose mask is not carried"),
         (np.ma.masked, "is a masked array"),
+        ([np.ma.masked_less(np.arange(4.0), 2)], "is a list of masked arrays, whose masks are not carried: fill"),
+        (([[0.0, 1.0]], [np.ma.masked_less(np.arange(2.0), 1)]), "is a tuple of masked arrays"),
     ],
 )
 def test_what_is_no_array_is_an_error_that_names_field_and_kind(value, words):
@@ -228,9 +233,14 @@ def test_what_is_no_array_is_an_error_that_names_field_and_kind(value, words):
     assert words in str(caught.value)
 
 
+def test_a_dtype_that_cannot_be_carried_is_an_error_in_a_schema():
+    with pytest.raises(PayloadFormatError, match="cannot be carried: carry text as numbers"):
+        TensorSpec.of(STRINGS.dtype)
+
+
 def test_what_is_no_array_is_an_error_with_a_schema_as_well():
     schema = PayloadSchema({"odd": TensorSpec("F32", (None,))})
-    for value in (np.ma.masked_less(np.arange(4.0), 2), np.array(["a"], np.dtypes.StringDType()), {"x": 1}):
+    for value in (np.ma.masked_less(np.arange(4.0), 2), STRINGS, {"x": 1}):
         with pytest.raises(PayloadFormatError, match="field 'odd'"):
             pack({"odd": value}, schema)
 

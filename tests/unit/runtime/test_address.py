@@ -25,6 +25,16 @@ def test_advertised_address_is_the_bound_one(tmp_path: Path) -> None:
             bind("127.0.0.1", port)
 
 
+def test_controller_listens_at_an_ipv6_address_and_advertises_it_in_brackets(tmp_path: Path) -> None:
+    (tmp_path / ".run").mkdir()
+    folder = JobFolder(tmp_path)
+    with bind("::1", 0) as listener:
+        advertise(folder, listener, "token of the job")
+        port = listener.getsockname()[1]
+        assert json.loads(folder.controller_address.read_text())["url"] == f"http://[::1]:{port}"
+        socket.create_connection(("::1", port)).close()
+
+
 def test_host_of_another_machine_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="address of this machine"):
         bind("192.0.2.1", 0)

@@ -12,6 +12,7 @@ from dray.wire.handshake import Lane
         ("unix:/with:colon", Endpoint(Lane.SHM, "/with:colon")),
         ("tcp:127.0.0.1:40001", Endpoint(Lane.TCP, "127.0.0.1", 40001)),
         ("ucx:node-7.cluster:1", Endpoint(Lane.UCX, "node-7.cluster", 1)),
+        ("unix:/not-\udcff-utf-8/0.sock", Endpoint(Lane.SHM, "/not-\udcff-utf-8/0.sock")),
         ("tcp:[fd00::2]:65535", Endpoint(Lane.TCP, "fd00::2", 65535)),
     ],
 )

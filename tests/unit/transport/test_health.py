@@ -1,6 +1,7 @@
 import pytest
 
 from dray.errors import (
+    ConfigError,
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
@@ -39,6 +40,29 @@ def attempts(
     most: int = 2,
 ) -> ReadAttempts:
     return ReadAttempts(by_lane(tuple(endpoints), tuple(lanes)), quarantine or Quarantine(), rotation, most)
+
+
+def test_endpoints_that_cannot_be_parsed_do_not_spoil_the_others() -> None:
+    endpoints = ("rdma:h:1", "tcp:h:0", "unix:\ud800", "tcp:h:1", "")
+    assert by_lane(endpoints, (Lane.SHM, Lane.UCX, Lane.TCP)) == (("tcp:h:1",),)
+
+
+def test_a_reference_without_an_endpoint_that_can_be_used_names_those_that_cannot() -> None:
+    with pytest.raises(ConfigError) as caught:
+        by_lane(("rdma:h:1", "tcp:h:0", "unix:/a"), (Lane.TCP,))
+    assert [mistake.value for mistake in caught.value.mistakes] == ["rdma:h:1", "tcp:h:0"]
+    assert by_lane(("unix:/a",), (Lane.TCP,)) == ()
+
+
+def test_a_lane_that_cannot_be_used_is_left_for_the_others_and_kept_where_it_is_alone() -> None:
+    several = attempts(["ucx:h:1", "ucx:h:2", *TCP])
+    assert several.choose(0.0) == "ucx:h:1"
+    assert several.leave_lane("ucx:h:1")
+    assert several.choose(0.0) in TCP
+    assert not several.last
+    alone = attempts(["ucx:h:1", "ucx:h:2"])
+    assert not alone.leave_lane("ucx:h:1")
+    assert alone.choose(0.0) == "ucx:h:1"
 
 
 def test_quarantine_ends_after_its_time() -> None:

@@ -1,0 +1,157 @@
+"""The addresses of a host, found within a deadline.
+
+The system's resolver has no deadline: with a silent name server `getaddrinfo` returns after ten seconds or more,
+and nothing ends it before. A name is therefore looked up in a daemon thread. A caller waits for that thread as
+long as its own deadline allows, and leaves it behind then. A numeric address needs neither resolver nor thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from dray.clock import Deadline
+from dray.errors import TransportTimeout, Unreachable
+
+MAX_QUERIES = 16
+"""Names that are looked up at one time; each has a thread until the system's resolver returns."""
+
+MAX_RESOLVE_SECONDS = 10.0
+"""Seconds that a process waits, at its start, for the addresses of a name that it is to listen at."""
+
+Address: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
+"""A family, and the address as a socket of that family takes it."""
+
+AWAITED = "the name server"
+"""What a caller of `resolve` waits for, in words."""
+
+
+def resolve(
+    host: str,
+    port: int,
+    deadline: Deadline,
+    wait: Callable[[int], None] | None = None,
+    endpoint: str | None = None,
+) -> list[Address]:
+    """The addresses of `host` with `port`, in the order in which they are to be tried; at least one.
+
+    Args:
+        host: a numeric address or a name.
+        wait: waits until a descriptor is readable, or raises; by default until `deadline`.
+        endpoint: what errors name.
+
+    Raises:
+        Unreachable: the host is unknown, or too many names are being looked up.
+        TransportTimeout: the name server did not answer before the deadline.
+    """
+    try:
+        try:
+            found = _ask(host, socket.AI_NUMERICHOST)
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_NONAME:
+                raise
+            found = _answer(host, deadline, wait, endpoint)
+    except (socket.gaierror, ValueError) as error:  # ValueError: a label is too long, or there is a NUL
+        raise Unreachable(f"the host {host!r} is unknown: {error}", endpoint=endpoint) from error
+    except OSError as error:
+        raise Unreachable(f"the host {host!r} cannot be looked up: {error}", endpoint=endpoint) from error
+    return [(family, (address[0], port, *address[2:])) for family, address in found]
+
+
+def _ask(host: str, flags: int = 0) -> list[Address]:
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+# --- queries --------------------------------------------------------------------------------------------------
+
+
+class _Query:
+    """One question to the system's resolver, for every thread that has it at the time."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.answer: list[Address] | OSError | ValueError | None = None
+        self.wakes: set[int] = set()
+
+    def run(self) -> None:
+        try:
+            answer: list[Address] | OSError | ValueError = _ask(self.host)
+        except (OSError, ValueError) as error:
+            answer = error
+        with _lock:
+            self.answer = answer
+            del _queries[self.host]
+            for wake in self.wakes:
+                os.eventfd_write(wake, 1)
+
+
+_lock = threading.RLock()  # a signal handler may fork while it is held
+_queries: dict[str, _Query] = {}
+
+
+def _answer(
+    host: str, deadline: Deadline, wait: Callable[[int], None] | None, endpoint: str | None
+) -> list[Address]:
+    wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        query = _begin(host, wake, endpoint)
+        try:
+            if wait is not None:
+                wait(wake)
+            else:
+                _wait(wake, deadline, endpoint)
+        finally:
+            with _lock:
+                query.wakes.discard(wake)
+    finally:
+        os.close(wake)
+    match query.answer:
+        case list() as found:
+            return found
+        case Exception() as error:
+            # Other threads raise it too: each with a traceback of its own.
+            raise type(error)(*error.args) from error
+        case _:
+            raise AssertionError("the wait for a query ended before it had an answer")
+
+
+def _begin(host: str, wake: int, endpoint: str | None) -> _Query:
+    """The query for `host` under way, or a new one; `wake` is written to when it has an answer."""
+    with _lock:
+        query = _queries.get(host)
+        if query is None:
+            if len(_queries) >= MAX_QUERIES:
+                raise Unreachable(
+                    f"{MAX_QUERIES} other names are being looked up, and the name server does not answer",
+                    endpoint=endpoint,
+                )
+            query = _Query(host)
+            threading.Thread(target=query.run, name="dray-name-resolution", daemon=True).start()
+            _queries[host] = query
+        query.wakes.add(wake)
+    return query
+
+
+def _wait(wake: int, deadline: Deadline, endpoint: str | None) -> None:
+    poll = select.poll()
+    poll.register(wake, select.POLLIN)
+    timeout = deadline.timeout
+    if not poll.poll(None if timeout is None else timeout * 1000):
+        raise TransportTimeout(
+            f"no answer while waiting for {AWAITED}", endpoint=endpoint, elapsed=deadline.elapsed
+        )
+
+
+def _forget_in_child() -> None:
+    """The threads that look names up are the parent's."""
+    _queries.clear()
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_forget_in_child)
