@@ -31,7 +31,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-from dray.resources import check_descriptors, descriptors_exhausted
+from dray.resources import check_descriptors, descriptors_exhausted, keep_result
 from dray.transport.ucx_sockets import drop_all_packets, ports_opened
 
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
@@ -148,6 +148,8 @@ class UcxWorker:
         self._abandoned: list[Abandoned] = []
         self._retired: list[tuple[Any, Callable[[Any], None]]] = []
         self._settled = Deadline.after(0)
+        self._endpoints: list[Any] = []  # that `connect` has made, and that are not closed
+        self._memory: list[Any] = []
         self.closed = False
 
     def fileno(self) -> int:
@@ -206,7 +208,8 @@ class UcxWorker:
             host: a numeric IPv4 address; a name would be looked up without a bound.
         """
         try:
-            return self.ucx.UCXEndpoint.create(self._worker, host, port, True)
+            keep_result(self._endpoints, self.ucx.UCXEndpoint.create, self._worker, host, port, True)
+            return self._endpoints[-1]
         except self.ucx.UCXError as error:
             raise descriptors_exhausted("a UCX connection") or from_ucx_error(error) from error
 
@@ -246,6 +249,8 @@ class UcxWorker:
             endpoint.close_blocking(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self.progress()
         _let_cancelled_go(endpoint)
+        if endpoint in self._endpoints:
+            self._endpoints.remove(endpoint)
         return self.abandon(requests)
 
     def abandon(self, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
@@ -255,20 +260,24 @@ class UcxWorker:
         return abandoned
 
     def close(self) -> None:
-        """Destroy the worker; its endpoints and listeners must be closed. Twice is fine."""
-        if self.closed:
+        """Destroy the worker; its listeners and the endpoints that it accepted must be closed. Twice is fine.
+
+        Where an exception of a signal handler ends it, another call does the rest.
+        """
+        if self._worker is None:
             return
-        self.closed = True
+        for endpoint in list(self._endpoints):  # an exception came before they were anybody's
+            self.close_endpoint(endpoint, [])
         self._settle()
         self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self._refuse_waiting()
         # A request that UCX could not cancel ends with its worker, which lives as long as its requests do: so they
         # go first, and the memory last.
-        memory = [abandoned.take_memory() for abandoned in self._abandoned]
+        self._memory += [abandoned.take_memory() for abandoned in self._abandoned]
         self._abandoned.clear()
         self._retired.clear()
-        del self._worker
-        del memory
+        self._worker, self.closed = None, True
+        self._memory.clear()
 
     def _settle(self) -> None:
         """Go on until what the retired listeners have accepted has been heard; one look at least, however late."""
