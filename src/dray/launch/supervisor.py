@@ -36,7 +36,7 @@ from dray.runtime.address import bind
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.controller_client import ControllerClient
 from dray.runtime.descendants import child_pids
-from dray.runtime.exit_codes import ExitCode
+from dray.runtime.exit_codes import USER_CODES, ExitCode
 from dray.runtime.job import JobSpec, short_path
 from dray.runtime.membership import THE_JOB_HAS, MemberState, Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
@@ -266,6 +266,8 @@ class Supervisor:
                 self._failure = f"the controller ended early: {child.ending}; see {short_path(child.log)}"
             self._end(at_once=early)
             return
+        if code in USER_CODES and not self._answered:
+            self._controller_silent = False  # the replica has told it why, so it answers
         status = self._newest_status(client)
         outcome = None if status is None or status.outcome is None else status.outcome.kind
         request = self._requests.get(child)

@@ -24,7 +24,11 @@ class TcpListener:
 
     def __init__(self, host: str, port: int = 0) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._sock = not_inherited(make_socket(family))
+        try:
+            self._sock = not_inherited(make_socket(family))
+        except Unreachable as error:
+            allowed = f"an address of a kind that this machine's kernel has ({error.message})"
+            raise ConfigError("host", host, allowed) from error
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bind_next_free(self._sock, host, port)
