@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from job_runner import job_settings, running
 
-WAYS = ["redis", "shm", "tcp", "ucx", "inline"]
+WAYS = ["redis", "tcp", "ucx", *(pytest.param(way, marks=pytest.mark.endurance) for way in ("shm", "inline"))]
+"""Other jobs of these tests use shared memory, and payloads inline."""
 
 
 def way_settings(way: str) -> list[str]:
@@ -62,7 +63,9 @@ def test_job_without_a_stop_table_finishes_with_its_steps(tmp_path: Path) -> Non
         assert not job.summary()["solved"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.endurance), (signal.SIGTERM, 143)]
+)
 @pytest.mark.measured
 def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
     tmp_path: Path, number: signal.Signals, code: int

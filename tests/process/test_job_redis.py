@@ -9,7 +9,7 @@ from dray.clock import Deadline
 from dray.control import KEY_LIFETIME, JobKeys, RedisConnection, start_redis
 
 
-@pytest.mark.parametrize("transfer", ["ucxx", "redis"])
+@pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])
 def test_r1_job_goes_on_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
     with start_redis(None, tmp_path / "redis") as server:
         settings = job_settings(

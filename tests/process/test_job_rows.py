@@ -258,7 +258,7 @@ def test_r9_shutdown_does_not_wait_for_a_redis_that_is_stopped(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("whom", "number"),
     [
-        ("controller", signal.SIGKILL),
+        pytest.param("controller", signal.SIGKILL, marks=pytest.mark.endurance),
         ("controller", signal.SIGTERM),
         ("dray run", signal.SIGINT),
     ],

@@ -85,6 +85,7 @@ class Trainer(small.Trainer):
 """
 
 
+@pytest.mark.endurance
 def test_job_whose_disk_is_full_at_its_end_has_its_checkpoint_and_its_outcome_and_no_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, text in (("small.py", CLASSES), ("filling.py", FILLING), ("job.toml", JOB + STOP)):

@@ -66,6 +66,7 @@ def check_rows(result, targets):
     return judged
 
 
+@pytest.mark.endurance
 def test_lanes_stand_beside_their_limits_and_a_result_beside_itself(tmp_path):
     result = measured(tmp_path, LANES)
     # At 1 KiB nothing is asked of large payloads.

@@ -9,9 +9,8 @@ pytest.importorskip("torch")
 pytest.importorskip("gymnasium")
 
 
-@pytest.mark.parametrize(
-    ("readers", "samples"), [(2, "all"), pytest.param(1, "half", marks=pytest.mark.endurance)]
-)
+@pytest.mark.parametrize(("readers", "samples"), [(2, "all"), (1, "half")])
+@pytest.mark.endurance
 def test_two_policy_replicas_train_for_a_few_steps(tmp_path: Path, readers: int, samples: str) -> None:
     output = tmp_path / "out"
     settings = ["job.max_steps=3", "policy.replicas=2", f"policy.readers={readers}"]

@@ -25,7 +25,7 @@ from dray.wire import PayloadRef
 
 TESTS = Path(__file__).parents[1]
 LENGTHS = [
-    pytest.param(0.5, marks=pytest.mark.timeout(300), id="short"),
+    pytest.param(1 / 3, marks=pytest.mark.timeout(300), id="short"),
     pytest.param(10.0, marks=[pytest.mark.endurance, pytest.mark.timeout(1200)], id="long"),
 ]
 P = bytes(range(16))

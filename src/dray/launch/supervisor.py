@@ -388,18 +388,23 @@ class Supervisor:
 
     def _ask(self, call: Callable[[], _Answer]) -> _Answer | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
-        if self._crew.controller is None or not self._crew.controller.running or self._controller_silent:
-            return None
-        recorded = recorded_status(self._folder)
-        if recorded is not None and recorded.phase.is_final:  # it listens no more
+        controller = self._crew.controller
+        if controller is None or not controller.running or self._controller_silent or self._is_over():
             return None
         try:
             return call()
         except ControlPlaneError as error:
+            if self._is_over():  # it has ended in order meanwhile
+                return None
             self._controller_silent = True
             self._failure = self._failure or str(error)
             self._say(str(error))
             return None
+
+    def _is_over(self) -> bool:
+        """Whether the controller has recorded the last phase: it listens no more."""
+        recorded = recorded_status(self._folder)
+        return recorded is not None and recorded.phase.is_final
 
     def _react(self) -> None:
         """Do what signals and the deadline of the end ask for."""

@@ -59,6 +59,7 @@ def write_report(
         first_step: the step that the run went on from.
         age: seconds since the controller last answered, where it was gone before it could write the last status.
     """
+    age = None if age is None else round(age, 2)
     steps = read_metrics(folder.metrics)
     last = steps[-1]["step"] if steps else first_step
     summary = {
@@ -69,7 +70,7 @@ def write_report(
         "steps": last,
         "steps_of_this_run": last - first_step,
         "seconds": round(seconds, 2),
-        "figures_age": None if age is None else round(age, 2),
+        "figures_age": age,
         "payload_transfer": config.job.payload_transfer,
         **_counters(status),
         "metrics": _last_metrics(steps),

@@ -47,6 +47,7 @@ class Served:
         self._server = HttpServer(settings, listener, self.controller.connections)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
         self._thread.start()
+        wait_until(lambda: self._server.started, "the controller to accept")
 
     def counted(self, name: str) -> int:
         return int(self.controller.connections[name])

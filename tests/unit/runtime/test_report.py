@@ -86,8 +86,8 @@ def test_summary_and_last_line_say_how_old_their_figures_are_when_the_controller
         )
         return json.loads(folder.summary.read_text())["figures_age"], line
 
-    age, line = written(2.345)
-    assert age == 2.35
+    age, line = written(2.312)
+    assert age == 2.31
     assert line.endswith("(its figures may be 2.3 s old: the controller was gone before the end)")
     age, line = written(None)
     assert age is None
