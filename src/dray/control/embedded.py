@@ -64,8 +64,8 @@ _RETRY_WAIT = 0.01
 MAX_CLIENTS = 20_000
 """Clients that a server which is started here admits at most."""
 
-# Descriptors that the server keeps for other things than clients.
-_OWN_DESCRIPTORS = 64
+# Descriptors that the server keeps for other things than clients: as many as it reserves itself.
+_OWN_DESCRIPTORS = 32
 # Seconds after which the server closes the connection of a client that sends nothing, one that waits for an answer
 # excepted. The job's own are made again when they are needed.
 _IDLE_TIMEOUT = 60
