@@ -135,7 +135,8 @@ def test_lease_that_is_gone_without_having_been_entered_is_released(lane: Any) -
         del lease
         wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
         assert client.read(ref, timeout=5)["a"].tolist() == list(range(5000))
-        assert client.statistics()["connects"] == 1
+        # The thread that ended the lease may not have given its connection back yet.
+        assert client.statistics()["connects"] <= 2
 
 
 def test_closing_a_client_ends_what_no_thread_is_inside(lane: Any) -> None:
