@@ -29,7 +29,15 @@ from dray.errors import (
 )
 from dray.telemetry import Counters
 from dray.transport.connection import Connection
-from dray.transport.health import Latencies, OtherProducerError, Quarantine, ReadAttempts, by_lane, is_elsewhere
+from dray.transport.health import (
+    Latencies,
+    OtherProducerError,
+    Quarantine,
+    ReadAttempts,
+    by_lane,
+    is_elsewhere,
+    is_unusable,
+)
 from dray.transport.holding import Holder, Keeper, held
 from dray.transport.network import Group, KernelNetwork, Network
 from dray.transport.pool import ConnectionPool
@@ -216,19 +224,19 @@ class Exchanges:
         self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError, deadline: Deadline
     ) -> None:
         """Note a failed attempt; returns if another one is due and has time, else raises what it comes to."""
-        if isinstance(error, Unreachable) and error.lane_unusable and attempts.leave_lane(endpoint):
-            self._give_up_lane(Endpoint.parse(endpoint).lane, error)
-            return
         now = self._clock.now()
         with self._lock:
             final = attempts.give_up(endpoint, error, now)
             if isinstance(final, ProducerLostError) and isinstance(error, OtherProducerError):
                 # Not where nobody listens: the producer may only be about to listen again.
                 self._unconfirmed.pop(producer, None)
-        if final is None and now >= deadline.at:
+        left_lane = is_unusable(error) and final is not error
+        if final is None and now >= deadline.at and not left_lane:
             final = error
         following = None if final is not None else attempts.choose(now)
-        if is_elsewhere(error):
+        if left_lane:
+            self._give_up_lane(Endpoint.parse(endpoint).lane, error)
+        elif is_elsewhere(error):
             self._counters.add("elsewhere")
             logger.debug("%s is not on this host; next: %s", endpoint, following or "none is left")
         else:

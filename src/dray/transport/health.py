@@ -126,6 +126,11 @@ def is_elsewhere(error: TransportError) -> bool:
     return isinstance(error, Unreachable) and error.elsewhere
 
 
+def is_unusable(error: TransportError) -> bool:
+    """This machine cannot use the endpoint's lane at all."""
+    return isinstance(error, Unreachable) and error.lane_unusable
+
+
 @functools.lru_cache(maxsize=1024)
 def by_lane(endpoints: tuple[str, ...], lanes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
     """The distinct endpoints of each lane that has any, in the order of `lanes`.
@@ -209,22 +214,28 @@ class ReadAttempts:
                 return choice[self._rotation % len(choice)]
         raise AssertionError("choose was called after give_up")
 
-    def leave_lane(self, endpoint: str) -> bool:
-        """Try no more endpoints of the lane of `endpoint`, if there is another lane; whether there is."""
-        others = [lane for lane in self._by_lane if endpoint not in lane]
-        if others:
-            self._by_lane = others
-        return bool(others)
-
     def give_up(
         self, endpoint: str, error: TransportError, now: float
     ) -> TransportError | ProducerLostError | None:
         """Note a failed attempt: None to go on, else the error to raise."""
         if isinstance(error, OutOfResources):
             return self._lane_is_out(endpoint, error)
+        if is_unusable(error) and len(self._by_lane) > 1:
+            # No way to the producer from here: what the other lanes say is all that can be known of it.
+            self._by_lane = [lane for lane in self._by_lane if endpoint not in lane]
+        else:
+            self._count(endpoint, error, now)
+        asked = [e for lane in self._by_lane for e in lane]
+        if self._ruled_out.issuperset(asked):
+            return ProducerLostError(
+                f"the producer is gone: nobody answers for it at {printable(', '.join(asked))}", endpoint=endpoint
+            )
+        return error if self._left == 0 else None
+
+    def _count(self, endpoint: str, error: TransportError, now: float) -> None:
+        """Note what a failed attempt says of its endpoint."""
         self._tried.add(endpoint)
-        absent = isinstance(error, OtherProducerError) or (isinstance(error, Unreachable) and error.refused)
-        if absent:
+        if isinstance(error, OtherProducerError) or (isinstance(error, Unreachable) and error.refused):
             self._ruled_out.add(endpoint)
         else:
             self._left -= 1
@@ -232,12 +243,6 @@ class ReadAttempts:
             self._quarantine.elsewhere(endpoint, now)
         elif not isinstance(error, ServerBusy):
             self._quarantine.failed(endpoint, now)
-        asked = [e for lane in self._by_lane for e in lane]
-        if len(self._ruled_out) == len(asked):
-            return ProducerLostError(
-                f"the producer is gone: nobody answers for it at {printable(', '.join(asked))}", endpoint=endpoint
-            )
-        return error if self._left == 0 else None
 
     def _lane_is_out(self, endpoint: str, error: OutOfResources) -> OutOfResources | None:
         """This process cannot reach any endpoint of the lane: another lane is tried, which may need less."""

@@ -57,12 +57,26 @@ def test_a_reference_without_an_endpoint_that_can_be_used_names_those_that_canno
 def test_a_lane_that_cannot_be_used_is_left_for_the_others_and_kept_where_it_is_alone() -> None:
     several = attempts(["ucx:h:1", "ucx:h:2", *TCP])
     assert several.choose(0.0) == "ucx:h:1"
-    assert several.leave_lane("ucx:h:1")
+    unusable = Unreachable("UCX cannot be used on this machine", lane_unusable=True)
+    assert several.give_up("ucx:h:1", unusable, 0.0) is None
     assert several.choose(0.0) in TCP
     assert not several.last
     alone = attempts(["ucx:h:1", "ucx:h:2"])
-    assert not alone.leave_lane("ucx:h:1")
-    assert alone.choose(0.0) == "ucx:h:1"
+    assert alone.give_up("ucx:h:1", unusable, 0.0) is None
+    assert alone.choose(0.0) == "ucx:h:2"
+    assert alone.give_up("ucx:h:2", unusable, 0.0) is unusable
+
+
+@pytest.mark.parametrize("first", ["unix:/a", "ucx:h:1"])
+def test_producer_whose_usable_endpoints_are_all_refused_is_lost_in_whichever_order_that_shows(first: str) -> None:
+    errors = {
+        "unix:/a": Unreachable("refused", refused=True),
+        "ucx:h:1": Unreachable("UCX cannot be used on this machine", lane_unusable=True),
+    }
+    second = next(each for each in errors if each != first)
+    tried = attempts(["unix:/a", "ucx:h:1"])
+    assert tried.give_up(first, errors[first], 0.0) is None
+    assert isinstance(tried.give_up(second, errors[second], 0.0), ProducerLostError)
 
 
 def test_quarantine_ends_after_its_time() -> None:
