@@ -1,4 +1,4 @@
-"""Ray with nobody to talk to: a network namespace that has nothing but loopback, and a home folder of its own.
+"""What Ray runs in: a network namespace that has nothing but loopback, and a home folder of its own.
 
 At its start Ray asks a cloud's metadata address and a name server, whatever its settings say. `isolated` gives a
 process both; it calls `join_loopback` before it imports Ray.
