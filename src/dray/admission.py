@@ -208,17 +208,3 @@ class AcceptPause:
     def remaining(self) -> float:
         """Seconds left; 0 when there is no pause."""
         return max(0.0, self._until - self._clock.now())
-
-
-def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit on open descriptors to the hard one; returns it.
-
-    Children inherit it. A program that waits with `select.select` cannot use descriptors from 1,024 on, with any
-    limit; `selectors`, `poll` and `epoll` can.
-    """
-    import resource  # there is none where dray only has to import
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard

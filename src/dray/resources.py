@@ -58,6 +58,18 @@ def check_descriptors(count: int, wanted: str) -> None:
         raise OutOfResources(message, errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+def raise_descriptor_limit() -> int:
+    """Raise this process's soft limit on open descriptors to the hard one; returns it.
+
+    Children inherit it. A program that waits with `select.select` cannot use descriptors from 1,024 on, with any
+    limit; `selectors`, `poll` and `epoll` can.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
 def keep_result(results: list[T], call: Callable[..., T], *arguments: object) -> None:
     """Append what `call`, a function in C, returns to `results`, without a moment in between.
 

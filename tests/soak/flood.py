@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from waiting import wait_until
 
-from dray.admission import raise_descriptor_limit
 from dray.clock import Deadline
+from dray.resources import raise_descriptor_limit
 
 USUAL_LIMIT = 1024
 """Descriptors that a process may open on most systems, unless it raises its limit."""

@@ -17,8 +17,8 @@ from dray.admission import (
     LineLimit,
     Unproven,
     accept,
-    raise_descriptor_limit,
 )
+from dray.resources import raise_descriptor_limit
 from dray.testing import ManualClock
 
 LOGGER = logging.getLogger("dray.test")

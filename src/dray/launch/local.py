@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dray.admission import raise_descriptor_limit
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.display import Display
@@ -15,6 +14,7 @@ from dray.launch.signals import SignalInbox
 from dray.launch.site import this_machine
 from dray.launch.supervisor import supervise
 from dray.path_text import as_argument
+from dray.resources import raise_descriptor_limit
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, short_path

@@ -24,11 +24,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import IO, Final, NoReturn
 
-from dray.admission import raise_descriptor_limit
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
 from dray.forking import SignalHandlers, call_in_children, not_inherited
 from dray.printable import PrintableFormatter
+from dray.resources import raise_descriptor_limit
 from dray.runtime.descendants import kill_descendants
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.streams import flush_streams

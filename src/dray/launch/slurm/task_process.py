@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from dray.admission import raise_descriptor_limit
 from dray.errors import ConfigError, DrayError, error_lines
 from dray.launch.slurm.command_line import Task, read_task
+from dray.resources import raise_descriptor_limit
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.process import dump_stacks_on_signal, exit_with_own_code_on_crash
 
