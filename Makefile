@@ -71,7 +71,7 @@ bench-peers: .venv/dev.stamp ## environments for what people use instead, in the
 	$(BIN)/dray bench --install-peers
 
 simulate: .venv/dev.stamp ## the data plane over simulated sockets and time, a seed for each run (SEEDS=10000, SIMULATE_ARGS)
-	$(BIN)/python -m dray.testing.simulate --seeds $(SEEDS) $(SIMULATE_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS) $(SIMULATE_ARGS)
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)

@@ -21,7 +21,7 @@ from transport_fixtures import LANES
 from waiting import ends_within
 
 from dray.clock import Deadline
-from dray.transport import ucx_worker
+from dray.transport.lanes import ucx_worker
 
 GRACE_SECONDS = 5.0
 _PASSED = pytest.StashKey[bool]()

@@ -10,9 +10,9 @@ from mutated_conversations import READ, SECONDS, Mutator
 
 from dray.clock import Deadline
 from dray.errors import DrayError
-from dray.transport import ucx
-from dray.transport.ucx import UcxStream
-from dray.transport.ucx_worker import UcxWorker
+from dray.transport.lanes import ucx
+from dray.transport.lanes.ucx import UcxStream
+from dray.transport.lanes.ucx_worker import UcxWorker
 
 AT_ONCE = 8
 PER_WORKER = 400

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dray.errors import DrayError, ProducerLostError, TransportTimeout, Unreachable
-from dray.transport.health import OtherProducerError
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
+from dray.transport.attempts import OtherProducerError
 
 HERE = b"a" * 16
 THERE = b"b" * 16

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dray.buffer import Lease, Segment, SharedRingBuffer, SlotState, SlotWriter
-from dray.buffer.layout import HAS_CHECKSUM, SLOT_HEADER
 from dray.errors import (
     BufferClosedError,
     BufferFullError,
@@ -26,11 +24,13 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.payload.codec import pack
+from dray.protocol.client_session import Request
+from dray.protocol.frames import Kind
+from dray.ring import Lease, Segment, SharedRingBuffer, SlotState, SlotWriter
+from dray.ring.layout import HAS_CHECKSUM, SLOT_HEADER
 from dray.transport.connection import Held
-from dray.transport.in_place import Graveyard, InPlaceLease
+from dray.transport.leases import Graveyard, InPlaceLease
 from dray.transport.receive_buffers import ReceiveBuffers
-from dray.wire.client_session import Request
-from dray.wire.frames import Kind
 
 Pick = Callable[[int, int], int]
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from waiting import wait_until
 
-from dray.buffer import SharedRingBuffer
+from dray.protocol import PayloadRef
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
-from dray.transport.stream import Endpoint
-from dray.wire import PayloadRef
+from dray.transport.lanes.base import Endpoint
 
 LANES = ("shm", "tcp", "ucx")
 SIZES = (0, 1, 63, 4096, 65_537, 1 << 20, (16 << 20) + 3, 64 << 20)
@@ -69,10 +69,10 @@ class Child:
 import json, os, sys
 import numpy as np
 from dray import *
-from dray.buffer import SharedRingBuffer
+from dray.ring import SharedRingBuffer
 from dray.clock import Deadline
 from dray.transport.connection import Connection
-from dray.transport.ucx_worker import UcxWorker
+from dray.transport.lanes.ucx_worker import UcxWorker
 arguments = json.loads(sys.argv[1])
 def say(value=None):
     print(json.dumps(value), flush=True)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from dray.clock import Deadline
-from dray.transport.ucx_worker import SEGMENT_SIZE
+from dray.transport.lanes.ucx_worker import SEGMENT_SIZE
 
 _SECONDS = 60.0
 _START_SECONDS = 10.0

@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks.partner import ANSWER_SECONDS, Partner
 from benchmarks.service import Reply
 from dray.clock import Deadline
+from dray.transport.lanes.ucx_worker import SEGMENT_SIZE, require
 from dray.transport.spinning import Spinning
-from dray.transport.ucx_worker import SEGMENT_SIZE, require
 
 FRAME_BYTES = 64
 _REQUEST, _STATUS, _PAYLOAD = 1, 2, 3

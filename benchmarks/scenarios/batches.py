@@ -12,7 +12,7 @@ from benchmarks.exchanges.perftest import PerftestError, find_perftest, tag_band
 from benchmarks.figures import Figure, Row, Target
 from benchmarks.plan import KIB, MIB, Plan
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 NAME = "batches"
 SMALL_BATCH = 1024

@@ -10,7 +10,7 @@ from benchmarks.figures import Figure, Row, Target
 from benchmarks.partner import Partner
 from benchmarks.plan import KIB, LANES, Plan
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 NAME = "idle"
 CONNECTIONS = 64

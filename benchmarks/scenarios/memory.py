@@ -9,7 +9,7 @@ from benchmarks.exchanges.producing import Fleet, anonymous_memory
 from benchmarks.figures import Figure, Row, Target
 from benchmarks.plan import KIB, LANES, Plan
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 NAME = "memory"
 SLOTS = 64

@@ -14,7 +14,7 @@ from benchmarks.exchanges.ucx import UcxExchange
 from benchmarks.figures import Figure, Row, Target
 from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 NAME = "reads"
 TARGETS = ("P1", "P2", "P3", "P4", "P5", "P6")

@@ -7,7 +7,6 @@ elsewhere.
 
 import logging
 
-from dray.buffer import SharedRingBuffer
 from dray.errors import (
     AuthenticationError,
     BufferClosedError,
@@ -37,8 +36,9 @@ from dray.errors import (
     VersionMismatch,
 )
 from dray.payload import PayloadSchema, TensorSpec, pack, unpack
+from dray.protocol import PayloadRef, make_secret
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer
-from dray.wire import PayloadRef, make_secret
 
 __version__ = "0.1.0"
 

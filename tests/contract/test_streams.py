@@ -13,24 +13,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from simulation import ManualClock
+from simulation.faults import FaultPlan
+from simulation.network import SimulatedKernel, socket_stream
+from simulation.scheduler import Scheduler, Signal
 from transport_fixtures import Child, pattern
 from waiting import wait_until
 
 from dray.clock import Deadline
 from dray.errors import ConnectionClosed, ConnectionReset, MessageTruncated, TransportError
-from dray.testing import ManualClock
-from dray.testing.faults import FaultPlan
-from dray.testing.network import SimulatedKernel, socket_stream
-from dray.testing.scheduler import Scheduler, Signal
-from dray.transport import tcp, unix
-from dray.transport.stream import Stream
-from dray.transport.tcp import TcpListener
-from dray.transport.ucx import UcxListener, UcxStream
-from dray.transport.ucx import connect as connect_ucx
-from dray.transport.ucx_worker import UcxWorker
-from dray.transport.unix import UnixListener
-from dray.wire.contract import Payload
-from dray.wire.handshake import Lane
+from dray.protocol.contract import Payload
+from dray.protocol.handshake import Lane
+from dray.transport.lanes import tcp, unix
+from dray.transport.lanes.base import Stream
+from dray.transport.lanes.tcp import TcpListener
+from dray.transport.lanes.ucx import UcxListener, UcxStream
+from dray.transport.lanes.ucx import connect as connect_ucx
+from dray.transport.lanes.ucx_worker import UcxWorker
+from dray.transport.lanes.unix import UnixListener
 
 KINDS = ("unix", "tcp", "ucx")
 ALL = (*KINDS, *(f"simulated {kind}" for kind in KINDS))
@@ -355,9 +355,9 @@ def close_within_payload(in_band: Pair) -> None:
 PEER = """
 import contextlib, select
 from pathlib import Path
-from dray.transport.tcp import TcpListener
-from dray.transport.ucx import UcxListener
-from dray.transport.unix import UnixListener
+from dray.transport.lanes.tcp import TcpListener
+from dray.transport.lanes.ucx import UcxListener
+from dray.transport.lanes.unix import UnixListener
 kind = arguments["kind"]
 worker = UcxWorker(True) if kind == "ucx" else None
 if kind == "unix":

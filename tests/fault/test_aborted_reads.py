@@ -21,10 +21,10 @@ KEPT_BY_UCX = 512 / 2**20
 
 ABORTER = """
 import collections, random
-from dray.transport import ucx
-from dray.transport.stream import Endpoint
-from dray.wire.handshake import ClientHandshake, Lane
-from dray.wire.frames import FRAME_BYTES
+from dray.transport.lanes import ucx
+from dray.transport.lanes.base import Endpoint
+from dray.protocol.handshake import ClientHandshake, Lane
+from dray.protocol.frames import FRAME_BYTES
 
 rng = random.Random(1)
 expected = {}

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dray.buffer import Lease, SharedRingBuffer, SlotWriter
 from dray.errors import BufferFullError, PayloadTooLargeError, SlotError, StaleSlotError
+from dray.ring import Lease, SharedRingBuffer, SlotWriter
 
 
 def put(ring: SharedRingBuffer, payload: bytes = b"payload", timeout: float = 0) -> SlotWriter:
@@ -128,7 +128,7 @@ def test_b4_late_finalise_leaves_the_slots_new_life_alone(finalise: str, caplog:
             ring.consume(old.slot, old.sequence, reader)
         new = put(ring, b"new")
         current = ring.read_raw(new.slot, new.sequence, 0)
-        with caplog.at_level(logging.WARNING, logger="dray.buffer"):
+        with caplog.at_level(logging.WARNING, logger="dray.ring"):
             assert getattr(ring, finalise)(lease) is False
         assert "it has ended already" in caplog.text
         statistics = ring.statistics()
@@ -145,7 +145,7 @@ def test_b4_lease_of_another_ring_changes_neither(finalise: str, caplog: pytest.
         put(other)
         foreign = other.read_raw(0, 0)
         mine = ring.read_raw(0, 0)
-        with caplog.at_level(logging.WARNING, logger="dray.buffer"):
+        with caplog.at_level(logging.WARNING, logger="dray.ring"):
             assert getattr(ring, finalise)(foreign) is False
         assert "it belongs to another ring" in caplog.text
         assert (ring.statistics().late_finalises, other.statistics().late_finalises) == (1, 0)

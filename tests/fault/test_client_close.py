@@ -21,7 +21,7 @@ from dray import (
 )
 from dray.clock import Deadline
 from dray.transport.connection import Connection
-from dray.transport.waiting import Wake
+from dray.transport.polling import Wake
 
 
 def silent(lane: str, folder: Path) -> tuple[socket.socket, str]:

@@ -9,7 +9,7 @@ from transport_fixtures import SERVER, Child
 
 from dray import DrayError, OutOfResources, TransportError
 from dray.resources import check_descriptors, needing, out_of_resources
-from dray.transport.health import Quarantine, ReadAttempts
+from dray.transport.attempts import Quarantine, ReadAttempts
 
 LIMITED = """
 import resource

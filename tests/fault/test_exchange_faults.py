@@ -41,15 +41,15 @@ from dray import (
 )
 from dray.clock import Deadline
 from dray.payload import PayloadSchema, TensorSpec
+from dray.protocol.contract import Outgoing, Payload
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.protocol.handshake import ServerHandshake, ServerIdentity
 from dray.transport.connection import Connection
-from dray.transport.stream import Stream
-from dray.transport.tcp import TcpListener
-from dray.transport.ucx import UcxListener
-from dray.transport.ucx_worker import UcxWorker
-from dray.transport.unix import UnixListener
-from dray.wire.contract import Outgoing, Payload
-from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
-from dray.wire.handshake import ServerHandshake, ServerIdentity
+from dray.transport.lanes.base import Stream
+from dray.transport.lanes.tcp import TcpListener
+from dray.transport.lanes.ucx import UcxListener
+from dray.transport.lanes.ucx_worker import UcxWorker
+from dray.transport.lanes.unix import UnixListener
 
 BAND = ("tcp", "ucx")
 _numbers = itertools.count()

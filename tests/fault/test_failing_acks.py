@@ -79,7 +79,7 @@ def test_w13_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(fa
 def test_w13_acks_to_producers_that_are_gone_do_not_add_up(
     failing: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dray.transport.exchanges._MOST_PRODUCERS", 2)
+    monkeypatch.setattr("dray.transport.connections._MOST_PRODUCERS", 2)
     with PayloadClient(lanes="tcp") as client:
         for _ in range(4):
             with serving("tcp") as server:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from dray import PayloadClient, PayloadRef, SharedRingBuffer
 from dray.clock import Deadline
 from dray.errors import DrayError, PayloadTooLargeError, ProtocolError
-from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
-from dray.wire.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status
+from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME
 
 PRODUCER = bytes(range(16))
 LANES = ("shm", "tcp")

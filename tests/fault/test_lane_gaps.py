@@ -21,12 +21,12 @@ from waiting import wait_until
 from dray import ConfigError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer, TransportTimeout
 from dray.clock import Deadline
 from dray.errors import TransportError
-from dray.transport import tcp, ucx, unix
-from dray.transport.stream import Stream
-from dray.transport.ucx import UcxListener, UcxStream
-from dray.transport.ucx_worker import UcxWorker
-from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
-from dray.wire.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
+from dray.transport.lanes import tcp, ucx, unix
+from dray.transport.lanes.base import Stream
+from dray.transport.lanes.ucx import UcxListener, UcxStream
+from dray.transport.lanes.ucx_worker import UcxWorker
 
 BAND = ("tcp", "ucx")
 

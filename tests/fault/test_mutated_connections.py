@@ -21,7 +21,7 @@ from transport_fixtures import Child, Footprint, pattern, reference
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 TESTS = Path(__file__).parents[1]
 SIZES = (0, 5, 300, 4000, 70_000, 1)

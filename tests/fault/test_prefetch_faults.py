@@ -12,6 +12,7 @@ from waiting import wait_until
 
 from dray.errors import BufferClosedError, DrayError, ProducerLostError, StaleSlotError, TransportError
 from dray.prefetch import BatchReader, Fetched
+from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
 from dray.ucxx import (
     CompletionReader,
@@ -21,7 +22,6 @@ from dray.ucxx import (
     UCXXDataPackerMixin,
     completion_for,
 )
-from dray.wire import PayloadRef
 
 PRODUCER = """
 ring = SharedRingBuffer(arguments.get("slots", 16), 1 << 16)

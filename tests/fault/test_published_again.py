@@ -8,7 +8,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dray.buffer import SharedRingBuffer
 from dray.control import (
     JobKeys,
     RedisConnection,
@@ -18,6 +17,7 @@ from dray.control import (
     RolloutProducer,
     start_redis,
 )
+from dray.ring import SharedRingBuffer
 from dray.runtime.by_reference import ReferenceOutlet
 from dray.runtime.heartbeat import Activity
 from dray.runtime.replica import Replica

@@ -11,7 +11,7 @@ READ_AND_STAGE = """
 import logging
 import numpy as np
 from dray import PayloadClient, PayloadServer, SharedRingBuffer, make_secret
-from dray.payload import staging
+from dray.payload import torch_interop
 
 logging.basicConfig(format="%(levelname)s %(name)s")
 secret = make_secret()
@@ -20,7 +20,7 @@ with SharedRingBuffer(4, 1 << 16) as ring, PayloadServer(ring, lanes=["shm", "tc
         with PayloadClient(lanes=lane, secret=secret) as client:
             for number in range(2):
                 arrays = client.read(server.put({"a": np.full(5, number, np.float32)}), timeout=10)
-                tensors = staging.to_torch(arrays, pin=True)
+                tensors = torch_interop.to_torch(arrays, pin=True)
                 print(tensors["a"].tolist(), tensors["a"].is_pinned())
 """
 

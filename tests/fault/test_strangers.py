@@ -10,17 +10,17 @@ import tracemalloc
 from collections.abc import Iterator
 
 import pytest
+from simulation import ManualClock
 from transport_fixtures import Child, counted, endpoint_of, reference, serving
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadServer
 from dray.admission import MAX_UNPROVEN, UNPROVEN_CLOSED
-from dray.testing import ManualClock
-from dray.transport import ucx
-from dray.transport.ucx import UcxListener
-from dray.transport.ucx_sockets import SilentPeers
-from dray.transport.ucx_worker import UcxWorker
-from dray.wire.handshake import NO_PROOF, ClientHandshake, Lane
+from dray.protocol.handshake import NO_PROOF, ClientHandshake, Lane
+from dray.transport.lanes import ucx
+from dray.transport.lanes.ucx import UcxListener
+from dray.transport.lanes.ucx_sockets import SilentPeers
+from dray.transport.lanes.ucx_worker import UcxWorker
 
 SECRET = bytes(range(32))
 

@@ -9,11 +9,11 @@ from transport_fixtures import SERVER, Child, Footprint, reference
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef
-from dray.transport import ucx
-from dray.transport.stream import Endpoint
-from dray.transport.ucx import UcxStream
-from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker
-from dray.wire.handshake import ClientHandshake, Lane
+from dray.protocol.handshake import ClientHandshake, Lane
+from dray.transport.lanes import ucx
+from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes.ucx import UcxStream
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, UcxWorker
 
 pytestmark = pytest.mark.skipif(not UCXX_AVAILABLE, reason="ucxx is not installed")
 

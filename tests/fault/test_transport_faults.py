@@ -37,12 +37,12 @@ from dray import (
     TransportTimeout,
 )
 from dray.clock import Deadline
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.protocol.handshake import CHALLENGE, MAGIC, ClientHandshake, Lane
 from dray.transport.connection import Connection
-from dray.transport.stream import Endpoint
-from dray.transport.ucx import UcxListener
-from dray.transport.ucx_worker import UcxWorker
-from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
-from dray.wire.handshake import CHALLENGE, MAGIC, ClientHandshake, Lane
+from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes.ucx import UcxListener
+from dray.transport.lanes.ucx_worker import UcxWorker
 
 BAND = ("tcp", "ucx")
 SECRET = b"the job's secret"

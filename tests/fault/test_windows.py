@@ -10,8 +10,8 @@ from transport_fixtures import LANES
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadServer, SharedRingBuffer
-from dray.buffer.slot_table import Wanted
 from dray.clock import Deadline
+from dray.ring.slots import Wanted
 
 TIMEOUT = 1.0
 QUARANTINE = 0.4

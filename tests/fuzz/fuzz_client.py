@@ -12,18 +12,18 @@ import numpy as np
 import xxhash
 from fuzz.cursor import Cursor
 
-from dray.buffer import Segment, SharedRingBuffer
 from dray.clock import Deadline
 from dray.errors import DrayError
+from dray.protocol import PayloadRef
+from dray.protocol.frames import Flag, Frame, Kind, Status
+from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, Lane, ServerIdentity
+from dray.ring import Segment, SharedRingBuffer
 from dray.transport.connection import Connection, Held
-from dray.transport.network import KernelNetwork
+from dray.transport.lanes.network import KernelNetwork
+from dray.transport.lanes.socket import SocketStream
+from dray.transport.lanes.unix import UnixStream
+from dray.transport.polling import PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
-from dray.transport.sockets import SocketStream
-from dray.transport.unix import UnixStream
-from dray.transport.waiting import PollWaiter
-from dray.wire import PayloadRef
-from dray.wire.frames import Flag, Frame, Kind, Status
-from dray.wire.handshake import CHALLENGE, MAGIC, WELCOME, Lane, ServerIdentity
 
 IN_PLACE, UNVERIFIED, RAW_HANDSHAKE, INLINE = 1, 2, 4, 8
 STATUS_OP, PAYLOAD_OP, BYTES_OP = range(3)

@@ -11,7 +11,7 @@ from dray.control import RolloutEntry, names
 from dray.control.client import paired
 from dray.control.commands import Command
 from dray.errors import ProtocolError
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 _NAMES = (
     names.PRODUCER, names.SEQUENCE, names.WEIGHT_VERSION, names.REPLICA, names.PROMPT, names.REFERENCE,

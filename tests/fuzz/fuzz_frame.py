@@ -1,7 +1,7 @@
 """Frames: 64 bytes are a frame that packs to the same bytes, anything else is a `ProtocolError`."""
 
 from dray.errors import ProtocolError
-from dray.wire.frames import FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status, parse
+from dray.protocol.frames import FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status, parse
 
 SEEDS = [
     Frame(Kind.READ, slot=3, request=7, sequence=41, nbytes=1 << 20, tag=9).pack(),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from fuzz.cursor import Cursor
 
 from dray.errors import ProtocolError
-from dray.wire.handshake import (
+from dray.protocol.handshake import (
     CHALLENGE,
     HELLO,
     NO_PROOF,

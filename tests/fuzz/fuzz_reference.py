@@ -1,11 +1,11 @@
 """`PayloadRef.from_json` and the addresses in a reference: a reference, or a typed error."""
 
 from dray.errors import ConfigError, ProtocolError
-from dray.transport.health import by_lane
-from dray.transport.stream import Endpoint
-from dray.wire import PayloadRef
-from dray.wire.handshake import Lane
-from dray.wire.ref import MAX_REF_BYTES
+from dray.protocol import PayloadRef
+from dray.protocol.handshake import Lane
+from dray.protocol.ref import MAX_REF_BYTES
+from dray.transport.attempts import by_lane
+from dray.transport.lanes.base import Endpoint
 
 SEEDS = [
     b'{"p":"00112233445566778899aabbccddeeff","s":3,"q":41,"n":1048576,'

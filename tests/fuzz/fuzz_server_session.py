@@ -10,15 +10,15 @@ import socket
 import xxhash
 from fuzz.cursor import Cursor
 
-from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC
+from dray.counters import Counters
 from dray.errors import StaleSlotError
-from dray.telemetry import Counters
+from dray.protocol.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status
+from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, Lane, ServerIdentity
+from dray.protocol.server_session import ServerSession
+from dray.ring import SharedRingBuffer
+from dray.transport.lanes.socket import SocketStream
 from dray.transport.served_connections import ServedConnections, ThreadSettings
-from dray.transport.sockets import SocketStream
-from dray.wire.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status
-from dray.wire.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import ServerSession
 
 RAW_HANDSHAKE, SECRET, RESET = 4, 8, 16
 FRAME_OP, BYTES_OP, DELIVER_OP, READ_OP = range(4)

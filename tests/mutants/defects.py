@@ -30,9 +30,9 @@ class Defect:
     search: Search = Search.MODEL
 
 
-TABLE = "buffer/slot_table.py"
-RING = "buffer/ring.py"
-SESSION = "wire/session.py"
+TABLE = "ring/slots.py"
+RING = "ring/ring.py"
+SESSION = "protocol/server_session.py"
 SERVED = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"

@@ -18,16 +18,16 @@ from planting import ROOT, SOURCES
 from survivors import EXPLAINED, Survivor
 
 MUTATED = (
-    "buffer/slot_state.py",
-    "buffer/slot_table.py",
-    "buffer/core.py",
-    "buffer/ring.py",
-    "buffer/lease.py",
-    "wire/session.py",
+    "ring/slot_state.py",
+    "ring/slots.py",
+    "ring/core.py",
+    "ring/ring.py",
+    "ring/lease.py",
+    "protocol/server_session.py",
 )
 TESTS = (
-    *sorted((ROOT / "tests/unit/buffer").glob("test_*.py")),
-    ROOT / "tests/unit/wire/test_sessions.py",
+    *sorted((ROOT / "tests/unit/ring").glob("test_*.py")),
+    ROOT / "tests/unit/protocol/test_sessions.py",
     ROOT / "tests/process/test_segment_process.py",
 )
 WALKS = """
@@ -91,7 +91,7 @@ def survivors(folder: Path) -> Iterator[Survivor]:
 
 
 def place(mutant: str) -> str:
-    """`dray.buffer.ring.xǁLeaseǁend__mutmut_3` → `buffer.ring.Lease.end`."""
+    """`dray.ring.ring.xǁLeaseǁend__mutmut_3` → `ring.ring.Lease.end`."""
     module, _, function = re.sub(r"__mutmut_\d+$", "", mutant).removeprefix("dray.").rpartition(".")
     return f"{module}.{function.removeprefix('xǁ').removeprefix('x_').replace('ǁ', '.')}"
 

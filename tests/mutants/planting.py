@@ -16,6 +16,7 @@ from defects import Defect, Search
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
+TESTS = ROOT / "tests"
 MOST_SECONDS = 3600.0
 """Bounds one search; a defect that is not found by then has survived."""
 
@@ -62,7 +63,11 @@ def look_for(defect: Defect | None, search: Search, seeds: int, first: int = 0) 
             ran = subprocess.run(
                 [sys.executable, *command(search, seeds, first)],
                 cwd=copy.parent,
-                env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join((str(copy), str(TESTS))),
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -96,4 +101,4 @@ def command(search: Search, seeds: int, first: int) -> Sequence[str]:
     wanted = ["--first", str(first), "--seeds", str(seeds)]
     if search is Search.MODEL:
         return [str(Path(__file__).parent / "walk_seeds.py"), *wanted]
-    return ["-m", "dray.testing.simulate", *wanted, "--stop-at-first", "--jobs", "1"]
+    return ["-m", "simulation", *wanted, "--stop-at-first", "--jobs", "1"]

@@ -36,7 +36,7 @@ from dray import (
     TransportError,
 )
 from dray.clock import Deadline
-from dray.transport.stream import Endpoint
+from dray.transport.lanes.base import Endpoint
 
 SCHEMES = {"shm": "unix", "tcp": "tcp", "ucx": "ucx"}
 

@@ -11,7 +11,7 @@ import pytest
 from isolation import run_isolated
 from job_runner import CLASSES, JOB
 
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 TESTS = Path(__file__).parents[1]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from forked_child import run_in_child
 
-from dray.buffer import Segment, SharedRingBuffer, SlotState
-from dray.buffer.layout import SLOT_HEADER
 from dray.errors import BufferClosedError
+from dray.ring import Segment, SharedRingBuffer, SlotState
+from dray.ring.layout import SLOT_HEADER
 
 CREATOR = """
     import socket, sys
-    from dray.buffer import SharedRingBuffer
+    from dray.ring import SharedRingBuffer
 
     channel = socket.socket(fileno=int(sys.argv[1]))
     ring = SharedRingBuffer(3, 5000)
@@ -212,7 +212,7 @@ def test_b12_fork_while_another_thread_is_inside_the_ring() -> None:
 def test_b12_child_that_ends_its_interpreter_in_order_does_not_crash() -> None:
     script = """
         import os, sys
-        from dray.buffer import Segment, SharedRingBuffer
+        from dray.ring import Segment, SharedRingBuffer
         ring = SharedRingBuffer(2, 1 << 20)
         attached = Segment.attach(ring.segment.fileno())
         writer = ring.claim(10)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dray.errors import PayloadFormatError
 from dray.payload import pack, unpack
-from dray.payload.tensor_spec import DTYPES
+from dray.payload.schema import DTYPES
 
 IMAGE = bytes(
     pack(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dray.payload import pack, plan, unpack, unpack_metadata
-from dray.payload.tensor_spec import DTYPES
+from dray.payload.schema import DTYPES
 
 names = st.text(max_size=12).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

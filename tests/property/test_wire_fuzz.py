@@ -7,13 +7,12 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dray.buffer import SharedRingBuffer
 from dray.errors import ProtocolError
-from dray.wire import PayloadRef
-from dray.wire.client_session import ClientSession
-from dray.wire.contract import Payload
-from dray.wire.frames import FRAME, FRAME_BYTES, Frame, Kind, parse
-from dray.wire.handshake import (
+from dray.protocol import PayloadRef
+from dray.protocol.client_session import ClientSession
+from dray.protocol.contract import Payload
+from dray.protocol.frames import FRAME, FRAME_BYTES, Frame, Kind, parse
+from dray.protocol.handshake import (
     CHALLENGE,
     HELLO,
     PROOF,
@@ -24,7 +23,8 @@ from dray.wire.handshake import (
     ServerIdentity,
     Verdict,
 )
-from dray.wire.session import ServerSession
+from dray.protocol.server_session import ServerSession
+from dray.ring import SharedRingBuffer
 
 u8, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
 json_values = st.recursive(

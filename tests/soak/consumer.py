@@ -19,8 +19,8 @@ from soak.readers import ROLES, Held, Reader, free
 from dray.clock import MONOTONIC
 from dray.control import Delivery, RedisUnavailableError, RolloutConsumer, RolloutEntry
 from dray.errors import DrayError, StaleSlotError
+from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
-from dray.wire import PayloadRef
 
 BATCH = 8
 MOST_HELD = 24

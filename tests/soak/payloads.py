@@ -18,7 +18,7 @@ import xxhash
 from soak.ledger import Wrong
 
 from dray.payload import plan
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 _SMALL = (0, 1, 7, 63, 64, 65)
 _IMAGE_OVERHEAD = 512  # more than the header and the identity take

@@ -18,12 +18,12 @@ from soak.ledger import Kind, Ledger, Operation
 from soak.member import REDIS_SECONDS, Member
 from soak.payloads import Content
 
-from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC
 from dray.control import RedisUnavailableError, RolloutEntry, RolloutProducer, StreamLostError
 from dray.errors import BufferFullError
+from dray.protocol import PayloadRef
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
-from dray.wire import PayloadRef
 
 ON_FULL = ("block", "error", "overwrite")
 CLAIM_SECONDS = 0.3

@@ -18,8 +18,8 @@ from dray.control import Delivery
 from dray.errors import DrayError, TransportError, TransportTimeout
 from dray.prefetch import BatchReader
 from dray.prefetch.batch import Arrays
+from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
-from dray.wire import PayloadRef
 
 READ_SECONDS = 3.0
 BATCH_SECONDS = 5.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers.isolation import NotIsolated, isolated
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--quick", "--sizes", "1KiB", "--rounds", "2", "--operations", "4", "--details")

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from simulation.faults import Fault
 
-from dray.testing.faults import Fault
-from dray.wire.handshake import Lane
+from dray.protocol.handshake import Lane
 
+TESTS = Path(__file__).parents[1]
 COUNTS = [
     pytest.param(1_000, marks=pytest.mark.timeout(300), id="short"),
     pytest.param(20_000, marks=[pytest.mark.endurance, pytest.mark.timeout(1800)], id="long"),
@@ -30,8 +32,8 @@ ERRORS = (
 def simulate(*arguments: str, hash_seed: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own: neither coverage nor this process's collector are in its way."""
     return subprocess.run(
-        [sys.executable, "-m", "dray.testing.simulate", *arguments],
-        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+        [sys.executable, "-m", "simulation", *arguments],
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=1700,
@@ -66,11 +68,18 @@ def test_a_seed_that_is_replayed_gives_the_same_trace(seed: int) -> None:
 
 def test_a_violation_ends_with_the_command_that_replays_it() -> None:
     script = (
-        "import sys; from dray.buffer.slot_table import SlotTable; from dray.testing import simulate;"
+        "import sys; from dray.ring.slots import SlotTable; from simulation import __main__ as simulate;"
         "SlotTable.drop_oldest = lambda self: False; SlotTable.abort = lambda self, slot: None;"
         "sys.exit(simulate.main(['--seeds', '400', '--jobs', '1', '--stop-at-first']))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "replay: python -m dray.testing.simulate --seed " in done.stdout
+    assert "replay: python -m simulation --seed " in done.stdout
     assert "Violation: server" in done.stdout

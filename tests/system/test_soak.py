@@ -21,7 +21,7 @@ from soak.processes import Footprint, Life
 
 from dray.errors import MessageTruncated, ProtocolError
 from dray.payload import unpack
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 TESTS = Path(__file__).parents[1]
 LENGTHS = [

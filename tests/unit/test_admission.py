@@ -8,6 +8,7 @@ import socket
 
 import pytest
 from forked_child import run_in_child
+from simulation import ManualClock
 
 from dray.admission import (
     ACCEPT_PAUSE_SECONDS,
@@ -19,7 +20,6 @@ from dray.admission import (
     accept,
 )
 from dray.resources import raise_descriptor_limit
-from dray.testing import ManualClock
 
 LOGGER = logging.getLogger("dray.test")
 

@@ -12,7 +12,6 @@ import pytest
 from typer.main import get_command
 
 from dray import PayloadServer
-from dray.buffer import layout, slot_state
 from dray.cli.slurm import slurm
 from dray.config import tables
 from dray.control import names
@@ -20,11 +19,12 @@ from dray.launch import teardown
 from dray.launch.policy_group import RESTARTED
 from dray.launch.signals import WATCHED
 from dray.launch.slurm import run_states
+from dray.protocol import frames, handshake
+from dray.ring import layout, slot_state
 from dray.runtime import end_bounds, lifecycle
 from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.figures import FAMILIES
-from dray.wire import frames, handshake
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -52,13 +52,13 @@ def drawing(docstring: str | None, first: str, last: str) -> list[str]:
 def test_contributing_names_modules_and_what_is_in_them() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     adding = text.split("## Adding a lane")[1].split("\n## ")[0]
-    modules = re.findall(r"`([\w<>]+/[\w<>]+\.py)`", adding)
+    modules = re.findall(r"`([\w<>/]+/[\w<>]+\.py)`", adding)
     missing = [each for each in modules if "<" not in each and not (ROOT / "src" / "dray" / each).is_file()]
     assert missing == []
-    named = re.findall(r"`(\w+)/(\w+)\.py`[^`]*\(`([\w.]+)`\)", adding)
+    named = re.findall(r"`([\w/]+)/(\w+)\.py`[^`]*\(`([\w.]+)`\)", adding)
     assert len(named) >= 5
     for package, module, name in named:
-        found: object = importlib.import_module(f"dray.{package}.{module}")
+        found: object = importlib.import_module(f"dray.{package.replace('/', '.')}.{module}")
         for part in name.split("."):
             found = getattr(found, part)
 

@@ -1,10 +1,10 @@
-"""docs/memory-layout.md says where everything lies in a segment, as `dray.buffer.layout` has it."""
+"""docs/memory-layout.md says where everything lies in a segment, as `dray.ring.layout` has it."""
 
 import re
 import struct
 from pathlib import Path
 
-from dray.buffer import SlotState, layout
+from dray.ring import SlotState, layout
 
 PAGE = (Path(__file__).parents[2] / "docs" / "memory-layout.md").read_text(encoding="utf-8")
 KINDS = {"B": "u8", "I": "u32", "Q": "u64", "d": "f64"}

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from dray.clock import Deadline
 from dray.errors import DrayError
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 MACHINES = ("x86_64", "aarch64")
 INSTALL_UCXX = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu12]'); no GPU is needed"

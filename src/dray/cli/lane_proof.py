@@ -17,11 +17,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC
 from dray.errors import ConfigError, DrayError, MissingDependencyError
+from dray.protocol import PayloadRef
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer
-from dray.wire import PayloadRef
 
 PAYLOAD_BYTES = 1 << 20
 READ_SECONDS = 10.0

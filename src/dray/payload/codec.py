@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
 from dray.payload.header import Field, Layout, build_header, parse_header
-from dray.payload.tensor_spec import Array, Fitted, PayloadSchema, as_array, store
+from dray.payload.schema import Array, Fitted, PayloadSchema, as_array, store
 
 Image: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | npt.NDArray[np.uint8]
 """What an image is written into and read from."""

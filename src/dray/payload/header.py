@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dray.errors import PayloadFormatError
-from dray.payload.tensor_spec import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dtype
+from dray.payload.schema import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dtype
 from dray.printable import printable_value
 
 ALIGNMENT = 64

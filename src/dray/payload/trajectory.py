@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dray.errors import SchemaError
-from dray.payload.tensor_spec import Array, as_array
+from dray.payload.schema import Array, as_array
 
 OBSERVATIONS = "observations"
 ACTIONS = "actions"

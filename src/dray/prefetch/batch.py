@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dray.errors import DrayError, ProducerLostError, TransportError, TransportTimeout, Unreachable
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 MOST_READS = 2
 """Layer 2: reads of one reference in one round."""

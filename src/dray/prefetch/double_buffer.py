@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dray.errors import DrayError
 from dray.prefetch.batch import BatchFetch, Fetched, Identity
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 
 class DoubleBuffer:

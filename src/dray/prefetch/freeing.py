@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dray.errors import DrayError, ProducerLostError
 from dray.prefetch.batch import Identity, Pause
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 MOST_TRIES = 3
 RETRY_PAUSE = 1.0

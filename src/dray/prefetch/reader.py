@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from dray.clock import MONOTONIC, Clock, Deadline
+from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
 from dray.prefetch.batch import MOST_READS, MOST_ROUNDS, Arrays, BatchFetch, Fetched
 from dray.prefetch.double_buffer import DoubleBuffer
 from dray.prefetch.threads import ReadThreads, Source, Threading
-from dray.telemetry import Counters
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 logger = logging.getLogger("dray.prefetch")
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 from dray.clock import Clock, Deadline
+from dray.counters import Counters
 from dray.errors import DrayError
 from dray.prefetch.batch import Arrays, BatchFetch, Outcome, Pause, Read, ReadTries
 from dray.prefetch.freeing import Free, Freeing
-from dray.telemetry import Counters
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 logger = logging.getLogger("dray.prefetch")
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC, Deadline
 from dray.control import (
     Delivery,
@@ -29,6 +28,9 @@ from dray.errors import (
 )
 from dray.payload import plan, unpack
 from dray.prefetch.threads import FREE_SECONDS
+from dray.protocol import PayloadRef
+from dray.protocol.ref import has_control
+from dray.ring import SharedRingBuffer
 from dray.runtime.free_payloads import PayloadFreeing
 from dray.runtime.heartbeat import AgeKind
 from dray.runtime.orphans import OrphanWatch
@@ -36,8 +38,6 @@ from dray.runtime.place import folder_is_local, own_address
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
-from dray.wire import PayloadRef
-from dray.wire.ref import has_control
 
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5

@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.clock import MONOTONIC, Deadline
+from dray.counters import Counters
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
 from dray.runtime.controller_metrics import MEDIA_TYPE, JobMetrics
@@ -43,7 +44,6 @@ from dray.runtime.prompts import PromptLedger, prompt_seed
 from dray.runtime.shutdown_step import shutdown_step
 from dray.runtime.stall import StallWatch
 from dray.runtime.stall_facts import gather
-from dray.telemetry import Counters
 
 LARGEST_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2

@@ -13,7 +13,7 @@ from dray.clock import MONOTONIC, Deadline
 from dray.errors import DrayError
 from dray.prefetch import Free, Freeing, Pause
 from dray.prefetch.freeing import MOST_UNDER_WAY
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 _LOG = logging.getLogger("dray.runtime.free_payloads")
 _PAUSE = 2.0

@@ -25,7 +25,7 @@ from dray.admission import (
     Unproven,
     accept,
 )
-from dray.telemetry import Counters
+from dray.counters import Counters
 
 PROVEN = "dray.proven"
 """In the state of an ASGI scope: to be called when the request has shown the token."""

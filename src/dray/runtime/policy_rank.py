@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dray.errors import DrayError, OutOfResources, StaleSlotError
+from dray.protocol import PayloadRef
 from dray.runtime.contract import PolicyTrainer, Trajectory
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import Answer, Channel, GroupLostError, Order
@@ -13,7 +14,6 @@ from dray.runtime.ranks import Failure
 from dray.runtime.replica import Replica
 from dray.runtime.user_code import UserCodeError, call_user, save_into
 from dray.transport import PayloadClient
-from dray.wire import PayloadRef
 
 
 class Following:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from dray.clock import MONOTONIC, Clock, Deadline
+from dray.counters import Counters
 from dray.errors import (
     BufferClosedError,
     ConfigError,
@@ -20,23 +21,22 @@ from dray.errors import (
     TransportError,
 )
 from dray.payload.codec import unpack
-from dray.telemetry import Counters
+from dray.protocol import PayloadRef
+from dray.protocol.frames import Status
+from dray.protocol.handshake import MAX_READERS, Lane, check_secret
+from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.async_reads import AsyncReads, HeldRead
+from dray.transport.attempts import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
 from dray.transport.connection import Connection, Held
-from dray.transport.exchanges import ConnectionHolder, Exchange, Exchanges, KeptLease, Refused
-from dray.transport.health import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
+from dray.transport.connections import ConnectionHolder, Exchange, Exchanges, KeptLease, Refused
 from dray.transport.holding import Holder, Keeper
-from dray.transport.in_place import Arrays, Graveyard, InPlaceLease
-from dray.transport.network import Group, Network
+from dray.transport.lanes.base import LANE_NAMES
+from dray.transport.lanes.network import Group, Network
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, require
+from dray.transport.leases import Arrays, Graveyard, InPlaceLease
+from dray.transport.pipeline import Windows
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
 from dray.transport.receive_buffers import Bytes
-from dray.transport.stream import LANE_NAMES
-from dray.transport.ucx_worker import UCXX_AVAILABLE, require
-from dray.transport.windows import Windows
-from dray.wire import PayloadRef
-from dray.wire.frames import Status
-from dray.wire.handshake import MAX_READERS, Lane, check_secret
-from dray.wire.session import MAX_INLINE_BYTES
 
 T = TypeVar("T")
 

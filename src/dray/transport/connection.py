@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dray.buffer import Segment
-from dray.buffer.layout import SegmentLayout
 from dray.clock import Deadline
 from dray.errors import (
     BufferClosedError,
@@ -22,16 +20,18 @@ from dray.errors import (
     TransportError,
 )
 from dray.payload.codec import unpack
+from dray.protocol import PayloadRef
+from dray.protocol.client_session import ClientSession, Request, refusal
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status
+from dray.protocol.handshake import Lane, ServerIdentity
+from dray.protocol.server_session import MAX_INLINE_BYTES
+from dray.ring import Segment
+from dray.ring.layout import SegmentLayout
 from dray.transport.handshaking import shake_hands, wait_for_message, wait_for_stream
-from dray.transport.network import Group, KernelNetwork, Network, Waiter
+from dray.transport.lanes.base import Endpoint, Stream
+from dray.transport.lanes.network import Group, KernelNetwork, Network, Waiter
+from dray.transport.lanes.ucx import UcxStream
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
-from dray.transport.stream import Endpoint, Stream
-from dray.transport.ucx import UcxStream
-from dray.wire import PayloadRef
-from dray.wire.client_session import ClientSession, Request, refusal
-from dray.wire.frames import FRAME_BYTES, Flag, Frame, Kind, Status
-from dray.wire.handshake import Lane, ServerIdentity
-from dray.wire.session import MAX_INLINE_BYTES
 
 _UINT8 = np.dtype(np.uint8)
 _READ = Kind.READ

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 from dray.clock import Deadline
-from dray.transport.health import OtherProducerError
-from dray.transport.network import Waiter
-from dray.transport.stream import Stream
-from dray.transport.unix import UnixStream
-from dray.transport.waiting import timed_out
-from dray.wire.handshake import WELCOME, ClientHandshake, ServerIdentity
+from dray.protocol.handshake import WELCOME, ClientHandshake, ServerIdentity
+from dray.transport.attempts import OtherProducerError
+from dray.transport.lanes.base import Stream
+from dray.transport.lanes.network import Waiter
+from dray.transport.lanes.unix import UnixStream
+from dray.transport.polling import timed_out
 
 
 def shake_hands(

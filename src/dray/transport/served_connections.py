@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from dray.admission import UNPROVEN_CLOSED, UNPROVEN_SECONDS, LineLimit, Unproven
 from dray.clock import Clock, Deadline
+from dray.counters import Counters
 from dray.errors import ConnectionClosed, ProtocolError, TransportError
-from dray.telemetry import Counters
-from dray.transport.stream import Stream
-from dray.wire.handshake import Lane
-from dray.wire.session import ServerSession
+from dray.protocol.handshake import Lane
+from dray.protocol.server_session import ServerSession
+from dray.transport.lanes.base import Stream
 
 logger = logging.getLogger("dray.server")
 

@@ -16,25 +16,25 @@ from typing import Any, Literal, Self
 import xxhash
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
-from dray.buffer import SharedRingBuffer
 from dray.clock import MONOTONIC, Clock, Deadline
+from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError, Unreachable
 from dray.payload.codec import plan
-from dray.payload.tensor_spec import PayloadSchema
+from dray.payload.schema import PayloadSchema
 from dray.private_directory import PrivateDirectory
-from dray.telemetry import Counters
+from dray.protocol import PayloadRef
+from dray.protocol.handshake import Lane, ServerIdentity, check_secret
+from dray.protocol.ref import has_control
+from dray.protocol.server_session import ServerSession
+from dray.ring import SharedRingBuffer
+from dray.transport.lanes.base import LANE_NAMES
+from dray.transport.lanes.tcp import TcpListener, listening_address
+from dray.transport.lanes.ucx import UcxListener
+from dray.transport.lanes.ucx_sockets import is_loopback
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
+from dray.transport.lanes.unix import UnixListener
 from dray.transport.served_connections import ThreadSettings
-from dray.transport.server_thread import ServerThread
-from dray.transport.stream import LANE_NAMES
-from dray.transport.tcp import TcpListener, listening_address
-from dray.transport.ucx import UcxListener
-from dray.transport.ucx_sockets import is_loopback
-from dray.transport.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
-from dray.transport.unix import UnixListener
-from dray.wire import PayloadRef
-from dray.wire.handshake import Lane, ServerIdentity, check_secret
-from dray.wire.ref import has_control
-from dray.wire.session import ServerSession
+from dray.transport.server_loop import ServerThread
 
 logger = logging.getLogger("dray.server")
 

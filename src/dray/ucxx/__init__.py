@@ -1,6 +1,6 @@
 """The UCXX payload transport for reinforcement learning: trajectories by reference, over UCX or shared memory.
 
-Thin over the core: every slot, connection and retry is `dray.buffer`'s, `dray.transport`'s or `dray.prefetch`'s.
+Thin over the core: every slot, connection and retry is `dray.ring`'s, `dray.transport`'s or `dray.prefetch`'s.
 What is here knows trajectories, completions, and the names that rollout workers and data packers use.
 
 Architecture::
@@ -66,10 +66,10 @@ Importing needs no `ucxx`; a server or client that may use the ``ucx`` lane rais
 is an `ImportError` and a `RuntimeError`, without it and says what to install.
 """
 
-from dray.buffer import SharedRingBuffer, SlotState
 from dray.errors import SlotError, StaleSlotError
 from dray.payload import TensorSpec
-from dray.transport.ucx_worker import UCXX_AVAILABLE
+from dray.ring import SharedRingBuffer, SlotState
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 from dray.ucxx.buffer import UCXXBuffer
 from dray.ucxx.client import UCXXClient
 from dray.ucxx.completion import completion_for, is_completion, reference_of

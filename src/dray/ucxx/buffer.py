@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from dray.buffer import SharedRingBuffer
 from dray.clock import Deadline
-from dray.payload import staging
+from dray.payload import torch_interop
 from dray.payload.trajectory import EPISODE_LENGTH, resolve_episode_length
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 from dray.ucxx.completion import Completion, completion_for
 from dray.ucxx.config import UCXXBufferConfig
@@ -75,7 +75,7 @@ class UCXXBuffer:
             BufferClosedError: the buffer is closed.
         """
         arrays = {
-            name: staging.to_numpy(value) if staging.is_tensor(value) else value
+            name: torch_interop.to_numpy(value) if torch_interop.is_tensor(value) else value
             for name, value in trajectory.items()
         }
         if EPISODE_LENGTH not in arrays:

@@ -6,9 +6,9 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from dray.prefetch.batch import Arrays
+from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
-from dray.transport.ucx_worker import require
-from dray.wire import PayloadRef
+from dray.transport.lanes.ucx_worker import require
 
 LaneChoice = Literal["auto", "shm", "tcp", "ucx"]
 

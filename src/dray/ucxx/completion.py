@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from dray.errors import ProtocolError
-from dray.wire import PayloadRef
+from dray.protocol import PayloadRef
 
 PAYLOAD_KEY = "dray_payload"
 """The key of a completion; its value is `PayloadRef.to_json`. A framework may add keys of its own beside it."""

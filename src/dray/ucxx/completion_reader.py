@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dray.clock import MONOTONIC
+from dray.counters import Counters
 from dray.errors import (
     BufferClosedError,
     DrayError,
@@ -20,11 +21,10 @@ from dray.errors import (
 )
 from dray.prefetch import BatchReader, Fetched
 from dray.prefetch.batch import Arrays
-from dray.telemetry import Counters
+from dray.protocol import PayloadRef
 from dray.ucxx.client import LaneChoice, open_client
 from dray.ucxx.completion import is_completion, reference_of
 from dray.ucxx.config import UCXXConfig
-from dray.wire import PayloadRef
 
 logger = logging.getLogger("dray.ucxx")
 

@@ -8,12 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from dray.buffer import OnFull
 from dray.errors import ConfigError
 from dray.payload import PayloadSchema, TensorSpec
 from dray.payload.trajectory import EPISODE_LENGTH
-from dray.transport.stream import LANE_NAMES
-from dray.wire.handshake import check_secret
+from dray.protocol.handshake import check_secret
+from dray.ring import OnFull
+from dray.transport.lanes.base import LANE_NAMES
 
 LaneName = Literal["shm", "tcp", "ucx"]
 MOST_SECONDS = 86_400.0

@@ -8,11 +8,11 @@ from typing import Any
 from dray.errors import BufferClosedError, DrayError
 from dray.prefetch import Fetched
 from dray.prefetch.batch import Arrays
+from dray.protocol import PayloadRef
 from dray.ucxx.client import LaneChoice
 from dray.ucxx.completion import is_completion
 from dray.ucxx.completion_reader import CompletionReader
 from dray.ucxx.config import UCXXConfig
-from dray.wire import PayloadRef
 
 
 class UCXXDataPackerMixin:

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
 from dray.payload import PayloadSchema, TensorSpec, header, max_nbytes, pack, plan, unpack, unpack_metadata
-from dray.payload.tensor_spec import DTYPES
+from dray.payload.schema import DTYPES
 
 # NumPy 1 has no such dtype.
 STRINGS = np.array(["a"], np.dtypes.StringDType() if hasattr(np.dtypes, "StringDType") else np.str_)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dray.errors import MissingDependencyError, PayloadFormatError
-from dray.payload import PayloadSchema, TensorSpec, pack, staging, unpack
-from dray.payload.tensor_spec import DTYPES
+from dray.payload import PayloadSchema, TensorSpec, pack, torch_interop, unpack
+from dray.payload.schema import DTYPES
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -35,7 +35,7 @@ TORCH_DTYPES = {
 
 @pytest.fixture
 def fresh_warning(monkeypatch):
-    monkeypatch.setattr(staging, "_pageable_warned", {})
+    monkeypatch.setattr(torch_interop, "_pageable_warned", {})
 
 
 @pytest.mark.parametrize("shape", [(), (0, 2), (3, 2)], ids=str)
@@ -45,7 +45,7 @@ def test_tensors_of_every_dtype_go_into_a_payload_and_come_back(name, shape):
     arrays = unpack(pack({"x": tensor}))
     assert arrays["x"].dtype == DTYPES[name]
     assert np.array_equal(arrays["x"].astype("c8"), np.ones(shape, "c8"))
-    back = staging.to_torch(arrays)["x"]
+    back = torch_interop.to_torch(arrays)["x"]
     assert back.dtype is TORCH_DTYPES[name]
     assert back.shape == shape
     assert torch.equal(back.to(torch.complex64), tensor.to(torch.complex64))
@@ -80,7 +80,7 @@ def test_gradients_strides_and_conjugation_do_not_matter():
 def test_a_dense_tensor_on_the_host_is_not_copied():
     for dtype in (torch.float32, torch.bfloat16):
         tensor = torch.zeros(3, dtype=dtype)
-        staging.to_numpy(tensor)[:] = 1
+        torch_interop.to_numpy(tensor)[:] = 1
         assert tensor.tolist() == [1, 1, 1]
 
 
@@ -103,7 +103,7 @@ def test_a_tensor_that_is_no_array_is_an_error_that_names_the_field(tensor):
 def test_writable_arrays_share_memory_with_their_tensors_and_are_kept_alive():
     root = np.frombuffer(pack({"x": np.zeros(3), "b": torch.zeros(3, dtype=torch.bfloat16)}), np.uint8)
     arrays = unpack(root)
-    tensors = staging.to_torch(arrays)
+    tensors = torch_interop.to_torch(arrays)
     tensors["x"][0] = 5
     tensors["b"][0] = 6
     assert arrays["x"][0] == 5
@@ -119,7 +119,7 @@ def test_writable_arrays_share_memory_with_their_tensors_and_are_kept_alive():
 
 def test_tensors_of_a_read_only_payload_are_copies_that_may_be_written():
     arrays = unpack(bytes(pack({name: np.ones(3).astype(dtype) for name, dtype in DTYPES.items()})))
-    tensors = staging.to_torch(arrays)
+    tensors = torch_interop.to_torch(arrays)
     assert set(tensors) == set(DTYPES)
     for name, tensor in tensors.items():
         tensor.zero_()
@@ -132,7 +132,7 @@ def test_arrays_that_torch_cannot_share_are_copied():
         "strided": np.arange(6)[::2],
         "big-endian": np.arange(3, dtype=">f4"),
     }
-    tensors = staging.to_torch(arrays)
+    tensors = torch_interop.to_torch(arrays)
     assert tensors["reversed"].tolist() == [2, 1, 0]
     assert tensors["strided"].tolist() == [0, 2, 4]
     assert tensors["big-endian"].tolist() == [0, 1, 2]
@@ -141,7 +141,7 @@ def test_arrays_that_torch_cannot_share_are_copied():
 @pytest.mark.parametrize("name", TORCH_DTYPES)
 def test_tensors_on_another_device_are_made_from_read_only_arrays(name):
     arrays = unpack(bytes(pack({"x": np.ones((3, 2)).astype(DTYPES[name])})))
-    tensor = staging.to_torch(arrays, "meta")["x"]
+    tensor = torch_interop.to_torch(arrays, "meta")["x"]
     assert (tensor.device.type, tensor.dtype, tensor.shape) == ("meta", TORCH_DTYPES[name], (3, 2))
 
 
@@ -150,12 +150,12 @@ def test_the_alias_of_a_read_only_array_shows_the_same_bytes_and_keeps_it_alive(
     root = np.frombuffer(bytes(pack({"x": np.ones(3).astype(DTYPES[name])})), np.uint8)
     array = unpack(root)["x"]
     alive = weakref.ref(root)
-    alias = staging._writable_alias(array)
+    alias = torch_interop._writable_alias(array)
     assert alias.flags.writeable
     assert (alias.dtype, alias.tobytes()) == (array.dtype, array.tobytes())
     del array, root
     assert alive() is not None
-    assert staging._writable_alias(alias) is alias
+    assert torch_interop._writable_alias(alias) is alias
     del alias
     assert alive() is None
 
@@ -164,23 +164,23 @@ def test_the_alias_of_a_read_only_array_shows_the_same_bytes_and_keeps_it_alive(
 def test_without_page_locked_memory_pageable_memory_is_used_with_one_warning(caplog, fresh_warning):
     arrays = unpack(bytes(pack({name: np.ones(3).astype(dtype) for name, dtype in DTYPES.items()})))
     for _ in range(2):
-        tensors = staging.to_torch(arrays, pin=True)
+        tensors = torch_interop.to_torch(arrays, pin=True)
         for name, tensor in tensors.items():
             assert tensor.dtype is TORCH_DTYPES[name]
             assert tensor.to(torch.complex64).tolist() == [1, 1, 1]
-        assert staging.host_buffer(100).shape == (100,)
+        assert torch_interop.host_buffer(100).shape == (100,)
     assert [(record.name, record.levelno) for record in caplog.records] == [("dray.payload", logging.WARNING)]
-    assert staging.to_torch(arrays, "meta", pin=True)["F32"].device.type == "meta"
+    assert torch_interop.to_torch(arrays, "meta", pin=True)["F32"].device.type == "meta"
 
 
 def test_a_host_buffer_is_the_root_of_what_is_unpacked_from_it(fresh_warning):
     image = pack({"x": np.arange(3)})
     for pin in (True, False):
-        buffer = staging.host_buffer(len(image), pin=pin)
+        buffer = torch_interop.host_buffer(len(image), pin=pin)
         buffer[:] = np.frombuffer(image, np.uint8)
         arrays = unpack(buffer)
         assert arrays["x"].base is buffer
-        assert staging.to_torch(arrays)["x"].tolist() == [0, 1, 2]
+        assert torch_interop.to_torch(arrays)["x"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -188,14 +188,14 @@ def test_tensors_on_a_cuda_device_go_into_a_payload_and_come_back():
     tensor = torch.arange(6, device="cuda", dtype=torch.bfloat16).reshape(2, 3)
     arrays = unpack(bytes(pack({"x": tensor.t()})))
     for pin in (False, True):
-        back = staging.to_torch(arrays, "cuda", pin=pin)["x"]
+        back = torch_interop.to_torch(arrays, "cuda", pin=pin)["x"]
         assert torch.equal(back, tensor.t())
-    assert staging.to_torch(arrays, pin=True)["x"].is_pinned()
+    assert torch_interop.to_torch(arrays, pin=True)["x"].is_pinned()
 
 
 def test_a_tensordict_is_one_call_away():
     pytest.importorskip("tensordict", reason="tensordict is not installed")
-    made = staging.to_tensordict(unpack(pack({"x": np.arange(3), "n": 2})))
+    made = torch_interop.to_tensordict(unpack(pack({"x": np.arange(3), "n": 2})))
     assert made["x"].tolist() == [0, 1, 2]
     assert made.batch_size == torch.Size([])
 
@@ -203,12 +203,12 @@ def test_a_tensordict_is_one_call_away():
 def test_what_is_not_installed_is_named(monkeypatch, caplog, fresh_warning):
     monkeypatch.setitem(sys.modules, "tensordict", None)
     with pytest.raises(MissingDependencyError, match="pip install tensordict"):
-        staging.to_tensordict({})
+        torch_interop.to_tensordict({})
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[torch\]'"):
-        staging.to_torch({})
-    assert not staging.is_tensor(np.zeros(1))
-    assert staging.host_buffer(10).shape == (10,)
+        torch_interop.to_torch({})
+    assert not torch_interop.is_tensor(np.zeros(1))
+    assert torch_interop.host_buffer(10).shape == (10,)
     assert len(caplog.records) == 1
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dray.errors import PayloadFormatError, SchemaError
 from dray.payload import PayloadSchema, TensorSpec
-from dray.payload.tensor_spec import DTYPES, cast_between
+from dray.payload.schema import DTYPES, cast_between
 
 
 def schema_of(dtype, shape=(None,), **more):

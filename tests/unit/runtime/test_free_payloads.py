@@ -3,8 +3,8 @@ from collections.abc import Iterable
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, ProducerLostError, TransportTimeout
+from dray.protocol import PayloadRef
 from dray.runtime.free_payloads import PayloadFreeing
-from dray.wire import PayloadRef
 
 STOPPED, ALIVE, GONE = (bytes([number]) * 16 for number in (1, 2, 3))
 

@@ -1,8 +1,8 @@
 import pytest
 
 from dray.errors import ConfigError
-from dray.transport.stream import Endpoint
-from dray.wire.handshake import Lane
+from dray.protocol.handshake import Lane
+from dray.transport.lanes.base import Endpoint
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-from dray.transport.health import (
+from dray.protocol.handshake import Lane
+from dray.transport.attempts import (
     MAX_QUARANTINE_GROWTH,
     MAX_REMEMBERED,
     MIN_ATTEMPT_SECONDS,
@@ -22,7 +23,6 @@ from dray.transport.health import (
     ReadAttempts,
     by_lane,
 )
-from dray.wire.handshake import Lane
 
 TCP = ["tcp:h:1", "tcp:h:2", "tcp:h:3"]
 SHM = ["unix:/a", "unix:/b"]

@@ -18,8 +18,8 @@ from waiting import wait_until
 from dray import ConfigError, PayloadClient, TransportTimeout
 from dray.clock import Deadline
 from dray.errors import Unreachable
-from dray.transport import tcp, unix
-from dray.transport.unix import UnixListener
+from dray.transport.lanes import tcp, unix
+from dray.transport.lanes.unix import UnixListener
 
 SOCKETS = ("shm", "tcp")
 

@@ -3,20 +3,20 @@
 from collections.abc import Callable, Sequence
 
 import pytest
+from simulation import ManualClock
 
-from dray.buffer import SharedRingBuffer
-from dray.telemetry import Counters
-from dray.testing import ManualClock
+from dray.counters import Counters
+from dray.protocol.contract import Outgoing, Payload
+from dray.protocol.frames import FRAME_BYTES, Frame, Kind, parse
+from dray.protocol.handshake import ClientHandshake, Lane, ServerIdentity
+from dray.protocol.server_session import ServerSession
+from dray.ring import SharedRingBuffer
 from dray.transport.served_connections import (
     MIN_UCX_BYTES_PER_SECOND,
     TURN_SECONDS,
     ServedConnections,
     ThreadSettings,
 )
-from dray.wire.contract import Outgoing, Payload
-from dray.wire.frames import FRAME_BYTES, Frame, Kind, parse
-from dray.wire.handshake import ClientHandshake, Lane, ServerIdentity
-from dray.wire.session import ServerSession
 
 
 class Silent:

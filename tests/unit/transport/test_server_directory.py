@@ -11,9 +11,9 @@ import pytest
 from writing import umask
 
 import dray
-from dray.buffer import SharedRingBuffer
 from dray.errors import ConfigError
 from dray.private_directory import PrivateDirectory, default_root
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 
 OWNER = """
@@ -119,7 +119,7 @@ def test_the_folder_of_a_killed_process_is_swept_while_its_forked_child_lives(ro
     script = """
 import os, sys
 from pathlib import Path
-from dray.buffer import SharedRingBuffer
+from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 ring = SharedRingBuffer(1, 64)
 server = PayloadServer(ring, lanes="shm", directory=Path(sys.argv[1]))

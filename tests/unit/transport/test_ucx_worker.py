@@ -23,9 +23,9 @@ from dray import (
     make_secret,
 )
 from dray.errors import ConnectionClosed, ConnectionReset, Unreachable
-from dray.transport import ucx, ucx_sockets, ucx_worker
-from dray.transport.ucx import UcxListener
-from dray.transport.ucx_worker import UcxWorker
+from dray.transport.lanes import ucx, ucx_sockets, ucx_worker
+from dray.transport.lanes.ucx import UcxListener
+from dray.transport.lanes.ucx_worker import UcxWorker
 
 
 def test_w9_a_connection_that_comes_while_a_worker_is_busy_until_its_end_is_refused() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from dray.clock import Deadline
 from dray.errors import TransportTimeout
-from dray.transport.unix import UnixStream
-from dray.transport.waiting import PollWaiter
+from dray.transport.lanes.unix import UnixStream
+from dray.transport.polling import PollWaiter
 
 
 def test_who_waits_for_room_is_not_kept_busy_by_what_has_come() -> None:

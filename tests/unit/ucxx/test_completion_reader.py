@@ -9,9 +9,9 @@ import pytest
 from waiting import wait_until
 
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
+from dray.protocol import PayloadRef
 from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of
 from dray.ucxx.completion_reader import MIN_LATE_SECONDS, LateReads
-from dray.wire import PayloadRef
 
 
 @pytest.fixture

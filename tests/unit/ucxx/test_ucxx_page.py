@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from dray import admission
-from dray.buffer import RingStatistics, slot_state
 from dray.errors import TransportError
 from dray.prefetch import batch, freeing, reader, threads
-from dray.transport import exchanges, health, pool
+from dray.protocol.frames import Status
+from dray.ring import RingStatistics, slot_state
+from dray.transport import attempts, connections, pool
 from dray.ucxx import UCXXBufferConfig, UCXXConfig, completion_reader
-from dray.wire.frames import Status
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "UCXX.md").read_text(encoding="utf-8")
-PACKAGES = ("buffer", "wire", "transport", "prefetch", "ucxx")
+PACKAGES = ("ring", "protocol", "transport", "prefetch", "ucxx")
 
 
 def section(title: str) -> str:
@@ -54,7 +54,7 @@ def test_example_works() -> None:
 
 def test_ceilings_are_those_of_the_code() -> None:
     ceilings = {row[0]: row[3] for row in rows(section("Retries"))[1:]}
-    assert re.findall(r"[\d.]+", ceilings["1"]) == [str(health.MOST_ATTEMPTS)]
+    assert re.findall(r"[\d.]+", ceilings["1"]) == [str(attempts.MOST_ATTEMPTS)]
     assert (
         re.findall(r"[\d.]+", ceilings["2"])
         == [str(UCXXConfig().ucxx_read_max_attempts)]
@@ -63,13 +63,13 @@ def test_ceilings_are_those_of_the_code() -> None:
     assert re.findall(r"[\d.]+", ceilings["3"]) == [str(batch.MOST_ROUNDS), str(batch.ROUND_PAUSE)]
     reads = batch.MOST_READS * batch.MOST_ROUNDS
     assert f"{batch.MOST_READS} · {batch.MOST_ROUNDS} = {reads} times" in " ".join(PAGE.split())
-    assert f"at most {reads * health.MOST_ATTEMPTS} transport failures" in " ".join(PAGE.split())
+    assert f"at most {reads * attempts.MOST_ATTEMPTS} transport failures" in " ".join(PAGE.split())
 
 
 @pytest.mark.parametrize(
     ("title", "phrase", "value"),
     [
-        ("Quarantine", "each for {} s from its last failure", health.QUARANTINE_SECONDS),
+        ("Quarantine", "each for {} s from its last failure", attempts.QUARANTINE_SECONDS),
         ("Idle connections", "idle for {} s is closed and replaced", pool.IDLE_SECONDS),
         ("Idle connections", "the server closes it at {} s", UCXXBufferConfig().idle_timeout),
         ("Idle connections", "The {} s between", UCXXBufferConfig().idle_timeout - pool.IDLE_SECONDS),
@@ -155,7 +155,7 @@ def counter_names(call: ast.Call) -> set[str]:
 
 def tallied() -> set[str]:
     """The names that sessions count before they add them to the counters."""
-    tree = ast.parse((ROOT / "src" / "dray" / "wire" / "session.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "src" / "dray" / "protocol" / "server_session.py").read_text(encoding="utf-8"))
     return {
         node.value
         for subscript in ast.walk(tree)
@@ -167,7 +167,7 @@ def tallied() -> set[str]:
 
 def test_retries_after_every_transport_error_have_a_counter() -> None:
     data_plane = {each for each in TransportError.__subclasses__() if each.__module__.startswith("dray.")}
-    assert set(exchanges.RETRIES_BY_CAUSE) == data_plane
+    assert set(connections.RETRIES_BY_CAUSE) == data_plane
 
 
 def test_every_counter_is_explained() -> None:
@@ -179,10 +179,10 @@ def test_every_counter_is_explained() -> None:
     counted: dict[str, set[str]] = {"Server": {s.name.lower() for s in Status} - {"ok"}, "Client": {"quarantined"}}
     counted["Server"] |= tallied()
     counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
-    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *exchanges.RETRIES_BY_CAUSE.values()}
+    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *connections.RETRIES_BY_CAUSE.values()}
     counted["Batches"] = {"reading", "to_free"}
     counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
-    of = {"prefetch": "Batches", "ucxx": "Episodes", "wire": "Server"}
+    of = {"prefetch": "Batches", "ucxx": "Episodes", "protocol": "Server"}
     for path, call in calls():
         server = path.name.startswith("serve")
         names = counter_names(call)

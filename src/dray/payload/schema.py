@@ -1,0 +1,397 @@
+"""The dtypes a payload can carry, and the schema its arrays are checked against.
+
+Dtypes have the names of the safetensors format. bfloat16 and the 8-bit floats are those of `ml_dtypes`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from dray.errors import PayloadFormatError, SchemaError
+from dray.payload import torch_interop
+
+Array: TypeAlias = npt.NDArray[Any]
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "C64": np.dtype("<c8"),
+}
+"""safetensors name → NumPy dtype, for every dtype a payload can carry."""
+
+DTYPE_NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
+"""NumPy dtype → safetensors name."""
+
+MAX_DIMENSIONS = 32
+"""The most dimensions an array of a payload can have (NumPy 1's limit, so that every reader can hold it)."""
+
+_log = logging.getLogger("dray.payload")
+
+Cast: TypeAlias = Literal["same", "widening", "narrowing"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What one field of a payload must look like.
+
+    Args:
+        dtype: safetensors name: ``"F32"``, ``"BF16"``, ``"BOOL"``, …
+        shape: one entry per dimension; ``None`` stands for any length.
+        max_length: upper bound of the first dimension.
+        optional: the field may be absent.
+
+    Raises:
+        PayloadFormatError: `dtype` is not one that a payload can carry.
+        SchemaError: `shape` or `max_length` makes no sense.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+    max_length: int | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise PayloadFormatError(f"dtype {self.dtype!r} cannot be carried; known are {', '.join(DTYPES)}")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        for length in self.shape:
+            if length is not None and (type(length) is not int or length < 0):
+                raise SchemaError(f"shape {self.shape} is not made of None and non-negative integers")
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise SchemaError(f"shape has {len(self.shape)} dimensions; at most {MAX_DIMENSIONS} can be carried")
+        if self.max_length is not None:
+            if type(self.max_length) is not int or self.max_length < 0:
+                raise SchemaError(f"max_length {self.max_length!r} is not a non-negative integer")
+            if not self.shape:
+                raise SchemaError("max_length bounds the first dimension, but the shape has none")
+
+    @classmethod
+    def of(
+        cls,
+        dtype: npt.DTypeLike,
+        shape: tuple[int | None, ...] = (),
+        *,
+        max_length: int | None = None,
+        optional: bool = False,
+    ) -> TensorSpec:
+        """Build a spec from anything NumPy takes as a dtype, e.g. ``np.float32`` or ``ml_dtypes.bfloat16``."""
+        try:
+            found = np.dtype(dtype)
+        except TypeError as error:
+            raise PayloadFormatError(f"{dtype!r} is not a dtype: {error}") from error
+        name = DTYPE_NAMES.get(_little_endian(found))
+        if name is None:
+            raise PayloadFormatError(f"dtype {found} cannot be carried: {_remedy(found)}")
+        return cls(name, shape, max_length, optional)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of the field."""
+        return DTYPES[self.dtype]
+
+    @property
+    def max_shape(self) -> tuple[int, ...] | None:
+        """The largest shape that fits, or ``None`` when nothing bounds it."""
+        if not self.shape:
+            return ()
+        first, *rest = self.shape
+        bounds = [length for length in (first, self.max_length) if length is not None]
+        if not bounds or None in rest:
+            return None
+        return (min(bounds), *(length for length in rest if length is not None))
+
+    def mismatch(self, shape: tuple[int, ...]) -> str | None:
+        """Say in words why `shape` does not fit, or return ``None`` when it does."""
+        fits = len(shape) == len(self.shape)
+        for want, have in zip(self.shape, shape, strict=False):
+            if want is not None and want != have:
+                fits = False
+        if not fits:
+            return f"has shape {shape}, expected {self.shape}"
+        if self.max_length is not None and shape[0] > self.max_length:
+            return f"has length {shape[0]}, at most {self.max_length} is allowed"
+        return None
+
+
+Fitted: TypeAlias = tuple[str, Array, np.dtype[Any], Cast]
+"""A field's name, an array that fits its spec, the dtype it is to be stored as, and how it gets there."""
+
+
+class PayloadSchema(Mapping[str, TensorSpec]):
+    """The fields a payload has: a read-only mapping of field name → `TensorSpec`.
+
+    Arrays are brought to the dtype of their field where that is sound:
+
+    * A cast that keeps every value (float32 → float64, bool → anything, bfloat16 → float32) is silent.
+    * A narrowing cast (float64 → float32, int64 → int32, int64 → float32) is done, and logged once per field
+      and schema as a warning of the logger ``dray.payload``. Python numbers and lists have no dtype of their
+      own and are taken without a warning.
+    * A value that does not fit is never changed silently: an integer outside the field's range, or a finite
+      float that would become infinite or NaN, is a `SchemaError`.
+    * A cast to a poorer kind (float → integer, complex → float, integer → bool) is a `SchemaError`.
+
+    Args:
+        fields: field name → spec.
+
+    Raises:
+        SchemaError: a name is not a string, or a value is not a `TensorSpec`.
+    """
+
+    __slots__ = ("_fields", "_warned")
+
+    def __init__(self, fields: Mapping[str, TensorSpec]) -> None:
+        self._fields = dict(fields)
+        self._warned: dict[str, object] = {}
+        for name, spec in self._fields.items():
+            if not isinstance(name, str):
+                raise SchemaError(f"field name {name!r} is not a string")
+            if not isinstance(spec, TensorSpec):
+                raise SchemaError(f"field {name!r} has {spec!r} where a TensorSpec belongs")
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return f"PayloadSchema({self._fields!r})"
+
+    def check(self, arrays: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        """Return `arrays` as NumPy arrays of exactly the schema's dtypes; what already fits is not copied.
+
+        Raises:
+            SchemaError: a field is missing, unknown, or does not fit; the message names it.
+            PayloadFormatError: a value is not an array, or has a dtype that cannot be carried.
+        """
+        checked = {}
+        for name, array, dtype, cast in self.fit(arrays):
+            if cast == "same" and array.dtype == dtype:
+                checked[name] = array
+            else:
+                checked[name] = np.empty(array.shape, dtype)
+                store(name, array, checked[name], cast)
+        return checked
+
+    def fit(self, arrays: Mapping[str, npt.ArrayLike]) -> list[Fitted]:
+        """Like `check`, but leave the casts to `store`, so that they can go straight into a slot."""
+        fields = self._fields
+        fitted = []
+        for name, value in arrays.items():
+            spec = fields.get(name)
+            if spec is None:
+                raise SchemaError(f"field {name!r} is not in the schema, which has {', '.join(fields) or 'none'}")
+            fitted.append(self._fit_field(name, spec, value))
+        self._require_all(arrays)
+        return fitted
+
+    def verify(self, arrays: Mapping[str, Array]) -> None:
+        """Check arrays that were unpacked: nothing is cast, every dtype must be the field's own.
+
+        Raises:
+            SchemaError: a field is missing, unknown, or does not fit; the message names it.
+        """
+        fields = self._fields
+        for name, array in arrays.items():
+            spec = fields.get(name)
+            if spec is None:
+                raise SchemaError(f"field {name!r} is not in the schema, which has {', '.join(fields) or 'none'}")
+            if array.dtype != DTYPES[spec.dtype]:
+                raise SchemaError(f"field {name!r} has dtype {array.dtype}, expected {spec.dtype}")
+            if reason := spec.mismatch(array.shape):
+                raise SchemaError(f"field {name!r} {reason}")
+        self._require_all(arrays)
+
+    def _require_all(self, arrays: Mapping[str, object]) -> None:
+        if len(arrays) < len(self._fields):
+            for name, spec in self._fields.items():
+                if not spec.optional and name not in arrays:
+                    raise SchemaError(f"field {name!r} is missing")
+
+    def _fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> Fitted:
+        array = as_array(name, value)
+        target = DTYPES[spec.dtype]
+        cast: Cast = "same"
+        if array.dtype != target:
+            # A Python number or list has no dtype of its own: what NumPy chose for it is not held against it.
+            has_dtype = hasattr(value, "dtype")
+            if array.size == 0 and not has_dtype:
+                array = array.astype(target)
+            allowed = cast_between(name, array.dtype, target)
+            if allowed is None:
+                raise SchemaError(f"field {name!r} has dtype {array.dtype}, which is not cast to {spec.dtype}")
+            cast = allowed
+            if cast == "narrowing":
+                _require_in_range(name, array, target)
+                if has_dtype:
+                    self._warn_once(name, array.dtype, target)
+        if reason := spec.mismatch(array.shape):
+            raise SchemaError(f"field {name!r} {reason}")
+        return name, array, target, cast
+
+    def _warn_once(self, name: str, source: np.dtype[Any], target: np.dtype[Any]) -> None:
+        token = object()
+        if self._warned.setdefault(name, token) is token:
+            _log.warning("field %r is narrowed from %s to %s; this is said once", name, source, target)
+
+
+def as_array(name: str, value: npt.ArrayLike) -> Array:
+    """Return `value` (array, torch tensor, list or number) as a NumPy array, without a copy where possible.
+
+    Raises:
+        PayloadFormatError: `value` of field `name` cannot be read as an array; the message says what it is.
+    """
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise PayloadFormatError(f"field {name!r} is a masked array, whose mask is not carried: {_UNMASK}")
+    if isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise PayloadFormatError(f"field {name!r} is a {kind}: a field is one array; give each array in it a name")
+    try:
+        if torch_interop.is_tensor(value):
+            tensor: Any = value
+            return torch_interop.to_numpy(tensor)
+        array = np.asarray(value)
+    except Exception as error:  # whatever a foreign array object raises, the caller gets one type
+        hint = " (lists of different lengths are no array)" if isinstance(value, list | tuple) else ""
+        raise PayloadFormatError(f"field {name!r} cannot be read as an array{hint}: {error}") from error
+    if array.dtype == np.object_ and not hasattr(value, "dtype"):
+        what = "None" if value is None else f"a {type(value).__name__}"
+        raise PayloadFormatError(f"field {name!r} is {what}, of which there is no array of numbers")
+    if isinstance(value, list | tuple) and _holds_a_mask(value):
+        raise PayloadFormatError(
+            f"field {name!r} is a {type(value).__name__} of masked arrays, whose masks are not carried: {_UNMASK}"
+        )
+    return array
+
+
+def _holds_a_mask(value: object) -> bool:
+    """Whether a value that NumPy has made an array of, so that its depth is bounded, holds a masked array."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_a_mask, value))
+    return isinstance(value, np.ma.MaskedArray)
+
+
+def carried_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that an array of `dtype` is stored as: itself, in little-endian order.
+
+    Raises:
+        PayloadFormatError: the dtype cannot be carried; the message names field and dtype.
+    """
+    little = _little_endian(dtype)
+    if little not in DTYPE_NAMES:
+        raise _not_carried(name, dtype)
+    return little
+
+
+def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """`dtype` in little-endian order, or as it is where it has no such thing as an order."""
+    try:
+        return dtype.newbyteorder("<")
+    except TypeError:  # NumPy's StringDType, and what other packages may register
+        return dtype
+
+
+def _not_carried(name: str, dtype: np.dtype[Any]) -> PayloadFormatError:
+    return PayloadFormatError(f"field {name!r} has dtype {dtype}, which cannot be carried: {_remedy(dtype)}")
+
+
+_UNMASK = "fill it, as x.filled(0) does, and put the mask into a field of its own"
+_TEXT = "carry text as numbers, such as np.frombuffer(text.encode(), np.uint8)"
+_REMEDIES = {
+    "O": "the elements must be numbers, not Python objects",
+    "U": _TEXT,
+    "S": _TEXT,
+    "T": _TEXT,
+    "M": "carry times as numbers, such as x.astype(np.int64)",
+    "m": "carry durations as numbers, such as x.astype(np.int64)",
+    "c": "carry it as complex64, such as x.astype(np.complex64)",
+    "V": "give each of its parts a field of its own",
+}
+"""What helps where a dtype cannot be carried, by NumPy's letter for its kind."""
+
+
+def _remedy(dtype: np.dtype[Any]) -> str:
+    known = f"must be one of {', '.join(DTYPES)}"
+    return _REMEDIES.get(dtype.kind, known) if dtype.num < _FIRST_USER_DTYPE or dtype.kind == "T" else known
+
+
+def cast_between(name: str, source: np.dtype[Any], target: np.dtype[Any]) -> Cast | None:
+    """Classify the cast from `source` to the carried dtype `target`; ``None`` when it is not allowed.
+
+    Raises:
+        PayloadFormatError: `source` is not numeric.
+    """
+    have, want = _richness(source), _richness(target)
+    if have is None:
+        raise _not_carried(name, source)
+    if source.newbyteorder("<") == target:
+        return "same"
+    from_float8 = have == want == _FLOAT and source.itemsize == 1 < target.itemsize  # exact, but unknown to NumPy
+    if from_float8 or np.can_cast(source, target, "safe"):
+        return "widening"
+    return "narrowing" if want is not None and have <= want else None
+
+
+def store(name: str, source: Array, target: Array, cast: Cast) -> None:
+    """Copy `source` into `target` of the same shape, casting it.
+
+    Raises:
+        SchemaError: a finite value is not finite any more in the dtype of `target`.
+    """
+    if cast == "same":
+        target[...] = source
+        return
+    with np.errstate(all="ignore"):
+        np.copyto(target, source, casting="unsafe")
+    if cast == "narrowing" and (_richness(target.dtype) or 0) >= _FLOAT:
+        finite = np.isfinite(target)
+        if not finite.all() and bool((np.isfinite(source) & ~finite).any()):
+            raise SchemaError(f"field {name!r} has values outside the range of {DTYPE_NAMES[target.dtype]}")
+
+
+_INTEGER, _FLOAT = 1, 2
+_FIRST_USER_DTYPE = 256  # NPY_USERDEF: from here on `dtype.kind` is the registering package's choice
+_RICHNESS = {"b": 0, "u": _INTEGER, "i": _INTEGER, "f": _FLOAT, "c": 3}
+
+
+def _richness(dtype: np.dtype[Any]) -> int | None:
+    """Order of the kinds: bool < integer < float < complex; ``None`` for what is not a number."""
+    name = DTYPE_NAMES.get(dtype)
+    if name is not None:
+        return _RICHNESS["f" if name == "BF16" else name[0].lower()]
+    return _RICHNESS.get(dtype.kind) if dtype.num < _FIRST_USER_DTYPE else None
+
+
+def _require_in_range(name: str, array: Array, target: np.dtype[Any]) -> None:
+    if target.kind in "ui" and array.size:
+        bounds = np.iinfo(target)
+        lowest, highest = int(array.min()), int(array.max())
+        if lowest < bounds.min or highest > bounds.max:
+            raise SchemaError(
+                f"field {name!r} has values from {lowest} to {highest}, outside the range of {DTYPE_NAMES[target]}"
+            )

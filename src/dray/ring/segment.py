@@ -1,0 +1,344 @@
+"""The memory of a ring: a sealed memfd, mapped writable by its creator and read-only by everybody else.
+
+A memfd has no name to leak: the kernel frees it with its last mapping and descriptor. After the creator has
+mapped it, it is sealed, so that nobody can shrink it under a reader or map it writable.
+
+The memory is mapped with the C library's `mmap`, because Python's `mmap` objects keep a copy of the descriptor
+that a forked child could not close, and unmap their address range in the child too, where it may belong to
+something else by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Final, NoReturn, Self
+
+from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.resources import keep_result, needing, out_of_resources
+from dray.ring.layout import PRODUCER_ID_BYTES, SEGMENT_HEADER, SegmentLayout, unpack_segment_header
+from dray.system_calls import needed
+
+if sys.platform != "win32":
+    import fcntl  # now: without a descriptor it could not be loaded
+
+_PROT_READ: Final = 1
+_PROT_WRITE: Final = 2
+_MAP_SHARED: Final = 1
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_MADV_DONTFORK: Final = 10
+_MADV_POPULATE_WRITE: Final = 23
+_F_ADD_SEALS: Final = 1033
+_F_GET_SEALS: Final = 1034
+_F_SEAL_SEAL: Final = 0x01
+_F_SEAL_SHRINK: Final = 0x02
+_F_SEAL_GROW: Final = 0x04
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+SEALS: Final = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL
+
+_NO_MEMORY: Final = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EINVAL, errno.EOVERFLOW})
+
+
+class Segment:
+    """Shared memory with the layout of `dray.ring.layout`.
+
+    Make one with `create` or `attach`. Views that were handed out stay valid after `close`: the memory is unmapped
+    when the last of them, and of the arrays made from them, is gone.
+
+    Attributes:
+        layout: where the slots lie.
+        producer_id: the 16 bytes that name the ring.
+        nbytes: size of the segment.
+        writable: true only for the creator.
+    """
+
+    def __init__(
+        self, layout: SegmentLayout, producer_id: bytes, view: memoryview, fd: int, *, writable: bool
+    ) -> None:
+        self.layout = layout
+        self.producer_id = producer_id
+        self.nbytes = layout.nbytes
+        self.writable = writable
+        self._view: memoryview | None = view
+        self._fd = fd
+
+    @classmethod
+    def create(cls, layout: SegmentLayout, producer_id: bytes, *, prefault: bool = False) -> Segment:
+        """A new segment of zeros with its header written.
+
+        Args:
+            layout: its slots.
+            producer_id: 16 bytes.
+            prefault: reserve and map all of its pages now instead of at the first write to each.
+
+        Raises:
+            ConfigError: this system has no sealed memfd, a sandbox refuses a system call, or the segment is larger
+                than can be mapped or reserved.
+            OutOfResources: no descriptor is left for it.
+        """
+        if len(producer_id) != PRODUCER_ID_BYTES:
+            raise ConfigError("producer_id", producer_id, f"{PRODUCER_ID_BYTES} bytes")
+        if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
+            raise ConfigError(
+                "sys.platform", sys.platform, "shared memory needs memfd_create of Linux 5.1 or later"
+            )
+        with _fork_lock:
+            made: list[int] = []
+            try:
+                with needing("a ring"), needed("memfd_create"):
+                    keep_result(made, os.memfd_create, "dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                (fd,) = made
+                with _sized(layout):
+                    os.ftruncate(fd, layout.nbytes)
+                    view = _map(fd, layout.nbytes, writable=True)
+                _seal(fd)
+            except BaseException:
+                for each in made:
+                    os.close(each)
+                raise
+            segment = cls(layout, producer_id, view, fd, writable=True)
+            _segments.add(segment)
+        try:
+            if prefault:
+                with _sized(layout):
+                    os.posix_fallocate(fd, 0, layout.nbytes)
+                _madvise_if_known(view, _MADV_POPULATE_WRITE)
+        except BaseException:
+            segment.close()
+            raise
+        view[: SEGMENT_HEADER.size] = layout.pack_segment_header(producer_id)
+        return segment
+
+    @classmethod
+    def attach(cls, fd: int) -> Segment:
+        """Map the segment behind `fd` for reading.
+
+        `fd` stays the caller's, who may close it at once: an attached segment keeps no descriptor.
+
+        Raises:
+            ConfigError: a sandbox refuses a system call.
+            ProtocolError: `fd` is not a dray segment, is not sealed, or has a size other than its header says.
+            SlotError: the memory cannot be mapped.
+            OutOfResources: the process has no memory or no mapping left for it.
+        """
+        try:
+            nbytes, seals = os.fstat(fd).st_size, _get_seals(fd)
+            header = os.pread(fd, SEGMENT_HEADER.size, 0)
+        except OSError as error:
+            raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
+        if seals & SEALS != SEALS:
+            raise ProtocolError(f"the segment is not sealed: its seals are {seals:#x}, not {SEALS:#x}")
+        layout, producer_id = unpack_segment_header(header)
+        if nbytes != layout.nbytes:
+            raise ProtocolError(f"the segment has {nbytes} bytes, its header says {layout.nbytes}")
+        with _fork_lock:
+            try:
+                view = _map(fd, nbytes, writable=False)
+            except OSError as error:
+                exhausted = out_of_resources(error, f"a mapping of {nbytes} bytes")
+                raise exhausted or SlotError(
+                    f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
+                ) from error
+            segment = cls(layout, producer_id, view, -1, writable=False)
+            _segments.add(segment)
+        return segment
+
+    @property
+    def closed(self) -> bool:
+        return self._view is None
+
+    @property
+    def view(self) -> memoryview:
+        """The whole segment as bytes; writable only for its creator.
+
+        Raises:
+            BufferClosedError: the segment is closed, or belongs to the parent of this process.
+        """
+        if self._view is None:
+            raise BufferClosedError("the segment is closed")
+        return self._view
+
+    def slot_offset(self, slot: int) -> int:
+        """Byte offset of `slot` in the segment."""
+        return self.layout.slot_offset(slot)
+
+    def slot_view(self, slot: int, nbytes: int) -> memoryview:
+        """The first `nbytes` bytes of `slot`, read-only, as it lies in memory.
+
+        Raises:
+            SlotError: the segment has no such slot, or a slot has fewer bytes.
+            BufferClosedError: the segment is closed.
+        """
+        if not 0 <= slot < self.layout.slots:
+            raise SlotError(f"the segment has slots 0 to {self.layout.slots - 1}", slot=slot)
+        if not 0 <= nbytes <= self.layout.slot_bytes:
+            raise SlotError(f"a slot has {self.layout.slot_bytes} bytes, not {nbytes}", slot=slot)
+        start = self.layout.slot_offset(slot)
+        return self.view[start : start + nbytes].toreadonly()
+
+    def fileno(self) -> int:
+        """The memfd, to be sent to readers; it stays the segment's.
+
+        Raises:
+            BufferClosedError: the segment is closed.
+            SlotError: the segment is attached and so has no descriptor.
+        """
+        if self._view is None:
+            raise BufferClosedError("the segment is closed")
+        if self._fd < 0:
+            raise SlotError("only the creator of a segment has its descriptor")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor and unmap the memory, or leave that to the last view that is still in use."""
+        with _fork_lock:
+            self._forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "writable" if self.writable else "read-only"
+        size = f"{self.layout.slots} x {self.layout.slot_bytes} bytes"
+        return f"<Segment {self.producer_id.hex()[:8]} {size}, {state}>"
+
+    def _forget(self) -> None:
+        fd, self._fd, self._view = self._fd, -1, None
+        if fd >= 0:
+            os.close(fd)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+@contextlib.contextmanager
+def _sized(layout: SegmentLayout) -> Iterator[None]:
+    """Say which setting is too large when the system refuses the memory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_MEMORY:
+            raise
+        value = f"{layout.slots} x {layout.slot_bytes}"
+        allowed = f"a segment of {layout.nbytes} bytes must fit into this machine's memory ({error.strerror})"
+        raise ConfigError("slots x slot_bytes", value, allowed, f"= {value} is too much") from error
+
+
+def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
+    """Map `fd`; the memory is unmapped when the last view of it dies."""
+    libc = _libc()
+    protection = _PROT_READ | _PROT_WRITE if writable else _PROT_READ
+    _unmap_dead()
+    mapped: list[int] = []
+    try:
+        keep_result(mapped, libc.mmap, None, nbytes, protection, _MAP_SHARED, fd, 0)
+        if mapped == [_MAP_FAILED]:
+            with needed("mmap"):
+                _raise_errno()
+        if libc.madvise(*mapped, nbytes, _MADV_DONTFORK) != 0:
+            with needed("madvise"):
+                _raise_errno()
+        memory = (ctypes.c_ubyte * nbytes).from_address(*mapped)
+        _mappings[mapped[0]] = weakref.ref(memory, _unmap_dead), nbytes
+    except BaseException:
+        for address in mapped:
+            if address != _MAP_FAILED and address not in _mappings:
+                libc.munmap(address, nbytes)
+        raise
+    view = memoryview(memory).cast("B")
+    return view if writable else view.toreadonly()
+
+
+def _raise_errno() -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
+
+
+def _unmap_dead(_: object = None) -> None:
+    """Unmap what the last view of has died.
+
+    It runs wherever that happens, so it takes no lock. Where an exception of a signal handler ends it, the next
+    mapping, or the end of another, does the rest. An entry goes first: the address may be reused then.
+    """
+    for address, (memory, nbytes) in list(_mappings.items()):
+        if memory() is None and _mappings.pop(address, None) is not None:
+            _libc().munmap(address, nbytes)
+
+
+def _madvise_if_known(view: memoryview, advice: int) -> None:
+    """Give `advice` about all of `view`; kernels that do not know it go on without."""
+    address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+    if _libc().madvise(address, view.nbytes, advice) != 0 and ctypes.get_errno() != errno.EINVAL:
+        number = ctypes.get_errno()
+        with needed("madvise"):
+            raise OSError(number, os.strerror(number))
+
+
+def _seal(fd: int) -> None:
+    try:
+        with needed("fcntl"):
+            fcntl.fcntl(fd, _F_ADD_SEALS, SEALS)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        allowed = "shared memory needs the seals of Linux 5.1 or later"
+        release = os.uname().release
+        raise ConfigError("kernel", release, allowed, f"{release} is too old") from error
+
+
+def _get_seals(fd: int) -> int:
+    with needed("fcntl"):
+        return fcntl.fcntl(fd, _F_GET_SEALS)
+
+
+# --- fork -----------------------------------------------------------------------------------------------------
+#
+# The child does not inherit the mappings. It closes the descriptors, so that it does not keep the memory alive,
+# and forgets how to unmap: what lies at these addresses in the child is not the segment. The lock keeps a fork
+# from falling between the making of a descriptor or mapping and its entry here; a signal handler may fork while it
+# is held.
+
+_fork_lock = threading.RLock()
+_segments: weakref.WeakSet[Segment] = weakref.WeakSet()
+_mappings: dict[int, tuple[weakref.ref[ctypes.Array[ctypes.c_ubyte]], int]] = {}
+
+
+def _disown_in_child() -> None:
+    _mappings.clear()
+    for segment in _segments:
+        segment._forget()
+    _segments.clear()
+    _fork_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_disown_in_child
+    )

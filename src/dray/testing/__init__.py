@@ -1,8 +1,0 @@
-"""Tools for tests: a clock moved by hand, and the deterministic simulation. Nothing in dray imports this package.
-
-`python -m dray.testing.simulate` runs the simulation; docs/testing.md says what it does and how to read it.
-"""
-
-from dray.testing.clock import ManualClock
-
-__all__ = ["ManualClock"]

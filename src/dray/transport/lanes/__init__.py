@@ -1,0 +1,1 @@
+"""The lanes: what carries messages and payloads between two processes."""

@@ -1,0 +1,8 @@
+"""Tools for tests: a clock moved by hand, and the deterministic simulation. Nothing in dray imports this package.
+
+`python -m simulation` runs the simulation; docs/testing.md says what it does and how to read it.
+"""
+
+from simulation.clock import ManualClock
+
+__all__ = ["ManualClock"]

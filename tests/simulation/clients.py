@@ -1,0 +1,353 @@
+"""Simulated consumers: what programs do with a `PayloadClient` and a `BatchReader`, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from dray.errors import (
+    AuthenticationError,
+    BufferClosedError,
+    DrayError,
+    LeaseInUseError,
+    ProducerLostError,
+    ReaderIdError,
+    ServerBusy,
+    SlotError,
+    StaleSlotError,
+    TransportError,
+)
+from dray.protocol import PayloadRef
+from simulation.faults import FaultPlan
+from simulation.ledger import Ledger
+from simulation.network import SimulatedKernel
+from simulation.observed import ObservedClient, has_failed, is_alive
+from simulation.scheduler import Interrupted, Process, Violation
+
+LEASE_END_SECONDS = 1.0
+LONG_ENOUGH = 5.0
+"""A read with this much time fails only where something is wrong."""
+
+
+class World(Protocol):
+    """What a consumer sees of the run."""
+
+    kernel: SimulatedKernel
+    ledger: Ledger
+    plan: FaultPlan
+
+    def take(self, reader: int, most: int) -> list[PayloadRef]:
+        """References that this reader has not been given, or gave back."""
+        ...
+
+    def give_back(self, reader: int, refs: Sequence[PayloadRef]) -> None:
+        """References to be given out again."""
+        ...
+
+    def old(self) -> list[PayloadRef]:
+        """References of long ago."""
+        ...
+
+    def listened(self, ref: PayloadRef, since: float) -> bool:
+        """The producer of a reference has listened all the time since then."""
+        ...
+
+
+class _Abandoned(Exception):
+    """A program leaves a block with an error of its own."""
+
+
+class SimulatedConsumer:
+    """A process that reads.
+
+    Args:
+        world: where it lives.
+        name: its name.
+        reader: its reader id.
+        welcome: it has the right secret and a reader id that exists.
+        options: of its client.
+    """
+
+    def __init__(self, world: World, name: str, reader: int, welcome: bool, **options: Any) -> None:
+        self.world = world
+        self.reader = reader
+        self.welcome = welcome
+        self.scheduler = world.kernel.scheduler
+        self.rng = self.scheduler.rng
+        self.process: Process = world.kernel.process(name)
+        self.client = ObservedClient(world.kernel, self.process, reader=reader, **options)
+        self.consumed: list[PayloadRef] = []
+        self.busy = 0
+        self.closed = False
+        self._pinned: list[Any] = []
+        self._doing: list[list[PayloadRef]] = []
+        self._began = 0.0
+
+    def spawn(self, name: str, steps: int) -> None:
+        """A thread that does `steps` things one after the other."""
+        self.busy += 1
+
+        def run() -> None:
+            for _ in range(steps):
+                if self.closed:
+                    break
+                self._something()
+            self.busy -= 1
+
+        self.scheduler.spawn(self.process, name, run)
+
+    def close(self) -> None:
+        """Close the client in order."""
+        self.closes()
+        with self.unhurried(10.0):
+            self.client.close()
+
+    def closes(self) -> None:
+        """From now on, whoever is at work may take a moment longer to see that its ACKs arrive."""
+        self.closed = True
+        self.let_go()
+        for actor in self.process.actors:
+            actor.slack = math.inf
+
+    def let_go(self) -> None:
+        """Drop the arrays that outlived their blocks."""
+        self._pinned.clear()
+
+    def killed(self) -> None:
+        """It dies now: what it was about to consume may be consumed."""
+        for refs in self._doing:
+            for ref in refs:
+                self.world.ledger.give_up(ref, self.reader)
+
+    def ended_in_order(self) -> None:
+        """What it has consumed must be known to its producers."""
+        for ref in self.consumed:
+            self.world.ledger.keep(ref, self.reader)
+
+    # --- what programs do -------------------------------------------------------------------------------------
+
+    def _something(self) -> None:
+        seconds = self.rng.choice((0.02, 0.5, 5.0, 5.0, 30.0, 30.0))
+        choice = self.rng.random()
+        if choice < 0.34:
+            self._attempt(self._some(1), seconds, self._read)
+        elif choice < 0.52:
+            self._attempt(self._some(6), seconds, self._read_many)
+        elif choice < 0.68:
+            self._attempt(self._some(1), seconds, self._lease)
+        elif choice < 0.74:
+            self._attempt(self._some(3), seconds, self._consume)
+        elif choice < 0.79:
+            self._attempt(self._some(1), seconds, self._stat)
+        elif choice < 0.88 and self._pinned:
+            self._pinned.pop()
+        else:
+            self.scheduler.sleep(self.rng.choice((0.001, 0.05, 1.0, 20.0, 99.0, 110.0, 125.0)))
+
+    def _some(self, most: int) -> list[PayloadRef]:
+        """References, mostly fresh ones."""
+        old = self.world.old()
+        if old and self.rng.random() < 0.15:
+            ref = self.rng.choice(old)
+            match self.rng.randrange(6):
+                case 0:
+                    ref = dataclasses.replace(ref, sequence=ref.sequence + self.rng.choice((1, 2, 1000)))
+                case 1:
+                    ref = dataclasses.replace(ref, slot=ref.slot + self.rng.choice((1, 1000)))
+                case 2:
+                    ref = dataclasses.replace(ref, nbytes=ref.nbytes + self.rng.choice((-1, 1)))
+            return [ref]
+        for _ in range(4):
+            if refs := self.world.take(self.reader, self.rng.randint(1, most)):
+                return refs
+            if old := self.world.old():
+                return [self.rng.choice(old)]
+            self.scheduler.sleep(0.5)
+        return []
+
+    def _attempt(
+        self, refs: list[PayloadRef], seconds: float, run: Callable[[list[PayloadRef], float], None]
+    ) -> None:
+        name = run.__name__.strip("_")
+        if not refs:
+            return
+        self.scheduler.note(f"{name} {', '.join(map(self.world.ledger.name, refs))} within {seconds} s")
+        self.client.asks(refs)
+        self._began = self.scheduler.now()
+        self._doing.append(refs)
+        try:
+            with self.bounded(seconds):
+                run(refs, seconds)
+            outcome = "done"
+        except Interrupted:
+            outcome = "Interrupted"
+            for ref in refs:
+                self.world.ledger.give_up(ref, self.reader)
+            self.world.give_back(self.reader, refs)
+        except DrayError as error:
+            outcome = type(error).__name__
+            self.judge(refs[0], error, seconds)
+            for ref in refs:
+                self.client.answered(ref, error)
+        self._doing.remove(refs)
+        self.world.plan.count(f"{name}: {outcome}")
+        self.scheduler.note(f"{name}: {outcome}")
+
+    def _read(self, refs: list[PayloadRef], seconds: float) -> None:
+        (ref,) = refs
+        consume = self.rng.random() < 0.8
+        data = self.client.read_bytes(ref, timeout=seconds, consume=consume)
+        kept = self.client.kept
+        if has_failed(kept) and kept is not None and ref.nbytes > kept.inline_bytes:
+            raise Violation(f"{self.world.ledger.name(ref)} was copied from a slot whose lease may have ended")
+        self.got(ref, data.tobytes(), consume)
+
+    def _read_many(self, refs: list[PayloadRef], seconds: float) -> None:
+        consume = self.rng.random() < 0.7
+        leave = self.rng.random() < 0.15
+        results = self.client.read_many(refs, timeout=seconds, consume=consume, return_errors=True)
+        began = self.scheduler.now()
+        left = list(refs)
+        with contextlib.closing(results):
+            for ref, outcome in results:
+                left.remove(ref)
+                if isinstance(outcome, DrayError):
+                    self.judge(ref, outcome, seconds, began)
+                    continue
+                self.got_arrays(ref, outcome, consume)
+                if leave:
+                    break
+                if self.rng.random() < 0.2:
+                    self.scheduler.pause()
+        self.world.give_back(self.reader, left)
+
+    def _lease(self, refs: list[PayloadRef], seconds: float) -> None:
+        (ref,) = refs
+        lease = self.client.lease(ref, timeout=seconds)
+        connection = self.client.kept
+        root = lease._root
+        assert root is not None
+        image = root.tobytes()
+        self.unbound()
+        began = self.scheduler.now()
+        try:
+            with lease as arrays:
+                self.got(ref, image, consume=False)
+                self.scheduler.sleep(self.rng.choice((0.0, 0.01, 0.5, 3.0, 50.0, 130.0)))
+                if root.tobytes() != image:
+                    if is_alive(connection):
+                        raise Violation(f"{self.world.ledger.name(ref)} changed while it was leased")
+                    self.world.plan.count("lease: changed after its connection had ended")
+                if self.rng.random() < 0.25:
+                    self._pinned.append(arrays["body"])
+                self.world.ledger.give_up(ref, self.reader)
+                self.rebound(LEASE_END_SECONDS)
+                del root
+                if self.rng.random() < 0.2:
+                    raise _Abandoned
+            if self.scheduler.now() - began < 40:
+                self.consumed.append(ref) if is_alive(connection) else None
+        except (LeaseInUseError, _Abandoned) as error:
+            self.world.plan.count(f"lease: {type(error).__name__.strip('_')}")
+
+    def _consume(self, refs: list[PayloadRef], seconds: float) -> None:
+        by_producer = {ref.producer: ref for ref in refs}
+        for ref in refs:
+            self.world.ledger.give_up(ref, self.reader)
+        if len(by_producer) > 1:
+            refs = [ref for ref in refs if ref.producer == refs[0].producer]
+        freed = self.client.consume(refs, timeout=seconds)
+        assert 0 <= freed <= len(refs)
+
+    def _stat(self, refs: list[PayloadRef], seconds: float) -> None:
+        self.world.give_back(self.reader, refs)
+        self.client.stat(refs[0], timeout=seconds)
+
+    # --- what comes of it -------------------------------------------------------------------------------------
+
+    def got(self, ref: PayloadRef, data: bytes, consume: bool) -> None:
+        """A payload was handed out."""
+        self.scheduler.note(f"gets {self.world.ledger.name(ref)}{', consumed' if consume else ''}")
+        self.world.ledger.deliver(ref, self.reader, data)
+        if consume:
+            self.consumed.append(ref)
+
+    def got_arrays(self, ref: PayloadRef, arrays: dict[str, Any], consume: bool) -> None:
+        """The same, unpacked."""
+        payload = self.world.ledger.find(ref)
+        data = arrays["token"].tobytes() + arrays["body"].tobytes()
+        if payload is not None and payload.image.endswith(data):
+            data = payload.image
+        self.got(ref, data, consume)
+
+    def judge(self, ref: PayloadRef, error: DrayError, seconds: float, began: float | None = None) -> None:
+        """An error is one that can be, and what it says is true."""
+        ledger, plan = self.world.ledger, self.world.plan
+        books, name = ledger.of(ref), ledger.name(ref)
+        payload = ledger.find(ref)
+        began = self._began if began is None else began
+        plan.count(f"error: {type(error).__name__}")
+        if isinstance(error, StaleSlotError):
+            if payload is not None and not books.lost and not self._gone(ref) and self._was_there(ref, began):
+                raise Violation(f"{name} is said to be stale, and is there")
+        elif isinstance(error, ProducerLostError):
+            if not books.lost and self.world.listened(ref, began):
+                raise Violation(f"the producer of {name} is said to be lost, and listens")
+        elif isinstance(error, AuthenticationError | ReaderIdError):
+            if self.welcome:
+                raise Violation(f"{name}: {error}")
+        elif isinstance(error, TransportError):
+            if isinstance(error, ServerBusy) or error.endpoint is None:
+                return  # without an endpoint: the producer has none on this client's lanes
+            if not plan.kinds and not plan.stalls and seconds >= LONG_ENOUGH and self.welcome:
+                raise Violation(f"{name} cannot be read, with nothing wrong: {type(error).__name__}: {error}")
+            self.world.give_back(self.reader, [ref])
+        elif not isinstance(error, BufferClosedError):
+            made_up = payload is None or ref.nbytes != len(payload.image)
+            if not isinstance(error, SlotError) or not made_up:
+                raise Violation(f"{name}: {type(error).__name__}: {error}")
+
+    def _was_there(self, ref: PayloadRef, began: float) -> bool:
+        """The payload was committed when the program asked for it: references are made up, too."""
+        return self.world.ledger.of(ref).ring._table.slots[ref.slot].committed_at < began
+
+    def _gone(self, ref: PayloadRef) -> bool:
+        cell = self.world.ledger.of(ref).ring._table.slots[ref.slot]
+        return cell.sequence != ref.sequence or cell.over or bool(cell.consumed_by >> self.reader & 1)
+
+    # --- deadlines --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def bounded(self, seconds: float) -> Iterator[None]:
+        """What is done here ends within that time."""
+        self.rebound(seconds)
+        try:
+            yield
+        finally:
+            self.unbound()
+
+    @contextlib.contextmanager
+    def unhurried(self, seconds: float) -> Iterator[None]:
+        """What is done here, with deadlines of its own, ends within that time if it is not held up."""
+        actor = self.scheduler.actor
+        assert actor is not None
+        began, actor.late = self.scheduler.now(), 0.0
+        yield
+        if self.scheduler.now() - began - actor.late > seconds:
+            raise Violation(f"{actor.name} took {self.scheduler.now() - began:.3f} s to close")
+
+    def rebound(self, seconds: float) -> None:
+        """From now on, this actor must be done within that time."""
+        actor = self.scheduler.actor
+        if actor is not None:
+            actor.bound = self.scheduler.now() + seconds
+            actor.late = 0.0
+
+    def unbound(self) -> None:
+        """Nothing is under way."""
+        actor = self.scheduler.actor
+        if actor is not None:
+            actor.bound = math.inf

@@ -1,0 +1,115 @@
+"""What goes wrong in one simulated run, and what has gone wrong."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from enum import Enum
+
+from dray.protocol.handshake import Lane
+
+
+class Fault(Enum):
+    """A kind of fault. Those of connections strike what is sent; the others have their own time."""
+
+    RESET = "reset"
+    HALF_CLOSE = "half-close"
+    TRUNCATION = "truncation"
+    SILENCE = "silence"
+    DELAY = "delay"
+    DUPLICATE = "duplicate connection"
+    UNREACHABLE = "unreachable"
+    CONNECT_HANGS = "connect hangs"
+    LOOP_WEDGED = "wedged loop"
+    SERVER_STOPPED = "stopped server"
+    SERVER_RESTARTED = "restarted server"
+    SERVER_REPLACED = "replaced server"
+    SERVER_KILLED = "killed server"
+    CLIENT_STOPPED = "stopped client"
+    CLIENT_KILLED = "killed client"
+    CLIENT_CLOSED = "closed client"
+    INTERRUPT = "interrupted client"
+    CLOCK_JUMP = "clock jump"
+
+
+ON_SEND = (Fault.RESET, Fault.HALF_CLOSE, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
+ON_SEND_UCX = (Fault.RESET, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
+"""UCX has no half-closed connections."""
+ON_CONNECT = (Fault.DUPLICATE, Fault.UNREACHABLE, Fault.CONNECT_HANGS)
+HARMLESS = frozenset({Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.DUPLICATE})
+"""Whoever closes in the presence of these alone gets through to the producers."""
+TIMED = tuple(fault for fault in Fault if fault is Fault.RESET or fault not in (*ON_SEND, *ON_CONNECT))
+
+
+class FaultPlan:
+    """Decides when each fault strikes. Nothing strikes any more after `calm`.
+
+    Args:
+        rng: decides.
+        seen: counts what has happened, over all runs.
+        kinds: what may happen; by default the seed decides that too.
+    """
+
+    def __init__(self, rng: random.Random, seen: Counter[str], kinds: Iterable[Fault] | None = None) -> None:
+        self._rng = rng
+        self._seen = seen
+        some = rng.sample(list(Fault), rng.choice((0, 1, 1, 2, 3, 4, 6)))
+        self.kinds = frozenset(some if kinds is None else kinds)
+        self._on_send = tuple(fault for fault in ON_SEND if fault in self.kinds)
+        self._on_send_ucx = tuple(fault for fault in ON_SEND_UCX if fault in self.kinds)
+        self.timed = tuple(fault for fault in TIMED if fault in self.kinds)
+        self._rate = rng.choice((0.01, 0.03, 0.1))
+        self._connect_rate = rng.choice((0.05, 0.2, 0.5))
+        self._split_rate = rng.choice((0.0, 0.0, 0.1, 0.4))
+        self._slowest = rng.choice((0.0, 0.0, 0.0005, 0.02))
+        self._capacity = rng.choice((2048, 2048, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
+        self.stalls = rng.random() < 0.4
+        self.calm = False
+
+    def __repr__(self) -> str:
+        return ", ".join(sorted(fault.value for fault in self.kinds)) or "none"
+
+    def count(self, what: str) -> None:
+        """Note that something has happened."""
+        self._seen[what] += 1
+
+    def strike(self, lane: Lane) -> Fault | None:
+        """What happens to something that is being sent, if anything."""
+        kinds = self._on_send_ucx if lane is Lane.UCX else self._on_send
+        if not kinds or self.calm or self._rng.random() >= self._rate:
+            return None
+        fault = self._rng.choice(kinds)
+        self.count(fault.value)
+        return fault
+
+    def strikes(self, fault: Fault) -> bool:
+        """Whether a fault of connecting happens now."""
+        if fault not in self.kinds or self.calm or self._rng.random() >= self._connect_rate:
+            return False
+        self.count(fault.value)
+        return True
+
+    def splits(self) -> bool:
+        """Whether fewer bytes go through than could."""
+        return self._split_rate > 0 and self._rng.random() < self._split_rate
+
+    def capacity(self) -> int:
+        """Bytes that a direction of a connection holds."""
+        return self._capacity
+
+    def delay(self) -> float:
+        """Seconds that bytes take."""
+        return self._rng.random() * self._slowest
+
+    def long_delay(self) -> float:
+        """Seconds that bytes take when something is wrong."""
+        return self._rng.choice((0.05, 0.4, 3.0, 20.0))
+
+    def soon(self) -> float:
+        """Seconds until something that UCX or the kernel does in its own time."""
+        return self._rng.choice((0.0, 0.0, 0.0, 0.0002, 0.003, 0.2))
+
+    def stall(self) -> float:
+        """Seconds for which a thread gets no processor."""
+        return self._rng.choice((0.0, 0.0, 0.0, 0.002, 0.2, 3.0)) if self.stalls else 0.0

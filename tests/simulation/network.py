@@ -1,0 +1,288 @@
+"""The simulated machine's network: who listens where, who is connected to whom, and a client's way to it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+from dray.clock import Deadline
+from dray.errors import BufferClosedError, TransportTimeout, Unreachable
+from dray.protocol.handshake import PROOF_BYTES, ClientHandshake, Lane
+from dray.transport.lanes.base import Endpoint, Stream
+from dray.transport.lanes.network import Group, Waiter
+from dray.transport.lanes.socket import SocketStream
+from dray.transport.lanes.ucx import UcxStream
+from dray.transport.lanes.unix import UnixStream
+from dray.transport.polling import timed_out
+from simulation.faults import Fault, FaultPlan
+from simulation.scheduler import Process, Scheduler, Signal
+from simulation.sockets import Pipe, SimulatedSocket
+from simulation.tagged import SimulatedUcxEndpoint, SimulatedWorker, ucx_names
+
+_BACKLOG = 8
+
+
+class SimulatedListener:
+    """Where connections of one lane come in.
+
+    Args:
+        signal: notified when there is one.
+        worker: the UCX worker that accepts, on that lane.
+    """
+
+    def __init__(
+        self,
+        kernel: SimulatedKernel,
+        number: int,
+        endpoint: str,
+        process: Process,
+        signal: Signal,
+        worker: SimulatedWorker | None,
+    ) -> None:
+        self._kernel = kernel
+        self._number = number
+        self.endpoint = endpoint
+        self.process = process
+        self.signal = signal
+        self.worker = worker
+        self.waiting: deque[SimulatedSocket | SimulatedUcxEndpoint] = deque()
+        self.closed = False
+        self.silent = None
+
+    def fileno(self) -> int:
+        return self._number
+
+    def accept(self) -> Stream | None:
+        """The next connection, or None when there is none."""
+        if not self.waiting:
+            return None
+        found = self.waiting.popleft()
+        if isinstance(found, SimulatedUcxEndpoint):
+            assert self.worker is not None
+            mine = SimulatedUcxEndpoint(self.worker)
+            self._kernel.endpoints.append(mine)
+            stream = UcxStream(self.worker, mine, accepted=True)
+            mine.join(found)
+            if found.closed:
+                mine.fail(ucx_names().UCXConnectionResetError)
+            return stream
+        found.watched_by(self.signal)
+        return socket_stream(found)
+
+    def ask(self, end: SimulatedUcxEndpoint) -> None:
+        """A UCX connection waits to be accepted."""
+        if self.closed:
+            end.fail(ucx_names().UCXRejectedError)
+        else:
+            self.waiting.append(end)
+
+    def close(self) -> None:
+        """Stop listening. Twice is fine."""
+        self.closed = True
+        if self._kernel.listeners.get(self.endpoint) is self:
+            del self._kernel.listeners[self.endpoint]
+        while self.waiting:
+            found = self.waiting.popleft()
+            if isinstance(found, SimulatedUcxEndpoint):
+                found.fail(ucx_names().UCXRejectedError)
+            else:
+                found.reset()
+                found.close()
+
+
+def socket_stream(sock: SimulatedSocket) -> SocketStream:
+    """A production stream over a simulated socket."""
+    if sock.lane is Lane.SHM:
+        return UnixStream(cast(Any, sock))
+    return SocketStream(cast(Any, sock), Lane.TCP)
+
+
+class SimulatedKernel:
+    """Everything that outlives the processes that use it."""
+
+    def __init__(self, scheduler: Scheduler, plan: FaultPlan) -> None:
+        self.scheduler = scheduler
+        self.plan = plan
+        self.listeners: dict[str, SimulatedListener] = {}
+        self.sockets: dict[int, SimulatedSocket | SimulatedWorker | SimulatedListener] = {}
+        self.endpoints: list[SimulatedUcxEndpoint] = []
+        self._numbers = itertools.count(1_000_000)
+
+    def process(self, name: str) -> Process:
+        """A new process; what it holds is closed with it."""
+        process = self.scheduler.process(name)
+        process.ends.append(lambda: self._close_all(process))
+        return process
+
+    def listen(
+        self, endpoint: str, process: Process, signal: Signal, worker: SimulatedWorker | None
+    ) -> SimulatedListener:
+        """Listen at an address nobody listens at."""
+        assert endpoint not in self.listeners
+        listener = SimulatedListener(self, next(self._numbers), endpoint, process, signal, worker)
+        self.listeners[endpoint] = self.sockets[listener.fileno()] = listener
+        return listener
+
+    def worker(self, process: Process) -> SimulatedWorker:
+        """A new UCX worker."""
+        number = next(self._numbers)
+        worker = SimulatedWorker(self.scheduler, self.plan, number, process)
+        self.sockets[number] = worker
+        return worker
+
+    def pair(self, lane: Lane, client: Process, server: Process) -> tuple[SimulatedSocket, SimulatedSocket]:
+        """Two connected sockets."""
+        up, down = (Pipe(self.scheduler, self.plan) for _ in range(2))
+        ends = []
+        for process, peer, incoming, outgoing in ((client, server, down, up), (server, client, up, down)):
+            number = next(self._numbers)
+            end = SimulatedSocket(self.scheduler, self.plan, number, lane, incoming, outgoing, process, peer)
+            self.sockets[number] = end
+            ends.append(end)
+        return ends[0], ends[1]
+
+    def connect_socket(self, listener: SimulatedListener, lane: Lane, process: Process) -> SimulatedSocket:
+        """A connection that waits to be accepted; its client's end."""
+        mine, theirs = self.pair(lane, process, listener.process)
+        listener.waiting.append(theirs)
+        listener.signal.notify()
+        if self.plan.strikes(Fault.DUPLICATE):
+            self._haunt(listener, lane, process)
+        return mine
+
+    def connect_ucx(self, address: str, worker: SimulatedWorker) -> SimulatedUcxEndpoint:
+        """An endpoint towards an address; whether anybody listens shows later."""
+        mine = SimulatedUcxEndpoint(worker)
+        self.endpoints.append(mine)
+        hangs = self.plan.strikes(Fault.CONNECT_HANGS)
+
+        def arrive() -> None:
+            listener = self.listeners.get(address)
+            if listener is None:
+                mine.fail(ucx_names().UCXNotConnectedError)
+            elif not hangs:
+                assert listener.worker is not None
+                listener.worker.do(lambda: listener.ask(mine))
+
+        self.scheduler.at(self.scheduler.now() + self.plan.soon(), arrive)
+        return mine
+
+    def reset_one(self, rng: random.Random) -> bool:
+        """End a connection that somebody picks; False if there is none."""
+        ends: list[SimulatedSocket | SimulatedUcxEndpoint] = [
+            held for held in self.sockets.values() if isinstance(held, SimulatedSocket) and held.alive
+        ]
+        ends += [end for end in self.endpoints if end.alive and not end.closed and end.peer is not None]
+        if not ends:
+            return False
+        rng.choice(ends).reset()
+        return True
+
+    def is_open(self, process: Process) -> list[str]:
+        """What a process holds."""
+        left = [f"socket {n}" for n, s in self.sockets.items() if s.process is process and not s.closed]
+        return left + ["endpoint" for e in self.endpoints if e.worker.process is process and not e.closed]
+
+    def _haunt(self, listener: SimulatedListener, lane: Lane, process: Process) -> None:
+        """A second connection, which says what every client says first, perhaps goes on, and forgets to end."""
+        rng = self.scheduler.rng
+        ghost, theirs = self.pair(lane, process, listener.process)
+        words = ClientHandshake(lane).hello() + bytes(PROOF_BYTES) * rng.randint(0, 1)
+        ghost.say(words[: rng.choice((len(words), len(words), 40, 1))])
+        listener.waiting.append(theirs)
+        self.scheduler.at(self.scheduler.now() + rng.choice((0.0, 0.01, 5.0, 300.0)), ghost.close)
+
+    def _close_all(self, process: Process) -> None:
+        for listener in [listener for listener in self.listeners.values() if listener.process is process]:
+            listener.close()
+        for endpoint in self.endpoints:
+            if endpoint.worker.process is process and not endpoint.closed:
+                endpoint.vanish()
+        for held in list(self.sockets.values()):
+            if held.process is process:
+                held.close()
+
+
+class SimulatedNetwork:
+    """A client's `dray.transport.lanes.network.Network` over the simulated kernel."""
+
+    def __init__(self, kernel: SimulatedKernel, process: Process) -> None:
+        self.kernel = kernel
+        self.process = process
+        self.closing = Signal(kernel.scheduler)
+        self.closed = False
+
+    def fits(self, address: Endpoint) -> Callable[[Group], bool] | None:
+        return (lambda _: True) if address.lane is Lane.UCX else None
+
+    def make_group(self, address: Endpoint) -> Group | None:
+        return self.kernel.worker(self.process) if address.lane is Lane.UCX else None
+
+    def connect(self, address: Endpoint, deadline: Deadline, group: Group | None) -> Stream:
+        kernel, scheduler, endpoint = self.kernel, self.kernel.scheduler, str(address)
+        plan = kernel.plan
+        scheduler.note(f"connects to {endpoint}")
+        if address.lane is Lane.UCX:
+            assert isinstance(group, SimulatedWorker)
+            if plan.strikes(Fault.UNREACHABLE):
+                raise Unreachable("simulated", endpoint=endpoint)
+            return UcxStream(group, kernel.connect_ucx(endpoint, group), accepted=False)
+        scheduler.pause()
+        if plan.strikes(Fault.UNREACHABLE):
+            raise Unreachable("simulated", endpoint=endpoint)
+        listener = kernel.listeners.get(endpoint)
+        if listener is None:
+            raise Unreachable("simulated", endpoint=endpoint, refused=True)
+        if plan.strikes(Fault.CONNECT_HANGS) or len(listener.waiting) >= _BACKLOG:
+            # A full backlog of a Unix socket is waited for by the kernel, which nothing but its time-out ends.
+            scheduler.wait((self.closing,) if address.lane is Lane.TCP else (), deadline.at)
+            if self.closed and address.lane is Lane.TCP:
+                raise BufferClosedError("the client was closed while it waited")
+            raise TransportTimeout("simulated", endpoint=endpoint, elapsed=deadline.elapsed)
+        return socket_stream(kernel.connect_socket(listener, address.lane, self.process))
+
+    def waiter(self, lasting: bool = False) -> Waiter:
+        return SimulatedWaiter(self, lasting)
+
+    def close(self) -> None:
+        self.closed = True
+        self.closing.notify()
+
+
+class SimulatedWaiter:
+    """Waits by letting others run.
+
+    Attributes:
+        failed: a wait did not end as it should; the connection must not be used again.
+    """
+
+    def __init__(self, network: SimulatedNetwork, lasting: bool) -> None:
+        self._network = network
+        self._lasting = lasting
+        self.failed = False
+
+    def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        self.failed = True  # until it has gone well
+        kernel = self._network.kernel
+        self._check()
+        held = kernel.sockets[stream.fileno()]
+        assert not isinstance(held, SimulatedListener)
+        if isinstance(held, SimulatedWorker):
+            ready = held.signalled
+        else:
+            ready = held.writable() if stream.wants_write else held.readable()
+        if ready:
+            kernel.scheduler.pause()
+        elif not kernel.scheduler.wait((held.signal, self._network.closing), deadline.at):
+            self._check()
+            kernel.scheduler.note(f"waited in vain for {awaited}")
+            raise timed_out(deadline, awaited, endpoint)
+        self._check()
+        self.failed = False
+
+    def _check(self) -> None:
+        if self._network.closed and not self._lasting:
+            raise BufferClosedError("the client was closed while it waited")

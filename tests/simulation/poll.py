@@ -1,0 +1,68 @@
+"""What a server thread waits with: epoll over simulated descriptors."""
+
+from __future__ import annotations
+
+import math
+import select
+from collections.abc import Callable
+
+from simulation.network import SimulatedKernel, SimulatedListener
+from simulation.scheduler import Signal
+from simulation.tagged import SimulatedWorker
+
+
+class SimulatedPoll:
+    """Level-triggered, as epoll is by default.
+
+    Args:
+        kernel: knows the descriptors.
+        check: called whenever the thread has done all that it could.
+
+    Attributes:
+        signal: notified when something may have become ready.
+    """
+
+    def __init__(self, kernel: SimulatedKernel, check: Callable[[], None]) -> None:
+        self._kernel = kernel
+        self._check = check
+        self._watched: dict[int, int] = {}
+        self.signal = Signal(kernel.scheduler)
+
+    def register(self, descriptor: int, events: int) -> None:
+        if descriptor in self._kernel.sockets:  # not the thread's own, which wakes it to be stopped
+            assert descriptor not in self._watched
+            self._watched[descriptor] = events
+
+    def modify(self, descriptor: int, events: int) -> None:
+        assert descriptor in self._watched
+        self._watched[descriptor] = events
+
+    def unregister(self, descriptor: int) -> None:
+        del self._watched[descriptor]
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        self._check()
+        scheduler = self._kernel.scheduler
+        if timeout == 0.0 or self._ready():
+            scheduler.pause()
+        else:
+            scheduler.wait((self.signal,), math.inf if timeout is None else scheduler.now() + timeout)
+        return self._ready()
+
+    def close(self) -> None:
+        self._watched.clear()
+
+    def _ready(self) -> list[tuple[int, int]]:
+        sockets = self._kernel.sockets
+        ready = []
+        for descriptor, events in self._watched.items():
+            held = sockets[descriptor]
+            if isinstance(held, SimulatedWorker):
+                found = held.signalled
+            elif isinstance(held, SimulatedListener):
+                found = bool(held.waiting)
+            else:
+                found = held.writable() if events == select.EPOLLOUT else held.readable()
+            if found:
+                ready.append((descriptor, events))
+        return ready

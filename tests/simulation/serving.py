@@ -1,0 +1,234 @@
+"""A simulated producer: a ring, its writer, and server loops that drive the production `ServedConnections`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import xxhash
+
+from dray.clock import Deadline
+from dray.counters import Counters
+from dray.errors import BufferFullError
+from dray.payload.codec import plan as plan_payload
+from dray.protocol import PayloadRef
+from dray.protocol.handshake import Lane, ServerIdentity
+from dray.protocol.server_session import ServerSession
+from dray.ring import OnFull, Retain, SharedRingBuffer
+from dray.transport.served_connections import ServedConnection, ThreadSettings
+from dray.transport.server_loop import ServerThread
+from simulation.ledger import Ledger
+from simulation.network import SimulatedKernel
+from simulation.poll import SimulatedPoll
+from simulation.scheduler import Process, Violation
+from simulation.tagged import SimulatedWorker
+
+DRAIN_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RingSettings:
+    """A ring of a run, and how it is served."""
+
+    slots: int
+    slot_bytes: int
+    on_full: OnFull
+    readers: int
+    retain: Retain
+    max_leases: int
+    lanes: tuple[Lane, ...]
+    loops: int
+    secret: bytes | None
+    checksum: bool
+
+
+class ServerLoop:
+    """One server thread, with an endpoint of its own on each lane; it runs in an actor."""
+
+    def __init__(self, server: SimulatedServer, index: int) -> None:
+        kernel, process = server.kernel, server.process
+        self._scheduler = kernel.scheduler
+        self._poll = SimulatedPoll(kernel, server.check)
+        signal = self._poll.signal
+        worker, ucx = None, None
+        self.worker: SimulatedWorker | None = None
+        listeners = []
+        for lane in server.settings.lanes:
+            address = server.address(lane, index)
+            if lane is Lane.UCX:
+                self.worker = worker = kernel.worker(process)
+                worker.signal = signal
+                ucx = kernel.listen(address, process, signal, worker)
+            else:
+                listeners.append(kernel.listen(address, process, signal, None))
+        self._thread = ServerThread(
+            f"loop{index}",
+            cast(Any, listeners),
+            worker,
+            cast(Any, ucx),
+            server.make_session,
+            server.ring.segment.fileno(),
+            ThreadSettings(idle=120.0, lease=60.0),
+            server.counters,
+            self._scheduler.clock,
+            lambda: self._poll,
+        )
+        self._thread._close_wake()
+        self.served = self._thread._served
+        served: Any = self.served
+        self._drop = served._drop
+        served._drop = self._watched_drop
+        self.actor = self._scheduler.spawn(process, f"loop{index}", self._thread._run, idles=True)
+
+    def stop(self) -> None:
+        """Accept no more, finish what is in flight for a while, end."""
+        self._thread._stop_by = Deadline.after(DRAIN_SECONDS, self._scheduler.clock)
+        self._poll.signal.notify()
+
+    def _watched_drop(self, connection: ServedConnection, error: Exception | None) -> None:
+        stream = connection.stream
+        ending = self._scheduler.ending or self._thread._stop_by is not None
+        if stream.lane is Lane.SHM and connection.session.leases and not ending:
+            sock: Any = stream
+            if sock._sock.alive:
+                raise Violation(f"a reader's connection was closed while it works in place: {error!r}")
+        self._drop(connection, error)
+
+    @property
+    def sessions(self) -> list[ServerSession]:
+        """Of all connections, those that are closed but not drained too."""
+        return [c.session for c in (*self.served.all(), *self.served._undrained)]
+
+
+class SimulatedServer:
+    """A producer at its addresses; it may be restarted, or replaced by another one there."""
+
+    def __init__(self, kernel: SimulatedKernel, ledger: Ledger, name: str, settings: RingSettings) -> None:
+        self.kernel = kernel
+        self.name = name
+        self.settings = settings
+        self.counters = Counters()
+        self._ledger = ledger
+        self._lives = 0
+        self.published: Callable[[PayloadRef], None] = lambda _: None
+        self._start()
+
+    def _start(self) -> None:
+        settings = self.settings
+        self._lives += 1
+        self.process: Process = self.kernel.process(f"{self.name}.{self._lives}")
+        self.ring = SharedRingBuffer(
+            settings.slots,
+            settings.slot_bytes,
+            on_full=settings.on_full,
+            readers=settings.readers,
+            retain=settings.retain,
+            clock=self.kernel.scheduler.clock,
+        )
+        self.books = self._ledger.open(self.ring, f"{self.name}.{self._lives}", settings.readers)
+        self._identity = ServerIdentity(
+            self.ring.producer_id, settings.slots, settings.slot_bytes, settings.max_leases, settings.readers
+        )
+        self._open()
+
+    def _open(self) -> None:
+        self.loops = [ServerLoop(self, index) for index in range(self.settings.loops)]
+        self.endpoints = tuple(
+            self.address(lane, index) for lane in self.settings.lanes for index in range(self.settings.loops)
+        )
+
+    def address(self, lane: Lane, index: int) -> str:
+        """Where one loop listens on one lane."""
+        if lane is Lane.SHM:
+            return f"unix:/{self.name}/{index}"
+        number = int(self.name.removeprefix("server"))
+        return f"{lane.label}:127.0.0.1:{1000 * (number + 1) + 10 * lane + index}"
+
+    def make_session(self, lane: Lane) -> ServerSession:
+        """A session as `PayloadServer` makes them."""
+        checksum = xxhash.xxh3_64_intdigest if self.settings.checksum and lane is not Lane.SHM else None
+        return ServerSession(
+            lane,
+            self.ring,
+            self._identity,
+            secret=self.settings.secret,
+            checksum=checksum,
+            counters=self.counters,
+        )
+
+    def check(self) -> None:
+        """The ring and the leases of all sessions agree."""
+        if not self.ring.closed:
+            self._ledger.check(self.books, [session for loop in self.loops for session in loop.sessions])
+            for loop in self.loops:
+                if loop.worker is not None and loop.worker.reading:
+                    loop.worker.reading = [send for send in loop.worker.reading if send.touchable]
+                    self.books.check_read([send.memory for send in loop.worker.reading])
+
+    # --- writing ----------------------------------------------------------------------------------------------
+
+    def write(self, arrays: dict[str, Any], seconds: float, goes_on: Callable[[], bool]) -> None:
+        """Put a payload in steps, each of which others may come between, or fail to."""
+        scheduler, ring, books = self.kernel.scheduler, self.ring, self.books
+        packed = plan_payload(arrays)
+        by = scheduler.now() + seconds
+        pause = 0.0005
+        while True:
+            try:
+                writer = ring.claim(packed.nbytes, timeout=0)
+                break
+            except BufferFullError:
+                if ring.on_full == "error" or scheduler.now() >= by or self.kernel.plan.calm:
+                    self.kernel.plan.count("ring full")
+                    return
+            scheduler.sleep(pause)
+            pause *= 4
+        scheduler.note(f"claims slot {writer.slot} sequence {writer.sequence}")
+        books.claimed(writer.slot, writer.sequence)
+        with writer:
+            writer.buffer[:] = b"\xdb" * packed.nbytes
+            self.check()
+            scheduler.pause()
+            image = bytearray(packed.nbytes)
+            packed.write(memoryview(image))
+            half = packed.nbytes // 2
+            writer.buffer[:half] = image[:half]
+            if not goes_on():
+                scheduler.note("aborts")
+                return
+            scheduler.pause()
+            writer.buffer[half:] = image[half:]
+            writer.commit()
+            scheduler.note("commits")
+        books.committed(writer.slot, writer.sequence, bytes(image))
+        self.check()
+        self.published(self.make_ref(writer.slot, writer.sequence, packed.nbytes))
+
+    def make_ref(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
+        """The reference for a payload of this server's ring."""
+        return PayloadRef(self.ring.producer_id, slot, sequence, nbytes, self.endpoints)
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End the process where it stands; its payloads are lost."""
+        self.kernel.scheduler.kill(self.process)
+        self.books.lost = True
+        self.ring.close()
+
+    def restart(self) -> None:
+        """End the server threads in order, and start others over the same ring at the same addresses."""
+        for loop in self.loops:
+            loop.stop()
+            while not loop.actor.greenlet.dead:
+                self.kernel.scheduler.wait((loop.actor.ended,), self.kernel.scheduler.now() + 3 * DRAIN_SECONDS)
+                if loop.actor.stopped:
+                    raise Violation("a stopped loop was told to end")
+        self._open()
+
+    def replace(self) -> None:
+        """Another producer at the same addresses."""
+        if not self.process.dead:
+            self.kill()
+        self._start()

@@ -1,0 +1,83 @@
+"""Locks, conditions and threads for production code in the simulation: actors, and nothing that blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from simulation.scheduler import Actor, Process, Scheduler, Signal, Violation
+
+
+class SimulatedLock:
+    """Never waited for: nobody may give way while holding one."""
+
+    def __init__(self) -> None:
+        self.held = False
+
+    def __enter__(self) -> None:
+        if self.held:
+            raise Violation("a lock was held while another actor ran")
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+
+
+class SimulatedCondition:
+    """A condition variable over a `SimulatedLock`."""
+
+    def __init__(self, scheduler: Scheduler, lock: SimulatedLock) -> None:
+        self._scheduler = scheduler
+        self._lock = lock
+        self._signal = Signal(scheduler)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._lock.held = False
+        try:
+            until = math.inf if timeout is None else self._scheduler.now() + timeout
+            return self._scheduler.wait((self._signal,), until)
+        finally:
+            self._lock.held = True
+
+    def notify_all(self) -> None:
+        self._signal.notify()
+
+
+class SimulatedThread:
+    """A thread of a simulated process; it may wait without a bound, as workers do for work."""
+
+    def __init__(self, scheduler: Scheduler, process: Process, target: Callable[[], None], name: str) -> None:
+        self._scheduler = scheduler
+        self._process = process
+        self._target = target
+        self._name = name
+        self._actor: Actor | None = None
+
+    def start(self) -> None:
+        self._actor = self._scheduler.spawn(self._process, self._name, self._target, idles=True)
+
+    def is_alive(self) -> bool:
+        return self._actor is not None and self._actor.alive
+
+    def join(self, timeout: float) -> None:
+        assert self._actor is not None
+        if self._actor.alive:
+            self._scheduler.wait((self._actor.ended,), self._scheduler.now() + timeout)
+
+
+class SimulatedThreading:
+    """What of the module `threading` `dray.prefetch` uses, for one simulated process."""
+
+    Lock = SimulatedLock
+
+    def __init__(self, scheduler: Scheduler, process: Process) -> None:
+        self._scheduler = scheduler
+        self._process = process
+
+    def Condition(self, lock: SimulatedLock) -> SimulatedCondition:
+        return SimulatedCondition(self._scheduler, lock)
+
+    def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> Any:
+        assert daemon
+        return SimulatedThread(self._scheduler, self._process, target, name)

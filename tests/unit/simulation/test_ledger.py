@@ -1,0 +1,84 @@
+"""The simulation's books of a ring notice what must never happen."""
+
+from typing import Any
+
+import pytest
+from simulation.ledger import Books
+from simulation.scheduler import Violation
+
+from dray.ring import SharedRingBuffer, SlotState
+
+
+class Session:
+    """What the books look at of a session."""
+
+    def __init__(self, *leases: Any) -> None:
+        self._leases = dict(enumerate(leases))
+
+
+def committed(ring: SharedRingBuffer, books: Books, image: bytes) -> tuple[int, int]:
+    with ring.claim(len(image)) as writer:
+        books.claimed(writer.slot, writer.sequence)
+        writer.buffer[:] = image
+        writer.commit()
+    books.committed(writer.slot, writer.sequence, image)
+    return writer.slot, writer.sequence
+
+
+def test_books_of_a_ring_in_order_agree_with_it() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        where = committed(ring, books, b"payload")
+        books.check([])
+        lease = ring.read_raw(*where)
+        books.check([Session(lease)])  # type: ignore[list-item]
+        ring.release_reading(lease)
+        books.check([])
+        books.settle()
+
+
+def test_a_lease_that_no_session_holds_is_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        ring.read_raw(*committed(ring, books, b"payload"))
+        with pytest.raises(Violation, match="its readers hold 0"):
+            books.check([])
+
+
+def test_bytes_that_change_after_the_commit_are_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        slot, _ = committed(ring, books, b"payload")
+        ring.segment.view[ring.segment.slot_offset(slot)] = 0
+        with pytest.raises(Violation, match="changed while it was READY"):
+            books.check([])
+
+
+def test_a_slot_freed_under_a_lease_is_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        slot, sequence = committed(ring, books, b"payload")
+        lease = ring.read_raw(slot, sequence)
+        ring._table.slots[slot].state = SlotState.FREE
+        with pytest.raises(Violation, match="is FREE with 1 leases"):
+            books.check([Session(lease)])  # type: ignore[list-item]
+
+
+def test_a_payload_consumed_by_nobody_who_got_it_is_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        ring.consume(*committed(ring, books, b"payload"))
+        books.check([])
+        with pytest.raises(Violation, match="are gone, 0 were dropped by policy"):
+            books.settle()
+
+
+def test_a_payload_that_its_reader_kept_and_that_is_still_there_is_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        _, sequence = committed(ring, books, b"payload")
+        payload = books.payloads[sequence]
+        payload.delivered[0] += 1
+        payload.kept.add(0)
+        with pytest.raises(Violation, match="still there"):
+            books.settle()
