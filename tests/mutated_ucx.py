@@ -10,7 +10,7 @@ from mutated_conversations import READ, SECONDS, Mutator
 
 from dray.clock import Deadline
 from dray.errors import DrayError
-from dray.transport.lanes import ucx
+from dray.transport.lanes import UCX, Endpoint
 from dray.transport.lanes.ucx import UcxStream
 from dray.transport.lanes.ucx_worker import UcxWorker
 
@@ -58,7 +58,9 @@ class UcxConversations:
             if self._chance.random() < 0.1:
                 self._wrong_preamble()
             else:
-                streams.append(ucx.connect(self._worker, self._host, self._port))
+                streams.append(
+                    UCX.connect(Endpoint(UCX, self._host, self._port), Deadline.after(20), self._worker)
+                )
         for stream in streams:
             try:
                 self._chance.choice(self._manners)(stream)

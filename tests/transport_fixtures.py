@@ -17,6 +17,7 @@ from waiting import wait_until
 from dray.protocol import PayloadRef
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
+from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Endpoint
 
 LANES = ("shm", "tcp", "ucx")
@@ -41,7 +42,7 @@ def serving(
 ) -> Iterator[PayloadServer]:
     """A server with a ring of its own."""
     ring = SharedRingBuffer(slots, slot_bytes, readers=readers)
-    with ring, PayloadServer(ring, lanes=lanes, threads=threads, drain_timeout=0.5, **options) as server:
+    with ring, PayloadServer(ring, lane=lanes, threads=threads, drain_timeout=0.5, **options) as server:
         yield server
 
 
@@ -51,7 +52,7 @@ def ring_of(server: PayloadServer) -> SharedRingBuffer:
 
 def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:
     """The first endpoint of the server on a lane."""
-    return next(e for e in map(Endpoint.parse, server.endpoints) if e.lane.label == lane)
+    return next(e for e in map(parse_endpoint, server.endpoints) if e.lane.name == lane)
 
 
 def counted(server: PayloadServer, name: str) -> int:

@@ -61,7 +61,7 @@ class PayloadService:
         self._arrays = one_array(nbytes) if fields == 1 else six_fields(nbytes)
         ring = self._opened.enter_context(SharedRingBuffer(slots, nbytes, prefault=True))
         self._server = self._opened.enter_context(
-            PayloadServer(ring, lanes=(lane,), threads=1, checksum=checksum, drain_timeout=1.0)
+            PayloadServer(ring, lane=(lane,), threads=1, checksum=checksum, drain_timeout=1.0)
         )
         if switch_interval is not None:
             sys.setswitchinterval(switch_interval)
@@ -107,7 +107,7 @@ class IdleReaderService:
 
     def do(self, command: str, **arguments: Any) -> Reply:
         refs = [PayloadRef.from_json(text) for text in arguments["refs"]]
-        client = PayloadClient(lanes=arguments["lane"], most_idle=len(refs))
+        client = PayloadClient(lane=arguments["lane"], most_idle=len(refs))
         self._opened.enter_context(client)
         with ExitStack() as held:
             # Payloads held at the same time are held on as many connections.
@@ -159,7 +159,7 @@ class LaneRead:
 
     def open(self, nbytes: int, batch: int) -> None:
         self._partner.ask("open", nbytes=nbytes, slots=batch, lane=self._lane, **self._served)
-        self._client = PayloadClient(lanes=self._lane)
+        self._client = PayloadClient(lane=self._lane)
 
     def prepare(self, count: int) -> None:
         self._refs.extend(PayloadRef.from_json(text) for text in self._partner.ask("put", count=count)["refs"])

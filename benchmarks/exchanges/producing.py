@@ -37,7 +37,7 @@ class ProducingService:
         arrays = one_array(nbytes)
         ring = SharedRingBuffer(slots, nbytes, prefault=True)
         server = self._opened.enter_context(
-            PayloadServer(ring, lanes=(lane,), threads=1, checksum=False, drain_timeout=1.0)
+            PayloadServer(ring, lane=(lane,), threads=1, checksum=False, drain_timeout=1.0)
         )
 
         def produce() -> None:
@@ -70,7 +70,7 @@ class Fleet:
                     self.partners.append(opened.enter_context(Partner("producing", [writing])))
             for partner in self.partners:
                 partner.ask("open", nbytes=nbytes, slots=slots, lane=lane)
-            self._client = opened.enter_context(PayloadClient(lanes=lane))
+            self._client = opened.enter_context(PayloadClient(lane=lane))
             self._opened = opened.pop_all()
 
     def read(self, count: int) -> None:

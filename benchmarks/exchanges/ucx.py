@@ -16,7 +16,7 @@ from benchmarks.partner import ANSWER_SECONDS, Partner
 from benchmarks.service import Reply
 from dray.clock import Deadline
 from dray.transport.lanes.ucx_worker import SEGMENT_SIZE, require
-from dray.transport.spinning import Spinning
+from dray.transport.polling import AdaptivePoller
 
 FRAME_BYTES = 64
 _REQUEST, _STATUS, _PAYLOAD = 1, 2, 3
@@ -42,7 +42,7 @@ class UcxEnd:
         self.endpoint: Any = None
         poll = select.poll()
         poll.register(self.worker.epoll_file_descriptor, select.POLLIN)
-        self._poll = Spinning(poll.poll)
+        self._poll = AdaptivePoller(poll.poll)
 
     def send(self, memory: Any, tag: int) -> Any:
         return self.endpoint.tag_send(memory, self.ucx.UCXXTag(tag))

@@ -26,7 +26,7 @@ class DraySender:
         slot_bytes = settings["nbytes"] + _ROOM
         ring = self._opened.enter_context(SharedRingBuffer(settings["window"] + 1, slot_bytes, prefault=True))
         self._server = self._opened.enter_context(
-            PayloadServer(ring, lanes=(settings["lane"],), threads=1, checksum=False, drain_timeout=1.0)
+            PayloadServer(ring, lane=(settings["lane"],), threads=1, checksum=False, drain_timeout=1.0)
         )
         self._stream: StreamSender | None = None
         if settings["url"]:
@@ -51,7 +51,7 @@ class DrayReceiver:
         self._kind = kind
         self._lease = how == "lease"
         self._opened = ExitStack()
-        self._client = self._opened.enter_context(PayloadClient(lanes=cast("Any", self._lane)))
+        self._client = self._opened.enter_context(PayloadClient(lane=cast("Any", self._lane)))
         self._references: socket.socket | None = None
         self._stream = self._opened.enter_context(StreamReceiver()) if over == "redis" else None
 

@@ -7,6 +7,8 @@ long as its own deadline allows, and leaves it behind then. A numeric address ne
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import os
 import select
 import socket
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from dray.clock import Deadline
-from dray.errors import TransportTimeout, Unreachable
+from dray.errors import ConfigError, TransportError, TransportTimeout, Unreachable
 
 MAX_QUERIES = 16
 """Names that are looked up at one time; each has a thread until the system's resolver returns."""
@@ -60,6 +62,34 @@ def resolve(
     except OSError as error:
         raise Unreachable(f"the host {host!r} cannot be looked up: {error}", endpoint=endpoint) from error
     return [(family, (address[0], port, *address[2:])) for family, address in found]
+
+
+def listening_address(host: str) -> str:
+    """The numeric address to listen at and to advertise for `host`, so that clients need no name server.
+
+    Of a name's addresses an IPv4 one is preferred, because UCX listens at no other kind.
+
+    Raises:
+        ConfigError: the host is unknown.
+    """
+    if ":" in host:
+        return host  # with its zone, if it has one
+    try:
+        found = resolve(host, 0, Deadline.after(MAX_RESOLVE_SECONDS))
+    except TransportError as error:
+        allowed = f"an address of this machine, or a name that means one ({error.message})"
+        raise ConfigError("host", host, allowed) from error
+    _, address = min(found, key=lambda each: each[0] is not socket.AF_INET)
+    return str(address[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def is_loopback(host: str) -> bool:
+    """Whether the address or name is this machine's loopback, which other machines cannot reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _ask(host: str, flags: int = 0) -> list[Address]:

@@ -1,4 +1,4 @@
-"""What every stream must do, over Unix sockets, TCP and UCX."""
+"""What the streams of every lane must do: those of the table, one that the test adds, and simulated ones."""
 
 import contextlib
 import functools
@@ -17,54 +17,52 @@ from simulation import ManualClock
 from simulation.faults import FaultPlan
 from simulation.network import SimulatedKernel, socket_stream
 from simulation.scheduler import Scheduler, Signal
+from socketpair_lane import SocketPairLane
 from transport_fixtures import Child, pattern
 from waiting import wait_until
 
 from dray.clock import Deadline
 from dray.errors import ConnectionClosed, ConnectionReset, MessageTruncated, TransportError
-from dray.protocol.contract import Payload
-from dray.protocol.handshake import Lane
-from dray.transport.lanes import tcp, unix
-from dray.transport.lanes.base import Stream
-from dray.transport.lanes.tcp import TcpListener
-from dray.transport.lanes.ucx import UcxListener, UcxStream
-from dray.transport.lanes.ucx import connect as connect_ucx
-from dray.transport.lanes.ucx_worker import UcxWorker
-from dray.transport.lanes.unix import UnixListener
+from dray.protocol.frames import Payload
+from dray.transport.lanes import LANES, SHM, UCX, parse_endpoint
+from dray.transport.lanes.base import ListenAt, Stream, Worker
+from dray.transport.lanes.socket import UnixStream
+from dray.transport.lanes.ucx import UcxStream
 
-KINDS = ("unix", "tcp", "ucx")
-ALL = (*KINDS, *(f"simulated {kind}" for kind in KINDS))
-IN_BAND = ("tcp", "ucx", "simulated tcp", "simulated ucx")
+ADDED = SocketPairLane()
+ALL = (*LANES, ADDED.name, *(f"simulated {name}" for name in LANES))
+IN_BAND = tuple(name for name in ALL if {**LANES, ADDED.name: ADDED}[name.rpartition(" ")[2]].in_band)
+SOCKETS = tuple(name for name in ALL if "ucx" not in name)
 SIZES = (0, 1, 4096, 65_537, (8 << 20) + 1, 64 << 20)
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def added_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane is one module and one entry in the table."""
+    monkeypatch.setitem(LANES, ADDED.name, ADDED)
 
 
 class Pair:
     """Two connected streams and what keeps them going: client first, as the one that may receive payloads."""
 
-    def __init__(self, kind: str, directory: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, kind: str, stack: contextlib.ExitStack) -> None:
         self.kind = kind.rpartition(" ")[2]
         self.simulated = simulated_pair(self.kind) if kind != self.kind else None
         if self.simulated is not None:
             self.scheduler, self.workers, self.client, self.server = self.simulated
             self._greet(stack)
             return
-        self.workers: list[UcxWorker] = []
-        deadline = Deadline.after(10)
-        listener: UnixListener | TcpListener | UcxListener
-        if kind == "ucx":
-            self.workers = [stack.enter_context(contextlib.closing(UcxWorker(True))) for _ in range(2)]
-            listener = UcxListener(self.workers[1], "127.0.0.1")
-            port = int(listener.endpoint.rpartition(":")[2])
-            self.client: Stream = connect_ucx(self.workers[0], "127.0.0.1", port)
-        elif kind == "tcp":
-            listener = TcpListener("127.0.0.1")
-            self.client = tcp.connect("127.0.0.1", int(listener.endpoint.rpartition(":")[2]), deadline)
-        else:
-            path = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"{next(_numbers)}.sock"
-            listener = UnixListener(path)
-            self.client = unix.connect(str(path), deadline)
+        lane = LANES[kind]
+        path = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"{next(_numbers)}.sock"
+        listener = lane.listen(ListenAt("127.0.0.1", path=path))
+        address = parse_endpoint(listener.endpoint)
+        mine = lane.make_worker(address)
+        self.workers = [worker for worker in (mine, listener.worker) if worker is not None]
+        for worker in self.workers:
+            stack.callback(worker.close)
         stack.callback(listener.close)
+        self.client: Stream = lane.connect(address, Deadline.after(10), mine)
         accepted: list[Stream] = []
 
         def accept() -> bool:
@@ -121,7 +119,7 @@ class Pair:
         poll = select.poll()
         idle = True
         for stream in (self.client, self.server):
-            if stream.fileno() < 0 or (isinstance(stream, UcxStream) and stream.closed):
+            if stream.fileno() < 0 or getattr(stream, "closed", False):
                 continue
             with contextlib.suppress(TransportError):  # raised again where the test looks for it
                 stream.flush()
@@ -132,17 +130,31 @@ class Pair:
         if idle:
             poll.poll(20)
 
+    def settled(self, sender: Stream) -> None:
+        """What `sender` has sent has arrived at the other end's worker, where nothing asks for it yet."""
+        self.sent(sender)
+        quiet, seen = 0, 0
+
+        def still() -> bool:
+            nonlocal quiet, seen
+            self.progress()
+            steps = sum(worker.steps for worker in self.workers)
+            quiet, seen = (quiet + 1, steps) if steps == seen else (0, steps)
+            return quiet > 100
+
+        wait_until(still, "the workers to have nothing to do", pause=0.0)
+
     def sent(self, stream: Stream) -> None:
         self.drive(stream.flush, "everything to be sent")
 
 
-def simulated_pair(kind: str) -> tuple[Scheduler, list[UcxWorker], Stream, Stream]:
+def simulated_pair(kind: str) -> tuple[Scheduler, list[Worker], Stream, Stream]:
     """Two streams over the simulated kernel, which splits and delays what is sent, and does nothing worse."""
     rng = random.Random(1)
     scheduler = Scheduler(rng, ManualClock())
     kernel = SimulatedKernel(scheduler, FaultPlan(rng, Counter(), kinds=()))
     here, there = kernel.process("client"), kernel.process("server")
-    workers: list[UcxWorker] = []
+    workers: list[Worker] = []
     if kind == "ucx":
         mine, theirs = kernel.worker(here), kernel.worker(there)
         listener = kernel.listen("ucx:127.0.0.1:1", there, theirs.signal, theirs)
@@ -151,8 +163,8 @@ def simulated_pair(kind: str) -> tuple[Scheduler, list[UcxWorker], Stream, Strea
         theirs.progress()  # it tells of the request
         workers = [mine, theirs]
     else:
-        lane = Lane.SHM if kind == "unix" else Lane.TCP
-        listener = kernel.listen(f"{kind}:1", there, Signal(scheduler), None)
+        lane = LANES[kind]
+        listener = kernel.listen(f"{lane.scheme}:1", there, Signal(scheduler), None)
         client = socket_stream(kernel.connect_socket(listener, lane, here))
     server = listener.accept()
     assert server is not None
@@ -160,22 +172,21 @@ def simulated_pair(kind: str) -> tuple[Scheduler, list[UcxWorker], Stream, Strea
 
 
 @pytest.fixture(params=ALL)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
-        yield Pair(request.param, tmp_path, stack)
+        yield Pair(request.param, stack)
 
 
 @pytest.fixture(params=IN_BAND)
-def in_band(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+def in_band(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """Lanes on which payloads travel."""
     with contextlib.ExitStack() as stack:
-        yield Pair(request.param, tmp_path, stack)
+        yield Pair(request.param, stack)
 
 
-def expect(pair: Pair, nbytes: int, tag: int) -> bytearray:
+def expect(pair: Pair, nbytes: int) -> tuple[bytearray, int]:
     target = bytearray(nbytes)
-    pair.client.expect(memoryview(target), tag)
-    return target
+    return target, pair.client.expect(memoryview(target))
 
 
 def test_messages_arrive_whole_and_in_order_both_ways(pair: Pair) -> None:
@@ -228,8 +239,8 @@ def test_payloads_of_every_size_arrive_exactly(in_band: Pair, nbytes: int) -> No
     if in_band.simulated is not None and nbytes > 1 << 24:
         pytest.skip("the simulation has no use for so large a payload")
     payload = pattern(nbytes, nbytes)
-    target = expect(in_band, nbytes, 1)
-    in_band.server.send([b"s" * 64, Payload(memoryview(payload), 1)])
+    target, tag = expect(in_band, nbytes)
+    in_band.server.send([b"s" * 64, Payload(memoryview(payload), tag)])
     assert in_band.until(receiving=in_band.client, size=64) == b"s" * 64
     in_band.drive(lambda: in_band.client.payload_arrived(nbytes), "the payload")
     assert target == payload
@@ -239,26 +250,25 @@ def test_payloads_of_every_size_arrive_exactly(in_band: Pair, nbytes: int) -> No
 def test_messages_and_payloads_interleave(in_band: Pair) -> None:
     sizes = [10, 0, 300_000, 1, 70_000, 0, 64]
     payloads = [pattern(seed, size) for seed, size in enumerate(sizes)]
-    targets = [expect(in_band, size, 100 + index) for index, size in enumerate(sizes)]
+    targets = [expect(in_band, size) for size in sizes]
     for index, payload in enumerate(payloads):
-        in_band.server.send([index.to_bytes(64, "little"), Payload(memoryview(payload), 100 + index)])
+        in_band.server.send([index.to_bytes(64, "little"), Payload(memoryview(payload), targets[index][1])])
     for index, payload in enumerate(payloads):
         assert in_band.until(receiving=in_band.client, size=64) == index.to_bytes(64, "little")
         in_band.drive(functools.partial(in_band.client.payload_arrived, len(payload)), "the payload")
-        assert targets[index] == payload
+        assert targets[index][0] == payload
     in_band.client.send([b"a" * 64])
     assert in_band.until(receiving=in_band.server, size=64) == b"a" * 64
     in_band.sent(in_band.server)
 
 
 @pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
-def test_a_payload_that_comes_before_its_message_does_not_keep_the_driver_busy(kind: str, tmp_path: Path) -> None:
+def test_a_payload_that_comes_before_its_message_does_not_keep_the_driver_busy(kind: str) -> None:
     with contextlib.ExitStack() as stack:
-        pair = Pair(kind, tmp_path, stack)
-        expect(pair, 1000, 1)
-        pair.server.send([Payload(memoryview(bytes(1000)), 1)])
-        pair.drive(lambda: pair.client._expected[0][0].completed, "the payload")
-        pair.sent(pair.server)
+        pair = Pair(kind, stack)
+        _, tag = expect(pair, 1000)
+        pair.server.send([Payload(memoryview(bytes(1000)), tag)])
+        pair.settled(pair.server)
         assert pair.client.receive(64) is None
         assert pair.client.idle()
         pair.server.send([b"s" * 64])
@@ -267,25 +277,24 @@ def test_a_payload_that_comes_before_its_message_does_not_keep_the_driver_busy(k
 
 
 @pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
-def test_a_message_that_comes_before_the_payload_does_not_keep_the_driver_busy(kind: str, tmp_path: Path) -> None:
+def test_a_message_that_comes_before_the_payload_does_not_keep_the_driver_busy(kind: str) -> None:
     with contextlib.ExitStack() as stack:
-        pair = Pair(kind, tmp_path, stack)
-        target = expect(pair, 1000, 1)
+        pair = Pair(kind, stack)
+        target, tag = expect(pair, 1000)
         pair.server.send([b"n" * 64])
-        pair.drive(lambda: pair.client.worker.waits(pair.client._mine_tag), "the message")
-        pair.sent(pair.server)
+        pair.settled(pair.server)
         assert not pair.client.payload_arrived(1000)
         assert pair.client.idle()
-        pair.server.send([Payload(memoryview(b"p" * 1000), 1)])
+        pair.server.send([Payload(memoryview(b"p" * 1000), tag)])
         pair.drive(lambda: pair.client.payload_arrived(1000), "the payload")
         assert target == b"p" * 1000
         assert pair.until(receiving=pair.client, size=64) == b"n" * 64
 
 
 def test_an_expected_payload_that_was_refused_leaves_the_next_one_alone(in_band: Pair) -> None:
-    refused, given = expect(in_band, 1000, 1), expect(in_band, 5, 2)
-    nothing = [Payload(memoryview(b""), 1)] if in_band.kind == "ucx" else []
-    in_band.server.send([b"n" * 64, *nothing, b"y" * 64, Payload(memoryview(b"hello"), 2)])
+    (refused, first), (given, second) = expect(in_band, 1000), expect(in_band, 5)
+    nothing = [Payload(memoryview(b""), first)] if in_band.client.lane.tagged else []
+    in_band.server.send([b"n" * 64, *nothing, b"y" * 64, Payload(memoryview(b"hello"), second)])
     in_band.until(receiving=in_band.client, size=64)
     in_band.drive(lambda: in_band.client.payload_arrived(0), "the answer without a payload")
     in_band.until(receiving=in_band.client, size=64)
@@ -296,8 +305,8 @@ def test_an_expected_payload_that_was_refused_leaves_the_next_one_alone(in_band:
 
 @pytest.mark.parametrize("nbytes", [999, 1001])
 def test_a_payload_of_another_length_than_expected_is_truncated(in_band: Pair, nbytes: int) -> None:
-    expect(in_band, 1000, 1)
-    in_band.server.send([b"s" * 64, Payload(memoryview(bytes(nbytes)), 1)])
+    _, tag = expect(in_band, 1000)
+    in_band.server.send([b"s" * 64, Payload(memoryview(bytes(nbytes)), tag)])
     in_band.until(receiving=in_band.client, size=64)
     with pytest.raises(MessageTruncated):
         in_band.drive(lambda: in_band.client.payload_arrived(nbytes), "the payload")
@@ -311,10 +320,10 @@ def test_a_peer_that_closes_between_messages_is_closed(pair: Pair) -> None:
         pair.until(receiving=pair.server, size=64)
 
 
-@pytest.mark.parametrize("kind", ["unix", "tcp", "simulated unix", "simulated tcp"])
-def test_a_peer_that_closes_within_a_message_is_truncated(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SOCKETS)
+def test_a_peer_that_closes_within_a_message_is_truncated(kind: str) -> None:
     with contextlib.ExitStack() as stack:
-        pair = Pair(kind, tmp_path, stack)
+        pair = Pair(kind, stack)
         pair.client.send([b"x" * 40])
         pair.sent(pair.client)
         pair.client.close()
@@ -323,10 +332,10 @@ def test_a_peer_that_closes_within_a_message_is_truncated(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
-def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(kind: str, tmp_path: Path) -> None:
+def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(kind: str) -> None:
     """UCX does not tell how far a message had come."""
     with contextlib.ExitStack() as stack:
-        pair = Pair(kind, tmp_path, stack)
+        pair = Pair(kind, stack)
         pair.client.send([b"x" * 40])
         pair.sent(pair.client)
         pair.client.close()
@@ -334,17 +343,17 @@ def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(kind: str, tmp_p
             pair.until(receiving=pair.server, size=64)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "simulated tcp"])
-def test_a_peer_that_closes_within_a_payload_never_completes_it(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", sorted(set(SOCKETS) & set(IN_BAND)))
+def test_a_peer_that_closes_within_a_payload_never_completes_it(kind: str) -> None:
     """On TCP. On UCX, where ucxx keeps what closed within a send until its process ends: tests/process."""
     with contextlib.ExitStack() as stack:
-        close_within_payload(Pair(kind, tmp_path, stack))
+        close_within_payload(Pair(kind, stack))
 
 
 def close_within_payload(in_band: Pair) -> None:
-    expect(in_band, 32 << 20, 1)
+    _, tag = expect(in_band, 32 << 20)
     payload = bytes(32 << 20)
-    in_band.server.send([b"s" * 64, Payload(memoryview(payload), 1)])
+    in_band.server.send([b"s" * 64, Payload(memoryview(payload), tag)])
     in_band.until(receiving=in_band.client, size=64)
     assert not in_band.client.payload_arrived(32 << 20)
     in_band.server.close()
@@ -353,19 +362,12 @@ def close_within_payload(in_band: Pair) -> None:
 
 
 PEER = """
-import contextlib, select
+import select
 from pathlib import Path
-from dray.transport.lanes.tcp import TcpListener
-from dray.transport.lanes.ucx import UcxListener
-from dray.transport.lanes.unix import UnixListener
-kind = arguments["kind"]
-worker = UcxWorker(True) if kind == "ucx" else None
-if kind == "unix":
-    listener = UnixListener(Path(arguments["path"]))
-elif kind == "tcp":
-    listener = TcpListener("127.0.0.1")
-else:
-    listener = UcxListener(worker, "127.0.0.1")
+from dray.transport.lanes import LANES
+from dray.transport.lanes.base import ListenAt
+listener = LANES[arguments["kind"]].listen(ListenAt("127.0.0.1", path=Path(arguments["path"])))
+worker = listener.worker
 say(listener.endpoint)
 stream = None
 while stream is None:
@@ -385,20 +387,16 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(LANES))
 def test_a_killed_peer_is_noticed(kind: str) -> None:
     path = str(Path(os.environ["DRAY_RUNTIME_DIR"]) / f"peer-{next(_numbers)}.sock")
     deadline = Deadline.after(20)
     with Child(PEER, kind=kind, path=path) as peer, contextlib.ExitStack() as stack:
-        address = peer.hear()
-        stream: Stream
-        if kind == "unix":
-            stream = unix.connect(path, deadline)
-        elif kind == "tcp":
-            stream = tcp.connect("127.0.0.1", int(address.rpartition(":")[2]), deadline)
-        else:
-            worker = stack.enter_context(contextlib.closing(UcxWorker(True)))
-            stream = connect_ucx(worker, "127.0.0.1", int(address.rpartition(":")[2]))
+        address = parse_endpoint(peer.hear())
+        worker = address.lane.make_worker(address)
+        if worker is not None:
+            stack.callback(worker.close)
+        stream = address.lane.connect(address, deadline, worker)
         stack.callback(stream.close)
 
         def next_message() -> None:
@@ -423,7 +421,7 @@ def test_a_peer_that_does_not_read_is_not_waited_for(pair: Pair) -> None:
         pair.client.send([message])
     assert not pair.client.flush()
     assert not pair.client.flush()
-    if pair.kind != "ucx":
+    if pair.client.worker is None:
         assert pair.client.wants_write
     for _ in range(400):
         assert pair.until(receiving=pair.server, size=len(message)) == message
@@ -431,10 +429,10 @@ def test_a_peer_that_does_not_read_is_not_waited_for(pair: Pair) -> None:
     assert not pair.client.wants_write
 
 
-@pytest.mark.parametrize("kind", ["unix", "tcp", "simulated unix", "simulated tcp"])
-def test_closing_with_unsent_messages_returns_at_once(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SOCKETS)
+def test_closing_with_unsent_messages_returns_at_once(kind: str) -> None:
     with contextlib.ExitStack() as stack:
-        pair = Pair(kind, tmp_path, stack)
+        pair = Pair(kind, stack)
         pair.client.send([Payload(memoryview(bytearray(32 << 20)), 7)])
         assert not pair.client.flush()
         pair.client.close()
@@ -442,7 +440,7 @@ def test_closing_with_unsent_messages_returns_at_once(kind: str, tmp_path: Path)
 
 
 def test_closing_twice_is_fine_and_nothing_holds_memory_afterwards(pair: Pair) -> None:
-    pair.client.expect(memoryview(bytearray(1000)), 1)
+    pair.client.expect(memoryview(bytearray(1000)))
     assert pair.client.receive(64) is None
     pair.client.close()
     pair.client.close()
@@ -452,8 +450,8 @@ def test_closing_twice_is_fine_and_nothing_holds_memory_afterwards(pair: Pair) -
 
 
 def test_nothing_is_written_to_memory_after_it_is_drained(in_band: Pair) -> None:
-    target = expect(in_band, 8 << 20, 1)
-    in_band.server.send([Payload(memoryview(b"\xff" * (8 << 20)), 1)])
+    target, tag = expect(in_band, 8 << 20)
+    in_band.server.send([Payload(memoryview(b"\xff" * (8 << 20)), tag)])
     in_band.server.flush()
     in_band.client.close()
     in_band.drive(lambda: in_band.client.drained, "the memory to be free")
@@ -480,14 +478,16 @@ def test_both_ends_may_send_much_at_once(pair: Pair) -> None:
     pair.drive(both, "both messages")
 
 
-def test_two_connections_do_not_get_each_others_messages(tmp_path: Path) -> None:
+def test_two_connections_do_not_get_each_others_messages() -> None:
     """W10: on one UCX worker, where tags are shared."""
     with contextlib.ExitStack() as stack:
-        client, server = (stack.enter_context(contextlib.closing(UcxWorker(True))) for _ in range(2))
-        listener = UcxListener(server, "127.0.0.1")
+        listener = UCX.listen(ListenAt("127.0.0.1"))
+        server, address = listener.worker, parse_endpoint(listener.endpoint)
+        client = UCX.make_worker(address)
+        stack.callback(server.close)
+        stack.callback(client.close)
         stack.callback(listener.close)
-        port = int(listener.endpoint.rpartition(":")[2])
-        mine = [connect_ucx(client, "127.0.0.1", port) for _ in range(2)]
+        mine = [UCX.connect(address, Deadline.after(10), client) for _ in range(2)]
         theirs: list[UcxStream] = []
 
         def progress() -> None:
@@ -506,10 +506,8 @@ def test_two_connections_do_not_get_each_others_messages(tmp_path: Path) -> None
         for stream in (*mine, *theirs):
             stack.callback(stream.close)
         targets = [bytearray(1000), bytearray(1000)]
-        tags = [client.next_tag(), client.next_tag()]
+        tags = [stream.expect(memoryview(target)) for stream, target in zip(mine, targets, strict=True)]
         assert tags[0] != tags[1]
-        for stream, target, tag in zip(mine, targets, tags, strict=True):
-            stream.expect(memoryview(target), tag)
         for index, stream in enumerate(mine):
             stream.send([bytes([index]) * 64])
         seen: dict[int, UcxStream] = {}
@@ -525,17 +523,20 @@ def test_two_connections_do_not_get_each_others_messages(tmp_path: Path) -> None
         for index in (1, 0):
             seen[index].send([Payload(memoryview(bytes([index + 1]) * 1000), tags[index])])
 
+        arrived: set[UcxStream] = set()
+
         def both_arrived() -> bool:
             progress()
-            return all(not stream._expected or stream.payload_arrived(1000) for stream in mine)
+            arrived.update(stream for stream in mine if stream not in arrived and stream.payload_arrived(1000))
+            return len(arrived) == 2
 
         wait_until(both_arrived, "both payloads")
         assert targets == [b"\x01" * 1000, b"\x02" * 1000]
 
 
-def test_a_descriptor_travels_with_a_message(tmp_path: Path) -> None:
+def test_a_descriptor_travels_with_a_message() -> None:
     left, right = socket.socketpair()
-    sender, receiver = unix.UnixStream(left), unix.UnixStream(right)
+    sender, receiver = UnixStream(left, SHM), UnixStream(right, SHM)
     reading, writing = os.pipe()
     try:
         assert receiver.receive_descriptor(8) is None
@@ -557,7 +558,7 @@ def test_a_descriptor_travels_with_a_message(tmp_path: Path) -> None:
 
 def test_a_socket_stream_says_what_it_is() -> None:
     left, right = socket.socketpair()
-    stream = unix.UnixStream(left)
+    stream = UnixStream(left, SHM)
     right.close()
     assert f"fd {stream.fileno()}" in repr(stream)
     stream.close()

@@ -21,16 +21,16 @@ KEPT_BY_UCX = 512 / 2**20
 
 ABORTER = """
 import collections, random
-from dray.transport.lanes import ucx
-from dray.transport.lanes.base import Endpoint
-from dray.protocol.handshake import ClientHandshake, Lane
+from dray.clock import Deadline
+from dray.transport.lanes import UCX, Endpoint, parse_endpoint
+from dray.protocol.handshake import ClientHandshake
 from dray.protocol.frames import FRAME_BYTES
 
 rng = random.Random(1)
 expected = {}
 aborted = collections.Counter()
 worker = UcxWorker(True)
-client = PayloadClient(lanes="ucx")
+client = PayloadClient(lane="ucx")
 neighbour = None  # another connection of the worker on which reads are aborted
 
 def same(found, ref):
@@ -44,9 +44,9 @@ def payload(seed, found):
 def abort(ref, point):
     deadline = Deadline.after(20)
     if point == "hello":
-        where = Endpoint.parse(ref.endpoints[0])
-        stream = ucx.connect(worker, where.host, where.port)
-        stream.send([ClientHandshake(Lane.UCX, ref.producer).hello()])
+        where = parse_endpoint(ref.endpoints[0])
+        stream = UCX.connect(where, deadline, worker)
+        stream.send([ClientHandshake(UCX, ref.producer).hello()])
         for _ in range(rng.randrange(3)):
             stream.flush()
             stream.idle()

@@ -55,7 +55,7 @@ def test_no_payload_of_a_cancelled_read_is_lost(scheme: Any) -> None:
     ) as server:
         server.hear()
         refs = [reference(server.ask(packed(number))) for number in range(37)]
-        with PayloadClient(lanes=scheme, secret=SECRET) as client:
+        with PayloadClient(lane=scheme, secret=SECRET) as client:
 
             async def read_all() -> list[bool]:
                 return [await cancelled(client, ref, 3**n % 800) for n, ref in enumerate(refs)]
@@ -82,7 +82,7 @@ def test_waiting_reads_leave_the_event_loops_threads_to_the_program() -> None:
         ends = await asyncio.gather(*reads, return_exceptions=True)
         assert {type(each) for each in ends} == {BufferClosedError}
 
-    with silent() as ref, PayloadClient(lanes="tcp") as client:
+    with silent() as ref, PayloadClient(lane="tcp") as client:
         asyncio.run(main(client, ref))
 
 
@@ -99,12 +99,12 @@ def test_a_read_for_which_no_thread_gets_free_ends_at_its_deadline(monkeypatch: 
         with pytest.raises(BufferClosedError):
             await first
 
-    with silent() as ref, PayloadClient(lanes="tcp") as client:
+    with silent() as ref, PayloadClient(lane="tcp") as client:
         asyncio.run(main(client, ref))
 
 
 def test_a_received_payload_is_consumed_unless_it_was_not_to_be(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         kept, consumed = (server.put({"a": list(range(3000))}) for _ in range(2))
 
         async def main() -> None:

@@ -21,7 +21,7 @@ from dray import (
 )
 from dray.clock import Deadline
 from dray.transport.connection import Connection
-from dray.transport.polling import Wake
+from dray.transport.polling import CloseEvent
 
 
 def silent(lane: str, folder: Path) -> tuple[socket.socket, str]:
@@ -41,7 +41,7 @@ def test_c9_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_p
     listener, endpoint = silent(lane, tmp_path)
     with listener:
         ref = PayloadRef(b"p" * 16, 0, 0, 10, (endpoint,))
-        client = PayloadClient(lanes=lane)
+        client = PayloadClient(lane=lane)
         ended: list[BaseException] = []
 
         def read() -> None:
@@ -122,11 +122,11 @@ EVERYTHING = 1 << 30
 
 
 def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
-    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lanes=["tcp"], threads=1) as server:
+    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
             refs = [dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)]
-            client = PayloadClient(lanes="tcp")
+            client = PayloadClient(lane="tcp")
             assert bytes(client.read_bytes(refs[0], timeout=10)) == b"x"
             ended: list[BaseException] = []
 
@@ -147,9 +147,9 @@ def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_wh
 
 
 def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> None:
-    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lanes=["tcp"], threads=1) as server:
+    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
-        with PayloadClient(lanes="tcp", quarantine_seconds=0.001) as client:
+        with PayloadClient(lane="tcp", quarantine_seconds=0.001) as client:
             with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
                 first, second = (
                     dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)
@@ -165,13 +165,13 @@ def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> No
 
 
 def test_w13_a_client_that_closes_repeats_what_another_thread_was_about_to() -> None:
-    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lanes=["tcp"], threads=1) as server:
+    with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
             first, second = (
                 dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)
             )
-            client = PayloadClient(lanes="tcp", quarantine_seconds=0.001)
+            client = PayloadClient(lane="tcp", quarantine_seconds=0.001)
             assert bytes(client.read_bytes(first, timeout=10)) == b"x"
             relay.cut()
             relay.most = HELLO_PROOF
@@ -199,7 +199,7 @@ def idle(client: PayloadClient) -> Connection:
 
 
 def test_a_closed_wake_refuses_new_waits_and_may_be_closed_twice() -> None:
-    wake = Wake()
+    wake = CloseEvent()
     wake.close()
     wake.close()
 

@@ -41,7 +41,7 @@ def read(client, ref):
     client.read(ref, timeout=10, consume=False)
     return "read"
 def make():
-    with SharedRingBuffer(2, 1000) as ring, PayloadServer(ring, threads=1, lanes=["shm", "tcp"]):
+    with SharedRingBuffer(2, 1000) as ring, PayloadServer(ring, threads=1, lane=["shm", "tcp"]):
         return "made"
 """
 
@@ -55,7 +55,7 @@ for left in (0, 1):
         found[f"read {left}"] = attempted(left, lambda: read(client, first))
         found[f"lanes {left}"] = {k: v for k, v in client.statistics().items() if k.startswith("reads_")}
         found[f"quarantined {left}"] = client.statistics()["quarantined"]
-with PayloadClient(lanes="shm") as client:
+with PayloadClient(lane="shm") as client:
     found["shm alone"] = attempted(1, lambda: read(client, first))
     found["shm later"] = read(client, first)
 with PayloadClient() as client:
@@ -63,7 +63,7 @@ with PayloadClient() as client:
         results = client.read_many(refs, timeout=10, consume=False, return_errors=True)
         return [type(each).__name__ for _, each in results]
     found["read_many"] = attempted(0, many)
-with PayloadClient(lanes="tcp") as client:
+with PayloadClient(lane="tcp") as client:
     read(client, first)
     found["idle"] = attempted(0, lambda: read(client, second))
     found["connects"] = client.statistics()["connects"]

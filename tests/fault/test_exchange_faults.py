@@ -41,15 +41,13 @@ from dray import (
 )
 from dray.clock import Deadline
 from dray.payload import PayloadSchema, TensorSpec
-from dray.protocol.contract import Outgoing, Payload
-from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Outgoing, Payload, Status, parse
 from dray.protocol.handshake import ServerHandshake, ServerIdentity
 from dray.transport.connection import Connection
 from dray.transport.lanes.base import Stream
-from dray.transport.lanes.tcp import TcpListener
+from dray.transport.lanes.socket import TcpListener, UnixListener
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_worker import UcxWorker
-from dray.transport.lanes.unix import UnixListener
 
 BAND = ("tcp", "ucx")
 _numbers = itertools.count()
@@ -158,7 +156,7 @@ class Misbehaving:
                     self._send(stream, self._behaviour(self, stream, frame))
                 continue
             answer = handshake.receive(message)
-            shared = handshake.done and stream.lane.label == "shm"
+            shared = handshake.done and stream.lane.name == "shm"
             self._send(stream, [answer], self._segment if shared else None)
 
     def _send(self, stream: Stream, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
@@ -193,7 +191,7 @@ def reset(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
 
 def half_and_closed(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
     stream.send([status(frame, NBYTES)])
-    if stream.lane.label == "tcp":
+    if stream.lane.name == "tcp":
         stream.send([Payload(memoryview(bytes(NBYTES // 2)), frame.tag)])
     stream.flush()
     raise Hangup
@@ -253,14 +251,14 @@ def test_c1_a_transport_failure_is_typed_quarantined_and_read_elsewhere(
 ) -> None:
     with served(lane) as good, Misbehaving(lane, good, behaviour) as bad:
         ref = good.put_bytes(pattern(1, NBYTES))
-        with PayloadClient(lanes=lane) as alone:
+        with PayloadClient(lane=lane) as alone:
             deadline = Deadline.after(10)
             with pytest.raises(kind) as caught:
                 alone.read_bytes(at(ref, bad.endpoint), timeout=0.4 if behaviour is silent else 10)
             assert not deadline.expired
             assert caught.value.retryable
             assert alone.statistics()["quarantined"] == [bad.endpoint]
-        with PayloadClient(lanes=lane) as client:
+        with PayloadClient(lane=lane) as client:
             for _ in range(4):
                 found = client.read_bytes(at(ref, bad.endpoint, *good.endpoints), timeout=2, consume=False)
                 assert memoryview(found) == pattern(1, NBYTES)
@@ -317,7 +315,7 @@ def test_a_retry_is_counted_by_its_cause_and_says_where_why_and_what_is_next(
     with served("tcp") as good, Misbehaving("tcp", good, behaviour) as bad:
         (healthy,) = good.endpoints
         ref = at(good.put_bytes(pattern(1, NBYTES)), bad.endpoint, healthy)
-        with PayloadClient(lanes="tcp", quarantine_seconds=0.001) as client:
+        with PayloadClient(lane="tcp", quarantine_seconds=0.001) as client:
             for _ in range(4):  # every other one begins with the endpoint that fails
                 client.read_bytes(ref, timeout=1, consume=False)
             statistics = client.statistics()
@@ -334,7 +332,7 @@ def test_a_request_that_uses_up_all_its_time_is_not_a_retry_and_raises_its_own_e
     with (
         served("tcp") as good,
         Misbehaving("tcp", good, silent) as bad,
-        PayloadClient(lanes="tcp", attempts=1) as client,
+        PayloadClient(lane="tcp", attempts=1) as client,
     ):
         ref = at(good.put_bytes(pattern(1, NBYTES)), bad.endpoint, *good.endpoints)
         with pytest.raises(TransportTimeout, match="waiting for STATUS") as caught:
@@ -345,7 +343,7 @@ def test_a_request_that_uses_up_all_its_time_is_not_a_retry_and_raises_its_own_e
 
 
 def test_c1_a_reference_without_an_endpoint_on_the_lane_is_unreachable() -> None:
-    with serving("tcp") as server, PayloadClient(lanes="shm") as client:
+    with serving("tcp") as server, PayloadClient(lane="shm") as client:
         with pytest.raises(Unreachable):
             client.read_bytes(server.put_bytes(b"x"), timeout=1)
 
@@ -354,7 +352,7 @@ def test_c3_the_second_endpoint_that_fails_is_quarantined_as_well(lane: Any) -> 
     with served(lane) as good, Misbehaving(lane, good, closed) as one, Misbehaving(lane, good, closed) as two:
         ref = good.put_bytes(pattern(1, NBYTES))
         three = at(ref, one.endpoint, two.endpoint, *good.endpoints)
-        with PayloadClient(lanes=lane) as client:
+        with PayloadClient(lane=lane) as client:
             with pytest.raises(TransportError):
                 client.read_bytes(at(ref, one.endpoint, two.endpoint), timeout=2)
             assert set(client.statistics()["quarantined"]) == {one.endpoint, two.endpoint}
@@ -368,7 +366,7 @@ def test_w2_a_failure_after_status_ok_gives_no_bytes_and_leaves_the_payload(name
     with (
         served(name) as good,
         Misbehaving(name, good, half_and_closed) as bad,
-        PayloadClient(lanes=name) as client,
+        PayloadClient(lane=name) as client,
     ):
         refs = [good.put_bytes(pattern(seed, NBYTES)) for seed in range(3)]
         with pytest.raises(TransportError):
@@ -418,7 +416,7 @@ def test_w2_a_slot_whose_lease_may_have_ended_while_it_was_copied_is_not_handed_
     ],
 )
 def test_w3_a_payload_of_another_length_is_never_handed_out(name: Any, behaviour: Behaviour, kind: Any) -> None:
-    with served(name) as good, Misbehaving(name, good, behaviour) as bad, PayloadClient(lanes=name) as client:
+    with served(name) as good, Misbehaving(name, good, behaviour) as bad, PayloadClient(lane=name) as client:
         ref = good.put_bytes(pattern(1, NBYTES))
         with pytest.raises(kind):
             client.read_bytes(at(ref, bad.endpoint), timeout=2)
@@ -426,7 +424,7 @@ def test_w3_a_payload_of_another_length_is_never_handed_out(name: Any, behaviour
 
 
 def test_w3_a_longer_message_than_announced_is_truncated_on_ucx() -> None:
-    with served("ucx") as good, Misbehaving("ucx", good, sends_more) as bad, PayloadClient(lanes="ucx") as client:
+    with served("ucx") as good, Misbehaving("ucx", good, sends_more) as bad, PayloadClient(lane="ucx") as client:
         ref = good.put_bytes(pattern(1, NBYTES))
         with pytest.raises(MessageTruncated):
             client.read_bytes(at(ref, bad.endpoint), timeout=2)
@@ -437,7 +435,7 @@ def test_w3_an_offset_outside_of_the_slot_is_a_protocol_error() -> None:
     def elsewhere(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
         return [status(frame, NBYTES, offset=64)]
 
-    with served("shm") as good, Misbehaving("shm", good, elsewhere) as bad, PayloadClient(lanes="shm") as client:
+    with served("shm") as good, Misbehaving("shm", good, elsewhere) as bad, PayloadClient(lane="shm") as client:
         ref = good.put_bytes(pattern(1, NBYTES))
         with pytest.raises(ProtocolError):
             client.read_bytes(at(ref, bad.endpoint), timeout=2)
@@ -457,7 +455,7 @@ def test_c4_one_deadline_bounds_a_slow_connect_a_slow_status_and_a_slow_payload(
             bad.wait(0.6)
         return []
 
-    with served(lane) as good, Misbehaving(lane, good, slow, slow=0.3) as bad, PayloadClient(lanes=lane) as client:
+    with served(lane) as good, Misbehaving(lane, good, slow, slow=0.3) as bad, PayloadClient(lane=lane) as client:
         ref = good.put_bytes(pattern(1, NBYTES))
         promised = Deadline.after(0.8 + 0.5)
         with pytest.raises((TransportTimeout, ProtocolError)):
@@ -474,7 +472,7 @@ def test_c4_a_payload_that_trickles_ends_with_the_deadline() -> None:
             bad.wait(0.02)
         return []
 
-    with served("tcp") as good, Misbehaving("tcp", good, trickle) as bad, PayloadClient(lanes="tcp") as client:
+    with served("tcp") as good, Misbehaving("tcp", good, trickle) as bad, PayloadClient(lane="tcp") as client:
         ref = good.put_bytes(pattern(1, NBYTES))
         promised = Deadline.after(0.5 + 0.5)
         with pytest.raises(TransportTimeout):
@@ -487,7 +485,7 @@ def test_c4_a_payload_that_trickles_ends_with_the_deadline() -> None:
 
 @pytest.mark.parametrize("name", BAND)
 def test_c5_memory_of_a_failed_read_comes_back_and_is_written_by_nobody_else(name: Any) -> None:
-    with served(name) as good, Misbehaving(name, good, late) as bad, PayloadClient(lanes=name) as client:
+    with served(name) as good, Misbehaving(name, good, late) as bad, PayloadClient(lane=name) as client:
         ref = good.put_bytes(pattern(1, NBYTES))
         buffers = client._exchanges._buffers
         for _ in range(3):
@@ -532,7 +530,7 @@ def test_w8_a_wedged_thread_is_quarantined_and_the_others_serve_every_slot(lane:
     with (
         serving(lane, threads=2, slots=40) as server,
         first_thread_wedged(server) as endpoint,
-        PayloadClient(lanes=lane, quarantine_seconds=1000) as client,
+        PayloadClient(lane=lane, quarantine_seconds=1000) as client,
     ):
         for number in range(40):
             ref = server.put_bytes(bytes([number]))
@@ -548,7 +546,7 @@ def test_wedged_thread_of_four_costs_no_more_than_what_healthy_answers_take(name
     """Without a deadline half of it would be for ever."""
     with (
         serving(name, threads=4, slots=8) as server,
-        PayloadClient(lanes=name) as client,
+        PayloadClient(lane=name) as client,
         concurrent.futures.ThreadPoolExecutor(1) as thread,
     ):
         for number in range(4):
@@ -576,7 +574,7 @@ def test_each_kind_of_request_leaves_a_wedged_thread_for_another() -> None:
     with serving("tcp", threads=2, slots=4) as server, concurrent.futures.ThreadPoolExecutor(4) as threads:
         refs = [server.put_bytes(bytes([number])) for number in range(4)]
         with contextlib.ExitStack() as opened:
-            clients = [opened.enter_context(PayloadClient(lanes="tcp")) for _ in range(4)]
+            clients = [opened.enter_context(PayloadClient(lane="tcp")) for _ in range(4)]
             for client in clients:
                 for _ in range(2):
                     client.read_bytes(refs[0], timeout=10, consume=False)
@@ -605,7 +603,7 @@ def test_w10_connections_to_one_thread_never_get_each_others_messages(lane: Any)
 
         def read(index: int) -> None:
             try:
-                with PayloadClient(lanes=lane) as client:
+                with PayloadClient(lane=lane) as client:
                     for turn in range(40):
                         seed = (index + turn) % count
                         data = client.read_bytes(refs[seed], timeout=20, consume=False)
@@ -654,7 +652,7 @@ def test_b2_a_payload_that_cannot_be_put_leaves_its_slot_free(lane: Any) -> None
             raise ZeroDivisionError
 
     good = {"a": np.ones((3, 2), np.float32), "b": 1}
-    with serving(lane, slots=1, slot_bytes=4096) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=1, slot_bytes=4096) as server, PayloadClient(lane=lane) as client:
         for arrays, error in (
             ({"a": good["a"]}, SchemaError),
             ({**good, "a": np.ones((3, 3), np.float32)}, SchemaError),
@@ -687,7 +685,7 @@ def test_b5_a_slot_is_not_reused_until_both_connections_have_ended_their_leases(
         )
         assert ring_of(server).statistics().free == 0
         assert memoryview(held[1].data()) == pattern(1, nbytes)
-        with PayloadClient(lanes=lane) as late_reader, pytest.raises(StaleSlotError):
+        with PayloadClient(lane=lane) as late_reader, pytest.raises(StaleSlotError):
             late_reader.read_bytes(ref, timeout=5)
         connections[1].acknowledge([(held[1].request, False)], deadline)
         connections[1].stat(deadline)
@@ -700,7 +698,7 @@ def test_b5_a_slot_is_not_reused_until_both_connections_have_ended_their_leases(
 
 
 def test_b6_references_that_fit_no_slot_are_clean_answers_on_one_connection(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         for wrong in (
             dataclasses.replace(ref, sequence=ref.sequence + 1),

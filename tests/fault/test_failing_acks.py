@@ -38,7 +38,7 @@ def test_w13_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
 ) -> None:
     """A copy from a slot (shm) cannot be trusted then, and is made again on another connection."""
     copied = lane == "shm" and not inline
-    with serving(lane) as server, PayloadClient(lanes=lane, inline_bytes=100 if inline else 0) as client:
+    with serving(lane) as server, PayloadClient(lane=lane, inline_bytes=100 if inline else 0) as client:
         ref, other = server.put_bytes(b"payload"), server.put_bytes(b"other")
         failing["acknowledge"] = 1
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
@@ -50,7 +50,7 @@ def test_w13_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
 
 
 def test_w13_an_ack_whose_repetition_fails_too_is_repeated_again(failing: dict[str, int]) -> None:
-    with serving("tcp") as server, PayloadClient(lanes="tcp") as client:
+    with serving("tcp") as server, PayloadClient(lane="tcp") as client:
         ref, other = server.put_bytes(b"payload"), server.put_bytes(b"other")
         failing["acknowledge"] = 1
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
@@ -61,7 +61,7 @@ def test_w13_an_ack_whose_repetition_fails_too_is_repeated_again(failing: dict[s
 
 
 def test_w13_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(failing: dict[str, int]) -> None:
-    with PayloadClient(lanes="tcp") as client:
+    with PayloadClient(lane="tcp") as client:
         with serving("tcp") as server:
             ref = server.put_bytes(b"payload")
             failing["acknowledge"] = 1
@@ -80,7 +80,7 @@ def test_w13_acks_to_producers_that_are_gone_do_not_add_up(
     failing: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dray.transport.connections._MOST_PRODUCERS", 2)
-    with PayloadClient(lanes="tcp") as client:
+    with PayloadClient(lane="tcp") as client:
         for _ in range(4):
             with serving("tcp") as server:
                 ref = server.put_bytes(b"payload")
@@ -91,7 +91,7 @@ def test_w13_acks_to_producers_that_are_gone_do_not_add_up(
 
 
 def test_a_lease_on_bytes_that_are_no_arrays_goes_back(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"no arrays")
         with pytest.raises(PayloadFormatError), client.lease(ref, timeout=5):
             raise AssertionError("the block is not entered")
@@ -100,7 +100,7 @@ def test_a_lease_on_bytes_that_are_no_arrays_goes_back(lane: Any) -> None:
 
 
 def test_a_lease_that_is_never_entered_goes_back(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put({"a": [1, 2, 3]})
         lease = client.lease(ref, timeout=5)
         assert ring_of(server).statistics().leases == 1

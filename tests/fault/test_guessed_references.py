@@ -19,7 +19,7 @@ def test_b1_a_payload_committed_while_it_is_read_ahead_is_handed_out_as_it_was_c
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """On shm a client copies, and unpacks, before STATUS says whether there is anything to copy."""
-    with serving("shm", slot_bytes=len(IMAGE)) as server, PayloadClient(lanes="shm") as client:
+    with serving("shm", slot_bytes=len(IMAGE)) as server, PayloadClient(lane="shm") as client:
         client.read_bytes(server.put_bytes(b"first"), timeout=5)
         writer = ring_of(server).claim(len(IMAGE))
         producer = ring_of(server).producer_id

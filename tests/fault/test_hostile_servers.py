@@ -85,7 +85,7 @@ def listening(lane: str, words: Words) -> Iterator[PayloadRef]:
 )
 def test_a_server_whose_ring_cannot_be_is_a_protocol_error_at_once(lane: str, ring: dict[str, int]) -> None:
     """With no lease at a time, a batch would never be over."""
-    with listening(lane, lambda sock: by_the_book(sock, **ring)) as ref, PayloadClient(lanes=lane) as client:
+    with listening(lane, lambda sock: by_the_book(sock, **ring)) as ref, PayloadClient(lane=lane) as client:
         deadline = Deadline.after(20)
         with pytest.raises(ProtocolError):
             client.read_bytes(ref, timeout=20)
@@ -98,7 +98,7 @@ def test_a_server_whose_ring_cannot_be_is_a_protocol_error_at_once(lane: str, ri
 def test_a_payload_that_no_memory_can_hold_is_refused_before_it_is_asked_for(nbytes: int) -> None:
     with listening("tcp", lambda sock: by_the_book(sock, slot_bytes=2**64 - 1)) as ref:
         huge = PayloadRef(ref.producer, 0, 0, nbytes, ref.endpoints)
-        with PayloadClient(lanes="tcp") as client:
+        with PayloadClient(lane="tcp") as client:
             with pytest.raises(PayloadTooLargeError, match=str(nbytes)):
                 client.read_bytes(huge, timeout=20)
 
@@ -114,7 +114,7 @@ def test_statistics_that_are_no_json_object_are_a_protocol_error(lane: str, text
             sock.recv(FRAME_BYTES, socket.MSG_WAITALL)
             sock.sendall(Frame(Kind.STATUS, Status.OK, flags=Flag.TEXT, nbytes=len(text)).pack() + text)
 
-        with listening(lane, words) as ref, PayloadClient(lanes=lane) as client:
+        with listening(lane, words) as ref, PayloadClient(lane=lane) as client:
             right = PayloadRef(ring.producer_id, 0, 0, 5, ref.endpoints)
             with pytest.raises(ProtocolError, match="STAT"):
                 client.stat(right, timeout=20)
@@ -139,7 +139,7 @@ def test_a_descriptor_that_is_not_the_segment_is_refused_and_closed(sent: str) -
             "three": (pipe[0], pipe[1], unsealed),
         }[sent]
         with listening("shm", lambda sock: by_the_book(sock, descriptors)) as ref:
-            with PayloadClient(lanes="shm") as client:
+            with PayloadClient(lane="shm") as client:
                 for _ in range(3):
                     with pytest.raises(DrayError):
                         client.read_bytes(ref, timeout=20)
@@ -159,7 +159,7 @@ hostile_words = st.lists(
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(hostile_words)
 def test_any_words_of_a_server_are_the_payload_or_a_typed_error(lane: str, said: bytes) -> None:
-    with listening(lane, lambda sock: sock.sendall(said)) as ref, PayloadClient(lanes=lane) as client:
+    with listening(lane, lambda sock: sock.sendall(said)) as ref, PayloadClient(lane=lane) as client:
         deadline = Deadline.after(20)
         with contextlib.suppress(DrayError):
             assert bytes(client.read_bytes(ref, timeout=20)) in said

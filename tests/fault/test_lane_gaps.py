@@ -23,7 +23,6 @@ from dray.clock import Deadline
 from dray.errors import TransportError
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
-from dray.transport.lanes import tcp, ucx, unix
 from dray.transport.lanes.base import Stream
 from dray.transport.lanes.ucx import UcxListener, UcxStream
 from dray.transport.lanes.ucx_worker import UcxWorker
@@ -40,11 +39,11 @@ class Peer:
         self.worker = UcxWorker(True) if lane == "ucx" else None
         self.stream: Stream
         if self.worker is not None:
-            self.stream = ucx.connect(self.worker, endpoint.host, endpoint.port)
+            self.stream = endpoint.lane.connect(endpoint, self.deadline, self.worker)
         elif lane == "tcp":
-            self.stream = tcp.connect(endpoint.host, endpoint.port, self.deadline)
+            self.stream = endpoint.lane.connect(endpoint, self.deadline)
         else:
-            self.stream = unix.connect(endpoint.host, self.deadline)
+            self.stream = endpoint.lane.connect(endpoint, self.deadline)
 
     def send(self, message: bytes) -> None:
         self.stream.send([message])
@@ -68,9 +67,8 @@ class Peer:
 
     def read(self, ref: PayloadRef, request: int) -> tuple[Status, bytes]:
         """Ask for a payload, and take what comes: the status, and on a network lane the bytes."""
-        target = bytearray(ref.nbytes if self.stream.lane.label != "shm" else 0)
-        tag = self.worker.next_tag() if self.worker is not None else 0
-        self.stream.expect(memoryview(target), tag)
+        target = bytearray(ref.nbytes if self.stream.lane.name != "shm" else 0)
+        tag = self.stream.expect(memoryview(target))
         self.send(Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, request=request, tag=tag).pack())
         status = Status(self.status().status)
         while not self.stream.payload_arrived(len(target) if status is Status.OK else 0):
@@ -132,7 +130,7 @@ JUNK = [
 
 
 def test_w4_what_is_no_hello_closes_only_that_connection_on_ucx() -> None:
-    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+    with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
         with contextlib.ExitStack() as stack:
@@ -149,7 +147,7 @@ def test_w4_what_is_no_hello_closes_only_that_connection_on_ucx() -> None:
 
 def test_w4_a_message_longer_than_any_closes_only_that_connection_on_ucx() -> None:
     """It is refused by its size, before memory for it is taken."""
-    with serving("ucx") as server, PayloadClient(lanes="ucx") as client, Peer(server, "ucx") as peer:
+    with serving("ucx") as server, PayloadClient(lane="ucx") as client, Peer(server, "ucx") as peer:
         ref = server.put_bytes(b"payload")
         peer.shake()
         stream: Any = peer.stream
@@ -163,14 +161,14 @@ def test_w4_a_message_longer_than_any_closes_only_that_connection_on_ucx() -> No
 
 def test_w4_what_does_not_speak_ucx_harms_nobody_on_ucx() -> None:
     """A plain TCP socket at UCX's port: UCX itself has to get rid of it."""
-    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+    with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         port = endpoint_of(server, "ucx").port
         for junk in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096), pattern(1, 4096)):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
                 sock.sendall(junk)
                 assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
-        with PayloadClient(lanes="ucx") as other:
+        with PayloadClient(lane="ucx") as other:
             assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
 
 
@@ -185,7 +183,7 @@ def test_w4_what_does_not_speak_ucx_harms_nobody_on_ucx() -> None:
     ],
 )
 def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases_on_ucx(frame: Frame) -> None:
-    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+    with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
         with Peer(server, "ucx") as peer:
@@ -200,7 +198,7 @@ def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases_on
 
 
 def test_w4_random_bytes_after_the_handshake_harm_nobody_else_on_ucx() -> None:
-    with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+    with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         for seed in range(8):
             with Peer(server, "ucx") as peer:
@@ -217,7 +215,7 @@ def test_w4_random_bytes_after_the_handshake_harm_nobody_else_on_ucx() -> None:
 def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(name: Any) -> None:
     """Its requests are left where they are, and it is evicted like one that is silent."""
     clock = HandClock()
-    with serving(name, clock=clock) as server, PayloadClient(lanes=name) as client:
+    with serving(name, clock=clock) as server, PayloadClient(lane=name) as client:
         ref = server.put_bytes(b"payload")
         with Peer(server, name) as peer:
             peer.shake()
@@ -229,7 +227,7 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
             waiting = "_sends" if name == "ucx" else "_parts"
             wait_until(lambda: getattr(stuck.stream, waiting), "an answer that cannot leave")
             assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
-            with PayloadClient(lanes=name) as other:
+            with PayloadClient(lane=name) as other:
                 assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
             server.put_bytes(b"another", timeout=5)
             client.close()
@@ -247,7 +245,7 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
 
 
 def test_w5_a_silent_reader_loses_its_lease_on_ucx() -> None:
-    with serving("ucx", lease_timeout=0.1) as server, PayloadClient(lanes="ucx") as client:
+    with serving("ucx", lease_timeout=0.1) as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         with Peer(server, "ucx") as peer:
             peer.shake()
@@ -268,7 +266,7 @@ def test_w5_a_reader_that_stops_within_a_payload_loses_its_lease_on_ucx() -> Non
         wait_until(lambda: counted(server, "reads") == 1, "the lease to begin")
         wait_until(lambda: counted(server, "evicted") == 1, "the eviction")
         wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
-        with PayloadClient(lanes="ucx") as client:
+        with PayloadClient(lane="ucx") as client:
             assert memoryview(client.read_bytes(ref, timeout=10)) == pattern(1, nbytes)
         server.put_bytes(b"another", timeout=5)
 
@@ -317,8 +315,7 @@ def test_w11_a_forged_proof_is_refused_before_anything_else_on_ucx(forged: str) 
         ref = server.put_bytes(b"secret payload")
         assert peer.worker is not None
         target = bytearray(ref.nbytes)
-        tag = peer.worker.next_tag()
-        peer.stream.expect(memoryview(target), tag)
+        tag = peer.stream.expect(memoryview(target))
         peer.send(ClientHandshake(peer.stream.lane, secret=b"guess").hello())
         challenge = CHALLENGE.unpack(peer.receive(CHALLENGE.size))
         proof = {"reflected": challenge[6], "empty": bytes(32), "random": os.urandom(32)}[forged]
@@ -350,7 +347,7 @@ def lose_acks(client: PayloadClient) -> None:
 
 
 def test_w13_an_ack_lost_with_its_connection_is_repeated_on_ucx() -> None:
-    with serving("ucx", slots=2) as server, PayloadClient(lanes="ucx") as client:
+    with serving("ucx", slots=2) as server, PayloadClient(lane="ucx") as client:
         first, second = server.put_bytes(b"first"), server.put_bytes(b"second")
         client.read_bytes(second, consume=False, timeout=5)
         lose_acks(client)
@@ -366,7 +363,7 @@ def test_w13_an_ack_lost_with_its_connection_is_repeated_on_ucx() -> None:
 
 def test_w13_a_lost_ack_is_repeated_when_the_client_closes_on_ucx() -> None:
     with serving("ucx") as server:
-        with PayloadClient(lanes="ucx") as client:
+        with PayloadClient(lane="ucx") as client:
             ref = server.put_bytes(b"payload")
             client.read_bytes(ref, consume=False, timeout=5)
             lose_acks(client)
@@ -389,7 +386,7 @@ def test_b14_leases_of_a_connection_are_bounded_and_then_busy_on_network_lanes(n
             assert counted(server, "busy") == 1
             peer.acknowledge(refs[0], 0)
             assert peer.read(refs[2], 3) == (Status.OK, b"\2")
-            with PayloadClient(lanes=name) as client:  # the bound is each connection's own
+            with PayloadClient(lane=name) as client:  # the bound is each connection's own
                 assert bytes(client.read_bytes(refs[2], timeout=5, consume=False)) == b"\2"
         wait_until(lambda: ring_of(server).get_ready_count() == 2, "the leases to end")
         assert not ring_of(server).is_live(refs[0].slot, refs[0].sequence)
@@ -406,10 +403,10 @@ def test_w7_a_folder_that_cannot_be_used_starts_nothing_on_shm(tmp_path: Path, u
     threads = threading.active_count()
     with SharedRingBuffer(1, 64) as ring:
         with pytest.raises(ConfigError) as caught:
-            PayloadServer(ring, lanes=["shm", "tcp"], threads=2, directory=tmp_path / where[unusable])
+            PayloadServer(ring, lane=["shm", "tcp"], threads=2, directory=tmp_path / where[unusable])
         assert caught.value.key == "runtime directory"
         assert threading.active_count() == threads
-        with PayloadServer(ring, lanes="shm") as server, PayloadClient() as client:
+        with PayloadServer(ring, lane="shm") as server, PayloadClient() as client:
             assert bytes(client.read_bytes(server.put_bytes(b"payload"), timeout=5)) == b"payload"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "open"]
 
@@ -422,13 +419,13 @@ def held():
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
 with SharedRingBuffer(1, 64) as ring:
-    PayloadServer(ring, lanes=arguments["lanes"], threads=2).close()
+    PayloadServer(ring, lane=arguments["lanes"], threads=2).close()
     before, (soft, hard) = held(), resource.getrlimit(resource.RLIMIT_NOFILE)
     for spare in range(40):
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, hard))
         raised = None
         try:
-            PayloadServer(ring, lanes=arguments["lanes"], threads=2).close()
+            PayloadServer(ring, lane=arguments["lanes"], threads=2).close()
         except Exception as error:
             raised = type(error).__name__
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -471,7 +468,7 @@ with SharedRingBuffer(1, 64) as ring:
     say(threading.active_count())
     folder = pathlib.Path(os.environ["DRAY_RUNTIME_DIR"])
     say([path.name for path in folder.iterdir()])
-    with PayloadServer(ring, lanes=["shm", "tcp"]) as server, PayloadClient() as client:
+    with PayloadServer(ring, lane=["shm", "tcp"]) as server, PayloadClient() as client:
         say(bytes(client.read_bytes(server.put_bytes(b"payload"), timeout=5)).decode())
 """
 
@@ -491,7 +488,7 @@ def test_w7_a_partial_start_is_undone_and_raises_on_ucx() -> None:
         taken.bind(("127.0.0.1", 65535))
         taken.listen()
         with SharedRingBuffer(1, 64) as ring, pytest.raises(ConfigError) as caught:
-            PayloadServer(ring, lanes="ucx", port=65534, threads=3)
+            PayloadServer(ring, lane="ucx", port=65534, threads=3)
         assert caught.value.key == "port"
         with socket.socket() as free:
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -519,8 +516,8 @@ def test_w8_a_server_thread_that_fails_leaves_everything_to_the_others(
 ) -> None:
     with (
         BreaksOnce(12, 64) as ring,
-        PayloadServer(ring, lanes=lane, threads=3, drain_timeout=0.5) as server,
-        PayloadClient(lanes=lane, quarantine_seconds=1000) as client,
+        PayloadServer(ring, lane=lane, threads=3, drain_timeout=0.5) as server,
+        PayloadClient(lane=lane, quarantine_seconds=1000) as client,
     ):
         refs = [server.put_bytes(bytes([number])) for number in range(12)]
         dead = server._threads[0]
@@ -646,7 +643,7 @@ def a_status_byte_by_byte(end: UcxEnd, stream: UcxStream, frame: Frame) -> None:
 @pytest.mark.parametrize("answer", [a_late_status_and_no_payload, a_status_byte_by_byte])
 @pytest.mark.parametrize("batch", [False, True])
 def test_c4_what_trickles_ends_with_the_one_deadline_on_ucx(answer: Answer, batch: bool) -> None:
-    with serving("ucx") as good, UcxEnd(good, answer) as end, PayloadClient(lanes="ucx") as client:
+    with serving("ucx") as good, UcxEnd(good, answer) as end, PayloadClient(lane="ucx") as client:
         refs = [good.put_bytes(pattern(seed, 1000)) for seed in range(2)]
         slow = [dataclasses.replace(ref, endpoints=(end.endpoint,)) for ref in refs]
         promised = Deadline.after(0.6 + 0.5)
@@ -669,7 +666,7 @@ def test_c14_a_wedged_endpoint_is_tried_once_per_quarantine_on_ucx(quarantine_se
     with (
         serving("ucx") as good,
         UcxEnd(good, None) as mute,
-        PayloadClient(lanes="ucx", quarantine_seconds=quarantine_seconds) as client,
+        PayloadClient(lane="ucx", quarantine_seconds=quarantine_seconds) as client,
     ):
         ref = good.put_bytes(b"payload")
         both = dataclasses.replace(ref, endpoints=(mute.endpoint, *ref.endpoints))

@@ -38,7 +38,7 @@ import collections, threading
 sys.setswitchinterval(1e-4)  # server threads come to their turn between two payloads, and within one
 block = arguments["on_full"] == "block"  # then no reference is lost, else readers begin with the newest ones
 ring = SharedRingBuffer(arguments["slots"], 1 << 16, on_full=arguments["on_full"])
-server = PayloadServer(ring, lanes=arguments["lane"], threads=2, drain_timeout=0.5)
+server = PayloadServer(ring, lane=arguments["lane"], threads=2, drain_timeout=0.5)
 published = threading.Condition()
 feeds = [collections.deque(maxlen=None if block else 4) for _ in range(arguments["readers"])]
 stopping = False
@@ -139,7 +139,7 @@ def redeem(ref):
     else:
         outcomes[how] += 1
 
-with PayloadClient(lanes=arguments["lane"]) as client:
+with PayloadClient(lane=arguments["lane"]) as client:
     while outcomes.total() < arguments["count"]:
         new = ask(wait=not held)
         held += new

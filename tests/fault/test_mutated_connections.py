@@ -36,7 +36,7 @@ sys.path.insert(0, arguments["tests"])
 from mutated_conversations import Table
 sizes, good = arguments["sizes"], arguments["good"]
 ring = SharedRingBuffer(len(sizes) + len(good), 1 << 17)
-server = PayloadServer(ring, lanes=[arguments["lane"]], threads=1, drain_timeout=0.5)
+server = PayloadServer(ring, lane=[arguments["lane"]], threads=1, drain_timeout=0.5)
 table = Table(arguments["table"], len(sizes))
 say([json.loads(server.put_bytes(pattern(seed, size)).to_json()) for seed, size in enumerate(good)])
 def renew(row, size):
@@ -84,7 +84,7 @@ class Reader:
     def _run(self) -> None:
         contents = [pattern(seed, ref.nbytes) for seed, ref in enumerate(self._refs)]
         try:
-            with PayloadClient(lanes=self._lane) as client:
+            with PayloadClient(lane=self._lane) as client:
                 while not self._stop.wait(0.001):
                     for ref, content in zip(self._refs, contents, strict=True):
                         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == content

@@ -25,7 +25,7 @@ from dray.ucxx import (
 
 PRODUCER = """
 ring = SharedRingBuffer(arguments.get("slots", 16), 1 << 16)
-server = PayloadServer(ring, lanes=(arguments["lane"],), threads=2, drain_timeout=0.5)
+server = PayloadServer(ring, lane=(arguments["lane"],), threads=2, drain_timeout=0.5)
 say(server.endpoints)
 while (wanted := hear()) is not None:
     if wanted == "state":
@@ -47,7 +47,7 @@ def producer(lane: str, **arguments: object) -> Iterator[Child]:
 
 @contextlib.contextmanager
 def reading(lane: str, **arguments: object) -> Iterator[BatchReader]:
-    client = PayloadClient(lanes=lane)  # type: ignore[arg-type]
+    client = PayloadClient(lane=lane)  # type: ignore[arg-type]
     with BatchReader(client, **arguments) as reader:  # type: ignore[arg-type]
         yield reader
 

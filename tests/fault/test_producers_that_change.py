@@ -24,7 +24,7 @@ class SteppedClock:
 @pytest.mark.parametrize("lane", LANES)
 def test_connections_to_producers_that_are_gone_do_not_add_up(lane: Any) -> None:
     clock = SteppedClock()
-    with PayloadClient(lanes=lane, clock=clock) as client:
+    with PayloadClient(lane=lane, clock=clock) as client:
         descriptors = []
         for _ in range(8):
             with serving(lane) as server:

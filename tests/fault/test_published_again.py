@@ -57,7 +57,7 @@ def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[Refe
             config=SimpleNamespace(timeouts=SimpleNamespace(redis=10.0), rollout=SimpleNamespace(inline_bytes=0))
         ),
     )
-    with PayloadServer(ring, lanes="shm", threads=1, drain_timeout=0.1) as server:
+    with PayloadServer(ring, lane="shm", threads=1, drain_timeout=0.1) as server:
         yield ReferenceOutlet(cast(Replica, replica), ring, server)
 
 

@@ -17,7 +17,7 @@ CYCLES = """
 import gc, threading
 while (number := hear()) is not None:
     with SharedRingBuffer(3, 8 << 20) as ring:
-        server = PayloadServer(ring, lanes="ucx", threads=2, drain_timeout=0.05)
+        server = PayloadServer(ring, lane="ucx", threads=2, drain_timeout=0.05)
         sizes = (1000, 1 << 20, 8 << 20)
         say([json.loads(server.put_bytes(pattern(nbytes, nbytes)).to_json()) for nbytes in sizes])
         pause, limit = threading.Event(), Deadline.after(20)
@@ -39,7 +39,7 @@ while (asked := hear()) is not None:
     attempts, found = asked
     refs = [PayloadRef.from_json(json.dumps(each)) for each in found]
     outcomes = collections.Counter()
-    with PayloadClient(lanes="ucx", attempts=attempts) as client:
+    with PayloadClient(lane="ucx", attempts=attempts) as client:
 
         def read(ref):
             try:

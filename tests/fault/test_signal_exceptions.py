@@ -56,7 +56,7 @@ calls = [
     lease,
     lambda client: client.lease(refs[2], timeout=5),
 ]
-with PayloadClient(lanes=lane) as client:
+with PayloadClient(lane=lane) as client:
     client.read(refs[0], consume=False)
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
@@ -65,7 +65,7 @@ def threads():
 before, threads_before = descriptors(), threads()
 clients = []
 for number in range(arguments["rounds"]):
-    client = PayloadClient(lanes=lane)
+    client = PayloadClient(lane=lane)
     for _ in range(3):
         interrupted(lambda: calls[number % len(calls)](client), most)
     client.close()
@@ -91,7 +91,7 @@ def test_calls_that_a_signal_handler_ends_anywhere_leave_nothing_behind(lane: An
             wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to be closed")
             assert server.statistics()["leases"] == []
             child.say()
-        with PayloadClient(lanes=lane) as client:
+        with PayloadClient(lane=lane) as client:
             for n, (_, arrays) in enumerate(client.read_many(refs, timeout=10)):
                 assert (arrays["a"] == n).all()
         for ref in refs:
@@ -103,7 +103,7 @@ PUTS = (
     INTERRUPTED
     + """
 ring = SharedRingBuffer(8, 1 << 17)
-server = PayloadServer(ring, lanes=["tcp"], threads=1)
+server = PayloadServer(ring, lane=["tcp"], threads=1)
 with PayloadClient() as client:
     for number in range(600):
         put = server.put_bytes if number % 2 else lambda data, timeout: server.put({"a": data}, timeout=timeout)
@@ -128,7 +128,7 @@ def test_put_that_a_signal_handler_ends_anywhere_leaves_its_slot_free() -> None:
 
 
 def test_lease_that_is_gone_without_having_been_entered_is_released(lane: Any) -> None:
-    with serving(lane, slots=1) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=1) as server, PayloadClient(lane=lane) as client:
         ref = server.put({"a": np.arange(5000)})
         lease = client.lease(ref, timeout=5)
         assert ring_of(server).statistics().leases == 1
@@ -142,7 +142,7 @@ def test_lease_that_is_gone_without_having_been_entered_is_released(lane: Any) -
 def test_closing_a_client_ends_what_no_thread_is_inside(lane: Any) -> None:
     with serving(lane, slots=4) as server:
         refs = [server.put({"a": np.arange(5000)}) for _ in range(4)]
-        client = PayloadClient(lanes=lane)
+        client = PayloadClient(lane=lane)
         lease = client.lease(refs[0], timeout=5)
         results = client.read_many(refs[1:], timeout=5)
         assert next(results)[0] == refs[1]
@@ -171,7 +171,7 @@ def test_arrays_that_were_handed_out_keep_their_slot_when_the_client_is_closed()
 
 
 def test_batch_that_an_exception_ends_releases_what_was_not_handed_out(lane: Any) -> None:
-    with serving(lane, slots=4) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=4) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"a": np.arange(5000)}) for _ in range(4)]
         results = client.read_many(refs, timeout=5)
         next(results)

@@ -15,9 +15,9 @@ from dray.payload import torch_interop
 
 logging.basicConfig(format="%(levelname)s %(name)s")
 secret = make_secret()
-with SharedRingBuffer(4, 1 << 16) as ring, PayloadServer(ring, lanes=["shm", "tcp"], secret=secret) as server:
+with SharedRingBuffer(4, 1 << 16) as ring, PayloadServer(ring, lane=["shm", "tcp"], secret=secret) as server:
     for lane in ("shm", "tcp"):
-        with PayloadClient(lanes=lane, secret=secret) as client:
+        with PayloadClient(lane=lane, secret=secret) as client:
             for number in range(2):
                 arrays = client.read(server.put({"a": np.full(5, number, np.float32)}), timeout=10)
                 tensors = torch_interop.to_torch(arrays, pin=True)

@@ -16,8 +16,9 @@ from waiting import wait_until
 
 from dray import PayloadClient, PayloadServer
 from dray.admission import MAX_UNPROVEN, UNPROVEN_CLOSED
-from dray.protocol.handshake import NO_PROOF, ClientHandshake, Lane
-from dray.transport.lanes import ucx
+from dray.clock import Deadline
+from dray.protocol.handshake import NO_PROOF, ClientHandshake
+from dray.transport.lanes import LANES, TCP, UCX, Endpoint
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_sockets import SilentPeers
 from dray.transport.lanes.ucx_worker import UcxWorker
@@ -53,7 +54,7 @@ def is_closed(sock: socket.socket) -> bool:
 def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
     lane: str, strangers: contextlib.ExitStack
 ) -> None:
-    with serving(lane, secret=SECRET) as server, PayloadClient(lanes=lane, secret=SECRET) as client:
+    with serving(lane, secret=SECRET) as server, PayloadClient(lane=lane, secret=SECRET) as client:
         ref = server.put_bytes(b"payload")
         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == b"payload"
         opened = [connect(server, lane, strangers) for _ in range(2 * MAX_UNPROVEN)]
@@ -64,7 +65,7 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
         wait_until(lambda: counted(server, UNPROVEN_CLOSED) >= MAX_UNPROVEN, "the first ones to be closed")
         wait_until(lambda: sum(map(is_closed, opened)) >= MAX_UNPROVEN, "their ends to come")
         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == b"payload"
-        with PayloadClient(lanes=lane, secret=SECRET) as another:
+        with PayloadClient(lane=lane, secret=SECRET) as another:
             assert bytes(another.read_bytes(ref, timeout=20)) == b"payload"
         assert server.statistics()["open_connections"] <= MAX_UNPROVEN + 2
 
@@ -73,7 +74,7 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
 def test_a_proof_must_come_in_time_whatever_was_sent_before(name: str, strangers: contextlib.ExitStack) -> None:
     with serving(name, secret=SECRET, idle_timeout=0.5) as server:
         silent, greeting = connect(server, name, strangers), connect(server, name, strangers)
-        greeting.sendall(ClientHandshake(Lane[name.upper()], secret=SECRET).hello())
+        greeting.sendall(ClientHandshake(LANES[name], secret=SECRET).hello())
         assert greeting.recv(200)[:4] == b"DRAY"
         wait_until(lambda: counted(server, UNPROVEN_CLOSED) == 2, "both to be closed")
         wait_until(lambda: is_closed(silent) and is_closed(greeting), "their ends to come")
@@ -83,7 +84,7 @@ def test_a_proof_must_come_in_time_whatever_was_sent_before(name: str, strangers
 def test_a_ucx_connection_without_a_handshake_is_closed_in_time() -> None:
     with serving("ucx", idle_timeout=0.5) as server, contextlib.closing(UcxWorker(True)) as worker:
         endpoint = endpoint_of(server, "ucx")
-        with contextlib.closing(ucx.connect(worker, endpoint.host, endpoint.port)):
+        with contextlib.closing(UCX.connect(endpoint, Deadline.after(20), worker)):
             wait_until(
                 lambda: worker.progress() or counted(server, UNPROVEN_CLOSED), "the connection to be closed"
             )
@@ -110,7 +111,7 @@ def test_a_connection_has_little_memory_before_the_proof(name: str, strangers: c
 def test_malformed_connections_are_counted_and_few_lines(
     caplog: pytest.LogCaptureFixture, strangers: contextlib.ExitStack
 ) -> None:
-    no_frame = ClientHandshake(Lane.TCP).hello() + NO_PROOF + b"\xff" * 64
+    no_frame = ClientHandshake(TCP).hello() + NO_PROOF + b"\xff" * 64
     with serving("tcp") as server:
         caplog.clear()
         for _ in range(30):
@@ -142,7 +143,9 @@ def test_peers_that_do_not_speak_ucx_are_shut_down_in_time_at_every_port_and_oth
             opened.enter_context(socket.create_connection(("127.0.0.1", each)))
             for each in (port, *theirs.data_ports)
         ]
-        stream = opened.enter_context(contextlib.closing(ucx.connect(mine, "127.0.0.1", port)))
+        stream = opened.enter_context(
+            contextlib.closing(UCX.connect(Endpoint(UCX, "127.0.0.1", port), Deadline.after(20), mine))
+        )
         wait_until(lambda: theirs.progress() or mine.progress() or listener.waiting, "the request")
         accepted = listener.accept()
         assert accepted is not None
@@ -172,7 +175,7 @@ def test_a_server_whose_descriptors_ucx_has_used_up_serves_on() -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))\n"
     script = """
 ring = SharedRingBuffer(2, 4096)
-with PayloadServer(ring, lanes="ucx", threads=1) as server:
+with PayloadServer(ring, lane="ucx", threads=1) as server:
     say(json.loads(server.put_bytes(b"payload").to_json()))
     while hear() is not None:
         say(server.statistics()["server"])
@@ -186,7 +189,7 @@ say("closed")
             sock.setblocking(False)
             assert sock.connect_ex((host, int(port))) == errno.EINPROGRESS
         wait_until(lambda: child.ask("statistics")[UNPROVEN_CLOSED] >= 400 - MAX_UNPROVEN, "most to be closed")
-        with PayloadClient(lanes="ucx") as client:
+        with PayloadClient(lane="ucx") as client:
             assert bytes(client.read_bytes(ref, timeout=20)) == b"payload"
         assert child.ask() == "closed"
 

@@ -9,9 +9,9 @@ from transport_fixtures import SERVER, Child, Footprint, reference
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef
-from dray.protocol.handshake import ClientHandshake, Lane
-from dray.transport.lanes import ucx
-from dray.transport.lanes.base import Endpoint
+from dray.clock import Deadline
+from dray.protocol.handshake import ClientHandshake
+from dray.transport.lanes import UCX, parse_endpoint
 from dray.transport.lanes.ucx import UcxStream
 from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, UcxWorker
 
@@ -31,9 +31,9 @@ def server() -> Iterator[Child]:
 
 def stream_to(worker: UcxWorker, ref: PayloadRef) -> UcxStream:
     """A connection whose two ends have told each other their tags."""
-    endpoint = Endpoint.parse(ref.endpoints[0])
-    stream = ucx.connect(worker, endpoint.host, endpoint.port)
-    stream.send([ClientHandshake(Lane.UCX).hello()])
+    endpoint = parse_endpoint(ref.endpoints[0])
+    stream = UCX.connect(endpoint, Deadline.after(20), worker)
+    stream.send([ClientHandshake(UCX).hello()])
     wait_until(lambda: worker.progress() or (stream.flush() and stream.receive(128)), "CHALLENGE")
     return stream
 
@@ -54,7 +54,7 @@ def test_w4_messages_longer_than_memory_end_only_their_connection(server: Child)
         stream.close()
         worker.close()
     assert server.ask("statistics")["server"]["malformed"] == 1
-    with PayloadClient(lanes="ucx") as client:
+    with PayloadClient(lane="ucx") as client:
         assert client.read_bytes(ref, timeout=10).nbytes == 100
 
 
@@ -62,7 +62,7 @@ def test_w4_messages_under_tags_that_nobody_waits_for_are_dropped(server: Child)
     ref = reference(server.ask([1, 100]))
     worker = UcxWorker(True)
     stream = stream_to(worker, ref)
-    with PayloadClient(lanes="ucx") as client:
+    with PayloadClient(lane="ucx") as client:
         client.read_bytes(ref, timeout=10, consume=False)
         before = Footprint.of(server.pid).megabytes
         for _ in range(STRAYS):

@@ -38,8 +38,9 @@ from dray import (
 )
 from dray.clock import Deadline
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
-from dray.protocol.handshake import CHALLENGE, MAGIC, ClientHandshake, Lane
+from dray.protocol.handshake import CHALLENGE, MAGIC, ClientHandshake
 from dray.transport.connection import Connection
+from dray.transport.lanes import SHM, parse_endpoint
 from dray.transport.lanes.base import Endpoint
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_worker import UcxWorker
@@ -52,10 +53,10 @@ class ByHand:
     """A client of a Unix or TCP endpoint that sends what a test wants."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        family = socket.AF_UNIX if endpoint.lane is Lane.SHM else socket.AF_INET
+        family = socket.AF_UNIX if endpoint.lane is SHM else socket.AF_INET
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.sock.settimeout(10)
-        self.sock.connect(endpoint.host if endpoint.lane is Lane.SHM else (endpoint.host, endpoint.port))
+        self.sock.connect(endpoint.host if endpoint.lane is SHM else (endpoint.host, endpoint.port))
         self.lane = endpoint.lane
 
     def receive(self, size: int) -> bytes:
@@ -99,7 +100,7 @@ def has_read(server: PayloadServer, count: int) -> bool:
 def test_w11_without_the_right_secret_no_payload_byte_is_sent(
     lane: Any, mine: bytes | None, theirs: bytes | None
 ) -> None:
-    with serving(lane, secret=theirs) as server, PayloadClient(lanes=lane, secret=mine) as client:
+    with serving(lane, secret=theirs) as server, PayloadClient(lane=lane, secret=mine) as client:
         ref = server.put_bytes(b"secret payload")
         with pytest.raises(AuthenticationError):
             client.read_bytes(ref, timeout=5)
@@ -107,7 +108,7 @@ def test_w11_without_the_right_secret_no_payload_byte_is_sent(
         assert (counted(server, "bytes"), counted(server, "reads")) == (0, 0)
         assert client.statistics()["quarantined"] == []
         assert ring_of(server).get_ready_count() == 1
-        with PayloadClient(lanes=lane, secret=theirs) as right:
+        with PayloadClient(lane=lane, secret=theirs) as right:
             assert bytes(right.read_bytes(ref, timeout=5)) == b"secret payload"
 
 
@@ -143,7 +144,7 @@ def test_w11_a_forged_proof_is_refused_before_anything_else(name: str, forged: s
     ],
 )
 def test_w4_what_is_no_hello_closes_only_that_connection(name: str, junk: bytes) -> None:
-    with serving(name) as server, PayloadClient(lanes=name) as client:  # type: ignore[arg-type]
+    with serving(name) as server, PayloadClient(lane=name) as client:  # type: ignore[arg-type]
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
         with ByHand(endpoint_of(server, name)) as peer:
@@ -166,7 +167,7 @@ def test_w4_what_is_no_hello_closes_only_that_connection(name: str, junk: bytes)
     ],
 )
 def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases(name: str, frame: Frame) -> None:
-    with serving(name) as server, PayloadClient(lanes=name) as client:  # type: ignore[arg-type]
+    with serving(name) as server, PayloadClient(lane=name) as client:  # type: ignore[arg-type]
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
         with ByHand(endpoint_of(server, name)) as peer:
@@ -183,7 +184,7 @@ def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases(na
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_w4_random_bytes_after_the_handshake_harm_nobody_else(name: str) -> None:
-    with serving(name) as server, PayloadClient(lanes=name) as client:  # type: ignore[arg-type]
+    with serving(name) as server, PayloadClient(lane=name) as client:  # type: ignore[arg-type]
         ref = server.put_bytes(b"payload")
         for seed in range(20):
             with ByHand(endpoint_of(server, name)) as peer:
@@ -196,7 +197,7 @@ def test_w4_random_bytes_after_the_handshake_harm_nobody_else(name: str) -> None
 
 
 def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody() -> None:
-    with serving("tcp") as server, PayloadClient(lanes="tcp") as client:
+    with serving("tcp") as server, PayloadClient(lane="tcp") as client:
         ref = server.put_bytes(b"payload")
         with ByHand(endpoint_of(server, "tcp")) as peer:
             peer.shake()
@@ -209,14 +210,14 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody() -> None:
 
 def test_w3_a_changed_payload_does_not_match_its_checksum(caplog: pytest.LogCaptureFixture) -> None:
     for name in BAND:
-        with serving(name, checksum="commit") as server, PayloadClient(lanes=name) as client:
+        with serving(name, checksum="commit") as server, PayloadClient(lane=name) as client:
             ref = server.put_bytes(pattern(1, 1000))
             ring = ring_of(server)
             offset = ring.segment.slot_offset(ref.slot)
             ring.segment.view[offset + 500] ^= 1
             with pytest.raises(MessageTruncated, match="checksum"):
                 client.read_bytes(ref, timeout=5)
-            with PayloadClient(lanes=name, verify=False) as careless:
+            with PayloadClient(lane=name, verify=False) as careless:
                 assert bytes(careless.read_bytes(ref, consume=False)) != pattern(1, 1000)
             ring.segment.view[offset + 500] ^= 1
             assert bytes(client.read_bytes(ref, timeout=5)) == pattern(1, 1000)
@@ -262,7 +263,7 @@ def wedged(name: str, directory: Path) -> Iterator[tuple[str, Callable[[], int]]
 
 def test_c14_a_wedged_endpoint_costs_half_a_deadline_once_per_quarantine(lane: Any, tmp_path: Path) -> None:
     with serving(lane, slots=20) as server, wedged(lane, tmp_path) as (endpoint, tried):
-        with PayloadClient(lanes=lane) as client:
+        with PayloadClient(lane=lane) as client:
             for number in range(12):
                 ref = server.put_bytes(bytes([number]))
                 both = dataclasses.replace(ref, endpoints=(endpoint, *ref.endpoints))
@@ -284,7 +285,7 @@ def test_c14_a_wedged_lane_is_left_for_another(tmp_path: Path) -> None:
 
 def test_c14_a_wedged_endpoint_in_a_batch_costs_the_batch_nothing(lane: Any, tmp_path: Path) -> None:
     with serving(lane, slots=20) as server, wedged(lane, tmp_path) as (endpoint, _):
-        with PayloadClient(lanes=lane) as client:
+        with PayloadClient(lane=lane) as client:
             refs = [server.put({"n": np.int64(n)}) for n in range(20)]
             both = [dataclasses.replace(ref, endpoints=(endpoint, *ref.endpoints)) for ref in refs]
             found = [int(arrays["n"]) for _, arrays in client.read_many(both, timeout=2.0)]
@@ -292,7 +293,7 @@ def test_c14_a_wedged_endpoint_in_a_batch_costs_the_batch_nothing(lane: Any, tmp
 
 
 def test_c2_a_single_wedged_endpoint_is_a_timeout_within_the_deadline(lane: Any, tmp_path: Path) -> None:
-    with wedged(lane, tmp_path) as (endpoint, _), PayloadClient(lanes=lane) as client:
+    with wedged(lane, tmp_path) as (endpoint, _), PayloadClient(lane=lane) as client:
         ref = PayloadRef(b"p" * 16, 0, 0, 1, (endpoint,))
         deadline = Deadline.after(2.0)
         with pytest.raises(TransportTimeout):
@@ -316,7 +317,7 @@ def test_w8_a_server_thread_that_dies_leaves_its_payloads_to_the_others() -> Non
 
 
 def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: Any) -> None:
-    with serving(lane, idle_timeout=0.5) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, idle_timeout=0.5) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(2):
             client.read_bytes(ref, consume=False)
@@ -329,7 +330,7 @@ def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: A
 
 
 def test_w6_a_client_replaces_a_connection_before_it_is_evicted(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane, idle_seconds=0.0) as client:
+    with serving(lane) as server, PayloadClient(lane=lane, idle_seconds=0.0) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(3):
             client.read_bytes(ref, consume=False)
@@ -436,7 +437,7 @@ def lose_acks(connection: Connection) -> None:
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_w13_an_ack_lost_with_its_connection_is_repeated(name: Any) -> None:
-    with serving(name, slots=2) as server, PayloadClient(lanes=name) as client:
+    with serving(name, slots=2) as server, PayloadClient(lane=name) as client:
         first, second = server.put_bytes(b"first"), server.put_bytes(b"second")
         client.read_bytes(second, consume=False)
         lose_acks(idle_connection(client))
@@ -452,7 +453,7 @@ def test_w13_an_ack_lost_with_its_connection_is_repeated(name: Any) -> None:
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_w13_a_lost_ack_is_repeated_when_the_client_closes(name: Any) -> None:
     with serving(name) as server:
-        with PayloadClient(lanes=name) as client:
+        with PayloadClient(lane=name) as client:
             ref = server.put_bytes(b"payload")
             client.read_bytes(ref, consume=False)
             connection = idle_connection(client)
@@ -516,7 +517,7 @@ def test_b14_leases_of_a_connection_are_bounded_and_then_busy() -> None:
     with serving("shm", slots=4, max_leases=2) as server:
         refs = [server.put_bytes(b"x") for _ in range(3)]
         with ByHand(endpoint_of(server, "shm")) as peer:
-            handshake = ClientHandshake(Lane.SHM)
+            handshake = ClientHandshake(SHM)
             peer.sock.sendall(handshake.hello())
             peer.sock.sendall(handshake.receive(peer.receive(handshake.expects)) or b"")
             message, descriptors, _, _ = socket.recv_fds(peer.sock, 8, 1)
@@ -534,7 +535,7 @@ def test_b14_leases_of_a_connection_are_bounded_and_then_busy() -> None:
 
 
 def test_b12_what_a_child_inherits_says_so_and_the_parent_goes_on(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
 
@@ -557,7 +558,7 @@ def test_b12_what_a_child_inherits_says_so_and_the_parent_goes_on(lane: Any) -> 
                 raise AssertionError(f"call {number} did not raise")
             client.close()
             server.close()
-            with PayloadClient(lanes="shm" if lane == "ucx" else lane) as own, serving("shm"):
+            with PayloadClient(lane="shm" if lane == "ucx" else lane) as own, serving("shm"):
                 assert own.statistics()["reads"] == 0
 
         assert run_in_child(check) == ""
@@ -571,16 +572,16 @@ def test_b12_what_a_child_inherits_says_so_and_the_parent_goes_on(lane: Any) -> 
 @pytest.mark.parametrize("name", BAND)
 def test_w7_a_busy_port_moves_on_and_what_is_advertised_is_bound(name: Any) -> None:
     with serving(name) as first:
-        port = Endpoint.parse(first.endpoints[0]).port
+        port = parse_endpoint(first.endpoints[0]).port
         if port > 65000:
             pytest.skip("no room above the port")
         with serving(name, port=port, threads=3) as second:
-            ports = [Endpoint.parse(endpoint).port for endpoint in second.endpoints]
+            ports = [parse_endpoint(endpoint).port for endpoint in second.endpoints]
             assert len({port, *ports}) == 4
             assert all(port < other < port + 64 for other in ports)
             for endpoint in second.endpoints:
                 ref = dataclasses.replace(second.put_bytes(b"x"), endpoints=(endpoint,))
-                with PayloadClient(lanes=name) as client:
+                with PayloadClient(lane=name) as client:
                     assert bytes(client.read_bytes(ref, timeout=5)) == b"x"
 
 
@@ -589,7 +590,7 @@ def test_w7_a_partial_start_is_undone_and_raises() -> None:
         taken.bind(("127.0.0.1", 65535))
         taken.listen()
         with SharedRingBuffer(1, 64) as ring, pytest.raises(ConfigError) as caught:
-            PayloadServer(ring, lanes="tcp", port=65534, threads=3)
+            PayloadServer(ring, lane="tcp", port=65534, threads=3)
         assert caught.value.key == "port"
         with socket.socket() as free:
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -646,8 +647,8 @@ def test_w9_servers_stopped_with_reads_in_flight_leave_nothing(lane: Any) -> Non
     before = held()
     outcomes: dict[str, int] = {}
     for cycle in range(cycles):
-        with SharedRingBuffer(4, nbytes) as ring, PayloadClient(lanes=lane) as client:
-            server = PayloadServer(ring, lanes=lane, threads=1, drain_timeout=0.05)
+        with SharedRingBuffer(4, nbytes) as ring, PayloadClient(lane=lane) as client:
+            server = PayloadServer(ring, lane=lane, threads=1, drain_timeout=0.05)
             refs = [server.put_bytes(pattern(seed, nbytes)) for seed in range(2)]
             started = threading.Barrier(3)
 
@@ -686,7 +687,7 @@ def test_a_client_closed_with_reads_in_flight_ends_them_in_order(lane: Any) -> N
     nbytes = 4 << 20
     with serving(lane, slot_bytes=nbytes) as server:
         for _ in range(10):
-            client = PayloadClient(lanes=lane)
+            client = PayloadClient(lane=lane)
             ref = server.put_bytes(pattern(1, nbytes), timeout=5)
             found: list[str] = []
 

@@ -36,8 +36,8 @@ class WedgingRing(SharedRingBuffer):
 def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_answers(lane: Any) -> None:
     with (
         WedgingRing() as ring,
-        PayloadServer(ring, lanes=lane, threads=2) as server,
-        PayloadClient(lanes=lane, quarantine_seconds=QUARANTINE) as client,
+        PayloadServer(ring, lane=lane, threads=2) as server,
+        PayloadClient(lane=lane, quarantine_seconds=QUARANTINE) as client,
     ):
 
         def read(number: int) -> int:
@@ -74,8 +74,8 @@ def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_
 def test_w6_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any) -> None:
     with (
         SharedRingBuffer(2, 1000) as ring,
-        PayloadServer(ring, lanes=lane, threads=2, idle_timeout=1.0) as server,
-        PayloadClient(lanes=lane, idle_seconds=0.75) as client,
+        PayloadServer(ring, lane=lane, threads=2, idle_timeout=1.0) as server,
+        PayloadClient(lane=lane, idle_seconds=0.75) as client,
     ):
         ref = server.put_bytes(b"payload")
         for idle in range(3):

@@ -16,12 +16,12 @@ from dray.clock import Deadline
 from dray.errors import DrayError
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Flag, Frame, Kind, Status
-from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, Lane, ServerIdentity
+from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ServerIdentity
 from dray.ring import Segment, SharedRingBuffer
 from dray.transport.connection import Connection, Held
-from dray.transport.lanes.network import KernelNetwork
-from dray.transport.lanes.socket import SocketStream
-from dray.transport.lanes.unix import UnixStream
+from dray.transport.lanes import SHM, TCP
+from dray.transport.lanes.base import MachineNetwork
+from dray.transport.lanes.socket import TcpStream, UnixStream
 from dray.transport.polling import PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
 
@@ -115,15 +115,15 @@ def run(data: bytes) -> None:
         assert len(connection.unconfirmed) <= len(refs)
 
 
-class _Network(KernelNetwork):
+class _Network(MachineNetwork):
     """Every address leads to the same socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         self._sock = sock
 
-    def connect(self, address, deadline, group):
-        return SocketStream(self._sock, Lane.TCP)
+    def connect(self, address, deadline, worker):
+        return TcpStream(self._sock, TCP)
 
 
 def _connection(ours, segment, verified, deadline) -> Connection:
@@ -133,7 +133,7 @@ def _connection(ours, segment, verified, deadline) -> Connection:
     # The segment's descriptor comes with WELCOME; what is behind it is fuzz_segment's.
     identity = ServerIdentity(_PRODUCER, _SLOTS, _SLOT_BYTES, 8, 1)
     return Connection(
-        UnixStream(ours), _ENDPOINT, identity, segment, verified, ReceiveBuffers(), network, PollWaiter(None)
+        UnixStream(ours, SHM), _ENDPOINT, identity, segment, verified, ReceiveBuffers(), network, PollWaiter(None)
     )
 
 

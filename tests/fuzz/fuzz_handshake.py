@@ -16,20 +16,20 @@ from dray.protocol.handshake import (
     PROOF,
     WELCOME,
     ClientHandshake,
-    Lane,
     ServerHandshake,
     ServerIdentity,
     Verdict,
 )
+from dray.transport.lanes import TCP, UCX
 
 SERVER, BY_THE_BOOK, CLIENT_SECRET, SERVER_SECRET = 1, 2, 4, 8
 SECRET = b"the job's secret"
 PRODUCER = bytes(range(16))
 IDENTITY = ServerIdentity(PRODUCER, 4, 4096, 8, 1)
 SEEDS = [
-    bytes([SERVER]) + HELLO.pack(b"DRAY", 1, Lane.TCP, 0, PRODUCER, bytes(32)) + NO_PROOF,
-    bytes([SERVER | SERVER_SECRET]) + HELLO.pack(b"DRAY", 1, Lane.TCP, 1, bytes(16), bytes(32)) + NO_PROOF,
-    bytes([SERVER]) + HELLO.pack(b"DRAY", 2, Lane.UCX, 3, bytes(16), bytes(32)),
+    bytes([SERVER]) + HELLO.pack(b"DRAY", 1, TCP.number, 0, PRODUCER, bytes(32)) + NO_PROOF,
+    bytes([SERVER | SERVER_SECRET]) + HELLO.pack(b"DRAY", 1, TCP.number, 1, bytes(16), bytes(32)) + NO_PROOF,
+    bytes([SERVER]) + HELLO.pack(b"DRAY", 2, UCX.number, 3, bytes(16), bytes(32)),
     bytes([0])
     + CHALLENGE.pack(b"DRAY", 1, 0, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1)
     + WELCOME.pack(b"DRAY", 0),
@@ -45,8 +45,8 @@ SEEDS = [
 def run(data: bytes) -> None:
     cursor = Cursor(data)
     options = cursor.byte()
-    client = ClientHandshake(Lane.TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None)
-    server = ServerHandshake(Lane.TCP, IDENTITY, SECRET if options & SERVER_SECRET else None)
+    client = ClientHandshake(TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None)
+    server = ServerHandshake(TCP, IDENTITY, SECRET if options & SERVER_SECRET else None)
     if options & BY_THE_BOOK:
         with suppress(ProtocolError):
             _by_the_book(cursor, client, server, options)

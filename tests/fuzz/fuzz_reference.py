@@ -2,10 +2,9 @@
 
 from dray.errors import ConfigError, ProtocolError
 from dray.protocol import PayloadRef
-from dray.protocol.handshake import Lane
 from dray.protocol.ref import MAX_REF_BYTES
 from dray.transport.attempts import by_lane
-from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes import LANES, SHM, parse_endpoint
 
 SEEDS = [
     b'{"p":"00112233445566778899aabbccddeeff","s":3,"q":41,"n":1048576,'
@@ -33,18 +32,18 @@ def run(data: bytes) -> None:
         assert PayloadRef.from_json(text) == ref
     for address in ref.endpoints:
         try:
-            endpoint = Endpoint.parse(address)
+            endpoint = parse_endpoint(address)
         except ConfigError:
             continue
-        assert Endpoint.parse(str(endpoint)) == endpoint
+        assert parse_endpoint(str(endpoint)) == endpoint
         # What sockets are given: a path, or a name that can be looked up.
-        if endpoint.lane is Lane.SHM:
+        if endpoint.lane is SHM:
             assert 0 < len(endpoint.host.encode()) < 108
             assert "\0" not in endpoint.host
         else:
             assert endpoint.host.encode("idna")
             assert 0 < endpoint.port < 65536
     try:
-        by_lane(ref.endpoints, tuple(Lane))
+        by_lane(ref.endpoints, tuple(LANES.values()))
     except ConfigError:
         return

@@ -14,15 +14,17 @@ from dray.clock import MONOTONIC
 from dray.counters import Counters
 from dray.errors import StaleSlotError
 from dray.protocol.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status
-from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, Lane, ServerIdentity
+from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, ServerIdentity
 from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer
+from dray.transport.lanes import SHM, TCP, UCX
+from dray.transport.lanes.base import Lane
 from dray.transport.lanes.socket import SocketStream
 from dray.transport.served_connections import ServedConnections, ThreadSettings
 
 RAW_HANDSHAKE, SECRET, RESET = 4, 8, 16
 FRAME_OP, BYTES_OP, DELIVER_OP, READ_OP = range(4)
-_LANES = (Lane.TCP, Lane.SHM, Lane.UCX, Lane.TCP)
+_LANES = (TCP, SHM, UCX, TCP)
 _MAX_LEASES = 2
 _READERS = 2
 _SIZES = (5, 0, 6000)
@@ -166,7 +168,7 @@ def run(data: bytes) -> None:
                 writer.commit()
         identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, _MAX_LEASES, ring.readers)
         secret = b"secret" if chosen & SECRET else None
-        checksum = None if lane is Lane.SHM else xxhash.xxh3_64_intdigest
+        checksum = None if lane is SHM else xxhash.xxh3_64_intdigest
         session = ServerSession(lane, ring, identity, secret=secret, checksum=checksum, describe=lambda: '{"a":1}')
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
@@ -176,7 +178,7 @@ def run(data: bytes) -> None:
         serving = _Serving(theirs, session, lane)
         beside = ring.read_raw(0, 0, 1)
         answers = _Answers(contents)
-        answers.in_place = lane is Lane.SHM
+        answers.in_place = lane is SHM
         sent = _converse(cursor, ours, serving, answers, chosen, secret, lane)
         serving.serve()
         _read(ours, serving, answers)

@@ -36,7 +36,7 @@ from dray import (
     TransportError,
 )
 from dray.clock import Deadline
-from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes import parse_endpoint
 
 SCHEMES = {"shm": "unix", "tcp": "tcp", "ucx": "ucx"}
 
@@ -46,7 +46,7 @@ def server_on(lane: str, slots: int = 3, slot_bytes: int = 1 << 20, **options: A
 
 
 def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
-    with server_on(lane, slot_bytes=MOST_BYTES) as server, PayloadClient(lanes=lane) as client:
+    with server_on(lane, slot_bytes=MOST_BYTES) as server, PayloadClient(lane=lane) as client:
         server.hear()
         for seed, nbytes in enumerate(SIZES):
             ref = reference(server.ask([seed, nbytes]))
@@ -62,7 +62,7 @@ def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
 @pytest.mark.parametrize("stage", ["asked", "received"])
 def test_w1_a_reader_that_dies_before_its_ack_loses_nothing(lane: Any, stage: str) -> None:
     nbytes = 32 << 20  # more than sockets buffer: the reader that only asked is killed within the payload
-    with serving(lane, slots=1, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=1, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
         payload = pattern(1, nbytes)
         ref = server.put_bytes(payload)
         text = json.loads(ref.to_json())
@@ -78,7 +78,7 @@ def test_w1_a_reader_that_dies_before_its_ack_loses_nothing(lane: Any, stage: st
 
 def test_w5_a_stopped_reader_holds_up_nobody(lane: Any) -> None:
     nbytes = 8 << 20
-    with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(pattern(1, nbytes))
         text = json.loads(ref.to_json())
         with Child(READER, ref=text, scheme=SCHEMES[lane], stage="received") as reader:
@@ -96,7 +96,7 @@ def test_w5_a_stopped_reader_holds_up_nobody(lane: Any) -> None:
 
 def test_w5_a_reader_stopped_within_a_payload_holds_up_nobody(lane: Any) -> None:
     nbytes = 32 << 20
-    with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(pattern(1, nbytes))
         text = json.loads(ref.to_json())
         with Child(READER, ref=text, scheme=SCHEMES[lane], stage="asked") as reader:
@@ -111,7 +111,7 @@ def test_w5_a_reader_stopped_within_a_payload_holds_up_nobody(lane: Any) -> None
 @contextlib.contextmanager
 def slowed(endpoint: str, bytes_per_second: int) -> Iterator[str]:
     """A relay to a TCP endpoint, for one connection, that limits the rate of the server's bytes; its endpoint."""
-    address = Endpoint.parse(endpoint)
+    address = parse_endpoint(endpoint)
     chunk = 1 << 16
     done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as up:
@@ -150,7 +150,7 @@ def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut() -> None:
     options = {**SLOW_OPTIONS, "lanes": ["tcp"]}
     with (
         Child(SERVER, slots=6, slot_bytes=2 << 20, options=options) as server,
-        PayloadClient(lanes="tcp") as client,
+        PayloadClient(lane="tcp") as client,
     ):
         (direct,) = server.hear()
         with slowed(direct, 4 << 20) as slow:
@@ -213,7 +213,7 @@ def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
 
 
 def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
-    with server_on(lane) as server, PayloadClient(lanes=lane) as client:
+    with server_on(lane) as server, PayloadClient(lane=lane) as client:
         server.hear()
         refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
         assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
@@ -230,7 +230,7 @@ def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
 
 
 def test_c13_a_stopped_producer_is_a_timeout_and_not_lost(lane: Any) -> None:
-    with server_on(lane) as server, PayloadClient(lanes=lane) as client:
+    with server_on(lane) as server, PayloadClient(lane=lane) as client:
         server.hear()
         ref = reference(server.ask([1, 1000]))
         client.read_bytes(ref, consume=False)
@@ -246,7 +246,7 @@ def test_c13_a_stopped_producer_is_a_timeout_and_not_lost(lane: Any) -> None:
 def test_a_producer_killed_within_a_payload_never_gives_partial_bytes(lane: Any) -> None:
     """W2: what arrives is whole or an error."""
     nbytes = 64 << 20
-    with server_on(lane, slot_bytes=nbytes) as server, PayloadClient(lanes=lane) as client:
+    with server_on(lane, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
         server.hear()
         refs = [reference(server.ask([seed, nbytes])) for seed in range(2)]
         expected = [pattern(seed, nbytes) for seed in range(2)]
@@ -267,12 +267,12 @@ def test_a_producer_killed_within_a_payload_never_gives_partial_bytes(lane: Any)
 @pytest.mark.parametrize("secret", [None, b"another job's secret"])
 def test_c13_another_producer_on_the_address_is_recognised(lane: Any, secret: bytes | None) -> None:
     """The first server ends; a second one, of another job perhaps, gets its port."""
-    with SharedRingBuffer(2, 1000) as ring, PayloadServer(ring, lanes=lane, threads=1) as first:
+    with SharedRingBuffer(2, 1000) as ring, PayloadServer(ring, lane=lane, threads=1) as first:
         ref = first.put_bytes(b"mine")
-        port = Endpoint.parse(first.endpoints[0]).port
+        port = parse_endpoint(first.endpoints[0]).port
         first.close()
-        with serving(lane, port=port, secret=secret) as second, PayloadClient(lanes=lane) as client:
-            if Endpoint.parse(second.endpoints[0]).port != port:
+        with serving(lane, port=port, secret=secret) as second, PayloadClient(lane=lane) as client:
+            if parse_endpoint(second.endpoints[0]).port != port:
                 pytest.skip(f"port {port} was not free again")
             with pytest.raises(ProducerLostError):
                 client.read_bytes(ref, timeout=5)
@@ -289,7 +289,7 @@ def test_another_producer_on_one_address_is_passed_over_for_the_right_one() -> N
 
 def test_b12_a_forked_child_does_not_hide_its_parents_death(lane: Any) -> None:
     """A surviving child keeps neither connections nor listeners alive."""
-    with server_on(lane) as server, PayloadClient(lanes=lane) as client:
+    with server_on(lane) as server, PayloadClient(lane=lane) as client:
         server.hear()
         refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
         assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
@@ -309,7 +309,7 @@ def test_b12_a_forked_child_does_not_hide_its_parents_death(lane: Any) -> None:
 
 READER_THAT_FORKS = """
 ref = PayloadRef.from_json(json.dumps(arguments["ref"]))
-client = PayloadClient(lanes=arguments["lane"])
+client = PayloadClient(lane=arguments["lane"])
 lease = client.lease(ref)
 child = os.fork()
 if not child:

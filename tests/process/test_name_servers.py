@@ -33,7 +33,7 @@ def reference(*endpoints, ref=PayloadRef(b"p" * 16, 0, 1, 100, ())):
 
 found = {}
 for lane in ("tcp", "ucx"):
-    with PayloadClient(lanes=lane) as client:
+    with PayloadClient(lane=lane) as client:
         found[lane] = refused(lambda: client.read(reference(f"{lane}:silent.example:40000"), timeout=0.3))
 
 # A read that waits for the name server while its client is closed.
@@ -57,7 +57,7 @@ found["closed"] = ended[0]
 secret = bytes(32)
 with (
     SharedRingBuffer(1, 64) as ring,
-    PayloadServer(ring, lanes=("tcp",), secret=secret) as server,
+    PayloadServer(ring, lane=("tcp",), secret=secret) as server,
     PayloadClient(secret=secret) as client,
 ):
     put = server.put_bytes(b"payload")
@@ -126,7 +126,7 @@ for host in ("localhost", "six", "four", "both", "debian", "::1", "127.1"):
     with bind(host, 0) as listener:
         found[host] = [reads, listener.getsockname()[0], list(lines)]
 try:
-    PayloadServer(SharedRingBuffer(1, 64), host="six", lanes=("tcp", "ucx"))
+    PayloadServer(SharedRingBuffer(1, 64), host="six", lane=("tcp", "ucx"))
 except ConfigError as error:
     found["ucx alone"] = str(error)
 print(json.dumps(found))

@@ -13,7 +13,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SERVER = """
 from pathlib import Path
 folder = Path(os.fsdecode(bytes.fromhex(arguments["folder"])))
-with SharedRingBuffer(2, 64) as ring, PayloadServer(ring, lanes="shm", threads=1, directory=folder) as server:
+with SharedRingBuffer(2, 64) as ring, PayloadServer(ring, lane="shm", threads=1, directory=folder) as server:
     say([sys.getfilesystemencoding(), server.put_bytes(b"payload").to_json()])
     hear()
 """
@@ -21,7 +21,7 @@ with SharedRingBuffer(2, 64) as ring, PayloadServer(ring, lanes="shm", threads=1
 READER = """
 from dray.errors import ProducerLostError
 ref = PayloadRef.from_json(arguments["ref"])
-with PayloadClient(lanes="shm") as client:
+with PayloadClient(lane="shm") as client:
     say([sys.getfilesystemencoding(), bytes(client.read_bytes(ref)).decode()])
     hear()
     try:

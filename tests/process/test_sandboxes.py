@@ -23,14 +23,14 @@ from forbidding import forbid
 
 call, code, reads = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "reader"
 ring = SharedRingBuffer(1, 64) if reads else None
-server = PayloadServer(ring, lanes="shm") if reads else None
+server = PayloadServer(ring, lane="shm") if reads else None
 ref = server.put_bytes(b"payload") if reads else None
 forbid(call, code=code)
 try:
     if reads:
         PayloadClient().read_bytes(ref)
     else:
-        PayloadServer(SharedRingBuffer(1, 64), lanes="shm")
+        PayloadServer(SharedRingBuffer(1, 64), lane="shm")
 except ConfigError as error:
     print(json.dumps([str(error), error.value, list(refused_calls())]))
 """
@@ -83,7 +83,7 @@ from forbidding import forbid
 ring = SharedRingBuffer(1, 64)
 forbid("socket", code=errno.EAFNOSUPPORT)
 try:
-    PayloadServer(ring, lanes=("tcp",), host="::1")
+    PayloadServer(ring, lane=("tcp",), host="::1")
 except ConfigError as error:
     print(error)
 """
@@ -142,10 +142,10 @@ with (
     found["client"] = [client.statistics(), lines.copy()]
 with SharedRingBuffer(1, 64) as ring:
     try:
-        PayloadServer(ring, lanes=("ucx",))
+        PayloadServer(ring, lane=("ucx",))
     except ConfigError as error:
         found["server of ucx"] = str(error)
-with PayloadClient(lanes="ucx") as client:
+with PayloadClient(lane="ucx") as client:
     try:
         client.read_bytes(elsewhere)
     except Unreachable as error:

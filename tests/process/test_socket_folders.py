@@ -30,7 +30,7 @@ def test_w12_sockets_of_dead_owners_are_swept_at_the_next_start_and_those_of_oth
             assert not left.parent.exists()
             assert kept.exists()
             assert served.exists()
-            with PayloadClient(lanes="shm") as client:
+            with PayloadClient(lane="shm") as client:
                 assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(1, 1000)
 
 
@@ -39,5 +39,5 @@ def test_w12_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     deep.mkdir(mode=0o700)
     with SharedRingBuffer(1, 1000) as ring:
         with pytest.raises(ConfigError):
-            PayloadServer(ring, lanes="shm", directory=deep)
+            PayloadServer(ring, lane="shm", directory=deep)
         assert list(deep.iterdir()) == []

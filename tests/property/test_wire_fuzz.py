@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 from dray.errors import ProtocolError
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import ClientSession
-from dray.protocol.contract import Payload
-from dray.protocol.frames import FRAME, FRAME_BYTES, Frame, Kind, parse
+from dray.protocol.frames import FRAME, FRAME_BYTES, Frame, Kind, Payload, parse
 from dray.protocol.handshake import (
     CHALLENGE,
     HELLO,
     PROOF,
     WELCOME,
     ClientHandshake,
-    Lane,
     ServerHandshake,
     ServerIdentity,
     Verdict,
 )
 from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer
+from dray.transport.lanes import LANES, TCP
+from dray.transport.lanes.base import Lane
 
 u8, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
 json_values = st.recursive(
@@ -94,8 +94,8 @@ def test_any_bytes_are_a_frame_or_a_protocol_error(message: bytes) -> None:
     st.binary(min_size=1, max_size=8),
 )
 def test_no_bytes_get_past_a_server_with_a_secret(hello: bytes, proof: bytes, valid: bool, secret: bytes) -> None:
-    server = ServerHandshake(Lane.TCP, ServerIdentity(bytes(16), 1, 1, 1, 1), secret)
-    server.receive(ClientHandshake(Lane.TCP).hello() if valid else hello)
+    server = ServerHandshake(TCP, ServerIdentity(bytes(16), 1, 1, 1, 1), secret)
+    server.receive(ClientHandshake(TCP).hello() if valid else hello)
     server.receive(proof)
     assert not server.done
     assert server.verdict is not Verdict.WELCOME
@@ -111,9 +111,9 @@ def test_no_bytes_get_past_a_server_with_a_secret(hello: bytes, proof: bytes, va
 def test_any_server_is_taken_or_refused_by_a_typed_error(
     secret: bytes | None, challenge: bytes | None, at: int, value: int, welcome: bytes
 ) -> None:
-    client = ClientHandshake(Lane.TCP, bytes(16), secret)
+    client = ClientHandshake(TCP, bytes(16), secret)
     if challenge is None:
-        server = ServerHandshake(Lane.TCP, ServerIdentity(bytes(16), 1, 1, 1, 1), secret)
+        server = ServerHandshake(TCP, ServerIdentity(bytes(16), 1, 1, 1, 1), secret)
         changed = bytearray(server.receive(client.hello()))
         changed[at] = value
         challenge = bytes(changed)
@@ -131,7 +131,7 @@ def _drain(session: ServerSession, flush: Callable[[], bool]) -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(list(Lane)), st.lists(likely_frames | frames, max_size=40), st.data())
+@given(st.sampled_from(list(LANES.values())), st.lists(likely_frames | frames, max_size=40), st.data())
 def test_any_frames_leave_the_ring_whole(lane: Lane, history: list[Frame], data: st.DataObject) -> None:
     """Random requests and ACKs, flushed or not: every lease ends, nothing is finished twice, slots come back."""
     with SharedRingBuffer(4, 64, readers=2) as ring:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 
-from dray.protocol.handshake import Lane
+from dray.transport.lanes.base import Lane
 
 
 class Fault(Enum):
@@ -76,7 +76,7 @@ class FaultPlan:
 
     def strike(self, lane: Lane) -> Fault | None:
         """What happens to something that is being sent, if anything."""
-        kinds = self._on_send_ucx if lane is Lane.UCX else self._on_send
+        kinds = self._on_send_ucx if lane.tagged else self._on_send
         if not kinds or self.calm or self._rng.random() >= self._rate:
             return None
         fault = self._rng.choice(kinds)

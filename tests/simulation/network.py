@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable
 from typing import Any, cast
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout, Unreachable
-from dray.protocol.handshake import PROOF_BYTES, ClientHandshake, Lane
-from dray.transport.lanes.base import Endpoint, Stream
-from dray.transport.lanes.network import Group, Waiter
-from dray.transport.lanes.socket import SocketStream
+from dray.protocol.handshake import PROOF_BYTES, ClientHandshake
+from dray.transport.lanes import TCP
+from dray.transport.lanes.base import Endpoint, Lane, Stream, Waiter, Worker
+from dray.transport.lanes.socket import SocketStream, TcpStream, UnixStream
 from dray.transport.lanes.ucx import UcxStream
-from dray.transport.lanes.unix import UnixStream
 from dray.transport.polling import timed_out
 from simulation.faults import Fault, FaultPlan
 from simulation.scheduler import Process, Scheduler, Signal
@@ -50,10 +48,10 @@ class SimulatedListener:
         self.worker = worker
         self.waiting: deque[SimulatedSocket | SimulatedUcxEndpoint] = deque()
         self.closed = False
-        self.silent = None
+        self.silent: None = None
 
     def fileno(self) -> int:
-        return self._number
+        return self._number if self.worker is None else -1
 
     def accept(self) -> Stream | None:
         """The next connection, or None when there is none."""
@@ -70,7 +68,7 @@ class SimulatedListener:
                 mine.fail(ucx_names().UCXConnectionResetError)
             return stream
         found.watched_by(self.signal)
-        return socket_stream(found)
+        return socket_stream(found, accepted=True)
 
     def ask(self, end: SimulatedUcxEndpoint) -> None:
         """A UCX connection waits to be accepted."""
@@ -93,11 +91,10 @@ class SimulatedListener:
                 found.close()
 
 
-def socket_stream(sock: SimulatedSocket) -> SocketStream:
+def socket_stream(sock: SimulatedSocket, accepted: bool = False) -> SocketStream:
     """A production stream over a simulated socket."""
-    if sock.lane is Lane.SHM:
-        return UnixStream(cast(Any, sock))
-    return SocketStream(cast(Any, sock), Lane.TCP)
+    stream = TcpStream if sock.lane.in_band else UnixStream
+    return stream(cast(Any, sock), sock.lane, accepted)
 
 
 class SimulatedKernel:
@@ -122,8 +119,9 @@ class SimulatedKernel:
     ) -> SimulatedListener:
         """Listen at an address nobody listens at."""
         assert endpoint not in self.listeners
-        listener = SimulatedListener(self, next(self._numbers), endpoint, process, signal, worker)
-        self.listeners[endpoint] = self.sockets[listener.fileno()] = listener
+        number = next(self._numbers)
+        listener = SimulatedListener(self, number, endpoint, process, signal, worker)
+        self.listeners[endpoint] = self.sockets[number] = listener
         return listener
 
     def worker(self, process: Process) -> SimulatedWorker:
@@ -215,21 +213,21 @@ class SimulatedNetwork:
         self.closing = Signal(kernel.scheduler)
         self.closed = False
 
-    def fits(self, address: Endpoint) -> Callable[[Group], bool] | None:
-        return (lambda _: True) if address.lane is Lane.UCX else None
+    def fits(self, worker: Worker, address: Endpoint) -> bool:
+        return address.lane.tagged
 
-    def make_group(self, address: Endpoint) -> Group | None:
-        return self.kernel.worker(self.process) if address.lane is Lane.UCX else None
+    def make_worker(self, address: Endpoint) -> Worker | None:
+        return self.kernel.worker(self.process) if address.lane.tagged else None
 
-    def connect(self, address: Endpoint, deadline: Deadline, group: Group | None) -> Stream:
+    def connect(self, address: Endpoint, deadline: Deadline, worker: Worker | None) -> Stream:
         kernel, scheduler, endpoint = self.kernel, self.kernel.scheduler, str(address)
         plan = kernel.plan
         scheduler.note(f"connects to {endpoint}")
-        if address.lane is Lane.UCX:
-            assert isinstance(group, SimulatedWorker)
+        if address.lane.tagged:
+            assert isinstance(worker, SimulatedWorker)
             if plan.strikes(Fault.UNREACHABLE):
                 raise Unreachable("simulated", endpoint=endpoint)
-            return UcxStream(group, kernel.connect_ucx(endpoint, group), accepted=False)
+            return UcxStream(worker, kernel.connect_ucx(endpoint, worker), accepted=False)
         scheduler.pause()
         if plan.strikes(Fault.UNREACHABLE):
             raise Unreachable("simulated", endpoint=endpoint)
@@ -238,8 +236,8 @@ class SimulatedNetwork:
             raise Unreachable("simulated", endpoint=endpoint, refused=True)
         if plan.strikes(Fault.CONNECT_HANGS) or len(listener.waiting) >= _BACKLOG:
             # A full backlog of a Unix socket is waited for by the kernel, which nothing but its time-out ends.
-            scheduler.wait((self.closing,) if address.lane is Lane.TCP else (), deadline.at)
-            if self.closed and address.lane is Lane.TCP:
+            scheduler.wait((self.closing,) if address.lane is TCP else (), deadline.at)
+            if self.closed and address.lane is TCP:
                 raise BufferClosedError("the client was closed while it waited")
             raise TransportTimeout("simulated", endpoint=endpoint, elapsed=deadline.elapsed)
         return socket_stream(kernel.connect_socket(listener, address.lane, self.process))

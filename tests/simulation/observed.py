@@ -15,9 +15,8 @@ from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS
 from dray.transport.client import PayloadClient
 from dray.transport.connection import Connection
 from dray.transport.connections import ConnectionHolder, Exchange, Refused
-from dray.transport.lanes.socket import SocketStream
+from dray.transport.lanes.socket import SocketStream, UnixStream
 from dray.transport.lanes.ucx import UcxStream
-from dray.transport.lanes.unix import UnixStream
 from dray.transport.leases import Graveyard
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from simulation.network import SimulatedKernel, SimulatedNetwork, SimulatedWaiter
@@ -206,7 +205,7 @@ class ObservedClient(PayloadClient):
             raise Violation(f"a connection to {endpoint} goes into the pool after it failed")
         if connection._session.pending or stream._expected:
             raise Violation(f"a connection to {endpoint} goes into the pool in the middle of an exchange")
-        self._plan.count(f"exchange over {connection.lane.label}")
+        self._plan.count(f"exchange over {connection.lane.name}")
         return self._check_in(endpoint, connection, group, now)
 
 

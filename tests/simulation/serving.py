@@ -13,9 +13,10 @@ from dray.counters import Counters
 from dray.errors import BufferFullError
 from dray.payload.codec import plan as plan_payload
 from dray.protocol import PayloadRef
-from dray.protocol.handshake import Lane, ServerIdentity
+from dray.protocol.handshake import ServerIdentity
 from dray.protocol.server_session import ServerSession
 from dray.ring import OnFull, Retain, SharedRingBuffer
+from dray.transport.lanes.base import Lane
 from dray.transport.served_connections import ServedConnection, ThreadSettings
 from dray.transport.server_loop import ServerThread
 from simulation.ledger import Ledger
@@ -51,22 +52,18 @@ class ServerLoop:
         self._scheduler = kernel.scheduler
         self._poll = SimulatedPoll(kernel, server.check)
         signal = self._poll.signal
-        worker, ucx = None, None
         self.worker: SimulatedWorker | None = None
         listeners = []
         for lane in server.settings.lanes:
             address = server.address(lane, index)
-            if lane is Lane.UCX:
+            worker = None
+            if lane.tagged:
                 self.worker = worker = kernel.worker(process)
                 worker.signal = signal
-                ucx = kernel.listen(address, process, signal, worker)
-            else:
-                listeners.append(kernel.listen(address, process, signal, None))
+            listeners.append(kernel.listen(address, process, signal, worker))
         self._thread = ServerThread(
             f"loop{index}",
             cast(Any, listeners),
-            worker,
-            cast(Any, ucx),
             server.make_session,
             server.ring.segment.fileno(),
             ThreadSettings(idle=120.0, lease=60.0),
@@ -89,7 +86,7 @@ class ServerLoop:
     def _watched_drop(self, connection: ServedConnection, error: Exception | None) -> None:
         stream = connection.stream
         ending = self._scheduler.ending or self._thread._stop_by is not None
-        if stream.lane is Lane.SHM and connection.session.leases and not ending:
+        if not stream.lane.in_band and connection.session.leases and not ending:
             sock: Any = stream
             if sock._sock.alive:
                 raise Violation(f"a reader's connection was closed while it works in place: {error!r}")
@@ -140,14 +137,14 @@ class SimulatedServer:
 
     def address(self, lane: Lane, index: int) -> str:
         """Where one loop listens on one lane."""
-        if lane is Lane.SHM:
+        if lane.local:
             return f"unix:/{self.name}/{index}"
         number = int(self.name.removeprefix("server"))
-        return f"{lane.label}:127.0.0.1:{1000 * (number + 1) + 10 * lane + index}"
+        return f"{lane.scheme}:127.0.0.1:{1000 * (number + 1) + 10 * lane.number + index}"
 
     def make_session(self, lane: Lane) -> ServerSession:
         """A session as `PayloadServer` makes them."""
-        checksum = xxhash.xxh3_64_intdigest if self.settings.checksum and lane is not Lane.SHM else None
+        checksum = xxhash.xxh3_64_intdigest if self.settings.checksum and lane.in_band else None
         return ServerSession(
             lane,
             self.ring,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dray.protocol.handshake import Lane
+from dray.transport.lanes.base import Lane
 from simulation.faults import Fault, FaultPlan
 from simulation.scheduler import Process, Scheduler, Signal
 
@@ -204,8 +204,8 @@ class SimulatedSocket:
         assert not blocking
 
     def setsockopt(self, _level: int, option: int, value: int) -> None:
-        assert option == socket.SO_RCVLOWAT
-        self._incoming.low_water = value
+        if option == socket.SO_RCVLOWAT:
+            self._incoming.low_water = value
 
     def fileno(self) -> int:
         return -1 if self.closed else self._number
@@ -222,7 +222,7 @@ class SimulatedSocket:
                 self.failed = True
                 return 0
             raise BlockingIOError
-        if have > 1 and self.lane is Lane.TCP and self._plan.splits():
+        if have > 1 and self.lane.in_band and self._plan.splits():
             have = self._scheduler.rng.randint(1, have)
         full = incoming.room <= 0
         room[:have] = incoming.arrived[:have]
@@ -247,13 +247,13 @@ class SimulatedSocket:
             raise ConnectionResetError(104, "simulated reset")
         if self._outgoing.unread:
             # The first write after the peer has closed is lost without a word on TCP.
-            if self.lane is Lane.SHM or self._outgoing.lost:
+            if not self.lane.in_band or self._outgoing.lost:
                 self.failed = True
                 raise BrokenPipeError(32, "simulated broken pipe")
             self._outgoing.lost = True
             self._plan.count("write lost")
             return sum(len(part) for part in parts)
-        sent = self._outgoing.write(parts, whole=self.lane is Lane.SHM)
+        sent = self._outgoing.write(parts, whole=not self.lane.in_band)
         for _level, _kind, rights in ancillary:
             self._outgoing.descriptors.extend(os.dup(descriptor) for descriptor in rights)
         return sent
@@ -278,7 +278,7 @@ class SimulatedSocket:
         self.closed = True
         self._outgoing.end()
         # Closing with unread data resets the connection; what the peer writes from now on goes nowhere.
-        if self._incoming.arrived and self.lane is Lane.TCP:
+        if self._incoming.arrived and self.lane.in_band:
             self._outgoing.reset()
         self._incoming.unread = True
         self._incoming.arrived.clear()

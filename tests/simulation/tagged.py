@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from dray.protocol.handshake import Lane
+from dray.transport.lanes import UCX
 from dray.transport.lanes.ucx_worker import Abandoned, UcxWorker, require
 from simulation.faults import Fault, FaultPlan
 from simulation.scheduler import Process, Scheduler, Signal, Violation
@@ -139,6 +139,7 @@ class SimulatedWorker(UcxWorker):
         self.posted: dict[int, SimulatedRequest] = {}
         self.reading: list[SimulatedRequest] = []
         self.loopback = True
+        self.awaited: set[int] = set()
         self.steps = 0
         self.closed = False
         self._number = number
@@ -230,7 +231,7 @@ class SimulatedUcxEndpoint:
 
     def tag_send(self, memory: memoryview, tag: int) -> SimulatedRequest:
         request = SimulatedRequest(memory, tag)
-        fault = self.worker.plan.strike(Lane.UCX)
+        fault = self.worker.plan.strike(UCX)
         if fault is not None and self.peer is not None:
             self._suffer(fault)
         if len(memory) <= _EAGER_BYTES or self.worker.scheduler.rng.random() < 0.3:

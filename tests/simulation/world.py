@@ -17,9 +17,9 @@ from greenlet import GreenletExit
 
 from dray.errors import ConfigError
 from dray.protocol import PayloadRef
-from dray.protocol.handshake import Lane
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.ring import OnFull, Retain
+from dray.transport.lanes import SHM, TCP, UCX
 from simulation.batches import SimulatedBatches
 from simulation.clients import SimulatedConsumer
 from simulation.clock import ManualClock
@@ -35,7 +35,7 @@ LONGEST = 4000.0
 """Simulated seconds that a run takes at most."""
 QUIET = 400.0
 """Simulated seconds after which nothing may be left of clients that have gone."""
-_LANES = ((Lane.SHM,), (Lane.TCP,), (Lane.UCX,), (Lane.SHM, Lane.TCP), (Lane.UCX, Lane.TCP), tuple(Lane))
+_LANES = ((SHM,), (TCP,), (UCX,), (SHM, TCP), (UCX, TCP), (SHM, TCP, UCX))
 _RETAIN: tuple[Retain, ...] = ("unread", "unread", "unread", "newest")
 _ON_FULL: tuple[OnFull, ...] = ("block", "error", "overwrite")
 
@@ -216,10 +216,10 @@ class Run:
             else:
                 secret = None if secret is not None else b"another job's secret"
         kind = SimulatedBatches if rng.random() < 0.35 else SimulatedConsumer
-        lanes = rng.choice(("auto", "auto", "auto", *(lane.label for lane in self.servers[0].settings.lanes)))
+        lane = rng.choice(("auto", "auto", "auto", *(lane.name for lane in self.servers[0].settings.lanes)))
         inline_bytes = rng.choice((0, 200, 1000, MAX_INLINE_BYTES))
         return kind(
-            self, f"client{index}", reader, welcome, secret=secret, verify=rng.random() < 0.5, lanes=lanes,
+            self, f"client{index}", reader, welcome, secret=secret, verify=rng.random() < 0.5, lane=lane,
             inline_bytes=inline_bytes,
         )  # fmt: skip
 

@@ -173,7 +173,7 @@ def main() -> None:
     with contextlib.ExitStack() as opened:
         ledger = opened.enter_context(Ledger(Path(spec["ledger"])))
         opened.enter_context(member.redis)
-        client = PayloadClient(lanes=spec["lane"], secret=member.secret, idle_seconds=5.0, quarantine_seconds=2.0)
+        client = PayloadClient(lane=spec["lane"], secret=member.secret, idle_seconds=5.0, quarantine_seconds=2.0)
         reader = ROLES[spec["role"]](client, ledger, random.Random(spec["seed"]))
         opened.enter_context(contextlib.closing(reader))
         ledger.write(Kind.BEGAN)

@@ -180,7 +180,7 @@ def test_worked_exchange_is_what_a_server_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "urandom", lambda size: {16: producer, 32: nonce}[size])
     with (
         SharedRingBuffer(slots, slot_bytes) as ring,
-        PayloadServer(ring, lanes="tcp", threads=1, secret=secret()) as server,
+        PayloadServer(ring, lane="tcp", threads=1, secret=secret()) as server,
     ):
         for _ in range(referred()["s"]):
             server.put_bytes(b"another payload")

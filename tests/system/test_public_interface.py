@@ -59,7 +59,7 @@ def test_the_example_works() -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_arrays_are_the_readers_own_and_writable(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put({"a": np.zeros(5)})
         first = client.read(ref, consume=False)
         first["a"][:] = 7
@@ -68,7 +68,7 @@ def test_arrays_are_the_readers_own_and_writable(lane: Any) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_read_payload_is_gone_and_one_read_without_consuming_is_not(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(3):
             assert bytes(client.read_bytes(ref, consume=False)) == b"payload"
@@ -84,7 +84,7 @@ def test_a_read_payload_is_gone_and_one_read_without_consuming_is_not(lane: Any)
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_batch_comes_in_order_over_one_connection(lane: Any) -> None:
-    with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lane=lane) as client:
         refs = [server.put_bytes(bytes([n]) * n) for n in range(30)]
         packed = [server.put({"n": np.int64(n)}) for n in range(10)]
         assert [int(a["n"]) for _, a in client.read_many(packed)] == list(range(10))
@@ -96,7 +96,7 @@ def test_a_batch_comes_in_order_over_one_connection(lane: Any) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_batch_of_bytes_comes_as_it_is_and_may_hold_a_stale_reference(lane: Any) -> None:
-    with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lane=lane) as client:
         refs = [server.put_bytes(bytes([n]) * n) for n in range(20)]
         client.consume(refs[7:8])
         found = client.read_many_bytes(refs, return_errors=True)
@@ -109,7 +109,7 @@ def test_a_batch_of_bytes_comes_as_it_is_and_may_hold_a_stale_reference(lane: An
 
 @pytest.mark.parametrize("lane", LANES)
 def test_failures_in_a_batch_leave_the_rest_alone(lane: Any) -> None:
-    with serving(lane, slots=8) as server, serving(lane) as gone, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=8) as server, serving(lane) as gone, PayloadClient(lane=lane) as client:
         refs = [server.put({"n": np.int64(n)}) for n in range(6)]
         client.consume(refs[1:2])
         foreign = gone.put({"n": np.int64(99)})
@@ -127,7 +127,7 @@ def test_failures_in_a_batch_leave_the_rest_alone(lane: Any) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_leaving_a_batch_early_returns_what_was_not_taken(lane: Any) -> None:
-    with serving(lane, slots=8) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=8) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"n": np.int64(n)}) for n in range(8)]
         for ref, arrays in client.read_many(refs):
             assert int(arrays["n"]) == ref.sequence
@@ -135,7 +135,7 @@ def test_leaving_a_batch_early_returns_what_was_not_taken(lane: Any) -> None:
                 break
         gc.collect()
         wait_until(lambda: ring_of(server).get_ready_count() == 5, "the rest to be ready again")
-        with PayloadClient(lanes=lane) as other:
+        with PayloadClient(lane=lane) as other:
             assert [int(a["n"]) for _, a in other.read_many(refs[3:])] == [3, 4, 5, 6, 7]
 
 
@@ -144,7 +144,7 @@ def test_leaving_a_batch_early_returns_what_was_not_taken(lane: Any) -> None:
 def test_leaving_a_batch_in_a_later_window_consumes_what_was_taken_before(
     lane: Any, nbytes: int, count: int, taken: int
 ) -> None:
-    with serving(lane, slots=count) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=count) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"n": np.full(nbytes, n, np.uint8)}) for n in range(count)]
         results = client.read_many(refs)
         assert [int(next(results)[1]["n"][0]) for _ in range(taken)] == list(range(taken))
@@ -169,7 +169,7 @@ def test_a_batch_of_several_producers_is_read() -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_more_references_than_fit_in_flight_are_consumed(lane: Any) -> None:
-    with serving(lane, slots=64) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=64) as server, PayloadClient(lane=lane) as client:
         live = [server.put_bytes(b"x") for _ in range(64)]
         never = [
             PayloadRef(ref.producer, ref.slot, 10**6 + n, 1, ref.endpoints) for n in range(200) for ref in live
@@ -189,7 +189,7 @@ def test_read_async_reads_many_at_once() -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_many_threads_share_a_client(lane: Any) -> None:
-    with serving(lane, slots=64, threads=2) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=64, threads=2) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"n": np.full(500, n)}) for n in range(64)]
         errors: list[BaseException] = []
 
@@ -215,7 +215,7 @@ def test_payloads_for_several_readers_end_with_the_last(lane: Any) -> None:
         ref = server.put_bytes(b"all three")
         for reader in (2, 0, 1):
             assert not server.wait_consumed(ref, timeout=0)
-            with PayloadClient(lanes=lane, reader=reader) as client:
+            with PayloadClient(lane=lane, reader=reader) as client:
                 assert bytes(client.read_bytes(ref)) == b"all three"
                 with pytest.raises(StaleSlotError):
                     client.read_bytes(ref)
@@ -224,7 +224,7 @@ def test_payloads_for_several_readers_end_with_the_last(lane: Any) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_stat_tells_what_the_server_does(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"12345")
         client.read_bytes(ref, consume=False)
         found = client.stat(ref)
@@ -236,7 +236,7 @@ def test_stat_tells_what_the_server_does(lane: Any) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_wait_consumed_is_woken_by_the_reader(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"x")
         woken = threading.Event()
         thread = threading.Thread(target=lambda: server.wait_consumed(ref, timeout=20) and woken.set())
@@ -247,14 +247,14 @@ def test_wait_consumed_is_woken_by_the_reader(lane: Any) -> None:
 
 
 def test_auto_takes_shared_memory_and_a_required_lane_is_taken_or_refused() -> None:
-    with serving(["shm", "tcp"]) as server, PayloadClient() as client, PayloadClient(lanes="ucx") as ucx:
+    with serving(["shm", "tcp"]) as server, PayloadClient() as client, PayloadClient(lane="ucx") as ucx:
         ref = server.put({"a": np.zeros(3)})
         with client.lease(ref) as arrays:
             assert not arrays["a"].flags.writeable
         ref = server.put_bytes(b"x")
         with pytest.raises(Unreachable, match="on a lane of ucx"):
             ucx.read_bytes(ref)
-        with PayloadClient(lanes="tcp") as tcp:
+        with PayloadClient(lane="tcp") as tcp:
             assert bytes(tcp.read_bytes(ref)) == b"x"
 
 
@@ -272,7 +272,7 @@ def test_an_array_kept_out_of_a_lease_is_an_error_and_keeps_the_slot() -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_an_exception_in_a_lease_returns_the_payload(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put({"a": np.arange(5)})
         with pytest.raises(KeyError), client.lease(ref) as arrays:
             raise KeyError(str(arrays["a"].sum()))
@@ -343,7 +343,7 @@ def test_wrong_payloads_are_typed_errors_and_lose_nothing() -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_reference_with_another_size_is_refused_without_taking_the_memory(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         for nbytes in (0, 3, 8, 1 << 40, 2**64 - 1):
             wrong = PayloadRef(ref.producer, ref.slot, ref.sequence, nbytes, ref.endpoints)
@@ -356,7 +356,7 @@ def test_a_reference_with_another_size_is_refused_without_taking_the_memory(lane
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_reference_with_another_size_leaves_the_rest_of_its_batch_alone(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"a": np.full(50, number)}) for number in range(4)]
         wrong = PayloadRef(refs[1].producer, refs[1].slot, refs[1].sequence, 17, refs[1].endpoints)
         results = dict(client.read_many([refs[0], wrong, refs[2], refs[3]], return_errors=True))
@@ -368,7 +368,7 @@ def test_a_reference_with_another_size_leaves_the_rest_of_its_batch_alone(lane: 
 
 @pytest.mark.parametrize("lane", LANES)
 def test_slots_out_of_range_are_stale_and_the_connection_stays(lane: Any) -> None:
-    with serving(lane, slots=2) as server, PayloadClient(lanes=lane) as client:
+    with serving(lane, slots=2) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         for slot, sequence in ((2, 0), (2**32 - 1, 0), (0, 9), (1, 0)):
             wrong = PayloadRef(ref.producer, slot, sequence, 7, ref.endpoints)
@@ -380,7 +380,7 @@ def test_slots_out_of_range_are_stale_and_the_connection_stays(lane: Any) -> Non
 
 @pytest.mark.parametrize("lane", LANES)
 def test_a_reader_id_the_ring_does_not_have_is_an_error(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lanes=lane, reader=1) as client:
+    with serving(lane) as server, PayloadClient(lane=lane, reader=1) as client:
         ref = server.put_bytes(b"payload")
         for ask in (lambda: client.read_bytes(ref), lambda: client.consume([ref]), lambda: client.read_bytes(ref)):
             with pytest.raises(ReaderIdError, match="reader id 1 is denied: this ring's are 0 to 0") as caught:
@@ -450,10 +450,10 @@ def test_without_a_secret_only_shared_memory_is_served_unless_a_lane_is_named(
 def test_an_ipv6_host_is_served_on_the_lanes_that_can(tmp_path: Any) -> None:
     with SharedRingBuffer(2, 1000) as ring:
         with pytest.raises(ConfigError, match="IPv4"):
-            PayloadServer(ring, host="::1", lanes=["tcp", "ucx"])
+            PayloadServer(ring, host="::1", lane=["tcp", "ucx"])
         with (
-            PayloadServer(ring, host="::1", lanes="auto", secret=SECRET) as server,
-            PayloadClient(lanes="tcp", secret=SECRET) as client,
+            PayloadServer(ring, host="::1", lane="auto", secret=SECRET) as server,
+            PayloadClient(lane="tcp", secret=SECRET) as client,
         ):
             assert {endpoint.partition(":")[0] for endpoint in server.endpoints} == {"unix", "tcp"}
             assert client.read(server.put({"a": np.arange(3)}))["a"].tolist() == [0, 1, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from simulation.faults import Fault
 
-from dray.protocol.handshake import Lane
+from dray.transport.lanes import LANES
 
 TESTS = Path(__file__).parents[1]
 COUNTS = [
@@ -52,7 +52,7 @@ def test_many_seeds_violate_nothing_and_see_every_fault_lane_and_error(seeds: in
         if count.isdecimal():
             counted[name] = int(count)
     expected = {fault.value for fault in Fault}
-    expected |= {f"exchange over {lane.label}" for lane in Lane}
+    expected |= {f"exchange over {lane.name}" for lane in LANES.values()}
     expected |= {f"error: {error}" for error in ERRORS}
     expected |= {f"{what}: done" for what in ("read", "read_many", "lease", "consume", "stat", "batch")}
     expected |= {"lease: LeaseInUseError", "write lost", "ring full"}

@@ -91,7 +91,7 @@ def test_configuration_cannot_be_changed(job_file: Path) -> None:
         ("job.seed=-1", "job.seed", "from 0 to 2147483647"),
         ("job.seed=true", "job.seed", "a whole number"),
         ("job.seed=1.0", "job.seed", "a whole number"),
-        ("job.lane=rdma", "job.lane", '"auto", "shm", "tcp" or "ucx"'),
+        ("job.lane=rdma", "job.lane", '"auto" or one of shm, ucx, tcp'),
         ("job.name=a/b", "job.name", "letters, digits"),
         (
             "job.plot=../plot.png",

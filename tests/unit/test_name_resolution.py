@@ -5,9 +5,8 @@ import pytest
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, Unreachable
-from dray.name_resolution import resolve
+from dray.name_resolution import listening_address, resolve
 from dray.runtime.address import bind
-from dray.transport.lanes.tcp import listening_address
 
 
 def test_numeric_addresses_are_found_without_a_thread() -> None:

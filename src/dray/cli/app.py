@@ -67,13 +67,15 @@ def run(
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job
     from dray.launch.output import run_folder
+    from dray.transport.lanes import LANES
 
     request = read_job(job, settings, output, log_level)
     if resume:
         request = request.resumed(run_folder(request.config, resume=True))
     config = request.config
-    if config.job.lane == "ucx" and config.job.payload_transfer == "ucxx":
-        require_extra("ucxx")
+    lane = LANES.get(config.job.lane)
+    if lane is not None and lane.extra and config.job.payload_transfer == "ucxx":
+        require_extra(lane.extra)
     raise typer.Exit(run_job(config, request.options, resume=resume, lines=request.lines))
 
 

@@ -12,21 +12,21 @@ import typer
 from dray.errors import ConfigError
 from dray.printable import MAX_LINE, printable
 from dray.system_calls import ALLOW
+from dray.transport.lanes import LANES
 
 if TYPE_CHECKING:
     from dray.cli.lane_check import LaneReport
     from dray.cli.machine import Machine
-
-LANES = ("shm", "tcp", "ucx")
-NEEDED = ("shm", "tcp")
-"""Lanes that every supported machine has."""
 
 _FEW_OPEN_FILES = 1024
 
 
 def doctor(
     require: Annotated[
-        list[str] | None, typer.Option(metavar="LANE", help="Fail unless this lane works as well: ucx.")
+        list[str] | None,
+        typer.Option(
+            metavar="LANE", help="A lane that must work as well, such as ucx; otherwise the exit code is 1."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The time each lane gets.")] = 20.0,
@@ -53,7 +53,7 @@ def doctor(
 
 
 def needed_lanes(required: Sequence[str]) -> frozenset[str]:
-    """The lanes that must work.
+    """The lanes that must work: those that need no package, and those that are required.
 
     Raises:
         ConfigError: `required` names something that is not a lane.
@@ -61,7 +61,7 @@ def needed_lanes(required: Sequence[str]) -> frozenset[str]:
     for lane in required:
         if lane not in LANES:
             raise ConfigError("--require", lane, f"one of {', '.join(LANES)}")
-    return frozenset(NEEDED) | frozenset(required)
+    return frozenset(lane.name for lane in LANES.values() if not lane.extra) | frozenset(required)
 
 
 def as_document(reports: Sequence[LaneReport], machine: Machine, works: bool) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from typing import Any, Self
 
 from dray.clock import Deadline
 from dray.errors import DrayError
-from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
+from dray.transport.lanes import LANES
 
 MACHINES = ("x86_64", "aarch64")
-INSTALL_UCXX = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu12]'); no GPU is needed"
 
 _MOST_ANSWER_BYTES = 64 * 1024
 _END_SECONDS = 5.0
@@ -76,10 +75,10 @@ def _missing(lane: str) -> LaneReport | None:
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         here = f"{platform.system()} on {platform.machine()}"
         return LaneReport(lane, False, f"dray runs on Linux, x86-64 or aarch64; this is {here}")
-    if lane == "shm" and not hasattr(os, "memfd_create"):
+    if not hasattr(os, "memfd_create"):
         return LaneReport(lane, False, "this Python has no os.memfd_create", "use a Python built for glibc 2.27+")
-    if lane == "ucx" and not UCXX_AVAILABLE:
-        return LaneReport(lane, False, "the ucxx package is not installed", INSTALL_UCXX)
+    if not LANES[lane].available:
+        return LaneReport(lane, False, f"the {LANES[lane].extra} package is not installed", LANES[lane].install)
     return None
 
 
@@ -88,12 +87,9 @@ def _remedy(lane: str, about: str) -> str:
         return "set DRAY_RUNTIME_DIR to a folder that only you can enter (chmod 700)"
     if about in ("EMFILE", "ENFILE"):
         return "allow more open files: ulimit -n"
-    if about == "ucxx":
-        return INSTALL_UCXX
-    if lane == "ucx":
-        chosen = sorted(name for name in os.environ if name.startswith("UCX_"))
-        return f"check the environment: {', '.join(chosen)}" if chosen else "UCX_LOG_LEVEL=info says more"
-    return ""
+    if about == LANES[lane].extra:
+        return LANES[lane].install
+    return LANES[lane].advice()
 
 
 class _Failure(DrayError):

@@ -56,7 +56,7 @@ def _serve(lane: Any, answers: TextIO) -> None:
         "noise": np.frombuffer(os.urandom(PAYLOAD_BYTES), np.uint8),
         "empty": np.empty((0, 3), np.float32),
     }
-    with SharedRingBuffer(1, 2 * PAYLOAD_BYTES) as ring, PayloadServer(ring, lanes=(lane,), threads=1) as server:
+    with SharedRingBuffer(1, 2 * PAYLOAD_BYTES) as ring, PayloadServer(ring, lane=lane, threads=1) as server:
         ref = server.put(arrays, timeout=1.0)
         _say(answers, {"ref": ref.to_json(), "nbytes": ref.nbytes, "digest": digest(arrays)})
         sys.stdin.read()
@@ -64,7 +64,7 @@ def _serve(lane: Any, answers: TextIO) -> None:
 
 def _read(lane: Any, answers: TextIO) -> None:
     ref = PayloadRef.from_json(sys.stdin.readline().strip())
-    with PayloadClient(lanes=lane) as client:
+    with PayloadClient(lane=lane) as client:
         began = MONOTONIC.now()
         arrays = client.read(ref, timeout=READ_SECONDS)
         seconds = MONOTONIC.now() - began

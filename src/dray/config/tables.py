@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dray.errors import ConfigError
+from dray.transport.lanes import LANES
 
 ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "package.module:Class"'
 LARGEST: Final = 2**63 - 1
@@ -43,6 +44,15 @@ def _seconds(default: float) -> Any:
     return Field(default, gt=0, le=86_400, description="a number of seconds, above 0 and at most 86400")
 
 
+_LANE_NAMES = f'"auto" or one of {", ".join(LANES)}'
+
+
+def _lane(name: str) -> str:
+    if name != "auto" and name not in LANES:
+        raise ValueError(_LANE_NAMES)
+    return name
+
+
 class JobTable(Table):
     """`[job]`: what the job is called, where it writes, and how payloads travel."""
 
@@ -58,7 +68,7 @@ class JobTable(Table):
     )
     max_steps: int = _count()
     payload_transfer: Literal["ucxx", "redis"] = Field(default="ucxx", description='"ucxx" or "redis"')
-    lane: Literal["auto", "shm", "tcp", "ucx"] = Field(default="auto", description='"auto", "shm", "tcp" or "ucx"')
+    lane: Annotated[str, AfterValidator(_lane)] = Field(default="auto", description=_LANE_NAMES)
     log_level: LogLevel = Field(default="info", description='"debug", "info", "warning" or "error"')
 
 

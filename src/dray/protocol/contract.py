@@ -1,9 +1,8 @@
-"""What a server's session needs of a ring, and what it has a stream send."""
+"""What a server's session needs of a ring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -38,14 +37,5 @@ class LeaseSource(Protocol):
     def checksum(self, slot: int, sequence: int, compute: Callable[[memoryview | bytes], int]) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """A payload to be sent as one message; `tag` is where the client expects it."""
-
-    view: memoryview
-    tag: int
-
-
-Outgoing = bytes | Payload
 Wanted = tuple[int, int, int]
 """(slot, sequence, reader)."""

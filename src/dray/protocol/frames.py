@@ -22,7 +22,8 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeAlias
 
 from dray.errors import ProtocolError
 
@@ -84,6 +85,17 @@ class Frame(NamedTuple):
         """The frame's 64 bytes."""
         return FRAME.pack(*self)
 
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A payload to be sent as one message; `tag` is where the client expects it."""
+
+    view: memoryview
+    tag: int
+
+
+Outgoing: TypeAlias = bytes | Payload
+"""What a stream sends."""
 
 _STATUSES = frozenset(map(int, Status))
 _FORBIDDEN_FLAGS = {

@@ -24,6 +24,7 @@ import os
 import secrets
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 from dray.errors import AuthenticationError, ConfigError, ProtocolError, VersionMismatch
 from dray.protocol.frames import VERSION
@@ -48,17 +49,18 @@ PROOF = struct.Struct(f"<{PROOF_BYTES}s")
 WELCOME = struct.Struct("<4sB3x")
 
 
-class Lane(enum.IntEnum):
-    """How bytes travel; the numbers are the wire's."""
+class LaneTraits(Protocol):
+    """What the protocol needs to know about a lane; see `dray.transport.lanes.base.Lane`.
 
-    SHM = 1
-    TCP = 2
-    UCX = 3
+    Attributes:
+        number: its number in HELLO.
+        in_band: payloads travel over the connection.
+        tagged: a READ carries the tag under which its payload arrives.
+    """
 
-    @property
-    def label(self) -> str:
-        """The lane's name in configuration and logs."""
-        return self.name.lower()
+    number: int
+    in_band: bool
+    tagged: bool
 
 
 class Verdict(enum.IntEnum):
@@ -105,15 +107,15 @@ def check_secret(secret: bytes | None) -> None:
     raise ConfigError("secret", kind, allowed, problem)
 
 
-def proof(secret: bytes, role: bytes, lane: Lane, nonces: bytes, producer: bytes) -> bytes:
+def proof(secret: bytes, role: bytes, lane: LaneTraits, nonces: bytes, producer: bytes) -> bytes:
     """HMAC-SHA256 over everything both sides know of this handshake."""
-    return hmac.digest(secret, role + bytes([VERSION, lane]) + nonces + producer, hashlib.sha256)
+    return hmac.digest(secret, role + bytes([VERSION, lane.number]) + nonces + producer, hashlib.sha256)
 
 
 class ClientHandshake:
     """The client's side. Feed it each of the server's messages; it returns what to send next, or ``None``."""
 
-    def __init__(self, lane: Lane, producer: bytes = ANY_PRODUCER, secret: bytes | None = None) -> None:
+    def __init__(self, lane: LaneTraits, producer: bytes = ANY_PRODUCER, secret: bytes | None = None) -> None:
         self._lane = lane
         self._secret = secret
         self._producer = producer
@@ -125,7 +127,7 @@ class ClientHandshake:
     def hello(self) -> bytes:
         """The first message of the connection."""
         flags = HelloFlag.SECRET if self._secret is not None else HelloFlag.NONE
-        return HELLO.pack(MAGIC, VERSION, self._lane, flags, self._producer, self._nonce)
+        return HELLO.pack(MAGIC, VERSION, self._lane.number, flags, self._producer, self._nonce)
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes | None:
         """Take the server's next message of `expects` bytes.
@@ -190,7 +192,7 @@ class ServerHandshake:
     `verdict` says how it went: anything but ``WELCOME`` means send the answer, then close.
     """
 
-    def __init__(self, lane: Lane, identity: ServerIdentity, secret: bytes | None = None) -> None:
+    def __init__(self, lane: LaneTraits, identity: ServerIdentity, secret: bytes | None = None) -> None:
         self._lane = lane
         self._identity = identity
         self._secret = secret
@@ -211,7 +213,7 @@ class ServerHandshake:
 
     def _hello(self, message: bytes | bytearray | memoryview) -> bytes:
         magic, version, lane, flags, expected, nonce = HELLO.unpack(message)
-        if magic != MAGIC or lane != self._lane:
+        if magic != MAGIC or lane != self._lane.number:
             self.verdict = Verdict.MALFORMED
         elif version != VERSION:
             self.verdict = Verdict.VERSION

@@ -19,7 +19,7 @@ from dray.errors import (
     SlotError,
     StaleSlotError,
 )
-from dray.protocol.contract import LeaseLike, LeaseSource, Outgoing, Payload, Wanted
+from dray.protocol.contract import LeaseLike, LeaseSource, Wanted
 from dray.protocol.frames import (
     FRAME,
     FRAME_BYTES,
@@ -28,11 +28,13 @@ from dray.protocol.frames import (
     Flag,
     Frame,
     Kind,
+    Outgoing,
+    Payload,
     Status,
     check,
     fields,
 )
-from dray.protocol.handshake import Lane, ServerHandshake, ServerIdentity, Verdict
+from dray.protocol.handshake import LaneTraits, ServerHandshake, ServerIdentity, Verdict
 
 MAX_PENDING = 4096
 """Requests a client may have unanswered on one connection; more is a protocol error."""
@@ -76,7 +78,7 @@ class ServerSession:
 
     def __init__(
         self,
-        lane: Lane,
+        lane: LaneTraits,
         ring: LeaseSource,
         identity: ServerIdentity,
         *,
@@ -85,8 +87,8 @@ class ServerSession:
         describe: Callable[[], str] = lambda: "{}",
         counters: Counters | None = None,
     ) -> None:
-        self._in_band = lane is not Lane.SHM
-        self._tagged = lane is Lane.UCX
+        self._in_band = lane.in_band
+        self._tagged = lane.tagged
         self._ring = ring
         self._readers, self._slots, self._max_leases = identity.readers, identity.slots, identity.max_leases
         self._checksum = checksum

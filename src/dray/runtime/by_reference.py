@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
 
 from dray.clock import MONOTONIC, Deadline
 from dray.control import (
@@ -38,6 +37,7 @@ from dray.runtime.place import folder_is_local, own_address
 from dray.runtime.replica import Replica
 from dray.runtime.transfer import Arrays
 from dray.transport import PayloadClient, PayloadServer
+from dray.transport.lanes import LANES
 
 _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
@@ -45,7 +45,6 @@ _LOOK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
 _PAGE = 4096
 _LONGEST_SOCKET_FOLDER = 80
-_LANES: tuple[Literal["shm", "ucx", "tcp"], ...] = ("shm", "ucx", "tcp")
 
 
 @contextmanager
@@ -98,7 +97,7 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
     directory: Path | None = sockets if fits else None
     return PayloadServer(
         ring,
-        lanes="auto" if lane == "auto" else (lane,),
+        lane=lane,
         host=own_address(),
         threads=config.rollout.server_threads,
         secret=replica.spec.secret,
@@ -109,7 +108,7 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
 
 
 def _client(replica: Replica, reader: int = 0) -> PayloadClient:
-    return PayloadClient(lanes=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)
+    return PayloadClient(lane=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)
 
 
 class ReferenceOutlet:
@@ -280,7 +279,7 @@ class ReferenceInlet:
     @property
     def lane(self) -> str:
         statistics = self._client.statistics()
-        return "+".join(lane for lane in _LANES if statistics.get(f"reads_{lane}"))
+        return "+".join(lane for lane in LANES if statistics.get(f"reads_{lane}"))
 
 
 class ReferenceWeightsOutlet:

@@ -11,7 +11,8 @@ from typing import Any
 
 from dray.errors import ConfigError, OutOfResources, ProducerLostError, ServerBusy, TransportError, Unreachable
 from dray.printable import printable
-from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes import parse_endpoint
+from dray.transport.lanes.base import Lane
 
 QUARANTINE_SECONDS = 30.0
 MAX_QUARANTINE_GROWTH = 16
@@ -38,14 +39,14 @@ class Latencies:
     """
 
     def __init__(self) -> None:
-        self._slowest: dict[int, float] = {}
+        self._slowest: dict[Lane, float] = {}
 
-    def answered(self, lane: int, seconds: float) -> None:
+    def answered(self, lane: Lane, seconds: float) -> None:
         """An endpoint of the lane took so long."""
         slowest = self._slowest.get(lane, 0.0)
         self._slowest[lane] = max(seconds, slowest + (seconds - slowest) * _LATENCY_WEIGHT)
 
-    def bound(self, lane: int) -> float:
+    def bound(self, lane: Lane) -> float:
         """Seconds after which another endpoint is a better choice than to go on waiting."""
         slowest = self._slowest.get(lane)
         if slowest is None:
@@ -132,7 +133,7 @@ def is_unusable(error: TransportError) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def by_lane(endpoints: tuple[str, ...], lanes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+def by_lane(endpoints: tuple[str, ...], lanes: tuple[Lane, ...]) -> tuple[tuple[str, ...], ...]:
     """The distinct endpoints of each lane that has any, in the order of `lanes`.
 
     What is no endpoint, or one of a later version, is left out where another one is on one of the lanes.
@@ -140,11 +141,11 @@ def by_lane(endpoints: tuple[str, ...], lanes: tuple[int, ...]) -> tuple[tuple[s
     Raises:
         ConfigError: no endpoint is on one of the lanes, and not all are endpoints.
     """
-    found: dict[int, list[str]] = {lane: [] for lane in lanes}
+    found: dict[Lane, list[str]] = {lane: [] for lane in lanes}
     unusable = []
     for endpoint in dict.fromkeys(endpoints):
         try:
-            lane = Endpoint.parse(endpoint).lane
+            lane = parse_endpoint(endpoint).lane
         except ConfigError as error:
             unusable.append(error)
         else:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
@@ -23,16 +23,15 @@ from dray.errors import (
 from dray.payload.codec import unpack
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Status
-from dray.protocol.handshake import MAX_READERS, Lane, check_secret
+from dray.protocol.handshake import MAX_READERS, check_secret
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.attempts import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
 from dray.transport.connection import Connection, Held
 from dray.transport.connections import ConnectionHolder, Exchange, Exchanges, KeptLease, Refused
 from dray.transport.holding import Holder, Keeper
-from dray.transport.lanes.base import LANE_NAMES
-from dray.transport.lanes.network import Group, Network
-from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, require
+from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
+from dray.transport.lanes.base import Lane, Network, Worker
 from dray.transport.leases import Arrays, Graveyard, InPlaceLease
 from dray.transport.pipeline import Windows
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
@@ -45,8 +44,9 @@ class PayloadClient:
     """Reads payloads by reference. Thread-safe; every call has one deadline for all it does.
 
     Args:
-        lanes: ``"auto"`` takes the best lane that reaches the producer: ``shm`` on the same host, else ``ucx``,
-            else ``tcp``. A lane's name requires that lane: a reference without it is an error.
+        lane: ``"auto"`` takes the best lane that reaches the producer: ``shm`` on the same host, else ``ucx``,
+            else ``tcp``. The name of a lane, or several names, restrict the choice to these: a reference without
+            one of them is an error.
         secret: the job's secret, at least 16 random bytes, where servers have one.
         reader: this reader's id, 0 … readers - 1, where payloads are meant for several.
         verify: compare payloads with the checksums that servers send.
@@ -69,7 +69,7 @@ class PayloadClient:
     def __init__(
         self,
         *,
-        lanes: Literal["auto", "shm", "tcp", "ucx"] = "auto",
+        lane: LaneChoice = "auto",
         secret: bytes | None = None,
         reader: int = 0,
         verify: bool = True,
@@ -81,7 +81,7 @@ class PayloadClient:
         clock: Clock = MONOTONIC,
         network: Network | None = None,
     ) -> None:
-        self._lanes = _usable(lanes)
+        self._lanes = _usable(lane)
         check_secret(secret)
         if not 0 <= reader < MAX_READERS:
             raise ConfigError("reader", reader, f"0 to {MAX_READERS - 1}")
@@ -92,7 +92,7 @@ class PayloadClient:
         self._reader = reader
         self._clock = clock
         self._counters = Counters("reads", "bytes", "retries", "connects", "consumed")
-        pool: ConnectionPool[Connection, Group] = ConnectionPool(most_idle, idle_seconds)
+        pool: ConnectionPool[Connection, Worker] = ConnectionPool(most_idle, idle_seconds)
         quarantine = Quarantine(quarantine_seconds)
         self._exchanges = Exchanges(
             self._lanes, secret, verify, inline_bytes, pool, quarantine, attempts, self._counters, clock, network
@@ -273,7 +273,7 @@ class PayloadClient:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<PayloadClient {'/'.join(lane.label for lane in self._lanes)}>"
+        return f"<PayloadClient {'/'.join(lane.name for lane in self._lanes)}>"
 
     def _read(
         self,
@@ -397,17 +397,11 @@ def _as_it_is(result: Bytes | DrayError) -> Bytes | DrayError:
     return result
 
 
-def _usable(lanes: str) -> tuple[Lane, ...]:
-    """The lanes this client may use, best first."""
+def _usable(choice: LaneChoice) -> tuple[Lane, ...]:
+    """The lanes that this client may use, best first."""
     if not sys.platform.startswith("linux"):
         problem = f"{sys.platform} is not supported"
         raise ConfigError(
             "sys.platform", sys.platform, "must be linux; dray's lanes need epoll and memfd", problem
         )
-    if lanes == "auto":
-        return (Lane.SHM, Lane.UCX, Lane.TCP) if UCXX_AVAILABLE else (Lane.SHM, Lane.TCP)
-    if lanes not in LANE_NAMES:
-        raise ConfigError("lanes", lanes, f'"auto" or one of {", ".join(LANE_NAMES)}')
-    if lanes == "ucx":
-        require()
-    return (Lane[lanes.upper()],)
+    return chosen_lanes("lane", choice) or tuple(lane for lane in LANES.values() if lane.available)

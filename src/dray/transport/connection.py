@@ -23,14 +23,13 @@ from dray.payload.codec import unpack
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import ClientSession, Request, refusal
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status
-from dray.protocol.handshake import Lane, ServerIdentity
+from dray.protocol.handshake import ServerIdentity
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.ring import Segment
 from dray.ring.layout import SegmentLayout
 from dray.transport.handshaking import shake_hands, wait_for_message, wait_for_stream
-from dray.transport.lanes.base import Endpoint, Stream
-from dray.transport.lanes.network import Group, KernelNetwork, Network, Waiter
-from dray.transport.lanes.ucx import UcxStream
+from dray.transport.lanes import parse_endpoint
+from dray.transport.lanes.base import MachineNetwork, Network, Stream, Waiter, Worker
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 
 _UINT8 = np.dtype(np.uint8)
@@ -103,7 +102,7 @@ class Connection:
         self.read_bytes = 0
         self.ended: list[tuple[Request, bool]] = []
         self.handed_out: tuple[Request, bool] | None = None
-        self.in_band = stream.lane is not Lane.SHM
+        self.in_band = stream.lane.in_band
         self._stream = stream
         self._segment = segment
         if segment is not None:
@@ -126,7 +125,7 @@ class Connection:
         producer: bytes,
         secret: bytes | None,
         deadline: Deadline,
-        group: Group | None = None,
+        worker: Worker | None = None,
         verify: bool = True,
         buffers: ReceiveBuffers | None = None,
         network: Network | None = None,
@@ -139,13 +138,13 @@ class Connection:
             OtherProducerError: another producer listens there.
             AuthenticationError: one side does not know the other's secret.
         """
-        network = network or KernelNetwork()
+        network = network or MachineNetwork()
         waiter = network.waiter()
-        stream = network.connect(Endpoint.parse(endpoint), deadline, group)
+        stream = network.connect(parse_endpoint(endpoint), deadline, worker)
         try:
             identity, descriptor = shake_hands(stream, endpoint, producer, secret, deadline, waiter)
             try:
-                segment = Segment.attach(descriptor) if stream.lane is Lane.SHM else None
+                segment = None if stream.lane.in_band else Segment.attach(descriptor)
             finally:
                 if descriptor >= 0:
                     os.close(descriptor)
@@ -365,8 +364,7 @@ class Connection:
         elif self.in_band:
             # A reference is untrusted: one that says more than a slot holds must not claim that memory.
             target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
-            tag = self._stream.worker.next_tag() if isinstance(self._stream, UcxStream) else 0
-            self._stream.expect(target.data, tag)
+            tag = self._stream.expect(target.data)
         request = self._session.request(_READ, ref.slot, ref.sequence, reader, ref.nbytes, tag, flags)
         return request.pack(), target
 

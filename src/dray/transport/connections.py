@@ -6,6 +6,7 @@ Decisions are made by the state machines in `health` and `pool`; this module car
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -30,7 +31,6 @@ from dray.errors import (
 )
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
-from dray.protocol.handshake import Lane
 from dray.transport.attempts import (
     Latencies,
     OtherProducerError,
@@ -42,9 +42,9 @@ from dray.transport.attempts import (
 )
 from dray.transport.connection import Connection
 from dray.transport.holding import Holder, Keeper, held
-from dray.transport.lanes.base import Endpoint
-from dray.transport.lanes.network import Group, KernelNetwork, Network
-from dray.transport.polling import Wake
+from dray.transport.lanes import parse_endpoint
+from dray.transport.lanes.base import Endpoint, Lane, MachineNetwork, Network, Worker
+from dray.transport.polling import CloseEvent
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
 
@@ -78,7 +78,7 @@ _MOST_PRODUCERS = 256
 """Producers whose ACKs may be lost that a client remembers; most that it does not reach again are dead."""
 
 T = TypeVar("T")
-ConnectionHolder = Holder[Connection, Group]
+ConnectionHolder = Holder[Connection, Worker]
 Exchange = Callable[[Connection, Deadline, Deadline], T]
 """Gets the connection, the deadline for connecting and STATUS, and that of the whole."""
 
@@ -113,14 +113,14 @@ class Exchanges:
         secret: bytes | None,
         verify: bool,
         inline_bytes: int,
-        pool: ConnectionPool[Connection, Group],
+        pool: ConnectionPool[Connection, Worker],
         quarantine: Quarantine,
         attempts: int,
         counters: Counters,
         clock: Clock,
         network: Network | None = None,
     ) -> None:
-        self._lanes = tuple(map(int, lanes))  # hashed with each read, which an enum does slowly
+        self._lanes = tuple(lanes)
         self._secret = secret
         self._verify = verify
         self._inline_bytes = inline_bytes
@@ -129,14 +129,14 @@ class Exchanges:
         self._latencies = Latencies()
         self._attempts = attempts
         self._buffers = ReceiveBuffers()
-        self._network = network or KernelNetwork(Wake())
+        self._network = network or MachineNetwork(CloseEvent())
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
         self._rotation = itertools.count()
         self._closing_one = threading.RLock()  # held by the thread that closes what is left over
-        self._connections: dict[Connection, Group | None] = {}  # all that are open, each with its group
-        self._groups: set[Group] = set()
+        self._connections: dict[Connection, Worker | None] = {}  # all that are open, each with its group
+        self._groups: set[Worker] = set()
         self._holders: set[ConnectionHolder] = set()
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._named: dict[str, None] = {}  # endpoints that a warning has named
@@ -187,7 +187,7 @@ class Exchanges:
         """
         reachable = by_lane(ref.endpoints, self._lanes)
         if not reachable:
-            lanes = "/".join(Lane(lane).label for lane in self._lanes)
+            lanes = "/".join(lane.name for lane in self._lanes)
             raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {lanes}")
         if self._closed:
             raise BufferClosedError("the client is closed")
@@ -210,7 +210,7 @@ class Exchanges:
             return endpoint, deadline
         most = math.inf
         if attempts.has_other(endpoint, now):
-            most = self._latencies.bound(Endpoint.parse(endpoint).lane)
+            most = self._latencies.bound(parse_endpoint(endpoint).lane)
         return endpoint, deadline.share(0.5, now, most)
 
     def answered(self, connection: Connection) -> None:
@@ -235,7 +235,7 @@ class Exchanges:
             final = error
         following = None if final is not None else attempts.choose(now)
         if left_lane:
-            self._give_up_lane(Endpoint.parse(endpoint).lane, error)
+            self._give_up_lane(parse_endpoint(endpoint).lane, error)
         elif is_elsewhere(error):
             self._counters.add("elsewhere")
             logger.debug("%s is not on this host; next: %s", endpoint, following or "none is left")
@@ -252,7 +252,7 @@ class Exchanges:
             known = lane not in self._lanes
             self._lanes = tuple(each for each in self._lanes if each != lane)
         if not known:
-            logger.warning("this client goes on without the %s lane: %s", lane.label, error.message)
+            logger.warning("this client goes on without the %s lane: %s", lane.name, error.message)
 
     def _note(self, endpoint: str, error: TransportError, following: str | None) -> None:
         """Count the retry that follows a failed attempt, and log both: the first at an endpoint is a warning."""
@@ -290,7 +290,8 @@ class Exchanges:
                 self._holders.add(holder)
                 at_hand = pool.at_hand(endpoint, now)
                 if at_hand is None:
-                    decision = pool.checkout(endpoint, now, self._network.fits(Endpoint.parse(endpoint)))
+                    address = parse_endpoint(endpoint)
+                    decision = pool.checkout(endpoint, now, functools.partial(self._fits, address))
                     holder.connection, holder.group, idle = decision.connection, decision.group, decision.idle
                     expired = bool(decision.expired)
                 else:
@@ -310,6 +311,9 @@ class Exchanges:
                 self._settle(connection, deadline)
             connection.asked_since(began)
             return connection
+
+    def _fits(self, address: Endpoint, worker: Worker) -> bool:
+        return self._network.fits(worker, address)
 
     def checkin(self, holder: ConnectionHolder) -> None:
         """Keep the holder's connection after a clean exchange."""
@@ -441,8 +445,8 @@ class Exchanges:
         return connection
 
     def _connect(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
-        address = Endpoint.parse(endpoint)
-        if holder.group is None and (group := self._network.make_group(address)) is not None:
+        address = parse_endpoint(endpoint)
+        if holder.group is None and (group := self._network.make_worker(address)) is not None:
             with self._lock:
                 self._groups.add(group)
                 holder.group = group
@@ -613,5 +617,5 @@ def _handed_out(connection: Connection) -> dict[str, float]:
     """Payloads that were handed out over a connection, as they are counted."""
     if not connection.reads:
         return {}
-    reads = f"reads_{connection.lane.label}"
+    reads = f"reads_{connection.lane.name}"
     return {"reads": connection.reads, reads: connection.reads, "bytes": connection.read_bytes}

@@ -7,9 +7,7 @@ import os
 from dray.clock import Deadline
 from dray.protocol.handshake import WELCOME, ClientHandshake, ServerIdentity
 from dray.transport.attempts import OtherProducerError
-from dray.transport.lanes.base import Stream
-from dray.transport.lanes.network import Waiter
-from dray.transport.lanes.unix import UnixStream
+from dray.transport.lanes.base import Stream, Waiter
 from dray.transport.polling import timed_out
 
 
@@ -33,7 +31,7 @@ def shake_hands(
         while answer is not None:
             while not stream.flush():
                 wait_for_stream(stream, waiter, deadline, "HELLO to be sent", endpoint)
-            if handshake.server is not None and isinstance(stream, UnixStream):
+            if handshake.server is not None and not stream.lane.in_band:
                 message, descriptor = _welcome(stream, waiter, deadline, endpoint)
                 answer = handshake.receive(message)
                 continue
@@ -54,7 +52,7 @@ def shake_hands(
     return found, descriptor
 
 
-def _welcome(stream: UnixStream, waiter: Waiter, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:
+def _welcome(stream: Stream, waiter: Waiter, deadline: Deadline, endpoint: str) -> tuple[bytes, int]:
     while True:
         received = stream.receive_descriptor(WELCOME.size)
         if received is not None:

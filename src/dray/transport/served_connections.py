@@ -14,9 +14,8 @@ from dray.admission import UNPROVEN_CLOSED, UNPROVEN_SECONDS, LineLimit, Unprove
 from dray.clock import Clock, Deadline
 from dray.counters import Counters
 from dray.errors import ConnectionClosed, ProtocolError, TransportError
-from dray.protocol.handshake import Lane
 from dray.protocol.server_session import ServerSession
-from dray.transport.lanes.base import Stream
+from dray.transport.lanes.base import Lane, Stream
 
 logger = logging.getLogger("dray.server")
 
@@ -31,8 +30,6 @@ _WATCHDOG_SECONDS = 0.05
 _MOST_LISTED = 100
 _PROGRESS_CHECKS = 8
 """How often the progress of a reader with a lease is checked within the lease's limit."""
-MIN_UCX_BYTES_PER_SECOND = 1 << 20
-"""UCX does not report how far a message has come: on a busy worker a payload that is slower than this is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +51,6 @@ class ServedConnection:
 
     Attributes:
         stream, session: its two halves.
-        network, tagged: it is not on the Unix lane; it is on the ucx lane.
         unsent: answers wait for room.
         active: when its last message came, or the last payload had left.
         progressed: when its stream was last seen to have made progress.
@@ -66,29 +62,23 @@ class ServedConnection:
         "active",
         "announced",
         "lingering",
-        "network",
-        "pid",
         "progress",
         "progressed",
         "session",
         "stream",
-        "tagged",
         "unsent",
         "watched",
     )
 
-    def __init__(self, stream: Stream, session: ServerSession, now: float, pid: int | None) -> None:
+    def __init__(self, stream: Stream, session: ServerSession, now: float) -> None:
         self.stream = stream
         self.session = session
-        self.network = stream.lane is not Lane.SHM
-        self.tagged = stream.lane is Lane.UCX
         self.active = self.progressed = now
         self.progress: object = None
         self.announced = False
         self.lingering = False
         self.unsent = False
         self.watched: bool | None = None
-        self.pid = pid
 
     @property
     def silent_since(self) -> float:
@@ -129,7 +119,7 @@ class ServedConnections:
         self._unwatch = unwatch
         self._sockets: dict[Stream, ServedConnection] = {}
         self._again: dict[ServedConnection, None] = {}
-        self._ucx: dict[Stream, ServedConnection] = {}
+        self._driven: dict[Stream, ServedConnection] = {}
         self._undrained: list[ServedConnection] = []
         self._next_sweep = math.inf
         self._unproven: Unproven[ServedConnection] = Unproven(clock, min(UNPROVEN_SECONDS, settings.idle))
@@ -137,16 +127,16 @@ class ServedConnections:
 
     # --- events -----------------------------------------------------------------------------------------------
 
-    def add(self, stream: Stream, pid: int | None = None) -> None:
-        """Serve a connection that has come in; `pid` is the peer's, where it is known."""
+    def add(self, stream: Stream) -> None:
+        """Serve a connection that has come in."""
         now = self._clock.now()
-        connection = ServedConnection(stream, self._make_session(stream.lane), now, pid)
+        connection = ServedConnection(stream, self._make_session(stream.lane), now)
         self._counters.add("connections")
         self._next_sweep = min(self._next_sweep, now + self._limit(connection))
         displaced = self._unproven.add(connection)
         if displaced is not None:
             self._close_unproven(displaced, "newer ones displaced it")
-        (self._ucx if connection.tagged else self._sockets)[stream] = connection
+        (self._sockets if stream.worker is None else self._driven)[stream] = connection
         self.serve(connection)
 
     def serve(self, connection: ServedConnection) -> bool:
@@ -176,7 +166,7 @@ class ServedConnections:
                     descriptor = None
                     if not connection.announced and session.established:
                         connection.announced = True
-                        descriptor = None if connection.network else self._descriptor
+                        descriptor = None if stream.lane.in_band else self._descriptor
                     if not stream.send(items, descriptor):
                         connection.unsent = True
                         continue
@@ -205,7 +195,7 @@ class ServedConnections:
             if _holds_lease(connection):
                 due = self._clock.now() + limit / _PROGRESS_CHECKS
             self._next_sweep = min(self._next_sweep, due)
-        if not connection.tagged:
+        if stream.worker is None:
             if again:
                 self._again[connection] = None
             if connection.watched is not connection.unsent:
@@ -223,10 +213,10 @@ class ServedConnections:
                 self.serve(connection)
         return bool(self._again)
 
-    def serve_ucx(self) -> bool:
-        """Serve every UCX connection, as progress tells of none in particular; whether any has work left."""
+    def serve_driven(self) -> bool:
+        """Serve every connection of a worker, whose progress names none of them; whether any has work left."""
         again = False
-        for connection in list(self._ucx.values()):
+        for connection in list(self._driven.values()):
             again = self.serve(connection) or again
         return again
 
@@ -288,19 +278,20 @@ class ServedConnections:
         return None if remaining == math.inf else remaining
 
     def leases(self) -> list[dict[str, float | int | None]]:
-        """The longest silent readers with live leases: pid (Unix lane), leases, seconds since then."""
+        """The longest silent readers with live leases: pid (where the lane tells), leases, seconds since then."""
         now = self._clock.now()
         holding = sorted((c for c in self.all() if c.session.leases), key=lambda c: c.silent_since)
         return [
-            {"pid": c.pid, "leases": c.session.leases, "age": now - c.silent_since} for c in holding[:_MOST_LISTED]
+            {"pid": c.stream.peer_pid, "leases": c.session.leases, "age": now - c.silent_since}
+            for c in holding[:_MOST_LISTED]
         ]
 
     def all(self) -> list[ServedConnection]:
         """The open connections."""
-        return [*self._sockets.values(), *self._ucx.values()]
+        return [*self._sockets.values(), *self._driven.values()]
 
     def __len__(self) -> int:
-        return len(self._sockets) + len(self._ucx)
+        return len(self._sockets) + len(self._driven)
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -311,7 +302,7 @@ class ServedConnections:
             return math.inf  # its proof has a deadline
         if not connection.session.leases:
             return self._settings.idle
-        return self._settings.lease if connection.network else math.inf
+        return math.inf if connection.stream.lane.local else self._settings.lease
 
     def _note_progress(self, connection: ServedConnection) -> None:
         if connection.session.established:
@@ -321,7 +312,7 @@ class ServedConnections:
 
     def _close_unproven(self, connection: ServedConnection, why: str) -> None:
         self._counters.add(UNPROVEN_CLOSED)
-        self._lines.warn(logger, "closed a connection on the %s lane: %s", connection.stream.lane.label, why)
+        self._lines.warn(logger, "closed a connection on the %s lane: %s", connection.stream.lane.name, why)
         self._drop(connection, None)
 
     def _drop(self, connection: ServedConnection, error: Exception | None) -> None:
@@ -334,8 +325,8 @@ class ServedConnections:
             logger.debug("connection lost: %s", error)
         stream = connection.stream
         self._unproven.discard(connection)
-        if connection.tagged:
-            del self._ucx[stream]
+        if stream.worker is not None:
+            del self._driven[stream]
         else:
             del self._sockets[stream]
             self._unwatch(connection)
@@ -355,7 +346,7 @@ class ServedConnections:
 
 def _holds_lease(connection: ServedConnection) -> bool:
     """It has a lease that a time limit ends."""
-    return connection.network and connection.session.leases > 0 and not connection.lingering
+    return not connection.stream.lane.local and connection.session.leases > 0 and not connection.lingering
 
 
 def _note_progress(connection: ServedConnection, now: float) -> None:
@@ -365,6 +356,6 @@ def _note_progress(connection: ServedConnection, now: float) -> None:
         return
     connection.progress = progress
     connection.progressed = now
-    if connection.tagged:
-        slowest = connection.session.sending_bytes / MIN_UCX_BYTES_PER_SECOND
-        connection.progressed = min(now, connection.active + slowest)
+    if (slowest := connection.stream.lane.min_bytes_per_second) is not None:
+        slowest_seconds = connection.session.sending_bytes / slowest
+        connection.progressed = min(now, connection.active + slowest_seconds)

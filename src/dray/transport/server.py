@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,26 +19,22 @@ from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError, Unreachable
+from dray.name_resolution import is_loopback, listening_address
 from dray.payload.codec import plan
 from dray.payload.schema import PayloadSchema
 from dray.private_directory import PrivateDirectory
 from dray.protocol import PayloadRef
-from dray.protocol.handshake import Lane, ServerIdentity, check_secret
+from dray.protocol.handshake import ServerIdentity, check_secret
 from dray.protocol.ref import has_control
 from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer
-from dray.transport.lanes.base import LANE_NAMES
-from dray.transport.lanes.tcp import TcpListener, listening_address
-from dray.transport.lanes.ucx import UcxListener
-from dray.transport.lanes.ucx_sockets import is_loopback
-from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, UcxWorker, require
-from dray.transport.lanes.unix import UnixListener
+from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
+from dray.transport.lanes.base import Lane, ListenAt, Listener
 from dray.transport.served_connections import ThreadSettings
 from dray.transport.server_loop import ServerThread
 
 logger = logging.getLogger("dray.server")
 
-LaneName = Literal["shm", "tcp", "ucx"]
 MOST_THREADS = 16
 _MOST_LISTED = 200  # so that the text after STATUS holds them
 _COUNTED = (
@@ -52,9 +48,10 @@ class PayloadServer:
 
     Args:
         ring: where the payloads are. It must outlive the server, and stays the caller's to close.
-        lanes: which lanes to serve; ``"auto"`` is ``shm`` and, with a secret, ``tcp`` and, where ``ucxx`` is
-            installed and works, ``ucx``. Loopback is no boundary between users: where ``tcp`` or ``ucx`` is named
-            and there is no secret, every user of the machine can read and consume, and a warning is logged.
+        lane: which lanes to serve: a name, several, or ``"auto"``. That is ``shm`` and, with a secret, ``tcp`` and
+            (where ``ucxx`` is installed and works) ``ucx``. Loopback does not separate users: where ``tcp`` or
+            ``ucx`` is named and there is no secret, every user of the machine can read and consume, and the
+            server logs a warning.
         host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise. A name is looked up once,
             here: references carry the numeric address.
         port: first port to try; 0 takes any.
@@ -86,7 +83,7 @@ class PayloadServer:
         self,
         ring: SharedRingBuffer,
         *,
-        lanes: Sequence[LaneName] | Literal["auto"] = "auto",
+        lane: LaneChoice = "auto",
         host: str = "127.0.0.1",
         port: int = 0,
         threads: int = 2,
@@ -101,15 +98,16 @@ class PayloadServer:
         clock: Clock = MONOTONIC,
     ) -> None:
         check_secret(secret)
-        self._lanes = _served(lanes, secret)
+        self._lanes = _served(lane, secret)
         named = host
-        if self._lanes != {Lane.SHM}:
+        if self._network_lanes:
             host = listening_address(named)
-        if ":" in host and lanes == "auto":
-            self._lanes -= {Lane.UCX}  # ucxx listens on IPv4 only
-        elif ":" in host and Lane.UCX in self._lanes:
-            meant = "" if host == named else f", which {named!r} does not mean here (it means {host})"
-            raise ConfigError("host", named, f"an IPv4 address where the ucx lane is served{meant}")
+        if ":" in host:
+            only_ipv4 = [each for each in self._lanes if each.ipv4_only]
+            if only_ipv4 and lane != "auto":
+                meant = "" if host == named else f", which {named!r} does not mean here (it means {host})"
+                raise ConfigError("host", named, f"an IPv4 address for the {only_ipv4[0].name} lane{meant}")
+            self._lanes = tuple(each for each in self._lanes if not each.ipv4_only)
         if not 1 <= threads <= MOST_THREADS:
             raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
         if max_leases < 1:
@@ -122,10 +120,10 @@ class PayloadServer:
         for key, seconds in (("drain_timeout", drain_timeout), ("join_timeout", join_timeout)):
             if not seconds >= 0:
                 raise ConfigError(key, seconds, "0 seconds or more")
-        if secret is None and self._lanes != {Lane.SHM}:
+        if secret is None and self._network_lanes:
             if not is_loopback(host):
                 raise ConfigError("host", named, "a loopback address, or any with a secret configured")
-            open_lanes = "/".join(lane.label for lane in Lane if lane in self._lanes - {Lane.SHM})
+            open_lanes = "/".join(each.name for each in self._network_lanes)
             logger.warning("%s without a secret: every user of this machine can read and consume", open_lanes)
         if host != named and is_loopback(host) and "localhost" not in named:
             logger.warning(
@@ -148,13 +146,13 @@ class PayloadServer:
         self._pid = os.getpid()
         self._closed = False
         self._threads: list[ServerThread] = []
-        self._directory = PrivateDirectory(directory) if Lane.SHM in self._lanes else None
+        self._directory = PrivateDirectory(directory) if any(each.local for each in self._lanes) else None
         try:
-            self._threads.append(self._make_first_thread(lanes))
+            self._threads.append(self._make_first_thread(lane))
             for index in range(1, threads):
                 self._threads.append(self._make_thread(index))
             by_lane = zip(*(thread.endpoints for thread in self._threads), strict=True)
-            self.endpoints = tuple(endpoint for lane in by_lane for endpoint in lane)
+            self.endpoints = tuple(endpoint for endpoints in by_lane for endpoint in endpoints)
             self._check_reference_fits()
             for thread in self._threads:
                 thread.start()
@@ -262,37 +260,42 @@ class PayloadServer:
             allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
             raise ConfigError("threads", len(self._threads), allowed) from error
 
-    def _make_first_thread(self, lanes: Sequence[str] | str) -> ServerThread:
+    @property
+    def _network_lanes(self) -> list[Lane]:
+        return [lane for lane in self._lanes if not lane.local]
+
+    def _make_first_thread(self, choice: LaneChoice) -> ServerThread:
         """It shows which lanes this machine can use."""
-        try:
-            return self._make_thread(0)
-        except Unreachable as error:
-            if not error.lane_unusable:
-                raise
-            if lanes != "auto":
-                raise ConfigError("lanes", lanes, f"lanes that this machine can use ({error.message})") from error
-            logger.warning("this server goes on without the ucx lane: %s", error.message)
-        self._lanes -= {Lane.UCX}
-        return self._make_thread(0)
+        while True:
+            try:
+                return self._make_thread(0)
+            except _LaneUnusable as unusable:
+                name, error = unusable.lane.name, unusable.error
+                if choice != "auto":
+                    allowed = f"lanes that this machine can use ({error.message})"
+                    raise ConfigError("lane", choice, allowed) from error
+                logger.warning("serving without the %s lane: %s", name, error.message)
+                self._lanes = tuple(each for each in self._lanes if each is not unusable.lane)
 
     def _make_thread(self, index: int) -> ServerThread:
+        path = self._directory.path / f"{index}.sock" if self._directory is not None else None
+        place = ListenAt(self._host, self._port, path)
         with contextlib.ExitStack() as opened:
-            listeners: list[UnixListener | TcpListener] = []
-            if self._directory is not None:
-                path = self._directory.path / f"{index}.sock"
-                listeners.append(opened.enter_context(contextlib.closing(UnixListener(path))))
-            if Lane.TCP in self._lanes:
-                tcp = TcpListener(self._host, self._port)
-                listeners.append(opened.enter_context(contextlib.closing(tcp)))
-            worker = ucx = None
-            if Lane.UCX in self._lanes:
-                worker = opened.enter_context(contextlib.closing(UcxWorker(is_loopback(self._host))))
-                ucx = opened.enter_context(contextlib.closing(UcxListener(worker, self._host, self._port)))
+            listeners: list[Listener] = []
+            for lane in self._lanes:
+                try:
+                    listener = lane.listen(place)
+                except Unreachable as error:
+                    if error.lane_unusable:
+                        raise _LaneUnusable(lane, error) from error
+                    raise
+                if listener.worker is not None:
+                    opened.callback(listener.worker.close)
+                opened.callback(listener.close)
+                listeners.append(listener)
             thread = ServerThread(
                 f"dray-server-{index}",
                 listeners,
-                worker,
-                ucx,
                 self._make_session,
                 self._ring.segment.fileno(),
                 self._settings,
@@ -303,7 +306,7 @@ class PayloadServer:
             return thread
 
     def _make_session(self, lane: Lane) -> ServerSession:
-        checksum = xxhash.xxh3_64_intdigest if self._checksum and lane is not Lane.SHM else None
+        checksum = xxhash.xxh3_64_intdigest if self._checksum and lane.in_band else None
         return ServerSession(
             lane,
             self._ring,
@@ -344,18 +347,21 @@ class PayloadServer:
             os.close(self._directory.lock)  # the folder can be swept when the parent is dead
 
 
-def _served(lanes: Sequence[str] | str, secret: bytes | None) -> frozenset[Lane]:
-    if lanes == "auto":
-        if secret is None:
-            return frozenset({Lane.SHM})
-        return frozenset(Lane) if UCXX_AVAILABLE else frozenset({Lane.SHM, Lane.TCP})
-    names = {lanes} if isinstance(lanes, str) else set(lanes)
-    unknown = names - set(LANE_NAMES)
-    if unknown or not names:
-        raise ConfigError("lanes", lanes, f'"auto" or some of {", ".join(LANE_NAMES)}')
-    if "ucx" in names:
-        require()
-    return frozenset(lane for lane in Lane if lane.label in names)
+class _LaneUnusable(Exception):
+    """This machine cannot use a lane."""
+
+    def __init__(self, lane: Lane, error: Unreachable) -> None:
+        super().__init__(str(error))
+        self.lane = lane
+        self.error = error
+
+
+def _served(choice: LaneChoice, secret: bytes | None) -> tuple[Lane, ...]:
+    """The lanes that a choice means."""
+    lanes = chosen_lanes("lane", choice)
+    if lanes is not None:
+        return lanes
+    return tuple(lane for lane in LANES.values() if lane.available and (lane.local or secret is not None))
 
 
 _servers: weakref.WeakSet[PayloadServer] = weakref.WeakSet()

@@ -18,16 +18,11 @@ from dray.admission import ACCEPT_FAILURES, MAX_ACCEPTED, UNPROVEN_CLOSED, Accep
 from dray.clock import Clock, Deadline
 from dray.counters import Counters
 from dray.errors import AuthenticationError, TransportError
-from dray.protocol.handshake import Lane
 from dray.protocol.server_session import ServerSession
 from dray.resources import needing
-from dray.transport.lanes.tcp import TcpListener
-from dray.transport.lanes.ucx import UcxListener, UcxStream
-from dray.transport.lanes.ucx_sockets import SilentPeers
-from dray.transport.lanes.ucx_worker import UcxWorker
-from dray.transport.lanes.unix import UnixListener, UnixStream
+from dray.transport.lanes.base import Lane, Listener, SilentPeers
+from dray.transport.polling import AdaptiveEpoll
 from dray.transport.served_connections import ROUNDS, ServedConnection, ServedConnections, ThreadSettings
-from dray.transport.spinning import SpinningEpoll
 
 logger = logging.getLogger("dray.server")
 
@@ -47,8 +42,7 @@ class ServerThread:
 
     Args:
         name: the thread's name.
-        listeners: bound sockets; the thread closes them.
-        worker, ucx: its UCX worker and listener, if the lane is served.
+        listeners: where its connections come in; the thread closes them, and their workers.
         make_session: a session for a new connection on a lane.
         descriptor: the segment's descriptor, to be sent to readers on the Unix lane.
         settings: time limits.
@@ -60,42 +54,41 @@ class ServerThread:
     def __init__(
         self,
         name: str,
-        listeners: Sequence[UnixListener | TcpListener],
-        worker: UcxWorker | None,
-        ucx: UcxListener | None,
+        listeners: Sequence[Listener],
         make_session: Callable[[Lane], ServerSession],
         descriptor: int,
         settings: ThreadSettings,
         counters: Counters,
         clock: Clock,
-        make_poll: Callable[[], Poll] = SpinningEpoll,
+        make_poll: Callable[[], Poll] = AdaptiveEpoll,
     ) -> None:
-        self.endpoints = [listener.endpoint for listener in (*listeners, *((ucx,) if ucx else ()))]
-        self._listeners = {listener.fileno(): listener for listener in listeners}
-        self._worker = worker
-        self._ucx = ucx
-        self._silent = ucx.silent if ucx is not None else None
-        self._silent_watched = self._silent.filenos() if self._silent is not None else []
+        self.endpoints = [listener.endpoint for listener in listeners]
+        self._listeners = {listener.fileno(): listener for listener in listeners if listener.worker is None}
+        self._driven = [listener for listener in listeners if listener.worker is not None]
+        self._workers = [listener.worker for listener in listeners if listener.worker is not None]
+        self._silent = {
+            d: each.silent for each in listeners if each.silent is not None for d in each.silent.filenos()
+        }
         self._counters = counters
         self._clock = clock
         self._served = ServedConnections(
             make_session, descriptor, settings, counters, clock, self._watch, self._unwatch
         )
         self._sockets: dict[int, ServedConnection] = {}
-        self._paused: list[UnixListener | TcpListener] = []
+        self._paused: list[Listener] = []
         self._pause = AcceptPause(logger, clock)
         self._lines = LineLimit(clock=clock)
         self._stop_by: Deadline | None = None
-        self._ucx_due = worker is not None
+        self._progress_due = bool(self._workers)
         with needing("a server thread"):
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             with needing("a server thread"):
                 self._poll = make_poll()
-            for watched in (self._wake, *self._listeners, *((worker.fileno(),) if worker else ())):
+            for watched in (self._wake, *self._listeners, *(worker.fileno() for worker in self._workers)):
                 self._poll.register(watched, select.EPOLLIN)
-            for watched in self._silent_watched:
-                # Level-triggered, it would be readable until UCX has accepted.
+            for watched in self._silent:
+                # Level-triggered, it would be readable until the worker has accepted.
                 self._poll.register(watched, select.EPOLLIN | select.EPOLLET)
         except BaseException:
             self._close_wake()
@@ -143,8 +136,8 @@ class ServerThread:
         try:
             while self._stop_by is None or not self._finished(self._stop_by):
                 again = self._served.serve_again()
-                if self._ucx_due or self._stop_by is not None:
-                    again = self._progress_ucx() or again
+                if self._progress_due or self._stop_by is not None:
+                    again = self._progress() or again
                 events = self._poll.poll(0.0 if again else self._timeout())
                 for descriptor, _ in events:
                     connection = self._sockets.get(descriptor)
@@ -155,16 +148,17 @@ class ServerThread:
                         self._accept(self._listeners[descriptor])
                     elif descriptor == self._wake:
                         os.eventfd_read(self._wake)
-                    elif self._silent is not None and descriptor in self._silent_watched:
-                        self._silent.hasten()
+                    elif descriptor in self._silent:
+                        self._silent[descriptor].hasten()
                     else:
-                        self._ucx_due = True
+                        self._progress_due = True
                 if self._paused:
                     self._resume_accepting()
-                if self._silent is not None and not self._silent.remaining:
-                    self._shut_down_silent(self._silent)
+                for listener in self._driven:
+                    if listener.silent is not None and not listener.silent.remaining:
+                        self._shut_down_silent(listener, listener.silent)
                 if self._served.sweep() or not events:
-                    self._ucx_due = True
+                    self._progress_due = bool(self._workers)
         except BaseException:
             logger.exception("server thread %s failed; its endpoints are closed", self._thread.name)
             raise
@@ -180,11 +174,11 @@ class ServerThread:
         due = min(
             math.inf if timeout is None else timeout,
             self._pause.remaining if self._paused else math.inf,
-            self._silent.remaining if self._silent is not None else math.inf,
+            min((each.remaining for each in self._silent.values()), default=math.inf),
         )
         return None if due == math.inf else due
 
-    def _accept(self, listener: UnixListener | TcpListener | UcxListener) -> None:
+    def _accept(self, listener: Listener) -> None:
         for _ in range(MAX_ACCEPTED):
             try:
                 stream = listener.accept()
@@ -194,16 +188,18 @@ class ServerThread:
                 continue
             except TransportError as error:
                 self._counters.add(ACCEPT_FAILURES)
-                if isinstance(listener, UcxListener):
-                    self._lines.warn(logger, "a connection on the ucx lane could not be accepted: %s", error)
+                if listener.worker is not None:
+                    self._lines.warn(
+                        logger, "a connection to %s could not be accepted: %s", listener.endpoint, error
+                    )
                     continue
                 self._pause_accepting(listener, error)
                 return
             if stream is None:
                 return
-            self._served.add(stream, stream.peer()[0] if isinstance(stream, UnixStream) else None)
+            self._served.add(stream)
 
-    def _pause_accepting(self, listener: UnixListener | TcpListener, error: TransportError) -> None:
+    def _pause_accepting(self, listener: Listener, error: TransportError) -> None:
         """Out of descriptors, most likely: leave the connection in the backlog rather than spin on it."""
         self._poll.unregister(listener.fileno())
         self._paused.append(listener)
@@ -216,42 +212,38 @@ class ServerThread:
             self._poll.register(listener.fileno(), select.EPOLLIN)
         self._paused.clear()
 
-    def _shut_down_silent(self, silent: SilentPeers) -> None:
-        assert self._worker is not None
-        self._worker.progress()  # it may hand over requests
-        self._ucx_due = True
+    def _shut_down_silent(self, listener: Listener, silent: SilentPeers) -> None:
+        assert listener.worker is not None
+        listener.worker.progress()  # it may hand over requests
+        self._progress_due = True
         count = silent.shut_down()
         if count:
             self._counters.add(UNPROVEN_CLOSED, count)
-            self._lines.warn(logger, "closed %d connections on the ucx lane: they do not speak UCX", count)
+            self._lines.warn(logger, "closed %d connections to %s that were silent", count, listener.endpoint)
 
-    def _progress_ucx(self) -> bool:
-        """Serve the UCX connections until there is nothing to do but wait; True if their turn is over before."""
-        worker, listener = self._worker, self._ucx
-        self._ucx_due = worker is not None
-        if worker is None:
-            return False
-        for _ in range(ROUNDS):
-            worker.progress()
-            seen = worker.steps
-            if listener is not None and self._stop_by is None:
+    def _progress(self) -> bool:
+        """Serve the connections of workers until there is only waiting left; True if their turn ended before."""
+        self._progress_due = bool(self._workers)
+        for _ in range(ROUNDS if self._workers else 0):
+            for worker in self._workers:
+                worker.progress()
+            seen = sum(worker.steps for worker in self._workers)
+            for listener in self._driven:
                 self._accept(listener)
-                unaccepted = listener.waiting
-            else:
-                unaccepted = False
-            # Serving may itself have made progress and so completed a request of a connection already looked at.
-            unfinished = self._served.serve_ucx()
-            worker.drop_strays(self._awaits)
+            # Serving may make progress itself, and so complete a request of a connection that was served before.
+            unfinished = self._served.serve_driven()
+            for worker in self._workers:
+                worker.drop_strays()
             if unfinished:
                 return True
-            if worker.steps == seen and not unaccepted and worker.arm():
-                self._ucx_due = False
+            moved = sum(worker.steps for worker in self._workers) != seen
+            if not moved and not any(listener.waiting for listener in self._driven) and self._arm():
+                self._progress_due = False
                 return False
-        return True
+        return self._progress_due
 
-    def _awaits(self, tag: int) -> bool:
-        streams = (connection.stream for connection in self._served.all())
-        return any(isinstance(stream, UcxStream) and stream.awaits(tag) for stream in streams)
+    def _arm(self) -> bool:
+        return all(worker.arm() for worker in self._workers)
 
     def _watch(self, connection: ServedConnection) -> None:
         """Keep epoll's interest in step: while an answer waits for room, no more requests are read."""
@@ -277,20 +269,21 @@ class ServerThread:
             listener.close()
         self._paused.clear()
         self._listeners.clear()
-        for descriptor in self._silent_watched:
+        for descriptor in self._silent:
             self._poll.unregister(descriptor)
-        self._silent, self._silent_watched = None, []
-        if self._ucx is not None:
-            self._ucx.close()
-            self._ucx = None
+        self._silent = {}
+        for listener in self._driven:
+            listener.close()
+        self._driven = []
 
     def _tear_down(self) -> None:
-        """Close everything, the UCX worker last: what it could not cancel ends with it."""
+        """Close everything, the workers last: what they could not cancel ends with them."""
         self._stop_listening()
         self._served.drop_all()
-        if self._worker is not None:
-            self._poll.unregister(self._worker.fileno())
-            self._worker.close()
+        for worker in self._workers:
+            self._poll.unregister(worker.fileno())
+            worker.close()
+        self._workers = []
         self._served.close()
         self._poll.close()
 

@@ -43,7 +43,7 @@ class UCXXBuffer:
         try:
             self.server = PayloadServer(
                 self.ring,
-                lanes=self.config.served_lanes,
+                lane=self.config.served_lanes,
                 host=self.config.host,
                 port=self.config.port,
                 threads=self.config.n_server_threads,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
+from dray.transport.lanes import LaneChoice
 from dray.transport.lanes.ucx_worker import require
-
-LaneChoice = Literal["auto", "shm", "tcp", "ucx"]
 
 
 def open_client(lane: LaneChoice, secret: bytes | None, reader: int) -> PayloadClient:
@@ -22,7 +21,7 @@ def open_client(lane: LaneChoice, secret: bytes | None, reader: int) -> PayloadC
     """
     if lane == "auto":
         require()
-    return PayloadClient(lanes=lane, secret=secret, reader=reader)
+    return PayloadClient(lane=lane, secret=secret, reader=reader)
 
 
 class UCXXClient:

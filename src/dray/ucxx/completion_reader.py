@@ -22,7 +22,8 @@ from dray.errors import (
 from dray.prefetch import BatchReader, Fetched
 from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
-from dray.ucxx.client import LaneChoice, open_client
+from dray.transport.lanes import LaneChoice
+from dray.ucxx.client import open_client
 from dray.ucxx.completion import is_completion, reference_of
 from dray.ucxx.config import UCXXConfig
 

@@ -13,9 +13,8 @@ from dray.payload import PayloadSchema, TensorSpec
 from dray.payload.trajectory import EPISODE_LENGTH
 from dray.protocol.handshake import check_secret
 from dray.ring import OnFull
-from dray.transport.lanes.base import LANE_NAMES
+from dray.transport.lanes import LANES
 
-LaneName = Literal["shm", "tcp", "ucx"]
 MOST_SECONDS = 86_400.0
 
 
@@ -99,7 +98,7 @@ class UCXXBufferConfig(_Table):
     slot_bytes: int = 1 << 20
     on_full: OnFull = "block"
     readers: int = 1
-    lanes: Sequence[LaneName] | None = None
+    lanes: Sequence[str] | None = None
     host: str = "127.0.0.1"
     port: int = 0
     n_server_threads: int = 2
@@ -115,9 +114,9 @@ class UCXXBufferConfig(_Table):
         _one_of("on_full", self.on_full, ("block", "error", "overwrite"))
         _count("readers", self.readers, 1, 64)
         if self.lanes is not None and (
-            isinstance(self.lanes, str) or not self.lanes or not set(self.lanes) <= set(LANE_NAMES)
+            isinstance(self.lanes, str) or not self.lanes or not set(self.lanes) <= LANES.keys()
         ):
-            raise ConfigError("lanes", self.lanes, f"a list of some of {', '.join(LANE_NAMES)}")
+            raise ConfigError("lanes", self.lanes, f"a list of some of {', '.join(LANES)}")
         _count("port", self.port, 0, 65_535)
         _count("n_server_threads", self.n_server_threads, 1, 16)
         _seconds("idle_timeout", self.idle_timeout)
@@ -129,7 +128,7 @@ class UCXXBufferConfig(_Table):
         check_secret(self.secret)
 
     @property
-    def served_lanes(self) -> Sequence[LaneName]:
+    def served_lanes(self) -> Sequence[str]:
         """The lanes that are served."""
         if self.lanes is not None:
             return self.lanes

@@ -9,7 +9,7 @@ from dray.errors import BufferClosedError, DrayError
 from dray.prefetch import Fetched
 from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
-from dray.ucxx.client import LaneChoice
+from dray.transport.lanes import LaneChoice
 from dray.ucxx.completion import is_completion
 from dray.ucxx.completion_reader import CompletionReader
 from dray.ucxx.config import UCXXConfig

@@ -35,7 +35,7 @@ def test_shm_and_tcp_are_needed_everywhere_and_ucx_where_it_is_required():
 
 
 def test_an_unknown_required_lane_is_named_with_those_that_exist():
-    with pytest.raises(ConfigError, match="--require = 'rdma' is not allowed: one of shm, tcp, ucx"):
+    with pytest.raises(ConfigError, match="--require = 'rdma' is not allowed: one of shm, ucx, tcp"):
         needed_lanes(["rdma"])
 
 

@@ -15,11 +15,12 @@ from dray.protocol.handshake import (
     WELCOME,
     ClientHandshake,
     HelloFlag,
-    Lane,
     ServerHandshake,
     ServerIdentity,
     Verdict,
 )
+from dray.transport.lanes import LANES, TCP, UCX
+from dray.transport.lanes.base import Lane
 
 IDENTITY = ServerIdentity(b"p" * 16, 8, 4096, 5, 2)
 SECRET = b"the job's secret"
@@ -59,7 +60,7 @@ def test_secret_that_can_be_guessed_is_refused_and_not_shown(secret: Any) -> Non
     assert "hunter" not in str(caught.value) + repr(caught.value.value)
 
 
-@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("lane", list(LANES.values()))
 @pytest.mark.parametrize("secret", [None, SECRET])
 @pytest.mark.parametrize("producer", [IDENTITY.producer, ANY_PRODUCER])
 def test_both_sides_agree(lane: Lane, secret: bytes | None, producer: bytes) -> None:
@@ -72,16 +73,16 @@ def test_both_sides_agree(lane: Lane, secret: bytes | None, producer: bytes) -> 
 
 def test_largest_identity_fits() -> None:
     identity = ServerIdentity(b"\xff" * 16, 2**64 - 1, 2**64 - 1, 2**32 - 1, 64)
-    client = ClientHandshake(Lane.TCP, identity.producer)
-    shake(client, ServerHandshake(Lane.TCP, identity))
+    client = ClientHandshake(TCP, identity.producer)
+    shake(client, ServerHandshake(TCP, identity))
     assert client.server == identity
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(None, SECRET), (SECRET, None)])
 def test_one_side_without_the_secret_is_an_authentication_error(mine: bytes | None, theirs: bytes | None) -> None:
     client, server = (
-        ClientHandshake(Lane.TCP, IDENTITY.producer, mine),
-        ServerHandshake(Lane.TCP, IDENTITY, theirs),
+        ClientHandshake(TCP, IDENTITY.producer, mine),
+        ServerHandshake(TCP, IDENTITY, theirs),
     )
     with pytest.raises(AuthenticationError, match="this client" if mine is None else "the server"):
         client.receive(server.receive(client.hello()))
@@ -89,8 +90,8 @@ def test_one_side_without_the_secret_is_an_authentication_error(mine: bytes | No
 
 
 def test_wrong_secret_is_found_by_the_client_from_the_servers_proof() -> None:
-    client = ClientHandshake(Lane.TCP, IDENTITY.producer, b"another")
-    server = ServerHandshake(Lane.TCP, IDENTITY, SECRET)
+    client = ClientHandshake(TCP, IDENTITY.producer, b"another")
+    server = ServerHandshake(TCP, IDENTITY, SECRET)
     with pytest.raises(AuthenticationError, match="server's proof"):
         client.receive(server.receive(client.hello()))
 
@@ -98,16 +99,16 @@ def test_wrong_secret_is_found_by_the_client_from_the_servers_proof() -> None:
 @pytest.mark.parametrize("forged", [NO_PROOF, b"x" * 32])
 @pytest.mark.parametrize("flag", [HelloFlag.NONE, HelloFlag.SECRET])
 def test_a_client_that_cannot_prove_the_secret_is_denied(forged: bytes, flag: HelloFlag) -> None:
-    server = ServerHandshake(Lane.TCP, IDENTITY, SECRET)
-    server.receive(HELLO.pack(MAGIC, VERSION, Lane.TCP, flag, IDENTITY.producer, b"n" * 32))
+    server = ServerHandshake(TCP, IDENTITY, SECRET)
+    server.receive(HELLO.pack(MAGIC, VERSION, TCP.number, flag, IDENTITY.producer, b"n" * 32))
     assert server.receive(PROOF.pack(forged)) == WELCOME.pack(MAGIC, Verdict.DENIED)
     assert server.verdict is Verdict.DENIED
     assert not server.done
 
 
 def test_the_servers_proof_reflected_is_denied() -> None:
-    client = ClientHandshake(Lane.TCP, IDENTITY.producer, SECRET)
-    server = ServerHandshake(Lane.TCP, IDENTITY, SECRET)
+    client = ClientHandshake(TCP, IDENTITY.producer, SECRET)
+    server = ServerHandshake(TCP, IDENTITY, SECRET)
     challenge = CHALLENGE.unpack(server.receive(client.hello()))
     server.receive(PROOF.pack(challenge[6]))
     assert server.verdict is Verdict.DENIED
@@ -115,8 +116,8 @@ def test_the_servers_proof_reflected_is_denied() -> None:
 
 def test_a_proof_of_another_handshake_is_denied() -> None:
     """Replayed nonces do not help: the server's is fresh."""
-    client = ClientHandshake(Lane.TCP, IDENTITY.producer, SECRET)
-    first, second = (ServerHandshake(Lane.TCP, IDENTITY, SECRET) for _ in range(2))
+    client = ClientHandshake(TCP, IDENTITY.producer, SECRET)
+    first, second = (ServerHandshake(TCP, IDENTITY, SECRET) for _ in range(2))
     answer = client.receive(first.receive(client.hello()))
     assert answer is not None
     second.receive(client.hello())
@@ -126,43 +127,43 @@ def test_a_proof_of_another_handshake_is_denied() -> None:
 
 @pytest.mark.parametrize("changed", ["role", "lane", "nonces", "producer", "secret"])
 def test_a_proof_covers_everything(changed: str) -> None:
-    given = {"secret": SECRET, "role": b"client", "lane": Lane.TCP, "nonces": b"n" * 64, "producer": b"p" * 16}
-    other = {"secret": b"x", "role": b"server", "lane": Lane.UCX, "nonces": b"m" * 64, "producer": b"q" * 16}
+    given = {"secret": SECRET, "role": b"client", "lane": TCP, "nonces": b"n" * 64, "producer": b"p" * 16}
+    other = {"secret": b"x", "role": b"server", "lane": UCX, "nonces": b"m" * 64, "producer": b"q" * 16}
     assert wire.proof(**given) != wire.proof(**{**given, changed: other[changed]})  # type: ignore[arg-type]
 
 
 def test_hello_of_another_version_is_answered_and_recognised() -> None:
-    server = ServerHandshake(Lane.TCP, IDENTITY)
-    answer = server.receive(HELLO.pack(MAGIC, VERSION + 1, Lane.TCP, 0, ANY_PRODUCER, bytes(32)))
+    server = ServerHandshake(TCP, IDENTITY)
+    answer = server.receive(HELLO.pack(MAGIC, VERSION + 1, TCP.number, 0, ANY_PRODUCER, bytes(32)))
     assert server.verdict is Verdict.VERSION
     with pytest.raises(VersionMismatch, match=f"this client version {VERSION}"):
-        ClientHandshake(Lane.TCP).receive(answer)
+        ClientHandshake(TCP).receive(answer)
 
 
 def test_server_of_another_version_is_recognised() -> None:
-    answer = bytearray(ServerHandshake(Lane.TCP, IDENTITY).receive(ClientHandshake(Lane.TCP).hello()))
+    answer = bytearray(ServerHandshake(TCP, IDENTITY).receive(ClientHandshake(TCP).hello()))
     answer[4] = 9
     with pytest.raises(VersionMismatch, match="version 9"):
-        ClientHandshake(Lane.TCP).receive(answer)
+        ClientHandshake(TCP).receive(answer)
 
 
 @pytest.mark.parametrize("hello", [bytes(64), b"GET / HTTP/1.1\r\n" + b"x" * 48, b"DRAY" + bytes(60)])
 def test_hello_that_is_none_is_malformed(hello: bytes) -> None:
-    server = ServerHandshake(Lane.TCP, IDENTITY)
+    server = ServerHandshake(TCP, IDENTITY)
     server.receive(hello)
     assert server.verdict is not Verdict.WELCOME
 
 
 def test_hello_for_another_lane_is_malformed() -> None:
-    server = ServerHandshake(Lane.TCP, IDENTITY)
-    answer = server.receive(ClientHandshake(Lane.UCX).hello())
+    server = ServerHandshake(TCP, IDENTITY)
+    answer = server.receive(ClientHandshake(UCX).hello())
     assert server.verdict is Verdict.MALFORMED
     with pytest.raises(ProtocolError, match="malformed"):
-        ClientHandshake(Lane.UCX).receive(answer)
+        ClientHandshake(UCX).receive(answer)
 
 
 def test_a_server_that_refused_hello_takes_no_proof_for_it() -> None:
-    server = ServerHandshake(Lane.TCP, IDENTITY)
+    server = ServerHandshake(TCP, IDENTITY)
     server.receive(bytes(64))
     server.receive(PROOF.pack(NO_PROOF))
     assert not server.done
@@ -170,14 +171,14 @@ def test_a_server_that_refused_hello_takes_no_proof_for_it() -> None:
 
 @pytest.mark.parametrize("verdict", [Verdict.MALFORMED, 200])
 def test_refused_welcome_names_the_verdict(verdict: int) -> None:
-    client, server = ClientHandshake(Lane.TCP), ServerHandshake(Lane.TCP, IDENTITY)
+    client, server = ClientHandshake(TCP), ServerHandshake(TCP, IDENTITY)
     client.receive(server.receive(client.hello()))
     with pytest.raises(ProtocolError, match=str(verdict) if verdict == 200 else "malformed"):
         client.receive(WELCOME.pack(MAGIC, verdict))
 
 
 def test_denied_welcome_is_an_authentication_error() -> None:
-    client, server = ClientHandshake(Lane.TCP), ServerHandshake(Lane.TCP, IDENTITY)
+    client, server = ClientHandshake(TCP), ServerHandshake(TCP, IDENTITY)
     client.receive(server.receive(client.hello()))
     with pytest.raises(AuthenticationError):
         client.receive(WELCOME.pack(MAGIC, Verdict.DENIED))
@@ -186,13 +187,13 @@ def test_denied_welcome_is_an_authentication_error() -> None:
 @pytest.mark.parametrize("message", [bytes(128), b"HTTP/1.1 400 Bad Request" + bytes(104)])
 def test_a_peer_that_speaks_something_else_is_a_protocol_error(message: bytes) -> None:
     with pytest.raises(ProtocolError, match="does not speak"):
-        ClientHandshake(Lane.TCP).receive(message)
+        ClientHandshake(TCP).receive(message)
 
 
 def test_another_producer_is_recognised_whatever_its_secret() -> None:
     """Another job may listen on the address of a dead producer: it is no failed authentication."""
-    client = ClientHandshake(Lane.TCP, b"q" * 16, SECRET)
-    server = ServerHandshake(Lane.TCP, IDENTITY, b"another job's secret")
+    client = ClientHandshake(TCP, b"q" * 16, SECRET)
+    server = ServerHandshake(TCP, IDENTITY, b"another job's secret")
     assert client.receive(server.receive(client.hello())) is None
     assert not client.done
     assert client.server is not None

@@ -15,11 +15,12 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.protocol.client_session import ClientSession, Request, refusal
-from dray.protocol.contract import Payload
-from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
-from dray.protocol.handshake import ClientHandshake, Lane, ServerIdentity
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Payload, Status, parse
+from dray.protocol.handshake import ClientHandshake, ServerIdentity
 from dray.protocol.server_session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, REQUEST_WEIGHT, ServerSession
 from dray.ring import SharedRingBuffer, SlotWriter
+from dray.transport.lanes import LANES, SHM, TCP, UCX
+from dray.transport.lanes.base import Lane
 
 SLOTS, SLOT_BYTES, MAX_LEASES = 4, 200_000, 3
 
@@ -41,7 +42,7 @@ class Server:
     """A session after its handshake, with its counters."""
 
     def __init__(
-        self, ring: SharedRingBuffer, lane: Lane = Lane.TCP, promised_slots: int | None = None, **options: object
+        self, ring: SharedRingBuffer, lane: Lane = TCP, promised_slots: int | None = None, **options: object
     ) -> None:
         self.counters = Counters()
         self.lane = lane
@@ -64,7 +65,7 @@ class Server:
     def say(self, kind: Kind, writer: SlotWriter | None = None, request: int = 0, **fields: int) -> None:
         if writer is not None:
             fields = {"slot": writer.slot, "sequence": writer.sequence, **fields}
-        if kind == Kind.READ and self.lane is Lane.UCX:
+        if kind == Kind.READ and self.lane is UCX:
             fields.setdefault("tag", 1000 + request)
         self.session.receive(Frame(kind, request=request, **fields).pack())
 
@@ -110,7 +111,7 @@ def granted(server: Server, count: int) -> None:
 # --- the server's end -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("lane", list(LANES.values()))
 def test_read_is_answered_with_status_and_payload_and_consumed_by_ack(ring: SharedRingBuffer, lane: Lane) -> None:
     server, writer = Server(ring, lane), put(ring)
     server.say(Kind.READ, writer, 7, reader=1, tag=9)
@@ -120,7 +121,7 @@ def test_read_is_answered_with_status_and_payload_and_consumed_by_ack(ring: Shar
     assert (status.kind, status.status, status.request, status.nbytes) == (Kind.STATUS, Status.OK, 7, 7)
     assert (status.slot, status.sequence, status.reader, status.acked) == (writer.slot, writer.sequence, 1, 0)
     assert status.offset == ring.segment.slot_offset(writer.slot)
-    if lane is Lane.SHM:
+    if lane is SHM:
         assert len(taken) == 1
     else:
         assert isinstance(taken[1], Payload)
@@ -160,7 +161,7 @@ def test_answers_count_the_acks_before_them(ring: SharedRingBuffer) -> None:
 
 
 def test_an_empty_payload_has_a_status_and_no_message_but_on_ucx(ring: SharedRingBuffer) -> None:
-    for lane, expected in ((Lane.SHM, []), (Lane.TCP, []), (Lane.UCX, [b""])):
+    for lane, expected in ((SHM, []), (TCP, []), (UCX, [b""])):
         server, writer = Server(ring, lane, checksum=lambda view: 5), put(ring, b"")
         server.say(Kind.READ, writer)
         status, *rest = server.take()
@@ -171,7 +172,7 @@ def test_an_empty_payload_has_a_status_and_no_message_but_on_ucx(ring: SharedRin
 
 @pytest.mark.parametrize("refused", ["stale", "slot", "reader", "busy"])
 def test_on_ucx_every_read_gets_one_tagged_message(ring: SharedRingBuffer, refused: str) -> None:
-    server, writer = Server(ring, Lane.UCX), put(ring)
+    server, writer = Server(ring, UCX), put(ring)
     request = {"slot": writer.slot, "sequence": writer.sequence, "tag": 3}
     if refused == "busy":
         for index in range(MAX_LEASES):
@@ -185,7 +186,7 @@ def test_on_ucx_every_read_gets_one_tagged_message(ring: SharedRingBuffer, refus
     assert parse(status).status != Status.OK  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("lane", list(LANES.values()))
 def test_an_inline_read_gets_its_payload_with_its_status_and_holds_no_lease(
     ring: SharedRingBuffer, lane: Lane
 ) -> None:
@@ -204,7 +205,7 @@ def test_an_inline_read_gets_its_payload_with_its_status_and_holds_no_lease(
 @pytest.mark.parametrize("consumed", [True, False])
 def test_an_inline_read_ends_as_its_ack_says(consumed: bool) -> None:
     with SharedRingBuffer(2, 10) as ring:
-        server, writer = Server(ring, Lane.TCP), put(ring)
+        server, writer = Server(ring, TCP), put(ring)
         server.say(Kind.READ, writer, 3, flags=Flag.INLINE)
         server.session.take()
         server.say(Kind.ACK, writer, 3, flags=Flag.CONSUMED if consumed else Flag.NONE)
@@ -227,7 +228,7 @@ def test_an_inline_payload_nobody_acknowledged_can_be_read_again(ring: SharedRin
     assert again.session.take()[1] == b"payload"
 
 
-@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("lane", list(LANES.values()))
 @pytest.mark.parametrize("refused", ["stale", "slot", "reader"])
 def test_a_refused_inline_read_gets_nothing_but_its_status(
     ring: SharedRingBuffer, refused: str, lane: Lane
@@ -245,7 +246,7 @@ def test_a_refused_inline_read_gets_nothing_but_its_status(
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_payload_above_the_inline_size_needs_a_lease(more: int) -> None:
     with SharedRingBuffer(1, MAX_INLINE_BYTES + 1, readers=2) as ring:
-        server, writer = Server(ring, Lane.UCX), put(ring, bytes(MAX_INLINE_BYTES + more))
+        server, writer = Server(ring, UCX), put(ring, bytes(MAX_INLINE_BYTES + more))
         server.say(Kind.READ, writer, tag=0, flags=Flag.INLINE)
         status, rest = server.session.take()
         assert parse(status).status == (Status.ERROR if more else Status.OK)  # type: ignore[arg-type]
@@ -260,7 +261,7 @@ def test_a_payload_above_the_inline_size_needs_a_lease(more: int) -> None:
 def test_inline_reads_beside_others_are_answered_in_order() -> None:
     with SharedRingBuffer(3, BATCH_BYTES) as ring:
         small, large = put(ring, b"small"), put(ring, bytes(BATCH_BYTES - 1))
-        server = Server(ring, Lane.TCP)
+        server = Server(ring, TCP)
         reads = ((small, Flag.INLINE), (large, 0), (small, Flag.INLINE), (small, Flag.INLINE))
         frames = [
             Frame(Kind.READ, flags=flags, slot=which.slot, request=number, sequence=which.sequence).pack()
@@ -283,7 +284,7 @@ def test_an_inline_payload_has_the_checksum_of_its_bytes(checksum: str) -> None:
         writer = put(ring)
         if checksum == "kept":
             ring.checksum(writer.slot, writer.sequence, lambda _: 77)
-        server = Server(ring, Lane.TCP, checksum=None if checksum == "none" else len)
+        server = Server(ring, TCP, checksum=None if checksum == "none" else len)
         server.say(Kind.READ, writer, flags=Flag.INLINE)
         status = parse(server.session.take()[0])  # type: ignore[arg-type]
         expected = {"none": (0, 0), "kept": (Flag.CHECKSUM, 77), "computed": (Flag.CHECKSUM, 7)}[checksum]
@@ -311,7 +312,7 @@ def test_a_request_id_whose_inline_payload_is_not_acknowledged_must_not_be_used_
 
 
 def test_on_ucx_a_read_that_is_not_inline_needs_a_tag(ring: SharedRingBuffer) -> None:
-    server, writer = Server(ring, Lane.UCX), put(ring)
+    server, writer = Server(ring, UCX), put(ring)
     server.say(Kind.READ, writer, tag=0)
     with pytest.raises(ProtocolError, match=r"^a READ on the ucx lane has no tag, and is not inline$"):
         server.session.take()
@@ -319,7 +320,7 @@ def test_on_ucx_a_read_that_is_not_inline_needs_a_tag(ring: SharedRingBuffer) ->
 
 def test_on_ucx_a_read_of_a_closed_ring_gets_its_tagged_message_too() -> None:
     ring = SharedRingBuffer(2, 10)
-    server, writer = Server(ring, Lane.UCX), put(ring)
+    server, writer = Server(ring, UCX), put(ring)
     ring.close()
     server.say(Kind.READ, writer, tag=3)
     _, _, payload = server.session.take()
@@ -327,7 +328,7 @@ def test_on_ucx_a_read_of_a_closed_ring_gets_its_tagged_message_too() -> None:
     assert (payload.tag, payload.view.nbytes) == (3, 0)
 
 
-@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("lane", list(LANES.values()))
 def test_a_reference_that_says_another_size_is_answered_with_an_error(ring: SharedRingBuffer, lane: Lane) -> None:
     server, writer = Server(ring, lane), put(ring)
     server.say(Kind.READ, writer, 5, nbytes=8)
@@ -335,14 +336,14 @@ def test_a_reference_that_says_another_size_is_answered_with_an_error(ring: Shar
     assert isinstance(status, Frame)
     assert (status.status, status.request, status.nbytes) == (Status.ERROR, 5, len(text))  # type: ignore[arg-type]
     assert text == b"the payload has 7 bytes, the reference says 8"
-    assert rest == ([b""] if lane is Lane.UCX else [])
+    assert rest == ([b""] if lane is UCX else [])
     assert (server.session.leases, ring.statistics().leases, ring.get_ready_count()) == (0, 0, 1)
     assert server.counters.snapshot() == {"error": 1}
     server.say(Kind.READ, writer, 6, nbytes=7)
     assert server.statuses() == [Status.OK]
 
 
-@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("lane", list(LANES.values()))
 def test_a_ring_that_refuses_what_the_handshake_promised_is_answered_with_its_error(lane: Lane) -> None:
     with SharedRingBuffer(1, 10) as ring:
         server = Server(ring, lane, promised_slots=2)
@@ -351,11 +352,11 @@ def test_a_ring_that_refuses_what_the_handshake_promised_is_answered_with_its_er
     assert isinstance(status, Frame)
     assert (status.status, status.request) == (Status.ERROR, 5)
     assert text == b"the ring has slots 0 to 0 (slot 1)"
-    assert rest == ([b""] if lane is Lane.UCX else [])
+    assert rest == ([b""] if lane is UCX else [])
     assert server.counters.snapshot() == {"error": 1}
 
 
-@pytest.mark.parametrize("lane", [Lane.TCP, Lane.UCX])
+@pytest.mark.parametrize("lane", [TCP, UCX])
 def test_a_payload_of_one_byte_is_sent(ring: SharedRingBuffer, lane: Lane) -> None:
     server, writer = Server(ring, lane), put(ring, b"x")
     server.say(Kind.READ, writer)
@@ -646,8 +647,8 @@ def test_a_payload_consumed_while_its_checksum_is_computed_is_still_sent(ring: S
 def test_refused_hello_is_answered_counted_and_closes(ring: SharedRingBuffer) -> None:
     counters = Counters()
     identity = ServerIdentity(ring.producer_id, SLOTS, SLOT_BYTES, MAX_LEASES, 2)
-    session = ServerSession(Lane.TCP, ring, identity, secret=b"secret", counters=counters)
-    client = ClientHandshake(Lane.TCP, ring.producer_id)
+    session = ServerSession(TCP, ring, identity, secret=b"secret", counters=counters)
+    client = ClientHandshake(TCP, ring.producer_id)
     session.receive(client.hello())
     assert len(session.take()) == 1
     assert (session.closing, session.established) == (False, False)
@@ -661,9 +662,9 @@ def test_refused_hello_is_answered_counted_and_closes(ring: SharedRingBuffer) ->
 def test_a_hello_for_another_lane_is_answered_counted_and_closes(ring: SharedRingBuffer) -> None:
     counters = Counters()
     identity = ServerIdentity(ring.producer_id, SLOTS, SLOT_BYTES, MAX_LEASES, 2)
-    session = ServerSession(Lane.TCP, ring, identity, counters=counters)
+    session = ServerSession(TCP, ring, identity, counters=counters)
     assert (session.established, session.closing) == (False, False)
-    session.receive(ClientHandshake(Lane.SHM, ring.producer_id).hello())
+    session.receive(ClientHandshake(SHM, ring.producer_id).hello())
     assert len(session.take()) == 1
     assert session.closing
     assert counters.snapshot() == {"malformed": 1}
@@ -681,8 +682,8 @@ def test_a_client_that_leaves_instead_of_proving_the_secret_is_counted_once(
         (other_producer, b"other", 0),
     ):
         counters = Counters()
-        session = ServerSession(Lane.TCP, ring, identity, secret=mine, counters=counters)
-        session.receive(ClientHandshake(Lane.TCP, producer, secret).hello())
+        session = ServerSession(TCP, ring, identity, secret=mine, counters=counters)
+        session.receive(ClientHandshake(TCP, producer, secret).hello())
         session.take()
         for _ in range(2):
             session.close()
@@ -892,7 +893,7 @@ def test_an_inline_read_of_another_size_is_answered_with_an_error(ring: SharedRi
 
 
 def test_an_inline_payload_lies_nowhere_in_the_segment(ring: SharedRingBuffer) -> None:
-    server, writer = Server(ring, Lane.SHM), put(ring)
+    server, writer = Server(ring, SHM), put(ring)
     server.say(Kind.READ, writer, flags=Flag.INLINE)
     (status,) = statuses(server.session.take())
     assert (status.offset, status.tag) == (0, 0)
@@ -959,7 +960,7 @@ def test_on_shm_status_says_when_the_payload_was_committed() -> None:
             return 12.5
 
     with SharedRingBuffer(1, 10, clock=Clock()) as ring:
-        server, writer = Server(ring, Lane.SHM), put(ring)
+        server, writer = Server(ring, SHM), put(ring)
         server.say(Kind.READ, writer)
         (status,) = statuses(server.session.take())
         assert (status.checksum, status.flags) == (12_500_000_000, Flag.NONE)

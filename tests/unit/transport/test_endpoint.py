@@ -1,23 +1,23 @@
 import pytest
 
 from dray.errors import ConfigError
-from dray.protocol.handshake import Lane
+from dray.transport.lanes import SHM, TCP, UCX, parse_endpoint
 from dray.transport.lanes.base import Endpoint
 
 
 @pytest.mark.parametrize(
     ("address", "endpoint"),
     [
-        ("unix:/run/dray/a b/0.sock", Endpoint(Lane.SHM, "/run/dray/a b/0.sock")),
-        ("unix:/with:colon", Endpoint(Lane.SHM, "/with:colon")),
-        ("tcp:127.0.0.1:40001", Endpoint(Lane.TCP, "127.0.0.1", 40001)),
-        ("ucx:node-7.cluster:1", Endpoint(Lane.UCX, "node-7.cluster", 1)),
-        ("unix:/not-\udcff-utf-8/0.sock", Endpoint(Lane.SHM, "/not-\udcff-utf-8/0.sock")),
-        ("tcp:[fd00::2]:65535", Endpoint(Lane.TCP, "fd00::2", 65535)),
+        ("unix:/run/dray/a b/0.sock", Endpoint(SHM, "/run/dray/a b/0.sock")),
+        ("unix:/with:colon", Endpoint(SHM, "/with:colon")),
+        ("tcp:127.0.0.1:40001", Endpoint(TCP, "127.0.0.1", 40001)),
+        ("ucx:node-7.cluster:1", Endpoint(UCX, "node-7.cluster", 1)),
+        ("unix:/not-\udcff-utf-8/0.sock", Endpoint(SHM, "/not-\udcff-utf-8/0.sock")),
+        ("tcp:[fd00::2]:65535", Endpoint(TCP, "fd00::2", 65535)),
     ],
 )
 def test_an_address_is_taken_apart_and_put_together(address: str, endpoint: Endpoint) -> None:
-    assert Endpoint.parse(address) == endpoint
+    assert parse_endpoint(address) == endpoint
     assert str(endpoint) == address
 
 
@@ -33,4 +33,4 @@ def test_an_address_is_taken_apart_and_put_together(address: str, endpoint: Endp
 )  # fmt: skip
 def test_anything_else_is_a_config_error_that_names_it(address: str) -> None:
     with pytest.raises(ConfigError, match="endpoint"):
-        Endpoint.parse(address)
+        parse_endpoint(address)

@@ -11,7 +11,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-from dray.protocol.handshake import Lane
+from dray.transport import lanes
 from dray.transport.attempts import (
     MAX_QUARANTINE_GROWTH,
     MAX_REMEMBERED,
@@ -35,7 +35,7 @@ def attempts(
     endpoints: list[str],
     quarantine: Quarantine | None = None,
     *,
-    lanes: tuple[int, ...] = (Lane.SHM, Lane.UCX, Lane.TCP),
+    lanes: tuple[int, ...] = (lanes.SHM, lanes.UCX, lanes.TCP),
     rotation: int = 0,
     most: int = 2,
 ) -> ReadAttempts:
@@ -44,14 +44,14 @@ def attempts(
 
 def test_endpoints_that_cannot_be_parsed_do_not_spoil_the_others() -> None:
     endpoints = ("rdma:h:1", "tcp:h:0", "unix:\ud800", "tcp:h:1", "")
-    assert by_lane(endpoints, (Lane.SHM, Lane.UCX, Lane.TCP)) == (("tcp:h:1",),)
+    assert by_lane(endpoints, (lanes.SHM, lanes.UCX, lanes.TCP)) == (("tcp:h:1",),)
 
 
 def test_a_reference_without_an_endpoint_that_can_be_used_names_those_that_cannot() -> None:
     with pytest.raises(ConfigError) as caught:
-        by_lane(("rdma:h:1", "tcp:h:0", "unix:/a"), (Lane.TCP,))
+        by_lane(("rdma:h:1", "tcp:h:0", "unix:/a"), (lanes.TCP,))
     assert [mistake.value for mistake in caught.value.mistakes] == ["rdma:h:1", "tcp:h:0"]
-    assert by_lane(("unix:/a",), (Lane.TCP,)) == ()
+    assert by_lane(("unix:/a",), (lanes.TCP,)) == ()
 
 
 def test_a_lane_that_cannot_be_used_is_left_for_the_others_and_kept_where_it_is_alone() -> None:
@@ -146,17 +146,17 @@ def test_what_a_client_remembers_of_failed_endpoints_is_bounded() -> None:
 
 def test_bound_of_an_attempt_follows_the_slowest_of_the_last_answers_of_its_lane() -> None:
     latencies = Latencies()
-    assert latencies.bound(Lane.TCP) == UNKNOWN_ATTEMPT_SECONDS
-    latencies.answered(Lane.TCP, 0.001)
-    assert latencies.bound(Lane.TCP) == MIN_ATTEMPT_SECONDS
-    assert latencies.bound(Lane.UCX) == UNKNOWN_ATTEMPT_SECONDS
-    latencies.answered(Lane.TCP, 2.0)
-    slow = latencies.bound(Lane.TCP)
+    assert latencies.bound(lanes.TCP) == UNKNOWN_ATTEMPT_SECONDS
+    latencies.answered(lanes.TCP, 0.001)
+    assert latencies.bound(lanes.TCP) == MIN_ATTEMPT_SECONDS
+    assert latencies.bound(lanes.UCX) == UNKNOWN_ATTEMPT_SECONDS
+    latencies.answered(lanes.TCP, 2.0)
+    slow = latencies.bound(lanes.TCP)
     assert slow > 10.0
     bounds = []
     for _ in range(100):
-        latencies.answered(Lane.TCP, 0.001)
-        bounds.append(latencies.bound(Lane.TCP))
+        latencies.answered(lanes.TCP, 0.001)
+        bounds.append(latencies.bound(lanes.TCP))
     assert bounds[0] > 0.8 * slow
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[-1] == MIN_ATTEMPT_SECONDS
@@ -218,7 +218,7 @@ def test_reads_rotate_over_the_endpoints_of_a_lane() -> None:
 def test_the_best_lane_goes_first_and_lanes_not_allowed_are_not_tried() -> None:
     for rotation in range(4):
         assert attempts([*TCP, *SHM], rotation=rotation).choose(0.0) in SHM
-        assert attempts([*TCP, *SHM], lanes=(Lane.TCP,), rotation=rotation).choose(0.0) in TCP
+        assert attempts([*TCP, *SHM], lanes=(lanes.TCP,), rotation=rotation).choose(0.0) in TCP
 
 
 def test_a_quarantined_endpoint_is_skipped_and_the_next_lane_taken() -> None:

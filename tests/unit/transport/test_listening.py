@@ -18,8 +18,8 @@ from waiting import wait_until
 from dray import ConfigError, PayloadClient, TransportTimeout
 from dray.clock import Deadline
 from dray.errors import Unreachable
-from dray.transport.lanes import tcp, unix
-from dray.transport.lanes.unix import UnixListener
+from dray.transport.lanes import LANES, SHM, TCP, Endpoint
+from dray.transport.lanes.socket import UnixListener
 
 SOCKETS = ("shm", "tcp")
 
@@ -42,7 +42,7 @@ def full_backlog(name: str) -> Iterator[tuple[socket.socket, Any]]:
 
 
 def connect(name: str, address: Any, deadline: Deadline) -> Any:
-    return unix.connect(address, deadline) if name == "shm" else tcp.connect(*address, deadline)
+    return LANES[name].connect(Endpoint(LANES[name], *([address] if name == "shm" else address)), deadline)
 
 
 @pytest.mark.parametrize("name", SOCKETS)
@@ -63,7 +63,7 @@ def test_connecting_waits_for_room_in_the_backlog() -> None:
 
         thread = threading.Thread(target=accept)
         thread.start()
-        stream = unix.connect(address, Deadline.after(10))
+        stream = SHM.connect(Endpoint(SHM, address), Deadline.after(10))
         thread.join(10)
         assert not thread.is_alive()
         stream.close()
@@ -71,7 +71,7 @@ def test_connecting_waits_for_room_in_the_backlog() -> None:
 
 def test_a_host_that_does_not_exist_is_unreachable() -> None:
     with pytest.raises(Unreachable, match="unknown"):
-        tcp.connect("fe80::1%none", 40001, Deadline.after(5))
+        TCP.connect(Endpoint(TCP, "fe80::1%none", 40001), Deadline.after(5))
 
 
 def test_a_socket_path_that_is_too_long_is_refused_by_its_length() -> None:
@@ -85,7 +85,7 @@ def test_a_socket_path_that_is_taken_is_not_taken_over() -> None:
     with contextlib.closing(first):
         with pytest.raises(Unreachable):
             UnixListener(path)
-        unix.connect(str(path), Deadline.after(5)).close()
+        SHM.connect(Endpoint(SHM, str(path)), Deadline.after(5)).close()
     assert not path.exists()
 
 
@@ -94,7 +94,7 @@ def test_a_process_of_another_user_is_not_served() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="dray-", dir="/tmp") as open_to_all,
         serving("shm", directory=Path(open_to_all)) as server,
-        PayloadClient(lanes="shm") as client,
+        PayloadClient(lane="shm") as client,
     ):
         ref = server.put_bytes(b"payload")
         path = Path(endpoint_of(server, "shm").host)

@@ -1,18 +1,19 @@
 """What a server thread decides about its connections, without sockets."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from simulation import ManualClock
 
 from dray.counters import Counters
-from dray.protocol.contract import Outgoing, Payload
-from dray.protocol.frames import FRAME_BYTES, Frame, Kind, parse
-from dray.protocol.handshake import ClientHandshake, Lane, ServerIdentity
+from dray.protocol.frames import FRAME_BYTES, Frame, Kind, Outgoing, Payload, parse
+from dray.protocol.handshake import ClientHandshake, ServerIdentity
 from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer
+from dray.transport.lanes import TCP, UCX
+from dray.transport.lanes.base import Lane
 from dray.transport.served_connections import (
-    MIN_UCX_BYTES_PER_SECOND,
     TURN_SECONDS,
     ServedConnections,
     ThreadSettings,
@@ -22,7 +23,9 @@ from dray.transport.served_connections import (
 class Silent:
     """A stream whose peer says nothing."""
 
-    lane = Lane.UCX
+    lane = UCX
+    worker: Any = "any"
+    peer_pid = None
     wants_write = False
     drained = True
 
@@ -41,7 +44,7 @@ class Silent:
     def flush(self) -> bool:
         return True
 
-    def expect(self, target: memoryview, tag: int) -> None:
+    def expect(self, target: memoryview) -> int:
         raise AssertionError
 
     def payload_arrived(self, nbytes: int) -> bool:
@@ -66,6 +69,7 @@ class Talking(Silent):
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane  # type: ignore[misc]
+        self.worker = "any" if lane.tagged else None
         self.sent: list[Outgoing] = []
         self.full = False
         self.travelled = 0
@@ -125,7 +129,7 @@ def read_asked(ring: SharedRingBuffer, stream: Talking, request: int = 1) -> Non
     stream.ask(Frame(Kind.READ, slot=writer.slot, sequence=writer.sequence, request=request, tag=request))
 
 
-@pytest.mark.parametrize("lane", [Lane.TCP, Lane.UCX])
+@pytest.mark.parametrize("lane", [TCP, UCX])
 def test_turn_of_a_connection_ends_with_its_time_and_the_others_are_served_before_the_next(lane: Lane) -> None:
     clock = ManualClock()
 
@@ -145,7 +149,7 @@ def test_turn_of_a_connection_ends_with_its_time_and_the_others_are_served_befor
         assert [frame.request for frame in greedy.statuses()] == [0, 1]
         assert not served.serve(connections[modest])
         assert [frame.request for frame in modest.statuses()] == [7]
-        serve_again = served.serve_ucx if lane is Lane.UCX else served.serve_again
+        serve_again = served.serve_driven if lane is UCX else served.serve_again
         turns = 1
         while serve_again():
             turns += 1
@@ -171,7 +175,7 @@ def test_reader_to_which_bytes_travel_keeps_its_lease_and_loses_it_when_they_sto
     clock = ManualClock()
     with SharedRingBuffer(1, 1 << 20) as ring:
         served = serving(ring, clock)
-        stream = Talking(Lane.TCP)
+        stream = Talking(TCP)
         served.add(stream)
         stream.full = True
         read_asked(ring, stream)
@@ -187,7 +191,7 @@ def test_reader_to_which_bytes_travel_keeps_its_lease_and_loses_it_when_they_sto
         assert ring.get_ready_count() == 1
 
 
-@pytest.mark.parametrize("lane", [Lane.TCP, Lane.UCX])
+@pytest.mark.parametrize("lane", [TCP, UCX])
 def test_reader_without_progress_loses_its_lease_after_its_limit(lane: Lane) -> None:
     clock = ManualClock()
     with SharedRingBuffer(1, 64) as ring:
@@ -207,9 +211,9 @@ def test_payload_that_is_on_its_way_keeps_the_lease_at_most_as_long_as_a_slow_on
     """A worker that others keep busy says nothing of this payload."""
     clock = ManualClock()
     seconds = 30
-    with SharedRingBuffer(1, seconds * MIN_UCX_BYTES_PER_SECOND) as ring:
+    with SharedRingBuffer(1, seconds * UCX.min_bytes_per_second) as ring:
         served = serving(ring, clock)
-        stream = Talking(Lane.UCX)
+        stream = Talking(UCX)
         served.add(stream)
         stream.full = True
         read_asked(ring, stream)
@@ -227,9 +231,9 @@ def test_payload_that_is_on_its_way_keeps_the_lease_at_most_as_long_as_a_slow_on
 
 def test_payload_that_has_left_gives_its_reader_the_whole_limit_again() -> None:
     clock = ManualClock()
-    with SharedRingBuffer(1, 100 * MIN_UCX_BYTES_PER_SECOND) as ring:
+    with SharedRingBuffer(1, 100 * UCX.min_bytes_per_second) as ring:
         served = serving(ring, clock)
-        stream = Talking(Lane.UCX)
+        stream = Talking(UCX)
         served.add(stream)
         stream.full = True
         read_asked(ring, stream)
@@ -261,7 +265,7 @@ def test_a_silent_connection_is_looked_at_when_its_time_is_over_and_not_before()
         for _ in range(4):
             clock.advance(1.1)
             served.sweep()
-            served.serve_ucx()
+            served.serve_driven()
             assert served.timeout(stopping=False) == 1005.0 - clock.now()
         clock.advance(1.0)
         assert served.sweep()

@@ -122,7 +122,7 @@ from pathlib import Path
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 ring = SharedRingBuffer(1, 64)
-server = PayloadServer(ring, lanes="shm", directory=Path(sys.argv[1]))
+server = PayloadServer(ring, lane="shm", directory=Path(sys.argv[1]))
 if os.fork() == 0:
     # The child speaks for both: it runs this only after it has closed what it inherited of the server.
     print(Path(server.endpoints[0].removeprefix("unix:")).parent, flush=True)
@@ -212,20 +212,20 @@ def test_folders_on_the_way_to_a_root_are_made_for_this_user_only(tmp_path: Path
 def test_a_configured_directory_too_deep_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
     root = tmp_path / ("d" * 90)
     with SharedRingBuffer(1, 64) as ring, pytest.raises(ConfigError, match="a path of"):
-        PayloadServer(ring, lanes="shm", directory=root)
+        PayloadServer(ring, lane="shm", directory=root)
     assert not root.exists()
 
 
 def test_directory_that_no_reference_can_carry_is_an_error_that_leaves_nothing(root: Path) -> None:
     with SharedRingBuffer(1, 64) as ring, pytest.raises(ConfigError, match="control characters") as caught:
-        PayloadServer(ring, lanes="shm", directory=root / "a\nb")
+        PayloadServer(ring, lane="shm", directory=root / "a\nb")
     assert caught.value.key == "directory"
     assert list((root / "a\nb").iterdir()) == []
 
 
 def test_sockets_lie_in_the_private_folder_and_go_with_the_server(root: Path) -> None:
     with SharedRingBuffer(1, 64) as ring:
-        with PayloadServer(ring, lanes="shm", threads=2, directory=root) as server:
+        with PayloadServer(ring, lane="shm", threads=2, directory=root) as server:
             paths = [Path(endpoint.removeprefix("unix:")) for endpoint in server.endpoints]
             assert all(path.is_socket() and path.parent.parent == root for path in paths)
             for path in paths:

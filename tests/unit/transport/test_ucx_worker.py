@@ -22,8 +22,9 @@ from dray import (
     TransportTimeout,
     make_secret,
 )
+from dray.clock import Deadline
 from dray.errors import ConnectionClosed, ConnectionReset, Unreachable
-from dray.transport.lanes import ucx, ucx_sockets, ucx_worker
+from dray.transport.lanes import UCX, Endpoint, parse_endpoint, ucx_sockets, ucx_worker
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_worker import UcxWorker
 
@@ -33,7 +34,7 @@ def test_w9_a_connection_that_comes_while_a_worker_is_busy_until_its_end_is_refu
     with contextlib.closing(UcxWorker(True)) as mine:
         theirs = UcxWorker(True)
         listener = UcxListener(theirs, "127.0.0.1")
-        stream = ucx.connect(mine, "127.0.0.1", int(listener.endpoint.rpartition(":")[2]))
+        stream = UCX.connect(parse_endpoint(listener.endpoint), Deadline.after(20), mine)
         with contextlib.closing(stream):
             assert theirs.arm()
             waiting = functools.partial(select.select, [theirs.fileno()], [], [], 0)
@@ -58,7 +59,7 @@ def own_address() -> str:
 def test_a_ucx_server_on_an_interface_is_read_at_its_address() -> None:
     host = own_address()
     secret = make_secret()
-    with serving("ucx", host=host, secret=secret) as server, PayloadClient(lanes="ucx", secret=secret) as client:
+    with serving("ucx", host=host, secret=secret) as server, PayloadClient(lane="ucx", secret=secret) as client:
         ref = server.put_bytes(b"payload")
         assert ref.endpoints[0].startswith(f"ucx:{host}:")
         assert bytes(client.read_bytes(ref)) == b"payload"
@@ -78,7 +79,7 @@ def test_a_port_on_which_nobody_listens_has_no_socket() -> None:
 
 def test_a_host_that_ucx_does_not_know_is_a_transport_error() -> None:
     with contextlib.closing(UcxWorker(True)) as worker, pytest.raises(TransportError):
-        ucx.connect(worker, "no host", 40001)
+        UCX.connect(Endpoint(UCX, "no host", 40001), Deadline.after(20), worker)
 
 
 ERRORS = {
@@ -110,7 +111,7 @@ def test_c1_errors_of_ucx_are_told_apart_by_their_type(name: str) -> None:
 def test_without_the_package_ucx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ucx_worker, "UCXX_AVAILABLE", False)
     with SharedRingBuffer(1, 10) as ring:
-        for make in (lambda: PayloadClient(lanes="ucx"), lambda: PayloadServer(ring, lanes="ucx")):
+        for make in (lambda: PayloadClient(lane="ucx"), lambda: PayloadServer(ring, lane="ucx")):
             with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[ucxx\]'"):
                 make()
 
@@ -127,7 +128,7 @@ def test_a_library_without_the_count_of_cancelled_requests_is_used_as_it_is(
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     ucx_worker._canceling_size.cache_clear()
     try:
-        with serving("ucx") as server, PayloadClient(lanes="ucx") as client:
+        with serving("ucx") as server, PayloadClient(lane="ucx") as client:
             assert bytes(client.read_bytes(server.put_bytes(b"payload"))) == b"payload"
         assert ucx_worker._canceling_size() is None
     finally:
@@ -137,7 +138,7 @@ def test_a_library_without_the_count_of_cancelled_requests_is_used_as_it_is(
 def test_a_stream_tells_whether_it_is_open() -> None:
     with contextlib.closing(UcxWorker(True)) as mine, contextlib.closing(UcxWorker(True)) as theirs:
         listener = UcxListener(theirs, "127.0.0.1")
-        stream = ucx.connect(mine, "127.0.0.1", int(listener.endpoint.rpartition(":")[2]))
+        stream = UCX.connect(parse_endpoint(listener.endpoint), Deadline.after(20), mine)
         assert repr(stream) == "<UcxStream open>"
         stream.close()
         assert repr(stream) == "<UcxStream closed>"

@@ -7,13 +7,14 @@ import pytest
 
 from dray.clock import Deadline
 from dray.errors import TransportTimeout
-from dray.transport.lanes.unix import UnixStream
+from dray.transport.lanes import SHM
+from dray.transport.lanes.socket import UnixStream
 from dray.transport.polling import PollWaiter
 
 
 def test_who_waits_for_room_is_not_kept_busy_by_what_has_come() -> None:
     left, right = socket.socketpair()
-    stream = UnixStream(left)
+    stream = UnixStream(left, SHM)
     with right, contextlib.closing(stream):
         right.send(b"an answer to something else")
         while stream.send([bytes(65536)]):

@@ -22,17 +22,19 @@ from dray.launch.output import open_output, resume_line
 from dray.launch.signals import SignalInbox
 from dray.launch.site import Elsewhere, Nowhere, Site, chosen_token
 from dray.launch.slurm.command_line import Task
-from dray.launch.slurm.network import Interface, choose_interface, is_loopback
+from dray.launch.slurm.network import Interface, choose_interface
 from dray.launch.slurm.placement import environment, placements
 from dray.launch.slurm.plan import NODE_VARIABLE, Plan
 from dray.launch.slurm.remote import OtherNodes
 from dray.launch.slurm.task_process import run_task
 from dray.launch.supervisor import supervise
+from dray.name_resolution import is_loopback
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.membership import Role
 from dray.runtime.place import LOOPBACK
 from dray.runtime.process import log_to_stderr
+from dray.transport.lanes import LANES
 
 
 def run_head(task: Task) -> int:
@@ -81,8 +83,10 @@ def check_between_nodes(config: JobConfig, interface: Interface) -> None:
     Raises:
         ConfigError: the lane, or a configured Redis server, is for one machine only.
     """
-    if config.job.lane == "shm" and config.job.payload_transfer == "ucxx":
-        raise ConfigError("job.lane", "shm", 'one that goes between nodes: "auto", "tcp" or "ucx"')
+    lane = LANES.get(config.job.lane)
+    if lane is not None and lane.local and config.job.payload_transfer == "ucxx":
+        between = ", ".join(each.name for each in LANES.values() if not each.local)
+        raise ConfigError("job.lane", lane.name, f'a lane between nodes: "auto" or one of {between}')
     if config.redis.url is None:
         return
     address = RedisAddress(config.redis.url)

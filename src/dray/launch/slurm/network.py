@@ -8,7 +8,6 @@ other machine reaches it.
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import math
 import socket
 import struct
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.name_resolution import is_loopback
 
 _SYS = Path("/sys/class")
 _ROUTES = Path("/proc/net/route")
@@ -113,14 +113,6 @@ def default_route(table: Path = _ROUTES) -> str | None:
         if int(destination, 16) == int(mask, 16) == 0 and int(metric) < best:
             best, name = int(metric), interface
     return name
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an address, is one that other machines do not reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def boot_id() -> str:

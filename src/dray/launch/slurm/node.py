@@ -29,10 +29,11 @@ from dray.launch.slurm.command_line import Task
 from dray.launch.slurm.connection import connect
 from dray.launch.slurm.greeting import Purpose
 from dray.launch.slurm.link import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
-from dray.launch.slurm.network import Interface, boot_id, choose_interface, is_loopback
+from dray.launch.slurm.network import Interface, boot_id, choose_interface
 from dray.launch.slurm.placement import Placement, environment, placements
 from dray.launch.slurm.task_process import run_task
 from dray.launch.teardown import Means, Teardown
+from dray.name_resolution import is_loopback
 from dray.runtime.descendants import child_pids, is_running, kill_orphans
 from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.job import JobFolder, JobSpec

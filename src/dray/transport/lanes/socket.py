@@ -1,16 +1,26 @@
-"""What Unix and TCP streams share: messages and payloads over one non-blocking byte stream."""
+"""The lanes over sockets: ``shm`` over Unix sockets, whose payloads stay in the segment, and ``tcp``.
+
+Both send messages, and ``tcp`` payloads as well, over one non-blocking byte stream.
+"""
 
 from __future__ import annotations
 
 import array
 import errno
-import math
+import os
+import select
 import socket
+import struct
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from dray import admission
 from dray.clock import Deadline
 from dray.errors import (
+    AuthenticationError,
+    ConfigError,
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
@@ -19,18 +29,23 @@ from dray.errors import (
     Unreachable,
 )
 from dray.forking import not_inherited
-from dray.protocol.contract import Outgoing, Payload
-from dray.protocol.handshake import Lane
-from dray.resources import out_of_resources
+from dray.path_text import bytes_of, path_of, text_of
+from dray.private_directory import MAX_SOCKET_PATH
+from dray.protocol.frames import Outgoing, Payload
+from dray.resources import descriptors_exhausted, keep_result, out_of_resources
+from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, SilentPeers, Worker
+from dray.transport.polling import CloseEvent, PollWaiter, addresses_of
 
 READ_AHEAD = 64 * 1024
 UNPROVEN_READ_AHEAD = 256
-"""Of an accepted connection until many messages are asked for together: the handshake's have at most 64 bytes."""
+"""The same for an accepted connection during the handshake, whose messages have at most 64 bytes."""
 
-MOST_PARTS = 256
+MAX_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
-_FEW, _MUCH = 64 * 1024, 256 * 1024
+PORTS_TO_TRY = 64
+
+_FEW, _MANY = 64 * 1024, 256 * 1024
 """While more than a few bytes of a payload are missing, a reader of TCP is woken for many at a time."""
 
 # In the kernel's `struct tcp_info`: the bytes that the peer has acknowledged and those that came from it, and the
@@ -39,53 +54,16 @@ _TCP_INFO_BYTES = 232
 _TCP_BYTES = slice(120, 136)
 _TCP_SEND_WINDOW = slice(228, 232)
 
+_UCRED = struct.Struct("3i")
+_DESCRIPTOR = struct.Struct("@i")
+_TIMEVAL = struct.Struct("@ll")
+
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 """Flag for every send: where the program has restored SIGPIPE, a peer that is gone must not end the process."""
 
-_LONGEST_POLL = 2**31 - 1
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
 
-
-def make_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
-    """A new socket.
-
-    Raises:
-        OutOfResources: no descriptor is left for it.
-        Unreachable: this system has no such sockets.
-    """
-    try:
-        return socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise from_os_error(error) from error
-
-
-def poll_timeout(deadline: Deadline) -> float | None:
-    """What is left, as `select.poll` takes it: milliseconds, of which it takes 24 days at most."""
-    milliseconds = deadline.remaining * 1000
-    return milliseconds if milliseconds < _LONGEST_POLL else None if deadline.at == math.inf else _LONGEST_POLL
-
-
-def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError:
-    """The dray error that an operating system's error on a socket stands for, by type."""
-    match error:
-        case TimeoutError():
-            return TransportTimeout(f"the kernel gave up on the connection: {error}", endpoint=endpoint)
-        case ConnectionResetError() | BrokenPipeError() | ConnectionAbortedError():
-            return ConnectionReset(f"the connection was reset: {error}", endpoint=endpoint)
-        case _:
-            if (exhausted := out_of_resources(error, "a connection", endpoint)) is not None:
-                return exhausted
-            refused = error.errno in _REFUSED
-            return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
-
-
-def _messages_only(items: Sequence[Outgoing]) -> bytes | None:
-    """The items in one piece, unless there is a payload among them."""
-    if len(items) == 1:
-        item = items[0]
-        return None if isinstance(item, Payload) else item
-    messages = [item for item in items if not isinstance(item, Payload)]
-    return b"".join(messages) if len(messages) == len(items) else None
+SocketAddress = bytes | tuple[Any, ...]
 
 
 class SocketStream:
@@ -93,9 +71,12 @@ class SocketStream:
 
     Args:
         sock: the socket; the stream owns it from now on.
-        lane: ``SHM`` for a Unix socket, ``TCP`` for a TCP socket.
-        accepted: it is the server's end, which has little memory until the peer has proven the secret.
+        lane: the lane of the connection.
+        accepted: this is the server's end, which uses little memory until the peer has proven the secret.
     """
+
+    worker = None
+    peer_pid: int | None = None
 
     def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
         sock.setblocking(False)
@@ -108,9 +89,8 @@ class SocketStream:
         self._descriptor: int | None = None
         self._expected: deque[memoryview] = deque()
         self._filled = 0
-        self._wakes_late = lane is Lane.TCP
-        self._awaits = 1
-        self._dry = False  # nothing more was there at the last look: whoever drives this waits before the next
+        self._low_water = 1
+        self._dry = False  # the last read found nothing more: the user waits before the next one
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -136,10 +116,14 @@ class SocketStream:
         self._begin = begin + size
         return self._view[begin : begin + size]
 
+    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
+        message = self.receive(size)
+        return None if message is None else (bytes(message), -1)
+
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         parts = self._parts
         if descriptor is None and not parts and (message := _messages_only(items)) is not None:
-            # Most of the time messages leave at once and whole.
+            # In most cases messages leave at once and whole.
             try:
                 sent = self._sock.send(message, NO_SIGNAL)
             except BlockingIOError:
@@ -162,7 +146,7 @@ class SocketStream:
     def flush(self) -> bool:
         parts = self._parts
         while parts:
-            batch = [parts[i] for i in range(min(len(parts), MOST_PARTS))]
+            batch = [parts[i] for i in range(min(len(parts), MAX_PARTS))]
             try:
                 sent = self._sendmsg(batch)
             except BlockingIOError:
@@ -177,8 +161,9 @@ class SocketStream:
             self._dry = True
         return True
 
-    def expect(self, target: memoryview, tag: int) -> None:
+    def expect(self, target: memoryview) -> int:
         self._expected.append(target)
+        return 0
 
     def payload_arrived(self, nbytes: int) -> bool:
         target = self._expected[0]
@@ -192,13 +177,7 @@ class SocketStream:
         return True
 
     def progress(self) -> object:
-        if self.lane is not Lane.TCP:
-            return None
-        try:
-            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        except OSError:  # the connection has failed: it makes no progress
-            return None
-        return info[_TCP_BYTES], info[_TCP_SEND_WINDOW]
+        return None
 
     def close(self) -> None:
         self._parts.clear()
@@ -244,15 +223,14 @@ class SocketStream:
             got = self._recv(target[self._filled :], within=True)
             self._filled += got
         missing = target.nbytes - self._filled
-        if self._wakes_late:
-            self._await(min(missing, _MUCH) if missing > _FEW else 1)
+        self._wake_at(min(missing, _MANY) if missing > _FEW else 1)
         return not missing
 
-    def _await(self, nbytes: int) -> None:
-        """Have the socket become readable when so much has come, or the connection has ended."""
-        if nbytes != self._awaits:
+    def _wake_at(self, nbytes: int) -> None:
+        """Let the socket become readable when so much has come, or the connection has ended."""
+        if nbytes != self._low_water:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-            self._awaits = nbytes
+            self._low_water = nbytes
 
     def _recv(self, room: memoryview | bytearray, within: bool = False) -> int:
         """Bytes received; 0 when there are none yet."""
@@ -282,4 +260,353 @@ class SocketStream:
 
     def __repr__(self) -> str:
         state = "closed" if self._sock.fileno() < 0 else f"fd {self._sock.fileno()}"
-        return f"<{type(self).__name__} {self.lane.label} {state}>"
+        return f"<{type(self).__name__} {self.lane.name} {state}>"
+
+
+class TcpStream(SocketStream):
+    """A `Stream` over a TCP connection."""
+
+    def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            sock.close()
+            raise from_os_error(error) from error
+        super().__init__(sock, lane, accepted)
+
+    def progress(self) -> object:
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:  # the connection has failed: it makes no progress
+            return None
+        return info[_TCP_BYTES], info[_TCP_SEND_WINDOW]
+
+
+class UnixStream(SocketStream):
+    """A `Stream` over a Unix socket. The message that ends the handshake brings the segment's descriptor."""
+
+    def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
+        super().__init__(sock, lane, accepted)
+        if accepted:
+            self.peer_pid, self.peer_uid = self._peer()
+
+    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
+        received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
+        try:
+            keep_result(received, self._sock.recvmsg, size, socket.CMSG_LEN(_DESCRIPTOR.size))
+            ((message, ancillary, flags, _),) = received
+            if len(message) != size:
+                raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
+            descriptor = _descriptor(ancillary)
+            if descriptor < 0 and flags & socket.MSG_CTRUNC:
+                # The kernel drops a descriptor for which the receiver has no number.
+                exhausted = descriptors_exhausted("the segment's descriptor")
+                raise exhausted or MessageTruncated("the segment's descriptor did not come with the handshake")
+        except BaseException as error:
+            for _, ancillary, _, _ in received:
+                if (descriptor := _descriptor(ancillary)) >= 0:
+                    os.close(descriptor)
+            if received or not isinstance(error, OSError):
+                raise
+            if isinstance(error, BlockingIOError):
+                return None
+            raise from_os_error(error) from error
+        return message, descriptor
+
+    def _peer(self) -> tuple[int, int]:
+        """(pid, uid) of the process at the other end, from the kernel."""
+        pid, uid, _gid = _UCRED.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        return pid, uid
+
+
+def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The descriptor that came with a message, or -1."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) == _DESCRIPTOR.size:
+            (descriptor,) = _DESCRIPTOR.unpack(data)
+            return int(descriptor)
+    return -1
+
+
+# --- listening ------------------------------------------------------------------------------------------------
+
+
+class SocketListener:
+    """What both listeners share: a non-blocking socket, and connections that the kernel accepts."""
+
+    worker: Worker | None = None
+    silent: SilentPeers | None = None
+    waiting = False
+
+    def __init__(self, sock: socket.socket, endpoint: str) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self.endpoint = endpoint
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Stop listening. Twice is fine."""
+        self._sock.close()
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            return admission.accept(self._sock)
+        except OSError as error:
+            raise from_os_error(error) from error
+
+
+class UnixListener(SocketListener):
+    """Listens on a path; only processes of this user get a stream."""
+
+    def __init__(self, path: Path) -> None:
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise ConfigError("socket path", str(path), f"at most {MAX_SOCKET_PATH} bytes")
+        self.path = path
+        endpoint = SHM.endpoint(text_of(path))
+        sock = not_inherited(make_socket(socket.AF_UNIX))
+        try:
+            sock.bind(os.fsencode(path))
+            sock.listen(admission.BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise from_os_error(error, endpoint) from error
+        super().__init__(sock, endpoint)
+
+    def accept(self) -> UnixStream | None:
+        """The next connection; None when there is none.
+
+        Raises:
+            AuthenticationError: it came from a process of another user; it is closed.
+        """
+        sock = self._accept()
+        if sock is None:
+            return None
+        stream = UnixStream(sock, SHM, accepted=True)
+        if stream.peer_uid != os.getuid():
+            stream.close()
+            raise AuthenticationError(
+                f"process {stream.peer_pid} belongs to user {stream.peer_uid}, not to this one",
+                endpoint=self.endpoint,
+            )
+        return stream
+
+    def close(self) -> None:
+        if self._sock.fileno() >= 0:
+            super().close()
+            self.path.unlink(missing_ok=True)
+
+
+class TcpListener(SocketListener):
+    """Listens at a numeric address, on `port` or, if that is taken, on the next free one; port 0 takes any."""
+
+    def __init__(self, host: str, port: int = 0) -> None:
+        try:
+            sock = not_inherited(make_socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+        except Unreachable as error:
+            allowed = f"an address of a kind that this machine's kernel has ({error.message})"
+            raise ConfigError("host", host, allowed) from error
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bind_next_free(sock, host, port)
+            sock.listen(admission.BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        super().__init__(sock, TCP.endpoint(host, sock.getsockname()[1]))
+
+    def accept(self) -> TcpStream | None:
+        """The next connection; None when there is none."""
+        sock = self._accept()
+        try:
+            return None if sock is None else TcpStream(sock, TCP, accepted=True)
+        except TransportError:  # the connection has ended meanwhile
+            return None
+
+
+def make_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+    """A new socket.
+
+    Raises:
+        OutOfResources: no descriptor is left for it.
+        Unreachable: this system has no such sockets.
+    """
+    try:
+        return socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise from_os_error(error) from error
+
+
+def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
+    """Bind to the first free port from `port` on.
+
+    Raises:
+        ConfigError: this machine has no such address, or no port is free.
+    """
+    for candidate in range(port, min(port + PORTS_TO_TRY, 65536)) if port else (0,):
+        try:
+            sock.bind((host, candidate))
+            return
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
+            raise ConfigError("host", host, f"an address of this machine ({error.strerror or error})") from error
+    raise no_free_port(port)
+
+
+def no_free_port(port: int) -> ConfigError:
+    """The error where every port that was tried is taken."""
+    return ConfigError("port", port, f"a port with a free one among the {PORTS_TO_TRY} from it on, or 0")
+
+
+# --- connecting -----------------------------------------------------------------------------------------------
+
+
+class ShmLane(Lane):
+    """Processes of one user on one host: messages over a Unix socket, payloads in the shared segment."""
+
+    name, number, scheme, form = "shm", 1, "unix", "unix:PATH"
+    in_band = False
+    local = True
+
+    def parse_address(self, text: str) -> tuple[str, int] | None:
+        try:
+            encoded = bytes_of(text)
+        except UnicodeEncodeError:
+            return None
+        return (text, 0) if 0 < len(encoded) <= MAX_SOCKET_PATH and b"\0" not in encoded else None
+
+    def format_address(self, host: str, port: int) -> str:
+        return host
+
+    def connect(
+        self,
+        address: Endpoint,
+        deadline: Deadline,
+        worker: Worker | None = None,
+        closing: CloseEvent | None = None,
+    ) -> UnixStream:
+        """Connect to a server's Unix socket.
+
+        Raises:
+            Unreachable: there is no such socket, or no server listens on it. If even its folder is missing, which
+                exists as long as a server lives, the socket is another host's (`elsewhere`).
+            TransportTimeout: its backlog stayed full until the deadline.
+            OutOfResources: no descriptor is left for the connection.
+        """
+        sock = make_socket(socket.AF_UNIX)
+        try:
+            connect_socket(sock, bytes_of(address.host), deadline, str(address))
+        except Unreachable as error:
+            sock.close()
+            error.elsewhere = error.refused and not path_of(address.host).parent.is_dir()
+            raise
+        except BaseException:
+            sock.close()
+            raise
+        return UnixStream(sock, self)
+
+    def listen(self, place: ListenAt) -> UnixListener:
+        assert place.path is not None
+        return UnixListener(place.path)
+
+
+class TcpLane(HostPortLane):
+    """TCP: messages and payloads over one connection, between any two machines."""
+
+    name, number, scheme, form = "tcp", 2, "tcp", "tcp:HOST:PORT"
+
+    def connect(
+        self,
+        address: Endpoint,
+        deadline: Deadline,
+        worker: Worker | None = None,
+        closing: CloseEvent | None = None,
+    ) -> TcpStream:
+        """Connect to a server, trying each address of the host.
+
+        Raises:
+            Unreachable: the host is unknown, or no server listens there.
+            TransportTimeout: the name server or the host did not answer before the deadline.
+            OutOfResources: no descriptor is left for the connection.
+        """
+        endpoint = str(address)
+        failure: Unreachable | None = None
+        found = addresses_of(address.host, address.port, deadline, endpoint=endpoint, closing=closing)
+        for family, place in found:
+            sock = make_socket(family)
+            try:
+                connect_socket(sock, place, deadline, endpoint, closing=closing)
+            except Unreachable as error:
+                sock.close()
+                failure = error
+                continue
+            except BaseException:
+                sock.close()
+                raise
+            return TcpStream(sock, self)
+        raise failure or Unreachable("the host has no address", endpoint=endpoint)
+
+    def listen(self, place: ListenAt) -> TcpListener:
+        return TcpListener(place.host, place.port)
+
+
+SHM = ShmLane()
+TCP = TcpLane()
+
+
+def connect_socket(
+    sock: socket.socket,
+    address: SocketAddress,
+    deadline: Deadline,
+    endpoint: str,
+    *,
+    closing: CloseEvent | None = None,
+) -> None:
+    """Connect within the deadline: a non-blocking connect, and a bounded wait."""
+    sock.setblocking(False)
+    code = sock.connect_ex(address)
+    if code == errno.EINPROGRESS:
+        waiter = PollWaiter(closing)
+        waiter.wait_for(sock.fileno(), select.POLLOUT, deadline, awaited="the connection", endpoint=endpoint)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    elif code == errno.EAGAIN:
+        code = _connect_to_full_backlog(sock, address, deadline)
+    if code == errno.EAGAIN:
+        raise TransportTimeout("the server does not accept", endpoint=endpoint, elapsed=deadline.elapsed)
+    if code:
+        raise from_os_error(OSError(code, os.strerror(code)), endpoint)
+
+
+def _connect_to_full_backlog(sock: socket.socket, address: SocketAddress, deadline: Deadline) -> int:
+    """A Unix socket whose backlog is full gives no event to wait for: the kernel waits, for the send timeout."""
+    left = 0.0 if deadline.timeout is None else max(deadline.remaining, 0.001)  # zero means no limit here
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(left), int(left % 1 * 1e6)))
+    sock.setblocking(True)
+    code = sock.connect_ex(address)
+    sock.setblocking(False)
+    return code
+
+
+def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError:
+    """The dray error for an operating system's error on a socket, by type."""
+    match error:
+        case TimeoutError():
+            return TransportTimeout(f"the kernel gave up on the connection: {error}", endpoint=endpoint)
+        case ConnectionResetError() | BrokenPipeError() | ConnectionAbortedError():
+            return ConnectionReset(f"the connection was reset: {error}", endpoint=endpoint)
+        case _:
+            if (exhausted := out_of_resources(error, "a connection", endpoint)) is not None:
+                return exhausted
+            refused = error.errno in _REFUSED
+            return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
+
+
+def _messages_only(items: Sequence[Outgoing]) -> bytes | None:
+    """The items in one piece, unless there is a payload among them."""
+    if len(items) == 1:
+        item = items[0]
+        return None if isinstance(item, Payload) else item
+    messages = [item for item in items if not isinstance(item, Payload)]
+    return b"".join(messages) if len(messages) == len(items) else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import secrets
 import socket
 import struct
@@ -20,8 +21,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from dray.clock import Deadline
 from dray.errors import (
-    ConfigError,
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
@@ -29,15 +30,16 @@ from dray.errors import (
     TransportError,
     Unreachable,
 )
-from dray.protocol.contract import Outgoing, Payload
-from dray.protocol.handshake import Lane
-from dray.transport.lanes.base import Endpoint
-from dray.transport.lanes.ucx_sockets import SilentPeers, can_name_peers, confine, is_loopback, listening_socket
-from dray.transport.lanes.ucx_worker import Abandoned, UcxWorker, from_ucx_error
+from dray.name_resolution import is_loopback
+from dray.protocol.frames import Outgoing, Payload
+from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Worker
+from dray.transport.lanes.socket import PORTS_TO_TRY, no_free_port
+from dray.transport.lanes.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
+from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, Abandoned, UcxWorker, from_ucx_error, require
+from dray.transport.polling import CloseEvent, addresses_of
 
-_PORTS_TO_TRY = 64
 _PREAMBLE = struct.Struct("<Q")
-_LONGEST_MESSAGE = 64 * 1024
+_MAX_MESSAGE = 64 * 1024
 """Frames that are sent together are cut into messages of at most this size."""
 
 
@@ -58,16 +60,18 @@ class UcxStream:
         accepted: this is the server's end.
     """
 
-    lane = Lane.UCX
     wants_write = False
+    peer_pid: int | None = None
 
     def __init__(self, worker: UcxWorker, endpoint: Any, accepted: bool) -> None:
+        self.lane: Lane = UCX
         self.worker = worker
         self.closed = False
         self._endpoint = endpoint
         self._accepted = accepted
         self._mine = secrets.randbits(64)
         self._mine_tag = worker.ucx.UCXXTag(self._mine)
+        worker.awaited.add(self._mine)
         self._theirs: Any = None
         self._inbox = bytearray()
         self._incoming: tuple[Any, bytearray] | None = None
@@ -104,9 +108,9 @@ class UcxStream:
         del self._inbox[:size]
         return memoryview(message)
 
-    def awaits(self, tag: int) -> bool:
-        """The peer sends its messages under this tag."""
-        return tag == self._mine
+    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
+        message = self.receive(size)
+        return None if message is None else (bytes(message), -1)
 
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         self._check_open()
@@ -132,11 +136,13 @@ class UcxStream:
         self._awaited = _Awaited.MESSAGE
         return True
 
-    def expect(self, target: memoryview, tag: int) -> None:
+    def expect(self, target: memoryview) -> int:
         self._check_open()
+        tag = self.worker.next_tag()
         memory = target if target.nbytes else memoryview(bytearray(1))
         request = self._post("tag_recv", memory, self.worker.ucx.UCXXTag(tag))
         self._expected.append((request, memory, tag))
+        return tag
 
     def payload_arrived(self, nbytes: int) -> bool:
         request, memory, _ = self._expected[0]
@@ -159,6 +165,7 @@ class UcxStream:
         if self.closed:
             return
         self.closed = True
+        self.worker.awaited.discard(self._mine)
         requests = [*self._sends, *((request, memory) for request, memory, _ in self._expected)]
         requests += [request for request in (self._incoming, self._preamble) if request is not None]
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
@@ -206,7 +213,7 @@ class UcxStream:
             found = self.worker.probe(self._mine_tag)
             if not found.matched:
                 return False
-            if found.length > _LONGEST_MESSAGE:
+            if found.length > _MAX_MESSAGE:
                 raise ProtocolError(f"a message of {found.length} bytes is longer than any of the protocol's")
             self._incoming = self.worker.take(found)
         request, memory = self._incoming
@@ -233,8 +240,8 @@ class UcxStream:
         self._send_messages(messages)
 
     def _send_messages(self, messages: bytearray) -> None:
-        for begin in range(0, len(messages), _LONGEST_MESSAGE):
-            part = messages[begin : begin + _LONGEST_MESSAGE]
+        for begin in range(0, len(messages), _MAX_MESSAGE):
+            part = messages[begin : begin + _MAX_MESSAGE]
             self._sends.append((self._post("tag_send", part, self._theirs), part))
 
     def _check(self, request: Any) -> None:
@@ -293,7 +300,7 @@ class UcxListener:
     """
 
     def __init__(self, worker: UcxWorker, host: str, port: int = 0) -> None:
-        self._worker = worker
+        self.worker = worker
         self._requests: deque[int] = deque()
         self.silent: SilentPeers | None = None
         self._listening: socket.socket | None = None
@@ -308,7 +315,10 @@ class UcxListener:
             raise
         # UCX answers at no other address of the loopback network, such as the 127.0.1.1 of Debian's host names.
         advertised = "127.0.0.1" if is_loopback(host) else host
-        self.endpoint = str(Endpoint(Lane.UCX, advertised, self._listener.port))
+        self.endpoint = UCX.endpoint(advertised, self._listener.port)
+
+    def fileno(self) -> int:
+        return -1
 
     @property
     def waiting(self) -> bool:
@@ -319,19 +329,19 @@ class UcxListener:
         """The next connection, or None when there is none."""
         if self._listener is None or not self._requests:
             return None
-        ucx = self._worker.ucx
+        ucx = self.worker.ucx
         try:
             endpoint = self._listener.create_endpoint_from_conn_request(self._requests.popleft(), True)
         except ucx.UCXError as error:
             raise from_ucx_error(error, self.endpoint) from error
-        return UcxStream(self._worker, endpoint, accepted=True)
+        return UcxStream(self.worker, endpoint, accepted=True)
 
     def close(self) -> None:
         """Take no more connections. The port is free again when the worker is closed."""
         if self._listener is None:
             return
         if self._listening is not None:
-            self._worker.retire(self._listener, self._listening, self._refuse)
+            self.worker.retire(self._listener, self._listening, self._refuse)
             self._listening.close()
         if self.silent is not None:
             self.silent.close()
@@ -340,11 +350,11 @@ class UcxListener:
 
     def _refuse(self, listener: Any = None) -> None:
         """End the connections that wait to be accepted: UCX keeps what nobody answers."""
-        ucx, listener = self._worker.ucx, listener or self._listener
+        ucx, listener = self.worker.ucx, listener or self._listener
         while self._requests:
             with contextlib.suppress(ucx.UCXError):  # it has ended by itself
                 endpoint = listener.create_endpoint_from_conn_request(self._requests.popleft(), True)
-                self._worker.close_endpoint(endpoint, [])
+                self.worker.close_endpoint(endpoint, [])
 
     def _requested(self, request: int) -> None:
         if self.silent is not None:
@@ -352,19 +362,69 @@ class UcxListener:
         self._requests.append(request)
 
     def _bind(self, port: int) -> Any:
-        for candidate in range(port, min(port + _PORTS_TO_TRY, 65536)) if port else (0,):
+        for candidate in range(port, min(port + PORTS_TO_TRY, 65536)) if port else (0,):
             try:
-                return self._worker.listen(candidate, self._requested)
+                return self.worker.listen(candidate, self._requested)
             except Unreachable as error:
                 if not error.refused:
                     raise
-        raise ConfigError("port", port, f"a port with a free one among the {_PORTS_TO_TRY} from it on, or 0")
+        raise no_free_port(port)
 
 
-def connect(worker: UcxWorker, host: str, port: int) -> UcxStream:
-    """Begin a connection to a server's UCX endpoint at a numeric address; the handshake shows whether it stands.
+class UcxLane(HostPortLane):
+    """UCX, over RDMA or TCP: payloads as tagged messages, between any two machines."""
 
-    Raises:
-        Unreachable: the host is unknown.
-    """
-    return UcxStream(worker, worker.connect(host, port), accepted=False)
+    name, number, scheme, form = "ucx", 3, "ucx", "ucx:HOST:PORT"
+    tagged = True
+    ipv4_only = True
+    extra = "ucxx"
+    install = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu12]'); no GPU is needed"
+    min_bytes_per_second = 1 << 20
+
+    def check(self) -> None:
+        require()
+
+    @property
+    def available(self) -> bool:
+        return UCXX_AVAILABLE
+
+    def advice(self) -> str:
+        chosen = sorted(name for name in os.environ if name.startswith("UCX_"))
+        return f"check the environment: {', '.join(chosen)}" if chosen else "UCX_LOG_LEVEL=info shows more"
+
+    def make_worker(self, address: Endpoint) -> UcxWorker:
+        return UcxWorker(is_loopback(address.host))
+
+    def fits(self, worker: Worker, address: Endpoint) -> bool:
+        return isinstance(worker, UcxWorker) and worker.loopback is is_loopback(address.host)
+
+    def connect(
+        self,
+        address: Endpoint,
+        deadline: Deadline,
+        worker: Worker | None = None,
+        closing: CloseEvent | None = None,
+    ) -> UcxStream:
+        """Begin a connection to a server's UCX endpoint; the handshake shows whether it stands.
+
+        Raises:
+            Unreachable: the host is unknown, or has no IPv4 address.
+        """
+        assert isinstance(worker, UcxWorker)
+        # UCX asks the system's resolver itself, without a limit: it gets numeric addresses only.
+        found = addresses_of(address.host, address.port, deadline, endpoint=str(address), closing=closing)
+        for family, place in found:
+            if family is socket.AF_INET:
+                return UcxStream(worker, worker.connect(place[0], address.port), accepted=False)
+        raise Unreachable("the host has no IPv4 address, which UCX needs", endpoint=str(address))
+
+    def listen(self, place: ListenAt) -> UcxListener:
+        worker = UcxWorker(is_loopback(place.host))
+        try:
+            return UcxListener(worker, place.host, place.port)
+        except BaseException:
+            worker.close()
+            raise
+
+
+UCX = UcxLane()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import ipaddress
 import math
 import os
 import socket
@@ -23,6 +22,7 @@ from dray.admission import MAX_UNPROVEN, Unproven
 from dray.clock import MONOTONIC, Clock
 from dray.errors import ConfigError, Unreachable
 from dray.forking import not_inherited
+from dray.name_resolution import is_loopback
 
 _OWN_ADDRESS = "an IPv4 address of one of this machine's interfaces"
 _IFNAME = struct.Struct("16s16x")
@@ -230,15 +230,6 @@ def drop_all_packets(listening: socket.socket) -> None:
     program = ctypes.create_string_buffer(_RETURN_NOTHING)
     filter_ = _SOCK_FPROG.pack(1, ctypes.addressof(program))
     listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_)
-
-
-@functools.lru_cache(maxsize=1024)
-def is_loopback(host: str) -> bool:
-    """The host is this machine's loopback."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # --- descriptors ----------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ class UcxWorker:
 
     Attributes:
         data_ports: TCP ports to which UCX connects other workers with this one.
+        awaited: the tags under which peers send messages to the streams of this worker.
 
     Raises:
         MissingDependencyError: the package is not installed, or does not load.
@@ -142,6 +143,7 @@ class UcxWorker:
         # Another thread may have opened others meanwhile.
         self.data_ports = frozenset(port for port in opened if port.to_bytes(2, "big") in address)
         self.loopback = loopback
+        self.awaited: set[int] = set()
         self.steps = 0
         # Nobody who has not been told a tag should hit upon one.
         self._tags = itertools.count(secrets.randbits(62))
@@ -233,13 +235,13 @@ class UcxWorker:
             # UCX cuts the message to what there is room for, and is done with all of it.
             self.abandon([(self._worker.tag_recv(self.array(memory), tag), memory)])
 
-    def drop_strays(self, awaits: Callable[[int], bool]) -> None:
-        """Drop the oldest messages that nobody asked for, up to the first whose tag somebody `awaits`.
+    def drop_strays(self) -> None:
+        """Drop the oldest messages that were not asked for, up to the first under an `awaited` tag.
 
         UCX would keep them as long as the worker lives.
         """
         any_tag = self.ucx.UCXXTag(0), self.ucx.UCXXTagMask(0)
-        while (found := self._worker.tag_probe(*any_tag)).matched and not awaits(found.sender_tag.value):
+        while (found := self._worker.tag_probe(*any_tag)).matched and found.sender_tag.value not in self.awaited:
             self.discard(self.ucx.UCXXTag(found.sender_tag.value))
 
     def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
