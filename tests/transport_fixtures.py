@@ -71,7 +71,7 @@ import json, os, sys
 import numpy as np
 from dray import *
 from dray.ring import SharedRingBuffer
-from dray.clock import Deadline
+from dray.clock import Deadline, Stopwatch
 from dray.transport.connection import Connection
 from dray.transport.lanes.ucx_worker import UcxWorker
 arguments = json.loads(sys.argv[1])

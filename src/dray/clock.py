@@ -1,4 +1,4 @@
-"""Time, in one place: a `Clock` that tests can replace, and the `Deadline` that bounds every wait."""
+"""Time: a `Clock` that tests can replace, `Deadline` limits every wait, and `Stopwatch` measures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Anything that tells monotonic seconds."""
+    """A source of monotonic seconds."""
 
     def now(self) -> float:
         """Seconds on a clock that never goes back."""
@@ -27,10 +27,29 @@ class MonotonicClock:
 MONOTONIC: Clock = MonotonicClock()
 
 
-class Deadline:
-    """A fixed point in time that an operation and everything under it must not outlive.
+class Stopwatch:
+    """Measures the time since it was made.
 
-    One deadline is made where the operation starts and is handed down; nobody below makes a later one.
+    Args:
+        clock: where the time comes from.
+    """
+
+    __slots__ = ("_clock", "_started")
+
+    def __init__(self, clock: Clock = MONOTONIC) -> None:
+        self._clock = clock
+        self._started = clock.now()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this stopwatch was made."""
+        return self._clock.now() - self._started
+
+
+class Deadline:
+    """A point in time that an operation and all its parts must not exceed.
+
+    One deadline is made where the operation starts and is passed down. No part makes a later one.
     """
 
     __slots__ = ("_clock", "_started", "at")
@@ -42,7 +61,7 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float | None, clock: Clock = MONOTONIC) -> Deadline:
-        """The deadline `seconds` from now; ``None`` means that only the caller's own end bounds the wait."""
+        """The deadline `seconds` from now; ``None`` means no limit."""
         now = clock.now()
         return cls(math.inf if seconds is None else now + seconds, clock, now)
 
@@ -52,7 +71,7 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """Seconds left, never negative; ``inf`` without a bound."""
+        """Seconds left, never negative; ``inf`` without a limit."""
         return max(0.0, self.at - self._clock.now())
 
     @property
@@ -66,13 +85,13 @@ class Deadline:
 
     @property
     def timeout(self) -> float | None:
-        """What is left, in the form that `threading` and `select` take: seconds, or ``None`` for no bound."""
+        """The remaining seconds as `threading` and `select` take them: ``None`` for no limit."""
         return None if self.at == math.inf else self.remaining
 
-    def share(self, part: float, now: float | None = None, most: float = math.inf) -> Deadline:
-        """A deadline that gets `part` (0 … 1) of what is left of this one, and at most so many seconds.
+    def fraction(self, part: float, now: float | None = None, most: float = math.inf) -> Deadline:
+        """A deadline after `part` (0 … 1) of the remaining time, and at most `most` seconds from now.
 
-        `now` is given if it is known.
+        `now` saves a look at the clock where it is known.
         """
         if self.at == most == math.inf:
             return self
@@ -80,7 +99,7 @@ class Deadline:
             now = self._clock.now()
         return Deadline(now + min(max(0.0, self.at - now) * part, most), self._clock, now)
 
-    def sooner(self, seconds: float) -> Deadline:
+    def capped_at(self, seconds: float) -> Deadline:
         """The earlier of this deadline and `seconds` from now."""
         now = self._clock.now()
         return Deadline(min(self.at, now + seconds), self._clock, now)

@@ -141,7 +141,7 @@ class MissingDependencyError(DrayError, ImportError, RuntimeError):
 # --- payloads -------------------------------------------------------------------------------------------------
 
 
-class PayloadError(DrayError):
+class PayloadError(DrayError, ValueError):
     """A payload cannot be packed or unpacked.
 
     The message is one line of bounded length, whatever the names of fields in it are: they may come from a peer.
@@ -166,15 +166,15 @@ class PayloadFormatError(PayloadError):
 # --- slots ----------------------------------------------------------------------------------------------------
 
 
-class SlotError(DrayError):
+class SlotError(DrayError, RuntimeError):
     """A slot cannot be used as asked."""
 
 
-class StaleSlotError(SlotError):
+class StaleSlotError(SlotError, LookupError):
     """The slot has moved on: the payload that the reference names was consumed or overwritten."""
 
 
-class BufferFullError(SlotError):
+class BufferFullError(SlotError, TimeoutError):
     """No slot became free in time."""
 
     retryable = True
@@ -184,20 +184,20 @@ class BufferClosedError(SlotError):
     """The ring, server or client is closed, or belongs to the parent of a forked process."""
 
 
-class LeaseInUseError(SlotError):
+class LeaseInUseError(SlotError, BufferError):
     """An array of an in-place lease is still referenced; the slot stays leased until it is gone."""
 
 
 # --- transport ------------------------------------------------------------------------------------------------
 
 
-class TransportError(DrayError):
+class TransportError(DrayError, ConnectionError):
     """A connection failed; another attempt, perhaps over another endpoint, may succeed."""
 
     retryable = True
 
 
-class ConnectionReset(TransportError):
+class ConnectionReset(TransportError, ConnectionResetError):
     """The peer reset the connection, or an operation on it was cancelled."""
 
 
@@ -205,7 +205,7 @@ class ConnectionClosed(TransportError):
     """The peer closed the connection."""
 
 
-class TransportTimeout(TransportError):
+class TransportTimeout(TransportError, TimeoutError):
     """The deadline passed; the message says what was awaited."""
 
 
@@ -238,7 +238,7 @@ class Unreachable(TransportError):
         self.lane_unusable = lane_unusable
 
 
-class OutOfResources(TransportError, OSError):
+class OutOfResources(TransportError):
     """The process or the machine has no descriptor, or the kernel no memory, left; the message names the limit.
 
     It is also raised where a ring, server or client is made. It says nothing about the peer.
@@ -261,15 +261,15 @@ class ServerBusy(TransportError):
     """The server's lease limit for this connection is reached; the endpoint itself is healthy."""
 
 
-class ProtocolError(DrayError):
+class ProtocolError(DrayError, ValueError):
     """The peer does not speak the protocol."""
 
 
-class AuthenticationError(ProtocolError):
+class AuthenticationError(ProtocolError, PermissionError):
     """The peer could not prove that it knows the job's secret, or refused our proof."""
 
 
-class ReaderIdError(ProtocolError, ValueError):
+class ReaderIdError(ProtocolError):
     """A reader id is not one of the ring's; the message says which ids it has."""
 
 
@@ -277,7 +277,7 @@ class VersionMismatch(ProtocolError):
     """The peer speaks another version of the protocol."""
 
 
-class ProducerLostError(DrayError):
+class ProducerLostError(DrayError, ConnectionError):
     """The producer of a payload is gone, and the payload with it."""
 
 
@@ -298,5 +298,5 @@ class OutputError(DrayError, OSError):
         return type(self), (self.filename, self.strerror)
 
 
-class ControlPlaneError(DrayError):
+class ControlPlaneError(DrayError, ConnectionError):
     """Redis or the controller did not answer as it must."""

@@ -59,6 +59,8 @@ def resolve(
             found = _answer(host, deadline, wait, endpoint)
     except (socket.gaierror, ValueError) as error:  # ValueError: a label is too long, or there is a NUL
         raise Unreachable(f"the host {host!r} is unknown: {error}", endpoint=endpoint) from error
+    except TransportError:
+        raise
     except OSError as error:
         raise Unreachable(f"the host {host!r} cannot be looked up: {error}", endpoint=endpoint) from error
     return [(family, (address[0], port, *address[2:])) for family, address in found]

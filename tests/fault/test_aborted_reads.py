@@ -117,7 +117,7 @@ say()
 def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(count: int) -> None:
     """Aborted before READ, within the payload, before the ACK; every byte of the reads between is compared."""
     began = time.monotonic()
-    options = {"lanes": "ucx", "threads": 1}
+    options = {"lane": "ucx", "threads": 1}
     slots = len(LASTING) + len(PASSING)
     with Child(SERVER, slots=slots, slot_bytes=max(LASTING), options=options) as server, Child(ABORTER) as client:
         server.hear()

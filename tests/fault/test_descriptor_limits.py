@@ -85,7 +85,7 @@ NAMED = "RLIMIT_NOFILE: soft limit 64, hard limit 64"
 
 @pytest.fixture
 def producers() -> Any:
-    arguments = {"slots": 2, "slot_bytes": 100_000, "options": {"lanes": ["shm", "tcp"], "threads": 1}}
+    arguments = {"slots": 2, "slot_bytes": 100_000, "options": {"lane": ["shm", "tcp"], "threads": 1}}
     script = SERVER.replace(
         "server.put_bytes(pattern(seed, nbytes), timeout=20)", 'server.put({"a": np.zeros(nbytes)}, timeout=20)'
     )

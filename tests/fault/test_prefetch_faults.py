@@ -178,7 +178,7 @@ def test_c13_another_producer_on_the_address_is_told_apart(lane: str) -> None:
         with producer(lane) as first:
             refs = put(first, 1)
             port = int(refs[0].endpoints[0].rpartition(":")[2])
-        with UCXXBuffer(UCXXBufferConfig(lanes=(lane,), port=port, slots=2, n_server_threads=2)) as other:  # type: ignore[arg-type]
+        with UCXXBuffer(UCXXBufferConfig(lane=(lane,), port=port, slots=2, n_server_threads=2)) as other:  # type: ignore[arg-type]
             assert set(other.server.endpoints) & set(refs[0].endpoints)
             other.write({"rewards": np.ones(3)})
             assert values(reader.fetch_all(refs, timeout=20)) == [ProducerLostError]

@@ -25,7 +25,7 @@ while (number := hear()) is not None:
             assert not limit.expired, "nobody reads"
             pause.wait(0.001)
         connections = server.statistics()["open_connections"]
-        closing = Deadline.after(None)
+        closing = Stopwatch()
         server.close()
         ended = closing.elapsed, connections, ring.statistics().leases
     gc.collect()

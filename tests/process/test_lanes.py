@@ -42,7 +42,7 @@ SCHEMES = {"shm": "unix", "tcp": "tcp", "ucx": "ucx"}
 
 
 def server_on(lane: str, slots: int = 3, slot_bytes: int = 1 << 20, **options: Any) -> Child:
-    return Child(SERVER, slots=slots, slot_bytes=slot_bytes, options={"lanes": lane, "threads": 1, **options})
+    return Child(SERVER, slots=slots, slot_bytes=slot_bytes, options={"lane": lane, "threads": 1, **options})
 
 
 def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
@@ -147,7 +147,7 @@ SLOW_OPTIONS = {"threads": 1, "lease_timeout": 0.6}
 
 def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut() -> None:
     """Neither by the server nor by the client: each payload has the whole deadline of its batch."""
-    options = {**SLOW_OPTIONS, "lanes": ["tcp"]}
+    options = {**SLOW_OPTIONS, "lane": ["tcp"]}
     with (
         Child(SERVER, slots=6, slot_bytes=2 << 20, options=options) as server,
         PayloadClient(lane="tcp") as client,
@@ -186,7 +186,7 @@ say("read")
 
 def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut_on_ucx() -> None:
     nbytes = 48 << 20
-    with Child(SERVER, slots=1, slot_bytes=nbytes, options={**SLOW_OPTIONS, "lanes": ["ucx"]}) as server:
+    with Child(SERVER, slots=1, slot_bytes=nbytes, options={**SLOW_OPTIONS, "lane": ["ucx"]}) as server:
         server.hear()
         ref = server.ask([1, nbytes])
         with Child(SLOW_READER, ref=ref) as reader:

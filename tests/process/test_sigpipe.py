@@ -14,7 +14,7 @@ DEFAULT = "import signal\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
 
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
 def test_producer_with_the_default_action_of_sigpipe_survives_the_end_of_its_readers(lane: Any) -> None:
-    options = {"lanes": [lane], "threads": 1}
+    options = {"lane": [lane], "threads": 1}
     with Child(DEFAULT + SERVER, slots=2, slot_bytes=8 << 20, options=options) as producer:
         producer.hear()
         refs = [reference(producer.ask([0, 8 << 20])) for _ in range(2)]

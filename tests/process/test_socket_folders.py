@@ -15,7 +15,7 @@ def socket_of(endpoints: list[str]) -> Path:
 
 
 def test_w12_sockets_of_dead_owners_are_swept_at_the_next_start_and_those_of_others_stay() -> None:
-    options = {"lanes": "shm", "threads": 1}
+    options = {"lane": "shm", "threads": 1}
     with (
         Child(SERVER, slots=2, slot_bytes=1000, options=options) as dies,
         Child(SERVER, slots=2, slot_bytes=1000, options=options) as stopped,

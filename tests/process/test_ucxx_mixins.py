@@ -26,7 +26,7 @@ class Rollout(UCXXRolloutMixin):
         return self.write_to_buffer({"observations": observations, "rewards": [float(number)] * steps})
 
 rollout = Rollout()
-settings = {"lanes": arguments["lanes"], "slots": arguments["slots"], "slot_bytes": 1 << 16}
+settings = {"lane": arguments["lanes"], "slots": arguments["slots"], "slot_bytes": 1 << 16}
 rollout.setup_ucxx({**settings, "secret": bytes.fromhex(arguments["secret"])})
 say("serving")
 while (wanted := hear()) is not None:

@@ -381,7 +381,7 @@ class _Child:
             client.close()
 
     def _ask_to_end(self, deadline: Deadline) -> bool:
-        client = RedisClient(self.address, max(0.1, deadline.share(0.5).remaining))
+        client = RedisClient(self.address, max(0.1, deadline.fraction(0.5).remaining))
         try:
             client.do("PING")
         except (RedisConnectionError, RedisTimeoutError):

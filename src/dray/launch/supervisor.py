@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from dray.clock import Deadline
+from dray.clock import Deadline, Stopwatch
 from dray.config import JobConfig
 from dray.control import REDIS_STOP_BOUND
 from dray.errors import ControlPlaneError
@@ -93,11 +93,11 @@ class Supervisor:
         self._inbox = inbox
         self._display = display
         self._job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
-        self._began = Deadline.after(None)
+        self._began = Stopwatch()
         self._signals: list[signal.Signals] = []
         self._teardowns: list[tuple[Callable[[], Sequence[JobProcess]], Teardown]] = []
         self._asked = False
-        self._end_began: Deadline | None = None
+        self._end_began: Stopwatch | None = None
         self._status: messages.Status | None = None
         self._answered = False
         self._controller_silent = True  # until it has answered for the first time
@@ -138,7 +138,7 @@ class Supervisor:
             resources.callback(self._crew.kill_rest)
             resources.callback(self._elsewhere.close)
             self._crew.start_controller(listener, spec.token)
-            self._heard = Deadline.after(None)
+            self._heard = Stopwatch()
             client = resources.enter_context(
                 ControllerClient.of_address_file(folder.controller_address, spec.token, 1.0)
             )
@@ -330,7 +330,7 @@ class Supervisor:
         if not self._teardowns or (at_once and not self._asked):
             self._asked = at_once
             bound = self._config.timeouts.shutdown
-            self._end_began = Deadline.after(None)
+            self._end_began = Stopwatch()
             self._elsewhere.refuse()
             self._teardowns = [
                 (self._crew.rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
@@ -454,7 +454,7 @@ class Supervisor:
                 self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
         self._answered, self._controller_silent = True, False
-        self._heard, self._silences = Deadline.after(None), 0
+        self._heard, self._silences = Stopwatch(), 0
         self._ask(self._reports.send)
         self._report_alive(client, self._status)
         if self._teardowns:

@@ -165,7 +165,7 @@ class ReadThreads:
             self._freeing.hurry()
             self._work.notify_all()
             self._news.notify_all()
-            last_free = deadline.sooner(LAST_FREE_SECONDS)
+            last_free = deadline.capped_at(LAST_FREE_SECONDS)
             while self._freeing and self._crash is None and not self._ended and not last_free.expired:
                 self._news.wait(last_free.remaining)
             self._counters.add("unfreed", 0 if self._ended else len(self._freeing))

@@ -167,7 +167,7 @@ class ReferenceOutlet:
             while not heartbeat.unread.is_set() and not deadline.expired:
                 if heartbeat.over_at is not None:
                     deadline = Deadline(min(deadline.at, heartbeat.over_at + serve))
-                if self._ring.wait_consumed(each.slot, each.sequence, deadline.sooner(_SLICE / 2).timeout):
+                if self._ring.wait_consumed(each.slot, each.sequence, deadline.capped_at(_SLICE / 2).timeout):
                     break
         return self._ring.get_ready_count()
 
@@ -351,7 +351,7 @@ class ReferenceWeightsInlet:
                 if not isinstance(error, StaleSlotError):
                     _LOG.warning("weights %d cannot be fetched: %s", found.version, error)
                 counters.add("weight_stale")
-                found = self._key.wait_newer(found, deadline.sooner(_SLICE).timeout)
+                found = self._key.wait_newer(found, deadline.capped_at(_SLICE).timeout)
                 continue
             self._last = found
             counters.add("weight_payloads")

@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
-from dray.clock import MONOTONIC, Deadline
+from dray.clock import MONOTONIC, Deadline, Stopwatch
 from dray.counters import Counters
 from dray.runtime import messages
 from dray.runtime.controller_client import KEEP_ALIVE
@@ -65,7 +65,7 @@ class Controller:
     def __init__(self, spec: JobSpec, record: Callable[[messages.Status], None] | None = None) -> None:
         config = spec.config
         self._spec = spec
-        self._deadline = Deadline.after(None)
+        self._running = Stopwatch()
         self._changed = asyncio.Condition()
         self._record = record
         self.membership = Membership(
@@ -91,7 +91,7 @@ class Controller:
     async def reap_once(self) -> None:
         """Let the time that has passed act on the job."""
         self.membership.reap()
-        if self._stall.look(gather(self.membership, MONOTONIC.now(), self._deadline.elapsed)):
+        if self._stall.look(gather(self.membership, MONOTONIC.now(), self._running.elapsed)):
             _LOG.warning("stall: %s", self._stall.line)
         await self._after_event()
 
@@ -108,7 +108,7 @@ class Controller:
         return messages.Status(
             job=self._spec.config.job.name,
             phase=membership.phase,
-            seconds=self._deadline.elapsed,
+            seconds=self._running.elapsed,
             outcome=None if outcome is None else messages.OutcomeReport(**asdict(outcome)),
             prompts=membership.prompts.statistics(),
             stall=self._stalled(),

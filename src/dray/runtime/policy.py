@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dray.clock import MONOTONIC, Deadline
+from dray.clock import MONOTONIC, Stopwatch
 from dray.control import Delivery, RedisUnavailableError
 from dray.errors import ControlPlaneError, DrayError, OutOfResources, StaleSlotError
 from dray.payload.trajectory import REWARDS
@@ -405,11 +405,11 @@ class Training:
             ranks=self._config.policy.replicas,
             totals=self._totals(),
         )
-        deadline = Deadline.after(None)
+        writing = Stopwatch()
         self._log.sync()
         save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
         self._saved_step = self._step
-        _LOG.info("checkpoint of step %d written in %.2f s", self._step, deadline.elapsed)
+        _LOG.info("checkpoint of step %d written in %.2f s", self._step, writing.elapsed)
         self._intake.commit()
 
     def _save_trainers(self, folder: Path) -> None:

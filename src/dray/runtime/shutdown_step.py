@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar
 
-from dray.clock import Deadline
+from dray.clock import Stopwatch
 
 _LOG = logging.getLogger("dray.runtime.shutdown")
 _Opened = TypeVar("_Opened")
@@ -26,11 +26,11 @@ class ShutdownStep:
         self._what = what
         self._waits_for = waits_for
         self._bound = bound
-        self._began: Deadline | None = None
+        self._began: Stopwatch | None = None
 
     def begin(self) -> None:
         """Log that the step begins."""
-        self._began = Deadline.after(None)
+        self._began = Stopwatch()
         _LOG.info("shutdown: %s, waiting for %s, at most %.1f s", self._what, self._waits_for, self._bound)
 
     def end(self) -> None:

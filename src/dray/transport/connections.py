@@ -211,7 +211,7 @@ class Exchanges:
         most = math.inf
         if attempts.has_other(endpoint, now):
             most = self._latencies.bound(parse_endpoint(endpoint).lane)
-        return endpoint, deadline.share(0.5, now, most)
+        return endpoint, deadline.fraction(0.5, now, most)
 
     def answered(self, connection: Connection) -> None:
         """Note that an exchange went well, and how long its first answer took."""
@@ -350,7 +350,7 @@ class Exchanges:
         connection = holder.connection
         self.discard(holder)
         if connection is not None:
-            self._settle_at(connection.endpoint, connection.identity.producer, deadline.sooner(_SETTLE_SECONDS))
+            self._settle_at(connection.endpoint, connection.identity.producer, deadline.capped_at(_SETTLE_SECONDS))
 
     # --- connections that are kept between two calls ----------------------------------------------------------
 

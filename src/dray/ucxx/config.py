@@ -13,7 +13,7 @@ from dray.payload import PayloadSchema, TensorSpec
 from dray.payload.trajectory import EPISODE_LENGTH
 from dray.protocol.handshake import check_secret
 from dray.ring import OnFull
-from dray.transport.lanes import LANES
+from dray.transport.lanes import LaneChoice, chosen_lanes
 
 MOST_SECONDS = 86_400.0
 
@@ -78,8 +78,8 @@ class UCXXBufferConfig(_Table):
         slot_bytes: size of the largest payload.
         on_full: what writing to a full buffer does, see `SharedRingBuffer`.
         readers: how many readers each payload is meant for.
-        lanes: how payloads can be had: ``shm`` on the same host, ``ucx`` and ``tcp`` from anywhere. None stands
-            for ``shm``, and with a secret for ``ucx`` as well.
+        lane: how payloads are served, a name or several: ``shm`` on the same host, ``ucx`` and ``tcp`` from
+            anywhere. None means ``shm`` and, with a secret, ``ucx``.
         host: address to listen on and to advertise.
         port: first port to try; 0 takes any.
         n_server_threads: server threads, each with endpoints of its own.
@@ -98,7 +98,7 @@ class UCXXBufferConfig(_Table):
     slot_bytes: int = 1 << 20
     on_full: OnFull = "block"
     readers: int = 1
-    lanes: Sequence[str] | None = None
+    lane: LaneChoice | None = None
     host: str = "127.0.0.1"
     port: int = 0
     n_server_threads: int = 2
@@ -113,10 +113,8 @@ class UCXXBufferConfig(_Table):
         _count("slot_bytes", self.slot_bytes, 1, 2**63 - 1)
         _one_of("on_full", self.on_full, ("block", "error", "overwrite"))
         _count("readers", self.readers, 1, 64)
-        if self.lanes is not None and (
-            isinstance(self.lanes, str) or not self.lanes or not set(self.lanes) <= LANES.keys()
-        ):
-            raise ConfigError("lanes", self.lanes, f"a list of some of {', '.join(LANES)}")
+        if self.lane is not None:
+            chosen_lanes("lane", self.lane)
         _count("port", self.port, 0, 65_535)
         _count("n_server_threads", self.n_server_threads, 1, 16)
         _seconds("idle_timeout", self.idle_timeout)
@@ -128,11 +126,11 @@ class UCXXBufferConfig(_Table):
         check_secret(self.secret)
 
     @property
-    def served_lanes(self) -> Sequence[str]:
+    def served_lanes(self) -> LaneChoice:
         """The lanes that are served."""
-        if self.lanes is not None:
-            return self.lanes
-        return ("shm",) if self.secret is None else ("shm", "ucx")
+        if self.lane is not None:
+            return self.lane
+        return "shm" if self.secret is None else ("shm", "ucx")
 
     @property
     def trajectory_schema(self) -> PayloadSchema | None:

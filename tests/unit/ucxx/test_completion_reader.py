@@ -16,7 +16,7 @@ from dray.ucxx.completion_reader import MIN_LATE_SECONDS, LateReads
 
 @pytest.fixture
 def buffer() -> Iterator[UCXXBuffer]:
-    with UCXXBuffer(UCXXBufferConfig(slots=16, lanes=("shm", "tcp"), n_server_threads=1)) as buffer:
+    with UCXXBuffer(UCXXBufferConfig(slots=16, lane=("shm", "tcp"), n_server_threads=1)) as buffer:
         yield buffer
 
 
@@ -117,7 +117,7 @@ def test_c6_a_stale_episode_is_skipped_and_counted_prefetched_or_not(
 
 
 def test_c13_a_lost_producer_s_episodes_are_skipped_and_counted(reader: CompletionReader) -> None:
-    with UCXXBuffer(UCXXBufferConfig(slots=4, lanes=("shm",), n_server_threads=1)) as gone:
+    with UCXXBuffer(UCXXBufferConfig(slots=4, lane=("shm",), n_server_threads=1)) as gone:
         batch = write(gone, 1.0, 2.0)
     reader.start_prefetch(batch[:1])
     assert reader.wait_prefetch()

@@ -41,7 +41,7 @@ class Packer(UCXXDataPackerMixin, DataPacker):
 @pytest.fixture
 def rollout() -> Iterator[Rollout]:
     rollout = Rollout()
-    rollout.setup_ucxx({"lanes": ["shm"], "slots": 8, "n_server_threads": 1})
+    rollout.setup_ucxx({"lane": ["shm"], "slots": 8, "n_server_threads": 1})
     yield rollout
     rollout.cleanup_ucxx()
 
@@ -222,7 +222,7 @@ def test_a_completion_without_a_reader_is_an_error_and_not_a_silent_pass(rollout
 
 def test_set_up_twice_is_an_error_and_cleaned_up_twice_is_fine(rollout: Rollout, packer: Packer) -> None:
     with pytest.raises(DrayError, match="cleanup_ucxx"):
-        rollout.setup_ucxx(UCXXBufferConfig(lanes=("shm",)))
+        rollout.setup_ucxx(UCXXBufferConfig(lane=("shm",)))
     with pytest.raises(DrayError, match="clean up"):
         packer.setup_ucxx_reader(lane="shm")
     rollout.write_to_buffer({"rewards": [1.0]})
@@ -268,7 +268,7 @@ for start in starts:
             assert error.name == "ucxx"
         else:
             raise SystemExit(f"{start} started")
-config = dray.ucxx.UCXXBufferConfig(lanes=("shm",))
+config = dray.ucxx.UCXXBufferConfig(lane=("shm",))
 with dray.ucxx.UCXXBuffer(config) as buffer, dray.ucxx.CompletionReader(lane="shm") as reader:
     assert reader.resolve(buffer.write({"rewards": [2.0]}))["rewards"] == [2.0]
 """

@@ -25,7 +25,7 @@ SCHEMA = PayloadSchema(
 
 
 def local(**settings: object) -> UCXXBuffer:
-    return UCXXBuffer(UCXXBufferConfig.parse({"lanes": ("shm",), "slots": 4, "n_server_threads": 1, **settings}))
+    return UCXXBuffer(UCXXBufferConfig.parse({"lane": ("shm",), "slots": 4, "n_server_threads": 1, **settings}))
 
 
 def test_a_trajectory_of_arrays_comes_back_as_it_was_with_its_length() -> None:
@@ -126,7 +126,7 @@ def test_a_closed_buffer_says_so_and_may_be_closed_again() -> None:
 
 def test_a_server_that_cannot_start_leaves_no_ring_behind() -> None:
     with pytest.raises(ConfigError, match="loopback"):
-        local(lanes=("tcp",), host="0.0.0.0")
+        local(lane=("tcp",), host="0.0.0.0")
 
 
 async def read_with_asyncio(buffer: UCXXBuffer) -> float:

@@ -59,9 +59,9 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(key: str, value: Any
         ("slot_bytes", 1.5),
         ("on_full", "drop"),
         ("readers", 65),
-        ("lanes", ()),
-        ("lanes", "ucx"),
-        ("lanes", ("ucx", "rdma")),
+        ("lane", ()),
+        ("lane", "rdma"),
+        ("lane", ("ucx", "rdma")),
         ("port", 65_536),
         ("n_server_threads", 17),
         ("idle_timeout", -1),
@@ -79,9 +79,9 @@ def test_a_wrong_buffer_setting_is_named(key: str, value: Any) -> None:
 
 
 def test_without_a_secret_only_shared_memory_is_served_unless_a_lane_is_named() -> None:
-    assert UCXXBufferConfig().served_lanes == ("shm",)
+    assert UCXXBufferConfig().served_lanes == "shm"
     assert UCXXBufferConfig(secret=bytes(16)).served_lanes == ("shm", "ucx")
-    assert UCXXBufferConfig(lanes=("tcp",)).served_lanes == ("tcp",)
+    assert UCXXBufferConfig(lane=("tcp",)).served_lanes == ("tcp",)
 
 
 def test_the_secret_is_not_shown() -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from dray.admission import BACKLOG
 from dray.clock import Deadline
-from dray.errors import ConfigError, TransportError, TransportTimeout, Unreachable
+from dray.errors import ConfigError, DrayError, TransportError, TransportTimeout, Unreachable
 from dray.launch.slurm.greeting import NONCE, PROOF, Guest, Purpose
 
 _PROBES = 3
@@ -65,6 +65,8 @@ def connect(
             connected.sendall(guest.answer(nonce), socket.MSG_NOSIGNAL)
             guest.check(_receive(connected, PROOF, deadline, endpoint))
             connected.setblocking(False)
+        except DrayError:
+            raise
         except TimeoutError as error:
             raise TransportTimeout(
                 "the head does not answer", endpoint=endpoint, elapsed=deadline.elapsed

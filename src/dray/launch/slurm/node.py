@@ -168,7 +168,7 @@ class NodeSupervisor:
 
     def _connect(self, address: _HeadAddress, rank: int | None, deadline: Deadline) -> socket.socket:
         purpose = Purpose(node=self._task.node, attempt=self._task.name, rank=rank)
-        bound = deadline.sooner(self._timeouts.http)
+        bound = deadline.capped_at(self._timeouts.http)
         return connect((address.host, address.port), self._task.plan.secret, purpose, bound, self._silence)
 
     def _start(self, address: _HeadAddress, interface: Interface) -> None:
