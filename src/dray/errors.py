@@ -1,29 +1,29 @@
-"""The error tree. Every error that dray raises on purpose is a `DrayError`.
+"""The errors. Every error that dray raises on purpose is a `DrayError`, and the built-in error that fits as well.
 
-`retryable` tells a caller whether the same call may succeed if it is made again. Errors about a payload or a
-connection carry what they are about (`endpoint`, `slot`, `sequence`, `elapsed`) as attributes and say it in
-their message.
+`retryable` is true where the same call may succeed when it is made again. Errors about a payload or a connection
+carry `endpoint`, `slot`, `sequence` and `elapsed` as attributes, and show them in their message.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from dray.printable import MAX_LINE, printable, printable_value
 
 _MAX_LINE = 1900
-"""Characters of the line about one mistake in the configuration."""
+"""Characters of one line of a message."""
 
 
 class DrayError(Exception):
-    """Base of every dray error.
+    """The base of every dray error.
 
     Args:
-        message: what happened, in one sentence; made printable, and one line.
-        endpoint: the address it happened at, e.g. ``"tcp:127.0.0.1:40001"``.
-        slot: the slot index it is about.
-        sequence: the sequence number it is about.
+        message: what happened, in one sentence; it is made printable and one line.
+        endpoint: the address, e.g. ``"tcp:127.0.0.1:40001"``.
+        slot: the index of the slot.
+        sequence: the sequence number of the payload.
         elapsed: seconds since the failed operation began.
     """
 
@@ -38,7 +38,7 @@ class DrayError(Exception):
         sequence: int | None = None,
         elapsed: float | None = None,
     ) -> None:
-        # It may hold text of a peer or of user code, and callers show and log it.
+        # It may contain text from a peer or from user code, and callers print and log it.
         message = printable(message, MAX_LINE)
         super().__init__(message)
         self.message = message
@@ -62,16 +62,16 @@ class DrayError(Exception):
 
 
 class ConfigError(DrayError, ValueError):
-    """A configuration value is not allowed, or something that the configuration needs is not there.
+    """A configuration value or an argument is not allowed, or something that it needs is missing.
 
-    The message is one line, ``KEY = VALUE is not allowed: ALLOWED``, or ``KEY PROBLEM: ALLOWED`` with a `problem`.
-    An error about several mistakes has one such line for each, and is otherwise that of the first.
+    The message is one line: ``KEY = VALUE is not allowed: ALLOWED``, or ``KEY PROBLEM: ALLOWED`` with a `problem`.
+    An error about several mistakes has one such line for each; its attributes are those of the first.
 
     Args:
-        key: dotted path of the key, e.g. ``"policy.replicas"``.
-        value: the value found there.
+        key: the argument, or the dotted path of the key, e.g. ``"policy.replicas"``.
+        value: the value that was found.
         allowed: what is allowed, in words.
-        problem: what is wrong where no value is to be named, e.g. ``"is missing"``.
+        problem: what is wrong, where there is no value to show, e.g. ``"is missing"``.
         others: further mistakes, each an error of its own.
 
     Attributes:
@@ -84,6 +84,7 @@ class ConfigError(DrayError, ValueError):
         value: Any,
         allowed: str,
         problem: str | None = None,
+        *,
         others: Sequence[ConfigError] = (),
     ) -> None:
         found = f"= {printable_value(value)} is not allowed" if problem is None else problem
@@ -98,30 +99,31 @@ class ConfigError(DrayError, ValueError):
     def of(cls, mistakes: Sequence[ConfigError]) -> ConfigError:
         """One error about all of `mistakes`, of which there is at least one."""
         first, *others = mistakes
-        return cls(first.key, first.value, first.allowed, first.problem, others) if others else first
+        return cls(first.key, first.value, first.allowed, first.problem, others=others) if others else first
 
     def __str__(self) -> str:
         return "\n".join(each.message for each in self.mistakes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.value, self.allowed, self.problem, self.mistakes[1:])
+        arguments = self.key, self.value, self.allowed, self.problem
+        return functools.partial(type(self), others=self.mistakes[1:]), arguments
 
 
 def error_lines(error: DrayError) -> list[str]:
-    """What a terminal is shown of `error`: one line, or one for each mistake of a `ConfigError`."""
+    """The lines that a terminal shows for `error`: one, or one for each mistake of a `ConfigError`."""
     texts = [each.message for each in error.mistakes] if isinstance(error, ConfigError) else [str(error)]
     return [f"error: {printable(text, _MAX_LINE)}" for text in texts]
 
 
 class MissingDependencyError(DrayError, ImportError, RuntimeError):
-    """An optional package is needed and is not installed, or does not load; the message says what to install.
+    """An optional package is not installed, or does not load; the message names what to install.
 
-    It is an `ImportError` and a `RuntimeError` because frameworks check for one of them.
+    It is an `ImportError` and a `RuntimeError`, because frameworks check for one of these.
 
     Args:
         package: the package, e.g. ``"ucxx"``.
-        needed_by: what needs it, e.g. ``"the ucx lane"``.
-        install: what `pip install` has to be given, e.g. ``"'dray[ucxx]'"``.
+        needed_by: the part of dray that needs it, e.g. ``"the ucx lane"``.
+        install: the argument for `pip install`, e.g. ``"'dray[ucxx]'"``.
         reason: why an installed package does not load.
     """
 
@@ -142,10 +144,7 @@ class MissingDependencyError(DrayError, ImportError, RuntimeError):
 
 
 class PayloadError(DrayError, ValueError):
-    """A payload cannot be packed or unpacked.
-
-    The message is one line of bounded length, whatever the names of fields in it are: they may come from a peer.
-    """
+    """A payload cannot be packed or unpacked. The message is bounded, as field names may come from a peer."""
 
     def __init__(self, message: str, **about: Any) -> None:
         super().__init__(printable(message, _MAX_LINE), **about)
@@ -156,7 +155,7 @@ class SchemaError(PayloadError):
 
 
 class PayloadTooLargeError(PayloadError):
-    """A payload does not fit into a slot; the message gives both sizes."""
+    """A payload does not fit into a slot, or into memory; the message names both sizes."""
 
 
 class PayloadFormatError(PayloadError):
@@ -167,11 +166,11 @@ class PayloadFormatError(PayloadError):
 
 
 class SlotError(DrayError, RuntimeError):
-    """A slot cannot be used as asked."""
+    """A slot cannot be used in this way."""
 
 
 class StaleSlotError(SlotError, LookupError):
-    """The slot has moved on: the payload that the reference names was consumed or overwritten."""
+    """The payload that the reference names was consumed, overwritten or replaced. Never retried."""
 
 
 class BufferFullError(SlotError, TimeoutError):
@@ -181,18 +180,18 @@ class BufferFullError(SlotError, TimeoutError):
 
 
 class BufferClosedError(SlotError):
-    """The ring, server or client is closed, or belongs to the parent of a forked process."""
+    """The ring, server or client is closed, or belongs to the parent of this forked process."""
 
 
 class LeaseInUseError(SlotError, BufferError):
-    """An array of an in-place lease is still referenced; the slot stays leased until it is gone."""
+    """An array of an in-place lease is still referenced. The slot stays leased until the array is deleted."""
 
 
 # --- transport ------------------------------------------------------------------------------------------------
 
 
 class TransportError(DrayError, ConnectionError):
-    """A connection failed; another attempt, perhaps over another endpoint, may succeed."""
+    """A connection failed. Another attempt may succeed, perhaps at another endpoint."""
 
     retryable = True
 
@@ -206,21 +205,21 @@ class ConnectionClosed(TransportError):
 
 
 class TransportTimeout(TransportError, TimeoutError):
-    """The deadline passed; the message says what was awaited."""
+    """The deadline passed; the message names what was awaited."""
 
 
 class MessageTruncated(TransportError):
-    """A message was shorter or longer than announced, or its checksum does not match."""
+    """A message has another length than announced, or another checksum."""
 
 
 class Unreachable(TransportError):
     """No connection could be made to the endpoint.
 
     Args:
-        refused: the endpoint's host answered that nobody listens there.
-        elsewhere: the address does not exist on this host: it is another host's Unix socket, or that of a server
-            which has ended. Such an address has `refused` as well.
-        lane_unusable: this machine cannot use the endpoint's lane at all.
+        refused: the host answered that no process listens there.
+        elsewhere: the address does not exist on this host: it is the Unix socket of another host, or of a server
+            that has ended. Implies `refused`.
+        lane_unusable: this machine cannot use the lane of the endpoint at all.
     """
 
     def __init__(
@@ -239,13 +238,13 @@ class Unreachable(TransportError):
 
 
 class OutOfResources(TransportError):
-    """The process or the machine has no descriptor, or the kernel no memory, left; the message names the limit.
+    """No descriptor or kernel memory is left in this process or machine; the message names the limit.
 
-    It is also raised where a ring, server or client is made. It says nothing about the peer.
+    Making a ring, server or client can raise it, too. The peer may be healthy.
 
     Args:
-        number: the system's error number, such as ``errno.EMFILE``.
-        strerror: what the system calls it.
+        number: the error number of the system, such as ``errno.EMFILE``.
+        strerror: the system's text for it.
     """
 
     def __init__(self, message: str, number: int, strerror: str, **about: Any) -> None:
@@ -258,19 +257,19 @@ class OutOfResources(TransportError):
 
 
 class ServerBusy(TransportError):
-    """The server's lease limit for this connection is reached; the endpoint itself is healthy."""
+    """The connection holds as many leases as the server allows. The endpoint is healthy."""
 
 
 class ProtocolError(DrayError, ValueError):
-    """The peer does not speak the protocol."""
+    """A peer sent something that the protocol does not allow, or a text is not what it must be."""
 
 
 class AuthenticationError(ProtocolError, PermissionError):
-    """The peer could not prove that it knows the job's secret, or refused our proof."""
+    """The peer did not prove that it knows the job's secret, or rejected the proof of this side."""
 
 
 class ReaderIdError(ProtocolError):
-    """A reader id is not one of the ring's; the message says which ids it has."""
+    """A reader id does not exist in the ring; the message names the ids that exist."""
 
 
 class VersionMismatch(ProtocolError):
@@ -278,15 +277,15 @@ class VersionMismatch(ProtocolError):
 
 
 class ProducerLostError(DrayError, ConnectionError):
-    """The producer of a payload is gone, and the payload with it."""
+    """The producer of a payload has ended. Its payloads are lost."""
 
 
 class OutputError(DrayError, OSError):
-    """A file or folder of a job cannot be written; the message names it and says why.
+    """A file or folder of a job cannot be written; the message names it and the reason.
 
     Args:
         path: the file or folder.
-        reason: the operating system's, e.g. ``"No space left on device"``.
+        reason: the operating system's reason, e.g. ``"No space left on device"``.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -299,4 +298,4 @@ class OutputError(DrayError, OSError):
 
 
 class ControlPlaneError(DrayError, ConnectionError):
-    """Redis or the controller did not answer as it must."""
+    """Redis or the controller did not answer, or not as required."""
