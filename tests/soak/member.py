@@ -80,8 +80,8 @@ class Obituaries:
         self.producers: frozenset[bytes] = frozenset()
         self.consumers: tuple[str, ...] = ()
 
-    def look(self) -> None:
-        """Take up what is new."""
+    def refresh(self) -> None:
+        """Read the file again if it has changed."""
         changed = self._path.stat().st_mtime_ns
         if changed != self._seen:
             content = json.loads(self._path.read_text(encoding="utf-8"))
