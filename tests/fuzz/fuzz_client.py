@@ -148,7 +148,7 @@ def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadl
 
 
 def _vouched(hostile: bytes, content: bytes) -> bool:
-    """The checksum of what was handed out stands in the hostile bytes, or a STATUS that has none."""
+    """The hostile bytes contain the checksum of what was handed out, or a STATUS without one."""
     digest = xxhash.xxh3_64_intdigest(content).to_bytes(8, "little")
     return digest in hostile or any(
         hostile[at] == Kind.STATUS and not hostile[at + 3] & Flag.CHECKSUM for at in range(len(hostile) - 63)

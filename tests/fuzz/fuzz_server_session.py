@@ -98,7 +98,7 @@ class _Answers:
             assert not left
 
     def _follow(self, request: Frame, status: Frame, left: memoryview) -> memoryview:
-        """Check what stands behind a STATUS; what comes after it."""
+        """Check the payload or text behind a STATUS; returns the bytes after it."""
         if status.flags & Flag.TEXT:
             assert status.nbytes <= MAX_TEXT_BYTES
             assert (status.status == Status.OK) == (request.kind == Kind.STAT)

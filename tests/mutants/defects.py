@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Search(Enum):
-    """What looks for a defect."""
+    """What searches for a defect."""
 
     MODEL = "model"
     SIMULATION = "simulation"
@@ -16,10 +16,10 @@ class Defect:
     """One replacement in one file of `src/dray`.
 
     Attributes:
-        name: what is wrong then.
-        file: where.
+        name: the defect.
+        file: the file.
         old: the text that is replaced; it is in the file once.
-        new: what stands there instead.
+        new: the text in its place.
         search: what must find it.
     """
 

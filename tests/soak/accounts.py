@@ -1,18 +1,18 @@
-"""Joins the records of all processes of a soak: what became of every payload, and how long every call took.
+"""Joins the records of all processes of a soak: the end of every payload, and how long every call took.
 
 Of a payload that a producer has recorded as committed, exactly one of these is true:
 
-delivered once          its bytes were read and found right, by one consumer
-delivered again         more than once. The reason: between the receipt of one delivery and a later delivery, its
-                        receiver ended or was declared dead, or Redis was restarted empty; or the payload was
-                        published again because Redis had not answered. Without one it is an error
-dropped by policy       not delivered, and overwritten (`on_full = "overwrite"`), reclaimed by its producer as an
-                        orphan, given up by a consumer, or there when its producer was ended before the soak was
+delivered once            one consumer read it, with the right bytes
+delivered again           more than once. The reason: between the receipt of one delivery and a later delivery, its
+                          receiver ended or was declared dead, or Redis was restarted empty; or the payload was
+                          published again because Redis had not answered. Without a reason it is an error
+dropped by policy         not delivered, and overwritten (`on_full = "overwrite"`), reclaimed by its producer as an
+                          orphan, given up by a consumer, or there when its producer was ended before the soak
 taken by a dead consumer  not delivered; a consumer that was killed was about to read it in a way that consumes
-lost with its producer  not delivered; its producer was killed, and had it in its ring when it last looked
-unaccounted             none of these: an error
+lost with its producer    not delivered; its producer was killed, and had it in its ring at its last snapshot
+unaccounted               none of these: an error
 
-A payload that was read and was not these bytes is wrong, whatever else became of it.
+A payload that was read with other bytes is wrong, whatever line it is in.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Wait:
 
 @dataclass(slots=True)
 class Account:
-    """What a soak comes to."""
+    """The result of a soak."""
 
     committed: int = 0
     bytes_committed: int = 0
@@ -69,7 +69,7 @@ class Account:
     delivered_again: int = 0
     unexplained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    taken_by_the_dead: int = 0
+    taken_by_dead_consumers: int = 0
     lost_with_producer: int = 0
     wrong: int = 0
     unaccounted: int = 0
@@ -228,7 +228,7 @@ class _Join:
         elif any(given is Given.DEAD_LETTER for given, _ in payload.given_up):
             found.dropped["dead letters"] += 1
         elif payload.taken:
-            found.taken_by_the_dead += 1
+            found.taken_by_dead_consumers += 1
         elif identity[0] in self._overwrites:
             return True
         else:

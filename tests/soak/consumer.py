@@ -1,4 +1,5 @@
-"""A consumer of the soak: receives references from the stream, reads, commits, and inherits from the dead.
+"""A consumer of the soak: receives references from the stream, reads, commits, and claims the deliveries of
+dead consumers.
 
 ``python -m soak.consumer JSON``, started by the supervisor.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from soak.ledger import Given, Kind, Ledger, Operation, Outcome
-from soak.member import FENCED, REDIS_SECONDS, Member, Obituaries
+from soak.member import FENCED, REDIS_SECONDS, DeadMembers, Member
 from soak.readers import ROLES, PendingDelivery, Reader, free
 
 from dray.clock import MONOTONIC
@@ -35,7 +36,7 @@ SLOWNESS = (0.0, 0.0, 0.02, 0.2, 1.0)
 
 
 class Consumer:
-    """Reads what the stream gives, in one of the ways of `soak.readers`."""
+    """Reads the payloads of received references, in one of the ways of `soak.readers`."""
 
     def __init__(self, member: Member, client: PayloadClient, reader: Reader, ledger: Ledger) -> None:
         self._member = member
@@ -45,7 +46,7 @@ class Consumer:
         self._rng = random.Random(member.spec["seed"])
         self._name: str = member.spec["consumer"]
         self._queue = RolloutConsumer(member.redis, member.keys, self._name)
-        self._obituaries = Obituaries(Path(member.spec["obituaries"]))
+        self._dead_members = DeadMembers(Path(member.spec["dead_members"]))
         self._inherited: set[str] = set()
         self._held: dict[tuple[bytes, int], PendingDelivery] = {}
         self._to_commit: dict[tuple[bytes, int], PendingDelivery] = {}
@@ -72,7 +73,7 @@ class Consumer:
     def _round(self, *, receiving: bool) -> bool:
         with contextlib.suppress(RedisUnavailableError):
             self._report_results()
-        self._obituaries.refresh()
+        self._dead_members.refresh()
         with contextlib.suppress(RedisUnavailableError):
             if not self._inherit():
                 return False
@@ -90,7 +91,7 @@ class Consumer:
             self._reader.read_again(self._rng.choice(self._seen))
         return True
 
-    # --- what comes -------------------------------------------------------------------------------------------
+    # --- what comes ---------------------------------------------------------------------------------------------
 
     def _accept(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
@@ -100,8 +101,8 @@ class Consumer:
             self._seen.append(held)
 
     def _inherit(self) -> bool:
-        """Claim what the dead have left; False if this process is one of them."""
-        for death in self._obituaries.consumers:
+        """Claim the deliveries of dead consumers; False if this process was declared dead."""
+        for death in self._dead_members.consumers:
             if death in self._inherited:
                 continue
             name = death.partition("#")[0]
@@ -120,18 +121,18 @@ class Consumer:
             self._ledger.write(Kind.GIVING_UP, *ref.identity, reason=Given.DEAD_LETTER)
             free(self._client, self._ledger, [ref])
 
-    # --- what becomes of it -----------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------
 
     def _note(self, held: PendingDelivery, error: DrayError | None) -> None:
         identity = held.ref.identity
         if identity not in self._held:
-            return  # it came late, and was given up
+            return  # a late result of a delivery that was given up
         if error is None:
             self._to_commit[identity] = self._held.pop(identity)
             return
         if isinstance(error, StaleSlotError):
             given = Given.STALE
-        elif held.ref.producer in self._obituaries.producers:
+        elif held.ref.producer in self._dead_members.producers:
             given = Given.LOST
         elif MONOTONIC.now() - held.since > GIVE_UP_AFTER:
             given = Given.UNREACHABLE

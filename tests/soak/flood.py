@@ -178,7 +178,7 @@ class Result:
         seconds: of the flood.
         ending: the last lines of `dray run`.
         closed_by_controller: as its metrics count, while the job ran.
-        connections: what became of them, by what they went to.
+        connections: figures for each kind of address.
     """
 
     seconds: float

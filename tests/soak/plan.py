@@ -1,4 +1,4 @@
-"""What is going to happen in a soak: who takes part, and which fault comes when. All follows from one seed."""
+"""The plan of a soak: its members and its faults with their times. One seed determines all of it."""
 
 from __future__ import annotations
 
@@ -135,18 +135,18 @@ class Plan:
             at += 0.3 + rng.expovariate(1 / every)
         return events
 
-    def _mortal(self, members: Sequence[ProducerPlan | ConsumerPlan]) -> list[str]:
+    def _unsteady(self, members: Sequence[ProducerPlan | ConsumerPlan]) -> list[str]:
         return [member.name for member in members if not member.steady]
 
     def _kill_producer(self, rng: random.Random, at: float) -> Event:
-        return Event(at, Fault.KILL, rng.choice(self._mortal(self.producers)), rng.uniform(0.0, 2.0))
+        return Event(at, Fault.KILL, rng.choice(self._unsteady(self.producers)), rng.uniform(0.0, 2.0))
 
     def _kill_consumer(self, rng: random.Random, at: float) -> Event:
-        name = rng.choice(self._mortal(self.consumers))
+        name = rng.choice(self._unsteady(self.consumers))
         return Event(at, Fault.KILL, name, rng.uniform(0.0, 2.0), same_name=rng.random() < 0.3)
 
     def _end_member(self, rng: random.Random, at: float) -> Event:
-        name = rng.choice(self._mortal(self.producers) + self._mortal(self.consumers))
+        name = rng.choice(self._unsteady(self.producers) + self._unsteady(self.consumers))
         return Event(at, Fault.END, name, rng.uniform(0.0, 1.0))
 
     def _stop_member(self, rng: random.Random, at: float) -> Event:
@@ -154,7 +154,9 @@ class Plan:
         return Event(at, Fault.STOP, name, rng.uniform(0.05, 3.0))
 
     def _stop_for_long(self, rng: random.Random, at: float) -> Event:
-        return Event(at, Fault.STOP, rng.choice(self._mortal(self.consumers)), DEAD_AFTER + rng.uniform(1.0, 4.0))
+        return Event(
+            at, Fault.STOP, rng.choice(self._unsteady(self.consumers)), DEAD_AFTER + rng.uniform(1.0, 4.0)
+        )
 
     def _cut_network(self, rng: random.Random, at: float) -> Event:
         fault = Fault.REJECT if rng.random() < 0.35 else Fault.BLACKHOLE

@@ -50,7 +50,7 @@ class Report:
         yield Row("  without a reason", found.unexplained, 0)
         yield Row("dropped by policy", found.dropped.total())
         yield from (Row(f"  {reason}", count) for reason, count in sorted(found.dropped.items()))
-        yield Row("taken by a consumer that died", found.taken_by_the_dead)
+        yield Row("taken by a consumer that died", found.taken_by_dead_consumers)
         yield Row("lost with their dead producer", found.lost_with_producer)
         yield Row("wrong", found.wrong, 0)
         yield Row("unaccounted", found.unaccounted, 0)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from soak import proxy
 from soak.ledger import Kind, count_kinds, read_ledger
-from soak.member import FENCED, JOB, MARK_VARIABLE, REDIS_VARIABLE, SECRET_VARIABLE, Obituaries
+from soak.member import FENCED, JOB, MARK_VARIABLE, REDIS_VARIABLE, SECRET_VARIABLE, DeadMembers
 from soak.network import Network
 from soak.plan import DEAD_AFTER, ConsumerPlan, Event, Fault, Plan, ProducerPlan
 from soak.processes import Process, ProcessRun, descendants
@@ -81,7 +81,7 @@ class Supervisor:
         self._running: dict[str, Process] = {}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._obituaries = folder / "obituaries.json"
+        self._dead_members = folder / "dead_members.json"
         self._dead_producers: list[bytes] = []
         self._dead_consumers: list[str] = []
         self._cuts: Counter[str] = Counter()
@@ -109,7 +109,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Everything; KeyboardInterrupt cuts the plan short, a second one the drain."""
-        Obituaries.write(self._obituaries, [], [])
+        DeadMembers.write(self._dead_members, [], [])
         with contextlib.ExitStack() as opened:
             opened.callback(self._kill_all)
             opened.enter_context(self._proxy())
@@ -239,7 +239,7 @@ class Supervisor:
             module = "soak.consumer"
             spec |= {
                 "consumer": run.consumer,
-                "obituaries": str(self._obituaries),
+                "dead_members": str(self._dead_members),
                 "role": member.roles[number % len(member.roles)],
                 "lane": member.lanes[number % len(member.lanes)],
             }
@@ -258,7 +258,7 @@ class Supervisor:
             self._dead_producers += [record.producer for record in read_ledger(run.ledger)[:1]]
         elif run.member not in self._taken_over:
             self._dead_consumers.append(f"{run.consumer}#ended")
-        Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
+        DeadMembers.write(self._dead_members, self._dead_producers, self._dead_consumers)
         if run.how in ("fenced", "crashed") and not self._draining:
             self._start(run.member)
 
@@ -322,7 +322,7 @@ class Supervisor:
         if process.stopped and run.ended is None and time.monotonic_ns() - run.stops[-1][0] > 0.9e9 * DEAD_AFTER:
             run.declared_dead = time.monotonic_ns()
             self._dead_consumers.append(f"{run.consumer}#stopped")
-            Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
+            DeadMembers.write(self._dead_members, self._dead_producers, self._dead_consumers)
             self.history.faults["consumer declared dead while stopped"] += 1
             self._note(f"{run.name} declared dead")
 

@@ -224,7 +224,7 @@ def test_only_a_killed_consumer_takes_a_payload_without_a_record(story: Story, h
     story.producer(commit(0))
     story.consumer(act(Kind.RECEIVED, 0), act(Kind.TAKING, 0), how=how)
     found = story.account()
-    assert (found.taken_by_the_dead, found.unaccounted) == (taken, 1 - taken)
+    assert (found.taken_by_dead_consumers, found.unaccounted) == (taken, 1 - taken)
 
 
 @pytest.mark.parametrize(
