@@ -18,7 +18,7 @@ def found(text: str) -> list[tuple[int, str]]:
         ("# Nobody waits for it.", "Nobody"),
         ('"""The server tells the client."""', "tells"),
         ("the job goes on", "goes on"),
-        ("its first look at the segment", "first look"),
+        ("its first look into the segment", "first look"),
         ("the lease is returned", "lease is returned"),
     ],
 )
