@@ -1,8 +1,8 @@
-"""Fuzz input, taken apart: every sequence of bytes means something, and a small change of it something similar."""
+"""Parses fuzz input: every sequence of bytes is valid, and a small change to it changes its meaning a little."""
 
 
 class Cursor:
-    """Reads from the front; an input that is over goes on with zeros."""
+    """Reads from the front; after the end of the input every byte is zero."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -12,16 +12,16 @@ class Cursor:
         return self._at < len(self._data)
 
     def byte(self) -> int:
-        return self.take(1)[0] if self else 0
+        return self.read(1)[0] if self else 0
 
-    def take(self, size: int) -> bytes:
+    def read(self, size: int) -> bytes:
         """The next bytes, at most `size`."""
         taken = self._data[self._at : self._at + size]
         self._at += len(taken)
         return taken
 
     def rest(self) -> bytes:
-        return self.take(len(self._data))
+        return self.read(len(self._data))
 
     def number(self, bits: int) -> int:
         """Mostly a small number, sometimes one at the edges of its type: one byte of input."""

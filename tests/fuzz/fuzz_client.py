@@ -1,8 +1,8 @@
-"""The client's end of a connection to a hostile server: what was asked for arrives whole, or a typed error comes.
+"""A client's connection to a hostile server: a payload arrives whole, or a typed error is raised.
 
-Everything that the server will ever say lies in the socket before the client asks; then the connection is at its
-end, so that nothing is waited for. Input: options, then what the client asks for, then operations that say what
-the server says, after a handshake by the book where the options do not say otherwise.
+All that the server sends is in the socket before the client sends a request, and the connection ends there, so
+that no read waits. Input: options, then the client's requests, then operations that make up the server's bytes.
+A valid handshake comes first, unless the options exclude it.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def payload(content: bytes) -> bytes:
     return bytes([PAYLOAD_OP, len(content)]) + content
 
 
-def said(text: bytes) -> bytes:
+def raw(text: bytes) -> bytes:
     return bytes([BYTES_OP, len(text)]) + text
 
 
@@ -54,7 +54,7 @@ SEEDS = [
     bytes([0]) + _READS + status() + payload(b"hello") + status(nbytes=0),
     bytes([0]) + _READS + status(flags=Flag.CHECKSUM) + payload(b"hello") + status(nbytes=0),
     bytes([0]) + _READS + status(code=Status.STALE) + status(code=Status.BUSY),
-    bytes([0]) + _READS + status(code=Status.ERROR, flags=Flag.TEXT) + said(b"wrong"),
+    bytes([0]) + _READS + status(code=Status.ERROR, flags=Flag.TEXT) + raw(b"wrong"),
     bytes([0]) + _READS + status(step=2) + payload(b"hello"),
     bytes([0]) + _READS + status(nbytes=6) + payload(b"hello!"),
     *(bytes([INLINE | each]) + _READS + status() + payload(b"hello") + status(nbytes=0) for each in (0, IN_PLACE)),
@@ -62,19 +62,11 @@ SEEDS = [
     bytes([IN_PLACE]) + _READS + status() + status(nbytes=0),
     bytes([IN_PLACE]) + _READS + status(1, 0, 0, 5, 56, 1),
     bytes([IN_PLACE]) + _READS + status(1, 0, 0, 255),
-    bytes([0, 0, 0])
-    + status(nbytes=0)
-    + status(nbytes=0)
-    + status(flags=Flag.TEXT, nbytes=9)
-    + said(b'{"a": []}'),
-    bytes([RAW_HANDSHAKE]) + _READS + said(_HANDSHAKE) + status() + payload(b"hello") + status(nbytes=0),
-    bytes([RAW_HANDSHAKE]) + _READS + said(_HANDSHAKE[:6] + b"\1" + _HANDSHAKE[7:]),
-    bytes([RAW_HANDSHAKE]) + _READS + said(_HANDSHAKE[:108] + b"\1" + bytes(11) + _HANDSHAKE[120:]) + status(),
-    bytes([0, 0, 0])
-    + status(nbytes=0)
-    + status(nbytes=0)
-    + status(flags=Flag.TEXT, nbytes=200)
-    + said(b"[" * 200),
+    bytes([0, 0, 0]) + status(nbytes=0) + status(nbytes=0) + status(flags=Flag.TEXT, nbytes=9) + raw(b'{"a": []}'),
+    bytes([RAW_HANDSHAKE]) + _READS + raw(_HANDSHAKE) + status() + payload(b"hello") + status(nbytes=0),
+    bytes([RAW_HANDSHAKE]) + _READS + raw(_HANDSHAKE[:6] + b"\1" + _HANDSHAKE[7:]),
+    bytes([RAW_HANDSHAKE]) + _READS + raw(_HANDSHAKE[:108] + b"\1" + bytes(11) + _HANDSHAKE[120:]) + status(),
+    bytes([0, 0, 0]) + status(nbytes=0) + status(nbytes=0) + status(flags=Flag.TEXT, nbytes=200) + raw(b"[" * 200),
 ]
 
 
@@ -156,7 +148,7 @@ def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadl
 
 
 def _vouched(hostile: bytes, content: bytes) -> bool:
-    """The checksum of what was handed out stands in the hostile bytes, or a STATUS that has none."""
+    """The hostile bytes contain the checksum of what was handed out, or a STATUS without one."""
     digest = xxhash.xxh3_64_intdigest(content).to_bytes(8, "little")
     return digest in hostile or any(
         hostile[at] == Kind.STATUS and not hostile[at + 3] & Flag.CHECKSUM for at in range(len(hostile) - 63)
@@ -186,6 +178,6 @@ def _answers(cursor: Cursor, refs: list[PayloadRef], segment: Segment | None) ->
                 frame[cursor.byte() % 64] = cursor.byte()
             words += frame
         else:
-            last = cursor.take(cursor.byte())
+            last = cursor.read(cursor.byte())
             words += last
     return bytes(words)

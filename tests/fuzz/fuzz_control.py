@@ -52,7 +52,7 @@ def run(data: bytes) -> None:
     while cursor:
         name = _NAMES[cursor.byte() % len(_NAMES)]
         length = cursor.byte()
-        value = cursor.take(length)
+        value = cursor.read(length)
         # A long run stands for one that is far longer, as deep JSON and long numbers need it.
         found[name] = value * 1000 if length == 255 else value
     try:

@@ -1,7 +1,7 @@
-"""The handshake, both sides: the other side is taken, refused by a verdict, or a `ProtocolError`; nothing else.
+"""The handshake, both sides: a side accepts the other, refuses it with a verdict, or raises `ProtocolError`.
 
-Input: one byte of options, then either the messages as they come, or changes to a handshake by the book: pairs of
-position and byte.
+Input: one byte of options, then either the messages themselves, or changes to a valid handshake: pairs of position
+and byte.
 """
 
 from contextlib import suppress
@@ -22,7 +22,7 @@ from dray.protocol.handshake import (
 )
 from dray.transport.lanes import TCP, UCX
 
-SERVER, BY_THE_BOOK, CLIENT_SECRET, SERVER_SECRET = 1, 2, 4, 8
+SERVER, VALID, CLIENT_SECRET, SERVER_SECRET = 1, 2, 4, 8
 SECRET = b"the job's secret"
 PRODUCER = bytes(range(16))
 IDENTITY = ServerIdentity(PRODUCER, 4, 4096, 8, 1)
@@ -35,10 +35,10 @@ SEEDS = [
     + WELCOME.pack(b"DRAY", 0),
     bytes([0]) + CHALLENGE.pack(b"DRAY", 1, 3, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
     bytes([CLIENT_SECRET]) + CHALLENGE.pack(b"DRAY", 1, 0, 1, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
-    bytes([BY_THE_BOOK]),
-    bytes([BY_THE_BOOK | CLIENT_SECRET | SERVER_SECRET]),
-    bytes([BY_THE_BOOK | CLIENT_SECRET | SERVER_SECRET, 200, 1]),
-    bytes([BY_THE_BOOK | SERVER | CLIENT_SECRET | SERVER_SECRET, 7, 0]),
+    bytes([VALID]),
+    bytes([VALID | CLIENT_SECRET | SERVER_SECRET]),
+    bytes([VALID | CLIENT_SECRET | SERVER_SECRET, 200, 1]),
+    bytes([VALID | SERVER | CLIENT_SECRET | SERVER_SECRET, 7, 0]),
 ]
 
 
@@ -47,30 +47,30 @@ def run(data: bytes) -> None:
     options = cursor.byte()
     client = ClientHandshake(TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None)
     server = ServerHandshake(TCP, IDENTITY, SECRET if options & SERVER_SECRET else None)
-    if options & BY_THE_BOOK:
+    if options & VALID:
         with suppress(ProtocolError):
-            _by_the_book(cursor, client, server, options)
+            _exchange_with_changes(cursor, client, server, options)
     elif options & SERVER:
         answers = [
-            server.receive(cursor.take(size).ljust(size, b"\0"))
+            server.receive(cursor.read(size).ljust(size, b"\0"))
             for size in (HELLO.size, PROOF.size)
             if server.verdict is Verdict.WELCOME
         ]
         assert [len(answer) for answer in answers] in ([CHALLENGE.size], [CHALLENGE.size, WELCOME.size])
-        # Whoever does not know the secret cannot have made the proof.
+        # Without the secret a client cannot have made the proof.
         assert not (server.done and options & SERVER_SECRET)
     else:
         with suppress(ProtocolError):
             while not client.done:
-                answer = client.receive(cursor.take(client.expects).ljust(client.expects, b"\0"))
+                answer = client.receive(cursor.read(client.expects).ljust(client.expects, b"\0"))
                 if answer is None:
                     break
                 assert len(answer) == PROOF.size
         assert not (client.done and options & CLIENT_SECRET)
 
 
-def _by_the_book(cursor: Cursor, client: ClientHandshake, server: ServerHandshake, options: int) -> None:
-    """Each byte of the exchange may be another one on the other side."""
+def _exchange_with_changes(cursor: Cursor, client: ClientHandshake, server: ServerHandshake, options: int) -> None:
+    """A handshake between both sides in which bytes are changed on their way."""
     changes = {cursor.byte(): cursor.byte() for _ in range(4) if cursor}
     at, changed = 0, False
 

@@ -30,7 +30,7 @@ SEEDS = [
 def run(data: bytes) -> None:
     cursor = Cursor(data)
     form = cursor.byte() % 4
-    header = cursor.take(4096)
+    header = cursor.read(4096)
     size = {RIGHT: _NBYTES, UNSEALED: _NBYTES, SHORT: len(header), LONG: _NBYTES + 1 + cursor.byte()}[form]
     descriptor = os.memfd_create("dray-fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

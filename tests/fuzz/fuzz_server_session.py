@@ -1,7 +1,7 @@
-"""The server's end of a connection: any bytes in any pieces are answered as the protocol says, or end it.
+"""The server's end of a connection: any bytes, in any pieces, are answered as the protocol requires or end it.
 
-The bytes go through a real socket and the stream that the server uses. Beside the connection another one holds a
-lease: it must not notice. Input: options, then operations of one byte each with their arguments.
+The bytes go through a real socket and the stream that the server uses. Another connection holds a lease
+meanwhile, which must not change. Input: options, then operations of one byte each with their arguments.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class _Answers:
         self._contents = contents
 
     def check(self, sent: bytes, raw: bool) -> None:
-        """`sent` is what the client sent after a handshake by the book, or from the start."""
+        """`sent` is what the client sent after a valid handshake, or from the start."""
         left = memoryview(bytes(self.received))
         if raw:
             handshake, left = left[: CHALLENGE.size], left[CHALLENGE.size :]
@@ -98,7 +98,7 @@ class _Answers:
             assert not left
 
     def _follow(self, request: Frame, status: Frame, left: memoryview) -> memoryview:
-        """Check what stands behind a STATUS; what comes after it."""
+        """Check the payload or text behind a STATUS; returns the bytes after it."""
         if status.flags & Flag.TEXT:
             assert status.nbytes <= MAX_TEXT_BYTES
             assert (status.status == Status.OK) == (request.kind == Kind.STAT)
@@ -240,7 +240,7 @@ def _converse(cursor, ours, serving, answers, chosen, secret, lane) -> bytes:
                 waiting, whole = bytearray(), whole[cut:]
             waiting += whole
         elif operation == BYTES_OP:
-            waiting += cursor.take(cursor.byte())
+            waiting += cursor.read(cursor.byte())
         elif operation == DELIVER_OP:
             sent += _deliver(ours, serving, waiting)
             waiting = bytearray()
@@ -261,7 +261,7 @@ def _deliver(ours: socket.socket, serving: _Serving, waiting: bytearray) -> byte
 
 
 def _read(ours: socket.socket, serving: _Serving, answers: _Answers) -> None:
-    """Read all that the server has to say."""
+    """Read all that the server sends."""
     try:
         while part := ours.recv(1 << 16):
             answers.received += part

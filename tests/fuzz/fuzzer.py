@@ -23,9 +23,9 @@ from types import FrameType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OUTPUT = ROOT / "outputs" / "fuzz"
-LONGEST_INPUT = 4096
-LONGEST_RUN_SECONDS = 20
-MOST_MEGABYTES = 3000
+MAX_INPUT_BYTES = 4096
+MAX_RUN_SECONDS = 20
+MAX_MEGABYTES = 3000
 _SPARE_SECONDS = 120.0
 _PRODUCT = str(ROOT / "src")
 Step = tuple[str, int, int]
@@ -65,7 +65,7 @@ def explore(target: str, seconds: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for index, seed in enumerate(seeds):
         (given / f"{index:03}").write_bytes(seed)
-    limits = [f"-max_len={LONGEST_INPUT}", f"-timeout={LONGEST_RUN_SECONDS}", f"-rss_limit_mb={MOST_MEGABYTES}"]
+    limits = [f"-max_len={MAX_INPUT_BYTES}", f"-timeout={MAX_RUN_SECONDS}", f"-rss_limit_mb={MAX_MEGABYTES}"]
     folders = [str(found), str(given), str(HERE / "corpus" / target)]
     (HERE / "corpus" / target).mkdir(parents=True, exist_ok=True)
     extra = [f"-max_total_time={seconds}", "-print_final_stats=1", f"-artifact_prefix={OUTPUT / target}/"]

@@ -14,11 +14,13 @@ from rich.table import Table
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10_000, help="a defect that lives through these has survived")
+    parser.add_argument(
+        "--seeds", type=int, default=10_000, help="seeds; a defect that none of them finds has survived"
+    )
     parser.add_argument("--search", choices=[search.value for search in Search], help="only what this must find")
     parser.add_argument("--only", default="", help="defects whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--verbose", action="store_true", help="print what each search said")
+    parser.add_argument("--verbose", action="store_true", help="print the output of each search")
     arguments = parser.parse_args()
     console = Console()
     chosen = [

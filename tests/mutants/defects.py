@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Search(Enum):
-    """What looks for a defect."""
+    """What searches for a defect."""
 
     MODEL = "model"
     SIMULATION = "simulation"
@@ -16,10 +16,10 @@ class Defect:
     """One replacement in one file of `src/dray`.
 
     Attributes:
-        name: what is wrong then.
-        file: where.
+        name: the defect.
+        file: the file.
         old: the text that is replaced; it is in the file once.
-        new: what stands there instead.
+        new: the text in its place.
         search: what must find it.
     """
 
@@ -78,7 +78,7 @@ DEFECTS = (
 """,
     ),
     Defect(
-        "slot freed at the first finalise while another lease lives",
+        "slot freed when the first lease ends while another is held",
         TABLE,
         "        if slot.leases == 0 and slot.state is _READING:\n",
         "        if slot.state is _READING:\n",
@@ -102,19 +102,19 @@ DEFECTS = (
         "        slot.consumed_by += 1 << reader\n",
     ),
     Defect(
-        "free slots taken last in, first out",
+        "free slots claimed last in, first out",
         TABLE,
         "        self.free.append(slot)\n",
         "        self.free.appendleft(slot)\n",
     ),
     Defect(
-        "checksum of the payload before",
+        "checksum of the previous payload in the slot",
         TABLE,
         "        slot.checksum = None\n        slot.consumed_by = 0\n",
         "        slot.consumed_by = 0\n",
     ),
     Defect(
-        "waiting for a payload's end not woken",
+        "waiters for a consumed payload not woken",
         TABLE,
         "        slot.over = True\n        slot.wake()\n        if slot.leases",
         "        slot.over = True\n        if slot.leases",
@@ -146,7 +146,7 @@ DEFECTS = (
 """,
     ),
     Defect(
-        "a lease ended while an array lives in its slot",
+        "a lease ended while an array in its slot exists",
         "transport/in_place.py",
         "        root = alive() if self._in_place else None\n",
         "        root = None\n",
@@ -171,7 +171,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "leases not returned when their connection closes",
+        "leases not released when their connection closes",
         SESSION,
         """\
         for lease in leases.values():
@@ -194,7 +194,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "a returned payload counts as consumed",
+        "a released payload counts as consumed",
         SESSION,
         """\
             self._tally["acks_returned"] += 1
@@ -204,7 +204,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "an inline payload that was returned counts as consumed",
+        "an inline payload that was released counts as consumed",
         SESSION,
         """\
         if flags & Flag.CONSUMED:
@@ -215,7 +215,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "consumed inline payloads are not",
+        "consumed inline payloads not marked as consumed",
         SESSION,
         "                    self._ring.consume_many(consumed)\n",
         "                    pass\n",
@@ -229,14 +229,14 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "a connection with leases is idle",
+        "a connection with leases treated as idle",
         SERVED,
         "        if not connection.session.leases:\n            return self._settings.idle\n",
         "        if connection.session.leases < 100:\n            return self._settings.idle\n",
         Search.SIMULATION,
     ),
     Defect(
-        "leases returned while UCX still reads their slots",
+        "leases released while UCX still reads their slots",
         SERVED,
         "            if connection.stream.drained:\n                connection.session.close()\n",
         "            if True:\n                connection.session.close()\n",
@@ -244,7 +244,7 @@ DEFECTS = (
     ),
     # --- the client's end -----------------------------------------------------------------------------------
     Defect(
-        "a pooled connection returned after a failed exchange",
+        "a connection put into the pool after a failed exchange",
         EXCHANGES,
         """\
             except TransportError as error:
@@ -289,28 +289,28 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "ACKs that may be lost are not sent again",
+        "ACKs that may be lost not sent again",
         EXCHANGES,
         "        lost = connection.unconfirmed\n        if lost:\n",
         "        lost = connection.unconfirmed\n        if not lost:\n",
         Search.SIMULATION,
     ),
     Defect(
-        "ACKs of a window are forgotten when the next one fails",
+        "ACKs of a window forgotten when the next one fails",
         CONNECTION,
         "        lost = [*self._session.unconfirmed, *(request for request, consumed in ended if consumed)]\n",
         "        lost = self._session.unconfirmed\n",
         Search.SIMULATION,
     ),
     Defect(
-        "another producer on the same address is not recognised",
+        "another producer at the same address not recognised",
         HANDSHAKING,
         "        if found.producer != producer:\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,
     ),
     Defect(
-        "a copy of a slot is handed out although its lease may have ended",
+        "a copy of a slot handed out although its lease may have ended",
         CONNECTION,
         """\
             if held.from_slot:
@@ -321,7 +321,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "a failed endpoint is not quarantined",
+        "a failed endpoint not quarantined",
         "transport/health.py",
         "            self._quarantine.failed(endpoint, now)\n",
         "            pass\n",

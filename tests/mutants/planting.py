@@ -17,13 +17,13 @@ from defects import Defect, Search
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
 TESTS = ROOT / "tests"
-MOST_SECONDS = 3600.0
+MAX_SECONDS = 3600.0
 """Bounds one search; a defect that is not found by then has survived."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a search came to: the seed that found the defect, or None; how long it took; what was printed last."""
+    """The result of a search: the seed that found the defect, or None; how long it took; what was printed last."""
 
     seed: int | None
     seconds: float
@@ -51,7 +51,7 @@ def planted(defect: Defect | None) -> Iterator[Path]:
         yield copy
 
 
-def look_for(defect: Defect | None, search: Search, seeds: int, first: int = 0) -> Finding:
+def search_for(defect: Defect | None, search: Search, seeds: int, first: int = 0) -> Finding:
     """Run a search over the sources with the defect, or over them as they are, from seed `first` on.
 
     Raises:
@@ -71,7 +71,7 @@ def look_for(defect: Defect | None, search: Search, seeds: int, first: int = 0) 
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=MOST_SECONDS,
+                timeout=MAX_SECONDS,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -89,9 +89,9 @@ def find(defect: Defect, seeds: int) -> Finding:
     """Search for a planted defect; a seed that fails without it does not count."""
     first, seconds = 0, 0.0
     while True:
-        finding = look_for(defect, defect.search, seeds - first, first)
+        finding = search_for(defect, defect.search, seeds - first, first)
         seconds += finding.seconds
-        if finding.seed is None or look_for(None, defect.search, 1, finding.seed).seed is None:
+        if finding.seed is None or search_for(None, defect.search, 1, finding.seed).seed is None:
             return Finding(finding.seed, seconds, finding.output)
         first = finding.seed + 1
 

@@ -1,4 +1,4 @@
-"""What mutation changes and no test notices, and why that is so; `docs/testing.md` tells the same."""
+"""What mutation changes and no test notices, and the reason; `docs/testing.md` has the same table."""
 
 from typing import Final, NamedTuple
 
@@ -63,7 +63,7 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             "self._memory[slot.header - STATE_OFFSET] = _FREE",
         ),
     ),
-    "The reader's number is not in these messages: no reader has been asked for.": (
+    "These messages do not contain the reader id: the caller gave none.": (
         Survivor(
             "ring.slots.SlotTable.committed",
             "raise self.stale_error(slot, sequence, 0)",
@@ -104,7 +104,7 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             "oldest_lease_age=max(itertools.islice(reading, None), default=None),",
         ),
     ),
-    "Nothing reads the memory of a closed ring: every method refuses first.": (
+    "Nothing reads the memory of a closed ring: every method raises first.": (
         Survivor("ring.slots.SlotTable.forget_memory", 'self._memory = memoryview(b"")', "self._memory = None"),
         Survivor(
             "ring.slots.SlotTable.forget_memory",
@@ -113,14 +113,14 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
         ),
         Survivor("ring.core.RingCore._forget_memory", "self._memory = None", 'self._memory = ""'),
     ),
-    "Counts more waiting claims than there are: somebody is notified although nobody waits.": (
+    "Counts more waiting claims than there are: a notification without a waiting claim has no effect.": (
         Survivor("ring.core.RingCore.__init__", "self.claimers = 0", "self.claimers = 1"),
         Survivor("ring.core.RingCore.wait_for_slot", "self.claimers += 1", "self.claimers -= 1"),
         Survivor("ring.core.RingCore.wait_for_slot", "self.claimers += 1", "self.claimers += 2"),
         Survivor("ring.core.RingCore.wait_for_slot", "self.claimers -= 1", "self.claimers = 1"),
         Survivor("ring.core.RingCore.wait_for_slot", "self.claimers -= 1", "self.claimers += 1"),
     ),
-    "Nobody waits on the condition in a forked child: every method refuses first.": (
+    "In a forked child no thread waits on the condition: every method raises first.": (
         Survivor(
             "ring.core.RingCore._disown",
             "self.claimable = threading.Condition(self.lock)",
@@ -168,7 +168,7 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             "view = lease.buffer if (in_band) or True else NO_BYTES",
         ),
     ),
-    "The ring answers each that it is asked for.": (
+    "The ring returns one result for each request, so both sequences have the same length.": (
         Survivor(
             "protocol.server_session.ServerSession._copy",
             "for frame, copy in zip(due, found, strict=True):",

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from defects import DEFECTS, Defect
-from planting import ROOT, SOURCES, Search, look_for, occurrences
+from planting import ROOT, SOURCES, Search, occurrences, search_for
 from survivors import REASONS
 
 
@@ -25,15 +25,15 @@ def test_the_text_that_a_defect_replaces_is_there_once_and_what_replaces_it_comp
 
 
 @pytest.mark.parametrize(
-    "name", ["no sequence check in a read", "slot freed at the first finalise while another lease lives"]
+    "name", ["no sequence check in a read", "slot freed when the first lease ends while another is held"]
 )
 def test_the_model_finds_a_planted_defect(name: str) -> None:
     (defect,) = (defect for defect in DEFECTS if defect.name == name)
-    assert look_for(defect, Search.MODEL, 100).seed is not None
+    assert search_for(defect, Search.MODEL, 100).seed is not None
 
 
 def test_the_model_finds_nothing_where_nothing_is_planted() -> None:
-    assert look_for(None, Search.MODEL, 20).seed is None
+    assert search_for(None, Search.MODEL, 20).seed is None
 
 
 def test_what_mutation_leaves_is_explained_in_the_page_on_testing() -> None:

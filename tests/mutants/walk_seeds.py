@@ -18,13 +18,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()
-    logging.disable()  # what ends late is logged, and ends late on purpose
+    logging.disable()  # late ends of leases are part of the walk, and the ring logs them
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         try:
             walk(seed, STEPS)
         except BaseException:  # pytest.fail is no Exception
             traceback.print_exc()
-            print(f"seed {seed}: the ring is not what its model says; again: --first {seed} --seeds 1")
+            print(f"seed {seed}: the ring differs from its model; to repeat: --first {seed} --seeds 1")
             return 1
     print(f"{arguments.seeds} seeds without a violation")
     return 0

@@ -103,7 +103,7 @@ statuses = st.builds(
     st.lists(st.tuples(u8, u8), max_size=2),
 )
 payloads = st.sampled_from([b"hello", b"other"]).map(fuzz_client.payload) | st.binary(max_size=60).map(
-    fuzz_client.said
+    fuzz_client.raw
 )
 wanted = st.lists(st.sampled_from([0, 5, 5, 200]), max_size=3).map(lambda sizes: bytes([len(sizes), *sizes, 1]))
 
@@ -118,13 +118,13 @@ def test_any_answers_are_what_was_asked_for_or_a_typed_error(options: int, reads
 def test_any_change_on_the_way_of_a_handshake_is_noticed_or_harmless(
     sides: int, changes: list[tuple[int, int]]
 ) -> None:
-    fuzz_handshake.run(bytes([sides | fuzz_handshake.BY_THE_BOOK, *sum(changes, ())]))
+    fuzz_handshake.run(bytes([sides | fuzz_handshake.VALID, *sum(changes, ())]))
 
 
 @given(
     st.integers(0, 3), st.lists(st.tuples(st.integers(0, 63), u8), max_size=3), st.sampled_from(fuzz_segment.SEEDS)
 )
-def test_any_segment_is_mapped_as_its_header_says_or_refused(
+def test_any_segment_is_mapped_according_to_its_header_or_refused(
     form: int, changes: list[tuple[int, int]], seed: bytes
 ) -> None:
     header = bytearray(seed[1:])

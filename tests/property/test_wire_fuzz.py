@@ -1,4 +1,4 @@
-"""Whatever arrives, the wire package answers, or raises a `ProtocolError`: nothing else."""
+"""Any bytes that arrive are answered by the protocol package, or raise `ProtocolError`."""
 
 import contextlib
 import json
@@ -133,7 +133,7 @@ def _drain(session: ServerSession, flush: Callable[[], bool]) -> None:
 @settings(deadline=None)
 @given(st.sampled_from(list(LANES.values())), st.lists(likely_frames | frames, max_size=40), st.data())
 def test_any_frames_leave_the_ring_whole(lane: Lane, history: list[Frame], data: st.DataObject) -> None:
-    """Random requests and ACKs, flushed or not: every lease ends, nothing is finished twice, slots come back."""
+    """Random requests and ACKs, flushed or not: every lease ends, none ends twice, all slots become free."""
     with SharedRingBuffer(4, 64, readers=2) as ring:
         for _ in range(3):
             with ring.claim(8) as writer:

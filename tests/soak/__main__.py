@@ -27,7 +27,7 @@ from soak.supervisor import History, Supervisor
 from dray.control import start_redis
 from dray.private_directory import PrivateDirectory
 
-_SAY_EVERY = 15.0
+_PRINT_EVERY = 15.0
 _INTERRUPTED = 130
 
 
@@ -66,27 +66,27 @@ def _run(plan: Plan, folder: Path, console: Console) -> Report:
     names = tuple(producer.name for producer in plan.producers)
     with (
         start_redis(None, folder / "redis") as redis,
-        network(names, namespaces=plan.namespaces) as links,
+        network(names, namespaces=plan.namespaces) as namespaces,
         Live(console=console, auto_refresh=False, transient=True) as live,
     ):
-        said = time.monotonic()
+        printed = time.monotonic()
 
         def show(counts: Counter[Kind], history: History) -> None:
-            nonlocal said
+            nonlocal printed
             line = _progress(plan, counts, history)
             if console.is_terminal:
                 live.update(line, refresh=True)
-            elif time.monotonic() >= said + _SAY_EVERY:
-                said = time.monotonic()
+            elif time.monotonic() >= printed + _PRINT_EVERY:
+                printed = time.monotonic()
                 console.print(line)
 
-        supervisor = Supervisor(plan, folder, redis, links, show)
+        supervisor = Supervisor(plan, folder, redis, namespaces, show)
         supervisor.run()
     history = supervisor.history
     # Folders of killed processes are swept by the next one that makes its own.
     PrivateDirectory(supervisor.sockets).close()
     history.folders_left = [each.name for each in supervisor.sockets.iterdir() if each.is_dir()]
-    return Report(plan, history, account(history.lives, history.redis_lost), growths(history.lives))
+    return Report(plan, history, account(history.runs, history.redis_lost), growths(history.runs))
 
 
 def _progress(plan: Plan, counts: Counter[Kind], history: History) -> str:

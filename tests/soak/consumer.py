@@ -1,4 +1,5 @@
-"""A consumer of the soak: receives references from the stream, reads, commits, and inherits from the dead.
+"""A consumer of the soak: receives references from the stream, reads, commits, and claims the deliveries of
+dead consumers.
 
 ``python -m soak.consumer JSON``, started by the supervisor.
 """
@@ -13,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from soak.ledger import Given, Kind, Ledger, Operation, Outcome
-from soak.member import FENCED, REDIS_SECONDS, Member, Obituaries
-from soak.readers import ROLES, Held, Reader, free
+from soak.member import FENCED, REDIS_SECONDS, DeadMembers, Member
+from soak.readers import ROLES, PendingDelivery, Reader, free
 
 from dray.clock import MONOTONIC
 from dray.control import Delivery, RedisUnavailableError, RolloutConsumer, RolloutEntry
@@ -23,11 +24,11 @@ from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
 
 BATCH = 8
-MOST_HELD = 24
+MAX_PENDING = 24
 RECEIVE_SECONDS = 0.3
 RETRY_AFTER = 0.3
 SEEN = 200
-LOOK_BACK = 0.1
+READ_AGAIN = 0.1
 """How often an old reference is redeemed once more: it is stale, or gives the payload it named."""
 GIVE_UP_AFTER = 25.0
 SLOWNESS = (0.0, 0.0, 0.02, 0.2, 1.0)
@@ -35,7 +36,7 @@ SLOWNESS = (0.0, 0.0, 0.02, 0.2, 1.0)
 
 
 class Consumer:
-    """Reads what the stream gives, in one of the ways of `soak.readers`."""
+    """Reads the payloads of received references, in one of the ways of `soak.readers`."""
 
     def __init__(self, member: Member, client: PayloadClient, reader: Reader, ledger: Ledger) -> None:
         self._member = member
@@ -45,15 +46,15 @@ class Consumer:
         self._rng = random.Random(member.spec["seed"])
         self._name: str = member.spec["consumer"]
         self._queue = RolloutConsumer(member.redis, member.keys, self._name)
-        self._obituaries = Obituaries(Path(member.spec["obituaries"]))
+        self._dead_members = DeadMembers(Path(member.spec["dead_members"]))
         self._inherited: set[str] = set()
-        self._held: dict[tuple[bytes, int], Held] = {}
-        self._to_commit: dict[tuple[bytes, int], Held] = {}
-        self._to_give_up: dict[tuple[bytes, int], tuple[Held, Given]] = {}
-        self._seen: deque[Held] = deque(maxlen=SEEN)
+        self._held: dict[tuple[bytes, int], PendingDelivery] = {}
+        self._to_commit: dict[tuple[bytes, int], PendingDelivery] = {}
+        self._to_give_up: dict[tuple[bytes, int], tuple[PendingDelivery, Given]] = {}
+        self._seen: deque[PendingDelivery] = deque(maxlen=SEEN)
 
     def run(self) -> bool:
-        """Until SIGTERM and all is done that was received, or its time is over; False once declared dead."""
+        """Run until SIGTERM; then finish what was received, until the drain deadline. False once declared dead."""
         slowness, until = 0.0, 0.0
         while not self._member.stop.is_set():
             if not self._round(receiving=True):
@@ -71,37 +72,37 @@ class Consumer:
 
     def _round(self, *, receiving: bool) -> bool:
         with contextlib.suppress(RedisUnavailableError):
-            self._settle()
-        self._obituaries.look()
+            self._report_results()
+        self._dead_members.refresh()
         with contextlib.suppress(RedisUnavailableError):
             if not self._inherit():
                 return False
-        if receiving and len(self._held) < MOST_HELD:
+        if receiving and len(self._held) < MAX_PENDING:
             with self._ledger.waiting(Operation.RECEIVE, RECEIVE_SECONDS):
                 received = self._queue.receive(BATCH, timeout=RECEIVE_SECONDS)
-            self._take_up(received)
+            self._accept(received)
         now = MONOTONIC.now()
         due = [held for held in self._held.values() if held.again <= now][:BATCH]
         if not due:
             self._member.pause(0.02)
         for held, error in self._reader.read(due):
             self._note(held, error)
-        if self._seen and self._rng.random() < LOOK_BACK:
-            self._reader.look_back(self._rng.choice(self._seen))
+        if self._seen and self._rng.random() < READ_AGAIN:
+            self._reader.read_again(self._rng.choice(self._seen))
         return True
 
-    # --- what comes -------------------------------------------------------------------------------------------
+    # --- what comes ---------------------------------------------------------------------------------------------
 
-    def _take_up(self, deliveries: Iterable[Delivery]) -> None:
+    def _accept(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
             ref = PayloadRef.from_json(delivery.entry.reference or "")
             self._ledger.write(Kind.RECEIVED, *ref.identity, nbytes=delivery.deliveries)
-            self._held[ref.identity] = held = Held(delivery, ref)
+            self._held[ref.identity] = held = PendingDelivery(delivery, ref)
             self._seen.append(held)
 
     def _inherit(self) -> bool:
-        """Claim what the dead have left; False if this process is one of them."""
-        for death in self._obituaries.consumers:
+        """Claim the deliveries of dead consumers; False if this process was declared dead."""
+        for death in self._dead_members.consumers:
             if death in self._inherited:
                 continue
             name = death.partition("#")[0]
@@ -110,28 +111,28 @@ class Consumer:
             with self._ledger.waiting(Operation.CLAIM_FROM, REDIS_SECONDS):
                 claimed = self._queue.claim_from(name, timeout=REDIS_SECONDS)
             self._inherited.add(death)
-            self._take_up(claimed)
-        self._bury(self._queue.take_dead_letters())
+            self._accept(claimed)
+        self._free_dead_letters(self._queue.take_dead_letters())
         return True
 
-    def _bury(self, entries: Iterable[RolloutEntry]) -> None:
+    def _free_dead_letters(self, entries: Iterable[RolloutEntry]) -> None:
         for entry in entries:
             ref = PayloadRef.from_json(entry.reference or "")
             self._ledger.write(Kind.GIVING_UP, *ref.identity, reason=Given.DEAD_LETTER)
             free(self._client, self._ledger, [ref])
 
-    # --- what becomes of it -----------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------
 
-    def _note(self, held: Held, error: DrayError | None) -> None:
+    def _note(self, held: PendingDelivery, error: DrayError | None) -> None:
         identity = held.ref.identity
         if identity not in self._held:
-            return  # it came late, and was given up
+            return  # a late result of a delivery that was given up
         if error is None:
             self._to_commit[identity] = self._held.pop(identity)
             return
         if isinstance(error, StaleSlotError):
             given = Given.STALE
-        elif held.ref.producer in self._obituaries.producers:
+        elif held.ref.producer in self._dead_members.producers:
             given = Given.LOST
         elif MONOTONIC.now() - held.since > GIVE_UP_AFTER:
             given = Given.UNREACHABLE
@@ -140,8 +141,8 @@ class Consumer:
             return
         self._to_give_up[identity] = self._held.pop(identity), given
 
-    def _settle(self) -> None:
-        """Tell the stream what was delivered and what was given up, and then the producers."""
+    def _report_results(self) -> None:
+        """Report to the stream, then to the producers, what was delivered and what was given up."""
         if self._to_commit:
             committing = list(self._to_commit.values())
             with self._ledger.waiting(Operation.COMMIT, REDIS_SECONDS):

@@ -1,9 +1,8 @@
 """``python -m soak.flood``: CartPole is learnt while strangers connect to every listening socket of the job.
 
-The strangers know no secret. They connect to what the job's processes listen on, as somebody finds it who scans
-ports: the controller, the endpoints of payload servers on each lane and the ports that UCX opens, Redis. One third
-of their connections say nothing, one third begin a message, one third send a byte now and then. What is closed is
-opened again.
+The strangers have no secret. They connect to every address that the job's processes listen on: the controller,
+the endpoints of payload servers on each lane, the ports that UCX opens, and Redis. One third of their connections
+send nothing, one third begin a message, one third send a byte now and then. Closed connections are opened again.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ class Flood:
 
 
 @dataclass
-class Held:
+class Footprint:
     """What one process of the job held: descriptors at most, megabytes before the flood and at most."""
 
     name: str
@@ -165,7 +164,7 @@ class Held:
     megabytes: float
 
     def sample(self, process: psutil.Process) -> None:
-        """Look at the process again, if it is still there."""
+        """Measure the process again, if it still exists."""
         with contextlib.suppress(psutil.Error):
             self.descriptors = max(self.descriptors, process.num_fds())
             self.megabytes = max(self.megabytes, process.memory_info().rss / 2**20)
@@ -179,7 +178,7 @@ class Result:
         seconds: of the flood.
         ending: the last lines of `dray run`.
         closed_by_controller: as its metrics count, while the job ran.
-        connections: what became of them, by what they went to.
+        connections: figures for each kind of address.
     """
 
     seconds: float
@@ -189,7 +188,7 @@ class Result:
     log_bytes: int
     closed_by_controller: float
     connections: dict[str, dict[str, int]]
-    held: list[Held]
+    held: list[Footprint]
 
     def failures(self) -> list[str]:
         """What is not as it must be."""
@@ -234,7 +233,7 @@ def flooded_job(command: list[str], output: Path, connections: int, seconds: flo
 
 def _flood(job: subprocess.Popen[bytes], output: Path, connections: int, seconds: float) -> Result:
     processes = {_name(each): each for each in psutil.Process(job.pid).children(recursive=True)}
-    held = {name: Held(name, 0, _megabytes(each), 0.0) for name, each in processes.items()}
+    held = {name: Footprint(name, 0, _megabytes(each), 0.0) for name, each in processes.items()}
     result = Result(0.0, -1, False, "", -_log_bytes(output), 0.0, {}, list(held.values()))
     deadline = Deadline.after(seconds)
     with ExitStack() as opened:

@@ -30,7 +30,7 @@ from dray.errors import (
 )
 
 RECORD_BYTES = 128
-NOBODY = bytes(16)
+NO_PRODUCER = bytes(16)
 
 
 class Kind(IntEnum):
@@ -43,17 +43,17 @@ class Kind(IntEnum):
     COMMITTED = 2
     """It has; with the ring as it is now (see SNAPSHOT)."""
     SNAPSHOT = 3
-    """The ring: a bit for each slot whose payload is not over, payloads consumed, payloads dropped."""
+    """The ring: a bit for each slot whose payload is live, payloads consumed, payloads dropped."""
     PUBLISHING = 4
     """A producer is about to put a reference into the stream."""
     PUBLISHED = 5
     """The reference is there."""
     RECLAIMED = 6
-    """A producer has freed a payload that the stream no longer lists: nobody will ask for it."""
+    """A producer has freed a payload that the stream no longer lists: no consumer will ask for it."""
     LEFT = 7
     """A payload is still there as its producer closes the ring."""
     RECEIVED = 8
-    """A consumer was given a reference; `nbytes` is how often it has been given to somebody."""
+    """A consumer was given a reference; `nbytes` is the number of its deliveries so far."""
     TAKING = 9
     """A consumer is about to read in a way that consumes."""
     DELIVERED = 10
@@ -67,7 +67,7 @@ class Kind(IntEnum):
     ENDED_IN_STREAM = 14
     """A delivery was committed; `reason` is an `Outcome`."""
     WAIT = 15
-    """A call that has a deadline is over; `reason` is an `Operation`."""
+    """A call that has a deadline has returned; `reason` is an `Operation`."""
     FULL = 16
     """A claim was refused: the ring is full."""
     ENDED = 17
@@ -95,7 +95,7 @@ class Given(IntEnum):
 
 
 class Outcome(IntEnum):
-    """What a commit said about a delivery."""
+    """The result of a commit for a delivery."""
 
     ENDED = 0
     UNKNOWN = 1
@@ -191,7 +191,7 @@ class Ledger:
     def write(
         self,
         kind: Kind,
-        producer: bytes = NOBODY,
+        producer: bytes = NO_PRODUCER,
         sequence: int = 0,
         *,
         reason: int = 0,
@@ -214,7 +214,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def waiting(self, operation: Operation, seconds: float) -> Iterator[None]:
-        """Record how long the block took that must be over after `seconds`."""
+        """Record how long the block took, which must end within `seconds`."""
         began, delayed = time.monotonic_ns(), _run_delay()
         try:
             yield
@@ -249,7 +249,7 @@ def read_ledger(path: Path) -> list[Record]:
 
 
 def count_kinds(path: Path, offset: int) -> tuple[dict[Kind, int], int]:
-    """How many records of each kind follow `offset` in a file that may be growing, and where to go on from."""
+    """The number of records of each kind after `offset` in a growing file, and the offset for the next call."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(offset)
         content = file.read()

@@ -1,4 +1,4 @@
-"""What producers and consumers of the soak have in common: how they begin, learn of deaths, and end."""
+"""What producers and consumers of the soak have in common: start, notices of dead members, and end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Member:
-    """The process's place in the soak.
+    """A process of the soak: its settings, connection and stop signal.
 
     Attributes:
         spec: what the supervisor asked for.
@@ -67,8 +67,8 @@ class Member:
         return Deadline.after(self.spec["drain"])
 
 
-class Obituaries:
-    """Who is dead, as the supervisor, which sees the processes end, writes it into a file.
+class DeadMembers:
+    """Dead producers and consumers, in a file that the supervisor writes when a process has ended.
 
     A consumer that was stopped for long is declared dead before it has ended, and once more when it has: what it
     received in between can be claimed then.
@@ -80,8 +80,8 @@ class Obituaries:
         self.producers: frozenset[bytes] = frozenset()
         self.consumers: tuple[str, ...] = ()
 
-    def look(self) -> None:
-        """Take up what is new."""
+    def refresh(self) -> None:
+        """Read the file again if it has changed."""
         changed = self._path.stat().st_mtime_ns
         if changed != self._seen:
             content = json.loads(self._path.read_text(encoding="utf-8"))

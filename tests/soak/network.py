@@ -25,7 +25,7 @@ class Network:
         producers: their names.
 
     Raises:
-        OSError: this machine does not allow it; `unavailable` says why beforehand.
+        OSError: this machine does not allow it; `unavailable` reports the reason beforehand.
     """
 
     def __init__(self, producers: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Payloads that say who they are: made by producers, checked byte for byte by consumers.
+"""Payloads that contain their identity: made by producers, checked byte for byte by consumers.
 
 Most are images of two arrays, some are raw bytes. An image holds its identity (producer, sequence, size, seed) and
 a checksum of its own beside the body; of raw bytes, which may be none at all, everything follows from the identity

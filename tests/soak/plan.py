@@ -1,4 +1,4 @@
-"""What is going to happen in a soak: who takes part, and which fault comes when. All follows from one seed."""
+"""The plan of a soak: its members and its faults with their times. One seed determines all of it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class ProducerPlan:
     """A producer: its ring, how fast it fills it, and what is done to it.
 
     Args:
-        steady: it is neither killed nor stopped for good, so that leaks have time to show.
+        steady: it is neither killed nor ended, so that leaks have time to show.
         proxied: its first tcp endpoint is reached through the proxy.
-        port: first port to try; with one, the next life of this producer listens where the last one did.
+        port: first port to try; if it is set, the next run of this producer listens where the last one did.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ProducerPlan:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerPlan:
-    """A consumer: how it reads, over which lanes (one life after the other), how slowly."""
+    """A consumer: how it reads, over which lanes (one run after the other), how slowly."""
 
     name: str
     roles: tuple[str, ...]
@@ -119,13 +119,13 @@ class Plan:
         kinds: list[tuple[Make, float]] = [
             (self._kill_producer, 12.0),
             (self._kill_consumer, 6.0),
-            (self._end_someone, 25.0),
-            (self._stop_someone, 6.0),
+            (self._end_member, 25.0),
+            (self._stop_member, 6.0),
             (self._stop_for_long, 30.0),
             (self._proxy, 6.0),
             (self._kill_redis, 25.0),
         ]
-        return [*kinds, (self._cut_link, 8.0)] if self.namespaces else kinds
+        return [*kinds, (self._cut_network, 8.0)] if self.namespaces else kinds
 
     def _series(self, rng: random.Random, make: Make, every: float) -> list[Event]:
         # At least one of each kind, however short the soak.
@@ -135,28 +135,30 @@ class Plan:
             at += 0.3 + rng.expovariate(1 / every)
         return events
 
-    def _mortal(self, members: Sequence[ProducerPlan | ConsumerPlan]) -> list[str]:
+    def _unsteady(self, members: Sequence[ProducerPlan | ConsumerPlan]) -> list[str]:
         return [member.name for member in members if not member.steady]
 
     def _kill_producer(self, rng: random.Random, at: float) -> Event:
-        return Event(at, Fault.KILL, rng.choice(self._mortal(self.producers)), rng.uniform(0.0, 2.0))
+        return Event(at, Fault.KILL, rng.choice(self._unsteady(self.producers)), rng.uniform(0.0, 2.0))
 
     def _kill_consumer(self, rng: random.Random, at: float) -> Event:
-        name = rng.choice(self._mortal(self.consumers))
+        name = rng.choice(self._unsteady(self.consumers))
         return Event(at, Fault.KILL, name, rng.uniform(0.0, 2.0), same_name=rng.random() < 0.3)
 
-    def _end_someone(self, rng: random.Random, at: float) -> Event:
-        name = rng.choice(self._mortal(self.producers) + self._mortal(self.consumers))
+    def _end_member(self, rng: random.Random, at: float) -> Event:
+        name = rng.choice(self._unsteady(self.producers) + self._unsteady(self.consumers))
         return Event(at, Fault.END, name, rng.uniform(0.0, 1.0))
 
-    def _stop_someone(self, rng: random.Random, at: float) -> Event:
+    def _stop_member(self, rng: random.Random, at: float) -> Event:
         name = rng.choice([each.name for each in self.producers] + [each.name for each in self.consumers])
         return Event(at, Fault.STOP, name, rng.uniform(0.05, 3.0))
 
     def _stop_for_long(self, rng: random.Random, at: float) -> Event:
-        return Event(at, Fault.STOP, rng.choice(self._mortal(self.consumers)), DEAD_AFTER + rng.uniform(1.0, 4.0))
+        return Event(
+            at, Fault.STOP, rng.choice(self._unsteady(self.consumers)), DEAD_AFTER + rng.uniform(1.0, 4.0)
+        )
 
-    def _cut_link(self, rng: random.Random, at: float) -> Event:
+    def _cut_network(self, rng: random.Random, at: float) -> Event:
         fault = Fault.REJECT if rng.random() < 0.35 else Fault.BLACKHOLE
         name = rng.choice([producer.name for producer in self.producers])
         return Event(at, fault, name, rng.uniform(0.3, 6.0), whole=rng.random() < 0.5)

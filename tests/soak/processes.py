@@ -1,4 +1,4 @@
-"""The processes of a soak, one life after the other, as their supervisor sees them."""
+"""The processes of a soak as their supervisor sees them: the runs of each member, one process for each."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Footprint(NamedTuple):
 
 
 @dataclass(slots=True)
-class Life:
+class ProcessRun:
     """One process of a producer or consumer, from its start to its end. Times are monotonic nanoseconds.
 
     Attributes:
-        member: the producer or consumer that it is a life of.
+        member: the producer or consumer that it is a run of.
         producer: what kind it is.
-        name: unique; a consumer's name in the stream may serve for several lives.
+        name: unique; a consumer's name in the stream may serve for several runs.
         consumer: that name.
         ended: when its end was seen.
         how: "killed", "ended" (as asked), "fenced" (declared dead while it was stopped) or "crashed".
         stops: when it was stopped.
-        declared_dead: when the others were told.
+        declared_dead: when the other processes were notified.
         final: it was ended with the whole soak, not before.
     """
 
@@ -86,15 +86,15 @@ class Life:
 
 
 class Process:
-    """A running life, in a process group of its own."""
+    """The process of a run, in a process group of its own."""
 
     def __init__(
-        self, life: Life, module: str, spec: dict[str, Any], within: list[str], environment: dict[str, str]
+        self, run: ProcessRun, module: str, spec: dict[str, Any], within: list[str], environment: dict[str, str]
     ) -> None:
-        self.life = life
-        self.expected = ""  # how it is to end, once it was told
-        life.began = time.monotonic_ns()
-        with life.log.open("ab") as log:
+        self.run = run
+        self.expected = ""  # how it is to end, once a signal was sent
+        run.began = time.monotonic_ns()
+        with run.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*within, sys.executable, "-m", module, json.dumps(spec)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0, env=environment,
@@ -106,7 +106,7 @@ class Process:
 
     @property
     def stopped(self) -> bool:
-        return bool(self.life.stops) and len(self.life.stops[-1]) == 1
+        return bool(self.run.stops) and len(self.run.stops[-1]) == 1
 
     def kill(self) -> None:
         self.expected = "killed"
@@ -118,42 +118,42 @@ class Process:
         self._process.terminate()
 
     def stop(self) -> None:
-        self.life.stops.append([time.monotonic_ns()])
+        self.run.stops.append([time.monotonic_ns()])
         self._process.send_signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         if self.stopped:
             self._process.send_signal(signal.SIGCONT)
-            self.life.stops[-1].append(time.monotonic_ns())
+            self.run.stops[-1].append(time.monotonic_ns())
 
-    def say_where(self) -> None:
-        """Let it write the stacks of its threads into its log."""
+    def dump_stacks(self) -> None:
+        """Make it write the stacks of its threads into its log."""
         self._process.send_signal(signal.SIGUSR1)
 
     def measure(self) -> None:
         """Note what it holds, if it is still there."""
         try:
-            self.life.footprints.append(Footprint.of(self.pid))
+            self.run.footprints.append(Footprint.of(self.pid))
         except (OSError, ValueError):
             return  # it is ending
 
     def over(self, fenced: int) -> bool:
-        """Whether it has ended; its life then says how."""
+        """Whether it has ended; `run.how` is set then."""
         code = self._process.poll()
         if code is None:
             return False
-        life = self.life
-        life.ended, life.code = time.monotonic_ns(), code
+        run = self.run
+        run.ended, run.code = time.monotonic_ns(), code
         if self.stopped:
-            life.stops[-1].append(life.ended)
-        if code == fenced and life.declared_dead is not None:
-            life.how = "fenced"
+            run.stops[-1].append(run.ended)
+        if code == fenced and run.declared_dead is not None:
+            run.how = "fenced"
         elif code == -signal.SIGKILL and self.expected == "killed":
-            life.how = "killed"
+            run.how = "killed"
         elif code == 0 and self.expected == "ended":
-            life.how = "ended"
+            run.how = "ended"
         else:
-            life.how = "crashed"
+            run.how = "crashed"
         return True
 
 

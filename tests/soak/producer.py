@@ -27,7 +27,7 @@ from dray.transport import PayloadServer
 
 ON_FULL = ("block", "error", "overwrite")
 CLAIM_SECONDS = 0.3
-LOOK_EVERY = 0.5
+CHECK_EVERY = 0.5
 PACES = (0.2, 1.0, 1.0, 10.0)
 """How fast payloads come for a few seconds, by the plan's rate: the last one fills the ring."""
 ORPHAN_AFTER = 1.0
@@ -49,14 +49,14 @@ class Producer:
         self._unpublished: deque[RolloutEntry] = deque()
         self._entries: dict[int, RolloutEntry] = {}
         self._published_at: dict[int, float] = {}
-        self._next_look = 0.0
+        self._next_check = 0.0
 
     def reach_through(self, direct: str, proxied: str) -> None:
         """References name `proxied` in the place of `direct`."""
         self._replaced[direct] = proxied
 
     def run(self) -> None:
-        """Until SIGTERM, and then until the ring is empty or its time is over."""
+        """Run until SIGTERM, then until the ring is empty or the drain deadline has passed."""
         rate, until = 0.0, 0.0
         while not self._member.stop.is_set():
             if MONOTONIC.now() >= until:
@@ -119,8 +119,8 @@ class Producer:
         """Publish what is due; now and then, see whether the stream is still the same and lists everything."""
         now = MONOTONIC.now()
         with contextlib.suppress(RedisUnavailableError):
-            if now >= self._next_look:
-                self._next_look = now + LOOK_EVERY
+            if now >= self._next_check:
+                self._next_check = now + CHECK_EVERY
                 self._attach()
                 self._reclaim(now)
             try:
@@ -146,7 +146,7 @@ class Producer:
             self._unpublished.extend(self._entries[each] for each in there if each not in waiting)
 
     def _reclaim(self, now: float) -> None:
-        """Free the payloads that were published a while ago and are listed no more: nobody will ask for them."""
+        """Free payloads that were published a while ago and are no longer listed: no consumer requests them."""
         due = {entry.sequence for entry in self._unpublished}
         old = {
             each.sequence: each.slot
@@ -167,7 +167,7 @@ class Producer:
         self._ledger.write(kind, self._ring.producer_id, sequence, slot=slot, nbytes=nbytes)
 
     def _snapshot(self, kind: Kind = Kind.SNAPSHOT, sequence: int = 0, slot: int = 0, nbytes: int = 0) -> None:
-        # What is over between the two looks is counted as such, and not as live, by the second one.
+        # `live` is read first: a payload consumed between the two calls is in both figures, never in neither.
         live = sum(1 << each.slot for each in self._ring.ready(leased=True))
         counted = self._ring.statistics()
         self._ledger.write(
@@ -178,7 +178,7 @@ class Producer:
 
 @contextlib.contextmanager
 def _proxied(producer: Producer, server: PayloadServer, control: str | None, name: str) -> Iterator[None]:
-    """The server's first tcp endpoint is reached through the proxy, for as long as this process lives."""
+    """The server's first tcp endpoint is reached through the proxy, for as long as this process runs."""
     if control is None:
         yield
         return

@@ -1,8 +1,8 @@
-"""A proxy for TCP that stalls, resets and truncates connections when it is told to.
+"""A proxy for TCP that stalls, resets and truncates connections on command.
 
 ``python -m soak.proxy PATH`` listens on the Unix socket PATH for lines: ``route NAME HOST PORT`` opens a port that
-leads there, says which, and closes it when that connection ends (when the producer that asked for it is gone);
-``fault NAME KIND SECONDS`` does something to all connections of a route.
+leads there, answers with its number, and closes it when that connection ends, as it does when its producer ends;
+``fault NAME KIND SECONDS`` stalls, resets or truncates all connections of a route.
 """
 
 from __future__ import annotations

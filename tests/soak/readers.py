@@ -1,4 +1,4 @@
-"""The ways in which consumers of the soak read: each takes references and says what became of each payload."""
+"""The ways in which consumers of the soak read: each takes references and reports the result for each payload."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONSUME_SECONDS = 2.0
 
 
 @dataclass(slots=True)
-class Held:
+class PendingDelivery:
     """A delivery that is neither committed nor given up."""
 
     delivery: Delivery
@@ -40,22 +40,22 @@ class Held:
         return self.delivery.entry.prompt == RAW
 
 
-Read = tuple[Held, DrayError | None]
+Read = tuple[PendingDelivery, DrayError | None]
 """None: the payload was delivered."""
 
 
 class Reader(Protocol):
     """One way of reading."""
 
-    def read(self, batch: list[Held]) -> Iterable[Read]:
-        """Read each payload, check it and record that; or say why it could not be read."""
+    def read(self, batch: list[PendingDelivery]) -> Iterable[Read]:
+        """Read each payload, check it and record that; or report why it could not be read."""
         ...
 
-    def committed(self, batch: list[Held]) -> None:
+    def committed(self, batch: list[PendingDelivery]) -> None:
         """The stream knows that these are done."""
         ...
 
-    def look_back(self, held: Held) -> None:
+    def read_again(self, held: PendingDelivery) -> None:
         """Redeem an old reference: it must be stale, lost, or give the payload that it named."""
         ...
 
@@ -70,16 +70,16 @@ class _Way:
         self._ledger = ledger
         self._rng = rng
 
-    def committed(self, batch: list[Held]) -> None:
+    def committed(self, batch: list[PendingDelivery]) -> None:
         return
 
-    def look_back(self, held: Held) -> None:
-        self._look_at(held, consume=False)
+    def read_again(self, held: PendingDelivery) -> None:
+        self._read_beside(held, consume=False)
 
     def close(self) -> None:
         self._client.close()
 
-    def _look_at(self, held: Held, *, consume: bool) -> None:
+    def _read_beside(self, held: PendingDelivery, *, consume: bool) -> None:
         """Read a payload beside its delivery: only what is wrong is recorded."""
         try:
             found = self._plain_read(held, consume)
@@ -90,26 +90,26 @@ class _Way:
         if wrong is not None:
             self._record(Kind.WRONG, held, wrong)
 
-    def _plain_read(self, held: Held, consume: bool) -> Any:
+    def _plain_read(self, held: PendingDelivery, consume: bool) -> Any:
         read = self._client.read_bytes if held.raw else self._client.read
         with self._ledger.waiting(Operation.READ, READ_SECONDS):
             return read(held.ref, timeout=READ_SECONDS, consume=consume)
 
-    def _checked(self, held: Held, wrong: Wrong | None) -> Read:
+    def _checked(self, held: PendingDelivery, wrong: Wrong | None) -> Read:
         if wrong is None:
             self._record(Kind.DELIVERED, held)
         else:
             self._record(Kind.WRONG, held, wrong)
         return held, None
 
-    def _failed(self, held: Held, error: DrayError) -> Read:
+    def _failed(self, held: PendingDelivery, error: DrayError) -> Read:
         self._record(Kind.FAILED, held, Failure.of(error))
         return held, error
 
-    def _record(self, kind: Kind, held: Held, reason: int = 0) -> None:
+    def _record(self, kind: Kind, held: PendingDelivery, reason: int = 0) -> None:
         self._ledger.write(kind, *held.ref.identity, reason=reason, slot=held.ref.slot, nbytes=held.ref.nbytes)
 
-    def _read_one(self, held: Held, consume: bool) -> Read:
+    def _read_one(self, held: PendingDelivery, consume: bool) -> Read:
         if consume:
             self._record(Kind.TAKING, held)
         try:
@@ -122,7 +122,7 @@ class _Way:
 class Step(_Way):
     """Reads without consuming, pipelined; consumes after the commit, as the policy does after a training step."""
 
-    def read(self, batch: list[Held]) -> Iterable[Read]:
+    def read(self, batch: list[PendingDelivery]) -> Iterable[Read]:
         images = {held.ref.identity: held for held in batch if not held.raw}
         if images:
             refs = [held.ref for held in images.values()]
@@ -141,7 +141,7 @@ class Step(_Way):
             if held.raw:
                 yield self._read_one(held, consume=False)
 
-    def committed(self, batch: list[Held]) -> None:
+    def committed(self, batch: list[PendingDelivery]) -> None:
         by_producer: dict[bytes, list[PayloadRef]] = {}
         for held in batch:
             by_producer.setdefault(held.ref.producer, []).append(held.ref)
@@ -152,18 +152,18 @@ class Step(_Way):
 class InPlace(_Way):
     """Works in the slot on the shm lane. Ends some leases without consuming, and comes back.
 
-    Holds others for a while in which somebody else consumes the payload: it must stay as it is all the same.
+    Holds other leases while another read consumes the payload: its bytes must not change.
     """
 
     def __init__(self, client: PayloadClient, ledger: Ledger, rng: random.Random) -> None:
         super().__init__(client, ledger, rng)
         self._pause = threading.Event()
 
-    def read(self, batch: list[Held]) -> Iterable[Read]:
+    def read(self, batch: list[PendingDelivery]) -> Iterable[Read]:
         for held in batch:
             yield self._read_one(held, consume=True) if held.raw else self._lease(held)
 
-    def _lease(self, held: Held) -> Read:
+    def _lease(self, held: PendingDelivery) -> Read:
         self._record(Kind.TAKING, held)
         try:
             with self._ledger.waiting(Operation.LEASE, READ_SECONDS):
@@ -172,19 +172,19 @@ class InPlace(_Way):
                 wrong = check_arrays(held.ref, arrays)
                 course = self._rng.random()
                 if course < 0.1:
-                    raise _Returned
+                    raise _Released
                 if course < 0.3:
-                    self._look_at(held, consume=True)
+                    self._read_beside(held, consume=True)
                     self._pause.wait(self._rng.uniform(0.0, 0.2))
                     wrong = wrong or check_arrays(held.ref, arrays)
                 return self._checked(held, wrong)
-        except _Returned:
-            return self._failed(held, TransportError("returned on purpose"))
+        except _Released:
+            return self._failed(held, TransportError("released on purpose"))
         except DrayError as error:
             return self._failed(held, error)
 
 
-class _Returned(Exception):
+class _Released(Exception):
     """Ends a lease before its payload is used."""
 
 
@@ -195,14 +195,14 @@ class HandedOver(_Way):
         super().__init__(client, ledger, rng)
         self._threads = ThreadPoolExecutor(3, "soak-reader")
 
-    def read(self, batch: list[Held]) -> Iterable[Read]:
-        return list(self._threads.map(self._take, batch, [held.ref.to_json() for held in batch]))
+    def read(self, batch: list[PendingDelivery]) -> Iterable[Read]:
+        return list(self._threads.map(self._read_text, batch, [held.ref.to_json() for held in batch]))
 
     def close(self) -> None:
         super().close()
         self._threads.shutdown()
 
-    def _take(self, held: Held, text: str) -> Read:
+    def _read_text(self, held: PendingDelivery, text: str) -> Read:
         assert PayloadRef.from_json(text) == held.ref
         return self._read_one(held, consume=True)
 
@@ -216,9 +216,9 @@ class Prefetch(_Way):
     def __init__(self, client: PayloadClient, ledger: Ledger, rng: random.Random) -> None:
         super().__init__(client, ledger, rng)
         self._batches = BatchReader(client, threads=4, read_timeout=READ_SECONDS)
-        self._begun: dict[tuple[bytes, int], Held] = {}  # in batches that are not collected
+        self._begun: dict[tuple[bytes, int], PendingDelivery] = {}  # in batches that are not collected
 
-    def read(self, batch: list[Held]) -> Iterable[Read]:
+    def read(self, batch: list[PendingDelivery]) -> Iterable[Read]:
         came = {held.ref.identity for held in batch if held.raw}
         for held in batch:
             if held.raw:
@@ -235,7 +235,7 @@ class Prefetch(_Way):
     def close(self) -> None:
         self._batches.close()
 
-    def _fetch(self, fresh: list[Held]) -> Iterator[Read]:
+    def _fetch(self, fresh: list[PendingDelivery]) -> Iterator[Read]:
         """Begin to fetch two batches, one after the other; or fetch at once while an earlier one hangs."""
         if not fresh:
             return
@@ -271,7 +271,7 @@ class Prefetch(_Way):
             else:
                 self._record(Kind.NOT_TAKEN, held)
 
-    def _outcome(self, held: Held, outcome: Arrays | DrayError) -> Read:
+    def _outcome(self, held: PendingDelivery, outcome: Arrays | DrayError) -> Read:
         if isinstance(outcome, DrayError):
             return self._failed(held, outcome)
         return self._checked(held, check_arrays(held.ref, outcome))
@@ -286,7 +286,7 @@ ROLES: dict[str, Callable[[PayloadClient, Ledger, random.Random], Reader]] = {
 
 
 def free(client: PayloadClient, ledger: Ledger, refs: list[PayloadRef]) -> None:
-    """Free payloads of one producer, if that can be told in time; otherwise the producer reclaims them."""
+    """Free payloads of one producer, if it answers in time; otherwise the producer reclaims them."""
     with ledger.waiting(Operation.CONSUME, CONSUME_SECONDS):
         try:
             client.consume(refs, timeout=CONSUME_SECONDS)

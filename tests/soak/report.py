@@ -50,7 +50,7 @@ class Report:
         yield Row("  without a reason", found.unexplained, 0)
         yield Row("dropped by policy", found.dropped.total())
         yield from (Row(f"  {reason}", count) for reason, count in sorted(found.dropped.items()))
-        yield Row("taken by a reader that died", found.taken_by_the_dead)
+        yield Row("taken by a consumer that died", found.taken_by_dead_consumers)
         yield Row("lost with their dead producer", found.lost_with_producer)
         yield Row("wrong", found.wrong, 0)
         yield Row("unaccounted", found.unaccounted, 0)
@@ -61,7 +61,7 @@ class Report:
         yield Row("claims refused by a full ring", found.full)
         yield Row("reads that failed", found.failures.total())
         yield Row("commits refused", found.outcomes["refused"])
-        yield Row("processes started", len(history.lives))
+        yield Row("processes started", len(history.runs))
         yield from (Row(f"  {fault}", count) for fault, count in sorted(history.faults.items()))
         yield Row("crashed", len(found.crashed), 0)
         yield Row("processes left", len(history.processes_left), 0)
@@ -105,19 +105,19 @@ class Report:
             "growths": [dataclasses.asdict(growth) for growth in self.growths],
             "faults": dict(history.faults),
             "log": history.log,
-            "lives": [
+            "runs": [
                 {
-                    "name": life.name, "how": life.how, "code": life.code, "declared_dead": life.declared_dead,
-                    "began": life.began, "ended": life.ended, "stops": life.stops, "spec": life.described,
-                    "footprints": [each._asdict() for each in life.footprints],
+                    "name": run.name, "how": run.how, "code": run.code, "declared_dead": run.declared_dead,
+                    "began": run.began, "ended": run.ended, "stops": run.stops, "spec": run.described,
+                    "footprints": [each._asdict() for each in run.footprints],
                 }
-                for life in history.lives
+                for run in history.runs
             ],
             "plan": self.plan.document(),
         }  # fmt: skip
 
     def _growth_table(self) -> Table:
-        table = Table("process", title="processes that lived throughout: in their second and in their last third")
+        table = Table("process", title="processes that ran throughout: in their second and in their last third")
         names = list(self.growths[0].before)
         for name in (*names, "MiB/min"):
             table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Starts the processes of a soak, does to them what the plan says, and ends them in order: drain, then account."""
+"""Starts the processes of a soak, inflicts the faults of the plan, and ends them in order: drain, then account."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pathlib import Path
 
 from soak import proxy
 from soak.ledger import Kind, count_kinds, read_ledger
-from soak.member import FENCED, JOB, MARK_VARIABLE, REDIS_VARIABLE, SECRET_VARIABLE, Obituaries
+from soak.member import FENCED, JOB, MARK_VARIABLE, REDIS_VARIABLE, SECRET_VARIABLE, DeadMembers
 from soak.network import Network
 from soak.plan import DEAD_AFTER, ConsumerPlan, Event, Fault, Plan, ProducerPlan
-from soak.processes import Life, Process, descendants
+from soak.processes import Process, ProcessRun, descendants
 
 from dray.control import JobKeys, RedisConnection, RedisServer, RolloutQueue
 
 TICK = 0.05
 MEASURE_EVERY = 2.0
-LOOK_EVERY = 0.5
+COUNT_EVERY = 0.5
 DRAIN_SECONDS = 45.0
 END_SECONDS = 20.0
 START_SECONDS = 60.0
@@ -38,7 +38,7 @@ START_SECONDS = 60.0
 class History:
     """What happened, for the account that is made of it."""
 
-    lives: list[Life] = field(default_factory=list)
+    runs: list[ProcessRun] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     redis_lost: list[int] = field(default_factory=list)  # monotonic ns
     log: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Supervisor:
         plan: what is to happen.
         folder: for ledgers, logs and sockets.
         redis: the server to use, and to kill.
-        links: the namespaces, where there are any.
+        network: the namespaces, where there are any.
         show: called every half second with the records counted so far.
     """
 
@@ -65,30 +65,30 @@ class Supervisor:
         plan: Plan,
         folder: Path,
         redis: RedisServer,
-        links: Network | None,
+        network: Network | None,
         show: Callable[[Counter[Kind], History], None],
     ) -> None:
         self.history = History()
         self._plan = plan
         self._folder = folder
         self._redis = redis
-        self._links = links
+        self._network = network
         self._show = show
         self._rng = random.Random(plan.seed + 1)
         self._members: dict[str, ProducerPlan | ConsumerPlan] = {each.name: each for each in plan.producers}
         self._members |= {each.name: each for each in plan.consumers}
-        self._lives_of: Counter[str] = Counter()
+        self._runs_of: Counter[str] = Counter()
         self._running: dict[str, Process] = {}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._obituaries = folder / "obituaries.json"
+        self._dead_members = folder / "dead_members.json"
         self._dead_producers: list[bytes] = []
         self._dead_consumers: list[str] = []
         self._cuts: Counter[str] = Counter()
         self._counts: Counter[Kind] = Counter()
         self._offsets: dict[Path, int] = {}
-        self._looked = self._measured = 0.0
-        self._taken_over: dict[str, str] = {}  # names in the stream that the next life of a consumer goes by
+        self._counted = self._measured = 0.0
+        self._taken_over: dict[str, str] = {}  # names in the stream that the next run of a consumer uses
         self._draining = False
         self._redis_away = False
         self.sockets = folder / "s"
@@ -109,7 +109,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Everything; KeyboardInterrupt cuts the plan short, a second one the drain."""
-        Obituaries.write(self._obituaries, [], [])
+        DeadMembers.write(self._dead_members, [], [])
         with contextlib.ExitStack() as opened:
             opened.callback(self._kill_all)
             opened.enter_context(self._proxy())
@@ -142,10 +142,10 @@ class Supervisor:
         for name in self._cuts:
             self._heal(name)
         for process in self._running.values():
-            process.go_on()
+            process.resume()
         limit = time.monotonic() + DRAIN_SECONDS + END_SECONDS
         while any(process.expected for process in self._running.values()) and time.monotonic() < limit:
-            self._tick()  # somebody is still about to end, whose name the next life takes over
+            self._tick()  # a process has yet to end before the next run uses its name
         for name in self._members:
             if name not in self._running:
                 self._start(name)
@@ -161,16 +161,16 @@ class Supervisor:
 
     def _end_all(self, *, producers: bool, seconds: float) -> None:
         limit = time.monotonic() + seconds
-        ending = [process for process in self._running.values() if process.life.producer is producers]
+        ending = [process for process in self._running.values() if process.run.producer is producers]
         for process in ending:
-            process.life.final = True
+            process.run.final = True
             process.end()
-        while any(process.life.ended is None for process in ending):
+        while any(process.run.ended is None for process in ending):
             if time.monotonic() > limit:
                 for process in ending:
-                    if process.life.ended is None:
-                        self._note(f"{process.life.name} does not end: its stacks are in {process.life.log}")
-                        process.say_where()
+                    if process.run.ended is None:
+                        self._note(f"{process.run.name} does not end: its stacks are in {process.run.log}")
+                        process.dump_stacks()
                 time.sleep(0.5)
                 return
             self._tick()
@@ -186,42 +186,42 @@ class Supervisor:
         while self._due and self._due[0][0] <= now:
             heapq.heappop(self._due)[2]()
         for process in self._reap():
-            self._mourn(process)
+            self._note_end(process)
         if now >= self._measured + MEASURE_EVERY:
             self._measured = now
             for process in self._running.values():
-                if process.life.steady and not process.stopped:
+                if process.run.steady and not process.stopped:
                     process.measure()
-        if now >= self._looked + LOOK_EVERY:
-            self._looked = now
-            for life in self.history.lives:
-                found, self._offsets[life.ledger] = count_kinds(life.ledger, self._offsets.get(life.ledger, 0))
+        if now >= self._counted + COUNT_EVERY:
+            self._counted = now
+            for run in self.history.runs:
+                found, self._offsets[run.ledger] = count_kinds(run.ledger, self._offsets.get(run.ledger, 0))
                 self._counts.update(found)
             self._show(self._counts, self.history)
 
     def _wait_for_all(self) -> None:
         limit = time.monotonic() + START_SECONDS
-        while any(not process.life.has_begun for process in self._running.values()):
+        while any(not process.run.has_begun for process in self._running.values()):
             if time.monotonic() > limit:
                 raise TimeoutError(f"not all processes have begun; see {self._folder}")
             self._tick()
 
-    # --- lives ------------------------------------------------------------------------------------------------
+    # --- runs ------------------------------------------------------------------------------------------------
 
     def _start(self, name: str) -> None:
-        """Begin a new life of a member."""
+        """Start a member; again, if it ran before."""
         if name in self._running:
             return
         member = self._members[name]
-        number = self._lives_of[name]
-        self._lives_of[name] += 1
+        number = self._runs_of[name]
+        self._runs_of[name] += 1
         unique = f"{name}.{number}"
-        life = Life(
+        run = ProcessRun(
             name, isinstance(member, ProducerPlan), unique, self._taken_over.pop(name, unique),
             self._folder / f"{unique}.ledger", self._folder / f"{unique}.log", member.steady,
         )  # fmt: skip
         spec = {
-            "ledger": str(life.ledger),
+            "ledger": str(run.ledger),
             "seed": self._rng.getrandbits(32),
             "drain": DRAIN_SECONDS,
             "name": name,
@@ -231,39 +231,39 @@ class Supervisor:
             spec |= {
                 "slots": member.slots, "slot_bytes": member.slot_bytes, "on_full": member.on_full,
                 "rate": member.rate, "threads": member.threads, "port": member.port,
-                "host": "127.0.0.1" if self._links is None else self._links.address(name),
+                "host": "127.0.0.1" if self._network is None else self._network.address(name),
                 "proxy": self._control if member.proxied else None,
                 "endpoints": str(self._folder / f"{name}.endpoints"),
             }  # fmt: skip
         else:
             module = "soak.consumer"
             spec |= {
-                "consumer": life.consumer,
-                "obituaries": str(self._obituaries),
+                "consumer": run.consumer,
+                "dead_members": str(self._dead_members),
                 "role": member.roles[number % len(member.roles)],
                 "lane": member.lanes[number % len(member.lanes)],
             }
             spec["drain"] = END_SECONDS / 2
-        life.described = spec
-        where = name if life.producer else "hub"
-        within = [] if self._links is None else self._links.within(where)
-        self.history.lives.append(life)
-        self._running[name] = Process(life, module, spec, within, self._environment)
+        run.described = spec
+        where = name if run.producer else "hub"
+        within = [] if self._network is None else self._network.within(where)
+        self.history.runs.append(run)
+        self._running[name] = Process(run, module, spec, within, self._environment)
 
-    def _mourn(self, process: Process) -> None:
-        """Tell the others, and begin the next life if the plan has not taken care of it."""
-        life = process.life
-        self._note(f"{life.name} {life.how}")
-        if life.producer:
-            self._dead_producers += [record.producer for record in read_ledger(life.ledger)[:1]]
-        elif life.member not in self._taken_over:
-            self._dead_consumers.append(f"{life.consumer}#ended")
-        Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
-        if life.how in ("fenced", "crashed") and not self._draining:
-            self._start(life.member)
+    def _note_end(self, process: Process) -> None:
+        """Notify the other processes, and start the next run unless the plan does so."""
+        run = process.run
+        self._note(f"{run.name} {run.how}")
+        if run.producer:
+            self._dead_producers += [record.producer for record in read_ledger(run.ledger)[:1]]
+        elif run.member not in self._taken_over:
+            self._dead_consumers.append(f"{run.consumer}#ended")
+        DeadMembers.write(self._dead_members, self._dead_producers, self._dead_consumers)
+        if run.how in ("fenced", "crashed") and not self._draining:
+            self._start(run.member)
 
     def _reap(self) -> list[Process]:
-        """Those that have ended since the last look; they are not running any more."""
+        """The processes that have ended since the last call; they are no longer in `_running`."""
         ended = {name: process for name, process in self._running.items() if process.over(FENCED)}
         for name in ended:
             del self._running[name]
@@ -280,19 +280,19 @@ class Supervisor:
     # --- faults -----------------------------------------------------------------------------------------------
 
     def _inflict(self, event: Event) -> None:
-        """Do what the plan says, if there is somebody to do it to."""
+        """Inflict a fault of the plan, if its target is running."""
         if event.fault is Fault.REDIS_KILL:
             self._kill_redis(event.seconds)
             return
         process = self._running.get(event.target)
-        if process is None or not process.life.has_begun or process.expected:
+        if process is None or not process.run.has_begun or process.expected:
             return
         if event.fault in (Fault.STOP, Fault.END) and process.stopped:
             return
         match event.fault:
             case Fault.KILL:
-                if event.same_name and process.life.declared_dead is None:
-                    self._taken_over[event.target] = process.life.consumer
+                if event.same_name and process.run.declared_dead is None:
+                    self._taken_over[event.target] = process.run.consumer
                 process.kill()
                 self._later(event.seconds, lambda: self._restart(process))
             case Fault.END:
@@ -300,45 +300,45 @@ class Supervisor:
                 self._later(event.seconds, lambda: self._restart(process))
             case Fault.STOP:
                 process.stop()
-                self._later(event.seconds, process.go_on)
-                if not process.life.producer and not process.life.steady:
+                self._later(event.seconds, process.resume)
+                if not process.run.producer and not process.run.steady:
                     self._later(DEAD_AFTER, lambda: self._declare_dead(process))
             case Fault.BLACKHOLE | Fault.REJECT:
                 self._cut(event)
             case _:
                 proxy.inflict(self._control, event.target, _AT_THE_PROXY[event.fault], event.seconds)
-        who = "producer" if process.life.producer else "consumer"
+        who = "producer" if process.run.producer else "consumer"
         self.history.faults[f"{who} {event.fault}" if event.fault in _OF_PROCESSES else str(event.fault)] += 1
         self._note(f"{event.target} {event.fault} for {event.seconds:.1f} s")
 
     def _restart(self, process: Process) -> None:
-        if process.life.ended is None:
+        if process.run.ended is None:
             self._later(TICK, lambda: self._restart(process))
-        elif process.life.how != "crashed":
-            self._start(process.life.member)
+        elif process.run.how != "crashed":
+            self._start(process.run.member)
 
     def _declare_dead(self, process: Process) -> None:
-        life = process.life
-        if process.stopped and life.ended is None and time.monotonic_ns() - life.stops[-1][0] > 0.9e9 * DEAD_AFTER:
-            life.declared_dead = time.monotonic_ns()
-            self._dead_consumers.append(f"{life.consumer}#stopped")
-            Obituaries.write(self._obituaries, self._dead_producers, self._dead_consumers)
+        run = process.run
+        if process.stopped and run.ended is None and time.monotonic_ns() - run.stops[-1][0] > 0.9e9 * DEAD_AFTER:
+            run.declared_dead = time.monotonic_ns()
+            self._dead_consumers.append(f"{run.consumer}#stopped")
+            DeadMembers.write(self._dead_members, self._dead_producers, self._dead_consumers)
             self.history.faults["consumer declared dead while stopped"] += 1
-            self._note(f"{life.name} declared dead")
+            self._note(f"{run.name} declared dead")
 
     def _cut(self, event: Event) -> None:
-        assert self._links is not None
+        assert self._network is not None
         port = None
         if not event.whole:
             endpoints = (self._folder / f"{event.target}.endpoints").read_text(encoding="utf-8").splitlines()
             port = int(self._rng.choice([each for each in endpoints if ":" in each[5:]]).rpartition(":")[2])
-        self._links.cut(event.target, reject=event.fault is Fault.REJECT, port=port)
+        self._network.cut(event.target, reject=event.fault is Fault.REJECT, port=port)
         self._cuts[event.target] += 1
         self._later(event.seconds, lambda: self._heal(event.target))
 
     def _heal(self, name: str) -> None:
-        assert self._links is not None
-        self._links.heal(name)
+        assert self._network is not None
+        self._network.heal(name)
 
     def _kill_redis(self, away: float) -> None:
         pid = self._redis.pid
@@ -360,7 +360,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _proxy(self) -> Iterator[None]:
-        within = [] if self._links is None else self._links.within("hub")
+        within = [] if self._network is None else self._network.within("hub")
         with (self._folder / "proxy.log").open("ab") as log:
             process = subprocess.Popen(
                 [*within, sys.executable, "-m", "soak.proxy", self._control],

@@ -17,7 +17,7 @@ from soak.leaks import growths
 from soak.ledger import Failure, Given, Kind, Ledger, Operation, Outcome, Wrong, count_kinds, read_ledger
 from soak.payloads import Content, check_arrays, check_raw
 from soak.plan import Fault, Plan
-from soak.processes import Footprint, Life
+from soak.processes import Footprint, ProcessRun
 
 from dray.errors import MessageTruncated, ProtocolError
 from dray.payload import unpack
@@ -58,12 +58,12 @@ def test_a_seed_gives_the_same_plan_again_and_every_kind_of_fault() -> None:
     assert json.loads(json.dumps(plan.document()))["seed"] == 17
 
 
-def test_a_plan_for_a_machine_without_namespaces_cuts_no_links() -> None:
+def test_a_plan_for_a_machine_without_namespaces_cuts_no_network() -> None:
     faults = {event.fault for event in Plan(17, 600.0, namespaces=False).events}
     assert faults == set(Fault) - {Fault.BLACKHOLE, Fault.REJECT}
 
 
-def test_whoever_must_show_leaks_is_not_killed() -> None:
+def test_processes_that_must_show_leaks_are_not_killed() -> None:
     plan = Plan(3, 600.0, namespaces=True)
     steady = {member.name for members in (plan.producers, plan.consumers) for member in members if member.steady}
     assert steady
@@ -134,39 +134,41 @@ def test_an_error_that_no_fault_explains_is_not_taken_for_a_failed_read() -> Non
 
 
 class Story:
-    """Lives with the records that a test writes for them. The ring of the producer has 8 slots."""
+    """Runs of processes with the records that a test writes for them. The ring of the producer has 8 slots."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lives: list[Life] = []
+        self.runs: list[ProcessRun] = []
         self.redis_lost: list[int] = []
 
-    def life(self, name: str, how: str, *, final: bool = False, producer: bool = False) -> tuple[Life, Ledger]:
-        life = Life(name, producer, name, name, self.folder / name, self.folder / "log", how=how, final=final)
-        self.lives.append(life)
-        return life, Ledger(life.ledger)
+    def run(
+        self, name: str, how: str, *, final: bool = False, producer: bool = False
+    ) -> tuple[ProcessRun, Ledger]:
+        run = ProcessRun(name, producer, name, name, self.folder / name, self.folder / "log", how=how, final=final)
+        self.runs.append(run)
+        return run, Ledger(run.ledger)
 
     def producer(
         self, *acts: Callable[[Ledger], None], how: str = "ended", final: bool = True, on_full: int = 0
     ) -> None:
-        life, ledger = self.life(f"p{len(self.lives)}", how, final=final, producer=True)
+        run, ledger = self.run(f"p{len(self.runs)}", how, final=final, producer=True)
         with ledger:
             ledger.write(Kind.BEGAN, P, slot=8, reason=on_full)
             for act in acts:
                 act(ledger)
-        life.ended = read_ledger(life.ledger)[-1].time + 1
+        run.ended = read_ledger(run.ledger)[-1].time + 1
 
-    def consumer(self, *acts: Callable[[Ledger], None], how: str = "ended") -> Life:
-        life, ledger = self.life(f"c{len(self.lives)}", how)
+    def consumer(self, *acts: Callable[[Ledger], None], how: str = "ended") -> ProcessRun:
+        run, ledger = self.run(f"c{len(self.runs)}", how)
         with ledger:
             ledger.write(Kind.BEGAN)
             for act in acts:
                 act(ledger)
-        life.ended = read_ledger(life.ledger)[-1].time + 1
-        return life
+        run.ended = read_ledger(run.ledger)[-1].time + 1
+        return run
 
     def account(self) -> Account:
-        return account(self.lives, self.redis_lost)
+        return account(self.runs, self.redis_lost)
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def act(kind: Kind, sequence: int, reason: int = 0, nbytes: int = 100) -> Callab
     return lambda ledger: ledger.write(kind, P, sequence, reason=reason, nbytes=nbytes)
 
 
-def test_a_payload_that_nobody_had_is_unaccounted(story: Story) -> None:
+def test_a_payload_that_no_process_had_is_unaccounted(story: Story) -> None:
     story.producer(commit(0), commit(1))
     story.consumer(act(Kind.RECEIVED, 0), act(Kind.DELIVERED, 0))
     found = story.account()
@@ -213,16 +215,16 @@ def test_a_killed_producer_takes_with_it_what_was_in_its_ring_and_nothing_else(s
 def test_what_is_left_counts_as_dropped_only_before_the_end(story: Story) -> None:
     story.producer(commit(0, live=1), act(Kind.LEFT, 0), final=False)
     assert story.account().dropped.total() == 1
-    story.lives[0].final = True
+    story.runs[0].final = True
     assert story.account().unaccounted == 1
 
 
 @pytest.mark.parametrize(("how", "taken"), [("killed", 1), ("ended", 0)])
-def test_only_a_killed_reader_takes_a_payload_without_saying_so(story: Story, how: str, taken: int) -> None:
+def test_only_a_killed_consumer_takes_a_payload_without_a_record(story: Story, how: str, taken: int) -> None:
     story.producer(commit(0))
     story.consumer(act(Kind.RECEIVED, 0), act(Kind.TAKING, 0), how=how)
     found = story.account()
-    assert (found.taken_by_the_dead, found.unaccounted) == (taken, 1 - taken)
+    assert (found.taken_by_dead_consumers, found.unaccounted) == (taken, 1 - taken)
 
 
 @pytest.mark.parametrize(
@@ -285,11 +287,11 @@ def test_a_wait_beyond_its_deadline_is_overdue_unless_its_process_was_stopped(st
             delayed=int(delayed * SECOND),
         )
 
-    life = story.consumer(wait(1), wait(4, delayed=3), wait(5))
+    run = story.consumer(wait(1), wait(4, delayed=3), wait(5))
     found = story.account()
     assert (found.overdue, found.waits[0].calls, found.waits[0].longest) == (1, 3, 5.0)
-    end = read_ledger(life.ledger)[-1].time
-    life.stops = [[end - 4 * SECOND, end - SECOND]]
+    end = read_ledger(run.ledger)[-1].time
+    run.stops = [[end - 4 * SECOND, end - SECOND]]
     assert story.account().overdue == 0
 
 
@@ -308,14 +310,14 @@ def test_outcomes_and_failures_are_counted(story: Story) -> None:
 
 
 def test_what_grows_is_a_leak_and_what_goes_up_and_down_is_not(tmp_path: Path) -> None:
-    def life(name: str, descriptors: Callable[[int], int]) -> Life:
-        made = Life(name, False, name, name, tmp_path / name, tmp_path / "log", steady=True)
+    def run(name: str, descriptors: Callable[[int], int]) -> ProcessRun:
+        made = ProcessRun(name, False, name, name, tmp_path / name, tmp_path / "log", steady=True)
         made.footprints = [Footprint(2.0 * n, 50.0, descriptors(n), 5, 4, 2) for n in range(60)]
         return made
 
-    grows = life("grows", lambda n: 10 + n)
-    grown, steady = growths([grows, life("stays", lambda n: 10 + n % 7)])
+    grows = run("grows", lambda n: 10 + n)
+    grown, steady = growths([grows, run("stays", lambda n: 10 + n % 7)])
     assert grown.leaks == ("descriptors",)
     assert steady.leaks == ()
     del grows.footprints[40:]
-    assert growths([grows]) == []  # it has not lived long enough to tell
+    assert growths([grows]) == []  # it has not run long enough for a verdict

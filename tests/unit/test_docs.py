@@ -1,4 +1,4 @@
-"""What the documentation says about states, bytes, keys and bounds is what the code says."""
+"""The documentation agrees with the code about modules, states, bytes, keys and bounds."""
 
 import importlib
 import inspect
@@ -48,6 +48,30 @@ def drawing(docstring: str | None, first: str, last: str) -> list[str]:
     begin = next(index for index, line in enumerate(lines) if first in line)
     end = next(index for index in range(begin, len(lines)) if last in lines[index])
     return [line.strip() for line in lines[begin : end + 1]]
+
+
+def test_architecture_names_every_module_of_the_data_plane_once_and_no_other() -> None:
+    sources = ROOT / "src" / "dray"
+    text = page("architecture.md")
+    table = rows(text[text.index("## Rooms") : text.index("### Layers")])[1:]
+    named = {
+        room.strip("`").removeprefix("dray/"): re.findall(r"`(\w+)`", modules) for room, _, modules, _ in table
+    }
+    rooms = ("", "payload/", "ring/", "protocol/", "transport/", "transport/lanes/", "prefetch/", "ucxx/")
+    for room in rooms:
+        existing = [path.stem for path in (sources / room).glob("*.py") if path.stem != "__init__"]
+        assert sorted(named.pop(room)) == sorted(existing), f"modules of dray/{room}"
+    assert named == {}
+    mentioned = re.findall(r"`((?:[a-z]+/)+\w+\.py)`", text)
+    assert [name for name in mentioned if not (sources / name).is_file()] == []
+
+
+def test_layers_in_the_page_on_architecture_are_those_that_are_checked() -> None:
+    text = page("architecture.md")
+    drawn = re.findall(r"```\n(.*?)\n```", text[text.index("### Layers") :], re.DOTALL)[0].splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    assert drawn == next(each["layers"] for each in contracts if each["type"] == "layers")
 
 
 def test_contributing_names_modules_and_what_is_in_them() -> None:
