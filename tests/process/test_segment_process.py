@@ -89,11 +89,11 @@ def test_b12_every_method_raises_in_a_forked_child() -> None:
             for call in (
                 lambda: ring.claim(1),
                 lambda: ring.read_raw(0, 0),
-                lambda: ring.mark_consumed(lease),
-                lambda: ring.release_reading(lease),
+                lease.acknowledge,
+                lease.release,
                 lambda: ring.consume(0, 0),
                 lambda: ring.checksum(0, 0, len),
-                lambda: ring.is_live(0, 0),
+                ring.inspect,
                 lambda: ring.wait_consumed(0, 0),
                 ring.get_ready_count,
                 ring.ready,
@@ -116,7 +116,7 @@ def test_b12_every_method_raises_in_a_forked_child() -> None:
         assert run_in_child(check) == ""
         assert lease.buffer == b"abc"
         unfinished.commit()
-        assert ring.mark_consumed(lease)
+        assert lease.acknowledge()
         assert ring.get_ready_count() == 1
 
 
@@ -178,7 +178,7 @@ def test_b12_child_survives_the_collection_of_inherited_rings_and_makes_its_own(
 
 
 def test_b12_fork_while_another_thread_is_inside_the_ring() -> None:
-    """The other thread holds the ring's lock at the fork and is not there in the child to let go of it."""
+    """The other thread holds the ring's lock at the fork and is not there in the child to release it."""
     inside, leave = threading.Event(), threading.Event()
 
     class SlowClock:
