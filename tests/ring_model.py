@@ -703,7 +703,8 @@ class RingAndModel:
             assert lease.buffer == self.live[lease.sequence].content
         for payload in self.live.values():
             if payload.committed:
-                assert self.attached.slot_view(payload.slot, len(payload.content)) == payload.content
+                start = self.attached.slot_offset(payload.slot)
+                assert self.attached.view[start : start + len(payload.content)] == payload.content
 
     def _check_headers(self) -> None:
         segment = self.ring.segment

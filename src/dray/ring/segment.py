@@ -161,20 +161,6 @@ class Segment(Closing):
         """Byte offset of `slot` in the segment."""
         return self.layout.slot_offset(slot)
 
-    def slot_view(self, slot: int, nbytes: int) -> memoryview:
-        """The first `nbytes` bytes of `slot`, read-only.
-
-        Raises:
-            SlotError: the segment has no such slot, or a slot has fewer bytes.
-            BufferClosedError: the segment is closed.
-        """
-        if not 0 <= slot < self.layout.slots:
-            raise SlotError(f"the segment has slots 0 to {self.layout.slots - 1}", slot=slot)
-        if not 0 <= nbytes <= self.layout.slot_bytes:
-            raise SlotError(f"a slot has {self.layout.slot_bytes} bytes, not {nbytes}", slot=slot)
-        start = self.slot_offset(slot)
-        return self.view[start : start + nbytes].toreadonly()
-
     def fileno(self) -> int:
         """The memfd, for readers to attach. The segment closes it.
 

@@ -195,12 +195,17 @@ class SlotTable:
         self.changing = True
         self.lost.clear()
         for slot in self.slots:
-            lost = slot.state is _WRITING and (slot.writer is None or slot.writer() is None)
-            if lost or slot.state is _FREE or (slot.retired and not slot.leases):
+            if slot.state is _WRITING:
+                if slot.writer is None or slot.writer() is None:
+                    slot.state = _FREE
+            elif slot.consumed_by == self._all_readers or (self._newest_only and slot is not self._newest):
+                slot.retired = True
+            if slot.state is _FREE or (slot.retired and not slot.leases):
                 slot.state, slot.retired, slot.writer = _FREE, True, None
-                slot.wake()
             elif slot.state is not _WRITING:
                 slot.state = _READING if slot.leases else _READY
+            if slot.retired:
+                slot.wake()
             self._memory[slot.header + STATE_OFFSET] = slot.state
         free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
         live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
@@ -212,6 +217,9 @@ class SlotTable:
             self._newest = None
         self._claimed = max(self._claimed, 1 + max(slot.sequence for slot in self.slots))
         self._aborted = self._claimed - self._committed - sum(slot.state is _WRITING for slot in live)
+        # What the interrupted change retired and did not count, counts as dropped.
+        kept = sum(slot.state is not _WRITING and not slot.retired for slot in live)
+        self._dropped_unread = self._committed - self._consumed - self._dropped_delivered - self._replaced - kept
         self._claimable.notify_all()
         self.changing = False
 
@@ -263,9 +271,9 @@ class SlotTable:
 
     def commit(self, slot: Slot, nbytes: int) -> None:
         """WRITING → READY with `nbytes` bytes; with ``retain="newest"``, the payload before it retires."""
+        slot.committed_at = now = self._now()
         slot.state = after(slot.state, _COMMIT)
         slot.nbytes = nbytes
-        slot.committed_at = now = self._now()
         slot.writer = None
         self.ready += 1
         self._committed += 1
@@ -273,8 +281,8 @@ class SlotTable:
         _write_header(self._memory, slot.header, _READY, 0, slot.sequence, nbytes, 0, now, 0)
         if self._newest_only:
             if self._newest is not None:
-                self._replaced += 1
                 self._retire(self._newest)
+                self._replaced += 1
             self._newest = slot
         self.changing = False
         if self._claimers:
@@ -289,10 +297,10 @@ class SlotTable:
             slot.retired = True
             slot.wake()
         else:
-            self._dropped_unread += 1
             if self._newest is slot:
                 self._newest = None
             self._retire(slot)
+            self._dropped_unread += 1
         self.changing = False
         if self._claimers:
             self._claimable.notify()
@@ -455,11 +463,11 @@ class SlotTable:
             return False
         self.changing = True
         slot = next(slot for slot in self.live.values() if slot.state is _READY)
+        self._retire(slot)
         if slot.delivered:
             self._dropped_delivered += 1
         else:
             self._dropped_unread += 1
-        self._retire(slot)
         self.changing = False
         return True
 
