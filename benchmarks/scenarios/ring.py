@@ -49,7 +49,7 @@ def _cycle(ring: SharedRingBuffer, count: int) -> float:
     for _ in range(count):
         with ring.claim(PAYLOAD_BYTES, 0) as slot:
             slot.commit()
-        ring.mark_consumed(ring.read_raw(slot.slot, slot.sequence))
+        ring.read_raw(slot.slot, slot.sequence).acknowledge()
     return time.perf_counter() - began
 
 

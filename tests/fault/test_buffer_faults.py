@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_b1_readers_under_load_see_their_payload_or_stale() -> None:
                         errors.append(f"slot {slot} sequence {sequence}")
                     read[index] += 1
                 finally:
-                    (ring.mark_consumed if sequence % 2 else ring.release_reading)(lease)
+                    (lease.acknowledge if sequence % 2 else lease.release)()
 
         threads = [threading.Thread(target=reader, args=(index,)) for index in range(4)]
         for thread in threads:
@@ -72,7 +73,7 @@ def test_b1_readers_under_load_see_their_payload_or_stale() -> None:
         assert not errors
         assert min(read) > 0
         statistics = ring.statistics()
-        assert (statistics.leases, statistics.late_finalises, statistics.writing) == (0, 0, 0)
+        assert (statistics.leases, statistics.double_releases, statistics.writing) == (0, 0, 0)
         assert (
             statistics.committed
             == count
@@ -113,48 +114,48 @@ def test_b3_one_stuck_reader_never_blocks_the_writer() -> None:
         for _ in range(50):
             writer = put(ring)
             assert writer.slot != stuck.slot
-            ring.mark_consumed(ring.read_raw(writer.slot, writer.sequence))
+            ring.read_raw(writer.slot, writer.sequence).acknowledge()
         assert lease.buffer == b"stuck"
         assert ring.statistics().claim_waits == 0
 
 
-@pytest.mark.parametrize("finalise", ["mark_consumed", "release_reading"])
-def test_b4_late_finalise_leaves_the_slots_new_life_alone(finalise: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("end", [Lease.acknowledge, Lease.release])
+def test_b4_late_end_of_a_lease_does_not_change_the_next_payload(
+    end: Callable[[Lease], bool], caplog: pytest.LogCaptureFixture
+) -> None:
     with SharedRingBuffer(1, 10, readers=2) as ring:
         old = put(ring, b"old")
         lease = ring.read_raw(old.slot, old.sequence, 0)
-        ring.release_reading(lease)
+        lease.release()
         for reader in (0, 1):
             ring.consume(old.slot, old.sequence, reader)
         new = put(ring, b"new")
         current = ring.read_raw(new.slot, new.sequence, 0)
         with caplog.at_level(logging.WARNING, logger="dray.ring"):
-            assert getattr(ring, finalise)(lease) is False
+            assert end(lease) is False
         assert "it has ended already" in caplog.text
         statistics = ring.statistics()
-        assert (statistics.late_finalises, statistics.leases, statistics.reading) == (1, 1, 1)
+        assert (statistics.double_releases, statistics.leases, statistics.reading) == (1, 1, 1)
         assert current.buffer == b"new"
-        assert ring.mark_consumed(current)
+        assert current.acknowledge()
         assert ring.get_ready_count() == 1
 
 
-@pytest.mark.parametrize("finalise", ["mark_consumed", "release_reading"])
-def test_b4_lease_of_another_ring_changes_neither(finalise: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("end", [Lease.acknowledge, Lease.release])
+def test_b4_end_of_a_lease_changes_no_other_ring(end: Callable[[Lease], bool]) -> None:
     with SharedRingBuffer(1, 10) as ring, SharedRingBuffer(1, 10) as other:
         put(ring)
         put(other)
-        foreign = other.read_raw(0, 0)
-        mine = ring.read_raw(0, 0)
-        with caplog.at_level(logging.WARNING, logger="dray.ring"):
-            assert getattr(ring, finalise)(foreign) is False
-        assert "it belongs to another ring" in caplog.text
-        assert (ring.statistics().late_finalises, other.statistics().late_finalises) == (1, 0)
-        assert foreign.live
+        lease, mine = other.read_raw(0, 0), ring.read_raw(0, 0)
+        assert end(lease) is True
         assert mine.live
-        assert other.mark_consumed(foreign)
+        assert (ring.statistics().leases, other.statistics().leases) == (1, 0)
+        assert end(lease) is False
+        assert (ring.statistics().double_releases, other.statistics().double_releases) == (0, 1)
+        assert mine.acknowledge()
 
 
-def test_b4_racing_finalises_end_a_lease_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_b4_racing_threads_end_a_lease_once() -> None:
     with SharedRingBuffer(1, 10) as ring:
         for _ in range(50):
             writer = put(ring)
@@ -164,7 +165,7 @@ def test_b4_racing_finalises_end_a_lease_once(caplog: pytest.LogCaptureFixture) 
 
             def end(lease: Lease = lease, barrier: threading.Barrier = barrier, results: list = results) -> None:
                 barrier.wait(30)
-                results.append(ring.mark_consumed(lease))
+                results.append(lease.acknowledge())
 
             threads = [threading.Thread(target=end) for _ in range(4)]
             for thread in threads:
@@ -172,21 +173,23 @@ def test_b4_racing_finalises_end_a_lease_once(caplog: pytest.LogCaptureFixture) 
             for thread in threads:
                 thread.join(30)
             assert sorted(results) == [False, False, False, True]
-        assert (ring.statistics().consumed, ring.statistics().late_finalises) == (50, 150)
+        assert (ring.statistics().consumed, ring.statistics().double_releases) == (50, 150)
 
 
-@pytest.mark.parametrize("first", ["mark_consumed", "release_reading"])
-@pytest.mark.parametrize("second", ["mark_consumed", "release_reading"])
-def test_b5_slot_is_not_reused_until_both_handlers_have_ended(first: str, second: str) -> None:
+@pytest.mark.parametrize("first", [Lease.acknowledge, Lease.release])
+@pytest.mark.parametrize("second", [Lease.acknowledge, Lease.release])
+def test_b5_slot_is_not_reused_until_both_leases_have_ended(
+    first: Callable[[Lease], bool], second: Callable[[Lease], bool]
+) -> None:
     with SharedRingBuffer(1, 10) as ring:
         writer = put(ring, b"shared")
         one, two = (ring.read_raw(writer.slot, writer.sequence) for _ in range(2))
-        assert getattr(ring, first)(one)
+        assert first(one)
         with pytest.raises(BufferFullError):
             ring.claim(1, timeout=0)
         assert two.buffer == b"shared"
-        assert getattr(ring, second)(two)
-        if "mark_consumed" in (first, second):
+        assert second(two)
+        if Lease.acknowledge in (first, second):
             assert ring.claim(1, timeout=0).slot == writer.slot
         else:
             assert ring.get_ready_count() == 1
@@ -200,7 +203,6 @@ def test_b6_slots_out_of_range_are_a_clean_error(slot: int) -> None:
             lambda: ring.read_raw(slot, 0),
             lambda: ring.consume(slot, 0),
             lambda: ring.checksum(slot, 0, len),
-            lambda: ring.is_live(slot, 0),
             lambda: ring.wait_consumed(slot, 0, 0),
         ):
             with pytest.raises(SlotError, match="slots 0 to 2") as caught:
@@ -216,7 +218,6 @@ def test_b6_wrong_sequences_are_stale(sequence: int) -> None:
         with pytest.raises(StaleSlotError):
             ring.read_raw(0, sequence)
         assert ring.consume(0, sequence) is False
-        assert ring.is_live(0, sequence) is False
         assert ring.read_raw(0, 0).buffer == b"payload"
 
 
@@ -254,7 +255,7 @@ def test_b7_blocked_writers_and_readers_lose_nothing() -> None:
             while (reference := references.get(timeout=60)) is not None:
                 lease = ring.read_raw(*reference)
                 received.append(bytes(lease.buffer))
-                ring.mark_consumed(lease)
+                lease.acknowledge()
 
         writers = [threading.Thread(target=write, args=(name,)) for name in range(3)]
         readers = [threading.Thread(target=read) for _ in range(3)]
@@ -294,10 +295,10 @@ def test_b10_ready_count_is_right_after_many_laps() -> None:
                 lease = ring.read_raw(writer.slot, writer.sequence)
                 assert ring.get_ready_count() == 2 - left
                 if lap % 2:
-                    ring.release_reading(lease)
+                    lease.release()
                     ring.consume(writer.slot, writer.sequence)
                 else:
-                    ring.mark_consumed(lease)
+                    lease.acknowledge()
         assert (ring.get_ready_count(), ring.statistics().consumed) == (0, 600)
 
 
@@ -321,7 +322,7 @@ def test_b11_payload_of_a_writer_thread_that_dies_is_never_seen() -> None:
         assert ring.statistics().free == 2
 
 
-def test_b11_writer_that_never_commits_is_never_readable_and_blocks_nobody() -> None:
+def test_b11_writer_that_never_commits_is_never_readable_and_blocks_no_other() -> None:
     with SharedRingBuffer(2, 10) as ring:
         forgotten = ring.claim(4)
         for _ in range(10):

@@ -92,7 +92,7 @@ def test_r1_a_payload_that_is_being_read_is_published_again(
     lease = ring.read_raw(ring.ready()[0].slot, 0)
     redis.restart()
     outlet.refresh()
-    ring.release_reading(lease)  # its reader has died, and another must be told of it
+    lease.release()  # its reader has died, and another must be told of it
     assert listed(connection) == [0, 1]
 
 

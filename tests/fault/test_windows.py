@@ -11,7 +11,7 @@ from waiting import wait_until
 
 from dray import PayloadClient, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
-from dray.ring.slots import Wanted
+from dray.identifiers import Wanted
 
 TIMEOUT = 1.0
 QUARANTINE = 0.4

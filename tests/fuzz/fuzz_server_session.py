@@ -194,9 +194,9 @@ def run(data: bytes) -> None:
         answers.check(sent, bool(chosen & RAW_HANDSHAKE))
         assert ring.statistics().leases == 1
         assert bytes(beside.buffer) == contents[0, 0]
-        ring.release_reading(beside)
+        beside.release()
         found = ring.statistics()
-        assert (found.leases, found.reading, found.writing, found.late_finalises) == (0, 0, 0, 0)
+        assert (found.leases, found.reading, found.writing, found.double_releases) == (0, 0, 0, 0)
         assert found.free + found.ready == 4
         for each in ring.ready():
             with _lease(ring, each) as lease:
@@ -211,7 +211,7 @@ def _lease(ring, ready):
             lease = ring.read_raw(ready.slot, ready.sequence, reader)
             break
     yield lease
-    ring.release_reading(lease)
+    lease.release()
 
 
 def _converse(cursor, ours, serving, answers, chosen, secret, lane) -> bytes:

@@ -31,7 +31,7 @@ class Defect:
 
 
 TABLE = "ring/slots.py"
-RING = "ring/ring.py"
+LEASE = "ring/lease.py"
 SESSION = "protocol/server_session.py"
 SERVED = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
@@ -45,11 +45,11 @@ DEFECTS = (
         "no sequence check in a read",
         TABLE,
         """\
-        if slot.sequence != sequence or slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+        if slot.sequence != sequence or slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1:
             self._stale_reads += 1
 """,
         """\
-        if slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+        if slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1:
             self._stale_reads += 1
 """,
     ),
@@ -57,28 +57,29 @@ DEFECTS = (
         "no sequence check in a copy",
         TABLE,
         """\
-            if slot.sequence != sequence or slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
-                self._stale_reads += 1
+            if (
+                slot.sequence != sequence
+                or slot.retired
 """,
         """\
-            if slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
-                self._stale_reads += 1
+            if (
+                slot.retired
 """,
     ),
     Defect(
         "no sequence check in a consume",
         TABLE,
         """\
-        if slot.sequence != sequence or slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
-            self._stale_consumes += 1
+        stale = (
+            slot.sequence != sequence or slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1
+        )
 """,
         """\
-        if slot.over or slot.state is _WRITING or slot.consumed_by >> reader & 1:
-            self._stale_consumes += 1
+        stale = slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1
 """,
     ),
     Defect(
-        "slot freed when the first lease ends while another is held",
+        "slot freed at the end of the first of two leases",
         TABLE,
         "        if slot.leases == 0 and slot.state is _READING:\n",
         "        if slot.state is _READING:\n",
@@ -114,35 +115,29 @@ DEFECTS = (
         "        slot.consumed_by = 0\n",
     ),
     Defect(
-        "waiters for a consumed payload not woken",
+        "waiting for the retirement of a payload not woken",
         TABLE,
-        "        slot.over = True\n        slot.wake()\n        if slot.leases",
-        "        slot.over = True\n        if slot.leases",
+        "        slot.retired = True\n        slot.wake()\n        if slot.leases",
+        "        slot.retired = True\n        if slot.leases",
     ),
     Defect(
         "a lease ended twice",
-        RING,
-        "            if lease.live and lease._core is core and not core.closed:\n",
-        "            if lease._core is core and not core.closed:\n",
-    ),
-    Defect(
-        "a lease ended by another ring",
-        RING,
-        "            if lease.live and lease._core is core and not core.closed:\n",
-        "            if lease.live and not core.closed:\n",
+        LEASE,
+        "            if self.live and not table.closed:\n",
+        "            if not table.closed:\n",
     ),
     Defect(
         "waiting claim not woken by the end of a lease",
-        RING,
+        TABLE,
         """\
-                self._table.finish(lease._cell, lease.reader, consumed)
-                self._table.changing = False
-                if core.claimers:
-                    core.claimable.notify()
+                self.ready += 1
+        self.changing = False
+        if self._claimers:
+            self._claimable.notify()
 """,
         """\
-                self._table.finish(lease._cell, lease.reader, consumed)
-                self._table.changing = False
+                self.ready += 1
+        self.changing = False
 """,
     ),
     Defect(
@@ -175,7 +170,7 @@ DEFECTS = (
         SESSION,
         """\
         for lease in leases.values():
-            self._ring.release_reading(lease)
+            lease.release()
 """,
         "        del leases\n",
         Search.SIMULATION,
@@ -185,11 +180,11 @@ DEFECTS = (
         SESSION,
         """\
         for lease in leases.values():
-            self._ring.release_reading(lease)
+            lease.release()
 """,
         """\
         for lease in leases.values():
-            self._ring.mark_consumed(lease)
+            lease.acknowledge()
 """,
         Search.SIMULATION,
     ),
@@ -198,9 +193,9 @@ DEFECTS = (
         SESSION,
         """\
             self._tally["acks_returned"] += 1
-            self._ring.release_reading(lease)
+            lease.release()
 """,
-        "            self._ring.mark_consumed(lease)\n",
+        "            lease.acknowledge()\n",
         Search.SIMULATION,
     ),
     Defect(

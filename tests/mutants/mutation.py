@@ -20,7 +20,6 @@ from survivors import EXPLAINED, Survivor
 MUTATED = (
     "ring/slot_state.py",
     "ring/slots.py",
-    "ring/core.py",
     "ring/ring.py",
     "ring/lease.py",
     "protocol/server_session.py",
@@ -91,7 +90,7 @@ def survivors(folder: Path) -> Iterator[Survivor]:
 
 
 def place(mutant: str) -> str:
-    """`dray.ring.ring.xǁLeaseǁend__mutmut_3` → `ring.ring.Lease.end`."""
+    """`dray.ring.lease.xǁLeaseǁrelease__mutmut_3` → `ring.lease.Lease.release`."""
     module, _, function = re.sub(r"__mutmut_\d+$", "", mutant).removeprefix("dray.").rpartition(".")
     return f"{module}.{function.removeprefix('xǁ').removeprefix('x_').replace('ǁ', '.')}"
 

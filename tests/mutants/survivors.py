@@ -1,10 +1,10 @@
-"""What mutation changes and no test notices, and the reason; `docs/testing.md` has the same table."""
+"""The mutations that no test detects, with the reason for each; `docs/testing.md` has the same table."""
 
 from typing import Final, NamedTuple
 
 
 class Survivor(NamedTuple):
-    """A change that no test notices.
+    """A mutation that no test detects.
 
     Attributes:
         function: module, class and function, below `dray`.
@@ -18,33 +18,9 @@ class Survivor(NamedTuple):
 
 
 REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
-    "A new slot is FREE; `claim`, `commit` or the first lease writes these before anything reads them.": (
-        Survivor("ring.slots.Slot.__init__", "self.sequence = -1", "self.sequence = -2"),
-        Survivor("ring.slots.Slot.__init__", "self.nbytes = 0", "self.nbytes = None"),
-        Survivor("ring.slots.Slot.__init__", "self.nbytes = 0", "self.nbytes = 1"),
-        Survivor("ring.slots.Slot.__init__", "self.checksum: int | None = None", 'self.checksum: int | None = ""'),
-        Survivor("ring.slots.Slot.__init__", "self.committed_at = 0.0", "self.committed_at = None"),
-        Survivor("ring.slots.Slot.__init__", "self.committed_at = 0.0", "self.committed_at = 1.0"),
-        Survivor("ring.slots.Slot.__init__", "self.leased_at = 0.0", "self.leased_at = None"),
-        Survivor("ring.slots.Slot.__init__", "self.leased_at = 0.0", "self.leased_at = 1.0"),
-        Survivor("ring.slots.Slot.__init__", "self.consumed_by = 0", "self.consumed_by = None"),
-        Survivor("ring.slots.Slot.__init__", "self.consumed_by = 0", "self.consumed_by = 1"),
-        Survivor("ring.slots.Slot.__init__", "self.delivered = False", "self.delivered = None"),
-        Survivor("ring.slots.Slot.__init__", "self.delivered = False", "self.delivered = True"),
-        Survivor("ring.slots.SlotTable.claim", "slot.nbytes = nbytes", "slot.nbytes = None"),
-    ),
     "`None` instead of `False` in attributes and arguments that are only tested for truth.": (
-        Survivor(
-            "ring.slots.SlotTable.claim",
-            "slot.delivered = slot.over = False",
-            "slot.delivered = slot.over = None",
-        ),
-        Survivor("ring.core.RingCore.__init__", "self.disowned = False", "self.disowned = None"),
-        Survivor(
-            "ring.ring.SharedRingBuffer.release_reading",
-            "return self._finish(lease, False)",
-            "return self._finish(lease, None)",
-        ),
+        Survivor("ring.slots.SlotTable.__init__", "self.disowned = False", "self.disowned = None"),
+        Survivor("ring.lease.Lease.release", "return self._end(False)", "return self._end(None)"),
     ),
     "`STATE_OFFSET` is 0.": (
         Survivor(
@@ -53,7 +29,7 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             "self._memory[slot.header - STATE_OFFSET] = _READING",
         ),
         Survivor(
-            "ring.slots.SlotTable.finish",
+            "ring.slots.SlotTable.end_lease",
             "self._memory[slot.header + STATE_OFFSET] = _READY",
             "self._memory[slot.header - STATE_OFFSET] = _READY",
         ),
@@ -76,16 +52,24 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
         ),
         Survivor(
             "ring.ring.SharedRingBuffer.wait_consumed",
-            "raise self._table.stale_error(cell, sequence, 0)",
-            "raise self._table.stale_error(cell, sequence, None)",
+            "raise table.stale_error(found, sequence, 0)",
+            "raise table.stale_error(found, sequence, None)",
         ),
         Survivor(
             "ring.ring.SharedRingBuffer.wait_consumed",
-            "raise self._table.stale_error(cell, sequence, 0)",
-            "raise self._table.stale_error(cell, sequence, 1)",
+            "raise table.stale_error(found, sequence, 0)",
+            "raise table.stale_error(found, sequence, 1)",
         ),
-        Survivor("ring.ring.SharedRingBuffer._find", "self._refuse(slot, 0)", "self._refuse(slot, None)"),
-        Survivor("ring.ring.SharedRingBuffer._find", "self._refuse(slot, 0)", "self._refuse(slot, 1)"),
+        Survivor(
+            "ring.ring.SharedRingBuffer._check_locked",
+            "self._refuse_locked(slot, 0)",
+            "self._refuse_locked(slot, None)",
+        ),
+        Survivor(
+            "ring.ring.SharedRingBuffer._check_locked",
+            "self._refuse_locked(slot, 0)",
+            "self._refuse_locked(slot, 1)",
+        ),
     ),
     "The same value, with a longer walk or without a default that is never used.": (
         Survivor(
@@ -104,49 +88,50 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             "oldest_lease_age=max(itertools.islice(reading, None), default=None),",
         ),
     ),
-    "Nothing reads the memory of a closed ring: every method raises first.": (
-        Survivor("ring.slots.SlotTable.forget_memory", 'self._memory = memoryview(b"")', "self._memory = None"),
+    "No method reads the memory of a closed ring.": (
+        Survivor("ring.slots.SlotTable.close", 'self._memory = memoryview(b"")', "self._memory = None"),
         Survivor(
-            "ring.slots.SlotTable.forget_memory",
-            'self._memory = memoryview(b"")',
-            'self._memory = memoryview(b"XXXX")',
+            "ring.slots.SlotTable.close", 'self._memory = memoryview(b"")', 'self._memory = memoryview(b"XXXX")'
         ),
-        Survivor("ring.core.RingCore._forget_memory", "self._memory = None", 'self._memory = ""'),
-    ),
-    "Counts more waiting claims than there are: a notification without a waiting claim has no effect.": (
-        Survivor("ring.core.RingCore.__init__", "self.claimers = 0", "self.claimers = 1"),
-        Survivor("ring.core.RingCore.wait_for_slot", "self.claimers += 1", "self.claimers -= 1"),
-        Survivor("ring.core.RingCore.wait_for_slot", "self.claimers += 1", "self.claimers += 2"),
-        Survivor("ring.core.RingCore.wait_for_slot", "self.claimers -= 1", "self.claimers = 1"),
-        Survivor("ring.core.RingCore.wait_for_slot", "self.claimers -= 1", "self.claimers += 1"),
-    ),
-    "In a forked child no thread waits on the condition: every method raises first.": (
+        Survivor("ring.slots.SlotTable._disown", 'self._memory = memoryview(b"")', "self._memory = None"),
         Survivor(
-            "ring.core.RingCore._disown",
-            "self.claimable = threading.Condition(self.lock)",
-            "self.claimable = None",
-        ),
-        Survivor(
-            "ring.core.RingCore._disown",
-            "self.claimable = threading.Condition(self.lock)",
-            "self.claimable = threading.Condition(None)",
+            "ring.slots.SlotTable._disown", 'self._memory = memoryview(b"")', 'self._memory = memoryview(b"XXXX")'
         ),
     ),
-    "The text of a message that only a forked child sees; mutmut does not follow children.": (
+    "Counts more waiting claims than there are: a notification without a waiting thread has no effect.": (
+        Survivor("ring.slots.SlotTable.__init__", "self._claimers = 0", "self._claimers = 1"),
+        Survivor("ring.slots.SlotTable.wait_for_slot", "self._claimers += 1", "self._claimers -= 1"),
+        Survivor("ring.slots.SlotTable.wait_for_slot", "self._claimers += 1", "self._claimers += 2"),
+        Survivor("ring.slots.SlotTable.wait_for_slot", "self._claimers -= 1", "self._claimers = 1"),
+        Survivor("ring.slots.SlotTable.wait_for_slot", "self._claimers -= 1", "self._claimers += 1"),
+    ),
+    "No thread waits on the condition in a forked child.": (
         Survivor(
-            "ring.core.RingCore.closed_error",
-            'return BufferClosedError("the ring belongs to the process that this one was forked from")',
-            "return BufferClosedError(None)",
+            "ring.slots.SlotTable._disown",
+            "self._claimable = threading.Condition(self.lock)",
+            "self._claimable = None",
         ),
         Survivor(
-            "ring.core.RingCore.closed_error",
-            'return BufferClosedError("the ring belongs to the process that this one was forked from")',
-            'return BufferClosedError("XXthe ring belongs to the process that this one was forked fromXX")',
+            "ring.slots.SlotTable._disown",
+            "self._claimable = threading.Condition(self.lock)",
+            "self._claimable = threading.Condition(None)",
+        ),
+    ),
+    "The text of a message that only a forked child shows; mutmut does not follow children.": (
+        Survivor(
+            "ring.slots.SlotTable.check_owned",
+            'raise BufferClosedError("the ring belongs to the process that this one was forked from")',
+            "raise BufferClosedError(None)",
         ),
         Survivor(
-            "ring.core.RingCore.closed_error",
-            'return BufferClosedError("the ring belongs to the process that this one was forked from")',
-            'return BufferClosedError("THE RING BELONGS TO THE PROCESS THAT THIS ONE WAS FORKED FROM")',
+            "ring.slots.SlotTable.check_owned",
+            'raise BufferClosedError("the ring belongs to the process that this one was forked from")',
+            'raise BufferClosedError("XXthe ring belongs to the process that this one was forked fromXX")',
+        ),
+        Survivor(
+            "ring.slots.SlotTable.check_owned",
+            'raise BufferClosedError("the ring belongs to the process that this one was forked from")',
+            'raise BufferClosedError("THE RING BELONGS TO THE PROCESS THAT THIS ONE WAS FORKED FROM")',
         ),
     ),
     "Declarations of a protocol: nothing runs them.": (
@@ -189,14 +174,14 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
         Survivor("protocol.server_session.ServerSession._copy", "nbytes = 0", "nbytes = 1"),
     ),
     "mutmut does not follow forked children; `tests/process/test_segment_process.py` fails with each.": (
-        Survivor("ring.core.RingCore._disown", "self.lock = threading.Lock()", "self.lock = None"),
+        Survivor("ring.slots.SlotTable._disown", "self.lock = threading.Lock()", "self.lock = None"),
         Survivor(
-            "ring.core.RingCore._disown",
+            "ring.slots.SlotTable._disown",
             "self.closed = self.disowned = True",
             "self.closed = self.disowned = None",
         ),
         Survivor(
-            "ring.core.RingCore._disown",
+            "ring.slots.SlotTable._disown",
             "self.closed = self.disowned = True",
             "self.closed = self.disowned = False",
         ),

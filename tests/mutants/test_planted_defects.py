@@ -25,7 +25,7 @@ def test_the_text_that_a_defect_replaces_is_there_once_and_what_replaces_it_comp
 
 
 @pytest.mark.parametrize(
-    "name", ["no sequence check in a read", "slot freed when the first lease ends while another is held"]
+    "name", ["no sequence check in a read", "slot freed at the end of the first of two leases"]
 )
 def test_the_model_finds_a_planted_defect(name: str) -> None:
     (defect,) = (defect for defect in DEFECTS if defect.name == name)

@@ -156,7 +156,7 @@ def test_any_frames_leave_the_ring_whole(lane: Lane, history: list[Frame], data:
             pass
         session.close()
         found = ring.statistics()
-        assert (found.leases, found.reading, found.late_finalises) == (0, 0, 0)
+        assert (found.leases, found.reading, found.double_releases) == (0, 0, 0)
         assert found.free + found.ready == 4
 
 

@@ -312,11 +312,11 @@ class SimulatedConsumer:
 
     def _was_there(self, ref: PayloadRef, began: float) -> bool:
         """The payload was committed when the program asked for it: references are made up, too."""
-        return self.world.ledger.of(ref).ring._table.slots[ref.slot].committed_at < began
+        return self.world.ledger.of(ref).ring.inspect()[ref.slot].committed_at < began
 
     def _gone(self, ref: PayloadRef) -> bool:
-        cell = self.world.ledger.of(ref).ring._table.slots[ref.slot]
-        return cell.sequence != ref.sequence or cell.over or bool(cell.consumed_by >> self.reader & 1)
+        info = self.world.ledger.of(ref).ring.inspect()[ref.slot]
+        return info.sequence != ref.sequence or info.retired or bool(info.consumed_by >> self.reader & 1)
 
     # --- deadlines --------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What must hold of rings and payloads, checked from outside: by what was written, asked for and handed out."""
+"""Invariants of rings and payloads, checked against what was written, requested and delivered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from dray.protocol import PayloadRef
 from dray.protocol.server_session import ServerSession
-from dray.ring import SharedRingBuffer, SlotState
+from dray.ring import RingStatistics, SharedRingBuffer, SlotState
 from dray.ring.layout import STATE_OFFSET
 from simulation.scheduler import Scheduler, Violation
 
@@ -37,7 +37,7 @@ class Payload:
 
 
 class Books:
-    """What is known of one ring."""
+    """What the simulation has written to one ring and read from it."""
 
     def __init__(self, ring: SharedRingBuffer, name: str, readers: int) -> None:
         self.ring = ring
@@ -46,7 +46,11 @@ class Books:
         self.lost = False
         self.payloads: dict[int, Payload] = {}
         self._claims = 0
-        self._last: list[tuple[SlotState, int]] = [(SlotState.FREE, -1)] * ring.slots
+        self._last = ring.inspect()
+        layout = ring.segment.layout
+        self._offsets = [
+            (layout.header_offset(slot) + STATE_OFFSET, layout.slot_offset(slot)) for slot in range(ring.slots)
+        ]
 
     def claimed(self, slot: int, sequence: int) -> None:
         """A writer got a slot."""
@@ -62,48 +66,46 @@ class Books:
 
     def check(self, sessions: Iterable[ServerSession]) -> None:
         """Slots, leases and bytes agree with each other, with the sessions and with what was written."""
-        ring = self.ring
-        table, view = ring._table, ring.segment.view
+        slots, view = self.ring.inspect(), self.ring.segment.view
         leases: Counter[tuple[int, int]] = Counter()
         for session in sessions:
-            for lease in session._leases.values():
-                leases[lease.slot, lease.sequence] += 1
+            if session.leases:
+                leases.update(session.leased)
         counted = [0] * len(SlotState)
-        waiting = 0
-        for cell, (state, sequence) in zip(table.slots, self._last, strict=True):
-            expected = leases.pop((cell.index, cell.sequence), 0) if leases else 0
-            counted[cell.state] += 1
-            if cell.leases != expected:
-                self._fail(f"slot {cell.index} counts {cell.leases} leases, its readers hold {expected}")
-            if (cell.leases > 0) is not (cell.state is SlotState.READING):
-                self._fail(f"slot {cell.index} is {cell.state.name} with {cell.leases} leases")
-            if cell.sequence < sequence:
-                self._fail(f"slot {cell.index} went from sequence {sequence} back to {cell.sequence}")
-            revived = state is SlotState.FREE and cell.state is not SlotState.FREE
-            if cell.sequence == sequence and (
-                revived or (cell.state is SlotState.WRITING) > (state is SlotState.WRITING)
-            ):
-                self._fail(f"slot {cell.index} went from {state.name} to {cell.state.name} in one life")
-            if view[cell.header + STATE_OFFSET] != cell.state:
-                self._fail(f"the header of slot {cell.index} does not say {cell.state.name}")
-            if cell.state is SlotState.READY or cell.state is SlotState.READING:
-                waiting += not cell.over
-                payload = self.payloads.get(cell.sequence)
-                if (
-                    payload is not None
-                    and view[cell.offset : cell.offset + cell.nbytes].tobytes() != payload.image
-                ):
-                    self._fail(f"the bytes of slot {cell.index} changed while it was {cell.state.name}")
-                if cell.over and cell.state is SlotState.READY:
-                    self._fail(f"slot {cell.index} is READY although its payload's life is over")
+        unconsumed = 0
+        for info, (header, offset), before in zip(slots, self._offsets, self._last, strict=True):
+            slot, state, sequence, nbytes, leased, _, retired, _ = info
+            expected = leases.pop((slot, sequence), 0) if leases else 0
+            counted[state] += 1
+            if leased != expected:
+                self._fail(f"slot {slot} counts {leased} leases, its readers hold {expected}")
+            if (leased > 0) is not (state is SlotState.READING):
+                self._fail(f"slot {slot} is {state.name} with {leased} leases")
+            if sequence < before.sequence:
+                self._fail(f"slot {slot} went from sequence {before.sequence} back to {sequence}")
+            revived = before.state is SlotState.FREE and state is not SlotState.FREE
+            rewritten = state is SlotState.WRITING and before.state is not SlotState.WRITING
+            if sequence == before.sequence and (revived or rewritten):
+                self._fail(f"slot {slot} went from {before.state.name} to {state.name} with one payload")
+            if view[header] != state:
+                self._fail(f"the header of slot {slot} has another state than {state.name}")
+            if state is SlotState.READY or state is SlotState.READING:
+                unconsumed += not retired
+                payload = self.payloads.get(sequence)
+                if payload is not None and view[offset : offset + nbytes].tobytes() != payload.image:
+                    self._fail(f"the bytes of slot {slot} changed while it was {state.name}")
+                if retired and state is SlotState.READY:
+                    self._fail(f"slot {slot} is READY although its payload is retired")
         if leases:
-            self._fail(f"readers hold leases on slots that have moved on: {dict(leases)}")
-        self._last = [(cell.state, cell.sequence) for cell in table.slots]
-        if counted != list(table.count().values()):
-            self._fail(f"the ring counts {table.count()}, there are {counted}")
-        gone = table._consumed + table._dropped_unread + table._dropped_delivered + table._retired
-        if table._committed != gone + waiting:
-            self._fail(f"{table._committed} payloads were committed, {gone} are gone and {waiting} there")
+            self._fail(f"readers hold leases on slots that hold other payloads now: {dict(leases)}")
+        if slots == self._last:
+            return  # the counters need no check until a slot changes
+        self._last, statistics = slots, self.ring.statistics()
+        if counted != [statistics.free, statistics.writing, statistics.ready, statistics.reading]:
+            self._fail(f"the ring reports {statistics}, the slots in each state are {counted}")
+        gone = statistics.consumed + _dropped(statistics)
+        if statistics.committed != gone + unconsumed:
+            self._fail(f"{statistics.committed} payloads were committed, {gone} are gone and {unconsumed} there")
 
     def check_read(self, memories: Iterable[memoryview]) -> None:
         """What a transport still reads from is leased."""
@@ -112,23 +114,23 @@ class Books:
             slot, within = divmod(
                 _address(memory) - _address(self.ring.segment.view) - layout.slots_offset, layout.stride
             )
-            if 0 <= slot < layout.slots and within == 0 and not self.ring._table.slots[slot].leases:
-                self._fail(f"a transport still reads slot {slot}, and nobody leases it")
+            if 0 <= slot < layout.slots and within == 0 and not self.ring.inspect()[slot].leases:
+                self._fail(f"a transport still reads slot {slot}, which has no lease")
 
-    def settle(self) -> None:
+    def check_end(self) -> None:
         """At the end, with every client gone: nothing is in use, nothing was lost."""
-        table = self.ring._table
-        for cell in table.slots:
-            if cell.state in (SlotState.WRITING, SlotState.READING):
-                self._fail(f"slot {cell.index} is {cell.state.name} for ever")
-        if table._committed != len(self.payloads):
-            self._fail(f"{len(self.payloads)} payloads were committed, the ring counts {table._committed}")
-        dropped = table._dropped_unread + table._dropped_delivered + table._retired
+        slots, statistics = self.ring.inspect(), self.ring.statistics()
+        for info in slots:
+            if info.state in (SlotState.WRITING, SlotState.READING):
+                self._fail(f"slot {info.slot} stays {info.state.name}")
+        if statistics.committed != len(self.payloads):
+            self._fail(f"{len(self.payloads)} payloads were committed, the ring counts {statistics.committed}")
+        dropped = _dropped(statistics)
         vanished = []
         for payload in self.payloads.values():
-            cell = table.slots[payload.slot]
-            alive = cell.sequence == payload.sequence and not cell.over
-            consumed = {reader for reader in range(self.readers) if alive and cell.consumed_by >> reader & 1}
+            info = slots[payload.slot]
+            alive = info.sequence == payload.sequence and not info.retired
+            consumed = {reader for reader in range(self.readers) if alive and info.consumed_by >> reader & 1}
             for reader in consumed:
                 if not payload.delivered[reader] and reader not in payload.given_up:
                     self._fail(f"reader {reader} consumed sequence {payload.sequence} without getting it")
@@ -143,6 +145,10 @@ class Books:
 
     def _fail(self, what: str) -> None:
         raise Violation(f"{self.name}: {what}")
+
+
+def _dropped(statistics: RingStatistics) -> int:
+    return statistics.dropped_unread + statistics.dropped_delivered + statistics.retired
 
 
 def _address(memory: memoryview) -> int:
@@ -161,31 +167,31 @@ class Ledger:
         return list(self._books.values())
 
     def open(self, ring: SharedRingBuffer, name: str, readers: int) -> Books:
-        """Keep books of a new ring."""
+        """Begin the books of a new ring."""
         books = Books(ring, name, readers)
         self._books[ring.producer_id] = books
         return books
 
     def check(self, books: Books, sessions: Iterable[ServerSession]) -> None:
-        """See `Books.check`."""
+        """Check one ring; see `Books.check`."""
         books.check(sessions)
 
     def of(self, ref: PayloadRef) -> Books:
-        """The books of a reference's ring."""
+        """The `Books` of the ring that a reference names."""
         return self._books[ref.producer]
 
     def find(self, ref: PayloadRef) -> Payload | None:
-        """What a reference names, if there ever was such a payload."""
+        """The payload that a reference names, if there ever was one."""
         payload = self.of(ref).payloads.get(ref.sequence)
         return payload if payload is not None and payload.slot == ref.slot else None
 
     def deliver(self, ref: PayloadRef, reader: int, data: bytes) -> None:
-        """A reader was handed these bytes for a reference."""
+        """A reader received these bytes for a reference."""
         payload = self.find(ref)
         if payload is None:
-            raise Violation(f"{self.name(ref)} was handed out, and never committed")
+            raise Violation(f"{self.name(ref)} was delivered, and never committed")
         if data != payload.image:
-            raise Violation(f"{self.name(ref)} was asked for, and other bytes were handed out")
+            raise Violation(f"{self.name(ref)} was requested, and other bytes were delivered")
         payload.delivered[reader] += 1
 
     def give_up(self, ref: PayloadRef, reader: int) -> None:
@@ -195,7 +201,7 @@ class Ledger:
             payload.given_up.add(reader)
 
     def keep(self, ref: PayloadRef, reader: int) -> None:
-        """A reader's client ended in order after it had consumed a payload."""
+        """A reader's client closed in order after it had consumed a payload."""
         payload = self.find(ref)
         if payload is not None:
             payload.kept.add(reader)

@@ -132,7 +132,7 @@ class Run:
             if server.process.dead:
                 continue
             server.check()
-            server.books.settle()
+            server.books.check_end()
             if sum(len(loop.served) for loop in server.loops):
                 raise Violation(f"{server.name} keeps connections of clients that are gone")
         self._drain()
@@ -147,7 +147,7 @@ class Run:
                 left = [
                     server.make_ref(each.slot, each.sequence, each.nbytes)
                     for each in waiting
-                    if not server.ring._table.slots[each.slot].consumed_by >> reader & 1
+                    if not each.consumed_by >> reader & 1
                 ]
                 if left:
                     self._read_all(server, reader, left)

@@ -1,5 +1,6 @@
 """The documentation agrees with the code about modules, states, bytes, keys and bounds."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -7,7 +8,7 @@ import re
 import struct
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.main import get_command
@@ -21,7 +22,7 @@ from dray.launch.policy_group import RESTARTED
 from dray.launch.signals import WATCHED
 from dray.launch.slurm import run_states
 from dray.protocol import frames, handshake
-from dray.ring import layout, slot_state
+from dray.ring import OnFull, RingStatistics, layout, slot_state
 from dray.runtime import end_bounds, lifecycle
 from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode, meaning
@@ -89,7 +90,7 @@ def test_contributing_names_modules_and_what_is_in_them() -> None:
 
 
 def test_diagram_of_slot_states_is_that_of_the_table() -> None:
-    (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("buffer.md"), re.DOTALL)
+    (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("ring.md"), re.DOTALL)
     assert diagram == slot_state.diagram()
 
 
@@ -120,8 +121,26 @@ def test_options_in_the_page_on_slurm_are_those_of_the_command() -> None:
     assert documented == {name for name in offered if name.startswith("--")}
 
 
+def test_example_on_the_ring_page_works() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", page("ring.md"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["received"] == b"hello"
+
+
+def test_every_field_of_the_ring_statistics_is_explained() -> None:
+    text = page("ring.md")
+    explained = [name for row in rows(text[text.index("| field |") :]) for name in re.findall(r"`(\w+)`", row[0])]
+    assert explained == [field.name for field in dataclasses.fields(RingStatistics)]
+
+
+def test_policies_of_a_full_ring_are_those_of_the_code() -> None:
+    explained = [re.findall(r'^`"(\w+)"`', row[0]) for row in rows(page("ring.md")) if row[0].startswith('`"')]
+    assert [name for names in explained for name in names] == list(get_args(OnFull))
+
+
 def test_every_slot_event_is_explained() -> None:
-    explained = [row[0] for row in rows(page("buffer.md")) if row[0].upper() in slot_state.SlotEvent.__members__]
+    explained = [row[0] for row in rows(page("ring.md")) if row[0].upper() in slot_state.SlotEvent.__members__]
     assert explained == [event.name.lower() for event in slot_state.SlotEvent]
 
 

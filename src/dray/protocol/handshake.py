@@ -27,18 +27,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dray.errors import AuthenticationError, ConfigError, ProtocolError, VersionMismatch
+from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES
 from dray.protocol.frames import VERSION
-from dray.protocol.ref import PRODUCER_BYTES
 
 MAGIC = b"DRAY"
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 NO_PROOF = bytes(PROOF_BYTES)
-MAX_READERS = 64
 MIN_SECRET_BYTES = 16
 """A shorter secret is refused: a client gets the server's proof first, and can try secrets against it offline."""
 
-ANY_PRODUCER = bytes(PRODUCER_BYTES)
+ANY_PRODUCER = bytes(PRODUCER_ID_BYTES)
 _SECRET_BYTES = 32
 
 #                     magic version lane flags producer nonce

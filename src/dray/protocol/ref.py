@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.errors import ProtocolError
+from dray.identifiers import PRODUCER_ID_BYTES
 
 MAX_REF_BYTES = 512
-PRODUCER_BYTES = 16
 MAX_SLOT = 2**32 - 1
 MAX_U64 = 2**64 - 1
 _DIGITS = frozenset(string.hexdigits)
@@ -45,7 +45,7 @@ class PayloadRef:
     def __post_init__(self) -> None:
         if not (
             self.producer.__class__ is bytes
-            and len(self.producer) == PRODUCER_BYTES
+            and len(self.producer) == PRODUCER_ID_BYTES
             and self.slot.__class__ is self.sequence.__class__ is self.nbytes.__class__ is int
             and 0 <= self.slot <= MAX_SLOT
             and 0 <= self.sequence <= MAX_U64
@@ -109,15 +109,15 @@ def _is_address(value: Any) -> bool:
 
 
 def _producer(value: Any) -> bytes:
-    if isinstance(value, str) and len(value) == 2 * PRODUCER_BYTES and _DIGITS.issuperset(value):
+    if isinstance(value, str) and len(value) == 2 * PRODUCER_ID_BYTES and _DIGITS.issuperset(value):
         return bytes.fromhex(value)
-    digits = 2 * PRODUCER_BYTES
+    digits = 2 * PRODUCER_ID_BYTES
     raise ProtocolError(f"reference field producer must be {digits} hexadecimal digits, got {value!r}")
 
 
 def _refusal(ref: PayloadRef) -> ProtocolError:
-    if not isinstance(ref.producer, bytes) or len(ref.producer) != PRODUCER_BYTES:
-        return ProtocolError(f"reference field producer must be {PRODUCER_BYTES} bytes, got {ref.producer!r}")
+    if not isinstance(ref.producer, bytes) or len(ref.producer) != PRODUCER_ID_BYTES:
+        return ProtocolError(f"reference field producer must be {PRODUCER_ID_BYTES} bytes, got {ref.producer!r}")
     bounds = (("slot", MAX_SLOT), ("sequence", MAX_U64), ("nbytes", MAX_U64))
     wrong = [(n, m) for n, m in bounds if type(getattr(ref, n)) is not int or not 0 <= getattr(ref, n) <= m]
     name, most = wrong[0]

@@ -19,7 +19,8 @@ from dray.errors import (
     SlotError,
     StaleSlotError,
 )
-from dray.protocol.contract import LeaseLike, LeaseSource, Wanted
+from dray.identifiers import Wanted
+from dray.protocol.contract import LeaseLike, LeaseSource
 from dray.protocol.frames import (
     FRAME,
     FRAME_BYTES,
@@ -113,6 +114,11 @@ class ServerSession:
         return len(self._leases)
 
     @property
+    def leased(self) -> list[tuple[int, int]]:
+        """(slot, sequence number) of each payload that is leased on this connection."""
+        return [(lease.slot, lease.sequence) for lease in self._leases.values()]
+
+    @property
     def unanswered(self) -> int:
         """Requests that wait for their answer."""
         return len(self._requests)
@@ -187,7 +193,7 @@ class ServerSession:
         self._copied.clear()
         leases, self._leases = self._leases, {}
         for lease in leases.values():
-            self._ring.release_reading(lease)
+            lease.release()
 
     def _count(self) -> None:
         """Add what was tallied to the counters, which other threads use as well."""
@@ -239,10 +245,10 @@ class ServerSession:
         del self._leases[request]
         if flags & Flag.CONSUMED:
             self._tally["acks_consumed"] += 1
-            self._ring.mark_consumed(lease)
+            lease.acknowledge()
         else:
             self._tally["acks_returned"] += 1
-            self._ring.release_reading(lease)
+            lease.release()
 
     def _answer(self, taken: list[Outgoing]) -> int:
         """Append the answer to the oldest request, or the oldest inline ones; how much of a batch that takes."""
@@ -296,7 +302,7 @@ class ServerSession:
             return self._fail(Frame._make(frame), str(error), taken)
         nbytes = lease.nbytes
         if size != nbytes and size:
-            self._ring.release_reading(lease)
+            lease.release()
             return self._fail(Frame._make(frame), _other_size(size, nbytes), taken)
         leases[request] = lease
         in_band = self._in_band and nbytes > 0

@@ -1,4 +1,4 @@
-"""The bytes of a segment: the only place that knows where anything lies in it.
+"""The byte layout of a segment. No other module contains an offset.
 
 All integers are little-endian. Every offset is derived from the one before it::
 
@@ -40,16 +40,16 @@ from functools import cached_property
 from typing import Final
 
 from dray.errors import ConfigError, ProtocolError, VersionMismatch
+from dray.identifiers import PRODUCER_ID_BYTES
 
 MAGIC: Final = b"DRAYRING"
 VERSION: Final = 1
-PRODUCER_ID_BYTES: Final = 16
 PAGE: Final = 4096
 CACHE_LINE: Final = 64
 MAX_SLOTS: Final = 1 << 20
 MAX_SLOT_BYTES: Final = 1 << 42
 
-SEGMENT_HEADER: Final = struct.Struct("<8sIIQQQQ16s")
+SEGMENT_HEADER: Final = struct.Struct(f"<8sIIQQQQ{PRODUCER_ID_BYTES}s")
 SLOT_HEADER: Final = struct.Struct("<BB6xQQQdQ16x")
 
 STATE_OFFSET: Final = 0
@@ -77,7 +77,7 @@ def checked_int(key: str, value: object, low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """Where everything lies in a segment of `slots` slots that hold `slot_bytes` bytes each.
+    """The offsets in a segment of `slots` slots with a capacity of `slot_bytes` bytes each.
 
     Raises:
         ConfigError: `slots` or `slot_bytes` is not an integer within its bounds.
@@ -115,22 +115,14 @@ class SegmentLayout:
 
     def pack_segment_header(self, producer_id: bytes) -> bytes:
         """The segment header of this layout."""
-        return SEGMENT_HEADER.pack(
-            MAGIC,
-            VERSION,
-            SLOT_HEADER.size,
-            self.slots,
-            self.slot_bytes,
-            self.stride,
-            self.slots_offset,
-            producer_id,
-        )
+        sizes = self.slots, self.slot_bytes, self.stride, self.slots_offset
+        return SEGMENT_HEADER.pack(MAGIC, VERSION, SLOT_HEADER.size, *sizes, producer_id)
 
 
 def unpack_segment_header(header: bytes) -> tuple[SegmentLayout, bytes]:
-    """The layout and the producer id of a segment, from its first `SEGMENT_HEADER.size` bytes.
+    """The layout and the producer id in the first `SEGMENT_HEADER.size` bytes of a segment.
 
-    The header comes from another process: every field is checked.
+    Every field is checked, because the header comes from another process.
 
     Raises:
         ProtocolError: the bytes are not a segment header, or its fields contradict each other.
@@ -138,9 +130,7 @@ def unpack_segment_header(header: bytes) -> tuple[SegmentLayout, bytes]:
     """
     if len(header) != SEGMENT_HEADER.size:
         raise ProtocolError(f"a segment header has {SEGMENT_HEADER.size} bytes, not {len(header)}")
-    magic, version, record_bytes, slots, slot_bytes, stride, slots_offset, producer_id = SEGMENT_HEADER.unpack(
-        header
-    )
+    magic, version, record_bytes, slots, slot_bytes, *offsets, producer_id = SEGMENT_HEADER.unpack(header)
     if magic != MAGIC:
         raise ProtocolError(f"the memory is not a dray segment: it starts with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
@@ -149,6 +139,6 @@ def unpack_segment_header(header: bytes) -> tuple[SegmentLayout, bytes]:
         layout = SegmentLayout(slots, slot_bytes)
     except ConfigError as error:
         raise ProtocolError(f"the segment header is not valid: {error}") from error
-    if (record_bytes, stride, slots_offset) != (SLOT_HEADER.size, layout.stride, layout.slots_offset):
+    if record_bytes != SLOT_HEADER.size or offsets != [layout.stride, layout.slots_offset]:
         raise ProtocolError("the segment header is not valid: its offsets contradict its sizes")
     return layout, producer_id

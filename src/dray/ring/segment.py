@@ -1,11 +1,10 @@
-"""The memory of a ring: a sealed memfd, mapped writable by its creator and read-only by everybody else.
+"""The memory of a ring: a sealed memfd, mapped writable by its creator and read-only by all others.
 
-A memfd has no name to leak: the kernel frees it with its last mapping and descriptor. After the creator has
-mapped it, it is sealed, so that nobody can shrink it under a reader or map it writable.
+A memfd has no name: the kernel frees it with its last mapping and descriptor. The creator seals it after mapping
+it, so that no process can shrink it under a reader or map it writable.
 
-The memory is mapped with the C library's `mmap`, because Python's `mmap` objects keep a copy of the descriptor
-that a forked child could not close, and unmap their address range in the child too, where it may belong to
-something else by then.
+The memory is mapped with `mmap` of the C library. A Python `mmap` object keeps a copy of the descriptor that a
+forked child cannot close, and unmaps its address range in the child, where other memory may lie by then.
 """
 
 from __future__ import annotations
@@ -19,42 +18,36 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn
 
+from dray.closing import Closing
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.identifiers import PRODUCER_ID_BYTES
 from dray.resources import keep_result, needing, out_of_resources
-from dray.ring.layout import PRODUCER_ID_BYTES, SEGMENT_HEADER, SegmentLayout, unpack_segment_header
+from dray.ring.layout import SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.system_calls import needed
 
 if sys.platform != "win32":
-    import fcntl  # now: without a descriptor it could not be loaded
+    import fcntl  # at import: a process without a free descriptor cannot load the module later
 
-_PROT_READ: Final = 1
-_PROT_WRITE: Final = 2
-_MAP_SHARED: Final = 1
+# Constants of Linux; the modules `mmap` and `fcntl` do not have all of them.
+_PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
-_MADV_DONTFORK: Final = 10
-_MADV_POPULATE_WRITE: Final = 23
-_F_ADD_SEALS: Final = 1033
-_F_GET_SEALS: Final = 1034
-_F_SEAL_SEAL: Final = 0x01
-_F_SEAL_SHRINK: Final = 0x02
-_F_SEAL_GROW: Final = 0x04
-_F_SEAL_FUTURE_WRITE: Final = 0x10
+_MADV_DONTFORK, _MADV_POPULATE_WRITE = 10, 23
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x01, 0x02, 0x04, 0x10
 SEALS: Final = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL
 
 _NO_MEMORY: Final = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EINVAL, errno.EOVERFLOW})
 
 
-class Segment:
-    """Shared memory with the layout of `dray.ring.layout`.
+class Segment(Closing):
+    """Shared memory with the layout of `dray.ring.layout`. Use `create` or `attach` to make one.
 
-    Make one with `create` or `attach`. Views that were handed out stay valid after `close`: the memory is unmapped
-    when the last of them, and of the arrays made from them, is gone.
+    Views stay valid after `close`: the memory is unmapped with the last view and the last array made from one.
 
     Attributes:
-        layout: where the slots lie.
+        layout: the offsets of the slots.
         producer_id: the 16 bytes that name the ring.
         nbytes: size of the segment.
         writable: true only for the creator.
@@ -72,24 +65,23 @@ class Segment:
 
     @classmethod
     def create(cls, layout: SegmentLayout, producer_id: bytes, *, prefault: bool = False) -> Segment:
-        """A new segment of zeros with its header written.
+        """A new segment: its header, and zeros.
 
         Args:
             layout: its slots.
             producer_id: 16 bytes.
-            prefault: reserve and map all of its pages now instead of at the first write to each.
+            prefault: reserve and map all pages now instead of at the first write to each.
 
         Raises:
-            ConfigError: this system has no sealed memfd, a sandbox refuses a system call, or the segment is larger
-                than can be mapped or reserved.
-            OutOfResources: no descriptor is left for it.
+            ConfigError: this system has no sealed memfd, a sandbox refuses a system call, or the segment is too
+                large to be mapped or reserved.
+            OutOfResources: the process has no file descriptor left.
         """
         if len(producer_id) != PRODUCER_ID_BYTES:
             raise ConfigError("producer_id", producer_id, f"{PRODUCER_ID_BYTES} bytes")
         if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
-            raise ConfigError(
-                "sys.platform", sys.platform, "shared memory needs memfd_create of Linux 5.1 or later"
-            )
+            needs = "shared memory needs memfd_create of Linux 5.1 or later"
+            raise ConfigError("sys.platform", sys.platform, needs)
         with _fork_lock:
             made: list[int] = []
             try:
@@ -110,7 +102,8 @@ class Segment:
             if prefault:
                 with _sized(layout):
                     os.posix_fallocate(fd, 0, layout.nbytes)
-                _madvise_if_known(view, _MADV_POPULATE_WRITE)
+                address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+                _advise(address, layout.nbytes, _MADV_POPULATE_WRITE, optional=True)
         except BaseException:
             segment.close()
             raise
@@ -119,18 +112,18 @@ class Segment:
 
     @classmethod
     def attach(cls, fd: int) -> Segment:
-        """Map the segment behind `fd` for reading.
-
-        `fd` stays the caller's, who may close it at once: an attached segment keeps no descriptor.
+        """Map the segment behind `fd` for reading. The caller may close `fd` at once.
 
         Raises:
             ConfigError: a sandbox refuses a system call.
-            ProtocolError: `fd` is not a dray segment, is not sealed, or has a size other than its header says.
+            ProtocolError: `fd` is not a dray segment, is not sealed, or its size contradicts its header.
             SlotError: the memory cannot be mapped.
-            OutOfResources: the process has no memory or no mapping left for it.
+            OutOfResources: the process has no memory or no mapping left.
         """
         try:
-            nbytes, seals = os.fstat(fd).st_size, _get_seals(fd)
+            nbytes = os.fstat(fd).st_size
+            with needed("fcntl"):
+                seals = fcntl.fcntl(fd, _F_GET_SEALS)
             header = os.pread(fd, SEGMENT_HEADER.size, 0)
         except OSError as error:
             raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
@@ -138,15 +131,13 @@ class Segment:
             raise ProtocolError(f"the segment is not sealed: its seals are {seals:#x}, not {SEALS:#x}")
         layout, producer_id = unpack_segment_header(header)
         if nbytes != layout.nbytes:
-            raise ProtocolError(f"the segment has {nbytes} bytes, its header says {layout.nbytes}")
+            raise ProtocolError(f"the segment has {nbytes} bytes, its header requires {layout.nbytes}")
         with _fork_lock:
             try:
                 view = _map(fd, nbytes, writable=False)
             except OSError as error:
-                exhausted = out_of_resources(error, f"a mapping of {nbytes} bytes")
-                raise exhausted or SlotError(
-                    f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
-                ) from error
+                why = f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
+                raise out_of_resources(error, f"a mapping of {nbytes} bytes") or SlotError(why) from error
             segment = cls(layout, producer_id, view, -1, writable=False)
             _segments.add(segment)
         return segment
@@ -157,7 +148,7 @@ class Segment:
 
     @property
     def view(self) -> memoryview:
-        """The whole segment as bytes; writable only for its creator.
+        """All bytes of the segment; writable only for its creator.
 
         Raises:
             BufferClosedError: the segment is closed, or belongs to the parent of this process.
@@ -170,45 +161,23 @@ class Segment:
         """Byte offset of `slot` in the segment."""
         return self.layout.slot_offset(slot)
 
-    def slot_view(self, slot: int, nbytes: int) -> memoryview:
-        """The first `nbytes` bytes of `slot`, read-only, as it lies in memory.
-
-        Raises:
-            SlotError: the segment has no such slot, or a slot has fewer bytes.
-            BufferClosedError: the segment is closed.
-        """
-        if not 0 <= slot < self.layout.slots:
-            raise SlotError(f"the segment has slots 0 to {self.layout.slots - 1}", slot=slot)
-        if not 0 <= nbytes <= self.layout.slot_bytes:
-            raise SlotError(f"a slot has {self.layout.slot_bytes} bytes, not {nbytes}", slot=slot)
-        start = self.layout.slot_offset(slot)
-        return self.view[start : start + nbytes].toreadonly()
-
     def fileno(self) -> int:
-        """The memfd, to be sent to readers; it stays the segment's.
+        """The memfd, for readers to attach. The segment closes it.
 
         Raises:
             BufferClosedError: the segment is closed.
-            SlotError: the segment is attached and so has no descriptor.
+            SlotError: this process attached the segment, and so has no descriptor.
         """
-        if self._view is None:
+        if self.closed:
             raise BufferClosedError("the segment is closed")
         if self._fd < 0:
             raise SlotError("only the creator of a segment has its descriptor")
         return self._fd
 
     def close(self) -> None:
-        """Close the descriptor and unmap the memory, or leave that to the last view that is still in use."""
+        """Close the descriptor; unmap the memory now, or with the last view in use. Twice is fine."""
         with _fork_lock:
             self._forget()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "writable" if self.writable else "read-only"
@@ -225,22 +194,16 @@ class Segment:
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-    ]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.argtypes = [address, size, number, number, number, ctypes.c_long]
+    libc.munmap.argtypes = [address, size]
+    libc.madvise.argtypes = [address, size, number]
     return libc
 
 
 @contextlib.contextmanager
 def _sized(layout: SegmentLayout) -> Iterator[None]:
-    """Say which setting is too large when the system refuses the memory."""
+    """Name the setting that is too large when the system refuses the memory."""
     try:
         yield
     except OSError as error:
@@ -252,7 +215,7 @@ def _sized(layout: SegmentLayout) -> Iterator[None]:
 
 
 def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
-    """Map `fd`; the memory is unmapped when the last view of it dies."""
+    """Map `fd`; the memory is unmapped with the last view of it."""
     libc = _libc()
     protection = _PROT_READ | _PROT_WRITE if writable else _PROT_READ
     _unmap_dead()
@@ -262,11 +225,10 @@ def _map(fd: int, nbytes: int, *, writable: bool) -> memoryview:
         if mapped == [_MAP_FAILED]:
             with needed("mmap"):
                 _raise_errno()
-        if libc.madvise(*mapped, nbytes, _MADV_DONTFORK) != 0:
-            with needed("madvise"):
-                _raise_errno()
-        memory = (ctypes.c_ubyte * nbytes).from_address(*mapped)
-        _mappings[mapped[0]] = weakref.ref(memory, _unmap_dead), nbytes
+        (address,) = mapped
+        _advise(address, nbytes, _MADV_DONTFORK)
+        memory = (ctypes.c_ubyte * nbytes).from_address(address)
+        _mappings[address] = weakref.ref(memory, _unmap_dead), nbytes
     except BaseException:
         for address in mapped:
             if address != _MAP_FAILED and address not in _mappings:
@@ -282,23 +244,21 @@ def _raise_errno() -> NoReturn:
 
 
 def _unmap_dead(_: object = None) -> None:
-    """Unmap what the last view of has died.
+    """Unmap all memory whose last view was deleted.
 
-    It runs wherever that happens, so it takes no lock. Where an exception of a signal handler ends it, the next
-    mapping, or the end of another, does the rest. An entry goes first: the address may be reused then.
+    The garbage collector of any thread calls this, so it takes no lock. If a signal handler raises in it, the next
+    call unmaps the rest. It removes an entry before it unmaps, because the address may be used again after that.
     """
     for address, (memory, nbytes) in list(_mappings.items()):
         if memory() is None and _mappings.pop(address, None) is not None:
             _libc().munmap(address, nbytes)
 
 
-def _madvise_if_known(view: memoryview, advice: int) -> None:
-    """Give `advice` about all of `view`; kernels that do not know it go on without."""
-    address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
-    if _libc().madvise(address, view.nbytes, advice) != 0 and ctypes.get_errno() != errno.EINVAL:
-        number = ctypes.get_errno()
+def _advise(address: int, nbytes: int, advice: int, *, optional: bool = False) -> None:
+    """Give the kernel `advice` about memory; a kernel that does not know it may refuse what is `optional`."""
+    if _libc().madvise(address, nbytes, advice) != 0 and not (optional and ctypes.get_errno() == errno.EINVAL):
         with needed("madvise"):
-            raise OSError(number, os.strerror(number))
+            _raise_errno()
 
 
 def _seal(fd: int) -> None:
@@ -313,17 +273,11 @@ def _seal(fd: int) -> None:
         raise ConfigError("kernel", release, allowed, f"{release} is too old") from error
 
 
-def _get_seals(fd: int) -> int:
-    with needed("fcntl"):
-        return fcntl.fcntl(fd, _F_GET_SEALS)
-
-
 # --- fork -----------------------------------------------------------------------------------------------------
 #
-# The child does not inherit the mappings. It closes the descriptors, so that it does not keep the memory alive,
-# and forgets how to unmap: what lies at these addresses in the child is not the segment. The lock keeps a fork
-# from falling between the making of a descriptor or mapping and its entry here; a signal handler may fork while it
-# is held.
+# A child does not inherit the mappings. It closes the descriptors, so that it does not keep the memory alive, and
+# drops the addresses: other memory may lie there in the child. The lock prevents a fork between the creation of a
+# descriptor or mapping and its entry here. It is reentrant, because a signal handler may fork while it is held.
 
 _fork_lock = threading.RLock()
 _segments: weakref.WeakSet[Segment] = weakref.WeakSet()

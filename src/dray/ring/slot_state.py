@@ -1,13 +1,12 @@
-"""The states of a slot, and the table of what may happen in each. No I/O.
+"""The states of a slot, and the events that are allowed in each. No I/O.
 
-`TRANSITIONS` is the whole truth: the ring moves slots only through `after`, and `diagram` draws the table.
+The ring changes the state of a slot by `after` only, which follows `TRANSITIONS`. `diagram` draws the same table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
-from types import MappingProxyType
 from typing import Final
 
 from dray.errors import SlotError
@@ -17,11 +16,11 @@ class SlotState(IntEnum):
     """What a slot holds."""
 
     FREE = 0
-    """Nothing; it waits in the free list."""
+    """No payload."""
     WRITING = 1
-    """A payload that its writer has not committed; nobody can read it."""
+    """A payload that is not committed; it cannot be read."""
     READY = 2
-    """A committed payload that nobody reads now."""
+    """A committed payload without a lease."""
     READING = 3
     """A committed payload with at least one lease."""
 
@@ -32,35 +31,27 @@ class SlotEvent(IntEnum):
     CLAIM = 0
     """A writer takes the slot."""
     COMMIT = 1
-    """The writer has written the payload."""
+    """The payload is complete."""
     ABORT = 2
-    """The writer gives up."""
+    """The claim ends without a payload."""
     LEASE = 3
-    """A reader begins to read; others may be reading already."""
+    """A reader takes a lease; other readers may have some already."""
     RETURN = 4
-    """The last lease ends and the payload is still wanted."""
+    """The last lease ends, and the payload is not retired."""
     END = 5
-    """The payload's life is over (consumed, overwritten or retired) and no lease is left."""
+    """The payload is retired (consumed, dropped or replaced), and no lease is left."""
 
 
-TRANSITIONS: Final[Mapping[SlotState, Mapping[SlotEvent, SlotState]]] = MappingProxyType(
-    {
-        SlotState.FREE: MappingProxyType({SlotEvent.CLAIM: SlotState.WRITING}),
-        SlotState.WRITING: MappingProxyType(
-            {SlotEvent.COMMIT: SlotState.READY, SlotEvent.ABORT: SlotState.FREE},
-        ),
-        SlotState.READY: MappingProxyType(
-            {SlotEvent.LEASE: SlotState.READING, SlotEvent.END: SlotState.FREE},
-        ),
-        SlotState.READING: MappingProxyType(
-            {
-                SlotEvent.LEASE: SlotState.READING,
-                SlotEvent.RETURN: SlotState.READY,
-                SlotEvent.END: SlotState.FREE,
-            }
-        ),
-    }
-)
+TRANSITIONS: Final[Mapping[SlotState, Mapping[SlotEvent, SlotState]]] = {
+    SlotState.FREE: {SlotEvent.CLAIM: SlotState.WRITING},
+    SlotState.WRITING: {SlotEvent.COMMIT: SlotState.READY, SlotEvent.ABORT: SlotState.FREE},
+    SlotState.READY: {SlotEvent.LEASE: SlotState.READING, SlotEvent.END: SlotState.FREE},
+    SlotState.READING: {
+        SlotEvent.LEASE: SlotState.READING,
+        SlotEvent.RETURN: SlotState.READY,
+        SlotEvent.END: SlotState.FREE,
+    },
+}
 
 
 def after(state: SlotState, event: SlotEvent) -> SlotState:
@@ -86,5 +77,5 @@ def diagram() -> str:
     return "\n".join(lines)
 
 
-# The same table by index: every payload passes through it four times.
+# The same table by index, for speed: every payload passes through it four times.
 _TABLE: Final = tuple(tuple(TRANSITIONS[state].get(event) for event in SlotEvent) for state in SlotState)

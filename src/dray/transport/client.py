@@ -20,10 +20,11 @@ from dray.errors import (
     ProtocolError,
     TransportError,
 )
+from dray.identifiers import MAX_READERS
 from dray.payload.codec import unpack
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Status
-from dray.protocol.handshake import MAX_READERS, check_secret
+from dray.protocol.handshake import check_secret
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.attempts import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine

@@ -1,3 +1,4 @@
+import inspect
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from dray.errors import (
     SlotError,
     StaleSlotError,
 )
-from dray.ring import Segment, SharedRingBuffer, SlotState, SlotWriter
+from dray.ring import Segment, SharedRingBuffer, SlotInfo, SlotState, SlotWriter
 from dray.ring.layout import CHECKSUM_OFFSET, FLAGS_OFFSET, SLOT_HEADER, U64
 
 
@@ -38,11 +39,11 @@ def test_committed_payload_is_read_back() -> None:
         assert lease.buffer == b"payload"
         assert lease.buffer.readonly
         assert (lease.slot, lease.sequence, lease.reader, lease.nbytes) == (0, 0, 0, 7)
-        assert ring.mark_consumed(lease) is True
+        assert lease.acknowledge() is True
         assert ring.statistics().free == 2
 
 
-def test_lease_offset_finds_the_payload_in_an_attached_segment() -> None:
+def test_lease_offset_is_that_of_the_payload_in_an_attached_segment() -> None:
     with SharedRingBuffer(3, 5000) as ring, Segment.attach(ring.segment.fileno()) as attached:
         put(ring, b"first")
         writer = put(ring, b"second")
@@ -76,7 +77,7 @@ def test_payload_may_be_empty_and_may_fill_the_slot() -> None:
             writer = put(ring, payload)
             lease = ring.read_raw(writer.slot, writer.sequence)
             assert lease.buffer == payload
-            ring.mark_consumed(lease)
+            lease.acknowledge()
 
 
 def test_commit_of_fewer_bytes_shortens_the_payload() -> None:
@@ -106,7 +107,7 @@ def test_commit_of_more_than_was_claimed_is_refused_and_the_slot_stays_claimed()
         assert ring.get_ready_count() == 1
 
 
-def test_finished_writer_can_neither_write_nor_commit_again() -> None:
+def test_ended_writer_can_neither_write_nor_commit_again() -> None:
     with SharedRingBuffer(2, 10) as ring:
         committed, aborted = put(ring, b"a"), ring.claim(1)
         aborted.abort()
@@ -133,24 +134,24 @@ def test_several_leases_of_one_reader_may_be_alive_together() -> None:
         writer = put(ring, b"abc")
         first, second = (ring.read_raw(writer.slot, writer.sequence) for _ in range(2))
         assert ring.statistics().leases == 2
-        assert ring.release_reading(first)
+        assert first.release()
         assert (ring.statistics().reading, ring.get_ready_count()) == (1, 0)
-        assert ring.release_reading(second)
+        assert second.release()
         assert (ring.statistics().reading, ring.get_ready_count()) == (0, 1)
 
 
-def test_new_reads_are_stale_once_consumed_while_another_lease_lives() -> None:
+def test_new_reads_are_stale_once_consumed_while_another_lease_is_live() -> None:
     with SharedRingBuffer(1, 10) as ring:
         writer = put(ring, b"abc")
         first, second = (ring.read_raw(writer.slot, writer.sequence) for _ in range(2))
-        ring.mark_consumed(first)
+        first.acknowledge()
         with pytest.raises(StaleSlotError, match="gone"):
             ring.read_raw(writer.slot, writer.sequence)
         assert second.buffer == b"abc"
-        assert ring.is_live(writer.slot, writer.sequence)
-        assert ring.release_reading(second)
+        assert ring.inspect()[writer.slot].state is SlotState.READING
+        assert second.release()
         assert ring.statistics().free == 1
-        assert not ring.is_live(writer.slot, writer.sequence)
+        assert ring.inspect()[writer.slot].state is SlotState.FREE
 
 
 def test_consume_frees_an_unleased_payload_and_is_idempotent() -> None:
@@ -171,7 +172,7 @@ def test_consume_during_a_lease_frees_with_the_end_of_the_lease() -> None:
         assert ring.consume(writer.slot, writer.sequence)
         assert ring.statistics().free == 0
         assert lease.buffer == b"abc"
-        ring.release_reading(lease)
+        lease.release()
         assert ring.statistics().free == 1
 
 
@@ -182,7 +183,7 @@ def test_a_slot_that_is_being_written_can_be_neither_read_nor_consumed() -> None
         with pytest.raises(StaleSlotError):
             ring.checksum(writer.slot, writer.sequence, len)
         assert ring.consume(writer.slot, writer.sequence) is False
-        assert ring.is_live(writer.slot, writer.sequence)
+        assert ring.inspect()[writer.slot].state is SlotState.WRITING
         assert ring.ready() == []
 
 
@@ -247,7 +248,7 @@ def test_ready_lists_payloads_in_the_order_of_their_sequence() -> None:
         assert [r.sequence for r in ring.ready(leased=True)] == [0, 1]
         ring.consume(second.slot, second.sequence)
         assert [r.sequence for r in ring.ready(leased=True)] == [0]
-        ring.release_reading(lease)
+        lease.release()
 
 
 def test_headers_in_the_segment_mirror_the_slots() -> None:
@@ -264,14 +265,74 @@ def test_headers_in_the_segment_mirror_the_slots() -> None:
         assert header(1) == (SlotState.READY, 0, 1, 2, 0, 100.0, 0)
         lease = ring.read_raw(1, 1, reader=2)
         assert header(1)[0] == SlotState.READING
-        ring.mark_consumed(lease)
+        lease.acknowledge()
         assert header(1) == (SlotState.READY, 0, 1, 2, 0, 100.0, 0b100)
         ring.consume(1, 1, 0)
         ring.consume(1, 1, 1)
         assert header(1)[0] == SlotState.FREE
 
 
-def test_statistics_tell_counts_and_ages() -> None:
+def test_inspect_shows_every_slot() -> None:
+    clock = ManualClock()
+    with SharedRingBuffer(3, 10, readers=3, clock=clock) as ring:
+        put(ring, b"abc")
+        ring.consume(0, 0, 1)
+        clock.time += 2
+        put(ring, b"de")
+        first, second = ring.read_raw(1, 1, 2), ring.read_raw(1, 1)
+        second.acknowledge()
+        assert ring.inspect() == (
+            SlotInfo(0, SlotState.READY, 0, 3, 0, 0b10, False, 100.0),
+            SlotInfo(1, SlotState.READING, 1, 2, 1, 0b1, False, 102.0),
+            SlotInfo(2, SlotState.FREE, -1, 0, 0, 0, True, 0.0),
+        )
+        for reader in (1, 2):
+            ring.consume(1, 1, reader)
+        assert ring.inspect()[1] == SlotInfo(1, SlotState.READING, 1, 2, 1, 0b111, True, 102.0)
+        first.release()
+        assert ring.inspect()[1].state is SlotState.FREE
+
+
+def test_block_of_a_lease_acknowledges_and_an_exception_in_it_releases() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        writer = put(ring, b"abc")
+        for error in (ValueError(), KeyboardInterrupt()):
+
+            def fail(error: BaseException = error) -> None:
+                with ring.read_raw(writer.slot, writer.sequence):
+                    raise error
+
+            with pytest.raises(type(error)):
+                fail()
+            assert ring.get_ready_count() == 1
+        with ring.read_raw(writer.slot, writer.sequence) as lease:
+            assert lease.buffer == b"abc"
+        assert not lease.live
+        assert (ring.statistics().consumed, ring.statistics().free) == (1, 1)
+
+
+def test_lease_may_end_inside_its_block() -> None:
+    with SharedRingBuffer(1, 10) as ring:
+        writer = put(ring, b"abc")
+        with ring.read_raw(writer.slot, writer.sequence) as lease:
+            lease.release()
+        assert (ring.get_ready_count(), ring.statistics().double_releases) == (1, 0)
+
+
+def test_block_of_a_lease_may_end_after_its_ring() -> None:
+    ring = SharedRingBuffer(1, 10)
+    writer = put(ring, b"abc")
+    with ring.read_raw(writer.slot, writer.sequence) as lease:
+        ring.close()
+    assert lease.live
+
+
+def test_waits_have_a_limit_of_thirty_seconds_by_default() -> None:
+    for wait in (SharedRingBuffer.claim, SharedRingBuffer.wait_consumed):
+        assert inspect.signature(wait).parameters["timeout"].default == 30.0
+
+
+def test_statistics_report_counts_and_ages() -> None:
     clock = ManualClock()
     with SharedRingBuffer(4, 10, clock=clock) as ring:
         assert (ring.statistics().oldest_ready_age, ring.statistics().oldest_lease_age) == (None, None)
@@ -286,7 +347,7 @@ def test_statistics_tell_counts_and_ages() -> None:
         assert (now.claimed, now.committed, now.committed_bytes, now.leases, now.leased) == (3, 2, 5, 1, 1)
         assert (now.oldest_ready_age, now.oldest_lease_age) == (3.0, 3.0)
         writer.abort()
-        ring.release_reading(lease)
+        lease.release()
         assert ring.statistics().oldest_ready_age == 5.0
         with pytest.raises(AttributeError):
             now.free = 3  # type: ignore[misc]
@@ -304,7 +365,7 @@ def test_slot_of_a_writer_that_is_gone_is_free_again() -> None:
         assert ring.get_ready_count() == 1
 
 
-def test_payload_that_is_withdrawn_is_over_whether_it_was_committed_or_not() -> None:
+def test_withdrawn_payload_is_retired_whether_it_was_committed_or_not() -> None:
     with SharedRingBuffer(1, 10) as ring:
         for committed in (False, True):
             writer = ring.claim(4, timeout=0)
@@ -361,7 +422,7 @@ def test_every_method_of_a_closed_ring_raises() -> None:
         lambda: ring.read_raw(0, 0),
         lambda: ring.consume(0, 0),
         lambda: ring.checksum(0, 0, len),
-        lambda: ring.is_live(0, 0),
+        ring.inspect,
         lambda: ring.wait_consumed(0, 0, 0),
         ring.get_ready_count,
         ring.ready,
@@ -375,15 +436,15 @@ def test_every_method_of_a_closed_ring_raises() -> None:
             call()
 
 
-def test_finishing_after_close_is_a_silent_no_op(caplog: pytest.LogCaptureFixture) -> None:
+def test_ending_after_close_changes_nothing_and_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ring = SharedRingBuffer(2, 10)
     writer = put(ring, b"abc")
     lease = ring.read_raw(writer.slot, writer.sequence)
     with ring.claim(1) as claimed:
         ring.close()
     claimed.abort()
-    assert ring.mark_consumed(lease) is False
-    assert ring.release_reading(lease) is False
+    assert lease.acknowledge() is False
+    assert lease.release() is False
     assert not caplog.records
 
 
@@ -399,19 +460,19 @@ def test_ended_lease_gives_no_view() -> None:
     with SharedRingBuffer(1, 10) as ring:
         writer = put(ring, b"abc")
         lease = ring.read_raw(writer.slot, writer.sequence)
-        ring.mark_consumed(lease)
+        lease.acknowledge()
         with pytest.raises(StaleSlotError, match="the lease has ended"):
             _ = lease.buffer
 
 
-def test_representations_tell_the_state() -> None:
+def test_representations_show_the_state() -> None:
     ring = SharedRingBuffer(2, 10)
     writer = put(ring, b"abc")
     lease = ring.read_raw(writer.slot, writer.sequence)
     assert "0 ready, 1 free" in repr(ring)
-    assert "slot 0 sequence 0, 3 bytes, finished" in repr(writer)
+    assert "slot 0 sequence 0, 3 bytes, ended" in repr(writer)
     assert "slot 0 sequence 0 reader 0, 3 bytes, live" in repr(lease)
-    ring.release_reading(lease)
+    lease.release()
     assert "ended" in repr(lease)
     ring.close()
     assert "closed" in repr(ring)
@@ -444,16 +505,16 @@ def test_bad_arguments_are_refused_by_name(arguments: dict[str, object], key: st
     assert caught.value.value == arguments[key]
 
 
-def test_finishing_twice_is_logged_where_applications_can_hear_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_ending_a_writer_twice_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     with SharedRingBuffer(1, 10) as ring:
         writer = put(ring, b"abc")
         with caplog.at_level(logging.WARNING, logger="dray.ring"):
             writer.abort()
-        assert "finished already" in caplog.text
-        assert ring.statistics().late_finalises == 1
+        assert "it has been committed or aborted already" in caplog.text
+        assert ring.statistics().double_releases == 1
 
 
-def test_copies_say_why_there_is_none() -> None:
+def test_copy_many_reports_why_a_payload_cannot_be_copied() -> None:
     with SharedRingBuffer(2, 10, readers=2) as ring:
         written = put(ring, b"payload")
         ring.consume(written.slot, written.sequence, 1)

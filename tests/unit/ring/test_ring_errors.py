@@ -1,4 +1,4 @@
-"""What a ring's errors, warnings and representations say, word by word, and what a new ring is."""
+"""The exact texts of a ring's errors, warnings and representations, and the attributes of a new ring."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ def error_of(call: Callable[[], object]) -> tuple[type[DrayError], str, int | No
     return type(caught.value), caught.value.message, caught.value.slot, caught.value.sequence
 
 
-def test_a_stale_reference_is_told_why() -> None:
+def test_error_of_a_stale_reference_gives_the_reason() -> None:
     with SharedRingBuffer(SLOTS, SLOT_BYTES, readers=READERS) as ring:
         for _ in range(SLOTS):
             assert ring.consume(*(lambda w: (w.slot, w.sequence))(put(ring)), 0)
@@ -50,14 +50,14 @@ def test_a_stale_reference_is_told_why() -> None:
         had = "reader 0 has consumed the payload"
         assert error_of(lambda: ring.read_raw(1, 1)) == (StaleSlotError, had, 1, 1)
         lease = ring.read_raw(1, 1, 1)
-        ring.release_reading(lease)
+        lease.release()
         assert error_of(lambda: lease.buffer) == (StaleSlotError, "the lease has ended", 1, 1)
 
 
-def test_what_is_out_of_range_is_told_the_range() -> None:
+def test_errors_of_slots_and_readers_out_of_range_give_the_range() -> None:
     with SharedRingBuffer(SLOTS, SLOT_BYTES, readers=READERS) as ring:
         no_slot = (SlotError, "the ring has slots 0 to 2", SLOTS, None)
-        for call in (ring.read_raw, ring.consume, ring.is_live, ring.wait_consumed):
+        for call in (ring.read_raw, ring.consume, ring.wait_consumed):
             assert error_of(lambda call=call: call(SLOTS, 0)) == no_slot
         assert error_of(lambda: ring.checksum(SLOTS, 0, len)) == no_slot
         no_reader = (SlotError, "reader 2 is not one of 0 to 1", 1, None)
@@ -65,7 +65,7 @@ def test_what_is_out_of_range_is_told_the_range() -> None:
             assert error_of(lambda call=call: call(1, 0, READERS)) == no_reader
 
 
-def test_a_writer_is_told_what_is_wrong_with_its_sizes_and_its_state() -> None:
+def test_errors_of_a_writer_give_its_sizes_and_its_state() -> None:
     with SharedRingBuffer(SLOTS, SLOT_BYTES) as ring:
         too_large = "a payload of 11 bytes does not fit into 10-byte slots"
         assert error_of(lambda: ring.claim(11)) == (PayloadTooLargeError, too_large, None, None)
@@ -84,7 +84,7 @@ def test_a_writer_is_told_what_is_wrong_with_its_sizes_and_its_state() -> None:
         assert error_of(lambda: writer.buffer) == finished
 
 
-def test_a_closed_ring_says_so() -> None:
+def test_error_of_a_closed_ring_gives_the_reason() -> None:
     ring = SharedRingBuffer(SLOTS, SLOT_BYTES)
     ring.close()
     assert error_of(ring.get_ready_count) == (BufferClosedError, "the ring is closed", None, None)
@@ -100,20 +100,17 @@ def test_checksums_are_64_bits_without_a_sign() -> None:
         assert ring.checksum(0, 0, lambda _: (1 << 64) - 1) == (1 << 64) - 1
 
 
-def test_what_ends_late_is_logged_with_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    with SharedRingBuffer(SLOTS, SLOT_BYTES) as ring, SharedRingBuffer(SLOTS, SLOT_BYTES) as other:
+def test_log_lines_of_a_second_end_name_the_lease_or_writer(caplog: pytest.LogCaptureFixture) -> None:
+    with SharedRingBuffer(SLOTS, SLOT_BYTES) as ring:
         writer = put(ring)
         lease = ring.read_raw(0, 0)
         with caplog.at_level(logging.WARNING, logger="dray.ring"):
-            assert not other.mark_consumed(lease)
-            ring.release_reading(lease)
-            assert not ring.release_reading(lease)
+            lease.release()
+            assert not lease.release()
             writer.abort()
-    about = "<Lease slot 0 sequence 0 reader 0, 7 bytes, {}>"
     assert [record.message for record in caplog.records] == [
-        f"end of {about.format('live')} ignored: it belongs to another ring",
-        f"end of {about.format('ended')} ignored: it has ended already",
-        "abort of <SlotWriter slot 0 sequence 0, 7 bytes, finished> ignored: it is finished already",
+        f"end of {lease!r} ignored: it has ended already",
+        f"abort of {writer!r} ignored: it has been committed or aborted already",
     ]
 
 
@@ -145,7 +142,7 @@ def test_a_slot_that_never_held_anything_is_stale_under_every_sequence() -> None
             with pytest.raises(StaleSlotError):
                 ring.read_raw(0, sequence)
             assert not ring.consume(0, sequence)
-            assert not ring.is_live(0, sequence)
+        assert ring.inspect()[0].sequence == -1
 
 
 def test_flags_of_writers_and_leases_are_booleans() -> None:
@@ -154,7 +151,7 @@ def test_flags_of_writers_and_leases_are_booleans() -> None:
         aborted.abort()
         lease = ring.read_raw(0, 0)
         assert (committed.open, aborted.open, lease.live) == (False, False, True)
-        ring.release_reading(lease)
+        lease.release()
         assert lease.live is False
 
 
@@ -172,5 +169,5 @@ def test_every_delivered_payload_that_is_dropped_counts() -> None:
     with SharedRingBuffer(1, SLOT_BYTES, on_full="overwrite") as ring:
         for sequence in range(3):
             put(ring)
-            ring.release_reading(ring.read_raw(0, sequence))
+            ring.read_raw(0, sequence).release()
         assert ring.statistics().dropped_delivered == 2

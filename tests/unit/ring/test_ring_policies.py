@@ -26,7 +26,7 @@ def put(ring: SharedRingBuffer, payload: bytes = b"payload") -> SlotWriter:
 
 
 class WaitingClaim:
-    """A claim in a thread of its own that is known to wait when the constructor returns."""
+    """A claim in a thread of its own, which waits when the constructor returns."""
 
     def __init__(self, ring: SharedRingBuffer, clock: AskedClock) -> None:
         self.result: SlotWriter | Exception | None = None
@@ -34,7 +34,7 @@ class WaitingClaim:
         self._thread = threading.Thread(target=self._claim, args=(ring,), daemon=True)
         self._thread.start()
         assert clock.asked.wait(30)
-        ring.get_ready_count()  # takes the lock, which the waiting thread has let go of
+        ring.get_ready_count()  # takes the lock, which the waiting thread has released
 
     def _claim(self, ring: SharedRingBuffer) -> None:
         try:
@@ -48,7 +48,7 @@ class WaitingClaim:
         return self.result
 
 
-@pytest.mark.parametrize("way", ["mark_consumed", "consume", "abort"])
+@pytest.mark.parametrize("way", ["acknowledge", "consume", "abort"])
 def test_waiting_claim_is_woken_by_the_slot_that_becomes_free(way: str) -> None:
     clock = AskedClock()
     with SharedRingBuffer(1, 10, clock=clock) as ring:
@@ -56,11 +56,11 @@ def test_waiting_claim_is_woken_by_the_slot_that_becomes_free(way: str) -> None:
         lease = None
         if way != "abort":
             writer.commit()
-        if way == "mark_consumed":
+        if way == "acknowledge":
             lease = ring.read_raw(writer.slot, writer.sequence)
         waiting = WaitingClaim(ring, clock)
         if lease is not None:
-            ring.mark_consumed(lease)
+            lease.acknowledge()
         elif way == "consume":
             ring.consume(writer.slot, writer.sequence)
         else:
@@ -124,7 +124,7 @@ def test_close_wakes_waiting_claims_and_waits_for_consumption() -> None:
     assert all(isinstance(claim.join(), BufferClosedError) for claim in claims)
 
 
-def test_block_raises_at_its_timeout_and_says_where_the_slots_are() -> None:
+def test_block_raises_at_its_timeout_and_counts_the_slots_in_each_state() -> None:
     with SharedRingBuffer(3, 10) as ring:
         put(ring)
         lease = ring.read_raw(0, 0)
@@ -136,7 +136,7 @@ def test_block_raises_at_its_timeout_and_says_where_the_slots_are() -> None:
         assert caught.value.elapsed is not None
         assert caught.value.elapsed >= 0.05
         assert ring.statistics().full_errors == 1
-        ring.mark_consumed(lease)
+        lease.acknowledge()
         assert ring.claim(1, timeout=0).slot == lease.slot
         writer.abort()
 
@@ -160,7 +160,7 @@ def test_error_raises_at_once_whatever_the_timeout() -> None:
 def test_overwrite_drops_the_oldest_and_counts_read_and_unread_apart() -> None:
     with SharedRingBuffer(3, 10, on_full="overwrite") as ring:
         first, second, third = (put(ring) for _ in range(3))
-        ring.release_reading(ring.read_raw(first.slot, first.sequence))
+        ring.read_raw(first.slot, first.sequence).release()
         assert put(ring).slot == first.slot
         assert put(ring).slot == second.slot
         statistics = ring.statistics()
@@ -176,7 +176,7 @@ def test_overwrite_takes_free_slots_first() -> None:
         kept, consumed = put(ring), put(ring)
         ring.consume(consumed.slot, consumed.sequence)
         assert put(ring).slot == consumed.slot
-        assert ring.is_live(kept.slot, kept.sequence)
+        assert [payload.slot for payload in ring.ready()] == [kept.slot, consumed.slot]
 
 
 def test_overwrite_never_takes_leased_or_unfinished_slots() -> None:
@@ -196,7 +196,7 @@ def test_returned_payload_keeps_its_age_for_overwrite() -> None:
     with SharedRingBuffer(3, 10, on_full="overwrite") as ring:
         first = put(ring)
         put(ring), put(ring)
-        ring.release_reading(ring.read_raw(first.slot, first.sequence))
+        ring.read_raw(first.slot, first.sequence).release()
         assert put(ring).slot == first.slot
 
 
@@ -211,7 +211,7 @@ def test_overwrite_that_waits_is_woken_by_a_slot_it_may_take(way: str) -> None:
             lease = ring.read_raw(writer.slot, writer.sequence)
         waiting = WaitingClaim(ring, clock)
         if lease is not None:
-            ring.release_reading(lease)
+            lease.release()
         else:
             writer.commit()
         assert isinstance(waiting.join(), SlotWriter)
@@ -221,7 +221,7 @@ def test_payload_is_consumed_when_all_readers_have_consumed_it() -> None:
     with SharedRingBuffer(1, 10, readers=3) as ring:
         writer = put(ring)
         for reader in (2, 0):
-            ring.mark_consumed(ring.read_raw(writer.slot, writer.sequence, reader))
+            ring.read_raw(writer.slot, writer.sequence, reader).acknowledge()
             assert ring.get_ready_count() == 1
         assert ring.statistics().consumed == 0
         assert ring.consume(writer.slot, writer.sequence, 1)
@@ -232,12 +232,12 @@ def test_reader_that_has_consumed_gets_stale_and_counts_once() -> None:
     with SharedRingBuffer(1, 10, readers=2) as ring:
         writer = put(ring)
         leases = [ring.read_raw(writer.slot, writer.sequence, 0) for _ in range(2)]
-        assert all(ring.mark_consumed(lease) for lease in leases)
+        assert all(lease.acknowledge() for lease in leases)
         with pytest.raises(StaleSlotError, match="reader 0 has consumed"):
             ring.read_raw(writer.slot, writer.sequence, 0)
         assert ring.consume(writer.slot, writer.sequence, 0) is False
         assert ring.get_ready_count() == 1
-        ring.mark_consumed(ring.read_raw(writer.slot, writer.sequence, 1))
+        ring.read_raw(writer.slot, writer.sequence, 1).acknowledge()
         assert ring.statistics().free == 1
 
 
@@ -275,7 +275,7 @@ def test_newest_is_not_consumed_by_its_readers() -> None:
         for _ in range(3):
             lease = ring.read_raw(writer.slot, writer.sequence)
             assert lease.buffer == b"weights"
-            assert ring.mark_consumed(lease)
+            assert lease.acknowledge()
         assert ring.consume(writer.slot, writer.sequence)
         assert (ring.get_ready_count(), ring.statistics().consumed) == (1, 0)
 
@@ -288,11 +288,11 @@ def test_leased_payload_retires_with_its_last_lease() -> None:
         put(ring, b"new")
         with pytest.raises(StaleSlotError):
             ring.read_raw(old.slot, old.sequence)
-        ring.release_reading(leases[0])
+        leases[0].release()
         assert leases[1].buffer == b"old"
         writer = ring.claim(1)
         waiting = WaitingClaim(ring, clock)
-        ring.mark_consumed(leases[1])
+        leases[1].acknowledge()
         result = waiting.join()
         assert isinstance(result, SlotWriter)
         assert result.slot == old.slot

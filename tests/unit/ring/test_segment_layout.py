@@ -21,7 +21,7 @@ def test_header_sizes_and_offsets_are_pinned() -> None:
     ) == (0, 1, 8, 16, 24, 32, 40)
 
 
-def test_derived_offsets_say_what_the_slot_header_struct_packs() -> None:
+def test_derived_offsets_are_those_of_the_slot_header_struct() -> None:
     packed = layout.SLOT_HEADER.pack(2, 1, 3, 4, 5, 0.0, 6)
     assert packed[layout.STATE_OFFSET] == 2
     assert packed[layout.FLAGS_OFFSET] == layout.HAS_CHECKSUM

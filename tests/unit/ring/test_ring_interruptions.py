@@ -1,0 +1,120 @@
+"""A signal handler may raise in the middle of an operation of a ring: no slot is lost, and no count is wrong."""
+
+import dis
+import functools
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+
+import dray.ring
+from dray.ring import SharedRingBuffer, SlotState
+
+FOLDER = str(Path(dray.ring.__file__).parent)
+
+
+@functools.cache
+def interruptible(code: CodeType) -> frozenset[int]:
+    """Offsets of the bytecodes before which CPython runs signal handlers: at the start, after calls, in loops.
+
+    Left out are those whose exception handler is another one than that of the call.
+    """
+    handlers = dis.Bytecode(code).exception_entries
+
+    def guarded_by(offset: int) -> list[int]:
+        return [each.target for each in handlers if each.start <= offset < each.end]
+
+    instructions = list(dis.get_instructions(code))
+    found = {each.argval for each in instructions if each.opname.startswith("JUMP_BACKWARD")}
+    for before, after in itertools.pairwise(instructions):
+        if before.opname.startswith(("RESUME", "CALL")) and guarded_by(before.offset) == guarded_by(after.offset):
+            found.add(after.offset)
+    return frozenset(found)
+
+
+def interrupted(call: Callable[[], None], moment: int) -> bool:
+    """Run `call` and raise `KeyboardInterrupt` at the n-th moment in `dray.ring`; false if there are fewer."""
+    left = moment
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and frame.f_lasti in interruptible(frame.f_code):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def put(ring: SharedRingBuffer) -> None:
+    with ring.claim(3, timeout=0) as writer:
+        writer.buffer[:] = b"abc"
+        writer.commit()
+
+
+def abort(ring: SharedRingBuffer) -> None:
+    ring.claim(3, timeout=0).abort()
+
+
+def withdraw(ring: SharedRingBuffer) -> None:
+    writer = ring.claim(3, timeout=0)
+    try:
+        writer.commit()
+    finally:
+        writer.withdraw()
+
+
+def consume(ring: SharedRingBuffer) -> None:
+    for each in ring.ready():
+        ring.consume(each.slot, each.sequence)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("operation", [put, abort, withdraw, consume])
+@pytest.mark.parametrize(
+    ("on_full", "retain", "payloads"),
+    [("block", "unread", 1), ("overwrite", "unread", 2), ("block", "newest", 1)],
+    ids=["block", "overwrite a full ring", "newest"],
+)
+def test_exception_of_a_signal_handler_at_any_moment_leaves_every_slot_usable(
+    operation: Callable[[SharedRingBuffer], None], on_full: Any, retain: Any, payloads: int
+) -> None:
+    moment, more = 1, True
+    while more:
+        with SharedRingBuffer(2, 10, on_full=on_full, retain=retain) as ring:
+            for _ in range(payloads):
+                put(ring)
+            more = interrupted(lambda ring=ring: operation(ring), moment)
+            found, counted = ring.statistics(), Counter(info.state for info in ring.inspect())
+            assert (found.writing, found.reading, found.leases) == (0, 0, 0), moment
+            assert (found.free, found.ready) == (counted[SlotState.FREE], counted[SlotState.READY]), moment
+            assert found.free + found.ready == 2, moment
+            assert found.claimed == found.committed + found.aborted, moment
+            gone = found.consumed + found.dropped_unread + found.dropped_delivered + found.retired
+            assert found.committed == gone + found.ready, moment
+            if retain == "unread":
+                consume(ring)
+                writers = [ring.claim(3, timeout=0) for _ in range(2)]
+                assert {writer.slot for writer in writers} == {0, 1}, moment
+            else:
+                put(ring), put(ring)
+                assert ring.get_ready_count() == 1, moment
+        moment += 1
+    assert moment > 10
