@@ -12,11 +12,9 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
-
-import numpy as np
 
 from dray.errors import DrayError, ProducerLostError, TransportError, TransportTimeout, Unreachable
+from dray.payload import Arrays
 from dray.protocol import PayloadRef
 
 MOST_READS = 2
@@ -30,7 +28,6 @@ GROUP = 32
 MOST_GROUPS = 2
 """Groups of one producer under way at a time, once it has answered."""
 
-Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 Outcome = Arrays | DrayError
 Identity = tuple[bytes, int]
 

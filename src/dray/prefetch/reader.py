@@ -14,7 +14,8 @@ from typing import Any, Self
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
-from dray.prefetch.batch import MOST_READS, MOST_ROUNDS, Arrays, BatchFetch, Fetched
+from dray.payload import Arrays
+from dray.prefetch.batch import MOST_READS, MOST_ROUNDS, BatchFetch, Fetched
 from dray.prefetch.double_buffer import DoubleBuffer
 from dray.prefetch.threads import ReadThreads, Source, Threading
 from dray.protocol import PayloadRef

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from dray.clock import Clock, Deadline
 from dray.counters import Counters
 from dray.errors import DrayError
-from dray.prefetch.batch import Arrays, BatchFetch, Outcome, Pause, Read, ReadTries
+from dray.payload import Arrays
+from dray.prefetch.batch import BatchFetch, Outcome, Pause, Read, ReadTries
 from dray.prefetch.freeing import Free, Freeing
 from dray.protocol import PayloadRef
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from dray.prefetch.batch import Arrays
+from dray.payload import Arrays
 from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
 from dray.transport.lanes import LaneChoice

@@ -19,8 +19,8 @@ from dray.errors import (
     StaleSlotError,
     TransportError,
 )
+from dray.payload import Arrays
 from dray.prefetch import BatchReader, Fetched
-from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
 from dray.transport.lanes import LaneChoice
 from dray.ucxx.client import open_client

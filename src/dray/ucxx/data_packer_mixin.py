@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dray.errors import BufferClosedError, DrayError
+from dray.payload import Arrays
 from dray.prefetch import Fetched
-from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
 from dray.transport.lanes import LaneChoice
 from dray.ucxx.completion import is_completion
