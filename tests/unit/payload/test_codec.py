@@ -336,7 +336,7 @@ LONG = "\x1b[2Jforged\n" + "x" * 1_000_000
         {"__metadata__": LONG},
     ],
 )
-def test_error_about_an_image_is_one_short_line_whatever_the_image_says(described):
+def test_error_about_an_image_is_one_short_line_whatever_the_image_holds(described):
     with pytest.raises(PayloadFormatError) as caught:
         unpack(image_of(json.dumps(described).encode()))
     assert len(str(caught.value)) < 2000
