@@ -34,12 +34,18 @@ class SimulatedBatches(SimulatedConsumer):
         self._deferred: list[PayloadRef] = []
         self._collected = 0  # number of the batch collected last
         self._results: dict[tuple[int, Identity], Outcome] = {}
+        self._arrived = 0  # payloads in results
+        self._unsure = False  # some results were not seen
 
     def close(self) -> None:
         self.closes()
+        pending = len({ref.identity for ref in (*self._reader.fetching, *self._deferred)})
         self._forget_batches()
         with self.unhurried(15.0):
             self._reader.close(timeout=5.0)
+        reads = self._reader.statistics().reads
+        if not self._unsure and not self._reader.alive and not 0 <= reads - self._arrived <= pending:
+            raise Violation(f"{reads} payloads were accepted, and {self._arrived} were in results of batches")
 
     # --- what programs do -------------------------------------------------------------------------------------
 
@@ -66,9 +72,11 @@ class SimulatedBatches(SimulatedConsumer):
             else:
                 self._collect()
         except Interrupted:
+            self._unsure = True
             self.unbound()
             self._forget_batches()
         except BufferClosedError:
+            self._unsure = True
             self.unbound()
             if not self.closed:
                 raise Violation(f"{self.process.name}: a call found the open reader closed") from None
@@ -91,7 +99,9 @@ class SimulatedBatches(SimulatedConsumer):
         if not started:
             self.world.give_back(self.reader, refs)
             return
-        for ref in before:  # this call collects them, and so hands them out
+        results = [self._reader.result(ref) for ref in before]  # this call collected them
+        self._check(before, [fetched for fetched in results if fetched is not None])
+        for ref in before:
             self.world.ledger.give_up(ref, self.reader)
         self._seconds = seconds
 
@@ -150,6 +160,8 @@ class SimulatedBatches(SimulatedConsumer):
             raise Violation("the results of a batch are not those of its references")
         for ref, fetched in zip(refs, results, strict=True):
             self._of(ref, fetched)
+        arrays = {fetched.ref.identity for fetched in results if not isinstance(fetched.outcome, DrayError)}
+        self._arrived += len(arrays)
 
     def _of(self, ref: PayloadRef, fetched: Fetched) -> None:
         if fetched.ref.identity != ref.identity:

@@ -1,6 +1,6 @@
 """Builds and checks the header of an image, and computes where its tensors lie.
 
-`dray.payload.codec` shows the whole image. Results are cached, because most payloads of a job look alike.
+`dray.payload.codec` shows the whole image. Headers are cached, because most payloads of a job have equal ones.
 """
 
 from __future__ import annotations

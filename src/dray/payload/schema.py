@@ -196,8 +196,15 @@ class PayloadSchema(Mapping[str, TensorSpec]):
 
     def fit(self, arrays: Mapping[str, npt.ArrayLike]) -> list[FittedField]:
         """Like `check`, but leave the casts to `store`, which can write into a slot."""
-        self._require_names(arrays)
-        return [self._fit_field(name, self._fields[name], value) for name, value in arrays.items()]
+        fields = self._fields
+        fitted = []
+        for name, value in arrays.items():
+            spec = fields.get(name)
+            if spec is None:
+                raise self._unknown(name)
+            fitted.append(self._fit_field(name, spec, value))
+        self._require_all(arrays)
+        return fitted
 
     def verify(self, arrays: Mapping[str, Array]) -> None:
         """Check arrays that were unpacked. Nothing is cast: each array must have the dtype of its field.
@@ -205,24 +212,26 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         Raises:
             SchemaError: a field is missing, unknown, or does not fit; the message names it.
         """
-        self._require_names(arrays)
+        fields = self._fields
         for name, array in arrays.items():
-            spec = self._fields[name]
+            spec = fields.get(name)
+            if spec is None:
+                raise self._unknown(name)
             if array.dtype != DTYPES[spec.dtype]:
                 raise SchemaError(f"field {name!r} has dtype {array.dtype}, expected {spec.dtype}")
             if reason := spec.mismatch(array.shape):
                 raise SchemaError(f"field {name!r} {reason}")
+        self._require_all(arrays)
 
-    def _require_names(self, arrays: Mapping[str, object]) -> None:
-        fields, names = self._fields, arrays.keys()  # a TensorDict iterates over rows, its keys do not
-        if names == fields.keys():
-            return
-        for name in names:
-            if name not in fields:
-                raise SchemaError(f"field {name!r} is not in the schema, which has {', '.join(fields) or 'none'}")
-        for name, spec in fields.items():
-            if not spec.optional and name not in names:
-                raise SchemaError(f"field {name!r} is missing")
+    def _unknown(self, name: str) -> SchemaError:
+        return SchemaError(f"field {name!r} is not in the schema, which has {', '.join(self._fields) or 'none'}")
+
+    def _require_all(self, arrays: Mapping[str, object]) -> None:
+        names = arrays.keys()  # a TensorDict iterates over rows, its keys do not
+        if len(names) < len(self._fields):
+            for name, spec in self._fields.items():
+                if not spec.optional and name not in names:
+                    raise SchemaError(f"field {name!r} is missing")
 
     def _fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> FittedField:
         array = as_array(name, value)

@@ -23,7 +23,7 @@ class _Table:
 
     @classmethod
     def parse(cls, table: Mapping[str, Any]) -> Self:
-        """Return the configuration with the values of a table, whose keys are names of fields, and defaults.
+        """Return the configuration with the values of a table, and defaults for absent keys.
 
         Raises:
             ConfigError: a key is unknown or a value is not allowed.
@@ -31,9 +31,8 @@ class _Table:
         known = [each.name for each in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key, value in table.items():
             if key not in known:
-                raise ConfigError(
-                    str(key), value, f"the keys are {', '.join(known)}", "is no key of this configuration"
-                )
+                keys = f"the keys are {', '.join(known)}"
+                raise ConfigError(str(key), value, keys, "is no key of this configuration")
         return cls(**table)
 
 

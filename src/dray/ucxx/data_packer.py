@@ -143,6 +143,7 @@ class CompletionReader(Closing):
         threads: int = 8,
     ) -> None:
         self.config = config or UCXXConfig()
+        self._time = self.config.ucxx_prefetch_timeout
         self._client = _open_client(lane, secret, reader)
         self._batches = BatchReader(
             self._client,
@@ -153,7 +154,7 @@ class CompletionReader(Closing):
         kinds = (kind for _, kind in _SKIPPED)
         self._counters = Counters("prefetched", "read_at_once", "skipped", "skipped_other", *kinds)
         self._logged: set[type[DrayError]] = set()
-        self._late = LateReads(self.config.ucxx_prefetch_timeout)
+        self._late = LateReads(self._time)
 
     def start_prefetch(self, batch: Iterable[object]) -> bool:
         """Fetch, in the background, the payloads of the completions in `batch`; other values are ignored.
@@ -161,7 +162,7 @@ class CompletionReader(Closing):
         Returns False if the batch is refused; see `BatchReader.start`. Its payloads are then read by `resolve`.
         """
         self._late.renew()
-        return self._batches.start(self._references(batch), timeout=self.config.ucxx_prefetch_timeout)
+        return self._batches.start(self._references(batch), timeout=self._time)
 
     def wait_prefetch(self, timeout: float | None = None) -> bool:
         """Wait until the batch has arrived; see `BatchReader.wait`."""
@@ -179,17 +180,15 @@ class CompletionReader(Closing):
 
     def defer_prefetch(self, batch: Iterable[object]) -> bool:
         """Fetch a batch when the one before it is collected; False if one is deferred already."""
-        return self._batches.defer(self._references(batch), timeout=self.config.ucxx_prefetch_timeout)
+        return self._batches.defer(self._references(batch), timeout=self._time)
 
     def read_one(self, ref: PayloadRef, *, timeout: float | None = None) -> Arrays:
-        """Layer 2: read one payload, by default within ``ucxx_prefetch_timeout``; see `BatchReader.read_one`."""
-        seconds = self.config.ucxx_prefetch_timeout if timeout is None else timeout
-        return self._batches.read_one(ref, timeout=seconds)
+        """Layer 2: `BatchReader.read_one`, by default within ``ucxx_prefetch_timeout``."""
+        return self._batches.read_one(ref, timeout=self._time if timeout is None else timeout)
 
     def fetch_all(self, refs: Iterable[PayloadRef], *, timeout: float | None = None) -> list[Fetched]:
-        """Layer 3: read a batch, by default within ``ucxx_prefetch_timeout``; see `BatchReader.fetch_all`."""
-        seconds = self.config.ucxx_prefetch_timeout if timeout is None else timeout
-        return self._batches.fetch_all(refs, timeout=seconds)
+        """Layer 3: `BatchReader.fetch_all`, by default within ``ucxx_prefetch_timeout``."""
+        return self._batches.fetch_all(refs, timeout=self._time if timeout is None else timeout)
 
     def resolve(self, completion: object) -> Arrays | None:
         """Return the arrays that a completion stands for, prefetched or read now; None if they are not available.
@@ -209,7 +208,7 @@ class CompletionReader(Closing):
             return None
         fetched = self._batches.result(ref)
         if fetched is None:
-            return self._read_now(ref, self.config.ucxx_prefetch_timeout)
+            return self._read_now(ref, self._time)
         if not isinstance(fetched.outcome, DrayError):
             self._counters.add("prefetched")
             return fetched.outcome
@@ -304,9 +303,8 @@ class UCXXDataPackerMixin:
             ConfigError, MissingDependencyError: as `CompletionReader`.
             DrayError: the earlier reader is not closed, or one of its threads has not ended.
         """
-        if self.ucxx_reader is not None:
-            alive = self.ucxx_reader.alive
-            raise DrayError(f"the earlier reader still has {alive} threads; call cleanup_ucxx_reader first")
+        if (earlier := self.ucxx_reader) is not None:
+            raise DrayError(f"a reader still has {earlier.alive} threads; call cleanup_ucxx_reader first")
         settings = UCXXConfig.parse(config) if isinstance(config, Mapping) else config or UCXXConfig()
         if settings.enabled:
             self.ucxx_reader = CompletionReader(settings, lane=lane, secret=secret, reader=reader, threads=threads)
@@ -315,10 +313,9 @@ class UCXXDataPackerMixin:
         """Close the reader. Twice is fine. False if threads did not end in time: call again before a set-up."""
         if self.ucxx_reader is not None:
             self.ucxx_reader.close(timeout)
-            if self.ucxx_reader.alive:
-                return False
-            self.ucxx_reader = None
-        return True
+            if not self.ucxx_reader.alive:
+                self.ucxx_reader = None
+        return self.ucxx_reader is None
 
     def start_prefetch(self, batch: Collection[object]) -> bool:
         """Call `CompletionReader.start_prefetch`."""
@@ -351,23 +348,20 @@ class UCXXDataPackerMixin:
         Raises:
             TypeError: there is no `rollout_output`.
         """
-        given = list(args)
-        if "rollout_output" in kwargs:
-            rollout_output = kwargs["rollout_output"]
-        elif len(given) > 1:
-            rollout_output = given[1]
-        else:
+        named = "rollout_output" in kwargs
+        if not named and len(args) < 2:
             raise TypeError("get_policy_input() needs rollout_output, as the second argument or by keyword")
+        rollout_output = kwargs["rollout_output"] if named else args[1]
         if is_completion(rollout_output):
             rollout_output = self._reader.resolve(rollout_output)
             if rollout_output is None:
                 return None
-            if "rollout_output" in kwargs:
+            if named:
                 kwargs["rollout_output"] = rollout_output
             else:
-                given[1] = rollout_output
+                args = (args[0], rollout_output, *args[2:])
         following = getattr(super(), "get_policy_input", None)
-        return rollout_output if following is None else following(*given, **kwargs)
+        return rollout_output if following is None else following(*args, **kwargs)
 
     # Frameworks know these two names, so they are a part of the documented surface.
 

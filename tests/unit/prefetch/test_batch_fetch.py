@@ -193,7 +193,7 @@ def test_c13_a_server_that_comes_back_between_rounds_is_read() -> None:
 
 
 def test_c13_another_producer_in_its_place_is_lost_at_once() -> None:
-    for error in (REPLACED, ProducerLostError("membership says so")):
+    for error in (REPLACED, ProducerLostError("another reason")):
         batch = BatchFetch(1, refs(1), deadline=10.0)
         answer(batch, begin(batch), error)
         assert batch.decided
