@@ -125,9 +125,11 @@ class TensorSpec:
 
     def mismatch(self, shape: tuple[int, ...]) -> str | None:
         """Return the reason why `shape` does not fit; ``None`` if it fits."""
-        if len(shape) != len(self.shape) or any(
-            want is not None and want != have for want, have in zip(self.shape, shape, strict=True)
-        ):
+        fits = len(shape) == len(self.shape)
+        for want, have in zip(self.shape, shape, strict=False):
+            if want is not None and want != have:
+                fits = False
+        if not fits:
             return f"has shape {shape}, expected {self.shape}"
         if self.max_length is not None and shape[0] > self.max_length:
             return f"has length {shape[0]}, at most {self.max_length} is allowed"

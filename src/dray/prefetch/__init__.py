@@ -4,8 +4,7 @@
 (layer 3) and `DoubleBuffer` (which batch is fetched). `FreeingThreads` frees payloads and drives `Freeing`.
 """
 
-from dray.prefetch.batch import BatchFetch, Fetched, Pause, Read, ReadAttempts
-from dray.prefetch.double_buffer import DoubleBuffer
+from dray.prefetch.batch import BatchFetch, DoubleBuffer, Fetched, Pause, Read, ReadAttempts
 from dray.prefetch.freeing import Free, Freeing, FreeingThreads
 from dray.prefetch.reader import BatchReader, BatchReaderStatistics
 from dray.prefetch.threads import Source

@@ -7,14 +7,13 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.closing import Closing
 from dray.counters import Counters
 from dray.errors import DrayError, ProducerLostError
 from dray.prefetch.batch import Identity, Pause
-from dray.prefetch.threads import Threading
+from dray.prefetch.threads import Threading, Workers
 from dray.protocol import PayloadRef
 
 logger = logging.getLogger("dray.prefetch")
@@ -128,12 +127,11 @@ class FreeingThreads(Closing):
         self._counters = counters
         self._on_crash = on_crash
         self._clock = clock
-        self._make_thread = threading.Thread
         # `with` takes the lock itself: a `Condition` may keep it if a signal handler raises within `__enter__`.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._state = Freeing(max_attempts, pause)
-        self._threads: list[Any] = []
+        self.workers = Workers(threading, "dray-free", self._run)
         self._closing: Deadline | None = None
 
     def add(self, refs: Iterable[PayloadRef]) -> None:
@@ -141,10 +139,7 @@ class FreeingThreads(Closing):
         with self._lock:
             self._state.add(refs)
             if self._closing is None:
-                for number in range(len(self._threads), self._state.wanted):
-                    thread = self._make_thread(target=self._run, name=f"dray-free-{number}", daemon=True)
-                    thread.start()
-                    self._threads.append(thread)
+                self.workers.start(self._state.wanted)
             self._changed.notify_all()
 
     def waiting(self) -> list[PayloadRef]:
@@ -156,12 +151,6 @@ class FreeingThreads(Closing):
     def unfreed(self) -> int:
         """Payloads that are not freed: those that wait, and those that were given up."""
         return len(self.waiting()) + int(self._counters["unfreed"])
-
-    @property
-    def alive(self) -> int:
-        """Threads that have not ended."""
-        with self._lock:
-            return sum(thread.is_alive() for thread in self._threads)
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Send each producer one last request, within `timeout` seconds together. Twice is fine.
@@ -180,11 +169,7 @@ class FreeingThreads(Closing):
 
     def join(self, timeout: float | None = None) -> None:
         """Wait, after `close`, until the threads have ended."""
-        deadline = Deadline.after(timeout, self._clock)
-        with self._lock:
-            threads = tuple(self._threads)
-        for thread in threads:
-            thread.join(deadline.timeout)
+        self.workers.join(timeout, self._clock)
 
     def _run(self) -> None:
         try:

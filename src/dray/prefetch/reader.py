@@ -16,8 +16,7 @@ from dray.closing import Closing
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
 from dray.payload import Arrays
-from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, Fetched, ReadAttempts
-from dray.prefetch.double_buffer import DoubleBuffer
+from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, DoubleBuffer, Fetched, ReadAttempts
 from dray.prefetch.freeing import CLOSE_SECONDS, FreeingThreads
 from dray.prefetch.threads import ReadThreads, Source, Threading
 from dray.protocol import PayloadRef
@@ -241,8 +240,7 @@ class BatchReader(Closing):
     @property
     def alive(self) -> int:
         """Threads that have not ended: after `close`, those with a request that still hangs."""
-        # A forked child has none of the threads, and must not take the locks: a lost thread may hold them.
-        return 0 if os.getpid() != self._pid else self._threads.alive + self._freeing.alive
+        return self._threads.workers.alive + self._freeing.workers.alive
 
     def close(self, timeout: float = 5.0) -> None:
         """End all calls that wait, free what was handed out, close the source, join the threads. Twice is fine.
@@ -255,7 +253,7 @@ class BatchReader(Closing):
         self._threads.stop(self._closed_error())
         self._freeing.close(min(CLOSE_SECONDS, deadline.remaining))
         self._source.close()
-        self._threads.join(deadline)
+        self._threads.workers.join(deadline.remaining, self._clock)
         self._freeing.join(deadline.remaining)
         if self.alive:
             logger.error("%d threads are still running %.1f s after the reader was closed", self.alive, timeout)

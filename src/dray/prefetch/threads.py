@@ -39,6 +39,34 @@ class Threading(Protocol):
     def Thread(self) -> Callable[..., Any]: ...
 
 
+class Workers:
+    """Threads that run one function. They start on demand, under the lock of their owner."""
+
+    def __init__(self, threading: Threading, name: str, run: Callable[[], None]) -> None:
+        self._make = threading.Thread
+        self._name = name
+        self._run = run
+        self._threads: tuple[Any, ...] = ()  # replaced, not changed: it is read without the lock
+
+    def start(self, count: int) -> None:
+        """Make sure that `count` threads have been started."""
+        for number in range(len(self._threads), count):
+            thread = self._make(target=self._run, name=f"{self._name}-{number}", daemon=True)
+            thread.start()
+            self._threads = (*self._threads, thread)
+
+    @property
+    def alive(self) -> int:
+        """Threads that have not ended."""
+        return sum(thread.is_alive() for thread in self._threads)
+
+    def join(self, timeout: float | None, clock: Clock) -> None:
+        """Wait until the threads have ended."""
+        deadline = Deadline.after(timeout, clock)
+        for thread in self._threads:
+            thread.join(deadline.timeout)
+
+
 class ReadThreads:
     """Up to `max_threads` threads that read any number of batches. They start when they are needed.
 
@@ -64,7 +92,6 @@ class ReadThreads:
         self.closing = False
         self._work = threading.Condition(self.lock)  # there may be something to read
         self._news = threading.Condition(self.lock)  # something was read
-        self._make_thread = threading.Thread
         self._source = source
         self._counters = counters
         self._max_threads = max_threads
@@ -72,7 +99,7 @@ class ReadThreads:
         self._on_retired = on_retired
         self._clock = clock
         self._active: list[BatchFetch] = []
-        self._threads: list[Any] = []
+        self.workers = Workers(threading, "dray-read", self._run)
         self._crash: BaseException | None = None
 
     def read_one(self, ref: PayloadRef, deadline: float, consume: bool) -> Arrays:
@@ -99,10 +126,7 @@ class ReadThreads:
         """Start the threads that are needed, and make all threads and callers test their conditions again."""
         wanted = sum(batch.wanted for batch in self._active)
         # A thread for each read that may wait for a producer. Idle threads count: a read may be meant for them.
-        for number in range(len(self._threads), min(wanted, self._max_threads)):
-            thread = self._make_thread(target=self._run, name=f"dray-read-{number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self.workers.start(min(wanted, self._max_threads))
         self._work.notify_all()
         self._news.notify_all()
 
@@ -121,12 +145,6 @@ class ReadThreads:
         """Groups being read."""
         return sum(batch.reading for batch in self._active)
 
-    @property
-    def alive(self) -> int:
-        """Threads that have not ended."""
-        with self.lock:
-            return sum(thread.is_alive() for thread in self._threads)
-
     def crash(self, error: BaseException) -> None:
         """Let all callers that wait raise the error that ended a thread."""
         with self.lock:
@@ -140,13 +158,6 @@ class ReadThreads:
             for batch in self._active:
                 batch.close(error)
             self.locked_changed()
-
-    def join(self, deadline: Deadline) -> None:
-        """Wait, after `stop`, until the threads have ended."""
-        with self.lock:
-            threads = tuple(self._threads)
-        for thread in threads:
-            thread.join(deadline.remaining)
 
     def _run(self) -> None:
         try:

@@ -76,7 +76,7 @@ def test_close_does_not_wait_for_a_request_under_way_which_ends_with_its_client(
     assert asked.wait(10)
     freeing.close(timeout=0.01)
     assert len(freeing.waiting()) == 3
-    assert freeing.alive == 1
+    assert freeing.workers.alive == 1
     client_closed.set()
     freeing.join()
     assert freeing.waiting() == []
