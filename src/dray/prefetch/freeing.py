@@ -150,7 +150,8 @@ class FreeingThreads(Closing):
     @property
     def unfreed(self) -> int:
         """Payloads that are not freed: those that wait, and those that were given up."""
-        return len(self.waiting()) + int(self._counters["unfreed"])
+        with self._lock:
+            return len(self._state.waiting()) + int(self._counters["unfreed"])
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Send each producer one last request, within `timeout` seconds together. Twice is fine.
