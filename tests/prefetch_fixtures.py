@@ -1,4 +1,4 @@
-"""What tests of batches share: references, errors as layer 1 raises them, and a source that does as told."""
+"""References, errors as layer 1 raises them, and a source with given answers, for tests of batches."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -27,13 +27,12 @@ def arrays(of: PayloadRef) -> dict[str, Any]:
 
 
 def lost(cause: Exception) -> ProducerLostError:
-    """As layer 1 raises it."""
     error = ProducerLostError("the producer is gone")
     error.__cause__ = cause
     return error
 
 
-REFUSED = lost(Unreachable("nobody listens", refused=True))
+REFUSED = lost(Unreachable("no process listens", refused=True))
 REPLACED = lost(OtherProducerError("another producer listens there"))
 TIMEOUT = TransportTimeout("no answer")
 
@@ -46,13 +45,18 @@ class ManualClock:
         return self.time
 
 
-class ToldSource:
-    """Answers with the arrays of each reference, or with what it was told to; holds reads while `gate` is shut."""
+class FakeSource:
+    """Returns the arrays of each reference or raises given errors. Reads wait for `gate`, frees for `free_gate`.
+
+    `opens_when_closed` opens `gate` on `close`, as a client ends reads that are under way.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[tuple[bytes, int], list[BaseException]] = {}
         self.gate = threading.Event()
         self.gate.set()
+        self.free_gate = threading.Event()
+        self.free_gate.set()
         self.asked: list[int] = []
         self.freed: list[int] = []
         self.free_errors: list[DrayError] = []
@@ -82,6 +86,7 @@ class ToldSource:
                 yield each, error
 
     def consume(self, of: Iterable[PayloadRef], *, timeout: float | None) -> int:
+        assert self.free_gate.wait(20)
         if self.free_errors:
             raise self.free_errors.pop(0)
         freed = [each.sequence for each in of]

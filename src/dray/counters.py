@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Counters:
-    """Named counters of one component, safe to use from any thread.
+    """Named counters of one component. Thread-safe.
 
-    A snapshot is a plain ``dict`` of non-negative integers and floats, ready for logs, JSON and metrics.
+    Args:
+        names: counters that start at zero. Others begin when they are first increased.
     """
 
     __slots__ = ("_lock", "_values")
@@ -20,12 +24,12 @@ class Counters:
         self._values: defaultdict[str, float] = defaultdict(int, dict.fromkeys(names, 0))
 
     def add(self, name: str, amount: float = 1) -> None:
-        """Increase `name` by `amount`; a name that is new starts at zero."""
+        """Increase `name` by `amount`."""
         with self._lock:
             self._values[name] += amount
 
     def add_all(self, amounts: Mapping[str, float]) -> None:
-        """Increase several counters at once."""
+        """Increase several counters in one step."""
         with self._lock:
             values = self._values
             for name, amount in amounts.items():
@@ -36,6 +40,10 @@ class Counters:
             return self._values.get(name, 0)
 
     def snapshot(self) -> dict[str, float]:
-        """All counters as they are now."""
+        """Return the values of all counters, ready for logs, JSON and metrics."""
         with self._lock:
             return dict(self._values)
+
+    def statistics(self, kind: Callable[..., T], **values: Any) -> T:
+        """Return a `kind`, a dataclass whose fields are these counters and `values`."""
+        return kind(**self.snapshot(), **values)

@@ -57,7 +57,7 @@ def put(child: Child, *values: int) -> list[PayloadRef]:
 
 
 def values(fetched: list[Fetched]) -> list[object]:
-    """What came, errors by their type."""
+    """The values that arrived, and the types of errors."""
     return [
         type(each.outcome) if isinstance(each.outcome, DrayError) else int(each.outcome["value"][0])
         for each in fetched
@@ -70,9 +70,9 @@ def test_c6_a_stale_reference_is_dropped_and_the_rest_of_its_batch_is_not(lane: 
         refs = put(child, 10, 11, 12, 13)
         assert (refs[0].slot, refs[0].sequence) == (0, 0)
         assert values(reader.fetch_all([refs[0], refs[2]])) == [10, 12]
-        wait_until(lambda: reader.statistics()["to_free"] == 0, "the two to be freed")
+        wait_until(lambda: reader.statistics().to_free == 0, "the two to be freed")
         assert values(reader.fetch_all(refs)) == [StaleSlotError, 11, StaleSlotError, 13]
-        assert reader.statistics()["failed"] == 2, "stale is never tried again"
+        assert reader.statistics().failed == 2, "stale is never tried again"
         wait_until(lambda: child.ask("state") == [16, 0, 0], "every slot to be free")
 
 
@@ -82,14 +82,14 @@ def test_c7_a_batch_that_timed_out_is_not_handed_out_as_another_s_and_not_lost(l
         first, second = put(child, 1, 2, 3), put(child, 4, 5)
         child.stop()
         assert reader.start(first, timeout=60)
-        wait_until(lambda: reader.statistics()["reading"] == 1, "the first batch to be read")
+        wait_until(lambda: reader.statistics().reading == 1, "the first batch to be read")
         assert not reader.wait(0.2)
         assert all(issubclass(each, TransportError) for each in values(reader.collect()))  # type: ignore[arg-type]
         assert reader.defer(second)
         child.resume()
         assert reader.wait(30)
         assert values(reader.collect()) == [4, 5]
-        assert [reader.take(each) for each in first] == [None] * 3
+        assert [reader.result(each) for each in first] == [None] * 3
         wait_until(lambda: child.ask("state") == [13, 3, 0], "the late payloads to be READY still")
         assert values(reader.fetch_all(first)) == [1, 2, 3]
 
@@ -111,7 +111,7 @@ def test_c9_the_end_does_not_wait_for_a_fetch_that_hangs(lane: str) -> None:
 
             waiting = threading.Thread(target=wait)
             waiting.start()
-            wait_until(lambda: reader.statistics()["reading"] == 1, "the fetch to hang")
+            wait_until(lambda: reader.statistics().reading == 1, "the fetch to hang")
             began = time.monotonic()
             reader.close(timeout=1.0)
             waiting.join(10)
@@ -131,9 +131,9 @@ def test_c9_a_second_set_up_is_refused_while_a_read_of_the_first_hangs() -> None
         assert packer.ucxx_reader is not None
         former = packer.ucxx_reader
         assert packer.start_prefetch(completions)
-        wait_until(lambda: former.statistics()["batches"]["reading"] == 1, "the fetch to hang")
+        wait_until(lambda: former.statistics().batches.reading == 1, "the fetch to hang")
         if not packer.cleanup_ucxx_reader(timeout=0.2):
-            with pytest.raises(DrayError, match="still there, with 1 threads"):
+            with pytest.raises(DrayError, match="still has 1 threads"):
                 packer.setup_ucxx_reader(lane="tcp")
             child.resume()
             wait_until(packer.cleanup_ucxx_reader, "the former reader to end", 20)
@@ -150,7 +150,7 @@ def test_a_producer_that_does_not_answer_holds_up_its_own_payloads_only(lane: st
         stopped.stop()
         assert reader.start([*stuck, *good], timeout=3)
         began = time.monotonic()
-        assert values([reader.take(each) for each in good]) == list(range(10, 20))  # type: ignore[misc]
+        assert values([reader.result(each) for each in good]) == list(range(10, 20))  # type: ignore[misc]
         assert time.monotonic() - began < 2.5
         assert reader.wait()
         outcomes = values(reader.collect())
@@ -163,7 +163,7 @@ def test_c13_a_killed_producer_is_lost_and_neither_stale_nor_late(lane: str) -> 
     with producer(lane) as killed, producer(lane) as stopped, producer(lane) as healthy, reading(lane) as reader:
         lost, late, good = put(killed, 1, 2), put(stopped, 3), put(healthy, 4, 5)
         reader.fetch_all(good[:1])
-        wait_until(lambda: reader.statistics()["to_free"] == 0, "the first one to be freed")
+        wait_until(lambda: reader.statistics().to_free == 0, "the first one to be freed")
         killed.kill()
         stopped.stop()
         outcomes = values(reader.fetch_all([*lost, *late, *good], timeout=2))
@@ -173,7 +173,7 @@ def test_c13_a_killed_producer_is_lost_and_neither_stale_nor_late(lane: str) -> 
 
 
 @pytest.mark.parametrize("lane", ["tcp", "ucx"])
-def test_c13_another_producer_on_the_address_is_told_apart(lane: str) -> None:
+def test_c13_another_producer_on_the_address_is_detected(lane: str) -> None:
     with reading(lane) as reader:
         with producer(lane) as first:
             refs = put(first, 1)
@@ -195,12 +195,12 @@ def test_an_episode_that_cannot_be_read_in_time_stays_until_it_is_read_or_discar
             assert reader.collect_prefetch() == 0
             assert reader.resolve(first) is None
             assert reader.resolve(second) is None
-            assert reader.statistics()["skipped_transport"] == 2
+            assert reader.statistics().skipped_transport == 2
             child.resume()
             found = reader.resolve(first)
             assert found is not None
             assert found["value"][0] == 1
-            assert reader.statistics()["batches"]["freed"] == 0
+            assert reader.statistics().batches.freed == 0
             assert child.ask("state")[1] >= 1, "the other one is READY still"
             reader.discard([second])
             wait_until(lambda: child.ask("state") == [2, 0, 0], "both slots to be free again", 20)

@@ -340,8 +340,8 @@ DEFECTS = (
     Defect(
         "retry of a stale reference in the same round",
         BATCH,
-        "        return error.retryable and self._left > 0 and now < self._by\n",
-        "        return self._left > 0 and now < self._by\n",
+        "        return error.retryable and self._left > 0 and now < self._deadline\n",
+        "        return self._left > 0 and now < self._deadline\n",
         Search.SIMULATION,
     ),
 )

@@ -1,4 +1,4 @@
-"""Rollout workers and a data packer in processes of their own, joined by nothing but completions."""
+"""Rollout workers and a data packer in processes of their own, which exchange completions only."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import pytest
 from transport_fixtures import Child
 from waiting import wait_until
 
-from dray.ucxx import UCXXDataPackerMixin
+from dray.ucxx import CompletionReaderStatistics, UCXXDataPackerMixin
 
 ROLLOUT = """
 from dray.ucxx import UCXXRolloutMixin
@@ -66,7 +66,7 @@ def rollout(lanes: tuple[str, ...], slots: int = 32, torch: bool = False) -> Chi
     return Child(ROLLOUT, lanes=lanes, slots=slots, secret=SECRET.hex(), torch=torch)
 
 
-def counted(packer: Packer) -> dict[str, Any]:
+def counted(packer: Packer) -> CompletionReaderStatistics:
     assert packer.ucxx_reader is not None
     return packer.ucxx_reader.statistics()
 
@@ -98,7 +98,7 @@ def test_episodes_of_two_rollout_workers_reach_the_packer_double_buffered(
         for number, completion in upcoming:
             assert packer.get_policy_input(number, completion) is not None
         statistics = counted(packer)
-        assert (statistics["prefetched"], statistics["read_at_once"], statistics["skipped"]) == (120, 0, 0)
+        assert (statistics.prefetched, statistics.read_at_once, statistics.skipped) == (120, 0, 0)
         for worker in workers:
             assert worker.ask("end") == 0, "every payload was read and freed"
 
@@ -117,7 +117,7 @@ def test_r13_episodes_of_a_killed_rollout_worker_are_skipped_and_the_others_are_
         assert packer.collect_prefetch() == 3
         assert [packer.get_policy_input(0, completion) for completion in lost] == [None] * 3
         assert [packer.get_policy_input(n, each)[0] for n, each in zip((4, 5, 6), good, strict=True)] == [4, 5, 6]  # type: ignore[index]
-        assert counted(packer)["skipped_lost"] == 3
+        assert counted(packer).skipped_lost == 3
         wait_until(lambda: alive.ask("free") == 32, "the slots to be free again")
 
 
@@ -129,7 +129,7 @@ def test_r13_episodes_of_a_killed_rollout_worker_are_skipped_and_the_others_are_
 def test_no_episode_is_lost_when_a_batch_is_collected_without_a_wait_before(
     slow: bool, timeout: float | None, prefetched: bool | None
 ) -> None:
-    """The order of calls for which an earlier transport's callers are written."""
+    """Callers of earlier transports of this kind make the calls in this order."""
     with rollout(("tcp",)) as worker, packing("tcp", ucxx_prefetch_timeout=2.0 if slow else 60.0) as packer:
         assert worker.hear(60) == "serving"
         outputs = [SimpleNamespace(completion=each) for each in worker.ask(list(range(16)))]
@@ -144,8 +144,8 @@ def test_no_episode_is_lost_when_a_batch_is_collected_without_a_wait_before(
             found = packer.get_policy_input(sample=number, rollout_output=output)
             assert found == (number, 1 + number % 5, number * (1 + number % 5))
         statistics = counted(packer)
-        assert (statistics["prefetched"], statistics["read_at_once"]) == (collected, 16 - collected)
-        assert statistics["skipped"] == 0
+        assert (statistics.prefetched, statistics.read_at_once) == (collected, 16 - collected)
+        assert statistics.skipped == 0
         if prefetched is not None:
             assert collected == (16 if prefetched else 0)
         assert worker.ask("end") == 0, "every payload was read and freed"
@@ -161,5 +161,5 @@ def test_a_small_buffer_goes_round_many_times_while_the_packer_reads_behind_it()
                 found = packer.get_policy_input(number + offset, completion)
                 assert found is not None
                 assert found[0] == number + offset
-        assert counted(packer)["prefetched"] == 60
+        assert counted(packer).prefetched == 60
         assert worker.ask("end") == 0

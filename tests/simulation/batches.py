@@ -1,4 +1,4 @@
-"""A simulated consumer that reads in batches, now and in the background, with the production `BatchReader`."""
+"""A simulated consumer that reads in batches, now and in the background, with the real `BatchReader`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from dray.errors import BufferClosedError, DrayError
-from dray.prefetch.batch import BatchFetch, Fetched
+from dray.prefetch.batch import Fetched, Identity, Outcome
 from dray.prefetch.reader import GRACE_SECONDS, BatchReader
 from dray.protocol import PayloadRef
 from simulation.clients import SimulatedConsumer, World
 from simulation.scheduler import Actor, Interrupted, Violation
 from simulation.threads import SimulatedThreading
 
-_ENDED = "the reader is closed"
-
 
 class SimulatedBatches(SimulatedConsumer):
-    """Like its base, and with a `BatchReader` over the same client."""
+    """A `SimulatedConsumer` with a `BatchReader` over its client."""
 
     def __init__(self, world: World, name: str, reader: int, welcome: bool, **options: Any) -> None:
         super().__init__(world, name, reader, welcome, **options)
@@ -33,20 +31,21 @@ class SimulatedBatches(SimulatedConsumer):
         self._seconds = 0.0
         self._submitted: dict[PayloadRef, float] = {}
         self._prefetcher: Actor | None = None
-        self._over: list[tuple[BatchFetch, list[Fetched]]] = []
+        self._deferred: list[PayloadRef] = []
+        self._collected = 0  # number of the batch collected last
+        self._results: dict[tuple[int, Identity], Outcome] = {}
+        self._arrived = 0  # payloads in results
+        self._unsure = False  # some results were not seen
 
     def close(self) -> None:
         self.closes()
+        pending = len({ref.identity for ref in (*self._reader.fetching, *self._deferred)})
         self._forget_batches()
         with self.unhurried(15.0):
             self._reader.close(timeout=5.0)
-        self.check_results()
-
-    def check_results(self) -> None:
-        """What became of a batch stays as it was when the batch ended."""
-        for batch, results in self._over:
-            if [fetched.outcome for fetched in batch.results()] != [fetched.outcome for fetched in results]:
-                raise Violation(f"the results of batch {batch.number} changed after it had ended")
+        reads = self._reader.statistics().reads
+        if not self._unsure and not self._reader.alive and not 0 <= reads - self._arrived <= pending:
+            raise Violation(f"{reads} payloads were accepted, and {self._arrived} were in results of batches")
 
     # --- what programs do -------------------------------------------------------------------------------------
 
@@ -68,17 +67,19 @@ class SimulatedBatches(SimulatedConsumer):
                 self._start(seconds)
             elif choice < 0.78:
                 self._defer(seconds)
-            elif choice < 0.86 and self._fetching():
-                self._take()
+            elif choice < 0.86 and self._reader.fetching:
+                self._get_result()
             else:
                 self._collect()
         except Interrupted:
+            self._unsure = True
             self.unbound()
             self._forget_batches()
         except BufferClosedError:
+            self._unsure = True
             self.unbound()
             if not self.closed:
-                raise Violation(f"{self.process.name}: closed, and nobody closed it") from None
+                raise Violation(f"{self.process.name}: a call found the open reader closed") from None
 
     def _fetch_all(self, seconds: float) -> None:
         refs = self._batch()
@@ -92,25 +93,29 @@ class SimulatedBatches(SimulatedConsumer):
 
     def _start(self, seconds: float) -> None:
         refs = self._batch()
-        before = self._fetching()
+        before = self._reader.fetching
         started = self._reader.start(refs, timeout=seconds)
         self.scheduler.note(f"starts {len(refs)} payloads within {seconds} s: {started}")
         if not started:
             self.world.give_back(self.reader, refs)
             return
-        for ref in before:  # they are collected by this, and so handed out
+        results = [self._reader.result(ref) for ref in before]  # this call collected them
+        self._check(before, [fetched for fetched in results if fetched is not None])
+        for ref in before:
             self.world.ledger.give_up(ref, self.reader)
         self._seconds = seconds
 
     def _defer(self, seconds: float) -> None:
         refs = self._batch()
-        if not self._reader.defer(refs, timeout=seconds):
+        if self._reader.defer(refs, timeout=seconds):
+            self._deferred = refs
+        else:
             self.world.give_back(self.reader, refs)
 
-    def _take(self) -> None:
-        ref = self.rng.choice(self._fetching())
+    def _get_result(self) -> None:
+        ref = self.rng.choice(self._reader.fetching)
         with self.bounded(200.0):
-            fetched = self._reader.take(ref)
+            fetched = self._reader.result(ref)
         if fetched is not None:
             self._of(ref, fetched)
             self._got_or_not(fetched, self._seconds)
@@ -119,19 +124,18 @@ class SimulatedBatches(SimulatedConsumer):
         if self.rng.random() < 0.7:
             with self.bounded(200.0):
                 self._reader.wait()
-        batch = self._reader._buffers.back
-        refs = list(batch.refs) if batch is not None else []
+        refs = self._reader.fetching
         results = self._reader.collect()
         self._check(refs, results)
-        if batch is not None:
-            if any(fetched.batch != batch.number for fetched in results):
-                raise Violation(f"results of another batch were handed out as those of batch {batch.number}")
-            self._over.append((batch, results))
+        numbers = {fetched.batch for fetched in results}
+        if len(numbers) > 1 or any(number <= self._collected for number in numbers):
+            raise Violation(f"results of batches {sorted(numbers)} were handed out as those of a new batch")
+        self._collected = max((self._collected, *numbers))
         self.scheduler.note(f"collects {len(results)} payloads")
         for fetched in results:
             self._got_or_not(fetched, self._seconds)
         for ref in refs:
-            if self.rng.random() < 0.2 and (found := self._reader.take(ref)) is not None:
+            if self.rng.random() < 0.2 and (found := self._reader.result(ref)) is not None:
                 self._of(ref, found)
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -146,28 +150,28 @@ class SimulatedBatches(SimulatedConsumer):
             self._submitted.setdefault(ref, self.scheduler.now())
         return refs
 
-    def _fetching(self) -> list[PayloadRef]:
-        """The references of the batch in the background."""
-        back = self._reader._buffers.back
-        return list(back.refs) if back is not None else []
-
     def _forget_batches(self) -> None:
-        """Nobody will see what comes of the batches in the background, or knows how far they are."""
-        waiting = self._reader._buffers._deferred
-        for ref in (*self._fetching(), *(waiting.refs if waiting is not None else ())):
+        """Record that the payloads of the batches in the background may be lost to this consumer."""
+        for ref in (*self._reader.fetching, *self._deferred):
             self.world.ledger.give_up(ref, self.reader)
 
     def _check(self, refs: Sequence[PayloadRef], results: Sequence[Fetched]) -> None:
         if [fetched.ref for fetched in results] != list(refs):
             raise Violation("the results of a batch are not those of its references")
+        for ref, fetched in zip(refs, results, strict=True):
+            self._of(ref, fetched)
+        arrays = {fetched.ref.identity for fetched in results if not isinstance(fetched.outcome, DrayError)}
+        self._arrived += len(arrays)
 
     def _of(self, ref: PayloadRef, fetched: Fetched) -> None:
         if fetched.ref.identity != ref.identity:
             raise Violation("the result of another reference was handed out")
+        if self._results.setdefault((fetched.batch, ref.identity), fetched.outcome) is not fetched.outcome:
+            raise Violation(f"the result for {ref} changed after it had been handed out")
 
     def _got_or_not(self, fetched: Fetched, seconds: float) -> None:
         if isinstance(fetched.outcome, DrayError):
-            # Groups share their time, and the batch's own is short: only what it says is looked at.
+            # Groups share their time, and the batch's own is short: only the error is judged.
             self.judge(fetched.ref, fetched.outcome, min(seconds, 1.0), self._submitted[fetched.ref])
         else:
             self.got_arrays(fetched.ref, fetched.outcome, consume=False)

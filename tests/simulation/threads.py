@@ -1,4 +1,4 @@
-"""Locks, conditions and threads for production code in the simulation: actors, and nothing that blocks."""
+"""Locks, conditions and threads that the code under test gets in a simulation. They are actors and never block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from simulation.scheduler import Actor, Process, Scheduler, Signal, Violation
 
 
 class SimulatedLock:
-    """Never waited for: nobody may give way while holding one."""
+    """A lock that is never waited for: an actor that holds it must not let another actor run."""
 
     def __init__(self) -> None:
         self.held = False
@@ -45,7 +45,7 @@ class SimulatedCondition:
 
 
 class SimulatedThread:
-    """A thread of a simulated process; it may wait without a bound, as workers do for work."""
+    """A thread of a simulated process. It may wait without a time limit, as worker threads do."""
 
     def __init__(self, scheduler: Scheduler, process: Process, target: Callable[[], None], name: str) -> None:
         self._scheduler = scheduler
@@ -67,7 +67,7 @@ class SimulatedThread:
 
 
 class SimulatedThreading:
-    """What of the module `threading` `dray.prefetch` uses, for one simulated process."""
+    """The part of the module `threading` that `dray.prefetch` uses, for one simulated process."""
 
     Lock = SimulatedLock
 

@@ -16,8 +16,8 @@ from soak.producer import RAW
 from dray.clock import MONOTONIC
 from dray.control import Delivery
 from dray.errors import DrayError, TransportError, TransportTimeout
+from dray.payload import Arrays
 from dray.prefetch import BatchReader
-from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
 

@@ -1,13 +1,15 @@
-"""What is inside a slot: named arrays as one safetensors image, their schema, and the fields of a trajectory.
+"""The content of a slot: named arrays as one safetensors image, their schema, and the fields of a trajectory.
 
-`plan` and `pack` turn arrays into bytes, `unpack` turns bytes into views. `trajectory` knows the field names of
-reinforcement learning, `torch_interop` moves arrays to torch and to devices.
+`plan` and `pack` turn arrays into bytes, `unpack` turns bytes into views. The module `torch_interop` converts
+arrays to torch tensors, `trajectory` has the field names of reinforcement learning.
 """
 
 from dray.payload.codec import PackPlan, max_nbytes, pack, plan, unpack, unpack_metadata
-from dray.payload.schema import PayloadSchema, TensorSpec
+from dray.payload.schema import Array, Arrays, PayloadSchema, TensorSpec
 
 __all__ = [
+    "Array",
+    "Arrays",
     "PackPlan",
     "PayloadSchema",
     "TensorSpec",

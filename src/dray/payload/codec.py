@@ -1,4 +1,4 @@
-"""Arrays to bytes and back: the only place where bytes become arrays.
+"""Packs arrays into bytes and unpacks them. No other module makes arrays of bytes.
 
 A payload is a safetensors file image::
 
@@ -8,9 +8,8 @@ A payload is a safetensors file image::
     │ little │ with spaces           │ offsets in the header count from 8 + n          │
     └────────┴───────────────────────┴─────────────────────────────────────────────────┘
 
-The header names the tensors in the order of the mapping that was packed. An image that comes from elsewhere is
-untrusted: everything its header says is checked before a view is made. Only its tensors' values are taken as they
-are. `dray.payload.header` builds and checks headers, and works out where the tensors lie.
+The header names the tensors in the order of the mapping that was packed. `unpack` trusts no image: it checks the
+whole header before it makes a view. `dray.payload.header` builds and checks headers and computes the layout.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ import numpy.typing as npt
 
 from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
 from dray.payload.header import Field, Layout, build_header, parse_header
-from dray.payload.schema import Array, Fitted, PayloadSchema, as_array, store
+from dray.payload.schema import Array, Arrays, FittedField, PayloadSchema, as_array, store
 
 Image: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | npt.NDArray[np.uint8]
-"""What an image is written into and read from."""
+"""Memory that holds an image."""
 
 _UINT8 = np.dtype(np.uint8)
 
 
 class PackPlan:
-    """Arrays that are ready to be written as one image of `nbytes` bytes. It keeps the arrays alive."""
+    """Arrays that are checked and ready to be written as one image of `nbytes` bytes. Keeps the arrays alive."""
 
     __slots__ = ("_fitted", "_header", "_layout", "_sources", "nbytes")
 
     def __init__(
-        self, header: npt.NDArray[np.uint8], layout: Layout, sources: list[Array], fitted: list[Fitted] | None
+        self, header: npt.NDArray[np.uint8], layout: Layout, sources: list[Array], fitted: list[FittedField] | None
     ) -> None:
         self.nbytes: int = layout.nbytes
         self._header = header
@@ -47,11 +46,11 @@ class PackPlan:
         self._fitted = fitted
 
     def write(self, target: Image) -> None:
-        """Write the image into the first `nbytes` bytes of `target`, in one copy per array.
+        """Write the image into the first `nbytes` bytes of `target`. Each array is copied once.
 
         Raises:
             PayloadTooLargeError: `target` is too small.
-            SchemaError: a cast met a value outside the range of its field; `target` is then partly written.
+            SchemaError: a value is outside the range of its field's dtype; `target` is then partly written.
             PayloadFormatError: `target` is not a writable, contiguous buffer.
         """
         root = _as_root(target)
@@ -74,13 +73,13 @@ def plan(
     schema: PayloadSchema | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> PackPlan:
-    """Check `arrays` and work out their image; nothing is copied yet.
+    """Check `arrays` and return the plan of their image. Only tensors on a device are copied, to the host.
 
     Args:
-        arrays: field name → NumPy array, torch tensor, list or number. Big-endian arrays become little-endian;
-            arrays need not be contiguous; a tensor on a device is copied to the host here.
-        schema: what the fields must look like, see `PayloadSchema`.
-        metadata: further strings, kept in the header.
+        arrays: field name → NumPy array, torch tensor, list or number. Arrays need not be contiguous. Big-endian
+            arrays become little-endian.
+        schema: the fields, dtypes and shapes that are required; see `PayloadSchema`.
+        metadata: strings by name, stored in the header.
 
     Raises:
         SchemaError: a field is missing, unknown, or does not fit; the message names it.
@@ -90,7 +89,7 @@ def plan(
         raise PayloadFormatError(f"arrays must be a mapping of name to array, not {type(arrays).__name__}")
     sources: list[Array] = []
     fields: list[Field] = []
-    fitted: list[Fitted] | None = None
+    fitted: list[FittedField] | None = None
     if schema is None:
         for name, value in arrays.items():
             array = value if type(value) is np.ndarray else as_array(name, value)
@@ -107,24 +106,23 @@ def pack(
     schema: PayloadSchema | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytearray:
-    """Return the image of `arrays` in memory of its own; see `plan` for arguments and errors."""
+    """Return the image of `arrays` in new memory; see `plan` for arguments and errors."""
     planned = plan(arrays, schema, metadata)
     image = bytearray(planned.nbytes)
     planned.write(image)
     return image
 
 
-def unpack(image: Image, schema: PayloadSchema | None = None) -> dict[str, Array]:
+def unpack(image: Image, schema: PayloadSchema | None = None) -> Arrays:
     """Return the tensors of `image` as arrays, in the order of its header.
 
-    The arrays are views on the image, read-only if it is read-only; tensors that lie misaligned (in an image
-    from elsewhere) are copied. Where `image` is a uint8 array whose own base is not an array, such as
-    ``np.frombuffer(…)``, it is the base of every view: a weak reference to it lives as long as any view, slice of
-    a view, or tensor on one.
+    The arrays are views on the image, read-only if it is read-only. Misaligned tensors, which other libraries may
+    write, are copied. If `image` is a uint8 array whose own base is not an array, such as ``np.frombuffer(…)``, it
+    is the base of every view: a weak reference to it lives as long as any view, slice of a view, or tensor on one.
 
     Args:
-        image: bytes-like object or one-dimensional contiguous uint8 array, exactly one safetensors image.
-        schema: if given, the fields must have exactly its dtypes and shapes.
+        image: bytes-like object or one-dimensional contiguous uint8 array that holds exactly one image.
+        schema: fields that must be there, with exactly these dtypes and shapes.
 
     Raises:
         PayloadFormatError: `image` is not a valid payload.
@@ -134,7 +132,10 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> dict[str, Array
     header = parse_header(root)
     views = _views(root, header.layout)
     if views and not (header.aligned and views[header.widest].flags.aligned):
-        views = [view if view.flags.aligned else _aligned_copy(view) for view in views]
+        for index, view in enumerate(views):
+            if not view.flags.aligned:
+                views[index] = view.copy()
+                views[index].flags.writeable = view.flags.writeable
     arrays = dict(zip(header.names, views, strict=True))
     if schema is not None:
         schema.verify(arrays)
@@ -151,35 +152,26 @@ def unpack_metadata(image: Image) -> dict[str, str]:
 
 
 def max_nbytes(schema: PayloadSchema) -> int:
-    """Return the size of the largest image without metadata that fits `schema`: what a slot must hold.
+    """Return the size in bytes of the largest image without metadata that fits `schema`. A slot needs this size.
 
     Raises:
-        SchemaError: a dimension has no bound; the message names the field.
+        SchemaError: a dimension has no limit; the message names the field.
     """
     fields: list[Field] = []
     for name, spec in schema.items():
         shape = spec.max_shape
         if shape is None:
-            raise SchemaError(f"field {name!r} has a dimension without a bound: {spec.shape}")
+            raise SchemaError(f"field {name!r} has a dimension without a limit: {spec.shape}")
         fields.append((name, spec.numpy_dtype, shape))
     return build_header(fields, None)[1].nbytes
 
 
-# --- views ----------------------------------------------------------------------------------------------------
-
-
 def _views(root: npt.NDArray[np.uint8], layout: Layout) -> list[Array]:
-    """Arrays on the tensors of an image that `root` starts with; `root` is their base."""
+    """Views on the tensors of the image at the start of `root`, which is their base."""
     if layout.record is None:
         return [np.ndarray(shape, dtype, root, offset) for shape, dtype, offset in layout.tensors]
     image: Array = np.ndarray((), layout.record, root)
     return [image[key] for key in layout.keys]
-
-
-def _aligned_copy(view: Array) -> Array:
-    copy = view.copy()
-    copy.flags.writeable = view.flags.writeable
-    return copy
 
 
 def _as_root(image: Image) -> npt.NDArray[np.uint8]:

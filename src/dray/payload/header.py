@@ -1,6 +1,6 @@
-"""The header of an image, and where the tensors lie that it names: the only place that knows either.
+"""Builds and checks the header of an image, and computes where its tensors lie.
 
-`dray.payload.codec` draws the whole image. Building and parsing are cached, as most payloads of a job look alike.
+`dray.payload.codec` shows the whole image. Headers are cached, because most payloads of a job have equal ones.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from dray.payload.schema import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dty
 from dray.printable import printable_value
 
 ALIGNMENT = 64
-"""The data region starts at a multiple of this many bytes from the start of the image."""
+"""Tensors start at a multiple of this many bytes from the start of the image."""
 
 MAX_HEADER_BYTES = 4 << 20
-"""The longest JSON header that is written or read."""
+"""Limit on the JSON header of an image that is written or read."""
 
 MAX_TENSORS = 16_384
-"""The most tensors of a payload."""
+"""Limit on the tensors of a payload."""
+
+MAX_RECORD_BYTES = (1 << 31) - 1
+"""Limit that NumPy sets on the size of a structured dtype. Views of larger images are made one by one."""
+
+MAX_CACHED_HEADERS = 512
+"""Entries of each cache. The limits below bound the size of an entry."""
+MAX_CACHED_FIELDS = 256
+MAX_CACHED_METADATA = 4096
+MAX_CACHED_HEADER_BYTES = 16 << 10
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
 _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_BYTES = (1 << 63) - 1
-_MAX_RECORD_BYTES = (1 << 31) - 1
-
-# What the caches hold is bounded in number and, through these, in size.
-_CACHED = 512
-_CACHED_FIELDS = 256
-_CACHED_METADATA = 4096
-_CACHED_HEADER_BYTES = 16 << 10
 
 Field: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]
-"""Name, dtype and shape of an array that is packed."""
+"""Name, dtype and shape of an array to pack."""
 
 
 class Layout(NamedTuple):
@@ -50,12 +52,12 @@ class Layout(NamedTuple):
     tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...]  # shape, dtype, offset in the image
     nbytes: int
     keys: tuple[str, ...]
-    # The image as one structured dtype with a field per key: a view of a field costs a fifth of `np.ndarray(…)`.
+    # The image as one structured dtype, a field for each key: a view of a field costs a fifth of `np.ndarray(…)`.
     record: np.dtype[Any] | None
 
 
 class Header(NamedTuple):
-    """What the header of an image says."""
+    """The content of an image's header."""
 
     names: tuple[str, ...]
     layout: Layout
@@ -65,13 +67,13 @@ class Header(NamedTuple):
 
 
 def build_header(fields: list[Field], metadata: Mapping[str, str] | None) -> tuple[npt.NDArray[np.uint8], Layout]:
-    """The header, with its length in front, and the layout of an image with `fields`.
+    """Return the header of an image with `fields`, preceded by its length, and the layout of the image.
 
     Raises:
         PayloadFormatError: a name, dtype, shape or the metadata cannot be carried.
     """
     if metadata is None:
-        return (_cached_build if len(fields) <= _CACHED_FIELDS else _build)(tuple(fields), ())
+        return (cached_build if len(fields) <= MAX_CACHED_FIELDS else _build)(tuple(fields), ())
     if not isinstance(metadata, Mapping):
         raise PayloadFormatError(f"metadata must be a mapping, not {type(metadata).__name__}")
     strings = tuple(metadata.items())
@@ -79,13 +81,14 @@ def build_header(fields: list[Field], metadata: Mapping[str, str] | None) -> tup
         if not all(isinstance(text, str) for text in pair):
             raise PayloadFormatError(f"metadata must map strings to strings; found {printable_value(pair)}")
     small = (
-        len(fields) <= _CACHED_FIELDS and sum(len(key) + len(text) for key, text in strings) <= _CACHED_METADATA
+        len(fields) <= MAX_CACHED_FIELDS
+        and sum(len(key) + len(text) for key, text in strings) <= MAX_CACHED_METADATA
     )
-    return (_cached_build if small else _build)(tuple(fields), strings)
+    return (cached_build if small else _build)(tuple(fields), strings)
 
 
 def parse_header(root: npt.NDArray[np.uint8]) -> Header:
-    """What the header of the image `root` says, all of it checked.
+    """Return the header of the image `root` after checking all of it.
 
     Raises:
         PayloadFormatError: `root` is not a valid payload.
@@ -97,29 +100,21 @@ def parse_header(root: npt.NDArray[np.uint8]) -> Header:
     if length > MAX_HEADER_BYTES or length > nbytes - _LENGTH.size:
         raise PayloadFormatError(f"the header claims {length} bytes in an image of {nbytes}")
     text = root[_LENGTH.size : _LENGTH.size + length].tobytes()
-    header = (_cached_parse if length <= _CACHED_HEADER_BYTES else _parse)(text)
+    header = (cached_parse if length <= MAX_CACHED_HEADER_BYTES else _parse)(text)
     if header.layout.nbytes != nbytes:
         raise PayloadFormatError(f"the image has {nbytes} bytes, its header describes {header.layout.nbytes}")
     return header
 
 
-# --- layout ---------------------------------------------------------------------------------------------------
-
-
 def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nbytes: int) -> Layout:
     keys = tuple(map(str, range(len(tensors))))
     record = None
-    if nbytes <= _MAX_RECORD_BYTES:
+    if nbytes <= MAX_RECORD_BYTES:
         try:
-            record = np.dtype(
-                {
-                    "names": keys,
-                    "formats": [(dtype, shape) for shape, dtype, _ in tensors],
-                    "offsets": [offset for _, _, offset in tensors],
-                    "itemsize": nbytes,
-                }
-            )
-        except ValueError:  # an empty tensor with a dimension that a structured dtype cannot express
+            formats = [(dtype, shape) for shape, dtype, _ in tensors]
+            offsets = [offset for _, _, offset in tensors]
+            record = np.dtype({"names": keys, "formats": formats, "offsets": offsets, "itemsize": nbytes})
+        except ValueError:  # a structured dtype cannot have the dimensions of some empty tensors
             record = None
     return Layout(tensors, nbytes, keys, record)
 
@@ -127,9 +122,6 @@ def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nby
 def _check_count(tensors: int) -> None:
     if tensors > MAX_TENSORS:
         raise PayloadFormatError(f"a payload has at most {MAX_TENSORS} tensors; this one has {tensors}")
-
-
-# --- building -------------------------------------------------------------------------------------------------
 
 
 def _build(
@@ -143,9 +135,8 @@ def _build(
         if name == _METADATA:
             raise PayloadFormatError(f"{name!r} cannot be the name of a field")
         if len(shape) > MAX_DIMENSIONS:
-            raise PayloadFormatError(
-                f"field {printable_value(name)} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
-            )
+            shown = printable_value(name)
+            raise PayloadFormatError(f"field {shown} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
         stored = carried_dtype(name, dtype)
         dtypes.append(stored)
         sizes.append(prod(shape) * stored.itemsize)
@@ -174,11 +165,8 @@ def _build(
     return np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8), _layout(tensors, base + end)
 
 
-_cached_build = lru_cache(_CACHED)(_build)
+cached_build = lru_cache(MAX_CACHED_HEADERS)(_build)
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-# --- parsing --------------------------------------------------------------------------------------------------
 
 
 def _parse(text: bytes) -> Header:
@@ -216,7 +204,7 @@ def _parse(text: bytes) -> Header:
     )
 
 
-_cached_parse = lru_cache(_CACHED)(_parse)
+cached_parse = lru_cache(MAX_CACHED_HEADERS)(_parse)
 
 
 def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
@@ -231,9 +219,9 @@ def _check_tensor(name: str, described: object) -> tuple[tuple[int, ...], np.dty
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _refusal(name, "has data_offsets that are not two sizes")
     size = dtype.itemsize * prod(shape)
-    # NumPy's own bound leaves zeros out of the product: the shape of an empty array must be addressable too.
+    # NumPy leaves zeros out of the product: it also limits the other dimensions of an empty array.
     if size > _MAX_BYTES or (size == 0 and dtype.itemsize * prod(filter(None, shape)) > _MAX_BYTES):
-        raise _refusal(name, f"has shape {shape}, more than can be addressed")
+        raise _refusal(name, f"has shape {shape}, which is too large to address")
     start, end = offsets
     if end - start != size:
         raise _refusal(name, f"has data_offsets {offsets}, which do not fit its shape {shape}")
@@ -245,7 +233,7 @@ def _refusal(name: str, problem: str) -> PayloadFormatError:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_BYTES  # JSON's true is an `int` by `isinstance`
+    return type(value) is int and 0 <= value <= _MAX_BYTES  # `isinstance` would accept JSON's true
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

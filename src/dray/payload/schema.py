@@ -1,6 +1,6 @@
-"""The dtypes a payload can carry, and the schema its arrays are checked against.
+"""The dtypes that a payload can carry, and the schema that arrays are checked against.
 
-Dtypes have the names of the safetensors format. bfloat16 and the 8-bit floats are those of `ml_dtypes`.
+Dtypes have the names of the safetensors format. bfloat16 and the 8-bit floats are dtypes of `ml_dtypes`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from dray.errors import PayloadFormatError, SchemaError
 from dray.payload import torch_interop
 
 Array: TypeAlias = npt.NDArray[Any]
+
+Arrays: TypeAlias = dict[str, Array]
+"""The content of a payload: arrays by name."""
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -37,13 +40,13 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "C64": np.dtype("<c8"),
 }
-"""safetensors name → NumPy dtype, for every dtype a payload can carry."""
+"""safetensors name → NumPy dtype, for every dtype that a payload can carry."""
 
 DTYPE_NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
 """NumPy dtype → safetensors name."""
 
 MAX_DIMENSIONS = 32
-"""The most dimensions an array of a payload can have (NumPy 1's limit, so that every reader can hold it)."""
+"""Limit on the dimensions of an array. It is the limit of NumPy 1, so every consumer can hold the array."""
 
 _log = logging.getLogger("dray.payload")
 
@@ -52,17 +55,17 @@ Cast: TypeAlias = Literal["same", "widening", "narrowing"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What one field of a payload must look like.
+    """The dtype and shape that one field of a payload must have.
 
     Args:
         dtype: safetensors name: ``"F32"``, ``"BF16"``, ``"BOOL"``, …
-        shape: one entry per dimension; ``None`` stands for any length.
-        max_length: upper bound of the first dimension.
+        shape: one entry for each dimension; ``None`` allows any length.
+        max_length: limit on the first dimension.
         optional: the field may be absent.
 
     Raises:
-        PayloadFormatError: `dtype` is not one that a payload can carry.
-        SchemaError: `shape` or `max_length` makes no sense.
+        PayloadFormatError: a payload cannot carry `dtype`.
+        SchemaError: `shape` or `max_length` is invalid.
     """
 
     dtype: str
@@ -83,7 +86,7 @@ class TensorSpec:
             if type(self.max_length) is not int or self.max_length < 0:
                 raise SchemaError(f"max_length {self.max_length!r} is not a non-negative integer")
             if not self.shape:
-                raise SchemaError("max_length bounds the first dimension, but the shape has none")
+                raise SchemaError("max_length limits the first dimension, but the shape has none")
 
     @classmethod
     def of(
@@ -94,7 +97,7 @@ class TensorSpec:
         max_length: int | None = None,
         optional: bool = False,
     ) -> TensorSpec:
-        """Build a spec from anything NumPy takes as a dtype, e.g. ``np.float32`` or ``ml_dtypes.bfloat16``."""
+        """Return a spec for anything that NumPy accepts as a dtype: ``np.float32``, ``ml_dtypes.bfloat16``, …"""
         try:
             found = np.dtype(dtype)
         except TypeError as error:
@@ -111,7 +114,7 @@ class TensorSpec:
 
     @property
     def max_shape(self) -> tuple[int, ...] | None:
-        """The largest shape that fits, or ``None`` when nothing bounds it."""
+        """The largest shape that fits; ``None`` if a dimension has no limit."""
         if not self.shape:
             return ()
         first, *rest = self.shape
@@ -121,7 +124,7 @@ class TensorSpec:
         return (min(bounds), *(length for length in rest if length is not None))
 
     def mismatch(self, shape: tuple[int, ...]) -> str | None:
-        """Say in words why `shape` does not fit, or return ``None`` when it does."""
+        """Return the reason why `shape` does not fit; ``None`` if it fits."""
         fits = len(shape) == len(self.shape)
         for want, have in zip(self.shape, shape, strict=False):
             if want is not None and want != have:
@@ -133,21 +136,20 @@ class TensorSpec:
         return None
 
 
-Fitted: TypeAlias = tuple[str, Array, np.dtype[Any], Cast]
-"""A field's name, an array that fits its spec, the dtype it is to be stored as, and how it gets there."""
+FittedField: TypeAlias = tuple[str, Array, np.dtype[Any], Cast]
+"""A field's name, an array that fits its spec, the dtype to store it as, and the cast to that dtype."""
 
 
 class PayloadSchema(Mapping[str, TensorSpec]):
-    """The fields a payload has: a read-only mapping of field name → `TensorSpec`.
+    """The fields that a payload has: a read-only mapping of field name → `TensorSpec`.
 
-    Arrays are brought to the dtype of their field where that is sound:
+    Arrays are cast to the dtype of their field:
 
     * A cast that keeps every value (float32 → float64, bool → anything, bfloat16 → float32) is silent.
-    * A narrowing cast (float64 → float32, int64 → int32, int64 → float32) is done, and logged once per field
-      and schema as a warning of the logger ``dray.payload``. Python numbers and lists have no dtype of their
-      own and are taken without a warning.
-    * A value that does not fit is never changed silently: an integer outside the field's range, or a finite
-      float that would become infinite or NaN, is a `SchemaError`.
+    * A narrowing cast (float64 → float32, int64 → int32, int64 → float32) is logged by ``dray.payload`` as a
+      warning, once for each field and schema. Python numbers and lists have no dtype and cause no warning.
+    * A value outside the range of its field is a `SchemaError`: an integer that does not fit, or a finite float
+      that would become infinite or NaN.
     * A cast to a poorer kind (float → integer, complex → float, integer → bool) is a `SchemaError`.
 
     Args:
@@ -181,7 +183,7 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         return f"PayloadSchema({self._fields!r})"
 
     def check(self, arrays: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
-        """Return `arrays` as NumPy arrays of exactly the schema's dtypes; what already fits is not copied.
+        """Return `arrays` as NumPy arrays of exactly the schema's dtypes. Arrays that fit already are not copied.
 
         Raises:
             SchemaError: a field is missing, unknown, or does not fit; the message names it.
@@ -189,27 +191,25 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         """
         checked = {}
         for name, array, dtype, cast in self.fit(arrays):
-            if cast == "same" and array.dtype == dtype:
-                checked[name] = array
-            else:
-                checked[name] = np.empty(array.shape, dtype)
+            checked[name] = array if array.dtype == dtype else np.empty(array.shape, dtype)
+            if checked[name] is not array:
                 store(name, array, checked[name], cast)
         return checked
 
-    def fit(self, arrays: Mapping[str, npt.ArrayLike]) -> list[Fitted]:
-        """Like `check`, but leave the casts to `store`, so that they can go straight into a slot."""
+    def fit(self, arrays: Mapping[str, npt.ArrayLike]) -> list[FittedField]:
+        """Like `check`, but leave the casts to `store`, which can write into a slot."""
         fields = self._fields
         fitted = []
         for name, value in arrays.items():
             spec = fields.get(name)
             if spec is None:
-                raise SchemaError(f"field {name!r} is not in the schema, which has {', '.join(fields) or 'none'}")
+                raise self._unknown(name)
             fitted.append(self._fit_field(name, spec, value))
         self._require_all(arrays)
         return fitted
 
     def verify(self, arrays: Mapping[str, Array]) -> None:
-        """Check arrays that were unpacked: nothing is cast, every dtype must be the field's own.
+        """Check arrays that were unpacked. Nothing is cast: each array must have the dtype of its field.
 
         Raises:
             SchemaError: a field is missing, unknown, or does not fit; the message names it.
@@ -218,25 +218,29 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         for name, array in arrays.items():
             spec = fields.get(name)
             if spec is None:
-                raise SchemaError(f"field {name!r} is not in the schema, which has {', '.join(fields) or 'none'}")
+                raise self._unknown(name)
             if array.dtype != DTYPES[spec.dtype]:
                 raise SchemaError(f"field {name!r} has dtype {array.dtype}, expected {spec.dtype}")
             if reason := spec.mismatch(array.shape):
                 raise SchemaError(f"field {name!r} {reason}")
         self._require_all(arrays)
 
+    def _unknown(self, name: str) -> SchemaError:
+        return SchemaError(f"field {name!r} is not in the schema, which has {', '.join(self._fields) or 'none'}")
+
     def _require_all(self, arrays: Mapping[str, object]) -> None:
-        if len(arrays) < len(self._fields):
+        names = arrays.keys()  # a TensorDict iterates over rows, its keys do not
+        if len(names) < len(self._fields):
             for name, spec in self._fields.items():
-                if not spec.optional and name not in arrays:
+                if not spec.optional and name not in names:
                     raise SchemaError(f"field {name!r} is missing")
 
-    def _fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> Fitted:
+    def _fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> FittedField:
         array = as_array(name, value)
         target = DTYPES[spec.dtype]
         cast: Cast = "same"
         if array.dtype != target:
-            # A Python number or list has no dtype of its own: what NumPy chose for it is not held against it.
+            # NumPy chooses the dtype of a Python number or list; that choice must cause no warning.
             has_dtype = hasattr(value, "dtype")
             if array.size == 0 and not has_dtype:
                 array = array.astype(target)
@@ -253,16 +257,16 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         return name, array, target, cast
 
     def _warn_once(self, name: str, source: np.dtype[Any], target: np.dtype[Any]) -> None:
-        token = object()
+        token = object()  # `setdefault` is one step: only one thread gets its own token back
         if self._warned.setdefault(name, token) is token:
-            _log.warning("field %r is narrowed from %s to %s; this is said once", name, source, target)
+            _log.warning("field %r is narrowed from %s to %s; this is logged once", name, source, target)
 
 
 def as_array(name: str, value: npt.ArrayLike) -> Array:
     """Return `value` (array, torch tensor, list or number) as a NumPy array, without a copy where possible.
 
     Raises:
-        PayloadFormatError: `value` of field `name` cannot be read as an array; the message says what it is.
+        PayloadFormatError: `value` of field `name` cannot be read as an array; the message states the reason.
     """
     if type(value) is np.ndarray:
         return value
@@ -276,7 +280,7 @@ def as_array(name: str, value: npt.ArrayLike) -> Array:
             tensor: Any = value
             return torch_interop.to_numpy(tensor)
         array = np.asarray(value)
-    except Exception as error:  # whatever a foreign array object raises, the caller gets one type
+    except Exception as error:  # array objects of other packages may raise anything
         hint = " (lists of different lengths are no array)" if isinstance(value, list | tuple) else ""
         raise PayloadFormatError(f"field {name!r} cannot be read as an array{hint}: {error}") from error
     if array.dtype == np.object_ and not hasattr(value, "dtype"):
@@ -290,14 +294,14 @@ def as_array(name: str, value: npt.ArrayLike) -> Array:
 
 
 def _holds_a_mask(value: object) -> bool:
-    """Whether a value that NumPy has made an array of, so that its depth is bounded, holds a masked array."""
-    if isinstance(value, list | tuple):
-        return any(map(_holds_a_mask, value))
-    return isinstance(value, np.ma.MaskedArray)
+    """Whether `value` is or holds a masked array. NumPy made an array of it before, which limits its depth."""
+    return (
+        any(map(_holds_a_mask, value)) if isinstance(value, list | tuple) else isinstance(value, np.ma.MaskedArray)
+    )
 
 
 def carried_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype that an array of `dtype` is stored as: itself, in little-endian order.
+    """Return the dtype that an array of `dtype` is stored as: `dtype` in little-endian order.
 
     Raises:
         PayloadFormatError: the dtype cannot be carried; the message names field and dtype.
@@ -308,16 +312,16 @@ def carried_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return little
 
 
-def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """`dtype` in little-endian order, or as it is where it has no such thing as an order."""
-    try:
-        return dtype.newbyteorder("<")
-    except TypeError:  # NumPy's StringDType, and what other packages may register
-        return dtype
-
-
 def _not_carried(name: str, dtype: np.dtype[Any]) -> PayloadFormatError:
     return PayloadFormatError(f"field {name!r} has dtype {dtype}, which cannot be carried: {_remedy(dtype)}")
+
+
+def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """`dtype` in little-endian order; `dtype` itself if it has no byte order."""
+    try:
+        return dtype.newbyteorder("<")
+    except TypeError:  # NumPy's StringDType, and dtypes of other packages
+        return dtype
 
 
 _UNMASK = "fill it, as x.filled(0) does, and put the mask into a field of its own"
@@ -332,7 +336,7 @@ _REMEDIES = {
     "c": "carry it as complex64, such as x.astype(np.complex64)",
     "V": "give each of its parts a field of its own",
 }
-"""What helps where a dtype cannot be carried, by NumPy's letter for its kind."""
+"""Remedies for dtypes that cannot be carried, by NumPy's letter for their kind."""
 
 
 def _remedy(dtype: np.dtype[Any]) -> str:
@@ -341,7 +345,7 @@ def _remedy(dtype: np.dtype[Any]) -> str:
 
 
 def cast_between(name: str, source: np.dtype[Any], target: np.dtype[Any]) -> Cast | None:
-    """Classify the cast from `source` to the carried dtype `target`; ``None`` when it is not allowed.
+    """Return the kind of the cast from `source` to the carried dtype `target`; ``None`` if it is not allowed.
 
     Raises:
         PayloadFormatError: `source` is not numeric.
@@ -358,10 +362,10 @@ def cast_between(name: str, source: np.dtype[Any], target: np.dtype[Any]) -> Cas
 
 
 def store(name: str, source: Array, target: Array, cast: Cast) -> None:
-    """Copy `source` into `target` of the same shape, casting it.
+    """Cast `source` into `target`, which has the same shape.
 
     Raises:
-        SchemaError: a finite value is not finite any more in the dtype of `target`.
+        SchemaError: a finite value is not finite in the dtype of `target`.
     """
     if cast == "same":
         target[...] = source
@@ -375,12 +379,12 @@ def store(name: str, source: Array, target: Array, cast: Cast) -> None:
 
 
 _INTEGER, _FLOAT = 1, 2
-_FIRST_USER_DTYPE = 256  # NPY_USERDEF: from here on `dtype.kind` is the registering package's choice
+_FIRST_USER_DTYPE = 256  # NPY_USERDEF: packages choose `dtype.kind` of dtypes from this number
 _RICHNESS = {"b": 0, "u": _INTEGER, "i": _INTEGER, "f": _FLOAT, "c": 3}
 
 
 def _richness(dtype: np.dtype[Any]) -> int | None:
-    """Order of the kinds: bool < integer < float < complex; ``None`` for what is not a number."""
+    """Rank of a dtype's kind: bool < integer < float < complex; ``None`` for a dtype that is not numeric."""
     name = DTYPE_NAMES.get(dtype)
     if name is not None:
         return _RICHNESS["f" if name == "BF16" else name[0].lower()]

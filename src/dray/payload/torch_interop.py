@@ -1,31 +1,34 @@
-"""Between NumPy arrays and torch tensors, on the host or on a device. The only module of dray that uses torch.
+"""Converts NumPy arrays to torch tensors and back, on the host or on a device. No other module of dray uses torch.
 
-torch is imported by the functions that make tensors, when they are called. Recognising a tensor imports
-nothing: where torch has not been imported, no value can be one.
+The functions that make tensors import torch when they are called. `is_tensor` imports nothing: without an imported
+torch, no value can be a tensor.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from dray.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     import torch
 
-Array: TypeAlias = npt.NDArray[Any]
+    from dray.payload.schema import Array
+
+pageable_warnings = itertools.count()
+"""Counts the attempts to warn that page-locked memory is not available; the first one logs."""
 
 _log = logging.getLogger("dray.payload")
 
-# Dtypes that NumPy and torch do not know of each other: torch name → (carrier both know, NumPy dtype).
+# torch cannot convert these dtypes: torch name → (dtype of the same size that it can convert, NumPy dtype).
 _CARRIERS: Mapping[str, tuple[str, np.dtype[Any]]] = {
     "bfloat16": ("int16", np.dtype(ml_dtypes.bfloat16)),
     "float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
@@ -35,18 +38,18 @@ _TORCH_NAMES = {dtype: name for name, (_, dtype) in _CARRIERS.items()}
 
 
 def is_tensor(value: object) -> bool:
-    """Whether `value` is a torch tensor; imports nothing."""
+    """Whether `value` is a torch tensor."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """Return a NumPy array with the values of `tensor`, from any device, with or without gradient.
+    """Return the values of `tensor`, which may be on any device and have a gradient, as a NumPy array.
 
-    A dense tensor on the host is not copied. bfloat16 and 8-bit floats become the dtypes of `ml_dtypes`.
+    A dense tensor on the host is not copied. bfloat16 and 8-bit floats become dtypes of `ml_dtypes`.
 
     Raises:
-        TypeError, RuntimeError: torch cannot express the tensor as an array (sparse, quantised, …).
+        TypeError, RuntimeError: torch cannot make an array of the tensor (sparse, quantised, …).
     """
     pytorch = _torch()
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
@@ -61,18 +64,16 @@ def to_numpy(tensor: torch.Tensor) -> Array:
 def to_torch(
     arrays: Mapping[str, Array], device: str | torch.device | None = None, *, pin: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return the arrays as torch tensors that may be written to.
+    """Return the arrays as writable torch tensors.
 
-    On the host, a writable contiguous array shares its memory with its tensor, which keeps it alive; any other
-    is copied, so a tensor never writes into a payload that is only lent. On another device the tensor is always
-    a copy.
+    On the host, a writable contiguous array shares its memory with its tensor. Any other array is copied, so no
+    tensor writes into a leased payload. On another device every tensor is a copy.
 
     Args:
-        arrays: name → array, of any dtype a payload can carry.
-        device: where the tensors go; the host when ``None``.
-        pin: go through page-locked memory: the tensors stay there when `device` is the host, and the copy to
-            another device overlaps with what the host does next. Where page-locked memory cannot be had, pageable
-            memory is used, and a warning logged once.
+        arrays: name → array, of any dtype that a payload can carry.
+        device: device of the tensors; ``None`` is the host.
+        pin: copy through page-locked memory. On the host the tensors stay in it; a copy to another device
+            overlaps with the host's work. Without page-locked memory, pageable memory is used, with one warning.
 
     Raises:
         MissingDependencyError: torch is not installed.
@@ -85,10 +86,10 @@ def to_torch(
             staged = _pinned_copy(array)
             tensors[name] = staged if target.type == "cpu" else staged.to(target, non_blocking=True)
         elif target.type == "cpu":
-            shared = array if _shareable(array) else np.array(array, order="C")
+            shared = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
             tensors[name] = _tensor_on(shared)
         else:
-            tensors[name] = _tensor_on(_writable_alias(np.ascontiguousarray(array))).to(target)
+            tensors[name] = _tensor_on(writable_alias(np.ascontiguousarray(array))).to(target)
     return tensors
 
 
@@ -107,25 +108,6 @@ def to_tensordict(
     return tensordict.TensorDict(to_torch(arrays, device, pin=pin), batch_size=[], device=device)
 
 
-def host_buffer(nbytes: int, *, pin: bool = True) -> npt.NDArray[np.uint8]:
-    """Return `nbytes` of uninitialised host memory to receive a payload into, as a uint8 array.
-
-    Args:
-        nbytes: size in bytes.
-        pin: page-locked memory, from which devices copy faster. Needs torch and an accelerator; without them the
-            memory is pageable, and a warning is logged once.
-    """
-    if pin:
-        try:
-            pytorch = _torch()
-        except MissingDependencyError as error:
-            _warn_pageable(error)
-        else:
-            buffer: npt.NDArray[np.uint8] = _pinned_empty((nbytes,), pytorch.uint8).numpy()
-            return buffer
-    return np.empty(nbytes, np.uint8)
-
-
 def _torch() -> Any:
     try:
         return importlib.import_module("torch")
@@ -133,51 +115,39 @@ def _torch() -> Any:
         raise MissingDependencyError("torch", "staging", "'dray[torch]'") from error
 
 
-def _pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """torch keeps freed page-locked blocks and hands them out again once no device copy uses them."""
-    pytorch = _torch()
-    try:
-        pinned: torch.Tensor = pytorch.empty(shape, dtype=dtype, pin_memory=True)
-    except RuntimeError as error:
-        _warn_pageable(error)
-        pinned = pytorch.empty(shape, dtype=dtype)
-    return pinned
-
-
 def _pinned_copy(array: Array) -> torch.Tensor:
     pytorch = _torch()
-    name = _TORCH_NAMES.get(array.dtype)
-    if name is None:
-        dtype = pytorch.from_numpy(np.empty(0, array.dtype.newbyteorder("="))).dtype
-        copy = _pinned_empty(array.shape, dtype)
-        np.copyto(copy.numpy(), array)
-        return copy
-    carrier, _ = _CARRIERS[name]
-    copy = _pinned_empty(array.shape, getattr(pytorch, carrier))
-    np.copyto(copy.numpy(), array.view(carrier))
-    viewed: torch.Tensor = copy.view(getattr(pytorch, name))
-    return viewed
+    known, name = _known_to_torch(array)
+    dtype = pytorch.from_numpy(np.empty(0, known.dtype)).dtype
+    # torch keeps freed page-locked blocks and uses them again when no copy to a device needs them.
+    try:
+        copy: torch.Tensor = pytorch.empty(array.shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        if next(pageable_warnings) == 0:  # one step of the interpreter: no other thread gets 0 as well
+            _log.warning("page-locked memory is not available; pageable memory is used: %s", error)
+        copy = pytorch.empty(array.shape, dtype=dtype)
+    np.copyto(copy.numpy(), known)
+    return copy if name is None else copy.view(getattr(pytorch, name))
 
 
 def _tensor_on(array: Array) -> torch.Tensor:
-    """A tensor on the memory of `array`, which is writable, without negative strides and in native byte order."""
+    """A tensor that shares the memory of `array`, which is writable and has no negative strides."""
     pytorch = _torch()
+    known, name = _known_to_torch(array)
+    tensor: torch.Tensor = pytorch.from_numpy(known)
+    return tensor if name is None else tensor.view(getattr(pytorch, name))
+
+
+def _known_to_torch(array: Array) -> tuple[Array, str | None]:
+    """`array` in native byte order and in a dtype that torch can convert, and the torch dtype to view it as."""
     name = _TORCH_NAMES.get(array.dtype)
     if name is None:
-        tensor: torch.Tensor = pytorch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-        return tensor
-    carrier, _ = _CARRIERS[name]
-    bits: torch.Tensor = pytorch.from_numpy(array.view(carrier))
-    viewed: torch.Tensor = bits.view(getattr(pytorch, name))
-    return viewed
-
-
-def _shareable(array: Array) -> bool:
-    return array.flags.writeable and array.flags.c_contiguous
+        return array.astype(array.dtype.newbyteorder("="), copy=False), None
+    return array.view(_CARRIERS[name][0]), name
 
 
 class _Alias:
-    """Shows the memory of a read-only array as writable, so that torch takes it as the source of a copy."""
+    """Presents the memory of a read-only array as writable, because torch copies from writable arrays only."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
@@ -185,21 +155,10 @@ class _Alias:
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
-def _writable_alias(array: Array) -> Array:
-    """For copies to a device only: nothing may ever be written through it."""
+def writable_alias(array: Array) -> Array:
+    """Return a writable view of `array` to copy from; nothing may write to it."""
     if array.flags.writeable:
         return array
-    name = _TORCH_NAMES.get(array.dtype)
-    if name is None:
-        return np.asarray(_Alias(array))
-    carrier, dtype = _CARRIERS[name]
-    return np.asarray(_Alias(array.view(carrier))).view(dtype)
-
-
-_pageable_warned: dict[str, object] = {}
-
-
-def _warn_pageable(reason: Exception) -> None:
-    token = object()
-    if _pageable_warned.setdefault("pageable", token) is token:
-        _log.warning("page-locked memory cannot be had, pageable memory is used: %s", reason)
+    known, name = _known_to_torch(array)
+    alias = np.asarray(_Alias(known))
+    return alias if name is None else alias.view(array.dtype)

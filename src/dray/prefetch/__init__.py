@@ -1,24 +1,25 @@
-"""Reading batches of references: at once, or in the background while the batch before is used.
+"""Reads batches of references: at once, or in the background while the batch before is in use.
 
-`BatchReader` is the driver. What it decides is decided by state machines without I/O: `ReadTries` (layer 2),
-`BatchFetch` (layer 3), `DoubleBuffer` (which batch is whose) and `Freeing` (what producers are told).
+`BatchReader` is the driver. State machines without I/O decide for it: `ReadAttempts` (layer 2), `BatchFetch`
+(layer 3) and `DoubleBuffer` (which batch is fetched). `FreeingThreads` frees payloads and drives `Freeing`.
 """
 
-from dray.prefetch.batch import BatchFetch, Fetched, Pause, Read, ReadTries
-from dray.prefetch.double_buffer import DoubleBuffer
-from dray.prefetch.freeing import Free, Freeing
-from dray.prefetch.reader import BatchReader
+from dray.prefetch.batch import BatchFetch, DoubleBuffer, Fetched, Pause, Read, ReadAttempts
+from dray.prefetch.freeing import Free, Freeing, FreeingThreads
+from dray.prefetch.reader import BatchReader, BatchReaderStatistics
 from dray.prefetch.threads import Source
 
 __all__ = [
     "BatchFetch",
     "BatchReader",
+    "BatchReaderStatistics",
     "DoubleBuffer",
     "Fetched",
     "Free",
     "Freeing",
+    "FreeingThreads",
     "Pause",
     "Read",
-    "ReadTries",
+    "ReadAttempts",
     "Source",
 ]

@@ -1,8 +1,8 @@
-"""Layers 2 and 3 of reading as state machines: one reference, and one batch of them.
+"""Layers 2 and 3 of reading as state machines: attempts at one read, one batch of references, and two batches.
 
-They decide, `threads` does. Each method is an event, takes the time from its caller and returns what to do;
-nothing here waits, starts a thread, opens a connection or reads a clock. Times are seconds on one monotonic clock,
-``inf`` where nothing bounds them.
+These classes decide, and `dray.prefetch.threads` acts. Each method is an event: it gets the time from its caller
+and returns the next action. Nothing here waits, starts a thread, opens a connection or reads a clock. Times are
+seconds on one monotonic clock; ``inf`` means no limit.
 """
 
 from __future__ import annotations
@@ -12,138 +12,113 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
-
-import numpy as np
 
 from dray.errors import DrayError, ProducerLostError, TransportError, TransportTimeout, Unreachable
+from dray.payload import Arrays
 from dray.protocol import PayloadRef
 
-MOST_READS = 2
-"""Layer 2: reads of one reference in one round."""
-MOST_ROUNDS = 3
-"""Layer 3: rounds of a batch."""
-ROUND_PAUSE = 0.1
-"""Seconds between two rounds of a batch: what failed at once gets a moment to recover."""
-GROUP = 32
-"""References of one producer that are read together, pipelined over one connection."""
-MOST_GROUPS = 2
-"""Groups of one producer under way at a time, once it has answered."""
+MAX_READS = 2  # layer 2: reads of one reference in one round
+MAX_ROUNDS = 3  # layer 3: rounds of a batch
+ROUND_PAUSE = 0.1  # seconds between two rounds, in which the cause of a failure may pass
+GROUP = 32  # references of one producer that are read together, pipelined over one connection
+MAX_GROUPS = 2  # groups of one producer that are read at the same time, once it has answered
 
-Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 Outcome = Arrays | DrayError
 Identity = tuple[bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What became of one reference of one batch.
+    """The result for one reference of one batch."""
 
-    Attributes:
-        batch: the batch's number, unique in its reader.
-        ref: the reference.
-        outcome: its arrays, or the error that ended it.
-    """
-
-    batch: int
+    batch: int  # the batch's number, unique in its reader
     ref: PayloadRef
-    outcome: Outcome
+    outcome: Outcome  # arrays, or the error of the last read
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Read `refs`, all of one producer, layer 2 with all its tries, until the batch's time is over.
-
-    Report each to `BatchFetch.came`, and the end to `BatchFetch.ended`.
-    """
+    """Action: read `refs`, all of one producer; then `BatchFetch.report` each and `BatchFetch.finish` the read."""
 
     refs: tuple[PayloadRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """There is nothing to do before the time `until`, unless something happens."""
+    """Action: wait for an event until the time `until`."""
 
     until: float
 
 
-class ReadTries:
-    """Layer 2: how often references are read within one round, and how long each time.
+class ReadAttempts:
+    """Layer 2: limits the attempts at one read in one round, each to `max_seconds` and all to `deadline`."""
 
-    Args:
-        by: when all of it must be over.
-        most: tries.
-        longest: seconds that one try may take at most.
-    """
+    def __init__(self, deadline: float, max_attempts: int = MAX_READS, max_seconds: float = math.inf) -> None:
+        self._deadline = deadline
+        self._left = max_attempts
+        self._max_seconds = max_seconds
 
-    def __init__(self, by: float, most: int = MOST_READS, longest: float = math.inf) -> None:
-        self._by = by
-        self._left = most
-        self._longest = longest
-
-    def next(self, now: float) -> float:
-        """Seconds for the try that starts now: all that is left. Layer 1 sees to it that no endpoint takes all."""
+    def start(self, now: float) -> float:
+        """Begin an attempt and return its seconds: all that are left, which layer 1 divides among endpoints."""
         self._left -= 1
-        return min(self._longest, max(0.0, self._by - now))
+        return min(self._max_seconds, max(0.0, self._deadline - now))
 
-    def again(self, error: DrayError, now: float) -> bool:
-        """Whether what failed with `error` is to be tried once more."""
-        return error.retryable and self._left > 0 and now < self._by
+    def may_retry(self, error: DrayError, now: float) -> bool:
+        """Whether another attempt may follow the one that failed with `error`."""
+        return error.retryable and self._left > 0 and now < self._deadline
 
 
 class BatchFetch:
-    """Layer 3: one batch, every reference for itself, what fails retryably again in the next round.
+    """Layer 3: one batch. Each reference has its own outcome; retryable failures are read again in the next round.
 
-    References of one producer are read together, as many as `GROUP`: one group at a time until something came of
-    it, then two. The producer with the fewest groups under way comes next. So one that does not answer holds up
-    its own payloads only. A reference that is in the batch twice is read once. After `close` nothing is accepted.
+    References of one producer are read together, `GROUP` at most: one group until the first outcome, then two
+    groups at the same time. The producer with the fewest groups being read comes next. So a producer that does not
+    answer delays its own payloads only. A reference that is in the batch twice is read once.
 
     Args:
-        number: the batch's number.
-        refs: what to read.
-        by: when all of it must be over.
-        rounds: how many.
-        pause: seconds between two rounds.
+        number: number of the batch.
+        refs: references to read.
+        deadline: time at which the batch ends.
+        rounds, pause: limit on the rounds, and the seconds between two of them.
     """
 
     def __init__(
         self,
         number: int,
         refs: Iterable[PayloadRef],
-        by: float,
-        rounds: int = MOST_ROUNDS,
+        deadline: float,
+        *,
+        rounds: int = MAX_ROUNDS,
         pause: float = ROUND_PAUSE,
     ) -> None:
         self.number = number
         self.refs = tuple(refs)
-        self.by = by
+        self.deadline = deadline
         self._rounds = rounds
         self._pause = pause
         self._resume = -math.inf
         self._waiting: dict[bytes, deque[PayloadRef]] = {}  # by producer
         self._reading: Counter[bytes] = Counter()  # groups, by producer
-        self._again: list[PayloadRef] = []  # for the next round
+        self._again: dict[Identity, PayloadRef] = {}  # for the next round
         self._errors: dict[Identity, DrayError] = {}
-        self._seen: set[Identity] = set()  # not refused in some round
-        self._awake: set[bytes] = set()  # producers that a payload or an answer came from
+        self._seen: set[Identity] = set()  # some round did not end with a refused connection
+        self._answering: set[bytes] = set()  # producers that sent a payload or an answer
         self._outcomes: dict[Identity, Outcome] = {}
         self._closed = False
         distinct = {ref.identity: ref for ref in self.refs}
-        self._count = len(distinct)
+        self._identities = distinct.keys()
         for ref in distinct.values():
             self._wait(ref)
 
-    # --- events -----------------------------------------------------------------------------------------------
-
     def next(self, now: float) -> Read | Pause | None:
-        """What to do now; None when only the end of a read, or nothing at all, can bring more."""
-        if now >= self.by:
+        """Return the next action; None if there is none before a read ends."""
+        if now >= self.deadline:
             self._expire()
-        free = [producer for producer in self._waiting if self._reading[producer] < self._most_groups(producer)]
+        free = [producer for producer in self._waiting if self._reading[producer] < self._max_groups(producer)]
         if not free:
             return None
         if now < self._resume:
-            return Pause(min(self._resume, self.by))
+            return Pause(min(self._resume, self.deadline))
         producer = min(free, key=self._reading.__getitem__)
         queue = self._waiting[producer]
         refs = tuple(queue.popleft() for _ in range(min(GROUP, len(queue))))
@@ -152,12 +127,12 @@ class BatchFetch:
         self._reading[producer] += 1
         return Read(refs)
 
-    def came(self, ref: PayloadRef, outcome: Outcome) -> bool:
-        """Note how the read of one reference went; False if it is too late: its payload must not be handed out."""
+    def report(self, ref: PayloadRef, outcome: Outcome) -> bool:
+        """Record the outcome of reading `ref`; False after `close`: the payload must then not be handed out."""
         if self._closed:
             return False
         if not isinstance(outcome, TransportError):
-            self._awake.add(ref.producer)
+            self._answering.add(ref.producer)
         if not isinstance(outcome, DrayError):
             self._outcomes[ref.identity] = outcome
             return True
@@ -166,23 +141,23 @@ class BatchFetch:
             self._seen.add(ref.identity)
         self._errors[ref.identity] = outcome
         if self._rounds > 1 and (outcome.retryable or refused):
-            self._again.append(ref)
+            self._again[ref.identity] = ref
         else:
             self._give_up(ref)
         return True
 
-    def ended(self, read: Read, now: float) -> None:
-        """Note that a read is over: each of its references has come, or will not."""
+    def finish(self, read: Read, now: float) -> None:
+        """Record the end of a read. References without a report have no outcome."""
         self._reading[read.refs[0].producer] -= 1
         if self._again and not self._waiting and not self.reading:
             self._rounds -= 1
             self._resume = now + self._pause
-            for ref in self._again:
+            for ref in self._again.values():
                 self._wait(ref)
             self._again.clear()
 
     def close(self, error: DrayError | None = None) -> None:
-        """End the batch: what is not there yet fails with `error`, by default a timeout. Twice is fine."""
+        """End the batch. References without an outcome get `error`, by default a timeout. Twice is fine."""
         if self._closed:
             return
         self._closed = True
@@ -192,79 +167,169 @@ class BatchFetch:
             if error is not None:
                 self._outcomes.setdefault(ref.identity, error)
             else:
-                self._give_up(ref, "the batch was ended before the payload had come")
-
-    # --- state ------------------------------------------------------------------------------------------------
+                self._give_up(ref, "the batch ended before the payload arrived")
 
     @property
     def reading(self) -> int:
-        """Groups under way."""
+        """Groups being read."""
         return self._reading.total()
 
     @property
     def wanted(self) -> int:
-        """Groups under way, and those that could be."""
+        """Groups being read, and those that could be read at the same time."""
         more = (
-            min(self._most_groups(producer) - self._reading[producer], -(-len(queue) // GROUP))
+            min(self._max_groups(producer) - self._reading[producer], -(-len(queue) // GROUP))
             for producer, queue in self._waiting.items()
         )
         return self.reading + sum(more)
 
     @property
-    def settled(self) -> bool:
-        """It is decided what became of every reference. Reads may be about to end, or after `close` hang."""
-        return len(self._outcomes) == self._count
+    def decided(self) -> bool:
+        """Every reference has an outcome. Reads may still be under way, after `close` for a long time."""
+        return len(self._outcomes) == len(self._identities)
 
-    def has(self, ref: PayloadRef) -> bool:
-        """It is decided what became of a reference."""
+    def has_result(self, ref: PayloadRef) -> bool:
         return ref.identity in self._outcomes
 
     def result(self, ref: PayloadRef) -> Fetched:
-        """What became of a reference; after `close`, or when the batch `has` it."""
+        """Return the result for a reference that has one. After `close` each has."""
         return Fetched(self.number, ref, self._outcomes[ref.identity])
 
     def results(self) -> list[Fetched]:
-        """What became of each reference, in the order they were given; after `close`, or when `settled`."""
+        """Return the result for each reference of a `decided` batch, in the order of the batch."""
         return [self.result(ref) for ref in self.refs]
 
     def __contains__(self, ref: PayloadRef) -> bool:
-        return any(ref.identity == each.identity for each in self.refs)
+        return ref.identity in self._identities
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "settled" if self.settled else f"{self.wanted} to read"
+        state = "closed" if self._closed else "decided" if self.decided else f"{self.wanted} to read"
         return f"<BatchFetch {self.number}: {len(self._outcomes)} of {len(self.refs)} done, {state}>"
 
-    # --- inside -----------------------------------------------------------------------------------------------
-
-    def _most_groups(self, producer: bytes) -> int:
-        return MOST_GROUPS if producer in self._awake else 1
+    def _max_groups(self, producer: bytes) -> int:
+        return MAX_GROUPS if producer in self._answering else 1
 
     def _wait(self, ref: PayloadRef) -> None:
         self._waiting.setdefault(ref.producer, deque()).append(ref)
 
     def _expire(self) -> None:
-        """Its time is over: start no more reads."""
-        for ref in (*chain.from_iterable(self._waiting.values()), *self._again):
-            self._give_up(ref, "the batch's time was over before the payload could be read")
+        for ref in (*chain.from_iterable(self._waiting.values()), *self._again.values()):
+            self._give_up(ref, "the batch's time ended before the payload could be read")
         self._waiting.clear()
         self._again.clear()
 
     def _give_up(self, ref: PayloadRef, untried: str = "") -> None:
-        """The outcome of a reference that is not tried again: why it failed last, else a timeout."""
+        """Make the error of the last read the outcome; a timeout with the text `untried` if there was no read."""
         if ref.identity in self._outcomes:
             return
         error = self._errors.get(ref.identity)
         if error is None:
             error = TransportTimeout(untried, slot=ref.slot, sequence=ref.sequence)
         elif ref.identity in self._seen and _refused(error) and isinstance(error.__cause__, TransportError):
-            # Lost means refused in every round; in an earlier one somebody was there.
+            # Lost means refused in every round, and an earlier round reached the producer.
             error = error.__cause__
         self._outcomes[ref.identity] = error
 
 
-def _refused(error: DrayError) -> bool:
-    """Every endpoint refused the connection: lost if that stays so, and not if a server is only restarting.
+class DoubleBuffer:
+    """The results of the batch in use (front), the batch being fetched (back), and the batch to fetch after it.
 
-    Where another producer answers in its place, the producer is lost for good.
+    Results are found by their reference, so no result can be mistaken for another. A batch starts only when no
+    read of an earlier batch is under way.
+    """
+
+    def __init__(self) -> None:
+        self.back: BatchFetch | None = None
+        self._deferred: BatchFetch | None = None
+        self._seconds = 0.0  # for the deferred batch
+        self._front: dict[Identity, Fetched] = {}
+        self._handed_out: set[Identity] = set()  # of the batch being fetched
+        self._ending: list[BatchFetch] = []  # collected with reads under way
+
+    def start(self, batch: BatchFetch) -> bool:
+        """Fetch a batch; False if it is refused: an earlier batch is not collected, or is still being read."""
+        if self.back is not None or self._deferred is not None or self._busy:
+            return False
+        self.back = batch
+        return True
+
+    @property
+    def replaceable(self) -> bool:
+        """The batch being fetched is decided, and another may start as soon as it is collected."""
+        return self.back is not None and self.back.decided and self._deferred is None and not self._busy
+
+    def defer(self, batch: BatchFetch, seconds: float) -> bool:
+        """Fetch a batch, within `seconds`, after the one before it; False if one is deferred already."""
+        if self._deferred is not None:
+            return False
+        self._deferred, self._seconds = batch, seconds
+        return True
+
+    def advance(self, now: float) -> BatchFetch | None:
+        """Make the deferred batch the one being fetched and return it; None if it must still wait."""
+        batch = self._deferred
+        if batch is None or self.back is not None or self._busy:
+            return None
+        batch.deadline = now + self._seconds
+        self.back, self._deferred = batch, None
+        return batch
+
+    def find(self, ref: PayloadRef) -> Fetched | BatchFetch | None:
+        """Return the result for a reference, or the batch being fetched if the reference is in it."""
+        found = self._front.get(ref.identity)
+        if found is None and self.back is not None and ref in self.back:
+            return self.back
+        return found
+
+    def result(self, ref: PayloadRef) -> tuple[Fetched, bool]:
+        """Return the result for a reference of the batch being fetched, and whether this is the first time.
+
+        If there is no result yet, the batch ends: the caller has waited as long as the batch had.
+        """
+        assert self.back is not None
+        if not self.back.has_result(ref):
+            self._end(self.back)
+        first = ref.identity not in self._handed_out
+        self._handed_out.add(ref.identity)
+        return self.back.result(ref), first
+
+    def collect(self) -> tuple[list[Fetched], list[PayloadRef]]:
+        """End the batch being fetched; its results replace those in front.
+
+        Returns the results, and the references of payloads that are handed out by this for the first time.
+        """
+        batch, self.back = self.back, None
+        before, self._handed_out = self._handed_out, set()
+        if batch is None:
+            return [], []
+        self._end(batch)
+        results = batch.results()
+        self._front = {fetched.ref.identity: fetched for fetched in results}
+        return results, [
+            fetched.ref
+            for identity, fetched in self._front.items()
+            if identity not in before and not isinstance(fetched.outcome, DrayError)
+        ]
+
+    @property
+    def decided(self) -> bool:
+        """The batch being fetched is decided, or there is none and none is deferred."""
+        return self._deferred is None if self.back is None else self.back.decided
+
+    def _end(self, batch: BatchFetch) -> None:
+        if not batch.decided:
+            self._ending.append(batch)
+        batch.close()
+
+    @property
+    def _busy(self) -> bool:
+        self._ending = [batch for batch in self._ending if batch.reading]
+        return bool(self._ending)
+
+
+def _refused(error: DrayError) -> bool:
+    """Whether every endpoint refused the connection. If that stays so in every round, the producer is lost.
+
+    A server that restarts refuses for a moment only. Where another producer answers, the producer is lost at once.
     """
     return isinstance(error, ProducerLostError) and isinstance(error.__cause__, Unreachable)

@@ -1,4 +1,4 @@
-"""The threads that carry out what the state machines of `dray.prefetch` decide."""
+"""The threads that read what `BatchFetch` decides."""
 
 from __future__ import annotations
 
@@ -10,40 +10,26 @@ from typing import Any, Protocol
 from dray.clock import Clock, Deadline
 from dray.counters import Counters
 from dray.errors import DrayError
-from dray.prefetch.batch import Arrays, BatchFetch, Outcome, Pause, Read, ReadTries
-from dray.prefetch.freeing import Free, Freeing
+from dray.payload import Arrays
+from dray.prefetch.batch import BatchFetch, Outcome, Pause, Read, ReadAttempts
 from dray.protocol import PayloadRef
 
 logger = logging.getLogger("dray.prefetch")
 
-FREE_SECONDS = 5.0
-LAST_FREE_SECONDS = 1.0
-
 
 class Source(Protocol):
-    """What payloads are read from: layer 1, a `PayloadClient`."""
+    """Layer 1: the methods of a `PayloadClient` that are used. `close` ends reads that are under way."""
 
-    def read(self, ref: PayloadRef, *, timeout: float | None, consume: bool) -> Arrays:
-        """The payload's arrays; raises a `DrayError` that says whether trying again makes sense."""
-        ...
-
+    def read(self, ref: PayloadRef, *, timeout: float | None, consume: bool) -> Arrays: ...
     def read_many(
         self, refs: Iterable[PayloadRef], *, timeout: float | None, consume: bool, return_errors: bool
-    ) -> Iterator[tuple[PayloadRef, Any]]:
-        """The same for several, pipelined; yields the error of one that cannot be read. May be left early."""
-        ...
-
-    def consume(self, refs: Iterable[PayloadRef], *, timeout: float | None) -> int:
-        """Free payloads that were read without consuming them."""
-        ...
-
-    def close(self) -> None:
-        """End; reads under way fail as soon as they can."""
-        ...
+    ) -> Iterator[tuple[PayloadRef, Any]]: ...
+    def consume(self, refs: Iterable[PayloadRef], *, timeout: float | None) -> int: ...
+    def close(self) -> None: ...
 
 
 class Threading(Protocol):
-    """What of the module `threading` is used: a simulation gives its own."""
+    """The part of the module `threading` that is used. A simulation replaces it."""
 
     @property
     def Lock(self) -> Callable[[], Any]: ...
@@ -53,62 +39,78 @@ class Threading(Protocol):
     def Thread(self) -> Callable[..., Any]: ...
 
 
-class ReadThreads:
-    """Up to `most` threads for any number of batches; started when needed, idle without cost, joined by `close`.
+class Workers:
+    """Threads that run one function. They start on demand, under the lock of their owner."""
 
-    Methods whose names begin with ``locked_`` are called with `lock` held.
+    def __init__(self, threading: Threading, name: str, run: Callable[[], None]) -> None:
+        self._make = threading.Thread
+        self._name = name
+        self._run = run
+        self._threads: tuple[Any, ...] = ()  # replaced, not changed: it is read without the lock
+
+    def start(self, count: int) -> None:
+        """Make sure that `count` threads have been started."""
+        for number in range(len(self._threads), count):
+            thread = self._make(target=self._run, name=f"{self._name}-{number}", daemon=True)
+            thread.start()
+            self._threads = (*self._threads, thread)
+
+    @property
+    def alive(self) -> int:
+        """Threads that have not ended."""
+        return sum(thread.is_alive() for thread in self._threads)
+
+    def join(self, timeout: float | None, clock: Clock) -> None:
+        """Wait until the threads have ended."""
+        deadline = Deadline.after(timeout, clock)
+        for thread in self._threads:
+            thread.join(deadline.timeout)
+
+
+class ReadThreads:
+    """Up to `max_threads` threads that read any number of batches. They start when they are needed.
+
+    Methods whose names begin with ``locked_`` are called with `lock` held, and `closing` is read with it.
 
     Args:
-        source: what to read from; closed with this object.
-        most: how many threads.
-        attempts: reads of one reference in one round.
-        longest: seconds that one read may take at most.
-        counters: where reads are counted.
-        over: called, with the lock held, when a batch is over and no read of it under way.
-        clock: where time comes from.
-        threads: where locks and threads come from.
+        new_attempts: returns the attempts at one read that ends at a time.
+        on_retired: called, with the lock held, when a batch is decided and no read of it is under way.
     """
 
     def __init__(
         self,
         source: Source,
-        most: int,
-        attempts: int,
-        longest: float,
         counters: Counters,
-        over: Callable[[], None],
+        *,
+        max_threads: int,
+        new_attempts: Callable[[float], ReadAttempts],
+        on_retired: Callable[[], None],
         clock: Clock,
-        threads: Threading,
+        threading: Threading,
     ) -> None:
-        self.lock = threads.Lock()
-        self._work = threads.Condition(self.lock)  # there may be something to do
-        self._news = threads.Condition(self.lock)  # something has been done
-        self._make_thread = threads.Thread
+        self.lock = threading.Lock()
+        self.closing = False
+        self._work = threading.Condition(self.lock)  # there may be something to read
+        self._news = threading.Condition(self.lock)  # something was read
         self._source = source
-        self._most = most
-        self._attempts = attempts
-        self._longest = longest
         self._counters = counters
-        self._over = over
+        self._max_threads = max_threads
+        self._new_attempts = new_attempts
+        self._on_retired = on_retired
         self._clock = clock
         self._active: list[BatchFetch] = []
-        self._freeing = Freeing()
-        self._threads: list[Any] = []
+        self.workers = Workers(threading, "dray-read", self._run)
         self._crash: BaseException | None = None
-        self._ended = False
-        self.closing = False
 
-    # --- for callers ------------------------------------------------------------------------------------------
-
-    def read_one(self, ref: PayloadRef, by: float, consume: bool) -> Arrays:
+    def read_one(self, ref: PayloadRef, deadline: float, consume: bool) -> Arrays:
         """Layer 2, in the calling thread."""
-        tries = ReadTries(by, self._attempts, self._longest)
+        attempts = self._new_attempts(deadline)
         while True:
-            seconds = tries.next(self._clock.now())
+            seconds = attempts.start(self._clock.now())
             try:
                 arrays = self._source.read(ref, timeout=_timeout(seconds), consume=consume)
             except DrayError as error:
-                if self.closing or not tries.again(error, self._clock.now()):
+                if not attempts.may_retry(error, self._clock.now()) or self._is_closing():
                     raise
                 self._counters.add("reads_again")
             else:
@@ -116,86 +118,58 @@ class ReadThreads:
                 return arrays
 
     def locked_submit(self, batch: BatchFetch) -> None:
-        """Fetch a batch; it settles by itself at its deadline, or as soon as it can after `BatchFetch.close`."""
+        """Fetch a batch. It is decided at its deadline at the latest, or by `BatchFetch.close`."""
         self._active.append(batch)
         self.locked_changed()
 
-    def locked_free(self, refs: Iterable[PayloadRef]) -> None:
-        """Tell the producers, in the background, that these payloads are consumed."""
-        self._freeing.add(refs)
-        self.locked_changed()
-
     def locked_changed(self) -> None:
-        """Make sure that what there is to do gets done, and that who waits looks again."""
-        wanted = sum(batch.wanted for batch in self._active) + self._freeing.wanted
-        # A thread for everything that may have to wait for a peer, idle ones included: they may be spoken for.
-        for number in range(len(self._threads), min(wanted, self._most)):
-            thread = self._make_thread(target=self._run, name=f"dray-read-{number}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        """Start the threads that are needed, and make all threads and callers test their conditions again."""
+        wanted = sum(batch.wanted for batch in self._active)
+        # A thread for each read that may wait for a producer. Idle threads count: a read may be meant for them.
+        self.workers.start(min(wanted, self._max_threads))
         self._work.notify_all()
         self._news.notify_all()
 
-    def locked_wait(self, condition: Callable[[], bool], by: float) -> bool:
-        """Wait until `condition`, the time `by`, or `close`; whether it was the condition."""
+    def locked_wait(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Wait until `condition` holds; False at the time `deadline`, or after `stop`."""
         while not self.closing and not condition():
-            self._raise_crash()
-            left = by - self._clock.now()
+            if self._crash is not None:
+                raise self._crash
+            left = deadline - self._clock.now()
             if left <= 0:
                 return False
             self._news.wait(None if left == math.inf else left)
         return not self.closing
 
-    def locked_statistics(self) -> dict[str, float]:
-        """Reads under way, and payloads still to be freed."""
-        return {"reading": sum(batch.reading for batch in self._active), "to_free": len(self._freeing)}
+    def locked_reading(self) -> int:
+        """Groups being read."""
+        return sum(batch.reading for batch in self._active)
 
-    @property
-    def alive(self) -> int:
-        """Threads that have not ended."""
-        return sum(thread.is_alive() for thread in self._threads)
+    def crash(self, error: BaseException) -> None:
+        """Let all callers that wait raise the error that ended a thread."""
+        with self.lock:
+            self._crash = error
+            self._news.notify_all()
 
-    def close(self, error: DrayError, timeout: float) -> None:
-        """Wake everyone who waits, free what is to be freed, close the source, join the threads. Twice is fine."""
-        deadline = Deadline.after(timeout, self._clock)
+    def stop(self, error: DrayError) -> None:
+        """End all batches with `error`, and wake all threads and callers. Reads end when the source is closed."""
         with self.lock:
             self.closing = True
             for batch in self._active:
                 batch.close(error)
-            self._freeing.hurry()
-            self._work.notify_all()
-            self._news.notify_all()
-            last_free = deadline.capped_at(LAST_FREE_SECONDS)
-            while self._freeing and self._crash is None and not self._ended and not last_free.expired:
-                self._news.wait(last_free.remaining)
-            self._counters.add("unfreed", 0 if self._ended else len(self._freeing))
-            self._ended = True
-            self._work.notify_all()
-        self._source.close()
-        for thread in self._threads:
-            thread.join(deadline.remaining)
-        if self.alive:
-            logger.error("%d reads did not end within %.1f s of being told to", self.alive, timeout)
-
-    # --- the threads ------------------------------------------------------------------------------------------
+            self.locked_changed()
 
     def _run(self) -> None:
         try:
             while (task := self._next_task()) is not None:
-                if isinstance(task, Free):
-                    self._free(task)
-                else:
-                    self._read(*task)
+                self._read(*task)
         except BaseException as crash:
             logger.critical("a thread that reads payloads ended", exc_info=crash)
-            with self.lock:
-                self._crash = crash
-                self._news.notify_all()
+            self.crash(crash)
 
-    def _next_task(self) -> tuple[BatchFetch, Read] | Free | None:
-        """The next thing to do; None when it is time to end."""
+    def _next_task(self) -> tuple[BatchFetch, Read] | None:
         with self.lock:
-            while not self._ended:
+            while not self.closing:
                 now = self._clock.now()
                 resume = math.inf
                 for batch in self._active:
@@ -204,97 +178,80 @@ class ReadThreads:
                         return batch, action
                     if isinstance(action, Pause):
                         resume = min(resume, action.until)
-                free = self._freeing.next(now)
-                if isinstance(free, Free):
-                    return free
-                if isinstance(free, Pause):
-                    resume = min(resume, free.until)
-                if self._retire():
-                    continue
-                self._work.wait(None if resume == math.inf else resume - now)
+                if not self._retire():
+                    self._work.wait(None if resume == math.inf else resume - now)
             return None
 
     def _retire(self) -> bool:
-        """Forget the batches that are over; whether there were any."""
-        open_batches = [batch for batch in self._active if batch.reading or not batch.settled]
-        if len(open_batches) == len(self._active):
-            return False
-        self._active = open_batches
-        self._over()
-        self._news.notify_all()
-        return True
+        """Forget batches that are decided and not being read; False if there are none."""
+        active = [batch for batch in self._active if batch.reading or not batch.decided]
+        retired = len(active) < len(self._active)
+        if retired:
+            self._active = active
+            self._on_retired()
+            self._news.notify_all()
+        return retired
 
     def _read(self, batch: BatchFetch, read: Read) -> None:
-        tries = ReadTries(batch.by, self._attempts, self._longest)
-        waiting: tuple[PayloadRef, ...] = read.refs
-        while waiting and not self.closing:
+        attempts = self._new_attempts(batch.deadline)
+        refs: tuple[PayloadRef, ...] = read.refs
+        while refs and not self._is_closing():
             try:
-                waiting = self._read_group(batch, waiting, tries)
-            except DrayError as error:  # the source as a whole refuses
+                refs = self._attempt(batch, refs, attempts)
+            except DrayError as error:  # the source as a whole failed
                 _forget_frames(error)
-                for ref in waiting:
-                    if not batch.has(ref):
-                        self._came(batch, ref, error)
-                waiting = ()
-            self._counters.add("reads_again", len(waiting))
+                with self.lock:
+                    refs = tuple(ref for ref in refs if not batch.has_result(ref))
+                for ref in refs:
+                    self._report(batch, ref, error)
+                refs = ()
+            self._counters.add("reads_again", len(refs))
         with self.lock:
-            batch.ended(read, self._clock.now())
+            batch.finish(read, self._clock.now())
             self.locked_changed()
 
-    def _read_group(
-        self, batch: BatchFetch, refs: tuple[PayloadRef, ...], tries: ReadTries
+    def _attempt(
+        self, batch: BatchFetch, refs: tuple[PayloadRef, ...], attempts: ReadAttempts
     ) -> tuple[PayloadRef, ...]:
-        """Read once; what is to be read again."""
+        """Read references once; return those to read again."""
         again = []
-        seconds = _timeout(tries.next(self._clock.now()))
+        seconds = _timeout(attempts.start(self._clock.now()))
         results = self._source.read_many(refs, timeout=seconds, consume=False, return_errors=True)
         try:
-            for ref, outcome in results:
+            for ref, outcome in results:  # no other line depends on what `read_many` yields
                 if isinstance(outcome, DrayError):
                     _forget_frames(outcome)
-                    if tries.again(outcome, self._clock.now()):
+                    if attempts.may_retry(outcome, self._clock.now()):
                         again.append(ref)
                         continue
-                if not self._came(batch, ref, outcome):
+                if not self._report(batch, ref, outcome):
                     return ()
         finally:
             if isinstance(results, Generator):
-                results.close()  # what it holds and was not taken goes back to its producer
+                results.close()  # releases the leases of payloads that it has not yielded
         return tuple(again)
 
-    def _came(self, batch: BatchFetch, ref: PayloadRef, outcome: Outcome) -> bool:
+    def _report(self, batch: BatchFetch, ref: PayloadRef, outcome: Outcome) -> bool:
         failed = isinstance(outcome, DrayError)
         with self.lock:
             wanted = batch.wanted
-            accepted = batch.came(ref, outcome)
+            accepted = batch.report(ref, outcome)
             if batch.wanted > wanted:
                 self.locked_changed()
-            self._news.notify_all()
+            else:
+                self._news.notify_all()
         if failed:
             logger.debug("batch %d: %s", batch.number, outcome)
         self._counters.add("failed" if failed else "reads" if accepted else "late")
         return accepted
 
-    def _free(self, free: Free) -> None:
-        error = None
-        freed = 0
-        try:
-            freed = self._source.consume(free.refs, timeout=LAST_FREE_SECONDS if self.closing else FREE_SECONDS)
-        except DrayError as failure:
-            logger.debug("%d payloads could not be freed: %s", len(free.refs), failure)
-            error = failure
+    def _is_closing(self) -> bool:
         with self.lock:
-            unfreed = self._freeing.ended(free, error, self._clock.now())
-            self._counters.add_all({"freed": freed, "unfreed": unfreed})
-            self.locked_changed()
-
-    def _raise_crash(self) -> None:
-        if self._crash is not None:
-            raise self._crash
+            return self.closing
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """An error that is kept as an outcome must not keep the connections and buffers of those who raised it."""
+    """Drop the frames of an error that is kept as an outcome: they hold connections and buffers."""
     seen: set[int] = set()  # an error may be its own cause
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from dray.control import (
     StreamLostError,
     WeightsKey,
 )
+from dray.counters import Counters
 from dray.errors import (
     BufferClosedError,
     BufferFullError,
@@ -26,11 +28,10 @@ from dray.errors import (
     TransportError,
 )
 from dray.payload import plan, unpack
-from dray.prefetch.threads import FREE_SECONDS
+from dray.prefetch import FreeingThreads
 from dray.protocol import PayloadRef
 from dray.protocol.ref import has_control
 from dray.ring import SharedRingBuffer
-from dray.runtime.free_payloads import PayloadFreeing
 from dray.runtime.heartbeat import AgeKind
 from dray.runtime.orphans import OrphanWatch
 from dray.runtime.place import folder_is_local, own_address
@@ -43,6 +44,7 @@ _LOG = logging.getLogger("dray.runtime.by_reference")
 _SLICE = 0.5
 _LOOK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
+_FREE_PAUSE = 2.0
 _PAGE = 4096
 _LONGEST_SOCKET_FOLDER = 80
 
@@ -67,12 +69,13 @@ def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, Referenc
         ended = opened.enter_context(ExitStack())  # after the clients, which end the requests under way
         clients = [opened.enter_context(_client(replica, reader)) for reader in range(readers)]
 
-        def consume(references: Iterable[PayloadRef], timeout: float) -> None:
+        def consume(references: Iterable[PayloadRef], timeout: float) -> int:
             deadline = Deadline.after(timeout)
-            for client in clients:
-                client.consume(references, timeout=deadline.remaining)
+            return sum(client.consume(references, timeout=deadline.remaining) for client in clients)
 
-        freeing = PayloadFreeing(consume, FREE_SECONDS)
+        # A committed payload is freed however long its producer takes to answer. The slots of the rings limit the
+        # number of payloads that wait.
+        freeing = FreeingThreads(consume, Counters(), max_attempts=sys.maxsize, pause=_FREE_PAUSE)
         # The last heartbeat has what is left when every request has ended, not what was under way before.
         ended.callback(lambda: replica.activity.show("unfreed", float(freeing.unfreed)))
         ended.callback(freeing.join)
@@ -224,7 +227,7 @@ class ReferenceOutlet:
 class ReferenceInlet:
     """See `Inlet`."""
 
-    def __init__(self, replica: Replica, client: PayloadClient, freeing: PayloadFreeing) -> None:
+    def __init__(self, replica: Replica, client: PayloadClient, freeing: FreeingThreads) -> None:
         self._replica = replica
         self._client = client
         self._freeing = freeing

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from dray.clock import Deadline
 from dray.errors import DrayError, TransportTimeout
+from dray.payload import Arrays
 from dray.transport.connections import KeptLease
-from dray.transport.leases import Arrays
 
 MAX_ASYNC_READS = 32
 """Threads of one client that wait for reads of asyncio."""

@@ -21,7 +21,7 @@ from dray.errors import (
     TransportError,
 )
 from dray.identifiers import MAX_READERS
-from dray.payload.codec import unpack
+from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Status
 from dray.protocol.handshake import check_secret
@@ -33,7 +33,7 @@ from dray.transport.connections import ConnectionHolder, Exchange, Exchanges, Ke
 from dray.transport.holding import Holder, Keeper
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, Network, Worker
-from dray.transport.leases import Arrays, Graveyard, InPlaceLease
+from dray.transport.leases import Graveyard, InPlaceLease
 from dray.transport.pipeline import Windows
 from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
 from dray.transport.receive_buffers import Bytes

@@ -25,11 +25,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from dray.errors import LeaseInUseError
-from dray.payload.codec import unpack
+from dray.payload import Arrays, unpack
 from dray.protocol.client_session import Request
 from dray.transport.connection import Held
-
-Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 
 
 class Graveyard:

@@ -1,4 +1,4 @@
-"""Configuration of the transport, parsed once and strictly."""
+"""The configuration of `dray.ucxx`. It is parsed once; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from dray.protocol.handshake import check_secret
 from dray.ring import OnFull
 from dray.transport.lanes import LaneChoice, chosen_lanes
 
-MOST_SECONDS = 86_400.0
+MAX_SECONDS = 86_400.0
 
 
 class _Table:
-    """A configuration that can be made from a table of a configuration file."""
+    """A configuration that can be parsed from a table of a configuration file."""
 
     @classmethod
     def parse(cls, table: Mapping[str, Any]) -> Self:
-        """Make it from a mapping whose keys are the names of its fields; what is absent has its default.
+        """Return the configuration with the values of a table, and defaults for absent keys.
 
         Raises:
-            ConfigError: a key is unknown or a value not allowed; it names key, value and what is allowed.
+            ConfigError: a key is unknown or a value is not allowed.
         """
         known = [each.name for each in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key, value in table.items():
             if key not in known:
-                raise ConfigError(
-                    str(key), value, f"the keys are {', '.join(known)}", "is no key of this configuration"
-                )
+                keys = f"the keys are {', '.join(known)}"
+                raise ConfigError(str(key), value, keys, "is no key of this configuration")
         return cls(**table)
 
 
@@ -42,11 +41,11 @@ class UCXXConfig(_Table):
     """How completions travel and are read.
 
     Args:
-        payload_transfer: ``"ucxx"`` sends references and serves payloads; ``"redis"`` leaves all of it to the
-            framework: nothing is started.
-        ucxx_prefetch_timeout: seconds for a whole batch, all its retries included.
+        payload_transfer: ``"ucxx"`` sends references and serves payloads; ``"redis"`` starts nothing and leaves
+            the transfer to the framework.
+        ucxx_prefetch_timeout: seconds for a whole batch with all its retries.
         ucxx_read_max_attempts: reads of one reference in one round.
-        ucxx_read_timeout: seconds for one read: of a payload, or of a group of a batch's payloads.
+        ucxx_read_timeout: seconds for one read of a payload, or of a group of a batch's payloads.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -71,24 +70,24 @@ class UCXXConfig(_Table):
 
 @dataclass(frozen=True, kw_only=True)
 class UCXXBufferConfig(_Table):
-    """A rollout worker's buffer and its server.
+    """The buffer of a rollout worker and its server.
 
     Args:
-        slots: payloads it can hold.
-        slot_bytes: size of the largest payload.
-        on_full: what writing to a full buffer does, see `SharedRingBuffer`.
-        readers: how many readers each payload is meant for.
-        lane: how payloads are served, a name or several: ``shm`` on the same host, ``ucx`` and ``tcp`` from
-            anywhere. None means ``shm`` and, with a secret, ``ucx``.
+        slots: payloads that the buffer can hold.
+        slot_bytes: size of the largest payload in bytes.
+        on_full: what a write to a full buffer does; see `SharedRingBuffer`.
+        readers: reader ids that each consume every payload.
+        lane: lanes that serve payloads, a name or several: ``shm`` on the same host, ``ucx`` and ``tcp`` from
+            any host. None means ``shm`` and, with a secret, ``ucx``.
         host: address to listen on and to advertise.
-        port: first port to try; 0 takes any.
-        n_server_threads: server threads, each with endpoints of its own.
+        port: first port to try; 0 lets the system choose.
+        n_server_threads: server threads, each with its own endpoints.
         idle_timeout: seconds after which the server closes an idle connection.
         write_timeout: seconds that a write waits for a free slot.
-        schema: what trajectories must look like; ``episode_length`` need not be in it.
-        per_step: fields with one row per step, beside those that dray knows.
-        secret: the job's secret, at least 16 random bytes, which readers must know; needed to listen on more than
-            loopback.
+        schema: fields of a trajectory; ``episode_length`` is added if it is not among them.
+        per_step: names of fields with one row for each step, beside `dray.payload.trajectory.STEP_FIELDS`.
+        secret: the job's secret, at least 16 random bytes, which consumers must have; required to listen on
+            addresses other than loopback.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -147,8 +146,8 @@ def _count(key: str, value: object, least: int, most: int) -> None:
 
 def _seconds(key: str, value: object) -> None:
     number = type(value) in (int, float)
-    if not number or math.isnan(value) or not 0 < value <= MOST_SECONDS:  # type: ignore[arg-type, operator]
-        raise ConfigError(key, value, f"a number of seconds, above 0 and at most {MOST_SECONDS:g}")
+    if not number or math.isnan(value) or not 0 < value <= MAX_SECONDS:  # type: ignore[arg-type, operator]
+        raise ConfigError(key, value, f"a number of seconds, above 0 and at most {MAX_SECONDS:g}")
 
 
 def _one_of(key: str, value: object, allowed: Sequence[str]) -> None:

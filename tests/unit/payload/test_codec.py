@@ -336,7 +336,7 @@ LONG = "\x1b[2Jforged\n" + "x" * 1_000_000
         {"__metadata__": LONG},
     ],
 )
-def test_error_about_an_image_is_one_short_line_whatever_the_image_says(described):
+def test_error_about_an_image_is_one_short_line_whatever_the_image_holds(described):
     with pytest.raises(PayloadFormatError) as caught:
         unpack(image_of(json.dumps(described).encode()))
     assert len(str(caught.value)) < 2000
@@ -356,7 +356,7 @@ def test_error_about_an_array_is_one_short_line_whatever_its_name(arrays):
 
 def test_too_many_dimensions_are_refused_on_both_sides():
     with pytest.raises(PayloadFormatError, match="dimensions"):
-        header._build((("x", np.dtype("f4"), (1,) * 33),), ())
+        header.build_header([("x", np.dtype("f4"), (1,) * 33)], None)
     with pytest.raises(PayloadFormatError, match="shape"):
         unpack(image_of(one(shape=(1,) * 33, offsets=(0, 4)), bytes(4)))
     arrays = {"x": np.zeros((1,) * 32)}
@@ -458,17 +458,17 @@ def test_an_image_that_itself_lies_misaligned_is_read():
 
 def test_sources_and_views_larger_than_a_structured_dtype_can_be_are_handled_one_by_one(monkeypatch):
     arrays = {"x": np.arange(6.0).reshape(2, 3), "n": np.asarray(4), "e": np.zeros((0, 2))}
-    monkeypatch.setattr(header, "_MAX_RECORD_BYTES", 0)
-    header._cached_build.cache_clear()
-    header._cached_parse.cache_clear()
+    monkeypatch.setattr(header, "MAX_RECORD_BYTES", 0)
+    header.cached_build.cache_clear()
+    header.cached_parse.cache_clear()
     try:
         root = np.frombuffer(pack(arrays), np.uint8)
         read = unpack(root)
         assert_same(read, arrays)
         assert all(array.base is root for array in read.values())
     finally:
-        header._cached_build.cache_clear()
-        header._cached_parse.cache_clear()
+        header.cached_build.cache_clear()
+        header.cached_parse.cache_clear()
 
 
 def test_an_empty_array_with_a_huge_dimension_round_trips():
@@ -477,21 +477,21 @@ def test_an_empty_array_with_a_huge_dimension_round_trips():
 
 
 def test_equal_layouts_share_one_header():
-    header._cached_build.cache_clear()
+    header.cached_build.cache_clear()
     for _ in range(3):
         pack({"x": np.zeros(3), "y": np.zeros((2, 2), np.int8)})
-    assert header._cached_build.cache_info().misses == 1
+    assert header.cached_build.cache_info().misses == 1
     pack({"x": np.zeros(4), "y": np.zeros((2, 2), np.int8)})
     pack({"x": np.zeros(4, np.float32), "y": np.zeros((2, 2), np.int8)})
     pack({"x": np.zeros(4, np.float32), "y": np.zeros((2, 2), np.int8)}, metadata={"a": "b"})
-    assert header._cached_build.cache_info().misses == 4
+    assert header.cached_build.cache_info().misses == 4
 
 
 def test_the_caches_are_bounded():
-    for length in range(header._CACHED + 50):
+    for length in range(header.MAX_CACHED_HEADERS + 50):
         unpack(pack({"x": np.zeros(length, np.uint8)}))
-    assert header._cached_build.cache_info().currsize == header._CACHED
-    assert header._cached_parse.cache_info().currsize == header._CACHED
+    assert header.cached_build.cache_info().currsize == header.MAX_CACHED_HEADERS
+    assert header.cached_parse.cache_info().currsize == header.MAX_CACHED_HEADERS
 
 
 # --- untrusted images -----------------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def test_bytes_after_the_last_tensor_or_missing_ones_are_refused():
 
 
 def test_a_long_header_is_read_without_the_cache():
-    image = pack({"x" * header._CACHED_HEADER_BYTES: np.arange(3)})
+    image = pack({"x" * header.MAX_CACHED_HEADER_BYTES: np.arange(3)})
     assert [array.tolist() for array in unpack(image).values()] == [[0, 1, 2]]
 
 

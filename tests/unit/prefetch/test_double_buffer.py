@@ -8,8 +8,8 @@ from dray.errors import TransportTimeout
 from dray.prefetch import BatchFetch, DoubleBuffer, Fetched, Read
 
 
-def batch(number: int, first: int = 0, count: int = 1, by: float = 10.0) -> BatchFetch:
-    return BatchFetch(number, refs(count, first=first), by)
+def batch(number: int, first: int = 0, count: int = 1, deadline: float = 10.0) -> BatchFetch:
+    return BatchFetch(number, refs(count, first=first), deadline)
 
 
 def begin_read(fetching: BatchFetch) -> Read:
@@ -21,15 +21,15 @@ def begin_read(fetching: BatchFetch) -> Read:
 def arrive(fetching: BatchFetch) -> None:
     read = begin_read(fetching)
     for each in read.refs:
-        fetching.came(each, arrays(each))
-    fetching.ended(read, 0.0)
+        fetching.report(each, arrays(each))
+    fetching.finish(read, 0.0)
 
 
-def test_c8_with_nothing_to_fetch_it_is_settled() -> None:
+def test_c8_with_nothing_to_fetch_it_is_decided() -> None:
     buffers = DoubleBuffer()
-    assert buffers.settled
+    assert buffers.decided
     assert buffers.start(BatchFetch(1, [], 10.0))
-    assert buffers.settled
+    assert buffers.decided
     assert buffers.collect() == ([], [])
 
 
@@ -37,11 +37,11 @@ def test_a_batch_is_found_while_it_is_fetched_and_its_results_when_it_is_collect
     buffers = DoubleBuffer()
     fetching = batch(1)
     assert buffers.start(fetching)
-    assert not buffers.settled
+    assert not buffers.decided
     assert buffers.find(ref(0)) is fetching
     assert buffers.find(ref(1)) is None
     arrive(fetching)
-    assert buffers.settled
+    assert buffers.decided
     results, handed_out = buffers.collect()
     assert results == [Fetched(1, ref(0), arrays(ref(0)))]
     assert handed_out == [ref(0)]
@@ -73,10 +73,10 @@ def test_c9_a_second_start_is_refused_until_the_first_batch_is_collected() -> No
     buffers = DoubleBuffer()
     fetching = batch(1)
     assert buffers.start(fetching)
-    assert not buffers.displaceable
+    assert not buffers.replaceable
     assert not buffers.start(batch(2, first=5))
     arrive(fetching)
-    assert buffers.displaceable
+    assert buffers.replaceable
     buffers.collect()
     assert buffers.start(batch(2, first=5))
 
@@ -88,21 +88,21 @@ def test_c9_a_second_start_is_refused_while_a_read_of_the_first_batch_hangs() ->
     read = begin_read(fetching)
     buffers.collect()
     assert not buffers.start(batch(2, first=5))
-    fetching.ended(read, 9.0)
+    fetching.finish(read, 9.0)
     assert buffers.start(batch(2, first=5))
 
 
-def test_c7_results_that_come_late_are_nobody_s() -> None:
+def test_c7_late_results_are_not_handed_out() -> None:
     buffers = DoubleBuffer()
     late = batch(1, first=0, count=2)
     buffers.start(late)
     read = begin_read(late)
-    late.came(ref(0), arrays(ref(0)))
+    late.report(ref(0), arrays(ref(0)))
     results, handed_out = buffers.collect()
     assert [type(fetched.outcome) for fetched in results] == [dict, TransportTimeout]
     assert handed_out == [ref(0)]
-    assert not late.came(ref(1), arrays(ref(1)))
-    late.ended(read, 1.0)
+    assert not late.report(ref(1), arrays(ref(1)))
+    late.finish(read, 1.0)
     following = batch(2, first=10)
     assert buffers.start(following)
     arrive(following)
@@ -119,12 +119,12 @@ def test_a_deferred_batch_is_fetched_after_the_one_before_it_with_its_own_time()
     assert not buffers.defer(batch(3), 30.0)
     assert buffers.advance(0.0) is None
     arrive(first)
-    assert not buffers.displaceable
+    assert not buffers.replaceable
     assert not buffers.start(batch(4))
     buffers.collect()
-    assert not buffers.settled
+    assert not buffers.decided
     assert buffers.advance(7.0) is second
-    assert second.by == 37.0
+    assert second.deadline == 37.0
     assert buffers.advance(7.0) is None
     assert buffers.find(ref(5)) is second
 
@@ -137,36 +137,36 @@ def test_a_deferred_batch_waits_for_reads_that_hang() -> None:
     buffers.defer(second, 30.0)
     buffers.collect()
     assert buffers.advance(1.0) is None
-    assert not buffers.settled
-    first.ended(read, 2.0)
+    assert not buffers.decided
+    first.finish(read, 2.0)
     assert buffers.advance(2.0) is second
 
 
-def test_what_was_taken_before_collecting_is_handed_out_once() -> None:
+def test_result_before_collect_is_handed_out_once() -> None:
     buffers = DoubleBuffer()
     fetching = batch(1, count=3)
     buffers.start(fetching)
     read = begin_read(fetching)
-    fetching.came(ref(0), arrays(ref(0)))
-    fetching.came(ref(1), arrays(ref(1)))
-    assert buffers.take(ref(0)) == (Fetched(1, ref(0), arrays(ref(0))), True)
-    assert buffers.take(ref(0)) == (Fetched(1, ref(0), arrays(ref(0))), False)
-    fetching.came(ref(2), TIMEOUT)
-    fetching.ended(read, 0.0)
+    fetching.report(ref(0), arrays(ref(0)))
+    fetching.report(ref(1), arrays(ref(1)))
+    assert buffers.result(ref(0)) == (Fetched(1, ref(0), arrays(ref(0))), True)
+    assert buffers.result(ref(0)) == (Fetched(1, ref(0), arrays(ref(0))), False)
+    fetching.report(ref(2), TIMEOUT)
+    fetching.finish(read, 0.0)
     _, handed_out = buffers.collect()
     assert handed_out == [ref(1)]
 
 
-def test_taking_what_has_not_come_ends_the_batch() -> None:
+def test_result_that_has_not_arrived_ends_the_batch() -> None:
     buffers = DoubleBuffer()
     fetching = batch(1)
     buffers.start(fetching)
     read = begin_read(fetching)
-    fetched, _ = buffers.take(ref(0))
+    fetched, _ = buffers.result(ref(0))
     assert isinstance(fetched.outcome, TransportTimeout)
-    assert not fetching.came(ref(0), arrays(ref(0)))
-    assert not buffers.displaceable, "its read hangs: a start would be refused, and must not collect it before"
-    fetching.ended(read, 1.0)
-    assert buffers.displaceable
+    assert not fetching.report(ref(0), arrays(ref(0)))
+    assert not buffers.replaceable, "its read hangs: a start would be refused, and must not collect it before"
+    fetching.finish(read, 1.0)
+    assert buffers.replaceable
     buffers.collect()
     assert buffers.start(batch(2, first=5))

@@ -1,7 +1,9 @@
-"""`CompletionReader`: from prefetch or at once, skipped and counted where it cannot be had."""
+"""`CompletionReader`: payloads are prefetched or read at once; unavailable ones are counted."""
 
 import json
 import logging
+import socket
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +13,7 @@ from waiting import wait_until
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
 from dray.protocol import PayloadRef
 from dray.ucxx import CompletionReader, UCXXBuffer, UCXXBufferConfig, UCXXConfig, completion_for, reference_of
-from dray.ucxx.completion_reader import MIN_LATE_SECONDS, LateReads
+from dray.ucxx.data_packer import MIN_LATE_SECONDS, LateReads
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_prefetched_completions_resolve_as_often_as_asked(buffer: UCXXBuffer, re
     for _ in range(2):
         assert [reward(reader.resolve(completion)) for completion in batch] == [1.0, 2.0]
     statistics = reader.statistics()
-    assert (statistics["prefetched"], statistics["read_at_once"], statistics["skipped"]) == (4, 0, 0)
+    assert (statistics.prefetched, statistics.read_at_once, statistics.skipped) == (4, 0, 0)
     wait_until(lambda: buffer.ring.statistics().free == 16, "the slots to be free again")
 
 
@@ -54,7 +56,7 @@ def test_a_batch_is_collected_when_it_has_come_without_a_wait_before(
     assert reader.start_prefetch(batch)
     assert reader.collect_prefetch() == 16
     assert [reward(reader.resolve(completion)) for completion in batch] == list(range(16))
-    assert reader.statistics()["prefetched"] == 16
+    assert reader.statistics().prefetched == 16
 
 
 def test_discarded_payloads_are_freed_unread(buffer: UCXXBuffer, reader: CompletionReader) -> None:
@@ -62,7 +64,7 @@ def test_discarded_payloads_are_freed_unread(buffer: UCXXBuffer, reader: Complet
     reader.discard(["text", *batch])
     wait_until(lambda: buffer.ring.statistics().free == 16, "the slots to be free again")
     assert reader.resolve(batch[0]) is None
-    assert reader.statistics()["skipped_stale"] == 1
+    assert reader.statistics().skipped_stale == 1
 
 
 def test_late_reads_share_the_time_of_a_batch_and_each_has_a_little() -> None:
@@ -79,7 +81,7 @@ def test_late_reads_share_the_time_of_a_batch_and_each_has_a_little() -> None:
 def test_what_was_not_prefetched_is_read_at_once(buffer: UCXXBuffer, reader: CompletionReader) -> None:
     (completion,) = write(buffer, 3.0)
     assert reward(reader.resolve(completion)) == 3.0
-    assert reader.statistics()["read_at_once"] == 1
+    assert reader.statistics().read_at_once == 1
     wait_until(lambda: buffer.ring.statistics().free == 16, "the slot to be free again")
 
 
@@ -94,7 +96,7 @@ def test_a_deferred_batch_arrives_while_the_one_before_is_used(
         assert reader.wait_prefetch()
         assert reader.collect_prefetch() == 2
         assert [reward(reader.resolve(completion)) for completion in batch] == [step, step + 0.5]
-    assert reader.statistics()["prefetched"] == 8
+    assert reader.statistics().prefetched == 8
 
 
 def test_c6_a_stale_episode_is_skipped_and_counted_prefetched_or_not(
@@ -112,7 +114,7 @@ def test_c6_a_stale_episode_is_skipped_and_counted_prefetched_or_not(
     assert reward(reader.resolve(later)) == 3.0
     assert reader.resolve(later) is None
     statistics = reader.statistics()
-    assert (statistics["skipped"], statistics["skipped_stale"]) == (2, 2)
+    assert (statistics.skipped, statistics.skipped_stale) == (2, 2)
     assert len(caplog.records) == 1
 
 
@@ -123,7 +125,7 @@ def test_c13_a_lost_producer_s_episodes_are_skipped_and_counted(reader: Completi
     assert reader.wait_prefetch()
     assert reader.collect_prefetch() == 0
     assert [reader.resolve(completion) for completion in batch] == [None, None]
-    assert reader.statistics()["skipped_lost"] == 2
+    assert reader.statistics().skipped_lost == 2
 
 
 def test_a_broken_reference_is_skipped_and_counted(reader: CompletionReader) -> None:
@@ -131,7 +133,7 @@ def test_a_broken_reference_is_skipped_and_counted(reader: CompletionReader) -> 
     assert reader.start_prefetch([broken])
     assert reader.wait_prefetch(0)
     assert reader.resolve(broken) is None
-    assert reader.statistics()["skipped_other"] == 1
+    assert reader.statistics().skipped_other == 1
 
 
 def test_a_skipped_payload_that_is_still_there_is_freed(buffer: UCXXBuffer, reader: CompletionReader) -> None:
@@ -140,7 +142,7 @@ def test_a_skipped_payload_that_is_still_there_is_freed(buffer: UCXXBuffer, read
         reference.producer, reference.slot, reference.sequence, reference.nbytes + 1, reference.endpoints
     )
     assert reader.resolve(completion_for(oversized)) is None
-    assert reader.statistics()["skipped_other"] == 1
+    assert reader.statistics().skipped_other == 1
     wait_until(lambda: buffer.ring.statistics().free == 16, "its slot to be free again")
 
 
@@ -157,7 +159,7 @@ def test_layers_two_and_three_are_there_for_references(buffer: UCXXBuffer, reade
     assert reader.fetch_all([], timeout=0) == []
 
 
-def test_a_closed_reader_says_so_and_skips_nothing(buffer: UCXXBuffer) -> None:
+def test_a_closed_reader_raises_buffer_closed_error_and_skips_nothing(buffer: UCXXBuffer) -> None:
     completions = write(buffer, 1.0)
     reader = CompletionReader(lane="shm")
     reader.close()
@@ -165,12 +167,16 @@ def test_a_closed_reader_says_so_and_skips_nothing(buffer: UCXXBuffer) -> None:
     assert reader.alive == 0
     with pytest.raises(BufferClosedError):
         reader.resolve(completions[0])
-    assert reader.statistics()["skipped"] == 0
+    assert reader.statistics().skipped == 0
 
 
-def test_a_reader_whose_client_ends_while_it_reads_says_so(buffer: UCXXBuffer) -> None:
-    completions = write(buffer, 1.0)
-    with CompletionReader(lane="shm") as reader:
-        reader._client.close()
+def test_a_reader_that_is_closed_while_it_reads_raises_buffer_closed_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"tcp:127.0.0.1:{silent.getsockname()[1]}"
+        reader = CompletionReader(lane="tcp")
+        closing = threading.Timer(0.2, reader.close)
+        closing.start()
         with pytest.raises(BufferClosedError):
-            reader.resolve(completions[0])
+            reader.resolve(PayloadRef(bytes(range(16)), 0, 0, 64, (endpoint,)))
+        closing.join()
+        assert reader.statistics().skipped == 0

@@ -1,4 +1,4 @@
-"""The mixins: the names frameworks know, each handed on to a composed object."""
+"""The mixins: names that frameworks know; each call goes to an object behind the mixin."""
 
 import json
 import subprocess
@@ -12,6 +12,9 @@ from waiting import wait_until
 
 import dray.ucxx
 from dray.errors import BufferClosedError, ConfigError, DrayError, StaleSlotError
+from dray.payload import Arrays
+from dray.prefetch import Fetched
+from dray.protocol import PayloadRef
 from dray.ucxx import (
     UCXXBufferConfig,
     UCXXConfig,
@@ -35,7 +38,11 @@ class DataPacker:
 
 
 class Packer(UCXXDataPackerMixin, DataPacker):
-    pass
+    def read_one(self, ref: PayloadRef) -> Arrays:
+        return self._read_one(ref)
+
+    def fetch_all(self, refs: list[PayloadRef], timeout: float) -> list[Fetched]:
+        return self._ucxx_dp_fetch_all(refs, timeout=timeout)
 
 
 @pytest.fixture
@@ -115,7 +122,7 @@ def test_everything_else_passes_untouched(packer: Packer) -> None:
     for output in ("a text", {"text": "a text"}, None, ["list"], object(), SimpleNamespace(completion="a text")):
         assert packer.get_policy_input(0, output)[1] is output
     assert packer.ucxx_reader is not None
-    assert packer.ucxx_reader.statistics()["skipped"] == 0
+    assert packer.ucxx_reader.statistics().skipped == 0
 
 
 def test_an_episode_that_cannot_be_had_is_skipped_and_counted(rollout: Rollout, packer: Packer) -> None:
@@ -123,7 +130,7 @@ def test_an_episode_that_cannot_be_had_is_skipped_and_counted(rollout: Rollout, 
     assert packer.get_policy_input(0, completion) is not None
     assert packer.get_policy_input(0, completion) is None
     assert packer.ucxx_reader is not None
-    assert packer.ucxx_reader.statistics()["skipped_stale"] == 1
+    assert packer.ucxx_reader.statistics().skipped_stale == 1
 
 
 def test_two_batches_are_double_buffered(rollout: Rollout, packer: Packer) -> None:
@@ -136,13 +143,13 @@ def test_two_batches_are_double_buffered(rollout: Rollout, packer: Packer) -> No
         inputs = [packer.get_policy_input(None, completion)[1] for completion in batch]
         assert [float(arrays["rewards"][0]) for arrays in inputs] == [step + n / 4 for n in range(3)]
     assert packer.ucxx_reader is not None
-    assert packer.ucxx_reader.statistics()["prefetched"] == 6
+    assert packer.ucxx_reader.statistics().prefetched == 6
 
 
 def test_layers_two_and_three_have_the_names_frameworks_know(rollout: Rollout, packer: Packer) -> None:
     first, second = (reference_of(rollout.write_to_buffer({"rewards": [float(n)]})) for n in range(2))
-    assert packer._read_one(first)["rewards"] == [0.0]
-    stale, came = packer._ucxx_dp_fetch_all([first, second], timeout=10)
+    assert packer.read_one(first)["rewards"] == [0.0]
+    stale, came = packer.fetch_all([first, second], timeout=10)
     assert isinstance(stale.outcome, StaleSlotError)
     assert not isinstance(came.outcome, DrayError)
     assert came.outcome["rewards"] == [1.0]
@@ -186,7 +193,7 @@ def test_c10_what_prefetch_fetches_interception_finds(form: str, rollout: Rollou
     assert packer.collect_prefetch() == 1
     assert packer.get_policy_input(0, output)[1]["rewards"] == [1.0]
     assert packer.ucxx_reader is not None
-    assert packer.ucxx_reader.statistics()["prefetched"] == 1
+    assert packer.ucxx_reader.statistics().prefetched == 1
 
 
 def test_with_payloads_in_redis_nothing_starts_and_everything_passes() -> None:
@@ -223,7 +230,7 @@ def test_a_completion_without_a_reader_is_an_error_and_not_a_silent_pass(rollout
 def test_set_up_twice_is_an_error_and_cleaned_up_twice_is_fine(rollout: Rollout, packer: Packer) -> None:
     with pytest.raises(DrayError, match="cleanup_ucxx"):
         rollout.setup_ucxx(UCXXBufferConfig(lane=("shm",)))
-    with pytest.raises(DrayError, match="clean up"):
+    with pytest.raises(DrayError, match="cleanup_ucxx_reader"):
         packer.setup_ucxx_reader(lane="shm")
     rollout.write_to_buffer({"rewards": [1.0]})
     assert rollout.cleanup_ucxx(drain=0.01) == 1
@@ -274,7 +281,7 @@ with dray.ucxx.UCXXBuffer(config) as buffer, dray.ucxx.CompletionReader(lane="sh
 """
 
 
-def test_it_imports_without_ucxx_and_says_what_to_install_when_it_is_needed() -> None:
+def test_it_imports_without_ucxx_and_names_the_package_to_install_when_it_is_needed() -> None:
     found = subprocess.run(
         [sys.executable, "-c", WITHOUT_UCXX], capture_output=True, text=True, timeout=60, check=False
     )

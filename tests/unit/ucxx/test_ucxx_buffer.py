@@ -42,7 +42,7 @@ def test_a_trajectory_of_arrays_comes_back_as_it_was_with_its_length() -> None:
     assert arrays["episode_length"].dtype == np.int64
 
 
-def test_c12_casts_lists_tensors_and_strides_are_packed_right_and_narrowing_is_said_once(
+def test_c12_casts_lists_tensors_and_strides_are_packed_right_and_narrowing_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING, "dray.payload")
@@ -98,7 +98,7 @@ def test_b2_a_trajectory_that_does_not_fit_leaves_its_slot_free() -> None:
         buffer.write({"observations": np.zeros((2, 3)), "actions": [1, 2], "rewards": [1.0, 2.0]}, timeout=0)
 
 
-def test_b7_a_full_buffer_says_so_in_time() -> None:
+def test_b7_write_to_a_full_buffer_fails_in_time() -> None:
     with local(slots=1, write_timeout=0.05) as buffer:
         buffer.write({"rewards": [1.0]})
         with pytest.raises(BufferFullError):
@@ -107,14 +107,14 @@ def test_b7_a_full_buffer_says_so_in_time() -> None:
             buffer.write({"rewards": [1.0]}, timeout=0)
 
 
-def test_draining_waits_for_readers_and_says_what_is_left() -> None:
+def test_draining_waits_for_consumers_and_returns_what_is_left() -> None:
     with local() as buffer, PayloadClient() as client:
         read, _ = buffer.write({"rewards": [1.0]}), buffer.write({"rewards": [2.0]})
         client.read(reference_of(read))
         assert buffer.drain(0.2) == 1
 
 
-def test_a_closed_buffer_says_so_and_may_be_closed_again() -> None:
+def test_a_closed_buffer_raises_buffer_closed_error_and_may_be_closed_again() -> None:
     buffer = local()
     assert "PayloadServer" in repr(buffer)
     assert buffer.statistics()["ring"]["free"] == 4

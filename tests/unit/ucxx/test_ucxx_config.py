@@ -17,7 +17,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (config.ucxx_prefetch_timeout, config.ucxx_read_max_attempts, config.ucxx_read_timeout) == (60, 2, 30)
 
 
-def test_the_four_keys_are_taken() -> None:
+def test_the_four_keys_are_accepted() -> None:
     table = {
         "payload_transfer": "redis",
         "ucxx_prefetch_timeout": 5,

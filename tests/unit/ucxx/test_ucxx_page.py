@@ -1,4 +1,4 @@
-"""docs/UCXX.md: its diagram, bounds, settings, log lines and counters are those of the code."""
+"""docs/UCXX.md has the diagram, limits, settings, log lines and counters of the code."""
 
 import ast
 import dataclasses
@@ -10,11 +10,11 @@ import pytest
 
 from dray import admission
 from dray.errors import TransportError
-from dray.prefetch import batch, freeing, reader, threads
+from dray.prefetch import BatchReaderStatistics, batch, freeing, reader
 from dray.protocol.frames import Status
 from dray.ring import RingStatistics, slot_state
 from dray.transport import attempts, connections, pool
-from dray.ucxx import UCXXBufferConfig, UCXXConfig, completion_reader
+from dray.ucxx import CompletionReaderStatistics, UCXXBufferConfig, UCXXConfig, data_packer
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "UCXX.md").read_text(encoding="utf-8")
@@ -52,17 +52,15 @@ def test_example_works() -> None:
     assert [episode["observations"].tolist() for episode in episodes] == [[[0.0, 1.0]]] * 4
 
 
-def test_ceilings_are_those_of_the_code() -> None:
-    ceilings = {row[0]: row[3] for row in rows(section("Retries"))[1:]}
-    assert re.findall(r"[\d.]+", ceilings["1"]) == [str(attempts.MOST_ATTEMPTS)]
+def test_limits_are_those_of_the_code() -> None:
+    limits = {row[0]: row[3] for row in rows(section("Retries"))[1:]}
+    assert re.findall(r"[\d.]+", limits["1"]) == [str(attempts.MOST_ATTEMPTS)]
     assert (
-        re.findall(r"[\d.]+", ceilings["2"])
-        == [str(UCXXConfig().ucxx_read_max_attempts)]
-        == [str(batch.MOST_READS)]
+        re.findall(r"[\d.]+", limits["2"]) == [str(UCXXConfig().ucxx_read_max_attempts)] == [str(batch.MAX_READS)]
     )
-    assert re.findall(r"[\d.]+", ceilings["3"]) == [str(batch.MOST_ROUNDS), str(batch.ROUND_PAUSE)]
-    reads = batch.MOST_READS * batch.MOST_ROUNDS
-    assert f"{batch.MOST_READS} · {batch.MOST_ROUNDS} = {reads} times" in " ".join(PAGE.split())
+    assert re.findall(r"[\d.]+", limits["3"]) == [str(batch.MAX_ROUNDS), str(batch.ROUND_PAUSE)]
+    reads = batch.MAX_READS * batch.MAX_ROUNDS
+    assert f"{batch.MAX_READS} · {batch.MAX_ROUNDS} = {reads} times" in " ".join(PAGE.split())
     assert f"at most {reads * attempts.MOST_ATTEMPTS} transport failures" in " ".join(PAGE.split())
 
 
@@ -73,14 +71,14 @@ def test_ceilings_are_those_of_the_code() -> None:
         ("Idle connections", "idle for {} s is closed and replaced", pool.IDLE_SECONDS),
         ("Idle connections", "the server closes it at {} s", UCXXBufferConfig().idle_timeout),
         ("Idle connections", "The {} s between", UCXXBufferConfig().idle_timeout - pool.IDLE_SECONDS),
-        ("Life cycle of a slot", "at most {} times with", freeing.MOST_TRIES),
+        ("Life cycle of a slot", "at most {} times with", freeing.MAX_ATTEMPTS),
         ("Life cycle of a slot", "with {} s in between", freeing.RETRY_PAUSE),
         ("Retries", "are read together, {} at most", batch.GROUP),
         ("Retries", "`ucxx_read_timeout` seconds ({}) at most", UCXXConfig().ucxx_read_timeout),
         ("Retries", "`ucxx_prefetch_timeout` ({})", UCXXConfig().ucxx_prefetch_timeout),
-        ("Retries", "each of them at least {} s", completion_reader.MIN_LATE_SECONDS),
+        ("Retries", "each of them at least {} s", data_packer.MIN_LATE_SECONDS),
         ("Prefetch", "{} s longer than the batch has", reader.GRACE_SECONDS),
-        ("Prefetch", "frees what was handed out ({} s at most)", threads.LAST_FREE_SECONDS),
+        ("Prefetch", "frees what was handed out ({} s at most)", freeing.CLOSE_SECONDS),
     ],
 )
 def test_seconds_and_counts_are_those_of_the_code(title: str, phrase: str, value: float) -> None:
@@ -90,7 +88,7 @@ def test_seconds_and_counts_are_those_of_the_code(title: str, phrase: str, value
 def test_two_groups_and_two_idle_connections_are_those_of_the_code() -> None:
     assert "then two." in section("Retries")
     assert "two idle connections for each endpoint" in section("Idle connections")
-    assert (batch.MOST_GROUPS, pool.MOST_IDLE) == (2, 2)
+    assert (batch.MAX_GROUPS, pool.MOST_IDLE) == (2, 2)
 
 
 def test_every_setting_has_its_default() -> None:
@@ -180,12 +178,11 @@ def test_every_counter_is_explained() -> None:
     counted["Server"] |= tallied()
     counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
     counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *connections.RETRIES_BY_CAUSE.values()}
-    counted["Batches"] = {"reading", "to_free"}
-    counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
-    of = {"prefetch": "Batches", "ucxx": "Episodes", "protocol": "Server"}
+    counted["Batches"] = {field.name for field in dataclasses.fields(BatchReaderStatistics)}
+    counted["Episodes"] = {field.name for field in dataclasses.fields(CompletionReaderStatistics)}
+    counted["Episodes"] -= {"batches", "client"}
     for path, call in calls():
-        server = path.name.startswith("serve")
-        names = counter_names(call)
-        owner = of.get(path.parent.name) or ("Server" if server else "Client")
-        counted.setdefault(owner, set()).update(names)
+        if path.parent.name in ("protocol", "transport"):
+            server = path.parent.name == "protocol" or path.name.startswith("serve")
+            counted["Server" if server else "Client"] |= counter_names(call)
     assert documented == counted

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import logging
 import subprocess
 import sys
@@ -35,7 +36,7 @@ TORCH_DTYPES = {
 
 @pytest.fixture
 def fresh_warning(monkeypatch):
-    monkeypatch.setattr(torch_interop, "_pageable_warned", {})
+    monkeypatch.setattr(torch_interop, "pageable_warnings", itertools.count())
 
 
 @pytest.mark.parametrize("shape", [(), (0, 2), (3, 2)], ids=str)
@@ -150,12 +151,12 @@ def test_the_alias_of_a_read_only_array_shows_the_same_bytes_and_keeps_it_alive(
     root = np.frombuffer(bytes(pack({"x": np.ones(3).astype(DTYPES[name])})), np.uint8)
     array = unpack(root)["x"]
     alive = weakref.ref(root)
-    alias = torch_interop._writable_alias(array)
+    alias = torch_interop.writable_alias(array)
     assert alias.flags.writeable
     assert (alias.dtype, alias.tobytes()) == (array.dtype, array.tobytes())
     del array, root
     assert alive() is not None
-    assert torch_interop._writable_alias(alias) is alias
+    assert torch_interop.writable_alias(alias) is alias
     del alias
     assert alive() is None
 
@@ -168,19 +169,8 @@ def test_without_page_locked_memory_pageable_memory_is_used_with_one_warning(cap
         for name, tensor in tensors.items():
             assert tensor.dtype is TORCH_DTYPES[name]
             assert tensor.to(torch.complex64).tolist() == [1, 1, 1]
-        assert torch_interop.host_buffer(100).shape == (100,)
     assert [(record.name, record.levelno) for record in caplog.records] == [("dray.payload", logging.WARNING)]
     assert torch_interop.to_torch(arrays, "meta", pin=True)["F32"].device.type == "meta"
-
-
-def test_a_host_buffer_is_the_root_of_what_is_unpacked_from_it(fresh_warning):
-    image = pack({"x": np.arange(3)})
-    for pin in (True, False):
-        buffer = torch_interop.host_buffer(len(image), pin=pin)
-        buffer[:] = np.frombuffer(image, np.uint8)
-        arrays = unpack(buffer)
-        assert arrays["x"].base is buffer
-        assert torch_interop.to_torch(arrays)["x"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -200,7 +190,7 @@ def test_a_tensordict_is_one_call_away():
     assert made.batch_size == torch.Size([])
 
 
-def test_what_is_not_installed_is_named(monkeypatch, caplog, fresh_warning):
+def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensordict", None)
     with pytest.raises(MissingDependencyError, match="pip install tensordict"):
         torch_interop.to_tensordict({})
@@ -208,8 +198,6 @@ def test_what_is_not_installed_is_named(monkeypatch, caplog, fresh_warning):
     with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[torch\]'"):
         torch_interop.to_torch({})
     assert not torch_interop.is_tensor(np.zeros(1))
-    assert torch_interop.host_buffer(10).shape == (10,)
-    assert len(caplog.records) == 1
 
 
 def test_packing_and_unpacking_do_not_import_torch():
