@@ -33,9 +33,9 @@ def test_one_more_than_the_limit_displaces_the_oldest() -> None:
 def test_silent_connections_are_displaced_before_those_in_the_handshake() -> None:
     unproven: Unproven[str] = Unproven(ManualClock(), limit=2)
     unproven.add("greeted")
-    unproven.greeted("greeted")
+    unproven.received("greeted")
     assert [unproven.add(name) for name in "abc"] == [None, "a", "b"]
-    unproven.greeted("c")
+    unproven.received("c")
     assert unproven.add("d") == "greeted"
     assert list(unproven) == ["d", "c"]
 
@@ -55,7 +55,7 @@ def test_a_proof_is_late_by_the_time_since_acceptance_whatever_was_sent() -> Non
     unproven.add("greeted")
     clock.advance(4.0)
     unproven.add("silent")
-    unproven.greeted("greeted")
+    unproven.received("greeted")
     assert unproven.remaining == 6.0
     clock.advance(6.0)
     assert unproven.overdue() == ["greeted"]
