@@ -50,15 +50,15 @@ class Mutator:
     """Makes conversations and changes them.
 
     Args:
-        seed: what it makes follows from it, and from the table.
-        protected: slot → sequence of payloads that others are reading: no conversation consumes one of them.
+        seed: determines the conversations, together with the table.
+        protected: slot → sequence of payloads that a good client reads; no conversation consumes them.
     """
 
     def __init__(self, seed: int, lane: str, producer: bytes, table: Table, protected: dict[int, int]) -> None:
         self.chance = random.Random(seed)
         self._lane = LANES[lane]
         self._producer = producer
-        self._table = table
+        self.table = table
         self._protected = protected
         self._changes = (
             self._flip, self._flip, self._flip, self._set_byte, self._truncate, self._insert, self._delete,
@@ -73,7 +73,7 @@ class Mutator:
         """Valid frames, whose ACKs name requests that were really made."""
         frames, made = [], []
         for number in range(first, first + count):
-            slot, sequence, nbytes = self._table.row(self.chance)
+            slot, sequence, nbytes = self.table.row(self.chance)
             what = self.chance.random()
             if what < 0.5 or (what < 0.75 and not made):
                 said, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
@@ -261,12 +261,12 @@ class Sockets:
         return sock
 
     def _send_all(self, sock: socket.socket, waiting: list[socket.socket]) -> None:
-        """Say all of it and nothing more, and hear how it ends."""
+        """Send all of it and nothing more, and wait for the end."""
         sent = self._mutator.conversation()
         self.counts[self._mutator.expected(sent)] += 1
         with contextlib.suppress(ConnectionError):
             if self._unix and self._chance.random() < 0.05 and sent:
-                socket.send_fds(sock, [sent], [sock.fileno()])  # which nobody asked for
+                socket.send_fds(sock, [sent], [sock.fileno()])  # unexpected
             else:
                 sock.sendall(sent)
             _shut(sock)
@@ -275,7 +275,7 @@ class Sockets:
     def _in_steps(self, sock: socket.socket, waiting: list[socket.socket]) -> None:
         """Handshake and READs by the book; what follows the answers is changed."""
         hello = self._mutator.hello()
-        slot, sequence, nbytes = self._mutator._table.row(self._chance)
+        slot, sequence, nbytes = self._mutator.table.row(self._chance)
         sock.sendall(hello + self._mutator.frame(READ, slot, 0, sequence))
         if not self._answered(sock, nbytes):
             self.counts["either"] += 1
@@ -327,7 +327,7 @@ class Sockets:
         waiting.append(sock)
 
     def _leave(self, sock: socket.socket) -> None:
-        """Close without a word, or reset, in the middle of what it has to say."""
+        """Close or reset the connection in the middle of a conversation."""
         self.counts["left"] += 1
         if not self._unix and self._chance.random() < 0.5:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -343,7 +343,7 @@ class Sockets:
 
 
 def _shut(sock: socket.socket) -> None:
-    """Say that nothing more will come, if anybody still listens."""
+    """End the sending direction, unless the peer has already closed."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:

@@ -60,7 +60,7 @@ def abort(ref, point):
             assert (status.status, status.nbytes) == (0, ref.nbytes)
         if point == "payload":
             for _ in range(rng.randrange(30)):
-                worker._worker.progress_once()
+                worker.progress(1)
             if connection._stream.payload_arrived(ref.nbytes):
                 point = "payload, arrived"
         if point == "ack":
@@ -127,14 +127,14 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
         aborted: Counter[str] = Counter()
         for number in range(count // ROUND):
             if number == WARM_ROUNDS:
-                settle(server, client)
+                wait_for_ends(server, client)
                 before = {"server": Footprint.of(server.pid), "client": Footprint.of(client.pid)}
             passing = [[seed + each, server.ask([seed + each, nbytes])] for each, nbytes in enumerate(PASSING)]
             seed += len(PASSING)
             aborted = Counter(client.ask({"aborts": ROUND, "passing": passing}, 60))
             if number % 100 == 99:
                 report(number, time.monotonic() - began, server, client)
-        settle(server, client)
+        wait_for_ends(server, client)
         after = {"server": Footprint.of(server.pid), "client": Footprint.of(client.pid)}
         statistics = server.ask("statistics")
         client.say()
@@ -156,18 +156,18 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
     assert (ended["ready"], ended["leases"], ended["free"]) == (0, 0, slots)
 
 
-def settle(server: Child, client: Child) -> None:
-    """Until both have noticed every end: two connections stay, and no lease.
+def wait_for_ends(server: Child, client: Child) -> None:
+    """Wait until both have noticed every end: two connections stay, and no lease.
 
-    Nobody drives the client's worker between two rounds, and a socket that the server opened to it for an aborted
-    connection stays until somebody does.
+    The client's worker makes no progress between two rounds, and sockets that the server opened to it for aborted
+    connections stay until it does.
     """
 
-    def settled() -> bool:
+    def all_ended() -> bool:
         statistics = server.ask("statistics")
         return statistics["open_connections"] == 2 and not statistics["ring"]["leases"]
 
-    wait_until(settled, "the ends of aborted reads to be noticed", 30)
+    wait_until(all_ended, "the ends of aborted reads to be noticed", 30)
     client.ask("progress")
 
 

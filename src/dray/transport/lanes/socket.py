@@ -251,7 +251,7 @@ class SocketStream(Stream):
 
     def __repr__(self) -> str:
         state = "closed" if self._sock.fileno() < 0 else f"fd {self._sock.fileno()}"
-        return f"<{type(self).__name__} {self.lane.name} {state}>"
+        return f"<{type(self).__name__} {state}{', sending' if self._parts else ''}>"
 
 
 class TcpStream(SocketStream):

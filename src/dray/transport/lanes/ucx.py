@@ -288,7 +288,7 @@ class UcxStream(Stream):
         return any(request.completed for request, _ in self._sends)
 
     def __repr__(self) -> str:
-        return f"<UcxStream {'closed' if self.closed else 'open'}>"
+        return f"<UcxStream {'closed' if self.closed else 'open'}{', sending' if self._sends else ''}>"
 
 
 class UcxListener(Listener):
