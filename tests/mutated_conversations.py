@@ -76,8 +76,8 @@ class Mutator:
             slot, sequence, nbytes = self.table.row(self.chance)
             what = self.chance.random()
             if what < 0.5 or (what < 0.75 and not made):
-                said, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
-                frames.append(self.frame(READ, slot, number, sequence, said, flags=inline))
+                size, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
+                frames.append(self.frame(READ, slot, number, sequence, size, flags=inline))
                 made.append((slot, number, sequence))
             elif what < 0.75:
                 frames.append(self.ack(*self.chance.choice(made)))

@@ -1,4 +1,4 @@
-"""W4, by the hundred thousand: conversations that are not quite right harm nobody but themselves.
+"""W4, by the hundred thousand: malformed conversations affect no other connection.
 
 A server runs in a process of its own. Several others play mutated conversations to it, many at once; beside them a
 good client reads all the time and compares every byte. Afterwards the server still serves, every malformed
@@ -196,24 +196,24 @@ def _check_counted(counts: Counter[str], found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
-def test_w4_thousands_of_mutated_conversations_harm_nobody_else(lane: str, table: str) -> None:
+def test_w4_thousands_of_mutated_conversations_affect_no_other(lane: str, table: str) -> None:
     play(lane, 6_000, 1_500, table, seed=1)
 
 
 @pytest.mark.endurance
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
-def test_w4_half_a_million_mutated_conversations_on_each_lane_harm_nobody_else(lane: str, table: str) -> None:
+def test_w4_half_a_million_mutated_conversations_on_each_lane_affect_no_other(lane: str, table: str) -> None:
     play(lane, 500_000, 20_000, table, seed=int(time.time()))
 
 
 @pytest.mark.skipif(not UCXX_AVAILABLE, reason="ucxx is not installed")
-def test_w4_hundreds_of_mutated_conversations_on_ucx_harm_nobody_else(table: str) -> None:
+def test_w4_hundreds_of_mutated_conversations_on_ucx_affect_no_other(table: str) -> None:
     play("ucx", 400, 200, table, seed=1)
 
 
 @pytest.mark.endurance
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not UCXX_AVAILABLE, reason="ucxx is not installed")
-def test_w4_ten_thousand_mutated_conversations_on_ucx_harm_nobody_else(table: str) -> None:
+def test_w4_ten_thousand_mutated_conversations_on_ucx_affect_no_other(table: str) -> None:
     play("ucx", 10_000, 1_000, table, seed=int(time.time()))

@@ -32,11 +32,11 @@ def test_one_more_than_the_limit_displaces_the_oldest() -> None:
 
 def test_silent_connections_are_displaced_before_those_in_the_handshake() -> None:
     unproven: Unproven[str] = Unproven(ManualClock(), limit=2)
-    unproven.add("greeted")
-    unproven.received("greeted")
+    unproven.add("started")
+    unproven.received("started")
     assert [unproven.add(name) for name in "abc"] == [None, "a", "b"]
     unproven.received("c")
-    assert unproven.add("d") == "greeted"
+    assert unproven.add("d") == "started"
     assert list(unproven) == ["d", "c"]
 
 
@@ -52,14 +52,14 @@ def test_a_proof_is_late_by_the_time_since_acceptance_whatever_was_sent() -> Non
     clock = ManualClock()
     unproven: Unproven[str] = Unproven(clock, seconds=10.0)
     assert unproven.remaining == math.inf
-    unproven.add("greeted")
+    unproven.add("started")
     clock.advance(4.0)
     unproven.add("silent")
-    unproven.received("greeted")
+    unproven.received("started")
     assert unproven.remaining == 6.0
     clock.advance(6.0)
-    assert unproven.overdue() == ["greeted"]
-    assert "greeted" not in unproven
+    assert unproven.overdue() == ["started"]
+    assert "started" not in unproven
     assert unproven.remaining == 4.0
     clock.advance(5.0)
     assert unproven.remaining == 0.0
