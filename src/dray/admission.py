@@ -133,7 +133,7 @@ class Unproven(Generic[_Connection]):
     def overdue(self) -> list[_Connection]:
         """Remove and return the connections whose proof is late; the caller closes them."""
         now = self._clock.now()
-        late = [each for each, deadline in self._deadlines() if deadline <= now]
+        late = [each for each, at in (*self._silent.items(), *self._started.items()) if at <= now]
         for connection in late:
             self.discard(connection)
         return late
@@ -141,12 +141,8 @@ class Unproven(Generic[_Connection]):
     @property
     def remaining(self) -> float:
         """Seconds until the next proof is late, never negative; ``inf`` if there are no connections."""
-        if not self:
-            return math.inf
-        return max(0.0, min(deadline for _, deadline in self._deadlines()) - self._clock.now())
-
-    def _deadlines(self) -> chain[tuple[_Connection, float]]:
-        return chain(self._silent.items(), self._started.items())
+        deadlines = chain(self._silent.values(), self._started.values())
+        return max(0.0, min(deadlines, default=math.inf) - self._clock.now())
 
     def __repr__(self) -> str:
         return f"<Unproven {len(self._silent)} silent, {len(self._started)} in the handshake>"

@@ -39,7 +39,7 @@ _masks = threading.local()
 
 def not_inherited(holder: _Holder) -> _Holder:
     """Replace the descriptor of `holder` in children that are forked from now on, while `holder` exists."""
-    return descriptor_not_inherited(holder, _fileno)
+    return descriptor_not_inherited(holder, type(holder).fileno)
 
 
 def descriptor_not_inherited(holder: _Any, fileno: Callable[[_Any], int]) -> _Any:
@@ -117,10 +117,6 @@ def _end_child(error: BaseException | None) -> NoReturn:
 
 def _note(_number: int, _frame: FrameType | None) -> None:
     """Python writes the number to the wake-up descriptor before it calls this."""
-
-
-def _fileno(holder: HasDescriptor) -> int:
-    return holder.fileno()
 
 
 def _before() -> None:

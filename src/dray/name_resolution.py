@@ -153,10 +153,8 @@ def _begin(host: str, wake: int, endpoint: str | None) -> _Query:
         query = _queries.get(host)
         if query is None:
             if len(_queries) >= MAX_QUERIES:
-                raise Unreachable(
-                    f"{MAX_QUERIES} other names are being resolved, and the name server does not answer",
-                    endpoint=endpoint,
-                )
+                message = f"{MAX_QUERIES} other names are being resolved, and the name server does not answer"
+                raise Unreachable(message, endpoint=endpoint)
             query = _Query(host)
             threading.Thread(target=query.run, name="dray-name-resolution", daemon=True).start()
             _queries[host] = query

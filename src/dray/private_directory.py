@@ -81,11 +81,9 @@ def default_root() -> Path:
     Raises:
         ConfigError: no folder can be made in ``/tmp``.
     """
-    chosen = os.environ.get("DRAY_RUNTIME_DIR")
-    return Path(chosen) if chosen else _root_in(Path("/tmp"))
-
-
-def _root_in(parent: Path) -> Path:
+    if chosen := os.environ.get("DRAY_RUNTIME_DIR"):
+        return Path(chosen)
+    parent = Path("/tmp")
     usual = parent / f"dray-{os.getuid()}"
     others = sorted(parent.glob(f"{usual.name}-" + "?" * 8))
     for root in (usual, *others):

@@ -214,14 +214,11 @@ class SocketStream(Stream):
             got = self._recv(target[self._filled :], within=True)
             self._filled += got
         missing = target.nbytes - self._filled
-        self._wake_at(min(missing, _MANY) if missing > _FEW else 1)
+        low_water = min(missing, _MANY) if missing > _FEW else 1
+        if low_water != self._low_water:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+            self._low_water = low_water
         return not missing
-
-    def _wake_at(self, nbytes: int) -> None:
-        """Make the socket readable only when `nbytes` have arrived, or the connection has ended."""
-        if nbytes != self._low_water:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-            self._low_water = nbytes
 
     def _recv(self, room: memoryview | bytearray, within: bool = False) -> int:
         """The number of bytes received; 0 if there are none yet."""
@@ -420,7 +417,7 @@ def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
     Raises:
         ConfigError: this machine has no such address, or no port is free.
     """
-    for candidate in range(port, min(port + PORTS_TO_TRY, 65536)) if port else (0,):
+    for candidate in ports_from(port):
         try:
             sock.bind((host, candidate))
             return
@@ -429,6 +426,11 @@ def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
                 continue
             raise ConfigError("host", host, f"an address of this machine ({error.strerror or error})") from error
     raise no_free_port(port)
+
+
+def ports_from(port: int) -> range:
+    """The ports to try; 0 alone is any free port."""
+    return range(port, min(port + PORTS_TO_TRY, 65536)) if port else range(1)
 
 
 def no_free_port(port: int) -> ConfigError:

@@ -34,7 +34,7 @@ from dray.errors import (
 from dray.name_resolution import is_loopback
 from dray.protocol.frames import Outgoing, Payload
 from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Listener, Stream, Worker
-from dray.transport.lanes.socket import PORTS_TO_TRY, no_free_port
+from dray.transport.lanes.socket import no_free_port, ports_from
 from dray.transport.lanes.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
 from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, Abandoned, UcxWorker, from_ucx_error, require
 from dray.transport.polling import CloseEvent, addresses_of
@@ -362,7 +362,7 @@ class UcxListener(Listener):
         self._requests.append(request)
 
     def _bind(self, port: int) -> Any:
-        for candidate in range(port, min(port + PORTS_TO_TRY, 65536)) if port else (0,):
+        for candidate in ports_from(port):
             try:
                 return self.worker.listen(candidate, self._requested)
             except Unreachable as error:

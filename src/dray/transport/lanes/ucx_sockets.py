@@ -314,14 +314,19 @@ def can_name_peers() -> bool:
     return _request_query() is not None
 
 
-@functools.cache
 def _request_query() -> Any:
-    """`ucp_conn_request_query`, or None if the loaded library does not have it."""
+    arguments = (ctypes.c_void_p, ctypes.c_void_p)
+    return library_function("libucp.so.0", "ucp_conn_request_query", arguments, ctypes.c_int)
+
+
+@functools.cache
+def library_function(library: str, name: str, arguments: tuple[Any, ...], result: Any) -> Any:
+    """A function of a loaded C library; None if the library does not have it."""
     try:
-        function = ctypes.CDLL("libucp.so.0").ucp_conn_request_query
+        function = getattr(ctypes.CDLL(library), name)
     except (OSError, AttributeError):
         return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
+    function.argtypes, function.restype = arguments, result
     return function
 
 

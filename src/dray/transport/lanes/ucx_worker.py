@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import itertools
 import os
@@ -34,7 +33,7 @@ from dray.errors import (
 )
 from dray.resources import check_descriptors, descriptors_exhausted, keep_result
 from dray.transport.lanes.base import Worker
-from dray.transport.lanes.ucx_sockets import drop_all_packets, ports_opened
+from dray.transport.lanes.ucx_sockets import drop_all_packets, library_function, ports_opened
 
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
 SEGMENT_SIZE = "1m"
@@ -327,20 +326,10 @@ def _forget_cancelled(endpoint: Any) -> None:
     ucxx (0.52) releases cancelled requests that have ended only when it is asked for their number, which Python
     cannot do. Until then endpoint and requests keep each other alive, and their worker with its descriptors.
     """
-    count = canceling_size()
+    name = "_ZNK4ucxx8Endpoint16getCancelingSizeEv"  # ucxx::Endpoint::getCancelingSize
+    count = library_function("libucxx.so", name, (ctypes.c_void_p,), ctypes.c_size_t)
     if count is not None:
         count(endpoint.ucxx_ptr)
-
-
-@functools.cache
-def canceling_size() -> Any:
-    """`ucxx::Endpoint::getCancelingSize`, or None if the loaded library does not have it."""
-    try:
-        function = ctypes.CDLL("libucxx.so")._ZNK4ucxx8Endpoint16getCancelingSizeEv
-    except (OSError, AttributeError):
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_size_t
-    return function
 
 
 _context_lock = threading.Lock()
