@@ -54,7 +54,7 @@ class Mutator:
         protected: slot → sequence of payloads that a good client reads; no conversation consumes them.
     """
 
-    def __init__(self, seed: int, lane: str, producer: bytes, table: Table, protected: dict[int, int]) -> None:
+    def __init__(self, seed: int, lane: str, producer: bytes, table: Table, *, protected: dict[int, int]) -> None:
         self.chance = random.Random(seed)
         self._lane = LANES[lane]
         self._producer = producer
@@ -77,7 +77,7 @@ class Mutator:
             what = self.chance.random()
             if what < 0.5 or (what < 0.75 and not made):
                 size, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
-                frames.append(self.frame(READ, slot, number, sequence, size, flags=inline))
+                frames.append(self.frame(READ, slot, number, sequence, nbytes=size, flags=inline))
                 made.append((slot, number, sequence))
             elif what < 0.75:
                 frames.append(self.ack(*self.chance.choice(made)))
@@ -90,7 +90,7 @@ class Mutator:
     def ack(self, slot: int, number: int, sequence: int) -> bytes:
         return self.frame(ACK, slot, number, sequence, flags=self.chance.getrandbits(1))
 
-    def frame(self, kind: int, slot: int, number: int, sequence: int, nbytes: int = 0, flags: int = 0) -> bytes:
+    def frame(self, kind: int, slot: int, number: int, sequence: int, *, nbytes: int = 0, flags: int = 0) -> bytes:
         tag = self.chance.choice((0, self.chance.getrandbits(16)))
         return FRAME.pack(kind, 0, 0, flags, slot, number, sequence, nbytes, 0, 0, tag, 0)
 
@@ -355,7 +355,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     table = Table(task["table"], task["rows"])
     protected = {int(slot): sequence for slot, sequence in task["protected"].items()}
-    mutator = Mutator(task["seed"], task["lane"], bytes.fromhex(task["producer"]), table, protected)
+    mutator = Mutator(task["seed"], task["lane"], bytes.fromhex(task["producer"]), table, protected=protected)
     if task["lane"] == "ucx":
         from mutated_ucx import UcxConversations
 

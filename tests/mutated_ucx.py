@@ -115,7 +115,7 @@ class UcxConversations:
             tag = self._chance.choice((0, theirs ^ 1, theirs + 1, self._chance.getrandbits(64)))
             self._post(stream, self._chance.randbytes(self._chance.choice((1, 64, 5000))), tag % 2**64)
         slot, sequence, nbytes = self._mutator.table.row(self._chance)
-        read = bytearray(self._mutator.frame(READ, slot, 0, sequence, nbytes))
+        read = bytearray(self._mutator.frame(READ, slot, 0, sequence, nbytes=nbytes))
         read[48:56] = stream.tag.to_bytes(8, "little")
         stream.send([bytes(read)])
         self._flushed(stream)

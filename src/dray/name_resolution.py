@@ -36,6 +36,7 @@ def resolve(
     host: str,
     port: int,
     deadline: Deadline,
+    *,
     wait: Callable[[int], None] | None = None,
     endpoint: str | None = None,
 ) -> list[Address]:

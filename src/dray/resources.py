@@ -61,8 +61,7 @@ def check_descriptors(count: int, wanted: str) -> None:
 def raise_descriptor_limit() -> int:
     """Raise this process's soft limit on open descriptors to the hard limit, which is returned.
 
-    Children inherit it. `select.select` cannot use descriptors from 1,024 on, with any limit; `selectors`, `poll`
-    and `epoll` can.
+    Children inherit it. `select.select` cannot use descriptors from 1,024 on; `selectors`, `poll` and `epoll` can.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

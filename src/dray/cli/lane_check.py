@@ -64,9 +64,7 @@ def check_lane(lane: str, timeout: float) -> LaneReport:
     except _Failure as failure:
         return LaneReport(lane, False, str(failure), _remedy(lane, failure.about))
     if answer["digest"] != offer["digest"]:
-        return LaneReport(
-            lane, False, f"the {offer['nbytes']} bytes that were read differ from what was put"
-        )
+        return LaneReport(lane, False, f"the {offer['nbytes']} bytes that were read differ from what was put")
     nbytes, seconds = int(offer["nbytes"]), float(answer["seconds"])
     detail = f"{nbytes:,} bytes read by another process in {seconds * 1e3:.1f} ms, each compared"
     return LaneReport(lane, True, detail, "", nbytes, seconds)

@@ -13,13 +13,16 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dray.clock import Deadline
 from dray.closing import Closing
 from dray.errors import BufferClosedError, TransportTimeout
 from dray.name_resolution import AWAITED, Address, resolve
 from dray.resources import needing
+
+if TYPE_CHECKING:
+    from dray.transport.lanes.base import Stream
 
 SPIN_SECONDS = 300e-6
 """How long a thread polls without sleeping. A poll is a system call of about one microsecond, during which other
@@ -130,14 +133,6 @@ class AdaptiveEpoll:
         self.poll = AdaptivePoller(self._epoll.poll)
 
 
-class Pollable(Protocol):
-    """The part of a stream that a client waits for."""
-
-    def fileno(self) -> int: ...
-    @property
-    def wants_write(self) -> bool: ...
-
-
 class CloseEvent(Closing):
     """Ends all waits of one client, now and later.
 
@@ -210,7 +205,7 @@ class PollWaiter:
         if closing is not None:
             closing.watch(self._poll)
 
-    def wait(self, stream: Pollable, deadline: Deadline, awaited: str, endpoint: str) -> None:
+    def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
         """Wait until a stream that is `idle` can advance; a waiter always gets the same stream.
 
         Raises:
@@ -246,7 +241,7 @@ def addresses_of(
     def wait(descriptor: int) -> None:
         PollWaiter(closing).wait_for(descriptor, select.POLLIN, deadline, awaited=AWAITED, endpoint=endpoint)
 
-    return resolve(host, port, deadline, wait, endpoint)
+    return resolve(host, port, deadline, wait=wait, endpoint=endpoint)
 
 
 def timed_out(deadline: Deadline, awaited: str, endpoint: str) -> TransportTimeout:

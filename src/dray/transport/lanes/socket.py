@@ -163,7 +163,7 @@ class SocketStream(Stream):
         target = self.expected[0]
         if nbytes:
             if nbytes != target.nbytes:
-                raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {target.nbytes}")
+                raise MessageTruncated(f"the payload has {nbytes} bytes instead of {target.nbytes}")
             if not self._fill_payload(target):
                 return False
         self.expected.popleft()

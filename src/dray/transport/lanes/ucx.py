@@ -148,7 +148,7 @@ class UcxStream(Stream):
     def payload_arrived(self, nbytes: int) -> bool:
         request, memory, _ = self.expected[0]
         if nbytes and nbytes != memory.nbytes:
-            raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {memory.nbytes}")
+            raise MessageTruncated(f"the payload has {nbytes} bytes instead of {memory.nbytes}")
         if not request.completed:
             self._awaited = _Awaited.PAYLOAD
             self._check_alive()
