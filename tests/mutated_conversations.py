@@ -216,7 +216,7 @@ def frames_of(sent: bytes | bytearray) -> Iterator[tuple[int, ...]]:
 class Sockets:
     """Plays conversations over Unix sockets or TCP.
 
-    What becomes of them is counted by name; those of which the server sees every byte by how it must end them.
+    Outcomes are counted by name; if the server reads every byte of a conversation, by the end that it must have.
     """
 
     def __init__(self, mutator: Mutator, address: str) -> None:
@@ -273,7 +273,7 @@ class Sockets:
         waiting.append(sock)
 
     def _in_steps(self, sock: socket.socket, waiting: list[socket.socket]) -> None:
-        """Handshake and READs by the book; what follows the answers is changed."""
+        """A valid handshake and READ; the frames after the answers are changed."""
         hello = self._mutator.hello()
         slot, sequence, nbytes = self._mutator.table.row(self._chance)
         sock.sendall(hello + self._mutator.frame(READ, slot, 0, sequence))

@@ -30,7 +30,7 @@ _MAX_ROOT = MAX_SOCKET_PATH - len("/12345678/redis.sock")
 
 
 class PrivateDirectory(Closing):
-    """A fresh folder with mode 0700, locked while its process, or a child that inherits `lock`, lives.
+    """A fresh folder with mode 0700, locked while its process, or a child that inherits `lock`, is alive.
 
     Args:
         root: where the folder is made; by default `default_root`. Folders there of dead processes are removed.
@@ -140,14 +140,14 @@ def _own(root: Path) -> None:
         for path in reversed([root, *(each for each in root.absolute().parents if not each.exists())]):
             path.mkdir(mode=0o700, exist_ok=True)
         refused = _refused(root.lstat())
-        # The folders that contain links on the path, and those that the links lead to.
+        # The folders that contain symlinks of the path, and those to which the symlinks point.
         parents = {*root.absolute().parents, *root.resolve().parents}
         replaceable = sorted(path for path in parents if _others_may_replace(path.stat()))
     except OSError as error:
         allowed = f"must be a folder that exists or can be made ({error.strerror})"
         raise ConfigError("runtime directory", str(root), allowed, problem) from error
     if refused:
-        allowed = "must be a folder of this user with mode 0700, not a link"
+        allowed = "must be a folder of this user with mode 0700, not a symlink"
         raise ConfigError("runtime directory", str(root), allowed, problem)
     if replaceable:
         allowed = (

@@ -179,7 +179,7 @@ def test_w4_peers_that_do_not_speak_ucx_leave_other_connections_alone_on_ucx() -
         Frame(Kind.ACK, flags=Flag.TEXT),
     ],
 )
-def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases_on_ucx(frame: Frame) -> None:
+def test_w4_malformed_frames_close_only_that_connection_and_release_its_leases_on_ucx(frame: Frame) -> None:
     with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)

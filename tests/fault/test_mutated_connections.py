@@ -119,7 +119,7 @@ class Mutants:
             process.communicate()
 
     def counts(self, seconds: float) -> Counter[str]:
-        """What became of all of them."""
+        """The counts of all of them."""
         total: Counter[str] = Counter()
         for process in self._processes:
             out, _ = process.communicate(timeout=seconds)
@@ -154,13 +154,15 @@ def play(lane: str, conversations: int, warm_up: int, table: str, seed: int) -> 
         with Reader(refs, lane) as reader:
             with Mutants(warm_up, task, seed) as mutants:
                 before = mutants.counts(LIMIT_SECONDS)
-            began, held = time.monotonic(), _settled(server)
+            began, held = time.monotonic(), _footprint(server)
             with Mutants(conversations, task, seed + 1000) as mutants:
                 counts = mutants.counts(LIMIT_SECONDS)
             seconds = time.monotonic() - began
-            after = _settled(server)
+            after = _footprint(server)
             reads = reader.reads
-            wait_until(lambda: reader.reads > reads + len(refs) or reader.check(), "the good client to go on", 30)
+            wait_until(
+                lambda: reader.reads > reads + len(refs) or reader.check(), "more reads of the good client", 30
+            )
         reader.check()
         wait_until(lambda: server.ask("statistics")["open_connections"] == 0, "the connections to end", 30)
         found = server.ask("statistics")
@@ -178,7 +180,7 @@ def play(lane: str, conversations: int, warm_up: int, table: str, seed: int) -> 
         assert after.mappings <= held.mappings + 8
 
 
-def _settled(server: Child) -> Footprint:
+def _footprint(server: Child) -> Footprint:
     """What the server holds while only the good client has a connection."""
     wait_until(lambda: server.ask("statistics")["open_connections"] <= 1, "the connections to end", 30)
     return Footprint.of(server.pid)

@@ -62,7 +62,7 @@ while (asked := hear()) is not None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_w9_servers_that_stop_under_load_again_and_again_leave_nothing(count: int) -> None:
+def test_w9_servers_that_stop_repeatedly_under_load_leave_nothing(count: int) -> None:
     began = time.monotonic()
     before: dict[str, Footprint] = {}
     outcomes: Counter[str] = Counter()

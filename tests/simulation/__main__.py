@@ -149,4 +149,7 @@ def _results(options: argparse.Namespace) -> Iterator[tuple[int, list[Failure], 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Started processes cannot import functions of a module with the name `__main__`.
+    from simulation.__main__ import main as run
+
+    sys.exit(run())

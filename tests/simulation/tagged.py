@@ -258,7 +258,7 @@ class SimulatedUcxEndpoint:
         if not self.alive:
             raise self.why("simulated")
 
-    # --- life -------------------------------------------------------------------------------------------------
+    # --- states -----------------------------------------------------------------------------------------------
 
     def join(self, peer: SimulatedUcxEndpoint) -> None:
         """Connect two ends: messages that either side has sent leave now."""

@@ -70,7 +70,7 @@ def test_several_batches_are_accepted_before_one_of_the_first_is_displaced() -> 
     assert MAX_UNPROVEN >= 8 * MAX_ACCEPTED
 
 
-def test_one_line_passes_in_a_time_and_the_next_tells_how_many_did_not() -> None:
+def test_one_line_passes_in_a_period_and_the_next_has_the_number_left_out() -> None:
     clock = ManualClock()
     lines = LineLimit(10.0, clock)
     assert [lines.passes() for _ in range(4)] == ["", None, None, None]

@@ -467,7 +467,7 @@ class ShmLane(Lane):
     ) -> UnixStream:
         """See `Lane.connect`.
 
-        The folder of a socket exists while its server lives. If it is missing, the socket belongs to another host:
+        The folder of a socket exists while its server does. If it is missing, the socket belongs to another host:
         `Unreachable.elsewhere`.
         """
         try:

@@ -296,7 +296,7 @@ class UcxWorker(Worker):
         self._refuse_retired()
         self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self._refuse_pending()
-        # A request that UCX could not cancel ends with its worker, and the worker lives as long as its requests.
+        # A request that UCX could not cancel ends with its worker, and the worker exists as long as its requests.
         # The requests are released first, then the worker, and their memory last.
         self._memory += [abandoned.detach_memory() for abandoned in self._abandoned]
         self._abandoned.clear()
