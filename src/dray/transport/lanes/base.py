@@ -1,9 +1,9 @@
 """The contract of a lane: its properties, and the streams, listeners and workers that it makes.
 
 A lane is one module with a subclass of `Lane`, and one entry in `dray.transport.lanes.LANES`. Its connections are
-`Stream` objects that carry *messages* (the handshake and frames, whose sizes both ends know) and
-*payloads*. No method of a stream waits. If `idle()` returns True, the user of the stream waits for `fileno()`: a
-server thread for all its streams at once, a client for one stream.
+`Stream` objects, which carry *messages* (the handshake and frames, whose sizes both ends know) and *payloads*. No
+method of a stream waits. If `idle()` returns True, the user of the stream waits for `fileno()`: a server thread for
+all its streams at once, a client for one stream.
 """
 
 from __future__ import annotations

@@ -285,27 +285,20 @@ def _bytes_received(sock: socket.socket) -> int:
     return int(count)
 
 
-class _RequestAttributes(ctypes.Structure):
-    """``ucp_conn_request_attr_t``."""
+_REQUEST_ATTRIBUTES = struct.Struct("@Q128xQ")
+"""``ucp_conn_request_attr_t``: which fields are wanted, the client's address, the client's id."""
 
-    _fields_ = [
-        ("field_mask", ctypes.c_uint64),
-        ("client_address", ctypes.c_ubyte * 128),
-        ("client_id", ctypes.c_uint64),
-    ]
-
-
-_CLIENT_ADDRESS = 1
+_CLIENT_ADDRESS, _CLIENT_ADDRESS_OFFSET = 1, 8
 _SOCKADDR_IN = struct.Struct("=H2s4s")
 
 
 def _peer_of(request: int) -> Peer | None:
     """The address of a connection request's peer; None if it is not IPv4."""
     query = _request_query()
-    attributes = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
-    if query is None or query(request, ctypes.byref(attributes)) != 0:
+    attributes = ctypes.create_string_buffer(_REQUEST_ATTRIBUTES.pack(_CLIENT_ADDRESS, 0))
+    if query is None or query(request, attributes) != 0:
         return None
-    family, port, host = _SOCKADDR_IN.unpack_from(bytes(attributes.client_address))
+    family, port, host = _SOCKADDR_IN.unpack_from(attributes, _CLIENT_ADDRESS_OFFSET)
     return (socket.inet_ntoa(host), int.from_bytes(port, "big")) if family == socket.AF_INET else None
 
 

@@ -117,7 +117,8 @@ def open_ucp(loopback: bool) -> Ucp:
         address = ucx.UCXAddress.create_from_worker(worker).tobytes()
         worker.init_blocking_progress_mode()
     except (ucx.UCXShmemSegmentError, ucx.UCXNoDeviceError) as error:
-        message = f"UCX cannot be used on this machine: {error}{_shared_memory_remark()}"
+        shared = "" if os.access("/dev/shm", os.W_OK) else "; it needs a /dev/shm that can be written to"
+        message = f"UCX cannot be used on this machine: {error}{shared}"
         raise Unreachable(message, lane_unusable=True) from error
     except ucx.UCXError as error:
         raise descriptors_exhausted("a UCX worker") or from_ucx_error(error) from error
@@ -348,9 +349,3 @@ def _context(key: tuple[bool, int]) -> Any:
             features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
             _contexts[key] = ucx.UCXContext(chosen, features)
         return _contexts[key]
-
-
-def _shared_memory_remark() -> str:
-    """What is wrong with the folder in which UCX makes shared memory; empty if nothing is."""
-    folder = "/dev/shm"
-    return "" if os.access(folder, os.W_OK) else f"; it needs a {folder} that can be written to"
