@@ -2,8 +2,8 @@
 
 A lane is one module with a subclass of `Lane`, and one entry in `dray.transport.lanes.LANES`. Its connections are
 `Stream` objects, which carry *messages* (the handshake and frames, whose sizes both ends know) and *payloads*. No
-method of a stream waits. If `idle()` returns True, the user of the stream waits for `fileno()`: a server thread for
-all its streams at once, a client for one stream.
+method of a stream waits. If `idle()` returns True, the user of the stream waits for `fileno()`: a server thread
+for all its streams at once, a client for one stream.
 """
 
 from __future__ import annotations
