@@ -50,15 +50,15 @@ class Mutator:
     """Makes conversations and changes them.
 
     Args:
-        seed: what it makes follows from it, and from the table.
-        protected: slot → sequence of payloads that others are reading: no conversation consumes one of them.
+        seed: determines the conversations, together with the table.
+        protected: slot → sequence of payloads that a good client reads; no conversation consumes them.
     """
 
-    def __init__(self, seed: int, lane: str, producer: bytes, table: Table, protected: dict[int, int]) -> None:
+    def __init__(self, seed: int, lane: str, producer: bytes, table: Table, *, protected: dict[int, int]) -> None:
         self.chance = random.Random(seed)
         self._lane = LANES[lane]
         self._producer = producer
-        self._table = table
+        self.table = table
         self._protected = protected
         self._changes = (
             self._flip, self._flip, self._flip, self._set_byte, self._truncate, self._insert, self._delete,
@@ -73,11 +73,11 @@ class Mutator:
         """Valid frames, whose ACKs name requests that were really made."""
         frames, made = [], []
         for number in range(first, first + count):
-            slot, sequence, nbytes = self._table.row(self.chance)
+            slot, sequence, nbytes = self.table.row(self.chance)
             what = self.chance.random()
             if what < 0.5 or (what < 0.75 and not made):
-                said, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
-                frames.append(self.frame(READ, slot, number, sequence, said, flags=inline))
+                size, inline = self.chance.choice((0, nbytes)), self.chance.choice((0, 8))
+                frames.append(self.frame(READ, slot, number, sequence, nbytes=size, flags=inline))
                 made.append((slot, number, sequence))
             elif what < 0.75:
                 frames.append(self.ack(*self.chance.choice(made)))
@@ -90,7 +90,7 @@ class Mutator:
     def ack(self, slot: int, number: int, sequence: int) -> bytes:
         return self.frame(ACK, slot, number, sequence, flags=self.chance.getrandbits(1))
 
-    def frame(self, kind: int, slot: int, number: int, sequence: int, nbytes: int = 0, flags: int = 0) -> bytes:
+    def frame(self, kind: int, slot: int, number: int, sequence: int, *, nbytes: int = 0, flags: int = 0) -> bytes:
         tag = self.chance.choice((0, self.chance.getrandbits(16)))
         return FRAME.pack(kind, 0, 0, flags, slot, number, sequence, nbytes, 0, 0, tag, 0)
 
@@ -216,7 +216,7 @@ def frames_of(sent: bytes | bytearray) -> Iterator[tuple[int, ...]]:
 class Sockets:
     """Plays conversations over Unix sockets or TCP.
 
-    What becomes of them is counted by name; those of which the server sees every byte by how it must end them.
+    Outcomes are counted by name; if the server reads every byte of a conversation, by the end that it must have.
     """
 
     def __init__(self, mutator: Mutator, address: str) -> None:
@@ -261,21 +261,21 @@ class Sockets:
         return sock
 
     def _send_all(self, sock: socket.socket, waiting: list[socket.socket]) -> None:
-        """Say all of it and nothing more, and hear how it ends."""
+        """Send all of it and nothing more, and wait for the end."""
         sent = self._mutator.conversation()
         self.counts[self._mutator.expected(sent)] += 1
         with contextlib.suppress(ConnectionError):
             if self._unix and self._chance.random() < 0.05 and sent:
-                socket.send_fds(sock, [sent], [sock.fileno()])  # which nobody asked for
+                socket.send_fds(sock, [sent], [sock.fileno()])  # unexpected
             else:
                 sock.sendall(sent)
             _shut(sock)
         waiting.append(sock)
 
     def _in_steps(self, sock: socket.socket, waiting: list[socket.socket]) -> None:
-        """Handshake and READs by the book; what follows the answers is changed."""
+        """A valid handshake and READ; the frames after the answers are changed."""
         hello = self._mutator.hello()
-        slot, sequence, nbytes = self._mutator._table.row(self._chance)
+        slot, sequence, nbytes = self._mutator.table.row(self._chance)
         sock.sendall(hello + self._mutator.frame(READ, slot, 0, sequence))
         if not self._answered(sock, nbytes):
             self.counts["either"] += 1
@@ -327,7 +327,7 @@ class Sockets:
         waiting.append(sock)
 
     def _leave(self, sock: socket.socket) -> None:
-        """Close without a word, or reset, in the middle of what it has to say."""
+        """Close or reset the connection in the middle of a conversation."""
         self.counts["left"] += 1
         if not self._unix and self._chance.random() < 0.5:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -343,7 +343,7 @@ class Sockets:
 
 
 def _shut(sock: socket.socket) -> None:
-    """Say that nothing more will come, if anybody still listens."""
+    """End the sending direction, unless the peer has already closed."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:
@@ -355,7 +355,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     table = Table(task["table"], task["rows"])
     protected = {int(slot): sequence for slot, sequence in task["protected"].items()}
-    mutator = Mutator(task["seed"], task["lane"], bytes.fromhex(task["producer"]), table, protected)
+    mutator = Mutator(task["seed"], task["lane"], bytes.fromhex(task["producer"]), table, protected=protected)
     if task["lane"] == "ucx":
         from mutated_ucx import UcxConversations
 

@@ -10,14 +10,15 @@ from mutated_conversations import READ, SECONDS, Mutator
 
 from dray.clock import Deadline
 from dray.errors import DrayError
+from dray.protocol.frames import Payload
 from dray.transport.lanes import UCX, Endpoint
 from dray.transport.lanes.ucx import UcxStream
 from dray.transport.lanes.ucx_worker import UcxWorker
 
 AT_ONCE = 8
 PER_WORKER = 400
-"""Conversations until the worker is replaced: payloads that nobody receives stay in it."""
-_TOLD_SECONDS = 2.0
+"""Conversations until the worker is replaced, because it keeps payloads that no stream receives."""
+_END_SECONDS = 2.0
 TOO_LONG = 64 * 1024 + 1
 
 
@@ -32,8 +33,7 @@ class UcxConversations:
         self._port = int(port)
         self._worker = UcxWorker(True)
         self._manners: tuple[Callable[[UcxStream], None], ...] = (
-            self._say, self._say, self._say, self._say, self._say, self._leave, self._wrong_tags, self._too_long,
-            self._empty_messages,
+            *5 * (self._converse,), self._leave, self._wrong_tags, self._too_long, self._empty_messages,
         )  # fmt: skip
 
     def play(self, conversations: int) -> None:
@@ -79,7 +79,7 @@ class UcxConversations:
             self._until(lambda: request.completed)
         self._worker.close_endpoint(endpoint, [(request, memory)])
 
-    def _say(self, stream: UcxStream) -> None:
+    def _converse(self, stream: UcxStream) -> None:
         """A changed conversation, in messages of any sizes."""
         sent = self._mutator.conversation()
         expected = self._mutator.expected(sent)
@@ -99,7 +99,7 @@ class UcxConversations:
                 self._until(lambda: stream.receive(1) is not None, stream)
 
     def _leave(self, stream: UcxStream) -> None:
-        """Go at any moment, with what was said still on its way."""
+        """Leave at any time, with messages still on their way."""
         self.counts["left"] += 1
         if self._chance.random() < 0.7:
             stream.send([self._mutator.conversation()])
@@ -107,16 +107,16 @@ class UcxConversations:
             self._worker.progress()
 
     def _wrong_tags(self, stream: UcxStream) -> None:
-        """Messages where nobody expects one, and payloads asked for where frames are due."""
+        """Messages under unexpected tags, and a payload requested under the tag of frames."""
         self.counts["either"] += 1
         self._shake(stream)
-        theirs = stream._theirs.value
+        theirs = stream.peer_tag or 0
         for _ in range(3):
             tag = self._chance.choice((0, theirs ^ 1, theirs + 1, self._chance.getrandbits(64)))
             self._post(stream, self._chance.randbytes(self._chance.choice((1, 64, 5000))), tag % 2**64)
-        slot, sequence, nbytes = self._mutator._table.row(self._chance)
-        read = bytearray(self._mutator.frame(READ, slot, 0, sequence, nbytes))
-        read[48:56] = stream._mine.to_bytes(8, "little")
+        slot, sequence, nbytes = self._mutator.table.row(self._chance)
+        read = bytearray(self._mutator.frame(READ, slot, 0, sequence, nbytes=nbytes))
+        read[48:56] = stream.tag.to_bytes(8, "little")
         stream.send([bytes(read)])
         self._flushed(stream)
         self._until(lambda: stream.receive(64) is not None, stream)
@@ -124,14 +124,14 @@ class UcxConversations:
     def _too_long(self, stream: UcxStream) -> None:
         self.counts["malformed"] += 1
         self._shake(stream)
-        self._post(stream, bytes(TOO_LONG + self._chance.randrange(1 << 17)), stream._theirs.value)
+        self._post(stream, bytes(TOO_LONG + self._chance.randrange(1 << 17)), stream.peer_tag)
         self._ended(stream)
 
     def _empty_messages(self, stream: UcxStream) -> None:
         self.counts["either"] += 1
         self._shake(stream)
         for _ in range(self._chance.randrange(1, 4)):
-            self._post(stream, b"", stream._theirs.value)
+            self._post(stream, b"", stream.peer_tag)
         stream.send(self._mutator.requests(1))
         self._flushed(stream)
 
@@ -142,20 +142,20 @@ class UcxConversations:
         self._flushed(stream)
         self._until(lambda: stream.receive(128 + 8) is not None, stream)
 
-    def _post(self, stream: UcxStream, message: bytes, tag: int) -> None:
-        memory = bytearray(message)
-        stream._sends.append((stream._post("tag_send", memory, self._worker.ucx.UCXXTag(tag)), memory))
+    def _post(self, stream: UcxStream, message: bytes, tag: int | None) -> None:
+        assert tag is not None
+        stream.send([Payload(memoryview(message), tag)])
 
     def _flushed(self, stream: UcxStream) -> None:
         self._until(stream.flush, stream)
 
     def _ended(self, stream: UcxStream) -> None:
-        """The server ends the connection; sometimes UCX does not tell while a payload is on its way."""
-        deadline = Deadline.after(_TOLD_SECONDS)
+        """The server ends the connection; UCX sometimes does not report it while a payload is on its way."""
+        deadline = Deadline.after(_END_SECONDS)
         with contextlib.suppress(DrayError):
             while not deadline.expired:
                 self._until(lambda: stream.receive(1) is not None or deadline.expired, stream, deadline)
-            self.counts["untold"] += 1
+            self.counts["unreported"] += 1
 
     def _until(
         self, condition: Callable[[], Any], stream: UcxStream | None = None, at_most: Deadline | None = None
@@ -167,6 +167,6 @@ class UcxConversations:
             self._worker.progress()
             if condition():
                 return
-            assert at_most or not deadline.expired, "the server said nothing"
+            assert at_most or not deadline.expired, "no answer from the server"
             if stream.idle() if stream is not None else self._worker.arm():
                 poll.poll(deadline.remaining * 1000)

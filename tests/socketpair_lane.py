@@ -7,42 +7,41 @@ from collections import deque
 
 from dray.clock import Deadline
 from dray.errors import Unreachable
-from dray.transport.lanes.base import Endpoint, Lane, ListenAt, Worker
+from dray.transport.lanes.base import Endpoint, Lane, ListenAt, Listener, Stream, Worker
 from dray.transport.lanes.socket import SocketStream
 from dray.transport.polling import CloseEvent
 
 
-class SocketPairListener:
-    worker = None
-    silent = None
-    waiting = False
-
+class SocketPairListener(Listener):
     def __init__(self, lane: "SocketPairLane", name: str) -> None:
         self.endpoint = lane.endpoint(name)
         self._lane = lane
         self._name = name
-        self._offered: deque[socket.socket] = deque()
+        self._connected: deque[socket.socket] = deque()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         lane.listeners[name] = self
 
     def fileno(self) -> int:
         return self._event
 
-    def offer(self, sock: socket.socket) -> None:
-        self._offered.append(sock)
+    def connect(self) -> socket.socket:
+        """The client's end of a new connection."""
+        mine, theirs = socket.socketpair()
+        self._connected.append(theirs)
         os.eventfd_write(self._event, 1)
+        return mine
 
-    def accept(self) -> SocketStream | None:
+    def accept(self) -> Stream | None:
         try:
             os.eventfd_read(self._event)
         except BlockingIOError:
             return None
-        return SocketStream(self._offered.popleft(), self._lane, accepted=True)
+        return SocketStream(self._connected.popleft(), self._lane, accepted=True)
 
     def close(self) -> None:
         if self._lane.listeners.pop(self._name, None) is not None:
             os.close(self._event)
-            for sock in self._offered:
+            for sock in self._connected:
                 sock.close()
 
 
@@ -66,13 +65,11 @@ class SocketPairLane(Lane):
         deadline: Deadline,
         worker: Worker | None = None,
         closing: CloseEvent | None = None,
-    ) -> SocketStream:
+    ) -> Stream:
         listener = self.listeners.get(address.host)
         if listener is None:
             raise Unreachable("no server listens there", endpoint=str(address), refused=True)
-        mine, theirs = socket.socketpair()
-        listener.offer(theirs)
-        return SocketStream(mine, self)
+        return SocketStream(listener.connect(), self)
 
-    def listen(self, place: ListenAt) -> SocketPairListener:
+    def listen(self, place: ListenAt) -> Listener:
         return SocketPairListener(self, next(self._names))

@@ -1,8 +1,8 @@
-"""What a forked child gives up: descriptors that only its parent may use, and its parent's handling of signals.
+"""What a forked child gives up: descriptors that only its parent may use, and its parent's signal handlers.
 
-User code forks: a vector environment, a `multiprocessing` pool, `os.fork`. Such a child has none of the threads
-that serve what dray has opened. A connection that it kept open would hide the death of its parent from the peer,
-and a signal that it passed on to its parent's wake-up descriptor would end the parent.
+User code forks: a vector environment, a `multiprocessing` pool, `os.fork`. A child has none of dray's threads. If
+it kept a connection open, the peer would not notice the death of the parent. If it wrote a signal to its parent's
+wake-up descriptor, the parent would stop.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 
 class HasDescriptor(Protocol):
-    """Anything with a file descriptor, such as a socket."""
+    """An object with a file descriptor, such as a socket."""
 
     def fileno(self) -> int:
-        """The descriptor; negative, or an error, once it is closed."""
+        """The descriptor; after it is closed, a negative number or an error."""
         ...
 
 
@@ -38,29 +38,29 @@ _masks = threading.local()
 
 
 def not_inherited(holder: _Holder) -> _Holder:
-    """Take the descriptor of `holder`, as long as that is there, from children that are forked from now on."""
-    return descriptor_not_inherited(holder, _fileno)
+    """Replace the descriptor of `holder` in children that are forked from now on, while `holder` exists."""
+    return descriptor_not_inherited(holder, type(holder).fileno)
 
 
 def descriptor_not_inherited(holder: _Any, fileno: Callable[[_Any], int]) -> _Any:
-    """As `not_inherited`; `fileno` returns the descriptor of `holder`, to which it must not refer."""
+    """As `not_inherited`; `fileno(holder)` returns the descriptor and must hold no reference to `holder`."""
     _descriptors[holder] = fileno
     return holder
 
 
 def call_in_children(callback: Callable[[], None]) -> None:
-    """Call `callback` in children that are forked from now on, before they get a signal; once, if given twice."""
+    """Call `callback` once in each child that is forked from now on, before the child gets a signal."""
     _callbacks[callback] = None
 
 
 class SignalHandlers:
-    """Signals that write their number to a socket and do nothing else, until `restore`. Main thread only.
+    """Makes signals write their number to a socket and do nothing else, until `restore`. Main thread only.
 
-    A forked child handles them as this process did before.
+    A forked child gets the previous handlers.
 
     Args:
-        numbers: of the signals.
-        writer: a socket that does not block.
+        numbers: the signals.
+        writer: a non-blocking socket.
     """
 
     def __init__(self, numbers: Collection[signal.Signals], writer: socket.socket) -> None:
@@ -77,7 +77,7 @@ class SignalHandlers:
         return self._previous.keys()
 
     def restore(self) -> None:
-        """Handle the signals as before. Handlers that others have set since then stay."""
+        """Restore the previous handlers, unless other code has set new ones since."""
         _handlers.remove(self)
         found = signal.set_wakeup_fd(self._previous_writer)
         if found != self._writer.fileno():
@@ -89,7 +89,7 @@ class SignalHandlers:
 
 @contextmanager
 def parent_only() -> Iterator[None]:
-    """Only this process leaves the block: a child that was forked inside ends there, as an interpreter does."""
+    """Only this process leaves the block; a child that is forked inside ends there, as an interpreter does."""
     pid = os.getpid()
     try:
         yield
@@ -119,12 +119,8 @@ def _note(_number: int, _frame: FrameType | None) -> None:
     """Python writes the number to the wake-up descriptor before it calls this."""
 
 
-def _fileno(holder: HasDescriptor) -> int:
-    return holder.fileno()
-
-
 def _before() -> None:
-    # A signal that the child gets before it has given the handlers up waits until then.
+    # A signal to the child waits until the child has restored the previous handlers.
     handled = _handlers or _callbacks
     _masks.saved = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()) if handled else None
 
@@ -147,7 +143,7 @@ def _in_child() -> None:
 
 
 def _give_up(holders: list[tuple[Any, Callable[[Any], int]]]) -> None:
-    """Put /dev/null in the place of their descriptors: holders may close these, and not those of others."""
+    """Replace the descriptors by /dev/null: a holder that closes its number later must not close another file."""
     numbers = []
     for holder, fileno in holders:
         try:

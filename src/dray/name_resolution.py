@@ -1,8 +1,8 @@
-"""The addresses of a host, found within a deadline.
+"""Resolving host names within a deadline.
 
-The system's resolver has no deadline: with a silent name server `getaddrinfo` returns after ten seconds or more,
-and nothing ends it before. A name is therefore looked up in a daemon thread. A caller waits for that thread as
-long as its own deadline allows, and leaves it behind then. A numeric address needs neither resolver nor thread.
+The system's resolver has no time limit: without an answer from a name server, `getaddrinfo` returns after ten
+seconds or more and cannot be ended before. A daemon thread therefore resolves a name, and a caller waits for that
+thread until its own deadline. A numeric address needs neither resolver nor thread.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ from dray.clock import Deadline
 from dray.errors import ConfigError, TransportError, TransportTimeout, Unreachable
 
 MAX_QUERIES = 16
-"""Names that are looked up at one time; each has a thread until the system's resolver returns."""
+"""Names that are resolved at one time; each has a thread until the system's resolver returns."""
 
 MAX_RESOLVE_SECONDS = 10.0
-"""Seconds that a process waits, at its start, for the addresses of a name that it is to listen at."""
+"""Time limit for resolving a name at which a process listens, at its start."""
 
 Address: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
-"""A family, and the address as a socket of that family takes it."""
+"""A family, and an address as sockets of that family use it."""
 
 AWAITED = "the name server"
-"""What a caller of `resolve` waits for, in words."""
+"""What `resolve` waits for, for messages."""
 
 
 def resolve(
     host: str,
     port: int,
     deadline: Deadline,
+    *,
     wait: Callable[[int], None] | None = None,
     endpoint: str | None = None,
 ) -> list[Address]:
-    """The addresses of `host` with `port`, in the order in which they are to be tried; at least one.
+    """The addresses of `host` with `port`, in order of preference; at least one.
 
     Args:
         host: a numeric address or a name.
         wait: waits until a descriptor is readable, or raises; by default until `deadline`.
-        endpoint: what errors name.
+        endpoint: the address in errors.
 
     Raises:
-        Unreachable: the host is unknown, or too many names are being looked up.
+        Unreachable: the host is unknown, or too many names are being resolved.
         TransportTimeout: the name server did not answer before the deadline.
     """
     try:
@@ -56,20 +57,20 @@ def resolve(
         except socket.gaierror as error:
             if error.errno != socket.EAI_NONAME:
                 raise
-            found = _answer(host, deadline, wait, endpoint)
+            found = _answer(host, wait or _waiter(deadline, endpoint), endpoint)
     except (socket.gaierror, ValueError) as error:  # ValueError: a label is too long, or there is a NUL
         raise Unreachable(f"the host {host!r} is unknown: {error}", endpoint=endpoint) from error
     except TransportError:
         raise
     except OSError as error:
-        raise Unreachable(f"the host {host!r} cannot be looked up: {error}", endpoint=endpoint) from error
+        raise Unreachable(f"the host {host!r} cannot be resolved: {error}", endpoint=endpoint) from error
     return [(family, (address[0], port, *address[2:])) for family, address in found]
 
 
 def listening_address(host: str) -> str:
-    """The numeric address to listen at and to advertise for `host`, so that clients need no name server.
+    """The numeric address at which to listen for `host`; clients that get it need no name server.
 
-    Of a name's addresses an IPv4 one is preferred, because UCX listens at no other kind.
+    IPv4 is preferred, because UCX cannot listen at other addresses.
 
     Raises:
         ConfigError: the host is unknown.
@@ -79,7 +80,7 @@ def listening_address(host: str) -> str:
     try:
         found = resolve(host, 0, Deadline.after(MAX_RESOLVE_SECONDS))
     except TransportError as error:
-        allowed = f"an address of this machine, or a name that means one ({error.message})"
+        allowed = f"an address of this machine, or a name of one ({error.message})"
         raise ConfigError("host", host, allowed) from error
     _, address = min(found, key=lambda each: each[0] is not socket.AF_INET)
     return str(address[0])
@@ -87,7 +88,7 @@ def listening_address(host: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
-    """Whether the address or name is this machine's loopback, which other machines cannot reach."""
+    """Whether an address or name is this machine's loopback, which other machines cannot reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -103,7 +104,7 @@ def _ask(host: str, flags: int = 0) -> list[Address]:
 
 
 class _Query:
-    """One question to the system's resolver, for every thread that has it at the time."""
+    """One call of the system's resolver, for all threads that wait for the same host."""
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -122,21 +123,16 @@ class _Query:
                 os.eventfd_write(wake, 1)
 
 
-_lock = threading.RLock()  # a signal handler may fork while it is held
+_lock = threading.RLock()  # reentrant, because a signal handler may fork while it is held
 _queries: dict[str, _Query] = {}
 
 
-def _answer(
-    host: str, deadline: Deadline, wait: Callable[[int], None] | None, endpoint: str | None
-) -> list[Address]:
+def _answer(host: str, wait: Callable[[int], None], endpoint: str | None) -> list[Address]:
     wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
         query = _begin(host, wake, endpoint)
         try:
-            if wait is not None:
-                wait(wake)
-            else:
-                _wait(wake, deadline, endpoint)
+            wait(wake)
         finally:
             with _lock:
                 query.wakes.discard(wake)
@@ -146,22 +142,20 @@ def _answer(
         case list() as found:
             return found
         case Exception() as error:
-            # Other threads raise it too: each with a traceback of its own.
+            # Other threads raise it too, each with a traceback of its own.
             raise type(error)(*error.args) from error
         case _:
             raise AssertionError("the wait for a query ended before it had an answer")
 
 
 def _begin(host: str, wake: int, endpoint: str | None) -> _Query:
-    """The query for `host` under way, or a new one; `wake` is written to when it has an answer."""
+    """The running query for `host`, or a new one; it writes to `wake` when it has an answer."""
     with _lock:
         query = _queries.get(host)
         if query is None:
             if len(_queries) >= MAX_QUERIES:
-                raise Unreachable(
-                    f"{MAX_QUERIES} other names are being looked up, and the name server does not answer",
-                    endpoint=endpoint,
-                )
+                message = f"{MAX_QUERIES} other names are being resolved, and the name server does not answer"
+                raise Unreachable(message, endpoint=endpoint)
             query = _Query(host)
             threading.Thread(target=query.run, name="dray-name-resolution", daemon=True).start()
             _queries[host] = query
@@ -169,18 +163,22 @@ def _begin(host: str, wake: int, endpoint: str | None) -> _Query:
     return query
 
 
-def _wait(wake: int, deadline: Deadline, endpoint: str | None) -> None:
-    poll = select.poll()
-    poll.register(wake, select.POLLIN)
-    timeout = deadline.timeout
-    if not poll.poll(None if timeout is None else timeout * 1000):
-        raise TransportTimeout(
-            f"no answer while waiting for {AWAITED}", endpoint=endpoint, elapsed=deadline.elapsed
-        )
+def _waiter(deadline: Deadline, endpoint: str | None) -> Callable[[int], None]:
+    """Waits until `deadline` for a descriptor that becomes readable."""
+
+    def wait(wake: int) -> None:
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        timeout = deadline.timeout
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            message = f"no answer while waiting for {AWAITED}"
+            raise TransportTimeout(message, endpoint=endpoint, elapsed=deadline.elapsed)
+
+    return wait
 
 
 def _forget_in_child() -> None:
-    """The threads that look names up are the parent's."""
+    """A child does not have the parent's threads."""
     _queries.clear()
     _lock.release()
 

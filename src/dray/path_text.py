@@ -1,7 +1,7 @@
-"""Paths as text that means the same bytes in every process, whatever its locale.
+"""Paths as text that stands for the same bytes in every process.
 
-Paths are bytes. Python's text for them depends on the locale of the process, and bytes that are no characters
-become surrogates in it. What travels, or is configured, is UTF-8 with such surrogates; it passes through JSON.
+A path is bytes. Python's text for it depends on the locale of the process. Text that leaves a process, or is
+configured, is UTF-8, with surrogates for bytes that are not UTF-8; it passes through JSON.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from pathlib import Path
 
 
 def text_of(path: str | Path) -> str:
-    """The text that stands for `path` everywhere."""
+    """The text for `path`, the same in every process."""
     return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def bytes_of(text: str) -> bytes:
-    """The bytes of the path that `text_of` gave this text for.
+    """The bytes of a path, from its text by `text_of`.
 
     Raises:
-        UnicodeEncodeError: the text stands for no path.
+        UnicodeEncodeError: the text is not that of a path.
     """
     return text.encode("utf-8", "surrogateescape")
 
 
 def path_of(text: str) -> Path:
-    """The path that `text_of` gave this text for.
+    """A path, from its text by `text_of`.
 
     Raises:
-        UnicodeEncodeError: the text stands for no path.
+        UnicodeEncodeError: the text is not that of a path.
     """
     return Path(os.fsdecode(bytes_of(text)))
 
 
 def as_argument(path: str) -> str:
-    """`path` as one word of a command for a shell, in ASCII where it does not print."""
+    """`path` as one word of a shell command; characters that do not print are escaped."""
     if path.isprintable():
         return shlex.quote(path)
     plain = set(range(0x20, 0x7F)) - set(b"'\\")

@@ -1,4 +1,4 @@
-"""Text of user code and of peers, made fit for a terminal, a log line or an error."""
+"""Text of user code and of peers, made safe for a terminal, a log line or an error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from typing import Final
 
 MAX_TEXT: Final = 400
-"""Characters that are shown of one text, unless a caller chooses another bound."""
+"""Characters that are shown of one text, by default."""
 
 MAX_LINE: Final = 4000
-"""Characters that are shown of a line on a terminal, which may hold several such texts."""
+"""Characters that are shown of one line on a terminal, which may contain several texts."""
 
 _CUT = "…"
 _CONTINUATION = "\n    "
@@ -18,12 +18,12 @@ _BREAK = re.compile(r"[^\S ]+")
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:
-    r"""Return `text` as one line of at most `limit` characters, all of them printable.
+    r"""Return `text` as one line of at most `limit` printable characters.
 
-    Line breaks and tabs become a space, and none are left at the end. Other characters that do not print, such as
+    Line breaks and tabs become a space, and are removed at the end. Other characters that do not print, such as
     those of terminal escape sequences, become Python escapes (``\x1b``). A text that is too long ends with ``…``.
     """
-    # No more than this is looked at: a text of megabytes costs as little as one line.
+    # Only this part is read, so that a text of megabytes takes as little time as a line.
     words = _BREAK.sub(" ", text[: 4 * limit]).rstrip()
     shown = words if words.isprintable() else "".join(map(_escaped, words[:limit]))
     if len(shown) <= limit and len(text) <= 4 * limit:
@@ -32,18 +32,18 @@ def printable(text: str, limit: int = MAX_TEXT) -> str:
 
 
 def printable_value(value: object, limit: int = MAX_TEXT) -> str:
-    """Return ``repr(value)`` as `printable` does, whatever `value` is."""
+    """Return ``repr(value)`` as `printable` does, for any `value`."""
     try:
         return printable(repr(value), limit)
-    except Exception:  # noqa: BLE001 - the repr of a foreign object raises whatever it likes
+    except Exception:  # noqa: BLE001 - the repr of a foreign object can raise anything
         return f"({type(value).__name__} that has no repr)"
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats records as `logging` does, with every line printable.
+    """Formats records as `logging` does, in printable lines.
 
     All lines of a record but the first are indented, so that a line break in a message, or in the text of an
-    exception, begins nothing that looks like another record.
+    exception, cannot begin a line that seems to be another record.
     """
 
     def format(self, record: logging.LogRecord) -> str:

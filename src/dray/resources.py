@@ -1,4 +1,4 @@
-"""Descriptors and memory of the system: their limits as one typed error, and a way to make them without a loss."""
+"""Limits of descriptors and memory: one typed error, and a way to make descriptors without losing one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 from dray.errors import OutOfResources
 
 if sys.platform != "win32":
-    import resource  # now: without a descriptor it could not be loaded
+    import resource  # loaded here, because loading it needs a descriptor
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
@@ -21,21 +21,21 @@ T = TypeVar("T")
 
 
 def out_of_resources(error: OSError, wanted: str, endpoint: str | None = None) -> OutOfResources | None:
-    """The typed error that `error` stands for, or None where it is of another kind.
+    """The typed error for `error`; None if it is of another kind.
 
     Args:
         error: from a system call.
-        wanted: what could not be made, e.g. ``"a socket"``.
-        endpoint: the address it was meant for.
+        wanted: what could not be made, such as ``"a socket"``.
+        endpoint: the address in the error.
     """
     if error.errno not in _EXHAUSTED:
         return None
-    message = f"there is no room for {wanted}: {_limit(error.errno)}"
+    message = f"cannot make {wanted}: {_limit(error.errno)}"
     return OutOfResources(message, error.errno, os.strerror(error.errno), endpoint=endpoint)
 
 
 def descriptors_exhausted(wanted: str, endpoint: str | None = None) -> OutOfResources | None:
-    """The typed error if no further descriptor can be had now, else None: for libraries that do not say why."""
+    """The typed error if no descriptor is free, else None: for libraries that do not report the reason."""
     try:
         os.close(os.dup(0))
     except OSError as error:
@@ -44,25 +44,24 @@ def descriptors_exhausted(wanted: str, endpoint: str | None = None) -> OutOfReso
 
 
 def check_descriptors(count: int, wanted: str) -> None:
-    """Make sure that so many descriptors are left: for libraries that end the process where they are not.
+    """Check that `count` descriptors are free: for libraries that end the process if they are not.
 
     Raises:
-        OutOfResources: there are fewer.
+        OutOfResources: fewer are free.
     """
     with needing(wanted):
-        used = len(list(Path("/proc/self/fd").iterdir())) - 1  # the one that lists them
+        used = len(list(Path("/proc/self/fd").iterdir())) - 1  # without the one that lists them
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft - used < count:
         limits = f"RLIMIT_NOFILE: soft limit {soft}, hard limit {hard}"
-        message = f"there is no room for {wanted}: it needs {count} descriptors, {soft - used} are left ({limits})"
+        message = f"cannot make {wanted}: it needs {count} descriptors, {soft - used} are free ({limits})"
         raise OutOfResources(message, errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit on open descriptors to the hard one; returns it.
+    """Raise this process's soft limit on open descriptors to the hard limit, which is returned.
 
-    Children inherit it. A program that waits with `select.select` cannot use descriptors from 1,024 on, with any
-    limit; `selectors`, `poll` and `epoll` can.
+    Children inherit it. `select.select` cannot use descriptors from 1,024 on; `selectors`, `poll` and `epoll` can.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -71,21 +70,16 @@ def raise_descriptor_limit() -> int:
 
 
 def keep_result(results: list[T], call: Callable[..., T], *arguments: object) -> None:
-    """Append what `call`, a function in C, returns to `results`, without a moment in between.
+    """Append the result of `call`, a function in C, to `results` in one step.
 
-    Python lets an exception of a signal handler come after each call, and what the call returned is lost then: a
-    descriptor would stay open for good.
+    A signal handler can raise after any call; the result would then be lost, and its descriptor would stay open.
     """
     results.extend(map(call, *((each,) for each in arguments)))
 
 
 @contextlib.contextmanager
 def needing(wanted: str) -> Iterator[None]:
-    """Raise `OutOfResources` where a system call in the block finds a limit reached.
-
-    Args:
-        wanted: as for `out_of_resources`.
-    """
+    """Raise `OutOfResources` if a system call in the block reaches a limit; `wanted` as in `out_of_resources`."""
     try:
         yield
     except OutOfResources:

@@ -1,4 +1,4 @@
-"""System calls that dray cannot do without, and that a sandbox may refuse."""
+"""System calls that dray needs and that a sandbox may refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dray.errors import ConfigError
 
 _REFUSALS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
-"""What a filter of system calls lets a call fail with."""
+"""The errors of a call that a filter of system calls refuses."""
 
 ALLOW = (
     "must be allowed by the sandbox of this process, such as the seccomp profile of its container or service, and "
@@ -23,10 +23,10 @@ ALLOW = (
 
 @contextlib.contextmanager
 def needed(call: str) -> Iterator[None]:
-    """Around the system call `call`, where it is refused for no other reason than a sandbox.
+    """A block with the system call `call`, which only a sandbox refuses.
 
     Raises:
-        ConfigError: it is refused; the message names it.
+        ConfigError: the call is refused; the message names it.
     """
     try:
         yield
@@ -37,17 +37,15 @@ def needed(call: str) -> Iterator[None]:
 
 
 def refused_calls() -> tuple[str, ...]:
-    """The names of the needed system calls that are refused to this process, found by making each."""
-    return tuple(call for call, attempt in _ATTEMPTS.items() if _is_refused(call, attempt))
-
-
-def _is_refused(call: str, attempt: Callable[[], None]) -> bool:
-    try:
-        with needed(call):
-            attempt()
-    except ConfigError:
-        return True
-    return False
+    """The names of the needed system calls that this process may not make, found by making each."""
+    refused = []
+    for call, attempt in _ATTEMPTS.items():
+        try:
+            with needed(call):
+                attempt()
+        except ConfigError:
+            refused.append(call)
+    return tuple(refused)
 
 
 def _memfd_create() -> None:
@@ -60,7 +58,7 @@ def _madvise() -> None:
 
 
 def _flock() -> None:
-    import fcntl  # there is none where dray only has to import
+    import fcntl  # not available on every system that imports this module
 
     with tempfile.TemporaryFile() as file:
         fcntl.flock(file, fcntl.LOCK_EX)

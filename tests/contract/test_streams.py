@@ -44,14 +44,14 @@ def added_lane(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pair:
-    """Two connected streams and what keeps them going: client first, as the one that may receive payloads."""
+    """Two connected streams and their workers; the client's end receives payloads."""
 
     def __init__(self, kind: str, stack: contextlib.ExitStack) -> None:
         self.kind = kind.rpartition(" ")[2]
         self.simulated = simulated_pair(self.kind) if kind != self.kind else None
         if self.simulated is not None:
             self.scheduler, self.workers, self.client, self.server = self.simulated
-            self._greet(stack)
+            self._check_connected(stack)
             return
         lane = LANES[kind]
         path = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"{next(_numbers)}.sock"
@@ -74,9 +74,9 @@ class Pair:
 
         wait_until(accept, "the connection")
         (self.server,) = accepted
-        self._greet(stack)
+        self._check_connected(stack)
 
-    def _greet(self, stack: contextlib.ExitStack) -> None:
+    def _check_connected(self, stack: contextlib.ExitStack) -> None:
         for stream in (self.client, self.server):
             stack.callback(stream.close)
         self.client.send([b"hello"])
@@ -121,7 +121,7 @@ class Pair:
         for stream in (self.client, self.server):
             if stream.fileno() < 0 or getattr(stream, "closed", False):
                 continue
-            with contextlib.suppress(TransportError):  # raised again where the test looks for it
+            with contextlib.suppress(TransportError):  # raised again where the test checks it
                 stream.flush()
             idle = stream.idle() and idle
             poll.register(stream.fileno(), select.POLLIN | (select.POLLOUT if stream.wants_write else 0))
@@ -130,8 +130,8 @@ class Pair:
         if idle:
             poll.poll(20)
 
-    def settled(self, sender: Stream) -> None:
-        """What `sender` has sent has arrived at the other end's worker, where nothing asks for it yet."""
+    def wait_for_arrival(self, sender: Stream) -> None:
+        """Wait until everything from `sender` has arrived at the other end's worker, which has not received it."""
         self.sent(sender)
         quiet, seen = 0, 0
 
@@ -149,7 +149,7 @@ class Pair:
 
 
 def simulated_pair(kind: str) -> tuple[Scheduler, list[Worker], Stream, Stream]:
-    """Two streams over the simulated kernel, which splits and delays what is sent, and does nothing worse."""
+    """Two streams over the simulated kernel, which splits and delays messages and has no faults."""
     rng = random.Random(1)
     scheduler = Scheduler(rng, ManualClock())
     kernel = SimulatedKernel(scheduler, FaultPlan(rng, Counter(), kinds=()))
@@ -160,7 +160,7 @@ def simulated_pair(kind: str) -> tuple[Scheduler, list[Worker], Stream, Stream]:
         listener = kernel.listen("ucx:127.0.0.1:1", there, theirs.signal, theirs)
         client: Stream = UcxStream(mine, kernel.connect_ucx(listener.endpoint, mine), accepted=False)
         scheduler.run(scheduler.now() + 1.0, lambda: False)
-        theirs.progress()  # it tells of the request
+        theirs.progress()  # reports the request
         workers = [mine, theirs]
     else:
         lane = LANES[kind]
@@ -237,7 +237,7 @@ def test_many_small_messages_arrive(pair: Pair) -> None:
 @pytest.mark.parametrize("nbytes", SIZES)
 def test_payloads_of_every_size_arrive_exactly(in_band: Pair, nbytes: int) -> None:
     if in_band.simulated is not None and nbytes > 1 << 24:
-        pytest.skip("the simulation has no use for so large a payload")
+        pytest.skip("too large for the simulation")
     payload = pattern(nbytes, nbytes)
     target, tag = expect(in_band, nbytes)
     in_band.server.send([b"s" * 64, Payload(memoryview(payload), tag)])
@@ -268,7 +268,7 @@ def test_a_payload_that_comes_before_its_message_does_not_keep_the_driver_busy(k
         pair = Pair(kind, stack)
         _, tag = expect(pair, 1000)
         pair.server.send([Payload(memoryview(bytes(1000)), tag)])
-        pair.settled(pair.server)
+        pair.wait_for_arrival(pair.server)
         assert pair.client.receive(64) is None
         assert pair.client.idle()
         pair.server.send([b"s" * 64])
@@ -282,7 +282,7 @@ def test_a_message_that_comes_before_the_payload_does_not_keep_the_driver_busy(k
         pair = Pair(kind, stack)
         target, tag = expect(pair, 1000)
         pair.server.send([b"n" * 64])
-        pair.settled(pair.server)
+        pair.wait_for_arrival(pair.server)
         assert not pair.client.payload_arrived(1000)
         assert pair.client.idle()
         pair.server.send([Payload(memoryview(b"p" * 1000), tag)])
@@ -333,7 +333,7 @@ def test_a_peer_that_closes_within_a_message_is_truncated(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ucx", "simulated ucx"])
 def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(kind: str) -> None:
-    """UCX does not tell how far a message had come."""
+    """UCX does not report how much of a message had arrived."""
     with contextlib.ExitStack() as stack:
         pair = Pair(kind, stack)
         pair.client.send([b"x" * 40])
@@ -345,7 +345,7 @@ def test_a_peer_that_closes_within_a_message_on_ucx_is_an_error(kind: str) -> No
 
 @pytest.mark.parametrize("kind", sorted(set(SOCKETS) & set(IN_BAND)))
 def test_a_peer_that_closes_within_a_payload_never_completes_it(kind: str) -> None:
-    """On TCP. On UCX, where ucxx keeps what closed within a send until its process ends: tests/process."""
+    """For UCX see tests/process: there ucxx keeps an endpoint that closed within a send until the process ends."""
     with contextlib.ExitStack() as stack:
         close_within_payload(Pair(kind, stack))
 
@@ -556,7 +556,7 @@ def test_a_descriptor_travels_with_a_message() -> None:
         os.close(writing)
 
 
-def test_a_socket_stream_says_what_it_is() -> None:
+def test_a_socket_stream_shows_its_descriptor() -> None:
     left, right = socket.socketpair()
     stream = UnixStream(left, SHM)
     right.close()

@@ -20,11 +20,10 @@ PASSING = (1_000, 300_000)  # of those that each round puts, aborts reads of, re
 KEPT_BY_UCX = 512 / 2**20
 
 ABORTER = """
-import collections, random
-from dray.clock import Deadline
-from dray.transport.lanes import UCX, Endpoint, parse_endpoint
+import collections, random, select
+from dray.transport.lanes import UCX, parse_endpoint
 from dray.protocol.handshake import ClientHandshake
-from dray.protocol.frames import FRAME_BYTES
+from dray.protocol.frames import FRAME_BYTES, Frame, Kind, Status, parse
 
 rng = random.Random(1)
 expected = {}
@@ -34,54 +33,90 @@ client = PayloadClient(lane="ucx")
 neighbour = None  # another connection of the worker on which reads are aborted
 
 def same(found, ref):
-    return np.array_equal(found, np.frombuffer(expected[ref], np.uint8))
+    return np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(expected[ref], np.uint8))
 
 def payload(seed, found):
     ref = PayloadRef.from_json(json.dumps(found))
     expected[ref] = pattern(seed, ref.nbytes)
     return ref
 
+class Reader:
+    def __init__(self, ref):
+        self.requests = 0
+        self.stream = UCX.connect(parse_endpoint(ref.endpoints[0]), Deadline.after(20), worker)
+        self.handshake = ClientHandshake(UCX, ref.producer)
+        self.stream.send([self.handshake.hello()])
+
+    def connect(self):
+        while not self.handshake.done:
+            answer = self.handshake.receive(self.wait(lambda: self.stream.receive(self.handshake.expects)))
+            if answer is not None:
+                self.stream.send([answer])
+
+    def wait(self, call):
+        deadline = Deadline.after(20)
+        while (found := call()) is None or found is False:
+            assert not deadline.expired
+            self.stream.flush()
+            if self.stream.idle():
+                select.select([self.stream.fileno()], [], [], 0.05)
+        return found
+
+    def request(self, ref):
+        self.requests += 1
+        self.target = bytearray(ref.nbytes)
+        tag = self.stream.expect(memoryview(self.target))
+        frame = Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, request=self.requests, tag=tag)
+        self.stream.send([frame.pack()])
+
+    def status(self, ref):
+        status = parse(bytes(self.wait(lambda: self.stream.receive(FRAME_BYTES))))
+        assert (status.status, status.nbytes) == (Status.OK, ref.nbytes)
+
+    def payload(self, ref):
+        self.wait(lambda: self.stream.payload_arrived(ref.nbytes))
+        assert same(self.target, ref)
+
+    def release(self, ref):
+        ack = Frame(Kind.ACK, slot=ref.slot, sequence=ref.sequence, request=self.requests)
+        self.stream.send([ack.pack()])
+
 def abort(ref, point):
-    deadline = Deadline.after(20)
-    if point == "hello":
-        where = parse_endpoint(ref.endpoints[0])
-        stream = UCX.connect(where, deadline, worker)
-        stream.send([ClientHandshake(UCX, ref.producer).hello()])
-        for _ in range(rng.randrange(3)):
-            stream.flush()
-            stream.idle()
-        stream.close()
-        return point
-    connection = Connection.open(ref.endpoints[0], ref.producer, None, deadline, worker)
+    reader = Reader(ref)
+    stream = reader.stream
     try:
-        (target,) = connection.ask([ref], 0, deadline)
-        if point in ("status", "payload"):
-            _, status = connection._session.receive(connection._message(FRAME_BYTES, deadline, "STATUS"))
-            assert (status.status, status.nbytes) == (0, ref.nbytes)
+        if point == "hello":
+            for _ in range(rng.randrange(3)):
+                stream.flush()
+                stream.idle()
+            return point
+        reader.connect()
+        reader.request(ref)
+        if point != "read":
+            reader.status(ref)
         if point == "payload":
             for _ in range(rng.randrange(30)):
-                worker._worker.progress_once()
-            if connection._stream.payload_arrived(ref.nbytes):
+                worker.progress(1)
+            if stream.payload_arrived(ref.nbytes):
                 point = "payload, arrived"
         if point == "ack":
-            held = connection.answer(ref, target, deadline, deadline)
-            assert same(held.data(), ref)
+            reader.payload(ref)
     finally:
-        connection.close()
+        stream.close()
     return point
 
 def read_beside(ref):
     '''On the worker of the aborted reads, and on one of its own.'''
-    deadline = Deadline.after(20)
-    (target,) = neighbour.ask([ref], 0, deadline)
-    held = neighbour.answer(ref, target, deadline, deadline)
-    assert same(held.data(), ref)
-    neighbour.acknowledge([(held.request, False)], deadline)
+    neighbour.request(ref)
+    neighbour.status(ref)
+    neighbour.payload(ref)
+    neighbour.release(ref)
     if rng.random() < 0.2:
         assert same(client.read_bytes(ref, timeout=20, consume=False), ref)
 
 lasting = [payload(*each) for each in hear()]
-neighbour = Connection.open(lasting[0].endpoints[0], lasting[0].producer, None, Deadline.after(20), worker)
+neighbour = Reader(lasting[0])
+neighbour.connect()
 say()
 while (wanted := hear()) is not None:
     if wanted == "progress":
@@ -106,7 +141,7 @@ while (wanted := hear()) is not None:
     say(aborted)
 for ref in lasting:
     assert same(client.read_bytes(ref, timeout=20), ref)
-neighbour.close()
+neighbour.stream.close()
 worker.close()
 client.close()
 say()
@@ -127,14 +162,14 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
         aborted: Counter[str] = Counter()
         for number in range(count // ROUND):
             if number == WARM_ROUNDS:
-                settle(server, client)
+                wait_for_ends(server, client)
                 before = {"server": Footprint.of(server.pid), "client": Footprint.of(client.pid)}
             passing = [[seed + each, server.ask([seed + each, nbytes])] for each, nbytes in enumerate(PASSING)]
             seed += len(PASSING)
             aborted = Counter(client.ask({"aborts": ROUND, "passing": passing}, 60))
             if number % 100 == 99:
                 report(number, time.monotonic() - began, server, client)
-        settle(server, client)
+        wait_for_ends(server, client)
         after = {"server": Footprint.of(server.pid), "client": Footprint.of(client.pid)}
         statistics = server.ask("statistics")
         client.say()
@@ -156,18 +191,18 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
     assert (ended["ready"], ended["leases"], ended["free"]) == (0, 0, slots)
 
 
-def settle(server: Child, client: Child) -> None:
-    """Until both have noticed every end: two connections stay, and no lease.
+def wait_for_ends(server: Child, client: Child) -> None:
+    """Wait until both have noticed every end: two connections stay, and no lease.
 
-    Nobody drives the client's worker between two rounds, and a socket that the server opened to it for an aborted
-    connection stays until somebody does.
+    The client's worker makes no progress between two rounds, and sockets that the server opened to it for aborted
+    connections stay until it does.
     """
 
-    def settled() -> bool:
+    def all_ended() -> bool:
         statistics = server.ask("statistics")
         return statistics["open_connections"] == 2 and not statistics["ring"]["leases"]
 
-    wait_until(settled, "the ends of aborted reads to be noticed", 30)
+    wait_until(all_ended, "the ends of aborted reads to be noticed", 30)
     client.ask("progress")
 
 

@@ -185,7 +185,8 @@ def closed(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]
 
 
 def reset(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
-    stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with socket.socket(fileno=os.dup(stream.fileno())) as duplicate:
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     raise Hangup
 
 

@@ -1,6 +1,6 @@
-"""Faults B14, C4, C14 and W4 to W13 of docs/failure-modes.md on the lanes that a plain socket cannot show.
+"""Faults B14, C4, C14 and W4 to W13 of docs/failure-modes.md on lanes that a plain socket cannot use.
 
-The peer is a client's end driven by hand over dray's own streams, so that one test speaks on every lane.
+The peer is a client's end that the test drives over dray's own streams, so that one test covers every lane.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,26 @@ from waiting import wait_until
 from dray import ConfigError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer, TransportTimeout
 from dray.clock import Deadline
 from dray.errors import TransportError
-from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
+from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Outgoing, Payload, Status, parse
 from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
-from dray.transport.lanes.base import Stream
+from dray.transport.lanes import parse_endpoint
+from dray.transport.lanes.base import Endpoint, Network, Stream, Worker
+from dray.transport.lanes.socket import UnixListener
 from dray.transport.lanes.ucx import UcxListener, UcxStream
 from dray.transport.lanes.ucx_worker import UcxWorker
+from dray.transport.polling import CloseEvent
 
 BAND = ("tcp", "ucx")
 
 
 class Peer:
-    """A client's end of one connection that says what a test wants."""
+    """A client's end of one connection, which sends any messages."""
 
     def __init__(self, server: PayloadServer, lane: str) -> None:
         endpoint = endpoint_of(server, lane)
         self.deadline = Deadline.after(20)
-        self.worker = UcxWorker(True) if lane == "ucx" else None
-        self.stream: Stream
-        if self.worker is not None:
-            self.stream = endpoint.lane.connect(endpoint, self.deadline, self.worker)
-        elif lane == "tcp":
-            self.stream = endpoint.lane.connect(endpoint, self.deadline)
-        else:
-            self.stream = endpoint.lane.connect(endpoint, self.deadline)
+        self.worker = endpoint.lane.make_worker(endpoint)
+        self.stream: Stream = endpoint.lane.connect(endpoint, self.deadline, self.worker)
 
     def send(self, message: bytes) -> None:
         self.stream.send([message])
@@ -66,8 +63,8 @@ class Peer:
         return parse(self.receive(FRAME_BYTES))
 
     def read(self, ref: PayloadRef, request: int) -> tuple[Status, bytes]:
-        """Ask for a payload, and take what comes: the status, and on a network lane the bytes."""
-        target = bytearray(ref.nbytes if self.stream.lane.name != "shm" else 0)
+        """Request a payload; returns the status, and on a network lane the bytes."""
+        target = bytearray(ref.nbytes if self.stream.lane.in_band else 0)
         tag = self.stream.expect(memoryview(target))
         self.send(Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, request=request, tag=tag).pack())
         status = Status(self.status().status)
@@ -80,7 +77,7 @@ class Peer:
         self.send(Frame(Kind.ACK, flags=flags, slot=ref.slot, request=request, sequence=ref.sequence).pack())
 
     def closed(self) -> bool:
-        """The server ends the connection, whatever it says before."""
+        """The server ends the connection, after any messages."""
         with contextlib.suppress(TransportError):
             while True:
                 self.receive(1)
@@ -91,7 +88,7 @@ class Peer:
         if self.stream.idle():
             poll = select.poll()
             poll.register(self.stream.fileno(), select.POLLIN | (select.POLLOUT if self.stream.wants_write else 0))
-            assert poll.poll(self.deadline.remaining * 1000), "the server said nothing"
+            assert poll.poll(self.deadline.remaining * 1000), "no answer from the server"
 
     def __enter__(self) -> "Peer":
         return self
@@ -103,7 +100,7 @@ class Peer:
 
 
 class HandClock:
-    """A clock that a test moves on."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self._now = 1000.0
@@ -111,11 +108,11 @@ class HandClock:
     def now(self) -> float:
         return self._now
 
-    def advance(self, server: PayloadServer, seconds: float) -> None:
-        """Let time pass, and have the server's threads look at the clock."""
+    def advance(self, server: PayloadServer, ref: PayloadRef, seconds: float) -> None:
+        """Advance the clock; a request then wakes the server's thread, which reads the clock."""
         self._now += seconds
-        for thread in server._threads:
-            os.eventfd_write(thread._wake, 1)
+        with PayloadClient(lane=parse_endpoint(server.endpoints[0]).lane.name) as client:
+            client.stat(ref, timeout=5)
 
 
 # --- W4 ---------------------------------------------------------------------------------------------------------
@@ -146,21 +143,21 @@ def test_w4_what_is_no_hello_closes_only_that_connection_on_ucx() -> None:
 
 
 def test_w4_a_message_longer_than_any_closes_only_that_connection_on_ucx() -> None:
-    """It is refused by its size, before memory for it is taken."""
+    """The server refuses it by its size, before it allocates memory."""
     with serving("ucx") as server, PayloadClient(lane="ucx") as client, Peer(server, "ucx") as peer:
         ref = server.put_bytes(b"payload")
         peer.shake()
-        stream: Any = peer.stream
+        assert isinstance(peer.stream, UcxStream)
+        assert peer.stream.peer_tag is not None
         for nbytes in (FRAME_BYTES, 1 << 20):
-            memory = bytearray(nbytes)
-            stream._sends.append((stream._post("tag_send", memory, stream._theirs), memory))
+            peer.stream.send([Payload(memoryview(bytearray(nbytes)), peer.stream.peer_tag)])
         assert peer.closed()
         wait_until(lambda: counted(server, "malformed") == 1, "it to be counted")
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
 
 
-def test_w4_what_does_not_speak_ucx_harms_nobody_on_ucx() -> None:
-    """A plain TCP socket at UCX's port: UCX itself has to get rid of it."""
+def test_w4_peers_that_do_not_speak_ucx_leave_other_connections_alone_on_ucx() -> None:
+    """A plain TCP connection at UCX's port, which UCX itself must end."""
     with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         port = endpoint_of(server, "ucx").port
@@ -182,7 +179,7 @@ def test_w4_what_does_not_speak_ucx_harms_nobody_on_ucx() -> None:
         Frame(Kind.ACK, flags=Flag.TEXT),
     ],
 )
-def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases_on_ucx(frame: Frame) -> None:
+def test_w4_malformed_frames_close_only_that_connection_and_release_its_leases_on_ucx(frame: Frame) -> None:
     with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
@@ -197,7 +194,7 @@ def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases_on
         assert client.statistics()["connects"] == 1
 
 
-def test_w4_random_bytes_after_the_handshake_harm_nobody_else_on_ucx() -> None:
+def test_w4_random_bytes_after_the_handshake_harm_no_other_connection_on_ucx() -> None:
     with serving("ucx") as server, PayloadClient(lane="ucx") as client:
         ref = server.put_bytes(b"payload")
         for seed in range(8):
@@ -212,9 +209,20 @@ def test_w4_random_bytes_after_the_handshake_harm_nobody_else_on_ucx() -> None:
 
 
 @pytest.mark.parametrize("name", ["shm", "ucx"])
-def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(name: Any) -> None:
-    """Its requests are left where they are, and it is evicted like one that is silent."""
+def test_w4_a_client_that_never_reads_its_answers_delays_no_other_client_on_its_lane(
+    name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server stops reading its requests, and evicts it like a silent client."""
     clock = HandClock()
+    listener = UcxListener if name == "ucx" else UnixListener
+    accept, accepted = listener.accept, []
+
+    def recorded(self: Any) -> Any:
+        stream = accept(self)
+        accepted.extend([] if stream is None else [stream])
+        return stream
+
+    monkeypatch.setattr(listener, "accept", recorded)
     with serving(name, clock=clock) as server, PayloadClient(lane=name) as client:
         ref = server.put_bytes(b"payload")
         with Peer(server, name) as peer:
@@ -222,10 +230,8 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
             for first in range(0, 20_000, 16):
                 frames = (Frame(Kind.STAT, request=first + number).pack() for number in range(16))
                 peer.stream.send([b"".join(frames)])
-            peer.stream.flush()  # nobody drives the peer from here on
-            (stuck,) = server._threads[0]._served.all()
-            waiting = "_sends" if name == "ucx" else "_parts"
-            wait_until(lambda: getattr(stuck.stream, waiting), "an answer that cannot leave")
+            peer.stream.flush()  # from here on, the peer neither sends nor receives
+            wait_until(lambda: "sending" in repr(accepted[0]), "an answer that cannot leave")
             assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
             with PayloadClient(lane=name) as other:
                 assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
@@ -234,7 +240,7 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
             wait_until(lambda: server.statistics()["open_connections"] == 1, "the readers to leave")
 
             def evicted() -> bool:
-                clock.advance(server, 121)  # again: the server may have read a request since
+                clock.advance(server, ref, 121)  # repeated, because the server may have read a request since
                 return counted(server, "evicted") == 1
 
             wait_until(evicted, "its end")
@@ -261,7 +267,7 @@ def test_w5_a_reader_that_stops_within_a_payload_loses_its_lease_on_ucx() -> Non
     with serving("ucx", lease_timeout=0.2, slots=1, slot_bytes=nbytes) as server, Peer(server, "ucx") as peer:
         ref = server.put_bytes(pattern(1, nbytes))
         peer.shake()
-        # Nobody drives the peer's worker from here on: the payload cannot leave the server.
+        # From here on the peer's worker makes no progress, so the payload cannot leave the server.
         peer.stream.send([Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, tag=7).pack()])
         wait_until(lambda: counted(server, "reads") == 1, "the lease to begin")
         wait_until(lambda: counted(server, "evicted") == 1, "the eviction")
@@ -272,7 +278,7 @@ def test_w5_a_reader_that_stops_within_a_payload_loses_its_lease_on_ucx() -> Non
 
 
 def test_w6_a_connection_with_a_lease_is_not_idle_on_any_lane(lane: Any) -> None:
-    """On shm for ever, on the others until the lease's own limit."""
+    """On shm without a limit, on the other lanes until the limit of the lease."""
     clock = HandClock()
     with serving(lane, idle_timeout=10, lease_timeout=1000, clock=clock) as server:
         ref = server.put_bytes(b"payload")
@@ -280,11 +286,11 @@ def test_w6_a_connection_with_a_lease_is_not_idle_on_any_lane(lane: Any) -> None
             holder.shake()
             idle.shake()
             assert holder.read(ref, 5)[0] is Status.OK
-            clock.advance(server, 1e9 if lane == "shm" else 990)
+            clock.advance(server, ref, 1e9 if lane == "shm" else 990)
             assert idle.closed()
             holder.acknowledge(ref, 5)
             assert server.wait_consumed(ref, timeout=5)
-        # By its lease, not by the repetition of an ACK that came too late.
+        # Through its lease, not through a repeated ACK.
         assert (counted(server, "acks_consumed"), counted(server, "late_acks")) == (1, 0)
         assert counted(server, "evicted") == 1
 
@@ -297,10 +303,10 @@ def test_w6_a_lease_keeps_a_connection_no_longer_than_its_limit(name: Any) -> No
         with Peer(server, name) as holder:
             holder.shake()
             assert holder.read(ref, 5) == (Status.OK, b"payload")
-            clock.advance(server, 1001)
+            clock.advance(server, ref, 1001)
             if name == "tcp":  # bytes have travelled since the last check: the limit begins with this one
                 wait_until(lambda: server.statistics()["leases"][0]["age"] == 0, "their progress to be noted")
-                clock.advance(server, 1001)
+                clock.advance(server, ref, 1001)
             assert holder.closed()
             wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
         assert counted(server, "evicted") == 1
@@ -331,27 +337,34 @@ def test_w11_a_forged_proof_is_refused_before_anything_else_on_ucx(forged: str) 
 # --- W13 --------------------------------------------------------------------------------------------------------
 
 
-def lose_acks(client: PayloadClient) -> None:
-    """Have the idle connection break with its next ACK, where nobody notices yet."""
-    (connections,) = client._exchanges._pool._idle.values()
-    stream: Any = connections[0].connection._stream
-    send = stream.send
+class LosesAcks(Network):
+    """The machine's network, whose connections close instead of sending an ACK while `active`."""
 
-    def send_but_acks(items: Any, descriptor: int | None = None) -> None:
-        if items[0][0] != Kind.ACK:
-            send(items, descriptor)
-            return
-        stream.worker.close_endpoint(stream._endpoint, [])
+    active = False
 
-    stream.send = send_but_acks
+    def connect(self, address: Endpoint, deadline: Deadline, worker: Worker | None) -> Stream:
+        stream = super().connect(address, deadline, worker)
+        send = stream.send
+
+        def send_but_acks(items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
+            if self.active and isinstance(items[0], bytes) and items[0][0] == Kind.ACK:
+                self.active = False
+                stream.close()
+                return True
+            return send(items, descriptor)
+
+        stream.send = send_but_acks  # type: ignore[method-assign]
+        return stream
 
 
 def test_w13_an_ack_lost_with_its_connection_is_repeated_on_ucx() -> None:
-    with serving("ucx", slots=2) as server, PayloadClient(lane="ucx") as client:
+    network = LosesAcks(CloseEvent())
+    with serving("ucx", slots=2) as server, PayloadClient(lane="ucx", network=network) as client:
         first, second = server.put_bytes(b"first"), server.put_bytes(b"second")
         client.read_bytes(second, consume=False, timeout=5)
-        lose_acks(client)
+        network.active = True
         assert bytes(client.read_bytes(first, timeout=5)) == b"first"
+        assert not network.active
         wait_until(lambda: ring_of(server).statistics().leases == 0, "the lease to end")
         assert ring_of(server).get_ready_count() == 2
         client.read_bytes(second, consume=False, timeout=5)
@@ -363,11 +376,13 @@ def test_w13_an_ack_lost_with_its_connection_is_repeated_on_ucx() -> None:
 
 def test_w13_a_lost_ack_is_repeated_when_the_client_closes_on_ucx() -> None:
     with serving("ucx") as server:
-        with PayloadClient(lane="ucx") as client:
+        network = LosesAcks(CloseEvent())
+        with PayloadClient(lane="ucx", network=network) as client:
             ref = server.put_bytes(b"payload")
             client.read_bytes(ref, consume=False, timeout=5)
-            lose_acks(client)
+            network.active = True
             client.read_bytes(ref, timeout=5)
+            assert not network.active
         assert server.wait_consumed(ref, timeout=5)
         assert ring_of(server).statistics().consumed == 1
 
@@ -440,9 +455,9 @@ say(os.listdir(folder))
 def test_w7_a_start_that_runs_out_of_descriptors_is_undone_wherever_it_stops(
     lanes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One descriptor more each time, until there are enough; a folder that could not be removed is swept then.
+    """Each start has one descriptor more, until there are enough; later starts remove what earlier ones left.
 
-    Not for ucx: UCX may end the process where it cannot have a descriptor.
+    Not on ucx: UCX may end the process if it cannot open a descriptor.
     """
     folder = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"out-{os.getpid()}-{'-'.join(lanes)}"
     monkeypatch.setenv("DRAY_RUNTIME_DIR", str(folder))
@@ -474,7 +489,7 @@ with SharedRingBuffer(1, 64) as ring:
 
 
 def test_w7_a_listener_that_ucx_cannot_have_undoes_the_other_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """UCX is told to use a way to listen that does not exist, after the other lanes' sockets are bound."""
+    """UCX has no transport to listen with; it fails after the other lanes' sockets are bound."""
     folder = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"none-{os.getpid()}"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("DRAY_RUNTIME_DIR", str(folder))
@@ -499,7 +514,7 @@ def test_w7_a_partial_start_is_undone_and_raises_on_ucx() -> None:
 
 
 class BreaksOnce(SharedRingBuffer):
-    """A ring with a fault in it: one `read_raw` raises what nobody expects."""
+    """A ring with a bug: one `read_raw` raises an unexpected exception."""
 
     broken = False
 
@@ -520,21 +535,21 @@ def test_w8_a_server_thread_that_fails_leaves_everything_to_the_others(
         PayloadClient(lane=lane, quarantine_seconds=1000) as client,
     ):
         refs = [server.put_bytes(bytes([number])) for number in range(12)]
-        dead = server._threads[0]
+        dead, endpoint = "dray-server-0", server.endpoints[0]
         with Peer(server, lane) as peer:  # at the first thread's endpoint
             peer.shake()
             assert peer.read(refs[0], 0)[0] is Status.OK
             ring.broken = True
             peer.send(Frame(Kind.READ, slot=refs[1].slot, sequence=refs[1].sequence, request=1, tag=7).pack())
             assert peer.closed()
-        wait_until(lambda: not dead._thread.is_alive(), "the thread to end")
-        # What was the thread's is somebody else's now, and the end of the server must leave that alone.
+        wait_until(lambda: dead not in [each.name for each in threading.enumerate()], "the thread to end")
+        # These may get the numbers of the thread's descriptors; closing the server must not use them.
         others = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(30)]
         assert "its endpoints are closed" in caplog.text
         assert ring.statistics().leases == 0
         for number, ref in enumerate(refs):
             assert bytes(client.read_bytes(ref, timeout=5)) == bytes([number])
-        assert client.statistics()["quarantined"] == dead.endpoints
+        assert client.statistics()["quarantined"] == [endpoint]
         assert client.statistics()["retries"] <= 1
         wait_until(lambda: ring.statistics().free == 12, "the ACKs to arrive")
         assert client.stat(server.put_bytes(b"another"), timeout=5)["ring"]["ready"] == 1
@@ -551,12 +566,12 @@ Answer = Callable[["UcxEnd", UcxStream, Frame], None]
 
 
 class UcxEnd:
-    """A server's end on ucx, made by hand: it shakes hands as the server of `good` would, unless it is mute.
+    """A server's end on ucx, driven by a thread of the test; without an `answer` it sends nothing.
 
     Attributes:
-        endpoint: where it listens.
-        tried: connections that came.
-        ended: the test is over.
+        endpoint: its address.
+        tried: the number of connections so far.
+        ended: set when the test has ended.
     """
 
     def __init__(self, good: PayloadServer, answer: Answer | None) -> None:
@@ -581,7 +596,7 @@ class UcxEnd:
         assert not self._thread.is_alive()
 
     def drive(self, seconds: float) -> None:
-        """Have the worker do what there is to do, for so long at most."""
+        """Let the worker make progress for at most `seconds`."""
         poll = select.poll()
         poll.register(self._worker.fileno(), select.POLLIN)
         until = Deadline.after(seconds)
@@ -608,7 +623,7 @@ class UcxEnd:
             self._worker.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(TransportError):  # a client may have given up by now
+        with contextlib.suppress(TransportError):  # a client may have closed already
             while (stream := self._listener.accept()) is not None:
                 self.tried += 1
                 self._streams[stream] = ServerHandshake(stream.lane, self._identity)
@@ -674,7 +689,7 @@ def test_c14_a_wedged_endpoint_is_tried_once_per_quarantine_on_ucx(quarantine_se
             promised = Deadline.after(2.0)
             assert bytes(client.read_bytes(both, timeout=2.0, consume=False)) == b"payload"
             assert not promised.expired
-        # Without a quarantine every second read begins there; within one, one read in all.
+        # Without a quarantine every second read begins at this endpoint; with one, only one read does.
         tries = 1 if quarantine_seconds else 2
         assert client.statistics()["retries"] == tries
         wait_until(lambda: mute.tried >= tries, "the tries to be seen")

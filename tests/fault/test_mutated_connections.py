@@ -1,4 +1,4 @@
-"""W4, by the hundred thousand: conversations that are not quite right harm nobody but themselves.
+"""W4, by the hundred thousand: malformed conversations affect no other connection.
 
 A server runs in a process of its own. Several others play mutated conversations to it, many at once; beside them a
 good client reads all the time and compares every byte. Afterwards the server still serves, every malformed
@@ -119,7 +119,7 @@ class Mutants:
             process.communicate()
 
     def counts(self, seconds: float) -> Counter[str]:
-        """What became of all of them."""
+        """The counts of all of them."""
         total: Counter[str] = Counter()
         for process in self._processes:
             out, _ = process.communicate(timeout=seconds)
@@ -154,13 +154,15 @@ def play(lane: str, conversations: int, warm_up: int, table: str, seed: int) -> 
         with Reader(refs, lane) as reader:
             with Mutants(warm_up, task, seed) as mutants:
                 before = mutants.counts(LIMIT_SECONDS)
-            began, held = time.monotonic(), _settled(server)
+            began, held = time.monotonic(), _footprint(server)
             with Mutants(conversations, task, seed + 1000) as mutants:
                 counts = mutants.counts(LIMIT_SECONDS)
             seconds = time.monotonic() - began
-            after = _settled(server)
+            after = _footprint(server)
             reads = reader.reads
-            wait_until(lambda: reader.reads > reads + len(refs) or reader.check(), "the good client to go on", 30)
+            wait_until(
+                lambda: reader.reads > reads + len(refs) or reader.check(), "more reads of the good client", 30
+            )
         reader.check()
         wait_until(lambda: server.ask("statistics")["open_connections"] == 0, "the connections to end", 30)
         found = server.ask("statistics")
@@ -178,7 +180,7 @@ def play(lane: str, conversations: int, warm_up: int, table: str, seed: int) -> 
         assert after.mappings <= held.mappings + 8
 
 
-def _settled(server: Child) -> Footprint:
+def _footprint(server: Child) -> Footprint:
     """What the server holds while only the good client has a connection."""
     wait_until(lambda: server.ask("statistics")["open_connections"] <= 1, "the connections to end", 30)
     return Footprint.of(server.pid)
@@ -196,24 +198,24 @@ def _check_counted(counts: Counter[str], found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
-def test_w4_thousands_of_mutated_conversations_harm_nobody_else(lane: str, table: str) -> None:
+def test_w4_thousands_of_mutated_conversations_affect_no_other(lane: str, table: str) -> None:
     play(lane, 6_000, 1_500, table, seed=1)
 
 
 @pytest.mark.endurance
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
-def test_w4_half_a_million_mutated_conversations_on_each_lane_harm_nobody_else(lane: str, table: str) -> None:
+def test_w4_half_a_million_mutated_conversations_on_each_lane_affect_no_other(lane: str, table: str) -> None:
     play(lane, 500_000, 20_000, table, seed=int(time.time()))
 
 
 @pytest.mark.skipif(not UCXX_AVAILABLE, reason="ucxx is not installed")
-def test_w4_hundreds_of_mutated_conversations_on_ucx_harm_nobody_else(table: str) -> None:
+def test_w4_hundreds_of_mutated_conversations_on_ucx_affect_no_other(table: str) -> None:
     play("ucx", 400, 200, table, seed=1)
 
 
 @pytest.mark.endurance
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not UCXX_AVAILABLE, reason="ucxx is not installed")
-def test_w4_ten_thousand_mutated_conversations_on_ucx_harm_nobody_else(table: str) -> None:
+def test_w4_ten_thousand_mutated_conversations_on_ucx_affect_no_other(table: str) -> None:
     play("ucx", 10_000, 1_000, table, seed=int(time.time()))

@@ -11,7 +11,7 @@ COUNTS = [
     pytest.param(500, id="long", marks=[pytest.mark.endurance, pytest.mark.timeout(1800)]),
 ]
 WARM_CYCLES = 8  # or a fifth of all: the reader's heap takes a while to find its shape
-LONGEST_CLOSE = 5.0
+MAX_CLOSE_SECONDS = 5.0
 
 CYCLES = """
 import gc, threading
@@ -22,7 +22,7 @@ while (number := hear()) is not None:
         say([json.loads(server.put_bytes(pattern(nbytes, nbytes)).to_json()) for nbytes in sizes])
         pause, limit = threading.Event(), Deadline.after(20)
         while server.statistics()["server"]["reads"] <= number % 7:
-            assert not limit.expired, "nobody reads"
+            assert not limit.expired, "no read arrived"
             pause.wait(0.001)
         connections = server.statistics()["open_connections"]
         closing = Stopwatch()
@@ -62,7 +62,7 @@ while (asked := hear()) is not None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_w9_servers_that_stop_under_load_again_and_again_leave_nothing(count: int) -> None:
+def test_w9_servers_that_stop_repeatedly_under_load_leave_nothing(count: int) -> None:
     began = time.monotonic()
     before: dict[str, Footprint] = {}
     outcomes: Counter[str] = Counter()
@@ -73,10 +73,10 @@ def test_w9_servers_that_stop_under_load_again_and_again_leave_nothing(count: in
         for number in range(count):
             if number == max(WARM_CYCLES, count // 5):
                 before = {name: Footprint.of(process.pid) for name, process in processes.items()}
-            # A second attempt connects while the server stops; the kernel tells it after 1 s, when it tries again.
+            # A second attempt connects while the server stops; it fails after 1 s, when the kernel retries.
             reader.say([2 if number % 5 == 0 else 1, server.ask(number)])
             seconds, connections, leases = server.hear()
-            assert seconds < LONGEST_CLOSE
+            assert seconds < MAX_CLOSE_SECONDS
             assert leases == 0
             longest = max(longest, seconds)
             in_flight += connections > 0
@@ -93,7 +93,7 @@ def test_w9_servers_that_stop_under_load_again_and_again_leave_nothing(count: in
         print(f"{name}: {before[name]} after warm-up, {after[name]} at the end")
     assert in_flight == count
     assert outcomes["wrong"] == 0
-    assert outcomes.total() - outcomes["read"] == 3 * count  # every reading thread has heard of every end
+    assert outcomes.total() - outcomes["read"] == 3 * count  # each reading thread has noticed each end
     for name, now in after.items():
         assert now.descriptors <= before[name].descriptors
         assert now.threads <= before[name].threads

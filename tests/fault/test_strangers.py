@@ -1,4 +1,4 @@
-"""Connections to a payload server that never prove the secret: they are few, short and small; readers get in."""
+"""Connections to a payload server without a proof of the secret are limited; readers still connect."""
 
 import contextlib
 import errno
@@ -20,7 +20,6 @@ from dray.clock import Deadline
 from dray.protocol.handshake import NO_PROOF, ClientHandshake
 from dray.transport.lanes import LANES, TCP, UCX, Endpoint
 from dray.transport.lanes.ucx import UcxListener
-from dray.transport.lanes.ucx_sockets import SilentPeers
 from dray.transport.lanes.ucx_worker import UcxWorker
 
 SECRET = bytes(range(32))
@@ -33,7 +32,7 @@ def strangers() -> Iterator[contextlib.ExitStack]:
 
 
 def connect(server: PayloadServer, lane: str, opened: contextlib.ExitStack) -> socket.socket:
-    """A connection to the server's port or path, whatever speaks there."""
+    """A plain connection to the server's port or path."""
     endpoint = endpoint_of(server, lane)
     sock = opened.enter_context(socket.socket(socket.AF_UNIX if lane == "shm" else socket.AF_INET))
     sock.settimeout(10)
@@ -59,7 +58,7 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == b"payload"
         opened = [connect(server, lane, strangers) for _ in range(2 * MAX_UNPROVEN)]
         for sock in opened[::2]:
-            # Those that are closed by now do not take it.
+            # Some are closed already.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 sock.sendall(b"D")
         wait_until(lambda: counted(server, UNPROVEN_CLOSED) >= MAX_UNPROVEN, "the first ones to be closed")
@@ -73,18 +72,18 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_a_proof_must_come_in_time_whatever_was_sent_before(name: str, strangers: contextlib.ExitStack) -> None:
     with serving(name, secret=SECRET, idle_timeout=0.5) as server:
-        silent, greeting = connect(server, name, strangers), connect(server, name, strangers)
-        greeting.sendall(ClientHandshake(LANES[name], secret=SECRET).hello())
-        assert greeting.recv(200)[:4] == b"DRAY"
+        silent, started = connect(server, name, strangers), connect(server, name, strangers)
+        started.sendall(ClientHandshake(LANES[name], secret=SECRET).hello())
+        assert started.recv(200)[:4] == b"DRAY"
         wait_until(lambda: counted(server, UNPROVEN_CLOSED) == 2, "both to be closed")
-        wait_until(lambda: is_closed(silent) and is_closed(greeting), "their ends to come")
+        wait_until(lambda: is_closed(silent) and is_closed(started), "their ends to come")
         assert counted(server, "evicted") == 0
 
 
 def test_a_ucx_connection_without_a_handshake_is_closed_in_time() -> None:
-    with serving("ucx", idle_timeout=0.5) as server, contextlib.closing(UcxWorker(True)) as worker:
+    with serving("ucx", idle_timeout=0.5) as server, UcxWorker(True) as worker:
         endpoint = endpoint_of(server, "ucx")
-        with contextlib.closing(UCX.connect(endpoint, Deadline.after(20), worker)):
+        with UCX.connect(endpoint, Deadline.after(20), worker):
             wait_until(
                 lambda: worker.progress() or counted(server, UNPROVEN_CLOSED), "the connection to be closed"
             )
@@ -132,24 +131,21 @@ def test_malformed_connections_are_counted_and_few_lines(
 def test_peers_that_do_not_speak_ucx_are_shut_down_in_time_at_every_port_and_others_are_not() -> None:
     clock = ManualClock()
     with contextlib.ExitStack() as opened:
-        mine, theirs = (opened.enter_context(contextlib.closing(UcxWorker(True))) for _ in range(2))
-        listener = opened.enter_context(contextlib.closing(UcxListener(theirs, "127.0.0.1")))
+        mine, theirs = (opened.enter_context(UcxWorker(True)) for _ in range(2))
+        listener = opened.enter_context(UcxListener(theirs, "127.0.0.1", clock=clock))
         port = int(listener.endpoint.rpartition(":")[2])
-        assert listener.silent is not None
-        listener.silent.close()
-        silent = listener.silent = SilentPeers(port, theirs.data_ports, clock)
+        silent = listener.silent
+        assert silent is not None
         assert theirs.data_ports
         strangers = [
             opened.enter_context(socket.create_connection(("127.0.0.1", each)))
             for each in (port, *theirs.data_ports)
         ]
-        stream = opened.enter_context(
-            contextlib.closing(UCX.connect(Endpoint(UCX, "127.0.0.1", port), Deadline.after(20), mine))
-        )
+        stream = opened.enter_context(UCX.connect(Endpoint(UCX, "127.0.0.1", port), Deadline.after(20), mine))
         wait_until(lambda: theirs.progress() or mine.progress() or listener.waiting, "the request")
         accepted = listener.accept()
         assert accepted is not None
-        opened.enter_context(contextlib.closing(accepted))
+        opened.enter_context(accepted)
         assert silent.shut_down() == 0
         clock.advance(9.0)
         assert silent.shut_down() == 0

@@ -237,7 +237,7 @@ def wedged(name: str, directory: Path) -> Iterator[tuple[str, Callable[[], int]]
 
             def count() -> int:
                 worker.progress()
-                return len(ucx._requests)
+                return ucx.waiting
 
             yield ucx.endpoint, count
         return
@@ -428,7 +428,8 @@ def lose_acks(connection: Connection) -> None:
 
     def send_but_acks(items: Sequence[Any]) -> bool:
         if items[0][0] == Kind.ACK:
-            stream._sock.shutdown(socket.SHUT_RDWR)
+            with socket.socket(fileno=os.dup(stream.fileno())) as duplicate:
+                duplicate.shutdown(socket.SHUT_RDWR)
             return True
         return bool(send(items))
 

@@ -20,7 +20,7 @@ from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ServerIdentity
 from dray.ring import Segment, SharedRingBuffer
 from dray.transport.connection import Connection, Held
 from dray.transport.lanes import SHM, TCP
-from dray.transport.lanes.base import MachineNetwork
+from dray.transport.lanes.base import Network
 from dray.transport.lanes.socket import TcpStream, UnixStream
 from dray.transport.polling import PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -107,7 +107,7 @@ def run(data: bytes) -> None:
         assert len(connection.unconfirmed) <= len(refs)
 
 
-class _Network(MachineNetwork):
+class _Network(Network):
     """Every address leads to the same socket."""
 
     def __init__(self, sock: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong in one simulated run, and what has gone wrong."""
+"""The faults of a simulated run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dray.transport.lanes.base import Lane
 
 
 class Fault(Enum):
-    """A kind of fault. Those of connections strike what is sent; the others have their own time."""
+    """A kind of fault. Those of connections happen when something is sent; the others at times of their own."""
 
     RESET = "reset"
     HALF_CLOSE = "half-close"
@@ -38,17 +38,17 @@ ON_SEND_UCX = (Fault.RESET, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
 """UCX has no half-closed connections."""
 ON_CONNECT = (Fault.DUPLICATE, Fault.UNREACHABLE, Fault.CONNECT_HANGS)
 HARMLESS = frozenset({Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.DUPLICATE})
-"""Whoever closes in the presence of these alone gets through to the producers."""
+"""With these faults alone, a client that closes can still reach the producers."""
 TIMED = tuple(fault for fault in Fault if fault is Fault.RESET or fault not in (*ON_SEND, *ON_CONNECT))
 
 
 class FaultPlan:
-    """Decides when each fault strikes. Nothing strikes any more after `calm`.
+    """Decides when each fault happens. After `calm` is set, none happens.
 
     Args:
         rng: decides.
-        seen: counts what has happened, over all runs.
-        kinds: what may happen; by default the seed decides that too.
+        seen: counts the faults, over all runs.
+        kinds: the faults that may happen; by default random.
     """
 
     def __init__(self, rng: random.Random, seen: Counter[str], kinds: Iterable[Fault] | None = None) -> None:
@@ -71,11 +71,11 @@ class FaultPlan:
         return ", ".join(sorted(fault.value for fault in self.kinds)) or "none"
 
     def count(self, what: str) -> None:
-        """Note that something has happened."""
+        """Count an event."""
         self._seen[what] += 1
 
     def strike(self, lane: Lane) -> Fault | None:
-        """What happens to something that is being sent, if anything."""
+        """The fault of something that is being sent, if any."""
         kinds = self._on_send_ucx if lane.tagged else self._on_send
         if not kinds or self.calm or self._rng.random() >= self._rate:
             return None
@@ -91,25 +91,25 @@ class FaultPlan:
         return True
 
     def splits(self) -> bool:
-        """Whether fewer bytes go through than could."""
+        """Whether fewer bytes are sent or received than possible."""
         return self._split_rate > 0 and self._rng.random() < self._split_rate
 
     def capacity(self) -> int:
-        """Bytes that a direction of a connection holds."""
+        """Size of the buffer of one direction of a connection, in bytes."""
         return self._capacity
 
     def delay(self) -> float:
-        """Seconds that bytes take."""
+        """The delay of bytes, in seconds."""
         return self._rng.random() * self._slowest
 
     def long_delay(self) -> float:
-        """Seconds that bytes take when something is wrong."""
+        """The delay of bytes after a fault, in seconds."""
         return self._rng.choice((0.05, 0.4, 3.0, 20.0))
 
     def soon(self) -> float:
-        """Seconds until something that UCX or the kernel does in its own time."""
+        """Seconds until UCX or the kernel does something."""
         return self._rng.choice((0.0, 0.0, 0.0, 0.0002, 0.003, 0.2))
 
     def stall(self) -> float:
-        """Seconds for which a thread gets no processor."""
+        """Seconds for which a thread does not run."""
         return self._rng.choice((0.0, 0.0, 0.0, 0.002, 0.2, 3.0)) if self.stalls else 0.0

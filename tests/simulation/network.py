@@ -1,17 +1,17 @@
-"""The simulated machine's network: who listens where, who is connected to whom, and a client's way to it."""
+"""The network of the simulated machine: listeners, connections, and a client's `Network` over them."""
 
 from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections import deque
 from typing import Any, cast
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout, Unreachable
 from dray.protocol.handshake import PROOF_BYTES, ClientHandshake
-from dray.transport.lanes import TCP
-from dray.transport.lanes.base import Endpoint, Lane, Stream, Waiter, Worker
+from dray.transport.lanes.base import Endpoint, Lane, Listener, Network, Stream, Waiter, Worker
 from dray.transport.lanes.socket import SocketStream, TcpStream, UnixStream
 from dray.transport.lanes.ucx import UcxStream
 from dray.transport.polling import timed_out
@@ -21,21 +21,28 @@ from simulation.sockets import Pipe, SimulatedSocket
 from simulation.tagged import SimulatedUcxEndpoint, SimulatedWorker, ucx_names
 
 _BACKLOG = 8
+_sockets: weakref.WeakKeyDictionary[Stream, SimulatedSocket] = weakref.WeakKeyDictionary()
 
 
-class SimulatedListener:
-    """Where connections of one lane come in.
+class SimulatedListener(Listener):
+    """Accepts the connections of one lane.
 
     Args:
         signal: notified when there is one.
         worker: the UCX worker that accepts, on that lane.
+
+    Attributes:
+        backlog: connections that were not accepted yet.
     """
+
+    worker: SimulatedWorker | None
 
     def __init__(
         self,
         kernel: SimulatedKernel,
         number: int,
         endpoint: str,
+        *,
         process: Process,
         signal: Signal,
         worker: SimulatedWorker | None,
@@ -46,18 +53,20 @@ class SimulatedListener:
         self.process = process
         self.signal = signal
         self.worker = worker
-        self.waiting: deque[SimulatedSocket | SimulatedUcxEndpoint] = deque()
+        self.backlog: deque[SimulatedSocket | SimulatedUcxEndpoint] = deque()
         self.closed = False
-        self.silent: None = None
 
     def fileno(self) -> int:
         return self._number if self.worker is None else -1
 
+    @property
+    def waiting(self) -> int:
+        return len(self.backlog)
+
     def accept(self) -> Stream | None:
-        """The next connection, or None when there is none."""
-        if not self.waiting:
+        if not self.backlog:
             return None
-        found = self.waiting.popleft()
+        found = self.backlog.popleft()
         if isinstance(found, SimulatedUcxEndpoint):
             assert self.worker is not None
             mine = SimulatedUcxEndpoint(self.worker)
@@ -70,20 +79,19 @@ class SimulatedListener:
         found.watched_by(self.signal)
         return socket_stream(found, accepted=True)
 
-    def ask(self, end: SimulatedUcxEndpoint) -> None:
-        """A UCX connection waits to be accepted."""
+    def request(self, end: SimulatedUcxEndpoint) -> None:
+        """A UCX connection has arrived."""
         if self.closed:
             end.fail(ucx_names().UCXRejectedError)
         else:
-            self.waiting.append(end)
+            self.backlog.append(end)
 
     def close(self) -> None:
-        """Stop listening. Twice is fine."""
         self.closed = True
         if self._kernel.listeners.get(self.endpoint) is self:
             del self._kernel.listeners[self.endpoint]
-        while self.waiting:
-            found = self.waiting.popleft()
+        while self.backlog:
+            found = self.backlog.popleft()
             if isinstance(found, SimulatedUcxEndpoint):
                 found.fail(ucx_names().UCXRejectedError)
             else:
@@ -93,8 +101,15 @@ class SimulatedListener:
 
 def socket_stream(sock: SimulatedSocket, accepted: bool = False) -> SocketStream:
     """A production stream over a simulated socket."""
-    stream = TcpStream if sock.lane.in_band else UnixStream
-    return stream(cast(Any, sock), sock.lane, accepted)
+    kind = TcpStream if sock.lane.in_band else UnixStream
+    stream = kind(cast(Any, sock), sock.lane, accepted)
+    _sockets[stream] = sock
+    return stream
+
+
+def socket_of(stream: Stream) -> SimulatedSocket | None:
+    """The simulated socket under a stream, also after it was closed; None on the ucx lane."""
+    return _sockets.get(stream)
 
 
 class SimulatedKernel:
@@ -109,7 +124,7 @@ class SimulatedKernel:
         self._numbers = itertools.count(1_000_000)
 
     def process(self, name: str) -> Process:
-        """A new process; what it holds is closed with it."""
+        """A new process; its sockets are closed when it ends."""
         process = self.scheduler.process(name)
         process.ends.append(lambda: self._close_all(process))
         return process
@@ -117,10 +132,10 @@ class SimulatedKernel:
     def listen(
         self, endpoint: str, process: Process, signal: Signal, worker: SimulatedWorker | None
     ) -> SimulatedListener:
-        """Listen at an address nobody listens at."""
+        """Listen at a free address."""
         assert endpoint not in self.listeners
         number = next(self._numbers)
-        listener = SimulatedListener(self, number, endpoint, process, signal, worker)
+        listener = SimulatedListener(self, number, endpoint, process=process, signal=signal, worker=worker)
         self.listeners[endpoint] = self.sockets[number] = listener
         return listener
 
@@ -137,22 +152,25 @@ class SimulatedKernel:
         ends = []
         for process, peer, incoming, outgoing in ((client, server, down, up), (server, client, up, down)):
             number = next(self._numbers)
-            end = SimulatedSocket(self.scheduler, self.plan, number, lane, incoming, outgoing, process, peer)
+            end = SimulatedSocket(
+                self.scheduler, self.plan, number, lane,
+                incoming=incoming, outgoing=outgoing, process=process, peer=peer,
+            )  # fmt: skip
             self.sockets[number] = end
             ends.append(end)
         return ends[0], ends[1]
 
     def connect_socket(self, listener: SimulatedListener, lane: Lane, process: Process) -> SimulatedSocket:
-        """A connection that waits to be accepted; its client's end."""
+        """The client's end of a new connection, which is not accepted yet."""
         mine, theirs = self.pair(lane, process, listener.process)
-        listener.waiting.append(theirs)
+        listener.backlog.append(theirs)
         listener.signal.notify()
         if self.plan.strikes(Fault.DUPLICATE):
-            self._haunt(listener, lane, process)
+            self._duplicate(listener, lane, process)
         return mine
 
     def connect_ucx(self, address: str, worker: SimulatedWorker) -> SimulatedUcxEndpoint:
-        """An endpoint towards an address; whether anybody listens shows later."""
+        """An endpoint towards an address; it fails later if no server listens there."""
         mine = SimulatedUcxEndpoint(worker)
         self.endpoints.append(mine)
         hangs = self.plan.strikes(Fault.CONNECT_HANGS)
@@ -163,13 +181,13 @@ class SimulatedKernel:
                 mine.fail(ucx_names().UCXNotConnectedError)
             elif not hangs:
                 assert listener.worker is not None
-                listener.worker.do(lambda: listener.ask(mine))
+                listener.worker.do(lambda: listener.request(mine))
 
         self.scheduler.at(self.scheduler.now() + self.plan.soon(), arrive)
         return mine
 
     def reset_one(self, rng: random.Random) -> bool:
-        """End a connection that somebody picks; False if there is none."""
+        """Reset a random connection; False if there is none."""
         ends: list[SimulatedSocket | SimulatedUcxEndpoint] = [
             held for held in self.sockets.values() if isinstance(held, SimulatedSocket) and held.alive
         ]
@@ -180,18 +198,18 @@ class SimulatedKernel:
         return True
 
     def is_open(self, process: Process) -> list[str]:
-        """What a process holds."""
+        """What a process has not closed."""
         left = [f"socket {n}" for n, s in self.sockets.items() if s.process is process and not s.closed]
         return left + ["endpoint" for e in self.endpoints if e.worker.process is process and not e.closed]
 
-    def _haunt(self, listener: SimulatedListener, lane: Lane, process: Process) -> None:
-        """A second connection, which says what every client says first, perhaps goes on, and forgets to end."""
+    def _duplicate(self, listener: SimulatedListener, lane: Lane, process: Process) -> None:
+        """A second connection, which sends a part of a handshake and is closed later."""
         rng = self.scheduler.rng
-        ghost, theirs = self.pair(lane, process, listener.process)
-        words = ClientHandshake(lane).hello() + bytes(PROOF_BYTES) * rng.randint(0, 1)
-        ghost.say(words[: rng.choice((len(words), len(words), 40, 1))])
-        listener.waiting.append(theirs)
-        self.scheduler.at(self.scheduler.now() + rng.choice((0.0, 0.01, 5.0, 300.0)), ghost.close)
+        second, theirs = self.pair(lane, process, listener.process)
+        data = ClientHandshake(lane).hello() + bytes(PROOF_BYTES) * rng.randint(0, 1)
+        second.write(data[: rng.choice((len(data), len(data), 40, 1))])
+        listener.backlog.append(theirs)
+        self.scheduler.at(self.scheduler.now() + rng.choice((0.0, 0.01, 5.0, 300.0)), second.close)
 
     def _close_all(self, process: Process) -> None:
         for listener in [listener for listener in self.listeners.values() if listener.process is process]:
@@ -204,10 +222,11 @@ class SimulatedKernel:
                 held.close()
 
 
-class SimulatedNetwork:
-    """A client's `dray.transport.lanes.network.Network` over the simulated kernel."""
+class SimulatedNetwork(Network):
+    """A client's `Network` over the simulated kernel."""
 
     def __init__(self, kernel: SimulatedKernel, process: Process) -> None:
+        super().__init__()
         self.kernel = kernel
         self.process = process
         self.closing = Signal(kernel.scheduler)
@@ -234,10 +253,11 @@ class SimulatedNetwork:
         listener = kernel.listeners.get(endpoint)
         if listener is None:
             raise Unreachable("simulated", endpoint=endpoint, refused=True)
-        if plan.strikes(Fault.CONNECT_HANGS) or len(listener.waiting) >= _BACKLOG:
-            # A full backlog of a Unix socket is waited for by the kernel, which nothing but its time-out ends.
-            scheduler.wait((self.closing,) if address.lane is TCP else (), deadline.at)
-            if self.closed and address.lane is TCP:
+        if plan.strikes(Fault.CONNECT_HANGS) or listener.waiting >= _BACKLOG:
+            # The kernel waits for a Unix socket with a full backlog, and only its timeout ends that wait.
+            ends_early = not address.lane.local
+            scheduler.wait((self.closing,) if ends_early else (), deadline.at)
+            if self.closed and ends_early:
                 raise BufferClosedError("the client was closed while it waited")
             raise TransportTimeout("simulated", endpoint=endpoint, elapsed=deadline.elapsed)
         return socket_stream(kernel.connect_socket(listener, address.lane, self.process))
@@ -251,10 +271,10 @@ class SimulatedNetwork:
 
 
 class SimulatedWaiter:
-    """Waits by letting others run.
+    """Waits while other actors run.
 
     Attributes:
-        failed: a wait did not end as it should; the connection must not be used again.
+        failed: a wait ended with an exception; the connection must not be used again.
     """
 
     def __init__(self, network: SimulatedNetwork, lasting: bool) -> None:
@@ -263,7 +283,7 @@ class SimulatedWaiter:
         self.failed = False
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        self.failed = True  # until it has gone well
+        self.failed = True  # until the wait has ended without an exception
         kernel = self._network.kernel
         self._check()
         held = kernel.sockets[stream.fileno()]
@@ -276,7 +296,7 @@ class SimulatedWaiter:
             kernel.scheduler.pause()
         elif not kernel.scheduler.wait((held.signal, self._network.closing), deadline.at):
             self._check()
-            kernel.scheduler.note(f"waited in vain for {awaited}")
+            kernel.scheduler.note(f"timed out while waiting for {awaited}")
             raise timed_out(deadline, awaited, endpoint)
         self._check()
         self.failed = False

@@ -15,11 +15,9 @@ from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS
 from dray.transport.client import PayloadClient
 from dray.transport.connection import Connection
 from dray.transport.connections import ConnectionHolder, Exchange, Refused
-from dray.transport.lanes.socket import SocketStream, UnixStream
-from dray.transport.lanes.ucx import UcxStream
 from dray.transport.leases import Graveyard
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
-from simulation.network import SimulatedKernel, SimulatedNetwork, SimulatedWaiter
+from simulation.network import SimulatedKernel, SimulatedNetwork, SimulatedWaiter, socket_of
 from simulation.scheduler import Process, Scheduler, Signal, Violation
 
 
@@ -199,11 +197,10 @@ class ObservedClient(PayloadClient):
         stream = connection._stream
         waiter = connection._waiter
         assert isinstance(waiter, SimulatedWaiter)
-        assert isinstance(stream, SocketStream | UcxStream)
-        sock: Any = stream._sock if isinstance(stream, SocketStream) else None
+        sock = socket_of(stream)
         if waiter.failed or (sock is not None and sock.failed):
             raise Violation(f"a connection to {endpoint} goes into the pool after it failed")
-        if connection._session.pending or stream._expected:
+        if connection._session.pending or stream.expected:
             raise Violation(f"a connection to {endpoint} goes into the pool in the middle of an exchange")
         self._plan.count(f"exchange over {connection.lane.name}")
         return self._check_in(endpoint, connection, group, now)
@@ -212,13 +209,12 @@ class ObservedClient(PayloadClient):
 def is_alive(connection: Connection | None) -> bool:
     """Nothing has ended the connection so far."""
     stream: Any = connection._stream if connection is not None else None
-    if isinstance(stream, SocketStream):
-        sock: Any = stream._sock
-        return bool(sock.alive)
+    if (sock := socket_of(stream)) is not None:
+        return sock.alive
     return stream is not None and not stream.closed
 
 
 def has_failed(connection: Connection | None) -> bool:
     """The client was told that the connection, on the shm lane, is over."""
     stream: Any = connection._stream if connection is not None else None
-    return isinstance(stream, UnixStream) and bool(stream.__dict__["_sock"].failed)
+    return (sock := socket_of(stream)) is not None and sock.lane.local and sock.failed

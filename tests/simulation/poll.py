@@ -60,7 +60,7 @@ class SimulatedPoll:
             if isinstance(held, SimulatedWorker):
                 found = held.signalled
             elif isinstance(held, SimulatedListener):
-                found = bool(held.waiting)
+                found = held.waiting > 0
             else:
                 found = held.writable() if events == select.EPOLLOUT else held.readable()
             if found:

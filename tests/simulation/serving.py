@@ -20,7 +20,7 @@ from dray.transport.lanes.base import Lane
 from dray.transport.served_connections import ServedConnection, ThreadSettings
 from dray.transport.server_loop import ServerThread
 from simulation.ledger import Ledger
-from simulation.network import SimulatedKernel
+from simulation.network import SimulatedKernel, socket_of
 from simulation.poll import SimulatedPoll
 from simulation.scheduler import Process, Violation
 from simulation.tagged import SimulatedWorker
@@ -87,8 +87,8 @@ class ServerLoop:
         stream = connection.stream
         ending = self._scheduler.ending or self._thread._stop_by is not None
         if not stream.lane.in_band and connection.session.leases and not ending:
-            sock: Any = stream
-            if sock._sock.alive:
+            sock = socket_of(stream)
+            if sock is not None and sock.alive:
                 raise Violation(f"a reader's connection was closed while it works in place: {error!r}")
         self._drop(connection, error)
 

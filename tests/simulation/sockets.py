@@ -1,7 +1,7 @@
-"""Simulated sockets of the kernel, for the production streams of the `shm` and `tcp` lanes to run over.
+"""Simulated sockets of the kernel under the production streams of the `shm` and `tcp` lanes.
 
-A `Pipe` is one direction of a connection: bytes leave in any pieces, arrive after a delay, wait in a buffer of
-bounded size. What goes wrong goes wrong here: resets, ends in the middle, silence.
+A `Pipe` is one direction of a connection: bytes leave in pieces, arrive after a delay, and wait in a buffer of
+limited size. The faults of connections happen here: resets, ends within a message, silence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from simulation.faults import Fault, FaultPlan
 from simulation.scheduler import Process, Scheduler, Signal
 
 _UCRED = struct.Struct("3i")
-# Where `struct tcp_info` counts the bytes that were acknowledged and received.
+# The counters of acknowledged and received bytes in `struct tcp_info`.
 _TCP_INFO_BYTES, _CARRIED_AT, _CARRIED = 232, 120, struct.Struct("=QQ")
 
 
@@ -28,9 +28,9 @@ class Pipe:
     Attributes:
         arrived: what the receiver can read.
         carried: bytes that have arrived so far.
-        ended: the sender has closed it; after `arrived` comes the end.
-        broken: it was reset.
-        lost: whatever is written disappears.
+        ended: the sender has closed the pipe; after `arrived` comes the end.
+        broken: the pipe was reset.
+        lost: what is written disappears.
     """
 
     __slots__ = ("_capacity", "_delay", "_flying", "_last", "_plan", "_scheduler", "arrived", "broken", "carried",
@@ -52,7 +52,7 @@ class Pipe:
 
     @property
     def readable(self) -> bool:
-        """A read is worth while: the kernel keeps room for twice the low-water mark, too."""
+        """A read does not wait; like the kernel, a pipe keeps room for twice the low-water mark."""
         enough = max(1, min(self.low_water, self._capacity // 2))
         return len(self.arrived) >= enough or self.ended or self.broken
 
@@ -67,7 +67,7 @@ class Pipe:
         return self.broken or self.unread or self.room > 0
 
     def write(self, parts: Sequence[memoryview], whole: bool) -> int:
-        """Send bytes from the beginning of `parts`; how many. `whole` says all that there is room for."""
+        """Send bytes of `parts`; returns their number. `whole`: as many as there is room for."""
         room = self.room
         if room <= 0:
             raise BlockingIOError
@@ -89,32 +89,32 @@ class Pipe:
         return len(data)
 
     def end(self) -> None:
-        """What was sent arrives, then the end."""
+        """End the pipe, after everything that was sent has arrived."""
         if self._last > self._scheduler.now():
             self._scheduler.at(self._last, self._end)
         else:
             self._end()
 
     def reset(self) -> None:
-        """Whatever is on its way is gone, and both sides hear of it."""
+        """Drop everything on its way, and notify both sides."""
         self.broken = True
         if self._scheduler.rng.random() < 0.5:
             self.arrived.clear()
         self.notify()
 
     def truncate(self) -> None:
-        """The last bytes are lost, and with them the rest of the connection's."""
+        """Drop the last bytes and everything after them."""
         if self.arrived:
             del self.arrived[self._scheduler.rng.randrange(len(self.arrived)) :]
         self.lost = True
         self._end()
 
     def slow(self, seconds: float) -> None:
-        """From now on everything takes longer."""
+        """Add to the delay of everything from now on."""
         self._delay += seconds
 
     def notify(self) -> None:
-        """Wake who waits at either side."""
+        """Wake the waiters of both sides."""
         for signal in self.changed:
             signal.notify()
 
@@ -140,17 +140,17 @@ def _first(parts: Sequence[memoryview], room: int) -> Iterator[memoryview]:
 
 
 class SimulatedSocket:
-    """One end of a connection, as far as `dray.transport.lanes.socket` uses one.
+    """One end of a connection, with the methods that `dray.transport.lanes.socket` uses.
 
     Args:
-        number: stands for its descriptor.
+        number: its descriptor.
         incoming, outgoing: the two directions.
-        process: whose it is.
+        process: the owner.
         peer: the process at the other end.
 
     Attributes:
-        signal: notified when something can be done.
-        failed: its owner was told that the connection is over.
+        signal: notified when the socket becomes readable or writable.
+        failed: the owner has received an error or the end of the connection.
     """
 
     def __init__(
@@ -159,6 +159,7 @@ class SimulatedSocket:
         plan: FaultPlan,
         number: int,
         lane: Lane,
+        *,
         incoming: Pipe,
         outgoing: Pipe,
         process: Process,
@@ -246,7 +247,7 @@ class SimulatedSocket:
             self.failed = True
             raise ConnectionResetError(104, "simulated reset")
         if self._outgoing.unread:
-            # The first write after the peer has closed is lost without a word on TCP.
+            # On TCP, the first write after the peer has closed is lost without an error.
             if not self.lane.in_band or self._outgoing.lost:
                 self.failed = True
                 raise BrokenPipeError(32, "simulated broken pipe")
@@ -277,7 +278,7 @@ class SimulatedSocket:
             return
         self.closed = True
         self._outgoing.end()
-        # Closing with unread data resets the connection; what the peer writes from now on goes nowhere.
+        # Closing with unread data resets the connection; what the peer writes from now on is lost.
         if self._incoming.arrived and self.lane.in_band:
             self._outgoing.reset()
         self._incoming.unread = True
@@ -288,9 +289,9 @@ class SimulatedSocket:
 
     # --- faults -----------------------------------------------------------------------------------------------
 
-    def say(self, words: bytes) -> None:
-        """Send as far as there is room."""
-        self._outgoing.write([memoryview(words)], whole=True)
+    def write(self, data: bytes) -> None:
+        """Send as much as there is room for."""
+        self._outgoing.write([memoryview(data)], whole=True)
 
     def reset(self) -> None:
         """The network ends the connection."""

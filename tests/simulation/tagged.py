@@ -1,21 +1,20 @@
-"""A simulated UCX, for the production streams of the `ucx` lane to run over: workers, endpoints, tagged messages.
+"""A simulated UCX under the production streams of the `ucx` lane: workers, endpoints, tagged messages.
 
 Small messages are copied when they are sent. A large payload is not: the transport reads it from the sender's
-memory and writes it into the receiver's at a time of its own, in two pieces, as long as either side has it posted
-and, after its end was closed, until the cancellation is through.
+memory and writes it into the receiver's later, in two pieces, while either side has it posted and, after an end
+was closed, until the cancellation is complete.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from dray.transport.lanes import UCX
-from dray.transport.lanes.ucx_worker import Abandoned, UcxWorker, require
+from dray.transport.lanes.ucx_worker import Abandoned, Ucp, UcxWorker, require
 from simulation.faults import Fault, FaultPlan
 from simulation.scheduler import Process, Scheduler, Signal, Violation
 
@@ -24,39 +23,38 @@ _EAGER_BYTES = 200
 
 @functools.cache
 def ucx_names() -> Any:
-    """What of `ucxx` streams use: its errors, and tags that are plain integers."""
+    """The part of `ucxx` that streams use: its errors, and tags that are plain integers."""
     ucx, _ = require()
     errors = {name: getattr(ucx, name) for name in dir(ucx) if name.startswith("UCX") and name.endswith("Error")}
     return SimpleNamespace(**errors, UCXXTag=int, UCXXTagMask=int)
 
 
 class SimulatedRequest:
-    """A send or a receive that is under way."""
+    """A send or a receive.
 
-    __slots__ = ("_ended", "completed", "error", "memory", "tag")
+    Attributes:
+        touchable: the transport may still access the memory.
+    """
+
+    __slots__ = ("completed", "error", "memory", "tag", "touchable")
 
     def __init__(self, memory: memoryview, tag: int = 0) -> None:
         self.memory = memory
         self.tag = tag
         self.completed = False
-        self._ended = False
+        self.touchable = True
         self.error: Exception | None = None
 
-    @property
-    def touchable(self) -> bool:
-        """The transport may still read from or write to the memory."""
-        return not self._ended
-
     def check_error(self) -> None:
-        """Raise what it ended with."""
+        """Raise the error that the request ended with, if any."""
         if self.error is not None:
             raise self.error
 
     def end(self, worker: SimulatedWorker, error: Exception | None = None) -> None:
-        """The transport is done with it; its worker sees that when it makes progress."""
-        if self._ended:
+        """End the request; it is complete when its worker makes progress."""
+        if not self.touchable:
             return
-        self._ended = True
+        self.touchable = False
 
         def complete() -> None:
             self.error = error
@@ -66,17 +64,17 @@ class SimulatedRequest:
 
 
 class _Announced:
-    """A message that nobody has asked for so far: how long it is, and how to get it."""
+    """An unexpected message: its length, and a function that moves it into a receive."""
 
-    __slots__ = ("length", "take")
+    __slots__ = ("deliver", "length")
 
-    def __init__(self, length: int, take: Callable[[SimulatedRequest], None]) -> None:
+    def __init__(self, length: int, deliver: Callable[[SimulatedRequest], None]) -> None:
         self.length = length
-        self.take = take
+        self.deliver = deliver
 
 
-class _Ucp:
-    """What a `UcxWorker` drives: a worker's queue of events and of unexpected messages."""
+class _Queues:
+    """The low-level worker under a `UcxWorker`: its queues of events and of unexpected messages."""
 
     def __init__(self) -> None:
         self.due: deque[Callable[[], None]] = deque()
@@ -109,14 +107,14 @@ class _Ucp:
         return SimpleNamespace(matched=True, length=first.length, first=first, sender_tag=sender)
 
     def tag_recv(self, memory: memoryview, tag: int) -> SimulatedRequest:
-        """For a message that has come: nobody receives one on a worker before that."""
+        """Receive a message that has arrived; streams post no receive on a worker before that."""
         request = SimulatedRequest(memory)
-        self.unexpected[tag].popleft().take(request)
+        self.unexpected[tag].popleft().deliver(request)
         return request
 
     def tag_recv_with_handle(self, memory: memoryview, found: Any) -> SimulatedRequest:
         request = SimulatedRequest(memory)
-        found.first.take(request)
+        found.first.deliver(request)
         return request
 
 
@@ -124,64 +122,57 @@ class SimulatedWorker(UcxWorker):
     """A UCX worker of a simulated process.
 
     Attributes:
-        signal: notified when `progress` has something to do.
+        signal: notified when `progress` has work.
         posted: receives by tag.
-        reading: sends that may still be read from their memory, and some that are over.
+        reading: sends whose memory may still be read, and some that have ended.
     """
 
     def __init__(self, scheduler: Scheduler, plan: FaultPlan, number: int, process: Process) -> None:
-        self.ucx = ucx_names()
-        self.array = memoryview
+        self._queues = _Queues()
+        super().__init__(True, Ucp(ucx_names(), memoryview, self._queues))
         self.scheduler = scheduler
         self.plan = plan
         self.process = process
         self.signal = Signal(scheduler)
         self.posted: dict[int, SimulatedRequest] = {}
         self.reading: list[SimulatedRequest] = []
-        self.loopback = True
-        self.awaited: set[int] = set()
-        self.steps = 0
-        self.closed = False
         self._number = number
-        self._tags = itertools.count(1 << 32)
-        self._worker = _Ucp()
-        self._abandoned: list[Abandoned] = []
 
     def fileno(self) -> int:
         return self._number
 
     def do(self, event: Callable[[], None]) -> None:
-        """Have something happen with the next progress."""
+        """Run `event` with the next progress."""
         if not self.closed and not self.process.dead:
-            self._worker.due.append(event)
-            if self._worker.armed:
-                self._worker.signalled = True
+            self._queues.due.append(event)
+            if self._queues.armed:
+                self._queues.signalled = True
                 self.signal.notify()
 
     @property
     def signalled(self) -> bool:
-        """Something has happened since `arm`: its descriptor is readable."""
-        return bool(self._worker.signalled)
+        """An event has come since `arm`: the descriptor is readable."""
+        return self._queues.signalled
 
     def deliver(self, tag: int, data: bytes) -> None:
-        """A small message under a tag: into the receive that is posted, or to those that nobody asked for."""
+        """A small message has arrived under a tag: move it into the posted receive, or queue it."""
 
-        def take(request: SimulatedRequest) -> None:
+        def deliver(request: SimulatedRequest) -> None:
             if len(data) > len(request.memory):
                 request.end(self, self.ucx.UCXMessageTruncatedError("simulated"))
             else:
                 request.memory[: len(data)] = data
                 request.end(self)
 
-        self.announce(tag, len(data), take)
+        self.announce(tag, len(data), deliver)
 
-    def announce(self, tag: int, length: int, take: Callable[[SimulatedRequest], None]) -> None:
-        """A message has come: for the receive that is posted, or to wait until it is asked for."""
+    def announce(self, tag: int, length: int, deliver: Callable[[SimulatedRequest], None]) -> None:
+        """A message has arrived: deliver it to the posted receive, or queue it."""
         request = self.posted.pop(tag, None)
         if request is not None:
-            take(request)
+            deliver(request)
         elif not self.closed:
-            self._worker.unexpected.setdefault(tag, deque()).append(_Announced(length, take))
+            self._queues.unexpected.setdefault(tag, deque()).append(_Announced(length, deliver))
 
     def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
         endpoint.close(requests)
@@ -189,15 +180,18 @@ class SimulatedWorker(UcxWorker):
         return self.abandon(requests)
 
     def close(self) -> None:
-        """Nothing touches its memory any more."""
+        """Stop all events; nothing accesses the memory of requests any more."""
         self.closed = True
         self.posted.clear()
-        self._worker.due.clear()
-        self._abandoned.clear()
+        self._queues.due.clear()
 
 
 class SimulatedUcxEndpoint:
-    """One end of a UCX connection."""
+    """One end of a UCX connection.
+
+    Attributes:
+        lost: what this end sends disappears.
+    """
 
     def __init__(self, worker: SimulatedWorker) -> None:
         self.worker = worker
@@ -211,14 +205,14 @@ class SimulatedUcxEndpoint:
         self._open: list[SimulatedRequest] = []
         self._delay = worker.plan.delay()
         self._last = 0.0
-        self._lost = False
+        self.lost = False
 
     # --- what streams use -------------------------------------------------------------------------------------
 
     def stream_send(self, memory: memoryview) -> SimulatedRequest:
         data = bytes(memory)
         request = SimulatedRequest(memory)
-        self._send(lambda peer: peer._stream_arrived(data))
+        self._send(lambda peer: peer.stream_arrived(data))
         request.end(self.worker)
         return request
 
@@ -228,6 +222,11 @@ class SimulatedUcxEndpoint:
         self._open.append(request)
         self._match_stream()
         return request
+
+    def stream_arrived(self, data: bytes) -> None:
+        """Data of the peer's `stream_send` has arrived."""
+        self._streamed.append(data)
+        self._match_stream()
 
     def tag_send(self, memory: memoryview, tag: int) -> SimulatedRequest:
         request = SimulatedRequest(memory, tag)
@@ -259,18 +258,22 @@ class SimulatedUcxEndpoint:
         if not self.alive:
             raise self.why("simulated")
 
-    # --- life -------------------------------------------------------------------------------------------------
+    # --- states -----------------------------------------------------------------------------------------------
 
     def join(self, peer: SimulatedUcxEndpoint) -> None:
-        """The connection stands: what has been sent on either side goes out."""
+        """Connect two ends: messages that either side has sent leave now."""
         self.peer, peer.peer = peer, self
         for end in (self, peer):
-            backlog, end._backlog = end._backlog, []
-            for event in backlog:
-                event()
+            end.send_backlog()
+
+    def send_backlog(self) -> None:
+        """Send the messages from before the connection was made."""
+        backlog, self._backlog = self._backlog, []
+        for event in backlog:
+            event()
 
     def fail(self, why: type[Exception]) -> None:
-        """The connection has failed; streams hear of it with the next progress."""
+        """The connection has failed; streams notice it with the next progress."""
         if self.closed or not self.alive:
             return
 
@@ -290,7 +293,7 @@ class SimulatedUcxEndpoint:
                 end.fail(ucx_names().UCXEndpointTimeoutError)
 
     def close(self, requests: list[tuple[Any, Any]]) -> None:
-        """Close this end: the peer hears of it, and what is open is cancelled sooner or later."""
+        """Close this end: notify the peer, and cancel open requests at once or later."""
         self.closed = True
         scheduler, plan = self.worker.scheduler, self.worker.plan
         for request, _ in requests:
@@ -300,15 +303,15 @@ class SimulatedUcxEndpoint:
                     scheduler.at(scheduler.now() + when, functools.partial(self._cancel, request))
                 else:
                     self._cancel(request)
-        if self.peer is not None and not self._lost:
+        if self.peer is not None and not self.lost:
             due = max(scheduler.now() + self._delay, self._last)
             scheduler.at(due, functools.partial(self.peer.fail, ucx_names().UCXConnectionResetError))
 
     def vanish(self) -> None:
-        """Its process is gone."""
+        """The process has ended."""
         self.closed = True
         for request in self._open:
-            request._ended = True
+            request.touchable = False
         if self.peer is not None:
             self.peer.fail(ucx_names().UCXConnectionResetError)
 
@@ -323,7 +326,7 @@ class SimulatedUcxEndpoint:
         if self.peer is None:
             self._backlog.append(lambda: self._send(arrive))
             return
-        if self._lost:
+        if self.lost:
             return
         peer, scheduler = self.peer, self.worker.scheduler
         due = max(scheduler.now() + self._delay, self._last)
@@ -341,7 +344,7 @@ class SimulatedUcxEndpoint:
     def _transfer(
         self, request: SimulatedRequest, image: bytes, receive: SimulatedRequest, peer: SimulatedUcxEndpoint
     ) -> None:
-        """The receiver asks for a payload: the transport moves it when it likes."""
+        """The receiver has posted a receive: move the payload, at a random time."""
         if len(receive.memory) < len(request.memory):
             receive.end(peer.worker, ucx_names().UCXMessageTruncatedError("simulated"))
             request.end(self.worker)
@@ -370,10 +373,6 @@ class SimulatedUcxEndpoint:
 
         scheduler.at(scheduler.now() + plan.soon(), start)
 
-    def _stream_arrived(self, data: bytes) -> None:
-        self._streamed.append(data)
-        self._match_stream()
-
     def _match_stream(self) -> None:
         request = self._stream_receive
         if request is not None and self._streamed:
@@ -387,9 +386,9 @@ class SimulatedUcxEndpoint:
             case Fault.RESET:
                 self.reset()
             case Fault.TRUNCATION | Fault.SILENCE:
-                self._lost = True
+                self.lost = True
                 if self.peer is not None and self.worker.scheduler.rng.random() < 0.5:
-                    self.peer._lost = True
+                    self.peer.lost = True
                 if fault is Fault.TRUNCATION:
                     self.reset()
             case Fault.DELAY:

@@ -32,11 +32,11 @@ def test_one_more_than_the_limit_displaces_the_oldest() -> None:
 
 def test_silent_connections_are_displaced_before_those_in_the_handshake() -> None:
     unproven: Unproven[str] = Unproven(ManualClock(), limit=2)
-    unproven.add("greeted")
-    unproven.greeted("greeted")
+    unproven.add("started")
+    unproven.received("started")
     assert [unproven.add(name) for name in "abc"] == [None, "a", "b"]
-    unproven.greeted("c")
-    assert unproven.add("d") == "greeted"
+    unproven.received("c")
+    assert unproven.add("d") == "started"
     assert list(unproven) == ["d", "c"]
 
 
@@ -52,14 +52,14 @@ def test_a_proof_is_late_by_the_time_since_acceptance_whatever_was_sent() -> Non
     clock = ManualClock()
     unproven: Unproven[str] = Unproven(clock, seconds=10.0)
     assert unproven.remaining == math.inf
-    unproven.add("greeted")
+    unproven.add("started")
     clock.advance(4.0)
     unproven.add("silent")
-    unproven.greeted("greeted")
+    unproven.received("started")
     assert unproven.remaining == 6.0
     clock.advance(6.0)
-    assert unproven.overdue() == ["greeted"]
-    assert "greeted" not in unproven
+    assert unproven.overdue() == ["started"]
+    assert "started" not in unproven
     assert unproven.remaining == 4.0
     clock.advance(5.0)
     assert unproven.remaining == 0.0
@@ -70,7 +70,7 @@ def test_several_batches_are_accepted_before_one_of_the_first_is_displaced() -> 
     assert MAX_UNPROVEN >= 8 * MAX_ACCEPTED
 
 
-def test_one_line_passes_in_a_time_and_the_next_tells_how_many_did_not() -> None:
+def test_one_line_passes_in_a_period_and_the_next_has_the_number_left_out() -> None:
     clock = ManualClock()
     lines = LineLimit(10.0, clock)
     assert [lines.passes() for _ in range(4)] == ["", None, None, None]

@@ -100,7 +100,7 @@ def test_handler_that_user_code_has_set_stays_and_children_have_it() -> None:
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
 
-def test_forked_child_that_lives_on_does_not_keep_a_connection_open() -> None:
+def test_forked_child_does_not_keep_a_connection_of_its_parent_open() -> None:
     ours, peer = socket.socketpair()
     not_inherited(ours)
     waiting, writing = os.pipe()

@@ -51,9 +51,9 @@ def test_foreign_things_in_the_root_stay(tmp_path: Path) -> None:
     PrivateDirectory(root).close()
     (root / "notes.txt").touch()
     (root / "results").mkdir()
-    (root / "link").symlink_to(root / "results")
+    (root / "symlink").symlink_to(root / "results")
     PrivateDirectory(root).close()
-    assert {path.name for path in root.iterdir()} == {"notes.txt", "results", "link"}
+    assert {path.name for path in root.iterdir()} == {"notes.txt", "results", "symlink"}
 
 
 def test_a_root_that_others_can_enter_is_refused(tmp_path: Path) -> None:
@@ -64,11 +64,11 @@ def test_a_root_that_others_can_enter_is_refused(tmp_path: Path) -> None:
         PrivateDirectory(root)
 
 
-def test_a_root_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_root_that_is_a_symlink_or_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "symlink").symlink_to(tmp_path / "real")
     (tmp_path / "file").touch()
-    for root in ("link", "file"):
+    for root in ("symlink", "file"):
         with pytest.raises(ConfigError, match="runtime directory"):
             PrivateDirectory(tmp_path / root)
 

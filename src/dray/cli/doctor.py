@@ -1,4 +1,4 @@
-"""`dray doctor`: what works on this machine, proved by doing it."""
+"""`dray doctor`: tests the lanes on this machine and prints facts about it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def doctor(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The time each lane gets.")] = 20.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit for each lane.")] = 20.0,
 ) -> None:
-    """Say per lane whether it works on this machine, proved by a transfer between two processes.
+    """Test each lane on this machine with a transfer between two processes.
 
     Exit code 0: shm, tcp and every lane named with --require work; 1: one of them does not.
     """
-    # Not needed to show the help of this or another command.
+    # Imported here, because the help of commands does not need them.
     from dray.cli.lane_check import check_lane
     from dray.cli.machine import examine
 
@@ -75,7 +75,7 @@ def as_document(reports: Sequence[LaneReport], machine: Machine, works: bool) ->
 
 
 def facts(machine: Machine) -> Iterator[tuple[str, str]]:
-    """(name, value) of everything worth knowing about the machine."""
+    """(name, value) of each fact about the machine."""
     yield "system", f"{machine.system}, {machine.cpus} processors"
     yield "python", machine.python
     for name, found in machine.versions.items():
@@ -93,7 +93,7 @@ def facts(machine: Machine) -> Iterator[tuple[str, str]]:
 
 
 def remarks(machine: Machine) -> Iterator[str]:
-    """What is likely to cause trouble although it works now."""
+    """Settings that work now but may cause failures later."""
     if machine.rdma_devices and machine.memlock is not None:
         yield (
             f"RDMA registers memory, and at most {machine.memlock:,} bytes may be locked: raise the limit "
@@ -108,7 +108,7 @@ def remarks(machine: Machine) -> Iterator[str]:
 def lines(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str]) -> Iterator[str]:
     """The report as plain lines."""
     for report in reports:
-        yield f"{report.lane}: {verdict(report, needed)}: {told(report)}"
+        yield f"{report.lane}: {verdict(report, needed)}: {finding(report)}"
     for name, value in facts(machine):
         yield f"{name}: {value}"
     for remark in remarks(machine):
@@ -116,14 +116,14 @@ def lines(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str
 
 
 def verdict(report: LaneReport, needed: frozenset[str]) -> str:
-    """One or two words on a lane."""
+    """The result of a lane's test, in a few words."""
     if report.works:
         return "works"
     return "does not work" if report.lane in needed else "not available"
 
 
-def told(report: LaneReport) -> str:
-    """What was found out about a lane, and what to do."""
+def finding(report: LaneReport) -> str:
+    """What the test of a lane found, and what to do."""
     return printable(f"{report.detail}; {report.remedy}" if report.remedy else report.detail, MAX_LINE)
 
 
@@ -142,7 +142,7 @@ def _show(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str
         lanes.add_column(column)
     for report in reports:
         style = "green" if report.works else "red" if report.lane in needed else "yellow"
-        lanes.add_row(report.lane, Text(verdict(report, needed), style), Text(told(report)))
+        lanes.add_row(report.lane, Text(verdict(report, needed), style), Text(finding(report)))
     console.print(lanes)
     rest = Table(title="Machine", title_justify="left", show_header=False)
     for name, value in facts(machine):

@@ -1,6 +1,6 @@
-"""Whether a lane works on this machine: a payload goes from one process to another and every byte is compared.
+"""Tests a lane on this machine: one process reads a payload from another, and every byte is compared.
 
-Both are children of the one that asks, so that a crash inside a transport library is an answer like any other.
+Both are children of this process, so that a crash in a transport library is a result and not the end of the test.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dray.clock import Deadline
+from dray.closing import Closing
 from dray.errors import DrayError
 from dray.transport.lanes import LANES
 
 MACHINES = ("x86_64", "aarch64")
 
-_MOST_ANSWER_BYTES = 64 * 1024
+_MAX_ANSWER_BYTES = 64 * 1024
 _END_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class LaneReport:
-    """What was found out about one lane.
+    """The result of a lane's test.
 
     Attributes:
         lane: its name.
-        works: a payload went over it and arrived whole.
-        detail: what was proved, or why not.
-        remedy: what to do about it; empty where there is nothing to do, or nothing known.
+        works: a payload arrived complete.
+        detail: what was read, or the reason of the failure.
+        remedy: what to do; empty if nothing is to be done, or nothing is known.
         nbytes: size of the payload that was read.
-        seconds: how long the read took, connecting included; None where the lane does not work.
+        seconds: duration of the read, with connecting; None if the lane does not work.
     """
 
     lane: str
@@ -49,7 +49,7 @@ class LaneReport:
 
 
 def check_lane(lane: str, timeout: float) -> LaneReport:
-    """Prove `lane` with a transfer between two new processes, within about `timeout` seconds."""
+    """Test `lane` with a transfer between two new processes, within about `timeout` seconds."""
     missing = _missing(lane)
     if missing is not None:
         return missing
@@ -59,19 +59,19 @@ def check_lane(lane: str, timeout: float) -> LaneReport:
             server = children.enter_context(_Child("serve", lane))
             offer = server.answer(deadline)
             reader = children.enter_context(_Child("read", lane))
-            reader.tell(offer["ref"])
+            reader.send(offer["ref"])
             answer = reader.answer(deadline)
     except _Failure as failure:
         return LaneReport(lane, False, str(failure), _remedy(lane, failure.about))
     if answer["digest"] != offer["digest"]:
-        return LaneReport(lane, False, f"the {offer['nbytes']} bytes that were read are not those that were put")
+        return LaneReport(lane, False, f"the {offer['nbytes']} bytes that were read differ from what was put")
     nbytes, seconds = int(offer["nbytes"]), float(answer["seconds"])
     detail = f"{nbytes:,} bytes read by another process in {seconds * 1e3:.1f} ms, each compared"
     return LaneReport(lane, True, detail, "", nbytes, seconds)
 
 
 def _missing(lane: str) -> LaneReport | None:
-    """What can be said without trying."""
+    """The result if the lane cannot be tested here, else None."""
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         here = f"{platform.system()} on {platform.machine()}"
         return LaneReport(lane, False, f"dray runs on Linux, x86-64 or aarch64; this is {here}")
@@ -93,19 +93,19 @@ def _remedy(lane: str, about: str) -> str:
 
 
 class _Failure(DrayError):
-    """A child did not do what it was started for; the message says why."""
+    """A child has failed; the message has the reason."""
 
     def __init__(self, message: str, about: str = "") -> None:
         super().__init__(message)
         self.about = about
 
 
-class _Child:
-    """One of the two processes; it does not outlive its ``with`` block."""
+class _Child(Closing):
+    """One of the two processes; it ends with its ``with`` block."""
 
     def __init__(self, role: str, lane: str) -> None:
         self._role = "serving" if role == "serve" else "reading"
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dray.cli.lane_proof", role, lane],
             stdin=subprocess.PIPE,
@@ -114,8 +114,8 @@ class _Child:
             bufsize=0,
         )
 
-    def tell(self, line: str) -> None:
-        """Send a line to the child; one that has ended says why in its answer."""
+    def send(self, line: str) -> None:
+        """Send a line to the child; if the child has ended, its answer has the reason."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line.encode() + b"\n")
@@ -126,16 +126,16 @@ class _Child:
         """The child's answer.
 
         Raises:
-            _Failure: it is an error, or there is none until the deadline.
+            _Failure: the answer is an error, or does not come before the deadline.
         """
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         line = b""
-        while not line.endswith(b"\n") and len(line) < _MOST_ANSWER_BYTES:
+        while not line.endswith(b"\n") and len(line) < _MAX_ANSWER_BYTES:
             if not poll.poll(deadline.remaining * 1000):
-                raise _Failure(f"the {self._role} process said nothing for {deadline.elapsed:.0f} s")
+                raise _Failure(f"the {self._role} process did not answer for {deadline.elapsed:.0f} s")
             received = os.read(descriptor, 4096)
             if not received:
                 raise _Failure(self._death(deadline))
@@ -152,19 +152,14 @@ class _Child:
             return f"the {self._role} process closed its output without an answer"
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        return f"the {self._role} process ended with {how}" + (f": {said[-1]}" if said else "")
+        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
+        return f"the {self._role} process ended with {how}" + (f": {lines[-1]}" if lines else "")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.close()  # asks the server to end
+        process.stdin.close()  # the server ends then
         try:
             process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:

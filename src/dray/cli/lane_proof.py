@@ -1,8 +1,8 @@
-"""The two processes with which `dray doctor` proves a lane: one serves a payload, the other reads it.
+"""The two processes with which `dray doctor` tests a lane: one serves a payload, the other reads it.
 
 ``python -m dray.cli.lane_proof serve LANE`` and ``… read LANE``. Each answers with one line of JSON on its
-standard output; what goes wrong is such a line too, with the key ``error``. The reader gets the reference on its
-standard input; the server serves until its own is closed.
+standard output; an error is such a line with the key ``error``. The reader gets the reference on its standard
+input; the server ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         else:
             _read(lane, answers)
     except (DrayError, OSError) as error:
-        _say(answers, _described(error))
+        _write(answers, _described(error))
         return 1
     return 0
 
@@ -58,7 +58,7 @@ def _serve(lane: Any, answers: TextIO) -> None:
     }
     with SharedRingBuffer(1, 2 * PAYLOAD_BYTES) as ring, PayloadServer(ring, lane=lane, threads=1) as server:
         ref = server.put(arrays, timeout=1.0)
-        _say(answers, {"ref": ref.to_json(), "nbytes": ref.nbytes, "digest": digest(arrays)})
+        _write(answers, {"ref": ref.to_json(), "nbytes": ref.nbytes, "digest": digest(arrays)})
         sys.stdin.read()
 
 
@@ -68,7 +68,7 @@ def _read(lane: Any, answers: TextIO) -> None:
         began = MONOTONIC.now()
         arrays = client.read(ref, timeout=READ_SECONDS)
         seconds = MONOTONIC.now() - began
-        _say(answers, {"digest": digest(arrays), "seconds": seconds})
+        _write(answers, {"digest": digest(arrays), "seconds": seconds})
 
 
 def _described(error: DrayError | OSError) -> dict[str, str]:
@@ -84,13 +84,13 @@ def _described(error: DrayError | OSError) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {error}", "about": about}
 
 
-def _say(answers: TextIO, answer: Mapping[str, Any]) -> None:
+def _write(answers: TextIO, answer: Mapping[str, Any]) -> None:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
 
 
 def _answers() -> TextIO:
-    """Standard output for answers alone: UCX logs to descriptor 1, which becomes standard error."""
+    """Standard output, for answers alone: descriptor 1, to which UCX logs, becomes standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

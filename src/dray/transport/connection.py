@@ -29,7 +29,7 @@ from dray.ring import Segment
 from dray.ring.layout import SegmentLayout
 from dray.transport.handshaking import shake_hands, wait_for_message, wait_for_stream
 from dray.transport.lanes import parse_endpoint
-from dray.transport.lanes.base import MachineNetwork, Network, Stream, Waiter, Worker
+from dray.transport.lanes.base import Network, Stream, Waiter, Worker
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 
 _UINT8 = np.dtype(np.uint8)
@@ -138,7 +138,7 @@ class Connection:
             OtherProducerError: another producer listens there.
             AuthenticationError: one side does not know the other's secret.
         """
-        network = network or MachineNetwork()
+        network = network or Network()
         waiter = network.waiter()
         stream = network.connect(parse_endpoint(endpoint), deadline, worker)
         try:

@@ -43,7 +43,7 @@ from dray.transport.attempts import (
 from dray.transport.connection import Connection
 from dray.transport.holding import Holder, Keeper, held
 from dray.transport.lanes import parse_endpoint
-from dray.transport.lanes.base import Endpoint, Lane, MachineNetwork, Network, Worker
+from dray.transport.lanes.base import Endpoint, Lane, Network, Worker
 from dray.transport.polling import CloseEvent
 from dray.transport.pool import ConnectionPool
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -129,7 +129,7 @@ class Exchanges:
         self._latencies = Latencies()
         self._attempts = attempts
         self._buffers = ReceiveBuffers()
-        self._network = network or MachineNetwork(CloseEvent())
+        self._network = network or Network(CloseEvent())
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()

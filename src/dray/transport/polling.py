@@ -1,7 +1,7 @@
-"""Waiting for descriptors: bounded by a deadline, ended by closing the client, and fast where answers are fast.
+"""Waiting for descriptors, limited by a deadline and ended by closing the client.
 
-`PollWaiter` waits for one descriptor of a client. `AdaptiveEpoll` is what a server thread waits with. Both poll
-without sleeping for a short while (`AdaptivePoller`) as long as earlier waits have been short.
+`PollWaiter` waits for one descriptor of a client, `AdaptiveEpoll` for all descriptors of a server thread. Both
+poll without sleeping for a short time first (`AdaptivePoller`), as long as earlier waits were short.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dray.clock import Deadline
+from dray.closing import Closing
 from dray.errors import BufferClosedError, TransportTimeout
 from dray.name_resolution import AWAITED, Address, resolve
 from dray.resources import needing
 
+if TYPE_CHECKING:
+    from dray.transport.lanes.base import Stream
+
 SPIN_SECONDS = 300e-6
-"""How long a thread polls without sleeping. One poll is a system call of about a microsecond, during which other
+"""How long a thread polls without sleeping. A poll is a system call of about one microsecond, during which other
 threads of the process can run."""
 
 YIELD_EVERY = 16
@@ -31,18 +35,18 @@ SHORT_SECONDS = 3 * SPIN_SECONDS
 """A wait longer than this, polling included, turns polling off for the next wait."""
 
 SLOW_POLL_SECONDS = 50e-6
-"""A poll that takes longer has waited for the interpreter or for a processor."""
+"""A poll that takes longer has waited for the interpreter lock or for a processor."""
 
 BACKOFF_FACTOR = 4
 MAX_BACKOFF = 256
-"""Polling that was slow and found nothing costs others their processor. After it, 1 wait sleeps at once, then
-5, 21 and so on, up to the maximum. Each success halves the number."""
+"""Polling that was slow and found nothing takes processor time from others. After it, 1 wait sleeps at once, after
+the next one 5, then 21 and so on, up to the maximum. Each successful poll halves the number."""
 
 _MAX_POLL_MILLISECONDS = 2**31 - 1
 
 
 def poll_timeout(deadline: Deadline) -> float | None:
-    """The remaining time in milliseconds, as `select.poll` takes it: at most 24 days; ``None`` without a limit."""
+    """The remaining time in milliseconds for `select.poll`: at most 24 days, ``None`` without a limit."""
     milliseconds = deadline.remaining * 1000
     if milliseconds < _MAX_POLL_MILLISECONDS:
         return milliseconds
@@ -50,36 +54,36 @@ def poll_timeout(deadline: Deadline) -> float | None:
 
 
 class AdaptivePoller:
-    """Calls a `poll` method of `select`; a wait that is expected to be short begins with polls that do not sleep.
+    """Calls a `poll` method of `select`, first without sleeping if the wait is expected to be short.
 
     A thread that sleeps for a few microseconds wakes up with cold caches, and on a virtual machine waking it costs
     the sender tens of microseconds. Polling without sleep is limited in time and used only while waits are short,
     so an idle thread uses no processor. Between polls the thread yields the processor, because the peer may need
-    it. If it does not get the processor back at once and then finds nothing, some of the next waits sleep at once.
+    it. If the thread does not get the processor back at once and then finds nothing, some of the next waits sleep.
 
     Args:
         poll: the method to call with a timeout; 0 returns at once.
-        now: the time in seconds.
-        give_way: yields the processor.
+        now: returns the time in seconds.
+        yield_processor: lets other threads run.
     """
 
-    __slots__ = ("_backoff", "_give_way", "_now", "_poll", "_sleeping_waits", "_spins_next")
+    __slots__ = ("_backoff", "_now", "_poll", "_sleeping_waits", "_spins_next", "_yield_processor")
 
     def __init__(
         self,
         poll: Callable[[Any], list[tuple[int, int]]],
         now: Callable[[], float] = time.monotonic,
-        give_way: Callable[[], None] | None = None,
+        yield_processor: Callable[[], object] | None = None,
     ) -> None:
         self._poll = poll
         self._now = now
-        self._give_way = give_way or os.sched_yield
+        self._yield_processor = yield_processor or os.sched_yield
         self._spins_next = False
         self._backoff = 0
         self._sleeping_waits = 0
 
     def __call__(self, timeout: Any) -> list[tuple[int, int]]:
-        """What `poll` found; empty after the timeout, which begins after polling without sleep."""
+        """The events that `poll` found; empty after the timeout, which begins after polling without sleep."""
         poll = self._poll
         if timeout == 0:
             return poll(0)
@@ -96,7 +100,7 @@ class AdaptivePoller:
         return found
 
     def _busy_poll(self, began: float) -> list[tuple[int, int]]:
-        """What polling without sleep found; empty when it is time to sleep."""
+        """The events that polling without sleep found; empty when it is time to sleep."""
         poll, now = self._poll, self._now
         last, end, slow = began, began + SPIN_SECONDS, False
         for count in itertools.count():
@@ -111,7 +115,7 @@ class AdaptivePoller:
             if last > end:
                 break
             if count % YIELD_EVERY == 0:
-                self._give_way()
+                self._yield_processor()
             time_now = now()
             last, slow = time_now, time_now - last > SLOW_POLL_SECONDS
         return found
@@ -129,19 +133,10 @@ class AdaptiveEpoll:
         self.poll = AdaptivePoller(self._epoll.poll)
 
 
-class Pollable(Protocol):
-    """What a client waits for: a stream."""
+class CloseEvent(Closing):
+    """Ends all waits of one client, now and later.
 
-    def fileno(self) -> int: ...
-
-    @property
-    def wants_write(self) -> bool: ...
-
-
-class CloseEvent:
-    """Ends all waits of one client, those under way and later ones.
-
-    Its descriptor is closed with the last wait, so no wait can see another file under the same number.
+    The descriptor is closed after the last wait, so no wait can see another file under the same number.
     """
 
     def __init__(self) -> None:
@@ -160,20 +155,20 @@ class CloseEvent:
         self._close_unused()
 
     def watch(self, poll: select.poll) -> None:
-        """Let `poll` report the event; to be called before its first wait."""
+        """Make `poll` report the event; called before its first wait."""
         with self._lock:
             if self._descriptor >= 0:
                 poll.register(self._descriptor, select.POLLIN)
 
     def wait(self, poll: AdaptivePoller, deadline: Deadline) -> bool:
-        """Wait for what `poll` watches; False if the deadline came first.
+        """Wait for the descriptors of `poll`; False if the deadline came first.
 
         Raises:
             BufferClosedError: the client is closed.
         """
         found: object = False
-        # The wait is entered before the flag is read, without the lock: either `close` sees the wait, or the wait
-        # sees the flag.
+        # The wait is registered before it reads the flag, without the lock: either `close` sees the wait, or the
+        # wait sees the flag.
         try:
             self._waits.add(poll)
             if not self._set:
@@ -210,14 +205,14 @@ class PollWaiter:
         if closing is not None:
             closing.watch(self._poll)
 
-    def wait(self, stream: Pollable, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        """Wait until the stream, which is `idle` and always the same one, can go on.
+    def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        """Wait until a stream that is `idle` can advance; a waiter always gets the same stream.
 
         Raises:
-            TransportTimeout: the deadline came first; the message says what was awaited.
+            TransportTimeout: the deadline came first; the message contains `awaited`.
             BufferClosedError: the client is closed.
         """
-        # For room alone: input or an end of the connection would be reported again and again meanwhile.
+        # Not for both: input that is not read would end each wait for room at once.
         events = select.POLLOUT if stream.wants_write else select.POLLIN
         if events != self._events:
             self._poll.register(stream.fileno(), events)
@@ -225,7 +220,7 @@ class PollWaiter:
         self._wait(deadline, awaited, endpoint)
 
     def wait_for(self, descriptor: int, events: int, deadline: Deadline, *, awaited: str, endpoint: str) -> None:
-        """Wait for events of a descriptor that does not belong to a stream yet; otherwise like `wait`."""
+        """Wait for events of a descriptor without a stream; otherwise like `wait`."""
         self._poll.register(descriptor, events)
         try:
             self._wait(deadline, awaited, endpoint)
@@ -241,20 +236,14 @@ class PollWaiter:
 def addresses_of(
     host: str, port: int, deadline: Deadline, *, endpoint: str, closing: CloseEvent | None
 ) -> list[Address]:
-    """The addresses of a server's host, in the order in which they are to be tried.
-
-    Raises:
-        Unreachable: the host is unknown.
-        TransportTimeout: the name server did not answer before the deadline.
-        BufferClosedError: the client is closed.
-    """
+    """As `resolve`, but the wait also ends with `BufferClosedError` when the client is closed."""
 
     def wait(descriptor: int) -> None:
         PollWaiter(closing).wait_for(descriptor, select.POLLIN, deadline, awaited=AWAITED, endpoint=endpoint)
 
-    return resolve(host, port, deadline, wait, endpoint)
+    return resolve(host, port, deadline, wait=wait, endpoint=endpoint)
 
 
 def timed_out(deadline: Deadline, awaited: str, endpoint: str) -> TransportTimeout:
-    """The error for a deadline that has passed."""
+    """The error for a wait that has reached its deadline."""
     return TransportTimeout(f"no answer while waiting for {awaited}", endpoint=endpoint, elapsed=deadline.elapsed)

@@ -308,7 +308,7 @@ class ServedConnections:
         if connection.session.established:
             self._unproven.discard(connection)
         elif not connection.session.closing:
-            self._unproven.greeted(connection)
+            self._unproven.received(connection)
 
     def _close_unproven(self, connection: ServedConnection, why: str) -> None:
         self._counters.add(UNPROVEN_CLOSED)

@@ -13,7 +13,7 @@ from dray.payload import PayloadSchema, TensorSpec
 from dray.payload.trajectory import EPISODE_LENGTH
 from dray.protocol.handshake import check_secret
 from dray.ring import OnFull
-from dray.transport.lanes import LaneChoice, chosen_lanes
+from dray.transport.lanes import SHM, UCX, LaneChoice, chosen_lanes
 
 MAX_SECONDS = 86_400.0
 
@@ -129,7 +129,7 @@ class UCXXBufferConfig(_Table):
         """The lanes that are served."""
         if self.lane is not None:
             return self.lane
-        return "shm" if self.secret is None else ("shm", "ucx")
+        return SHM.name if self.secret is None else (SHM.name, UCX.name)
 
     @property
     def trajectory_schema(self) -> PayloadSchema | None:

@@ -1,4 +1,4 @@
-"""Waits that begin with a few looks, and only where that has paid."""
+"""Waits that begin with polls without sleep, if earlier waits were short."""
 
 import os
 import select
@@ -23,8 +23,10 @@ POLL_SECONDS = 1e-6
 
 
 class Poll:
-    """Finds something in the call of the given number, or in the one that may wait; notes the time-outs, and has a
-    clock that only its calls and `give_way` move."""
+    """Finds something in the call with a given number, or in one with a timeout; records the timeouts.
+
+    Only its calls and `yield_processor` advance its clock.
+    """
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -42,7 +44,7 @@ class Poll:
     def now(self) -> float:
         return self.time
 
-    def give_way(self) -> None:
+    def yield_processor(self) -> None:
         self.time += self.away
 
 
@@ -54,7 +56,7 @@ def poll() -> Poll:
 @pytest.fixture
 def poller(poll: Poll) -> AdaptivePoller:
     """After a short wait."""
-    made = AdaptivePoller(poll, poll.now, poll.give_way)
+    made = AdaptivePoller(poll, poll.now, poll.yield_processor)
     made(5.0)
     poll.asked.clear()
     return made
@@ -78,15 +80,15 @@ def test_a_poll_that_finds_something_ends_the_wait(poller: AdaptivePoller, poll:
     assert poll.asked == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("sleep", "goes_on"), [(0.9 * SHORT_SECONDS, True), (1.1 * SHORT_SECONDS, False)])
-def test_the_habit_ends_with_a_wait_that_took_long(
-    poller: AdaptivePoller, poll: Poll, sleep: float, goes_on: bool
+@pytest.mark.parametrize(("sleep", "polls_next"), [(0.9 * SHORT_SECONDS, True), (1.1 * SHORT_SECONDS, False)])
+def test_a_long_wait_turns_polling_off_for_the_next_one(
+    poller: AdaptivePoller, poll: Poll, sleep: float, polls_next: bool
 ) -> None:
-    poll.sleep = sleep - SPIN_SECONDS  # the looks before it count
+    poll.sleep = sleep - SPIN_SECONDS  # the polls before it count
     poller(5.0)
     poll.asked.clear()
     poller(5.0)
-    assert (poll.asked[0] == 0) is goes_on
+    assert (poll.asked[0] == 0) is polls_next
 
 
 def test_a_slow_poll_is_followed_by_one_more(poller: AdaptivePoller, poll: Poll) -> None:
@@ -101,20 +103,20 @@ def test_a_thread_that_does_not_get_the_processor_back_at_once_sleeps(poller: Ad
     assert poll.asked == [0, 0, 5.0]
 
 
-@pytest.mark.parametrize(("away", "goes_on"), [(0.9 * SHORT_SECONDS, True), (1.1 * SHORT_SECONDS, False)])
+@pytest.mark.parametrize(("away", "polls_next"), [(0.9 * SHORT_SECONDS, True), (1.1 * SHORT_SECONDS, False)])
 def test_a_peer_that_had_the_processor_and_answered_soon_may_have_it_again(
-    poller: AdaptivePoller, poll: Poll, away: float, goes_on: bool
+    poller: AdaptivePoller, poll: Poll, away: float, polls_next: bool
 ) -> None:
     poll.away, poll.found_in = away, 2
     assert poller(5.0) == FOUND
     poll.asked.clear()
     poll.found_in = 0
     poller(5.0)
-    assert (poll.asked[0] == 0) is goes_on
+    assert (poll.asked[0] == 0) is polls_next
 
 
 def backed_off(poller: AdaptivePoller, poll: Poll) -> int:
-    """How many waits sleep at once before the next one that looks."""
+    """How many waits sleep at once before the next one that polls first."""
     count = -1
     poll.asked[:] = [5.0]
     while poll.asked[0] == 5.0:
@@ -132,7 +134,7 @@ def test_slow_polls_have_ever_more_waits_sleep_at_once_up_to_a_bound(poller: Ada
     assert found[-2:] == [MAX_BACKOFF, MAX_BACKOFF]
 
 
-def test_polls_that_find_something_are_taken_more_often_again(poller: AdaptivePoller, poll: Poll) -> None:
+def test_successful_polls_make_polling_more_frequent_again(poller: AdaptivePoller, poll: Poll) -> None:
     poll.away = 2 * SLOW_POLL_SECONDS
     poller(5.0)
     backed_off(poller, poll)
@@ -147,14 +149,14 @@ def test_polls_that_find_something_are_taken_more_often_again(poller: AdaptivePo
     assert backed_off(poller, poll) == 1
 
 
-def test_others_may_have_the_processor_after_the_first_look_and_now_and_then(poll: Poll) -> None:
+def test_the_processor_is_yielded_after_the_first_poll_and_then_regularly(poll: Poll) -> None:
     given: list[float] = []
     poller = AdaptivePoller(poll, poll.now, lambda: given.append(poll.time))
     poller(5.0)
     poll.found_in = len(poll.asked) + YIELD_EVERY + 2
     poller(5.0)
     assert len(given) == 2
-    assert given[0] < 3 * POLL_SECONDS  # after the first look
+    assert given[0] < 3 * POLL_SECONDS  # after the first poll
 
 
 def test_a_wait_of_no_time_is_one_poll(poller: AdaptivePoller, poll: Poll) -> None:

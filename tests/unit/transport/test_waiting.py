@@ -12,7 +12,7 @@ from dray.transport.lanes.socket import UnixStream
 from dray.transport.polling import PollWaiter
 
 
-def test_who_waits_for_room_is_not_kept_busy_by_what_has_come() -> None:
+def test_unread_input_does_not_end_a_wait_for_room() -> None:
     left, right = socket.socketpair()
     stream = UnixStream(left, SHM)
     with right, contextlib.closing(stream):

@@ -1,142 +1,135 @@
-"""The contract of a lane: its properties, and the streams, listeners and workers it brings.
+"""The contract of a lane: its properties, and the streams, listeners and workers that it makes.
 
-A lane is one module with a subclass of `Lane` and one entry in `dray.transport.lanes.LANES`. A `Stream` has two
-channels: *messages* (the handshake and frames, whose sizes both ends know) and *payloads*. No method of a stream
-waits. Its user waits for `fileno()` when `idle()` allows, until a deadline: a server thread for all its streams at
-once, a client for the one that it uses.
+A lane is one module with a subclass of `Lane`, and one entry in `dray.transport.lanes.LANES`. Its connections are
+`Stream` objects, which carry *messages* (the handshake and frames, whose sizes both ends know) and *payloads*. No
+method of a stream waits. If `idle()` returns True, the user of the stream waits for `fileno()`: a server thread
+for all its streams at once, a client for one stream.
 """
 
 from __future__ import annotations
 
 import abc
-import encodings.idna  # noqa: F401  (loaded now: `encode` could not load it when no descriptor is left)
-from collections.abc import Hashable, Sequence
+import encodings.idna  # noqa: F401  (`encode` cannot load it once the process has no descriptor left)
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dray.clock import Deadline
+from dray.closing import Closing
 from dray.protocol.frames import Outgoing
 from dray.protocol.ref import has_control
 from dray.transport.polling import CloseEvent, PollWaiter
 
 
-class Stream(Protocol):
+class Stream(Closing):
     """One connection.
 
-    Every method raises a `TransportError` when the connection has failed: `ConnectionClosed` when the peer closed
-    it between messages, `MessageTruncated` within one, `ConnectionReset` for any other failure.
+    Every method raises a `TransportError` when the connection has failed: `ConnectionClosed` if the peer closed it
+    between messages, `MessageTruncated` if the peer closed it within one, `ConnectionReset` for any other failure.
 
     Attributes:
-        lane: the lane it belongs to.
-        worker: what must make progress for this stream to go on; None where the kernel sees to that.
-        peer_pid: the process at the other end, where the lane tells; else None.
+        lane: the lane of the connection.
+        worker: what must make progress for this stream to advance; None where the kernel does that.
+        peer_pid: the process at the other end, where the lane reports it; else None.
+        expected: one entry for each payload that `expect` announced and `payload_arrived` has not reported.
     """
 
-    @property
-    def lane(self) -> Lane: ...
-    @property
-    def worker(self) -> Worker | None: ...
-    @property
-    def peer_pid(self) -> int | None: ...
+    lane: Lane
+    worker: Worker | None = None
+    peer_pid: int | None = None
+    expected: deque[Any]
 
+    @abc.abstractmethod
     def fileno(self) -> int:
-        """The descriptor that becomes readable when the stream can go on."""
-        ...
+        """The descriptor that becomes readable when the stream can advance."""
 
+    @abc.abstractmethod
     def idle(self) -> bool:
-        """Prepare for waiting on `fileno`; False if the stream can go on now."""
-        ...
+        """Prepare for a wait on `fileno`; False if the stream can advance now."""
 
     @property
     def wants_write(self) -> bool:
-        """`flush` needs room: wait for writability."""
-        ...
+        """`flush` needs room: wait until `fileno` is writable, not readable."""
+        return False
 
+    @abc.abstractmethod
     def receive(self, size: int, most: int = 1) -> memoryview | None:
         """The next message of exactly `size` bytes, valid until the next call; None if it is not complete yet.
 
-        If the following messages have the same size, up to `most` of those that are here come together, one behind
-        the other. After None, call `idle` and wait before the next call.
+        If the messages after it have the same size, up to `most` that are complete are returned together. After
+        None, call `idle` and wait before the next call.
         """
-        ...
 
     def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
-        """The next message and the descriptor that came with it, or -1; None if the message is not here yet.
+        """The next message and the descriptor that came with it, or -1; None if the message is not complete yet.
 
         The caller closes the descriptor. A lane whose payloads stay in shared memory sends one with WELCOME.
 
         Raises:
             OutOfResources: no descriptor was left to receive it.
         """
-        ...
+        message = self.receive(size)
+        return None if message is None else (bytes(message), -1)
 
+    @abc.abstractmethod
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
-        """Send messages and payloads in order; True when all of it has left.
+        """Send messages and payloads in order; True if all of it has left.
 
         Otherwise the stream uses their memory until `flush` returns True.
         """
-        ...
 
+    @abc.abstractmethod
     def flush(self) -> bool:
-        """Continue sending; True when everything has left and its memory is free again."""
-        ...
+        """Continue to send; True if everything has left and its memory is free again."""
 
+    @abc.abstractmethod
     def expect(self, target: memoryview) -> int:
-        """Name the memory for the payload of the request that is sent next; the tag for that request, or 0."""
-        ...
+        """Set the memory for the payload of the next request; returns the tag for that request, or 0."""
 
+    @abc.abstractmethod
     def payload_arrived(self, nbytes: int) -> bool:
-        """True when the oldest expected payload is complete; `nbytes` is the size in STATUS, 0 for none."""
-        ...
+        """True if the oldest expected payload is complete; `nbytes` is the size in STATUS, 0 for no payload."""
 
     def progress(self) -> object:
         """A value that changes while bytes travel in either direction, as far as this end can observe that."""
-        ...
-
-    def close(self) -> None:
-        """End the connection at once; what was not flushed is lost. Twice is fine."""
-        ...
+        return None
 
     @property
+    @abc.abstractmethod
     def drained(self) -> bool:
-        """After `close`: nothing reads or writes memory that was given to this stream any more."""
-        ...
+        """After `close`, which drops what was not flushed: no memory that was given to this stream is in use."""
 
 
-class Worker(Hashable, Protocol):
-    """What several connections share, and what only one thread can use at a time: a UCX worker.
+class Worker(Closing):
+    """What several connections share and only one thread can use at a time: a UCX worker.
 
     Attributes:
         steps: grows with everything that `progress` has done.
     """
 
-    @property
-    def steps(self) -> int: ...
+    steps: int = 0
 
+    @abc.abstractmethod
     def fileno(self) -> int:
-        """Becomes readable when `progress` has work, after `arm`."""
-        ...
+        """The descriptor that becomes readable, after `arm`, when `progress` has work."""
 
+    @abc.abstractmethod
     def progress(self) -> None:
         """Do the work that is due, without waiting."""
-        ...
 
+    @abc.abstractmethod
     def arm(self) -> bool:
         """Make `fileno` readable at the next event; False if there is one already."""
-        ...
 
+    @abc.abstractmethod
     def drop_strays(self) -> None:
-        """Drop messages that arrived and that no stream expects."""
-        ...
-
-    def close(self) -> None:
-        """End it; its connections are closed. Twice is fine."""
-        ...
+        """Drop messages that have arrived and that no stream expects."""
 
 
 class SilentPeers(Protocol):
-    """Limits connections that a worker has accepted by itself and that have not begun to speak."""
+    """Limits the connections that a worker has accepted by itself and whose peers have sent nothing valid."""
 
     def filenos(self) -> list[int]: ...
     def hasten(self) -> None: ...
@@ -145,38 +138,31 @@ class SilentPeers(Protocol):
     def shut_down(self) -> int: ...
 
 
-class Listener(Protocol):
-    """Where connections of one lane come in.
+class Listener(Closing):
+    """Accepts the connections of one lane at one address.
 
     Attributes:
         endpoint: the address for clients.
-        worker: what must make progress for connections to come in; None where the kernel sees to that.
+        worker: what must make progress for connections to arrive; None where the kernel does that.
         silent: limits what the worker accepts by itself; None where there is nothing to limit.
     """
 
-    @property
-    def endpoint(self) -> str: ...
-    @property
-    def worker(self) -> Worker | None: ...
-    @property
-    def silent(self) -> SilentPeers | None: ...
+    endpoint: str
+    worker: Worker | None = None
+    silent: SilentPeers | None = None
 
+    @abc.abstractmethod
     def fileno(self) -> int:
-        """Becomes readable when there is a connection; -1 where the worker reports it."""
-        ...
+        """The descriptor that becomes readable when there is a connection; -1 where the worker reports it."""
 
     @property
-    def waiting(self) -> bool:
-        """`accept` has a connection, as far as that is known without a system call."""
-        ...
+    def waiting(self) -> int:
+        """How many connections `accept` has, as far as that is known without a system call."""
+        return 0
 
+    @abc.abstractmethod
     def accept(self) -> Stream | None:
-        """The next connection; None when there is none."""
-        ...
-
-    def close(self) -> None:
-        """Stop listening. Twice is fine."""
-        ...
+        """The next connection; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +185,7 @@ class Endpoint:
     """An address in its parts.
 
     Attributes:
-        lane: the lane that serves it.
+        lane: the lane of the address.
         host: host name or numeric address; for a Unix socket its path, in the form of `dray.path_text`.
         port: port number; 0 for a Unix socket.
     """
@@ -216,7 +202,7 @@ class Lane(abc.ABC):
     """One way for bytes to travel. What differs between lanes is an attribute here.
 
     Attributes:
-        name: its name in configuration, logs and figures.
+        name: its name in configuration, logs and statistics.
         number: its number in the handshake, 1 … 255.
         scheme: what its endpoints begin with.
         form: the form of its endpoints, for messages.
@@ -225,10 +211,10 @@ class Lane(abc.ABC):
         local: only processes of the same user on the same host can connect. No secret is needed, and a lease needs
             no time limit, because the kernel reports a peer that has ended.
         ipv4_only: it cannot listen at an IPv6 address.
-        extra: the extra of dray that brings its packages; empty where it needs none.
-        install: how to install them, in words.
-        min_bytes_per_second: a transfer that is slower than this is cut, because the lane cannot report how far it
-            has come; None where it can.
+        extra: the extra of dray that installs its packages; empty where it needs none.
+        install: the command that installs them.
+        min_bytes_per_second: a slower transfer is cut, because the lane cannot report progress within a payload;
+            None where it can.
     """
 
     name: str
@@ -247,7 +233,7 @@ class Lane(abc.ABC):
         """Raise unless this process can use the lane.
 
         Raises:
-            MissingDependencyError: a package is not installed; the message says what to install.
+            MissingDependencyError: a package is not installed; the message names the command to install it.
         """
 
     @property
@@ -279,16 +265,18 @@ class Lane(abc.ABC):
         worker: Worker | None = None,
         closing: CloseEvent | None = None,
     ) -> Stream:
-        """A stream to an address. Where `make_worker` makes one, the first exchange shows whether it stands.
+        """A stream to an address. On a lane with workers, only the first exchange shows whether it is connected.
 
         Raises:
-            TransportError: it cannot be reached in time.
+            Unreachable: the host is unknown, or no server listens there.
+            TransportTimeout: the name server or the host did not answer before the deadline.
+            OutOfResources: no descriptor is left for the connection.
             BufferClosedError: the client was closed meanwhile.
         """
 
     @abc.abstractmethod
     def listen(self, place: ListenAt) -> Listener:
-        """Listen there.
+        """Listen at an address.
 
         Raises:
             ConfigError: this machine has no such address, or no port is free.
@@ -322,7 +310,7 @@ class HostPortLane(Lane):
 
 
 def _is_host(text: str) -> bool:
-    """The system can be asked for this host."""
+    """The system's resolver accepts this host."""
     try:
         return bool(text.encode("idna")) and not has_control(text)
     except UnicodeError:
@@ -333,61 +321,37 @@ class Waiter(Protocol):
     """Waits for one stream, in the thread that uses it."""
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        """Wait until a stream that is `idle` can go on.
-
-        Raises:
-            TransportTimeout: the deadline came first; the message says what was awaited.
-            BufferClosedError: the client is closed.
-        """
+        """See `PollWaiter.wait`."""
         ...
 
 
-class Network(Protocol):
-    """Where a client's connections come from. A simulation brings its own."""
-
-    def fits(self, worker: Worker, address: Endpoint) -> bool:
-        """See `Lane.fits`."""
-        ...
-
-    def make_worker(self, address: Endpoint) -> Worker | None:
-        """See `Lane.make_worker`."""
-        ...
-
-    def connect(self, address: Endpoint, deadline: Deadline, worker: Worker | None) -> Stream:
-        """See `Lane.connect`."""
-        ...
-
-    def waiter(self, lasting: bool = False) -> Waiter:
-        """A waiter for one connection; a `lasting` one waits although the network is closed."""
-        ...
-
-    def close(self) -> None:
-        """End all waits with `BufferClosedError`. Twice is fine."""
-        ...
-
-
-class MachineNetwork:
-    """The network of this machine, through the lanes.
+class Network(Closing):
+    """A client's connections, over the lanes of this machine. A simulation overrides all methods.
 
     Args:
-        closing: ends waits in other threads; without it, waits end by their deadlines.
+        closing: ends waits in other threads; without it, waits end at their deadlines.
     """
 
     def __init__(self, closing: CloseEvent | None = None) -> None:
         self._closing = closing
 
     def fits(self, worker: Worker, address: Endpoint) -> bool:
+        """See `Lane.fits`."""
         return address.lane.fits(worker, address)
 
     def make_worker(self, address: Endpoint) -> Worker | None:
+        """See `Lane.make_worker`."""
         return address.lane.make_worker(address)
 
     def connect(self, address: Endpoint, deadline: Deadline, worker: Worker | None) -> Stream:
+        """See `Lane.connect`."""
         return address.lane.connect(address, deadline, worker, self._closing)
 
     def waiter(self, lasting: bool = False) -> Waiter:
+        """A waiter for one connection; a `lasting` one also waits after the network is closed."""
         return PollWaiter(None if lasting else self._closing)
 
     def close(self) -> None:
+        """End all waits with `BufferClosedError`. Twice is fine."""
         if self._closing is not None:
             self._closing.close()

@@ -1,6 +1,6 @@
 """The lanes over sockets: ``shm`` over Unix sockets, whose payloads stay in the segment, and ``tcp``.
 
-Both send messages, and ``tcp`` payloads as well, over one non-blocking byte stream.
+Both send messages over one non-blocking byte stream; ``tcp`` sends payloads over it as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dray.path_text import bytes_of, path_of, text_of
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.protocol.frames import Outgoing, Payload
 from dray.resources import descriptors_exhausted, keep_result, out_of_resources
-from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, SilentPeers, Worker
+from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Listener, Stream, Worker
 from dray.transport.polling import CloseEvent, PollWaiter, addresses_of
 
 READ_AHEAD = 64 * 1024
@@ -46,10 +46,11 @@ MAX_PARTS = 256
 PORTS_TO_TRY = 64
 
 _FEW, _MANY = 64 * 1024, 256 * 1024
-"""While more than a few bytes of a payload are missing, a reader of TCP is woken for many at a time."""
+"""While more than `_FEW` bytes of a payload are missing, a reader of TCP wakes for up to `_MANY` at a time."""
 
-# In the kernel's `struct tcp_info`: the bytes that the peer has acknowledged and those that came from it, and the
-# window that it offers, which grows while it reads what it has acknowledged. Older kernels' structures end before.
+# In the kernel's `struct tcp_info`: the bytes that the peer has acknowledged and the bytes received from it, and
+# the window that the peer offers, which grows while the peer reads. Structures of older kernels end before the
+# window.
 _TCP_INFO_BYTES = 232
 _TCP_BYTES = slice(120, 136)
 _TCP_SEND_WINDOW = slice(228, 232)
@@ -59,24 +60,21 @@ _DESCRIPTOR = struct.Struct("@i")
 _TIMEVAL = struct.Struct("@ll")
 
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
-"""Flag for every send: where the program has restored SIGPIPE, a peer that is gone must not end the process."""
+"""Flag of every send: a lost peer must not end the process where the program has restored SIGPIPE."""
 
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK}
 
 SocketAddress = bytes | tuple[Any, ...]
 
 
-class SocketStream:
-    """A `Stream` over a connected, non-blocking stream socket.
+class SocketStream(Stream):
+    """A `Stream` over a connected stream socket.
 
     Args:
         sock: the socket; the stream owns it from now on.
         lane: the lane of the connection.
         accepted: this is the server's end, which uses little memory until the peer has proven the secret.
     """
-
-    worker = None
-    peer_pid: int | None = None
 
     def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
         sock.setblocking(False)
@@ -87,10 +85,10 @@ class SocketStream:
         self._begin = self._end = 0
         self._parts: deque[memoryview] = deque()
         self._descriptor: int | None = None
-        self._expected: deque[memoryview] = deque()
+        self.expected: deque[memoryview] = deque()
         self._filled = 0
         self._low_water = 1
-        self._dry = False  # the last read found nothing more: the user waits before the next one
+        self._dry = False  # the last read emptied the socket: `idle` and a wait come before the next read
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -116,14 +114,10 @@ class SocketStream:
         self._begin = begin + size
         return self._view[begin : begin + size]
 
-    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
-        message = self.receive(size)
-        return None if message is None else (bytes(message), -1)
-
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         parts = self._parts
         if descriptor is None and not parts and (message := _messages_only(items)) is not None:
-            # In most cases messages leave at once and whole.
+            # Most messages leave at once and whole.
             try:
                 sent = self._sock.send(message, NO_SIGNAL)
             except BlockingIOError:
@@ -162,26 +156,23 @@ class SocketStream:
         return True
 
     def expect(self, target: memoryview) -> int:
-        self._expected.append(target)
+        self.expected.append(target)
         return 0
 
     def payload_arrived(self, nbytes: int) -> bool:
-        target = self._expected[0]
+        target = self.expected[0]
         if nbytes:
             if nbytes != target.nbytes:
-                raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {target.nbytes}")
+                raise MessageTruncated(f"the payload has {nbytes} bytes instead of {target.nbytes}")
             if not self._fill_payload(target):
                 return False
-        self._expected.popleft()
+        self.expected.popleft()
         self._filled = 0
         return True
 
-    def progress(self) -> object:
-        return None
-
     def close(self) -> None:
         self._parts.clear()
-        self._expected.clear()
+        self.expected.clear()
         self._dry = False
         self._sock.close()
 
@@ -192,9 +183,9 @@ class SocketStream:
     # --- the socket -------------------------------------------------------------------------------------------
 
     def _fill(self, missing: int) -> int:
-        """Read towards a message that lacks `missing` bytes; the bytes read."""
+        """Read for a message that lacks `missing` bytes; returns the number of bytes read."""
         begin, end = self._begin, self._end
-        if begin == end and not self._expected and missing <= len(self._inbox):
+        if begin == end and not self.expected and missing <= len(self._inbox):
             self._begin = self._end = 0
             got = self._recv(self._inbox)
         else:
@@ -203,8 +194,8 @@ class SocketStream:
                 self._begin, self._end = 0, end - begin
             if self._end + missing > len(self._inbox):
                 self._grow(self._end + missing)
-            # More than the next message, unless a payload is to go straight into its place.
-            got = self._recv(self._view[self._end : self._end + missing if self._expected else None])
+            # Read ahead, unless a payload follows: its bytes must go directly into its own memory.
+            got = self._recv(self._view[self._end : self._end + missing if self.expected else None])
         self._end += got
         return got
 
@@ -223,17 +214,14 @@ class SocketStream:
             got = self._recv(target[self._filled :], within=True)
             self._filled += got
         missing = target.nbytes - self._filled
-        self._wake_at(min(missing, _MANY) if missing > _FEW else 1)
+        low_water = min(missing, _MANY) if missing > _FEW else 1
+        if low_water != self._low_water:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+            self._low_water = low_water
         return not missing
 
-    def _wake_at(self, nbytes: int) -> None:
-        """Let the socket become readable when so much has come, or the connection has ended."""
-        if nbytes != self._low_water:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-            self._low_water = nbytes
-
     def _recv(self, room: memoryview | bytearray, within: bool = False) -> int:
-        """Bytes received; 0 when there are none yet."""
+        """The number of bytes received; 0 if there are none yet."""
         try:
             got = self._sock.recv_into(room)
         except BlockingIOError:
@@ -260,11 +248,11 @@ class SocketStream:
 
     def __repr__(self) -> str:
         state = "closed" if self._sock.fileno() < 0 else f"fd {self._sock.fileno()}"
-        return f"<{type(self).__name__} {self.lane.name} {state}>"
+        return f"<{type(self).__name__} {state}{', sending' if self._parts else ''}>"
 
 
 class TcpStream(SocketStream):
-    """A `Stream` over a TCP connection."""
+    """A stream over a TCP connection."""
 
     def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
         try:
@@ -277,18 +265,19 @@ class TcpStream(SocketStream):
     def progress(self) -> object:
         try:
             info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        except OSError:  # the connection has failed: it makes no progress
+        except OSError:  # the connection has failed
             return None
         return info[_TCP_BYTES], info[_TCP_SEND_WINDOW]
 
 
 class UnixStream(SocketStream):
-    """A `Stream` over a Unix socket. The message that ends the handshake brings the segment's descriptor."""
+    """A stream over a Unix socket. The segment's descriptor comes with the last message of the handshake."""
 
     def __init__(self, sock: socket.socket, lane: Lane, accepted: bool = False) -> None:
         super().__init__(sock, lane, accepted)
         if accepted:
-            self.peer_pid, self.peer_uid = self._peer()
+            credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            self.peer_pid, self.peer_uid, _ = _UCRED.unpack(credentials)
 
     def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
         received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
@@ -299,7 +288,7 @@ class UnixStream(SocketStream):
                 raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
             descriptor = _descriptor(ancillary)
             if descriptor < 0 and flags & socket.MSG_CTRUNC:
-                # The kernel drops a descriptor for which the receiver has no number.
+                # The kernel drops a descriptor if the receiver has no free number for it.
                 exhausted = descriptors_exhausted("the segment's descriptor")
                 raise exhausted or MessageTruncated("the segment's descriptor did not come with the handshake")
         except BaseException as error:
@@ -312,11 +301,6 @@ class UnixStream(SocketStream):
                 return None
             raise from_os_error(error) from error
         return message, descriptor
-
-    def _peer(self) -> tuple[int, int]:
-        """(pid, uid) of the process at the other end, from the kernel."""
-        pid, uid, _gid = _UCRED.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        return pid, uid
 
 
 def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
@@ -331,12 +315,8 @@ def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
 # --- listening ------------------------------------------------------------------------------------------------
 
 
-class SocketListener:
+class SocketListener(Listener):
     """What both listeners share: a non-blocking socket, and connections that the kernel accepts."""
-
-    worker: Worker | None = None
-    silent: SilentPeers | None = None
-    waiting = False
 
     def __init__(self, sock: socket.socket, endpoint: str) -> None:
         sock.setblocking(False)
@@ -347,7 +327,6 @@ class SocketListener:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Stop listening. Twice is fine."""
         self._sock.close()
 
     def _accept(self) -> socket.socket | None:
@@ -358,7 +337,7 @@ class SocketListener:
 
 
 class UnixListener(SocketListener):
-    """Listens on a path; only processes of this user get a stream."""
+    """Listens on a path; accepts only processes of this user."""
 
     def __init__(self, path: Path) -> None:
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
@@ -375,10 +354,10 @@ class UnixListener(SocketListener):
         super().__init__(sock, endpoint)
 
     def accept(self) -> UnixStream | None:
-        """The next connection; None when there is none.
+        """The next connection; None if there is none.
 
         Raises:
-            AuthenticationError: it came from a process of another user; it is closed.
+            AuthenticationError: the peer is a process of another user; its connection is closed.
         """
         sock = self._accept()
         if sock is None:
@@ -417,23 +396,17 @@ class TcpListener(SocketListener):
         super().__init__(sock, TCP.endpoint(host, sock.getsockname()[1]))
 
     def accept(self) -> TcpStream | None:
-        """The next connection; None when there is none."""
         sock = self._accept()
         try:
             return None if sock is None else TcpStream(sock, TCP, accepted=True)
-        except TransportError:  # the connection has ended meanwhile
+        except TransportError:  # the connection has already ended
             return None
 
 
-def make_socket(family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
-    """A new socket.
-
-    Raises:
-        OutOfResources: no descriptor is left for it.
-        Unreachable: this system has no such sockets.
-    """
+def make_socket(family: int) -> socket.socket:
+    """A new stream socket; raises as `from_os_error`."""
     try:
-        return socket.socket(family, kind, protocol)
+        return socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         raise from_os_error(error) from error
 
@@ -444,7 +417,7 @@ def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
     Raises:
         ConfigError: this machine has no such address, or no port is free.
     """
-    for candidate in range(port, min(port + PORTS_TO_TRY, 65536)) if port else (0,):
+    for candidate in ports_from(port):
         try:
             sock.bind((host, candidate))
             return
@@ -455,16 +428,21 @@ def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
     raise no_free_port(port)
 
 
+def ports_from(port: int) -> range:
+    """The ports to try; 0 alone is any free port."""
+    return range(port, min(port + PORTS_TO_TRY, 65536)) if port else range(1)
+
+
 def no_free_port(port: int) -> ConfigError:
-    """The error where every port that was tried is taken."""
-    return ConfigError("port", port, f"a port with a free one among the {PORTS_TO_TRY} from it on, or 0")
+    """The error if every port that was tried is in use."""
+    return ConfigError("port", port, f"0, or a port with a free one among itself and the next {PORTS_TO_TRY - 1}")
 
 
 # --- connecting -----------------------------------------------------------------------------------------------
 
 
 class ShmLane(Lane):
-    """Processes of one user on one host: messages over a Unix socket, payloads in the shared segment."""
+    """Connects processes of one user on one host: messages over a Unix socket, payloads in the segment."""
 
     name, number, scheme, form = "shm", 1, "unix", "unix:PATH"
     in_band = False
@@ -487,23 +465,15 @@ class ShmLane(Lane):
         worker: Worker | None = None,
         closing: CloseEvent | None = None,
     ) -> UnixStream:
-        """Connect to a server's Unix socket.
+        """See `Lane.connect`.
 
-        Raises:
-            Unreachable: there is no such socket, or no server listens on it. If even its folder is missing, which
-                exists as long as a server lives, the socket is another host's (`elsewhere`).
-            TransportTimeout: its backlog stayed full until the deadline.
-            OutOfResources: no descriptor is left for the connection.
+        The folder of a socket exists while its server does. If it is missing, the socket belongs to another host:
+        `Unreachable.elsewhere`.
         """
-        sock = make_socket(socket.AF_UNIX)
         try:
-            connect_socket(sock, bytes_of(address.host), deadline, str(address))
+            sock = connect_socket(socket.AF_UNIX, bytes_of(address.host), deadline, str(address))
         except Unreachable as error:
-            sock.close()
             error.elsewhere = error.refused and not path_of(address.host).parent.is_dir()
-            raise
-        except BaseException:
-            sock.close()
             raise
         return UnixStream(sock, self)
 
@@ -513,7 +483,7 @@ class ShmLane(Lane):
 
 
 class TcpLane(HostPortLane):
-    """TCP: messages and payloads over one connection, between any two machines."""
+    """Connects any two machines: messages and payloads over one TCP connection."""
 
     name, number, scheme, form = "tcp", 2, "tcp", "tcp:HOST:PORT"
 
@@ -524,27 +494,16 @@ class TcpLane(HostPortLane):
         worker: Worker | None = None,
         closing: CloseEvent | None = None,
     ) -> TcpStream:
-        """Connect to a server, trying each address of the host.
-
-        Raises:
-            Unreachable: the host is unknown, or no server listens there.
-            TransportTimeout: the name server or the host did not answer before the deadline.
-            OutOfResources: no descriptor is left for the connection.
-        """
+        """See `Lane.connect`. Tries each address of the host in turn."""
         endpoint = str(address)
         failure: Unreachable | None = None
         found = addresses_of(address.host, address.port, deadline, endpoint=endpoint, closing=closing)
         for family, place in found:
-            sock = make_socket(family)
             try:
-                connect_socket(sock, place, deadline, endpoint, closing=closing)
+                sock = connect_socket(family, place, deadline, endpoint, closing=closing)
             except Unreachable as error:
-                sock.close()
                 failure = error
                 continue
-            except BaseException:
-                sock.close()
-                raise
             return TcpStream(sock, self)
         raise failure or Unreachable("the host has no address", endpoint=endpoint)
 
@@ -557,31 +516,37 @@ TCP = TcpLane()
 
 
 def connect_socket(
-    sock: socket.socket,
+    family: int,
     address: SocketAddress,
     deadline: Deadline,
     endpoint: str,
     *,
     closing: CloseEvent | None = None,
-) -> None:
-    """Connect within the deadline: a non-blocking connect, and a bounded wait."""
-    sock.setblocking(False)
-    code = sock.connect_ex(address)
-    if code == errno.EINPROGRESS:
-        waiter = PollWaiter(closing)
-        waiter.wait_for(sock.fileno(), select.POLLOUT, deadline, awaited="the connection", endpoint=endpoint)
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    elif code == errno.EAGAIN:
-        code = _connect_to_full_backlog(sock, address, deadline)
-    if code == errno.EAGAIN:
-        raise TransportTimeout("the server does not accept", endpoint=endpoint, elapsed=deadline.elapsed)
-    if code:
-        raise from_os_error(OSError(code, os.strerror(code)), endpoint)
+) -> socket.socket:
+    """A connected, non-blocking socket; raises as `Lane.connect`."""
+    sock = make_socket(family)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(address)
+        if code == errno.EINPROGRESS:
+            waiter = PollWaiter(closing)
+            waiter.wait_for(sock.fileno(), select.POLLOUT, deadline, awaited="the connection", endpoint=endpoint)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        elif code == errno.EAGAIN:
+            code = _connect_to_full_backlog(sock, address, deadline)
+        if code == errno.EAGAIN:
+            raise TransportTimeout("the server accepts no connection", endpoint=endpoint, elapsed=deadline.elapsed)
+        if code:
+            raise from_os_error(OSError(code, os.strerror(code)), endpoint)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _connect_to_full_backlog(sock: socket.socket, address: SocketAddress, deadline: Deadline) -> int:
-    """A Unix socket whose backlog is full gives no event to wait for: the kernel waits, for the send timeout."""
-    left = 0.0 if deadline.timeout is None else max(deadline.remaining, 0.001)  # zero means no limit here
+    """Wait for a Unix socket whose backlog is full: `poll` reports no event for it, so the kernel waits."""
+    left = 0.0 if deadline.timeout is None else max(deadline.remaining, 0.001)  # 0 is no limit
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(left), int(left % 1 * 1e6)))
     sock.setblocking(True)
     code = sock.connect_ex(address)
@@ -590,7 +555,7 @@ def _connect_to_full_backlog(sock: socket.socket, address: SocketAddress, deadli
 
 
 def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError:
-    """The dray error for an operating system's error on a socket, by type."""
+    """The dray error for an error of a system call on a socket."""
     match error:
         case TimeoutError():
             return TransportTimeout(f"the kernel gave up on the connection: {error}", endpoint=endpoint)
@@ -604,7 +569,7 @@ def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError
 
 
 def _messages_only(items: Sequence[Outgoing]) -> bytes | None:
-    """The items in one piece, unless there is a payload among them."""
+    """The items joined; None if one of them is a payload."""
     if len(items) == 1:
         item = items[0]
         return None if isinstance(item, Payload) else item

@@ -1,12 +1,13 @@
-"""The UCX lane's stream: frames and payloads as tagged messages.
+"""The ``ucx`` lane: frames and payloads as tagged messages.
 
-Tags are matched on the worker, not on the endpoint, so no two things may share one: each payload has a tag from
-the receiving worker's counter, each direction of a connection one of 64 random bits, which no other peer can
-guess. The two ends tell each other these in a preamble of 8 bytes: the client's goes over UCX's stream channel,
-which belongs to the endpoint; the server's answers it under the tag it named.
+UCX matches tags on a worker, not on an endpoint, so each kind of message needs a tag of its own: a payload has one
+from the counter of the receiving worker; each direction of a connection has 64 random bits, which other peers
+cannot guess. The two ends exchange the latter in a preamble of 8 bytes. The client sends its preamble over UCX's
+stream channel, which belongs to the endpoint; the server answers with its own under the client's tag.
 
-Frames are taken off the worker's queue when they are there, not asked for: ucxx never lets go of a worker whose
-endpoint was closed while a request on it was open that cannot be cancelled, as a stream receive or a send is.
+A stream removes frames from the worker's queue of unexpected messages, and does not post receives for them: ucxx
+never releases a worker whose endpoint was closed while a request was open that cannot be cancelled, such as a
+stream receive or a send.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import (
     ConnectionClosed,
     ConnectionReset,
@@ -32,36 +33,39 @@ from dray.errors import (
 )
 from dray.name_resolution import is_loopback
 from dray.protocol.frames import Outgoing, Payload
-from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Worker
-from dray.transport.lanes.socket import PORTS_TO_TRY, no_free_port
+from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Listener, Stream, Worker
+from dray.transport.lanes.socket import no_free_port, ports_from
 from dray.transport.lanes.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
 from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, Abandoned, UcxWorker, from_ucx_error, require
 from dray.transport.polling import CloseEvent, addresses_of
 
 _PREAMBLE = struct.Struct("<Q")
 _MAX_MESSAGE = 64 * 1024
-"""Frames that are sent together are cut into messages of at most this size."""
+"""Frames that are sent together are split into messages of at most this size, in bytes."""
 
 
 class _Awaited(enum.Enum):
-    """What the driver found not to be there when it looked last."""
+    """What was missing at the last call of the stream's user."""
 
     MESSAGE = enum.auto()
     PAYLOAD = enum.auto()
     ROOM = enum.auto()
 
 
-class UcxStream:
+class UcxStream(Stream):
     """A `Stream` over a UCX endpoint.
 
     Args:
         worker: the endpoint's worker.
         endpoint: from `UcxWorker.connect`, or accepted by a listener.
         accepted: this is the server's end.
+
+    Attributes:
+        tag: the tag under which the peer's messages arrive.
+        peer_tag: the tag of messages to the peer; None before its preamble has arrived.
     """
 
-    wants_write = False
-    peer_pid: int | None = None
+    worker: UcxWorker
 
     def __init__(self, worker: UcxWorker, endpoint: Any, accepted: bool) -> None:
         self.lane: Lane = UCX
@@ -69,15 +73,16 @@ class UcxStream:
         self.closed = False
         self._endpoint = endpoint
         self._accepted = accepted
-        self._mine = secrets.randbits(64)
-        self._mine_tag = worker.ucx.UCXXTag(self._mine)
-        worker.awaited.add(self._mine)
-        self._theirs: Any = None
+        self.tag = secrets.randbits(64)
+        self.peer_tag: int | None = None
+        self._own = worker.ucx.UCXXTag(self.tag)
+        self._peer: Any = None
+        worker.awaited.add(self.tag)
         self._inbox = bytearray()
         self._incoming: tuple[Any, bytearray] | None = None
         self._unsent: list[Outgoing] = []
         self._sends: list[tuple[Any, Any]] = []
-        self._expected: deque[tuple[Any, memoryview, int]] = deque()
+        self.expected: deque[tuple[Any, memoryview, int]] = deque()
         self._awaited = _Awaited.MESSAGE
         self._abandoned: list[Abandoned] = []
         self._preamble: tuple[Any, bytearray] | None = None
@@ -85,7 +90,7 @@ class UcxStream:
             memory = bytearray(_PREAMBLE.size)
             self._preamble = self._post("stream_recv", memory), memory
         else:
-            memory = bytearray(_PREAMBLE.pack(self._mine))
+            memory = bytearray(_PREAMBLE.pack(self.tag))
             self._sends.append((self._post("stream_send", memory), memory))
 
     def fileno(self) -> int:
@@ -98,8 +103,8 @@ class UcxStream:
     def receive(self, size: int, most: int = 1) -> memoryview | None:
         self._check_open()
         self._awaited = _Awaited.MESSAGE
-        while self._theirs is None or len(self._inbox) < size:
-            if not (self._agree() if self._theirs is None else self._take()):
+        while self._peer is None or len(self._inbox) < size:
+            if not (self._exchange_tags() if self._peer is None else self._collect()):
                 self._check_alive(within=bool(self._inbox))
                 return None
         if most > 1:
@@ -108,17 +113,13 @@ class UcxStream:
         del self._inbox[:size]
         return memoryview(message)
 
-    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
-        message = self.receive(size)
-        return None if message is None else (bytes(message), -1)
-
     def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
         self._check_open()
         self._unsent += items
         return self.flush()
 
     def flush(self) -> bool:
-        if self._unsent or self._theirs is None:
+        if self._unsent or self._peer is None:
             self._send_queued()
         if not self._sends and not self._unsent:
             return True
@@ -141,43 +142,42 @@ class UcxStream:
         tag = self.worker.next_tag()
         memory = target if target.nbytes else memoryview(bytearray(1))
         request = self._post("tag_recv", memory, self.worker.ucx.UCXXTag(tag))
-        self._expected.append((request, memory, tag))
+        self.expected.append((request, memory, tag))
         return tag
 
     def payload_arrived(self, nbytes: int) -> bool:
-        request, memory, _ = self._expected[0]
+        request, memory, _ = self.expected[0]
         if nbytes and nbytes != memory.nbytes:
-            raise MessageTruncated(f"the payload has {nbytes} bytes, expected were {memory.nbytes}")
+            raise MessageTruncated(f"the payload has {nbytes} bytes instead of {memory.nbytes}")
         if not request.completed:
             self._awaited = _Awaited.PAYLOAD
             self._check_alive()
             return False
-        self._expected.popleft()
+        self.expected.popleft()
         self._awaited = _Awaited.MESSAGE
         self._check(request)
         return True
 
     def progress(self) -> object:
-        # UCX does not say how far a message has come, and no more of its worker than that it had something to do.
+        # UCX does not report progress within a message, only that its worker had work.
         return self.worker.steps if self._sends else None
 
     def close(self) -> None:
         if self.closed:
             return
         self.closed = True
-        self.worker.awaited.discard(self._mine)
-        requests = [*self._sends, *((request, memory) for request, memory, _ in self._expected)]
+        self.worker.awaited.discard(self.tag)
+        requests = [*self._sends, *((request, memory) for request, memory, _ in self.expected)]
         requests += [request for request in (self._incoming, self._preamble) if request is not None]
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
-        for tag in (self._mine, *(tag for _, _, tag in self._expected)):
+        for tag in (self.tag, *(tag for _, _, tag in self.expected)):
             self.worker.discard(self.worker.ucx.UCXXTag(tag))
-        self._endpoint = None  # it keeps its worker alive
+        self._endpoint = None  # an endpoint keeps its worker alive
         self._sends, self._unsent, self._incoming, self._preamble = [], [], None, None
-        self._expected.clear()
+        self.expected.clear()
 
     @property
     def drained(self) -> bool:
-        """After `close`: UCX no longer touches memory that was given to this stream."""
         return all(abandoned.done for abandoned in self._abandoned)
 
     # --- requests ---------------------------------------------------------------------------------------------
@@ -188,12 +188,12 @@ class UcxStream:
         except self.worker.ucx.UCXError as error:
             raise self._failure(error) from error
 
-    def _agree(self) -> bool:
-        """Learn the peer's tag, and tell it ours; whether it is known."""
+    def _exchange_tags(self) -> bool:
+        """Receive the peer's tag, and send this end's; False if it has not arrived yet."""
         if self._preamble is None:
-            if not self._take() or len(self._inbox) < _PREAMBLE.size:
+            if not self._collect() or len(self._inbox) < _PREAMBLE.size:
                 return False
-            (tag,) = _PREAMBLE.unpack(self._inbox[: _PREAMBLE.size])
+            (self.peer_tag,) = _PREAMBLE.unpack(self._inbox[: _PREAMBLE.size])
             del self._inbox[: _PREAMBLE.size]
         else:
             request, memory = self._preamble
@@ -201,21 +201,21 @@ class UcxStream:
                 return False
             self._preamble = None
             self._check(request)
-            (tag,) = _PREAMBLE.unpack(memory)
-        self._theirs = self.worker.ucx.UCXXTag(tag)
+            (self.peer_tag,) = _PREAMBLE.unpack(memory)
+        self._peer = self.worker.ucx.UCXXTag(self.peer_tag)
         if self._accepted:
-            self._send_messages(bytearray(_PREAMBLE.pack(self._mine)))
+            self._send_messages(bytearray(_PREAMBLE.pack(self.tag)))
         return True
 
-    def _take(self) -> bool:
-        """Move the next message that has come, if any, into the inbox."""
+    def _collect(self) -> bool:
+        """Move the next message that has arrived to the inbox; False if there is none."""
         if self._incoming is None:
-            found = self.worker.probe(self._mine_tag)
+            found = self.worker.probe(self._own)
             if not found.matched:
                 return False
             if found.length > _MAX_MESSAGE:
-                raise ProtocolError(f"a message of {found.length} bytes is longer than any of the protocol's")
-            self._incoming = self.worker.take(found)
+                raise ProtocolError(f"a message has {found.length} bytes; the limit is {_MAX_MESSAGE}")
+            self._incoming = self.worker.receive(found)
         request, memory = self._incoming
         if not request.completed:
             return False
@@ -225,7 +225,7 @@ class UcxStream:
         return True
 
     def _send_queued(self) -> None:
-        if self._theirs is None and not self._agree():
+        if self._peer is None and not self._exchange_tags():
             return
         messages = bytearray()
         for item in self._unsent:
@@ -242,7 +242,7 @@ class UcxStream:
     def _send_messages(self, messages: bytearray) -> None:
         for begin in range(0, len(messages), _MAX_MESSAGE):
             part = messages[begin : begin + _MAX_MESSAGE]
-            self._sends.append((self._post("tag_send", part, self._theirs), part))
+            self._sends.append((self._post("tag_send", part, self._peer), part))
 
     def _check(self, request: Any) -> None:
         try:
@@ -251,14 +251,14 @@ class UcxStream:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception | None) -> TransportError:
-        """What a failed request, or an endpoint that is not alive any more, stands for."""
+        """The error for a failed request, or for an endpoint that is no longer alive."""
         if error is not None and self._endpoint.alive:
             return from_ucx_error(error)
         try:
             self._endpoint.raise_on_error()
         except self.worker.ucx.UCXError as why:
             if isinstance(why, self.worker.ucx.UCXConnectionResetError):
-                # UCX reports an orderly close by the peer as a reset as well.
+                # UCX also reports an orderly close by the peer as a reset.
                 return ConnectionClosed("the peer closed the connection")
             return from_ucx_error(why)
         return ConnectionReset("the connection failed") if error is None else from_ucx_error(error)
@@ -274,32 +274,34 @@ class UcxStream:
             raise ConnectionClosed("this side closed the connection")
 
     def _ready(self) -> bool:
-        """A request whose completion the driver has not seen yet, or a failure."""
+        """The stream can advance, or has failed."""
         if not self._endpoint.alive:
             return True
-        # What has come before its time must not keep busy who waits for something else.
+        # What arrives early must not end a wait for something else.
         if self._awaited is _Awaited.PAYLOAD:
-            if self._expected[0][0].completed:
+            if self.expected[0][0].completed:
                 return True
-        elif self._awaited is _Awaited.MESSAGE or self._theirs is None:
+        elif self._awaited is _Awaited.MESSAGE or self._peer is None:
             due = self._incoming or self._preamble
-            if due[0].completed if due is not None else self.worker.waits(self._mine_tag):
+            if due[0].completed if due is not None else self.worker.has_message(self._own):
                 return True
         return any(request.completed for request, _ in self._sends)
 
     def __repr__(self) -> str:
-        return f"<UcxStream {'closed' if self.closed else 'open'}>"
+        return f"<UcxStream {'closed' if self.closed else 'open'}{', sending' if self._sends else ''}>"
 
 
-class UcxListener:
+class UcxListener(Listener):
     """Listens for UCX connections on the interface that has `host`, on `port` or the next free one.
 
     Attributes:
-        silent: bounds the connections that UCX accepts and that do not speak UCX; None where UCX cannot name
-            the peers that do.
+        silent: limits the connections that UCX accepts and that do not speak UCX; None if this UCX cannot name the
+            peer of a request.
     """
 
-    def __init__(self, worker: UcxWorker, host: str, port: int = 0) -> None:
+    worker: UcxWorker
+
+    def __init__(self, worker: UcxWorker, host: str, port: int = 0, *, clock: Clock = MONOTONIC) -> None:
         self.worker = worker
         self._requests: deque[int] = deque()
         self.silent: SilentPeers | None = None
@@ -309,11 +311,11 @@ class UcxListener:
             self._listening = listening_socket(self._listener.port)
             confine(self._listening, host)
             if can_name_peers():
-                self.silent = SilentPeers(self._listener.port, worker.data_ports)
+                self.silent = SilentPeers(self._listener.port, worker.data_ports, clock)
         except BaseException:
             self.close()
             raise
-        # UCX answers at no other address of the loopback network, such as the 127.0.1.1 of Debian's host names.
+        # UCX does not answer at other loopback addresses, such as the 127.0.1.1 of Debian's host names.
         advertised = "127.0.0.1" if is_loopback(host) else host
         self.endpoint = UCX.endpoint(advertised, self._listener.port)
 
@@ -321,12 +323,10 @@ class UcxListener:
         return -1
 
     @property
-    def waiting(self) -> bool:
-        """`accept` has a connection."""
-        return self._listener is not None and bool(self._requests)
+    def waiting(self) -> int:
+        return len(self._requests) if self._listener is not None else 0
 
     def accept(self) -> UcxStream | None:
-        """The next connection, or None when there is none."""
         if self._listener is None or not self._requests:
             return None
         ucx = self.worker.ucx
@@ -337,7 +337,7 @@ class UcxListener:
         return UcxStream(self.worker, endpoint, accepted=True)
 
     def close(self) -> None:
-        """Take no more connections. The port is free again when the worker is closed."""
+        """Accept no more connections. The port is free again when the worker is closed."""
         if self._listener is None:
             return
         if self._listening is not None:
@@ -349,10 +349,10 @@ class UcxListener:
         self._listener = None
 
     def _refuse(self, listener: Any = None) -> None:
-        """End the connections that wait to be accepted: UCX keeps what nobody answers."""
+        """End the connections that were not accepted; UCX would keep them."""
         ucx, listener = self.worker.ucx, listener or self._listener
         while self._requests:
-            with contextlib.suppress(ucx.UCXError):  # it has ended by itself
+            with contextlib.suppress(ucx.UCXError):  # it has already ended
                 endpoint = listener.create_endpoint_from_conn_request(self._requests.popleft(), True)
                 self.worker.close_endpoint(endpoint, [])
 
@@ -362,7 +362,7 @@ class UcxListener:
         self._requests.append(request)
 
     def _bind(self, port: int) -> Any:
-        for candidate in range(port, min(port + PORTS_TO_TRY, 65536)) if port else (0,):
+        for candidate in ports_from(port):
             try:
                 return self.worker.listen(candidate, self._requested)
             except Unreachable as error:
@@ -372,7 +372,7 @@ class UcxListener:
 
 
 class UcxLane(HostPortLane):
-    """UCX, over RDMA or TCP: payloads as tagged messages, between any two machines."""
+    """Connects any two machines: messages and payloads as tagged messages of UCX, over RDMA or TCP."""
 
     name, number, scheme, form = "ucx", 3, "ucx", "ucx:HOST:PORT"
     tagged = True
@@ -390,7 +390,7 @@ class UcxLane(HostPortLane):
 
     def advice(self) -> str:
         chosen = sorted(name for name in os.environ if name.startswith("UCX_"))
-        return f"check the environment: {', '.join(chosen)}" if chosen else "UCX_LOG_LEVEL=info shows more"
+        return f"check these variables: {', '.join(chosen)}" if chosen else "set UCX_LOG_LEVEL=info for details"
 
     def make_worker(self, address: Endpoint) -> UcxWorker:
         return UcxWorker(is_loopback(address.host))
@@ -405,13 +405,9 @@ class UcxLane(HostPortLane):
         worker: Worker | None = None,
         closing: CloseEvent | None = None,
     ) -> UcxStream:
-        """Begin a connection to a server's UCX endpoint; the handshake shows whether it stands.
-
-        Raises:
-            Unreachable: the host is unknown, or has no IPv4 address.
-        """
+        """See `Lane.connect`. Only the handshake shows whether the connection is established."""
         assert isinstance(worker, UcxWorker)
-        # UCX asks the system's resolver itself, without a limit: it gets numeric addresses only.
+        # UCX gets numeric addresses only, because it looks names up without a time limit.
         found = addresses_of(address.host, address.port, deadline, endpoint=str(address), closing=closing)
         for family, place in found:
             if family is socket.AF_INET:

@@ -1,7 +1,8 @@
 """The sockets that UCX has opened in this process.
 
-UCX does not give them out: they are found among the process's descriptors, by what they are, and used through
-duplicates. Only sockets are duplicated: closing any duplicate of a file ends the locks that the process has on it.
+UCX does not return them. This module finds them among the process's descriptors, by their kind, and uses
+duplicates. It duplicates sockets only, because closing a duplicate of a file ends the locks that the process holds
+on it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _SIOCGIFADDR = 0x8915
 _SO_ATTACH_FILTER = 26
 _SOCK_FPROG = struct.Struct("@HP")
 _RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)
-"""A packet filter of one instruction, which accepts no byte of any packet."""
+"""A packet filter of one instruction, which drops every packet."""
 
 _BYTES_RECEIVED = struct.Struct("@128xQ")
 """``tcpi_bytes_received`` in ``struct tcp_info``."""
 
 _FIRST_BYTES = 8
-"""What UCX sends first on a connection between workers is longer; it closes one that begins with anything else."""
+"""UCX's first message on a connection between workers is longer; UCX closes a connection that begins otherwise."""
 
 _SEARCH_SECONDS = 10.0
 _SEARCH_SECONDS_AWAITED = 1.0
@@ -50,7 +51,7 @@ Peer = tuple[str, int]
 
 
 class _Found(NamedTuple):
-    """A connection that does not speak UCX yet, and whether anything has come from its peer."""
+    """A connection that does not speak UCX yet, and whether its peer has sent anything."""
 
     inode: int
     descriptor: int
@@ -58,16 +59,16 @@ class _Found(NamedTuple):
 
 
 class SilentPeers:
-    """TCP connections that UCX has accepted and that do not speak UCX.
+    """Limits TCP connections that UCX has accepted and that do not speak UCX.
 
-    UCX keeps each of them, with its descriptor, for as long as the peer does. At the listener's port a peer speaks
-    UCX when its request has been handed to this process, at a port for data when UCX's first bytes have come. The
-    others are bounded as connections without a proof are (`dray.admission`): they are shut down, and UCX closes
-    what is shut down.
+    UCX keeps such a connection, with its descriptor, until the peer closes it. At the listener's port, a peer
+    speaks UCX once UCX has reported its request; at a port for data, once UCX's first bytes have arrived. All
+    others are limited like connections without a proof (`dray.admission`): this class shuts them down, and UCX
+    closes them.
 
     Args:
-        port: the listener's.
-        data_ports: where the listener's worker is connected to by others.
+        port: the listener's port.
+        data_ports: ports at which other workers connect to the listener's worker.
         clock: where time comes from.
     """
 
@@ -83,22 +84,22 @@ class SilentPeers:
         self._search_at = clock.now()
         self._count_at = math.inf
         self._lowest_free: float = 0
-        # Searching must work when no descriptor is left.
+        # A search must work when no descriptor is left.
         self._spare = not_inherited(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         self._unconnected = not_inherited(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
 
     def filenos(self) -> list[int]:
-        """Each has an edge when connections come in, although one that UCX accepts at once may show none."""
+        """Descriptors with an edge when a connection arrives, unless UCX accepts it at once."""
         return [each.fileno() for each in self._listening]
 
     def requested(self, request: int) -> None:
-        """UCX has handed over a connection request: its peer speaks UCX."""
+        """UCX has reported a connection request: its peer speaks UCX."""
         peer = _peer_of(request)
         if peer is not None:
             self._requested.add(peer)
 
     def hasten(self) -> None:
-        """Connections have come in: search soon."""
+        """Connections have arrived: search soon."""
         self._search_at = min(self._search_at, self._last + _SEARCH_SECONDS_BUSY)
 
     @property
@@ -107,7 +108,7 @@ class SilentPeers:
         return max(0.0, min(self._search_at, self._count_at) - self._clock.now())
 
     def shut_down(self) -> int:
-        """Search if it is time for that, and shut down those that are late or displaced; how many."""
+        """Search if that is due, and shut down connections that are late or displaced; returns their number."""
         now = self._clock.now()
         if now < self._search_at and self._find_lowest_free() < self._lowest_free + _MANY_DESCRIPTORS:
             self._count_at = now + _COUNT_SECONDS
@@ -123,17 +124,17 @@ class SilentPeers:
             if displaced is not None:
                 ending.append(displaced)
             if found[inode].received:
-                self._unproven.greeted(inode)
+                self._unproven.received(inode)
         ending += self._unproven.overdue()
         count = 0
         for inode in ending:
             if self._opened(found[inode].descriptor, inode):
-                # Its peer may have closed it meanwhile.
+                # The peer may have closed it.
                 with contextlib.suppress(OSError):
                     self._spare.shutdown(socket.SHUT_RDWR)
                 self._ended.add(inode)
                 count += 1
-        self._let_go()
+        self._release_spare()
         self._last = now
         self._search_at = now + (_SEARCH_SECONDS_AWAITED if self._unproven else _SEARCH_SECONDS)
         self._count_at = now + _COUNT_SECONDS
@@ -141,7 +142,7 @@ class SilentPeers:
         return count
 
     def close(self) -> None:
-        """Search no more. Twice is fine."""
+        """Stop searching. Twice is fine."""
         for each in (*self._listening, self._spare, self._unconnected):
             each.close()
 
@@ -162,12 +163,12 @@ class SilentPeers:
                     speaks = port not in self._data_ports or _bytes_received(self._spare) >= _FIRST_BYTES
                 if not speaks:
                     yield _Found(inode, descriptor, bool(_bytes_received(self._spare)))
-            except OSError:  # it listens, or has been closed by its peer
+            except OSError:  # a listening socket, or closed by its peer
                 continue
         self._requested &= connected
 
     def _opened(self, descriptor: int, inode: int) -> bool:
-        """`_spare` is a duplicate of the TCP socket at `descriptor`; False if that is something else by now."""
+        """Make `_spare` a duplicate of the TCP socket at `descriptor`; False if that is another file by now."""
         try:
             os.dup2(descriptor, self._spare.fileno(), inheritable=False)
             return os.fstat(self._spare.fileno()).st_ino == inode and _is_tcp(self._spare)
@@ -175,9 +176,9 @@ class SilentPeers:
             return False
 
     def _find_lowest_free(self) -> float:
-        """The lowest free descriptor, ``inf`` if there is none: with so many more open it is as much higher.
+        """The lowest free descriptor, ``inf`` if there is none: it grows with the number of open ones.
 
-        That takes microseconds, and notices what edges have not shown.
+        It takes microseconds to find, and shows connections that had no edge.
         """
         try:
             descriptor = os.dup(self._unconnected.fileno())
@@ -186,8 +187,8 @@ class SilentPeers:
         os.close(descriptor)
         return descriptor
 
-    def _let_go(self) -> None:
-        """A duplicate would keep its connection open."""
+    def _release_spare(self) -> None:
+        """Drop the duplicate in `_spare`, which would keep its connection open."""
         os.dup2(self._unconnected.fileno(), self._spare.fileno(), inheritable=False)
 
 
@@ -205,17 +206,16 @@ def listening_socket(port: int) -> socket.socket:
 
 
 def ports_opened(make: Callable[[], Any]) -> tuple[Any, frozenset[int]]:
-    """What `make` returns, and the ports on which this process listens since then."""
+    """The result of `make`, and the ports on which this process listens only since then."""
     before = _listening_ports()
     made = make()
     return made, _listening_ports() - before
 
 
 def confine(listening: socket.socket, host: str) -> None:
-    """Confine a listening socket to the interface that has the address `host`.
+    """Confine a listening socket to the interface that has the address `host`; ``0.0.0.0`` means every interface.
 
-    ucxx cannot bind its listener to an address; the kernel can bind the socket to a device. ``0.0.0.0`` asks for
-    every interface and is left alone.
+    ucxx cannot bind its listener to an address, but the kernel can bind the socket to a device.
 
     Raises:
         ConfigError: no interface of this machine has the address.
@@ -226,7 +226,7 @@ def confine(listening: socket.socket, host: str) -> None:
 
 
 def drop_all_packets(listening: socket.socket) -> None:
-    """No new connection comes through this listening socket any more; those that have come stay."""
+    """Stop new connections to a listening socket; those that have arrived stay."""
     program = ctypes.create_string_buffer(_RETURN_NOTHING)
     filter_ = _SOCK_FPROG.pack(1, ctypes.addressof(program))
     listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_)
@@ -240,14 +240,14 @@ def _sockets() -> Iterator[tuple[int, int]]:
     descriptors: Iterable[int]
     try:
         descriptors = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
-    except OSError:  # no descriptor is left to list the folder with, so all below the limit are in use
-        import resource  # there is none where dray only has to import
+    except OSError:  # no descriptor is left to list the folder, so all below the limit are in use
+        import resource  # not available on every system that imports this module
 
         descriptors = range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _MAX_TRIED))
     for descriptor in descriptors:
         try:
             found = os.fstat(descriptor)
-        except OSError:  # the one that listed the folder, or another thread's
+        except OSError:  # closed: the one that listed the folder, or another thread's
             continue
         if stat.S_ISSOCK(found.st_mode):
             yield descriptor, found.st_ino
@@ -285,50 +285,48 @@ def _bytes_received(sock: socket.socket) -> int:
     return int(count)
 
 
-class _RequestAttributes(ctypes.Structure):
-    """``ucp_conn_request_attr_t``."""
+_REQUEST_ATTRIBUTES = struct.Struct("@Q128xQ")
+"""``ucp_conn_request_attr_t``: which fields are wanted, the client's address, the client's id."""
 
-    _fields_ = [
-        ("field_mask", ctypes.c_uint64),
-        ("client_address", ctypes.c_ubyte * 128),
-        ("client_id", ctypes.c_uint64),
-    ]
-
-
-_CLIENT_ADDRESS = 1
+_CLIENT_ADDRESS, _CLIENT_ADDRESS_OFFSET = 1, 8
 _SOCKADDR_IN = struct.Struct("=H2s4s")
 
 
 def _peer_of(request: int) -> Peer | None:
-    """Where a connection request comes from; None if that is no IPv4 address."""
+    """The address of a connection request's peer; None if it is not IPv4."""
     query = _request_query()
-    attributes = _RequestAttributes(field_mask=_CLIENT_ADDRESS)
-    if query is None or query(request, ctypes.byref(attributes)) != 0:
+    attributes = ctypes.create_string_buffer(_REQUEST_ATTRIBUTES.pack(_CLIENT_ADDRESS, 0))
+    if query is None or query(request, attributes) != 0:
         return None
-    family, port, host = _SOCKADDR_IN.unpack_from(bytes(attributes.client_address))
+    family, port, host = _SOCKADDR_IN.unpack_from(attributes, _CLIENT_ADDRESS_OFFSET)
     return (socket.inet_ntoa(host), int.from_bytes(port, "big")) if family == socket.AF_INET else None
 
 
 def can_name_peers() -> bool:
-    """The loaded UCX can name the peer of a connection request."""
+    """The loaded UCX has a function for the peer of a connection request."""
     return _request_query() is not None
 
 
-@functools.cache
 def _request_query() -> Any:
-    """`ucp_conn_request_query`, or None where the loaded library does not have it."""
+    arguments = (ctypes.c_void_p, ctypes.c_void_p)
+    return library_function("libucp.so.0", "ucp_conn_request_query", arguments, ctypes.c_int)
+
+
+@functools.cache
+def library_function(library: str, name: str, arguments: tuple[Any, ...], result: Any) -> Any:
+    """A function of a loaded C library; None if the library does not have it."""
     try:
-        function = ctypes.CDLL("libucp.so.0").ucp_conn_request_query
+        function = getattr(ctypes.CDLL(library), name)
     except (OSError, AttributeError):
         return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
+    function.argtypes, function.restype = arguments, result
     return function
 
 
 def _interface(host: str) -> str:
     if is_loopback(host):
         return "lo"
-    import fcntl  # there is none where dray only has to import
+    import fcntl  # not available on every system that imports this module
 
     try:
         wanted = socket.inet_pton(socket.AF_INET, host)

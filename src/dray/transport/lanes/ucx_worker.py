@@ -1,15 +1,15 @@
-"""One UCX worker: progress by epoll, requests whose memory stays alive, orderly teardown.
+"""A UCX worker: progress by epoll, requests whose memory stays alive, and an orderly end.
 
-`ucxx`'s asyncio layer spins on `sleep(0)` while a request is open and shares one worker per process, so this
-module uses the low-level objects: a worker for each thread that drives one, blocking progress, no progress thread.
-`ucxx` is imported on first use; without it `require` says what to install.
+`ucxx`'s asyncio layer polls without pause while a request is open, and shares one worker in a process. This module
+uses its low-level objects instead: a worker for each thread that drives one, blocking progress, no progress
+thread. `ucxx` is imported on first use; without the package, `require` raises an error that names the command to
+install it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import itertools
 import os
@@ -19,7 +19,7 @@ import socket
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dray.clock import Deadline
 from dray.errors import (
@@ -32,20 +32,23 @@ from dray.errors import (
     Unreachable,
 )
 from dray.resources import check_descriptors, descriptors_exhausted, keep_result
-from dray.transport.lanes.ucx_sockets import drop_all_packets, ports_opened
+from dray.transport.lanes.base import Worker
+from dray.transport.lanes.ucx_sockets import drop_all_packets, library_function, ports_opened
 
 UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
 SEGMENT_SIZE = "1m"
-"""UCX's TCP segments; its own 8 KiB bind a connection with error handling to 1 GB/s."""
+"""UCX's TCP segments; its own 8 KiB limit a connection with error handling to 1 GB/s."""
+
+RETIRED_SECONDS = 0.05
+"""How long a worker that closes waits for connections that its closed listeners have accepted."""
 
 _CLOSE_STEP_NS = 10_000_000
 _CLOSE_STEPS = 100
 _PROGRESS_STEPS = 10_000
-_SETTLE_SECONDS = 0.05
 _WORKER_DESCRIPTORS = 11
-"""What a worker opens, one listener or connection included; where UCX finds fewer, it may end the process."""
+"""What a worker opens, one listener or connection included; UCX may end the process if fewer are free."""
 _CONTEXT_DESCRIPTORS = 7
-"""What a process's first worker opens besides."""
+"""What the first worker of a process opens in addition."""
 
 
 def require() -> tuple[ModuleType, type]:
@@ -56,7 +59,7 @@ def require() -> tuple[ModuleType, type]:
     """
     if not UCXX_AVAILABLE:
         raise MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'")
-    # Both libraries print what dray reports as typed errors; whoever debugs them sets these variables.
+    # Both libraries print what dray reports as typed errors. These variables turn the output on again.
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
     os.environ.setdefault("UCXX_LOG_LEVEL", "fatal")
@@ -69,25 +72,62 @@ def require() -> tuple[ModuleType, type]:
 
 
 def from_ucx_error(error: Exception, endpoint: str | None = None) -> TransportError:
-    """The dray error that one of `ucxx`'s stands for, by type."""
+    """The dray error for an error of `ucxx`, by its type."""
     ucx, _ = require()
     match error:
         case ucx.UCXNotConnectedError() | ucx.UCXRejectedError():
-            return Unreachable(f"nobody listens there: {error}", endpoint=endpoint, refused=True)
+            return Unreachable(f"no server listens there: {error}", endpoint=endpoint, refused=True)
         case ucx.UCXUnreachableError() | ucx.UCXInvalidAddrError() | ucx.UCXNoDeviceError():
-            return Unreachable(f"UCX finds no way: {error}", endpoint=endpoint)
+            return Unreachable(f"UCX has no route to the address: {error}", endpoint=endpoint)
         case ucx.UCXTimedOutError() | ucx.UCXEndpointTimeoutError():
-            return TransportTimeout(f"UCX gave up on the connection: {error}", endpoint=endpoint)
+            return TransportTimeout(f"UCX timed out on the connection: {error}", endpoint=endpoint)
         case ucx.UCXMessageTruncatedError() | ucx.UCXMsgTruncated():
-            return MessageTruncated(f"UCX cut a message: {error}", endpoint=endpoint)
+            return MessageTruncated(f"UCX truncated a message: {error}", endpoint=endpoint)
         case ucx.UCXCloseError():
             return ConnectionClosed(f"the peer closed the connection: {error}", endpoint=endpoint)
         case _:
             return ConnectionReset(f"the connection failed: {error}", endpoint=endpoint)
 
 
+class Ucp(NamedTuple):
+    """The objects that a `UcxWorker` drives: those of `ucxx`, or of a simulation.
+
+    Attributes:
+        names: has UCX's errors and the types of its tags, listeners and endpoints.
+        array: wraps memory for a request.
+        worker: UCX's worker.
+        data_ports: TCP ports at which the worker accepts connections for data.
+    """
+
+    names: Any
+    array: Callable[[Any], Any]
+    worker: Any
+    data_ports: frozenset[int] = frozenset()
+
+
+def open_ucp(loopback: bool) -> Ucp:
+    """A new worker of `ucxx`; raises as `UcxWorker`."""
+    key = loopback, os.getpid()
+    needed = _WORKER_DESCRIPTORS + (0 if key in _contexts else _CONTEXT_DESCRIPTORS)
+    check_descriptors(needed, "a UCX worker")
+    ucx, array = require()
+    try:
+        context = _context(key)
+        worker, opened = ports_opened(lambda: ucx.UCXWorker(context))
+        address = ucx.UCXAddress.create_from_worker(worker).tobytes()
+        worker.init_blocking_progress_mode()
+    except (ucx.UCXShmemSegmentError, ucx.UCXNoDeviceError) as error:
+        shared = "" if os.access("/dev/shm", os.W_OK) else "; it needs a /dev/shm that can be written to"
+        message = f"UCX cannot be used on this machine: {error}{shared}"
+        raise Unreachable(message, lane_unusable=True) from error
+    except ucx.UCXError as error:
+        raise descriptors_exhausted("a UCX worker") or from_ucx_error(error) from error
+    # Another thread may have opened other ports meanwhile.
+    return Ucp(ucx, array, worker, frozenset(port for port in opened if port.to_bytes(2, "big") in address))
+
+
 class Abandoned:
-    """A request that nobody waits for any more, with the memory UCX may still touch until it is `done`."""
+    """A request without a user, and the memory that UCX may still access until the request is `done`."""
 
     __slots__ = ("_memory", "_request")
 
@@ -97,75 +137,60 @@ class Abandoned:
 
     @property
     def done(self) -> bool:
-        """UCX is done with the memory; it is let go."""
+        """UCX no longer uses the memory, which is released."""
         if self._request is not None and self._request.completed:
             self._request = self._memory = None
         return self._request is None
 
-    def take_memory(self) -> Any:
-        """Give out the memory and let the request go, as its worker is about to be destroyed."""
+    def detach_memory(self) -> Any:
+        """Release the request and return its memory, before the worker is destroyed."""
         memory, self._request, self._memory = self._memory, None, None
         return memory
 
 
-class UcxWorker:
+class UcxWorker(Worker):
     """A UCX worker for one thread at a time.
 
     Args:
         loopback: confine the worker's own sockets to the loopback interface.
+        ucp: what the worker drives; by default a new worker of `ucxx`.
 
     Attributes:
-        data_ports: TCP ports to which UCX connects other workers with this one.
+        ucx: has UCX's errors and types.
+        data_ports: TCP ports at which other workers connect to this one for data.
         awaited: the tags under which peers send messages to the streams of this worker.
 
     Raises:
         MissingDependencyError: the package is not installed, or does not load.
-        OutOfResources: too few descriptors are left for it.
+        OutOfResources: too few descriptors are left for the worker.
         Unreachable: UCX cannot be used on this machine (`lane_unusable`).
-        TransportError: UCX makes no worker.
+        TransportError: UCX cannot make a worker.
     """
 
-    def __init__(self, loopback: bool) -> None:
-        check_descriptors(
-            _WORKER_DESCRIPTORS + (0 if _has_context(loopback) else _CONTEXT_DESCRIPTORS), "a UCX worker"
-        )
-        self.ucx, self.array = require()
-        try:
-            context = _context(loopback, os.getpid())
-            self._worker, opened = ports_opened(lambda: self.ucx.UCXWorker(context))
-            address = self.ucx.UCXAddress.create_from_worker(self._worker).tobytes()
-            self._worker.init_blocking_progress_mode()
-        except (self.ucx.UCXShmemSegmentError, self.ucx.UCXNoDeviceError) as error:
-            message = f"UCX cannot be used on this machine: {error}{_shared_memory_remark()}"
-            raise Unreachable(message, lane_unusable=True) from error
-        except self.ucx.UCXError as error:
-            raise descriptors_exhausted("a UCX worker") or from_ucx_error(error) from error
-        # Another thread may have opened others meanwhile.
-        self.data_ports = frozenset(port for port in opened if port.to_bytes(2, "big") in address)
+    def __init__(self, loopback: bool, ucp: Ucp | None = None) -> None:
+        self.ucx, self.array, self._worker, self.data_ports = ucp or open_ucp(loopback)
         self.loopback = loopback
         self.awaited: set[int] = set()
         self.steps = 0
-        # Nobody who has not been told a tag should hit upon one.
-        self._tags = itertools.count(secrets.randbits(62))
+        self._tags = itertools.count(secrets.randbits(62))  # other peers must not guess a tag
         self._abandoned: list[Abandoned] = []
         self._retired: list[tuple[Any, Callable[[Any], None]]] = []
-        self._settled = Deadline.after(0)
-        self._endpoints: list[Any] = []  # that `connect` has made, and that are not closed
+        self._retired_until = Deadline.after(0)
+        self._endpoints: list[Any] = []  # made by `connect` and not closed
         self._memory: list[Any] = []
         self.closed = False
 
     def fileno(self) -> int:
-        """Readable when `progress` has something to do, after `arm`."""
         return int(self._worker.epoll_file_descriptor)
 
     def next_tag(self) -> int:
-        """A tag that this worker never gave before."""
+        """A tag that this worker has not returned before."""
         return next(self._tags)
 
-    def progress(self) -> None:
-        """Do what there is to do, without waiting."""
+    def progress(self, steps: int = _PROGRESS_STEPS) -> None:
+        """Do the work that is due, in at most `steps` steps, without waiting."""
         step = self._worker.progress_once
-        for _ in range(_PROGRESS_STEPS):
+        for _ in range(steps):
             if not step():
                 break
             self.steps += 1
@@ -173,41 +198,40 @@ class UcxWorker:
             self._abandoned = [abandoned for abandoned in self._abandoned if not abandoned.done]
 
     def arm(self) -> bool:
-        """Make `fileno` readable at the next event; False if there already is one."""
         return bool(self._worker.arm())
 
     def listen(self, port: int, on_request: Callable[[int], None]) -> Any:
-        """A listener on `port` of every interface; `on_request` is called within `progress`.
+        """A listener on `port` of every interface; `progress` calls `on_request` for each connection.
 
         Raises:
-            Unreachable: UCX cannot listen there; `refused` if the port is taken.
+            Unreachable: UCX cannot listen there; `refused` if the port is in use.
             OutOfResources: no descriptor is left for it.
         """
         try:
             return self.ucx.UCXListener.create(self._worker, port, on_request)
         except self.ucx.UCXBusyError as error:
-            raise Unreachable(f"port {port} is taken: {error}", refused=True) from error
+            raise Unreachable(f"port {port} is in use: {error}", refused=True) from error
         except self.ucx.UCXError as error:
             if (exhausted := descriptors_exhausted("a UCX listener")) is not None:
                 raise exhausted from error
             raise Unreachable(f"UCX cannot listen on port {port}: {error}") from error
 
     def retire(self, listener: Any, listening: socket.socket, refuse: Callable[[Any], None]) -> None:
-        """Have a listener, whose socket is `listening`, take no more connections; it is kept until `close`.
+        """Stop a listener, whose socket is `listening`, from accepting; keep it until `close`.
 
-        The endpoints it accepted keep it going, and it calls back into the object that made it. UCX (1.21) crashes
-        when a listener goes before a connection that it accepted has said what it wants, so `close` gives those
-        a moment, and has `refuse` end them.
+        The endpoints that it accepted need it, and it calls back into the object that made it. UCX (1.21) crashes
+        if a listener is destroyed before an accepted connection has sent its request. `close` therefore waits for
+        these connections for `RETIRED_SECONDS`, and ends them with `refuse`.
         """
         drop_all_packets(listening)
         self._retired.append((listener, refuse))
-        self._settled = Deadline.after(_SETTLE_SECONDS)
+        self._retired_until = Deadline.after(RETIRED_SECONDS)
 
     def connect(self, host: str, port: int) -> Any:
-        """An endpoint towards a listener; whether it stands shows in its first exchange.
+        """An endpoint towards a listener; only the first exchange shows whether it is connected.
 
         Args:
-            host: a numeric IPv4 address; a name would be looked up without a bound.
+            host: a numeric IPv4 address, because UCX looks names up without a time limit.
         """
         try:
             keep_result(self._endpoints, self.ucx.UCXEndpoint.create, self._worker, host, port, True)
@@ -216,47 +240,47 @@ class UcxWorker:
             raise descriptors_exhausted("a UCX connection") or from_ucx_error(error) from error
 
     def probe(self, tag: Any) -> Any:
-        """The oldest message that nobody asked for under a tag, taken off the queue: `matched` and `length`."""
+        """Remove the oldest message under a tag from the queue of unexpected ones: `matched` and `length`."""
         return self._worker.tag_probe(tag, remove=True)
 
-    def waits(self, tag: Any) -> bool:
-        """A message that nobody asked for has come under a tag."""
+    def has_message(self, tag: Any) -> bool:
+        """An unexpected message has arrived under a tag."""
         return bool(self._worker.tag_probe(tag, remove=False).matched)
 
-    def take(self, found: Any) -> tuple[Any, bytearray]:
-        """Receive what `probe` found: the request, and the memory it fills."""
+    def receive(self, found: Any) -> tuple[Any, bytearray]:
+        """Receive what `probe` found: the request, and the memory that it fills."""
         memory = bytearray(found.length)
         return self._worker.tag_recv_with_handle(self.array(memory), found), memory
 
     def discard(self, tag: Any) -> None:
-        """Drop the messages that came under a tag nobody waits for any more, however long they are."""
-        while self.waits(tag):
+        """Drop the unexpected messages under a tag, of any size."""
+        while self.has_message(tag):
             memory = bytearray(1)
-            # UCX cuts the message to what there is room for, and is done with all of it.
+            # UCX truncates the message to this memory and drops the rest.
             self.abandon([(self._worker.tag_recv(self.array(memory), tag), memory)])
 
     def drop_strays(self) -> None:
-        """Drop the oldest messages that were not asked for, up to the first under an `awaited` tag.
+        """Drop the oldest unexpected messages, up to the first under an `awaited` tag.
 
-        UCX would keep them as long as the worker lives.
+        UCX would keep them until the worker is closed.
         """
         any_tag = self.ucx.UCXXTag(0), self.ucx.UCXXTagMask(0)
         while (found := self._worker.tag_probe(*any_tag)).matched and found.sender_tag.value not in self.awaited:
             self.discard(self.ucx.UCXXTag(found.sender_tag.value))
 
     def close_endpoint(self, endpoint: Any, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
-        """Close an endpoint at once; what it still had open is cancelled, and its memory kept until it is."""
-        # ucxx raises when the endpoint has already failed; it is closed then all the same.
+        """Close an endpoint at once; cancel its open requests, and keep their memory until UCX has ended them."""
+        # ucxx raises if the endpoint has already failed, and closes it in this case too.
         with contextlib.suppress(self.ucx.UCXError):
             endpoint.close_blocking(_CLOSE_STEP_NS, _CLOSE_STEPS)
         self.progress()
-        _let_cancelled_go(endpoint)
+        _forget_cancelled(endpoint)
         if endpoint in self._endpoints:
             self._endpoints.remove(endpoint)
         return self.abandon(requests)
 
     def abandon(self, requests: list[tuple[Any, Any]]) -> list[Abandoned]:
-        """Keep the memory of requests that nobody waits for until UCX is done with it."""
+        """Keep the memory of requests that no longer have a user until UCX has ended them."""
         abandoned = [Abandoned(request, memory) for request, memory in requests if not request.completed]
         self._abandoned += abandoned
         return abandoned
@@ -264,89 +288,64 @@ class UcxWorker:
     def close(self) -> None:
         """Destroy the worker; its listeners and the endpoints that it accepted must be closed. Twice is fine.
 
-        Where an exception of a signal handler ends it, another call does the rest.
+        After an exception of a signal handler, another call does the rest.
         """
         if self._worker is None:
             return
-        for endpoint in list(self._endpoints):  # an exception came before they were anybody's
+        for endpoint in list(self._endpoints):  # an exception came before a stream had them
             self.close_endpoint(endpoint, [])
-        self._settle()
+        self._refuse_retired()
         self._worker.cancel_inflight_requests(_CLOSE_STEP_NS, _CLOSE_STEPS)
-        self._refuse_waiting()
-        # A request that UCX could not cancel ends with its worker, which lives as long as its requests do: so they
-        # go first, and the memory last.
-        self._memory += [abandoned.take_memory() for abandoned in self._abandoned]
+        self._refuse_pending()
+        # A request that UCX could not cancel ends with its worker, and the worker exists as long as its requests.
+        # The requests are released first, then the worker, and their memory last.
+        self._memory += [abandoned.detach_memory() for abandoned in self._abandoned]
         self._abandoned.clear()
         self._retired.clear()
         self._worker, self.closed = None, True
         self._memory.clear()
 
-    def _settle(self) -> None:
-        """Go on until what the retired listeners have accepted has been heard; one look at least, however late."""
+    def _refuse_retired(self) -> None:
+        """Refuse the connections that retired listeners have accepted, at least once, until `_retired_until`."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
-        self._refuse_waiting()
-        while not self._settled.expired:
+        self._refuse_pending()
+        while not self._retired_until.expired:
             if self.arm():
-                poll.poll(self._settled.remaining * 1000)
-            self._refuse_waiting()
+                poll.poll(self._retired_until.remaining * 1000)
+            self._refuse_pending()
 
-    def _refuse_waiting(self) -> None:
+    def _refuse_pending(self) -> None:
         self.progress()
         for listener, refuse in self._retired:
             refuse(listener)
 
 
-def _let_cancelled_go(endpoint: Any) -> None:
-    """Have a closed endpoint forget the requests it has cancelled.
+def _forget_cancelled(endpoint: Any) -> None:
+    """Make a closed endpoint release the requests that it has cancelled.
 
-    ucxx (0.52) drops cancelled requests that have ended only when it is asked how many are left, and Python cannot
-    ask. Until then endpoint and request keep each other, and their worker with its descriptors, alive for ever.
+    ucxx (0.52) releases cancelled requests that have ended only when it is asked for their number, which Python
+    cannot do. Until then endpoint and requests keep each other alive, and their worker with its descriptors.
     """
-    count = _canceling_size()
+    name = "_ZNK4ucxx8Endpoint16getCancelingSizeEv"  # ucxx::Endpoint::getCancelingSize
+    count = library_function("libucxx.so", name, (ctypes.c_void_p,), ctypes.c_size_t)
     if count is not None:
         count(endpoint.ucxx_ptr)
 
 
-@functools.cache
-def _canceling_size() -> Any:
-    """`ucxx::Endpoint::getCancelingSize`, or None where the loaded library does not have it."""
-    try:
-        function = ctypes.CDLL("libucxx.so")._ZNK4ucxx8Endpoint16getCancelingSizeEv
-    except (OSError, AttributeError):
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_size_t
-    return function
+_context_lock = threading.Lock()
+_contexts: dict[tuple[bool, int], Any] = {}
+"""UCX contexts by (loopback, process): a context cannot be used in a forked child."""
 
 
-_CONTEXT_LOCK = threading.Lock()
-_contexts: set[tuple[bool, int]] = set()
-
-
-def _has_context(loopback: bool) -> bool:
-    return (loopback, os.getpid()) in _contexts
-
-
-def _context(loopback: bool, pid: int) -> Any:
-    with _CONTEXT_LOCK:
-        context = _make_context(loopback, pid)
-        _contexts.add((loopback, pid))
-        return context
-
-
-@functools.lru_cache(maxsize=4)
-def _make_context(loopback: bool, pid: int) -> Any:  # noqa: ARG001  (pid is there to be a key)
-    """One UCX context for each use of the network and each process: a context does not survive a fork."""
-    ucx, _ = require()
-    options = {"TCP_TX_SEG_SIZE": SEGMENT_SIZE, "TCP_RX_SEG_SIZE": SEGMENT_SIZE, "TCP_CM_REUSEADDR": "y"}
-    if loopback:
-        options["NET_DEVICES"] = "lo"
-    chosen = {name: value for name, value in options.items() if f"UCX_{name}" not in os.environ}
-    features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
-    return ucx.UCXContext(chosen, features)
-
-
-def _shared_memory_remark() -> str:
-    """UCX keeps memory that it shares in /dev/shm: what is wrong with that folder, if anything."""
-    folder = "/dev/shm"
-    return "" if os.access(folder, os.W_OK) else f"; it needs a {folder} that can be written to"
+def _context(key: tuple[bool, int]) -> Any:
+    with _context_lock:
+        if key not in _contexts:
+            ucx, _ = require()
+            options = {"TCP_TX_SEG_SIZE": SEGMENT_SIZE, "TCP_RX_SEG_SIZE": SEGMENT_SIZE, "TCP_CM_REUSEADDR": "y"}
+            if key[0]:
+                options["NET_DEVICES"] = "lo"
+            chosen = {name: value for name, value in options.items() if f"UCX_{name}" not in os.environ}
+            features = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
+            _contexts[key] = ucx.UCXContext(chosen, features)
+        return _contexts[key]
