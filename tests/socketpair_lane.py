@@ -73,3 +73,7 @@ class SocketPairLane(Lane):
 
     def listen(self, place: ListenAt) -> Listener:
         return SocketPairListener(self, next(self._names))
+
+
+ADDED = SocketPairLane()
+"""One for all tests of a process: addresses are parsed once."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from socketpair_lane import SocketPairLane
+from socketpair_lane import ADDED
 from transport_fixtures import pattern
 from waiting import wait_until
 
@@ -32,7 +32,6 @@ from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.lanes import LANES, Lane, LaneChoice
 from dray.transport.lanes.base import ListenAt
 
-ADDED = SocketPairLane()
 IN_BAND = tuple(lane for lane in (*LANES.values(), ADDED) if lane.in_band)
 SIZES = (0, 1, MAX_INLINE_BYTES, MAX_INLINE_BYTES + 1, 1 << 20)
 ARRAYS = {"rewards": np.arange(5, dtype=np.float32), "tokens": np.ones((3, 2), np.int64)}

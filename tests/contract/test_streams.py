@@ -17,7 +17,7 @@ from simulation import ManualClock
 from simulation.faults import FaultPlan
 from simulation.network import SimulatedKernel, socket_stream
 from simulation.scheduler import Scheduler, Signal
-from socketpair_lane import SocketPairLane
+from socketpair_lane import ADDED
 from transport_fixtures import Child, pattern
 from waiting import wait_until
 
@@ -29,7 +29,6 @@ from dray.transport.lanes.base import ListenAt, Stream, Worker
 from dray.transport.lanes.socket import UnixStream
 from dray.transport.lanes.ucx import UcxStream
 
-ADDED = SocketPairLane()
 ALL = (*LANES, ADDED.name, *(f"simulated {name}" for name in LANES))
 IN_BAND = tuple(name for name in ALL if {**LANES, ADDED.name: ADDED}[name.rpartition(" ")[2]].in_band)
 SOCKETS = tuple(name for name in ALL if "ucx" not in name)
