@@ -206,7 +206,7 @@ def test_w4_random_bytes_after_the_handshake_harm_nobody_else_on_ucx() -> None:
                 with contextlib.suppress(TransportError):
                     peer.send(pattern(seed, 1000))
                     peer.closed()
-        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to end")
+        wait_until(lambda: server.statistics().open_connections == 0, "the connections to end")
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
         wait_until(lambda: ring_of(server).statistics().leases == 0, "the ACK to arrive")
 
@@ -231,14 +231,14 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
                 assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
             server.put_bytes(b"another", timeout=5)
             client.close()
-            wait_until(lambda: server.statistics()["open_connections"] == 1, "the readers to leave")
+            wait_until(lambda: server.statistics().open_connections == 1, "the readers to leave")
 
             def evicted() -> bool:
                 clock.advance(server, 121)  # again: the server may have read a request since
                 return counted(server, "evicted") == 1
 
             wait_until(evicted, "its end")
-            wait_until(lambda: server.statistics()["open_connections"] == 0, "its connection to be closed")
+            wait_until(lambda: server.statistics().open_connections == 0, "its connection to be closed")
 
 
 # --- W5, W6 -----------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_w6_a_lease_keeps_a_connection_no_longer_than_its_limit(name: Any) -> No
             assert holder.read(ref, 5) == (Status.OK, b"payload")
             clock.advance(server, 1001)
             if name == "tcp":  # bytes have travelled since the last check: the limit begins with this one
-                wait_until(lambda: server.statistics()["leases"][0]["age"] == 0, "their progress to be noted")
+                wait_until(lambda: server.statistics().leases[0].age == 0, "their progress to be noted")
                 clock.advance(server, 1001)
             assert holder.closed()
             wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")

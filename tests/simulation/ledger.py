@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from dray.protocol import PayloadRef
-from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer, SlotState
 from dray.ring.layout import STATE_OFFSET
+from dray.transport.server_statistics import LeaseInfo
 from simulation.scheduler import Scheduler, Violation
 
 
@@ -60,14 +60,11 @@ class Books:
         """A payload is there."""
         self.payloads[sequence] = Payload(slot, sequence, image)
 
-    def check(self, sessions: Iterable[ServerSession]) -> None:
-        """Slots, leases and bytes agree with each other, with the sessions and with what was written."""
+    def check(self, live: Iterable[LeaseInfo]) -> None:
+        """Slots, leases and bytes agree with each other, with the servers' reports and with what was written."""
         ring = self.ring
         table, view = ring._table, ring.segment.view
-        leases: Counter[tuple[int, int]] = Counter()
-        for session in sessions:
-            for lease in session._leases.values():
-                leases[lease.slot, lease.sequence] += 1
+        leases = Counter((lease.slot, lease.sequence) for lease in live)
         counted = [0] * len(SlotState)
         waiting = 0
         for cell, (state, sequence) in zip(table.slots, self._last, strict=True):
@@ -166,9 +163,9 @@ class Ledger:
         self._books[ring.producer_id] = books
         return books
 
-    def check(self, books: Books, sessions: Iterable[ServerSession]) -> None:
+    def check(self, books: Books, live: Iterable[LeaseInfo]) -> None:
         """See `Books.check`."""
-        books.check(sessions)
+        books.check(live)
 
     def of(self, ref: PayloadRef) -> Books:
         """The books of a reference's ring."""

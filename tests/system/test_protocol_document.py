@@ -61,8 +61,8 @@ def test_the_client_reads_a_payload_and_consumes_it_once(secret: bytes | None) -
             }
         assert [each["acked"] for each in said] == [0, 1, 2, 2]
         assert server.wait_consumed(ref, timeout=5)
-        counted = server.statistics()["server"]
-        assert (counted["reads"], counted["acks_returned"], counted["acks_consumed"]) == (2, 1, 1)
+        counted = server.statistics().counters
+        assert (counted.reads, counted.acks_returned, counted.acks_consumed) == (2, 1, 1)
 
 
 def test_the_client_pipelines_more_reads_than_it_may_hold_leases() -> None:
@@ -119,8 +119,8 @@ def test_the_client_without_the_right_secret_gets_no_payload_byte(mine: str, the
         ref = server.put({"a": [1]})
         code, said = run_client("take", ref, options=("--secret", mine))
         assert (code, said) == (3, [])
-        wait_until(lambda: server.statistics()["server"]["auth_failures"] == 1, "it to be counted")
-        assert server.statistics()["server"]["bytes"] == 0
+        wait_until(lambda: server.statistics().counters.auth_failures == 1, "it to be counted")
+        assert server.statistics().counters.bytes == 0
 
 
 def test_the_client_tells_another_producer_apart_before_it_looks_at_the_proof() -> None:

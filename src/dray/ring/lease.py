@@ -173,6 +173,33 @@ class Lease:
                 raise StaleSlotError("the lease has ended", slot=self.slot, sequence=self.sequence)
             return core.view(self.offset, self.nbytes).toreadonly()
 
+    def acknowledge(self) -> bool:
+        """End the lease; its reader has consumed the payload. Returns whether this ended the lease."""
+        return self._end(True)
+
+    def release(self) -> bool:
+        """End the lease; the payload can be read again. Returns whether this ended the lease."""
+        return self._end(False)
+
+    def _end(self, consumed: bool) -> bool:
+        core = self._core
+        with core.lock:
+            if self.live and not core.closed:
+                core.begin_change()
+                self.live = False
+                core.table.finish(self._cell, self.reader, consumed)
+                core.table.changing = False
+                if core.claimers:
+                    core.claimable.notify()
+                return True
+            if core.disowned:
+                raise core.closed_error()
+            if core.closed:
+                return False
+            core.table.late_finalises += 1
+        logger.warning("end of %r ignored: it has ended already", self)
+        return False
+
     def __repr__(self) -> str:
         state = "live" if self.live else "ended"
         about = f"slot {self.slot} sequence {self.sequence} reader {self.reader}"

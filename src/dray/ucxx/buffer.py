@@ -13,6 +13,7 @@ from dray.payload import torch_interop
 from dray.payload.trajectory import EPISODE_LENGTH, resolve_episode_length
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
+from dray.transport.server_statistics import ServerStatistics
 from dray.ucxx.completion import Completion, completion_for
 from dray.ucxx.config import UCXXBufferConfig
 
@@ -90,7 +91,7 @@ class UCXXBuffer:
         ready = self.ring.ready(leased=True)
         return sum(not self.ring.wait_consumed(each.slot, each.sequence, deadline.remaining) for each in ready)
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> ServerStatistics:
         """As `PayloadServer.statistics`."""
         return self.server.statistics()
 
