@@ -21,7 +21,6 @@ from dray.protocol.frames import (
     VALID_HEADS,
     VERSION,
     Flag,
-    Frame,
     Kind,
     Outgoing,
     Payload,
@@ -40,6 +39,7 @@ NO_BYTES: Final = memoryview(b"")
 
 _READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
 _OK = int(Status.OK)
+_CHECKSUM = Flag.CHECKSUM
 
 
 class Established(NamedTuple):
@@ -60,14 +60,14 @@ class Acknowledgement(NamedTuple):
     Attributes:
         of: ``"lease"``: a read that was granted. ``"copy"``: one that was answered inline. ``"late"``: one that
             this connection does not know (any more).
+        request: the id of the READ.
+        payload: (slot, sequence, reader).
         consumed: the reader has consumed the payload; otherwise it can be read again.
     """
 
     of: Literal["lease", "copy", "late"]
     request: int
-    slot: int
-    sequence: int
-    reader: int
+    payload: tuple[int, int, int]
     consumed: bool
 
 
@@ -93,7 +93,7 @@ class ServerSession:
         established: the handshake is complete.
         closing: no answer follows those that `pop_outgoing` has still to return.
         expects: the size of the client's next message in bytes.
-        requests: the requests without an answer, oldest first.
+        requests: the requests without an answer, oldest first; each has the fields of a `Frame`.
         sending: ids of the reads whose payload `pop_outgoing` has returned and that is not `flushed`.
     """
 
@@ -109,7 +109,7 @@ class ServerSession:
         self._copied: dict[int, tuple[int, int, int]] = {}
         self._acks = 0
         self._answered_ok = 0
-        self.requests: deque[Frame] = deque()
+        self.requests: deque[tuple[int, ...]] = deque()
         self.sending: set[int] = set()
         self.established = False
         self.closing = False
@@ -137,7 +137,8 @@ class ServerSession:
         if not self.established:
             return self._shake_hands(messages)
         events: list[Event] = []
-        requests, new = self.requests, tuple.__new__
+        requests, copied, new = self.requests, self._copied, tuple.__new__
+        acks, answered = self._acks, self._answered_ok
         try:
             if len(messages) % FRAME_BYTES:
                 raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(messages)}")
@@ -146,16 +147,25 @@ class ServerSession:
                 if (kind, status, flags) not in VALID_HEADS:
                     check(kind, status, flags, nbytes)
                 if kind == _ACK:
-                    of = self._acknowledge(request, (slot, sequence, reader))
-                    events.append(new(Acknowledgement, (of, request, slot, sequence, reader, flags != 0)))
+                    acks += 1
+                    if acks > answered:
+                        raise ProtocolError(f"{acks} ACKs came for {answered} READs that were answered OK")
+                    payload = slot, sequence, reader
+                    if copied.get(request) == payload:
+                        del copied[request]
+                        of = "copy"
+                    else:
+                        of = self._end_read(request, payload)
+                    events.append(new(Acknowledgement, (of, request, payload, flags != 0)))
                 elif kind == _STATUS:
                     raise ProtocolError("a client sent STATUS")
                 elif len(requests) >= MAX_PENDING:
                     raise ProtocolError(f"more than {MAX_PENDING} requests are unanswered on one connection")
                 else:
-                    requests.append(new(Frame, fields))
+                    requests.append(fields)
         except ProtocolError as error:
             events.append(Violation(error))
+        self._acks = acks
         return events
 
     def _shake_hands(self, message: bytes | bytearray | memoryview) -> list[Event]:
@@ -171,24 +181,16 @@ class ServerSession:
             return [Refused(handshake.verdict)]
         return []
 
-    def _acknowledge(self, request: int, named: tuple[int, int, int]) -> Literal["lease", "copy", "late"]:
-        self._acks += 1
-        if self._acks > self._answered_ok:
-            raise ProtocolError(f"{self._acks} ACKs came for {self._answered_ok} READs that were answered OK")
-        of: Literal["lease", "copy"] = "copy"
-        read = self._copied.pop(request, None)
+    def _end_read(self, request: int, payload: tuple[int, int, int]) -> Literal["lease", "late"]:
+        if request in self.sending:
+            raise ProtocolError(f"request {request} was acknowledged before its payload was sent")
+        read = self._granted.get(request) or self._copied.get(request)
         if read is None:
-            if request in self.sending:
-                raise ProtocolError(f"request {request} was acknowledged before its payload was sent")
-            read = self._granted.get(request)
-            if read is None:
-                return "late"
-            of = "lease"
-        if read != named:
+            return "late"
+        if read != payload:
             raise ProtocolError(f"ACK of request {request} names another slot, sequence or reader")
-        if of == "lease":
-            del self._granted[request]
-        return of
+        del self._granted[request]
+        return "lease"
 
     # --- answers to the oldest request ------------------------------------------------------------------------
 
@@ -245,31 +247,19 @@ class ServerSession:
             ProtocolError: no client may send this request; the connection must be aborted.
         """
         _, _, reader, _, slot, request, sequence, _, _, _, tag, _ = self.requests.popleft()
-        copied = self._copied
+        copied, outgoing = self._copied, self._outgoing
         if request in copied or request in self._granted:
             raise ProtocolError(f"request id {request} is used twice")
         if len(copied) >= MAX_PENDING:
             raise ProtocolError(f"{MAX_PENDING} inline payloads wait for their ACK already")
         copied[request] = slot, sequence, reader
         self._answered_ok += 1
-        flags = Flag.NONE if checksum is None else Flag.CHECKSUM
-        self._outgoing += (
-            FRAME.pack(
-                _STATUS,
-                _OK,
-                reader,
-                flags,
-                slot,
-                request,
-                sequence,
-                len(payload),
-                checksum or 0,
-                self._acks,
-                tag,
-                0,
-            ),
-            payload,
+        nbytes = len(payload)
+        flags, checksum = (0, 0) if checksum is None else (_CHECKSUM, checksum)
+        outgoing.append(
+            FRAME.pack(_STATUS, _OK, reader, flags, slot, request, sequence, nbytes, checksum, self._acks, tag, 0)
         )
+        outgoing.append(payload)
 
     def refuse(self, status: Status) -> None:
         """Answer a READ or a CONSUME with a status alone."""
@@ -294,7 +284,7 @@ class ServerSession:
         self.requests.clear()
         self.closing = True
 
-    def _append_status(self, request: Frame, status: Status, text: str | None = None) -> None:
+    def _append_status(self, request: tuple[int, ...], status: Status, text: str | None = None) -> None:
         encoded = b"" if text is None else text.encode()[:MAX_TEXT_BYTES]
         flags = Flag.NONE if text is None else Flag.TEXT
         _, _, reader, _, slot, number, sequence, _, _, _, _, _ = request
@@ -304,10 +294,11 @@ class ServerSession:
         if text is not None:
             self._outgoing.append(encoded)
 
-    def _append_empty_payload(self, request: Frame) -> None:
+    def _append_empty_payload(self, request: tuple[int, ...]) -> None:
         """On a tagged lane the client has already posted its receive for the payload of a READ."""
-        if self._tagged and request.kind == _READ and request.tag and not request.flags:
-            self._outgoing.append(Payload(NO_BYTES, request.tag))
+        kind, _, _, flags, _, _, _, _, _, _, tag, _ = request
+        if self._tagged and kind == _READ and tag and not flags:
+            self._outgoing.append(Payload(NO_BYTES, tag))
 
     # --- out --------------------------------------------------------------------------------------------------
 

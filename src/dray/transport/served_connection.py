@@ -153,18 +153,22 @@ class ServedConnection:
         consumed: list[tuple[int, int, int]] = []
         try:
             for event in events:
-                if event.__class__ is Acknowledgement:
-                    of, request, slot, sequence, reader, done = event
-                    if of == "lease":
-                        lease = self._leases.pop(request)
-                        if done:
-                            lease.acknowledge()
+                if isinstance(event, Acknowledgement):
+                    of, request, payload, done = event
+                    if of == "late":
+                        counts["late_acks"] += 1
+                        if done and self._is_known(payload):
+                            consumed.append(payload)
+                    elif done:
+                        counts["acks_consumed"] += 1
+                        if of == "copy":
+                            consumed.append(payload)
                         else:
-                            lease.release()
-                    elif done and (of == "copy" or self._is_known(slot, reader)):
-                        consumed.append((slot, sequence, reader))
-                    name = "late_acks" if of == "late" else "acks_consumed" if done else "acks_returned"
-                    counts[name] += 1
+                            self._leases.pop(request).acknowledge()
+                    else:
+                        counts["acks_returned"] += 1
+                        if of == "lease":
+                            self._leases.pop(request).release()
                 elif isinstance(event, Violation):
                     raise event.error
                 elif isinstance(event, Refused):
@@ -283,7 +287,7 @@ class ServedConnection:
 
     # --- answers to the oldest request; each returns what it counts in a batch ----------------------------------
 
-    def _grant(self, request: Frame) -> int:
+    def _grant(self, request: tuple[int, ...]) -> int:
         """Answer a READ with a lease."""
         session = self.session
         refusal = session.refusal()
@@ -321,33 +325,32 @@ class ServedConnection:
 
     def _copy(self) -> int:
         """Answer the inline READs that are due with copies, which need no lease."""
-        session, requests, compute = self.session, self.session.requests, self._checksum
+        requests, compute, send = self.session.requests, self._checksum, self.session.copy
         wanted = []
         weight = 0
         for frame in requests:
-            kind, _, reader, flags, slot, _, sequence, size, _, _, _, _ = frame
-            if weight >= BATCH_BYTES or kind != _READ or not flags:
+            if weight >= BATCH_BYTES or frame[0] != _READ or not frame[3]:  # INLINE
                 break
-            wanted.append((slot, sequence, reader))
+            wanted.append((frame[4], frame[6], frame[2]))
             # A size of 0 accepts any size.
-            weight += REQUEST_WEIGHT + COPY_WEIGHT * min(size or MAX_INLINE_BYTES, MAX_INLINE_BYTES)
+            weight += REQUEST_WEIGHT + COPY_WEIGHT * min(frame[7] or MAX_INLINE_BYTES, MAX_INLINE_BYTES)
         reads = nbytes = 0
         for copied in self._ring.copy_many(wanted, MAX_INLINE_BYTES):
             if not isinstance(copied, tuple):
                 self._refuse_copy(copied)
                 continue
             payload, checksum = copied
-            size = requests[0][7]
-            if size and size != len(payload):
-                self._fail(_other_size(size, len(payload)))
+            size, found = requests[0][7], len(payload)
+            if size and size != found:
+                self._fail(_other_size(size, found))
                 continue
-            if compute is None or not payload:
+            if compute is None or not found:
                 checksum = None
             elif checksum is None:
                 checksum = compute(payload)
-            session.copy(payload, checksum)
+            send(payload, checksum)
             reads += 1
-            nbytes += len(payload)
+            nbytes += found
         self.counts["reads"] += reads
         self.counts["bytes"] += nbytes
         return len(wanted) * REQUEST_WEIGHT + COPY_WEIGHT * nbytes
@@ -361,10 +364,11 @@ class ServedConnection:
         else:
             self._fail(str(error))
 
-    def _consume(self, request: Frame) -> int:
+    def _consume(self, request: tuple[int, ...]) -> int:
         status = self.session.refusal()
         if status is None:
-            consumed = self._ring.consume(request.slot, request.sequence, request.reader)
+            _, _, reader, _, slot, _, sequence, *_ = request
+            consumed = self._ring.consume(slot, sequence, reader)
             status = Status.OK if consumed else Status.STALE
         if status is not Status.DENIED:
             self.counts["consumed" if status is Status.OK else "consumed_stale"] += 1
@@ -388,7 +392,8 @@ class ServedConnection:
         self.session.fail(text)
         return REQUEST_WEIGHT
 
-    def _is_known(self, slot: int, reader: int) -> bool:
+    def _is_known(self, payload: tuple[int, int, int]) -> bool:
+        slot, _, reader = payload
         return slot < self._ring.slots and reader < self._ring.readers
 
     # --- the trace --------------------------------------------------------------------------------------------
@@ -400,17 +405,16 @@ class ServedConnection:
             if isinstance(event, Established):
                 self._trace(traced.Connect(now, endpoint, now - self._accepted_at, event.version))
             elif isinstance(event, Acknowledgement):
-                _, _, slot, sequence, reader, done = event
-                self._trace(traced.Acknowledgement(now, endpoint, slot, sequence, reader, done))
+                self._trace(traced.Acknowledgement(now, endpoint, *event.payload, event.consumed))
         for request in list(self.session.requests)[known:]:
             kind, _, reader, _, slot, _, sequence, *_ = request
             self._trace(traced.Request(now, endpoint, Kind(kind), slot, sequence, reader))
 
-    def _trace_answers(self, answered: list[Frame], outgoing: list[Outgoing]) -> None:
+    def _trace_answers(self, answered: list[tuple[int, ...]], outgoing: list[Outgoing]) -> None:
         assert self._trace is not None
         now, endpoint = self._service.clock.now(), self.endpoint
         messages = (item for item in outgoing if isinstance(item, bytes))
-        for request in answered:
+        for request in map(Frame._make, answered):
             message = next(messages, None)
             if message is None:  # the ring is closed: the others have no answer
                 break

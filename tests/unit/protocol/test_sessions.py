@@ -61,7 +61,7 @@ def test_a_hello_of_a_version_out_of_range_is_refused_with_the_newest_one(versio
 def test_requests_wait_in_their_order_and_each_answer_is_that_of_the_oldest() -> None:
     session = established(SHM)
     assert session.receive(read(1) + read(2) + Frame(Kind.STAT, request=3).pack()) == []
-    assert [request.request for request in session.requests] == [1, 2, 3]
+    assert [Frame._make(request).request for request in session.requests] == [1, 2, 3]
     assert session.refusal() is None
     session.grant(memoryview(b""), 7, 64, checksum=12)
     session.refuse(Status.STALE)
@@ -94,9 +94,9 @@ def test_acknowledgements_name_what_they_end() -> None:
     session.copy(b"payload", None)
     session.grant(memoryview(b""), 7, 0)
     assert session.receive(ack(1, flags=Flag.CONSUMED) + ack(2) + ack(77, flags=Flag.CONSUMED)) == [
-        Acknowledgement("lease", 1, 1, 5, 0, True),
-        Acknowledgement("copy", 2, 1, 5, 0, False),
-        Acknowledgement("late", 77, 1, 5, 0, True),
+        Acknowledgement("lease", 1, (1, 5, 0), True),
+        Acknowledgement("copy", 2, (1, 5, 0), False),
+        Acknowledgement("late", 77, (1, 5, 0), True),
     ]
 
 
@@ -106,7 +106,7 @@ def test_what_comes_before_a_violation_counts_and_what_follows_does_not() -> Non
     session.grant(memoryview(b""), 7, 0)
     session.grant(memoryview(b""), 7, 0)
     first, violation = session.receive(ack(1) + Frame(Kind.STATUS).pack() + ack(2))
-    assert first == Acknowledgement("lease", 1, 1, 5, 0, False)
+    assert first == Acknowledgement("lease", 1, (1, 5, 0), False)
     assert isinstance(violation, Violation)
     assert str(violation.error) == "a client sent STATUS"
 
