@@ -47,7 +47,7 @@ def serving(
 
 
 def ring_of(server: PayloadServer) -> SharedRingBuffer:
-    return server._ring
+    return server.ring
 
 
 def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:

@@ -112,10 +112,10 @@ class HandClock:
         return self._now
 
     def advance(self, server: PayloadServer, seconds: float) -> None:
-        """Let time pass, and have the server's threads look at the clock."""
+        """Let time pass, and let the server's threads check their time limits."""
         self._now += seconds
-        for thread in server._threads:
-            os.eventfd_write(thread._wake, 1)
+        for loop in server.loops:
+            loop.wake()
 
 
 # --- W4 ---------------------------------------------------------------------------------------------------------
@@ -223,9 +223,8 @@ def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody_on_its_lane(na
                 frames = (Frame(Kind.STAT, request=first + number).pack() for number in range(16))
                 peer.stream.send([b"".join(frames)])
             peer.stream.flush()  # nobody drives the peer from here on
-            (stuck,) = server._threads[0]._served.all()
-            waiting = "_sends" if name == "ucx" else "_parts"
-            wait_until(lambda: getattr(stuck.stream, waiting), "an answer that cannot leave")
+            (stuck,) = server.loops[0].connections.all()
+            wait_until(lambda: stuck.unsent, "an answer that cannot leave")
             assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
             with PayloadClient(lane=name) as other:
                 assert bytes(other.read_bytes(ref, timeout=5)) == b"payload"
@@ -520,15 +519,15 @@ def test_w8_a_server_thread_that_fails_leaves_everything_to_the_others(
         PayloadClient(lane=lane, quarantine_seconds=1000) as client,
     ):
         refs = [server.put_bytes(bytes([number])) for number in range(12)]
-        dead = server._threads[0]
+        dead = server.loops[0]
         with Peer(server, lane) as peer:  # at the first thread's endpoint
             peer.shake()
             assert peer.read(refs[0], 0)[0] is Status.OK
             ring.broken = True
             peer.send(Frame(Kind.READ, slot=refs[1].slot, sequence=refs[1].sequence, request=1, tag=7).pack())
             assert peer.closed()
-        wait_until(lambda: not dead._thread.is_alive(), "the thread to end")
-        # What was the thread's is somebody else's now, and the end of the server must leave that alone.
+        wait_until(lambda: not dead.running, "the thread to end")
+        # Others may have the numbers of the descriptors that the thread has closed: the server must not use them.
         others = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(30)]
         assert "its endpoints are closed" in caplog.text
         assert ring.statistics().leases == 0

@@ -197,7 +197,7 @@ class Lease:
             if core.closed:
                 return False
             core.table.late_finalises += 1
-        logger.warning("end of %r ignored: it has ended already", self)
+        logger.warning("end of %r ignored: %s", self, "it has ended already")
         return False
 
     def __repr__(self) -> str:

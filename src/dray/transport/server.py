@@ -70,6 +70,7 @@ class PayloadServer(Closing):
     Attributes:
         ring: as given.
         endpoints: the addresses that references carry, e.g. ``"tcp:127.0.0.1:40001"``.
+        loops: the server threads.
 
     Raises:
         ConfigError: an argument is not allowed, a lane cannot be served here, or `host` is not loopback and there
@@ -156,16 +157,16 @@ class PayloadServer(Closing):
         )
         self._pid = os.getpid()
         self._closed = False
-        self._loops: list[ServerLoop] = []
+        self.loops: list[ServerLoop] = []
         self._directory = PrivateDirectory(directory) if any(each.local for each in self._lanes) else None
         try:
-            self._loops.append(self._make_first_loop(lane))
+            self.loops.append(self._make_first_loop(lane))
             for index in range(1, threads):
-                self._loops.append(self._make_loop(index))
-            by_lane = zip(*(loop.endpoints for loop in self._loops), strict=True)
+                self.loops.append(self._make_loop(index))
+            by_lane = zip(*(loop.endpoints for loop in self.loops), strict=True)
             self.endpoints = tuple(endpoint for endpoints in by_lane for endpoint in endpoints)
             self._check_reference_fits()
-            for loop in self._loops:
+            for loop in self.loops:
                 loop.start()
         except BaseException:
             self.close()
@@ -260,12 +261,12 @@ class PayloadServer(Closing):
         Raises:
             BufferClosedError: the ring is closed.
         """
-        leases = [lease for loop in self._loops for lease in loop.connections.leases()]
-        totals = [loop.connections.totals() for loop in self._loops]
+        leases = [lease for loop in self.loops for lease in loop.connections.leases()]
+        totals = [loop.connections.totals() for loop in self.loops]
         return ServerStatistics(
             self.ring.producer_id,
             self.endpoints,
-            sum(len(loop.connections) for loop in self._loops),
+            sum(len(loop.connections) for loop in self.loops),
             tuple(sorted(leases, key=lambda lease: -lease.age)[:_MAX_LISTED]),
             ServerCounters(**{name: sum(each[name] for each in totals) for name in COUNTED}),
             self.ring.statistics(),
@@ -280,10 +281,10 @@ class PayloadServer(Closing):
             return
         self._closed = True
         drain = Deadline.after(self._drain_timeout)
-        for loop in self._loops:
+        for loop in self.loops:
             loop.stop(drain)
         join = Deadline.after(self._drain_timeout + self._join_timeout)
-        for loop in self._loops:
+        for loop in self.loops:
             if not loop.join(join):
                 logger.error("a server thread is still running %.1f s after it was stopped", join.elapsed)
         if self._directory is not None:
@@ -305,7 +306,7 @@ class PayloadServer(Closing):
             self.ref(self.ring.slots - 1, 2**64 - 1, self.ring.slot_bytes).to_json()
         except ProtocolError as error:
             allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
-            raise ConfigError("threads", len(self._loops), allowed) from error
+            raise ConfigError("threads", len(self.loops), allowed) from error
 
     @property
     def _network_lanes(self) -> list[Lane]:
@@ -368,7 +369,7 @@ class PayloadServer(Closing):
             raise BufferClosedError("the server is closed, or belongs to the process this one was forked from")
 
     def _abandon_after_fork(self) -> None:
-        for loop in self._loops:
+        for loop in self.loops:
             loop.abandon_after_fork()
         if self._directory is not None and not self._directory.closed:
             os.close(self._directory.lock)  # the folder can be swept when the parent is dead

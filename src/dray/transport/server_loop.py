@@ -371,6 +371,10 @@ class ServerLoop:
         self._deadline = deadline
         self._poller.wake()
 
+    def wake(self) -> None:
+        """Check the time limits now. Needed only after a jump of the clock. Not after `join`."""
+        self._poller.wake()
+
     def join(self, deadline: Deadline) -> bool:
         """Wait for the thread's end after `stop`; False if the deadline came first."""
         if self._thread.ident is None:
@@ -382,6 +386,11 @@ class ServerLoop:
             # Not at the end of the thread: the thread may have failed long before `stop` wakes the poller.
             self._poller.close()
         return ended
+
+    @property
+    def running(self) -> bool:
+        """The thread was started and has not ended."""
+        return self._thread.is_alive()
 
     def abandon_after_fork(self) -> None:
         """In a forked child, where the thread does not run: close what only the thread uses."""
