@@ -97,27 +97,6 @@ class ServedConnection:
         watched: the value of `unsent` that the poller knows; None before the connection is registered.
     """
 
-    __slots__ = (
-        "_accepted_at",
-        "_checksum",
-        "_leases",
-        "_leaving",
-        "_progress",
-        "_progressed",
-        "_ring",
-        "_service",
-        "_trace",
-        "active",
-        "announced",
-        "counts",
-        "endpoint",
-        "lingering",
-        "session",
-        "stream",
-        "unsent",
-        "watched",
-    )
-
     def __init__(self, stream: Stream, endpoint: str, service: Service) -> None:
         self.stream = stream
         self.endpoint = endpoint
@@ -432,4 +411,4 @@ _REFUSED = {Verdict.DENIED: "auth_failures", Verdict.VERSION: "other_versions"}
 
 
 def _other_size(announced: int, nbytes: int) -> str:
-    return f"the payload has {nbytes} bytes, the reference says {announced}"
+    return f"the payload has {nbytes} bytes, {announced} were requested"

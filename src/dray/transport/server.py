@@ -110,20 +110,23 @@ class PayloadServer(Closing):
                 meant = "" if host == named else f", which {named!r} does not mean here (it means {host})"
                 raise ConfigError("host", named, f"an IPv4 address for the {only_ipv4[0].name} lane{meant}")
             self._lanes = tuple(each for each in self._lanes if not each.ipv4_only)
-        if not 1 <= threads <= MAX_THREADS:
-            raise ConfigError("threads", threads, f"1 to {MAX_THREADS}")
-        if not MIN_VERSION <= newest_version <= VERSION:
-            raise ConfigError("newest_version", newest_version, f"{MIN_VERSION} to {VERSION}")
-        if max_leases < 1:
-            raise ConfigError("max_leases", max_leases, "1 or more")
-        if not 0 <= port < 65536:
-            raise ConfigError("port", port, "0 to 65535")
-        for key, seconds in (("idle_timeout", idle_timeout), ("lease_timeout", lease_timeout)):
-            if not seconds > 0:
-                raise ConfigError(key, seconds, "more than 0 seconds")
-        for key, seconds in (("drain_timeout", drain_timeout), ("join_timeout", join_timeout)):
-            if not seconds >= 0:
-                raise ConfigError(key, seconds, "0 seconds or more")
+        for key, value, fits, allowed in (
+            ("threads", threads, 1 <= threads <= MAX_THREADS, f"1 to {MAX_THREADS}"),
+            ("max_leases", max_leases, max_leases >= 1, "1 or more"),
+            ("port", port, 0 <= port < 65536, "0 to 65535"),
+            ("idle_timeout", idle_timeout, idle_timeout > 0, "more than 0 seconds"),
+            ("lease_timeout", lease_timeout, lease_timeout > 0, "more than 0 seconds"),
+            ("drain_timeout", drain_timeout, drain_timeout >= 0, "0 seconds or more"),
+            ("join_timeout", join_timeout, join_timeout >= 0, "0 seconds or more"),
+            (
+                "newest_version",
+                newest_version,
+                MIN_VERSION <= newest_version <= VERSION,
+                f"{MIN_VERSION} to {VERSION}",
+            ),
+        ):
+            if not fits:
+                raise ConfigError(key, value, allowed)
         if secret is None and self._network_lanes:
             if not is_loopback(host):
                 raise ConfigError("host", named, "a loopback address, or any with a secret configured")
@@ -218,7 +221,7 @@ class PayloadServer(Closing):
 
         Args:
             arrays: arrays by name, any shape; see `dray.payload.pack` for the dtypes.
-            schema: what the arrays must look like.
+            schema: the schema that the arrays must match.
             metadata: text by name, kept in the payload's header.
             timeout: seconds to wait for a free slot; ``None`` for no limit.
 

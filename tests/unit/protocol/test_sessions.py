@@ -237,7 +237,7 @@ def test_a_status_that_confirms_acks_which_were_not_sent_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "text", "error", "says"),
+    ("answer", "text", "error", "message"),
     [
         (Status.STALE, "", StaleSlotError, "the payload was consumed or overwritten"),
         (Status.BUSY, "", ServerBusy, "the lease limit of this connection is reached"),
@@ -247,12 +247,12 @@ def test_a_status_that_confirms_acks_which_were_not_sent_is_an_error() -> None:
     ],
 )
 def test_each_refusal_is_an_error_that_names_its_payload(
-    answer: Status, text: str, error: type[Exception], says: str
+    answer: Status, text: str, error: type[Exception], message: str
 ) -> None:
     made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1", 3)
     assert type(made) is error
     assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
-    assert str(made).startswith(f"{says} (")
+    assert str(made).startswith(f"{message} (")
     assert "tcp:h:1" in str(made)
 
 

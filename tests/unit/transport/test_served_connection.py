@@ -342,7 +342,7 @@ def test_a_read_of_another_size_is_answered_with_an_error(ring: SharedRingBuffer
     status, text, *rest = server.collect()
     assert isinstance(status, Frame)
     assert (status.status, status.request, status.nbytes) == (Status.ERROR, 5, len(text))  # type: ignore[arg-type]
-    assert text == b"the payload has 7 bytes, the reference says 8"
+    assert text == b"the payload has 7 bytes, 8 were requested"
     assert rest == ([b""] if lane is UCX else [])
     assert (server.connection.leased, ring.statistics().leases, ring.get_ready_count()) == (0, 0, 1)
     assert server.counted() == {"error": 1}
@@ -841,7 +841,7 @@ def test_an_inline_read_of_another_size_is_answered_with_an_error(ring: SharedRi
     outgoing = server.connection.answer()
     assert [answer.status for answer in statuses(outgoing)] == [Status.ERROR, Status.OK, Status.OK]
     assert [answer.request for answer in statuses(outgoing)] == [0, 1, 2]
-    assert outgoing[1] == b"the payload has 7 bytes, the reference says 8"
+    assert outgoing[1] == b"the payload has 7 bytes, 8 were requested"
     assert outgoing[3] == outgoing[5] == b"payload"
 
 
