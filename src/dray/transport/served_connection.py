@@ -176,7 +176,11 @@ class ServedConnection:
             kind = request[0]
             try:
                 if kind != _READ:
-                    weight += self._consume(request) if kind == _CONSUME else self._describe()
+                    if kind == _CONSUME:
+                        weight += self._consume(request)
+                    else:
+                        session.answer(self._service.describe())
+                        weight += BATCH_BYTES
                 elif request[3]:  # INLINE
                     weight += self._copy()
                 else:
@@ -356,10 +360,6 @@ class ServedConnection:
         else:
             self.session.refuse(status)
         return REQUEST_WEIGHT
-
-    def _describe(self) -> int:
-        self.session.answer(self._service.describe())
-        return BATCH_BYTES
 
     def _refuse(self, status: Status) -> int:
         self.counts[status.name.lower()] += 1

@@ -402,7 +402,11 @@ class ServerLoop:
         """Serve until `stop`, then close everything but the poller."""
         connections, poll = self.connections, self._poller.poll
         try:
-            while self._deadline is None or not self._finish(self._deadline):
+            while True:
+                if self._deadline is not None:
+                    self._stop_listening()
+                    if connections.finish(self._deadline):
+                        break
                 unfinished = connections.serve_unfinished()
                 if self._progress_due or self._deadline is not None:
                     unfinished = self._progress() or unfinished
@@ -430,10 +434,6 @@ class ServerLoop:
             raise
         finally:
             self._close()
-
-    def _finish(self, deadline: Deadline) -> bool:
-        self._stop_listening()
-        return self.connections.finish(deadline)
 
     def _timeout(self) -> float | None:
         timeout = self.connections.timeout(self._deadline is not None)
@@ -504,13 +504,11 @@ class ServerLoop:
             if unfinished:
                 return True
             moved = sum(worker.steps for worker in self._workers) != steps
-            if not moved and not any(listener.waiting for listener in self._driven) and self._arm():
+            waiting = moved or any(listener.waiting for listener in self._driven)
+            if not waiting and all(worker.arm() for worker in self._workers):
                 self._progress_due = False
                 return False
         return self._progress_due
-
-    def _arm(self) -> bool:
-        return all(worker.arm() for worker in self._workers)
 
     def _watch(self, connection: ServedConnection) -> None:
         """Wait for room in the connection, or for messages: while an answer waits for room, none is received."""

@@ -83,6 +83,18 @@ def test_both_sides_speak_the_newest_common_version(
         assert (counters.other_versions, counters.malformed) == (int(servers < clients), 0)
 
 
+def test_a_client_reads_from_an_older_server_on_every_lane(lane: str) -> None:
+    secret = make_secret()
+    with (
+        serving(lane, threads=1, secret=secret, newest_version=MIN_VERSION) as server,
+        PayloadClient(lane=lane, secret=secret) as client,
+    ):
+        for size in (7, 1 << 16):
+            data = bytes(size)
+            assert bytes(memoryview(client.read_bytes(server.put_bytes(data), timeout=10))) == data
+        assert client.statistics()["retries"] == 0
+
+
 def test_a_client_reconnects_to_an_older_server_once() -> None:
     with serving("tcp", threads=1, newest_version=MIN_VERSION) as server:
         opened(server, None, VERSION).close()
