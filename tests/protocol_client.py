@@ -137,20 +137,20 @@ class Client:
             acks = b""
             for ref, which, number in zip(window, wanted, self.ask(READ, wanted), strict=True):
                 status, flags, nbytes, checksum, acked, text = self.status(number, *which[:2])
-                said = {"status": NAMES[status], "acked": acked}
+                result = {"status": NAMES[status], "acked": acked}
                 if status == 0:
                     if nbytes != ref["n"]:
-                        raise Refused(5, f"the payload has {nbytes} bytes, the reference says {ref['n']}")
+                        raise Refused(5, f"the payload has {nbytes} bytes, the reference {ref['n']}")
                     payload = self.receive(nbytes)
                     if flags & CHECKSUM and xxhash and xxhash.xxh3_64_intdigest(payload) != checksum:
                         raise Refused(5, "the payload does not match its checksum")
-                    said |= {"checked": bool(flags & CHECKSUM and xxhash), "tensors": tensors(payload)}
+                    result |= {"checked": bool(flags & CHECKSUM and xxhash), "tensors": tensors(payload)}
                     acks += request(ACK, number, *which[:2], reader=self.reader, flags=CONSUMED if consume else 0)
                     self.acks += 1
                     self.acked = which[:2] if consume else self.acked
                 elif text:
-                    said["text"] = text
-                yield said
+                    result["text"] = text
+                yield result
             self.sock.sendall(acks)
 
     def consume(self, references):

@@ -47,7 +47,7 @@ def serving(
 
 
 def ring_of(server: PayloadServer) -> SharedRingBuffer:
-    return server._ring
+    return server.ring
 
 
 def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:
@@ -57,7 +57,7 @@ def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:
 
 def counted(server: PayloadServer, name: str) -> int:
     """One of the server's counters."""
-    return int(server.statistics()["server"].get(name, 0))
+    return int(getattr(server.statistics().counters, name))
 
 
 class Child:
@@ -168,7 +168,7 @@ while (wanted := hear()) is not None:
             signal.pause()
         say(forked)
     elif wanted == "statistics":
-        say(server.statistics())
+        say(server.statistics().to_dict())
     else:
         seed, nbytes = wanted
         say(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))

@@ -39,7 +39,7 @@ class PayloadService:
             return Reply({"refs": [ref.to_json() for ref in refs]})
         if command == "connections":
             assert self._server is not None
-            return Reply({"open": self._server.statistics()["open_connections"]})
+            return Reply({"open": self._server.statistics().open_connections})
         if command == "spun":
             return Reply({"turns": self._spinner.turns})
         self.close()

@@ -273,7 +273,15 @@ class ReaderIdError(ProtocolError):
 
 
 class VersionMismatch(ProtocolError):
-    """The peer speaks another version of the protocol."""
+    """The peer speaks another version of the protocol.
+
+    Attributes:
+        version: the peer's version; None if it is unknown.
+    """
+
+    def __init__(self, message: str, *, version: int | None = None, **context: Any) -> None:
+        super().__init__(message, **context)
+        self.version = version
 
 
 class ProducerLostError(DrayError, ConnectionError):

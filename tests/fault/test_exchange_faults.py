@@ -509,21 +509,21 @@ def test_c5_memory_of_a_failed_read_comes_back_and_is_written_by_nobody_else(nam
 
 @contextlib.contextmanager
 def first_thread_wedged(server: PayloadServer) -> Iterator[str]:
-    """The first thread of a server answers nobody for the length of the block; its endpoint."""
-    thread: Any = server._threads[0]
+    """The first thread of a server hangs for the length of the block; its endpoint."""
+    loop: Any = server.loops[0]
     wedged, free = threading.Event(), threading.Event()
 
     def hang() -> None:
         wedged.set()
         free.wait(60)
 
-    thread._served.sweep = hang
+    loop.connections.sweep = hang
     try:
-        os.eventfd_write(thread._wake, 1)
+        loop.wake()
         assert wedged.wait(10)
-        yield str(thread.endpoints[0])
+        yield str(loop.endpoints[0])
     finally:
-        del thread._served.sweep
+        del loop.connections.sweep
         free.set()
 
 

@@ -82,7 +82,7 @@ for thread in threads:
     thread.join(30)
 say()
 while hear() == "statistics":
-    say(server.statistics())
+    say(server.statistics().to_dict())
 server.close()
 """
 )

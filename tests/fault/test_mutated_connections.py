@@ -52,7 +52,7 @@ threads = [threading.Thread(target=renew, args=each, daemon=True) for each in en
 for thread in threads:
     thread.start()
 while (wanted := hear()) is not None:
-    say(server.statistics())
+    say(server.statistics().to_dict())
 server.close()
 ring.close()
 """

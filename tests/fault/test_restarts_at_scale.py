@@ -21,10 +21,10 @@ while (number := hear()) is not None:
         sizes = (1000, 1 << 20, 8 << 20)
         say([json.loads(server.put_bytes(pattern(nbytes, nbytes)).to_json()) for nbytes in sizes])
         pause, limit = threading.Event(), Deadline.after(20)
-        while server.statistics()["server"]["reads"] <= number % 7:
+        while server.statistics().counters.reads <= number % 7:
             assert not limit.expired, "no read arrived"
             pause.wait(0.001)
-        connections = server.statistics()["open_connections"]
+        connections = server.statistics().open_connections
         closing = Stopwatch()
         server.close()
         ended = closing.elapsed, connections, ring.statistics().leases

@@ -88,8 +88,8 @@ def test_calls_that_a_signal_handler_ends_anywhere_leave_nothing_behind(lane: An
             interrupts, descriptors, threads = child.hear(60)
             assert interrupts >= rounds // 2
             assert (descriptors, threads) == (0, 0)
-            wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to be closed")
-            assert server.statistics()["leases"] == []
+            wait_until(lambda: server.statistics().open_connections == 0, "the connections to be closed")
+            assert server.statistics().leases == ()
             child.say()
         with PayloadClient(lane=lane) as client:
             for n, (_, arrays) in enumerate(client.read_many(refs, timeout=10)):
@@ -112,8 +112,8 @@ with PayloadClient() as client:
         if ref is not None:
             client.consume([ref])
     gc.collect()
-    found = server.statistics()["ring"]
-    say([count[0], found["free"], found["claimed"] - found["aborted"] - found["committed"]])
+    found = server.statistics().ring
+    say([count[0], found.free, found.claimed - found.aborted - found.committed])
 server.close()
 ring.close()
 """
@@ -148,7 +148,7 @@ def test_closing_a_client_ends_what_no_thread_is_inside(lane: Any) -> None:
         assert next(results)[0] == refs[1]
         assert ring_of(server).statistics().leases >= 2
         client.close()
-        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to be closed")
+        wait_until(lambda: server.statistics().open_connections == 0, "the connections to be closed")
         with pytest.raises(BufferClosedError), lease:
             raise AssertionError("the block is not entered")
         with pytest.raises(BufferClosedError):
@@ -167,7 +167,7 @@ def test_arrays_that_were_handed_out_keep_their_slot_when_the_client_is_closed()
             assert ring_of(server).statistics().leases == 1
             assert arrays["a"][-1] == 4999
         assert server.wait_consumed(ref, timeout=5)
-        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connection to be closed")
+        wait_until(lambda: server.statistics().open_connections == 0, "the connection to be closed")
 
 
 def test_batch_that_an_exception_ends_releases_what_was_not_handed_out(lane: Any) -> None:

@@ -66,7 +66,7 @@ def test_silent_and_trickling_connections_displace_each_other_and_no_reader(
         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == b"payload"
         with PayloadClient(lane=lane, secret=SECRET) as another:
             assert bytes(another.read_bytes(ref, timeout=20)) == b"payload"
-        assert server.statistics()["open_connections"] <= MAX_UNPROVEN + 2
+        assert server.statistics().open_connections <= MAX_UNPROVEN + 2
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
@@ -174,7 +174,7 @@ ring = SharedRingBuffer(2, 4096)
 with PayloadServer(ring, lane="ucx", threads=1) as server:
     say(json.loads(server.put_bytes(b"payload").to_json()))
     while hear() is not None:
-        say(server.statistics()["server"])
+        say(server.statistics().to_dict()["server"])
 say("closed")
 """
     with contextlib.ExitStack() as opened, Child(limit + script) as child:

@@ -150,7 +150,8 @@ def test_w4_what_is_no_hello_closes_only_that_connection(name: str, junk: bytes)
         with ByHand(endpoint_of(server, name)) as peer:
             peer.sock.sendall(junk)
             assert peer.closed()
-        wait_until(lambda: counted(server, "malformed") >= 1, "it to be counted")
+        name_of_counter = "other_versions" if junk[4:6] == struct.pack("<H", 999) else "malformed"
+        wait_until(lambda: counted(server, name_of_counter) == 1, "it to be counted")
         assert bytes(client.read_bytes(ref)) == b"payload"
         assert client.statistics()["connects"] == 1
 
@@ -191,7 +192,7 @@ def test_w4_random_bytes_after_the_handshake_harm_nobody_else(name: str) -> None
                 peer.shake()
                 with contextlib.suppress(OSError):
                     peer.sock.sendall(pattern(seed, 1000))
-        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to end")
+        wait_until(lambda: server.statistics().open_connections == 0, "the connections to end")
         assert bytes(client.read_bytes(ref)) == b"payload"
         wait_until(lambda: ring_of(server).statistics().leases == 0, "the ACK to arrive")
 
@@ -305,7 +306,7 @@ def test_c2_a_single_wedged_endpoint_is_a_timeout_within_the_deadline(lane: Any,
 
 def test_w8_a_server_thread_that_dies_leaves_its_payloads_to_the_others() -> None:
     with serving("tcp", threads=2, slots=10) as server, PayloadClient() as client:
-        dead = server._threads[0]
+        dead = server.loops[0]
         dead.stop(Deadline.after(0))
         assert dead.join(Deadline.after(10))
         for number in range(10):
@@ -321,7 +322,7 @@ def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: A
         ref = server.put_bytes(b"payload")
         for _ in range(2):
             client.read_bytes(ref, consume=False)
-            wait_until(lambda: server.statistics()["open_connections"] == 0, "the eviction")
+            wait_until(lambda: server.statistics().open_connections == 0, "the eviction")
             wait_until(lambda: not idle_connection(client).usable(), "its news")
         assert counted(server, "evicted") == 2
         assert bytes(client.read_bytes(ref)) == b"payload"
@@ -335,7 +336,7 @@ def test_w6_a_client_replaces_a_connection_before_it_is_evicted(lane: Any) -> No
         for _ in range(3):
             client.read_bytes(ref, consume=False)
         assert client.statistics()["connects"] == 3
-        wait_until(lambda: server.statistics()["open_connections"] == 1, "the replaced ones to be closed")
+        wait_until(lambda: server.statistics().open_connections == 1, "the replaced ones to be closed")
 
 
 def test_w6_a_connection_with_a_lease_is_not_idle() -> None:
@@ -346,7 +347,7 @@ def test_w6_a_connection_with_a_lease_is_not_idle() -> None:
             with PayloadClient() as second:
                 second.read_bytes(other)
                 wait_until(lambda: counted(server, "evicted") == 1, "the eviction of the idle one")
-                wait_until(lambda: server.statistics()["open_connections"] == 1, "its end")
+                wait_until(lambda: server.statistics().open_connections == 1, "its end")
             assert arrays["a"].tolist() == [0, 1, 2]
         assert server.wait_consumed(ref, timeout=5)
 
@@ -500,8 +501,8 @@ def test_b14_leases_of_one_connection_end_with_it_and_those_of_others_stay() -> 
         refs = [server.put({"a": np.arange(3)}) for _ in range(2)]
         leases = [client.lease(ref) for client, ref in zip((one, two), refs, strict=True)]
         (first, second) = (dict(leases[0].__enter__()), dict(leases[1].__enter__()))
-        assert sorted(entry["leases"] for entry in server.statistics()["leases"]) == [1, 1]
-        assert {entry["pid"] for entry in server.statistics()["leases"]} == {os.getpid()}
+        assert sorted(lease.slot for lease in server.statistics().leases) == [ref.slot for ref in refs]
+        assert {lease.pid for lease in server.statistics().leases} == {os.getpid()}
         del first
         leases[0].__exit__(None, None, None)
         assert server.wait_consumed(refs[0], timeout=5)
@@ -707,5 +708,5 @@ def test_a_client_closed_with_reads_in_flight_ends_them_in_order(lane: Any) -> N
             thread.join(20)
             assert found == ["BufferClosedError"]
             ring_of(server).consume(ref.slot, ref.sequence)
-        wait_until(lambda: server.statistics()["open_connections"] == 0, "the connections to end")
+        wait_until(lambda: server.statistics().open_connections == 0, "the connections to end")
         wait_until(lambda: ring_of(server).statistics().leases == 0, "their leases to end")

@@ -82,6 +82,6 @@ def test_w6_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any
             for _ in range(4):
                 assert bytes(client.read_bytes(ref, consume=False)) == b"payload"
             assert client.statistics()["connects"] == 2 * (idle + 1)
-            wait_until(lambda: server.statistics()["open_connections"] == 0, "both windows to pass")
+            wait_until(lambda: server.statistics().open_connections == 0, "both windows to pass")
         assert bytes(client.read_bytes(ref)) == b"payload"
         assert (client.statistics()["quarantined"], client.statistics()["retries"]) == ([], 0)

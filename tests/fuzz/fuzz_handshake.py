@@ -1,4 +1,4 @@
-"""The handshake, both sides: a side accepts the other, refuses it with a verdict, or raises `ProtocolError`.
+"""The handshake of both sides: the peer is accepted, refused by a verdict, or a `ProtocolError`; nothing else.
 
 Input: one byte of options, then either the messages themselves, or changes to a valid handshake: pairs of position
 and byte.
@@ -9,6 +9,7 @@ from contextlib import suppress
 from fuzz.cursor import Cursor
 
 from dray.errors import ProtocolError
+from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.protocol.handshake import (
     CHALLENGE,
     HELLO,
@@ -22,7 +23,7 @@ from dray.protocol.handshake import (
 )
 from dray.transport.lanes import TCP, UCX
 
-SERVER, VALID, CLIENT_SECRET, SERVER_SECRET = 1, 2, 4, 8
+SERVER, VALID, CLIENT_SECRET, SERVER_SECRET, OLD_CLIENT = 1, 2, 4, 8, 16
 SECRET = b"the job's secret"
 PRODUCER = bytes(range(16))
 IDENTITY = ServerIdentity(PRODUCER, 4, 4096, 8, 1)
@@ -31,11 +32,13 @@ SEEDS = [
     bytes([SERVER | SERVER_SECRET]) + HELLO.pack(b"DRAY", 1, TCP.number, 1, bytes(16), bytes(32)) + NO_PROOF,
     bytes([SERVER]) + HELLO.pack(b"DRAY", 2, UCX.number, 3, bytes(16), bytes(32)),
     bytes([0])
-    + CHALLENGE.pack(b"DRAY", 1, 0, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1)
+    + CHALLENGE.pack(b"DRAY", VERSION, 0, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1)
     + WELCOME.pack(b"DRAY", 0),
-    bytes([0]) + CHALLENGE.pack(b"DRAY", 1, 3, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
-    bytes([CLIENT_SECRET]) + CHALLENGE.pack(b"DRAY", 1, 0, 1, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
+    bytes([0]) + CHALLENGE.pack(b"DRAY", VERSION, 3, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
+    bytes([CLIENT_SECRET]) + CHALLENGE.pack(b"DRAY", VERSION, 0, 1, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
     bytes([VALID]),
+    bytes([VALID | OLD_CLIENT | CLIENT_SECRET | SERVER_SECRET]),
+    bytes([VALID | OLD_CLIENT, 4, 2, 68, 1]),
     bytes([VALID | CLIENT_SECRET | SERVER_SECRET]),
     bytes([VALID | CLIENT_SECRET | SERVER_SECRET, 200, 1]),
     bytes([VALID | SERVER | CLIENT_SECRET | SERVER_SECRET, 7, 0]),
@@ -45,7 +48,8 @@ SEEDS = [
 def run(data: bytes) -> None:
     cursor = Cursor(data)
     options = cursor.byte()
-    client = ClientHandshake(TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None)
+    version = MIN_VERSION if options & OLD_CLIENT else VERSION
+    client = ClientHandshake(TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None, version)
     server = ServerHandshake(TCP, IDENTITY, SECRET if options & SERVER_SECRET else None)
     if options & VALID:
         with suppress(ProtocolError):
@@ -57,7 +61,7 @@ def run(data: bytes) -> None:
             if server.verdict is Verdict.WELCOME
         ]
         assert [len(answer) for answer in answers] in ([CHALLENGE.size], [CHALLENGE.size, WELCOME.size])
-        # Without the secret a client cannot have made the proof.
+        # Without the secret, the proof cannot be right.
         assert not (server.done and options & SERVER_SECRET)
     else:
         with suppress(ProtocolError):

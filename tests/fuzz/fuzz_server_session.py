@@ -10,17 +10,15 @@ import socket
 import xxhash
 from fuzz.cursor import Cursor
 
-from dray.clock import MONOTONIC
-from dray.counters import Counters
 from dray.errors import StaleSlotError
 from dray.protocol.frames import FRAME, FRAME_BYTES, MAX_TEXT_BYTES, Flag, Frame, Kind, Status
 from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME, ClientHandshake, ServerIdentity
-from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer
 from dray.transport.lanes import SHM, TCP, UCX
 from dray.transport.lanes.base import Lane
 from dray.transport.lanes.socket import SocketStream
-from dray.transport.served_connections import ServedConnections, ThreadSettings
+from dray.transport.served_connection import Service
+from dray.transport.server_loop import ServedConnections
 
 RAW_HANDSHAKE, SECRET, RESET = 4, 8, 16
 FRAME_OP, BYTES_OP, DELIVER_OP, READ_OP = range(4)
@@ -127,17 +125,12 @@ class _Answers:
 class _Serving:
     """One connection of a server, driven by hand in place of epoll."""
 
-    def __init__(self, sock: socket.socket, session: ServerSession, lane: Lane) -> None:
-        self.session = session
-        self.counters = Counters()
-        settings = ThreadSettings(idle=60.0, lease=60.0)
-        self._connections = ServedConnections(
-            lambda _: session, -1, settings, self.counters, MONOTONIC, lambda _: None, lambda _: None
-        )
-        self._connections.add(_Stream(sock, lane))
+    def __init__(self, sock: socket.socket, service: Service, lane: Lane) -> None:
+        self._connections = ServedConnections(service)
+        self.connection = self._connections.add(_Stream(sock, lane))
 
     def serve(self) -> None:
-        """Do what there is to do, until the stream has nothing more or the connection has ended."""
+        """Serve until the stream has nothing more or the connection has ended."""
         for connection in self._connections.all():
             connection.stream.idle()
             while self._connections.serve(connection):
@@ -148,7 +141,7 @@ class _Serving:
 
 
 class _Stream(SocketStream):
-    """Keeps the segment's descriptor to itself: on a network lane too it may be served as if it were another."""
+    """Sends no descriptor: the socket may be served as one of any lane."""
 
     def send(self, items, descriptor=None):
         return super().send(items)
@@ -168,14 +161,20 @@ def run(data: bytes) -> None:
                 writer.commit()
         identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, _MAX_LEASES, ring.readers)
         secret = b"secret" if chosen & SECRET else None
-        checksum = None if lane is SHM else xxhash.xxh3_64_intdigest
-        session = ServerSession(lane, ring, identity, secret=secret, checksum=checksum, describe=lambda: '{"a":1}')
+        service = Service(
+            ring=ring,
+            identity=identity,
+            secret=secret,
+            checksum=xxhash.xxh3_64_intdigest,
+            describe=lambda: '{"a":1}',
+            idle_timeout=60.0,
+        )
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
         stack.enter_context(theirs)
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALL_BUFFER)
         ours.setblocking(False)
-        serving = _Serving(theirs, session, lane)
+        serving = _Serving(theirs, service, lane)
         beside = ring.read_raw(0, 0, 1)
         answers = _Answers(contents)
         answers.in_place = lane is SHM
@@ -184,8 +183,8 @@ def run(data: bytes) -> None:
         _read(ours, serving, answers)
         with contextlib.suppress(OSError):
             ours.shutdown(socket.SHUT_WR)
-        assert session.leases <= _MAX_LEASES
-        assert ring.statistics().leases == session.leases + 1
+        assert serving.connection.leased <= _MAX_LEASES
+        assert ring.statistics().leases == serving.connection.leased + 1
         if chosen & RESET:
             ours.close()
         serving.serve()
@@ -223,7 +222,7 @@ def _converse(cursor, ours, serving, answers, chosen, secret, lane) -> bytes:
             ours.send(answer)
             serving.serve()
             answer = handshake.receive(ours.recv(handshake.expects))
-        assert serving.session.established
+        assert serving.connection.session.established
     sent, waiting = bytearray(), bytearray()
     while cursor:
         operation = cursor.byte() % 4

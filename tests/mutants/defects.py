@@ -32,8 +32,8 @@ class Defect:
 
 TABLE = "ring/slots.py"
 LEASE = "ring/lease.py"
-SESSION = "protocol/server_session.py"
-SERVED = "transport/served_connections.py"
+SERVED = "transport/served_connection.py"
+LOOP = "transport/server_loop.py"
 CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"
 BATCH = "prefetch/batch.py"
@@ -149,69 +149,67 @@ DEFECTS = (
     # --- the server's end of a connection -------------------------------------------------------------------
     Defect(
         "consumed on local send completion, without ACK",
-        SESSION,
+        SERVED,
         """\
-        self._sending.clear()
-
-    def close(self) -> None:
+        self.session.flushed()
+        if self._leaving:
 """,
         """\
-        for request in self._sending:
+        for request in self.session.sending:
             lease = self._leases[request]
             self._ring.consume(lease.slot, lease.sequence, lease.reader)
-        self._sending.clear()
-
-    def close(self) -> None:
+        self.session.flushed()
+        if self._leaving:
 """,
         Search.SIMULATION,
     ),
     Defect(
-        "leases not released when their connection closes",
-        SESSION,
+        "leases not returned when their connection closes",
+        SERVED,
         """\
-        for lease in leases.values():
             lease.release()
+            if self._trace is not None:
 """,
-        "        del leases\n",
+        "            if self._trace is not None:\n",
         Search.SIMULATION,
     ),
     Defect(
         "leases consumed when their connection closes",
-        SESSION,
+        SERVED,
         """\
-        for lease in leases.values():
             lease.release()
+            if self._trace is not None:
 """,
         """\
-        for lease in leases.values():
             lease.acknowledge()
+            if self._trace is not None:
 """,
         Search.SIMULATION,
     ),
     Defect(
-        "a released payload counts as consumed",
-        SESSION,
+        "a returned payload counts as consumed",
+        SERVED,
+        "                            self._leases.pop(request).release()\n",
+        "                            self._leases.pop(request).acknowledge()\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "an inline payload that was returned counts as consumed",
+        SERVED,
         """\
-            self._tally["acks_returned"] += 1
-            lease.release()
+                        counts["acks_returned"] += 1
+                        if of == "lease":
 """,
-        "            lease.acknowledge()\n",
-        Search.SIMULATION,
-    ),
-    Defect(
-        "an inline payload that was released counts as consumed",
-        SESSION,
         """\
-        if flags & Flag.CONSUMED:
-            self._tally["acks_consumed"] += 1
-            consumed.append(named)
+                        if of == "copy":
+                            consumed.append(payload)
+                        if of == "lease":
 """,
-        "        consumed.append(named)\n        if flags & Flag.CONSUMED:\n            pass\n",
         Search.SIMULATION,
     ),
     Defect(
-        "consumed inline payloads not marked as consumed",
-        SESSION,
+        "consumed inline payloads are not",
+        SERVED,
         "                    self._ring.consume_many(consumed)\n",
         "                    pass\n",
         Search.SIMULATION,
@@ -219,22 +217,22 @@ DEFECTS = (
     Defect(
         "a lease in place ended by a timer",
         SERVED,
-        "        return self._settings.lease if connection.network else math.inf\n",
-        "        return self._settings.lease\n",
+        "        return math.inf if self.stream.lane.local else self._service.lease_timeout\n",
+        "        return self._service.lease_timeout\n",
         Search.SIMULATION,
     ),
     Defect(
         "a connection with leases treated as idle",
         SERVED,
-        "        if not connection.session.leases:\n            return self._settings.idle\n",
-        "        if connection.session.leases < 100:\n            return self._settings.idle\n",
+        "        if not self._leases:\n            return self._service.idle_timeout\n",
+        "        if len(self._leases) < 100:\n            return self._service.idle_timeout\n",
         Search.SIMULATION,
     ),
     Defect(
-        "leases released while UCX still reads their slots",
-        SERVED,
-        "            if connection.stream.drained:\n                connection.session.close()\n",
-        "            if True:\n                connection.session.close()\n",
+        "leases returned while UCX still reads their slots",
+        LOOP,
+        "            if connection.stream.drained:\n                self._forget(connection)\n",
+        "            if True:\n                self._forget(connection)\n",
         Search.SIMULATION,
     ),
     # --- the client's end -----------------------------------------------------------------------------------

@@ -23,10 +23,12 @@ MUTATED = (
     "ring/ring.py",
     "ring/lease.py",
     "protocol/server_session.py",
+    "transport/served_connection.py",
 )
 TESTS = (
     *sorted((ROOT / "tests/unit/ring").glob("test_*.py")),
     ROOT / "tests/unit/protocol/test_sessions.py",
+    ROOT / "tests/unit/transport/test_served_connection.py",
     ROOT / "tests/process/test_segment_process.py",
 )
 WALKS = """

@@ -134,45 +134,6 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
             'raise BufferClosedError("THE RING BELONGS TO THE PROCESS THAT THIS ONE WAS FORKED FROM")',
         ),
     ),
-    "Declarations of a protocol: nothing runs them.": (
-        Survivor(
-            "protocol.server_session.LeaseSource.read_raw",
-            "def read_raw(self, slot: int, sequence: int, reader: int = 0) -> LeaseLike: ...",
-            "def read_raw(self, slot: int, sequence: int, reader: int = 1) -> LeaseLike: ...",
-        ),
-        Survivor(
-            "protocol.server_session.LeaseSource.consume",
-            "def consume(self, slot: int, sequence: int, reader: int = 0) -> bool: ...",
-            "def consume(self, slot: int, sequence: int, reader: int = 1) -> bool: ...",
-        ),
-    ),
-    "On the shm lane the view is made and not used.": (
-        Survivor(
-            "protocol.server_session.ServerSession._read",
-            "view = lease.buffer if in_band else NO_BYTES",
-            "view = lease.buffer if (in_band) or True else NO_BYTES",
-        ),
-    ),
-    "The ring returns one result for each request, so both sequences have the same length.": (
-        Survivor(
-            "protocol.server_session.ServerSession._copy",
-            "for frame, copy in zip(due, found, strict=True):",
-            "for frame, copy in zip(due, found, ):",
-        ),
-        Survivor(
-            "protocol.server_session.ServerSession._copy",
-            "for frame, copy in zip(due, found, strict=True):",
-            "for frame, copy in zip(due, found, strict=False):",
-        ),
-        Survivor(
-            "protocol.server_session.ServerSession._copy",
-            "for frame, copy in zip(due, found, strict=True):",
-            "for frame, copy in zip(due, found, strict=None):",
-        ),
-    ),
-    "One byte of a batch's budget.": (
-        Survivor("protocol.server_session.ServerSession._copy", "nbytes = 0", "nbytes = 1"),
-    ),
     "mutmut does not follow forked children; `tests/process/test_segment_process.py` fails with each.": (
         Survivor("ring.slots.SlotTable._disown", "self.lock = threading.Lock()", "self.lock = None"),
         Survivor(

@@ -202,14 +202,14 @@ def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
         with Child(READER, ref=text, scheme="unix", stage="received") as reader:
             assert reader.hear() == "there"
             reader.stop()
-            (lease,) = server.statistics()["leases"]
-            assert (lease["pid"], lease["leases"]) == (reader.pid, 1)
-            assert lease["age"] >= 0
+            (lease,) = server.statistics().leases
+            assert (lease.pid, lease.slot, lease.sequence) == (reader.pid, ref.slot, ref.sequence)
+            assert lease.age >= 0
             with pytest.raises(BufferFullError):
                 server.put_bytes(b"next", timeout=0.05)
             reader.kill()
             wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
-            assert server.statistics()["leases"] == []
+            assert server.statistics().leases == ()
 
 
 def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
@@ -276,7 +276,7 @@ def test_c13_another_producer_on_the_address_is_recognised(lane: Any, secret: by
                 pytest.skip(f"port {port} was not free again")
             with pytest.raises(ProducerLostError):
                 client.read_bytes(ref, timeout=5)
-            assert second.statistics()["server"]["auth_failures"] == 0
+            assert second.statistics().counters.auth_failures == 0
 
 
 def test_another_producer_on_one_address_is_passed_over_for_the_right_one() -> None:

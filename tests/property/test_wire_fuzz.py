@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_streams import SilentStream
 
 from dray.errors import ProtocolError
 from dray.protocol import PayloadRef
@@ -21,10 +22,10 @@ from dray.protocol.handshake import (
     ServerIdentity,
     Verdict,
 )
-from dray.protocol.server_session import ServerSession
 from dray.ring import SharedRingBuffer
 from dray.transport.lanes import LANES, TCP
 from dray.transport.lanes.base import Lane
+from dray.transport.served_connection import ServedConnection, Service
 
 u8, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
 json_values = st.recursive(
@@ -122,12 +123,12 @@ def test_any_server_is_taken_or_refused_by_a_typed_error(
             client.receive(welcome)
 
 
-def _drain(session: ServerSession, flush: Callable[[], bool]) -> None:
-    for item in session.take():
+def _send(connection: ServedConnection, flush: Callable[[], bool]) -> None:
+    for item in connection.answer():
         if isinstance(item, Payload):
             bytes(item.view)
     if flush():
-        session.flushed()
+        connection.flushed()
 
 
 @settings(deadline=None)
@@ -139,22 +140,22 @@ def test_any_frames_leave_the_ring_whole(lane: Lane, history: list[Frame], data:
             with ring.claim(8) as writer:
                 writer.commit()
         identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, 3, ring.readers)
-        session = ServerSession(lane, ring, identity)
+        connection = ServedConnection(SilentStream(lane), "", Service(ring=ring, identity=identity))
         client = ClientHandshake(lane, ring.producer_id)
         answer: bytes | None = client.hello()
         while answer is not None:
-            session.receive(answer)
-            (message,) = session.take()
+            connection.receive(answer)
+            (message,) = connection.answer()
             assert isinstance(message, bytes)
             answer = client.receive(message)
         try:
             for frame in history:
-                session.receive(frame.pack())
-                _drain(session, lambda: data.draw(st.booleans()))
-                assert session.leases == ring.statistics().leases <= 3
+                connection.receive(frame.pack())
+                _send(connection, lambda: data.draw(st.booleans()))
+                assert connection.leased == ring.statistics().leases <= 3
         except ProtocolError:
             pass
-        session.close()
+        connection.close()
         found = ring.statistics()
         assert (found.leases, found.reading, found.double_releases) == (0, 0, 0)
         assert found.free + found.ready == 4

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from dray.protocol import PayloadRef
-from dray.protocol.server_session import ServerSession
 from dray.ring import RingStatistics, SharedRingBuffer, SlotState
 from dray.ring.layout import STATE_OFFSET
+from dray.transport.server_statistics import LeaseInfo
 from simulation.scheduler import Scheduler, Violation
 
 
@@ -64,13 +64,10 @@ class Books:
         """A payload is there."""
         self.payloads[sequence] = Payload(slot, sequence, image)
 
-    def check(self, sessions: Iterable[ServerSession]) -> None:
-        """Slots, leases and bytes agree with each other, with the sessions and with what was written."""
+    def check(self, live: Iterable[LeaseInfo]) -> None:
+        """Slots, leases and bytes agree with each other, with the reports of servers and with what was written."""
         slots, view = self.ring.inspect(), self.ring.segment.view
-        leases: Counter[tuple[int, int]] = Counter()
-        for session in sessions:
-            if session.leases:
-                leases.update(session.leased)
+        leases = Counter((lease.slot, lease.sequence) for lease in live)
         counted = [0] * len(SlotState)
         unconsumed = 0
         for info, (header, offset), before in zip(slots, self._offsets, self._last, strict=True):
@@ -172,9 +169,9 @@ class Ledger:
         self._books[ring.producer_id] = books
         return books
 
-    def check(self, books: Books, sessions: Iterable[ServerSession]) -> None:
+    def check(self, books: Books, live: Iterable[LeaseInfo]) -> None:
         """Check one ring; see `Books.check`."""
-        books.check(sessions)
+        books.check(live)
 
     def of(self, ref: PayloadRef) -> Books:
         """The `Books` of the ring that a reference names."""

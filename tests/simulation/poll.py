@@ -1,4 +1,4 @@
-"""What a server thread waits with: epoll over simulated descriptors."""
+"""The poller of a simulated server loop: epoll over simulated descriptors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from simulation.scheduler import Signal
 from simulation.tagged import SimulatedWorker
 
 
-class SimulatedPoll:
-    """Level-triggered, as epoll is by default.
+class SimulatedPoller:
+    """Reports descriptors as long as they are ready, as epoll does by default.
 
     Args:
         kernel: knows the descriptors.
-        check: called whenever the thread has done all that it could.
+        check: called before each wait.
 
     Attributes:
         signal: notified when something may have become ready.
@@ -29,9 +29,8 @@ class SimulatedPoll:
         self.signal = Signal(kernel.scheduler)
 
     def register(self, descriptor: int, events: int) -> None:
-        if descriptor in self._kernel.sockets:  # not the thread's own, which wakes it to be stopped
-            assert descriptor not in self._watched
-            self._watched[descriptor] = events
+        assert descriptor not in self._watched
+        self._watched[descriptor] = events
 
     def modify(self, descriptor: int, events: int) -> None:
         assert descriptor in self._watched
@@ -48,6 +47,9 @@ class SimulatedPoll:
         else:
             scheduler.wait((self.signal,), math.inf if timeout is None else scheduler.now() + timeout)
         return self._ready()
+
+    def wake(self) -> None:
+        self.signal.notify()
 
     def close(self) -> None:
         self._watched.clear()

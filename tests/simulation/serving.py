@@ -1,7 +1,8 @@
-"""A simulated producer: a ring, its writer, and server loops that drive the production `ServedConnections`."""
+"""A simulated producer: a ring, its writer, and the production server loops in actors."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,19 +10,19 @@ from typing import Any, cast
 import xxhash
 
 from dray.clock import Deadline
-from dray.counters import Counters
-from dray.errors import BufferFullError
+from dray.errors import BufferFullError, TransportError
 from dray.payload.codec import plan as plan_payload
 from dray.protocol import PayloadRef
 from dray.protocol.handshake import ServerIdentity
-from dray.protocol.server_session import ServerSession
 from dray.ring import OnFull, Retain, SharedRingBuffer
 from dray.transport.lanes.base import Lane
-from dray.transport.served_connections import ServedConnection, ThreadSettings
-from dray.transport.server_loop import ServerThread
+from dray.transport.served_connection import Service
+from dray.transport.server_loop import ServerLoop
+from dray.transport.server_statistics import LeaseInfo
+from dray.transport.trace import Discard, TraceEvent
 from simulation.ledger import Ledger
-from simulation.network import SimulatedKernel, socket_of
-from simulation.poll import SimulatedPoll
+from simulation.network import SimulatedKernel
+from simulation.poll import SimulatedPoller
 from simulation.scheduler import Process, Violation
 from simulation.tagged import SimulatedWorker
 
@@ -44,14 +45,14 @@ class RingSettings:
     checksum: bool
 
 
-class ServerLoop:
-    """One server thread, with an endpoint of its own on each lane; it runs in an actor."""
+class SimulatedLoop:
+    """The production server loop with an endpoint of its own on each lane; it runs in an actor."""
 
     def __init__(self, server: SimulatedServer, index: int) -> None:
         kernel, process = server.kernel, server.process
         self._scheduler = kernel.scheduler
-        self._poll = SimulatedPoll(kernel, server.check)
-        signal = self._poll.signal
+        self._stopping = False
+        poller = SimulatedPoller(kernel, server.check)
         self.worker: SimulatedWorker | None = None
         listeners = []
         for lane in server.settings.lanes:
@@ -59,43 +60,35 @@ class ServerLoop:
             worker = None
             if lane.tagged:
                 self.worker = worker = kernel.worker(process)
-                worker.signal = signal
-            listeners.append(kernel.listen(address, process, signal, worker))
-        self._thread = ServerThread(
+                worker.signal = poller.signal
+            listeners.append(kernel.listen(address, process, poller.signal, worker))
+        self._loop = ServerLoop(
             f"loop{index}",
             cast(Any, listeners),
-            server.make_session,
-            server.ring.segment.fileno(),
-            ThreadSettings(idle=120.0, lease=60.0),
-            server.counters,
-            self._scheduler.clock,
-            lambda: self._poll,
+            dataclasses.replace(server.service, trace=self._check_discard),
+            lambda: poller,
         )
-        self._thread._close_wake()
-        self.served = self._thread._served
-        served: Any = self.served
-        self._drop = served._drop
-        served._drop = self._watched_drop
-        self.actor = self._scheduler.spawn(process, f"loop{index}", self._thread._run, idles=True)
+        self.actor = self._scheduler.spawn(process, f"loop{index}", self._loop.run, idles=True)
 
     def stop(self) -> None:
         """Accept no more, finish what is in flight for a while, end."""
-        self._thread._stop_by = Deadline.after(DRAIN_SECONDS, self._scheduler.clock)
-        self._poll.signal.notify()
-
-    def _watched_drop(self, connection: ServedConnection, error: Exception | None) -> None:
-        stream = connection.stream
-        ending = self._scheduler.ending or self._thread._stop_by is not None
-        if not stream.lane.in_band and connection.session.leases and not ending:
-            sock = socket_of(stream)
-            if sock is not None and sock.alive:
-                raise Violation(f"a reader's connection was closed while it works in place: {error!r}")
-        self._drop(connection, error)
+        self._stopping = True
+        self._loop.stop(Deadline.after(DRAIN_SECONDS, self._scheduler.clock))
 
     @property
-    def sessions(self) -> list[ServerSession]:
-        """Of all connections, those that are closed but not drained too."""
-        return [c.session for c in (*self.served.all(), *self.served._undrained)]
+    def connections(self) -> int:
+        """Open connections."""
+        return len(self._loop.connections)
+
+    def leases(self) -> list[LeaseInfo]:
+        """All live leases, those of connections that are not drained too."""
+        return self._loop.connections.leases()
+
+    def _check_discard(self, event: TraceEvent) -> None:
+        if not isinstance(event, Discard) or self._scheduler.ending or self._stopping:
+            return
+        if event.endpoint.startswith("unix:") and event.leases and not isinstance(event.error, TransportError):
+            raise Violation(f"a reader's connection was closed while it works in place: {event.error!r}")
 
 
 class SimulatedServer:
@@ -105,7 +98,6 @@ class SimulatedServer:
         self.kernel = kernel
         self.name = name
         self.settings = settings
-        self.counters = Counters()
         self._ledger = ledger
         self._lives = 0
         self.published: Callable[[PayloadRef], None] = lambda _: None
@@ -124,13 +116,20 @@ class SimulatedServer:
             clock=self.kernel.scheduler.clock,
         )
         self.books = self._ledger.open(self.ring, f"{self.name}.{self._lives}", settings.readers)
-        self._identity = ServerIdentity(
+        identity = ServerIdentity(
             self.ring.producer_id, settings.slots, settings.slot_bytes, settings.max_leases, settings.readers
+        )
+        self.service = Service(
+            ring=self.ring,
+            identity=identity,
+            secret=settings.secret,
+            checksum=xxhash.xxh3_64_intdigest if settings.checksum else None,
+            clock=self.kernel.scheduler.clock,
         )
         self._open()
 
     def _open(self) -> None:
-        self.loops = [ServerLoop(self, index) for index in range(self.settings.loops)]
+        self.loops = [SimulatedLoop(self, index) for index in range(self.settings.loops)]
         self.endpoints = tuple(
             self.address(lane, index) for lane in self.settings.lanes for index in range(self.settings.loops)
         )
@@ -142,22 +141,10 @@ class SimulatedServer:
         number = int(self.name.removeprefix("server"))
         return f"{lane.scheme}:127.0.0.1:{1000 * (number + 1) + 10 * lane.number + index}"
 
-    def make_session(self, lane: Lane) -> ServerSession:
-        """A session as `PayloadServer` makes them."""
-        checksum = xxhash.xxh3_64_intdigest if self.settings.checksum and lane.in_band else None
-        return ServerSession(
-            lane,
-            self.ring,
-            self._identity,
-            secret=self.settings.secret,
-            checksum=checksum,
-            counters=self.counters,
-        )
-
     def check(self) -> None:
-        """The ring and the leases of all sessions agree."""
+        """The ring and the leases of all connections agree."""
         if not self.ring.closed:
-            self._ledger.check(self.books, [session for loop in self.loops for session in loop.sessions])
+            self._ledger.check(self.books, [lease for loop in self.loops for lease in loop.leases()])
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:
                     loop.worker.reading = [send for send in loop.worker.reading if send.touchable]
@@ -221,7 +208,7 @@ class SimulatedServer:
             while not loop.actor.greenlet.dead:
                 self.kernel.scheduler.wait((loop.actor.ended,), self.kernel.scheduler.now() + 3 * DRAIN_SECONDS)
                 if loop.actor.stopped:
-                    raise Violation("a stopped loop was told to end")
+                    raise Violation("a loop was to end while its process was stopped")
         self._open()
 
     def replace(self) -> None:

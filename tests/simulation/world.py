@@ -133,7 +133,7 @@ class Run:
                 continue
             server.check()
             server.books.check_end()
-            if sum(len(loop.served) for loop in server.loops):
+            if sum(loop.connections for loop in server.loops):
                 raise Violation(f"{server.name} keeps connections of clients that are gone")
         self._drain()
 

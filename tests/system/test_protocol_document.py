@@ -1,4 +1,4 @@
-"""docs/protocol.md is enough to read payloads, and its worked exchange is what a server says."""
+"""docs/protocol.md is enough to read payloads, and its worked exchange is that of a real server."""
 
 import dataclasses
 import json
@@ -31,8 +31,8 @@ def run_client(actions: str, *references: PayloadRef, options: tuple[str, ...] =
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def statuses(said: list[Any]) -> list[str]:
-    return [each["status"] for each in said]
+def statuses(printed: list[Any]) -> list[str]:
+    return [each["status"] for each in printed]
 
 
 # --- a client from the page alone ------------------------------------------------------------------------------
@@ -50,55 +50,55 @@ def test_the_client_reads_a_payload_and_consumes_it_once(secret: bytes | None) -
     with serving("tcp", secret=secret) as server:
         rewards = np.array([[1.5, -2.0, 3.25]], np.float32)
         ref = server.put({"rewards": rewards, "episode_length": np.int64(3)}, metadata={"seed": "7"})
-        code, said = run_client("read,take,take,consume", ref, options=options)
+        code, printed = run_client("read,take,take,consume", ref, options=options)
         assert code == 0
-        assert statuses(said) == ["OK", "OK", "STALE", "STALE"]
-        for each in said[:2]:
+        assert statuses(printed) == ["OK", "OK", "STALE", "STALE"]
+        for each in printed[:2]:
             assert each["checked"]
             assert each["tensors"] == {
                 "rewards": {"dtype": "F32", "shape": [1, 3], "values": [1.5, -2.0, 3.25]},
                 "episode_length": {"dtype": "I64", "shape": [], "values": [3]},
             }
-        assert [each["acked"] for each in said] == [0, 1, 2, 2]
+        assert [each["acked"] for each in printed] == [0, 1, 2, 2]
         assert server.wait_consumed(ref, timeout=5)
-        counted = server.statistics()["server"]
-        assert (counted["reads"], counted["acks_returned"], counted["acks_consumed"]) == (2, 1, 1)
+        counted = server.statistics().counters
+        assert (counted.reads, counted.acks_returned, counted.acks_consumed) == (2, 1, 1)
 
 
 def test_the_client_pipelines_more_reads_than_it_may_hold_leases() -> None:
     with serving("tcp", slots=20, max_leases=3, slot_bytes=1 << 20) as server:
         payloads = [np.frombuffer(pattern(seed, 200_000), np.uint8) for seed in range(8)]
         refs = [server.put({"bytes": payload}) for payload in payloads]
-        code, said = run_client("take,consume", *refs)
+        code, printed = run_client("take,consume", *refs)
         assert code == 0
-        assert statuses(said) == ["OK"] * 8 + ["STALE"] * 8
-        found = [bytes(each["tensors"]["bytes"]["values"]) for each in said[:8]]
+        assert statuses(printed) == ["OK"] * 8 + ["STALE"] * 8
+        found = [bytes(each["tensors"]["bytes"]["values"]) for each in printed[:8]]
         assert found == [payload.tobytes() for payload in payloads]
         assert ring_of(server).statistics().consumed == 8
 
 
-def test_the_client_frees_a_payload_that_nobody_reads_and_asks_for_statistics() -> None:
+def test_the_client_frees_a_payload_without_reading_it_and_requests_statistics() -> None:
     with serving("tcp") as server:
         ref = server.put({"a": [1, 2, 3]})
-        code, said = run_client("consume,stat,take", ref)
+        code, printed = run_client("consume,stat,take", ref)
         assert code == 0
-        assert statuses(said) == ["OK", "OK", "STALE"]
+        assert statuses(printed) == ["OK", "OK", "STALE"]
         assert server.wait_consumed(ref, timeout=5)
-        stat = said[1]["stat"]
+        stat = printed[1]["stat"]
         assert stat["producer"] == ref.producer.hex()
         assert (stat["ring"]["consumed"], stat["server"]["consumed"]) == (1, 1)
         documented = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(stat) <= {name for names in documented for name in re.findall(r"\w+", names)}
 
 
-def test_a_payload_of_another_size_than_the_reference_says_is_an_error_with_its_reason() -> None:
+def test_a_payload_of_another_size_than_requested_is_an_error_with_its_reason() -> None:
     with serving("tcp") as server:
         ref = server.put({"a": [1, 2, 3]})
-        code, said = run_client("take", dataclasses.replace(ref, nbytes=ref.nbytes - 1))
-        assert (code, statuses(said)) == (0, ["ERROR"])
-        assert str(ref.nbytes) in said[0]["text"]
-        code, said = run_client("take", ref)
-        assert (code, statuses(said)) == (0, ["OK"])
+        code, printed = run_client("take", dataclasses.replace(ref, nbytes=ref.nbytes - 1))
+        assert (code, statuses(printed)) == (0, ["ERROR"])
+        assert str(ref.nbytes) in printed[0]["text"]
+        code, printed = run_client("take", ref)
+        assert (code, statuses(printed)) == (0, ["OK"])
 
 
 def test_a_payload_for_two_readers_is_consumed_by_both() -> None:
@@ -106,28 +106,28 @@ def test_a_payload_for_two_readers_is_consumed_by_both() -> None:
         ref = server.put({"a": [1]})
         first, _ = run_client("take", ref, options=("--reader", "0"))
         assert not server.wait_consumed(ref, timeout=0)
-        code, said = run_client("take,take", ref, options=("--reader", "1"))
-        assert (first, code, statuses(said)) == (0, 0, ["OK", "STALE"])
+        code, printed = run_client("take,take", ref, options=("--reader", "1"))
+        assert (first, code, statuses(printed)) == (0, 0, ["OK", "STALE"])
         assert server.wait_consumed(ref, timeout=5)
-        code, said = run_client("take,consume", ref, options=("--reader", "2"))
-        assert (code, statuses(said)) == (0, ["DENIED", "DENIED"])
+        code, printed = run_client("take,consume", ref, options=("--reader", "2"))
+        assert (code, statuses(printed)) == (0, ["DENIED", "DENIED"])
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [("", SECRET), (b"wrong".hex(), SECRET), (SECRET.hex(), None)])
 def test_the_client_without_the_right_secret_gets_no_payload_byte(mine: str, theirs: bytes | None) -> None:
     with serving("tcp", secret=theirs) as server:
         ref = server.put({"a": [1]})
-        code, said = run_client("take", ref, options=("--secret", mine))
-        assert (code, said) == (3, [])
-        wait_until(lambda: server.statistics()["server"]["auth_failures"] == 1, "it to be counted")
-        assert server.statistics()["server"]["bytes"] == 0
+        code, printed = run_client("take", ref, options=("--secret", mine))
+        assert (code, printed) == (3, [])
+        wait_until(lambda: server.statistics().counters.auth_failures == 1, "it to be counted")
+        assert server.statistics().counters.bytes == 0
 
 
-def test_the_client_tells_another_producer_apart_before_it_looks_at_the_proof() -> None:
+def test_the_client_recognises_another_producer_before_it_checks_the_proof() -> None:
     with serving("tcp", secret=b"another job's secret") as server:
         mine = PayloadRef(b"p" * 16, 0, 0, 100, server.endpoints)
-        code, said = run_client("take", mine, options=("--secret", SECRET.hex()))
-        assert (code, said) == (4, [])
+        code, printed = run_client("take", mine, options=("--secret", SECRET.hex()))
+        assert (code, printed) == (4, [])
 
 
 # --- the worked exchange ---------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def secret() -> bytes:
     return found[1].encode()
 
 
-def test_worked_exchange_is_what_a_server_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worked_exchange_is_that_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     messages = exchange()
     sizes = {what.partition(",")[0].partition(":")[0]: len(message) for _, what, message in messages}
     assert sizes["HELLO"] == 64

@@ -1,6 +1,6 @@
-"""The protocol, without I/O: references, frames, the handshake, and the two ends of a connection.
+"""The protocol, without I/O: references, frames, the handshake, and the sessions of both ends of a connection.
 
-Nothing in this package opens, reads or waits; it turns messages into answers. `transport` moves the bytes.
+A session turns bytes into events, and answers into bytes. `dray.transport` sends and receives them.
 """
 
 from dray.protocol.handshake import make_secret

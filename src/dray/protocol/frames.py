@@ -1,6 +1,6 @@
-"""The frames: every byte that dray puts on a connection, besides payloads, is laid out here.
+"""Frames: the layout of every message after the handshake.
 
-All integers are little-endian. After the handshake (`handshake.py`) every message is one 64-byte frame:
+All integers are little-endian. A message is one 64-byte frame:
 
 ```
  0    1      2        3       4        8          16         24       32         40      48    56       64
@@ -10,33 +10,34 @@ All integers are little-endian. After the handshake (`handshake.py`) every messa
  └────┴──────┴────────┴───────┴────────┴──────────┴──────────┴────────┴──────────┴───────┴─────┴────────┘
 ```
 
-READ, CONSUME and STAT are requests; each is answered by one STATUS with the same request id, in order. ACK is
-not answered: STATUS frames count the ACKs processed so far in `acked`. Fields a kind does not use are zero. In
-READ `nbytes` is the size that the reference says, or 0: a payload of another size is refused with ERROR. READ with
-flag INLINE has a small payload follow its STATUS as a message, on every lane. On the shm lane, where a payload
-stays in its slot, `checksum` of STATUS says when it was committed, in nanoseconds of the ring's clock.
+READ, CONSUME and STAT are requests. One STATUS with the same request id answers each, in order. ACK has no answer:
+`acked` of STATUS counts the ACKs processed so far. Fields that a kind does not use are zero. docs/protocol.md
+explains every field.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
 from dray.errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
+"""The newest version of the protocol, which a client offers first."""
+
+MIN_VERSION = 1
+"""The oldest version that is still spoken. Versions 1 and 2 have the same messages."""
+
 FRAME = struct.Struct("<BBBBI QQQQQQQ")
 FRAME_BYTES = FRAME.size
 
 MAX_TEXT_BYTES = 64 * 1024
-"""Longest text after STATUS: an error message, or the answer to STAT."""
+"""Size limit of the text after STATUS: an error message, or the answer to STAT."""
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     READ = 1
     STATUS = 2
@@ -46,7 +47,7 @@ class Kind(enum.IntEnum):
 
 
 class Status(enum.IntEnum):
-    """How a request went."""
+    """The result of a request."""
 
     OK = 0
     STALE = 1
@@ -56,17 +57,17 @@ class Status(enum.IntEnum):
 
 
 class Flag:
-    """What else a frame says. Plain integers: an `enum.Flag` runs Python code for every ``&``."""
+    """Flags of a frame. Plain integers, because an `enum.Flag` runs Python code for every ``&``."""
 
     NONE: Final = 0
-    CONSUMED: Final = 1  # ACK: the reader is done with the payload for good; otherwise the lease is returned
+    CONSUMED: Final = 1  # ACK: the payload is consumed; otherwise the lease is released
     CHECKSUM: Final = 2  # STATUS: `checksum` holds the payload's xxh3-64
     TEXT: Final = 4  # STATUS: `nbytes` bytes of UTF-8 text follow on the frame channel, and no payload
-    INLINE: Final = 8  # READ: the payload is to follow its STATUS on the frame channel, copied out of its slot
+    INLINE: Final = 8  # READ: the payload shall follow its STATUS on the frame channel
 
 
 class Frame(NamedTuple):
-    """One frame, unpacked. Field order is the wire's."""
+    """One frame, unpacked. The fields have the order of the bytes."""
 
     kind: int
     status: int = 0
@@ -86,16 +87,15 @@ class Frame(NamedTuple):
         return FRAME.pack(*self)
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """A payload to be sent as one message; `tag` is where the client expects it."""
+class Payload(NamedTuple):
+    """A payload to be sent as one message, under the tag that the client has named."""
 
     view: memoryview
     tag: int
 
 
 Outgoing: TypeAlias = bytes | Payload
-"""What a stream sends."""
+"""What a stream sends: a message or a payload."""
 
 _STATUSES = frozenset(map(int, Status))
 _FORBIDDEN_FLAGS = {
@@ -108,13 +108,13 @@ _FORBIDDEN_FLAGS = {
         Kind.STAT: Flag.NONE,
     }.items()
 }
-USUAL: Final = frozenset(
+VALID_HEADS: Final = frozenset(
     (kind, int(Status.OK), flags)
     for kind, forbidden in _FORBIDDEN_FLAGS.items()
     for flags in range(16)
     if not flags & (forbidden | Flag.TEXT)
 )
-"""What `check` need not be asked: (kind, status, flags) of frames that nothing is wrong with."""
+"""(kind, status, flags) of valid frames without a text. Other frames need `check`."""
 
 
 def parse(message: bytes | bytearray | memoryview) -> Frame:
@@ -125,26 +125,15 @@ def parse(message: bytes | bytearray | memoryview) -> Frame:
     """
     if len(message) != FRAME_BYTES:
         raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(message)}")
-    # `Frame(…)` does the same, by way of a function in Python.
+    # `Frame(…)` would call a function in Python.
     frame: Frame = tuple.__new__(Frame, FRAME.unpack(message))
-    if (frame[0], frame[1], frame[3]) not in USUAL:
+    if (frame[0], frame[1], frame[3]) not in VALID_HEADS:
         check(frame.kind, frame.status, frame.flags, frame.nbytes)
     return frame
 
 
-def fields(messages: bytes | bytearray | memoryview) -> Iterator[tuple[int, ...]]:
-    """The fields of frames that lie one behind the other, unpacked and not yet looked at by `check`.
-
-    Raises:
-        ProtocolError: there is part of a frame.
-    """
-    if len(messages) % FRAME_BYTES:
-        raise ProtocolError(f"a frame has {FRAME_BYTES} bytes, got {len(messages)}")
-    return FRAME.iter_unpack(messages)
-
-
 def check(kind: int, status: int, flags: int, nbytes: int) -> None:
-    """Refuse what no frame may say.
+    """Refuse a frame that no peer may send.
 
     Raises:
         ProtocolError: unknown kind, status or flag, or a text that is too long.
@@ -157,4 +146,4 @@ def check(kind: int, status: int, flags: int, nbytes: int) -> None:
     if flags & forbidden:
         raise ProtocolError(f"unknown flags {flags:#x} in a {Kind(kind).name} frame")
     if flags & Flag.TEXT and nbytes > MAX_TEXT_BYTES:
-        raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, announced were {nbytes}")
+        raise ProtocolError(f"a text has at most {MAX_TEXT_BYTES} bytes, {nbytes} were announced")

@@ -1,18 +1,19 @@
-"""The handshake: who is there, which version, which producer, and proof of the secret on both sides.
+"""The handshake: lane, version, producer, and on both sides a proof of the secret.
 
 ```
 client                                          server
   HELLO(version, lane, producer, nonce) ──────►
-        ◄────── CHALLENGE(status, version, producer, nonce, proof, ring)
+        ◄────── CHALLENGE(verdict, version, producer, nonce, proof, ring)
   PROOF(proof) ───────────────────────────────►
-        ◄────── WELCOME(status)                 on the Unix lane it carries the segment's descriptor
+        ◄────── WELCOME(verdict)                on the Unix lane it carries the segment's descriptor
 ```
 
-A proof is HMAC-SHA256(secret, role ‖ version ‖ lane ‖ client nonce ‖ server nonce ‖ producer id); the role
-keeps a proof from being reflected. Without a secret on either side proofs are zero and mean nothing. The proof
-authenticates the peer; it neither encrypts nor signs what follows.
+A client offers its newest version. A server that speaks that version answers in it; otherwise it answers with
+the verdict VERSION and its own newest version, and the client may connect again with that.
 
-HELLO is 64 bytes, CHALLENGE 128, PROOF 32, WELCOME 8. All begin with or follow the magic ``DRAY``.
+A proof is HMAC-SHA256(secret, role ‖ version ‖ lane ‖ client nonce ‖ server nonce ‖ producer id). The role keeps
+a proof from being sent back to its sender. Without a secret, proofs are zero. A proof authenticates the peer; what
+follows is neither encrypted nor signed.
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ from typing import Protocol
 
 from dray.errors import AuthenticationError, ConfigError, ProtocolError, VersionMismatch
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES
-from dray.protocol.frames import VERSION
+from dray.protocol.frames import MIN_VERSION, VERSION
 
 MAGIC = b"DRAY"
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 NO_PROOF = bytes(PROOF_BYTES)
 MIN_SECRET_BYTES = 16
-"""A shorter secret is refused: a client gets the server's proof first, and can try secrets against it offline."""
+"""A client receives the server's proof before it sends its own, and can try secrets against it offline."""
 
 ANY_PRODUCER = bytes(PRODUCER_ID_BYTES)
 _SECRET_BYTES = 32
 
 #                     magic version lane flags producer nonce
 HELLO = struct.Struct("<4sHBB16s32s8x")
-#                         magic version status flags producer nonce proof slots slot_bytes max_leases readers
+#                         magic version verdict flags producer nonce proof slots slot_bytes max_leases readers
 CHALLENGE = struct.Struct("<4sHBB16s32s32sQQIB19x")
 PROOF = struct.Struct(f"<{PROOF_BYTES}s")
 WELCOME = struct.Struct("<4sB3x")
 
 
 class LaneTraits(Protocol):
-    """What the protocol needs to know about a lane; see `dray.transport.lanes.base.Lane`.
+    """The properties of a lane that the protocol depends on; `dray.transport.lanes.base.Lane` has them.
 
     Attributes:
         number: its number in HELLO.
@@ -63,7 +64,7 @@ class LaneTraits(Protocol):
 
 
 class Verdict(enum.IntEnum):
-    """What the server says of the client at each step."""
+    """The server's answer to HELLO and to PROOF."""
 
     WELCOME = 0
     VERSION = 1
@@ -72,7 +73,7 @@ class Verdict(enum.IntEnum):
 
 
 class HelloFlag(enum.IntFlag):
-    """What a side says of itself."""
+    """Flags of HELLO and CHALLENGE."""
 
     NONE = 0
     SECRET = 1
@@ -80,7 +81,7 @@ class HelloFlag(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class ServerIdentity:
-    """What CHALLENGE tells about the ring behind a server."""
+    """The ring behind a server, as CHALLENGE describes it."""
 
     producer: bytes
     slots: int
@@ -106,18 +107,37 @@ def check_secret(secret: bytes | None) -> None:
     raise ConfigError("secret", kind, allowed, problem)
 
 
-def proof(secret: bytes, role: bytes, lane: LaneTraits, nonces: bytes, producer: bytes) -> bytes:
-    """HMAC-SHA256 over everything both sides know of this handshake."""
-    return hmac.digest(secret, role + bytes([VERSION, lane.number]) + nonces + producer, hashlib.sha256)
+def proof(secret: bytes, role: bytes, *, version: int, lane: LaneTraits, nonces: bytes, producer: bytes) -> bytes:
+    """HMAC-SHA256 over everything that both sides know of this handshake."""
+    return hmac.digest(secret, role + bytes([version, lane.number]) + nonces + producer, hashlib.sha256)
 
 
 class ClientHandshake:
-    """The client's side. Feed it each of the server's messages; it returns what to send next, or ``None``."""
+    """The client's side: `hello` is sent first, `receive` gets each message of the server.
 
-    def __init__(self, lane: LaneTraits, producer: bytes = ANY_PRODUCER, secret: bytes | None = None) -> None:
+    Args:
+        lane: the lane of the connection.
+        producer: the producer that is expected.
+        secret: the job's secret, if it has one.
+        version: the version to offer.
+
+    Attributes:
+        server: the ring behind the server, after CHALLENGE.
+        expects: the size of the server's next message in bytes.
+        done: the server has accepted the client.
+    """
+
+    def __init__(
+        self,
+        lane: LaneTraits,
+        producer: bytes = ANY_PRODUCER,
+        secret: bytes | None = None,
+        version: int = VERSION,
+    ) -> None:
         self._lane = lane
         self._secret = secret
         self._producer = producer
+        self._version = version
         self._nonce = os.urandom(NONCE_BYTES)
         self.server: ServerIdentity | None = None
         self.expects = CHALLENGE.size
@@ -126,17 +146,17 @@ class ClientHandshake:
     def hello(self) -> bytes:
         """The first message of the connection."""
         flags = HelloFlag.SECRET if self._secret is not None else HelloFlag.NONE
-        return HELLO.pack(MAGIC, VERSION, self._lane.number, flags, self._producer, self._nonce)
+        return HELLO.pack(MAGIC, self._version, self._lane.number, flags, self._producer, self._nonce)
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes | None:
-        """Take the server's next message of `expects` bytes.
+        """The answer to the server's next message, of `expects` bytes; ``None`` if there is none.
 
-        ``None`` before `done` means that `server` is not the producer that was asked for: leave.
+        ``None`` before `done` means that `server` is not the expected producer: the client must disconnect.
 
         Raises:
-            VersionMismatch: the server speaks another version.
+            VersionMismatch: the server does not speak the version that was offered.
             AuthenticationError: one side has no secret, or a wrong one.
-            ProtocolError: this is not a dray server.
+            ProtocolError: the peer is not a dray server.
         """
         if self.server is None:
             return self._challenge(message)
@@ -149,30 +169,41 @@ class ClientHandshake:
         )
         if magic != MAGIC:
             raise ProtocolError(f"the peer does not speak this protocol: it begins with {bytes(magic)!r}")
-        if version != VERSION or verdict == Verdict.VERSION:
-            raise VersionMismatch(f"the server speaks version {version}, this client version {VERSION}")
+        if version != self._version or verdict == Verdict.VERSION:
+            raise VersionMismatch(
+                f"the server speaks version {version}, this client version {self._version}", version=version
+            )
         if verdict != Verdict.WELCOME:
             raise ProtocolError(f"the server refused HELLO: {_verdict(verdict)}")
         if not (slots and slot_bytes and max_leases and 1 <= readers <= MAX_READERS):
             raise ProtocolError(
-                f"the server speaks of {slots} slots of {slot_bytes} bytes, {max_leases} leases, {readers} readers"
+                f"CHALLENGE announces {slots} slots of {slot_bytes} bytes, {max_leases} leases, {readers} readers"
             )
         self.server = ServerIdentity(producer, slots, slot_bytes, max_leases, readers)
         if self._producer not in (ANY_PRODUCER, producer):
-            # Before its proof is looked at: the address may be another job's by now, with another secret.
+            # Before the proof is checked: the address may belong to another job by now, with another secret.
             return None
         if bool(flags & HelloFlag.SECRET) != (self._secret is not None):
             missing = "this client" if self._secret is None else "the server"
             raise AuthenticationError(f"{missing} has no secret, the other side has one")
         answer = NO_PROOF
         if self._secret is not None:
-            nonces = self._nonce + nonce
-            expected = proof(self._secret, b"server", self._lane, nonces, producer)
-            if not hmac.compare_digest(expected, theirs):
+            if not hmac.compare_digest(self._proof(b"server", nonce, producer), theirs):
                 raise AuthenticationError("the server's proof of the secret is wrong")
-            answer = proof(self._secret, b"client", self._lane, nonces, producer)
+            answer = self._proof(b"client", nonce, producer)
         self.expects = WELCOME.size
         return PROOF.pack(answer)
+
+    def _proof(self, role: bytes, nonce: bytes, producer: bytes) -> bytes:
+        assert self._secret is not None
+        return proof(
+            self._secret,
+            role,
+            version=self._version,
+            lane=self._lane,
+            nonces=self._nonce + nonce,
+            producer=producer,
+        )
 
     def _welcome(self, message: bytes | bytearray | memoryview) -> None:
         magic, verdict = WELCOME.unpack(message)
@@ -186,62 +217,84 @@ class ClientHandshake:
 
 
 class ServerHandshake:
-    """The server's side. Feed it each of the client's messages; it returns what to send next.
+    """The server's side: `receive` gets each message of the client and returns the answer.
 
-    `verdict` says how it went: anything but ``WELCOME`` means send the answer, then close.
+    Args:
+        lane: the lane of the connection.
+        identity: the ring behind the server.
+        secret: the job's secret, if it has one.
+        newest: the newest version to speak; every older one from `MIN_VERSION` on is spoken as well.
+
+    Attributes:
+        expects: the size of the client's next message in bytes.
+        version: the version that the client has offered, or `newest`.
+        verdict: after any verdict but ``WELCOME`` the answer is sent, then the connection ends.
+        done: the client is accepted.
+        unproven: the client has received the server's proof and has not sent its own. If it disconnects now, the
+            secrets differ.
     """
 
-    def __init__(self, lane: LaneTraits, identity: ServerIdentity, secret: bytes | None = None) -> None:
+    def __init__(
+        self, lane: LaneTraits, identity: ServerIdentity, secret: bytes | None = None, newest: int = VERSION
+    ) -> None:
         self._lane = lane
         self._identity = identity
         self._secret = secret
         self._nonces = b""
-        self._unproven = False
         self.expects = HELLO.size
+        self.version = newest
         self.verdict = Verdict.WELCOME
         self.done = False
-
-    @property
-    def unproven(self) -> bool:
-        """The client has seen our proof and sent none of its own: if it leaves now, the secrets differ."""
-        return self._unproven
+        self.unproven = False
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes:
-        """Take the client's next message of `expects` bytes; never raises on what a client sends."""
-        return self._proof(message) if self._nonces else self._hello(message)
+        """The answer to the client's next message, of `expects` bytes. No message raises an exception."""
+        return self._check_proof(message) if self._nonces else self._hello(message)
 
     def _hello(self, message: bytes | bytearray | memoryview) -> bytes:
         magic, version, lane, flags, expected, nonce = HELLO.unpack(message)
-        if magic != MAGIC or lane != self._lane.number:
+        who = self._identity
+        if magic != MAGIC:
             self.verdict = Verdict.MALFORMED
-        elif version != VERSION:
+        elif not MIN_VERSION <= version <= self.version:
             self.verdict = Verdict.VERSION
+        else:
+            self.version = version
+            if lane != self._lane.number:
+                self.verdict = Verdict.MALFORMED
         mine = os.urandom(NONCE_BYTES)
         self._nonces = nonce + mine
         guarded = self._secret is not None or flags & HelloFlag.SECRET
-        self._unproven = bool(guarded) and expected in (ANY_PRODUCER, self._identity.producer)
+        self.unproven = bool(
+            self.verdict is Verdict.WELCOME and guarded and expected in (ANY_PRODUCER, who.producer)
+        )
         self.expects = PROOF.size
-        answer = NO_PROOF
-        if self._secret is not None and flags & HelloFlag.SECRET:
-            answer = proof(self._secret, b"server", self._lane, self._nonces, self._identity.producer)
-        who = self._identity
+        answer = self._proof(b"server") if self._secret is not None and flags & HelloFlag.SECRET else NO_PROOF
         secret = HelloFlag.NONE if self._secret is None else HelloFlag.SECRET
         return CHALLENGE.pack(
-            MAGIC, VERSION, self.verdict, secret, who.producer, mine, answer,
+            MAGIC, self.version, self.verdict, secret, who.producer, mine, answer,
             who.slots, who.slot_bytes, who.max_leases, who.readers,
         )  # fmt: skip
 
-    def _proof(self, message: bytes | bytearray | memoryview) -> bytes:
+    def _check_proof(self, message: bytes | bytearray | memoryview) -> bytes:
         (theirs,) = PROOF.unpack(message)
-        self._unproven = False
-        if self._secret is not None:
-            expected = proof(self._secret, b"client", self._lane, self._nonces, self._identity.producer)
-            if not hmac.compare_digest(expected, theirs):
-                self.verdict = Verdict.DENIED
-        elif theirs != NO_PROOF:
+        self.unproven = False
+        expected = NO_PROOF if self._secret is None else self._proof(b"client")
+        if not hmac.compare_digest(expected, theirs):
             self.verdict = Verdict.DENIED
         self.done = self.verdict is Verdict.WELCOME
         return WELCOME.pack(MAGIC, self.verdict)
+
+    def _proof(self, role: bytes) -> bytes:
+        assert self._secret is not None
+        return proof(
+            self._secret,
+            role,
+            version=self.version,
+            lane=self._lane,
+            nonces=self._nonces,
+            producer=self._identity.producer,
+        )
 
 
 def _verdict(number: int) -> str:

@@ -1,4 +1,4 @@
-"""`PayloadRef`: the claim check for one payload."""
+"""`PayloadRef`: the reference that is passed on instead of a payload."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True, slots=True)
 class PayloadRef:
-    """Names one payload of one producer, and where it is served.
+    """Names one payload of one producer, and the endpoints that serve it.
 
-    Small enough for any control plane: its JSON form has at most 512 bytes. It is plain values only, so it can
-    be pickled, compared and used as a key.
+    Its JSON form has at most 512 bytes. It consists of plain values, so it can be pickled, compared and used as a
+    key.
 
     Attributes:
         producer: the ring's 128 random bits.
@@ -33,7 +33,7 @@ class PayloadRef:
         endpoints: addresses that serve it, e.g. ``("unix:/run/…/0.sock", "tcp:10.0.0.3:40001")``.
 
     Raises:
-        ProtocolError: a value is outside of what the wire carries.
+        ProtocolError: a value is out of range.
     """
 
     producer: bytes

@@ -18,11 +18,12 @@ from dray.errors import (
     PayloadError,
     ProtocolError,
     TransportError,
+    VersionMismatch,
 )
 from dray.payload.codec import unpack
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import ClientSession, Request, refusal
-from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status
+from dray.protocol.frames import FRAME_BYTES, MIN_VERSION, VERSION, Flag, Frame, Kind, Status
 from dray.protocol.handshake import ServerIdentity
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.ring import Segment
@@ -81,7 +82,10 @@ class Connection:
         in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
         ended: leases that the next `ask` or `end_leases` ends, as `acknowledge` takes them.
         handed_out: the lease of the payload that its caller has received last, to be added to `ended`.
+        version: the protocol version that both sides speak.
     """
+
+    version = VERSION
 
     def __init__(
         self,
@@ -130,34 +134,50 @@ class Connection:
         buffers: ReceiveBuffers | None = None,
         network: Network | None = None,
         inline_bytes: int = MAX_INLINE_BYTES,
+        version: int = VERSION,
     ) -> Connection:
         """Connect, shake hands, and on the shm lane map the segment.
+
+        `version` is offered first. If the server speaks an older one only, that is used on a second connection.
 
         Raises:
             TransportError: it cannot be reached in time.
             OtherProducerError: another producer listens there.
             AuthenticationError: one side does not know the other's secret.
+            VersionMismatch: the server speaks no version that this client speaks.
         """
         network = network or Network()
         waiter = network.waiter()
-        stream = network.connect(parse_endpoint(endpoint), deadline, worker)
-        try:
-            identity, descriptor = shake_hands(stream, endpoint, producer, secret, deadline, waiter)
+        older = None
+        while True:
+            stream = network.connect(parse_endpoint(endpoint), deadline, worker)
             try:
-                segment = None if stream.lane.in_band else Segment.attach(descriptor)
-            finally:
-                if descriptor >= 0:
-                    os.close(descriptor)
-            if segment is not None and segment.producer_id != identity.producer:
-                raise ProtocolError("the segment is another producer's", endpoint=endpoint)
-            if segment is not None and segment.layout != SegmentLayout(identity.slots, identity.slot_bytes):
-                raise ProtocolError("the segment's slots are not those of the handshake", endpoint=endpoint)
-        except BaseException:
-            stream.close()
-            raise
-        return cls(
+                offered = older or version
+                identity, descriptor = shake_hands(stream, endpoint, producer, secret, deadline, waiter, offered)
+                try:
+                    segment = None if stream.lane.in_band else Segment.attach(descriptor)
+                finally:
+                    if descriptor >= 0:
+                        os.close(descriptor)
+                if segment is not None and segment.producer_id != identity.producer:
+                    raise ProtocolError("the segment is another producer's", endpoint=endpoint)
+                if segment is not None and segment.layout != SegmentLayout(identity.slots, identity.slot_bytes):
+                    raise ProtocolError("the segment's slots are not those of the handshake", endpoint=endpoint)
+                break
+            except VersionMismatch as mismatch:
+                stream.close()
+                if older or mismatch.version is None or not MIN_VERSION <= mismatch.version < version:
+                    raise
+                older = mismatch.version
+                waiter = network.waiter()
+            except BaseException:
+                stream.close()
+                raise
+        connection = cls(
             stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), network, waiter, inline_bytes
         )
+        connection.version = offered
+        return connection
 
     # --- reading ----------------------------------------------------------------------------------------------
 

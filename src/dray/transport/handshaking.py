@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from dray.clock import Deadline
+from dray.protocol.frames import VERSION
 from dray.protocol.handshake import WELCOME, ClientHandshake, ServerIdentity
 from dray.transport.attempts import OtherProducerError
 from dray.transport.lanes.base import Stream, Waiter
@@ -12,16 +13,23 @@ from dray.transport.polling import timed_out
 
 
 def shake_hands(
-    stream: Stream, endpoint: str, producer: bytes, secret: bytes | None, deadline: Deadline, waiter: Waiter
+    stream: Stream,
+    endpoint: str,
+    producer: bytes,
+    secret: bytes | None,
+    deadline: Deadline,
+    waiter: Waiter,
+    version: int = VERSION,
 ) -> tuple[ServerIdentity, int]:
     """Both sides' handshake; who the server is, and the descriptor that came with WELCOME or -1.
 
     Raises:
         OtherProducerError: another producer listens there.
+        VersionMismatch: the server does not speak the version that is offered.
         AuthenticationError: one side does not know the other's secret.
         TransportError, ProtocolError: it failed.
     """
-    handshake = ClientHandshake(stream.lane, producer, secret)
+    handshake = ClientHandshake(stream.lane, producer, secret, version)
     stream.send([handshake.hello()])
     descriptor = -1
     try:

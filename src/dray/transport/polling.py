@@ -122,15 +122,34 @@ class AdaptivePoller:
 
 
 class AdaptiveEpoll:
-    """A `select.epoll` whose waits begin with polls that do not sleep."""
+    """A `select.epoll` whose waits begin with polls that do not sleep, and that `wake` ends."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
+        with needing("a server thread"):
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            try:
+                self._epoll = select.epoll()
+            except BaseException:
+                os.close(self._wake)
+                raise
+        # Edge-triggered: each `wake` is reported once, and the count need not be read.
+        self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
         self.register = self._epoll.register
         self.modify = self._epoll.modify
         self.unregister = self._epoll.unregister
-        self.close = self._epoll.close
         self.poll = AdaptivePoller(self._epoll.poll)
+
+    def wake(self) -> None:
+        """End the wait of `poll`, or the next one; `poll` then reports a descriptor that was not registered."""
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Close the descriptors. Twice is fine; `wake` must not run at the same time."""
+        self._epoll.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
 
 
 class CloseEvent(Closing):

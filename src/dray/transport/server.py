@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import xxhash
 
-from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.counters import Counters
+from dray.closing import Closing
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError, Unreachable
 from dray.name_resolution import is_loopback, listening_address
 from dray.payload.codec import plan
 from dray.payload.schema import PayloadSchema
 from dray.private_directory import PrivateDirectory
 from dray.protocol import PayloadRef
+from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.protocol.handshake import ServerIdentity, check_secret
 from dray.protocol.ref import has_control
-from dray.protocol.server_session import ServerSession
-from dray.ring import SharedRingBuffer
+from dray.ring import OnFull, Retain, SharedRingBuffer
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, ListenAt, Listener
-from dray.transport.served_connections import ThreadSettings
-from dray.transport.server_loop import ServerThread
+from dray.transport.served_connection import Service
+from dray.transport.server_loop import ServerLoop
+from dray.transport.server_statistics import COUNTED, ServerCounters, ServerStatistics
+from dray.transport.trace import Trace
 
 logger = logging.getLogger("dray.server")
 
-MOST_THREADS = 16
-_MOST_LISTED = 200  # so that the text after STATUS holds them
-_COUNTED = (
-    "connections", "reads", "bytes", "stale", "malformed", "auth_failures", "evicted",
-    UNPROVEN_CLOSED, ACCEPT_FAILURES,
-)  # fmt: skip
+MAX_THREADS = 16
+_MAX_LISTED = 200
+"""Leases in the statistics: the text after STATUS holds so many."""
 
 
-class PayloadServer:
-    """Serves a ring's payloads; several threads, each with its own endpoints, so that one that wedges is not all.
+class PayloadServer(Closing):
+    """Serves the payloads of a ring, in several threads: if one hangs, the endpoints of the others still serve.
 
     Args:
-        ring: where the payloads are. It must outlive the server, and stays the caller's to close.
+        ring: where the payloads are. It must outlive the server, and the caller closes it; `create` makes a server
+            with a ring of its own.
         lane: which lanes to serve: a name, several, or ``"auto"``. That is ``shm`` and, with a secret, ``tcp`` and
             (where ``ucxx`` is installed and works) ``ucx``. Loopback does not separate users: where ``tcp`` or
             ``ucx`` is named and there is no secret, every user of the machine can read and consume, and the
@@ -67,10 +63,14 @@ class PayloadServer:
         checksum: ``True`` sends an xxh3-64 of each payload on network lanes; ``"commit"`` computes it already when
             the payload is put; ``False`` sends none.
         directory: where the folder for Unix sockets is made; see `PrivateDirectory`.
-        clock: where time comes from.
+        clock: the source of time.
+        trace: receives what happens on the connections; see `dray.transport.trace`. It runs in the server threads.
+        newest_version: the newest protocol version to speak, for clients that fail with a newer one.
 
     Attributes:
+        ring: as given.
         endpoints: the addresses that references carry, e.g. ``"tcp:127.0.0.1:40001"``.
+        loops: the server threads.
 
     Raises:
         ConfigError: an argument is not allowed, a lane cannot be served here, or `host` is not loopback and there
@@ -96,6 +96,8 @@ class PayloadServer:
         checksum: bool | Literal["commit"] = True,
         directory: Path | None = None,
         clock: Clock = MONOTONIC,
+        trace: Trace | None = None,
+        newest_version: int = VERSION,
     ) -> None:
         check_secret(secret)
         self._lanes = _served(lane, secret)
@@ -108,18 +110,23 @@ class PayloadServer:
                 meant = "" if host == named else f", which {named!r} does not mean here (it means {host})"
                 raise ConfigError("host", named, f"an IPv4 address for the {only_ipv4[0].name} lane{meant}")
             self._lanes = tuple(each for each in self._lanes if not each.ipv4_only)
-        if not 1 <= threads <= MOST_THREADS:
-            raise ConfigError("threads", threads, f"1 to {MOST_THREADS}")
-        if max_leases < 1:
-            raise ConfigError("max_leases", max_leases, "1 or more")
-        if not 0 <= port < 65536:
-            raise ConfigError("port", port, "0 to 65535")
-        for key, seconds in (("idle_timeout", idle_timeout), ("lease_timeout", lease_timeout)):
-            if not seconds > 0:
-                raise ConfigError(key, seconds, "more than 0 seconds")
-        for key, seconds in (("drain_timeout", drain_timeout), ("join_timeout", join_timeout)):
-            if not seconds >= 0:
-                raise ConfigError(key, seconds, "0 seconds or more")
+        for key, value, fits, allowed in (
+            ("threads", threads, 1 <= threads <= MAX_THREADS, f"1 to {MAX_THREADS}"),
+            ("max_leases", max_leases, max_leases >= 1, "1 or more"),
+            ("port", port, 0 <= port < 65536, "0 to 65535"),
+            ("idle_timeout", idle_timeout, idle_timeout > 0, "more than 0 seconds"),
+            ("lease_timeout", lease_timeout, lease_timeout > 0, "more than 0 seconds"),
+            ("drain_timeout", drain_timeout, drain_timeout >= 0, "0 seconds or more"),
+            ("join_timeout", join_timeout, join_timeout >= 0, "0 seconds or more"),
+            (
+                "newest_version",
+                newest_version,
+                MIN_VERSION <= newest_version <= VERSION,
+                f"{MIN_VERSION} to {VERSION}",
+            ),
+        ):
+            if not fits:
+                raise ConfigError(key, value, allowed)
         if secret is None and self._network_lanes:
             if not is_loopback(host):
                 raise ConfigError("host", named, "a loopback address, or any with a secret configured")
@@ -132,34 +139,73 @@ class PayloadServer:
                 named,
                 host,
             )
-        self._ring = ring
+        self.ring = ring
+        self._owned_ring: SharedRingBuffer | None = None
         self._host = host
         self._port = port
-        self._secret = secret
-        self._checksum = checksum
+        self._checksum_at_commit = checksum == "commit"
         self._drain_timeout = drain_timeout
         self._join_timeout = join_timeout
-        self._settings = ThreadSettings(idle_timeout, lease_timeout)
-        self._identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, max_leases, ring.readers)
-        self._clock = clock
-        self._counters = Counters(*_COUNTED)
+        self._service = Service(
+            ring=ring,
+            identity=ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, max_leases, ring.readers),
+            secret=secret,
+            checksum=xxhash.xxh3_64_intdigest if checksum else None,
+            describe=lambda: self.statistics().to_json(),
+            idle_timeout=idle_timeout,
+            lease_timeout=lease_timeout,
+            clock=clock,
+            trace=trace,
+            newest=newest_version,
+        )
         self._pid = os.getpid()
         self._closed = False
-        self._threads: list[ServerThread] = []
+        self.loops: list[ServerLoop] = []
         self._directory = PrivateDirectory(directory) if any(each.local for each in self._lanes) else None
         try:
-            self._threads.append(self._make_first_thread(lane))
+            self.loops.append(self._make_first_loop(lane))
             for index in range(1, threads):
-                self._threads.append(self._make_thread(index))
-            by_lane = zip(*(thread.endpoints for thread in self._threads), strict=True)
+                self.loops.append(self._make_loop(index))
+            by_lane = zip(*(loop.endpoints for loop in self.loops), strict=True)
             self.endpoints = tuple(endpoint for endpoints in by_lane for endpoint in endpoints)
             self._check_reference_fits()
-            for thread in self._threads:
-                thread.start()
+            for loop in self.loops:
+                loop.start()
         except BaseException:
             self.close()
             raise
         _servers.add(self)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        slots: int,
+        slot_bytes: int,
+        on_full: OnFull = "block",
+        readers: int = 1,
+        retain: Retain = "unread",
+        prefault: bool = False,
+        clock: Clock = MONOTONIC,
+        **options: Any,
+    ) -> Self:
+        """A server with a ring of its own, which is closed with it.
+
+        Args:
+            slots, slot_bytes, on_full, readers, retain, prefault: as for `SharedRingBuffer`.
+            clock: the source of time of both.
+            options: as for `PayloadServer`.
+        """
+        ring = SharedRingBuffer(
+            slots, slot_bytes, on_full=on_full, readers=readers, retain=retain, prefault=prefault, clock=clock
+        )
+        try:
+            server = cls(ring, clock=clock, **options)
+        except BaseException:
+            ring.close()
+            raise
+        server._owned_ring = ring
+        return server
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
@@ -169,15 +215,15 @@ class PayloadServer:
         *,
         schema: PayloadSchema | None = None,
         metadata: Mapping[str, str] | None = None,
-        timeout: float | None = None,
+        timeout: float | None = 30.0,
     ) -> PayloadRef:
         """Pack named arrays into a free slot and commit it.
 
         Args:
             arrays: arrays by name, any shape; see `dray.payload.pack` for the dtypes.
-            schema: what the arrays must look like.
+            schema: the schema that the arrays must match.
             metadata: text by name, kept in the payload's header.
-            timeout: seconds to wait for a free slot; ``None`` waits until there is one.
+            timeout: seconds to wait for a free slot; ``None`` for no limit.
 
         Raises:
             PayloadError: the arrays cannot be packed, do not fit the schema, or not into a slot.
@@ -188,7 +234,7 @@ class PayloadServer:
         packed = plan(arrays, schema, metadata)
         return self._put(packed.nbytes, packed.write, timeout)
 
-    def put_bytes(self, data: bytes | bytearray | memoryview, *, timeout: float | None = None) -> PayloadRef:
+    def put_bytes(self, data: bytes | bytearray | memoryview, *, timeout: float | None = 30.0) -> PayloadRef:
         """Commit bytes as they are, to be read with `PayloadClient.read_bytes`; otherwise like `put`."""
         self._check_open()
         view = memoryview(data).cast("B")
@@ -196,57 +242,62 @@ class PayloadServer:
 
     def ref(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
         """The reference for a payload of this server's ring."""
-        return PayloadRef(self._ring.producer_id, slot, sequence, nbytes, self.endpoints)
+        return PayloadRef(self.ring.producer_id, slot, sequence, nbytes, self.endpoints)
 
-    def wait_consumed(self, ref: PayloadRef, timeout: float | None = None) -> bool:
-        """Wait until the payload's life is over; False if `timeout` seconds passed before.
+    def wait_consumed(self, ref: PayloadRef, timeout: float | None = 30.0) -> bool:
+        """Wait until the payload is retired: consumed by all readers, dropped or replaced by a newer one.
+
+        Returns False if `timeout` seconds pass before that; ``None`` for no limit.
 
         Raises:
             StaleSlotError: the reference is not of this ring.
         """
-        if ref.producer != self._ring.producer_id:
+        if ref.producer != self.ring.producer_id:
             raise StaleSlotError("the reference names another producer", slot=ref.slot, sequence=ref.sequence)
-        return self._ring.wait_consumed(ref.slot, ref.sequence, timeout)
+        return self.ring.wait_consumed(ref.slot, ref.sequence, timeout)
 
-    # --- life -------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------------
 
-    def statistics(self) -> dict[str, Any]:
-        """Counters of the server, the ring as it is now, and who holds leases."""
-        return {
-            "producer": self._ring.producer_id.hex(),
-            "endpoints": list(self.endpoints),
-            "open_connections": sum(thread.connections for thread in self._threads),
-            "leases": [lease for thread in self._threads for lease in thread.leases()][:_MOST_LISTED],
-            "server": self._counters.snapshot(),
-            "ring": dataclasses.asdict(self._ring.statistics()),
-        }
+    def statistics(self) -> ServerStatistics:
+        """The server at this moment: its ring, its counters, and the leases of its readers.
+
+        Raises:
+            BufferClosedError: the ring is closed.
+        """
+        leases = [lease for loop in self.loops for lease in loop.connections.leases()]
+        totals = [loop.connections.totals() for loop in self.loops]
+        return ServerStatistics(
+            self.ring.producer_id,
+            self.endpoints,
+            sum(len(loop.connections) for loop in self.loops),
+            tuple(sorted(leases, key=lambda lease: -lease.age)[:_MAX_LISTED]),
+            ServerCounters(**{name: sum(each[name] for each in totals) for name in COUNTED}),
+            self.ring.statistics(),
+        )
 
     def close(self) -> None:
-        """Accept no more, let transfers in flight finish for a while, end the threads. Twice is fine."""
+        """Accept no more connections, finish what is in flight within `drain_timeout`, end the threads.
+
+        Twice is fine.
+        """
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         drain = Deadline.after(self._drain_timeout)
-        for thread in self._threads:
-            thread.stop(drain)
+        for loop in self.loops:
+            loop.stop(drain)
         join = Deadline.after(self._drain_timeout + self._join_timeout)
-        for thread in self._threads:
-            if not thread.join(join):
-                logger.error("a server thread did not end within %.1f s of being told to", join.elapsed)
+        for loop in self.loops:
+            if not loop.join(join):
+                logger.error("a server thread is still running %.1f s after it was stopped", join.elapsed)
         if self._directory is not None:
             self._directory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        if self._owned_ring is not None:
+            self._owned_ring.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else ", ".join(self.endpoints)
-        return f"<PayloadServer {self._ring.producer_id.hex()[:8]} {state}>"
+        return f"<PayloadServer {self.ring.producer_id.hex()[:8]} {state}>"
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -255,20 +306,20 @@ class PayloadServer:
             if has_control(endpoint):
                 raise ConfigError("directory", endpoint, "a path without control characters: references carry it")
         try:
-            self.ref(self._ring.slots - 1, 2**64 - 1, self._ring.slot_bytes).to_json()
+            self.ref(self.ring.slots - 1, 2**64 - 1, self.ring.slot_bytes).to_json()
         except ProtocolError as error:
             allowed = f"fewer, or fewer lanes: references carry every endpoint ({error})"
-            raise ConfigError("threads", len(self._threads), allowed) from error
+            raise ConfigError("threads", len(self.loops), allowed) from error
 
     @property
     def _network_lanes(self) -> list[Lane]:
         return [lane for lane in self._lanes if not lane.local]
 
-    def _make_first_thread(self, choice: LaneChoice) -> ServerThread:
-        """It shows which lanes this machine can use."""
+    def _make_first_loop(self, choice: LaneChoice) -> ServerLoop:
+        """Find out which lanes this machine can use."""
         while True:
             try:
-                return self._make_thread(0)
+                return self._make_loop(0)
             except _LaneUnusable as unusable:
                 name, error = unusable.lane.name, unusable.error
                 if choice != "auto":
@@ -277,7 +328,7 @@ class PayloadServer:
                 logger.warning("serving without the %s lane: %s", name, error.message)
                 self._lanes = tuple(each for each in self._lanes if each is not unusable.lane)
 
-    def _make_thread(self, index: int) -> ServerThread:
+    def _make_loop(self, index: int) -> ServerLoop:
         path = self._directory.path / f"{index}.sock" if self._directory is not None else None
         place = ListenAt(self._host, self._port, path)
         with contextlib.ExitStack() as opened:
@@ -293,33 +344,13 @@ class PayloadServer:
                     opened.callback(listener.worker.close)
                 opened.callback(listener.close)
                 listeners.append(listener)
-            thread = ServerThread(
-                f"dray-server-{index}",
-                listeners,
-                self._make_session,
-                self._ring.segment.fileno(),
-                self._settings,
-                self._counters,
-                self._clock,
-            )
+            loop = ServerLoop(f"dray-server-{index}", listeners, self._service)
             opened.pop_all()
-            return thread
-
-    def _make_session(self, lane: Lane) -> ServerSession:
-        checksum = xxhash.xxh3_64_intdigest if self._checksum and lane.in_band else None
-        return ServerSession(
-            lane,
-            self._ring,
-            self._identity,
-            secret=self._secret,
-            checksum=checksum,
-            describe=lambda: json.dumps(self.statistics()),
-            counters=self._counters,
-        )
+            return loop
 
     def _put(self, nbytes: int, write: Callable[[memoryview], None], timeout: float | None) -> PayloadRef:
-        """The reference of a payload that `write` has written; after an exception there is no payload."""
-        slot = self._ring.claim(nbytes, timeout)
+        """The reference of a payload that `write` has written. After an exception, the slot is free again."""
+        slot = self.ring.claim(nbytes, timeout)
         try:
             write(slot.buffer)
             slot.commit()
@@ -330,10 +361,10 @@ class PayloadServer:
         return ref
 
     def _committed(self, slot: int, sequence: int, nbytes: int) -> PayloadRef:
-        if self._checksum == "commit" and nbytes:
-            # A reader that was quicker has computed it, or consumed the payload without.
+        if self._checksum_at_commit and nbytes:
+            # A reader may have consumed the payload by now.
             with contextlib.suppress(StaleSlotError):
-                self._ring.checksum(slot, sequence, xxhash.xxh3_64_intdigest)
+                self.ring.checksum(slot, sequence, xxhash.xxh3_64_intdigest)
         return self.ref(slot, sequence, nbytes)
 
     def _check_open(self) -> None:
@@ -341,8 +372,8 @@ class PayloadServer:
             raise BufferClosedError("the server is closed, or belongs to the process this one was forked from")
 
     def _abandon_after_fork(self) -> None:
-        for thread in self._threads:
-            thread.abandon_after_fork()
+        for loop in self.loops:
+            loop.abandon_after_fork()
         if self._directory is not None and not self._directory.closed:
             os.close(self._directory.lock)  # the folder can be swept when the parent is dead
 

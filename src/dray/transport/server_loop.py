@@ -1,176 +1,442 @@
-"""One thread of a `PayloadServer`: an event loop over its own listeners, connections and UCX worker.
+"""A thread of a `PayloadServer`: the event loop, and the connections that it serves in turns.
 
-The thread blocks in epoll until a socket, the UCX worker, a timer or `stop` wakes it. Nothing it does waits on a
-peer, so a slow reader holds up only its own connection.
+`ServerLoop` waits in epoll for sockets, UCX workers, timers and `stop`. `ServedConnections` decides which
+connection is served, for how long, and when each is closed. Neither waits for a peer, so a slow reader delays only
+its own connection.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import select
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dray.admission import ACCEPT_FAILURES, MAX_ACCEPTED, UNPROVEN_CLOSED, AcceptPause, LineLimit
-from dray.clock import Clock, Deadline
-from dray.counters import Counters
-from dray.errors import AuthenticationError, TransportError
-from dray.protocol.server_session import ServerSession
-from dray.resources import needing
-from dray.transport.lanes.base import Lane, Listener, SilentPeers
+from dray.admission import (
+    ACCEPT_FAILURES,
+    MAX_ACCEPTED,
+    UNPROVEN_CLOSED,
+    UNPROVEN_SECONDS,
+    AcceptPause,
+    LineLimit,
+    Unproven,
+)
+from dray.clock import Deadline
+from dray.errors import AuthenticationError, ConnectionClosed, DrayError, ProtocolError, TransportError
+from dray.transport.lanes.base import Listener, SilentPeers, Stream
 from dray.transport.polling import AdaptiveEpoll
-from dray.transport.served_connections import ROUNDS, ServedConnection, ServedConnections, ThreadSettings
+from dray.transport.served_connection import LINGER_SECONDS, PROGRESS_CHECKS, ServedConnection, Service
+from dray.transport.server_statistics import COUNTED, LeaseInfo
+from dray.transport.trace import Discard
 
 logger = logging.getLogger("dray.server")
 
+ROUNDS = 64
+"""Batches of answers in a turn of one connection."""
 
-class Poll(Protocol):
-    """What of `select.epoll` is used: a simulation gives its own."""
+TURN_SECONDS = 0.002
+"""A turn ends after the batch of answers in which this time passes."""
+
+MAX_MESSAGES = 256
+"""Messages of one connection that are received together, and requests that may wait while more are received."""
+
+_WATCHDOG_SECONDS = 0.05
+"""Time between two checks while something can end without an event: a closed stream drains, or the loop stops."""
+
+
+class Poller(Protocol):
+    """What a loop waits with; a simulation brings its own. `poll` returns (descriptor, events) of those ready."""
 
     def register(self, descriptor: int, events: int) -> None: ...
     def modify(self, descriptor: int, events: int) -> None: ...
     def unregister(self, descriptor: int) -> None: ...
     def poll(self, timeout: float | None) -> list[tuple[int, int]]: ...
+    def wake(self) -> None: ...
     def close(self) -> None: ...
 
 
-class ServerThread:
-    """Serves one ring over its own endpoints.
+class ServedConnections:
+    """All connections of one loop.
+
+    Args:
+        service: what is served.
+        descriptor: the segment's descriptor, which is sent to readers on the Unix lane.
+        watch: called when a socket is to be waited for: for room if the connection is `unsent`, else for messages.
+        unwatch: called before a socket is closed.
+
+    Attributes:
+        counts: what has happened apart from the connections that exist now.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        descriptor: int = -1,
+        watch: Callable[[ServedConnection], None] = lambda _: None,
+        unwatch: Callable[[ServedConnection], None] = lambda _: None,
+    ) -> None:
+        self.counts = dict.fromkeys(COUNTED, 0)
+        self._service = service
+        self._clock = service.clock
+        self._descriptor = descriptor
+        self._watch = watch
+        self._unwatch = unwatch
+        # No connection has a shorter limit.
+        self._shortest_limit = min(service.idle_timeout, service.lease_timeout / PROGRESS_CHECKS)
+        self._sockets: dict[Stream, ServedConnection] = {}
+        self._driven: dict[Stream, ServedConnection] = {}
+        self._unfinished: dict[ServedConnection, None] = {}
+        self._undrained: list[ServedConnection] = []
+        self._counted: dict[ServedConnection, None] = {}
+        self._counting = threading.Lock()
+        self._next_sweep = math.inf
+        self._unproven: Unproven[ServedConnection] = Unproven(
+            self._clock, min(UNPROVEN_SECONDS, service.idle_timeout)
+        )
+        self._lines = LineLimit(clock=self._clock)
+
+    # --- serving ----------------------------------------------------------------------------------------------
+
+    def add(self, stream: Stream, endpoint: str = "") -> ServedConnection:
+        """Serve a connection that was accepted at `endpoint`."""
+        connection = ServedConnection(stream, endpoint, self._service)
+        self.counts["connections"] += 1
+        self._counted[connection] = None
+        self._next_sweep = min(self._next_sweep, connection.active + connection.limit)
+        displaced = self._unproven.add(connection)
+        if displaced is not None:
+            self._close_unproven(displaced, "newer ones displaced it")
+        (self._sockets if stream.worker is None else self._driven)[stream] = connection
+        self.serve(connection)
+        return connection
+
+    def serve(self, connection: ServedConnection) -> bool:
+        """Give a connection its turn; True if the turn ended before its work."""
+        stream, session, now = connection.stream, connection.session, self._clock.now
+        turn_ends = now() + TURN_SECONDS
+        unfinished = False
+        try:
+            for _ in range(ROUNDS):
+                # First: an ACK may have come in the same step of progress that finished sending its payload.
+                if connection.unsent:
+                    if not stream.flush():
+                        break
+                    connection.unsent = False
+                    connection.active = now()
+                    connection.flushed()
+                messages = None
+                if len(session.requests) < MAX_MESSAGES:  # more of them stay in the connection
+                    messages = stream.receive(session.expects, MAX_MESSAGES if session.established else 1)
+                if messages is not None and not connection.lingering:
+                    connection.receive(messages)
+                    if not connection.announced:
+                        self._note_handshake(connection)
+                items = connection.answer()
+                if items:
+                    descriptor = None
+                    if not connection.announced and session.established:
+                        connection.announced = True
+                        descriptor = None if stream.lane.in_band else self._descriptor
+                    if not stream.send(items, descriptor):
+                        connection.unsent = True
+                        continue
+                    connection.flushed()
+                    if now() >= turn_ends:
+                        unfinished = True
+                        break
+                elif messages is None:
+                    break
+            else:
+                unfinished = True
+        except (TransportError, ProtocolError) as error:
+            self._discard(connection, error)
+            return False
+        if session.closing and not connection.lingering:
+            # The peer reads the answer and closes. If the server closed first, the answer could be lost.
+            connection.lingering = True
+            self._next_sweep = min(self._next_sweep, now() + LINGER_SECONDS)
+        elif connection.active + self._shortest_limit < self._next_sweep:
+            due = connection.active + connection.limit
+            if (next_check := connection.next_check) != math.inf:
+                # `due` may have passed already, and would make the loop sweep again and again.
+                due = now() + next_check
+            self._next_sweep = min(self._next_sweep, due)
+        if stream.worker is None:
+            if unfinished:
+                self._unfinished[connection] = None
+            if connection.watched is not connection.unsent:
+                connection.watched = connection.unsent
+                self._watch(connection)
+        return unfinished
+
+    def serve_unfinished(self) -> bool:
+        """Serve the sockets whose turn ended before their work; True if any has work left."""
+        if not self._unfinished:
+            return False
+        waiting, self._unfinished = self._unfinished, {}
+        for connection in waiting:
+            if connection.stream in self._sockets:
+                self.serve(connection)
+        return bool(self._unfinished)
+
+    def serve_driven(self) -> bool:
+        """Serve every connection of a worker, whose progress names none of them; True if any has work left."""
+        unfinished = False
+        for connection in list(self._driven.values()):
+            unfinished = self.serve(connection) or unfinished
+        return unfinished
+
+    # --- closing ----------------------------------------------------------------------------------------------
+
+    def sweep(self) -> bool:
+        """Close what was idle or silent for too long, and forget what is drained; True if there was any."""
+        found = bool(self._undrained)
+        if found:
+            self._forget_drained()
+        for connection in self._unproven.overdue() if self._unproven else ():
+            self._close_unproven(connection, "its proof of the secret was late")
+            found = True
+        now = self._clock.now()
+        if now < self._next_sweep:
+            return found
+        self._next_sweep = math.inf
+        for connection in self.all():
+            next_check = connection.next_check
+            if next_check != math.inf:
+                connection.check_progress(now)
+            due = connection.silent_since + connection.limit
+            if due <= now:
+                self.counts["evicted"] += 1
+                self._discard(connection, None)
+                found = True
+            else:
+                self._next_sweep = min(self._next_sweep, due, now + next_check)
+        return found
+
+    def finish(self, deadline: Deadline) -> bool:
+        """While the loop stops: close what has nothing in flight, after the deadline all; True if none is left."""
+        for connection in self.all():
+            if deadline.expired or not connection.busy:
+                self._discard(connection, None)
+        return not self
+
+    def discard_all(self) -> None:
+        """Close every connection; the leases of those that are not drained are kept until `close`."""
+        for connection in self.all():
+            self._discard(connection, None)
+
+    def close(self) -> None:
+        """Release the leases of what is not drained: the workers have ended, and no slot is read any more."""
+        self.discard_all()
+        for connection in self._undrained:
+            self._forget(connection)
+        self._undrained.clear()
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    def timeout(self, stopping: bool) -> float | None:
+        """Seconds until `sweep` or `finish` has something to do; None for no limit."""
+        if self._undrained or stopping:
+            return _WATCHDOG_SECONDS
+        sweep = math.inf if self._next_sweep == math.inf else max(0.0, self._next_sweep - self._clock.now())
+        remaining = min(sweep, self._unproven.remaining)
+        return None if remaining == math.inf else remaining
+
+    def leases(self) -> list[LeaseInfo]:
+        """All live leases; also those of closed connections from whose slots a worker may still read."""
+        now = self._clock.now()
+        return [lease for each in (*self.all(), *self._undrained) if each.leased for lease in each.leases(now)]
+
+    def totals(self) -> dict[str, int]:
+        """All counters, summed over the connections."""
+        with self._counting:
+            all_counts = [self.counts, *(connection.counts for connection in list(self._counted))]
+            return {name: sum(counts[name] for counts in all_counts) for name in COUNTED}
+
+    def all(self) -> list[ServedConnection]:
+        """The open connections."""
+        return [*self._sockets.values(), *self._driven.values()]
+
+    def __len__(self) -> int:
+        return len(self._sockets) + len(self._driven)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _note_handshake(self, connection: ServedConnection) -> None:
+        if connection.session.established:
+            self._unproven.discard(connection)
+        elif not connection.session.closing:
+            self._unproven.received(connection)
+
+    def _close_unproven(self, connection: ServedConnection, why: str) -> None:
+        self.counts[UNPROVEN_CLOSED] += 1
+        self._lines.warn(logger, "closed a connection on the %s lane: %s", connection.stream.lane.name, why)
+        self._discard(connection, None)
+
+    def _discard(self, connection: ServedConnection, error: DrayError | None) -> None:
+        """Close a connection; its leases end when no slot is read for sending any more."""
+        if isinstance(error, ProtocolError):
+            self.counts["malformed"] += 1
+            self._lines.warn(logger, "connection closed: %s", error)
+        elif error is not None and not isinstance(error, ConnectionClosed):
+            self.counts["failed_connections"] += 1
+            logger.debug("connection failed: %s", error)
+        stream = connection.stream
+        self._unproven.discard(connection)
+        if stream.worker is not None:
+            del self._driven[stream]
+        else:
+            del self._sockets[stream]
+            self._unwatch(connection)
+        stream.close()
+        if self._service.trace is not None:
+            self._service.trace(Discard(self._clock.now(), connection.endpoint, error, connection.leased))
+        self._undrained.append(connection)
+        self._forget_drained()
+
+    def _forget_drained(self) -> None:
+        waiting = []
+        for connection in self._undrained:
+            if connection.stream.drained:
+                self._forget(connection)
+            else:
+                waiting.append(connection)
+        self._undrained = waiting
+
+    def _forget(self, connection: ServedConnection) -> None:
+        connection.close()
+        with self._counting:
+            del self._counted[connection]
+            for name, count in connection.counts.items():
+                self.counts[name] += count
+
+
+class ServerLoop:
+    """Serves a ring over its own listeners, in a thread of its own.
 
     Args:
         name: the thread's name.
-        listeners: where its connections come in; the thread closes them, and their workers.
-        make_session: a session for a new connection on a lane.
-        descriptor: the segment's descriptor, to be sent to readers on the Unix lane.
-        settings: time limits.
-        counters: where the thread counts.
-        clock: where time comes from.
-        make_poll: makes what it waits with.
+        listeners: where its connections come in; the loop closes them, and their workers.
+        service: what is served.
+        make_poller: makes what the loop waits with.
+
+    Attributes:
+        endpoints: the addresses of the listeners.
+        connections: the open connections.
     """
 
     def __init__(
         self,
         name: str,
         listeners: Sequence[Listener],
-        make_session: Callable[[Lane], ServerSession],
-        descriptor: int,
-        settings: ThreadSettings,
-        counters: Counters,
-        clock: Clock,
-        make_poll: Callable[[], Poll] = AdaptiveEpoll,
+        service: Service,
+        make_poller: Callable[[], Poller] = AdaptiveEpoll,
     ) -> None:
         self.endpoints = [listener.endpoint for listener in listeners]
+        self.connections = ServedConnections(
+            service, service.ring.segment.fileno(), watch=self._watch, unwatch=self._unwatch
+        )
         self._listeners = {listener.fileno(): listener for listener in listeners if listener.worker is None}
         self._driven = [listener for listener in listeners if listener.worker is not None]
         self._workers = [listener.worker for listener in listeners if listener.worker is not None]
         self._silent = {
             d: each.silent for each in listeners if each.silent is not None for d in each.silent.filenos()
         }
-        self._counters = counters
-        self._clock = clock
-        self._served = ServedConnections(
-            make_session, descriptor, settings, counters, clock, self._watch, self._unwatch
-        )
         self._sockets: dict[int, ServedConnection] = {}
         self._paused: list[Listener] = []
-        self._pause = AcceptPause(logger, clock)
-        self._lines = LineLimit(clock=clock)
-        self._stop_by: Deadline | None = None
+        self._pause = AcceptPause(logger, service.clock)
+        self._lines = LineLimit(clock=service.clock)
+        self._deadline: Deadline | None = None
         self._progress_due = bool(self._workers)
-        with needing("a server thread"):
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = make_poller()
         try:
-            with needing("a server thread"):
-                self._poll = make_poll()
-            for watched in (self._wake, *self._listeners, *(worker.fileno() for worker in self._workers)):
-                self._poll.register(watched, select.EPOLLIN)
+            for watched in (*self._listeners, *(worker.fileno() for worker in self._workers)):
+                self._poller.register(watched, select.EPOLLIN)
             for watched in self._silent:
                 # Level-triggered, it would be readable until the worker has accepted.
-                self._poll.register(watched, select.EPOLLIN | select.EPOLLET)
+                self._poller.register(watched, select.EPOLLIN | select.EPOLLET)
         except BaseException:
-            self._close_wake()
+            self._poller.close()
             raise
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self.run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Run the loop in its thread."""
         self._thread.start()
 
-    def stop(self, drain: Deadline) -> None:
-        """Accept no more, finish what is in flight until `drain`, then end. Returns at once; see `join`."""
-        self._stop_by = drain
-        if self._thread.ident is None:
-            self._tear_down()
-        elif self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+    def stop(self, deadline: Deadline) -> None:
+        """Accept no more, finish what is in flight until the deadline, then end. Returns at once; see `join`."""
+        self._deadline = deadline
+        self._poller.wake()
+
+    def wake(self) -> None:
+        """Check the time limits now. Needed only after a jump of the clock. Not after `join`."""
+        self._poller.wake()
 
     def join(self, deadline: Deadline) -> bool:
-        """Wait for the thread's end; False if the deadline came first."""
-        if self._thread.ident is not None:
+        """Wait for the thread's end after `stop`; False if the deadline came first."""
+        if self._thread.ident is None:
+            self._close()
+        else:
             self._thread.join(deadline.timeout)
         ended = not self._thread.is_alive()
         if ended:
-            self._close_wake()
+            # Not at the end of the thread: the thread may have failed long before `stop` wakes the poller.
+            self._poller.close()
         return ended
 
-    def leases(self) -> list[dict[str, float | int | None]]:
-        """The longest silent readers with live leases; see `ServedConnections.leases`."""
-        return self._served.leases()
-
     @property
-    def connections(self) -> int:
-        """Open connections."""
-        return len(self._served)
+    def running(self) -> bool:
+        """The thread was started and has not ended."""
+        return self._thread.is_alive()
 
     def abandon_after_fork(self) -> None:
-        """In a forked child, where the thread does not run: close what only it uses."""
-        self._close_wake()
-        self._poll.close()
+        """In a forked child, where the thread does not run: close what only the thread uses."""
+        self._poller.close()
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Serve until `stop`, then close everything but the poller."""
+        connections, poll = self.connections, self._poller.poll
         try:
-            while self._stop_by is None or not self._finished(self._stop_by):
-                again = self._served.serve_again()
-                if self._progress_due or self._stop_by is not None:
-                    again = self._progress() or again
-                events = self._poll.poll(0.0 if again else self._timeout())
+            while True:
+                if self._deadline is not None:
+                    self._stop_listening()
+                    if connections.finish(self._deadline):
+                        break
+                unfinished = connections.serve_unfinished()
+                if self._progress_due or self._deadline is not None:
+                    unfinished = self._progress() or unfinished
+                events = poll(0.0 if unfinished else self._timeout())
                 for descriptor, _ in events:
                     connection = self._sockets.get(descriptor)
                     if connection is not None:
                         connection.stream.idle()
-                        self._served.serve(connection)
+                        connections.serve(connection)
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])
-                    elif descriptor == self._wake:
-                        os.eventfd_read(self._wake)
                     elif descriptor in self._silent:
                         self._silent[descriptor].hasten()
-                    else:
+                    else:  # a worker, or `stop` has woken the poller
                         self._progress_due = True
                 if self._paused:
                     self._resume_accepting()
                 for listener in self._driven:
                     if listener.silent is not None and not listener.silent.remaining:
                         self._shut_down_silent(listener, listener.silent)
-                if self._served.sweep() or not events:
+                if connections.sweep() or not events:
                     self._progress_due = bool(self._workers)
         except BaseException:
             logger.exception("server thread %s failed; its endpoints are closed", self._thread.name)
             raise
         finally:
-            self._tear_down()
-
-    def _finished(self, stop_by: Deadline) -> bool:
-        self._stop_listening()
-        return self._served.finished(stop_by)
+            self._close()
 
     def _timeout(self) -> float | None:
-        timeout = self._served.timeout(self._stop_by is not None)
+        timeout = self.connections.timeout(self._deadline is not None)
         due = min(
             math.inf if timeout is None else timeout,
             self._pause.remaining if self._paused else math.inf,
@@ -179,15 +445,16 @@ class ServerThread:
         return None if due == math.inf else due
 
     def _accept(self, listener: Listener) -> None:
+        counts = self.connections.counts
         for _ in range(MAX_ACCEPTED):
             try:
                 stream = listener.accept()
             except AuthenticationError as error:
-                self._counters.add("auth_failures")
+                counts["auth_failures"] += 1
                 self._lines.warn(logger, "%s", error)
                 continue
             except TransportError as error:
-                self._counters.add(ACCEPT_FAILURES)
+                counts[ACCEPT_FAILURES] += 1
                 if listener.worker is not None:
                     self._lines.warn(
                         logger, "a connection to %s could not be accepted: %s", listener.endpoint, error
@@ -197,11 +464,11 @@ class ServerThread:
                 return
             if stream is None:
                 return
-            self._served.add(stream)
+            self.connections.add(stream, listener.endpoint)
 
     def _pause_accepting(self, listener: Listener, error: TransportError) -> None:
-        """Out of descriptors, most likely: leave the connection in the backlog rather than spin on it."""
-        self._poll.unregister(listener.fileno())
+        """Most likely no descriptor is left: the connection stays in the backlog for a while."""
+        self._poller.unregister(listener.fileno())
         self._paused.append(listener)
         self._pause.begin(error)
 
@@ -209,86 +476,75 @@ class ServerThread:
         if self._pause.remaining:
             return
         for listener in self._paused:
-            self._poll.register(listener.fileno(), select.EPOLLIN)
+            self._poller.register(listener.fileno(), select.EPOLLIN)
         self._paused.clear()
 
     def _shut_down_silent(self, listener: Listener, silent: SilentPeers) -> None:
         assert listener.worker is not None
-        listener.worker.progress()  # it may hand over requests
+        listener.worker.progress()  # it may have connections to accept
         self._progress_due = True
         count = silent.shut_down()
         if count:
-            self._counters.add(UNPROVEN_CLOSED, count)
+            self.connections.counts[UNPROVEN_CLOSED] += count
             self._lines.warn(logger, "closed %d connections to %s that were silent", count, listener.endpoint)
 
     def _progress(self) -> bool:
-        """Serve the connections of workers until there is only waiting left; True if their turn ended before."""
+        """Serve the connections of workers until they have to wait; True if a turn ended before its work."""
         self._progress_due = bool(self._workers)
         for _ in range(ROUNDS if self._workers else 0):
             for worker in self._workers:
                 worker.progress()
-            seen = sum(worker.steps for worker in self._workers)
+            steps = sum(worker.steps for worker in self._workers)
             for listener in self._driven:
                 self._accept(listener)
             # Serving may make progress itself, and so complete a request of a connection that was served before.
-            unfinished = self._served.serve_driven()
+            unfinished = self.connections.serve_driven()
             for worker in self._workers:
                 worker.drop_strays()
             if unfinished:
                 return True
-            moved = sum(worker.steps for worker in self._workers) != seen
-            if not moved and not any(listener.waiting for listener in self._driven) and self._arm():
+            moved = sum(worker.steps for worker in self._workers) != steps
+            waiting = moved or any(listener.waiting for listener in self._driven)
+            if not waiting and all(worker.arm() for worker in self._workers):
                 self._progress_due = False
                 return False
         return self._progress_due
 
-    def _arm(self) -> bool:
-        return all(worker.arm() for worker in self._workers)
-
     def _watch(self, connection: ServedConnection) -> None:
-        """Keep epoll's interest in step: while an answer waits for room, no more requests are read."""
+        """Wait for room in the connection, or for messages: while an answer waits for room, none is received."""
         descriptor = connection.stream.fileno()
         wanted = select.EPOLLOUT if connection.unsent else select.EPOLLIN
         if descriptor in self._sockets:
-            self._poll.modify(descriptor, wanted)
+            self._poller.modify(descriptor, wanted)
         else:
-            self._poll.register(descriptor, wanted)
+            self._poller.register(descriptor, wanted)
             self._sockets[descriptor] = connection
 
     def _unwatch(self, connection: ServedConnection) -> None:
         descriptor = connection.stream.fileno()
         if self._sockets.pop(descriptor, None) is not None:
-            self._poll.unregister(descriptor)
-
-    # --- endings ----------------------------------------------------------------------------------------------
+            self._poller.unregister(descriptor)
 
     def _stop_listening(self) -> None:
         for descriptor, listener in self._listeners.items():
             if listener not in self._paused:
-                self._poll.unregister(descriptor)
+                self._poller.unregister(descriptor)
             listener.close()
         self._paused.clear()
         self._listeners.clear()
         for descriptor in self._silent:
-            self._poll.unregister(descriptor)
+            self._poller.unregister(descriptor)
         self._silent = {}
         for listener in self._driven:
             listener.close()
         self._driven = []
 
-    def _tear_down(self) -> None:
+    def _close(self) -> None:
         """Close everything, the workers last: what they could not cancel ends with them."""
         self._stop_listening()
-        self._served.drop_all()
+        self.connections.discard_all()
         for worker in self._workers:
-            self._poll.unregister(worker.fileno())
+            self._poller.unregister(worker.fileno())
             worker.close()
         self._workers = []
-        self._served.close()
-        self._poll.close()
-
-    def _close_wake(self) -> None:
-        """Not when the thread ends: one that has failed may be told to stop long after."""
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
+        self.connections.close()

@@ -88,12 +88,15 @@ class Discard(NamedTuple):
     """A connection is closed.
 
     Attributes:
-        error: why, if it failed.
+        error: why, if it failed. At a server, `ConnectionClosed` if the client has closed it; None if the server
+            closes it because it was idle, silent or late, or because the server is closed.
+        leases: how many leases the connection of a server held; they end with it.
     """
 
     at: float
     endpoint: str
     error: DrayError | None
+    leases: int = 0
 
 
 class FailedAttempt(NamedTuple):

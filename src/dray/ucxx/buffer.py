@@ -16,6 +16,7 @@ from dray.payload.trajectory import EPISODE_LENGTH, resolve_episode_length
 from dray.protocol import PayloadRef
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
+from dray.transport.server_statistics import ServerStatistics
 from dray.ucxx.config import UCXXBufferConfig, UCXXConfig
 
 PAYLOAD_KEY = "dray_payload"
@@ -94,7 +95,7 @@ class UCXXBuffer(Closing):
         ready = self.ring.ready(leased=True)
         return sum(not self.ring.wait_consumed(each.slot, each.sequence, deadline.remaining) for each in ready)
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> ServerStatistics:
         """Return `PayloadServer.statistics`."""
         return self.server.statistics()
 

@@ -4,7 +4,7 @@ import pytest
 
 from dray.errors import AuthenticationError, ConfigError, ProtocolError, VersionMismatch
 from dray.protocol import handshake as wire
-from dray.protocol.frames import VERSION
+from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.protocol.handshake import (
     ANY_PRODUCER,
     CHALLENGE,
@@ -125,10 +125,24 @@ def test_a_proof_of_another_handshake_is_denied() -> None:
     assert second.verdict is Verdict.DENIED
 
 
-@pytest.mark.parametrize("changed", ["role", "lane", "nonces", "producer", "secret"])
+@pytest.mark.parametrize("changed", ["role", "version", "lane", "nonces", "producer", "secret"])
 def test_a_proof_covers_everything(changed: str) -> None:
-    given = {"secret": SECRET, "role": b"client", "lane": TCP, "nonces": b"n" * 64, "producer": b"p" * 16}
-    other = {"secret": b"x", "role": b"server", "lane": UCX, "nonces": b"m" * 64, "producer": b"q" * 16}
+    given = {
+        "secret": SECRET,
+        "role": b"client",
+        "version": 1,
+        "lane": TCP,
+        "nonces": b"n" * 64,
+        "producer": b"p" * 16,
+    }
+    other = {
+        "secret": b"x",
+        "role": b"server",
+        "version": 2,
+        "lane": UCX,
+        "nonces": b"m" * 64,
+        "producer": b"q" * 16,
+    }
     assert wire.proof(**given) != wire.proof(**{**given, changed: other[changed]})  # type: ignore[arg-type]
 
 
@@ -136,8 +150,40 @@ def test_hello_of_another_version_is_answered_and_recognised() -> None:
     server = ServerHandshake(TCP, IDENTITY)
     answer = server.receive(HELLO.pack(MAGIC, VERSION + 1, TCP.number, 0, ANY_PRODUCER, bytes(32)))
     assert server.verdict is Verdict.VERSION
-    with pytest.raises(VersionMismatch, match=f"this client version {VERSION}"):
+    with pytest.raises(VersionMismatch, match=f"this client version {VERSION}") as caught:
         ClientHandshake(TCP).receive(answer)
+    assert caught.value.version == VERSION
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_server_answers_an_older_client_in_its_version(secret: bytes | None) -> None:
+    client = ClientHandshake(TCP, IDENTITY.producer, secret, version=MIN_VERSION)
+    server = ServerHandshake(TCP, IDENTITY, secret)
+    assert shake(client, server) is None
+    assert server.version == MIN_VERSION
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_an_older_server_refuses_a_newer_client_with_its_own_version(secret: bytes | None) -> None:
+    server = ServerHandshake(TCP, IDENTITY, secret, newest=MIN_VERSION)
+    with pytest.raises(VersionMismatch) as caught:
+        ClientHandshake(TCP, IDENTITY.producer, secret).receive(
+            server.receive(ClientHandshake(TCP, IDENTITY.producer, secret).hello())
+        )
+    assert caught.value.version == MIN_VERSION
+    again = ClientHandshake(TCP, IDENTITY.producer, secret, version=MIN_VERSION)
+    assert shake(again, ServerHandshake(TCP, IDENTITY, secret, newest=MIN_VERSION)) is None
+
+
+def test_a_proof_of_another_version_is_refused() -> None:
+    """An attacker who changes the version in both directions changes what the proofs cover."""
+    client, server = ClientHandshake(TCP, IDENTITY.producer, SECRET), ServerHandshake(TCP, IDENTITY, SECRET)
+    hello = bytearray(client.hello())
+    hello[4] = MIN_VERSION
+    challenge = bytearray(server.receive(hello))
+    challenge[4] = VERSION
+    with pytest.raises(AuthenticationError, match="server's proof"):
+        client.receive(challenge)
 
 
 def test_server_of_another_version_is_recognised() -> None:

@@ -1,132 +1,37 @@
 """What a server thread decides about its connections, without sockets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from scripted_streams import ScriptedStream, SilentStream
 from simulation import ManualClock
 
-from dray.counters import Counters
-from dray.protocol.frames import FRAME_BYTES, Frame, Kind, Outgoing, Payload, parse
-from dray.protocol.handshake import ClientHandshake, ServerIdentity
-from dray.protocol.server_session import ServerSession
+from dray.errors import ConnectionClosed
+from dray.protocol.frames import Frame, Kind, Payload
+from dray.protocol.handshake import ServerIdentity
 from dray.ring import SharedRingBuffer
 from dray.transport.lanes import TCP, UCX
 from dray.transport.lanes.base import Lane
-from dray.transport.served_connections import (
-    TURN_SECONDS,
-    ServedConnections,
-    ThreadSettings,
-)
-
-
-class Silent:
-    """A stream whose peer says nothing."""
-
-    lane = UCX
-    worker: Any = "any"
-    peer_pid = None
-    wants_write = False
-    drained = True
-
-    def fileno(self) -> int:
-        return 0
-
-    def idle(self) -> bool:
-        return True
-
-    def receive(self, size: int, most: int = 1) -> memoryview | None:
-        return None
-
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
-        return True
-
-    def flush(self) -> bool:
-        return True
-
-    def expect(self, target: memoryview) -> int:
-        raise AssertionError
-
-    def payload_arrived(self, nbytes: int) -> bool:
-        raise AssertionError
-
-    def progress(self) -> object:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-class Talking(Silent):
-    """A stream with a peer that has shaken hands and then sends requests; it says of itself what a test wants.
-
-    Attributes:
-        lane: which one.
-        sent: what left.
-        full: there is no room for what is sent.
-        travelled: how far the bytes have come.
-    """
-
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane  # type: ignore[misc]
-        self.worker = "any" if lane.tagged else None
-        self.sent: list[Outgoing] = []
-        self.full = False
-        self.travelled = 0
-        self._handshake = ClientHandshake(lane)
-        self._inbox = self._handshake.hello()
-
-    def ask(self, *frames: Frame) -> None:
-        self._inbox += b"".join(frame.pack() for frame in frames)
-
-    def statuses(self) -> list[Frame]:
-        frames = [item for item in self.sent if isinstance(item, bytes) and len(item) == FRAME_BYTES]
-        return [parse(frame) for frame in frames]
-
-    def receive(self, size: int, most: int = 1) -> memoryview | None:
-        size *= max(1, min(most, len(self._inbox) // size))
-        if len(self._inbox) < size:
-            return None
-        message, self._inbox = self._inbox[:size], self._inbox[size:]
-        return memoryview(message)
-
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
-        if not self._handshake.done:
-            (message,) = items
-            assert isinstance(message, bytes)
-            self._inbox += self._handshake.receive(message) or b""
-            return True
-        self.sent += items
-        return not self.full
-
-    def flush(self) -> bool:
-        return not self.full
-
-    def progress(self) -> object:
-        return self.travelled
+from dray.transport.served_connection import Service
+from dray.transport.server_loop import TURN_SECONDS, ServedConnections
+from dray.transport.trace import Discard, TraceEvent
 
 
 def serving(
-    ring: SharedRingBuffer, clock: ManualClock, describe: Callable[[], str] = lambda: "{}"
+    ring: SharedRingBuffer, clock: ManualClock, describe: Callable[[], str] = lambda: "{}", **changed: Any
 ) -> ServedConnections:
     """The connections of a server of `ring`, with an idle limit of 1000 s and a lease limit of 10 s."""
     identity = ServerIdentity(ring.producer_id, ring.slots, ring.slot_bytes, 8, 1)
-    return ServedConnections(
-        lambda lane: ServerSession(lane, ring, identity, describe=describe),
-        -1,
-        ThreadSettings(idle=1000.0, lease=10.0),
-        Counters(),
-        clock,
-        lambda _: None,
-        lambda _: None,
-    )
+    options: dict[str, Any] = {"idle_timeout": 1000.0, "lease_timeout": 10.0, **changed}
+    return ServedConnections(Service(ring=ring, identity=identity, describe=describe, clock=clock, **options))
 
 
-def read_asked(ring: SharedRingBuffer, stream: Talking, request: int = 1) -> None:
-    """The peer asks for a payload as large as a slot."""
+def request_read(ring: SharedRingBuffer, stream: ScriptedStream, request: int = 1) -> None:
+    """Let the peer request a payload as large as a slot."""
     with ring.claim(ring.slot_bytes, 0) as writer:
         writer.commit()
-    stream.ask(Frame(Kind.READ, slot=writer.slot, sequence=writer.sequence, request=request, tag=request))
+    stream.request(Frame(Kind.READ, slot=writer.slot, sequence=writer.sequence, request=request, tag=request))
 
 
 @pytest.mark.parametrize("lane", [TCP, UCX])
@@ -139,19 +44,17 @@ def test_turn_of_a_connection_ends_with_its_time_and_the_others_are_served_befor
 
     with SharedRingBuffer(2, 64) as ring:
         served = serving(ring, clock, describe)
-        greedy, modest = Talking(lane), Talking(lane)
-        served.add(greedy)
-        served.add(modest)
-        connections = {connection.stream: connection for connection in served.all()}
-        greedy.ask(*(Frame(Kind.STAT, request=number) for number in range(20)))
-        modest.ask(Frame(Kind.CONSUME, request=7))
+        greedy, modest = ScriptedStream(lane), ScriptedStream(lane)
+        connections = {stream: served.add(stream) for stream in (greedy, modest)}
+        greedy.request(*(Frame(Kind.STAT, request=number) for number in range(20)))
+        modest.request(Frame(Kind.CONSUME, request=7))
         assert served.serve(connections[greedy])
         assert [frame.request for frame in greedy.statuses()] == [0, 1]
         assert not served.serve(connections[modest])
         assert [frame.request for frame in modest.statuses()] == [7]
-        serve_again = served.serve_driven if lane is UCX else served.serve_again
+        serve_unfinished = served.serve_driven if lane is UCX else served.serve_unfinished
         turns = 1
-        while serve_again():
+        while serve_unfinished():
             turns += 1
         assert [frame.request for frame in greedy.statuses()] == list(range(20))
         assert turns == 10
@@ -175,10 +78,10 @@ def test_reader_to_which_bytes_travel_keeps_its_lease_and_loses_it_when_they_sto
     clock = ManualClock()
     with SharedRingBuffer(1, 1 << 20) as ring:
         served = serving(ring, clock)
-        stream = Talking(TCP)
+        stream = ScriptedStream(TCP)
         served.add(stream)
         stream.full = True
-        read_asked(ring, stream)
+        request_read(ring, stream)
         (connection,) = served.all()
         served.serve(connection)
         for _ in range(20):
@@ -196,9 +99,9 @@ def test_reader_without_progress_loses_its_lease_after_its_limit(lane: Lane) -> 
     clock = ManualClock()
     with SharedRingBuffer(1, 64) as ring:
         served = serving(ring, clock)
-        stream = Talking(lane)
+        stream = ScriptedStream(lane)
         served.add(stream)
-        read_asked(ring, stream)
+        request_read(ring, stream)
         (connection,) = served.all()
         served.serve(connection)
         assert any(isinstance(item, Payload) for item in stream.sent)
@@ -208,15 +111,15 @@ def test_reader_without_progress_loses_its_lease_after_its_limit(lane: Lane) -> 
 
 
 def test_payload_that_is_on_its_way_keeps_the_lease_at_most_as_long_as_a_slow_one_takes_on_ucx() -> None:
-    """A worker that others keep busy says nothing of this payload."""
+    """The progress of a worker that other connections keep busy is no progress of this payload."""
     clock = ManualClock()
     seconds = 30
     with SharedRingBuffer(1, seconds * UCX.min_bytes_per_second) as ring:
         served = serving(ring, clock)
-        stream = Talking(UCX)
+        stream = ScriptedStream(UCX)
         served.add(stream)
         stream.full = True
-        read_asked(ring, stream)
+        request_read(ring, stream)
         (connection,) = served.all()
         served.serve(connection)
         for _ in range(seconds):
@@ -233,10 +136,10 @@ def test_payload_that_has_left_gives_its_reader_the_whole_limit_again() -> None:
     clock = ManualClock()
     with SharedRingBuffer(1, 100 * UCX.min_bytes_per_second) as ring:
         served = serving(ring, clock)
-        stream = Talking(UCX)
+        stream = ScriptedStream(UCX)
         served.add(stream)
         stream.full = True
-        read_asked(ring, stream)
+        request_read(ring, stream)
         (connection,) = served.all()
         served.serve(connection)
         for _ in range(90):
@@ -248,20 +151,11 @@ def test_payload_that_has_left_gives_its_reader_the_whole_limit_again() -> None:
         assert passed(served, clock, 3.0)
 
 
-def test_a_silent_connection_is_looked_at_when_its_time_is_over_and_not_before() -> None:
+def test_a_silent_connection_is_checked_when_its_time_is_over_and_not_before() -> None:
     clock = ManualClock()
     with SharedRingBuffer(2, 64) as ring:
-        identity = ServerIdentity(ring.producer_id, 2, 64, 8, 1)
-        served = ServedConnections(
-            lambda lane: ServerSession(lane, ring, identity),
-            -1,
-            ThreadSettings(idle=5.0, lease=1.0),
-            Counters(),
-            clock,
-            lambda _: None,
-            lambda _: None,
-        )
-        served.add(Silent())
+        served = serving(ring, clock, idle_timeout=5.0, lease_timeout=1.0)
+        served.add(SilentStream())
         for _ in range(4):
             clock.advance(1.1)
             served.sweep()
@@ -270,3 +164,56 @@ def test_a_silent_connection_is_looked_at_when_its_time_is_over_and_not_before()
         clock.advance(1.0)
         assert served.sweep()
         assert not served
+
+
+def test_a_closed_connection_is_traced_with_the_leases_that_it_held() -> None:
+    events: list[TraceEvent] = []
+    with SharedRingBuffer(2, 64) as ring:
+        served = serving(ring, ManualClock(), trace=events.append)
+        stream = ScriptedStream(TCP)
+        connection = served.add(stream, "tcp:here")
+        request_read(ring, stream)
+        served.serve(connection)
+        assert [(each.slot, each.sequence) for each in served.leases()] == [(0, 0)]
+        stream.end()
+        served.serve(connection)
+        assert served.leases() == []
+    (discard,) = (event for event in events if isinstance(event, Discard))
+    assert (discard.endpoint, discard.leases) == ("tcp:here", 1)
+    assert isinstance(discard.error, ConnectionClosed)
+
+
+def test_leases_of_a_closed_connection_stand_until_its_stream_is_drained() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        served = serving(ring, ManualClock())
+        stream = ScriptedStream(UCX)
+        served.add(stream)
+        request_read(ring, stream)
+        served.serve_driven()
+        stream.drained = False
+        served.discard_all()
+        assert not served
+        assert len(served.leases()) == ring.statistics().leases == 1
+        stream.drained = True
+        assert served.sweep()
+        assert (served.leases(), ring.statistics().leases) == ([], 0)
+
+
+def test_counters_of_closed_connections_stay() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        served = serving(ring, ManualClock())
+        for number in range(2):
+            stream = ScriptedStream(TCP)
+            connection = served.add(stream)
+            request_read(ring, stream)
+            served.serve(connection)
+            totals = served.totals()
+            assert (totals["connections"], totals["reads"], totals["bytes"]) == (
+                number + 1,
+                number + 1,
+                64 * number + 64,
+            )
+            served.discard_all()
+            assert served.totals() == totals
+        served.close()
+        assert served.totals() == totals

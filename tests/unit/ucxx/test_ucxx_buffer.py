@@ -117,7 +117,7 @@ def test_draining_waits_for_consumers_and_returns_what_is_left() -> None:
 def test_a_closed_buffer_raises_buffer_closed_error_and_may_be_closed_again() -> None:
     buffer = local()
     assert "PayloadServer" in repr(buffer)
-    assert buffer.statistics()["ring"]["free"] == 4
+    assert buffer.statistics().ring.free == 4
     buffer.close()
     buffer.close()
     with pytest.raises(BufferClosedError):

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dray import admission
 from dray.errors import TransportError
 from dray.prefetch import BatchReaderStatistics, batch, freeing, reader
-from dray.protocol.frames import Status
 from dray.ring import RingStatistics, slot_state
 from dray.transport import attempts, connections, pool
+from dray.transport.server_statistics import COUNTED
 from dray.ucxx import CompletionReaderStatistics, UCXXBufferConfig, UCXXConfig, data_packer
 
 ROOT = Path(__file__).parents[3]
@@ -139,27 +138,10 @@ def counter_names(call: ast.Call) -> set[str]:
     constants: list[ast.AST] = list(call.args)
     formatted = {id(part) for node in ast.walk(call) if isinstance(node, ast.JoinedStr) for part in node.values}
     nodes = [node for argument in constants for node in ast.walk(argument)]
-    named = {
-        getattr(admission, node.id)
-        for node in nodes
-        if isinstance(node, ast.Name) and node.id in ("ACCEPT_FAILURES", "UNPROVEN_CLOSED")
-    }
-    return named | {
+    return {
         node.value
         for node in nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in formatted
-    }
-
-
-def tallied() -> set[str]:
-    """The names that sessions count before they add them to the counters."""
-    tree = ast.parse((ROOT / "src" / "dray" / "protocol" / "server_session.py").read_text(encoding="utf-8"))
-    return {
-        node.value
-        for subscript in ast.walk(tree)
-        if isinstance(subscript, ast.Subscript) and ast.unparse(subscript.value).endswith("_tally")
-        for node in ast.walk(subscript.slice)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
 
 
@@ -174,8 +156,7 @@ def test_every_counter_is_explained() -> None:
         title: {name for row in rows(table)[1:] for name in re.findall(r"`(\w+)`", row[0])}
         for title, table in zip(tables[::2], tables[1::2], strict=True)
     }
-    counted: dict[str, set[str]] = {"Server": {s.name.lower() for s in Status} - {"ok"}, "Client": {"quarantined"}}
-    counted["Server"] |= tallied()
+    counted: dict[str, set[str]] = {"Server": set(COUNTED), "Client": {"quarantined"}}
     counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
     counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *connections.RETRIES_BY_CAUSE.values()}
     counted["Batches"] = {field.name for field in dataclasses.fields(BatchReaderStatistics)}
@@ -183,6 +164,5 @@ def test_every_counter_is_explained() -> None:
     counted["Episodes"] -= {"batches", "client"}
     for path, call in calls():
         if path.parent.name in ("protocol", "transport"):
-            server = path.parent.name == "protocol" or path.name.startswith("serve")
-            counted["Server" if server else "Client"] |= counter_names(call)
+            counted["Client"] |= counter_names(call)
     assert documented == counted

@@ -1,0 +1,414 @@
+"""One connection of a server: its session, its stream, its leases and its counters.
+
+`ServedConnection` does with the ring what the events of the session ask for. Each READ that it grants has one
+lease, which ends once: by the reader's acknowledgement, or in `close`. It never waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dray.clock import MONOTONIC, Clock
+from dray.errors import BufferClosedError, PayloadError, SlotError, StaleSlotError
+from dray.protocol.frames import VERSION, Flag, Frame, Kind, Outgoing, Status, parse
+from dray.protocol.handshake import ServerIdentity, Verdict
+from dray.protocol.server_session import (
+    MAX_INLINE_BYTES,
+    NO_BYTES,
+    Acknowledgement,
+    Established,
+    Event,
+    Refused,
+    ServerSession,
+    Violation,
+)
+from dray.ring import Lease, SharedRingBuffer
+from dray.transport import trace as traced
+from dray.transport.lanes.base import Stream
+from dray.transport.server_statistics import COUNTED, LeaseInfo
+
+BATCH_BYTES = 8 << 20
+"""Payloads that are passed to the stream together, to be sent one behind the other without a pause."""
+
+COPY_WEIGHT = 32
+"""An inline payload counts this many times its size in a batch: until it is sent, it is in memory twice."""
+
+REQUEST_WEIGHT = BATCH_BYTES >> 10
+"""The minimum that an answer counts in a batch. STAT costs the most and counts as a whole batch."""
+
+LINGER_SECONDS = 1.0
+"""The client of a connection that is `lingering` must close it within this time."""
+
+PROGRESS_CHECKS = 8
+"""How often the progress of a reader with a lease is checked within the time limit of the lease."""
+
+_READ = int(Kind.READ)
+_CONSUME = int(Kind.CONSUME)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What a server serves, and how. All of its connections share it.
+
+    Attributes:
+        ring: the payloads.
+        identity: the ring, as the handshake describes it.
+        secret: the job's secret, if it has one.
+        checksum: computes the checksum of a payload on network lanes; ``None`` sends none.
+        describe: returns the text that answers STAT.
+        idle_timeout: seconds after which a connection without requests and leases is closed.
+        lease_timeout: on network lanes, a connection that holds a lease is closed when its reader is silent, and
+            no byte travels to it, for this many seconds.
+        clock: the source of time.
+        trace: receives the events of `dray.transport.trace`.
+        newest: the newest protocol version to speak.
+    """
+
+    ring: SharedRingBuffer
+    identity: ServerIdentity
+    secret: bytes | None = None
+    checksum: Callable[[memoryview | bytes], int] | None = None
+    describe: Callable[[], str] = lambda: "{}"
+    idle_timeout: float = 120.0
+    lease_timeout: float = 60.0
+    clock: Clock = MONOTONIC
+    trace: traced.Trace | None = None
+    newest: int = VERSION
+
+
+class ServedConnection:
+    """A connection of a server.
+
+    Args:
+        stream: transports its messages and payloads.
+        endpoint: the address at which it was accepted.
+        service: what is served.
+
+    Attributes:
+        stream, session, endpoint: its parts.
+        counts: what has happened on it, by the names in `ServerCounters`.
+        active: time of its last message, or of the last payload that has left.
+        announced: the answer that completes the handshake was passed to the stream.
+        lingering: the last answer was passed to the stream, and the client is to close the connection.
+        unsent: answers wait for room in the connection.
+        watched: the value of `unsent` that the poller knows; None before the connection is registered.
+    """
+
+    def __init__(self, stream: Stream, endpoint: str, service: Service) -> None:
+        self.stream = stream
+        self.endpoint = endpoint
+        self.session = ServerSession(stream.lane, service.identity, secret=service.secret, newest=service.newest)
+        self.counts = dict.fromkeys(COUNTED, 0)
+        self.active = self._progressed = self._accepted_at = service.clock.now()
+        self.announced = False
+        self.lingering = False
+        self.unsent = False
+        self.watched: bool | None = None
+        self._service = service
+        self._ring = service.ring
+        self._checksum = service.checksum if stream.lane.in_band else None
+        self._trace = service.trace
+        self._leases: dict[int, Lease] = {}
+        self._leaving: list[traced.Payload] = []
+        self._progress: object = None
+
+    # --- messages and answers ---------------------------------------------------------------------------------
+
+    def receive(self, messages: bytes | bytearray | memoryview) -> None:
+        """Act on messages of the client.
+
+        Raises:
+            ProtocolError: the client has broken the protocol; the connection must be discarded.
+        """
+        session, counts = self.session, self.counts
+        known = len(session.requests)
+        events = session.receive(messages)
+        self.active = now = self._service.clock.now()
+        if self._trace is not None:
+            self._trace_received(events, known, now)
+        consumed: list[tuple[int, int, int]] = []
+        try:
+            for event in events:
+                if isinstance(event, Acknowledgement):
+                    of, request, payload, done = event
+                    if of == "late":
+                        counts["late_acks"] += 1
+                        if done and self._is_known(payload):
+                            consumed.append(payload)
+                    elif done:
+                        counts["acks_consumed"] += 1
+                        if of == "copy":
+                            consumed.append(payload)
+                        else:
+                            self._leases.pop(request).acknowledge()
+                    else:
+                        counts["acks_returned"] += 1
+                        if of == "lease":
+                            self._leases.pop(request).release()
+                elif isinstance(event, Violation):
+                    raise event.error
+                elif isinstance(event, Refused):
+                    counts[_REFUSED.get(event.verdict, "malformed")] += 1
+        finally:
+            if consumed:
+                with contextlib.suppress(BufferClosedError):
+                    self._ring.consume_many(consumed)
+
+    def answer(self) -> list[Outgoing]:
+        """What to send next: the answers to a batch of requests. `flushed` must follow before the next batch.
+
+        Raises:
+            ProtocolError: the client has broken the protocol; the connection must be discarded.
+        """
+        session = self.session
+        if session.sending:
+            return []
+        requests = session.requests
+        if not requests:
+            return session.pop_outgoing()
+        waiting = None if self._trace is None else list(requests)
+        weight = 0
+        while requests and weight < BATCH_BYTES:
+            request = requests[0]
+            kind = request[0]
+            try:
+                if kind != _READ:
+                    if kind == _CONSUME:
+                        weight += self._consume(request)
+                    else:
+                        session.answer(self._service.describe())
+                        weight += BATCH_BYTES
+                elif request[3]:  # INLINE
+                    weight += self._copy()
+                else:
+                    weight += self._grant(request)
+            except BufferClosedError as error:
+                session.fail_all(str(error))
+        outgoing = session.pop_outgoing()
+        if waiting is not None:
+            self._trace_answers(waiting[: len(waiting) - len(requests)], outgoing)
+        return outgoing
+
+    def flushed(self) -> None:
+        """All that `answer` has returned has left."""
+        self.session.flushed()
+        if self._leaving:
+            assert self._trace is not None
+            now = self._service.clock.now()
+            for payload in self._leaving:
+                self._trace(payload._replace(at=now))
+            self._leaving.clear()
+
+    def close(self) -> None:
+        """Release every lease. The stream must be `drained`: it must read no slot any more. Twice is fine."""
+        if self.session.unproven and not self.session.closing:
+            self.counts["auth_failures"] += 1
+        self.session.close()
+        leases, self._leases = self._leases, {}
+        for lease in leases.values():
+            lease.release()
+            if self._trace is not None:
+                now = self._service.clock.now()
+                ended = traced.Acknowledgement(
+                    now, self.endpoint, lease.slot, lease.sequence, lease.reader, consumed=False
+                )
+                self._trace(ended)
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """An exchange is in flight, or the connection holds a lease."""
+        return self.session.busy or bool(self._leases)
+
+    @property
+    def leased(self) -> int:
+        """Leases that the connection holds."""
+        return len(self._leases)
+
+    def leases(self, now: float) -> list[LeaseInfo]:
+        """The leases that the connection holds."""
+        pid, age = self.stream.peer_pid, now - self.silent_since
+        leases = list(self._leases.values())
+        return [LeaseInfo(pid, lease.slot, lease.sequence, lease.reader, age) for lease in leases]
+
+    @property
+    def silent_since(self) -> float:
+        """When the connection was last seen to make progress."""
+        return max(self.active, self._progressed)
+
+    @property
+    def limit(self) -> float:
+        """Seconds of silence after which the connection is closed."""
+        if self.lingering:
+            return LINGER_SECONDS
+        if not self.session.established:
+            return math.inf  # its proof has a deadline
+        if not self._leases:
+            return self._service.idle_timeout
+        return math.inf if self.stream.lane.local else self._service.lease_timeout
+
+    @property
+    def next_check(self) -> float:
+        """Seconds until `check_progress` is due; ``inf`` if nothing depends on the progress."""
+        timed = self._leases and not self.stream.lane.local and not self.lingering
+        return self._service.lease_timeout / PROGRESS_CHECKS if timed else math.inf
+
+    def check_progress(self, now: float) -> None:
+        """Note whether bytes have travelled since the last check."""
+        progress = self.stream.progress()
+        if progress is None or progress == self._progress:
+            return
+        self._progress = progress
+        self._progressed = now
+        if (slowest := self.stream.lane.min_bytes_per_second) is not None:
+            sending = sum(self._leases[request].nbytes for request in self.session.sending)
+            self._progressed = min(now, self.active + sending / slowest)
+
+    # --- answers to the oldest request; each returns what it counts in a batch ----------------------------------
+
+    def _grant(self, request: tuple[int, ...]) -> int:
+        """Answer a READ with a lease."""
+        session = self.session
+        refusal = session.refusal()
+        if refusal is not None:
+            return self._refuse(refusal)
+        _, _, reader, _, slot, number, sequence, size, _, _, _, _ = request
+        try:
+            lease = self._ring.read_raw(slot, sequence, reader)
+        except StaleSlotError:
+            return self._refuse(Status.STALE)
+        except BufferClosedError:
+            raise
+        except SlotError as error:
+            return self._fail(str(error))
+        nbytes = lease.nbytes
+        if size and size != nbytes:
+            lease.release()
+            return self._fail(_other_size(size, nbytes))
+        self._leases[number] = lease
+        if self.stream.lane.in_band:
+            # Before STATUS(OK) is final: another thread may close the ring at any moment.
+            view = lease.buffer if nbytes else NO_BYTES
+            if self._checksum is not None and nbytes:
+                checksum = self._ring.checksum(slot, sequence, self._checksum)
+                session.grant(view, nbytes, lease.offset, flags=Flag.CHECKSUM, checksum=checksum)
+            else:
+                session.grant(view, nbytes, lease.offset)
+            weight = max(nbytes, REQUEST_WEIGHT)
+        else:
+            session.grant(NO_BYTES, nbytes, lease.offset, checksum=int(lease.committed_at * 1e9))
+            weight = REQUEST_WEIGHT
+        self.counts["reads"] += 1
+        self.counts["bytes"] += nbytes
+        return weight
+
+    def _copy(self) -> int:
+        """Answer the inline READs that are due with copies, which need no lease."""
+        requests, compute, send = self.session.requests, self._checksum, self.session.copy
+        wanted = []
+        weight = 0
+        for frame in requests:
+            if weight >= BATCH_BYTES or frame[0] != _READ or not frame[3]:  # INLINE
+                break
+            wanted.append((frame[4], frame[6], frame[2]))
+            # A size of 0 accepts any size.
+            weight += REQUEST_WEIGHT + COPY_WEIGHT * min(frame[7] or MAX_INLINE_BYTES, MAX_INLINE_BYTES)
+        reads = nbytes = 0
+        for copied in self._ring.copy_many(wanted, MAX_INLINE_BYTES):
+            if not isinstance(copied, tuple):
+                self._refuse_copy(copied)
+                continue
+            payload, checksum = copied
+            size, found = requests[0][7], len(payload)
+            if size and size != found:
+                self._fail(_other_size(size, found))
+                continue
+            if compute is None or not found:
+                checksum = None
+            elif checksum is None:
+                checksum = compute(payload)
+            send(payload, checksum)
+            reads += 1
+            nbytes += found
+        self.counts["reads"] += reads
+        self.counts["bytes"] += nbytes
+        return len(wanted) * REQUEST_WEIGHT + COPY_WEIGHT * nbytes
+
+    def _refuse_copy(self, error: PayloadError | SlotError) -> None:
+        refusal = self.session.refusal()
+        if refusal is not None:
+            self._refuse(refusal)
+        elif isinstance(error, StaleSlotError):
+            self._refuse(Status.STALE)
+        else:
+            self._fail(str(error))
+
+    def _consume(self, request: tuple[int, ...]) -> int:
+        status = self.session.refusal()
+        if status is None:
+            _, _, reader, _, slot, _, sequence, *_ = request
+            consumed = self._ring.consume(slot, sequence, reader)
+            status = Status.OK if consumed else Status.STALE
+        if status is not Status.DENIED:
+            self.counts["consumed" if status is Status.OK else "consumed_stale"] += 1
+        if status is Status.OK:
+            self.session.answer()
+        else:
+            self.session.refuse(status)
+        return REQUEST_WEIGHT
+
+    def _refuse(self, status: Status) -> int:
+        self.counts[status.name.lower()] += 1
+        self.session.refuse(status)
+        return REQUEST_WEIGHT
+
+    def _fail(self, text: str) -> int:
+        self.counts["error"] += 1
+        self.session.fail(text)
+        return REQUEST_WEIGHT
+
+    def _is_known(self, payload: tuple[int, int, int]) -> bool:
+        slot, _, reader = payload
+        return slot < self._ring.slots and reader < self._ring.readers
+
+    # --- the trace --------------------------------------------------------------------------------------------
+
+    def _trace_received(self, events: list[Event], known: int, now: float) -> None:
+        assert self._trace is not None
+        endpoint = self.endpoint
+        for event in events:
+            if isinstance(event, Established):
+                self._trace(traced.Connect(now, endpoint, now - self._accepted_at, event.version))
+            elif isinstance(event, Acknowledgement):
+                self._trace(traced.Acknowledgement(now, endpoint, *event.payload, event.consumed))
+        for request in list(self.session.requests)[known:]:
+            kind, _, reader, _, slot, _, sequence, *_ = request
+            self._trace(traced.Request(now, endpoint, Kind(kind), slot, sequence, reader))
+
+    def _trace_answers(self, answered: list[tuple[int, ...]], outgoing: list[Outgoing]) -> None:
+        assert self._trace is not None
+        now, endpoint = self._service.clock.now(), self.endpoint
+        messages = (item for item in outgoing if isinstance(item, bytes))
+        for request in map(Frame._make, answered):
+            message = next(messages, None)
+            if message is None:  # the ring is closed: the others have no answer
+                break
+            status = parse(message)
+            kind, slot, sequence = Kind(request.kind), request.slot, request.sequence
+            self._trace(traced.Status(now, endpoint, kind, slot, sequence, Status(status.status)))
+            sent = request.kind == _READ and status.status == Status.OK
+            if status.flags & Flag.TEXT or (sent and request.flags):
+                next(messages)  # the text, or an inline payload
+            if sent and (request.flags or self.stream.lane.in_band):
+                self._leaving.append(traced.Payload(now, endpoint, slot, sequence, status.nbytes))
+
+
+_REFUSED = {Verdict.DENIED: "auth_failures", Verdict.VERSION: "other_versions"}
+
+
+def _other_size(announced: int, nbytes: int) -> str:
+    return f"the payload has {nbytes} bytes, {announced} were requested"
