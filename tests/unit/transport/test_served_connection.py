@@ -586,7 +586,7 @@ def test_closing_returns_every_lease_and_may_happen_twice(ring: SharedRingBuffer
     server.connection.close()
     assert (ring.statistics().leases, ring.get_ready_count()) == (0, MAX_LEASES)
     assert server.connection.answer() == []
-    assert ring.statistics().late_finalises == 0
+    assert ring.statistics().double_releases == 0
 
 
 def test_a_leased_slot_is_not_reused_after_another_connection_consumed_it() -> None:
