@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from dray.prefetch.batch import Arrays
 from dray.protocol import PayloadRef
-from dray.transport import PayloadClient
+from dray.transport import ClientStatistics, PayloadClient
 from dray.transport.lanes import LaneChoice
 from dray.transport.lanes.ucx_worker import require
 
@@ -44,7 +44,7 @@ class UCXXClient:
         """The payload's arrays, in memory of their own; see `PayloadClient.read`."""
         return await self._client.read_async(ref, timeout=timeout, consume=consume)
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> ClientStatistics:
         """As `PayloadClient.statistics`."""
         return self._client.statistics()
 

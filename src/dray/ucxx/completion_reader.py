@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterable
@@ -232,7 +233,7 @@ class CompletionReader:
         return {
             **self._counters.snapshot(),
             "batches": self._batches.statistics(),
-            "client": self._client.statistics(),
+            "client": dataclasses.asdict(self._client.statistics()),
         }
 
     @property

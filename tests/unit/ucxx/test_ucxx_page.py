@@ -54,7 +54,7 @@ def test_example_works() -> None:
 
 def test_ceilings_are_those_of_the_code() -> None:
     ceilings = {row[0]: row[3] for row in rows(section("Retries"))[1:]}
-    assert re.findall(r"[\d.]+", ceilings["1"]) == [str(attempts.MOST_ATTEMPTS)]
+    assert re.findall(r"[\d.]+", ceilings["1"]) == [str(attempts.MAX_ATTEMPTS)]
     assert (
         re.findall(r"[\d.]+", ceilings["2"])
         == [str(UCXXConfig().ucxx_read_max_attempts)]
@@ -63,7 +63,7 @@ def test_ceilings_are_those_of_the_code() -> None:
     assert re.findall(r"[\d.]+", ceilings["3"]) == [str(batch.MOST_ROUNDS), str(batch.ROUND_PAUSE)]
     reads = batch.MOST_READS * batch.MOST_ROUNDS
     assert f"{batch.MOST_READS} · {batch.MOST_ROUNDS} = {reads} times" in " ".join(PAGE.split())
-    assert f"at most {reads * attempts.MOST_ATTEMPTS} transport failures" in " ".join(PAGE.split())
+    assert f"at most {reads * attempts.MAX_ATTEMPTS} transport failures" in " ".join(PAGE.split())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_seconds_and_counts_are_those_of_the_code(title: str, phrase: str, value
 def test_two_groups_and_two_idle_connections_are_those_of_the_code() -> None:
     assert "then two." in section("Retries")
     assert "two idle connections for each endpoint" in section("Idle connections")
-    assert (batch.MOST_GROUPS, pool.MOST_IDLE) == (2, 2)
+    assert (batch.MOST_GROUPS, pool.MAX_IDLE) == (2, 2)
 
 
 def test_every_setting_has_its_default() -> None:
@@ -167,7 +167,7 @@ def tallied() -> set[str]:
 
 def test_retries_after_every_transport_error_have_a_counter() -> None:
     data_plane = {each for each in TransportError.__subclasses__() if each.__module__.startswith("dray.")}
-    assert set(connections.RETRIES_BY_CAUSE) == data_plane
+    assert set(connections.RETRY_CAUSES) == data_plane
 
 
 def test_every_counter_is_explained() -> None:
@@ -179,7 +179,7 @@ def test_every_counter_is_explained() -> None:
     counted: dict[str, set[str]] = {"Server": {s.name.lower() for s in Status} - {"ok"}, "Client": {"quarantined"}}
     counted["Server"] |= tallied()
     counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
-    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *connections.RETRIES_BY_CAUSE.values()}
+    counted["Client"] |= {"reads_shm", "reads_tcp", "reads_ucx", *connections.RETRY_CAUSES.values()}
     counted["Batches"] = {"reading", "to_free"}
     counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
     of = {"prefetch": "Batches", "ucxx": "Episodes", "protocol": "Server"}

@@ -18,7 +18,9 @@ from typing import Protocol
 from dray.clock import Deadline
 from dray.protocol.frames import Outgoing
 from dray.protocol.ref import has_control
+from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import CloseEvent, PollWaiter
+from dray.transport.receive_buffers import ReceiveBuffers
 
 
 class Stream(Protocol):
@@ -361,6 +363,14 @@ class Network(Protocol):
         """A waiter for one connection; a `lasting` one waits although the network is closed."""
         ...
 
+    def receive_buffers(self) -> ReceiveBuffers:
+        """Memory for the payloads of one client."""
+        ...
+
+    def lease_reaper(self) -> LeaseReaper:
+        """What ends the leases of one client whose last array is gone."""
+        ...
+
     def close(self) -> None:
         """End all waits with `BufferClosedError`. Twice is fine."""
         ...
@@ -387,6 +397,12 @@ class MachineNetwork:
 
     def waiter(self, lasting: bool = False) -> Waiter:
         return PollWaiter(None if lasting else self._closing)
+
+    def receive_buffers(self) -> ReceiveBuffers:
+        return ReceiveBuffers()
+
+    def lease_reaper(self) -> LeaseReaper:
+        return LeaseReaper()
 
     def close(self) -> None:
         if self._closing is not None:
