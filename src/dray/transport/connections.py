@@ -292,20 +292,23 @@ class Connections:
 
     def checkout(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
         """Give `holder`, which the thread is inside, an open connection to the endpoint."""
-        began = now = self._clock.now()
+        pool, now = self._pool, self._clock.now()
+        began = now
         while True:
             with self._lock:
                 self._holders.add(holder)
-                found = self._pool.at_hand(endpoint, now)
-                expired = found is None and self._pool.expire(endpoint, now)
-                if found is None and not expired:
-                    found = self._pool.checkout(endpoint, self._busy())
+                found = pool.at_hand(endpoint, now)
                 if found is not None:
-                    holder.connection, holder.worker, since = found
+                    holder.connection, _, since = found
+                expired = found is None and pool.expire(endpoint, now)
                 replays = bool(self._unconfirmed)
             if expired:
                 self._close_unused()
-                continue
+            if found is None:
+                with self._lock:
+                    found = pool.checkout(endpoint, self._busy())
+                    if found is not None:
+                        holder.connection, holder.worker, since = found
             connection = holder.connection
             idle: float | None = None
             if connection is None:
