@@ -60,7 +60,7 @@ class Latencies:
     def add(self, lane: Lane, seconds: float) -> None:
         """Note the latency of one answer."""
         slowest = self._slowest.get(lane, 0.0)
-        self._slowest[lane] = max(seconds, slowest + (seconds - slowest) * _LATENCY_WEIGHT)
+        self._slowest[lane] = seconds if seconds > slowest else slowest + (seconds - slowest) * _LATENCY_WEIGHT
 
     def bound(self, lane: Lane) -> float:
         """Seconds after which another healthy endpoint is the better choice."""
@@ -105,7 +105,7 @@ class Quarantine:
 
     def clear(self, endpoint: str) -> None:
         """End the quarantine of an endpoint that has answered."""
-        if self._terms.pop(endpoint, None) is not None:
+        if self._terms and self._terms.pop(endpoint, None) is not None:
             self._until.pop(endpoint, None)
 
     def healthy(self, endpoint: str, now: float) -> bool:
@@ -207,6 +207,11 @@ class Attempts:
         under_way: an attempt has begun and has not failed.
     """
 
+    __slots__ = (
+        "_by_lane", "_latencies", "_left", "_quarantine", "_rotation", "_ruled_out", "_tried", "deadline",
+        "endpoint", "producer", "status_deadline", "under_way",
+    )  # fmt: skip
+
     def __init__(
         self,
         producer: bytes,
@@ -249,22 +254,24 @@ class Attempts:
             TransportTimeout: the deadline is over.
         """
         deadline = self.deadline
-        self.endpoint = endpoint = self.choose(now)
+        if not self._tried and self._quarantine.empty:  # as below, faster
+            best = self._by_lane[0]
+            self.endpoint = endpoint = best[self._rotation % len(best)]
+            other = len(best) > 1 or len(self._by_lane) > 1
+        else:
+            self.endpoint = endpoint = self.choose(now)
+            other = self.has_other(endpoint, now)
         if now >= deadline.at:
             raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
         self.under_way = True
         if self._left == 1:
             self.status_deadline = deadline
-        elif self.has_other(endpoint, now):
-            bound = self._latencies.bound(parse_endpoint(endpoint).lane)
-            self.status_deadline = deadline.fraction(0.5, now, bound)
         else:
-            self.status_deadline = deadline.fraction(0.5, now, math.inf)
+            bound = self._latencies.bound(parse_endpoint(endpoint).lane) if other else math.inf
+            self.status_deadline = deadline.fraction(0.5, now, bound)
 
     def has_other(self, endpoint: str, now: float) -> bool:
         """Another endpoint that has not been tried is healthy."""
-        if not self._tried and self._quarantine.empty:
-            return len(self._by_lane) > 1 or len(self._by_lane[0]) > 1
         return any(
             other != endpoint and other not in self._tried and self._quarantine.healthy(other, now)
             for lane in self._by_lane
@@ -273,9 +280,6 @@ class Attempts:
 
     def choose(self, now: float) -> str:
         """The endpoint of the next attempt: one not tried yet, if possible a healthy one. Changes nothing."""
-        if not self._tried and self._quarantine.empty:
-            best = self._by_lane[0]
-            return best[self._rotation % len(best)]
         for lane in self._by_lane:
             healthy = [e for e in lane if e not in self._tried and self._quarantine.healthy(e, now)]
             if healthy:

@@ -32,6 +32,7 @@ from dray.errors import (
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
 from dray.protocol.frames import VERSION
+from dray.transport import trace as events
 from dray.transport.attempts import (
     Attempts,
     Latencies,
@@ -45,17 +46,7 @@ from dray.transport.connection import Connection
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Lane, Network, Worker
 from dray.transport.pool import ConnectionPool, Holder, Keeper, held
-from dray.transport.trace import (
-    Attempt,
-    Checkin,
-    Checkout,
-    Connect,
-    Discard,
-    FailedAttempt,
-    SuccessfulAttempt,
-    Trace,
-    TraceEvent,
-)
+from dray.transport.trace import Trace, TraceEvent
 
 logger = logging.getLogger("dray.client")
 
@@ -85,6 +76,12 @@ RETRY_CAUSES: dict[type[DrayError], str] = {
     OtherProducerError: "other_producer",
 }
 """What a retry is counted as, by the error before it."""
+
+_COUNTED = (
+    "reads", "bytes", "retries", "elsewhere", "connects", "connections_given_up", "acks_replayed",
+    "leases_ended_late",
+)  # fmt: skip
+"""The figures of `ClientStatistics` that are counted here under the same name."""
 
 T = TypeVar("T")
 
@@ -238,13 +235,12 @@ class Connections:
                         now = self._clock.now()
                         attempts.begin(now)
                         if self._trace is not None:
-                            self._trace(
-                                Attempt(now, attempts.endpoint, attempts.producer, attempts.status_deadline.at)
-                            )
+                            begun = attempts.endpoint, attempts.producer, attempts.status_deadline.at
+                            self._trace(events.Attempt(now, *begun))
                     try:
                         if connection is None:
                             connection = self.checkout(
-                                holder, attempts.endpoint, attempts.producer, attempts.status_deadline
+                                holder, attempts.endpoint, attempts.producer, attempts.status_deadline, began=now
                             )
                         result = request(connection, attempts.status_deadline, attempts.deadline)
                     except Refused as refused:
@@ -267,7 +263,7 @@ class Connections:
         latency = connection.latency
         attempts.succeed(connection.lane, latency)
         if self._trace is not None:
-            self._trace(SuccessfulAttempt(self._clock.now(), attempts.endpoint, latency))
+            self._trace(events.SuccessfulAttempt(self._clock.now(), attempts.endpoint, latency))
         if holder.keeper is Keeper.NONE:
             self.checkin(holder)
 
@@ -282,7 +278,7 @@ class Connections:
             if is_unusable(error) and final is not error:
                 lane = parse_endpoint(endpoint).lane
                 self._lanes = tuple(each for each in self._lanes if each != lane)
-        self._report(FailedAttempt(now, endpoint, error, quarantine, following))
+        self._report(events.FailedAttempt(now, endpoint, error, quarantine, following))
         if final is error:
             raise error
         if final is not None:
@@ -290,21 +286,24 @@ class Connections:
 
     # --- connections ------------------------------------------------------------------------------------------
 
-    def checkout(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
-        """Give `holder`, which the thread is inside, an open connection to the endpoint."""
-        pool, now = self._pool, self._clock.now()
-        began = now
+    def checkout(
+        self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline, *, began: float
+    ) -> Connection:
+        """Give `holder`, which the thread is inside, an open connection for an attempt that began at `began`."""
+        pool, now = self._pool, began
         while True:
             with self._lock:
                 self._holders.add(holder)
                 found = pool.at_hand(endpoint, now)
                 if found is not None:
                     holder.connection, _, since = found
-                expired = found is None and pool.expire(endpoint, now)
-                replays = bool(self._unconfirmed)
-            if expired:
-                self._close_unused()
+                    expired = False
+                else:
+                    expired = pool.expire(endpoint, now)
+                replays = producer in self._unconfirmed
             if found is None:
+                if expired:
+                    self._close_unused()
                 with self._lock:
                     found = pool.checkout(endpoint, self._busy())
                     if found is not None:
@@ -322,7 +321,7 @@ class Connections:
                     now = self._clock.now()
                     continue
             if self._trace is not None:
-                self._trace(Checkout(self._clock.now(), endpoint, idle, id(connection)))
+                self._trace(events.Checkout(self._clock.now(), endpoint, idle, id(connection)))
             if replays:
                 self._replay_acks(connection, deadline)
             connection.asked_since(began)
@@ -343,7 +342,7 @@ class Connections:
         if not kept:
             self._close_unused()
         elif self._trace is not None:
-            self._trace(Checkin(now, connection.endpoint, id(connection)))
+            self._trace(events.Checkin(now, connection.endpoint, id(connection)))
         if closed:
             self._close_idle()
 
@@ -374,28 +373,17 @@ class Connections:
 
     # --- connections that are kept between two calls ----------------------------------------------------------
 
-    def resume(self, holder: ConnectionHolder) -> Connection:
-        """The connection that was kept for this thread, which is inside `holder` again.
+    def resume(self, holder: ConnectionHolder, keeper: Keeper = Keeper.NONE) -> Connection:
+        """The connection that was kept in `holder`, and what keeps it from now on.
 
         Raises:
-            BufferClosedError: closing the client has closed it.
-        """
-        with self._lock:
-            if holder.connection is None:
-                raise BufferClosedError("the client was closed meanwhile")
-            holder.keeper = Keeper.NONE
-            return holder.connection
-
-    def hand_out(self, holder: ConnectionHolder) -> None:
-        """From now on arrays in the slot keep the connection.
-
-        Raises:
-            BufferClosedError: the lease has ended, or closing the client has ended it.
+            BufferClosedError: the lease has ended, or closing the client has closed it.
         """
         with self._lock:
             if holder.connection is None:
                 raise BufferClosedError("the lease has ended, or the client was closed meanwhile")
-            holder.keeper = Keeper.ARRAYS
+            holder.keeper = keeper
+            return holder.connection
 
     def end_lease(self, holder: ConnectionHolder, request: Request, consumed: bool) -> None:
         """End a lease that was kept, by a thread inside `holder`, unless it has ended."""
@@ -420,22 +408,15 @@ class Connections:
     def statistics(self, *, consumed: int = 0, failed_reads: int = 0) -> ClientStatistics:
         """The statistics of the client, with what it counts itself."""
         with self._lock:
-            counts, reads, retries = self._counts.copy(), self._reads.copy(), self._retries.copy()
+            counts, reads = self._counts.copy(), self._reads.copy()
             for connection in self._open:
                 _add_reads(connection, counts, reads)
             return ClientStatistics(
-                reads=reads.total(),
-                bytes=counts["bytes"],
+                **{name: counts[name] for name in _COUNTED},
                 reads_by_lane=dict(reads),
+                retries_by_cause=dict(self._retries),
                 failed_reads=failed_reads,
                 consumed=consumed,
-                retries=retries.total(),
-                retries_by_cause=dict(retries),
-                elsewhere=counts["elsewhere"],
-                connects=counts["connects"],
-                connections_given_up=counts["connections_given_up"],
-                acks_replayed=counts["acks_replayed"],
-                leases_ended_late=counts["leases_ended_late"],
                 open_connections=len(self._open),
                 idle_connections=len(self._pool.connections()),
                 unconfirmed_acks=sum(map(len, self._unconfirmed.values())),
@@ -471,14 +452,14 @@ class Connections:
 
     def _report(self, event: TraceEvent) -> None:
         """Count and log an event, and pass it to the trace."""
-        if isinstance(event, Connect):
+        if isinstance(event, events.Connect):
             self._count("connects")
-        elif isinstance(event, FailedAttempt):
+        elif isinstance(event, events.FailedAttempt):
             self._report_failure(event)
         if self._trace is not None:
             self._trace(event)
 
-    def _report_failure(self, event: FailedAttempt) -> None:
+    def _report_failure(self, event: events.FailedAttempt) -> None:
         lane, following = parse_endpoint(event.endpoint).lane, event.following or "none"
         if is_elsewhere(event.error):
             self._count("elsewhere")
@@ -487,6 +468,7 @@ class Connections:
         with self._lock:
             dropped = is_unusable(event.error) and lane not in self._lanes
             if event.following is not None and not dropped:
+                self._counts["retries"] += 1
                 self._retries[RETRY_CAUSES[type(event.error)]] += 1
             warned = lane.name if dropped else event.endpoint
             known = warned in self._warned
@@ -543,16 +525,16 @@ class Connections:
             self._open[connection] = holder.worker
             holder.connection = connection
         now = self._clock.now()
-        self._report(Connect(now, endpoint, now - began, VERSION, id(connection)))
+        self._report(events.Connect(now, endpoint, now - began, VERSION, id(connection)))
         return connection
 
     def _give_up_idle(self) -> bool:
         """Close the idle connections and free workers to make room for another one; whether there were any."""
         with self._lock:
             connections, workers = self._drain()
+            self._counts["connections_given_up"] += len(connections)
         self._close_unused()
         if connections or workers:
-            self._count("connections_given_up", len(connections))
             logger.debug("closed %d idle connections to free descriptors for another one", len(connections))
         return bool(connections or workers)
 
@@ -613,7 +595,7 @@ class Connections:
             del self._open[connection]
             _add_reads(connection, self._counts, self._reads)
         error, connection.failure = connection.failure, None  # its frames may keep memory of payloads
-        self._report(Discard(self._clock.now(), connection.endpoint, error, id(connection)))
+        self._report(events.Discard(self._clock.now(), connection.endpoint, error, id(connection)))
 
     def _close_idle(self) -> None:
         """Close what no thread uses, each connection after its ACKs are confirmed."""
@@ -677,7 +659,7 @@ class Connections:
         holder: ConnectionHolder = Holder()
         with holder.inside:
             try:
-                self.checkout(holder, endpoint, producer, deadline)
+                self.checkout(holder, endpoint, producer, deadline, began=self._clock.now())
                 self.checkin(holder)
             except DrayError as error:
                 self.discard(holder, error)
@@ -701,8 +683,12 @@ class KeptLease:
         self._holder = holder
 
     def hand_out(self) -> None:
-        """See `Connections.hand_out`."""
-        self._connections.hand_out(self._holder)
+        """From now on arrays in the slot keep the connection.
+
+        Raises:
+            BufferClosedError: the lease has ended, or closing the client has ended it.
+        """
+        self._connections.resume(self._holder, Keeper.ARRAYS)
 
     def end(self, consumed: bool) -> None:
         """End it, unless it has ended."""
@@ -716,5 +702,6 @@ class KeptLease:
 def _add_reads(connection: Connection, counts: Counter[str], reads: Counter[str]) -> None:
     """Add the payloads that were handed out over a connection."""
     if connection.reads:
-        reads[connection.lane.name] += connection.reads
+        counts["reads"] += connection.reads
         counts["bytes"] += connection.read_bytes
+        reads[connection.lane.name] += connection.reads
