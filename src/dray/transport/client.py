@@ -27,9 +27,9 @@ from dray.protocol.handshake import MAX_READERS, check_secret
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.attempts import MAX_ATTEMPTS, QUARANTINE_SECONDS
+from dray.transport.client_statistics import ClientStatistics
 from dray.transport.connection import Connection, Held
 from dray.transport.connections import (
-    ClientStatistics,
     ConnectionHolder,
     Connections,
     KeptLease,

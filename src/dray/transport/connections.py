@@ -10,23 +10,16 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from dray.clock import Clock, Deadline
 from dray.errors import (
     BufferClosedError,
-    ConnectionClosed,
-    ConnectionReset,
     DrayError,
-    MessageTruncated,
     OutOfResources,
     ProducerLostError,
-    ServerBusy,
     TransportError,
-    TransportTimeout,
     Unreachable,
 )
 from dray.protocol import PayloadRef
@@ -39,22 +32,19 @@ from dray.transport.attempts import (
     OtherProducerError,
     Quarantine,
     by_lane,
-    is_elsewhere,
     is_unusable,
 )
+from dray.transport.client_statistics import ClientStatistics, Recorder
 from dray.transport.connection import Connection
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Lane, Network, Worker
 from dray.transport.pool import ConnectionPool, Holder, Keeper, held
-from dray.transport.trace import Trace, TraceEvent
+from dray.transport.trace import Trace
 
 logger = logging.getLogger("dray.client")
 
 MAX_PRODUCERS = 256
 """Producers of which a client remembers ACKs that may be lost; most that it does not reach again are dead."""
-
-MAX_WARNED = 1024
-"""Endpoints whose first failure is remembered, so that only the first is a warning."""
 
 _REPLAY_SECONDS = 1.0
 """How long `close` tries to confirm ACKs."""
@@ -65,65 +55,7 @@ _LEASE_END_SECONDS = 1.0
 _SURELY_OPEN_SECONDS = 0.05
 """A connection used this recently is used without a check whether the server has closed it."""
 
-RETRY_CAUSES: dict[type[DrayError], str] = {
-    TransportTimeout: "timeout",
-    ConnectionReset: "reset",
-    ConnectionClosed: "closed",
-    MessageTruncated: "truncated",
-    Unreachable: "unreachable",
-    OutOfResources: "out_of_resources",
-    ServerBusy: "busy",
-    OtherProducerError: "other_producer",
-}
-"""What a retry is counted as, by the error before it."""
-
-_COUNTED = (
-    "reads", "bytes", "retries", "elsewhere", "connects", "connections_given_up", "acks_replayed",
-    "leases_ended_late",
-)  # fmt: skip
-"""The figures of `ClientStatistics` that are counted here under the same name."""
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ClientStatistics:
-    """The counters of a `PayloadClient`, which only grow, and its state now.
-
-    Attributes:
-        reads, bytes: payloads that were handed out, and their size.
-        reads_by_lane: the payloads by the name of the lane they came over.
-        failed_reads: references of batches that could not be read.
-        consumed: payloads that `consume` has freed.
-        retries: attempts after a failed one.
-        retries_by_cause: the same by how the attempt before failed: ``timeout``, ``reset``, ``closed``,
-            ``truncated``, ``unreachable``, ``out_of_resources``, ``busy`` or ``other_producer``.
-        elsewhere: endpoints that were skipped because they do not exist on this host.
-        connects: connections that were opened.
-        connections_given_up: idle connections that were closed to free descriptors for another one.
-        acks_replayed: acknowledgements that were sent again because their connection had failed.
-        leases_ended_late: leases whose end could not be sent; they end with their connection.
-        open_connections, idle_connections: connections now, and how many of them no call uses.
-        unconfirmed_acks: acknowledgements of closed connections that are still to be sent again.
-        quarantined: the endpoints in quarantine now.
-    """
-
-    reads: int
-    bytes: int
-    reads_by_lane: Mapping[str, int]
-    failed_reads: int
-    consumed: int
-    retries: int
-    retries_by_cause: Mapping[str, int]
-    elsewhere: int
-    connects: int
-    connections_given_up: int
-    acks_replayed: int
-    leases_ended_late: int
-    open_connections: int
-    idle_connections: int
-    unconfirmed_acks: int
-    quarantined: tuple[str, ...]
 
 
 ConnectionHolder: TypeAlias = Holder[Connection, Worker]
@@ -172,6 +104,7 @@ class Connections:
         self._attempts = attempts
         self._trace = trace
         self._options = options
+        self._recorder = Recorder(trace)
         self._latencies = Latencies()
         self._rotation = itertools.count()
         self._closer = threading.RLock()  # held by the thread that closes unused connections
@@ -183,10 +116,6 @@ class Connections:
         self._workers: dict[Worker, bool] = {}  # whether it is closed once it is free
         self._holders: set[ConnectionHolder] = set()
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
-        self._counts: Counter[str] = Counter()
-        self._reads: Counter[str] = Counter()  # over connections that are closed, by lane
-        self._retries: Counter[str] = Counter()
-        self._warned: dict[str, None] = {}  # endpoints and lanes that a warning has named
         self._closing = False
         self._closed = False
 
@@ -278,7 +207,7 @@ class Connections:
             if is_unusable(error) and final is not error:
                 lane = parse_endpoint(endpoint).lane
                 self._lanes = tuple(each for each in self._lanes if each != lane)
-        self._report(events.FailedAttempt(now, endpoint, error, quarantine, following))
+        self._recorder.report(events.FailedAttempt(now, endpoint, error, quarantine, following))
         if final is error:
             raise error
         if final is not None:
@@ -334,6 +263,8 @@ class Connections:
             self.discard(holder)
             return
         now = self._clock.now()
+        if self._trace is not None:  # before another thread can use it
+            self._trace(events.Checkin(now, connection.endpoint, id(connection)))
         with self._lock:
             kept = self._pool.checkin(connection.endpoint, connection, holder.worker, now)
             holder.clear()
@@ -341,8 +272,6 @@ class Connections:
             closed = self._closed
         if not kept:
             self._close_unused()
-        elif self._trace is not None:
-            self._trace(events.Checkin(now, connection.endpoint, id(connection)))
         if closed:
             self._close_idle()
 
@@ -397,7 +326,7 @@ class Connections:
         except (TransportError, BufferClosedError) as error:
             # The lease ends with the connection; the producer may be gone altogether.
             logger.debug("the end of a lease could not be sent to %s: %s", connection.endpoint, error)
-            self._count("leases_ended_late")
+            self._recorder.count("leases_ended_late")
             self.discard(holder, error)
         except BaseException:
             self.discard(holder)
@@ -408,16 +337,10 @@ class Connections:
     def statistics(self, *, consumed: int = 0, failed_reads: int = 0) -> ClientStatistics:
         """The statistics of the client, with what it counts itself."""
         with self._lock:
-            counts, reads = self._counts.copy(), self._reads.copy()
-            for connection in self._open:
-                _add_reads(connection, counts, reads)
-            return ClientStatistics(
-                **{name: counts[name] for name in _COUNTED},
-                reads_by_lane=dict(reads),
-                retries_by_cause=dict(self._retries),
-                failed_reads=failed_reads,
+            return self._recorder.statistics(
+                self._open,
                 consumed=consumed,
-                open_connections=len(self._open),
+                failed_reads=failed_reads,
                 idle_connections=len(self._pool.connections()),
                 unconfirmed_acks=sum(map(len, self._unconfirmed.values())),
                 quarantined=self._quarantine.endpoints(self._clock.now()),
@@ -438,7 +361,11 @@ class Connections:
                 in_use = list(self._open)
             for connection in in_use:
                 self._remember_acks(connection)
-            self._replay_all_acks()
+            deadline = Deadline.after(_REPLAY_SECONDS, self._clock)
+            with self._lock:
+                lost = [(where, each) for each, acks in self._unconfirmed.items() for where in acks.values()]
+            for endpoint, producer in dict.fromkeys(lost):
+                self._replay_at(endpoint, producer, deadline)
         with self._lock:
             self._closed = True
         self._network.close()
@@ -449,48 +376,6 @@ class Connections:
             idle = len(self._pool.connections())
             state = "closed, " if self._closed else "closing, " if self._closing else ""
             return f"<Connections: {state}{len(self._open) - idle} in use, {idle} idle>"
-
-    def _report(self, event: TraceEvent) -> None:
-        """Count and log an event, and pass it to the trace."""
-        if isinstance(event, events.Connect):
-            self._count("connects")
-        elif isinstance(event, events.FailedAttempt):
-            self._report_failure(event)
-        if self._trace is not None:
-            self._trace(event)
-
-    def _report_failure(self, event: events.FailedAttempt) -> None:
-        lane, following = parse_endpoint(event.endpoint).lane, event.following or "none"
-        if is_elsewhere(event.error):
-            self._count("elsewhere")
-            logger.debug("%s does not exist on this host; next attempt: %s", event.endpoint, following)
-            return
-        with self._lock:
-            dropped = is_unusable(event.error) and lane not in self._lanes
-            if event.following is not None and not dropped:
-                self._counts["retries"] += 1
-                self._retries[RETRY_CAUSES[type(event.error)]] += 1
-            warned = lane.name if dropped else event.endpoint
-            known = warned in self._warned
-            self._warned[warned] = None
-            while len(self._warned) > MAX_WARNED:
-                del self._warned[next(iter(self._warned))]
-        if dropped and not known:
-            logger.warning("this client does not use the %s lane any more: %s", lane.name, event.error.message)
-        elif not dropped:
-            logger.log(
-                logging.DEBUG if known else logging.WARNING,
-                "attempt at %s failed: %s: %s; quarantine: %g s; next attempt: %s",
-                event.endpoint,
-                type(event.error).__name__,
-                str(event.error),  # not the error, whose frames a kept record would keep
-                event.quarantine,
-                following,
-            )
-
-    def _count(self, name: str, amount: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += amount
 
     def _connect(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
         began = self._clock.now()
@@ -525,16 +410,16 @@ class Connections:
             self._open[connection] = holder.worker
             holder.connection = connection
         now = self._clock.now()
-        self._report(events.Connect(now, endpoint, now - began, VERSION, id(connection)))
+        self._recorder.report(events.Connect(now, endpoint, now - began, VERSION, id(connection)))
         return connection
 
     def _give_up_idle(self) -> bool:
         """Close the idle connections and free workers to make room for another one; whether there were any."""
         with self._lock:
             connections, workers = self._drain()
-            self._counts["connections_given_up"] += len(connections)
         self._close_unused()
         if connections or workers:
+            self._recorder.count("connections_given_up", len(connections))
             logger.debug("closed %d idle connections to free descriptors for another one", len(connections))
         return bool(connections or workers)
 
@@ -548,20 +433,18 @@ class Connections:
             self._workers[worker] = True
         return self._pool.drain(busy), workers
 
-    def _busy(self) -> set[Worker]:
+    def _unused(self) -> tuple[list[Connection], set[Worker]]:
+        """The connections that are neither idle nor held, and the workers that are held. With the lock."""
+        used, workers = held(self._holders, self._closing)
+        used |= self._pool.connections()
+        return [connection for connection in self._open if connection not in used], workers
+
+    def _busy(self) -> set[Worker | None]:
         """The workers that are held, or have a connection that is to be closed. With the lock."""
         if not self._workers:
             return set()
-        _, workers = held(self._holders, self._closing)
-        return workers | {
-            worker for connection in self._unused() if (worker := self._open[connection]) is not None
-        }
-
-    def _unused(self) -> list[Connection]:
-        """The connections that are neither idle nor held. With the lock."""
-        connections, _ = held(self._holders, self._closing)
-        connections |= self._pool.connections()
-        return [connection for connection in self._open if connection not in connections]
+        unused, workers = self._unused()
+        return {*workers, *map(self._open.__getitem__, unused)}
 
     def _close_unused(self) -> None:
         """Close unused connections and retired workers; those of a worker that is held, later."""
@@ -569,7 +452,7 @@ class Connections:
             while (connection := self._next_unused()) is not None:
                 self._close(connection)
             with self._lock:
-                _, in_use = held(self._holders, self._closing)
+                _, in_use = self._unused()
                 workers = [worker for worker, retired in self._workers.items() if retired and worker not in in_use]
             for worker in workers:
                 worker.close()
@@ -581,11 +464,8 @@ class Connections:
             for holder in [each for each in self._holders if not each.holds(self._closing)]:
                 holder.clear()
                 self._holders.discard(holder)
-            _, in_use = held(self._holders, self._closing)
-            for connection in self._unused():
-                if (worker := self._open[connection]) is None or worker not in in_use:
-                    return connection
-            return None
+            unused, in_use = self._unused()
+            return next((each for each in unused if self._open[each] not in in_use), None)
 
     def _close(self, connection: Connection) -> None:
         """Close a connection; what it counted stays, and the ACKs that may be lost with it."""
@@ -593,9 +473,9 @@ class Connections:
         connection.close()
         with self._lock:
             del self._open[connection]
-            _add_reads(connection, self._counts, self._reads)
+            self._recorder.add_reads(connection)
         error, connection.failure = connection.failure, None  # its frames may keep memory of payloads
-        self._report(events.Discard(self._clock.now(), connection.endpoint, error, id(connection)))
+        self._recorder.report(events.Discard(self._clock.now(), connection.endpoint, error, id(connection)))
 
     def _close_idle(self) -> None:
         """Close what no thread uses, each connection after its ACKs are confirmed."""
@@ -640,19 +520,10 @@ class Connections:
                 left.pop(sent, None)
             if not left:
                 self._unconfirmed.pop(producer, None)
-        self._count("acks_replayed", len(lost))
-
-    def _replay_all_acks(self) -> None:
-        """Send every ACK again that may be lost, where its connection led to, if that can be reached."""
-        deadline = Deadline.after(_REPLAY_SECONDS, self._clock)
-        with self._lock:
-            lost = [
-                (endpoint, producer) for producer, acks in self._unconfirmed.items() for endpoint in acks.values()
-            ]
-        for endpoint, producer in dict.fromkeys(lost):
-            self._replay_at(endpoint, producer, deadline)
+        self._recorder.count("acks_replayed", len(lost))
 
     def _replay_at(self, endpoint: str, producer: bytes, deadline: Deadline) -> None:
+        """Send a producer's ACKs again that may be lost, over this endpoint, if it can be reached."""
         with self._lock:
             if producer not in self._unconfirmed:
                 return
@@ -697,11 +568,3 @@ class KeptLease:
     def drop(self) -> None:
         """Close its connection, unless it has ended: the server returns the lease."""
         self._connections.discard(self._holder)
-
-
-def _add_reads(connection: Connection, counts: Counter[str], reads: Counter[str]) -> None:
-    """Add the payloads that were handed out over a connection."""
-    if connection.reads:
-        counts["reads"] += connection.reads
-        counts["bytes"] += connection.read_bytes
-        reads[connection.lane.name] += connection.reads

@@ -13,7 +13,7 @@ from dray.errors import TransportError
 from dray.prefetch import batch, freeing, reader, threads
 from dray.protocol.frames import Status
 from dray.ring import RingStatistics, slot_state
-from dray.transport import attempts, connections, pool
+from dray.transport import attempts, client_statistics, pool
 from dray.ucxx import UCXXBufferConfig, UCXXConfig, completion_reader
 
 ROOT = Path(__file__).parents[3]
@@ -167,7 +167,7 @@ def tallied() -> set[str]:
 
 def test_retries_after_every_transport_error_have_a_counter() -> None:
     data_plane = {each for each in TransportError.__subclasses__() if each.__module__.startswith("dray.")}
-    assert set(connections.RETRY_CAUSES) == data_plane
+    assert set(client_statistics.RETRY_CAUSES) == data_plane
 
 
 def test_every_counter_is_explained() -> None:
@@ -179,7 +179,7 @@ def test_every_counter_is_explained() -> None:
     counted: dict[str, set[str]] = {"Server": {s.name.lower() for s in Status} - {"ok"}, "Client": set()}
     counted["Server"] |= tallied()
     counted["Ring"] = {field.name for field in dataclasses.fields(RingStatistics)}
-    counted["Client"] = {field.name for field in dataclasses.fields(connections.ClientStatistics)}
+    counted["Client"] = {field.name for field in dataclasses.fields(client_statistics.ClientStatistics)}
     counted["Batches"] = {"reading", "to_free"}
     counted["Episodes"] = {"skipped_stale", "skipped_lost", "skipped_transport", "skipped_other"}
     of = {"prefetch": "Batches", "ucxx": "Episodes", "protocol": "Server"}
