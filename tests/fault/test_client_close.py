@@ -37,7 +37,7 @@ def silent(lane: str, folder: Path) -> tuple[socket.socket, str]:
 
 @pytest.mark.parametrize("lane", ["tcp", "shm"])
 @pytest.mark.parametrize("many", [False, True])
-def test_c9_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_path: Path) -> None:
+def test_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_path: Path) -> None:
     listener, endpoint = silent(lane, tmp_path)
     with listener:
         ref = PayloadRef(b"p" * 16, 0, 0, 10, (endpoint,))
@@ -121,7 +121,7 @@ HELLO_PROOF_READ = HELLO_PROOF + 64
 EVERYTHING = 1 << 30
 
 
-def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
+def test_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
     with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
@@ -146,7 +146,7 @@ def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_wh
             assert ring.statistics().ready == 1
 
 
-def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> None:
+def test_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> None:
     with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with PayloadClient(lane="tcp", quarantine_seconds=0.001) as client:
@@ -164,7 +164,7 @@ def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> No
                 client.close()
 
 
-def test_w13_a_client_that_closes_repeats_what_another_thread_was_about_to() -> None:
+def test_a_client_that_closes_repeats_what_another_thread_was_about_to() -> None:
     with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:

@@ -40,7 +40,7 @@ def network() -> FailingNetwork:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_w13_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
+def test_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
     lane: Any, network: FailingNetwork, inline: bool
 ) -> None:
     """A copy from a slot (shm) cannot be trusted then, and is made again on another connection."""
@@ -59,7 +59,7 @@ def test_w13_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
         assert ring_of(server).statistics().consumed == 2
 
 
-def test_w13_an_ack_whose_repetition_fails_too_is_repeated_again(network: FailingNetwork) -> None:
+def test_an_ack_whose_repetition_fails_too_is_repeated_again(network: FailingNetwork) -> None:
     with serving("tcp") as server, PayloadClient(lane="tcp", network=network) as client:
         ref, other = server.put_bytes(b"payload"), server.put_bytes(b"other")
         network.left[Kind.ACK] = 1
@@ -70,7 +70,7 @@ def test_w13_an_ack_whose_repetition_fails_too_is_repeated_again(network: Failin
         assert client.statistics().acks_replayed == 1
 
 
-def test_w13_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(network: FailingNetwork) -> None:
+def test_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(network: FailingNetwork) -> None:
     with PayloadClient(lane="tcp", network=network) as client:
         with serving("tcp") as server:
             ref = server.put_bytes(b"payload")
@@ -86,7 +86,7 @@ def test_w13_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(ne
         assert client.statistics().unconfirmed_acks == 0
 
 
-def test_w13_acks_to_producers_that_are_gone_do_not_add_up(
+def test_acks_to_producers_that_are_gone_do_not_add_up(
     network: FailingNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dray.transport.connections.MAX_PRODUCERS", 2)

@@ -1,4 +1,4 @@
-"""W6, W8: the windows of time after which an endpoint is tried again, and a connection replaced."""
+"""The times after which an endpoint is tried again, and a connection replaced."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ SLACK = 1.0
 
 
 class WedgingRing(SharedRingBuffer):
-    """A ring in which the first server thread gets stuck with the next READ, for as long as `wedged` is set."""
+    """A ring in which the first server thread gets stuck with the next READ, while `wedged` is set."""
 
     def __init__(self) -> None:
         super().__init__(8, 1000)
@@ -33,7 +33,7 @@ class WedgingRing(SharedRingBuffer):
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_answers(lane: Any) -> None:
+def test_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_answers(lane: Any) -> None:
     with (
         WedgingRing() as ring,
         PayloadServer(ring, lane=lane, threads=2) as server,
@@ -71,7 +71,7 @@ def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_w6_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any) -> None:
+def test_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any) -> None:
     with (
         SharedRingBuffer(2, 1000) as ring,
         PayloadServer(ring, lane=lane, threads=2, idle_timeout=1.0) as server,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -144,8 +145,10 @@ def _results(options: argparse.Namespace) -> Iterator[tuple[int, list[Failure], 
     if options.jobs == 1:
         yield from map(run_seeds, chunks)
         return
+    # By its own name: a new process does not import the module that this one runs as `__main__`.
+    run = importlib.import_module("simulation.__main__").run_seeds
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        yield from pool.imap_unordered(run_seeds, chunks)
+        yield from pool.imap_unordered(run, chunks)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,7 @@ class Quarantine:
 
     Only the former are in quarantine; the latter belong to another host, where they may be healthy. An endpoint
     that fails again after its quarantine, without an answer in between, is skipped for twice as long, up to 16
-    times the first term. Readable from any thread, as each step is one of a dict's; `fail` needs the lock of its
-    owner.
+    times the first term. Each step is one of a dict's, so any thread may read; `fail` needs its owner's lock.
     """
 
     def __init__(self, seconds: float = QUARANTINE_SECONDS) -> None:
@@ -172,10 +171,8 @@ def by_lane(endpoints: tuple[str, ...], lanes: tuple[Lane, ...]) -> tuple[tuple[
 class Failure(NamedTuple):
     """What follows a failed attempt.
 
-    Attributes:
-        final: the error that the request ends with; None if another attempt follows.
-        following: the endpoint of the next attempt; None if there is none.
-        quarantine: seconds for which the endpoint is skipped.
+    It is the `final` error of the request, or the endpoint of the `following` attempt. The failed endpoint is
+    skipped for `quarantine` seconds.
     """
 
     final: DrayError | None

@@ -483,9 +483,9 @@ class Connections:
         with holder.inside:
             with self._lock:
                 self._holders.add(holder)
-                holder.drained, _ = self._drain()
+                holder.drained = self._drain()
             deadline = Deadline.after(_REPLAY_SECONDS, self._clock)
-            for connection in holder.drained:
+            for connection in holder.drained[0]:
                 with contextlib.suppress(DrayError):
                     connection.confirm(deadline)
             with self._lock:

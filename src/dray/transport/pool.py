@@ -17,6 +17,8 @@ MAX_IDLE = 2
 IDLE_SECONDS = 100.0
 """A connection that was idle for longer is replaced; the server closes it after 120 s."""
 
+_NOTHING: tuple[tuple[()], tuple[()]] = (), ()
+
 C = TypeVar("C")
 W = TypeVar("W")
 
@@ -46,7 +48,7 @@ class Holder(Generic[C, W]):
         inside: held by the thread that uses the connection.
         connection, worker: what it uses.
         keeper: what keeps them when no thread is inside.
-        drained: connections out of the pool that are about to be closed.
+        drained: connections out of the pool, and workers, that are about to be closed.
     """
 
     __slots__ = ("connection", "drained", "inside", "keeper", "worker")
@@ -56,7 +58,7 @@ class Holder(Generic[C, W]):
         self.connection: C | None = None
         self.worker: W | None = None
         self.keeper = Keeper.NONE
-        self.drained: Collection[C] = ()
+        self.drained: tuple[Collection[C], Collection[W]] = _NOTHING
 
     def holds(self, closing: bool) -> bool:
         """Other threads must not close what it has."""
@@ -66,7 +68,7 @@ class Holder(Generic[C, W]):
         """Hold nothing."""
         self.connection = self.worker = None
         self.keeper = Keeper.NONE
-        self.drained = ()
+        self.drained = _NOTHING
 
 
 class Idle(NamedTuple, Generic[C, W]):
@@ -161,5 +163,6 @@ def held(holders: Iterable[Holder[C, W]], closing: bool) -> tuple[set[C], set[W]
                 connections.add(holder.connection)
             if holder.worker is not None:
                 workers.add(holder.worker)
-            connections.update(holder.drained)
+            connections.update(holder.drained[0])
+            workers.update(holder.drained[1])
     return connections, workers

@@ -102,11 +102,11 @@ def test_a_holder_keeps_its_connection_while_a_thread_is_inside_or_as_its_keeper
     keeper: Keeper, closing: bool
 ) -> None:
     holder: Holder[str, str] = Holder()
-    holder.connection, holder.worker, holder.drained = "c", "w", ["d"]
+    holder.connection, holder.worker, holder.drained = "c", "w", (["d"], ["v"])
     holder.keeper = keeper
     assert holder.holds(closing) is KEEPS[keeper][closing]
-    assert held([holder], closing) == (({"c", "d"}, {"w"}) if KEEPS[keeper][closing] else (set(), set()))
+    assert held([holder], closing) == (({"c", "d"}, {"w", "v"}) if KEEPS[keeper][closing] else (set(), set()))
     with holder.inside:
-        assert held([holder], closing) == ({"c", "d"}, {"w"})
+        assert held([holder], closing) == ({"c", "d"}, {"w", "v"})
     holder.clear()
     assert held([holder], closing) == (set(), set())
