@@ -229,7 +229,6 @@ class Connections:
                     expired = False
                 else:
                     expired = pool.expire(endpoint, now)
-                replays = producer in self._unconfirmed
             if found is None:
                 if expired:
                     self._close_unused()
@@ -251,7 +250,7 @@ class Connections:
                     continue
             if self._trace is not None:
                 self._trace(events.Checkout(self._clock.now(), endpoint, idle, id(connection)))
-            if replays:
+            if producer in self._unconfirmed:  # without the lock: one step of a dict, and checked again with it
                 self._replay_acks(connection, deadline)
             connection.asked_since(began)
             return connection
