@@ -114,6 +114,7 @@ class Connections:
         self._pool: ConnectionPool[Connection, Worker] = ConnectionPool(max_idle, idle_seconds)
         self._open: dict[Connection, Worker | None] = {}
         self._workers: dict[Worker, bool] = {}  # whether it is closed once it is free
+        self._blocked: set[Worker] = set()  # workers that have a connection to close
         self._holders: set[ConnectionHolder] = set()
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
         self._closing = False
@@ -278,6 +279,8 @@ class Connections:
         """Close the holder's connection, if any; ACKs that may be lost with it are remembered."""
         with self._lock:
             connection, worker = holder.connection, holder.worker
+            if worker is not None:
+                self._blocked.add(worker)
             holder.clear()
             self._holders.discard(holder)
             closed = self._closed
@@ -438,12 +441,11 @@ class Connections:
         used |= self._pool.connections()
         return [connection for connection in self._open if connection not in used], workers
 
-    def _busy(self) -> set[Worker | None]:
-        """The workers that are held, or have a connection that is to be closed. With the lock."""
+    def _busy(self) -> set[Worker]:
+        """The workers that are held, or have a connection that is about to be closed. With the lock."""
         if not self._workers:
             return set()
-        unused, workers = self._unused()
-        return {*workers, *map(self._open.__getitem__, unused)}
+        return held(self._holders, self._closing)[1] | self._blocked
 
     def _close_unused(self) -> None:
         """Close unused connections and retired workers; those of a worker that is held, later."""
@@ -464,6 +466,7 @@ class Connections:
                 holder.clear()
                 self._holders.discard(holder)
             unused, in_use = self._unused()
+            self._blocked = {worker for each in unused if (worker := self._open[each]) is not None}
             return next((each for each in unused if self._open[each] not in in_use), None)
 
     def _close(self, connection: Connection) -> None:

@@ -98,7 +98,7 @@ class ConnectionPool(Generic[C, W]):
             return idle.pop()
         return None
 
-    def checkout(self, endpoint: str, busy: Collection[W | None]) -> Idle[C, W] | None:
+    def checkout(self, endpoint: str, busy: Collection[W]) -> Idle[C, W] | None:
         """The connection used last whose worker is not busy; call `expire` before."""
         idle = self._idle.get(endpoint, [])
         for index in reversed(range(len(idle))):
@@ -133,7 +133,7 @@ class ConnectionPool(Generic[C, W]):
             found |= len(kept) < len(idle)
         return found
 
-    def drain(self, busy: Collection[W | None]) -> list[C]:
+    def drain(self, busy: Collection[W]) -> list[C]:
         """Give up all connections whose worker is not busy."""
         given_up = []
         for endpoint, idle in list(self._idle.items()):
