@@ -225,14 +225,13 @@ class Connections:
             with self._lock:
                 self._holders.add(holder)
                 found = pool.at_hand(endpoint, now)
+                expired = found is None and pool.expire(endpoint, now)
+                if found is None and not expired:
+                    found = pool.checkout(endpoint, self._busy())
                 if found is not None:
-                    holder.connection, _, since = found
-                    expired = False
-                else:
-                    expired = pool.expire(endpoint, now)
-            if found is None:
-                if expired:
-                    self._close_unused()
+                    holder.connection, holder.worker, since = found
+            if expired:
+                self._close_unused()
                 with self._lock:
                     found = pool.checkout(endpoint, self._busy())
                     if found is not None:

@@ -122,16 +122,17 @@ class ConnectionPool(Generic[C, W]):
         Once in `idle_seconds` this is done for all endpoints, as some of them are never asked for again.
         """
         sweep = now >= self._next_sweep
-        if sweep:
+        if not sweep:
+            idle = self._idle.get(endpoint)
+            if not idle or now - idle[0][2] < self._idle_seconds:  # the first is the oldest
+                return False
+        else:
             self._next_sweep = now + self._idle_seconds
-        found = sweep
         for each in list(self._idle) if sweep else [endpoint]:
-            idle = self._idle.pop(each, [])
-            kept = [entry for entry in idle if now - entry.since < self._idle_seconds]
+            kept = [entry for entry in self._idle.pop(each) if now - entry.since < self._idle_seconds]
             if kept:
                 self._idle[each] = kept
-            found |= len(kept) < len(idle)
-        return found
+        return True
 
     def drain(self, busy: Collection[W]) -> list[C]:
         """Give up all connections whose worker is not busy."""
