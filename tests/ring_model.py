@@ -29,7 +29,8 @@ from dray.protocol.frames import Kind
 from dray.ring import Lease, Segment, SharedRingBuffer, SlotState, SlotWriter
 from dray.ring.layout import HAS_CHECKSUM, SLOT_HEADER
 from dray.transport.connection import Held
-from dray.transport.leases import Graveyard, InPlaceLease
+from dray.transport.lease_reaper import LeaseReaper
+from dray.transport.leases import InPlaceLease
 from dray.transport.receive_buffers import ReceiveBuffers
 
 Pick = Callable[[int, int], int]
@@ -197,7 +198,7 @@ class RingAndModel:
         self.slots = max(slots, 2) if retain == "newest" else slots
         self.laps = 0
         self.clock = ManualClock()
-        self.graveyard = Graveyard()
+        self.reaper = LeaseReaper()
         self._start()
 
     def _start(self) -> None:
@@ -517,7 +518,7 @@ class RingAndModel:
         root = np.frombuffer(self.attached.view[lease.offset : lease.offset + lease.nbytes], np.uint8)
         request = Request(Kind.READ, 0, slot, sequence, reader)
         kept = KeptInRing(self.ring, lease, request, ended)
-        block = InPlaceLease(Held(request, root, True, ReceiveBuffers()), kept, self.graveyard)
+        block = InPlaceLease(Held(request, root, True, ReceiveBuffers()), kept, self.reaper)
         del root
         arrays = block.__enter__()
         self.in_blocks.append(InPlace(lease, block, arrays, arrays["x"].tobytes(), ended))
@@ -643,7 +644,7 @@ class RingAndModel:
     def end(self) -> None:
         """Close everything, with checks."""
         self.finish()
-        self.graveyard.close()
+        self.reaper.close()
 
     # --- invariants ----------------------------------------------------------------------------------------------
 

@@ -7,18 +7,22 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from waiting import wait_until
 
+from dray.clock import Deadline
+from dray.errors import TransportError
 from dray.protocol import PayloadRef
+from dray.protocol.frames import FRAME_BYTES
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 from dray.transport.lanes import parse_endpoint
-from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes.base import Endpoint, Network, Stream, Worker
+from dray.transport.polling import CloseEvent
 
 LANES = ("shm", "tcp", "ucx")
 SIZES = (0, 1, 63, 4096, 65_537, 1 << 20, (16 << 20) + 3, 64 << 20)
@@ -58,6 +62,51 @@ def endpoint_of(server: PayloadServer, lane: str) -> Endpoint:
 def counted(server: PayloadServer, name: str) -> int:
     """One of the server's counters."""
     return int(getattr(server.statistics().counters, name))
+
+
+class WatchedStream:
+    """A client's stream whose messages a test sees before they are sent."""
+
+    def __init__(self, stream: Stream, on_send: Callable[[Stream, Sequence[Any]], bool]) -> None:
+        self._stream = stream
+        self._on_send = on_send
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def send(self, items: Sequence[Any], descriptor: int | None = None) -> bool:
+        return self._on_send(self._stream, items) or self._stream.send(items, descriptor)
+
+
+class WatchedNetwork(Network):
+    """The network of this machine.
+
+    Args:
+        on_send: called before each message of a client; it may raise, and True loses the message.
+
+    Attributes:
+        streams: every stream so far.
+    """
+
+    def __init__(self, on_send: Callable[[Stream, Sequence[Any]], bool] = lambda stream, items: False) -> None:
+        super().__init__(CloseEvent())
+        self.streams: list[Stream] = []
+        self._on_send = on_send
+
+    def connect(self, address: Endpoint, deadline: Deadline, worker: Worker | None) -> Stream:
+        stream: Any = WatchedStream(super().connect(address, deadline, worker), self._on_send)
+        self.streams.append(stream)
+        return stream  # type: ignore[no-any-return]
+
+
+def has_ended(stream: Stream) -> bool:
+    """The peer has closed an idle connection."""
+    try:
+        stream.idle()
+        stream.receive(FRAME_BYTES)
+    except TransportError:
+        return True
+    return False
 
 
 class Child:

@@ -107,7 +107,7 @@ class IdleReaderService:
 
     def do(self, command: str, **arguments: Any) -> Reply:
         refs = [PayloadRef.from_json(text) for text in arguments["refs"]]
-        client = PayloadClient(lane=arguments["lane"], most_idle=len(refs))
+        client = PayloadClient(lane=arguments["lane"], max_idle=len(refs))
         self._opened.enter_context(client)
         with ExitStack() as held:
             # Payloads held at the same time are held on as many connections.

@@ -1,4 +1,4 @@
-"""C9, in the transport: closing a client ends what waits in other threads."""
+"""Closing a client ends what waits in other threads, and repeats ACKs that may be lost."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transport_fixtures import WatchedNetwork, has_ended
 from waiting import wait_until
 
 from dray import (
@@ -20,7 +21,6 @@ from dray import (
     SharedRingBuffer,
 )
 from dray.clock import Deadline
-from dray.transport.connection import Connection
 from dray.transport.polling import CloseEvent
 
 
@@ -37,7 +37,7 @@ def silent(lane: str, folder: Path) -> tuple[socket.socket, str]:
 
 @pytest.mark.parametrize("lane", ["tcp", "shm"])
 @pytest.mark.parametrize("many", [False, True])
-def test_c9_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_path: Path) -> None:
+def test_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_path: Path) -> None:
     listener, endpoint = silent(lane, tmp_path)
     with listener:
         ref = PayloadRef(b"p" * 16, 0, 0, 10, (endpoint,))
@@ -67,7 +67,7 @@ def test_c9_closing_a_client_ends_a_read_that_hangs(lane: Any, many: bool, tmp_p
 
 
 class Swallowing:
-    """Relays connections to a TCP port, of what each client says the first `most` bytes; the rest disappears."""
+    """Relays connections to a TCP port; of what each client sends, what follows the first `most` bytes is lost."""
 
     def __init__(self, port: int, most: int, at: int = 0) -> None:
         self._port = port
@@ -121,7 +121,7 @@ HELLO_PROOF_READ = HELLO_PROOF + 64
 EVERYTHING = 1 << 30
 
 
-def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
+def test_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_when_the_client_closes() -> None:
     with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
@@ -138,7 +138,7 @@ def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_wh
 
             reading = threading.Thread(target=read)
             reading.start()
-            wait_until(lambda: not any(client._exchanges._pool._idle.values()), "the read to begin")
+            wait_until(lambda: client.statistics().idle_connections == 0, "the read to begin")
             client.close()
             reading.join(10)
             assert len(ended) == 1
@@ -146,7 +146,7 @@ def test_w13_an_ack_lost_on_a_connection_that_another_thread_uses_is_repeated_wh
             assert ring.statistics().ready == 1
 
 
-def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> None:
+def test_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> None:
     with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with PayloadClient(lane="tcp", quarantine_seconds=0.001) as client:
@@ -164,18 +164,19 @@ def test_w13_an_ack_lost_before_its_server_restarts_is_repeated_after_it() -> No
                 client.close()
 
 
-def test_w13_a_client_that_closes_repeats_what_another_thread_was_about_to() -> None:
+def test_a_client_that_closes_repeats_what_another_thread_was_about_to() -> None:
     with SharedRingBuffer(4, 1024) as ring, PayloadServer(ring, lane=["tcp"], threads=1) as server:
         port = int(server.endpoints[0].rpartition(":")[2])
         with contextlib.closing(Swallowing(port, HELLO_PROOF_READ)) as relay:
             first, second = (
                 dataclasses.replace(server.put_bytes(b"x"), endpoints=(relay.endpoint,)) for _ in range(2)
             )
-            client = PayloadClient(lane="tcp", quarantine_seconds=0.001)
+            network = WatchedNetwork()
+            client = PayloadClient(lane="tcp", quarantine_seconds=0.001, network=network)
             assert bytes(client.read_bytes(first, timeout=10)) == b"x"
             relay.cut()
             relay.most = HELLO_PROOF
-            wait_until(lambda: not idle(client).usable(), "the end of the connection")
+            wait_until(lambda: has_ended(network.streams[0]), "the end of the connection")
 
             def read() -> None:
                 with contextlib.suppress(BufferClosedError, ConnectionError):
@@ -183,7 +184,7 @@ def test_w13_a_client_that_closes_repeats_what_another_thread_was_about_to() -> 
 
             reading = threading.Thread(target=read)
             reading.start()
-            wait_until(lambda: relay.accepted == 2 and client.statistics()["connects"] == 2, "the CONSUME to hang")
+            wait_until(lambda: relay.accepted == 2 and client.statistics().connects == 2, "the CONSUME to hang")
             relay.most = EVERYTHING
             client.close()
             reading.join(10)
@@ -192,16 +193,10 @@ def test_w13_a_client_that_closes_repeats_what_another_thread_was_about_to() -> 
             assert ring.statistics().ready == 1
 
 
-def idle(client: PayloadClient) -> Connection:
-    """The connection that a client keeps for later."""
-    ((kept,),) = client._exchanges._pool._idle.values()
-    return kept.connection
-
-
-def test_a_closed_wake_refuses_new_waits_and_may_be_closed_twice() -> None:
-    wake = CloseEvent()
-    wake.close()
-    wake.close()
+def test_a_closed_event_refuses_new_waits_and_may_be_closed_twice() -> None:
+    event = CloseEvent()
+    event.close()
+    event.close()
 
     with pytest.raises(BufferClosedError):
-        wake.wait(select.poll(), Deadline.after(10))
+        event.wait(select.poll(), Deadline.after(10))

@@ -1,4 +1,4 @@
-"""Y4: a process that has no descriptor left reads over another lane, or says which limit it has reached."""
+"""A process that has no descriptor left reads over another lane, or names the limit that it has reached."""
 
 import errno
 import pickle
@@ -8,8 +8,9 @@ import pytest
 from transport_fixtures import SERVER, Child
 
 from dray import DrayError, OutOfResources, TransportError
+from dray.clock import Deadline
 from dray.resources import check_descriptors, needing, out_of_resources
-from dray.transport.attempts import Quarantine, ReadAttempts
+from dray.transport.attempts import Attempts, Latencies, Quarantine
 
 LIMITED = """
 import resource
@@ -53,8 +54,8 @@ found = {}
 for left in (0, 1):
     with PayloadClient() as client:
         found[f"read {left}"] = attempted(left, lambda: read(client, first))
-        found[f"lanes {left}"] = {k: v for k, v in client.statistics().items() if k.startswith("reads_")}
-        found[f"quarantined {left}"] = client.statistics()["quarantined"]
+        found[f"lanes {left}"] = client.statistics().reads_by_lane
+        found[f"quarantined {left}"] = client.statistics().quarantined
 with PayloadClient(lane="shm") as client:
     found["shm alone"] = attempted(1, lambda: read(client, first))
     found["shm later"] = read(client, first)
@@ -66,8 +67,8 @@ with PayloadClient() as client:
 with PayloadClient(lane="tcp") as client:
     read(client, first)
     found["idle"] = attempted(0, lambda: read(client, second))
-    found["connects"] = client.statistics()["connects"]
-    found["given_up"] = client.statistics()["given_up"]
+    found["connects"] = client.statistics().connects
+    found["given_up"] = client.statistics().connections_given_up
 found["client"] = attempted(0, lambda: PayloadClient().close())
 say(found)
 """
@@ -102,7 +103,7 @@ def test_reads_without_descriptors_use_another_lane_or_name_the_limit(producers:
         kind, is_os_error, retryable, text = found[key]
         assert (kind, is_os_error, retryable) == ("OutOfResources", True, True)
         assert NAMED in text
-    assert (found["read 1"], found["lanes 1"]) == ("read", {"reads_tcp": 1})
+    assert (found["read 1"], found["lanes 1"]) == ("read", {"tcp": 1})
     assert found["quarantined 0"] == found["quarantined 1"] == []
     assert found["shm later"] == "read"
     assert found["read_many"] == ["OutOfResources"] * 2
@@ -122,12 +123,18 @@ def test_ring_and_server_that_find_no_descriptor_name_the_limit() -> None:
 
 def test_the_other_lanes_are_tried_without_quarantine_where_one_is_out_of_resources() -> None:
     quarantine = Quarantine()
-    attempts = ReadAttempts((("unix:/a", "unix:/b"), ("ucx:h:1",), ("tcp:h:1", "tcp:h:2")), quarantine, 0)
+    attempts = Attempts(
+        b"p" * 16,
+        (("unix:/a", "unix:/b"), ("ucx:h:1",), ("tcp:h:1", "tcp:h:2")),
+        Deadline.after(None),
+        quarantine=quarantine,
+        latencies=Latencies(),
+    )
     error = OutOfResources("no room", errno.EMFILE, "Too many open files")
     tried = []
     for _ in range(3):
         tried.append(attempts.choose(0.0))
-        last = attempts.give_up(tried[-1], error, 0.0)
+        last = attempts.fail(tried[-1], error, 0.0).final
     assert [each.partition(":")[0] for each in tried] == ["unix", "ucx", "tcp"]
     assert last is error
     assert quarantine.empty
@@ -136,7 +143,7 @@ def test_the_other_lanes_are_tried_without_quarantine_where_one_is_out_of_resour
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
 def test_each_exhausted_resource_is_the_same_error_and_survives_pickling(number: int) -> None:
     with pytest.raises(OutOfResources) as caught, needing("a socket"):
-        raise OSError(number, "told by the system")
+        raise OSError(number, "out of something")
     error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
     assert isinstance(error, TransportError)
     assert isinstance(error, OSError)

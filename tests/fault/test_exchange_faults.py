@@ -44,10 +44,12 @@ from dray.payload import PayloadSchema, TensorSpec
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Outgoing, Payload, Status, parse
 from dray.protocol.handshake import ServerHandshake, ServerIdentity
 from dray.transport.connection import Connection
-from dray.transport.lanes.base import Stream
+from dray.transport.lanes.base import Network, Stream
 from dray.transport.lanes.socket import TcpListener, UnixListener
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_worker import UcxWorker
+from dray.transport.polling import CloseEvent
+from dray.transport.receive_buffers import ReceiveBuffers
 
 BAND = ("tcp", "ucx")
 _numbers = itertools.count()
@@ -258,13 +260,13 @@ def test_c1_a_transport_failure_is_typed_quarantined_and_read_elsewhere(
                 alone.read_bytes(at(ref, bad.endpoint), timeout=0.4 if behaviour is silent else 10)
             assert not deadline.expired
             assert caught.value.retryable
-            assert alone.statistics()["quarantined"] == [bad.endpoint]
+            assert alone.statistics().quarantined == (bad.endpoint,)
         with PayloadClient(lane=lane) as client:
             for _ in range(4):
                 found = client.read_bytes(at(ref, bad.endpoint, *good.endpoints), timeout=2, consume=False)
                 assert memoryview(found) == pattern(1, NBYTES)
-            assert client.statistics()["quarantined"] == [bad.endpoint]
-            assert client.statistics()["retries"] == 1
+            assert client.statistics().quarantined == (bad.endpoint,)
+            assert client.statistics().retries == 1
 
 
 @pytest.mark.parametrize("endpoint", ["unix:/nowhere/0.sock", "tcp:127.0.0.1:1", "ucx:127.0.0.1:1"])
@@ -274,8 +276,8 @@ def test_c1_an_endpoint_that_cannot_be_reached_is_quarantined_and_read_elsewhere
         for _ in range(4):
             found = client.read_bytes(at(ref, endpoint, *good.endpoints), timeout=5, consume=False)
             assert memoryview(found) == pattern(1, NBYTES)
-        assert set(client.statistics()["quarantined"]) <= {endpoint}
-        assert client.statistics()["retries"] <= 1
+        assert set(client.statistics().quarantined) <= {endpoint}
+        assert client.statistics().retries <= 1
 
 
 def test_unix_sockets_of_another_host_are_no_failures_where_another_lane_serves(
@@ -289,8 +291,8 @@ def test_unix_sockets_of_another_host_are_no_failures_where_another_lane_serves(
         for _ in range(4):
             assert bytes(client.read_bytes(ref, timeout=10, consume=False)) == b"payload"
         statistics = client.statistics()
-        assert (statistics["reads_tcp"], statistics["elsewhere"]) == (4, 2)
-        assert (statistics["retries"], statistics["quarantined"]) == (0, [])
+        assert (statistics.reads_by_lane, statistics.elsewhere) == ({"tcp": 4}, 2)
+        assert (statistics.retries, statistics.quarantined) == (0, ())
     assert [record for record in caplog.records if record.name == "dray.client"] == []
 
 
@@ -302,8 +304,8 @@ def test_a_socket_missing_from_a_folder_of_this_host_is_a_failure() -> None:
         for _ in range(2):
             assert bytes(client.read_bytes(ref, timeout=10, consume=False)) == b"payload"
         statistics = client.statistics()
-        assert (statistics["reads_shm"], statistics["retries"], statistics["retries_unreachable"]) == (2, 1, 1)
-        assert statistics["quarantined"] == [f"unix:{socket_path}"]
+        assert (statistics.reads_by_lane, statistics.retries_by_cause) == ({"shm": 2}, {"unreachable": 1})
+        assert statistics.quarantined == (f"unix:{socket_path}",)
 
 
 @pytest.mark.parametrize(
@@ -320,13 +322,13 @@ def test_a_retry_is_counted_by_its_cause_and_says_where_why_and_what_is_next(
             for _ in range(4):  # every other one begins with the endpoint that fails
                 client.read_bytes(ref, timeout=1, consume=False)
             statistics = client.statistics()
-        assert (statistics["retries"], statistics[f"retries_{cause}"]) == (2, 2)
+        assert (statistics.retries, statistics.retries_by_cause) == (2, {cause: 2})
         said = [record for record in caplog.records if record.getMessage().startswith("attempt at")]
         assert [record.levelname for record in said] == ["WARNING", "DEBUG"]
         for record, seconds in zip(said, ("0.001", "0.002"), strict=True):
             message = record.getMessage()
             assert message.startswith(f"attempt at {bad.endpoint} failed: ")
-            assert message.endswith(f"; {seconds} s of quarantine; next: {healthy}")
+            assert message.endswith(f"; quarantine: {seconds} s; next attempt: {healthy}")
 
 
 def test_a_request_that_uses_up_all_its_time_is_not_a_retry_and_raises_its_own_error() -> None:
@@ -339,8 +341,8 @@ def test_a_request_that_uses_up_all_its_time_is_not_a_retry_and_raises_its_own_e
         with pytest.raises(TransportTimeout, match="waiting for STATUS") as caught:
             client.consume([ref], timeout=0.3)
         assert caught.value.endpoint == bad.endpoint
-        assert client.statistics()["retries"] == 0
-        assert client.statistics()["quarantined"] == [bad.endpoint]
+        assert client.statistics().retries == 0
+        assert client.statistics().quarantined == (bad.endpoint,)
 
 
 def test_c1_a_reference_without_an_endpoint_on_the_lane_is_unreachable() -> None:
@@ -356,10 +358,10 @@ def test_c3_the_second_endpoint_that_fails_is_quarantined_as_well(lane: Any) -> 
         with PayloadClient(lane=lane) as client:
             with pytest.raises(TransportError):
                 client.read_bytes(at(ref, one.endpoint, two.endpoint), timeout=2)
-            assert set(client.statistics()["quarantined"]) == {one.endpoint, two.endpoint}
+            assert set(client.statistics().quarantined) == {one.endpoint, two.endpoint}
             for _ in range(3):
                 assert client.read_bytes(three, timeout=2, consume=False).nbytes == NBYTES
-            assert (one.tried, two.tried, client.statistics()["retries"]) == (1, 1, 1)
+            assert (one.tried, two.tried, client.statistics().retries) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("name", BAND)
@@ -374,7 +376,7 @@ def test_w2_a_failure_after_status_ok_gives_no_bytes_and_leaves_the_payload(name
             client.read_bytes(at(refs[0], bad.endpoint), timeout=2)
         outcomes = client.read_many([at(ref, bad.endpoint) for ref in refs], timeout=2, return_errors=True)
         assert all(isinstance(outcome, TransportError) for _, outcome in outcomes)
-        assert client.statistics()["reads"] == 0
+        assert client.statistics().reads == 0
         for seed, ref in enumerate(refs):
             assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(seed, NBYTES)
 
@@ -486,9 +488,19 @@ def test_c4_a_payload_that_trickles_ends_with_the_deadline() -> None:
 
 @pytest.mark.parametrize("name", BAND)
 def test_c5_memory_of_a_failed_read_comes_back_and_is_written_by_nobody_else(name: Any) -> None:
-    with served(name) as good, Misbehaving(name, good, late) as bad, PayloadClient(lane=name) as client:
+    buffers = ReceiveBuffers()
+
+    class NetworkWithBuffers(Network):
+        def receive_buffers(self) -> ReceiveBuffers:
+            return buffers
+
+    network = NetworkWithBuffers(CloseEvent())
+    with (
+        served(name) as good,
+        Misbehaving(name, good, late) as bad,
+        PayloadClient(lane=name, network=network) as client,
+    ):
         ref = good.put_bytes(pattern(1, NBYTES))
-        buffers = client._exchanges._buffers
         for _ in range(3):
             with pytest.raises(TransportTimeout):
                 client.read_bytes(at(ref, bad.endpoint), timeout=0.2)
@@ -538,8 +550,8 @@ def test_w8_a_wedged_thread_is_quarantined_and_the_others_serve_every_slot(lane:
             promised = Deadline.after(1.0 + 0.5)
             assert bytes(client.read_bytes(ref, timeout=1.0)) == bytes([number])
             assert not promised.expired
-        assert client.statistics()["quarantined"] == [endpoint]
-        assert client.statistics()["retries"] == 1
+        assert client.statistics().quarantined == (endpoint,)
+        assert client.statistics().retries == 1
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
@@ -566,8 +578,8 @@ def test_wedged_thread_of_four_costs_no_more_than_what_healthy_answers_take(name
             assert {ref: bytes(read) for ref, read in results[4].items()} == {
                 ref: bytes([number]) for number, ref in enumerate(refs) if number >= 4
             }
-            assert client.statistics()["quarantined"] == [endpoint]
-            assert client.statistics()["retries_timeout"] == 1
+            assert client.statistics().quarantined == (endpoint,)
+            assert client.statistics().retries_by_cause["timeout"] == 1
 
 
 def test_each_kind_of_request_leaves_a_wedged_thread_for_another() -> None:
@@ -588,7 +600,7 @@ def test_each_kind_of_request_leaves_a_wedged_thread_for_another() -> None:
                 )
                 found = [each.result(20) for each in [threads.submit(ask) for ask in asked]]
                 assert found == [b"\0", 1, True, [b"\2", b"\3"]]
-                assert [client.statistics()["retries_timeout"] for client in clients] == [1] * 4
+                assert [client.statistics().retries_by_cause["timeout"] for client in clients] == [1] * 4
 
 
 # --- W10 --------------------------------------------------------------------------------------------------------
@@ -712,5 +724,5 @@ def test_b6_references_that_fit_no_slot_are_clean_answers_on_one_connection(lane
                 client.read_bytes(wrong, timeout=5)
             assert client.consume([wrong], timeout=5) == 0
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
-        assert client.statistics()["connects"] == 1
-        assert client.statistics()["quarantined"] == []
+        assert client.statistics().connects == 1
+        assert client.statistics().quarantined == ()

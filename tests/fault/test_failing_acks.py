@@ -1,93 +1,102 @@
-"""W13: what a read gives when its ACK cannot be sent, and leases that are never used."""
+"""The result of a read whose ACK cannot be sent, and leases that are never used."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from transport_fixtures import ring_of, serving
+from transport_fixtures import WatchedNetwork, ring_of, serving
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadFormatError
 from dray.clock import Deadline
 from dray.errors import ConnectionReset, ProducerLostError
+from dray.protocol.frames import Kind
 from dray.transport.connection import Connection
+from dray.transport.lanes.base import Stream
+
+
+class FailingNetwork(WatchedNetwork):
+    """Connections of which some fail with the next message of a kind, before it is sent.
+
+    Attributes:
+        left: how many of the next messages of each kind fail.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._fail)
+        self.left = {Kind.ACK: 0, Kind.CONSUME: 0}
+
+    def _fail(self, stream: Stream, items: Sequence[Any]) -> bool:
+        kind = items[0][0]
+        if self.left.get(kind, 0):
+            self.left[kind] -= 1
+            raise ConnectionReset("the connection has just failed")
+        return False
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many of the next ACKs and CONSUMEs fail with their connections, before they are sent."""
-    left = {"acknowledge": 0, "consume": 0}
-    for name in left:
-        send = getattr(Connection, name)
-
-        def fail(self: Connection, wanted: Any, deadline: Deadline, name: str = name, send: Any = send) -> Any:
-            if left[name]:
-                left[name] -= 1
-                if name == "acknowledge":  # it is in the books, as one that was sent and lost
-                    for request, consumed in wanted:
-                        self._session.ack(request, consumed)
-                raise ConnectionReset("the connection has just failed", endpoint=self.endpoint)
-            return send(self, wanted, deadline)
-
-        monkeypatch.setattr(Connection, name, fail)
-    return left
+def network() -> FailingNetwork:
+    return FailingNetwork()
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_w13_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
-    lane: Any, failing: dict[str, int], inline: bool
+def test_a_payload_whose_ack_cannot_be_sent_is_handed_out_and_consumed_once(
+    lane: Any, network: FailingNetwork, inline: bool
 ) -> None:
     """A copy from a slot (shm) cannot be trusted then, and is made again on another connection."""
     copied = lane == "shm" and not inline
-    with serving(lane) as server, PayloadClient(lane=lane, inline_bytes=100 if inline else 0) as client:
+    with (
+        serving(lane) as server,
+        PayloadClient(lane=lane, inline_bytes=100 if inline else 0, network=network) as client,
+    ):
         ref, other = server.put_bytes(b"payload"), server.put_bytes(b"other")
-        failing["acknowledge"] = 1
+        network.left[Kind.ACK] = 1
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
-        assert client.statistics()["retries"] == (1 if copied else 0)
+        assert client.statistics().retries == (1 if copied else 0)
         assert bytes(client.read_bytes(other, timeout=5)) == b"other"
         wait_until(lambda: ring_of(server).statistics().free == 4, "both to be consumed")
-        assert client.statistics().get("acks_repeated", 0) == (0 if copied else 1)
+        assert client.statistics().acks_replayed == (0 if copied else 1)
         assert ring_of(server).statistics().consumed == 2
 
 
-def test_w13_an_ack_whose_repetition_fails_too_is_repeated_again(failing: dict[str, int]) -> None:
-    with serving("tcp") as server, PayloadClient(lane="tcp") as client:
+def test_an_ack_whose_repetition_fails_too_is_repeated_again(network: FailingNetwork) -> None:
+    with serving("tcp") as server, PayloadClient(lane="tcp", network=network) as client:
         ref, other = server.put_bytes(b"payload"), server.put_bytes(b"other")
-        failing["acknowledge"] = 1
+        network.left[Kind.ACK] = 1
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
-        failing["consume"] = 1
+        network.left[Kind.CONSUME] = 1
         assert bytes(client.read_bytes(other, timeout=5)) == b"other"  # its second attempt
         wait_until(lambda: ring_of(server).statistics().free == 4, "both to be consumed")
-        assert client.statistics()["acks_repeated"] == 1
+        assert client.statistics().acks_replayed == 1
 
 
-def test_w13_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(failing: dict[str, int]) -> None:
-    with PayloadClient(lane="tcp") as client:
+def test_an_ack_to_a_producer_in_whose_place_another_listens_is_forgotten(network: FailingNetwork) -> None:
+    with PayloadClient(lane="tcp", network=network) as client:
         with serving("tcp") as server:
             ref = server.put_bytes(b"payload")
-            failing["acknowledge"] = 1
+            network.left[Kind.ACK] = 1
             assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
         with pytest.raises(ProducerLostError):
             client.read_bytes(ref, timeout=5)
-        assert client._exchanges._unconfirmed  # nobody listens, and may be about to
+        assert client.statistics().unconfirmed_acks == 1  # no server listens, but one may be about to
         with serving("tcp", port=int(ref.endpoints[0].rpartition(":")[2])) as other:
             assert other.endpoints == ref.endpoints
             with pytest.raises(ProducerLostError):
                 client.read_bytes(ref, timeout=5)
-        assert not client._exchanges._unconfirmed
+        assert client.statistics().unconfirmed_acks == 0
 
 
-def test_w13_acks_to_producers_that_are_gone_do_not_add_up(
-    failing: dict[str, int], monkeypatch: pytest.MonkeyPatch
+def test_acks_to_producers_that_are_gone_do_not_add_up(
+    network: FailingNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dray.transport.connections._MOST_PRODUCERS", 2)
-    with PayloadClient(lane="tcp") as client:
+    monkeypatch.setattr("dray.transport.connections.MAX_PRODUCERS", 2)
+    with PayloadClient(lane="tcp", network=network) as client:
         for _ in range(4):
             with serving("tcp") as server:
                 ref = server.put_bytes(b"payload")
-                failing["acknowledge"] = 1
+                network.left[Kind.ACK] = 1
                 assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"
-        assert len(client._exchanges._unconfirmed) == 2
-        assert ref.producer in client._exchanges._unconfirmed
+        assert client.statistics().unconfirmed_acks == 2
 
 
 def test_a_lease_on_bytes_that_are_no_arrays_goes_back(lane: Any) -> None:
@@ -110,7 +119,7 @@ def test_a_lease_that_is_never_entered_goes_back(lane: Any) -> None:
         assert client.read(ref, timeout=5)["a"].tolist() == [1, 2, 3]
 
 
-def test_a_client_and_its_connections_say_where_they_lead() -> None:
+def test_a_client_and_its_connections_name_their_lanes_and_endpoint() -> None:
     with serving("tcp") as server, PayloadClient() as client:
         assert repr(client) == "<PayloadClient shm/ucx/tcp>"
         ref = server.put_bytes(b"x")

@@ -89,8 +89,8 @@ class Reader:
                     for ref, content in zip(self._refs, contents, strict=True):
                         assert bytes(client.read_bytes(ref, timeout=20, consume=False)) == content
                         self.reads += 1
-                assert client.statistics()["retries"] == 0
-                assert client.statistics()["connects"] == 1
+                assert client.statistics().retries == 0
+                assert client.statistics().connects == 1
         except BaseException as failure:
             self._failure = failure
 

@@ -35,4 +35,4 @@ def test_connections_to_producers_that_are_gone_do_not_add_up(lane: Any) -> None
             descriptors.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208
             clock.added += 101.0
         assert max(descriptors[2:]) <= max(descriptors[:2])
-        assert len(client._exchanges._pool._idle) == 1
+        assert client.statistics().idle_connections == 1

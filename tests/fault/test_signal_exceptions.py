@@ -1,6 +1,5 @@
 """Y6: a signal handler raises in the middle of a call; afterwards everything closes, and nothing is held."""
 
-import gc
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ from transport_fixtures import Child, counted, ring_of, serving
 from waiting import wait_until
 
 from dray import BufferClosedError, PayloadClient
-from dray.transport.holding import KEEPS, Holder, Keeper
 
 INTERRUPTED = """
 import gc, random, signal, threading, time
@@ -29,6 +27,7 @@ def interrupted(call, most):
             result = call()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            time.sleep(0)  # gives the interpreter's lock away: CPython may handle a signal no earlier than that
     except Interrupt:
         count[0] += 1
     except (KeyError, RuntimeError):  # the block's own; the interpreter's, where it starts a thread
@@ -136,7 +135,7 @@ def test_lease_that_is_gone_without_having_been_entered_is_released(lane: Any) -
         wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
         assert client.read(ref, timeout=5)["a"].tolist() == list(range(5000))
         # The thread that ended the lease may not have given its connection back yet.
-        assert client.statistics()["connects"] <= 2
+        assert client.statistics().connects <= 2
 
 
 def test_closing_a_client_ends_what_no_thread_is_inside(lane: Any) -> None:
@@ -180,18 +179,3 @@ def test_batch_that_an_exception_ends_releases_what_was_not_handed_out(lane: Any
         assert server.wait_consumed(refs[0], timeout=5)
         wait_until(lambda: ring_of(server).get_ready_count() == 3, "the others to be released")
         assert counted(server, "malformed") == 0
-
-
-@pytest.mark.parametrize("keeper", list(Keeper))
-@pytest.mark.parametrize("closing", [False, True])
-def test_a_holder_keeps_its_connection_while_a_thread_is_inside_or_as_its_keeper_says(
-    keeper: Keeper, closing: bool
-) -> None:
-    holder: Holder[str, str] = Holder()
-    holder.keeper = keeper
-    assert holder.holds(closing) is KEEPS[keeper][closing]
-    with holder.inside:
-        assert holder.holds(closing)
-    holder.clear()
-    assert not holder.holds(closing)
-    gc.collect()

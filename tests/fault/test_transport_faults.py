@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forked_child import run_in_child
-from transport_fixtures import counted, endpoint_of, pattern, ring_of, serving
+from transport_fixtures import WatchedNetwork, counted, endpoint_of, has_ended, pattern, ring_of, serving
 from waiting import wait_until
 
 from dray import (
@@ -39,9 +39,8 @@ from dray import (
 from dray.clock import Deadline
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.protocol.handshake import CHALLENGE, MAGIC, ClientHandshake
-from dray.transport.connection import Connection
 from dray.transport.lanes import SHM, parse_endpoint
-from dray.transport.lanes.base import Endpoint
+from dray.transport.lanes.base import Endpoint, Stream
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_worker import UcxWorker
 
@@ -106,7 +105,7 @@ def test_w11_without_the_right_secret_no_payload_byte_is_sent(
             client.read_bytes(ref, timeout=5)
         wait_until(lambda: counted(server, "auth_failures") == 1, "the failure to be counted")
         assert (counted(server, "bytes"), counted(server, "reads")) == (0, 0)
-        assert client.statistics()["quarantined"] == []
+        assert client.statistics().quarantined == ()
         assert ring_of(server).get_ready_count() == 1
         with PayloadClient(lane=lane, secret=theirs) as right:
             assert bytes(right.read_bytes(ref, timeout=5)) == b"secret payload"
@@ -153,7 +152,7 @@ def test_w4_what_is_no_hello_closes_only_that_connection(name: str, junk: bytes)
         name_of_counter = "other_versions" if junk[4:6] == struct.pack("<H", 999) else "malformed"
         wait_until(lambda: counted(server, name_of_counter) == 1, "it to be counted")
         assert bytes(client.read_bytes(ref)) == b"payload"
-        assert client.statistics()["connects"] == 1
+        assert client.statistics().connects == 1
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
@@ -180,7 +179,7 @@ def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases(na
         wait_until(lambda: counted(server, "malformed") == 1, "it to be counted")
         wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
         assert bytes(client.read_bytes(ref)) == b"payload"
-        assert client.statistics()["connects"] == 1
+        assert client.statistics().connects == 1
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
@@ -273,8 +272,8 @@ def test_c14_a_wedged_endpoint_costs_half_a_deadline_once_per_quarantine(lane: A
                 assert not deadline.expired
             if lane != "ucx":
                 assert tried() == 1
-            assert client.statistics()["quarantined"] == [endpoint]
-            assert client.statistics()["retries"] == 1
+            assert client.statistics().quarantined == (endpoint,)
+            assert client.statistics().retries == 1
 
 
 def test_c14_a_wedged_lane_is_left_for_another(tmp_path: Path) -> None:
@@ -311,23 +310,24 @@ def test_w8_a_server_thread_that_dies_leaves_its_payloads_to_the_others() -> Non
         assert dead.join(Deadline.after(10))
         for number in range(10):
             assert bytes(client.read_bytes(server.put_bytes(bytes([number])), timeout=5)) == bytes([number])
-        assert client.statistics()["quarantined"] == dead.endpoints
+        assert client.statistics().quarantined == tuple(dead.endpoints)
 
 
 # --- W6 ---------------------------------------------------------------------------------------------------------
 
 
 def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: Any) -> None:
-    with serving(lane, idle_timeout=0.5) as server, PayloadClient(lane=lane) as client:
+    network = WatchedNetwork()
+    with serving(lane, idle_timeout=0.5) as server, PayloadClient(lane=lane, network=network) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(2):
             client.read_bytes(ref, consume=False)
             wait_until(lambda: server.statistics().open_connections == 0, "the eviction")
-            wait_until(lambda: not idle_connection(client).usable(), "its news")
+            wait_until(lambda: has_ended(network.streams[-1]), "the client to notice it")
         assert counted(server, "evicted") == 2
         assert bytes(client.read_bytes(ref)) == b"payload"
-        assert client.statistics()["connects"] == 3
-        assert (client.statistics()["quarantined"], client.statistics()["retries"]) == ([], 0)
+        assert client.statistics().connects == 3
+        assert (client.statistics().quarantined, client.statistics().retries) == ((), 0)
 
 
 def test_w6_a_client_replaces_a_connection_before_it_is_evicted(lane: Any) -> None:
@@ -335,7 +335,7 @@ def test_w6_a_client_replaces_a_connection_before_it_is_evicted(lane: Any) -> No
         ref = server.put_bytes(b"payload")
         for _ in range(3):
             client.read_bytes(ref, consume=False)
-        assert client.statistics()["connects"] == 3
+        assert client.statistics().connects == 3
         wait_until(lambda: server.statistics().open_connections == 1, "the replaced ones to be closed")
 
 
@@ -417,49 +417,46 @@ def test_read_is_answered_between_the_requests_that_another_client_has_pipelined
 # --- W13 --------------------------------------------------------------------------------------------------------
 
 
-def idle_connection(client: PayloadClient) -> Connection:
-    (connections,) = client._exchanges._pool._idle.values()
-    return connections[0].connection
+class Losing(WatchedNetwork):
+    """Connections that break with the next ACK once `losing` is set; the client does not notice it."""
 
+    def __init__(self) -> None:
+        super().__init__(self._lose)
+        self.losing = False
 
-def lose_acks(connection: Connection) -> None:
-    """Have the connection break with the next ACK just sent, where nobody notices yet."""
-    stream: Any = connection._stream
-    send = stream.send
-
-    def send_but_acks(items: Sequence[Any]) -> bool:
-        if items[0][0] == Kind.ACK:
-            with socket.socket(fileno=os.dup(stream.fileno())) as duplicate:
-                duplicate.shutdown(socket.SHUT_RDWR)
-            return True
-        return bool(send(items))
-
-    stream.send = send_but_acks
+    def _lose(self, stream: Stream, items: Sequence[Any]) -> bool:
+        if not self.losing or items[0][0] != Kind.ACK:
+            return False
+        self.losing = False
+        with socket.socket(fileno=os.dup(stream.fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+        return True
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_w13_an_ack_lost_with_its_connection_is_repeated(name: Any) -> None:
-    with serving(name, slots=2) as server, PayloadClient(lane=name) as client:
+    network = Losing()
+    with serving(name, slots=2) as server, PayloadClient(lane=name, network=network) as client:
         first, second = server.put_bytes(b"first"), server.put_bytes(b"second")
         client.read_bytes(second, consume=False)
-        lose_acks(idle_connection(client))
+        network.losing = True
         assert bytes(client.read_bytes(first)) == b"first"
         wait_until(lambda: ring_of(server).statistics().leases == 0, "the lease to end")
         assert ring_of(server).get_ready_count() == 2
         client.read_bytes(second, consume=False, timeout=5)
         wait_until(lambda: ring_of(server).statistics().free == 1, "the ACK to be repeated")
-        assert client.statistics()["acks_repeated"] == 1
+        assert client.statistics().acks_replayed == 1
         assert ring_of(server).inspect()[first.slot].retired
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_w13_a_lost_ack_is_repeated_when_the_client_closes(name: Any) -> None:
+    network = Losing()
     with serving(name) as server:
-        with PayloadClient(lane=name) as client:
+        with PayloadClient(lane=name, network=network) as client:
             ref = server.put_bytes(b"payload")
             client.read_bytes(ref, consume=False)
-            connection = idle_connection(client)
-            lose_acks(connection)
+            network.losing = True
             client.read_bytes(ref)
         # Closing has opened another connection for the one ACK that no answer had confirmed.
         assert server.wait_consumed(ref, timeout=5)

@@ -1,4 +1,4 @@
-"""W6, W8: the windows of time after which an endpoint is tried again, and a connection replaced."""
+"""The times after which an endpoint is tried again, and a connection replaced."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ SLACK = 1.0
 
 
 class WedgingRing(SharedRingBuffer):
-    """A ring in which the first server thread gets stuck with the next READ, for as long as `wedged` is set."""
+    """A ring in which the first server thread gets stuck with the next READ, while `wedged` is set."""
 
     def __init__(self) -> None:
         super().__init__(8, 1000)
@@ -33,7 +33,7 @@ class WedgingRing(SharedRingBuffer):
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_answers(lane: Any) -> None:
+def test_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_answers(lane: Any) -> None:
     with (
         WedgingRing() as ring,
         PayloadServer(ring, lane=lane, threads=2) as server,
@@ -46,7 +46,7 @@ def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_
             ref = server.put_bytes(number.to_bytes(2, "little"))
             assert bytes(client.read_bytes(ref, timeout=TIMEOUT)) == number.to_bytes(2, "little")
             assert not promised.expired
-            return int(client.statistics()["retries"])
+            return int(client.statistics().retries)
 
         assert [read(number) for number in range(4)] == [0] * 4
         ring.wedged.set()
@@ -65,13 +65,13 @@ def test_w8_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_
         assert number > 3 * 3  # the other thread answered all the while
         ring.wedged.clear()
         ring.freed.set()
-        wait_until(lambda: not client.statistics()["quarantined"], "the last quarantine to be over")
+        wait_until(lambda: not client.statistics().quarantined, "the last quarantine to be over")
         assert [read(number) for number in range(4)] == [3] * 4
-        assert client.statistics()["quarantined"] == []
+        assert client.statistics().quarantined == ()
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_w6_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any) -> None:
+def test_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any) -> None:
     with (
         SharedRingBuffer(2, 1000) as ring,
         PayloadServer(ring, lane=lane, threads=2, idle_timeout=1.0) as server,
@@ -81,7 +81,7 @@ def test_w6_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any
         for idle in range(3):
             for _ in range(4):
                 assert bytes(client.read_bytes(ref, consume=False)) == b"payload"
-            assert client.statistics()["connects"] == 2 * (idle + 1)
+            assert client.statistics().connects == 2 * (idle + 1)
             wait_until(lambda: server.statistics().open_connections == 0, "both windows to pass")
         assert bytes(client.read_bytes(ref)) == b"payload"
-        assert (client.statistics()["quarantined"], client.statistics()["retries"]) == ([], 0)
+        assert (client.statistics().quarantined, client.statistics().retries) == ((), 0)

@@ -35,7 +35,7 @@ LEASE = "ring/lease.py"
 SERVED = "transport/served_connection.py"
 LOOP = "transport/server_loop.py"
 CONNECTION = "transport/connection.py"
-EXCHANGES = "transport/exchanges.py"
+CONNECTIONS = "transport/connections.py"
 BATCH = "prefetch/batch.py"
 HANDSHAKING = "transport/handshaking.py"
 
@@ -237,17 +237,15 @@ DEFECTS = (
     ),
     # --- the client's end -----------------------------------------------------------------------------------
     Defect(
-        "a connection put into the pool after a failed exchange",
-        EXCHANGES,
+        "a pooled connection returned after a failed exchange",
+        CONNECTIONS,
         """\
-            except TransportError as error:
-                self.discard(holder)
-                self.failed(attempts, endpoint, ref.producer, error, deadline)
+                        connection = None
+                        self.discard(holder, error)
 """,
         """\
-            except TransportError as error:
-                self.checkin(holder)
-                self.failed(attempts, endpoint, ref.producer, error, deadline)
+                        connection = None
+                        self.checkin(holder)
 """,
         Search.SIMULATION,
     ),
@@ -267,23 +265,20 @@ DEFECTS = (
     ),
     Defect(
         "deadline per attempt instead of per read",
-        EXCHANGES,
+        CONNECTIONS,
         """\
-        attempts = self.plan(ref)
-        while True:
-            endpoint, status_by = self.choose(attempts, deadline)
+                        attempts.begin(now)
 """,
         """\
-        attempts = self.plan(ref)
-        while True:
-            deadline = Deadline.after(deadline.at - deadline._started, self._clock)
-            endpoint, status_by = self.choose(attempts, deadline)
+                        whole = attempts.deadline
+                        attempts.deadline = Deadline.after(whole.at - whole._started, self._clock)
+                        attempts.begin(now)
 """,
         Search.SIMULATION,
     ),
     Defect(
-        "ACKs that may be lost not sent again",
-        EXCHANGES,
+        "ACKs that may be lost are not sent again",
+        CONNECTIONS,
         "        lost = connection.unconfirmed\n        if lost:\n",
         "        lost = connection.unconfirmed\n        if not lost:\n",
         Search.SIMULATION,
@@ -314,10 +309,10 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "a failed endpoint not quarantined",
-        "transport/health.py",
-        "            self._quarantine.failed(endpoint, now)\n",
-        "            pass\n",
+        "a failed endpoint is not quarantined",
+        "transport/attempts.py",
+        "                quarantine = self._quarantine.fail(endpoint, now)\n",
+        "                pass\n",
         Search.SIMULATION,
     ),
     # --- batches --------------------------------------------------------------------------------------------

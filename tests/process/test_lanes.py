@@ -56,7 +56,7 @@ def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
             assert memoryview(client.read_bytes(ref)) == expected
             with pytest.raises(StaleSlotError):
                 client.read_bytes(ref)
-        assert client.statistics()["connects"] == 1
+        assert client.statistics().connects == 1
 
 
 @pytest.mark.parametrize("stage", ["asked", "received"])
@@ -161,7 +161,7 @@ def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut() -> None:
                 client.read_bytes(ref, timeout=20)
             found = dict(client.read_many_bytes(refs[2:], timeout=30))
             assert [bytes(found[ref]) for ref in refs[2:]] == [pattern(seed, 2 << 20) for seed in range(2, 6)]
-            assert client.statistics()["retries"] == 0
+            assert client.statistics().retries == 0
             assert server.ask("statistics")["server"]["evicted"] == 0
 
 

@@ -115,7 +115,7 @@ def test_a_job_where_a_system_call_is_refused_ends_with_two_and_one_line(tmp_pat
 
 
 NO_SHARED_FOLDER = """
-import json, logging
+import dataclasses, json, logging
 from dray import *
 from dray.clock import Deadline
 
@@ -139,7 +139,7 @@ with (
         endpoints = ("ucx:127.0.0.1:1", put.endpoints[-1])
         elsewhere = PayloadRef(put.producer, put.slot, put.sequence, put.nbytes, endpoints)
         assert bytes(client.read_bytes(elsewhere)) == b"payload"
-    found["client"] = [client.statistics(), lines.copy()]
+    found["client"] = [dataclasses.asdict(client.statistics()), lines.copy()]
 with SharedRingBuffer(1, 64) as ring:
     try:
         PayloadServer(ring, lane=("ucx",))
@@ -163,7 +163,7 @@ def test_without_a_shared_folder_auto_goes_on_without_ucx_and_says_so_once(tmp_p
     assert lanes == ["unix", "unix", "tcp", "tcp"]
     assert lines == [f"this server goes on without the ucx lane: {why}"]
     statistics, lines = found["client"]
-    assert lines == [f"this client goes on without the ucx lane: {why}"]
-    assert (statistics["reads_tcp"], statistics["retries"], statistics["quarantined"]) == (2, 0, [])
+    assert lines == [f"this client cannot use the ucx lane: {why}"]
+    assert (statistics["reads_by_lane"], statistics["retries"], statistics["quarantined"]) == ({"tcp": 2}, 0, [])
     assert found["server of ucx"] == f"lanes = ('ucx',) is not allowed: lanes that this machine can use ({why})"
     assert found["client of ucx"] == why

@@ -21,10 +21,11 @@ from dray.errors import (
     TransportError,
 )
 from dray.protocol import PayloadRef
+from dray.transport.lanes import SHM
 from simulation.faults import FaultPlan
 from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
-from simulation.observed import ObservedClient, has_failed, is_alive
+from simulation.observed import ObservedClient
 from simulation.scheduler import Interrupted, Process, Violation
 
 LEASE_END_SECONDS = 1.0
@@ -201,7 +202,7 @@ class SimulatedConsumer:
         consume = self.rng.random() < 0.8
         data = self.client.read_bytes(ref, timeout=seconds, consume=consume)
         kept = self.client.kept
-        if has_failed(kept) and kept is not None and ref.nbytes > kept.inline_bytes:
+        if kept is not None and kept.lane is SHM and kept.lost and ref.nbytes > self.client.inline_bytes:
             raise Violation(f"{self.world.ledger.name(ref)} was copied from a slot whose lease may have ended")
         self.got(ref, data.tobytes(), consume)
 
@@ -227,7 +228,7 @@ class SimulatedConsumer:
     def _lease(self, refs: list[PayloadRef], seconds: float) -> None:
         (ref,) = refs
         lease = self.client.lease(ref, timeout=seconds)
-        connection = self.client.kept
+        wire = self.client.kept
         root = lease._root
         assert root is not None
         image = root.tobytes()
@@ -238,7 +239,7 @@ class SimulatedConsumer:
                 self.got(ref, image, consume=False)
                 self.scheduler.sleep(self.rng.choice((0.0, 0.01, 0.5, 3.0, 50.0, 130.0)))
                 if root.tobytes() != image:
-                    if is_alive(connection):
+                    if wire is not None and wire.alive:
                         raise Violation(f"{self.world.ledger.name(ref)} changed while it was leased")
                     self.world.plan.count("lease: changed after its connection had ended")
                 if self.rng.random() < 0.25:
@@ -249,7 +250,7 @@ class SimulatedConsumer:
                 if self.rng.random() < 0.2:
                     raise _Abandoned
             if self.scheduler.now() - began < 40:
-                self.consumed.append(ref) if is_alive(connection) else None
+                self.consumed.append(ref) if wire is not None and wire.alive else None
         except (LeaseInUseError, _Abandoned) as error:
             self.world.plan.count(f"lease: {type(error).__name__.strip('_')}")
 

@@ -6,6 +6,7 @@ import itertools
 import random
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 from dray.clock import Deadline
@@ -14,9 +15,11 @@ from dray.protocol.handshake import PROOF_BYTES, ClientHandshake
 from dray.transport.lanes.base import Endpoint, Lane, Listener, Network, Stream, Waiter, Worker
 from dray.transport.lanes.socket import SocketStream, TcpStream, UnixStream
 from dray.transport.lanes.ucx import UcxStream
+from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import timed_out
+from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from simulation.faults import Fault, FaultPlan
-from simulation.scheduler import Process, Scheduler, Signal
+from simulation.scheduler import Actor, Process, Scheduler, Signal
 from simulation.sockets import Pipe, SimulatedSocket
 from simulation.tagged import SimulatedUcxEndpoint, SimulatedWorker, ucx_names
 
@@ -222,8 +225,74 @@ class SimulatedKernel:
                 held.close()
 
 
+class SimulatedQueue:
+    """The queue of a client's lease reaper."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._signal = Signal(scheduler)
+        self._items: deque[object] = deque()
+
+    def put(self, item: object, /) -> None:
+        self._items.append(item)
+        self._signal.notify()
+
+    def get(self) -> object:
+        while not self._items:
+            self._scheduler.wait((self._signal,), float("inf"))
+        return self._items.popleft()
+
+
+class SimulatedBuffers(ReceiveBuffers):
+    """Memory for payloads; a thread that asks for some may be held up, between STATUS and a copy for example."""
+
+    def __init__(self, kernel: SimulatedKernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def take(self, nbytes: int) -> Bytes:
+        seconds = self._kernel.plan.stall()
+        if seconds:
+            self._kernel.scheduler.stall(seconds)
+        return super().take(nbytes)
+
+
+class Wire:
+    """One connection of a client, as the simulated kernel knows it.
+
+    Attributes:
+        lane: its lane.
+    """
+
+    def __init__(
+        self, lane: Lane, end: SimulatedSocket | SimulatedUcxEndpoint, waiter: SimulatedWaiter | None
+    ) -> None:
+        self.lane = lane
+        self._end = end
+        self._waiter = waiter
+
+    @property
+    def alive(self) -> bool:
+        """No event has ended the connection so far."""
+        return self._end.alive if isinstance(self._end, SimulatedSocket) else not self._end.closed
+
+    @property
+    def lost(self) -> bool:
+        """The client was notified that the connection is over; on UCX that is not known."""
+        return isinstance(self._end, SimulatedSocket) and self._end.failed
+
+    @property
+    def failed(self) -> bool:
+        """The client must not use the connection again."""
+        return self.lost or (self._waiter is not None and self._waiter.failed)
+
+
 class SimulatedNetwork(Network):
-    """A client's `Network` over the simulated kernel."""
+    """A client's `Network` over the simulated kernel.
+
+    Attributes:
+        opened: for each actor, the connection that it has opened last.
+    """
 
     def __init__(self, kernel: SimulatedKernel, process: Process) -> None:
         super().__init__()
@@ -231,6 +300,8 @@ class SimulatedNetwork(Network):
         self.process = process
         self.closing = Signal(kernel.scheduler)
         self.closed = False
+        self.opened: dict[Actor | None, Wire] = {}
+        self._waiters: dict[Actor | None, SimulatedWaiter] = {}
 
     def fits(self, worker: Worker, address: Endpoint) -> bool:
         return address.lane.tagged
@@ -246,7 +317,9 @@ class SimulatedNetwork(Network):
             assert isinstance(worker, SimulatedWorker)
             if plan.strikes(Fault.UNREACHABLE):
                 raise Unreachable("simulated", endpoint=endpoint)
-            return UcxStream(worker, kernel.connect_ucx(endpoint, worker), accepted=False)
+            end = kernel.connect_ucx(endpoint, worker)
+            self._opened(address.lane, end)
+            return UcxStream(worker, end, accepted=False)
         scheduler.pause()
         if plan.strikes(Fault.UNREACHABLE):
             raise Unreachable("simulated", endpoint=endpoint)
@@ -260,14 +333,33 @@ class SimulatedNetwork(Network):
             if self.closed and ends_early:
                 raise BufferClosedError("the client was closed while it waited")
             raise TransportTimeout("simulated", endpoint=endpoint, elapsed=deadline.elapsed)
-        return socket_stream(kernel.connect_socket(listener, address.lane, self.process))
+        sock = kernel.connect_socket(listener, address.lane, self.process)
+        self._opened(address.lane, sock)
+        return socket_stream(sock)
 
     def waiter(self, lasting: bool = False) -> Waiter:
-        return SimulatedWaiter(self, lasting)
+        waiter = SimulatedWaiter(self, lasting)
+        if not lasting:
+            self._waiters[self.kernel.scheduler.actor] = waiter
+        return waiter
+
+    def receive_buffers(self) -> ReceiveBuffers:
+        return SimulatedBuffers(self.kernel)
+
+    def lease_reaper(self) -> LeaseReaper:
+        def start(run: Callable[[], None]) -> Callable[[], None]:
+            self.kernel.scheduler.spawn(self.process, "leases", run, idles=True)
+            return lambda: None
+
+        return LeaseReaper(SimulatedQueue(self.kernel.scheduler), start)
 
     def close(self) -> None:
         self.closed = True
         self.closing.notify()
+
+    def _opened(self, lane: Lane, end: SimulatedSocket | SimulatedUcxEndpoint) -> None:
+        actor = self.kernel.scheduler.actor
+        self.opened[actor] = Wire(lane, end, self._waiters.get(actor))
 
 
 class SimulatedWaiter:

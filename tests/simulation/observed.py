@@ -1,100 +1,90 @@
-"""A `PayloadClient` in the simulation, its decisions watched from outside: endpoints, pool, stale references."""
+"""A `PayloadClient` in the simulation whose trace is checked: endpoints, deadlines, the pool, stale references."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import weakref
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-from dray.clock import Deadline
-from dray.errors import ServerBusy, StaleSlotError
+from dray.errors import DrayError, ServerBusy, StaleSlotError
 from dray.protocol import PayloadRef
-from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS
+from dray.protocol.frames import Kind
+from dray.protocol.frames import Status as StatusCode
+from dray.protocol.server_session import MAX_INLINE_BYTES
+from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS, by_lane
 from dray.transport.client import PayloadClient
-from dray.transport.connection import Connection
-from dray.transport.connections import ConnectionHolder, Exchange, Refused
-from dray.transport.leases import Graveyard
-from dray.transport.receive_buffers import Bytes, ReceiveBuffers
-from simulation.network import SimulatedKernel, SimulatedNetwork, SimulatedWaiter, socket_of
-from simulation.scheduler import Process, Scheduler, Signal, Violation
+from dray.transport.lanes import LANES, chosen_lanes
+from dray.transport.leases import InPlaceLease
+from dray.transport.receive_buffers import Bytes
+from dray.transport.trace import (
+    Attempt,
+    Checkin,
+    Checkout,
+    Connect,
+    Discard,
+    FailedAttempt,
+    Request,
+    Status,
+    SuccessfulAttempt,
+    TraceEvent,
+)
+from simulation.network import SimulatedKernel, SimulatedNetwork, Wire
+from simulation.scheduler import Actor, Process, Scheduler, Violation
 
 
-class SimulatedGraveyard(Graveyard):
-    """Ends leases whose arrays have outlived their block, in an actor instead of a thread."""
+class _Call:
+    """A call of a program, and what its attempts have shown.
 
-    def __init__(self, scheduler: Scheduler, process: Process) -> None:
-        super().__init__()
-        self._scheduler = scheduler
-        self._process = process
-        self._signal = Signal(scheduler)
-        self._dead: Any = self
-        self._buried: list[object] = []
-        self._digging = False
+    Attributes:
+        ref: the reference, if there is one alone.
+        deadline: of the call.
+        endpoints: those that it may use, by producer.
+        tried: those where its attempts have failed, by producer.
+        stale: the server has answered that the payload is gone.
+    """
 
-    def put(self, dead: object) -> None:
-        """What is put into the queue of the real one."""
-        self._buried.append(dead)
-        self._signal.notify()
-
-    def _start(self) -> None:
-        if not self._digging:
-            self._digging = True
-            self._scheduler.spawn(self._process, "leases", self._dig, idles=True)
-
-    def close(self) -> None:
-        pass
-
-    def _dig(self) -> None:
-        while True:
-            while self._buried:
-                self._end(self._buried.pop())
-            self._scheduler.wait((self._signal,), float("inf"))
-
-
-class SimulatedBuffers(ReceiveBuffers):
-    """Memory for payloads; whoever takes some may be held up, between STATUS and a copy for example."""
-
-    def __init__(self, kernel: SimulatedKernel) -> None:
-        super().__init__()
-        self._kernel = kernel
-
-    def take(self, nbytes: int) -> Bytes:
-        seconds = self._kernel.plan.stall()
-        if seconds:
-            self._kernel.scheduler.stall(seconds)
-        return super().take(nbytes)
+    def __init__(self, refs: list[PayloadRef], lanes: Any, deadline: float) -> None:
+        self.ref = refs[0] if len(refs) == 1 else None
+        self.deadline = deadline
+        self.endpoints: dict[bytes, list[str]] = {}
+        self.tried: dict[bytes, set[str]] = {}
+        self.stale = False
+        self.producer = refs[0].producer
+        for ref in reversed(refs):  # a batch uses the endpoints of the first reference to a producer
+            with contextlib.suppress(DrayError):
+                self.endpoints[ref.producer] = [each for lane in by_lane(ref.endpoints, lanes) for each in lane]
+            self.tried[ref.producer] = set()
 
 
 class ObservedClient(PayloadClient):
     """A client over the simulated network.
 
     Attributes:
-        kept: the connection of the lease made last.
+        inline_bytes: payloads of up to this size come with their STATUS.
     """
 
     def __init__(self, kernel: SimulatedKernel, process: Process, **options: Any) -> None:
         self.network = SimulatedNetwork(kernel, process)
-        clock = kernel.scheduler.clock
-        super().__init__(clock=clock, network=self.network, **options)
-        self._scheduler = kernel.scheduler
+        super().__init__(clock=kernel.scheduler.clock, network=self.network, trace=self._observe, **options)
+        self.inline_bytes = options.get("inline_bytes", MAX_INLINE_BYTES)
+        self._scheduler: Scheduler = kernel.scheduler
         self._plan = kernel.plan
-        self._graveyard = SimulatedGraveyard(kernel.scheduler, process)
+        self._allowed = chosen_lanes("lane", options.get("lane", "auto")) or tuple(LANES.values())
         self._skipped: dict[str, tuple[float, float]] = {}  # until when, and for how many seconds in all
-        self._tried: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
         self._asked: Counter[tuple[bytes, int]] = Counter()
         self._stale: Counter[tuple[bytes, int]] = Counter()
-        self.kept: Connection | None = None
-        exchanges: Any = self._exchanges
-        exchanges._buffers = SimulatedBuffers(kernel)
-        self._choose, self._note_failed = exchanges.choose, exchanges.failed
-        self._run_holding, self._check_in = exchanges.run_holding, exchanges._pool.checkin
-        exchanges.choose = self._watched_choose
-        exchanges.failed = self._watched_failed
-        self._note_answered, exchanges.answered = exchanges.answered, self._watched_answered
-        exchanges.run_holding = self._watched_run
-        exchanges._pool.checkin = self._watched_checkin
+        self._calls: dict[Actor | None, _Call] = {}
+        self._wires: dict[int, Wire] = {}
+        self._used: dict[Actor | None, int] = {}  # the connection that each actor uses
+        self._kept: dict[Actor | None, Wire] = {}
+        self._pending: Counter[int] = Counter()  # requests without an answer, by connection
+
+    @property
+    def kept(self) -> Wire | None:
+        """The connection that the running actor has used last."""
+        return self._kept.get(self._scheduler.actor)
 
     # --- stale references -------------------------------------------------------------------------------------
 
@@ -103,13 +93,30 @@ class ObservedClient(PayloadClient):
         self._asked.update(ref.identity for ref in refs)
 
     def answered(self, ref: PayloadRef, outcome: object) -> None:
-        """What the program, or prefetch, was told."""
+        """The outcome that the program, or prefetch, has received."""
         if isinstance(outcome, StaleSlotError):
             self._stale[ref.identity] += 1
             if self._stale[ref.identity] > self._asked[ref.identity]:
                 raise Violation(f"slot {ref.slot} sequence {ref.sequence} was read again after it was found stale")
 
-    # --- what prefetch reads from -----------------------------------------------------------------------------
+    # --- calls ------------------------------------------------------------------------------------------------
+
+    def read_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Bytes:
+        with self._watched([ref], timeout):
+            return super().read_bytes(ref, timeout=timeout, consume=consume)
+
+    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease:
+        with self._watched([ref], timeout):
+            return super().lease(ref, timeout=timeout)
+
+    def consume(self, refs: Iterable[PayloadRef], *, timeout: float | None = 30.0) -> int:
+        refs = list(refs)
+        with self._watched(refs, timeout):
+            return super().consume(refs, timeout=timeout)
+
+    def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> dict[str, Any]:
+        with self._watched([ref], timeout):
+            return super().stat(ref, timeout=timeout)
 
     def read_many(
         self,
@@ -119,102 +126,116 @@ class ObservedClient(PayloadClient):
         consume: bool = True,
         return_errors: bool = False,
     ) -> Generator[tuple[PayloadRef, Any], None, None]:
+        refs = list(refs)
         actor = self._scheduler.actor
         assert actor is not None
         assert timeout is not None
-        bound = self._scheduler.now() + timeout
-        outer, actor.bound, actor.late = actor.bound, min(actor.bound, bound), 0.0
+        outer, actor.bound, actor.late = actor.bound, min(actor.bound, self._scheduler.now() + timeout), 0.0
         try:
-            for ref, outcome in super().read_many(
-                refs, timeout=timeout, consume=consume, return_errors=return_errors
-            ):
-                self.answered(ref, outcome)
-                yield ref, outcome
+            with self._watched(refs, timeout):
+                for ref, outcome in super().read_many(
+                    refs, timeout=timeout, consume=consume, return_errors=return_errors
+                ):
+                    self.answered(ref, outcome)
+                    yield ref, outcome
         finally:
             actor.bound = outer
 
-    # --- inside -----------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _watched(self, refs: list[PayloadRef], timeout: float | None) -> Iterator[None]:
+        actor = self._scheduler.actor
+        deadline = math.inf if timeout is None else self._scheduler.now() + timeout
+        self._calls[actor] = call = _Call(refs, self._allowed, deadline)
+        try:
+            yield
+        finally:
+            if self._calls.get(actor) is call:
+                del self._calls[actor]
 
-    def _watched_choose(self, attempts: Any, deadline: Deadline) -> tuple[str, Deadline]:
-        endpoint, status_by = self._choose(attempts, deadline)
-        now = self._scheduler.now()
-        tried = self._tried.setdefault(attempts, set())
-        if self._quarantined(endpoint, now):
+    # --- the trace --------------------------------------------------------------------------------------------
+
+    def _observe(self, event: TraceEvent) -> None:
+        actor = self._scheduler.actor
+        match event:
+            case Attempt():
+                self._begins(event, self._calls[actor])
+            case SuccessfulAttempt():
+                self._skipped.pop(event.endpoint, None)
+            case FailedAttempt():
+                self._fails(event, self._calls[actor])
+            case Connect():
+                self._wires[event.connection] = self.network.opened[actor]
+                self._pending[event.connection] = 0
+            case Checkout():
+                self._used[actor] = event.connection
+                self._kept[actor] = self._wires[event.connection]
+            case Checkin():
+                self._becomes_idle(event.endpoint, event.connection)
+                self._forget_user(event.connection)
+            case Discard():
+                del self._wires[event.connection]
+                self._forget_user(event.connection)
+            case Request():
+                self._requests(event, self._calls.get(actor))
+                if actor in self._used:
+                    self._pending[self._used[actor]] += 1
+            case Status():
+                call = self._calls.get(actor)
+                if call is not None and event.kind == Kind.READ and event.status == StatusCode.STALE:
+                    call.stale = True
+                if actor in self._used:
+                    self._pending[self._used[actor]] -= 1
+
+    def _begins(self, event: Attempt, call: _Call) -> None:
+        endpoint, tried = event.endpoint, call.tried[event.producer]
+        if self._quarantined(endpoint, event.at):
             better = [
                 other
-                for lane in attempts._by_lane
-                for other in lane
-                if other not in tried and not self._quarantined(other, now)
+                for other in call.endpoints[event.producer]
+                if other not in tried and not self._quarantined(other, event.at)
             ]
             if better:
                 raise Violation(f"{endpoint} is tried although it is in quarantine and {better} are not")
-        if status_by.at > deadline.at:
+        if event.deadline > call.deadline:
             raise Violation(f"an attempt at {endpoint} has more time than its read")
+        call.producer = event.producer
         self._scheduler.note(f"chooses {endpoint}")
-        return endpoint, status_by
 
-    def _watched_failed(
-        self, attempts: Any, endpoint: str, producer: bytes, error: Any, deadline: Deadline
-    ) -> None:
-        self._tried.setdefault(attempts, set()).add(endpoint)
-        self._scheduler.note(f"failed at {endpoint}: {type(error).__name__}")
-        if not isinstance(error, ServerBusy):
-            now = self._scheduler.now()
-            until, seconds = self._skipped.get(endpoint, (math.inf, QUARANTINE_SECONDS))
-            if now >= until:
-                seconds = min(2 * seconds, MAX_QUARANTINE_GROWTH * QUARANTINE_SECONDS)
-            self._skipped[endpoint] = now + seconds, seconds
-        self._note_failed(attempts, endpoint, producer, error, deadline)
-
-    def _watched_answered(self, connection: Connection) -> None:
-        self._skipped.pop(connection.endpoint, None)
-        self._note_answered(connection)
+    def _fails(self, event: FailedAttempt, call: _Call) -> None:
+        call.tried[call.producer].add(event.endpoint)
+        self._scheduler.note(f"failed at {event.endpoint}: {type(event.error).__name__}")
+        if isinstance(event.error, ServerBusy):
+            return
+        until, seconds = self._skipped.get(event.endpoint, (math.inf, QUARANTINE_SECONDS))
+        if event.at >= until:
+            seconds = min(2 * seconds, MAX_QUARANTINE_GROWTH * QUARANTINE_SECONDS)
+        self._skipped[event.endpoint] = event.at + seconds, seconds
+        if event.quarantine != seconds:
+            raise Violation(f"{event.endpoint} is in quarantine for {event.quarantine} s instead of {seconds} s")
 
     def _quarantined(self, endpoint: str, now: float) -> bool:
         until, _ = self._skipped.get(endpoint, (now, 0.0))
         return now < until
 
-    def _watched_run(
-        self, holder: ConnectionHolder, ref: PayloadRef, deadline: Deadline, exchange: Exchange[Any]
-    ) -> Any:
-        stale = False
+    def _requests(self, event: Request, call: _Call | None) -> None:
+        ref = call.ref if call is not None else None
+        if (
+            call is not None
+            and call.stale
+            and ref is not None
+            and event.kind == Kind.READ
+            and (ref.slot, ref.sequence) == (event.slot, event.sequence)
+        ):
+            raise Violation(f"slot {ref.slot} sequence {ref.sequence} is asked for again, and was stale")
 
-        def watched(connection: Connection, status_by: Deadline, limit: Deadline) -> Any:
-            nonlocal stale
-            if stale:
-                raise Violation(f"slot {ref.slot} sequence {ref.sequence} is asked for again, and was stale")
-            try:
-                return exchange(connection, status_by, limit)
-            except Refused as refused:
-                stale = isinstance(refused.error, StaleSlotError)
-                raise
-
-        result = self._run_holding(holder, ref, deadline, watched)
-        self.kept = holder.connection
-        return result
-
-    def _watched_checkin(self, endpoint: str, connection: Connection, group: Any, now: float) -> Any:
-        stream = connection._stream
-        waiter = connection._waiter
-        assert isinstance(waiter, SimulatedWaiter)
-        sock = socket_of(stream)
-        if waiter.failed or (sock is not None and sock.failed):
+    def _becomes_idle(self, endpoint: str, connection: int) -> None:
+        wire = self._wires[connection]
+        if wire.failed:
             raise Violation(f"a connection to {endpoint} goes into the pool after it failed")
-        if connection._session.pending or stream.expected:
+        if self._pending[connection]:
             raise Violation(f"a connection to {endpoint} goes into the pool in the middle of an exchange")
-        self._plan.count(f"exchange over {connection.lane.name}")
-        return self._check_in(endpoint, connection, group, now)
+        self._plan.count(f"exchange over {wire.lane.name}")
 
-
-def is_alive(connection: Connection | None) -> bool:
-    """Nothing has ended the connection so far."""
-    stream: Any = connection._stream if connection is not None else None
-    if (sock := socket_of(stream)) is not None:
-        return sock.alive
-    return stream is not None and not stream.closed
-
-
-def has_failed(connection: Connection | None) -> bool:
-    """The client was told that the connection, on the shm lane, is over."""
-    stream: Any = connection._stream if connection is not None else None
-    return (sock := socket_of(stream)) is not None and sock.lane.local and sock.failed
+    def _forget_user(self, connection: int) -> None:
+        for actor in [actor for actor, used in self._used.items() if used == connection]:
+            del self._used[actor]

@@ -270,8 +270,8 @@ class ReferenceInlet:
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()
         return {
-            "bytes": statistics["bytes"] + self._carried,
-            "retries": statistics["retries"],
+            "bytes": statistics.bytes + self._carried,
+            "retries": statistics.retries,
             "unfreed": self._freeing.unfreed,
         }
 
@@ -281,8 +281,8 @@ class ReferenceInlet:
 
     @property
     def lane(self) -> str:
-        statistics = self._client.statistics()
-        return "+".join(lane for lane in LANES if statistics.get(f"reads_{lane}"))
+        reads = self._client.statistics().reads_by_lane
+        return "+".join(lane for lane in LANES if reads.get(lane))
 
 
 class ReferenceWeightsOutlet:

@@ -27,16 +27,24 @@ from dray.protocol.frames import Status
 from dray.protocol.handshake import check_secret
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.async_reads import AsyncReads, HeldRead
-from dray.transport.attempts import MOST_ATTEMPTS, QUARANTINE_SECONDS, Quarantine
+from dray.transport.attempts import MAX_ATTEMPTS, QUARANTINE_SECONDS
+from dray.transport.client_statistics import ClientStatistics
 from dray.transport.connection import Connection, Held
-from dray.transport.connections import ConnectionHolder, Exchange, Exchanges, KeptLease, Refused
-from dray.transport.holding import Holder, Keeper
+from dray.transport.connections import (
+    ConnectionHolder,
+    Connections,
+    KeptLease,
+    Refused,
+    RequestFunction,
+)
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
-from dray.transport.lanes.base import Lane, Network, Worker
-from dray.transport.leases import Graveyard, InPlaceLease
+from dray.transport.lanes.base import Lane, Network
+from dray.transport.leases import InPlaceLease
 from dray.transport.pipeline import Windows
-from dray.transport.pool import IDLE_SECONDS, MOST_IDLE, ConnectionPool
+from dray.transport.polling import CloseEvent
+from dray.transport.pool import IDLE_SECONDS, MAX_IDLE, Holder, Keeper
 from dray.transport.receive_buffers import Bytes
+from dray.transport.trace import Trace
 
 T = TypeVar("T")
 
@@ -53,13 +61,14 @@ class PayloadClient:
         verify: compare payloads with the checksums that servers send.
         inline_bytes: reads of payloads of up to this size, at most 16 KiB, get them with the answer itself, copied
             by the server: faster for small ones, and no slot is held. 0 leaves that to empty ones.
-        most_idle: idle connections kept for each endpoint.
+        max_idle: idle connections kept for each endpoint.
         idle_seconds: an idle connection older than this is replaced before use.
         quarantine_seconds: how long a failed endpoint is skipped; twice as long each time it fails again without
             an answer in between, up to 16 times.
         attempts: transport failures one read survives, less one.
         clock: where time comes from.
         network: where connections come from, by default the machine's; it is closed with the client.
+        trace: receives the events of `dray.transport.trace`.
 
     Raises:
         ConfigError: an argument is not allowed, or this machine is not supported.
@@ -75,12 +84,13 @@ class PayloadClient:
         reader: int = 0,
         verify: bool = True,
         inline_bytes: int = MAX_INLINE_BYTES,
-        most_idle: int = MOST_IDLE,
+        max_idle: int = MAX_IDLE,
         idle_seconds: float = IDLE_SECONDS,
         quarantine_seconds: float = QUARANTINE_SECONDS,
-        attempts: int = MOST_ATTEMPTS,
+        attempts: int = MAX_ATTEMPTS,
         clock: Clock = MONOTONIC,
         network: Network | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._lanes = _usable(lane)
         check_secret(secret)
@@ -90,15 +100,25 @@ class PayloadClient:
             raise ConfigError("inline_bytes", inline_bytes, f"0 to {MAX_INLINE_BYTES}")
         if attempts < 1:
             raise ConfigError("attempts", attempts, "1 or more")
+        network = network or Network(CloseEvent())
         self._reader = reader
         self._clock = clock
-        self._counters = Counters("reads", "bytes", "retries", "connects", "consumed")
-        pool: ConnectionPool[Connection, Worker] = ConnectionPool(most_idle, idle_seconds)
-        quarantine = Quarantine(quarantine_seconds)
-        self._exchanges = Exchanges(
-            self._lanes, secret, verify, inline_bytes, pool, quarantine, attempts, self._counters, clock, network
+        self._counters = Counters()
+        self._connections = Connections(
+            self._lanes,
+            network,
+            clock,
+            max_idle=max_idle,
+            idle_seconds=idle_seconds,
+            quarantine_seconds=quarantine_seconds,
+            attempts=attempts,
+            trace=trace,
+            secret=secret,
+            verify=verify,
+            inline_bytes=inline_bytes,
+            buffers=network.receive_buffers(),
         )
-        self._graveyard = Graveyard()
+        self._reaper = network.lease_reaper()
         self._async_reads = AsyncReads()
         self._pid = os.getpid()
 
@@ -153,23 +173,17 @@ class PayloadClient:
         """
         self._check_process()
         holder: ConnectionHolder = Holder()
-        with holder.inside:
-            try:
-                held = self._exchanges.run_holding(
-                    holder,
-                    ref,
-                    Deadline.after(timeout, self._clock),
-                    lambda c, status_by, deadline: _accepted(
-                        c.read(ref, self._reader, status_by, deadline, copy=False)
-                    ),
-                )
-                _count(holder, ref)
-                lease = InPlaceLease(held, KeptLease(self._exchanges, holder, held.request), self._graveyard)
-                holder.keeper = Keeper.CALLER
-            except BaseException:
-                self._exchanges.discard(holder)
-                raise
+
+        def request(connection: Connection, status_by: Deadline, deadline: Deadline) -> InPlaceLease:
+            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=False))
+            connection.reads += 1
+            connection.read_bytes += ref.nbytes
+            lease = InPlaceLease(held, KeptLease(self._connections, holder, held.request), self._reaper)
+            holder.keeper = Keeper.CALLER
             return lease
+
+        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
+        return self._connections.run(attempts, request, holder)
 
     def read_many(
         self,
@@ -246,14 +260,12 @@ class PayloadClient:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    def statistics(self) -> dict[str, Any]:
-        """Counters, and the endpoints in quarantine.
-
-        ``reads`` are payloads handed out, ``reads_shm``, ``reads_tcp`` and ``reads_ucx`` those of each lane,
-        ``bytes`` their size; ``retries`` are attempts after a failed one, by cause ``retries_timeout`` and so on;
-        ``connects`` connections opened, ``elsewhere`` endpoints that do not exist on this host.
-        """
-        return {**self._exchanges.counted(), "quarantined": self._exchanges.quarantined()}
+    def statistics(self) -> ClientStatistics:
+        """Counters of this client, and its state now."""
+        counts = self._counters
+        return self._connections.statistics(
+            consumed=int(counts["consumed"]), failed_reads=int(counts["failed_reads"])
+        )
 
     def close(self) -> None:
         """Make sure that acknowledged payloads are known to be, then close all connections. Twice is fine.
@@ -261,8 +273,8 @@ class PayloadClient:
         Calls that wait in other threads end at once with `BufferClosedError`; their payloads are not consumed.
         """
         if os.getpid() == self._pid:
-            self._graveyard.close()
-            self._exchanges.close()
+            self._reaper.close()
+            self._connections.close()
             self._async_reads.close()
 
     def __enter__(self) -> Self:
@@ -306,22 +318,17 @@ class PayloadClient:
             arrays = _unpacked(held.data())
             if held.from_slot and not connection.usable():
                 raise ConnectionClosed("the lease may have ended while the payload was copied")
-            return HeldRead(arrays, KeptLease(self._exchanges, holder, held.request))
+            connection.reads += 1
+            connection.read_bytes += ref.nbytes
+            holder.keeper = Keeper.CALLER
+            return HeldRead(arrays, KeptLease(self._connections, holder, held.request))
 
         holder: ConnectionHolder = Holder()
-        with holder.inside:
-            try:
-                reading = self._exchanges.run_holding(holder, ref, deadline, exchange)
-                _count(holder, ref)
-                holder.keeper = Keeper.CALLER
-            except BaseException:
-                self._exchanges.discard(holder)
-                raise
-            return reading
+        return self._connections.run(self._connections.attempts(ref, deadline), exchange, holder)
 
-    def _run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
+    def _run(self, ref: PayloadRef, deadline: Deadline, request: RequestFunction[T]) -> T:
         self._check_process()
-        return self._exchanges.run(ref, deadline, exchange)
+        return self._connections.run(self._connections.attempts(ref, deadline), request)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -340,7 +347,7 @@ class PayloadClient:
         for each in _by_producer(refs):
             self._check_process()
             try:
-                batch = Windows(self._exchanges, each, self._reader, consume, deadline)
+                batch = Windows(self._connections, each, self._reader, consume, deadline)
             except (TransportError, ConfigError) as unusable:
                 self._counters.add("failed_reads", len(each))
                 if not return_errors:
@@ -370,13 +377,6 @@ def _by_producer(refs: Iterable[PayloadRef]) -> Iterable[list[PayloadRef]]:
     for ref in refs:
         grouped.setdefault(ref.producer, []).append(ref)
     return grouped.values()
-
-
-def _count(holder: ConnectionHolder, ref: PayloadRef) -> None:
-    """Count a payload that is about to be handed out."""
-    if holder.connection is not None:
-        holder.connection.reads += 1
-        holder.connection.read_bytes += ref.nbytes
 
 
 def _accepted(held: Held | DrayError) -> Held:

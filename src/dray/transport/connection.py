@@ -28,10 +28,12 @@ from dray.protocol.handshake import ServerIdentity
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.ring import Segment
 from dray.ring.layout import SegmentLayout
+from dray.transport import trace
 from dray.transport.handshaking import shake_hands, wait_for_message, wait_for_stream
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Network, Stream, Waiter, Worker
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
+from dray.transport.trace import Trace
 
 _UINT8 = np.dtype(np.uint8)
 _READ = Kind.READ
@@ -78,7 +80,7 @@ class Connection:
     Attributes:
         reads, read_bytes: payloads that were handed out over it, and their size.
         inline_bytes: payloads of up to this size come with their STATUS, where that is asked for.
-        broken: it must not be used again, although its last exchange went well.
+        failure: why it must not be used again; None while it can.
         in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
         ended: leases that the next `ask` or `end_leases` ends, as `acknowledge` takes them.
         handed_out: the lease of the payload that its caller has received last, to be added to `ended`.
@@ -98,8 +100,10 @@ class Connection:
         network: Network,
         waiter: Waiter,
         inline_bytes: int = MAX_INLINE_BYTES,
+        report: Trace | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self._report = report
         self.identity = identity
         self.lane = stream.lane
         self.reads = 0
@@ -119,7 +123,7 @@ class Connection:
         self._asked_at = 0.0
         self._answered_at: float | None = None
         self.inline_bytes = inline_bytes
-        self.broken = False
+        self.failure: DrayError | None = None
         self._session = ClientSession()
 
     @classmethod
@@ -135,6 +139,7 @@ class Connection:
         network: Network | None = None,
         inline_bytes: int = MAX_INLINE_BYTES,
         version: int = VERSION,
+        report: Trace | None = None,
     ) -> Connection:
         """Connect, shake hands, and on the shm lane map the segment.
 
@@ -174,7 +179,16 @@ class Connection:
                 stream.close()
                 raise
         connection = cls(
-            stream, endpoint, identity, segment, verify, buffers or ReceiveBuffers(), network, waiter, inline_bytes
+            stream,
+            endpoint,
+            identity,
+            segment,
+            verify,
+            buffers or ReceiveBuffers(),
+            network,
+            waiter,
+            inline_bytes,
+            report,
         )
         connection.version = offered
         return connection
@@ -185,7 +199,7 @@ class Connection:
         self, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline, copy: bool
     ) -> Held | DrayError:
         """`ask` for one payload, and its `answer`."""
-        frame, target = self._asked(ref, reader, copy)
+        frame, target = self._asked(ref, reader, copy, status_by)
         self._send(frame, status_by)
         arrays = None
         if target is None and not self.in_band:
@@ -213,7 +227,7 @@ class Connection:
         frames = self._ends()
         targets: list[Bytes | None] = []
         for ref in refs:
-            frame, target = self._asked(ref, reader, copy)
+            frame, target = self._asked(ref, reader, copy, deadline)
             frames.append(frame)
             targets.append(target)
         self._send(b"".join(frames), deadline)
@@ -235,6 +249,8 @@ class Connection:
         if self._answered_at is None:
             self._answered_at = status_by.now()
         status, nbytes = frame[1], frame[7]
+        if self._report is not None:
+            self._report_status(request, status, status_by)
         if status:
             text = self._text(frame, status_by)
             if target is not None and self.in_band:
@@ -292,11 +308,11 @@ class Connection:
         """
         try:
             self.acknowledge([(held.request, consumed)], deadline)
-        except (TransportError, BufferClosedError):
+        except (TransportError, BufferClosedError) as error:
             if held.from_slot:
                 self._session.forget(held.request)
                 raise
-            self.broken = True  # the payload is whole; its ACK is repeated on another connection
+            self.failure = error  # the payload is whole; its ACK is repeated on another connection
         except BaseException:
             self._session.forget(held.request)  # the caller does not get the payload
             raise
@@ -318,8 +334,11 @@ class Connection:
         answer_by = status_by or deadline
         for first in range(0, len(wanted), _WINDOW):
             window = wanted[first : first + _WINDOW]
-            frames = [self._session.request(Kind.CONSUME, *each).pack() for each in window]
-            self._send(b"".join(frames), answer_by)
+            requests = [self._session.request(Kind.CONSUME, *each) for each in window]
+            if self._report is not None:
+                for request in requests:
+                    self._report_request(request, answer_by)
+            self._send(b"".join([request.pack() for request in requests]), answer_by)
             for _ in window:
                 went.append(Status(self._accepted(answer_by)[0].status))
                 answer_by = deadline
@@ -334,7 +353,10 @@ class Connection:
 
     def stat(self, deadline: Deadline) -> str:
         """The server's statistics, as JSON text."""
-        self._send(self._session.request(Kind.STAT).pack(), deadline)
+        request = self._session.request(Kind.STAT)
+        if self._report is not None:
+            self._report_request(request, deadline)
+        self._send(request.pack(), deadline)
         return self._accepted(deadline)[1]
 
     @property
@@ -376,7 +398,7 @@ class Connection:
 
     # --- the exchange's steps ---------------------------------------------------------------------------------
 
-    def _asked(self, ref: PayloadRef, reader: int, copy: bool) -> tuple[bytes, Bytes | None]:
+    def _asked(self, ref: PayloadRef, reader: int, copy: bool, deadline: Deadline) -> tuple[bytes, Bytes | None]:
         """The READ for a payload, and the memory for it, as `ask` has it."""
         target, tag, flags = None, 0, Flag.NONE
         if copy and ref.nbytes <= self.inline_bytes:
@@ -386,7 +408,19 @@ class Connection:
             target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
             tag = self._stream.expect(target.data)
         request = self._session.request(_READ, ref.slot, ref.sequence, reader, ref.nbytes, tag, flags)
+        if self._report is not None:
+            self._report_request(request, deadline)
         return request.pack(), target
+
+    def _report_request(self, request: Request, deadline: Deadline) -> None:
+        assert self._report is not None
+        kind, _, slot, sequence, reader, _, _, _ = request
+        self._report(trace.Request(deadline.now(), self.endpoint, kind, slot, sequence, reader))
+
+    def _report_status(self, request: Request, status: int, deadline: Deadline) -> None:
+        assert self._report is not None
+        kind, _, slot, sequence, _, _, _, _ = request
+        self._report(trace.Status(deadline.now(), self.endpoint, kind, slot, sequence, Status(status)))
 
     def _ends(self) -> list[bytes]:
         """The ACKs of the leases that have `ended`."""
@@ -411,6 +445,8 @@ class Connection:
         request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
         if self._answered_at is None:
             self._answered_at = deadline.now()
+        if self._report is not None:
+            self._report_status(request, frame.status, deadline)
         text = self._text(frame, deadline)
         if frame.status not in (Status.OK, Status.STALE):
             raise refusal(request, frame, text, self.endpoint, self.identity.readers)

@@ -1,381 +1,318 @@
-"""Layer 1: one exchange with a producer, over whichever connection and endpoint work.
+"""Layer 1: the connections of a client, and the one loop that runs a request and tries it again elsewhere.
 
-Decisions are made by the state machines in `health` and `pool`; this module carries them out.
+A connection is idle, in the pool; held, by a thread, a caller or the arrays of a lease; or unused, and then it is
+closed. No hand-over depends on clean-up, see `dray.transport.pool`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from dray.clock import Clock, Deadline
-from dray.counters import Counters
 from dray.errors import (
     BufferClosedError,
-    ConnectionClosed,
-    ConnectionReset,
     DrayError,
-    MessageTruncated,
     OutOfResources,
     ProducerLostError,
-    ServerBusy,
     TransportError,
-    TransportTimeout,
     Unreachable,
 )
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
+from dray.transport import trace as events
 from dray.transport.attempts import (
+    Attempts,
     Latencies,
     OtherProducerError,
     Quarantine,
-    ReadAttempts,
     by_lane,
-    is_elsewhere,
     is_unusable,
 )
+from dray.transport.client_statistics import ClientStatistics, Recorder
 from dray.transport.connection import Connection
-from dray.transport.holding import Holder, Keeper, held
 from dray.transport.lanes import parse_endpoint
-from dray.transport.lanes.base import Endpoint, Lane, Network, Worker
-from dray.transport.polling import CloseEvent
-from dray.transport.pool import ConnectionPool
-from dray.transport.receive_buffers import ReceiveBuffers
+from dray.transport.lanes.base import Lane, Network, Worker
+from dray.transport.pool import ConnectionPool, Holder, Keeper, held
+from dray.transport.trace import Trace
 
 logger = logging.getLogger("dray.client")
 
-_SETTLE_SECONDS = 1.0
-"""What `close` spends on making sure that ACKs have arrived."""
+MAX_PRODUCERS = 256
+"""Producers of which a client remembers ACKs that may be lost; most that it does not reach again are dead."""
 
-_END_SECONDS = 1.0
-"""What the end of a lease may take before its connection is closed instead."""
+_REPLAY_SECONDS = 1.0
+"""How long `close` tries to confirm ACKs."""
+
+_LEASE_END_SECONDS = 1.0
+"""How long sending the end of a lease may take; then the connection is closed instead, which ends the lease."""
 
 _SURELY_OPEN_SECONDS = 0.05
-"""A connection used this lately is not asked whether the server has closed it; its exchange would tell."""
-
-RETRIES_BY_CAUSE: dict[type[TransportError], str] = {
-    TransportTimeout: "retries_timeout",
-    ConnectionReset: "retries_reset",
-    ConnectionClosed: "retries_closed",
-    MessageTruncated: "retries_truncated",
-    Unreachable: "retries_unreachable",
-    OutOfResources: "retries_out_of_resources",
-    ServerBusy: "retries_busy",
-    OtherProducerError: "retries_other_producer",
-}
-"""What retries are counted as, by the error before them."""
-
-_MAX_NAMED = 1024
-"""Endpoints whose first failure is remembered, so that it alone is a warning."""
-
-_MOST_PRODUCERS = 256
-"""Producers whose ACKs may be lost that a client remembers; most that it does not reach again are dead."""
+"""A connection used this recently is used without a check whether the server has closed it."""
 
 T = TypeVar("T")
-ConnectionHolder = Holder[Connection, Worker]
-Exchange = Callable[[Connection, Deadline, Deadline], T]
-"""Gets the connection, the deadline for connecting and STATUS, and that of the whole."""
+
+
+ConnectionHolder: TypeAlias = Holder[Connection, Worker]
+RequestFunction: TypeAlias = Callable[[Connection, Deadline, Deadline], T]
+"""Uses a connection; gets it, the deadline for connecting and the first STATUS, and that of the whole."""
 
 
 class Refused(Exception):
-    """Carries a refusal through the code that closes failed connections: this one is still good."""
+    """Carries a server's refusal out of a `RequestFunction`: its connection can be used again."""
 
     def __init__(self, error: DrayError) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-class Exchanges:
-    """A client's connections, and the rules by which they are used, retried and replaced. Thread-safe.
+class Connections:
+    """The connections of a client, and how they are used, tried again and replaced. Thread-safe.
 
     Args:
         lanes: the lanes that may be used, best first.
-        secret: the job's secret, where servers have one.
-        verify: compare payloads with the checksums that servers send.
-        inline_bytes: payloads of up to this size are read inline.
-        pool: idle connections.
-        quarantine: endpoints to skip.
-        attempts: transport failures that end an exchange.
-        counters: where retries and connects are counted.
+        network: where connections come from.
         clock: where time comes from.
-        network: where connections come from; by default the machine's.
+        max_idle: idle connections kept for each endpoint.
+        idle_seconds: a connection that was idle for longer is replaced.
+        quarantine_seconds: how long a failed endpoint is skipped the first time.
+        attempts: how many transport failures end a request.
+        trace: receives the events of `dray.transport.trace`.
+        options: keyword arguments of `Connection.open`.
     """
 
     def __init__(
         self,
         lanes: Sequence[Lane],
-        secret: bytes | None,
-        verify: bool,
-        inline_bytes: int,
-        pool: ConnectionPool[Connection, Worker],
-        quarantine: Quarantine,
-        attempts: int,
-        counters: Counters,
+        network: Network,
         clock: Clock,
-        network: Network | None = None,
+        *,
+        max_idle: int,
+        idle_seconds: float,
+        quarantine_seconds: float,
+        attempts: int,
+        trace: Trace | None = None,
+        **options: Any,
     ) -> None:
-        self._lanes = tuple(lanes)
-        self._secret = secret
-        self._verify = verify
-        self._inline_bytes = inline_bytes
-        self._pool = pool
-        self._quarantine = quarantine
-        self._latencies = Latencies()
-        self._attempts = attempts
-        self._buffers = ReceiveBuffers()
-        self._network = network or Network(CloseEvent())
-        self._counters = counters
+        self._network = network
         self._clock = clock
-        self._lock = threading.Lock()
+        self._attempts = attempts
+        self._trace = trace
+        self._options = options
+        self._recorder = Recorder(trace)
+        self._latencies = Latencies()
         self._rotation = itertools.count()
-        self._closing_one = threading.RLock()  # held by the thread that closes what is left over
-        self._connections: dict[Connection, Worker | None] = {}  # all that are open, each with its group
-        self._groups: set[Worker] = set()
+        self._closer = threading.RLock()  # held by the thread that closes unused connections
+        self._lock = threading.Lock()  # guards all that follows
+        self._lanes = tuple(lanes)
+        self._quarantine = Quarantine(quarantine_seconds)
+        self._pool: ConnectionPool[Connection, Worker] = ConnectionPool(max_idle, idle_seconds)
+        self._open: dict[Connection, Worker | None] = {}
+        self._workers: dict[Worker, bool] = {}  # whether it is closed once it is free
+        self._blocked: set[Worker] = set()  # workers that have a connection to close
         self._holders: set[ConnectionHolder] = set()
         self._unconfirmed: dict[bytes, dict[tuple[int, int, int], str]] = {}
-        self._named: dict[str, None] = {}  # endpoints that a warning has named
         self._closing = False
         self._closed = False
 
-    def run(self, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]) -> T:
-        """Run one exchange with the producer of `ref`, over another endpoint if the first fails."""
-        holder: ConnectionHolder = Holder()
-        with holder.inside:
-            try:
-                result = self.run_holding(holder, ref, deadline, exchange)
-                self.checkin(holder)
-            except BaseException:
-                self.discard(holder)
-                raise
-            return result
-
-    def run_holding(
-        self, holder: ConnectionHolder, ref: PayloadRef, deadline: Deadline, exchange: Exchange[T]
-    ) -> T:
-        """Like `run`, by a thread inside `holder`; what that has afterwards, after an exception as well, is to be
-        given to `checkin` or `discard`."""
-        attempts = self.plan(ref)
-        while True:
-            endpoint, status_by = self.choose(attempts, deadline)
-            try:
-                connection = self.checkout(holder, endpoint, ref.producer, status_by)
-                result = exchange(connection, status_by, deadline)
-                self.answered(connection)
-                return result
-            except Refused as refused:
-                self.answered(connection)
-                self.checkin(holder)
-                raise refused.error from None
-            except TransportError as error:
-                self.discard(holder)
-                self.failed(attempts, endpoint, ref.producer, error, deadline)
-
-    # --- attempts ---------------------------------------------------------------------------------------------
-
-    def plan(self, ref: PayloadRef) -> ReadAttempts:
-        """The attempts of one exchange, none of them made yet.
+    def attempts(self, ref: PayloadRef, deadline: Deadline) -> Attempts:
+        """The attempts of a request to the producer of a reference, for `run`.
 
         Raises:
             Unreachable: the reference has no endpoint on an allowed lane.
+            ConfigError: it has no valid endpoint.
             BufferClosedError: the client is closed.
         """
-        reachable = by_lane(ref.endpoints, self._lanes)
+        lanes = self._lanes  # without the lock: it is replaced as a whole
+        reachable = by_lane(ref.endpoints, lanes)
         if not reachable:
-            lanes = "/".join(lane.name for lane in self._lanes)
-            raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {lanes}")
-        if self._closed:
+            names = "/".join(lane.name for lane in lanes)
+            raise Unreachable(f"no endpoint of {list(ref.endpoints)} is on a lane of {names}")
+        if self._closed:  # without the lock: a call that misses it is ended by the network, which is closed
             raise BufferClosedError("the client is closed")
-        return ReadAttempts(reachable, self._quarantine, next(self._rotation), self._attempts)
+        return Attempts(
+            ref.producer,
+            reachable,
+            deadline,
+            quarantine=self._quarantine,
+            latencies=self._latencies,
+            rotation=next(self._rotation),
+            attempts=self._attempts,
+        )
 
-    def choose(self, attempts: ReadAttempts, deadline: Deadline) -> tuple[str, Deadline]:
-        """The endpoint of the next attempt, and until when it must have connected and answered.
+    def run(self, attempts: Attempts, request: RequestFunction[T], holder: ConnectionHolder | None = None) -> T:
+        """The result of `request`, over another connection or endpoint if the first fails.
 
-        The last attempt gets all the time that is left, any other half of it. Where another endpoint is healthy
-        and not tried so far, the latencies of the lane bound that further: a wedged endpoint costs little.
+        If `request` sets the keeper of `holder`, the connection stays there: the next `run` with the same attempts
+        continues over it, or a `KeptLease` ends it.
 
         Raises:
-            TransportTimeout: the deadline is over.
+            DrayError: what the server answered, or the error of the last attempt.
         """
-        now = self._clock.now()
-        endpoint = attempts.choose(now)
-        if now >= deadline.at:
-            raise TransportTimeout("no time is left to ask", endpoint=endpoint, elapsed=deadline.elapsed)
-        if attempts.last:
-            return endpoint, deadline
-        most = math.inf
-        if attempts.has_other(endpoint, now):
-            most = self._latencies.bound(parse_endpoint(endpoint).lane)
-        return endpoint, deadline.fraction(0.5, now, most)
+        holder = holder or Holder()
+        with holder.inside:
+            try:
+                # Not the loop first: CPython 3.11 misses an exception of a signal handler that comes with the jump
+                # back to a loop that is the first statement of a block.
+                connection = self.resume(holder) if attempts.under_way else None
+                while True:
+                    if connection is None:
+                        now = self._clock.now()
+                        attempts.begin(now)
+                        if self._trace is not None:
+                            begun = attempts.endpoint, attempts.producer, attempts.status_deadline.at
+                            self._trace(events.Attempt(now, *begun))
+                    try:
+                        if connection is None:
+                            connection = self.checkout(
+                                holder, attempts.endpoint, attempts.producer, attempts.status_deadline, began=now
+                            )
+                        result = request(connection, attempts.status_deadline, attempts.deadline)
+                    except Refused as refused:
+                        self._succeed(attempts, holder)
+                        raise refused.error from None
+                    except TransportError as error:
+                        connection = None
+                        self.discard(holder, error)
+                        self._fail(attempts, error)
+                    else:
+                        self._succeed(attempts, holder)
+                        return result
+            except BaseException:
+                self.discard(holder)
+                raise
 
-    def answered(self, connection: Connection) -> None:
-        """Note that an exchange went well, and how long its first answer took."""
+    def _succeed(self, attempts: Attempts, holder: ConnectionHolder) -> None:
+        connection = holder.connection
+        assert connection is not None
         latency = connection.latency
-        if latency is not None:
-            self._latencies.answered(connection.lane, latency)
-        self._quarantine.answered(connection.endpoint)
+        attempts.succeed(connection.lane, latency)
+        if self._trace is not None:
+            self._trace(events.SuccessfulAttempt(self._clock.now(), attempts.endpoint, latency))
+        if holder.keeper is Keeper.NONE:
+            self.checkin(holder)
 
-    def failed(
-        self, attempts: ReadAttempts, endpoint: str, producer: bytes, error: TransportError, deadline: Deadline
-    ) -> None:
-        """Note a failed attempt; returns if another one is due and has time, else raises what it comes to."""
-        now = self._clock.now()
+    def _fail(self, attempts: Attempts, error: TransportError) -> None:
+        """Note a failed attempt; returns if another one follows, else raises the error of the request."""
+        now, endpoint = self._clock.now(), attempts.endpoint
         with self._lock:
-            final = attempts.give_up(endpoint, error, now)
+            final, following, quarantine = attempts.fail(endpoint, error, now)
             if isinstance(final, ProducerLostError) and isinstance(error, OtherProducerError):
-                # Not where nobody listens: the producer may only be about to listen again.
-                self._unconfirmed.pop(producer, None)
-        left_lane = is_unusable(error) and final is not error
-        if final is None and now >= deadline.at and not left_lane:
-            final = error
-        following = None if final is not None else attempts.choose(now)
-        if left_lane:
-            self._give_up_lane(parse_endpoint(endpoint).lane, error)
-        elif is_elsewhere(error):
-            self._counters.add("elsewhere")
-            logger.debug("%s is not on this host; next: %s", endpoint, following or "none is left")
-        else:
-            self._note(endpoint, error, following)
+                # Not if the address refuses connections: the producer may be about to listen again.
+                self._unconfirmed.pop(attempts.producer, None)
+            if is_unusable(error) and final is not error:
+                lane = parse_endpoint(endpoint).lane
+                self._lanes = tuple(each for each in self._lanes if each != lane)
+        self._recorder.report(events.FailedAttempt(now, endpoint, error, quarantine, following))
         if final is error:
             raise error
         if final is not None:
             raise final from error
 
-    def _give_up_lane(self, lane: Lane, error: TransportError) -> None:
-        """Use a lane no more that this machine cannot use, and log that once."""
-        with self._lock:
-            known = lane not in self._lanes
-            self._lanes = tuple(each for each in self._lanes if each != lane)
-        if not known:
-            logger.warning("this client goes on without the %s lane: %s", lane.name, error.message)
-
-    def _note(self, endpoint: str, error: TransportError, following: str | None) -> None:
-        """Count the retry that follows a failed attempt, and log both: the first at an endpoint is a warning."""
-        if following is not None:
-            self._counters.add_all({"retries": 1, RETRIES_BY_CAUSE[type(error)]: 1})
-        with self._lock:
-            level = logging.DEBUG if endpoint in self._named else logging.WARNING
-            self._named[endpoint] = None
-            while len(self._named) > _MAX_NAMED:
-                del self._named[next(iter(self._named))]
-        if isinstance(error, ServerBusy | OutOfResources):
-            skipped = "no"
-        else:
-            skipped = f"{self._quarantine.term(endpoint):g} s of"
-        logger.log(
-            level,
-            "attempt at %s failed: %s: %s; %s quarantine; next: %s",
-            endpoint,
-            type(error).__name__,
-            str(error),  # not the error, whose frames a kept record would keep
-            skipped,
-            following or "none is left",
-        )
-
     # --- connections ------------------------------------------------------------------------------------------
 
-    def checkout(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
-        """Give `holder`, which the thread is inside, an open connection to the endpoint."""
-        pool = self._pool
-        began = self._clock.now()
-        now = began
+    def checkout(
+        self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline, *, began: float
+    ) -> Connection:
+        """Give `holder`, which the thread is inside, an open connection for an attempt that began at `began`."""
+        pool, now = self._pool, began
         while True:
-            expired = False
             with self._lock:
                 self._holders.add(holder)
-                at_hand = pool.at_hand(endpoint, now)
-                if at_hand is None:
-                    address = parse_endpoint(endpoint)
-                    decision = pool.checkout(endpoint, now, functools.partial(self._fits, address))
-                    holder.connection, holder.group, idle = decision.connection, decision.group, decision.idle
-                    expired = bool(decision.expired)
-                else:
-                    holder.connection, idle = at_hand
+                found = pool.at_hand(endpoint, now)
+                expired = found is None and pool.expire(endpoint, now)
+                if found is None and not expired:
+                    found = pool.checkout(endpoint, self._busy())
+                if found is not None:
+                    holder.connection, holder.worker, since = found
             if expired:
-                self._close_left(holder)
+                self._close_unused()
+                with self._lock:
+                    found = pool.checkout(endpoint, self._busy())
+                    if found is not None:
+                        holder.connection, holder.worker, since = found
             connection = holder.connection
+            idle: float | None = None
             if connection is None:
-                connection = self._open(holder, endpoint, producer, deadline)
-            elif connection.identity.producer != producer or not (
-                idle < _SURELY_OPEN_SECONDS or connection.usable()
-            ):
-                self.discard(holder)
-                now = self._clock.now()
-                continue
-            if self._unconfirmed:
-                self._settle(connection, deadline)
+                connection = self._connect(holder, endpoint, producer, deadline)
+            else:
+                idle = now - since
+                if connection.identity.producer != producer or not (
+                    idle < _SURELY_OPEN_SECONDS or connection.usable()
+                ):
+                    self.discard(holder)
+                    now = self._clock.now()
+                    continue
+            if self._trace is not None:
+                self._trace(events.Checkout(self._clock.now(), endpoint, idle, id(connection)))
+            if producer in self._unconfirmed:  # without the lock: one step of a dict, and checked again with it
+                self._replay_acks(connection, deadline)
             connection.asked_since(began)
             return connection
 
-    def _fits(self, address: Endpoint, worker: Worker) -> bool:
-        return self._network.fits(worker, address)
-
     def checkin(self, holder: ConnectionHolder) -> None:
-        """Keep the holder's connection after a clean exchange."""
+        """Put the holder's connection into the pool, or close it if it has failed."""
         connection = holder.connection
-        if connection is None or connection.broken:
+        if connection is None or connection.failure is not None:
             self.discard(holder)
             return
+        now = self._clock.now()
+        if self._trace is not None:  # before another thread can use it
+            self._trace(events.Checkin(now, connection.endpoint, id(connection)))
         with self._lock:
-            surplus = self._pool.checkin(connection.endpoint, connection, holder.group, self._clock.now())
+            kept = self._pool.checkin(connection.endpoint, connection, holder.worker, now)
             holder.clear()
             self._holders.discard(holder)
-        if surplus is not None:
-            self._close_left()
-        if self._closed:
+            closed = self._closed
+        if not kept:
+            self._close_unused()
+        if closed:
             self._close_idle()
 
-    def discard(self, holder: ConnectionHolder) -> None:
+    def discard(self, holder: ConnectionHolder, error: DrayError | None = None) -> None:
         """Close the holder's connection, if any; ACKs that may be lost with it are remembered."""
         with self._lock:
-            empty = holder.connection is None and holder.group is None
+            connection, worker = holder.connection, holder.worker
+            if worker is not None:
+                self._blocked.add(worker)
             holder.clear()
             self._holders.discard(holder)
-        if not empty:
-            self._close_left()
-        if self._closed:
+            closed = self._closed
+        if connection is not None:
+            connection.failure = connection.failure or error
+        if connection is not None or worker is not None:
+            self._close_unused()
+        if closed:
             self._close_idle()
 
-    def leave(self, holder: ConnectionHolder, deadline: Deadline) -> None:
-        """`discard` a connection on which something is still on its way.
+    def abandon(self, holder: ConnectionHolder, deadline: Deadline) -> None:
+        """`discard` a connection on which answers are still on their way.
 
-        The server may see its end before it reads the last ACKs, so the producer is told again at once what they
-        said, if it can be reached before the deadline and soon.
+        The server may notice its end before it reads the last ACKs. So they are sent again at once, if the
+        producer can be reached before the deadline and soon.
         """
         connection = holder.connection
         self.discard(holder)
         if connection is not None:
-            self._settle_at(connection.endpoint, connection.identity.producer, deadline.capped_at(_SETTLE_SECONDS))
+            self._replay_at(connection.endpoint, connection.identity.producer, deadline.capped_at(_REPLAY_SECONDS))
 
     # --- connections that are kept between two calls ----------------------------------------------------------
 
-    def resume(self, holder: ConnectionHolder) -> Connection:
-        """The connection that was kept for this thread, which is inside `holder` again.
+    def resume(self, holder: ConnectionHolder, keeper: Keeper = Keeper.NONE) -> Connection:
+        """The connection that was kept in `holder`, and what keeps it from now on.
 
         Raises:
-            BufferClosedError: closing the client has ended it.
-        """
-        with self._lock:
-            if holder.connection is None:
-                raise BufferClosedError("the client was closed meanwhile")
-            holder.keeper = Keeper.NOBODY
-            return holder.connection
-
-    def hand_out(self, holder: ConnectionHolder) -> None:
-        """From now on arrays in the slot keep the connection.
-
-        Raises:
-            BufferClosedError: the lease has ended, or closing the client has ended it.
+            BufferClosedError: the lease has ended, or closing the client has closed it.
         """
         with self._lock:
             if holder.connection is None:
                 raise BufferClosedError("the lease has ended, or the client was closed meanwhile")
-            holder.keeper = Keeper.ARRAYS
+            holder.keeper = keeper
+            return holder.connection
 
     def end_lease(self, holder: ConnectionHolder, request: Request, consumed: bool) -> None:
         """End a lease that was kept, by a thread inside `holder`, unless it has ended."""
@@ -384,238 +321,250 @@ class Exchanges:
         except BufferClosedError:
             return
         try:
-            connection.acknowledge([(request, consumed)], Deadline.after(_END_SECONDS, self._clock))
+            connection.acknowledge([(request, consumed)], Deadline.after(_LEASE_END_SECONDS, self._clock))
             self.checkin(holder)
         except (TransportError, BufferClosedError) as error:
-            # The server has returned the lease with the connection; its producer may be gone altogether.
-            logger.debug("end of a lease on %s: %s", connection.endpoint, error)
-            self._counters.add("leases_ended_late")
-            self.discard(holder)
+            # The lease ends with the connection; the producer may be gone altogether.
+            logger.debug("the end of a lease could not be sent to %s: %s", connection.endpoint, error)
+            self._recorder.count("leases_ended_late")
+            self.discard(holder, error)
         except BaseException:
             self.discard(holder)
             raise
 
-    # --- figures and end --------------------------------------------------------------------------------------
+    # --- statistics and end -----------------------------------------------------------------------------------
 
-    def counted(self) -> dict[str, float]:
-        """All counters, the payloads among them that went over connections which are still open."""
+    def statistics(self, *, consumed: int = 0, failed_reads: int = 0) -> ClientStatistics:
+        """The statistics of the client, with what it counts itself."""
         with self._lock:
-            counted = Counters()
-            counted.add_all(self._counters.snapshot())
-            for connection in self._connections:
-                counted.add_all(_handed_out(connection))
-        return counted.snapshot()
-
-    def quarantined(self) -> list[str]:
-        """The endpoints that are skipped now."""
-        return self._quarantine.listed(self._clock.now())
+            return self._recorder.statistics(
+                self._open,
+                consumed=consumed,
+                failed_reads=failed_reads,
+                idle_connections=len(self._pool.connections()),
+                unconfirmed_acks=sum(map(len, self._unconfirmed.values())),
+                quarantined=self._quarantine.endpoints(self._clock.now()),
+            )
 
     def close(self) -> None:
-        """End waits and close every connection that no thread is inside; the thread closes it. Twice is fine.
+        """End waits and close every connection that no thread is inside; that thread closes it. Twice is fine.
 
         Connections of leases whose arrays were handed out are closed with them.
         """
-        if not self._closed:
-            self._closing = True
-            self._close_left()
+        with self._lock:
+            closed, self._closing = self._closed, True
+        if not closed:
+            self._close_unused()
             self._close_idle()
-            # Nobody repeats the ACKs of those that are in use once their threads have been told to end.
+            # The threads that use these are about to be ended, and will not repeat their ACKs.
             with self._lock:
-                in_use = list(self._connections)
+                in_use = list(self._open)
             for connection in in_use:
-                self._remember(connection)
-            self._settle_all()
-        self._closed = True
+                self._remember_acks(connection)
+            deadline = Deadline.after(_REPLAY_SECONDS, self._clock)
+            with self._lock:
+                lost = [(where, each) for each, acks in self._unconfirmed.items() for where in acks.values()]
+            for endpoint, producer in dict.fromkeys(lost):
+                self._replay_at(endpoint, producer, deadline)
+        with self._lock:
+            self._closed = True
         self._network.close()
         self._close_idle()
 
-    def _open(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
-        self._close_left(holder)
+    def __repr__(self) -> str:
+        with self._lock:
+            idle = len(self._pool.connections())
+            state = "closed, " if self._closed else "closing, " if self._closing else ""
+            return f"<Connections: {state}{len(self._open) - idle} in use, {idle} idle>"
+
+    def _connect(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
+        began = self._clock.now()
+        self._close_unused()
+        address = parse_endpoint(endpoint)
+        with self._lock:
+            busy = self._busy()
+            for worker, retired in self._workers.items():
+                if not retired and worker not in busy and self._network.fits(worker, address):
+                    holder.worker = worker
+                    break
         while True:
             try:
-                connection = self._connect(holder, endpoint, producer, deadline)
+                if holder.worker is None and (made := self._network.make_worker(address)) is not None:
+                    with self._lock:
+                        self._workers[made] = False
+                        holder.worker = made
+                connection = Connection.open(
+                    endpoint,
+                    producer,
+                    deadline=deadline,
+                    worker=holder.worker,
+                    network=self._network,
+                    report=self._trace,
+                    **self._options,
+                )
                 break
             except OutOfResources:
                 if not self._give_up_idle():
                     raise
         with self._lock:
-            self._connections[connection] = holder.group
+            self._open[connection] = holder.worker
             holder.connection = connection
-        self._counters.add("connects")
+        now = self._clock.now()
+        self._recorder.report(events.Connect(now, endpoint, now - began, connection.version, id(connection)))
         return connection
 
-    def _connect(self, holder: ConnectionHolder, endpoint: str, producer: bytes, deadline: Deadline) -> Connection:
-        address = parse_endpoint(endpoint)
-        if holder.group is None and (group := self._network.make_worker(address)) is not None:
-            with self._lock:
-                self._groups.add(group)
-                holder.group = group
-                self._pool.add_group(group)
-        return Connection.open(
-            endpoint,
-            producer,
-            self._secret,
-            deadline,
-            holder.group,
-            self._verify,
-            self._buffers,
-            self._network,
-            self._inline_bytes,
-        )
-
     def _give_up_idle(self) -> bool:
-        """Close the idle connections, for the sake of one that is needed; whether there were any."""
+        """Close the idle connections and free workers to make room for another one; whether there were any."""
         with self._lock:
-            connections, groups = self._pool.drain()
-        self._close_left()
-        if connections or groups:
-            self._counters.add("given_up", len(connections))
-            logger.debug("%d idle connections are closed for the descriptors of another one", len(connections))
-        return bool(connections or groups)
+            connections, workers = self._drain()
+        self._close_unused()
+        if connections or workers:
+            self._recorder.count("connections_given_up", len(connections))
+            logger.debug("closed %d idle connections to free descriptors for another one", len(connections))
+        return bool(connections or workers)
 
-    def _settle(self, connection: Connection, deadline: Deadline) -> None:
-        """Tell the producer again what ACKs that may have been lost said."""
-        producer = connection.identity.producer
-        with self._lock:
-            lost = sorted(self._unconfirmed.get(producer, ()))
-        if not lost:
-            return
-        connection.consume(lost, deadline)
-        # Only now: a client that is closed meanwhile must know of them.
-        with self._lock:
-            left = self._unconfirmed.get(producer, {})
-            for told in lost:
-                left.pop(told, None)
-            if not left:
-                self._unconfirmed.pop(producer, None)
-        self._counters.add("acks_repeated", len(lost))
+    # --- closing; methods that say so are called with the lock held -------------------------------------------
 
-    def _close_left(self, mine: ConnectionHolder | None = None) -> None:
-        """Close what is open, not idle, and held by nobody.
+    def _drain(self) -> tuple[list[Connection], list[Worker]]:
+        """Take idle connections and free workers out of use for good. With the lock."""
+        busy = self._busy()
+        workers = [worker for worker, retired in self._workers.items() if worker not in busy and not retired]
+        for worker in workers:
+            self._workers[worker] = True
+        return self._pool.drain(busy), workers
 
-        One of a group that is held is closed by the thread that is inside `mine`, if that holds the group, else
-        later.
-        """
-        with self._closing_one:
-            while (connection := self._next_left(mine)) is not None:
-                self._end(connection)
+    def _unused(self) -> tuple[list[Connection], set[Worker]]:
+        """The connections that are neither idle nor held, and the workers that are held. With the lock."""
+        used, workers = held(self._holders, self._closing)
+        used |= self._pool.connections()
+        return [connection for connection in self._open if connection not in used], workers
+
+    def _busy(self) -> set[Worker]:
+        """The workers that are held, or have a connection that is about to be closed. With the lock."""
+        if not self._workers:
+            return set()
+        return held(self._holders, self._closing)[1] | self._blocked
+
+    def _close_unused(self) -> None:
+        """Close unused connections and retired workers; those of a worker that is held, later."""
+        with self._closer:
+            while (connection := self._next_unused()) is not None:
+                self._close(connection)
             with self._lock:
-                _, groups = held(self._holders, self._closing)
-                left = [group for group in self._groups if group not in groups and not self._pool.has(group)]
-            for group in left:
-                group.close()
-                self._groups.discard(group)
+                _, in_use = self._unused()
+                workers = [worker for worker, retired in self._workers.items() if retired and worker not in in_use]
+            for worker in workers:
+                worker.close()
+                with self._lock:
+                    self._workers.pop(worker, None)
 
-    def _next_left(self, mine: ConnectionHolder | None) -> Connection | None:
-        """A connection to close; its group is busy until there is none."""
+    def _next_unused(self) -> Connection | None:
         with self._lock:
-            self._forget_left_holders()
-            connections, groups = held(self._holders, self._closing)
-            connections.update(self._pool.withheld())
-            for connection, group in self._connections.items():
-                free = group is None or group not in groups or (mine is not None and group is mine.group)
-                if connection not in connections and free:
-                    self._pool.occupy(group)
-                    return connection
-            for group in self._groups:
-                if group not in groups:
-                    self._pool.discard(group)
-            return None
+            for holder in [each for each in self._holders if not each.holds(self._closing)]:
+                holder.clear()
+                self._holders.discard(holder)
+            unused, in_use = self._unused()
+            self._blocked = {worker for each in unused if (worker := self._open[each]) is not None}
+            return next((each for each in unused if self._open[each] not in in_use), None)
 
-    def _forget_left_holders(self) -> None:
-        for holder in [each for each in self._holders if not each.holds(self._closing)]:
-            holder.clear()
-            self._holders.discard(holder)
-
-    def _end(self, connection: Connection) -> None:
+    def _close(self, connection: Connection) -> None:
         """Close a connection; what it counted stays, and the ACKs that may be lost with it."""
-        self._remember(connection)
+        self._remember_acks(connection)
         connection.close()
         with self._lock:
-            del self._connections[connection]
-            self._counters.add_all(_handed_out(connection))
-
-    def _remember(self, connection: Connection) -> None:
-        """Keep the ACKs that may be lost with a connection."""
-        lost = connection.unconfirmed
-        if lost:
-            with self._lock:
-                remembered = self._unconfirmed.setdefault(connection.identity.producer, {})
-                remembered.update(dict.fromkeys(lost, connection.endpoint))
-                while len(self._unconfirmed) > _MOST_PRODUCERS:
-                    del self._unconfirmed[next(iter(self._unconfirmed))]
-
-    def _settle_all(self) -> None:
-        """Repeat every ACK that may have been lost, where its connection led to, if that can be reached."""
-        deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
-        with self._lock:
-            where = [
-                (producer, endpoint) for producer, lost in self._unconfirmed.items() for endpoint in lost.values()
-            ]
-        for producer, endpoint in dict.fromkeys(where):
-            self._settle_at(endpoint, producer, deadline)
-
-    def _settle_at(self, endpoint: str, producer: bytes, deadline: Deadline) -> None:
-        if producer not in self._unconfirmed:
-            return
-        holder: ConnectionHolder = Holder()
-        with holder.inside:
-            try:
-                self.checkout(holder, endpoint, producer, deadline)
-                self.checkin(holder)
-            except DrayError:
-                self.discard(holder)
-            except BaseException:
-                self.discard(holder)
-                raise
+            del self._open[connection]
+            self._recorder.add_reads(connection)
+        error, connection.failure = connection.failure, None  # its frames may keep memory of payloads
+        self._recorder.report(events.Discard(self._clock.now(), connection.endpoint, error, id(connection)))
 
     def _close_idle(self) -> None:
-        """Close what no thread uses, each after making sure that its ACKs have arrived."""
+        """Close what no thread uses, each connection after its ACKs are confirmed."""
         holder: ConnectionHolder = Holder()
         with holder.inside:
             with self._lock:
                 self._holders.add(holder)
-                holder.drained = self._pool.drain()
-            deadline = Deadline.after(_SETTLE_SECONDS, self._clock)
+                holder.drained = self._drain()
+            deadline = Deadline.after(_REPLAY_SECONDS, self._clock)
             for connection in holder.drained[0]:
                 with contextlib.suppress(DrayError):
                     connection.confirm(deadline)
             with self._lock:
                 holder.clear()
                 self._holders.discard(holder)
-        self._close_left()
+        self._close_unused()
+
+    # --- acknowledgements that may be lost --------------------------------------------------------------------
+
+    def _remember_acks(self, connection: Connection) -> None:
+        """Remember the ACKs that may be lost with a connection."""
+        lost = connection.unconfirmed
+        if lost:
+            with self._lock:
+                remembered = self._unconfirmed.setdefault(connection.identity.producer, {})
+                remembered.update(dict.fromkeys(lost, connection.endpoint))
+                while len(self._unconfirmed) > MAX_PRODUCERS:
+                    del self._unconfirmed[next(iter(self._unconfirmed))]
+
+    def _replay_acks(self, connection: Connection, deadline: Deadline) -> None:
+        """Send the ACKs again, as CONSUME, that may be lost to the connection's producer."""
+        producer = connection.identity.producer
+        with self._lock:
+            lost = sorted(self._unconfirmed.get(producer, ()))
+        if not lost:
+            return
+        connection.consume(lost, deadline)
+        # Forgotten only now: a client that is closed meanwhile sends them again.
+        with self._lock:
+            left = self._unconfirmed.get(producer, {})
+            for sent in lost:
+                left.pop(sent, None)
+            if not left:
+                self._unconfirmed.pop(producer, None)
+        self._recorder.count("acks_replayed", len(lost))
+
+    def _replay_at(self, endpoint: str, producer: bytes, deadline: Deadline) -> None:
+        """Send a producer's ACKs again that may be lost, over this endpoint, if it can be reached."""
+        with self._lock:
+            if producer not in self._unconfirmed:
+                return
+        holder: ConnectionHolder = Holder()
+        with holder.inside:
+            try:
+                self.checkout(holder, endpoint, producer, deadline, began=self._clock.now())
+                self.checkin(holder)
+            except DrayError as error:
+                self.discard(holder, error)
+            except BaseException:
+                self.discard(holder)
+                raise
 
 
 class KeptLease:
-    """A payload's lease whose connection is kept after its exchange.
+    """A payload's lease whose connection is kept after its read.
 
     Attributes:
         request: the READ that holds it.
         inside: held by the thread that calls `end` or `drop`.
     """
 
-    def __init__(self, exchanges: Exchanges, holder: ConnectionHolder, request: Request) -> None:
+    def __init__(self, connections: Connections, holder: ConnectionHolder, request: Request) -> None:
         self.request = request
         self.inside = holder.inside
-        self._exchanges = exchanges
+        self._connections = connections
         self._holder = holder
 
     def hand_out(self) -> None:
-        """See `Exchanges.hand_out`."""
-        self._exchanges.hand_out(self._holder)
+        """From now on arrays in the slot keep the connection.
+
+        Raises:
+            BufferClosedError: the lease has ended, or closing the client has ended it.
+        """
+        self._connections.resume(self._holder, Keeper.ARRAYS)
 
     def end(self, consumed: bool) -> None:
         """End it, unless it has ended."""
-        self._exchanges.end_lease(self._holder, self.request, consumed)
+        self._connections.end_lease(self._holder, self.request, consumed)
 
     def drop(self) -> None:
         """Close its connection, unless it has ended: the server returns the lease."""
-        self._exchanges.discard(self._holder)
-
-
-def _handed_out(connection: Connection) -> dict[str, float]:
-    """Payloads that were handed out over a connection, as they are counted."""
-    if not connection.reads:
-        return {}
-    reads = f"reads_{connection.lane.name}"
-    return {"reads": connection.reads, reads: connection.reads, "bytes": connection.read_bytes}
+        self._connections.discard(self._holder)

@@ -14,11 +14,8 @@ Where an exception of a signal handler comes in the middle of an end, the lease 
 
 from __future__ import annotations
 
-import _thread
-import queue
 import threading
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -28,68 +25,7 @@ from dray.errors import LeaseInUseError
 from dray.payload import Arrays, unpack
 from dray.protocol.client_session import Request
 from dray.transport.connection import Held
-
-
-class Graveyard:
-    """Ends leases whose last array dies before they have ended.
-
-    An array may die anywhere, in the middle of a locked section too, so its death only puts the lease into a
-    queue; a thread, started with the first lease, ends it.
-    """
-
-    def __init__(self) -> None:
-        self._dead: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._watched: dict[int, tuple[weakref.ref[Any], Callable[[], None]]] = {}
-        self._lock = threading.Lock()
-        self._running: _thread.LockType | None = None  # locked while the thread runs
-        self._closed = False
-
-    def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> int:
-        """Call `end`, in a thread of its own, once `root` is gone; the number is for `forget`."""
-        # Without a function in Python, which an exception of a signal handler could end before it has done this.
-        watched = weakref.ref(root, self._dead.put)
-        with self._lock:
-            self._watched[id(watched)] = watched, end
-            self._start()
-        return id(watched)
-
-    def forget(self, number: int) -> None:
-        """Watch it no longer."""
-        self._watched.pop(number, None)
-        if self._closed:
-            self._dead.put(None)
-
-    def close(self) -> None:
-        """End the thread, or let it end with the last lease that is still in use. Twice is fine."""
-        with self._lock:
-            self._closed = True
-            running = None if self._watched else self._running
-        self._dead.put(None)
-        if running is not None:
-            with running:
-                pass
-
-    def _start(self) -> None:
-        if self._running is None and not self._closed:
-            running = _thread.allocate_lock()
-            running.acquire()
-            # Not a `threading.Thread`: an exception of a signal handler in its `start` may leave the new thread
-            # waiting for ever.
-            _thread.start_new_thread(self._run, (running,))
-            self._running = running
-
-    def _end(self, dead: object) -> None:
-        _, end = self._watched.pop(id(dead), (None, None))
-        if end is not None:
-            end()
-
-    def _run(self, running: _thread.LockType) -> None:
-        try:
-            while not (self._closed and not self._watched):
-                self._end(self._dead.get())
-            self._dead.put(None)  # there is another thread where an exception came right after its start
-        finally:
-            running.release()
+from dray.transport.lease_reaper import LeaseReaper
 
 
 class Kept(Protocol):
@@ -109,14 +45,14 @@ class InPlaceLease:
     Args:
         held: the payload.
         kept: its lease.
-        graveyard: ends the lease where this object does not.
+        reaper: ends the lease where this object does not.
     """
 
-    def __init__(self, held: Held, kept: Kept, graveyard: Graveyard) -> None:
+    def __init__(self, held: Held, kept: Kept, reaper: LeaseReaper) -> None:
         self._in_place = held.in_place
         self._root: np.ndarray[Any, Any] | None = held.root
         self._kept = kept
-        self._graveyard = graveyard
+        self._reaper = reaper
         self._arrays: Arrays = held.arrays or {}
         held.arrays = None
         self._watched = self._watch(held.root, consumed=False)
@@ -160,7 +96,7 @@ class InPlaceLease:
         self._arrays.clear()
         with self._kept.inside:
             try:
-                self._graveyard.forget(self._watched)
+                self._reaper.forget(self._watched)
                 self._root = None
                 root = alive() if self._in_place else None
                 if root is not None:
@@ -184,4 +120,4 @@ class InPlaceLease:
             with kept.inside:
                 kept.end(consumed)
 
-        return self._graveyard.watch(root, end)
+        return self._reaper.watch(root, end)

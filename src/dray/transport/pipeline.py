@@ -12,8 +12,8 @@ from dray.errors import BufferClosedError, ConnectionClosed, DrayError, Transpor
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
 from dray.transport.connection import Connection, Held
-from dray.transport.connections import ConnectionHolder, Exchanges
-from dray.transport.holding import Holder, Keeper
+from dray.transport.connections import ConnectionHolder, Connections
+from dray.transport.pool import Holder, Keeper
 from dray.transport.receive_buffers import Bytes
 
 _INLINE_WINDOW = 32
@@ -51,7 +51,7 @@ class Windows:
     leases of a window end with the requests of the next.
 
     Args:
-        exchanges: the client's connections.
+        connections: the client's connections.
         refs: what to read, all of one producer; at least one.
         reader: the client's reader id.
         consume: leases of payloads that are handed out end as consumed.
@@ -61,22 +61,20 @@ class Windows:
         connection: where the results came from; None once there is none any more.
 
     Raises:
-        As `Exchanges.plan`.
+        As `Connections.attempts`.
     """
 
     def __init__(
-        self, exchanges: Exchanges, refs: Sequence[PayloadRef], reader: int, consume: bool, deadline: Deadline
+        self, connections: Connections, refs: Sequence[PayloadRef], reader: int, consume: bool, deadline: Deadline
     ) -> None:
         self.connection: Connection | None = None
-        self._exchanges = exchanges
-        self._attempts = exchanges.plan(refs[0])
-        self._producer = refs[0].producer
+        self._connections = connections
+        self._attempts = connections.attempts(refs[0], deadline)
         self._reader = reader
         self._consume = consume
         self._deadline = deadline
         self._waiting = deque(refs)
         self._holder: ConnectionHolder = Holder()
-        self._endpoint = ""
         self._asked: deque[_Window] = deque()
         self._unasked: Iterator[PayloadRef] = iter(())
         self._due: PayloadRef | None = None
@@ -87,18 +85,18 @@ class Windows:
 
         What ends the batch is the outcome of all that is left of it.
         """
-        holder = self._holder
-        with holder.inside:
-            try:
-                if self.connection is not None:
-                    self._exchanges.resume(holder)
-                return self._next()
-            except DrayError as final:
-                self._drop()
-                return [Result(ref, None, final) for ref in self._waiting]
-            except BaseException:
-                self._drop()
-                raise
+        if not self._waiting:
+            if self.connection is None:
+                return ()
+            self._attempts.end()  # all that is left to do is to end leases, which another connection cannot do
+        try:
+            return self._connections.run(self._attempts, self._next, self._holder)
+        except DrayError as final:
+            self.connection = None
+            return [Result(ref, None, final) for ref in self._waiting]
+        except BaseException:
+            self.connection = None
+            raise
 
     def hand_out(self, result: Result) -> None:
         """Note that a result is about to be handed out.
@@ -124,54 +122,34 @@ class Windows:
             return
         with holder.inside:
             try:
-                connection = self._exchanges.resume(holder)
+                connection = self._connections.resume(holder)
                 with contextlib.suppress(TransportError, BufferClosedError):
                     connection.end_leases(self._deadline)
-                self._exchanges.leave(holder, self._deadline)
+                self._connections.abandon(holder, self._deadline)
             except BufferClosedError:  # closing the client has ended it
-                self._drop()
+                self._connections.discard(holder)
             except BaseException:
-                self._drop()
+                self._connections.discard(holder)
                 raise
+            finally:
+                self.connection = None
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _next(self) -> Sequence[Result]:
-        while self._waiting:
-            try:
-                results = self._window(self.connection or self._connect())
-            except TransportError as error:
-                self._failed(error)
-                continue
-            self._holder.keeper = Keeper.CALLER
-            return results
-        if self.connection is not None:
-            try:
-                self.connection.end_leases(self._deadline)
-            except TransportError as error:
-                self._failed(error)
-            else:
-                self._exchanges.answered(self.connection)
-                self._exchanges.checkin(self._holder)
-                self.connection = None
-        return ()
-
-    def _connect(self) -> Connection:
-        """A connection for what is still waiting. What it has brought is known once its first window has come."""
-        self._endpoint, self._status_by = self._exchanges.choose(self._attempts, self._deadline)
-        self.connection = self._exchanges.checkout(self._holder, self._endpoint, self._producer, self._status_by)
-        self._asked.clear()
-        self._unasked = iter(tuple(self._waiting))
-        self._due = next(self._unasked, None)
-        return self.connection
-
-    def _failed(self, error: TransportError) -> None:
-        self._drop()
-        self._exchanges.failed(self._attempts, self._endpoint, self._producer, error, self._deadline)
-
-    def _drop(self) -> None:
-        self.connection = None
-        self._exchanges.discard(self._holder)
+    def _next(self, connection: Connection, status_by: Deadline, deadline: Deadline) -> Sequence[Result]:
+        if not self._waiting:
+            connection.end_leases(deadline)
+            self.connection = None
+            return ()
+        if connection is not self.connection:  # what it has brought is known once its first window has come
+            self.connection = connection
+            self._status_by = status_by
+            self._asked.clear()
+            self._unasked = iter(tuple(self._waiting))
+            self._due = next(self._unasked, None)
+        results = self._window(connection)
+        self._holder.keeper = Keeper.CALLER
+        return results
 
     def _window(self, connection: Connection) -> list[Result]:
         """Ask for as many windows as may be on their way, and take the first of them."""

@@ -1,177 +1,169 @@
-"""Idle connections, kept for the next exchange. Decides; `client` opens and closes."""
+"""Which connections are idle, and which are held: by a thread, by a caller between two results, or by arrays.
+
+An exception of a signal handler can end any call between any two of its steps, those of its clean-up too. So no
+hand-over depends on clean-up. A connection that is open, not in the pool and not held is unused; the next call
+that opens or closes a connection closes it, `PayloadClient.close` at the latest. `Holder.inside` is a lock of the
+interpreter's own, which a ``with`` statement gives back after every exception.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import enum
+import threading
+from collections.abc import Collection, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-MOST_IDLE = 2
+MAX_IDLE = 2
 IDLE_SECONDS = 100.0
-"""A connection idle for longer is replaced: the server evicts at 120 s."""
+"""A connection that was idle for longer is replaced; the server closes it after 120 s."""
+
+_NOTHING: tuple[tuple[()], tuple[()]] = (), ()
 
 C = TypeVar("C")
-G = TypeVar("G", bound=Hashable)
+W = TypeVar("W")
 
 
-class _Idle(NamedTuple, Generic[C, G]):
+class Keeper(enum.Enum):
+    """What keeps a held connection open while no thread is inside its holder."""
+
+    NONE = enum.auto()
+    CALLER = enum.auto()
+    """A batch between two results, a lease whose block was not entered, or a read that no task has received."""
+    ARRAYS = enum.auto()
+    """A lease whose arrays were handed out: its slot must not be used again while they exist."""
+
+
+KEEPS = {
+    Keeper.NONE: (False, False),
+    Keeper.CALLER: (True, False),
+    Keeper.ARRAYS: (True, True),
+}
+"""Whether a connection stays open: while the client is open, and while it closes."""
+
+
+class Holder(Generic[C, W]):
+    """What one call, or one lease, holds.
+
+    Attributes:
+        inside: held by the thread that uses the connection.
+        connection, worker: what it uses.
+        keeper: what keeps them when no thread is inside.
+        drained: connections out of the pool, and workers, that are about to be closed.
+    """
+
+    __slots__ = ("connection", "drained", "inside", "keeper", "worker")
+
+    def __init__(self) -> None:
+        self.inside = threading.Lock()
+        self.connection: C | None = None
+        self.worker: W | None = None
+        self.keeper = Keeper.NONE
+        self.drained: tuple[Collection[C], Collection[W]] = _NOTHING
+
+    def holds(self, closing: bool) -> bool:
+        """Other threads must not close what it has."""
+        return self.inside.locked() or KEEPS[self.keeper][closing]
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.connection = self.worker = None
+        self.keeper = Keeper.NONE
+        self.drained = _NOTHING
+
+
+class Idle(NamedTuple, Generic[C, W]):
+    """A connection that no call uses, its worker, and since when."""
+
     connection: C
-    group: G | None
+    worker: W | None
     since: float
 
 
-class Checkout(NamedTuple, Generic[C, G]):
-    """What to use for an exchange.
+class ConnectionPool(Generic[C, W]):
+    """The idle connections to each endpoint. Decides what to use again and what to give up; does no I/O.
 
-    Attributes:
-        connection: an idle connection, or None: open one.
-        group: the group to open it in, or None: there is no free one.
-        expired: connections to close, each with its group, of any endpoint; `discard` the group afterwards.
-        idle: seconds for which the connection was not used.
+    Only one thread can use a worker at a time: a connection whose worker is busy stays in the pool.
     """
 
-    connection: C | None
-    group: G | None
-    expired: Sequence[tuple[C, G | None]] = ()
-    idle: float = 0.0
-
-
-class ConnectionPool(Generic[C, G]):
-    """Up to two idle connections for each endpoint.
-
-    Connections may share a *group* (a UCX worker) that only one thread can use at a time: a group is busy from
-    checkout to `checkin` or `discard`, and its other connections stay where they are until then.
-    """
-
-    def __init__(self, most_idle: int = MOST_IDLE, idle_seconds: float = IDLE_SECONDS) -> None:
-        self._most_idle = most_idle
+    def __init__(self, max_idle: int = MAX_IDLE, idle_seconds: float = IDLE_SECONDS) -> None:
+        self._max_idle = max_idle
         self._idle_seconds = idle_seconds
-        self._idle: dict[str, list[_Idle[C, G]]] = {}
-        self._groups: dict[G, bool] = {}
+        self._idle: dict[str, list[Idle[C, W]]] = {}
         self._next_sweep = 0.0
 
-    def at_hand(self, endpoint: str, now: float) -> tuple[C, float] | None:
-        """Take the connection that was used last, and say for how long it was not, if nothing else is to be done.
-
-        None where something is: no connection, one of a group, or idle ones that are to be replaced.
-        """
-        waiting = self._idle.get(endpoint)
-        if waiting and now < self._next_sweep and now - waiting[0][2] < self._idle_seconds:
-            connection, group, since = waiting[-1]
-            if group is None:
-                del waiting[-1]
-                return connection, now - since
+    def at_hand(self, endpoint: str, now: float) -> Idle[C, W] | None:
+        """The connection used last, if it needs no worker and nothing is due; the short way of a small read."""
+        idle = self._idle.get(endpoint)
+        if idle and now < self._next_sweep and now - idle[0][2] < self._idle_seconds and idle[-1][1] is None:
+            return idle.pop()
         return None
 
-    def checkout(self, endpoint: str, now: float, fits: Callable[[G], bool] | None = None) -> Checkout[C, G]:
-        """Take the connection that was used last, or say in which group that fits to open one, if any."""
-        expired: list[tuple[C, G | None]] = []
-        chosen: _Idle[C, G] | None = None
-        kept: list[_Idle[C, G]] = []
-        for idle in reversed(self._idle.pop(endpoint, [])):
-            connection, group, since = idle
-            if group is not None and self._groups[group]:
-                kept.append(idle)
-                continue
-            if now - since >= self._idle_seconds:
-                expired.append((connection, self._take(group)))
-            elif chosen is None:
-                chosen = idle
-                self._take(group)
-            else:
-                kept.append(idle)
-        if kept:
-            self._idle[endpoint] = kept[::-1]
-        if chosen is not None:
-            connection, group, since = chosen
-            self._sweep(now, group, expired)
-            return Checkout(connection, group, expired, now - since)
-        free = (group for group, busy in self._groups.items() if not busy and fits is not None and fits(group))
-        group = self._take(next(free, None))
-        self._sweep(now, group, expired)
-        return Checkout(None, group, expired)
+    def checkout(self, endpoint: str, busy: Collection[W]) -> Idle[C, W] | None:
+        """The connection used last whose worker is not busy; call `expire` before."""
+        idle = self._idle.get(endpoint, [])
+        for index in reversed(range(len(idle))):
+            if idle[index].worker is None or idle[index].worker not in busy:
+                return idle.pop(index)
+        return None
 
-    def add_group(self, group: G) -> None:
-        """A new group, busy with the exchange it was made for."""
-        self._groups[group] = True
-
-    def checkin(self, endpoint: str, connection: C, group: G | None, now: float) -> C | None:
-        """Keep a connection after a clean exchange; one that is too many comes back to be closed.
-
-        Its group is free from then on, unless the connection came back: then `discard` it after closing.
-        """
+    def checkin(self, endpoint: str, connection: C, worker: W | None, now: float) -> bool:
+        """Keep a connection after its use; False if there are enough."""
         idle = self._idle.get(endpoint)
         if idle is None:
             idle = self._idle[endpoint] = []
-        if len(idle) >= self._most_idle:
-            return connection
-        idle.append(tuple.__new__(_Idle, (connection, group, now)))  # `_Idle(…)` is a function in Python
-        if group is not None:
-            self.discard(group)
-        return None
+        if len(idle) >= self._max_idle:
+            return False
+        idle.append(tuple.__new__(Idle, (connection, worker, now)))  # `Idle(…)` is a function in Python
+        return True
 
-    def discard(self, group: G | None) -> None:
-        """The connection that made the group busy is closed, or in the pool."""
-        if group is not None and group in self._groups:
-            self._groups[group] = False
+    def expire(self, endpoint: str, now: float) -> bool:
+        """Give up connections that were idle for too long; whether any may be left to close.
 
-    def has(self, group: G) -> bool:
-        """The group was added, and was not given out for good."""
-        return group in self._groups
-
-    def occupy(self, group: G | None) -> None:
-        """Make a group busy, so that one of its connections can be closed; see `discard`."""
-        if group is not None and group in self._groups:
-            self._groups[group] = True
-
-    def drain(self) -> tuple[list[C], list[G]]:
-        """Give out, for good, the idle connections and groups that no thread uses."""
-        connections: list[C] = []
-        for endpoint, kept in list(self._idle.items()):
-            busy = [idle for idle in kept if idle[1] is not None and self._groups[idle[1]]]
-            connections += [idle[0] for idle in kept if idle not in busy]
-            self._idle[endpoint] = busy
-        groups = [group for group, busy in self._groups.items() if not busy]
-        for group in groups:
-            del self._groups[group]
-        return connections, groups
-
-    def withheld(self) -> list[C]:
-        """The idle connections that `drain` leaves, as a thread uses their group."""
-        return [connection for kept in self._idle.values() for connection, _, _ in kept]
-
-    def count(self, endpoint: str) -> int:
-        """Idle connections to an endpoint."""
-        return len(self._idle.get(endpoint, ()))
-
-    def _sweep(self, now: float, mine: G | None, expired: list[tuple[C, G | None]]) -> None:
-        """Once in a while, add what is expired at every endpoint: some of them nobody asks for any more.
-
-        Connections of the group `mine`, which the caller has taken, are closed by the caller as well.
+        Once in `idle_seconds` this is done for all endpoints, as some of them are never asked for again.
         """
-        if now < self._next_sweep:
-            return
-        self._next_sweep = now + self._idle_seconds
-        taken: dict[G, C] = {}
-        for endpoint, waiting in list(self._idle.items()):
-            kept = []
-            for idle in waiting:
-                connection, group, since = idle
-                held = group is not None and self._groups[group] and group != mine and group not in taken
-                if held or now - since < self._idle_seconds:
-                    kept.append(idle)
-                elif group is None or group == mine or group in taken:
-                    expired.append((connection, None))
-                else:
-                    self._take(group)
-                    taken[group] = connection
+        sweep = now >= self._next_sweep
+        if not sweep:
+            idle = self._idle.get(endpoint)
+            if not idle or now - idle[0][2] < self._idle_seconds:  # the first is the oldest
+                return False
+        else:
+            self._next_sweep = now + self._idle_seconds
+        for each in list(self._idle) if sweep else [endpoint]:
+            kept = [entry for entry in self._idle.pop(each) if now - entry.since < self._idle_seconds]
+            if kept:
+                self._idle[each] = kept
+        return True
+
+    def drain(self, busy: Collection[W]) -> list[C]:
+        """Give up all connections whose worker is not busy."""
+        given_up = []
+        for endpoint, idle in list(self._idle.items()):
+            kept = [entry for entry in idle if entry.worker is not None and entry.worker in busy]
+            given_up += [entry.connection for entry in idle if entry not in kept]
             if kept:
                 self._idle[endpoint] = kept
             else:
                 del self._idle[endpoint]
-        # Last, as each of these gives its group back.
-        expired += [(connection, group) for group, connection in taken.items()]
+        return given_up
 
-    def _take(self, group: G | None) -> G | None:
-        if group is not None:
-            self._groups[group] = True
-        return group
+    def connections(self) -> set[C]:
+        """All idle connections."""
+        return {entry.connection for idle in self._idle.values() for entry in idle}
+
+    def __repr__(self) -> str:
+        return f"<ConnectionPool: {len(self.connections())} idle>"
+
+
+def held(holders: Iterable[Holder[C, W]], closing: bool) -> tuple[set[C], set[W]]:
+    """The connections and workers that are held."""
+    connections: set[C] = set()
+    workers: set[W] = set()
+    for holder in holders:
+        if holder.holds(closing):
+            if holder.connection is not None:
+                connections.add(holder.connection)
+            if holder.worker is not None:
+                workers.add(holder.worker)
+            connections.update(holder.drained[0])
+            workers.update(holder.drained[1])
+    return connections, workers

@@ -382,7 +382,7 @@ class ServedConnection:
         endpoint = self.endpoint
         for event in events:
             if isinstance(event, Established):
-                self._trace(traced.Connect(now, endpoint, now - self._accepted_at, event.version))
+                self._trace(traced.Connect(now, endpoint, now - self._accepted_at, event.version, id(self)))
             elif isinstance(event, Acknowledgement):
                 self._trace(traced.Acknowledgement(now, endpoint, *event.payload, event.consumed))
         for request in list(self.session.requests)[known:]:

@@ -292,7 +292,9 @@ class ServedConnections:
             self._unwatch(connection)
         stream.close()
         if self._service.trace is not None:
-            self._service.trace(Discard(self._clock.now(), connection.endpoint, error, connection.leased))
+            self._service.trace(
+                Discard(self._clock.now(), connection.endpoint, error, id(connection), connection.leased)
+            )
         self._undrained.append(connection)
         self._forget_drained()
 

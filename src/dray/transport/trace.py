@@ -1,8 +1,9 @@
-"""What happens on connections, step by step, for logs, statistics, tests and programs that want to watch.
+"""What happens on connections, step by step, for logs, statistics, tests and programs.
 
-A trace is a function that gets one event after the other: `PayloadClient(trace=…)`, `PayloadServer(trace=…)`.
-It runs in the thread that the event happens in, and must neither wait nor raise. `at` is in seconds on the clock
-of the client or server. An endpoint is the address of the connection; a server reports its own.
+A trace is a function that receives each event: `PayloadClient(trace=…)`, `PayloadServer(trace=…)`. It runs in the
+thread in which the event happens, and must neither wait nor raise. In every event `at` is in seconds on the clock
+of the client or server, and `endpoint` the address of the connection; a server reports its own. `connection` is a
+number that no other connection of the client has while this one is open.
 """
 
 from __future__ import annotations
@@ -15,30 +16,74 @@ from dray.protocol.frames import Kind
 from dray.protocol.frames import Status as StatusCode
 
 
-class Connect(NamedTuple):
-    """A connection is open: connected, and both sides have proven the secret where there is one.
+class Attempt(NamedTuple):
+    """A client begins an attempt; it must have connected and received its first STATUS at `deadline`."""
 
-    Attributes:
-        seconds: how long that took.
-        version: the protocol version that both sides speak.
-    """
+    at: float
+    endpoint: str
+    producer: bytes
+    deadline: float
+
+
+class SuccessfulAttempt(NamedTuple):
+    """An attempt has succeeded, after `latency` seconds until the first STATUS, connecting included."""
+
+    at: float
+    endpoint: str
+    latency: float | None
+
+
+class FailedAttempt(NamedTuple):
+    """An attempt has failed: why, for how many seconds the endpoint is skipped, and where the next one is made."""
+
+    at: float
+    endpoint: str
+    error: DrayError
+    quarantine: float
+    following: str | None
+
+
+class Connect(NamedTuple):
+    """A connection is open, after `seconds`, with the protocol version that both sides speak."""
 
     at: float
     endpoint: str
     seconds: float
     version: int
+    connection: int
 
 
 class Checkout(NamedTuple):
-    """A call begins to use a connection.
-
-    Attributes:
-        idle: seconds for which it was not used; None for a new one.
-    """
+    """A call begins to use a connection, which was idle for some seconds; None for a new one."""
 
     at: float
     endpoint: str
     idle: float | None
+    connection: int
+
+
+class Checkin(NamedTuple):
+    """A call has used a connection, which is idle now."""
+
+    at: float
+    endpoint: str
+    connection: int
+
+
+class Discard(NamedTuple):
+    """A connection is closed.
+
+    Attributes:
+        error: why, if it failed. At a server, `ConnectionClosed` if the client has closed it; None if the server
+            closes it because it was idle, silent or late, or because the server is closed.
+        leases: how many leases the connection of a server held; they end with it.
+    """
+
+    at: float
+    endpoint: str
+    error: DrayError | None
+    connection: int
+    leases: int = 0
 
 
 class Request(NamedTuple):
@@ -84,36 +129,8 @@ class Acknowledgement(NamedTuple):
     consumed: bool
 
 
-class Discard(NamedTuple):
-    """A connection is closed.
-
-    Attributes:
-        error: why, if it failed. At a server, `ConnectionClosed` if the client has closed it; None if the server
-            closes it because it was idle, silent or late, or because the server is closed.
-        leases: how many leases the connection of a server held; they end with it.
-    """
-
-    at: float
-    endpoint: str
-    error: DrayError | None
-    leases: int = 0
-
-
-class FailedAttempt(NamedTuple):
-    """An attempt of a client at an endpoint has failed.
-
-    Attributes:
-        error: why.
-        quarantine: seconds for which the endpoint is skipped.
-        following: the endpoint of the next attempt; None if there is none.
-    """
-
-    at: float
-    endpoint: str
-    error: DrayError
-    quarantine: float
-    following: str | None
-
-
-TraceEvent: TypeAlias = Connect | Checkout | Request | Status | Payload | Acknowledgement | Discard | FailedAttempt
+TraceEvent: TypeAlias = (
+    Attempt | SuccessfulAttempt | FailedAttempt | Connect | Checkout | Checkin | Discard
+    | Request | Status | Payload | Acknowledgement
+)  # fmt: skip
 Trace: TypeAlias = Callable[[TraceEvent], None]

@@ -24,7 +24,7 @@ from dray.errors import (
 from dray.payload import Arrays
 from dray.prefetch import BatchReader, BatchReaderStatistics, Fetched
 from dray.protocol import PayloadRef
-from dray.transport import PayloadClient
+from dray.transport import ClientStatistics, PayloadClient
 from dray.transport.lanes import LaneChoice
 from dray.transport.lanes.ucx_worker import require
 from dray.ucxx.buffer import is_completion, reference_of
@@ -62,7 +62,7 @@ class UCXXClient(Closing):
         """Return the payload's arrays in new memory; see `PayloadClient.read`."""
         return await self._client.read_async(ref, timeout=timeout, consume=consume)
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> ClientStatistics:
         """Return `PayloadClient.statistics`."""
         return self._client.statistics()
 
@@ -115,7 +115,7 @@ class CompletionReaderStatistics:
     skipped_transport: int  # the payload could not be read in time
     skipped_other: int  # any other error
     batches: BatchReaderStatistics
-    client: dict[str, Any]  # `PayloadClient.statistics`
+    client: ClientStatistics
 
 
 class CompletionReader(Closing):

@@ -1,6 +1,5 @@
 """The simulation's books of a ring detect violations."""
 
-
 import pytest
 from simulation.ledger import Books
 from simulation.scheduler import Violation

@@ -133,7 +133,7 @@ async def read_with_asyncio(buffer: UCXXBuffer) -> float:
     completion = buffer.write({"rewards": [4.0]})
     async with UCXXClient(lane="shm") as client:
         arrays = await client.read(reference_of(completion), timeout=10)
-        assert client.statistics()["reads"] == 1
+        assert client.statistics().reads == 1
         return float(arrays["rewards"][0])
 
 

@@ -20,7 +20,9 @@ from dray.clock import Deadline
 from dray.closing import Closing
 from dray.protocol.frames import Outgoing
 from dray.protocol.ref import has_control
+from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import CloseEvent, PollWaiter
+from dray.transport.receive_buffers import ReceiveBuffers
 
 
 class Stream(Closing):
@@ -350,6 +352,12 @@ class Network(Closing):
     def waiter(self, lasting: bool = False) -> Waiter:
         """A waiter for one connection; a `lasting` one also waits after the network is closed."""
         return PollWaiter(None if lasting else self._closing)
+
+    def receive_buffers(self) -> ReceiveBuffers:
+        return ReceiveBuffers()
+
+    def lease_reaper(self) -> LeaseReaper:
+        return LeaseReaper()
 
     def close(self) -> None:
         """End all waits with `BufferClosedError`. Twice is fine."""
