@@ -28,8 +28,8 @@ from dray.protocol.client_session import Request
 from dray.protocol.frames import Kind
 from dray.ring import Lease, Segment, SharedRingBuffer, SlotState, SlotWriter
 from dray.ring.layout import HAS_CHECKSUM, SLOT_HEADER
-from dray.transport.connection import Held
-from dray.transport.leases import Graveyard, InPlaceLease
+from dray.transport.connection import ReceivedPayload
+from dray.transport.leases import InPlaceLease, LeaseReaper
 from dray.transport.receive_buffers import ReceiveBuffers
 
 Pick = Callable[[int, int], int]
@@ -198,7 +198,7 @@ class RingAndModel:
         self.slots = max(slots, 2) if retain == "newest" else slots
         self.laps = 0
         self.clock = ManualClock()
-        self.graveyard = Graveyard()
+        self.reaper = LeaseReaper()
         self.foreign = SharedRingBuffer(1, SLOT_BYTES, clock=self.clock)
         with self.foreign.claim(3) as writer:
             writer.buffer[:] = b"abc"
@@ -536,7 +536,7 @@ class RingAndModel:
         root = np.frombuffer(self.attached.view[lease.offset : lease.offset + lease.nbytes], np.uint8)
         request = Request(Kind.READ, 0, slot, sequence, reader)
         kept = KeptInRing(self.ring, lease, request, ended)
-        block = InPlaceLease(Held(request, root, True, ReceiveBuffers()), kept, self.graveyard)
+        block = InPlaceLease(ReceivedPayload(request, root, True, ReceiveBuffers()), kept, self.reaper)
         del root
         arrays = block.__enter__()
         self.in_blocks.append(InPlace(lease, block, arrays, arrays["x"].tobytes(), ended))
@@ -661,7 +661,7 @@ class RingAndModel:
     def end(self) -> None:
         """Close everything, checking. Nothing follows."""
         self.finish()
-        self.graveyard.close()
+        self.reaper.close()
         self.foreign.close()
 
     # --- what must hold ------------------------------------------------------------------------------------------

@@ -52,11 +52,13 @@ def abort(ref, point):
             stream.idle()
         stream.close()
         return point
-    connection = Connection.open(ref.endpoints[0], ref.producer, None, deadline, worker)
+    connection = Connection.open(ref.endpoints[0], ref.producer, None, deadline, worker=worker)
     try:
         (target,) = connection.ask([ref], 0, deadline)
         if point in ("status", "payload"):
-            _, status = connection._session.receive(connection._message(FRAME_BYTES, deadline, "STATUS"))
+            while (message := connection._stream.receive(FRAME_BYTES)) is None:
+                connection._wait(deadline, "STATUS")
+            status = connection._session.receive(message).frame
             assert (status.status, status.nbytes) == (0, ref.nbytes)
         if point == "payload":
             for _ in range(rng.randrange(30)):
@@ -64,7 +66,7 @@ def abort(ref, point):
             if connection._stream.payload_arrived(ref.nbytes):
                 point = "payload, arrived"
         if point == "ack":
-            held = connection.answer(ref, target, deadline, deadline)
+            held = connection.answer(target, deadline, deadline)
             assert same(held.data(), ref)
     finally:
         connection.close()
@@ -74,14 +76,14 @@ def read_beside(ref):
     '''On the worker of the aborted reads, and on one of its own.'''
     deadline = Deadline.after(20)
     (target,) = neighbour.ask([ref], 0, deadline)
-    held = neighbour.answer(ref, target, deadline, deadline)
+    held = neighbour.answer(target, deadline, deadline)
     assert same(held.data(), ref)
     neighbour.acknowledge([(held.request, False)], deadline)
     if rng.random() < 0.2:
         assert same(client.read_bytes(ref, timeout=20, consume=False), ref)
 
 lasting = [payload(*each) for each in hear()]
-neighbour = Connection.open(lasting[0].endpoints[0], lasting[0].producer, None, Deadline.after(20), worker)
+neighbour = Connection.open(lasting[0].endpoints[0], lasting[0].producer, None, Deadline.after(20), worker=worker)
 say()
 while (wanted := hear()) is not None:
     if wanted == "progress":

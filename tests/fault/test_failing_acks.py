@@ -9,26 +9,27 @@ from waiting import wait_until
 from dray import PayloadClient, PayloadFormatError
 from dray.clock import Deadline
 from dray.errors import ConnectionReset, ProducerLostError
+from dray.protocol.frames import FRAME_BYTES, Kind
 from dray.transport.connection import Connection
+from dray.transport.lanes.socket import SocketStream
+from dray.transport.lanes.ucx import UcxStream
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many of the next ACKs and CONSUMEs fail with their connections, before they are sent."""
     left = {"acknowledge": 0, "consume": 0}
-    for name in left:
-        send = getattr(Connection, name)
+    names = {int(Kind.ACK): "acknowledge", int(Kind.CONSUME): "consume"}
+    for stream in (SocketStream, UcxStream):
 
-        def fail(self: Connection, wanted: Any, deadline: Deadline, name: str = name, send: Any = send) -> Any:
-            if left[name]:
+        def fail(self: Any, items: Any, descriptor: int | None = None, send: Any = stream.send) -> Any:
+            name = names.get(items[0][0], "") if isinstance(items[0], bytes) else ""
+            if left.get(name) and len(items[0]) % FRAME_BYTES == 0:
                 left[name] -= 1
-                if name == "acknowledge":  # it is in the books, as one that was sent and lost
-                    for request, consumed in wanted:
-                        self._session.ack(request, consumed)
-                raise ConnectionReset("the connection has just failed", endpoint=self.endpoint)
-            return send(self, wanted, deadline)
+                raise ConnectionReset("the connection has just failed")
+            return send(self, items, descriptor)
 
-        monkeypatch.setattr(Connection, name, fail)
+        monkeypatch.setattr(stream, "send", fail)
     return left
 
 

@@ -37,7 +37,6 @@ SERVED = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
 EXCHANGES = "transport/exchanges.py"
 BATCH = "prefetch/batch.py"
-HANDSHAKING = "transport/handshaking.py"
 
 DEFECTS = (
     # --- slots ----------------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ DEFECTS = (
     ),
     Defect(
         "deadline per step instead of per read",
-        HANDSHAKING,
+        CONNECTION,
         """\
     if stream.idle():
         waiter.wait(stream, deadline, awaited, endpoint)
@@ -304,7 +303,7 @@ DEFECTS = (
     ),
     Defect(
         "another producer on the same address is not recognised",
-        HANDSHAKING,
+        CONNECTION,
         "        if found.producer != producer:\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,
@@ -313,8 +312,8 @@ DEFECTS = (
         "a copy of a slot is handed out although its lease may have ended",
         CONNECTION,
         """\
-            if held.from_slot:
-                self._session.forget(held.request)
+            if received.from_slot:
+                self._session.forget(received.request)
                 raise
 """,
         "",

@@ -103,7 +103,7 @@ statuses = st.builds(
     st.lists(st.tuples(u8, u8), max_size=2),
 )
 payloads = st.sampled_from([b"hello", b"other"]).map(fuzz_client.payload) | st.binary(max_size=60).map(
-    fuzz_client.said
+    fuzz_client.sent
 )
 wanted = st.lists(st.sampled_from([0, 5, 5, 200]), max_size=3).map(lambda sizes: bytes([len(sizes), *sizes, 1]))
 

@@ -17,13 +17,14 @@ from dray.transport.connection import Connection
 from dray.transport.connections import ConnectionHolder, Exchange, Refused
 from dray.transport.lanes.socket import SocketStream, UnixStream
 from dray.transport.lanes.ucx import UcxStream
-from dray.transport.leases import Graveyard
+from dray.transport.leases import LeaseReaper
+from dray.transport.pipeline import ReadResult
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from simulation.network import SimulatedKernel, SimulatedNetwork, SimulatedWaiter
 from simulation.scheduler import Process, Scheduler, Signal, Violation
 
 
-class SimulatedGraveyard(Graveyard):
+class SimulatedReaper(LeaseReaper):
     """Ends leases whose arrays have outlived their block, in an actor instead of a thread."""
 
     def __init__(self, scheduler: Scheduler, process: Process) -> None:
@@ -32,26 +33,26 @@ class SimulatedGraveyard(Graveyard):
         self._process = process
         self._signal = Signal(scheduler)
         self._dead: Any = self
-        self._buried: list[object] = []
-        self._digging = False
+        self._ended_arrays: list[object] = []
+        self._reaping = False
 
     def put(self, dead: object) -> None:
         """What is put into the queue of the real one."""
-        self._buried.append(dead)
+        self._ended_arrays.append(dead)
         self._signal.notify()
 
     def _start(self) -> None:
-        if not self._digging:
-            self._digging = True
-            self._scheduler.spawn(self._process, "leases", self._dig, idles=True)
+        if not self._reaping:
+            self._reaping = True
+            self._scheduler.spawn(self._process, "leases", self._reap, idles=True)
 
     def close(self) -> None:
         pass
 
-    def _dig(self) -> None:
+    def _reap(self) -> None:
         while True:
-            while self._buried:
-                self._end(self._buried.pop())
+            while self._ended_arrays:
+                self._end(self._ended_arrays.pop())
             self._scheduler.wait((self._signal,), float("inf"))
 
 
@@ -62,11 +63,11 @@ class SimulatedBuffers(ReceiveBuffers):
         super().__init__()
         self._kernel = kernel
 
-    def take(self, nbytes: int) -> Bytes:
+    def allocate(self, nbytes: int) -> Bytes:
         seconds = self._kernel.plan.stall()
         if seconds:
             self._kernel.scheduler.stall(seconds)
-        return super().take(nbytes)
+        return super().allocate(nbytes)
 
 
 class ObservedClient(PayloadClient):
@@ -82,7 +83,7 @@ class ObservedClient(PayloadClient):
         super().__init__(clock=clock, network=self.network, **options)
         self._scheduler = kernel.scheduler
         self._plan = kernel.plan
-        self._graveyard = SimulatedGraveyard(kernel.scheduler, process)
+        self._reaper = SimulatedReaper(kernel.scheduler, process)
         self._skipped: dict[str, tuple[float, float]] = {}  # until when, and for how many seconds in all
         self._tried: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
         self._asked: Counter[tuple[bytes, int]] = Counter()
@@ -120,18 +121,20 @@ class ObservedClient(PayloadClient):
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
-    ) -> Generator[tuple[PayloadRef, Any], None, None]:
+    ) -> Generator[ReadResult[Any], None, None]:
         actor = self._scheduler.actor
         assert actor is not None
         assert timeout is not None
         bound = self._scheduler.now() + timeout
         outer, actor.bound, actor.late = actor.bound, min(actor.bound, bound), 0.0
         try:
-            for ref, outcome in super().read_many(
-                refs, timeout=timeout, consume=consume, return_errors=return_errors
-            ):
-                self.answered(ref, outcome)
-                yield ref, outcome
+            for result in super().read_many(refs, timeout=timeout, consume=consume, return_errors=return_errors):
+                self.answered(result.ref, result.outcome)
+                left = self._scheduler.now()
+                yield result
+                # The program's own time does not count.
+                actor.bound += self._scheduler.now() - left
+                outer += self._scheduler.now() - left
         finally:
             actor.bound = outer
 

@@ -13,6 +13,7 @@ from dray.errors import DrayError
 from dray.prefetch.batch import Arrays, BatchFetch, Outcome, Pause, Read, ReadTries
 from dray.prefetch.freeing import Free, Freeing
 from dray.protocol import PayloadRef
+from dray.transport.pipeline import ReadResult
 
 logger = logging.getLogger("dray.prefetch")
 
@@ -29,7 +30,7 @@ class Source(Protocol):
 
     def read_many(
         self, refs: Iterable[PayloadRef], *, timeout: float | None, consume: bool, return_errors: bool
-    ) -> Iterator[tuple[PayloadRef, Any]]:
+    ) -> Iterator[ReadResult[Any]]:
         """The same for several, pipelined; yields the error of one that cannot be read. May be left early."""
         ...
 
@@ -249,7 +250,8 @@ class ReadThreads:
         seconds = _timeout(tries.next(self._clock.now()))
         results = self._source.read_many(refs, timeout=seconds, consume=False, return_errors=True)
         try:
-            for ref, outcome in results:
+            for result in results:
+                ref, outcome = result.ref, result.outcome
                 if isinstance(outcome, DrayError):
                     _forget_frames(outcome)
                     if tries.again(outcome, self._clock.now()):

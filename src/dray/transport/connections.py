@@ -456,11 +456,12 @@ class Exchanges:
             producer,
             self._secret,
             deadline,
-            holder.group,
-            self._verify,
-            self._buffers,
-            self._network,
-            self._inline_bytes,
+            worker=holder.group,
+            verify=self._verify,
+            buffers=self._buffers,
+            network=self._network,
+            inline_bytes=self._inline_bytes,
+            clock=self._clock,
         )
 
     def _give_up_idle(self) -> bool:

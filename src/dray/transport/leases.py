@@ -1,15 +1,14 @@
-"""Leases that a program works on in place: they end when the last array into the slot is gone, not before.
+"""Leases that a program works on in place. Each ends when the last array into its slot is gone, not before.
 
-A lease is in one of these states; its connection is kept by its caller in the first, by arrays in the second and
-third:
+A lease is in one of these states. In the first its caller keeps its connection, in the others arrays do:
 
 | state | ends with |
 |---|---|
 | not entered | `close`, the end of the lease object, or the client's `close`: released |
-| entered | the block's end: consumed, or released after an exception |
-| lingering: the block has ended, an array lives | the array: as the block has ended |
+| entered | the end of the block: consumed, or released after an exception |
+| lingering: the block has ended, an array lives | the end of the array: as the block has ended |
 
-Where an exception of a signal handler comes in the middle of an end, the lease ends with its last array as well.
+If an exception of a signal handler comes in the middle of an end, the lease ends with its last array as well.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ import numpy as np
 from dray.errors import LeaseInUseError
 from dray.payload.codec import unpack
 from dray.protocol.client_session import Request
-from dray.transport.connection import Held
+from dray.transport.connection import ReceivedPayload
 
 Arrays = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
 
 
-class Graveyard:
-    """Ends leases whose last array dies before they have ended.
+class LeaseReaper:
+    """Ends leases whose last array dies after their block has ended.
 
-    An array may die anywhere, in the middle of a locked section too, so its death only puts the lease into a
-    queue; a thread, started with the first lease, ends it.
+    An array may die anywhere, even within a locked section. So its end only puts the lease into a queue. A thread,
+    which starts with the first lease, ends the lease.
     """
 
     def __init__(self) -> None:
@@ -47,8 +46,8 @@ class Graveyard:
         self._closed = False
 
     def watch(self, root: np.ndarray[Any, Any], end: Callable[[], None]) -> int:
-        """Call `end`, in a thread of its own, once `root` is gone; the number is for `forget`."""
-        # Without a function in Python, which an exception of a signal handler could end before it has done this.
+        """Call `end` in the reaper's thread once `root` is gone; the returned number is for `forget`."""
+        # A callback in C: an exception of a signal handler could end a Python function before it has done this.
         watched = weakref.ref(root, self._dead.put)
         with self._lock:
             self._watched[id(watched)] = watched, end
@@ -56,13 +55,13 @@ class Graveyard:
         return id(watched)
 
     def forget(self, number: int) -> None:
-        """Watch it no longer."""
+        """Stop watching."""
         self._watched.pop(number, None)
         if self._closed:
             self._dead.put(None)
 
     def close(self) -> None:
-        """End the thread, or let it end with the last lease that is still in use. Twice is fine."""
+        """End the thread, now or with the last lease that is still in use. Twice is fine."""
         with self._lock:
             self._closed = True
             running = None if self._watched else self._running
@@ -76,7 +75,7 @@ class Graveyard:
             running = _thread.allocate_lock()
             running.acquire()
             # Not a `threading.Thread`: an exception of a signal handler in its `start` may leave the new thread
-            # waiting for ever.
+            # waiting without end. Only then is `_running` set: an exception in between leads to a second thread.
             _thread.start_new_thread(self._run, (running,))
             self._running = running
 
@@ -89,13 +88,13 @@ class Graveyard:
         try:
             while not (self._closed and not self._watched):
                 self._end(self._dead.get())
-            self._dead.put(None)  # there is another thread where an exception came right after its start
+            self._dead.put(None)  # for a second thread, if there is one
         finally:
             running.release()
 
 
 class Kept(Protocol):
-    """What a lease is to its connection: see `dray.transport.connections.KeptLease`."""
+    """A lease whose connection is kept: see `dray.transport.connections.KeptLease`."""
 
     request: Request
     inside: threading.Lock
@@ -106,28 +105,29 @@ class Kept(Protocol):
 
 
 class InPlaceLease:
-    """A payload, held for the length of a ``with`` block; made by `PayloadClient.lease`.
+    """The arrays of one payload for the length of a ``with`` block; made by `PayloadClient.lease`. It ends itself.
 
     Args:
-        held: the payload.
+        received: the payload.
         kept: its lease.
-        graveyard: ends the lease where this object does not.
+        reaper: ends the lease if this object does not.
     """
 
-    def __init__(self, held: Held, kept: Kept, graveyard: Graveyard) -> None:
-        self._in_place = held.in_place
-        self._root: np.ndarray[Any, Any] | None = held.root
+    def __init__(self, received: ReceivedPayload, kept: Kept, reaper: LeaseReaper) -> None:
+        self._in_place = received.in_place
+        self._root: np.ndarray[Any, Any] | None = received.root
         self._kept = kept
-        self._graveyard = graveyard
-        self._arrays: Arrays = held.arrays or {}
-        held.arrays = None
-        self._watched = self._watch(held.root, consumed=False)
+        self._reaper = reaper
+        self._arrays: Arrays = received.arrays or {}
+        received.arrays = None
+        self._watched = self._watch(received.root, consumed=False)
 
     def __enter__(self) -> Arrays:
         """The payload's arrays.
 
         Raises:
             BufferClosedError: the lease has ended, or the client was closed meanwhile.
+            PayloadFormatError: the bytes are not arrays.
         """
         try:
             self._kept.hand_out()
@@ -151,18 +151,20 @@ class InPlaceLease:
             )
 
     def close(self) -> None:
-        """Release the payload, if the block was never entered. Twice is fine."""
+        """Release the payload if the block was never entered. Twice is fine."""
         self._finish(consumed=False)
 
     def _finish(self, consumed: bool) -> bool:
-        """End the lease now, or when the last array into the slot is gone; whether it is the latter."""
+        """End the lease now, or let it end with the last array into the slot; True in the latter case."""
         if self._root is None:
             return False
         alive = weakref.ref(self._root)
         self._arrays.clear()
         with self._kept.inside:
+            # The reaper watches until here, and again where an array lives. After an exception of a signal handler
+            # the lease is either dropped with its connection or watched, so that it ends in each case.
             try:
-                self._graveyard.forget(self._watched)
+                self._reaper.forget(self._watched)
                 self._root = None
                 root = alive() if self._in_place else None
                 if root is not None:
@@ -179,11 +181,11 @@ class InPlaceLease:
         return False
 
     def _watch(self, root: np.ndarray[Any, Any], consumed: bool) -> int:
-        """End the lease once `root` is gone."""
+        """Let the lease end once `root` is gone."""
         kept = self._kept
 
         def end() -> None:
             with kept.inside:
                 kept.end(consumed)
 
-        return self._graveyard.watch(root, end)
+        return self._reaper.watch(root, end)

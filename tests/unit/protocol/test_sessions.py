@@ -1,4 +1,4 @@
-"""Both sessions, driven by hand; the server's against a real ring."""
+"""The server's session, driven by hand against a real ring."""
 
 import json
 from collections.abc import Iterator
@@ -6,15 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from dray.counters import Counters
-from dray.errors import (
-    BufferFullError,
-    ProtocolError,
-    ReaderIdError,
-    ServerBusy,
-    SlotError,
-    StaleSlotError,
-)
-from dray.protocol.client_session import ClientSession, Request, refusal
+from dray.errors import BufferFullError, ProtocolError
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Payload, Status, parse
 from dray.protocol.handshake import ClientHandshake, ServerIdentity
 from dray.protocol.server_session import BATCH_BYTES, MAX_INLINE_BYTES, MAX_PENDING, REQUEST_WEIGHT, ServerSession
@@ -688,124 +680,6 @@ def test_a_client_that_leaves_instead_of_proving_the_secret_is_counted_once(
         for _ in range(2):
             session.close()
             assert counters["auth_failures"] == counted
-
-
-# --- the client's end -------------------------------------------------------------------------------------------
-
-
-def status(to: Request, /, **changed: int) -> bytes:
-    named = Frame(Kind.STATUS, slot=to.slot, request=to.request, sequence=to.sequence)
-    return named._replace(**changed).pack()
-
-
-def test_client_numbers_requests_and_matches_answers_in_order() -> None:
-    session = ClientSession()
-    one, two = session.request(Kind.READ, 1, 5, 0), session.request(Kind.CONSUME, 2, 6, 1)
-    assert (one.request, two.request, session.pending) == (0, 1, 2)
-    assert parse(two.pack())[:7] == (Kind.CONSUME, 0, 1, 0, 2, 1, 6)
-    assert session.receive(status(one))[0] is one
-    assert session.receive(status(two))[0] is two
-    assert session.pending == 0
-    three = session.request(Kind.READ, 1, 5, 0, nbytes=9, tag=4)
-    assert parse(three.pack()) == Frame(Kind.READ, slot=1, request=2, sequence=5, nbytes=9, tag=4)
-    assert parse(session.request(Kind.STAT).pack()) == Frame(Kind.STAT, request=3)
-
-
-@pytest.mark.parametrize("changed", [{"request": 1}, {"slot": 9}, {"sequence": 9}])
-def test_an_answer_to_something_else_is_refused(changed: dict[str, int]) -> None:
-    session = ClientSession()
-    request = session.request(Kind.READ, 1, 5)
-    with pytest.raises(ProtocolError, match="awaited was request 0"):
-        session.receive(status(request, **changed))
-
-
-@pytest.mark.parametrize("kind", [Kind.READ, Kind.ACK, Kind.STAT])
-def test_only_status_may_come_from_a_server(kind: Kind) -> None:
-    session = ClientSession()
-    session.request(Kind.READ)
-    with pytest.raises(ProtocolError, match=f"sent {kind.name}"):
-        session.receive(Frame(kind).pack())
-
-
-def test_an_answer_nobody_asked_for_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="no STATUS was due"):
-        ClientSession().receive(Frame(Kind.STATUS).pack())
-
-
-def test_acks_stay_unconfirmed_until_an_answer_counts_them() -> None:
-    session = ClientSession()
-    reads = [session.request(Kind.READ, slot, slot + 10) for slot in range(3)]
-    for read in reads:
-        session.receive(status(read))
-    for read, consumed in zip(reads, (True, False, True), strict=True):
-        flags = Flag.CONSUMED if consumed else 0
-        assert parse(session.ack(read, consumed)) == Frame(
-            Kind.ACK, reader=0, flags=flags, slot=read.slot, request=read.request, sequence=read.sequence
-        )
-    assert session.unconfirmed == [reads[0], reads[2]]
-    session.receive(status(session.request(Kind.STAT), acked=2))
-    assert session.unconfirmed == [reads[2]]
-    session.receive(status(session.request(Kind.STAT), acked=3))
-    assert session.unconfirmed == []
-
-
-def test_a_payload_that_will_be_read_again_is_not_unconfirmed() -> None:
-    session = ClientSession()
-    reads = [session.request(Kind.READ, slot, slot) for slot in range(3)]
-    for read in reads:
-        session.receive(status(read))
-        session.ack(read, True)
-    session.forget(reads[1])
-    assert session.unconfirmed == [reads[0], reads[2]]
-    session.receive(status(session.request(Kind.STAT), acked=1))
-    assert session.unconfirmed == [reads[2]]
-
-
-def test_a_status_that_confirms_acks_which_were_not_sent_is_an_error() -> None:
-    session = ClientSession()
-    read = session.request(Kind.READ)
-    session.receive(status(read))
-    session.ack(read, True)
-    session.receive(status(session.request(Kind.STAT), acked=1))
-    with pytest.raises(ProtocolError, match="confirms 2 ACKs, of which 1 were sent"):
-        session.receive(status(session.request(Kind.STAT), acked=2))
-
-
-@pytest.mark.parametrize(
-    ("answer", "text", "error", "says"),
-    [
-        (Status.STALE, "", StaleSlotError, "the payload was consumed or overwritten"),
-        (Status.BUSY, "", ServerBusy, "the lease limit of this connection is reached"),
-        (Status.DENIED, "", ReaderIdError, "reader id 63 is denied: this ring's are 0 to 2"),
-        (Status.ERROR, "why", SlotError, "the server answered with an error: why"),
-        (Status.ERROR, "", SlotError, "the server answered with an error: no reason given"),
-    ],
-)
-def test_each_refusal_is_an_error_that_names_its_payload(
-    answer: Status, text: str, error: type[Exception], says: str
-) -> None:
-    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, answer), text, "tcp:h:1", 3)
-    assert type(made) is error
-    assert (made.endpoint, made.slot, made.sequence) == ("tcp:h:1", 3, 8)
-    assert str(made).startswith(f"{says} (")
-    assert "tcp:h:1" in str(made)
-
-
-def test_text_of_an_error_is_one_short_line() -> None:
-    text = "no room\n\x1b[2Jforged " + "x" * 60_000
-    made = refusal(Request(Kind.READ, 0, 3, 8, 63), Frame(Kind.STATUS, Status.ERROR), text, "tcp:h:1", 3)
-    assert "no room" in str(made)
-    assert str(made).isprintable()
-    assert len(str(made)) < 1000
-
-
-@pytest.mark.parametrize("status", [Status.OK, Status.STALE, Status.BUSY, Status.DENIED])
-@pytest.mark.parametrize("kind", [Kind.READ, Kind.CONSUME])
-def test_client_refuses_a_text_where_none_is_due(kind: Kind, status: Status) -> None:
-    session = ClientSession()
-    session.request(kind)
-    with pytest.raises(ProtocolError, match="text"):
-        session.receive(Frame(Kind.STATUS, status, flags=Flag.TEXT, nbytes=3).pack())
 
 
 # --- several at once --------------------------------------------------------------------------------------------
