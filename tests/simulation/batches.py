@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dray.errors import BufferClosedError, DrayError
-from dray.prefetch.batch import BatchFetch, Fetched
+from dray.prefetch.batch import Fetched
 from dray.prefetch.reader import GRACE_SECONDS, BatchReader
 from dray.protocol import PayloadRef
 from simulation.clients import SimulatedConsumer, World
@@ -33,7 +33,9 @@ class SimulatedBatches(SimulatedConsumer):
         self._seconds = 0.0
         self._submitted: dict[PayloadRef, float] = {}
         self._prefetcher: Actor | None = None
-        self._over: list[tuple[BatchFetch, list[Fetched]]] = []
+        self._background: list[tuple[list[PayloadRef], bool]] = []  # batches in order, and whether it has started
+        self._collected: list[tuple[list[Fetched], list[Any]]] = []
+        self._number = 0
 
     def close(self) -> None:
         self.closes()
@@ -43,10 +45,10 @@ class SimulatedBatches(SimulatedConsumer):
         self.check_results()
 
     def check_results(self) -> None:
-        """What became of a batch stays as it was when the batch ended."""
-        for batch, results in self._over:
-            if [fetched.outcome for fetched in batch.results()] != [fetched.outcome for fetched in results]:
-                raise Violation(f"the results of batch {batch.number} changed after it had ended")
+        """The results of a batch stay as they were when the batch ended."""
+        for results, outcomes in self._collected:
+            if any(fetched.outcome is not outcome for fetched, outcome in zip(results, outcomes, strict=True)):
+                raise Violation("the results of a batch changed after it had ended")
 
     # --- what programs do -------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class SimulatedBatches(SimulatedConsumer):
         except BufferClosedError:
             self.unbound()
             if not self.closed:
-                raise Violation(f"{self.process.name}: closed, and nobody closed it") from None
+                raise Violation(f"{self.process.name}: closed, although no call has closed it") from None
 
     def _fetch_all(self, seconds: float) -> None:
         refs = self._batch()
@@ -92,19 +94,24 @@ class SimulatedBatches(SimulatedConsumer):
 
     def _start(self, seconds: float) -> None:
         refs = self._batch()
-        before = self._fetching()
+        before = [ref for each, _ in self._background for ref in each]
+        self._background.append((refs, False))  # after an interrupt it may have started
         started = self._reader.start(refs, timeout=seconds)
         self.scheduler.note(f"starts {len(refs)} payloads within {seconds} s: {started}")
         if not started:
+            self._background.pop()
             self.world.give_back(self.reader, refs)
             return
         for ref in before:  # they are collected by this, and so handed out
             self.world.ledger.give_up(ref, self.reader)
+        self._background = [(refs, True)]
         self._seconds = seconds
 
     def _defer(self, seconds: float) -> None:
         refs = self._batch()
+        self._background.append((refs, False))
         if not self._reader.defer(refs, timeout=seconds):
+            self._background.pop()
             self.world.give_back(self.reader, refs)
 
     def _take(self) -> None:
@@ -119,20 +126,19 @@ class SimulatedBatches(SimulatedConsumer):
         if self.rng.random() < 0.7:
             with self.bounded(200.0):
                 self._reader.wait()
-        batch = self._reader._buffers.back
-        refs = list(batch.refs) if batch is not None else []
         results = self._reader.collect()
-        self._check(refs, results)
-        if batch is not None:
-            if any(fetched.batch != batch.number for fetched in results):
-                raise Violation(f"results of another batch were handed out as those of batch {batch.number}")
-            self._over.append((batch, results))
+        self._was_due([fetched.ref for fetched in results])
+        numbers = {fetched.batch for fetched in results}
+        if len(numbers) > 1 or (numbers and min(numbers) <= self._number):
+            raise Violation(f"results of the batches {numbers} were handed out after batch {self._number}")
+        self._number = max(numbers, default=self._number)
+        self._collected.append((results, [fetched.outcome for fetched in results]))
         self.scheduler.note(f"collects {len(results)} payloads")
         for fetched in results:
             self._got_or_not(fetched, self._seconds)
-        for ref in refs:
-            if self.rng.random() < 0.2 and (found := self._reader.take(ref)) is not None:
-                self._of(ref, found)
+        for fetched in results:
+            if self.rng.random() < 0.2 and (found := self._reader.take(fetched.ref)) is not None:
+                self._of(fetched.ref, found)
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -148,14 +154,25 @@ class SimulatedBatches(SimulatedConsumer):
 
     def _fetching(self) -> list[PayloadRef]:
         """The references of the batch in the background."""
-        back = self._reader._buffers.back
-        return list(back.refs) if back is not None else []
+        return self._background[0][0] if self._background else []
+
+    def _was_due(self, refs: list[PayloadRef]) -> None:
+        """Check that results are those of the oldest batch, or that there are none because it has not started."""
+        for index, (expected, started) in enumerate(self._background):
+            if refs == expected:
+                del self._background[: index + 1]
+                return
+            if started:
+                raise Violation("the results of a batch are not those of its references")
+        if refs:
+            raise Violation("results were collected of a batch that was never started")
 
     def _forget_batches(self) -> None:
-        """Nobody will see what comes of the batches in the background, or knows how far they are."""
-        waiting = self._reader._buffers._deferred
-        for ref in (*self._fetching(), *(waiting.refs if waiting is not None else ())):
-            self.world.ledger.give_up(ref, self.reader)
+        """What the batches in the background bring, and how far they are, is unknown from now on."""
+        for refs, _ in self._background:
+            for ref in refs:
+                self.world.ledger.give_up(ref, self.reader)
+        self._background = [(refs, False) for refs, _ in self._background]
 
     def _check(self, refs: Sequence[PayloadRef], results: Sequence[Fetched]) -> None:
         if [fetched.ref for fetched in results] != list(refs):
@@ -167,7 +184,7 @@ class SimulatedBatches(SimulatedConsumer):
 
     def _got_or_not(self, fetched: Fetched, seconds: float) -> None:
         if isinstance(fetched.outcome, DrayError):
-            # Groups share their time, and the batch's own is short: only what it says is looked at.
+            # Groups share their time, and the batch's own is short: only the kind of error is checked.
             self.judge(fetched.ref, fetched.outcome, min(seconds, 1.0), self._submitted[fetched.ref])
         else:
             self.got_arrays(fetched.ref, fetched.outcome, consume=False)

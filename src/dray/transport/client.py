@@ -316,7 +316,8 @@ class PayloadClient(Closing):
                 raise Refused(received)
             if copy and received.from_slot and not connection.usable():
                 raise ConnectionClosed("the lease may have ended while the payload was copied")
-            connection.count_read(ref.nbytes)
+            connection.reads += 1
+            connection.read_bytes += ref.nbytes
             return received
 
         holder: ConnectionHolder = Holder()

@@ -366,11 +366,6 @@ class Connection:
         except DrayError:
             return False
 
-    def count_read(self, nbytes: int) -> None:
-        """Count a payload that is about to be handed out; `finish` counts its own."""
-        self.reads += 1
-        self.read_bytes += nbytes
-
     def close(self) -> None:
         """Close at once. Twice is fine; arrays of a mapped segment stay valid."""
         self._stream.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from dray.clock import Clock, Deadline
 from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, TransportError
@@ -78,16 +78,8 @@ class ReadResult(Generic[T]):
         return f"<ReadResult of slot {self._ref.slot} sequence {self._ref.sequence}: {state}>"
 
 
-class Received(NamedTuple):
-    """One result of a pipeline.
-
-    Attributes:
-        lease: what `Connection.handed_out` is set to; None without a lease.
-        outcome: the payload's bytes, or why it could not be read.
-    """
-
-    lease: tuple[Request, bool] | None
-    outcome: Bytes | DrayError
+Received: TypeAlias = tuple[tuple[Request, bool] | None, Bytes | DrayError]
+"""One result of a pipeline: what `Connection.handed_out` is set to, and the payload's bytes or its error."""
 
 
 class _Window(NamedTuple):
@@ -149,14 +141,14 @@ class Batch:
         pipeline = self._pipelines[ref.producer]
         if pipeline is not self._last or not pipeline.results:
             self._prepare(pipeline)
-        result = pipeline.results[0]
+        lease, _ = pipeline.results[0]
         connection = self.connection = pipeline.connection
         if connection is not None:
             if pipeline.holder.connection is None:
                 raise BufferClosedError("the client was closed between two results")
             if connection.handed_out is not None:
                 connection.note_handed_out()
-            if result.lease is not None:
+            if lease is not None:
                 connection.reads += 1
                 connection.read_bytes += ref.nbytes
         pipeline.waiting.popleft()
@@ -233,7 +225,7 @@ class Pipeline:
             try:
                 self._attempts = self._connections.plan(self.waiting[0])
             except (TransportError, ConfigError) as unusable:
-                self.results.extend(Received(None, unusable) for _ in self.waiting)
+                self.results.extend((None, unusable) for _ in self.waiting)
                 return
         holder = self.holder
         with holder.inside:
@@ -244,7 +236,7 @@ class Pipeline:
                 holder.keeper = Keeper.CALLER
             except DrayError as final:
                 self._drop()
-                self.results.extend(Received(None, final) for _ in self.waiting)
+                self.results.extend((None, final) for _ in self.waiting)
             except BaseException:
                 self._drop()
                 raise
@@ -265,7 +257,7 @@ class Pipeline:
                 usable = orderly and not self._asked
                 connection.note_handed_out()
                 if usable:
-                    connection.ended += [(each.lease[0], False) for each in self.results if each.lease is not None]
+                    connection.ended += [(lease[0], False) for lease, _ in self.results if lease is not None]
                 try:
                     connection.end_leases(deadline)
                 except (TransportError, BufferClosedError):
@@ -324,12 +316,9 @@ class Pipeline:
             status_deadline = deadline  # the endpoint is known to answer
             if isinstance(received, ReceivedPayload):
                 from_slot = from_slot or received.from_slot
-                lease = received.request, self._consume
-                found.append(
-                    tuple.__new__(Received, (lease, received.root))
-                )  # `Received(…)` is a function in Python
+                found.append(((received.request, self._consume), received.root))
             else:
-                found.append(Received(None, received))
+                found.append((None, received))
         if from_slot and not connection.usable():
             raise ConnectionClosed("the leases may have ended while the payloads were copied")
         return found
