@@ -9,6 +9,7 @@ import numpy as np
 from dray.errors import DrayError, ProducerLostError, TransportTimeout, Unreachable
 from dray.protocol import PayloadRef
 from dray.transport.attempts import OtherProducerError
+from dray.transport.pipeline import ReadResult
 
 HERE = b"a" * 16
 THERE = b"b" * 16
@@ -76,14 +77,14 @@ class FakeSource:
 
     def read_many(
         self, of: Iterable[PayloadRef], *, timeout: float | None, consume: bool, return_errors: bool
-    ) -> Iterator[tuple[PayloadRef, Any]]:
+    ) -> Iterator[ReadResult[Any]]:
         assert return_errors
         assert not consume
         for each in of:
             try:
-                yield each, self.read(each, timeout=timeout, consume=consume)
+                yield ReadResult(each, self.read(each, timeout=timeout, consume=consume))
             except DrayError as error:
-                yield each, error
+                yield ReadResult(each, error)
 
     def consume(self, of: Iterable[PayloadRef], *, timeout: float | None) -> int:
         assert self.free_gate.wait(20)

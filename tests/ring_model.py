@@ -28,7 +28,7 @@ from dray.protocol.client_session import Request
 from dray.protocol.frames import Kind
 from dray.ring import Lease, Segment, SharedRingBuffer, SlotState, SlotWriter
 from dray.ring.layout import HAS_CHECKSUM, SLOT_HEADER
-from dray.transport.connection import Held
+from dray.transport.connection import ReceivedPayload
 from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.leases import InPlaceLease
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -518,7 +518,7 @@ class RingAndModel:
         root = np.frombuffer(self.attached.view[lease.offset : lease.offset + lease.nbytes], np.uint8)
         request = Request(Kind.READ, 0, slot, sequence, reader)
         kept = KeptInRing(self.ring, lease, request, ended)
-        block = InPlaceLease(Held(request, root, True, ReceiveBuffers()), kept, self.reaper)
+        block = InPlaceLease(ReceivedPayload(request, root, True, ReceiveBuffers()), kept, self.reaper)
         del root
         arrays = block.__enter__()
         self.in_blocks.append(InPlace(lease, block, arrays, arrays["x"].tobytes(), ended))

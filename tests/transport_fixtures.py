@@ -230,10 +230,10 @@ ref = PayloadRef.from_json(json.dumps(arguments["ref"]))
 endpoint = next(e for e in ref.endpoints if e.startswith(arguments["scheme"]))
 worker = UcxWorker(True) if arguments["scheme"] == "ucx" else None
 deadline = Deadline.after(30)
-connection = Connection.open(endpoint, ref.producer, None, deadline, worker)
+connection = Connection.open(endpoint, ref.producer, None, deadline, worker=worker)
 (target,) = connection.ask([ref], 0, deadline)
 if arguments["stage"] == "received":
-    held = connection.answer(ref, target, deadline, deadline)
+    held = connection.answer(target, deadline, deadline)
     assert held.data().nbytes == ref.nbytes
 say("there")
 hear()

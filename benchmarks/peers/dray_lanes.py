@@ -91,5 +91,5 @@ class DrayReceiver:
         elif len(refs) == 1:
             check(self._client.read(refs[0], timeout=_SECONDS)[_FIELD])
         else:
-            for _, arrays in self._client.read_many(refs, timeout=_SECONDS):
-                check(arrays[_FIELD])
+            for result in self._client.read_many(refs, timeout=_SECONDS):
+                check(result.payload[_FIELD])

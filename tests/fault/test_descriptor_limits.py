@@ -62,7 +62,7 @@ with PayloadClient(lane="shm") as client:
 with PayloadClient() as client:
     def many():
         results = client.read_many(refs, timeout=10, consume=False, return_errors=True)
-        return [type(each).__name__ for _, each in results]
+        return [type(each.outcome).__name__ for each in results]
     found["read_many"] = attempted(0, many)
 with PayloadClient(lane="tcp") as client:
     read(client, first)

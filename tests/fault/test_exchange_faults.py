@@ -375,7 +375,7 @@ def test_w2_a_failure_after_status_ok_gives_no_bytes_and_leaves_the_payload(name
         with pytest.raises(TransportError):
             client.read_bytes(at(refs[0], bad.endpoint), timeout=2)
         outcomes = client.read_many([at(ref, bad.endpoint) for ref in refs], timeout=2, return_errors=True)
-        assert all(isinstance(outcome, TransportError) for _, outcome in outcomes)
+        assert all(isinstance(outcome.error, TransportError) for outcome in outcomes)
         assert client.statistics().reads == 0
         for seed, ref in enumerate(refs):
             assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(seed, NBYTES)
@@ -398,7 +398,7 @@ def test_w2_a_slot_whose_lease_may_have_ended_while_it_was_copied_is_not_handed_
         connection = Connection.open(bad.endpoint, ref.producer, None, deadline)
         (target,) = connection.ask([ref], 0, deadline)
         assert gone.wait(10)
-        held: Any = connection.answer(ref, target, deadline, deadline)
+        held: Any = connection.answer(target, deadline, deadline)
         with pytest.raises(TransportError):
             connection.finish(held, True, deadline)
         assert connection.unconfirmed == []
@@ -571,7 +571,7 @@ def test_wedged_thread_of_four_costs_no_more_than_what_healthy_answers_take(name
                 thread.submit(client.read_bytes, refs[1], timeout=None, consume=False),
                 thread.submit(client.consume, refs[1:4], timeout=None),
                 thread.submit(client.stat, refs[0], timeout=None),
-                thread.submit(lambda: dict(client.read_many_bytes(refs[4:], timeout=None))),
+                thread.submit(lambda: {r.ref: r.payload for r in client.read_many_bytes(refs[4:], timeout=None)}),
             ]
             results = [each.result(20) for each in found]
             assert (bytes(results[0]), bytes(results[1]), results[2]) == (b"\0", b"\1", 3)
@@ -596,7 +596,7 @@ def test_each_kind_of_request_leaves_a_wedged_thread_for_another() -> None:
                     lambda: bytes(clients[0].read_bytes(refs[0], timeout=None)),
                     lambda: clients[1].consume(refs[1:2], timeout=None),
                     lambda: clients[2].stat(refs[0], timeout=None)["open_connections"] > 0,
-                    lambda: [bytes(read) for _, read in clients[3].read_many_bytes(refs[2:], timeout=None)],
+                    lambda: [bytes(read.payload) for read in clients[3].read_many_bytes(refs[2:], timeout=None)],
                 )
                 found = [each.result(20) for each in [threads.submit(ask) for ask in asked]]
                 assert found == [b"\0", 1, True, [b"\2", b"\3"]]
@@ -633,7 +633,7 @@ def test_w10_connections_to_one_thread_never_get_each_others_messages(lane: Any)
                 if over.is_set():
                     break
                 deadline = Deadline.after(20)
-                connection = Connection.open(endpoint, refs[0].producer, None, deadline, worker)
+                connection = Connection.open(endpoint, refs[0].producer, None, deadline, worker=worker)
                 connection.ask([refs[turn % count], refs[(turn + 3) % count]], 0, deadline)
                 connection.close()
             if worker is not None:
@@ -686,11 +686,13 @@ def test_b5_a_slot_is_not_reused_until_both_connections_have_ended_their_leases(
         workers = [UcxWorker(True) if lane == "ucx" else None for _ in range(2)]
         endpoint = str(endpoint_of(server, lane))
         deadline = Deadline.after(20)
-        connections = [Connection.open(endpoint, ref.producer, None, deadline, worker) for worker in workers]
+        connections = [
+            Connection.open(endpoint, ref.producer, None, deadline, worker=worker) for worker in workers
+        ]
         held: list[Any] = []
         for connection in connections:
             (target,) = connection.ask([ref], 0, deadline)
-            held.append(connection.answer(ref, target, deadline, deadline))
+            held.append(connection.answer(target, deadline, deadline))
         connections[0].acknowledge([(held[0].request, True)], deadline)
         connections[0].stat(deadline)
         assert (

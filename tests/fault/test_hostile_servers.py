@@ -1,4 +1,4 @@
-"""Whatever listens where a producer should be, the client gets a typed error in time, and keeps nothing."""
+"""Hostile servers in place of producers: the client raises a typed error in time, and keeps nothing."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from dray.protocol.handshake import CHALLENGE, HELLO, MAGIC, PROOF, WELCOME
 
 PRODUCER = bytes(range(16))
 LANES = ("shm", "tcp")
-Words = Callable[[socket.socket], None]
+Behaviour = Callable[[socket.socket], None]
 
 
 def challenge(
@@ -33,7 +33,7 @@ def challenge(
 
 
 def by_the_book(sock: socket.socket, descriptors: tuple[int, ...] = (), **ring: int) -> None:
-    """Shake hands, and say what the ring is."""
+    """Perform the handshake as a server of this ring."""
     sock.recv(HELLO.size, socket.MSG_WAITALL)
     sock.sendall(challenge(**ring))
     sock.recv(PROOF.size, socket.MSG_WAITALL)
@@ -44,8 +44,8 @@ def by_the_book(sock: socket.socket, descriptors: tuple[int, ...] = (), **ring: 
 
 
 @contextlib.contextmanager
-def listening(lane: str, words: Words) -> Iterator[PayloadRef]:
-    """Say `words` to everybody who connects, then go; a reference that leads there."""
+def listening(lane: str, behave: Behaviour) -> Iterator[PayloadRef]:
+    """A reference to a server that runs `behave` with each connection, then closes it."""
     with contextlib.ExitStack() as stack:
         if lane == "shm":
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp"))
@@ -65,7 +65,7 @@ def listening(lane: str, words: Words) -> Iterator[PayloadRef]:
                     sock, _ = listener.accept()
                     sock.settimeout(10)
                     with sock, contextlib.suppress(OSError):
-                        words(sock)
+                        behave(sock)
                         sock.shutdown(socket.SHUT_WR)
                         while sock.recv(1 << 16):
                             pass
@@ -84,13 +84,13 @@ def listening(lane: str, words: Words) -> Iterator[PayloadRef]:
     "ring", [{"max_leases": 0}, {"slots": 0}, {"slot_bytes": 0}, {"readers": 0}, {"readers": 65}]
 )
 def test_a_server_whose_ring_cannot_be_is_a_protocol_error_at_once(lane: str, ring: dict[str, int]) -> None:
-    """With no lease at a time, a batch would never be over."""
+    """With no lease at a time, a batch would never end."""
     with listening(lane, lambda sock: by_the_book(sock, **ring)) as ref, PayloadClient(lane=lane) as client:
         deadline = Deadline.after(20)
         with pytest.raises(ProtocolError):
             client.read_bytes(ref, timeout=20)
-        ((_, result),) = client.read_many([ref], timeout=20, return_errors=True)
-        assert isinstance(result, ProtocolError)
+        (result,) = client.read_many([ref], timeout=20, return_errors=True)
+        assert isinstance(result.error, ProtocolError)
         assert not deadline.expired
 
 
@@ -108,13 +108,13 @@ def test_a_payload_that_no_memory_can_hold_is_refused_before_it_is_asked_for(nby
 def test_statistics_that_are_no_json_object_are_a_protocol_error(lane: str, text: bytes) -> None:
     with SharedRingBuffer(4, 4096) as ring:
 
-        def words(sock: socket.socket) -> None:
+        def behave(sock: socket.socket) -> None:
             descriptors = (ring.segment.fileno(),) if lane == "shm" else ()
             by_the_book(sock, descriptors, producer=ring.producer_id)  # type: ignore[arg-type]
             sock.recv(FRAME_BYTES, socket.MSG_WAITALL)
             sock.sendall(Frame(Kind.STATUS, Status.OK, flags=Flag.TEXT, nbytes=len(text)).pack() + text)
 
-        with listening(lane, words) as ref, PayloadClient(lane=lane) as client:
+        with listening(lane, behave) as ref, PayloadClient(lane=lane) as client:
             right = PayloadRef(ring.producer_id, 0, 0, 5, ref.endpoints)
             with pytest.raises(ProtocolError, match="STAT"):
                 client.stat(right, timeout=20)
@@ -145,7 +145,7 @@ def test_a_descriptor_that_is_not_the_segment_is_refused_and_closed(sent: str) -
                         client.read_bytes(ref, timeout=20)
 
 
-hostile_words = st.lists(
+hostile_bytes = st.lists(
     st.binary(max_size=130)
     | st.sampled_from([challenge(), WELCOME.pack(MAGIC, 0), challenge() + WELCOME.pack(MAGIC, 0), b"hello"])
     | st.tuples(st.sampled_from(list(Status)), st.sampled_from([0, 2, 4]), st.sampled_from([0, 5, 70_000])).map(
@@ -157,14 +157,14 @@ hostile_words = st.lists(
 
 @pytest.mark.parametrize("lane", LANES)
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-@given(hostile_words)
-def test_any_words_of_a_server_are_the_payload_or_a_typed_error(lane: str, said: bytes) -> None:
-    with listening(lane, lambda sock: sock.sendall(said)) as ref, PayloadClient(lane=lane) as client:
+@given(hostile_bytes)
+def test_any_bytes_of_a_server_are_the_payload_or_a_typed_error(lane: str, sent: bytes) -> None:
+    with listening(lane, lambda sock: sock.sendall(sent)) as ref, PayloadClient(lane=lane) as client:
         deadline = Deadline.after(20)
         with contextlib.suppress(DrayError):
-            assert bytes(client.read_bytes(ref, timeout=20)) in said
-        for _, result in client.read_many([ref], timeout=20, return_errors=True):
-            assert isinstance(result, DrayError) or bytes(result) in said  # type: ignore[arg-type]
+            assert bytes(client.read_bytes(ref, timeout=20)) in sent
+        for result in client.read_many_bytes([ref], timeout=20, return_errors=True):
+            assert result.error is not None or bytes(result.payload) in sent
         with contextlib.suppress(DrayError):
             json.dumps(client.stat(ref, timeout=20))
         with contextlib.suppress(DrayError):

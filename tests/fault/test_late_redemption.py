@@ -1,4 +1,4 @@
-"""B1 under load: references redeemed late, while other processes read and the writers lap the ring."""
+"""B1 under load: references redeemed late, while other processes read and the writers reuse every slot."""
 
 import os
 import time
@@ -58,7 +58,7 @@ def write():
                 feed.append((slot.slot, slot.sequence, planned.nbytes))
             published.notify_all()
 
-def tell(connection, feed):
+def announce(connection, feed):
     '''Answers each request with the references that are new, b"w" once there is one.'''
     while (wanted := connection.recv(1)):
         with published:
@@ -72,7 +72,7 @@ listener.bind(arguments["path"])
 listener.listen()
 say([ring.producer_id.hex(), server.endpoints])
 connections = [listener.accept()[0] for _ in feeds]
-threads = [threading.Thread(target=tell, args=each) for each in zip(connections, feeds)]
+threads = [threading.Thread(target=announce, args=each) for each in zip(connections, feeds)]
 threads += [threading.Thread(target=write) for _ in range(2)]
 for thread in threads:
     thread.start()
@@ -107,7 +107,7 @@ def check(ref, found):
     assert found["sequence"].tolist() == [ref.sequence]
     assert np.array_equal(found["words"], expected["words"]), ref
 
-def take():
+def pick():
     return held.pop(rng.randrange(len(held)))
 
 def redeem(ref):
@@ -123,15 +123,15 @@ def redeem(ref):
                 check(ref, found)
                 for _ in range(rng.randrange(4)):
                     if held:
-                        redeem(take())
+                        redeem(pick())
                 check(ref, found)
         else:
-            batch = [ref] + [take() for _ in range(min(len(held), 3))]
-            for each, found in client.read_many(batch, timeout=30, return_errors=True):
-                if isinstance(found, StaleSlotError):
+            batch = [ref] + [pick() for _ in range(min(len(held), 3))]
+            for result in client.read_many(batch, timeout=30, return_errors=True):
+                if isinstance(result.error, StaleSlotError):
                     outcomes["stale"] += 1
                 else:
-                    check(each, found)
+                    check(result.ref, result.payload)
                     outcomes[how] += 1
             return
     except StaleSlotError:
@@ -143,10 +143,10 @@ with PayloadClient(lane=arguments["lane"]) as client:
     while outcomes.total() < arguments["count"]:
         new = ask(wait=not held)
         held += new
-        hold = rng.randrange(arguments["most_held"])
+        hold = rng.randrange(arguments["max_held"])
         while held and (len(held) > hold or not new):
             new = True
-            redeem(take())
+            redeem(pick())
     source.close()
     say([outcomes, client.statistics().retries])
     hear()
@@ -164,7 +164,7 @@ def test_b1_a_late_reference_gives_its_own_payload_or_stale(lane: str, on_full: 
     with Child(WRITER, lane=lane, on_full=on_full, slots=SLOTS, readers=READERS, path=str(path)) as writer:
         producer, endpoints = writer.hear()
         common: dict[str, Any] = {"lane": lane, "path": str(path), "producer": producer, "endpoints": endpoints}
-        share = {"count": count // READERS, "most_held": SLOTS}
+        share = {"count": count // READERS, "max_held": SLOTS}
         with Child(READER, seed=1, **common, **share) as one, Child(READER, seed=2, **common, **share) as other:
             found = [reader.hear(1000) for reader in (one, other)]
             for reader in (one, other):

@@ -91,8 +91,8 @@ def test_calls_that_a_signal_handler_ends_anywhere_leave_nothing_behind(lane: An
             assert server.statistics().leases == ()
             child.say()
         with PayloadClient(lane=lane) as client:
-            for n, (_, arrays) in enumerate(client.read_many(refs, timeout=10)):
-                assert (arrays["a"] == n).all()
+            for n, result in enumerate(client.read_many(refs, timeout=10)):
+                assert (result.payload["a"] == n).all()
         for ref in refs:
             assert server.wait_consumed(ref, timeout=5)
         assert ring_of(server).statistics().free == 8
@@ -144,7 +144,7 @@ def test_closing_a_client_ends_what_no_thread_is_inside(lane: Any) -> None:
         client = PayloadClient(lane=lane)
         lease = client.lease(refs[0], timeout=5)
         results = client.read_many(refs[1:], timeout=5)
-        assert next(results)[0] == refs[1]
+        assert next(results).ref == refs[1]
         assert ring_of(server).statistics().leases >= 2
         client.close()
         wait_until(lambda: server.statistics().open_connections == 0, "the connections to be closed")

@@ -288,7 +288,7 @@ def test_c14_a_wedged_endpoint_in_a_batch_costs_the_batch_nothing(lane: Any, tmp
         with PayloadClient(lane=lane) as client:
             refs = [server.put({"n": np.int64(n)}) for n in range(20)]
             both = [dataclasses.replace(ref, endpoints=(endpoint, *ref.endpoints)) for ref in refs]
-            found = [int(arrays["n"]) for _, arrays in client.read_many(both, timeout=2.0)]
+            found = [int(result.payload["n"]) for result in client.read_many(both, timeout=2.0)]
             assert found == list(range(20))
 
 

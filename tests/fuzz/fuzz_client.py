@@ -18,7 +18,7 @@ from dray.protocol import PayloadRef
 from dray.protocol.frames import Flag, Frame, Kind, Status
 from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ServerIdentity
 from dray.ring import Segment, SharedRingBuffer
-from dray.transport.connection import Connection, Held
+from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.lanes import SHM, TCP
 from dray.transport.lanes.base import Network
 from dray.transport.lanes.socket import TcpStream, UnixStream
@@ -34,7 +34,7 @@ _SECONDS = 5.0
 
 
 def status(step: int = 1, code: int = 0, flags: int = 0, nbytes: int = 5, *changes: int) -> bytes:
-    """The operation that answers the next request, `step` further; `changes` are pairs of byte index and byte."""
+    """The operation that answers the request `step` further on; `changes` are pairs of byte index and byte."""
     return bytes([STATUS_OP, step, code, flags, nbytes, len(changes) // 2, *changes])
 
 
@@ -125,26 +125,27 @@ def _connection(ours, segment, verified, deadline) -> Connection:
     # The segment's descriptor comes with WELCOME; what is behind it is fuzz_segment's.
     identity = ServerIdentity(_PRODUCER, _SLOTS, _SLOT_BYTES, 8, 1)
     return Connection(
-        UnixStream(ours, SHM), _ENDPOINT, identity, segment, verified, ReceiveBuffers(), network, PollWaiter(None)
-    )
+        UnixStream(ours, SHM), _ENDPOINT, identity, segment,
+        verify=verified, buffers=ReceiveBuffers(), network=network, waiter=PollWaiter(None),
+    )  # fmt: skip
 
 
 def _read(connection, refs, consumed, hostile, inline, in_place, verified, deadline) -> None:
     targets = connection.ask(refs, 0, deadline, copy=inline)
     for ref, target in zip(refs, targets, strict=True):
-        held = connection.answer(ref, target, deadline, deadline)
-        if not isinstance(held, Held):
-            assert isinstance(held, DrayError)
+        received = connection.answer(target, deadline, deadline)
+        if not isinstance(received, ReceivedPayload):
+            assert isinstance(received, DrayError)
             continue
-        taken = held.data()
-        assert taken.nbytes == ref.nbytes
+        data = received.data()
+        assert data.nbytes == ref.nbytes
         if in_place and not inline:
-            assert np.array_equal(taken, np.zeros(ref.nbytes, np.uint8))
+            assert np.array_equal(data, np.zeros(ref.nbytes, np.uint8))
         else:
-            assert taken.tobytes() in hostile
+            assert data.tobytes() in hostile
             if verified:
-                assert _vouched(hostile, taken.tobytes())
-        connection.finish(held, consumed, deadline)
+                assert _vouched(hostile, data.tobytes())
+        connection.finish(received, consumed, deadline)
 
 
 def _vouched(hostile: bytes, content: bytes) -> bool:
@@ -156,11 +157,11 @@ def _vouched(hostile: bytes, content: bytes) -> bool:
 
 
 def _answers(cursor: Cursor, refs: list[PayloadRef], segment: Segment | None) -> bytes:
-    """The hostile server's words: right ones, changed ones and any others."""
+    """What the hostile server sends: correct answers, changed ones and any others."""
     requests = [(ref.slot, ref.sequence, ref.nbytes) for ref in refs] + [(9, 9, 0), (0, 0, 0)]
-    words, step = bytearray(), -1
+    answers, step = bytearray(), -1
     last = b""
-    while cursor and len(words) < 1 << 15:
+    while cursor and len(answers) < 1 << 15:
         operation = cursor.byte() % 3
         if operation == STATUS_OP:
             step += cursor.byte() % 4
@@ -176,8 +177,8 @@ def _answers(cursor: Cursor, refs: list[PayloadRef], segment: Segment | None) ->
             )  # fmt: skip
             for _ in range(cursor.byte() % 4):
                 frame[cursor.byte() % 64] = cursor.byte()
-            words += frame
+            answers += frame
         else:
             last = cursor.read(cursor.byte())
-            words += last
-    return bytes(words)
+            answers += last
+    return bytes(answers)

@@ -37,7 +37,6 @@ LOOP = "transport/server_loop.py"
 CONNECTION = "transport/connection.py"
 CONNECTIONS = "transport/connections.py"
 BATCH = "prefetch/batch.py"
-HANDSHAKING = "transport/handshaking.py"
 
 DEFECTS = (
     # --- slots ----------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ DEFECTS = (
     ),
     Defect(
         "deadline per step instead of per read",
-        HANDSHAKING,
+        CONNECTION,
         """\
     if stream.idle():
         waiter.wait(stream, deadline, awaited, endpoint)
@@ -292,7 +291,7 @@ DEFECTS = (
     ),
     Defect(
         "another producer at the same address not recognised",
-        HANDSHAKING,
+        CONNECTION,
         "        if found.producer != producer:\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,
@@ -301,8 +300,8 @@ DEFECTS = (
         "a copy of a slot handed out although its lease may have ended",
         CONNECTION,
         """\
-            if held.from_slot:
-                self._session.forget(held.request)
+            if received.from_slot:
+                self._session.forget(received.request)
                 raise
 """,
         "",

@@ -159,7 +159,7 @@ def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut() -> None:
             # Both endpoints have answered soon, so that the client would not wait long for either.
             for ref in refs[:2]:
                 client.read_bytes(ref, timeout=20)
-            found = dict(client.read_many_bytes(refs[2:], timeout=30))
+            found = {each.ref: each.payload for each in client.read_many_bytes(refs[2:], timeout=30)}
             assert [bytes(found[ref]) for ref in refs[2:]] == [pattern(seed, 2 << 20) for seed in range(2, 6)]
             assert client.statistics().retries == 0
             assert server.ask("statistics")["server"]["evicted"] == 0
@@ -170,12 +170,12 @@ import time
 ref = PayloadRef.from_json(json.dumps(arguments["ref"]))
 deadline = Deadline.after(30)
 worker = UcxWorker(True)
-connection = Connection.open(ref.endpoints[0], ref.producer, None, deadline, worker)
+connection = Connection.open(ref.endpoints[0], ref.producer, None, deadline, worker=worker)
 (target,) = connection.ask([ref], 0, deadline)
 for _ in range(6):
     worker.progress()
     time.sleep(0.2)
-held = connection.answer(ref, target, deadline, deadline)
+held = connection.answer(target, deadline, deadline)
 connection.finish(held, True, deadline)
 connection.stat(deadline)
 assert held.data().tobytes() == pattern(1, ref.nbytes)

@@ -10,7 +10,7 @@ from scripted_streams import SilentStream
 
 from dray.errors import ProtocolError
 from dray.protocol import PayloadRef
-from dray.protocol.client_session import ClientSession
+from dray.protocol.client_session import Answer, ClientSession
 from dray.protocol.frames import FRAME, FRAME_BYTES, Frame, Kind, Payload, parse
 from dray.protocol.handshake import (
     CHALLENGE,
@@ -168,12 +168,14 @@ def test_any_answers_are_matched_or_a_protocol_error(steps: list[str], junk: Fra
     answered = []
     for step in steps:
         if step == "ask":
-            asked.append(session.request(Kind.READ, len(asked), len(asked)))
+            asked.append(parse(session.request(Kind.READ, len(asked), len(asked))))
         elif step == "answer" and asked:
             request = asked.pop(0)
             named = Frame(Kind.STATUS, slot=request.slot, request=request.request, sequence=request.sequence)
-            assert session.receive(named.pack())[0] is request
-            answered.append(request)
+            event = session.receive(named.pack())
+            assert isinstance(event, Answer)
+            assert event.request[1:4] == (request.request, request.slot, request.sequence)
+            answered.append(event.request)
         elif step == "ack" and answered:
             session.ack(answered.pop(0), True)
         elif step == "junk":

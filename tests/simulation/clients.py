@@ -1,4 +1,4 @@
-"""Simulated consumers: what programs do with a `PayloadClient` and a `BatchReader`, step by step."""
+"""Simulated consumers: processes whose threads use a `PayloadClient`, step by step."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class World(Protocol):
     plan: FaultPlan
 
     def take(self, reader: int, most: int) -> list[PayloadRef]:
-        """References that this reader has not been given, or gave back."""
+        """References that this reader does not have yet, or gave back."""
         ...
 
     def give_back(self, reader: int, refs: Sequence[PayloadRef]) -> None:
-        """References to be given out again."""
+        """References that this reader will get again."""
         ...
 
     def old(self) -> list[PayloadRef]:
@@ -53,7 +53,7 @@ class World(Protocol):
         ...
 
     def listened(self, ref: PayloadRef, since: float) -> bool:
-        """The producer of a reference has listened all the time since then."""
+        """The producer of a reference has listened without a break since then."""
         ...
 
 
@@ -88,7 +88,7 @@ class SimulatedConsumer:
         self._began = 0.0
 
     def spawn(self, name: str, steps: int) -> None:
-        """A thread that does `steps` things one after the other."""
+        """Start a thread that makes `steps` random calls one after the other."""
         self.busy += 1
 
         def run() -> None:
@@ -107,7 +107,7 @@ class SimulatedConsumer:
             self.client.close()
 
     def closes(self) -> None:
-        """From now on, whoever is at work may take a moment longer to see that its ACKs arrive."""
+        """From now on, calls under way may take longer, because they make sure that their ACKs arrive."""
         self.closed = True
         self.let_go()
         for actor in self.process.actors:
@@ -118,13 +118,13 @@ class SimulatedConsumer:
         self._pinned.clear()
 
     def killed(self) -> None:
-        """It dies now: what it was about to consume may be consumed."""
+        """The process dies now: what it was about to consume may be consumed."""
         for refs in self._doing:
             for ref in refs:
                 self.world.ledger.give_up(ref, self.reader)
 
     def ended_in_order(self) -> None:
-        """What it has consumed must be known to its producers."""
+        """The producers must know what the process has consumed."""
         for ref in self.consumed:
             self.world.ledger.keep(ref, self.reader)
 
@@ -213,12 +213,15 @@ class SimulatedConsumer:
         began = self.scheduler.now()
         left = list(refs)
         with contextlib.closing(results):
-            for ref, outcome in results:
+            for result, due in zip(results, refs, strict=False):
+                ref = result.ref
+                if ref is not due:
+                    raise Violation("the results of a batch are not in the order of its references")
                 left.remove(ref)
-                if isinstance(outcome, DrayError):
-                    self.judge(ref, outcome, seconds, began)
+                if result.error is not None:
+                    self.judge(ref, result.error, seconds, began)
                     continue
-                self.got_arrays(ref, outcome, consume)
+                self.got_arrays(ref, result.payload, consume)
                 if leave:
                     break
                 if self.rng.random() < 0.2:
@@ -229,16 +232,14 @@ class SimulatedConsumer:
         (ref,) = refs
         lease = self.client.lease(ref, timeout=seconds)
         wire = self.client.kept
-        root = lease._root
-        assert root is not None
-        image = root.tobytes()
         self.unbound()
         began = self.scheduler.now()
         try:
             with lease as arrays:
-                self.got(ref, image, consume=False)
+                before = {name: array.tobytes() for name, array in arrays.items()}
+                self.got_arrays(ref, arrays, consume=False)
                 self.scheduler.sleep(self.rng.choice((0.0, 0.01, 0.5, 3.0, 50.0, 130.0)))
-                if root.tobytes() != image:
+                if {name: array.tobytes() for name, array in arrays.items()} != before:
                     if wire is not None and wire.alive:
                         raise Violation(f"{self.world.ledger.name(ref)} changed while it was leased")
                     self.world.plan.count("lease: changed after its connection had ended")
@@ -246,7 +247,6 @@ class SimulatedConsumer:
                     self._pinned.append(arrays["body"])
                 self.world.ledger.give_up(ref, self.reader)
                 self.rebound(LEASE_END_SECONDS)
-                del root
                 if self.rng.random() < 0.2:
                     raise _Abandoned
             if self.scheduler.now() - began < 40:
@@ -285,7 +285,7 @@ class SimulatedConsumer:
         self.got(ref, data, consume)
 
     def judge(self, ref: PayloadRef, error: DrayError, seconds: float, began: float | None = None) -> None:
-        """An error is one that can be, and what it says is true."""
+        """Check that an error can happen here, and that it is true."""
         ledger, plan = self.world.ledger, self.world.plan
         books, name = ledger.of(ref), ledger.name(ref)
         payload = ledger.find(ref)
@@ -293,10 +293,10 @@ class SimulatedConsumer:
         plan.count(f"error: {type(error).__name__}")
         if isinstance(error, StaleSlotError):
             if payload is not None and not books.lost and not self._gone(ref) and self._was_there(ref, began):
-                raise Violation(f"{name} is said to be stale, and is there")
+                raise Violation(f"{name} is reported as stale although it is there")
         elif isinstance(error, ProducerLostError):
             if not books.lost and self.world.listened(ref, began):
-                raise Violation(f"the producer of {name} is said to be lost, and listens")
+                raise Violation(f"the producer of {name} is reported as lost although it listens")
         elif isinstance(error, AuthenticationError | ReaderIdError):
             if self.welcome:
                 raise Violation(f"{name}: {error}")
@@ -323,7 +323,7 @@ class SimulatedConsumer:
 
     @contextlib.contextmanager
     def bounded(self, seconds: float) -> Iterator[None]:
-        """What is done here ends within that time."""
+        """The block ends within that time."""
         self.rebound(seconds)
         try:
             yield
@@ -332,7 +332,7 @@ class SimulatedConsumer:
 
     @contextlib.contextmanager
     def unhurried(self, seconds: float) -> Iterator[None]:
-        """What is done here, with deadlines of its own, ends within that time if it is not held up."""
+        """The block, which has deadlines of its own, ends within that time unless the scheduler delays it."""
         actor = self.scheduler.actor
         assert actor is not None
         began, actor.late = self.scheduler.now(), 0.0
@@ -341,14 +341,14 @@ class SimulatedConsumer:
             raise Violation(f"{actor.name} took {self.scheduler.now() - began:.3f} s to close")
 
     def rebound(self, seconds: float) -> None:
-        """From now on, this actor must be done within that time."""
+        """This actor must finish within that time, from now on."""
         actor = self.scheduler.actor
         if actor is not None:
             actor.bound = self.scheduler.now() + seconds
             actor.late = 0.0
 
     def unbound(self) -> None:
-        """Nothing is under way."""
+        """This actor has no deadline."""
         actor = self.scheduler.actor
         if actor is not None:
             actor.bound = math.inf

@@ -250,11 +250,11 @@ class SimulatedBuffers(ReceiveBuffers):
         super().__init__()
         self._kernel = kernel
 
-    def take(self, nbytes: int) -> Bytes:
+    def allocate(self, nbytes: int) -> Bytes:
         seconds = self._kernel.plan.stall()
         if seconds:
             self._kernel.scheduler.stall(seconds)
-        return super().take(nbytes)
+        return super().allocate(nbytes)
 
 
 class Wire:

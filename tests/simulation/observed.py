@@ -17,7 +17,9 @@ from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS, b
 from dray.transport.client import PayloadClient
 from dray.transport.lanes import LANES, chosen_lanes
 from dray.transport.leases import InPlaceLease
+from dray.transport.pipeline import ReadResult
 from dray.transport.receive_buffers import Bytes
+from dray.transport.server_statistics import ServerStatistics
 from dray.transport.trace import (
     Attempt,
     Checkin,
@@ -114,7 +116,7 @@ class ObservedClient(PayloadClient):
         with self._watched(refs, timeout):
             return super().consume(refs, timeout=timeout)
 
-    def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> dict[str, Any]:
+    def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> ServerStatistics:
         with self._watched([ref], timeout):
             return super().stat(ref, timeout=timeout)
 
@@ -125,7 +127,7 @@ class ObservedClient(PayloadClient):
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
-    ) -> Generator[tuple[PayloadRef, Any], None, None]:
+    ) -> Generator[ReadResult[Any], None, None]:
         refs = list(refs)
         actor = self._scheduler.actor
         assert actor is not None
@@ -133,11 +135,15 @@ class ObservedClient(PayloadClient):
         outer, actor.bound, actor.late = actor.bound, min(actor.bound, self._scheduler.now() + timeout), 0.0
         try:
             with self._watched(refs, timeout):
-                for ref, outcome in super().read_many(
+                for result in super().read_many(
                     refs, timeout=timeout, consume=consume, return_errors=return_errors
                 ):
-                    self.answered(ref, outcome)
-                    yield ref, outcome
+                    self.answered(result.ref, result.outcome)
+                    left = self._scheduler.now()
+                    yield result
+                    # The program's own time does not count.
+                    actor.bound += self._scheduler.now() - left
+                    outer += self._scheduler.now() - left
         finally:
             actor.bound = outer
 

@@ -130,12 +130,12 @@ class Step(_Way):
                 results = list(
                     self._client.read_many(refs, timeout=BATCH_SECONDS, consume=False, return_errors=True)
                 )
-            for ref, found in results:
-                held = images.pop(ref.identity)
-                if isinstance(found, DrayError):
-                    yield self._failed(held, found)
+            for result in results:
+                held = images.pop(result.ref.identity)
+                if result.error is not None:
+                    yield self._failed(held, result.error)
                 else:
-                    yield self._checked(held, check_arrays(ref, found))
+                    yield self._checked(held, check_arrays(result.ref, result.payload))
             assert not images, "references without a result"
         for held in batch:
             if held.raw:

@@ -1,9 +1,11 @@
 """What a program sees: the example of the README, batches, leases, waiting, and what wrong arguments give."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from dray import (
     Unreachable,
     make_secret,
 )
+from dray.transport.pipeline import MAX_OPEN
 
 SECRET = b"the job's secret"
 
@@ -52,7 +55,7 @@ def test_the_example_works() -> None:
                 np.testing.assert_array_equal(leased["observations"], observations)
             assert server.wait_consumed(ref, timeout=5)
             refs = [server.put({"n": np.int64(n)}, timeout=5) for n in range(20)]
-            found = [(ref, int(arrays["n"])) for ref, arrays in client.read_many(refs, timeout=30)]
+            found = [(result.ref, int(result.payload["n"])) for result in client.read_many(refs, timeout=30)]
             assert found == list(zip(refs, range(20), strict=True))
         wait_until(lambda: ring.statistics().free == 64, "everything to be consumed")
 
@@ -87,9 +90,9 @@ def test_a_batch_comes_in_order_over_one_connection(lane: Any) -> None:
     with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lane=lane) as client:
         refs = [server.put_bytes(bytes([n]) * n) for n in range(30)]
         packed = [server.put({"n": np.int64(n)}) for n in range(10)]
-        assert [int(a["n"]) for _, a in client.read_many(packed)] == list(range(10))
+        assert [int(result.payload["n"]) for result in client.read_many(packed)] == list(range(10))
         found = client.read_many(refs, return_errors=True)
-        assert all(isinstance(error, PayloadFormatError) for _, error in found)
+        assert all(isinstance(result.error, PayloadFormatError) for result in found)
         assert client.statistics().connects == 1
         wait_until(lambda: ring_of(server).statistics().free == 40, "all to be consumed")
 
@@ -100,7 +103,7 @@ def test_a_batch_of_bytes_comes_as_it_is_and_may_hold_a_stale_reference(lane: An
         refs = [server.put_bytes(bytes([n]) * n) for n in range(20)]
         client.consume(refs[7:8])
         found = client.read_many_bytes(refs, return_errors=True)
-        outcomes = [result if isinstance(result, StaleSlotError) else bytes(result) for _, result in found]
+        outcomes = [result.error or bytes(result.payload) for result in found]
         assert isinstance(outcomes.pop(7), StaleSlotError)
         assert outcomes == [bytes([n]) * n for n in range(20) if n != 7]
         wait_until(lambda: ring_of(server).statistics().free == 40, "all to be consumed")
@@ -115,28 +118,32 @@ def test_failures_in_a_batch_leave_the_rest_alone(lane: Any) -> None:
         foreign = gone.put({"n": np.int64(99)})
         nowhere = PayloadRef(b"n" * 16, 0, 0, 1, ("tcp:127.0.0.1:1",) if lane != "tcp" else ("unix:/none",))
         wanted = [refs[0], foreign, refs[1], nowhere, refs[2]]
-        found = dict(client.read_many(wanted, return_errors=True))
-        assert isinstance(found[refs[1]], StaleSlotError)
-        assert isinstance(found[nowhere], Unreachable)
-        assert [int(found[ref]["n"]) for ref in (refs[0], refs[2], foreign)] == [0, 2, 99]
+        found = list(client.read_many(wanted, return_errors=True))
+        assert [result.ref for result in found] == wanted
+        assert [type(result.error) for result in found] == [
+            type(None), type(None), StaleSlotError, Unreachable, type(None),
+        ]  # fmt: skip
+        assert [int(result.payload["n"]) for result in found if result.error is None] == [0, 99, 2]
+        with pytest.raises(Unreachable):
+            _ = found[3].payload
         with pytest.raises(StaleSlotError):
             list(client.read_many([refs[3], refs[1], refs[4]]))
         wait_until(lambda: ring_of(server).statistics().leases == 0, "leases to end")
-        assert [int(a["n"]) for _, a in client.read_many(refs[4:])] == [4, 5]
+        assert [int(result.payload["n"]) for result in client.read_many(refs[4:])] == [4, 5]
 
 
 @pytest.mark.parametrize("lane", LANES)
 def test_leaving_a_batch_early_returns_what_was_not_taken(lane: Any) -> None:
     with serving(lane, slots=8) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"n": np.int64(n)}) for n in range(8)]
-        for ref, arrays in client.read_many(refs):
-            assert int(arrays["n"]) == ref.sequence
-            if ref.sequence == 2:
+        for result in client.read_many(refs):
+            assert int(result.payload["n"]) == result.ref.sequence
+            if result.ref.sequence == 2:
                 break
         gc.collect()
         wait_until(lambda: ring_of(server).get_ready_count() == 5, "the rest to be ready again")
         with PayloadClient(lane=lane) as other:
-            assert [int(a["n"]) for _, a in other.read_many(refs[3:])] == [3, 4, 5, 6, 7]
+            assert [int(result.payload["n"]) for result in other.read_many(refs[3:])] == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -147,7 +154,7 @@ def test_leaving_a_batch_in_a_later_window_consumes_what_was_taken_before(
     with serving(lane, slots=count) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"n": np.full(nbytes, n, np.uint8)}) for n in range(count)]
         results = client.read_many(refs)
-        assert [int(next(results)[1]["n"][0]) for _ in range(taken)] == list(range(taken))
+        assert [int(next(results).payload["n"][0]) for _ in range(taken)] == list(range(taken))
         results.close()
         for ref in refs[:taken]:
             assert server.wait_consumed(ref, timeout=5)
@@ -160,11 +167,53 @@ def test_an_empty_batch_is_nothing() -> None:
         assert client.consume([]) == 0
 
 
-def test_a_batch_of_several_producers_is_read() -> None:
+def test_a_batch_of_several_producers_comes_in_the_order_of_its_references() -> None:
     with serving() as one, serving() as two, PayloadClient() as client:
         refs = [server.put({"n": np.int64(n)}) for n, server in enumerate((one, two, one, two))]
-        found = [int(arrays["n"]) for _, arrays in client.read_many(refs)]
-        assert found == [0, 2, 1, 3]
+        results = list(client.read_many(refs))
+        assert [result.ref for result in results] == refs
+        assert [int(result.payload["n"]) for result in results] == [0, 1, 2, 3]
+        assert client.statistics()["connects"] == 2
+
+
+@pytest.mark.parametrize("nbytes", [8, 20_000])
+def test_a_batch_of_more_producers_than_it_has_connections_is_read_once_and_in_order(nbytes: int) -> None:
+    with contextlib.ExitStack() as opened:
+        servers = [opened.enter_context(serving(slots=3)) for _ in range(MAX_OPEN + 3)]
+        client = opened.enter_context(PayloadClient())
+        refs = [
+            server.put({"n": np.full(nbytes, n, np.uint8)}) for _ in range(3) for n, server in enumerate(servers)
+        ]
+        results = client.read_many(refs)
+        for turn, ref in enumerate(refs[:-2]):
+            result = next(results)
+            assert result.ref == ref
+            assert result.payload["n"].tolist() == [turn % len(servers)] * nbytes
+        results.close()
+        for server, ref in zip([*servers, *servers, *servers], refs[:-2], strict=False):
+            assert server.wait_consumed(ref, timeout=5)
+        # What was asked for and not handed out is with its producer.
+        assert [int(result.payload["n"][0]) for result in client.read_many(refs[-2:])] == [
+            len(servers) - 2, len(servers) - 1,
+        ]  # fmt: skip
+        for server in servers:
+            wait_until(lambda server=server: ring_of(server).statistics().free == 3, "all to be consumed")
+        # A connection that was given up in favour of another producer's served again later.
+        assert client.statistics()["connects"] <= len(servers) + 3
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("nbytes", [8, 20_000])
+def test_the_timeout_of_a_batch_does_not_run_in_the_callers_loop(lane: Any, nbytes: int) -> None:
+    """Also where the batch receives from its producer between two results."""
+    with serving(lane, slots=40, max_leases=4) as server, PayloadClient(lane=lane) as client:
+        client.read(server.put({"n": np.zeros(nbytes, np.uint8)}))
+        refs = [server.put({"n": np.full(nbytes, n, np.uint8)}) for n in range(40)]
+        found = []
+        for result in client.read_many(refs, timeout=1.0):
+            found.append(int(result.payload["n"][0]))
+            time.sleep(0.04)
+        assert found == list(range(40))
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -223,7 +272,7 @@ def test_payloads_for_several_readers_end_with_the_last(lane: Any) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_stat_tells_what_the_server_does(lane: Any) -> None:
+def test_stat_returns_the_statistics_of_the_server(lane: Any) -> None:
     with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"12345")
         client.read_bytes(ref, consume=False)
@@ -347,7 +396,7 @@ def test_a_reference_with_another_size_is_refused_without_taking_the_memory(lane
         ref = server.put_bytes(b"payload")
         for nbytes in (0, 3, 8, 1 << 40, 2**64 - 1):
             wrong = PayloadRef(ref.producer, ref.slot, ref.sequence, nbytes, ref.endpoints)
-            with pytest.raises((SlotError, ProtocolError), match=r"the reference says|were requested"):
+            with pytest.raises((SlotError, ProtocolError), match="the payload has"):
                 client.read_bytes(wrong)
         assert client.statistics().quarantined == ()
         wait_until(lambda: ring_of(server).get_ready_count() == 1, "the lease to end")
@@ -359,9 +408,9 @@ def test_a_reference_with_another_size_leaves_the_rest_of_its_batch_alone(lane: 
     with serving(lane) as server, PayloadClient(lane=lane) as client:
         refs = [server.put({"a": np.full(50, number)}) for number in range(4)]
         wrong = PayloadRef(refs[1].producer, refs[1].slot, refs[1].sequence, 17, refs[1].endpoints)
-        results = dict(client.read_many([refs[0], wrong, refs[2], refs[3]], return_errors=True))
-        assert isinstance(results.pop(wrong), SlotError)
-        assert [int(arrays["a"][0]) for arrays in results.values()] == [0, 2, 3]
+        results = list(client.read_many([refs[0], wrong, refs[2], refs[3]], return_errors=True))
+        assert isinstance(results.pop(1).error, SlotError)
+        assert [int(result.payload["a"][0]) for result in results] == [0, 2, 3]
         assert client.statistics().connects == 1
         assert client.read(refs[1])["a"].tolist() == [1] * 50
 
@@ -391,7 +440,7 @@ def test_a_reader_id_the_ring_does_not_have_is_an_error(lane: Any) -> None:
         assert ring_of(server).get_ready_count() == 1
 
 
-def test_a_closed_server_or_client_says_so() -> None:
+def test_a_closed_server_or_client_raises() -> None:
     with serving("shm") as server:
         ref = server.put_bytes(b"x")
         client = PayloadClient()

@@ -13,6 +13,7 @@ from dray.errors import DrayError
 from dray.payload import Arrays
 from dray.prefetch.batch import BatchFetch, Outcome, Pause, Read, ReadAttempts
 from dray.protocol import PayloadRef
+from dray.transport.pipeline import ReadResult
 
 logger = logging.getLogger("dray.prefetch")
 
@@ -23,7 +24,7 @@ class Source(Protocol):
     def read(self, ref: PayloadRef, *, timeout: float | None, consume: bool) -> Arrays: ...
     def read_many(
         self, refs: Iterable[PayloadRef], *, timeout: float | None, consume: bool, return_errors: bool
-    ) -> Iterator[tuple[PayloadRef, Any]]: ...
+    ) -> Iterator[ReadResult[Any]]: ...
     def consume(self, refs: Iterable[PayloadRef], *, timeout: float | None) -> int: ...
     def close(self) -> None: ...
 
@@ -218,7 +219,8 @@ class ReadThreads:
         seconds = _timeout(attempts.start(self._clock.now()))
         results = self._source.read_many(refs, timeout=seconds, consume=False, return_errors=True)
         try:
-            for ref, outcome in results:  # no other line depends on what `read_many` yields
+            for result in results:
+                ref, outcome = result.ref, result.outcome
                 if isinstance(outcome, DrayError):
                     _forget_frames(outcome)
                     if attempts.may_retry(outcome, self._clock.now()):

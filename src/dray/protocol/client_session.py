@@ -1,19 +1,39 @@
-"""The client's end of one connection, after the handshake, without I/O: requests, their answers, their ACKs."""
+"""The client's end of one connection as a state machine: requests become bytes, bytes become events. No I/O.
+
+A driver in `transport` sends what `request` and `ack` return, and gives the server's messages, each of `expects`
+bytes, to `receive`. Answers come in the order of the requests. What follows a STATUS:
+
+| request | OK | ERROR | other |
+|---|---|---|---|
+| READ with INLINE | the payload | a text, if announced | nothing |
+| READ, CONSUME | nothing | a text, if announced | nothing |
+| STAT | a text, if announced | a text, if announced | a text, if announced |
+
+A payload or text of no bytes is no message. The payload of a READ without INLINE does not pass through here. OK,
+and STALE for CONSUME, become an `Answer`, everything else a `Refusal`.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from dray.errors import DrayError, ProtocolError, ReaderIdError, ServerBusy, SlotError, StaleSlotError
+from dray.identifiers import MAX_READERS
 from dray.printable import printable
-from dray.protocol.frames import FRAME, Flag, Frame, Kind, Status, parse
+from dray.protocol.frames import FRAME, FRAME_BYTES, VALID_HEADS, Flag, Frame, Kind, Status, check
 
-_STATUS, _ACK = int(Kind.STATUS), int(Kind.ACK)
+STATUS: Final = "STATUS"
+TEXT: Final = "the text after STATUS"
+PAYLOAD: Final = "the payload"
+
+_STATUS, _ACK, _READ = int(Kind.STATUS), int(Kind.ACK), int(Kind.READ)
+_TEXT: Final = Flag.TEXT
 
 
 class Request(NamedTuple):
-    """One request of a client, as it waits for its answer."""
+    """One request of a client."""
 
     kind: Kind
     request: int
@@ -24,30 +44,67 @@ class Request(NamedTuple):
     tag: int = 0
     flags: int = Flag.NONE
 
-    def pack(self) -> bytes:
-        """The request's frame."""
-        kind, number, slot, sequence, reader, nbytes, tag, flags = self
-        return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, tag, 0)
+
+class Answer(NamedTuple):
+    """The server has carried out a request.
+
+    Attributes:
+        request: the request.
+        frame: its STATUS; for a READ it has the size that the request has.
+        body: the text or inline payload after it, else empty; valid as long as the message is.
+    """
+
+    request: Request
+    frame: Frame
+    body: bytes | bytearray | memoryview
+
+
+_answer: Callable[[type[Answer], tuple[Any, ...]], Answer] = tuple.__new__  # `Answer(…)` is a function in Python
+
+
+class Refusal(NamedTuple):
+    """The server has not carried out a request, for the reason in `error`; the connection stays usable."""
+
+    request: Request
+    frame: Frame
+    error: DrayError
+
+
+Event: TypeAlias = Answer | Refusal
 
 
 class ClientSession:
-    """The client's end of one connection, after the handshake: numbers requests and matches answers."""
+    """The client's end of one connection, after the handshake.
 
-    def __init__(self) -> None:
+    Args:
+        endpoint: the address that errors name.
+        readers: reader ids of the ring, for errors.
+
+    Attributes:
+        expects: bytes of the server's next message.
+        awaits: what that message is: `STATUS`, `TEXT` or `PAYLOAD`.
+    """
+
+    def __init__(self, endpoint: str | None = None, readers: int = MAX_READERS) -> None:
+        self.expects = FRAME_BYTES
+        self.awaits = STATUS
+        self._endpoint = endpoint
+        self._readers = readers
         self._next = 0
         self._pending: deque[Request] = deque()
+        self._incomplete: tuple[Request, Frame] | None = None
         self._acks = 0
         self._unconfirmed: deque[tuple[int, Request]] = deque()
 
     @property
     def pending(self) -> int:
         """Requests without an answer so far."""
-        return len(self._pending)
+        return len(self._pending) + (self._incomplete is not None)
 
     @property
     def unconfirmed(self) -> list[Request]:
         """Reads whose ACK(consumed) no answer has confirmed yet, oldest first."""
-        return [request for _, request in tuple(self._unconfirmed)]  # its thread may go on meanwhile
+        return [request for _, request in tuple(self._unconfirmed)]  # its thread may be changing it
 
     def request(
         self,
@@ -55,46 +112,71 @@ class ClientSession:
         slot: int = 0,
         sequence: int = 0,
         reader: int = 0,
+        *,
         nbytes: int = 0,
         tag: int = 0,
         flags: int = Flag.NONE,
-    ) -> Request:
-        """A new request, already counted as waiting for its answer."""
-        # `Request(…)` does the same, by way of a function in Python.
-        request = tuple.__new__(Request, (kind, self._next, slot, sequence, reader, nbytes, tag, flags))
-        self._next += 1
-        self._pending.append(request)
-        return request
+    ) -> bytes:
+        """The frame of a new request, which counts as pending from now on."""
+        number = self._next
+        self._next = number + 1
+        # `Request(…)` does the same with one more call of a Python function.
+        self._pending.append(tuple.__new__(Request, (kind, number, slot, sequence, reader, nbytes, tag, flags)))
+        return FRAME.pack(kind, 0, reader, flags, slot, number, sequence, nbytes, 0, 0, tag, 0)
 
-    def receive(self, message: bytes | bytearray | memoryview) -> tuple[Request, Frame]:
-        """Match a STATUS with the oldest request.
+    def receive(self, message: bytes | bytearray | memoryview) -> Event | None:
+        """Process the server's next message; the event that it completes, or None if more of it follows.
 
         Raises:
-            ProtocolError: it answers another one, or confirms ACKs that were not sent; the connection must be
-                aborted.
+            ProtocolError: the server may not send this message now; the connection must be aborted.
         """
-        frame = parse(message)
-        kind, status, _, flags, slot, number, sequence, _, _, acked, _, _ = frame
+        if len(message) != self.expects:
+            raise ProtocolError(f"{self.awaits} has {self.expects} bytes, got {len(message)}")
+        if self._incomplete is not None:
+            request, frame = self._incomplete
+            self._incomplete = None
+            self.expects, self.awaits = FRAME_BYTES, STATUS
+            return (
+                self._refusal(request, frame, message) if frame[1] else _answer(Answer, (request, frame, message))
+            )
+        frame = tuple.__new__(Frame, FRAME.unpack(message))
+        kind, status, _, flags, slot, number, sequence, nbytes, _, acked, _, _ = frame
+        if (kind, status, flags) not in VALID_HEADS:
+            check(kind, status, flags, nbytes)
         if kind != _STATUS or not self._pending:
             raise ProtocolError(f"the server sent {Kind(kind).name} where no STATUS was due")
         request = self._pending.popleft()
-        if number != request[1] or slot != request[2] or sequence != request[3]:
+        kind, expected, expected_slot, expected_sequence, _, expected_nbytes, _, inline = request
+        if number != expected or slot != expected_slot or sequence != expected_sequence:
             raise ProtocolError(
-                f"STATUS names request {number}, slot {slot}, sequence {sequence}; awaited was "
-                f"request {request.request}, slot {request.slot}, sequence {request.sequence}"
+                f"STATUS names request {number}, slot {slot}, sequence {sequence}; expected was "
+                f"request {expected}, slot {expected_slot}, sequence {expected_sequence}"
             )
-        if flags & Flag.TEXT and status != Status.ERROR and request.kind != Kind.STAT:
-            raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
         if acked > self._acks:
             raise ProtocolError(f"STATUS confirms {acked} ACKs, of which {self._acks} were sent")
         unconfirmed = self._unconfirmed
         while unconfirmed and unconfirmed[0][0] <= acked:
             unconfirmed.popleft()
-        return request, frame
-
-    def forget(self, request: Request) -> None:
-        """Take a payload that will be read again out of `unconfirmed`."""
-        self._unconfirmed = deque(entry for entry in self._unconfirmed if entry[1] is not request)
+        follows = 0
+        if flags & _TEXT:
+            if status != Status.ERROR and kind != Kind.STAT:
+                raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
+            follows, awaits = nbytes, TEXT
+        elif kind == _READ and not status:
+            if nbytes != expected_nbytes:
+                raise ProtocolError(
+                    f"the payload has {nbytes} bytes, {expected_nbytes} according to its reference",
+                    endpoint=self._endpoint,
+                )
+            if inline:  # the one flag of a READ
+                follows, awaits = nbytes, PAYLOAD
+        if follows:
+            self._incomplete = request, frame
+            self.expects, self.awaits = follows, awaits
+            return None
+        if status and not (status == Status.STALE and kind == Kind.CONSUME):
+            return self._refusal(request, frame, b"")
+        return _answer(Answer, (request, frame, b""))
 
     def ack(self, request: Request, consumed: bool) -> bytes:
         """The ACK for a READ that was answered OK."""
@@ -106,18 +188,23 @@ class ClientSession:
             _ACK, 0, reader, Flag.CONSUMED if consumed else Flag.NONE, slot, number, sequence, 0, 0, 0, 0, 0
         )
 
+    def forget(self, request: Request) -> None:
+        """Remove a payload that will be read again from `unconfirmed`."""
+        self._unconfirmed = deque(entry for entry in self._unconfirmed if entry[1] is not request)
 
-def refusal(request: Request, frame: Frame, text: str, endpoint: str, readers: int) -> DrayError:
-    """The error that stands for an answer other than OK, of a ring that has so many readers."""
-    where: dict[str, Any] = {"endpoint": endpoint, "slot": request.slot, "sequence": request.sequence}
-    match frame.status:
-        case Status.STALE:
-            return StaleSlotError("the payload was consumed or overwritten", **where)
-        case Status.BUSY:
-            return ServerBusy("the lease limit of this connection is reached", **where)
-        case Status.DENIED:
-            return ReaderIdError(
-                f"reader id {request.reader} is denied: this ring's are 0 to {readers - 1}", **where
-            )
-        case _:
-            return SlotError(f"the server answered with an error: {printable(text) or 'no reason given'}", **where)
+    def _refusal(self, request: Request, frame: Frame, body: bytes | bytearray | memoryview) -> Refusal:
+        where: dict[str, Any] = {"endpoint": self._endpoint, "slot": request.slot, "sequence": request.sequence}
+        error: DrayError
+        match frame.status:
+            case Status.STALE:
+                error = StaleSlotError("the payload was consumed or overwritten", **where)
+            case Status.BUSY:
+                error = ServerBusy("the lease limit of this connection is reached", **where)
+            case Status.DENIED:
+                error = ReaderIdError(
+                    f"reader id {request.reader} is denied: this ring's are 0 to {self._readers - 1}", **where
+                )
+            case _:
+                reason = printable(str(body, "utf-8", "replace")) or "no reason given"
+                error = SlotError(f"the server answered with an error: {reason}", **where)
+        return Refusal(request, frame, error)

@@ -250,10 +250,8 @@ class ReferenceInlet:
                 references.append(reference)
                 waiting[reference.identity] = delivery
         timeout = self._replica.spec.config.timeouts.read
-        for reference, result in self._client.read_many(
-            references, timeout=timeout, consume=False, return_errors=True
-        ):
-            yield waiting[reference.identity], result
+        for result in self._client.read_many(references, timeout=timeout, consume=False, return_errors=True):
+            yield waiting[result.ref.identity], result.outcome
 
     def consume(self, entries: Sequence[RolloutEntry]) -> None:
         references = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dray.errors import DrayError, OutOfResources, StaleSlotError
+from dray.errors import OutOfResources, StaleSlotError
 from dray.protocol import PayloadRef
 from dray.runtime.contract import PolicyTrainer, Trajectory
 from dray.runtime.exit_codes import ExitCode
@@ -77,14 +77,15 @@ class Following:
         results = self._client.read_many(
             references, timeout=self._replica.spec.config.timeouts.read, consume=False, return_errors=True
         )
-        for reference, result in results:
+        for result in results:
+            reference, error = result.ref, result.error
             identity = f"{reference.producer.hex()}:{reference.sequence}"
-            if isinstance(result, OutOfResources):
-                raise result  # of this process: the payload is there, and is delivered again
-            if isinstance(result, DrayError):
-                failed[identity] = "stale" if isinstance(result, StaleSlotError) else "lost"
+            if isinstance(error, OutOfResources):
+                raise error  # of this process: the payload is there, and is delivered again
+            if error is not None:
+                failed[identity] = "stale" if isinstance(error, StaleSlotError) else "lost"
             else:
-                self._read_so_far[identity] = Trajectory(result, versions[reference.identity])
+                self._read_so_far[identity] = Trajectory(result.payload, versions[reference.identity])
         return Answer(failed=failed)
 
     def _train(self, identities: list[str]) -> Answer:

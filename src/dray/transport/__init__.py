@@ -1,7 +1,9 @@
-"""Bytes over connections: the server, the client, and the three kinds of stream between them."""
+"""Payloads over connections: the server, the client, and what they report."""
 
 from dray.transport.client import PayloadClient
 from dray.transport.client_statistics import ClientStatistics
+from dray.transport.pipeline import ReadResult
 from dray.transport.server import PayloadServer
+from dray.transport.server_statistics import ServerStatistics
 
-__all__ = ["ClientStatistics", "PayloadClient", "PayloadServer"]
+__all__ = ["ClientStatistics", "PayloadClient", "PayloadServer", "ReadResult", "ServerStatistics"]

@@ -1,7 +1,6 @@
-"""Reads for asyncio: each waits in a thread of the client's own, and what nobody receives is released.
+"""Reads for asyncio. Each waits in a thread of the client's own; what no task receives is released.
 
-The event loop's default threads stay the program's: as many hanging reads as there are of them would leave it
-none.
+The default threads of the event loop stay free for the program: hanging reads could occupy all of them.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ MAX_ASYNC_READS = 32
 
 
 class HeldRead:
-    """A payload that has come and is neither consumed nor released yet.
+    """A received payload that is neither consumed nor released yet.
 
     Attributes:
-        arrays: what it has, or why that cannot be unpacked.
+        arrays: its arrays, or why it cannot be unpacked.
     """
 
     def __init__(self, arrays: Arrays | DrayError, lease: KeptLease) -> None:
@@ -38,19 +37,17 @@ class HeldRead:
 
 
 class AsyncReads:
-    """The threads in which the reads of one client wait; started when they are needed."""
+    """The threads in which the reads of one client wait; they start when they are needed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
 
     async def run(self, read: Callable[[], HeldRead], deadline: Deadline) -> HeldRead:
-        """What `read` returns; it runs in another thread.
-
-        Cancelled, it releases what `read` brings.
+        """Run `read` in another thread; its result. If the task is cancelled, the result is released.
 
         Raises:
-            TransportTimeout: no thread was free until the deadline.
+            TransportTimeout: no thread was free before the deadline.
         """
         with self._lock:
             if self._threads is None:
@@ -82,7 +79,7 @@ class AsyncReads:
                 timer.cancel()
 
     def close(self) -> None:
-        """Wait for the reads under way, whose waits were ended, and end the threads. Twice is fine."""
+        """Wait for the reads under way, whose waits the client has ended, and end the threads. Twice is fine."""
         with self._lock:
             threads, self._threads = self._threads, None
         if threads is not None:

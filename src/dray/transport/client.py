@@ -1,25 +1,16 @@
-"""`PayloadClient`: redeems references, from any thread, over whichever lane reaches the producer."""
+"""`PayloadClient`: reads payloads by their references, from any thread, over the best lane to the producer."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TypeVar, cast
 
 from dray.clock import MONOTONIC, Clock, Deadline
+from dray.closing import Closing
 from dray.counters import Counters
-from dray.errors import (
-    BufferClosedError,
-    ConfigError,
-    ConnectionClosed,
-    DrayError,
-    PayloadError,
-    ProtocolError,
-    TransportError,
-)
+from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, PayloadError
 from dray.identifiers import MAX_READERS
 from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef
@@ -29,38 +20,33 @@ from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.attempts import MAX_ATTEMPTS, QUARANTINE_SECONDS
 from dray.transport.client_statistics import ClientStatistics
-from dray.transport.connection import Connection, Held
-from dray.transport.connections import (
-    ConnectionHolder,
-    Connections,
-    KeptLease,
-    Refused,
-    RequestFunction,
-)
+from dray.transport.connection import Connection, ReceivedPayload
+from dray.transport.connections import ConnectionHolder, Connections, KeptLease, Refused, RequestFunction
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, Network
 from dray.transport.leases import InPlaceLease
-from dray.transport.pipeline import Windows
+from dray.transport.pipeline import Batch, ReadResult
 from dray.transport.polling import CloseEvent
 from dray.transport.pool import IDLE_SECONDS, MAX_IDLE, Holder, Keeper
 from dray.transport.receive_buffers import Bytes
+from dray.transport.server_statistics import ServerStatistics
 from dray.transport.trace import Trace
 
 T = TypeVar("T")
 
 
-class PayloadClient:
-    """Reads payloads by reference. Thread-safe; every call has one deadline for all it does.
+class PayloadClient(Closing):
+    """Reads payloads by reference. Thread-safe. The timeout of a call covers everything that the call does.
 
     Args:
-        lane: ``"auto"`` takes the best lane that reaches the producer: ``shm`` on the same host, else ``ucx``,
-            else ``tcp``. The name of a lane, or several names, restrict the choice to these: a reference without
-            one of them is an error.
+        lane: ``"auto"`` uses the best lane that reaches the producer: ``shm`` on the same host, else ``ucx``,
+            else ``tcp``. The name of a lane, or several names, restrict the choice to these: reading a reference
+            without an endpoint on one of them is an error.
         secret: the job's secret, at least 16 random bytes, where servers have one.
         reader: this reader's id, 0 … readers - 1, where payloads are meant for several.
         verify: compare payloads with the checksums that servers send.
-        inline_bytes: reads of payloads of up to this size, at most 16 KiB, get them with the answer itself, copied
-            by the server: faster for small ones, and no slot is held. 0 leaves that to empty ones.
+        inline_bytes: the server sends payloads of up to this size, at most 16 KiB, with the answer itself, as a
+            copy: small ones are read faster, and no slot is held. With 0 only empty ones come that way.
         max_idle: idle connections kept for each endpoint.
         idle_seconds: an idle connection older than this is replaced before use.
         quarantine_seconds: how long a failed endpoint is skipped; twice as long each time it fails again without
@@ -129,61 +115,66 @@ class PayloadClient:
 
         Args:
             ref: what to read.
-            timeout: seconds for everything: connecting, reading, and trying again.
-            consume: the payload's slot may be used again; otherwise it can be read again until `consume`.
+            timeout: seconds for connecting, reading and further attempts together; None for no limit.
+            consume: acknowledge the payload, so that its slot can be used again. Otherwise it can be read again
+                until `consume`.
 
         Raises:
             StaleSlotError: the payload was consumed or overwritten.
             ProducerLostError: its producer is gone.
-            TransportError: it could not be read in time; it is still there.
+            TransportError: it could not be read in time; it is still with its producer.
             AuthenticationError: this client does not have the job's secret.
             ReaderIdError: this client's reader id is not one of the ring's.
             PayloadFormatError: the bytes are not arrays; see `read_bytes`.
         """
-        return self._read(ref, timeout, consume, _unpacked)
+        self._check_process()
+        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
+        return self._connections.run(attempts, self._read_request(ref, consume, _unpack))
 
     def read_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Bytes:
         """The payload as uint8 of shape (nbytes,), in memory of its own; otherwise like `read`."""
-
-        return self._read(ref, timeout, consume, _as_it_is)
+        self._check_process()
+        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
+        return self._connections.run(attempts, self._read_request(ref, consume, _as_bytes))
 
     async def read_async(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Arrays:
-        """`read` for asyncio, in up to 32 threads of the client's own; more reads than that wait for their turn.
+        """`read` for asyncio, in up to 32 threads of the client's own; further reads wait for a free thread.
 
-        The payload is consumed when the awaiting task receives it: what a cancelled read brings is released.
+        The payload is consumed when the awaiting task receives it; that of a cancelled read is released.
         """
         self._check_process()
         deadline = Deadline.after(timeout, self._clock)
-        reading = await self._async_reads.run(lambda: self._hold(ref, deadline), deadline)
-        arrays = reading.arrays
-        reading.end(consume)
+        found = await self._async_reads.run(
+            lambda: self._hold(
+                ref, deadline, copy=True, make=lambda received, lease: HeldRead(_unpack(received.data()), lease)
+            ),
+            deadline,
+        )
+        arrays = found.arrays
+        found.end(consume)
         if isinstance(arrays, DrayError):
             raise arrays
         return arrays
 
     def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease:
-        """The payload's arrays for the length of a ``with`` block; in place, without a copy, on the shm lane.
+        """A context manager that yields the payload's arrays; on the shm lane in place, without a copy.
 
-        A clean exit consumes the payload; an exception returns it. The mapping is emptied at the end, and every
-        array taken from it must be gone by then, else `LeaseInUseError` is raised and the slot stays leased until
-        it is.
+        A clean exit of the ``with`` block consumes the payload, an exception releases it. At the end the mapping
+        is emptied. If the program still holds an array of it then, `LeaseInUseError` is raised, and the slot stays
+        leased until the array is gone.
+
+        Args:
+            ref: what to lease.
+            timeout: seconds until the payload is leased; None for no limit.
 
         Raises:
-            As `read`, when the block is entered.
+            As `read`, by this call or when the block is entered.
         """
         self._check_process()
-        holder: ConnectionHolder = Holder()
-
-        def request(connection: Connection, status_by: Deadline, deadline: Deadline) -> InPlaceLease:
-            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=False))
-            connection.reads += 1
-            connection.read_bytes += ref.nbytes
-            lease = InPlaceLease(held, KeptLease(self._connections, holder, held.request), self._reaper)
-            holder.keeper = Keeper.CALLER
-            return lease
-
-        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
-        return self._connections.run(attempts, request, holder)
+        deadline = Deadline.after(timeout, self._clock)
+        return self._hold(
+            ref, deadline, copy=False, make=lambda received, lease: InPlaceLease(received, lease, self._reaper)
+        )
 
     def read_many(
         self,
@@ -192,22 +183,23 @@ class PayloadClient:
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
-    ) -> Generator[tuple[PayloadRef, Any], None, None]:
-        """Read a batch, requests pipelined for each producer; yields (reference, arrays).
+    ) -> Generator[ReadResult[Arrays], None, None]:
+        """Read a batch, pipelined for each producer; yields a `ReadResult` per reference, in their order.
 
-        Each payload is consumed when it is yielded, so leaving early loses nothing.
+        Each payload is consumed when it is yielded, so that leaving the loop early loses none.
 
         Args:
-            refs: what to read; the order of results is that of producers, then of the references.
-            timeout: seconds for the whole batch.
+            refs: what to read, of any producers.
+            timeout: seconds that dray may use for the whole batch; None for no limit. Time in the body of the
+                caller's loop does not count.
             consume: as in `read`.
-            return_errors: yield the error in place of the arrays of a payload that could not be read, and go on;
-                otherwise the first error is raised.
+            return_errors: yield the error of a payload that cannot be read as a result, and continue. Otherwise
+                the first error is raised.
 
         Raises:
             As `read`.
         """
-        return self._read_many(refs, Deadline.after(timeout, self._clock), consume, return_errors, _unpacked)
+        return self._read_many(_unpack, refs, timeout, consume=consume, return_errors=return_errors)
 
     def read_many_bytes(
         self,
@@ -216,9 +208,9 @@ class PayloadClient:
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
-    ) -> Generator[tuple[PayloadRef, Any], None, None]:
-        """`read_many` of payloads as they are: yields (reference, uint8 of shape (nbytes,))."""
-        return self._read_many(refs, Deadline.after(timeout, self._clock), consume, return_errors, _as_it_is)
+    ) -> Generator[ReadResult[Bytes], None, None]:
+        """`read_many` without unpacking: each payload is uint8 of shape (nbytes,)."""
+        return self._read_many(_as_bytes, refs, timeout, consume=consume, return_errors=return_errors)
 
     # --- other requests ---------------------------------------------------------------------------------------
 
@@ -227,36 +219,49 @@ class PayloadClient:
 
         Returns how many were still there; those already gone are not an error.
 
+        Args:
+            refs: what to free, of any producers.
+            timeout: seconds for all of them together; None for no limit.
+
         Raises:
             ProducerLostError: a producer is gone, and its payloads with it.
             TransportError: a producer could not be reached in time; call again.
         """
+        self._check_process()
         deadline = Deadline.after(timeout, self._clock)
-        freed = sum(self._consume(group, deadline) for group in _by_producer(refs))
+        grouped: dict[bytes, list[PayloadRef]] = {}
+        for ref in refs:
+            grouped.setdefault(ref.producer, []).append(ref)
+        freed = sum(self._consume(group, deadline) for group in grouped.values())
         self._counters.add("consumed", freed)
         return freed
 
     def _consume(self, refs: Sequence[PayloadRef], deadline: Deadline) -> int:
         wanted = [(ref.slot, ref.sequence, self._reader) for ref in refs]
-        return self._run(refs[0], deadline, lambda c, first, whole: c.consume(wanted, whole, first)).count(
-            Status.OK
+        found = self._connections.run(
+            self._connections.attempts(refs[0], deadline),
+            lambda connection, status_deadline, deadline: connection.consume(wanted, deadline, status_deadline),
         )
+        return found.count(Status.OK)
 
-    def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> dict[str, Any]:
+    def stat(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> ServerStatistics:
         """The statistics of the server that a reference names; see `PayloadServer.statistics`.
 
+        Args:
+            ref: a reference of any payload of the server.
+            timeout: seconds; None for no limit.
+
         Raises:
-            TransportError: it could not be reached in time.
-            ProtocolError: what it says is not what a server says.
+            TransportError: the server could not be reached in time.
+            ProtocolError: the answer is not that of a server.
         """
-        text = self._run(ref, Deadline.after(timeout, self._clock), lambda c, first, _: c.stat(first))
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"the answer to STAT is not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise ProtocolError("the answer to STAT is not a JSON object")
-        return found
+        self._check_process()
+        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
+        return ServerStatistics.from_json(
+            self._connections.run(
+                attempts, lambda connection, status_deadline, _: connection.stat(status_deadline)
+            )
+        )
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -268,7 +273,7 @@ class PayloadClient:
         )
 
     def close(self) -> None:
-        """Make sure that acknowledged payloads are known to be, then close all connections. Twice is fine.
+        """Make sure that all ACKs have arrived, then close all connections. Twice is fine.
 
         Calls that wait in other threads end at once with `BufferClosedError`; their payloads are not consumed.
         """
@@ -277,125 +282,99 @@ class PayloadClient:
             self._connections.close()
             self._async_reads.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<PayloadClient {'/'.join(lane.name for lane in self._lanes)}>"
 
-    def _read(
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _read_request(
+        self, ref: PayloadRef, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]
+    ) -> RequestFunction[T]:
+        """The request of a read. The lease ends last: an exception before that leaves the payload where it is."""
+
+        def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
+            received = connection.read(ref, self._reader, status_deadline, deadline, copy=True)
+            if not isinstance(received, ReceivedPayload):
+                raise Refused(received)
+            payload = unpack_as(received.data())
+            connection.finish(received, consume, deadline)
+            if isinstance(payload, DrayError):
+                raise Refused(payload)
+            return payload
+
+        return request
+
+    def _hold(
         self,
         ref: PayloadRef,
-        timeout: float | None,
-        consume: bool,
-        unpacked: Callable[[Bytes | DrayError], T | DrayError],
+        deadline: Deadline,
+        *,
+        copy: bool,
+        make: Callable[[ReceivedPayload, KeptLease], T],
     ) -> T:
-        """Read a payload; it is consumed last, as nothing that is raised before has taken it from its producer."""
+        """Read a payload whose lease outlives this call: it belongs to what `make` returns."""
 
-        def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> T | DrayError:
-            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=True))
-            data = unpacked(held.data())
-            connection.finish(held, consume, deadline)
-            connection.reads += 1
-            connection.read_bytes += ref.nbytes
-            return data
+        holder: ConnectionHolder = Holder()
 
-        data = self._run(ref, Deadline.after(timeout, self._clock), exchange)
-        if isinstance(data, DrayError):
-            raise data
-        return data
-
-    def _hold(self, ref: PayloadRef, deadline: Deadline) -> HeldRead:
-        """Read a payload, and leave it to the caller whether it is consumed."""
-
-        def exchange(connection: Connection, status_by: Deadline, deadline: Deadline) -> HeldRead:
-            held = _accepted(connection.read(ref, self._reader, status_by, deadline, copy=True))
-            arrays = _unpacked(held.data())
-            if held.from_slot and not connection.usable():
+        def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
+            received = connection.read(ref, self._reader, status_deadline, deadline, copy=copy)
+            if not isinstance(received, ReceivedPayload):
+                raise Refused(received)
+            if copy and received.from_slot and not connection.usable():
                 raise ConnectionClosed("the lease may have ended while the payload was copied")
             connection.reads += 1
             connection.read_bytes += ref.nbytes
+            made = make(received, KeptLease(self._connections, holder, received.request))
             holder.keeper = Keeper.CALLER
-            return HeldRead(arrays, KeptLease(self._connections, holder, held.request))
+            return made
 
-        holder: ConnectionHolder = Holder()
-        return self._connections.run(self._connections.attempts(ref, deadline), exchange, holder)
+        return self._connections.run(self._connections.attempts(ref, deadline), request, holder)
 
-    def _run(self, ref: PayloadRef, deadline: Deadline, request: RequestFunction[T]) -> T:
+    def _read_many(
+        self,
+        unpack_as: Callable[[Bytes], T | DrayError],
+        refs: Iterable[PayloadRef],
+        timeout: float | None,
+        *,
+        consume: bool,
+        return_errors: bool,
+    ) -> Generator[ReadResult[T], None, None]:
         self._check_process()
-        return self._connections.run(self._connections.attempts(ref, deadline), request)
+        batch = Batch(
+            self._connections, refs, reader=self._reader, consume=consume, timeout=timeout, clock=self._clock
+        )
+        orderly = False
+        try:
+            for ref in batch.refs:
+                lease, found = batch.next(ref)
+                outcome = found if isinstance(found, DrayError) else unpack_as(found)
+                failed = isinstance(outcome, DrayError)
+                if failed:
+                    self._counters.add("failed_reads")
+                result, connection = ReadResult(ref, outcome), batch.connection
+                if connection is not None:
+                    connection.handed_out = lease  # no call between this and the `yield`
+                if failed and not return_errors:
+                    raise cast(DrayError, outcome)
+                yield result
+            orderly = True
+        finally:
+            batch.leave(orderly)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise BufferClosedError("the client belongs to the process that this one was forked from")
 
-    # --- batches ----------------------------------------------------------------------------------------------
 
-    def _read_many(
-        self,
-        refs: Iterable[PayloadRef],
-        deadline: Deadline,
-        consume: bool,
-        return_errors: bool,
-        unpacked: Callable[[Bytes | DrayError], Any],
-    ) -> Generator[tuple[PayloadRef, Any], None, None]:
-        for each in _by_producer(refs):
-            self._check_process()
-            try:
-                batch = Windows(self._connections, each, self._reader, consume, deadline)
-            except (TransportError, ConfigError) as unusable:
-                self._counters.add("failed_reads", len(each))
-                if not return_errors:
-                    raise
-                yield from ((ref, unusable) for ref in each)
-                continue
-            try:
-                while window := batch.next():
-                    for result in window:
-                        outcome = unpacked(result.outcome)
-                        failed = isinstance(outcome, DrayError)
-                        if failed:
-                            self._counters.add("failed_reads")
-                        batch.hand_out(result)
-                        item, lease, connection = (result.ref, outcome), result.lease, batch.connection
-                        if connection is not None:
-                            connection.handed_out = lease  # no call between this and the `yield`
-                        if failed and not return_errors:
-                            raise outcome
-                        yield item
-            finally:
-                batch.leave()
-
-
-def _by_producer(refs: Iterable[PayloadRef]) -> Iterable[list[PayloadRef]]:
-    grouped: dict[bytes, list[PayloadRef]] = {}
-    for ref in refs:
-        grouped.setdefault(ref.producer, []).append(ref)
-    return grouped.values()
-
-
-def _accepted(held: Held | DrayError) -> Held:
-    if isinstance(held, Held):
-        return held
-    raise Refused(held)
-
-
-def _unpacked(result: Bytes | DrayError) -> Arrays | DrayError:
-    if isinstance(result, DrayError):
-        return result
+def _unpack(payload: Bytes) -> Arrays | DrayError:
     try:
-        return unpack(result)
+        return unpack(payload)
     except PayloadError as error:
         return error
 
 
-def _as_it_is(result: Bytes | DrayError) -> Bytes | DrayError:
-    return result
+def _as_bytes(payload: Bytes) -> Bytes | DrayError:
+    return payload
 
 
 def _usable(choice: LaneChoice) -> tuple[Lane, ...]:

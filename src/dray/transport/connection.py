@@ -1,16 +1,19 @@
-"""A client's connection: the exchange, driven by the thread that uses it, each wait under a deadline."""
+"""A client's connection: its handshake, and requests with their answers. Each wait has a deadline.
+
+The thread that uses a connection drives it. What the protocol demands of the server's messages is checked by
+`ClientSession`. Memory, segment offsets, checksums and deadlines belong to the connection.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import (
     BufferClosedError,
     DrayError,
@@ -20,39 +23,39 @@ from dray.errors import (
     TransportError,
     VersionMismatch,
 )
-from dray.payload.codec import unpack
+from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef
-from dray.protocol.client_session import ClientSession, Request, refusal
-from dray.protocol.frames import FRAME_BYTES, MIN_VERSION, VERSION, Flag, Frame, Kind, Status
-from dray.protocol.handshake import ServerIdentity
+from dray.protocol.client_session import PAYLOAD, Answer, ClientSession, Event, Refusal, Request
+from dray.protocol.frames import FRAME_BYTES, MIN_VERSION, VERSION, Flag, Kind, Status
+from dray.protocol.handshake import WELCOME, ClientHandshake, ServerIdentity
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.ring import Segment
 from dray.ring.layout import SegmentLayout
 from dray.transport import trace
-from dray.transport.handshaking import shake_hands, wait_for_message, wait_for_stream
+from dray.transport.attempts import OtherProducerError
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Network, Stream, Waiter, Worker
+from dray.transport.polling import timed_out
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
-from dray.transport.trace import Trace
 
 _UINT8 = np.dtype(np.uint8)
 _READ = Kind.READ
 
-_WINDOW = 256
-"""Requests in flight at a time: both ends can hold them and their answers without reading each other's."""
+_MAX_PIPELINED = 256
+"""CONSUME requests on their way at a time: both ends can buffer them and their answers."""
 
 
 @dataclass(slots=True)
-class Held:
-    """A payload as it is before its ACK.
+class ReceivedPayload:
+    """A payload before its ACK.
 
     Attributes:
         request: the READ that holds its lease.
         root: its bytes, uint8 of shape (nbytes,): private memory, or on the shm lane the slot itself, read-only.
         in_place: `root` is the slot.
         buffers: where a copy's memory comes from.
-        from_slot: `root` is the slot or a copy of it, right only if the lease has lived until then.
-        arrays: views on `root`, where it was unpacked already.
+        from_slot: `root` is the slot or a copy of it, correct only if the lease has lived until then.
+        arrays: views of `root`, if it is unpacked already.
     """
 
     request: Request
@@ -60,13 +63,13 @@ class Held:
     in_place: bool
     buffers: ReceiveBuffers
     from_slot: bool = False
-    arrays: dict[str, np.ndarray[Any, np.dtype[Any]]] | None = None
+    arrays: Arrays | None = None
 
     def data(self) -> Bytes:
         """The payload in memory of its own."""
         if not self.in_place:
             return self.root
-        copy = self.buffers.take(self.root.nbytes)
+        copy = self.buffers.allocate(self.root.nbytes)
         np.copyto(copy, self.root)
         return copy
 
@@ -74,20 +77,26 @@ class Held:
 class Connection:
     """One connection to one endpoint of a server.
 
-    After any error other than a refusal the connection is unusable and must be closed: what is still on its way
-    must not be taken for an answer to something else.
+    After any error other than a refusal it must be closed, because what is still on its way could be taken for the
+    answer to another request.
+
+    Args:
+        stream: the stream, after the handshake; the connection owns it.
+        segment: the ring's memory on the shm lane, else None.
+        verify: compare payloads with their checksums.
+        buffers: where the memory of payloads comes from.
+        network, waiter: how the connection waits.
+        version: the protocol version that both sides speak.
+        report: receives the trace events of this connection.
 
     Attributes:
         reads, read_bytes: payloads that were handed out over it, and their size.
-        inline_bytes: payloads of up to this size come with their STATUS, where that is asked for.
-        failure: why it must not be used again; None while it can.
+        inline_bytes: payloads of up to this size come with their STATUS when a copy is wanted.
+        failure: why it must not be used again; None while it can be.
         in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
-        ended: leases that the next `ask` or `end_leases` ends, as `acknowledge` takes them.
-        handed_out: the lease of the payload that its caller has received last, to be added to `ended`.
-        version: the protocol version that both sides speak.
+        ended: leases, with whether they end as consumed, which the next `ask` or `end_leases` ends.
+        handed_out: the lease of the payload that the caller has received last, to be added to `ended`.
     """
-
-    version = VERSION
 
     def __init__(
         self,
@@ -95,22 +104,27 @@ class Connection:
         endpoint: str,
         identity: ServerIdentity,
         segment: Segment | None,
+        *,
         verify: bool,
         buffers: ReceiveBuffers,
         network: Network,
         waiter: Waiter,
+        version: int = VERSION,
         inline_bytes: int = MAX_INLINE_BYTES,
-        report: Trace | None = None,
+        clock: Clock = MONOTONIC,
+        report: trace.Trace | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self._report = report
         self.identity = identity
+        self.version = version
         self.lane = stream.lane
+        self.in_band = stream.lane.in_band
+        self.inline_bytes = inline_bytes
+        self.failure: DrayError | None = None
         self.reads = 0
         self.read_bytes = 0
         self.ended: list[tuple[Request, bool]] = []
         self.handed_out: tuple[Request, bool] | None = None
-        self.in_band = stream.lane.in_band
         self._stream = stream
         self._segment = segment
         if segment is not None:
@@ -119,12 +133,12 @@ class Connection:
         self._buffers = buffers
         self._network = network
         self._waiter = waiter
-        self._looked_at = 0.0
+        self._clock = clock
+        self._report = report
+        self._read_ahead_at = 0.0
         self._asked_at = 0.0
         self._answered_at: float | None = None
-        self.inline_bytes = inline_bytes
-        self.failure: DrayError | None = None
-        self._session = ClientSession()
+        self._session = ClientSession(endpoint, identity.readers)
 
     @classmethod
     def open(
@@ -133,32 +147,36 @@ class Connection:
         producer: bytes,
         secret: bytes | None,
         deadline: Deadline,
+        *,
         worker: Worker | None = None,
         verify: bool = True,
         buffers: ReceiveBuffers | None = None,
         network: Network | None = None,
         inline_bytes: int = MAX_INLINE_BYTES,
         version: int = VERSION,
-        report: Trace | None = None,
+        clock: Clock = MONOTONIC,
+        report: trace.Trace | None = None,
     ) -> Connection:
-        """Connect, shake hands, and on the shm lane map the segment.
+        """Connect, perform the handshake, and on the shm lane map the segment.
 
         `version` is offered first. If the server speaks an older one only, that is used on a second connection.
 
         Raises:
-            TransportError: it cannot be reached in time.
+            TransportError: the server cannot be reached in time.
             OtherProducerError: another producer listens there.
             AuthenticationError: one side does not know the other's secret.
             VersionMismatch: the server speaks no version that this client speaks.
+            ProtocolError: the peer is not a dray server, or the segment is not that of the handshake.
         """
         network = network or Network()
-        waiter = network.waiter()
-        older = None
+        offered = version
         while True:
+            waiter = network.waiter()
             stream = network.connect(parse_endpoint(endpoint), deadline, worker)
             try:
-                offered = older or version
-                identity, descriptor = shake_hands(stream, endpoint, producer, secret, deadline, waiter, offered)
+                identity, descriptor = _shake_hands(
+                    stream, waiter, deadline, endpoint=endpoint, producer=producer, secret=secret, version=offered
+                )
                 try:
                     segment = None if stream.lane.in_band else Segment.attach(descriptor)
                 finally:
@@ -171,178 +189,166 @@ class Connection:
                 break
             except VersionMismatch as mismatch:
                 stream.close()
-                if older or mismatch.version is None or not MIN_VERSION <= mismatch.version < version:
+                if offered != version or mismatch.version is None or not MIN_VERSION <= mismatch.version < version:
                     raise
-                older = mismatch.version
-                waiter = network.waiter()
+                offered = mismatch.version
             except BaseException:
                 stream.close()
                 raise
-        connection = cls(
-            stream,
-            endpoint,
-            identity,
-            segment,
-            verify,
-            buffers or ReceiveBuffers(),
-            network,
-            waiter,
-            inline_bytes,
-            report,
-        )
-        connection.version = offered
-        return connection
+        return cls(
+            stream, endpoint, identity, segment,
+            verify=verify, buffers=buffers or ReceiveBuffers(), network=network, waiter=waiter,
+            version=offered, inline_bytes=inline_bytes, clock=clock, report=report,
+        )  # fmt: skip
 
     # --- reading ----------------------------------------------------------------------------------------------
 
     def read(
-        self, ref: PayloadRef, reader: int, status_by: Deadline, deadline: Deadline, copy: bool
-    ) -> Held | DrayError:
-        """`ask` for one payload, and its `answer`."""
-        frame, target = self._asked(ref, reader, copy, status_by)
-        self._send(frame, status_by)
+        self, ref: PayloadRef, reader: int, status_deadline: Deadline, deadline: Deadline, *, copy: bool
+    ) -> ReceivedPayload | DrayError:
+        """Read one payload: `ask` and `answer` in one call.
+
+        Without `copy`, on the shm lane, the payload may be unpacked already.
+        """
+        frame, target = self._request(ref, reader, copy)
+        if not self._stream.send([frame]):
+            self._flush(status_deadline)
         arrays = None
-        if target is None and not self.in_band:
-            self._looked_at = deadline.now()
-            target = self._ahead(ref, copy)
+        if not self.in_band and not (copy and ref.nbytes <= self.inline_bytes):
+            self._read_ahead_at = self._clock.now()
+            target = self._read_ahead(ref.slot, ref.nbytes, copy)
             if target is not None and not copy:
-                arrays = _unpacked_ahead(target)
-        held = self.answer(ref, target, status_by, deadline)
-        if arrays is not None and isinstance(held, Held) and held.root is target:
-            held.arrays = arrays
-        return held
+                arrays = _unpack_ahead(target)
+        received = self.answer(target, status_deadline, deadline)
+        if arrays is not None and isinstance(received, ReceivedPayload) and received.root is target:
+            received.arrays = arrays
+        return received
 
     def ask(
-        self,
-        refs: Sequence[PayloadRef],
-        reader: int,
-        deadline: Deadline,
-        copy: bool = False,
+        self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline, *, copy: bool = False
     ) -> list[Bytes | None]:
-        """Send one READ for each reference, pipelined; the memory each payload will arrive in, or lies in (shm).
+        """Send one READ for each reference, and the ACKs of the leases that have `ended`, as one message.
 
-        With `copy` payloads are wanted in memory of their own: small ones come with their STATUS, and have None
-        here. The leases that have `ended` are told in the same message.
+        Returns the memory that each payload arrives in, or lies in (shm), for `answer`. With `copy` payloads are
+        wanted in memory of their own; small ones come with their STATUS and have None here.
         """
         frames = self._ends()
         targets: list[Bytes | None] = []
         for ref in refs:
-            frame, target = self._asked(ref, reader, copy, deadline)
+            frame, target = self._request(ref, reader, copy)
             frames.append(frame)
             targets.append(target)
-        self._send(b"".join(frames), deadline)
+        self._send(frames, deadline)
         if not self.in_band:
-            self._looked_at = deadline.now()
-            targets = [self._ahead(ref, copy) for ref in refs]
+            self._read_ahead_at = self._clock.now()
+            inline = self.inline_bytes if copy else -1
+            targets = [
+                None if ref.nbytes <= inline else self._read_ahead(ref.slot, ref.nbytes, copy) for ref in refs
+            ]
         return targets
 
     def answer(
-        self, ref: PayloadRef, target: Bytes | None, status_by: Deadline, deadline: Deadline
-    ) -> Held | DrayError:
-        """Take the next payload that was asked for, or the refusal that came instead of it.
+        self, target: Bytes | None, status_deadline: Deadline, deadline: Deadline
+    ) -> ReceivedPayload | DrayError:
+        """Receive the next payload that was asked for, or the refusal that came instead of it.
 
         Raises:
             TransportError: the connection failed, or a deadline passed.
             ProtocolError: what came is not the payload that was asked for.
         """
-        request, frame = self._session.receive(self._message(FRAME_BYTES, status_by, "STATUS"))
-        if self._answered_at is None:
-            self._answered_at = status_by.now()
-        status, nbytes = frame[1], frame[7]
-        if self._report is not None:
-            self._report_status(request, status, status_by)
-        if status:
-            text = self._text(frame, status_by)
-            if target is not None and self.in_band:
+        event = self._event(status_deadline, deadline)
+        request = event.request
+        inline = request[7]
+        if isinstance(event, Refusal):
+            if self.in_band and not inline:
                 self._payload(0, deadline)
-            return refusal(request, frame, text, self.endpoint, self.identity.readers)
-        if nbytes != ref.nbytes:
-            raise ProtocolError(
-                f"the payload has {nbytes} bytes, the reference says {ref.nbytes}", endpoint=self.endpoint
-            )
-        if request[7]:  # INLINE
-            target = np.frombuffer(bytearray(self._message(nbytes, deadline, "the payload")), _UINT8)
-        elif not self.in_band:
-            if target is None or frame[11] != self._first + frame[4] * self._stride:
-                raise ProtocolError(
-                    f"STATUS says that {nbytes} bytes lie at {frame[11]}", endpoint=self.endpoint, slot=ref.slot
-                )
-            copied = target.flags.writeable
-            if frame[8] >= self._looked_at * 1e9:  # committed after that look: who asked had guessed the reference
-                target = self._ahead(ref, copied)
-                assert target is not None
-            return Held(request, target, not copied, self._buffers, from_slot=True)
-        else:
+            return event.error
+        frame, nbytes = event.frame, request[5]
+        from_slot, copied = False, True
+        if inline:
+            target = np.frombuffer(bytearray(event.body), _UINT8)
+        elif self.in_band:
             assert target is not None
             self._payload(nbytes, deadline)
-        if frame[3] and self._verify and xxhash.xxh3_64_intdigest(target.data) != frame.checksum:
+        else:
+            if target is None or frame[11] != self._first + frame[4] * self._stride:
+                raise ProtocolError(
+                    f"STATUS names offset {frame[11]} for {nbytes} bytes",
+                    endpoint=self.endpoint,
+                    slot=request.slot,
+                )
+            from_slot, copied = True, target.flags.writeable
+            if frame[8] >= self._read_ahead_at * 1e9:
+                # Committed after it was read ahead: the reference was guessed. Read it again.
+                target = self._read_ahead(request.slot, nbytes, copied)
+                assert target is not None
+        if frame[3] and self._verify and not from_slot and xxhash.xxh3_64_intdigest(target.data) != frame.checksum:
             raise MessageTruncated(
                 "the payload does not match its checksum",
-                endpoint=self.endpoint, slot=ref.slot, sequence=ref.sequence,
+                endpoint=self.endpoint, slot=request.slot, sequence=request.sequence,
             )  # fmt: skip
-        return Held(request, target, False, self._buffers)
+        if self._report is not None:
+            self._report(trace.Payload(self._clock.now(), self.endpoint, request.slot, request.sequence, nbytes))
+        return ReceivedPayload(request, target, not copied, self._buffers, from_slot)
 
-    def acknowledge(self, ended: Sequence[tuple[Request, bool]], deadline: Deadline) -> None:
-        """End leases: (request, consumed) each. No answer comes back."""
-        if ended:
-            self._send(b"".join([self._session.ack(request, consumed) for request, consumed in ended]), deadline)
-
-    def note_handed_out(self) -> None:
-        """Add the lease of the payload that was handed out last to those that have `ended`."""
-        if self.handed_out is not None:
-            self.ended.append(self.handed_out)
-            self.handed_out = None
-
-    def end_leases(self, deadline: Deadline) -> None:
-        """End the leases that have `ended`."""
-        frames = self._ends()
-        if frames:
-            self._send(b"".join(frames), deadline)
-
-    def finish(self, held: Held, consumed: bool, deadline: Deadline) -> None:
-        """End the lease of a payload that is in memory of its own now.
+    def finish(self, received: ReceivedPayload, consumed: bool, deadline: Deadline) -> None:
+        """End the lease of a payload that is in memory of its own now, and count it as handed out.
 
         Raises:
             TransportError: it was copied from its slot, and its lease may have ended meanwhile: the copy
                 must not be used.
         """
         try:
-            self.acknowledge([(held.request, consumed)], deadline)
+            if not self._stream.send([self._ack(received.request, consumed)]):
+                self._flush(deadline)
         except (TransportError, BufferClosedError) as error:
-            if held.from_slot:
-                self._session.forget(held.request)
+            if received.from_slot:
+                self._session.forget(received.request)
                 raise
             self.failure = error  # the payload is whole; its ACK is repeated on another connection
         except BaseException:
-            self._session.forget(held.request)  # the caller does not get the payload
+            self._session.forget(received.request)  # the caller does not get the payload
             raise
+        self.reads += 1
+        self.read_bytes += received.root.nbytes
+
+    def acknowledge(self, ended: Sequence[tuple[Request, bool]], deadline: Deadline) -> None:
+        """End leases: (request, consumed) each. No answer comes back."""
+        self._send([self._ack(request, consumed) for request, consumed in ended], deadline)
+
+    def end_leases(self, deadline: Deadline) -> None:
+        """End the leases that have `ended`."""
+        self._send(self._ends(), deadline)
+
+    def note_handed_out(self) -> None:
+        """Add the lease of the payload that was handed out last to those that have `ended`."""
+        # In this order: an exception of a signal handler in between names the lease twice, not never.
+        if self.handed_out is not None:
+            self.ended.append(self.handed_out)
+            self.handed_out = None
 
     # --- other requests ---------------------------------------------------------------------------------------
 
     def consume(
-        self, wanted: Sequence[tuple[int, int, int]], deadline: Deadline, status_by: Deadline | None = None
+        self, wanted: Sequence[tuple[int, int, int]], deadline: Deadline, status_deadline: Deadline | None = None
     ) -> list[Status]:
-        """CONSUME for each (slot, sequence, reader), pipelined; ``OK`` or ``STALE`` for each.
+        """Send CONSUME for each (slot, sequence, reader), pipelined; ``OK`` or ``STALE`` for each.
 
-        The first answer must come until `status_by`, if that is given.
+        The first answer must come before `status_deadline`, if that is given.
 
         Raises:
             ReaderIdError: a reader id is not one of the ring's.
             SlotError: the ring is closed.
         """
-        went: list[Status] = []
-        answer_by = status_by or deadline
-        for first in range(0, len(wanted), _WINDOW):
-            window = wanted[first : first + _WINDOW]
-            requests = [self._session.request(Kind.CONSUME, *each) for each in window]
-            if self._report is not None:
-                for request in requests:
-                    self._report_request(request, answer_by)
-            self._send(b"".join([request.pack() for request in requests]), answer_by)
-            for _ in window:
-                went.append(Status(self._accepted(answer_by)[0].status))
-                answer_by = deadline
-        return went
+        found: list[Status] = []
+        first_deadline = status_deadline or deadline
+        for first in range(0, len(wanted), _MAX_PIPELINED):
+            together = wanted[first : first + _MAX_PIPELINED]
+            self._send([self._frame(Kind.CONSUME, *each) for each in together], first_deadline)
+            for _ in together:
+                found.append(Status(self._accepted(first_deadline).frame.status))
+                first_deadline = deadline
+        return found
 
     def confirm(self, deadline: Deadline) -> None:
         """Make sure that the ACKs sent so far have arrived; also while the client is being closed."""
@@ -353,11 +359,10 @@ class Connection:
 
     def stat(self, deadline: Deadline) -> str:
         """The server's statistics, as JSON text."""
-        request = self._session.request(Kind.STAT)
-        if self._report is not None:
-            self._report_request(request, deadline)
-        self._send(request.pack(), deadline)
-        return self._accepted(deadline)[1]
+        self._send([self._frame(Kind.STAT, 0, 0, 0)], deadline)
+        return str(self._accepted(deadline).body, "utf-8", "replace")
+
+    # --- state ------------------------------------------------------------------------------------------------
 
     @property
     def unconfirmed(self) -> list[tuple[int, int, int]]:
@@ -367,12 +372,12 @@ class Connection:
         return [(request.slot, request.sequence, request.reader) for request in lost]
 
     def asked_since(self, now: float) -> None:
-        """An exchange over this connection began at `now`, with connecting where that was needed."""
+        """Note that a call began to use this connection at `now`, with connecting if that was needed."""
         self._asked_at, self._answered_at = now, None
 
     @property
     def latency(self) -> float | None:
-        """Seconds from there to the exchange's first STATUS; None before it."""
+        """Seconds from there to the first STATUS; None before it."""
         return None if self._answered_at is None else self._answered_at - self._asked_at
 
     def usable(self) -> bool:
@@ -388,105 +393,161 @@ class Connection:
         self._stream.close()
         self._segment, self._memory = None, memoryview(b"")
 
-    @property
-    def drained(self) -> bool:
-        """After `close`: nothing writes into memory of this connection's payloads any more."""
-        return self._stream.drained
-
     def __repr__(self) -> str:
         return f"<Connection {self.endpoint} to {self.identity.producer.hex()[:8]}>"
 
-    # --- the exchange's steps ---------------------------------------------------------------------------------
+    # --- requests into bytes ----------------------------------------------------------------------------------
 
-    def _asked(self, ref: PayloadRef, reader: int, copy: bool, deadline: Deadline) -> tuple[bytes, Bytes | None]:
-        """The READ for a payload, and the memory for it, as `ask` has it."""
+    def _request(self, ref: PayloadRef, reader: int, copy: bool) -> tuple[bytes, Bytes | None]:
+        """The READ for a payload, and the memory that it arrives in, if it travels by itself."""
         target, tag, flags = None, 0, Flag.NONE
         if copy and ref.nbytes <= self.inline_bytes:
             flags = Flag.INLINE
         elif self.in_band:
-            # A reference is untrusted: one that says more than a slot holds must not claim that memory.
-            target = self._buffers.take(min(ref.nbytes, self.identity.slot_bytes))
+            # A reference is untrusted: one that names more than a slot holds must not claim that memory.
+            target = self._buffers.allocate(min(ref.nbytes, self.identity.slot_bytes))
             tag = self._stream.expect(target.data)
-        request = self._session.request(_READ, ref.slot, ref.sequence, reader, ref.nbytes, tag, flags)
         if self._report is not None:
-            self._report_request(request, deadline)
-        return request.pack(), target
+            self._report(trace.Request(self._clock.now(), self.endpoint, _READ, ref.slot, ref.sequence, reader))
+        frame = self._session.request(
+            _READ, ref.slot, ref.sequence, reader, nbytes=ref.nbytes, tag=tag, flags=flags
+        )
+        return frame, target
 
-    def _report_request(self, request: Request, deadline: Deadline) -> None:
-        assert self._report is not None
-        kind, _, slot, sequence, reader, _, _, _ = request
-        self._report(trace.Request(deadline.now(), self.endpoint, kind, slot, sequence, reader))
+    def _frame(self, kind: Kind, slot: int, sequence: int, reader: int) -> bytes:
+        """Another request."""
+        if self._report is not None:
+            self._report(trace.Request(self._clock.now(), self.endpoint, kind, slot, sequence, reader))
+        return self._session.request(kind, slot, sequence, reader)
 
-    def _report_status(self, request: Request, status: int, deadline: Deadline) -> None:
-        assert self._report is not None
-        kind, _, slot, sequence, _, _, _, _ = request
-        self._report(trace.Status(deadline.now(), self.endpoint, kind, slot, sequence, Status(status)))
+    def _ack(self, request: Request, consumed: bool) -> bytes:
+        if self._report is not None:
+            _, _, slot, sequence, reader, _, _, _ = request
+            self._report(trace.Acknowledgement(self._clock.now(), self.endpoint, slot, sequence, reader, consumed))
+        return self._session.ack(request, consumed)
 
     def _ends(self) -> list[bytes]:
         """The ACKs of the leases that have `ended`."""
         self.note_handed_out()
-        frames = [self._session.ack(request, consumed) for request, consumed in self.ended]
+        # In this order: an exception of a signal handler in between leaves them in `ended`, not forgotten.
+        ack = self._session.ack if self._report is None else self._ack
+        frames = [ack(request, consumed) for request, consumed in self.ended]
         self.ended.clear()
         return frames
 
-    def _send(self, message: bytes, deadline: Deadline) -> None:
-        sent = self._stream.send([message])
+    def _send(self, frames: Sequence[bytes], deadline: Deadline) -> None:
+        if frames and not self._stream.send([b"".join(frames)]):
+            self._flush(deadline)
+
+    def _flush(self, deadline: Deadline) -> None:
+        sent = False
         while not sent:
             self._wait(deadline, "the request to be sent")
             sent = self._stream.flush()
 
-    def _text(self, frame: Frame, deadline: Deadline) -> str:
-        if not (frame.flags & Flag.TEXT and frame.nbytes):
-            return ""
-        return str(self._message(frame.nbytes, deadline, "the text after STATUS"), "utf-8", "replace")
+    # --- bytes into answers -----------------------------------------------------------------------------------
 
-    def _accepted(self, deadline: Deadline) -> tuple[Frame, str]:
-        """The answer to a request that is not a READ, unless it is a refusal."""
-        request, frame = self._session.receive(self._message(FRAME_BYTES, deadline, "STATUS"))
-        if self._answered_at is None:
-            self._answered_at = deadline.now()
+    def _event(self, status_deadline: Deadline, deadline: Deadline) -> Event:
+        """The answer to the oldest request; the second deadline is that of an inline payload."""
+        session, stream = self._session, self._stream
+        event = None
+        while event is None:
+            while (message := stream.receive(session.expects)) is None:
+                self._wait(deadline if session.awaits is PAYLOAD else status_deadline, session.awaits)
+            if self._answered_at is None:
+                self._answered_at = self._clock.now()
+            event = session.receive(message)
         if self._report is not None:
-            self._report_status(request, frame.status, deadline)
-        text = self._text(frame, deadline)
-        if frame.status not in (Status.OK, Status.STALE):
-            raise refusal(request, frame, text, self.endpoint, self.identity.readers)
-        return frame, text
+            request, now = event.request, self._clock.now()
+            status = Status(event.frame.status)
+            self._report(trace.Status(now, self.endpoint, request.kind, request.slot, request.sequence, status))
+        return event
+
+    def _accepted(self, deadline: Deadline) -> Answer:
+        event = self._event(deadline, deadline)
+        if isinstance(event, Refusal):
+            raise event.error
+        return event
 
     def _payload(self, nbytes: int, deadline: Deadline) -> None:
         while not self._stream.payload_arrived(nbytes):
-            self._wait(deadline, "the payload")
+            self._wait(deadline, PAYLOAD)
 
-    def _ahead(self, ref: PayloadRef, copy: bool) -> Bytes | None:
-        """A payload on the shm lane as it lies in its slot, or a copy, made while the server looks at the READ.
+    def _read_ahead(self, slot: int, nbytes: int, copy: bool) -> Bytes | None:
+        """A payload on the shm lane as it lies in its slot, or a copy, made while the server answers the READ.
 
-        It is right if STATUS(ok) comes and says that the payload was committed before: its slot does not change
-        until its life is over, which with that STATUS it is not. None where there is no such slot, or the payload
-        is to come inline.
+        It is correct if STATUS(ok) comes and the payload was committed before: its slot does not change until its
+        life is over, which with that STATUS it is not. None if there is no such slot.
         """
-        identity, nbytes = self.identity, ref.nbytes
-        if ref.slot >= identity.slots or nbytes > identity.slot_bytes:
+        if slot >= self.identity.slots or nbytes > self.identity.slot_bytes:
             return None
-        if copy and nbytes <= self.inline_bytes:
-            return None
-        slot = np.frombuffer(self._memory, _UINT8, nbytes, self._first + ref.slot * self._stride)
+        found = np.frombuffer(self._memory, _UINT8, nbytes, self._first + slot * self._stride)
         if not copy:
-            return slot
-        target = self._buffers.take(nbytes)
-        np.copyto(target, slot)
+            return found
+        target = self._buffers.allocate(nbytes)
+        np.copyto(target, found)
         return target
 
-    def _message(self, size: int, deadline: Deadline, awaited: str) -> memoryview:
-        message = self._stream.receive(size)
-        if message is not None:
-            return message
-        return wait_for_message(self._stream, self._waiter, size, deadline, awaited, self.endpoint)
-
     def _wait(self, deadline: Deadline, awaited: str) -> None:
-        wait_for_stream(self._stream, self._waiter, deadline, awaited, self.endpoint)
+        _wait(self._stream, self._waiter, deadline, awaited=awaited, endpoint=self.endpoint)
 
 
-def _unpacked_ahead(root: Bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]] | None:
-    """The arrays of a payload that may turn out to be another one by now, and half written: then None, perhaps."""
+def _shake_hands(
+    stream: Stream,
+    waiter: Waiter,
+    deadline: Deadline,
+    *,
+    endpoint: str,
+    producer: bytes,
+    secret: bytes | None,
+    version: int,
+) -> tuple[ServerIdentity, int]:
+    """The client's side of the handshake: the ring behind the server, and the descriptor from WELCOME or -1."""
+    handshake = ClientHandshake(stream.lane, producer, secret, version)
+    stream.send([handshake.hello()])
+    descriptor = -1
+    try:
+        # Within the block: CPython 3.11 misses an exception of a signal handler that comes with the jump back to a
+        # loop that is the first statement of a block.
+        answer: bytes | None = b""
+        while answer is not None:
+            message: bytes | memoryview | None = None
+            while not stream.flush():
+                _wait(stream, waiter, deadline, awaited="HELLO to be sent", endpoint=endpoint)
+            if handshake.server is not None and not stream.lane.in_band:
+                while (received := stream.receive_descriptor(WELCOME.size)) is None:
+                    _wait(stream, waiter, deadline, awaited="WELCOME", endpoint=endpoint)
+                message, descriptor = received
+            while message is None:
+                message = stream.receive(handshake.expects)
+                if message is None:
+                    _wait(stream, waiter, deadline, awaited="the handshake", endpoint=endpoint)
+            answer = handshake.receive(message)
+            if answer:
+                stream.send([answer])
+        found = handshake.server
+        assert found is not None
+        if found.producer != producer:
+            raise OtherProducerError(
+                f"producer {found.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
+            )
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+    return found, descriptor
+
+
+def _wait(stream: Stream, waiter: Waiter, deadline: Deadline, *, awaited: str, endpoint: str) -> None:
+    """Wait until the stream can continue, until the deadline, or until the client is closed."""
+    if stream.idle():
+        waiter.wait(stream, deadline, awaited, endpoint)
+    elif deadline.expired:
+        raise timed_out(deadline, awaited, endpoint)
+
+
+def _unpack_ahead(root: Bytes) -> Arrays | None:
+    """The arrays of a payload that may be another one by now, and half written: then possibly None."""
     try:
         return unpack(root)
     except PayloadError:

@@ -399,6 +399,7 @@ class Connections:
                     deadline=deadline,
                     worker=holder.worker,
                     network=self._network,
+                    clock=self._clock,
                     report=self._trace,
                     **self._options,
                 )

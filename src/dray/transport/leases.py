@@ -1,15 +1,14 @@
-"""Leases that a program works on in place: they end when the last array into the slot is gone, not before.
+"""Leases that a program works on in place. Each ends when the last array into its slot is gone, not before.
 
-A lease is in one of these states; its connection is kept by its caller in the first, by arrays in the second and
-third:
+A lease is in one of these states. In the first its caller keeps its connection, in the others arrays do:
 
 | state | ends with |
 |---|---|
 | not entered | `close`, the end of the lease object, or the client's `close`: released |
-| entered | the block's end: consumed, or released after an exception |
-| lingering: the block has ended, an array lives | the array: as the block has ended |
+| entered | the end of the block: consumed, or released after an exception |
+| lingering: the block has ended, an array lives | the end of the array: as the block has ended |
 
-Where an exception of a signal handler comes in the middle of an end, the lease ends with its last array as well.
+If an exception of a signal handler comes in the middle of an end, the lease ends with its last array as well.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ import numpy as np
 from dray.errors import LeaseInUseError
 from dray.payload import Arrays, unpack
 from dray.protocol.client_session import Request
-from dray.transport.connection import Held
+from dray.transport.connection import ReceivedPayload
 from dray.transport.lease_reaper import LeaseReaper
 
 
 class Kept(Protocol):
-    """What a lease is to its connection: see `dray.transport.connections.KeptLease`."""
+    """A lease whose connection is kept: see `dray.transport.connections.KeptLease`."""
 
     request: Request
     inside: threading.Lock
@@ -40,28 +39,29 @@ class Kept(Protocol):
 
 
 class InPlaceLease:
-    """A payload, held for the length of a ``with`` block; made by `PayloadClient.lease`.
+    """The arrays of one payload for the length of a ``with`` block; made by `PayloadClient.lease`. It ends itself.
 
     Args:
-        held: the payload.
+        received: the payload.
         kept: its lease.
-        reaper: ends the lease where this object does not.
+        reaper: ends the lease if this object does not.
     """
 
-    def __init__(self, held: Held, kept: Kept, reaper: LeaseReaper) -> None:
-        self._in_place = held.in_place
-        self._root: np.ndarray[Any, Any] | None = held.root
+    def __init__(self, received: ReceivedPayload, kept: Kept, reaper: LeaseReaper) -> None:
+        self._in_place = received.in_place
+        self._root: np.ndarray[Any, Any] | None = received.root
         self._kept = kept
         self._reaper = reaper
-        self._arrays: Arrays = held.arrays or {}
-        held.arrays = None
-        self._watched = self._watch(held.root, consumed=False)
+        self._arrays: Arrays = received.arrays or {}
+        received.arrays = None
+        self._watched = self._watch(received.root, consumed=False)
 
     def __enter__(self) -> Arrays:
         """The payload's arrays.
 
         Raises:
             BufferClosedError: the lease has ended, or the client was closed meanwhile.
+            PayloadFormatError: the bytes are not arrays.
         """
         try:
             self._kept.hand_out()
@@ -85,16 +85,18 @@ class InPlaceLease:
             )
 
     def close(self) -> None:
-        """Release the payload, if the block was never entered. Twice is fine."""
+        """Release the payload if the block was never entered. Twice is fine."""
         self._finish(consumed=False)
 
     def _finish(self, consumed: bool) -> bool:
-        """End the lease now, or when the last array into the slot is gone; whether it is the latter."""
+        """End the lease now, or let it end with the last array into the slot; True in the latter case."""
         if self._root is None:
             return False
         alive = weakref.ref(self._root)
         self._arrays.clear()
         with self._kept.inside:
+            # The reaper watches until here, and again where an array lives. After an exception of a signal handler
+            # the lease is either dropped with its connection or watched, so that it ends in each case.
             try:
                 self._reaper.forget(self._watched)
                 self._root = None
@@ -113,7 +115,7 @@ class InPlaceLease:
         return False
 
     def _watch(self, root: np.ndarray[Any, Any], consumed: bool) -> int:
-        """End the lease once `root` is gone."""
+        """Let the lease end once `root` is gone."""
         kept = self._kept
 
         def end() -> None:

@@ -1,196 +1,353 @@
-"""A batch from one producer over one connection at a time: windows of requests, two of them on their way."""
+"""`read_many`: results in the order of the references, requests pipelined for each producer.
+
+A `Pipeline` reads from one producer over one connection at a time, in windows of requests; up to two windows are
+on their way. A `Batch` has one pipeline for each producer; at most `MAX_OPEN` of them have a connection.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
-from dray.clock import Deadline
-from dray.errors import BufferClosedError, ConnectionClosed, DrayError, TransportError
+from dray.clock import Clock, Deadline
+from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, TransportError
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
-from dray.transport.connection import Connection, Held
+from dray.transport.attempts import Attempts
+from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.connections import ConnectionHolder, Connections
 from dray.transport.pool import Holder, Keeper
 from dray.transport.receive_buffers import Bytes
 
+MAX_OPEN: Final = 16
+"""Pipelines of one batch that have a connection at a time. On the ucx lane each has a UCX worker."""
+
 _INLINE_WINDOW = 32
 """Small payloads that are asked for and acknowledged together: the more, the fewer system calls for each."""
 
-_MOST_ASKED = 2
-"""Windows on their way: while one is handed out, the server is at work on the next."""
+_MAX_WINDOWS = 2
+"""Windows on their way: while the caller works on one, the server works on the next."""
+
+T = TypeVar("T")
+
+
+class ReadResult(Generic[T]):
+    """The result for one reference of a batch. Read-only.
+
+    Args:
+        ref: the reference.
+        outcome: the payload, or the error that stands for it.
+    """
+
+    __slots__ = ("_outcome", "_ref")
+
+    def __init__(self, ref: PayloadRef, outcome: T | DrayError) -> None:
+        self._ref = ref
+        self._outcome = outcome
+
+    @property
+    def ref(self) -> PayloadRef:
+        """The reference."""
+        return self._ref
+
+    @property
+    def outcome(self) -> T | DrayError:
+        """The payload, or the error that stands for it."""
+        return self._outcome
+
+    @property
+    def error(self) -> DrayError | None:
+        """Why the payload could not be read; None if it was."""
+        return self._outcome if isinstance(self._outcome, DrayError) else None
+
+    @property
+    def payload(self) -> T:
+        """The arrays (`read_many`), or uint8 of shape (nbytes,) (`read_many_bytes`).
+
+        Raises:
+            DrayError: the payload could not be read; this is `error`.
+        """
+        if isinstance(self._outcome, DrayError):
+            raise self._outcome
+        return self._outcome
+
+    def __repr__(self) -> str:
+        state = repr(self.error) if self.error is not None else "read"
+        return f"<ReadResult of slot {self._ref.slot} sequence {self._ref.sequence}: {state}>"
+
+
+Received: TypeAlias = tuple[tuple[Request, bool] | None, Bytes | DrayError]
+"""One result of a pipeline: what `Connection.handed_out` is set to, and the payload's bytes or its error."""
 
 
 class _Window(NamedTuple):
-    refs: Sequence[PayloadRef]
     targets: Sequence[Bytes | None]
     inline: bool
 
 
-class Result(NamedTuple):
-    """What became of one payload.
+class Batch:
+    """One call of `read_many`. Time counts only while `next` or `leave` runs.
 
-    Attributes:
-        ref: its reference.
-        lease: how its lease ends once it is handed out, as `Connection.handed_out` has it; None without one.
-        outcome: its bytes, or why it could not be read.
-    """
-
-    ref: PayloadRef
-    lease: tuple[Request, bool] | None
-    outcome: Bytes | DrayError
-
-
-class Windows:
-    """Reads a batch, window by window.
-
-    Its user goes through the results of `next`, calls `hand_out` for each, and then sets `connection.handed_out`
-    to its `lease` right before the ``yield`` that hands it out: no exception can come between these two. The
-    leases of a window end with the requests of the next.
+    The caller gets `next` for each of `refs` in turn, unpacks it, and, if there is a `connection`, sets its
+    `handed_out` to the lease directly before the ``yield`` that hands the payload out. No exception of a signal
+    handler can come between these two, so a payload is consumed if and only if it was handed out. The lease ends
+    with the next requests to its producer, or in `leave`.
 
     Args:
         connections: the client's connections.
-        refs: what to read, all of one producer; at least one.
+        refs: what to read.
         reader: the client's reader id.
-        consume: leases of payloads that are handed out end as consumed.
-        deadline: for the whole batch.
+        consume: payloads that are handed out end as consumed.
+        timeout: seconds for the whole batch; None for no limit.
 
     Attributes:
-        connection: where the results came from; None once there is none any more.
-
-    Raises:
-        As `Connections.attempts`.
+        refs: what to read, as a list.
+        connection: where the last result came from; None if it has no lease.
     """
 
     def __init__(
-        self, connections: Connections, refs: Sequence[PayloadRef], reader: int, consume: bool, deadline: Deadline
+        self,
+        connections: Connections,
+        refs: Iterable[PayloadRef],
+        *,
+        reader: int,
+        consume: bool,
+        timeout: float | None,
+        clock: Clock,
+    ) -> None:
+        self.refs = list(refs)
+        self.connection: Connection | None = None
+        self._clock = clock
+        self._spent = 0.0
+        self._timeout = math.inf if timeout is None else timeout
+        grouped: dict[bytes, list[PayloadRef]] = {}
+        for ref in self.refs:
+            grouped.setdefault(ref.producer, []).append(ref)
+        self._pipelines = {
+            producer: Pipeline(connections, each, reader=reader, consume=consume)
+            for producer, each in grouped.items()
+        }
+        self._open: dict[Pipeline, None] = {}  # the least recently used one first
+        self._last: Pipeline | None = None
+
+    def next(self, ref: PayloadRef) -> Received:
+        """The result for the reference that is due.
+
+        Raises:
+            BufferClosedError: the client was closed; leases have ended with their connections.
+        """
+        pipeline = self._pipelines[ref.producer]
+        if pipeline is not self._last or not pipeline.results:
+            self._prepare(pipeline)
+        lease, _ = pipeline.results[0]
+        connection = self.connection = pipeline.connection
+        if connection is not None:
+            if pipeline.holder.connection is None:
+                raise BufferClosedError("the client was closed between two results")
+            if connection.handed_out is not None:
+                connection.note_handed_out()
+            if lease is not None:
+                connection.reads += 1
+                connection.read_bytes += ref.nbytes
+        pipeline.waiting.popleft()
+        return pipeline.results.popleft()
+
+    def leave(self, orderly: bool) -> None:
+        """End the batch: send the ACKs that are due, and release what was not handed out.
+
+        Args:
+            orderly: everything was handed out; the connections are kept for later calls.
+        """
+        # Not those in `_open`: an exception of a signal handler may have come while it was changed.
+        left = [pipeline for pipeline in self._pipelines.values() if pipeline.connection is not None]
+        _leave_all(left, self._deadline(), orderly)
+
+    def _prepare(self, pipeline: Pipeline) -> None:
+        """Make the pipeline that is due the one used last, with at least one result."""
+        deadline = self._deadline()
+        used, last, self._last = self._open, self._last, pipeline
+        try:
+            if last is not None and not last.waiting:
+                last.leave(deadline, orderly=True)
+                used.pop(last, None)
+            if not pipeline.results and pipeline.connection is None and len(used) >= MAX_OPEN:
+                oldest = next(iter(used))
+                oldest.leave(deadline, orderly=True)
+                used.pop(oldest, None)
+            used.pop(pipeline, None)
+            used[pipeline] = None
+            if not pipeline.results:
+                pipeline.fill(deadline)
+            if pipeline.connection is None:
+                used.pop(pipeline, None)
+        finally:
+            self._spent = deadline.elapsed
+
+    def _deadline(self) -> Deadline:
+        """The batch's deadline, as if the caller had used no time."""
+        began = self._clock.now() - self._spent
+        return Deadline(began + self._timeout, self._clock, began)
+
+
+class Pipeline:
+    """Reads payloads of one producer, window by window. The leases of a window end with the requests of the next.
+
+    Attributes:
+        connection: where the results came from; None if there is none.
+        holder: keeps the connection between two results; it is empty once closing the client has ended it.
+        waiting: what is not handed out, in order.
+        results: the first of it that was received.
+    """
+
+    def __init__(
+        self, connections: Connections, refs: Sequence[PayloadRef], *, reader: int, consume: bool
     ) -> None:
         self.connection: Connection | None = None
+        self.results: deque[Received] = deque()
+        self.waiting = deque(refs)
+        self.holder: ConnectionHolder = Holder()
         self._connections = connections
-        self._attempts = connections.attempts(refs[0], deadline)
+        self._attempts: Attempts | None = None
         self._reader = reader
         self._consume = consume
-        self._deadline = deadline
-        self._waiting = deque(refs)
-        self._holder: ConnectionHolder = Holder()
         self._asked: deque[_Window] = deque()
         self._unasked: Iterator[PayloadRef] = iter(())
         self._due: PayloadRef | None = None
-        self._status_by = deadline
 
-    def next(self) -> Sequence[Result]:
-        """The results of the next window, which the caller hands out; none when the batch is over.
-
-        What ends the batch is the outcome of all that is left of it.
-        """
-        if not self._waiting:
-            if self.connection is None:
-                return ()
-            self._attempts.end()  # all that is left to do is to end leases, which another connection cannot do
-        try:
-            return self._connections.run(self._attempts, self._next, self._holder)
-        except DrayError as final:
-            self.connection = None
-            return [Result(ref, None, final) for ref in self._waiting]
-        except BaseException:
-            self.connection = None
-            raise
-
-    def hand_out(self, result: Result) -> None:
-        """Note that a result is about to be handed out.
+    def fill(self, deadline: Deadline) -> None:
+        """Receive the next window. An error that ends the pipeline becomes the result of everything that is left.
 
         Raises:
-            BufferClosedError: the client was closed meanwhile; the leases have ended with their connection.
+            BufferClosedError: the client is closed.
         """
-        self._waiting.popleft()
-        connection = self.connection
-        if connection is None:
+        try:
+            if self._attempts is None:
+                self._attempts = self._connections.attempts(self.waiting[0], deadline)
+        except (TransportError, ConfigError) as unusable:
+            self.results.extend((None, unusable) for _ in self.waiting)
             return
-        if self._holder.connection is None:
-            raise BufferClosedError("the client was closed meanwhile")
-        connection.note_handed_out()
-        if result.lease is not None:
-            connection.reads += 1
-            connection.read_bytes += result.ref.nbytes
+        self._attempts.deadline = deadline
+        try:
+            self._connections.run(self._attempts, self._receive_window, self.holder)
+        except DrayError as final:
+            self._forget()
+            self.results.extend((None, final) for _ in self.waiting)
+        except BaseException:
+            self._forget()
+            raise
 
-    def leave(self) -> None:
-        """End the batch early, unless it is over: what was not handed out is released."""
-        holder = self._holder
+    def leave(self, deadline: Deadline, *, orderly: bool) -> None:
+        """Give up the connection, if any: send the ACKs that are due, and release what was not handed out.
+
+        Args:
+            orderly: no result was taken without being handed out. Then the connection is kept for later calls, if
+                nothing is on its way, and the pipeline can be filled again.
+        """
+        holder = self.holder
         if self.connection is None:
             return
         with holder.inside:
             try:
                 connection = self._connections.resume(holder)
-                with contextlib.suppress(TransportError, BufferClosedError):
-                    connection.end_leases(self._deadline)
-                self._connections.abandon(holder, self._deadline)
+                usable = orderly and not self._asked
+                connection.note_handed_out()
+                if usable:
+                    connection.ended += [(lease[0], False) for lease, _ in self.results if lease is not None]
+                try:
+                    connection.end_leases(deadline)
+                except (TransportError, BufferClosedError):
+                    usable = False
+                if usable:
+                    self._connections.checkin(holder)
+                else:
+                    self._connections.abandon(holder, deadline)
+                self._forget()
             except BufferClosedError:  # closing the client has ended it
-                self._connections.discard(holder)
+                self._drop()
             except BaseException:
-                self._connections.discard(holder)
+                self._drop()
                 raise
-            finally:
-                self.connection = None
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _next(self, connection: Connection, status_by: Deadline, deadline: Deadline) -> Sequence[Result]:
-        if not self._waiting:
-            connection.end_leases(deadline)
-            self.connection = None
-            return ()
-        if connection is not self.connection:  # what it has brought is known once its first window has come
+    def _receive_window(self, connection: Connection, status_deadline: Deadline, deadline: Deadline) -> None:
+        """Ask for as many windows as may be on their way, and receive the oldest."""
+        if connection is self.connection:
+            status_deadline = deadline  # the endpoint is known to answer
+        else:
             self.connection = connection
-            self._status_by = status_by
             self._asked.clear()
-            self._unasked = iter(tuple(self._waiting))
+            self._unasked = iter(tuple(self.waiting))
             self._due = next(self._unasked, None)
-        results = self._window(connection)
-        self._holder.keeper = Keeper.CALLER
-        return results
+        self._ask(connection, status_deadline)
+        self.results.extend(self._receive(connection, status_deadline, deadline))
+        self.holder.keeper = Keeper.CALLER
 
-    def _window(self, connection: Connection) -> list[Result]:
-        """Ask for as many windows as may be on their way, and take the first of them."""
-        self._ask(connection)
-        window = self._asked.popleft()
-        results = []
-        for ref, target in zip(window.refs, window.targets, strict=True):
-            results.append(connection.answer(ref, target, self._status_by, self._deadline))
-            self._status_by = self._deadline  # the endpoint is known to answer
-        outcomes = [result.data() if isinstance(result, Held) else result for result in results]
-        if any(isinstance(each, Held) and each.from_slot for each in results) and not connection.usable():
+    def _forget(self) -> None:
+        self.connection = None
+        self.results.clear()
+        self._asked.clear()
+        if self._attempts is not None:
+            self._attempts.under_way = False
+
+    def _drop(self) -> None:
+        self._forget()
+        self._connections.discard(self.holder)
+
+    def _receive(self, connection: Connection, status_deadline: Deadline, deadline: Deadline) -> list[Received]:
+        """The results of the oldest window."""
+        found: list[Received] = []
+        from_slot = False
+        for target in self._asked.popleft().targets:
+            received = connection.answer(target, status_deadline, deadline)
+            status_deadline = deadline  # the endpoint is known to answer
+            if isinstance(received, ReceivedPayload):
+                from_slot = from_slot or received.from_slot
+                found.append(((received.request, self._consume), received.root))
+            else:
+                found.append((None, received))
+        if from_slot and not connection.usable():
             raise ConnectionClosed("the leases may have ended while the payloads were copied")
-        leases = [(result.request, self._consume) if isinstance(result, Held) else None for result in results]
-        return [Result(*each) for each in zip(window.refs, leases, outcomes, strict=True)]
+        return found
 
-    def _ask(self, connection: Connection) -> None:
+    def _ask(self, connection: Connection, deadline: Deadline) -> None:
+        """Ask for as many windows as may be on their way."""
         while self._due is not None:
             inline = self._due.nbytes <= connection.inline_bytes
-            most, together = _limits(connection, inline)
-            if self._asked and (self._asked[-1].inline is not inline or len(self._asked) == together):
+            size, windows = _limits(connection, inline)
+            if self._asked and (self._asked[-1].inline is not inline or len(self._asked) == windows):
                 break
             refs: list[PayloadRef] = []
             while (
                 self._due is not None
-                and len(refs) < most
+                and len(refs) < size
                 and (self._due.nbytes <= connection.inline_bytes) is inline
             ):
                 refs.append(self._due)
                 self._due = next(self._unasked, None)
-            targets = connection.ask(refs, self._reader, self._status_by, copy=True)
-            self._asked.append(_Window(refs, targets, inline))
+            targets = connection.ask(refs, self._reader, deadline, copy=True)
+            self._asked.append(_Window(targets, inline))
 
 
 def _limits(connection: Connection, inline: bool) -> tuple[int, int]:
-    """How many payloads to ask for together, and how many such windows may be on their way.
+    """The payloads of a window, and the windows that may be on their way.
 
-    After copies from slots the connection is looked at, so nothing else may be on its way then.
+    After copies from slots the connection is tested for its end, so nothing else may be on its way then.
     """
     leases = connection.identity.max_leases
     if inline:
-        return _INLINE_WINDOW, _MOST_ASKED
-    if connection.in_band and leases >= _MOST_ASKED:
-        return leases // _MOST_ASKED, _MOST_ASKED
+        return _INLINE_WINDOW, _MAX_WINDOWS
+    if connection.in_band and leases >= _MAX_WINDOWS:
+        return leases // _MAX_WINDOWS, _MAX_WINDOWS
     return leases, 1
+
+
+def _leave_all(pipelines: Sequence[Pipeline], deadline: Deadline, orderly: bool) -> None:
+    """Leave every pipeline, also after an exception in one of them."""
+    if pipelines:
+        try:
+            pipelines[0].leave(deadline, orderly=orderly)
+        finally:
+            _leave_all(pipelines[1:], deadline, orderly)

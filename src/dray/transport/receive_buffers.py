@@ -1,7 +1,7 @@
-"""Memory for payloads as they arrive: used again, so that its pages are warm, never while anything can touch it.
+"""Memory for payloads that arrive. It is reused, so that its pages are warm, but never while it is in use.
 
-What a program gets is an array over a pooled block. Every view of the payload, and every request of a transport
-that may still write into it, keeps that array alive; the block is free again when the array is gone, not before.
+A program gets an array over a pooled block. Every view of the payload, and every request of a transport that may
+still write into it, keeps that array alive. The block is free again when the array is gone.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from dray.errors import PayloadTooLargeError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-SMALLEST_BYTES = 64 * 1024
-"""Payloads below this get fresh memory: the allocator has it warm anyway."""
+MIN_POOLED_BYTES = 64 * 1024
+"""Payloads below this size get fresh memory, which the allocator has warm anyway."""
 
-MOST_FREE_BYTES = 256 * 1024 * 1024
-"""Free memory a pool keeps; what comes back beyond it goes to the system."""
+MAX_FREE_BYTES = 256 * 1024 * 1024
+"""Free memory that a pool keeps; the rest goes back to the system."""
 
 
 class ReceiveBuffers:
     """A pool of blocks whose sizes are powers of two. Thread-safe; nothing to close.
 
     Args:
-        most_free_bytes: how much free memory is kept.
+        max_free_bytes: free memory that is kept, in bytes.
     """
 
-    def __init__(self, most_free_bytes: int = MOST_FREE_BYTES) -> None:
-        self._most_free = most_free_bytes
+    def __init__(self, max_free_bytes: int = MAX_FREE_BYTES) -> None:
+        self._max_free = max_free_bytes
         self._lock = threading.Lock()
         self._free: dict[int, list[Bytes]] = {}
         self._free_bytes = 0
-        # Arrays die anywhere, within a locked section too: what is known of them waits here for the next `take`.
+        # An array may die anywhere, even within a locked section: its reference waits here for `allocate`.
         self._returned: deque[weakref.ref[Bytes]] = deque()
         self._lent: dict[int, tuple[weakref.ref[Bytes], Bytes]] = {}
 
-    def take(self, nbytes: int) -> Bytes:
+    def allocate(self, nbytes: int) -> Bytes:
         """Uninitialised memory, uint8 of shape (nbytes,).
 
         Raises:
-            PayloadTooLargeError: there is not so much.
+            PayloadTooLargeError: the system does not have that much.
         """
-        if nbytes < SMALLEST_BYTES:
+        if nbytes < MIN_POOLED_BYTES:
             return np.empty(nbytes, np.uint8)
         capacity = 1 << (nbytes - 1).bit_length()
         with self._lock:
@@ -58,29 +58,27 @@ class ReceiveBuffers:
         if block is None:
             try:
                 block = np.empty(capacity, np.uint8)
-            except (MemoryError, ValueError) as error:  # a reference and a server may say anything
+            except (MemoryError, ValueError) as error:  # a reference and a server may name any size
                 raise PayloadTooLargeError(f"there is no memory for a payload of {nbytes} bytes") from error
-        # Views of an array have the array that owns the memory as their base; a buffer in between makes `lent` the
-        # one that they all keep alive.
+        # Views of an array have the array that owns the memory as their base. With a buffer in between they all
+        # keep `lent` alive.
         lent: Bytes = np.frombuffer(block.data, np.uint8, nbytes)
-        self._watch(lent, block)
+        # A callback in C: an exception of a signal handler could end a Python function before it has done this.
+        watched = weakref.ref(lent, self._returned.append)
+        self._lent[id(watched)] = watched, block
         return lent
 
     @property
     def free_bytes(self) -> int:
-        """Memory that waits to be used again."""
+        """Memory that is ready for reuse, in bytes."""
         with self._lock:
             self._collect()
             return self._free_bytes
 
-    def _watch(self, lent: Bytes, block: Bytes) -> None:
-        # Without a function in Python, which an exception of a signal handler could end before it has done this.
-        watched = weakref.ref(lent, self._returned.append)
-        self._lent[id(watched)] = watched, block
-
     def _collect(self) -> None:
         while self._returned:
-            _, block = self._lent.pop(id(self._returned.popleft()))
-            if self._free_bytes + block.nbytes <= self._most_free:
+            # Not in `_lent`: an exception of a signal handler came before `allocate` had put it there.
+            _, block = self._lent.pop(id(self._returned.popleft()), (None, None))
+            if block is not None and self._free_bytes + block.nbytes <= self._max_free:
                 self._free.setdefault(block.nbytes, []).append(block)
                 self._free_bytes += block.nbytes

@@ -18,6 +18,7 @@ from dray.errors import (
     TransportTimeout,
 )
 from dray.prefetch import BatchReader
+from dray.transport import ReadResult
 
 STALE = StaleSlotError("the payload was consumed")
 
@@ -115,7 +116,7 @@ def test_a_read_waits_for_no_thread_that_another_read_holds(source: FakeSource) 
 def test_a_source_that_refuses_as_a_whole_fails_every_reference(source: FakeSource) -> None:
     class Refusing(FakeSource):
         def read_many(self, of: Any, **_: Any) -> Any:
-            yield ref(0), arrays(ref(0))
+            yield ReadResult(ref(0), arrays(ref(0)))
             raise BufferClosedError("the client is closed")
 
     with BatchReader(Refusing()) as reader:
