@@ -119,6 +119,7 @@ class Child:
 import json, os, sys
 import numpy as np
 from dray import *
+from dray.errors import *
 from dray.ring import SharedRingBuffer
 from dray.clock import Deadline, Stopwatch
 from dray.transport.connection import Connection

@@ -14,7 +14,8 @@ from benchmarks.exchanges.payloads import one_array
 from benchmarks.partner import Partner
 from benchmarks.plan import LaneName
 from benchmarks.service import Reply
-from dray import BufferClosedError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
+from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
+from dray.errors import BufferClosedError
 
 
 class ProducingService:

@@ -14,20 +14,16 @@ from socketpair_lane import ADDED
 from transport_fixtures import pattern
 from waiting import wait_until
 
-from dray import (
+from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer, make_secret
+from dray.clock import Stopwatch
+from dray.errors import (
+    AuthenticationError,
     BufferClosedError,
     MessageTruncated,
-    PayloadClient,
-    PayloadRef,
-    PayloadServer,
     ProducerLostError,
-    SharedRingBuffer,
     StaleSlotError,
     TransportTimeout,
-    make_secret,
 )
-from dray.clock import Stopwatch
-from dray.errors import AuthenticationError
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.lanes import LANES, Lane, LaneChoice
 from dray.transport.lanes.base import ListenAt

@@ -11,7 +11,8 @@ import pytest
 from transport_fixtures import SERVER, Child, reference, ring_of, serving
 from waiting import wait_until
 
-from dray import BufferClosedError, PayloadClient, PayloadRef, StaleSlotError, TransportTimeout
+from dray import PayloadClient, PayloadRef
+from dray.errors import BufferClosedError, StaleSlotError, TransportTimeout
 from dray.transport import async_reads
 
 

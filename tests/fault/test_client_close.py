@@ -12,15 +12,9 @@ import pytest
 from transport_fixtures import WatchedNetwork, has_ended
 from waiting import wait_until
 
-from dray import (
-    BufferClosedError,
-    PayloadClient,
-    PayloadRef,
-    PayloadServer,
-    ProducerLostError,
-    SharedRingBuffer,
-)
+from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
+from dray.errors import BufferClosedError, ProducerLostError
 from dray.transport.polling import CloseEvent
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transport_fixtures import SERVER, Child
 
-from dray import DrayError, OutOfResources, TransportError
+from dray import DrayError
 from dray.clock import Deadline
+from dray.errors import OutOfResources, TransportError
 from dray.resources import check_descriptors, needing, out_of_resources
 from dray.transport.attempts import Attempts, Latencies, Quarantine
 

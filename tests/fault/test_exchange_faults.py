@@ -24,13 +24,12 @@ import xxhash
 from transport_fixtures import endpoint_of, pattern, ring_of, serving
 from waiting import wait_until
 
-from dray import (
+from dray import PayloadClient, PayloadRef, PayloadServer
+from dray.clock import Deadline
+from dray.errors import (
     ConnectionClosed,
     ConnectionReset,
     MessageTruncated,
-    PayloadClient,
-    PayloadRef,
-    PayloadServer,
     PayloadTooLargeError,
     ProtocolError,
     SchemaError,
@@ -39,7 +38,6 @@ from dray import (
     TransportTimeout,
     Unreachable,
 )
-from dray.clock import Deadline
 from dray.payload import PayloadSchema, TensorSpec
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Outgoing, Payload, Status, parse
 from dray.protocol.handshake import ServerHandshake, ServerIdentity

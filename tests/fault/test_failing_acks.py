@@ -7,9 +7,9 @@ import pytest
 from transport_fixtures import WatchedNetwork, ring_of, serving
 from waiting import wait_until
 
-from dray import PayloadClient, PayloadFormatError
+from dray import PayloadClient
 from dray.clock import Deadline
-from dray.errors import ConnectionReset, ProducerLostError
+from dray.errors import ConnectionReset, PayloadFormatError, ProducerLostError
 from dray.protocol.frames import Kind
 from dray.transport.connection import Connection
 from dray.transport.lanes.base import Stream

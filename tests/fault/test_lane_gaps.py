@@ -18,9 +18,9 @@ import pytest
 from transport_fixtures import Child, counted, endpoint_of, pattern, ring_of, serving
 from waiting import wait_until
 
-from dray import ConfigError, PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer, TransportTimeout
+from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
-from dray.errors import TransportError
+from dray.errors import ConfigError, TransportError, TransportTimeout
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Outgoing, Payload, Status, parse
 from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
 from dray.transport.lanes.base import Endpoint, Network, Stream, Worker

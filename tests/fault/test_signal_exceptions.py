@@ -7,7 +7,8 @@ import pytest
 from transport_fixtures import Child, counted, ring_of, serving
 from waiting import wait_until
 
-from dray import BufferClosedError, PayloadClient
+from dray import PayloadClient
+from dray.errors import BufferClosedError
 
 INTERRUPTED = """
 import gc, random, signal, threading, time

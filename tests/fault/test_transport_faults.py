@@ -21,22 +21,19 @@ from forked_child import run_in_child
 from transport_fixtures import WatchedNetwork, counted, endpoint_of, has_ended, pattern, ring_of, serving
 from waiting import wait_until
 
-from dray import (
+from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
+from dray.clock import Deadline
+from dray.errors import (
     AuthenticationError,
     BufferClosedError,
     BufferFullError,
     ConfigError,
     LeaseInUseError,
     MessageTruncated,
-    PayloadClient,
-    PayloadRef,
-    PayloadServer,
     ProducerLostError,
-    SharedRingBuffer,
     TransportError,
     TransportTimeout,
 )
-from dray.clock import Deadline
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.protocol.handshake import CHALLENGE, MAGIC, ClientHandshake
 from dray.transport.lanes import SHM, parse_endpoint

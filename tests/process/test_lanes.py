@@ -26,16 +26,9 @@ from transport_fixtures import (
 )
 from waiting import wait_until
 
-from dray import (
-    BufferFullError,
-    PayloadClient,
-    PayloadServer,
-    ProducerLostError,
-    SharedRingBuffer,
-    StaleSlotError,
-    TransportError,
-)
+from dray import PayloadClient, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
+from dray.errors import BufferFullError, ProducerLostError, StaleSlotError, TransportError
 from dray.transport.lanes import parse_endpoint
 
 SCHEMES = {"shm": "unix", "tcp": "tcp", "ucx": "ucx"}

@@ -14,6 +14,7 @@ RESOLVER = {
 SILENT = """
 import json, socket, threading
 from dray import *
+from dray.errors import *
 from dray.clock import Deadline
 from dray.control import RedisAddress, RedisConnection
 from dray.name_resolution import MAX_QUERIES, resolve
@@ -105,6 +106,7 @@ HOSTS = "::1 localhost six\n127.0.0.1 four\n::1 both\n127.0.0.1 both\n127.0.1.1 
 NAMES = """
 import json, logging
 from dray import *
+from dray.errors import *
 from dray.runtime.address import bind
 
 lines = []

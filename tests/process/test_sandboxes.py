@@ -18,6 +18,7 @@ TESTS = Path(__file__).parents[1]
 SERVE = """
 import json, sys
 from dray import *
+from dray.errors import *
 from dray.system_calls import refused_calls
 from forbidding import forbid
 
@@ -79,6 +80,7 @@ def test_a_refused_system_call_is_a_config_error_that_names_it(call: str, code: 
 NO_IPV6 = """
 import errno
 from dray import *
+from dray.errors import *
 from forbidding import forbid
 ring = SharedRingBuffer(1, 64)
 forbid("socket", code=errno.EAFNOSUPPORT)
@@ -117,6 +119,7 @@ def test_a_job_where_a_system_call_is_refused_ends_with_two_and_one_line(tmp_pat
 NO_SHARED_FOLDER = """
 import dataclasses, json, logging
 from dray import *
+from dray.errors import *
 from dray.clock import Deadline
 
 lines = []

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from transport_fixtures import SERVER, Child, pattern, reference, serving
 
-from dray import ConfigError, PayloadClient, PayloadServer, SharedRingBuffer
+from dray import PayloadClient, PayloadServer, SharedRingBuffer
+from dray.errors import ConfigError
 from dray.private_directory import MAX_SOCKET_PATH
 
 

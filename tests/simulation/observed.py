@@ -79,7 +79,6 @@ class ObservedClient(PayloadClient):
         self._stale: Counter[tuple[bytes, int]] = Counter()
         self._calls: dict[Actor | None, _Call] = {}
         self._wires: dict[int, Wire] = {}
-        self._used: dict[Actor | None, int] = {}  # the connection that each actor uses
         self._kept: dict[Actor | None, Wire] = {}
         self._pending: Counter[int] = Counter()  # requests without an answer, by connection
 
@@ -134,7 +133,7 @@ class ObservedClient(PayloadClient):
         assert timeout is not None
         outer, actor.bound, actor.late = actor.bound, min(actor.bound, self._scheduler.now() + timeout), 0.0
         try:
-            with self._watched(refs, timeout):
+            with self._watched(refs, timeout) as call:
                 for result in super().read_many(
                     refs, timeout=timeout, consume=consume, return_errors=return_errors
                 ):
@@ -142,18 +141,20 @@ class ObservedClient(PayloadClient):
                     left = self._scheduler.now()
                     yield result
                     # The program's own time does not count.
-                    actor.bound += self._scheduler.now() - left
-                    outer += self._scheduler.now() - left
+                    spent = self._scheduler.now() - left
+                    actor.bound += spent
+                    outer += spent
+                    call.deadline += spent
         finally:
             actor.bound = outer
 
     @contextlib.contextmanager
-    def _watched(self, refs: list[PayloadRef], timeout: float | None) -> Iterator[None]:
+    def _watched(self, refs: list[PayloadRef], timeout: float | None) -> Iterator[_Call]:
         actor = self._scheduler.actor
         deadline = math.inf if timeout is None else self._scheduler.now() + timeout
         self._calls[actor] = call = _Call(refs, self._allowed, deadline)
         try:
-            yield
+            yield call
         finally:
             if self._calls.get(actor) is call:
                 del self._calls[actor]
@@ -173,24 +174,19 @@ class ObservedClient(PayloadClient):
                 self._wires[event.connection] = self.network.opened[actor]
                 self._pending[event.connection] = 0
             case Checkout():
-                self._used[actor] = event.connection
                 self._kept[actor] = self._wires[event.connection]
             case Checkin():
                 self._becomes_idle(event.endpoint, event.connection)
-                self._forget_user(event.connection)
             case Discard():
                 del self._wires[event.connection]
-                self._forget_user(event.connection)
             case Request():
                 self._requests(event, self._calls.get(actor))
-                if actor in self._used:
-                    self._pending[self._used[actor]] += 1
+                self._pending[event.connection] += 1
             case Status():
                 call = self._calls.get(actor)
                 if call is not None and event.kind == Kind.READ and event.status == StatusCode.STALE:
                     call.stale = True
-                if actor in self._used:
-                    self._pending[self._used[actor]] -= 1
+                self._pending[event.connection] -= 1
 
     def _begins(self, event: Attempt, call: _Call) -> None:
         endpoint, tried = event.endpoint, call.tried[event.producer]
@@ -241,7 +237,3 @@ class ObservedClient(PayloadClient):
         if self._pending[connection]:
             raise Violation(f"a connection to {endpoint} goes into the pool in the middle of an exchange")
         self._plan.count(f"exchange over {wire.lane.name}")
-
-    def _forget_user(self, connection: int) -> None:
-        for actor in [actor for actor, used in self._used.items() if used == connection]:
-            del self._used[actor]

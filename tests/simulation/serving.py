@@ -18,7 +18,7 @@ from dray.ring import OnFull, Retain, SharedRingBuffer
 from dray.transport.lanes.base import Lane
 from dray.transport.served_connection import Service
 from dray.transport.server_loop import ServerLoop
-from dray.transport.server_statistics import LeaseInfo
+from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
 from dray.transport.trace import Discard, TraceEvent
 from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
@@ -124,6 +124,7 @@ class SimulatedServer:
             identity=identity,
             secret=settings.secret,
             checksum=xxhash.xxh3_64_intdigest if settings.checksum else None,
+            describe=lambda: self.statistics().to_json(),
             clock=self.kernel.scheduler.clock,
         )
         self._open()
@@ -140,6 +141,14 @@ class SimulatedServer:
             return f"unix:/{self.name}/{index}"
         number = int(self.name.removeprefix("server"))
         return f"{lane.scheme}:127.0.0.1:{1000 * (number + 1) + 10 * lane.number + index}"
+
+    def statistics(self) -> ServerStatistics:
+        """The answer to STAT."""
+        leases = tuple(lease for loop in self.loops for lease in loop.leases())
+        connections = sum(loop.connections for loop in self.loops)
+        return ServerStatistics(
+            self.ring.producer_id, self.endpoints, connections, leases, ServerCounters(), self.ring.statistics()
+        )
 
     def check(self) -> None:
         """The ring and the leases of all connections agree."""

@@ -13,28 +13,22 @@ import pytest
 from transport_fixtures import LANES, counted, ring_of, serving
 from waiting import wait_until
 
-from dray import (
+from dray import PayloadClient, PayloadRef, PayloadSchema, PayloadServer, SharedRingBuffer, TensorSpec, make_secret
+from dray.errors import (
     AuthenticationError,
     BufferClosedError,
     BufferFullError,
     ConfigError,
     LeaseInUseError,
-    PayloadClient,
     PayloadFormatError,
-    PayloadRef,
-    PayloadSchema,
-    PayloadServer,
     PayloadTooLargeError,
     ProtocolError,
     ReaderIdError,
     SchemaError,
-    SharedRingBuffer,
     SlotError,
     StaleSlotError,
-    TensorSpec,
     TransportTimeout,
     Unreachable,
-    make_secret,
 )
 from dray.transport.pipeline import MAX_OPEN
 

@@ -288,7 +288,9 @@ class Connection:
                 endpoint=self.endpoint, slot=request.slot, sequence=request.sequence,
             )  # fmt: skip
         if self._report is not None:
-            self._report(trace.Payload(self._clock.now(), self.endpoint, request.slot, request.sequence, nbytes))
+            self._report(
+                trace.Payload(self._clock.now(), self.endpoint, request.slot, request.sequence, nbytes, id(self))
+            )
         return ReceivedPayload(request, target, not copied, self._buffers, from_slot)
 
     def finish(self, received: ReceivedPayload, consumed: bool, deadline: Deadline) -> None:
@@ -408,7 +410,9 @@ class Connection:
             target = self._buffers.allocate(min(ref.nbytes, self.identity.slot_bytes))
             tag = self._stream.expect(target.data)
         if self._report is not None:
-            self._report(trace.Request(self._clock.now(), self.endpoint, _READ, ref.slot, ref.sequence, reader))
+            self._report(
+                trace.Request(self._clock.now(), self.endpoint, _READ, ref.slot, ref.sequence, reader, id(self))
+            )
         frame = self._session.request(
             _READ, ref.slot, ref.sequence, reader, nbytes=ref.nbytes, tag=tag, flags=flags
         )
@@ -417,13 +421,15 @@ class Connection:
     def _frame(self, kind: Kind, slot: int, sequence: int, reader: int) -> bytes:
         """Another request."""
         if self._report is not None:
-            self._report(trace.Request(self._clock.now(), self.endpoint, kind, slot, sequence, reader))
+            self._report(trace.Request(self._clock.now(), self.endpoint, kind, slot, sequence, reader, id(self)))
         return self._session.request(kind, slot, sequence, reader)
 
     def _ack(self, request: Request, consumed: bool) -> bytes:
         if self._report is not None:
             _, _, slot, sequence, reader, _, _, _ = request
-            self._report(trace.Acknowledgement(self._clock.now(), self.endpoint, slot, sequence, reader, consumed))
+            self._report(
+                trace.Acknowledgement(self._clock.now(), self.endpoint, slot, sequence, reader, consumed, id(self))
+            )
         return self._session.ack(request, consumed)
 
     def _ends(self) -> list[bytes]:
@@ -460,7 +466,9 @@ class Connection:
         if self._report is not None:
             request, now = event.request, self._clock.now()
             status = Status(event.frame.status)
-            self._report(trace.Status(now, self.endpoint, request.kind, request.slot, request.sequence, status))
+            self._report(
+                trace.Status(now, self.endpoint, request.kind, request.slot, request.sequence, status, id(self))
+            )
         return event
 
     def _accepted(self, deadline: Deadline) -> Answer:

@@ -213,7 +213,7 @@ class ServedConnection:
             if self._trace is not None:
                 now = self._service.clock.now()
                 ended = traced.Acknowledgement(
-                    now, self.endpoint, lease.slot, lease.sequence, lease.reader, consumed=False
+                    now, self.endpoint, lease.slot, lease.sequence, lease.reader, False, id(self)
                 )
                 self._trace(ended)
 
@@ -384,10 +384,10 @@ class ServedConnection:
             if isinstance(event, Established):
                 self._trace(traced.Connect(now, endpoint, now - self._accepted_at, event.version, id(self)))
             elif isinstance(event, Acknowledgement):
-                self._trace(traced.Acknowledgement(now, endpoint, *event.payload, event.consumed))
+                self._trace(traced.Acknowledgement(now, endpoint, *event.payload, event.consumed, id(self)))
         for request in list(self.session.requests)[known:]:
             kind, _, reader, _, slot, _, sequence, *_ = request
-            self._trace(traced.Request(now, endpoint, Kind(kind), slot, sequence, reader))
+            self._trace(traced.Request(now, endpoint, Kind(kind), slot, sequence, reader, id(self)))
 
     def _trace_answers(self, answered: list[tuple[int, ...]], outgoing: list[Outgoing]) -> None:
         assert self._trace is not None
@@ -399,12 +399,12 @@ class ServedConnection:
                 break
             status = parse(message)
             kind, slot, sequence = Kind(request.kind), request.slot, request.sequence
-            self._trace(traced.Status(now, endpoint, kind, slot, sequence, Status(status.status)))
+            self._trace(traced.Status(now, endpoint, kind, slot, sequence, Status(status.status), id(self)))
             sent = request.kind == _READ and status.status == Status.OK
             if status.flags & Flag.TEXT or (sent and request.flags):
                 next(messages)  # the text, or an inline payload
             if sent and (request.flags or self.stream.lane.in_band):
-                self._leaving.append(traced.Payload(now, endpoint, slot, sequence, status.nbytes))
+                self._leaving.append(traced.Payload(now, endpoint, slot, sequence, status.nbytes, id(self)))
 
 
 _REFUSED = {Verdict.DENIED: "auth_failures", Verdict.VERSION: "other_versions"}

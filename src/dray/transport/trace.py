@@ -95,6 +95,7 @@ class Request(NamedTuple):
     slot: int
     sequence: int
     reader: int
+    connection: int
 
 
 class Status(NamedTuple):
@@ -106,6 +107,7 @@ class Status(NamedTuple):
     slot: int
     sequence: int
     status: StatusCode
+    connection: int
 
 
 class Payload(NamedTuple):
@@ -116,6 +118,7 @@ class Payload(NamedTuple):
     slot: int
     sequence: int
     nbytes: int
+    connection: int
 
 
 class Acknowledgement(NamedTuple):
@@ -127,6 +130,7 @@ class Acknowledgement(NamedTuple):
     sequence: int
     reader: int
     consumed: bool
+    connection: int
 
 
 TraceEvent: TypeAlias = (

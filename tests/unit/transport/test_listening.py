@@ -15,9 +15,9 @@ from forked_child import run_in_child
 from transport_fixtures import counted, endpoint_of, serving
 from waiting import wait_until
 
-from dray import ConfigError, PayloadClient, TransportTimeout
+from dray import PayloadClient
 from dray.clock import Deadline
-from dray.errors import Unreachable
+from dray.errors import ConfigError, TransportTimeout, Unreachable
 from dray.transport.lanes import LANES, SHM, TCP, Endpoint
 from dray.transport.lanes.socket import UnixListener
 

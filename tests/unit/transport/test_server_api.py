@@ -8,9 +8,9 @@ import pytest
 from transport_fixtures import serving
 from waiting import wait_until
 
-from dray import ConfigError, PayloadClient, PayloadServer, make_secret
+from dray import PayloadClient, PayloadServer, make_secret
 from dray.clock import Deadline
-from dray.errors import BufferClosedError, BufferFullError, ProtocolError, VersionMismatch
+from dray.errors import BufferClosedError, BufferFullError, ConfigError, ProtocolError, VersionMismatch
 from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.ring import SharedRingBuffer
 from dray.transport import trace as traced

@@ -10,19 +10,18 @@ import pytest
 from transport_fixtures import serving
 from waiting import wait_until
 
-from dray import (
+from dray import PayloadClient, PayloadServer, SharedRingBuffer, make_secret
+from dray.clock import Deadline
+from dray.errors import (
     ConfigError,
+    ConnectionClosed,
+    ConnectionReset,
     MessageTruncated,
     MissingDependencyError,
-    PayloadClient,
-    PayloadServer,
-    SharedRingBuffer,
     TransportError,
     TransportTimeout,
-    make_secret,
+    Unreachable,
 )
-from dray.clock import Deadline
-from dray.errors import ConnectionClosed, ConnectionReset, Unreachable
 from dray.transport.lanes import UCX, Endpoint, parse_endpoint, ucx_sockets, ucx_worker
 from dray.transport.lanes.ucx import UcxListener
 from dray.transport.lanes.ucx_worker import UcxWorker
