@@ -83,11 +83,11 @@ def at(ref: PayloadRef, *endpoints: str) -> PayloadRef:
 
 
 def batch(client: PayloadClient, refs: list[PayloadRef]) -> dict[int, dict[str, Any]]:
-    return {ref.sequence: found for ref, found in client.read_many(refs, timeout=10)}
+    return {result.ref.sequence: result.payload for result in client.read_many(refs, timeout=10)}
 
 
 def ready_by_stat(client: PayloadClient, ref: PayloadRef) -> int:
-    return int(client.stat(ref, timeout=10)["ring"]["ready"])
+    return client.stat(ref, timeout=10).ring.ready
 
 
 def leases(producer: Producer) -> int:
@@ -95,7 +95,7 @@ def leases(producer: Producer) -> int:
 
 
 def reads(client: PayloadClient, lane: Lane) -> int:
-    return int(client.statistics()[f"reads_{lane.name}"])
+    return client.statistics().reads_by_lane.get(lane.name, 0)
 
 
 def test_arrays_arrive_and_their_payload_is_consumed(lane: Lane) -> None:

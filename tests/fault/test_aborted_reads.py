@@ -187,7 +187,7 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
     assert after["client"].megabytes < before["client"].megabytes + 24
     assert after["server"].megabytes < before["server"].megabytes + 24 + count * KEPT_BY_UCX
     assert statistics["ring"]["ready"] == len(LASTING)
-    assert (statistics["ring"]["double_releases"], statistics["server"]["malformed"]) == (0, 0)
+    assert (statistics["ring"]["late_finalises"], statistics["server"]["malformed"]) == (0, 0)
     assert (ended["ready"], ended["leases"], ended["free"]) == (0, 0, slots)
 
 

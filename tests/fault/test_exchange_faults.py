@@ -593,7 +593,7 @@ def test_each_kind_of_request_leaves_a_wedged_thread_for_another() -> None:
                 asked = (
                     lambda: bytes(clients[0].read_bytes(refs[0], timeout=None)),
                     lambda: clients[1].consume(refs[1:2], timeout=None),
-                    lambda: clients[2].stat(refs[0], timeout=None)["open_connections"] > 0,
+                    lambda: clients[2].stat(refs[0], timeout=None).open_connections > 0,
                     lambda: [bytes(read.payload) for read in clients[3].read_many_bytes(refs[2:], timeout=None)],
                 )
                 found = [each.result(20) for each in [threads.submit(ask) for ask in asked]]

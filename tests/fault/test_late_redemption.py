@@ -183,6 +183,6 @@ def test_b1_a_late_reference_gives_its_own_payload_or_stale(lane: str, on_full: 
     assert min(read, outcomes["stale"]) > count // 100
     assert [retries for _, retries in found] == [0, 0]
     assert (server["malformed"], server.get("failed_connections", 0)) == (0, 0)
-    assert (ring["leases"], ring["double_releases"]) == (0, 0)
+    assert (ring["leases"], ring["late_finalises"]) == (0, 0)
     dropped = ring["dropped_unread"] + ring["dropped_delivered"]
     assert (dropped > 0) == (on_full == "overwrite")

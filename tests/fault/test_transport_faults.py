@@ -555,7 +555,7 @@ def test_b12_what_a_child_inherits_says_so_and_the_parent_goes_on(lane: Any) -> 
             client.close()
             server.close()
             with PayloadClient(lane="shm" if lane == "ucx" else lane) as own, serving("shm"):
-                assert own.statistics()["reads"] == 0
+                assert own.statistics().reads == 0
 
         assert run_in_child(check) == ""
         assert bytes(client.read_bytes(ref, timeout=5)) == b"payload"

@@ -167,7 +167,7 @@ def test_a_batch_of_several_producers_comes_in_the_order_of_its_references() -> 
         results = list(client.read_many(refs))
         assert [result.ref for result in results] == refs
         assert [int(result.payload["n"]) for result in results] == [0, 1, 2, 3]
-        assert client.statistics()["connects"] == 2
+        assert client.statistics().connects == 2
 
 
 @pytest.mark.parametrize("nbytes", [8, 20_000])
@@ -193,7 +193,7 @@ def test_a_batch_of_more_producers_than_it_has_connections_is_read_once_and_in_o
         for server in servers:
             wait_until(lambda server=server: ring_of(server).statistics().free == 3, "all to be consumed")
         # A connection that was given up in favour of another producer's served again later.
-        assert client.statistics()["connects"] <= len(servers) + 3
+        assert client.statistics().connects <= len(servers) + 3
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -271,10 +271,10 @@ def test_stat_returns_the_statistics_of_the_server(lane: Any) -> None:
         ref = server.put_bytes(b"12345")
         client.read_bytes(ref, consume=False)
         found = client.stat(ref)
-        assert found["producer"] == ref.producer.hex()
-        assert found["endpoints"] == list(server.endpoints)
-        assert (found["ring"]["ready"], found["server"]["reads"], found["server"]["bytes"]) == (1, 1, 5)
-        assert found["open_connections"] == 1
+        assert found.producer == ref.producer
+        assert found.endpoints == server.endpoints
+        assert (found.ring.ready, found.counters.reads, found.counters.bytes) == (1, 1, 5)
+        assert found.open_connections == 1
 
 
 @pytest.mark.parametrize("lane", LANES)

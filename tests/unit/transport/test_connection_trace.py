@@ -46,6 +46,7 @@ def test_each_step_of_a_request_is_reported_in_order(lane: Any) -> None:
         (Request, Kind.STAT, 0, 0, 0),
         (Status, Kind.STAT, 0, 0, Code.OK),
     ]
-    assert [(type(event), *event[2:]) for event in events] == expected
+    assert [(type(event), *event[2:-1]) for event in events] == expected
+    assert len({event[-1] for event in events}) == 1  # the connection
     assert {event.endpoint for event in events} == {endpoint}
     assert [event.at for event in events] == sorted(event.at for event in events)

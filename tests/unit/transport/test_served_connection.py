@@ -726,7 +726,7 @@ def test_the_trace_reports_every_step_of_an_exchange(ring: SharedRingBuffer, lan
     server.connection.flushed()
     server.send(Kind.ACK, two, 2, flags=Flag.CONSUMED)
     server.connection.close()
-    steps = [(type(event).__name__, *event[2:]) for event in events]
+    steps = [(type(event).__name__, *event[2:-1]) for event in events]
     assert [event.endpoint for event in events] == ["somewhere"] * len(events)
     assert steps.pop(0)[::2] == ("Connect", VERSION)
     sent = [("Payload", 0, 0, 7), ("Payload", 1, 1, 6)]
