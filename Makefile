@@ -53,12 +53,13 @@ test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm $(SLURM_TEST_ARGS)
 
-lint: .venv/dev.stamp ## ruff, mypy, import-linter, codespell
+lint: .venv/dev.stamp ## ruff, mypy, import-linter, codespell, and the words that the glossary does not allow
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m codespell_lib
+	$(BIN)/python tests/words.py
 
 format: .venv/dev.stamp ## let ruff put the code into shape
 	$(BIN)/python -m ruff check --fix .

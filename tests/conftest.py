@@ -117,7 +117,7 @@ class Held:
         return bool(self.threads or self.children or self.descriptors or self.mappings)
 
     def __str__(self) -> str:
-        frames = sys._current_frames()
+        frames = sys._current_frames()  # noqa: SLF001
         lines = []
         for thread in self.threads:
             stack = traceback.format_stack(frames.get(thread.ident or 0))[-1].strip()

@@ -112,7 +112,7 @@ def has_ended(stream: Stream) -> bool:
 class Child:
     """Another Python process that runs `script`, and talks in lines of JSON over its standard streams.
 
-    The script finds `say(value)`, `hear()` (None at the end), `pattern` and `arguments`.
+    The script finds `send(value)`, `receive()` (None at the end), `pattern` and `arguments`.
     """
 
     PRELUDE = """
@@ -125,9 +125,9 @@ from dray.clock import Deadline, Stopwatch
 from dray.transport.connection import Connection
 from dray.transport.lanes.ucx_worker import UcxWorker
 arguments = json.loads(sys.argv[1])
-def say(value=None):
+def send(value=None):
     print(json.dumps(value), flush=True)
-def hear():
+def receive():
     line = sys.stdin.readline()
     return json.loads(line) if line else None
 def pattern(seed, nbytes):
@@ -144,12 +144,12 @@ def pattern(seed, nbytes):
     def pid(self) -> int:
         return self.process.pid
 
-    def say(self, value: Any = None) -> None:
+    def send(self, value: Any = None) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(value) + "\n")
         self.process.stdin.flush()
 
-    def hear(self, seconds: float = 30.0) -> Any:
+    def receive(self, seconds: float = 30.0) -> Any:
         """The child's next line."""
         out = self.process.stdout
         assert out is not None
@@ -160,8 +160,8 @@ def pattern(seed, nbytes):
         return json.loads(line)
 
     def ask(self, value: Any = None, seconds: float = 30.0) -> Any:
-        self.say(value)
-        return self.hear(seconds)
+        self.send(value)
+        return self.receive(seconds)
 
     def kill(self) -> None:
         self.process.kill()
@@ -208,20 +208,20 @@ SERVER = """
 ring = SharedRingBuffer(arguments["slots"], arguments["slot_bytes"])
 secret = bytes.fromhex(arguments["secret"]) if "secret" in arguments else None
 server = PayloadServer(ring, secret=secret, drain_timeout=0.5, **arguments.get("options", {}))
-say(server.endpoints)
+send(server.endpoints)
 forked = 0
-while (wanted := hear()) is not None:
+while (wanted := receive()) is not None:
     if wanted == "fork":
         forked = os.fork()
         if not forked:
             import signal
             signal.pause()
-        say(forked)
+        send(forked)
     elif wanted == "statistics":
-        say(server.statistics().to_dict())
+        send(server.statistics().to_dict())
     else:
         seed, nbytes = wanted
-        say(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))
+        send(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))
 server.close()
 """
 """Serves a ring; puts ``[seed, nbytes]`` and says the reference, forks, says its statistics."""
@@ -236,11 +236,11 @@ connection = Connection.open(endpoint, ref.producer, None, deadline, worker=work
 if arguments["stage"] == "received":
     held = connection.answer(target, deadline, deadline)
     assert held.data().nbytes == ref.nbytes
-say("there")
-hear()
+send("there")
+receive()
 connection.acknowledge([(held.request, True)], deadline)
 connection.stat(deadline)
-say("acknowledged")
+send("acknowledged")
 """
 """Reads a payload on one connection up to a stage ("asked", "received") and waits; then acknowledges it."""
 

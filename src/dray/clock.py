@@ -91,7 +91,7 @@ class Deadline:
     def fraction(self, part: float, now: float | None = None, most: float = math.inf) -> Deadline:
         """A deadline after `part` (0 … 1) of the remaining time, and at most `most` seconds from now.
 
-        `now` saves a look at the clock where it is known.
+        `now` is the time on this clock, if the caller has it already.
         """
         if self.at == most == math.inf:
             return self

@@ -367,7 +367,7 @@ from dray.transport.lanes import LANES
 from dray.transport.lanes.base import ListenAt
 listener = LANES[arguments["kind"]].listen(ListenAt("127.0.0.1", path=Path(arguments["path"])))
 worker = listener.worker
-say(listener.endpoint)
+send(listener.endpoint)
 stream = None
 while stream is None:
     if worker:
@@ -380,7 +380,7 @@ while not stream.flush():
 if worker:
     for _ in range(1000):
         worker.progress()
-say("sent")
+send("sent")
 while True:
     select.select([], [], [], 60)
 """
@@ -391,7 +391,7 @@ def test_a_killed_peer_is_noticed(kind: str) -> None:
     path = str(Path(os.environ["DRAY_RUNTIME_DIR"]) / f"peer-{next(_numbers)}.sock")
     deadline = Deadline.after(20)
     with Child(PEER, kind=kind, path=path) as peer, contextlib.ExitStack() as stack:
-        address = parse_endpoint(peer.hear())
+        address = parse_endpoint(peer.receive())
         worker = address.lane.make_worker(address)
         if worker is not None:
             stack.callback(worker.close)
@@ -407,7 +407,7 @@ def test_a_killed_peer_is_noticed(kind: str) -> None:
                     poll.poll(100)
 
         next_message()
-        assert peer.hear() == "sent"
+        assert peer.receive() == "sent"
         os.kill(peer.pid, signal.SIGKILL)
         with pytest.raises((ConnectionClosed, ConnectionReset)):
             next_message()

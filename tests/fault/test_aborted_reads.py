@@ -114,14 +114,14 @@ def read_beside(ref):
     if rng.random() < 0.2:
         assert same(client.read_bytes(ref, timeout=20, consume=False), ref)
 
-lasting = [payload(*each) for each in hear()]
+lasting = [payload(*each) for each in receive()]
 neighbour = Reader(lasting[0])
 neighbour.connect()
-say()
-while (wanted := hear()) is not None:
+send()
+while (wanted := receive()) is not None:
     if wanted == "progress":
         worker.progress()
-        say()
+        send()
         continue
     passing = [payload(*each) for each in wanted["passing"]]
     for _ in range(wanted["aborts"]):
@@ -138,13 +138,13 @@ while (wanted := hear()) is not None:
             pass
         else:
             raise AssertionError(f"{ref} was consumed, and came again")
-    say(aborted)
+    send(aborted)
 for ref in lasting:
     assert same(client.read_bytes(ref, timeout=20), ref)
 neighbour.stream.close()
 worker.close()
 client.close()
-say()
+send()
 """
 
 
@@ -155,7 +155,7 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
     options = {"lane": "ucx", "threads": 1}
     slots = len(LASTING) + len(PASSING)
     with Child(SERVER, slots=slots, slot_bytes=max(LASTING), options=options) as server, Child(ABORTER) as client:
-        server.hear()
+        server.receive()
         client.ask([[seed, server.ask([seed, nbytes])] for seed, nbytes in enumerate(LASTING)])
         seed = len(LASTING)
         before: dict[str, Footprint] = {}
@@ -172,8 +172,8 @@ def test_w10_aborted_ucx_reads_leave_no_memory_and_reach_no_other_connection(cou
         wait_for_ends(server, client)
         after = {"server": Footprint.of(server.pid), "client": Footprint.of(client.pid)}
         statistics = server.ask("statistics")
-        client.say()
-        client.hear()
+        client.send()
+        client.receive()
         client.process.wait(30)
         ended = server.ask("statistics")["ring"]
     print(f"\n{dict(aborted)} in {time.monotonic() - began:.1f} s")

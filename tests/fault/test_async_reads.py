@@ -54,7 +54,7 @@ def test_no_payload_of_a_cancelled_read_is_lost(scheme: Any) -> None:
         slot_bytes=1 << 19,
         secret=SECRET.hex(),
     ) as server:
-        server.hear()
+        server.receive()
         refs = [reference(server.ask(packed(number))) for number in range(37)]
         with PayloadClient(lane=scheme, secret=SECRET) as client:
 

@@ -71,14 +71,14 @@ with PayloadClient(lane="tcp") as client:
     found["connects"] = client.statistics().connects
     found["given_up"] = client.statistics().connections_given_up
 found["client"] = attempted(0, lambda: PayloadClient().close())
-say(found)
+send(found)
 """
 )
 
 MAKES = (
     LIMITED
     + """
-say([attempted(left, make) for left in range(12)])
+send([attempted(left, make) for left in range(12)])
 """
 )
 
@@ -93,13 +93,13 @@ def producers() -> Any:
     )
     with Child(script, **arguments) as one, Child(script, **arguments) as other:
         for each in (one, other):
-            each.hear()
+            each.receive()
         yield [each.ask([0, 5000]) for each in (one, other)]
 
 
 def test_reads_without_descriptors_use_another_lane_or_name_the_limit(producers: Any) -> None:
     with Child(READS, refs=producers) as child:
-        found = child.hear(60)
+        found = child.receive(60)
     for key in ("read 0", "shm alone", "client"):
         kind, is_os_error, retryable, text = found[key]
         assert (kind, is_os_error, retryable) == ("OutOfResources", True, True)
@@ -113,7 +113,7 @@ def test_reads_without_descriptors_use_another_lane_or_name_the_limit(producers:
 
 def test_ring_and_server_that_find_no_descriptor_name_the_limit() -> None:
     with Child(MAKES, refs=[]) as child:
-        outcomes = child.hear(60)
+        outcomes = child.receive(60)
     made = outcomes.index("made")
     assert 3 < made < 12
     assert set(map(str, outcomes[made:])) == {"made"}

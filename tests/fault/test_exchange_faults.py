@@ -61,7 +61,7 @@ Behaviour = Callable[["Misbehaving", Stream, Frame], Sequence[Outgoing]]
 
 
 class Misbehaving:
-    """Shakes hands as the server of `good` would, and answers READ as told.
+    """Shakes hands as the server of `good` would, and answers READ with its behaviour.
 
     Attributes:
         endpoint: where it listens.
@@ -91,7 +91,7 @@ class Misbehaving:
         self._thread = threading.Thread(target=self._run)
 
     def wait(self, seconds: float) -> None:
-        """Be slow, unless the test is over."""
+        """Be slow, unless the test has ended."""
         self.ended.wait(seconds)
 
     def __enter__(self) -> "Misbehaving":
@@ -206,11 +206,11 @@ def half(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
     return [status(frame, NBYTES, checksum=digest.intdigest()), Payload(memoryview(sent), frame.tag)]
 
 
-def says_less(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+def announces_less(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
     return [status(frame, NBYTES // 2), Payload(memoryview(bytes(NBYTES // 2)), frame.tag)]
 
 
-def says_more(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+def announces_more(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
     return [status(frame, NBYTES * 2), Payload(memoryview(bytes(NBYTES * 2)), frame.tag)]
 
 
@@ -309,7 +309,7 @@ def test_a_socket_missing_from_a_folder_of_this_host_is_a_failure() -> None:
 @pytest.mark.parametrize(
     ("behaviour", "cause"), [(silent, "timeout"), (reset, "reset"), (half_and_closed, "truncated")]
 )
-def test_a_retry_is_counted_by_its_cause_and_says_where_why_and_what_is_next(
+def test_a_retry_is_counted_by_its_cause_and_logged_with_endpoint_cause_and_next_attempt(
     behaviour: Behaviour, cause: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "dray.client")
@@ -321,9 +321,9 @@ def test_a_retry_is_counted_by_its_cause_and_says_where_why_and_what_is_next(
                 client.read_bytes(ref, timeout=1, consume=False)
             statistics = client.statistics()
         assert (statistics.retries, statistics.retries_by_cause) == (2, {cause: 2})
-        said = [record for record in caplog.records if record.getMessage().startswith("attempt at")]
-        assert [record.levelname for record in said] == ["WARNING", "DEBUG"]
-        for record, seconds in zip(said, ("0.001", "0.002"), strict=True):
+        logged = [record for record in caplog.records if record.getMessage().startswith("attempt at")]
+        assert [record.levelname for record in logged] == ["WARNING", "DEBUG"]
+        for record, seconds in zip(logged, ("0.001", "0.002"), strict=True):
             message = record.getMessage()
             assert message.startswith(f"attempt at {bad.endpoint} failed: ")
             assert message.endswith(f"; quarantine: {seconds} s; next attempt: {healthy}")
@@ -412,8 +412,8 @@ def test_w2_a_slot_whose_lease_may_have_ended_while_it_was_copied_is_not_handed_
     ("behaviour", "kind"),
     [
         (half, (MessageTruncated, TransportTimeout)),
-        (says_less, ProtocolError),
-        (says_more, ProtocolError),
+        (announces_less, ProtocolError),
+        (announces_more, ProtocolError),
     ],
 )
 def test_w3_a_payload_of_another_length_is_never_handed_out(name: Any, behaviour: Behaviour, kind: Any) -> None:
@@ -485,7 +485,7 @@ def test_c4_a_payload_that_trickles_ends_with_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("name", BAND)
-def test_c5_memory_of_a_failed_read_comes_back_and_is_written_by_nobody_else(name: Any) -> None:
+def test_c5_memory_of_a_failed_read_comes_back_and_is_not_written_afterwards(name: Any) -> None:
     buffers = ReceiveBuffers()
 
     class NetworkWithBuffers(Network):
@@ -554,7 +554,7 @@ def test_w8_a_wedged_thread_is_quarantined_and_the_others_serve_every_slot(lane:
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_wedged_thread_of_four_costs_no_more_than_what_healthy_answers_take(name: Any) -> None:
-    """Without a deadline half of it would be for ever."""
+    """Without a deadline, half of the time would be unlimited."""
     with (
         serving(name, threads=4, slots=8) as server,
         PayloadClient(lane=name) as client,

@@ -32,7 +32,7 @@ def challenge(
     )  # fmt: skip
 
 
-def by_the_book(sock: socket.socket, descriptors: tuple[int, ...] = (), **ring: int) -> None:
+def valid(sock: socket.socket, descriptors: tuple[int, ...] = (), **ring: int) -> None:
     """Perform the handshake as a server of this ring."""
     sock.recv(HELLO.size, socket.MSG_WAITALL)
     sock.sendall(challenge(**ring))
@@ -85,7 +85,7 @@ def listening(lane: str, behave: Behaviour) -> Iterator[PayloadRef]:
 )
 def test_a_server_whose_ring_cannot_be_is_a_protocol_error_at_once(lane: str, ring: dict[str, int]) -> None:
     """With no lease at a time, a batch would never end."""
-    with listening(lane, lambda sock: by_the_book(sock, **ring)) as ref, PayloadClient(lane=lane) as client:
+    with listening(lane, lambda sock: valid(sock, **ring)) as ref, PayloadClient(lane=lane) as client:
         deadline = Deadline.after(20)
         with pytest.raises(ProtocolError):
             client.read_bytes(ref, timeout=20)
@@ -96,7 +96,7 @@ def test_a_server_whose_ring_cannot_be_is_a_protocol_error_at_once(lane: str, ri
 
 @pytest.mark.parametrize("nbytes", [2**46, 2**62, 2**63, 2**64 - 1])
 def test_a_payload_that_no_memory_can_hold_is_refused_before_it_is_asked_for(nbytes: int) -> None:
-    with listening("tcp", lambda sock: by_the_book(sock, slot_bytes=2**64 - 1)) as ref:
+    with listening("tcp", lambda sock: valid(sock, slot_bytes=2**64 - 1)) as ref:
         huge = PayloadRef(ref.producer, 0, 0, nbytes, ref.endpoints)
         with PayloadClient(lane="tcp") as client:
             with pytest.raises(PayloadTooLargeError, match=str(nbytes)):
@@ -110,7 +110,7 @@ def test_statistics_that_are_no_json_object_are_a_protocol_error(lane: str, text
 
         def behave(sock: socket.socket) -> None:
             descriptors = (ring.segment.fileno(),) if lane == "shm" else ()
-            by_the_book(sock, descriptors, producer=ring.producer_id)  # type: ignore[arg-type]
+            valid(sock, descriptors, producer=ring.producer_id)  # type: ignore[arg-type]
             sock.recv(FRAME_BYTES, socket.MSG_WAITALL)
             sock.sendall(Frame(Kind.STATUS, Status.OK, flags=Flag.TEXT, nbytes=len(text)).pack() + text)
 
@@ -138,7 +138,7 @@ def test_a_descriptor_that_is_not_the_segment_is_refused_and_closed(sent: str) -
             "empty": (unsealed,),
             "three": (pipe[0], pipe[1], unsealed),
         }[sent]
-        with listening("shm", lambda sock: by_the_book(sock, descriptors)) as ref:
+        with listening("shm", lambda sock: valid(sock, descriptors)) as ref:
             with PayloadClient(lane="shm") as client:
                 for _ in range(3):
                     with pytest.raises(DrayError):

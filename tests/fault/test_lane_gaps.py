@@ -230,7 +230,7 @@ def test_w4_a_client_that_never_reads_its_answers_delays_no_other_client_on_its_
             for first in range(0, 20_000, 16):
                 frames = (Frame(Kind.STAT, request=first + number).pack() for number in range(16))
                 peer.stream.send([b"".join(frames)])
-            peer.stream.flush()  # nobody drives the peer from here on
+            peer.stream.flush()  # the peer makes no progress from here on
             (stuck,) = server.loops[0].connections.all()
             wait_until(lambda: stuck.unsent, "an answer that cannot leave")
             assert bytes(client.read_bytes(ref, timeout=5, consume=False)) == b"payload"
@@ -445,10 +445,10 @@ with SharedRingBuffer(1, 64) as ring:
         except Exception as error:
             raised = type(error).__name__
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        say([raised, held() - before, threading.active_count() - 1])
+        send([raised, held() - before, threading.active_count() - 1])
         if raised is None:
             break
-say(os.listdir(folder))
+send(os.listdir(folder))
 """
 
 
@@ -463,12 +463,12 @@ def test_w7_a_start_that_runs_out_of_descriptors_is_undone_wherever_it_stops(
     folder = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"out-{os.getpid()}-{'-'.join(lanes)}"
     monkeypatch.setenv("DRAY_RUNTIME_DIR", str(folder))
     with Child(OUT_OF_DESCRIPTORS, lanes=lanes) as child:
-        outcomes = [child.hear()]
+        outcomes = [child.receive()]
         while outcomes[-1][0] is not None:
-            outcomes.append(child.hear())
+            outcomes.append(child.receive())
         assert len(outcomes) > 3
         assert [outcome[1:] for outcome in outcomes] == [[0, 0]] * len(outcomes)
-        assert child.hear() == []
+        assert child.receive() == []
 
 
 NO_LISTENER = """
@@ -477,15 +477,15 @@ with SharedRingBuffer(1, 64) as ring:
     try:
         PayloadServer(ring, threads=2, secret=make_secret())
     except DrayError as error:
-        say(type(error).__name__)
+        send(type(error).__name__)
     inodes = {os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)}
     found = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    say([line[1] for line in found if line[3] == "0A" and f"socket:[{line[9]}]" in inodes])
-    say(threading.active_count())
+    send([line[1] for line in found if line[3] == "0A" and f"socket:[{line[9]}]" in inodes])
+    send(threading.active_count())
     folder = pathlib.Path(os.environ["DRAY_RUNTIME_DIR"])
-    say([path.name for path in folder.iterdir()])
+    send([path.name for path in folder.iterdir()])
     with PayloadServer(ring, lane=["shm", "tcp"]) as server, PayloadClient() as client:
-        say(bytes(client.read_bytes(server.put_bytes(b"payload"), timeout=5)).decode())
+        send(bytes(client.read_bytes(server.put_bytes(b"payload"), timeout=5)).decode())
 """
 
 
@@ -496,7 +496,7 @@ def test_w7_a_listener_that_ucx_cannot_have_undoes_the_other_lanes(monkeypatch: 
     monkeypatch.setenv("DRAY_RUNTIME_DIR", str(folder))
     monkeypatch.setenv("UCX_SOCKADDR_TLS_PRIORITY", "none")
     with Child(NO_LISTENER) as child:
-        assert [child.hear() for _ in range(5)] == ["Unreachable", [], 1, [], "payload"]
+        assert [child.receive() for _ in range(5)] == ["Unreachable", [], 1, [], "payload"]
 
 
 def test_w7_a_partial_start_is_undone_and_raises_on_ucx() -> None:

@@ -70,19 +70,19 @@ def announce(connection, feed):
 listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 listener.bind(arguments["path"])
 listener.listen()
-say([ring.producer_id.hex(), server.endpoints])
+send([ring.producer_id.hex(), server.endpoints])
 connections = [listener.accept()[0] for _ in feeds]
 threads = [threading.Thread(target=announce, args=each) for each in zip(connections, feeds)]
 threads += [threading.Thread(target=write) for _ in range(2)]
 for thread in threads:
     thread.start()
-hear()
+receive()
 stopping = True
 for thread in threads:
     thread.join(30)
-say()
-while hear() == "statistics":
-    say(server.statistics().to_dict())
+send()
+while receive() == "statistics":
+    send(server.statistics().to_dict())
 server.close()
 """
 )
@@ -148,8 +148,8 @@ with PayloadClient(lane=arguments["lane"]) as client:
             new = True
             redeem(pick())
     source.close()
-    say([outcomes, client.statistics().retries])
-    hear()
+    send([outcomes, client.statistics().retries])
+    receive()
 """
 )
 
@@ -162,13 +162,13 @@ def test_b1_a_late_reference_gives_its_own_payload_or_stale(lane: str, on_full: 
     path = Path(os.environ["DRAY_RUNTIME_DIR"]) / f"feed-{lane}-{on_full}"
     began = time.monotonic()
     with Child(WRITER, lane=lane, on_full=on_full, slots=SLOTS, readers=READERS, path=str(path)) as writer:
-        producer, endpoints = writer.hear()
+        producer, endpoints = writer.receive()
         common: dict[str, Any] = {"lane": lane, "path": str(path), "producer": producer, "endpoints": endpoints}
         share = {"count": count // READERS, "max_held": SLOTS}
         with Child(READER, seed=1, **common, **share) as one, Child(READER, seed=2, **common, **share) as other:
-            found = [reader.hear(1000) for reader in (one, other)]
+            found = [reader.receive(1000) for reader in (one, other)]
             for reader in (one, other):
-                reader.say()
+                reader.send()
                 reader.process.wait(30)
         writer.ask()
         wait_until(lambda: writer.ask("statistics")["open_connections"] == 0, "the readers' ends to be noticed")

@@ -38,7 +38,7 @@ sizes, good = arguments["sizes"], arguments["good"]
 ring = SharedRingBuffer(len(sizes) + len(good), 1 << 17)
 server = PayloadServer(ring, lane=[arguments["lane"]], threads=1, drain_timeout=0.5)
 table = Table(arguments["table"], len(sizes))
-say([json.loads(server.put_bytes(pattern(seed, size)).to_json()) for seed, size in enumerate(good)])
+send([json.loads(server.put_bytes(pattern(seed, size)).to_json()) for seed, size in enumerate(good)])
 def renew(row, size):
     "The ring is full but for the slot of the payload that was consumed: its successor gets the same one."
     try:
@@ -51,8 +51,8 @@ def renew(row, size):
 threads = [threading.Thread(target=renew, args=each, daemon=True) for each in enumerate(sizes)]
 for thread in threads:
     thread.start()
-while (wanted := hear()) is not None:
-    say(server.statistics().to_dict())
+while (wanted := receive()) is not None:
+    send(server.statistics().to_dict())
 server.close()
 ring.close()
 """
@@ -139,7 +139,7 @@ def play(lane: str, conversations: int, warm_up: int, table: str, seed: int) -> 
     """Play them, and check all that must hold."""
     arguments = {"lane": lane, "table": table, "tests": str(TESTS), "sizes": SIZES, "good": GOOD_SIZES}
     with Child(SERVER, **arguments) as server:
-        refs = [reference(found) for found in server.hear()]
+        refs = [reference(found) for found in server.receive()]
         task = {
             "lane": lane,
             "address": refs[0].endpoints[0],

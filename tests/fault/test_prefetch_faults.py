@@ -26,13 +26,13 @@ from dray.ucxx import (
 PRODUCER = """
 ring = SharedRingBuffer(arguments.get("slots", 16), 1 << 16)
 server = PayloadServer(ring, lane=(arguments["lane"],), threads=2, drain_timeout=0.5)
-say(server.endpoints)
-while (wanted := hear()) is not None:
+send(server.endpoints)
+while (wanted := receive()) is not None:
     if wanted == "state":
         statistics = ring.statistics()
-        say([statistics.free, statistics.ready, statistics.reading])
+        send([statistics.free, statistics.ready, statistics.reading])
     else:
-        say(json.loads(server.put({"value": np.full(100, wanted)}).to_json()))
+        send(json.loads(server.put({"value": np.full(100, wanted)}).to_json()))
 server.close()
 """
 
@@ -40,7 +40,7 @@ server.close()
 @contextlib.contextmanager
 def producer(lane: str, **arguments: object) -> Iterator[Child]:
     with Child(PRODUCER, lane=lane, **arguments) as child:
-        child.endpoints = child.hear()  # type: ignore[attr-defined]
+        child.endpoints = child.receive()  # type: ignore[attr-defined]
         yield child
         child.resume()
 

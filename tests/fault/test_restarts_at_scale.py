@@ -15,11 +15,11 @@ MAX_CLOSE_SECONDS = 5.0
 
 CYCLES = """
 import gc, threading
-while (number := hear()) is not None:
+while (number := receive()) is not None:
     with SharedRingBuffer(3, 8 << 20) as ring:
         server = PayloadServer(ring, lane="ucx", threads=2, drain_timeout=0.05)
         sizes = (1000, 1 << 20, 8 << 20)
-        say([json.loads(server.put_bytes(pattern(nbytes, nbytes)).to_json()) for nbytes in sizes])
+        send([json.loads(server.put_bytes(pattern(nbytes, nbytes)).to_json()) for nbytes in sizes])
         pause, limit = threading.Event(), Deadline.after(20)
         while server.statistics().counters.reads <= number % 7:
             assert not limit.expired, "no read arrived"
@@ -29,13 +29,13 @@ while (number := hear()) is not None:
         server.close()
         ended = closing.elapsed, connections, ring.statistics().leases
     gc.collect()
-    say(ended)
+    send(ended)
 """
 
 READERS = """
 import collections, gc, threading
 expected = {nbytes: np.frombuffer(pattern(nbytes, nbytes), np.uint8) for nbytes in (1000, 1 << 20, 8 << 20)}
-while (asked := hear()) is not None:
+while (asked := receive()) is not None:
     attempts, found = asked
     refs = [PayloadRef.from_json(json.dumps(each)) for each in found]
     outcomes = collections.Counter()
@@ -57,7 +57,7 @@ while (asked := hear()) is not None:
         for thread in threads:
             thread.join()
     gc.collect()  # errors keep what was on the stack where they were raised
-    say(outcomes)
+    send(outcomes)
 """
 
 
@@ -74,19 +74,19 @@ def test_w9_servers_that_stop_repeatedly_under_load_leave_nothing(count: int) ->
             if number == max(WARM_CYCLES, count // 5):
                 before = {name: Footprint.of(process.pid) for name, process in processes.items()}
             # A second attempt connects while the server stops; it fails after 1 s, when the kernel retries.
-            reader.say([2 if number % 5 == 0 else 1, server.ask(number)])
-            seconds, connections, leases = server.hear()
+            reader.send([2 if number % 5 == 0 else 1, server.ask(number)])
+            seconds, connections, leases = server.receive()
             assert seconds < MAX_CLOSE_SECONDS
             assert leases == 0
             longest = max(longest, seconds)
             in_flight += connections > 0
-            outcomes += Counter(reader.hear())
+            outcomes += Counter(reader.receive())
             if number % 50 == 49:
                 now = {name: Footprint.of(process.pid) for name, process in processes.items()}
                 print(f"{number + 1} cycles in {time.monotonic() - began:.0f} s: {now}", flush=True)
         after = {name: Footprint.of(process.pid) for name, process in processes.items()}
         for process in processes.values():
-            process.say()
+            process.send()
             assert process.process.wait(30) == 0
     print(f"\n{count} cycles in {time.monotonic() - began:.1f} s, longest close {longest:.3f} s: {dict(outcomes)}")
     for name in before:

@@ -73,8 +73,8 @@ for number in range(arguments["rounds"]):
 limit = Deadline.after(10)  # a lease whose array was in the frames of the exception ends in its thread
 while (descriptors() > before or threads() > threads_before) and not limit.expired:
     time.sleep(0.002)
-say([count[0], descriptors() - before, threads() - threads_before])
-hear()
+send([count[0], descriptors() - before, threads() - threads_before])
+receive()
 """
 )
 
@@ -85,12 +85,12 @@ def test_calls_that_a_signal_handler_ends_anywhere_leave_nothing_behind(lane: An
         rounds, most = (12, 0.03) if lane == "ucx" else (120, 0.002)
         arguments = {"refs": [ref.to_json() for ref in refs], "lane": lane, "rounds": rounds, "most": most}
         with Child(READS.replace("json.dumps(each)", "each"), **arguments) as child:
-            interrupts, descriptors, threads = child.hear(60)
+            interrupts, descriptors, threads = child.receive(60)
             assert interrupts >= rounds // 2
             assert (descriptors, threads) == (0, 0)
             wait_until(lambda: server.statistics().open_connections == 0, "the connections to be closed")
             assert server.statistics().leases == ()
-            child.say()
+            child.send()
         with PayloadClient(lane=lane) as client:
             for n, result in enumerate(client.read_many(refs, timeout=10)):
                 assert (result.payload["a"] == n).all()
@@ -113,7 +113,7 @@ with PayloadClient() as client:
             client.consume([ref])
     gc.collect()
     found = server.statistics().ring
-    say([count[0], found.free, found.claimed - found.aborted - found.committed])
+    send([count[0], found.free, found.claimed - found.aborted - found.committed])
 server.close()
 ring.close()
 """
@@ -122,7 +122,7 @@ ring.close()
 
 def test_put_that_a_signal_handler_ends_anywhere_leaves_its_slot_free() -> None:
     with Child(PUTS) as child:
-        interrupts, free, writing = child.hear(60)
+        interrupts, free, writing = child.receive(60)
     assert interrupts > 20
     assert (free, writing) == (8, 0)
 

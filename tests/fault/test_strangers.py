@@ -172,13 +172,13 @@ def test_a_server_whose_descriptors_ucx_has_used_up_serves_on() -> None:
     script = """
 ring = SharedRingBuffer(2, 4096)
 with PayloadServer(ring, lane="ucx", threads=1) as server:
-    say(json.loads(server.put_bytes(b"payload").to_json()))
-    while hear() is not None:
-        say(server.statistics().to_dict()["server"])
-say("closed")
+    send(json.loads(server.put_bytes(b"payload").to_json()))
+    while receive() is not None:
+        send(server.statistics().to_dict()["server"])
+send("closed")
 """
     with contextlib.ExitStack() as opened, Child(limit + script) as child:
-        ref = reference(child.hear())
+        ref = reference(child.receive())
         host, _, port = ref.endpoints[0].removeprefix("ucx:").rpartition(":")
         for _ in range(400):
             sock = opened.enter_context(socket.socket())

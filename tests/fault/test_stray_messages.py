@@ -26,7 +26,7 @@ MEGABYTES_LEFT = 12
 @pytest.fixture
 def server() -> Iterator[Child]:
     with Child(SERVER, slots=4, slot_bytes=1 << 16, options={"lane": ["ucx"], "threads": 1}) as child:
-        child.hear()
+        child.receive()
         yield child
 
 

@@ -163,7 +163,7 @@ def test_w4_what_is_no_hello_closes_only_that_connection(name: str, junk: bytes)
         Frame(Kind.ACK, flags=Flag.TEXT),
     ],
 )
-def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases(name: str, frame: Frame) -> None:
+def test_w4_malformed_frames_close_only_that_connection_and_release_its_leases(name: str, frame: Frame) -> None:
     with serving(name) as server, PayloadClient(lane=name) as client:  # type: ignore[arg-type]
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
@@ -180,7 +180,7 @@ def test_w4_malformed_frames_close_only_that_connection_and_return_its_leases(na
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
-def test_w4_random_bytes_after_the_handshake_harm_nobody_else(name: str) -> None:
+def test_w4_random_bytes_after_the_handshake_harm_no_other_connection(name: str) -> None:
     with serving(name) as server, PayloadClient(lane=name) as client:  # type: ignore[arg-type]
         ref = server.put_bytes(b"payload")
         for seed in range(20):
@@ -193,7 +193,7 @@ def test_w4_random_bytes_after_the_handshake_harm_nobody_else(name: str) -> None
         wait_until(lambda: ring_of(server).statistics().leases == 0, "the ACK to arrive")
 
 
-def test_w4_a_client_that_never_reads_its_answers_holds_up_nobody() -> None:
+def test_w4_a_client_that_never_reads_its_answers_delays_no_other_client() -> None:
     with serving("tcp") as server, PayloadClient(lane="tcp") as client:
         ref = server.put_bytes(b"payload")
         with ByHand(endpoint_of(server, "tcp")) as peer:
@@ -225,7 +225,7 @@ def test_w3_a_changed_payload_does_not_match_its_checksum(caplog: pytest.LogCapt
 
 @contextlib.contextmanager
 def wedged(name: str, directory: Path) -> Iterator[tuple[str, Callable[[], int]]]:
-    """An endpoint that accepts and says nothing, and how often it was tried."""
+    """An endpoint that accepts and never answers, and how often it was tried."""
     if name == "ucx":
         with (
             contextlib.closing(UcxWorker(True)) as worker,
@@ -462,7 +462,7 @@ def test_w13_a_lost_ack_is_repeated_when_the_client_closes(name: Any) -> None:
 # --- B13, B14 ---------------------------------------------------------------------------------------------------
 
 
-def test_b13_a_slot_is_not_reused_while_a_view_of_it_lives() -> None:
+def test_b13_a_slot_is_not_reused_while_a_view_of_it_exists() -> None:
     with serving("shm", slots=1) as server, PayloadClient() as client:
         ref = server.put({"a": np.arange(100)})
         with pytest.raises(LeaseInUseError) as caught, client.lease(ref) as arrays:
@@ -530,7 +530,7 @@ def test_b14_leases_of_a_connection_are_bounded_and_then_busy() -> None:
 # --- B12 --------------------------------------------------------------------------------------------------------
 
 
-def test_b12_what_a_child_inherits_says_so_and_the_parent_goes_on(lane: Any) -> None:
+def test_b12_inherited_objects_raise_in_a_child_and_the_parent_continues(lane: Any) -> None:
     with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"payload")
         client.read_bytes(ref, consume=False)
@@ -631,7 +631,7 @@ def test_loopback_servers_cannot_be_reached_over_another_address(name: Any) -> N
 def test_w9_servers_stopped_with_reads_in_flight_leave_nothing(lane: Any) -> None:
     """The leak check of every test looks for descriptors, threads and memory; here, cycle by cycle as well.
 
-    On UCX a client that connects while its server stops hears of it when the kernel tries again, after a second.
+    On UCX a client that connects while its server stops notices it when the kernel tries again, after a second.
     """
     cycles = 8 if lane == "ucx" else 30
 

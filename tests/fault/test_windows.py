@@ -65,7 +65,7 @@ def test_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_ans
         assert number > 3 * 3  # the other thread answered all the while
         ring.wedged.clear()
         ring.freed.set()
-        wait_until(lambda: not client.statistics().quarantined, "the last quarantine to be over")
+        wait_until(lambda: not client.statistics().quarantined, "the last quarantine to end")
         assert [read(number) for number in range(4)] == [3] * 4
         assert client.statistics().quarantined == ()
 

@@ -13,7 +13,7 @@ from dray.control.commands import Command
 from dray.errors import ProtocolError
 from dray.protocol import PayloadRef
 
-_NAMES = (
+NAMES = (
     names.PRODUCER, names.SEQUENCE, names.WEIGHT_VERSION, names.REPLICA, names.PROMPT, names.REFERENCE,
     names.PAYLOAD, names.COMMAND_NAME, names.COMMAND_FIELDS, names.COMMAND_TOKEN, names.VERSION,
 )  # fmt: skip
@@ -22,7 +22,7 @@ _REFERENCE = b'{"p":"00112233445566778899aabbccddeeff","s":3,"q":41,"n":10,"e":[
 
 def fields(values: dict[bytes, bytes]) -> bytes:
     """The input that means these fields."""
-    return b"".join(bytes([_NAMES.index(name), len(value)]) + value for name, value in values.items())
+    return b"".join(bytes([NAMES.index(name), len(value)]) + value for name, value in values.items())
 
 
 _ENTRY = {
@@ -50,7 +50,7 @@ def run(data: bytes) -> None:
     cursor = Cursor(data)
     found: dict[bytes, bytes] = {}
     while cursor:
-        name = _NAMES[cursor.byte() % len(_NAMES)]
+        name = NAMES[cursor.byte() % len(NAMES)]
         length = cursor.byte()
         value = cursor.read(length)
         # A long run stands for one that is far longer, as deep JSON and long numbers need it.

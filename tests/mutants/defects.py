@@ -141,7 +141,7 @@ DEFECTS = (
     ),
     Defect(
         "a lease ended while an array in its slot exists",
-        "transport/in_place.py",
+        "transport/leases.py",
         "        root = alive() if self._in_place else None\n",
         "        root = None\n",
     ),
@@ -228,7 +228,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "leases returned while UCX still reads their slots",
+        "leases released while UCX still reads their slots",
         LOOP,
         "            if connection.stream.drained:\n                self._forget(connection)\n",
         "            if True:\n                self._forget(connection)\n",

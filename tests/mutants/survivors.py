@@ -93,9 +93,9 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
         Survivor(
             "ring.slots.SlotTable.close", 'self._memory = memoryview(b"")', 'self._memory = memoryview(b"XXXX")'
         ),
-        Survivor("ring.slots.SlotTable._disown", 'self._memory = memoryview(b"")', "self._memory = None"),
+        Survivor("ring.slots.SlotTable.disown", 'self._memory = memoryview(b"")', "self._memory = None"),
         Survivor(
-            "ring.slots.SlotTable._disown", 'self._memory = memoryview(b"")', 'self._memory = memoryview(b"XXXX")'
+            "ring.slots.SlotTable.disown", 'self._memory = memoryview(b"")', 'self._memory = memoryview(b"XXXX")'
         ),
     ),
     "Counts more waiting claims than there are: a notification without a waiting thread has no effect.": (
@@ -107,12 +107,12 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
     ),
     "No thread waits on the condition in a forked child.": (
         Survivor(
-            "ring.slots.SlotTable._disown",
+            "ring.slots.SlotTable.disown",
             "self._claimable = threading.Condition(self.lock)",
             "self._claimable = None",
         ),
         Survivor(
-            "ring.slots.SlotTable._disown",
+            "ring.slots.SlotTable.disown",
             "self._claimable = threading.Condition(self.lock)",
             "self._claimable = threading.Condition(None)",
         ),
@@ -135,14 +135,14 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
         ),
     ),
     "mutmut does not follow forked children; `tests/process/test_segment_process.py` fails with each.": (
-        Survivor("ring.slots.SlotTable._disown", "self.lock = threading.Lock()", "self.lock = None"),
+        Survivor("ring.slots.SlotTable.disown", "self.lock = threading.Lock()", "self.lock = None"),
         Survivor(
-            "ring.slots.SlotTable._disown",
+            "ring.slots.SlotTable.disown",
             "self.closed = self.disowned = True",
             "self.closed = self.disowned = None",
         ),
         Survivor(
-            "ring.slots.SlotTable._disown",
+            "ring.slots.SlotTable.disown",
             "self.closed = self.disowned = True",
             "self.closed = self.disowned = False",
         ),

@@ -40,7 +40,7 @@ def server_on(lane: str, slots: int = 3, slot_bytes: int = 1 << 20, **options: A
 
 def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
     with server_on(lane, slot_bytes=MOST_BYTES) as server, PayloadClient(lane=lane) as client:
-        server.hear()
+        server.receive()
         for seed, nbytes in enumerate(SIZES):
             ref = reference(server.ask([seed, nbytes]))
             assert ref.nbytes == nbytes
@@ -60,7 +60,7 @@ def test_w1_a_reader_that_dies_before_its_ack_loses_nothing(lane: Any, stage: st
         ref = server.put_bytes(payload)
         text = json.loads(ref.to_json())
         with Child(READER, ref=text, scheme=SCHEMES[lane], stage=stage) as reader:
-            assert reader.hear() == "there"
+            assert reader.receive() == "there"
             wait_until(lambda: ring_of(server).statistics().leases == 1, "the lease")
             reader.kill()
             wait_until(lambda: ring_of(server).get_ready_count() == 1, "the payload to be ready again")
@@ -75,7 +75,7 @@ def test_w5_a_stopped_reader_holds_up_nobody(lane: Any) -> None:
         ref = server.put_bytes(pattern(1, nbytes))
         text = json.loads(ref.to_json())
         with Child(READER, ref=text, scheme=SCHEMES[lane], stage="received") as reader:
-            assert reader.hear() == "there"
+            assert reader.receive() == "there"
             reader.stop()
             for seed in range(5):
                 other = server.put_bytes(pattern(seed, nbytes), timeout=5)
@@ -93,7 +93,7 @@ def test_w5_a_reader_stopped_within_a_payload_holds_up_nobody(lane: Any) -> None
         ref = server.put_bytes(pattern(1, nbytes))
         text = json.loads(ref.to_json())
         with Child(READER, ref=text, scheme=SCHEMES[lane], stage="asked") as reader:
-            assert reader.hear() == "there"
+            assert reader.receive() == "there"
             wait_until(lambda: ring_of(server).statistics().leases == 1, "the lease")
             reader.stop()
             small = server.put_bytes(b"small", timeout=5)
@@ -145,7 +145,7 @@ def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut() -> None:
         Child(SERVER, slots=6, slot_bytes=2 << 20, options=options) as server,
         PayloadClient(lane="tcp") as client,
     ):
-        (direct,) = server.hear()
+        (direct,) = server.receive()
         with slowed(direct, 4 << 20) as slow:
             refs = [reference(server.ask([seed, nbytes])) for seed, nbytes in enumerate((10, 10, *[2 << 20] * 4))]
             refs = [dataclasses.replace(ref, endpoints=(slow, direct)) for ref in refs]
@@ -172,7 +172,7 @@ held = connection.answer(target, deadline, deadline)
 connection.finish(held, True, deadline)
 connection.stat(deadline)
 assert held.data().tobytes() == pattern(1, ref.nbytes)
-say("read")
+send("read")
 """
 """Lets UCX work five times a second, for longer than two leases, while a payload is on its way."""
 
@@ -180,10 +180,10 @@ say("read")
 def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut_on_ucx() -> None:
     nbytes = 48 << 20
     with Child(SERVER, slots=1, slot_bytes=nbytes, options={**SLOW_OPTIONS, "lane": ["ucx"]}) as server:
-        server.hear()
+        server.receive()
         ref = server.ask([1, nbytes])
         with Child(SLOW_READER, ref=ref) as reader:
-            assert reader.hear() == "read"
+            assert reader.receive() == "read"
         counted = server.ask("statistics")["server"]
         assert (counted["evicted"], counted["acks_consumed"]) == (0, 1)
 
@@ -193,7 +193,7 @@ def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
         ref = server.put_bytes(b"pinned")
         text = json.loads(ref.to_json())
         with Child(READER, ref=text, scheme="unix", stage="received") as reader:
-            assert reader.hear() == "there"
+            assert reader.receive() == "there"
             reader.stop()
             (lease,) = server.statistics().leases
             assert (lease.pid, lease.slot, lease.sequence) == (reader.pid, ref.slot, ref.sequence)
@@ -207,7 +207,7 @@ def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
 
 def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
     with server_on(lane) as server, PayloadClient(lane=lane) as client:
-        server.hear()
+        server.receive()
         refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
         assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
         server.kill()
@@ -224,7 +224,7 @@ def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
 
 def test_c13_a_stopped_producer_is_a_timeout_and_not_lost(lane: Any) -> None:
     with server_on(lane) as server, PayloadClient(lane=lane) as client:
-        server.hear()
+        server.receive()
         ref = reference(server.ask([1, 1000]))
         client.read_bytes(ref, consume=False)
         server.stop()
@@ -240,7 +240,7 @@ def test_a_producer_killed_within_a_payload_never_gives_partial_bytes(lane: Any)
     """W2: what arrives is whole or an error."""
     nbytes = 64 << 20
     with server_on(lane, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
-        server.hear()
+        server.receive()
         refs = [reference(server.ask([seed, nbytes])) for seed in range(2)]
         expected = [pattern(seed, nbytes) for seed in range(2)]
         killer = threading.Timer(0.05, os.kill, (server.pid, signal.SIGKILL))
@@ -283,7 +283,7 @@ def test_another_producer_on_one_address_is_passed_over_for_the_right_one() -> N
 def test_b12_a_forked_child_does_not_hide_its_parents_death(lane: Any) -> None:
     """A surviving child keeps neither connections nor listeners alive."""
     with server_on(lane) as server, PayloadClient(lane=lane) as client:
-        server.hear()
+        server.receive()
         refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
         assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
         child = server.ask("fork")
@@ -308,8 +308,8 @@ child = os.fork()
 if not child:
     import signal
     signal.pause()
-say(child)
-hear()
+send(child)
+receive()
 """
 
 
@@ -318,7 +318,7 @@ def test_b12_a_forked_child_of_a_dead_reader_pins_nothing() -> None:
         ref = server.put({"a": [1, 2, 3]})
         text = json.loads(ref.to_json())
         with Child(READER_THAT_FORKS, ref=text, lane="shm") as reader:
-            child = reader.hear()
+            child = reader.receive()
             try:
                 wait_until(lambda: ring_of(server).statistics().leases == 1, "the lease")
                 reader.process.kill()
@@ -329,7 +329,7 @@ def test_b12_a_forked_child_of_a_dead_reader_pins_nothing() -> None:
 
 def test_sockets_of_killed_servers_do_not_stop_the_next_one() -> None:
     with server_on("shm") as server:
-        (endpoint,) = server.hear()
+        (endpoint,) = server.receive()
         path = endpoint.removeprefix("unix:")
         server.kill()
         assert os.path.exists(path)  # noqa: PTH110

@@ -14,20 +14,20 @@ SERVER = """
 from pathlib import Path
 folder = Path(os.fsdecode(bytes.fromhex(arguments["folder"])))
 with SharedRingBuffer(2, 64) as ring, PayloadServer(ring, lane="shm", threads=1, directory=folder) as server:
-    say([sys.getfilesystemencoding(), server.put_bytes(b"payload").to_json()])
-    hear()
+    send([sys.getfilesystemencoding(), server.put_bytes(b"payload").to_json()])
+    receive()
 """
 
 READER = """
 from dray.errors import ProducerLostError
 ref = PayloadRef.from_json(arguments["ref"])
 with PayloadClient(lane="shm") as client:
-    say([sys.getfilesystemencoding(), bytes(client.read_bytes(ref)).decode()])
-    hear()
+    send([sys.getfilesystemencoding(), bytes(client.read_bytes(ref)).decode()])
+    receive()
     try:
         client.read_bytes(ref)
     except ProducerLostError as error:
-        say(str(error))
+        send(str(error))
 """
 
 
@@ -46,13 +46,13 @@ def test_references_are_read_whatever_the_locales_of_both_processes(
     folder = os.fsencode(Path(os.environ["DRAY_RUNTIME_DIR"])) + b"/" + name + os.urandom(2).hex().encode()
     first, second = ({}, ASCII)[:: -1 if ascii_first else 1]
     with child(monkeypatch, SERVER, first, folder=folder.hex()) as server:
-        encoding, ref = server.hear()
+        encoding, ref = server.receive()
         assert encoding == ("ascii" if ascii_first else "utf-8")
         with child(monkeypatch, READER, second, ref=ref) as reader:
-            assert reader.hear() == ["utf-8" if ascii_first else "ascii", "payload"]
+            assert reader.receive() == ["utf-8" if ascii_first else "ascii", "payload"]
             server.kill()
-            reader.say()
-            text = reader.hear()
+            reader.send()
+            text = reader.receive()
             assert text.startswith("the producer is gone: nobody answers for it at unix:")
             assert text.isprintable()
 

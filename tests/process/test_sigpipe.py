@@ -16,7 +16,7 @@ DEFAULT = "import signal\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
 def test_producer_with_the_default_action_of_sigpipe_survives_the_end_of_its_readers(lane: Any) -> None:
     options = {"lane": [lane], "threads": 1}
     with Child(DEFAULT + SERVER, slots=2, slot_bytes=8 << 20, options=options) as producer:
-        producer.hear()
+        producer.receive()
         refs = [reference(producer.ask([0, 8 << 20])) for _ in range(2)]
         for _ in range(10):
             deadline = Deadline.after(10)
@@ -69,10 +69,10 @@ with ControllerClient("http://127.0.0.1:1", "token", 1.0):
         if blocked >> (signal.SIGPIPE - 1) & 1:
             break
     found.append("controller")
-say(found)
+send(found)
 """
 
 
 def test_sends_to_peers_of_the_runtime_that_are_gone_are_errors() -> None:
     with Child(DEFAULT + PEERS) as child:
-        assert child.hear() == ["group channel", "link", "redis", "controller"]
+        assert child.receive() == ["group channel", "link", "redis", "controller"]

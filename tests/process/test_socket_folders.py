@@ -22,7 +22,7 @@ def test_w12_sockets_of_dead_owners_are_swept_at_the_next_start_and_those_of_oth
         Child(SERVER, slots=2, slot_bytes=1000, options=options) as stopped,
         Child(SERVER, slots=2, slot_bytes=1000, options=options) as lives,
     ):
-        left, kept, served = (socket_of(server.hear()) for server in (dies, stopped, lives))
+        left, kept, served = (socket_of(server.receive()) for server in (dies, stopped, lives))
         ref = reference(lives.ask([1, 1000]))
         dies.kill()
         stopped.stop()

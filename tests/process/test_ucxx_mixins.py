@@ -28,14 +28,14 @@ class Rollout(UCXXRolloutMixin):
 rollout = Rollout()
 settings = {"lane": arguments["lanes"], "slots": arguments["slots"], "slot_bytes": 1 << 16}
 rollout.setup_ucxx({**settings, "secret": bytes.fromhex(arguments["secret"])})
-say("serving")
-while (wanted := hear()) is not None:
+send("serving")
+while (wanted := receive()) is not None:
     if wanted == "free":
-        say(rollout.ucxx_buffer.ring.statistics().free)
+        send(rollout.ucxx_buffer.ring.statistics().free)
     elif wanted == "end":
-        say(rollout.cleanup_ucxx(drain=20))
+        send(rollout.cleanup_ucxx(drain=20))
     else:
-        say([rollout.episode(number) for number in wanted])
+        send([rollout.episode(number) for number in wanted])
 """
 SECRET = bytes(range(32))
 LANE_SETS = [(("ucx",), "ucx"), (("shm", "ucx"), "auto"), (("tcp",), "tcp")]
@@ -78,7 +78,7 @@ def test_episodes_of_two_rollout_workers_reach_the_packer_double_buffered(
     with rollout(lanes) as first, rollout(lanes, torch=lane == "auto") as second, packing(lane) as packer:
         workers = (first, second)
         for worker in workers:
-            assert worker.hear(60) == "serving"
+            assert worker.receive(60) == "serving"
 
         def batch(step: int) -> list[tuple[int, Any]]:
             numbers = [[step * 20 + 2 * n + offset for n in range(10)] for offset in range(2)]
@@ -109,7 +109,7 @@ def test_r13_episodes_of_a_killed_rollout_worker_are_skipped_and_the_others_are_
 ) -> None:
     with rollout(lanes) as killed, rollout(lanes) as alive, packing(lane, ucxx_prefetch_timeout=20) as packer:
         for worker in (killed, alive):
-            assert worker.hear(60) == "serving"
+            assert worker.receive(60) == "serving"
         lost, good = killed.ask([1, 2, 3]), alive.ask([4, 5, 6])
         killed.kill()
         assert packer.start_prefetch([*lost, *good])
@@ -131,7 +131,7 @@ def test_no_episode_is_lost_when_a_batch_is_collected_without_a_wait_before(
 ) -> None:
     """Callers of earlier transports of this kind make the calls in this order."""
     with rollout(("tcp",)) as worker, packing("tcp", ucxx_prefetch_timeout=2.0 if slow else 60.0) as packer:
-        assert worker.hear(60) == "serving"
+        assert worker.receive(60) == "serving"
         outputs = [SimpleNamespace(completion=each) for each in worker.ask(list(range(16)))]
         if slow:
             worker.stop()
@@ -153,7 +153,7 @@ def test_no_episode_is_lost_when_a_batch_is_collected_without_a_wait_before(
 
 def test_a_small_buffer_goes_round_many_times_while_the_packer_reads_behind_it() -> None:
     with rollout(("ucx",), slots=4) as worker, packing("ucx") as packer:
-        assert worker.hear(60) == "serving"
+        assert worker.receive(60) == "serving"
         for number in range(0, 60, 2):
             written = worker.ask([number, number + 1])
             assert packer.start_prefetch(json.loads(json.dumps(written)))

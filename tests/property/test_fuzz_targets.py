@@ -170,7 +170,7 @@ def test_any_header_describes_arrays_within_the_image_or_is_refused(header: dict
 
 @given(
     st.dictionaries(
-        st.sampled_from(fuzz_control._NAMES),
+        st.sampled_from(fuzz_control.NAMES),
         st.sampled_from([b"0f" * 16, b"7", b"-1", b"18446744073709551616", b"1_0", b"\xd9\xa3", b"1e3"])
         | values.map(lambda value: json.dumps(value).encode()[:200])
         | st.binary(max_size=40),

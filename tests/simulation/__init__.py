@@ -1,6 +1,6 @@
 """Tools for tests: a clock moved by hand, and the deterministic simulation. Nothing in dray imports this package.
 
-`python -m simulation` runs the simulation; docs/testing.md says what it does and how to read it.
+`python -m simulation` runs the simulation; docs/testing.md explains what it does and how to read its output.
 """
 
 from simulation.clock import ManualClock

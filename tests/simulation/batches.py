@@ -141,7 +141,7 @@ class SimulatedBatches(SimulatedConsumer):
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _batch(self) -> list[PayloadRef]:
-        refs = self.world.take(self.reader, self.rng.randint(0, 5))
+        refs = self.world.hand_references(self.reader, self.rng.randint(0, 5))
         old = self.world.old()
         if old and self.rng.random() < 0.3:
             refs.append(self.rng.choice(old))

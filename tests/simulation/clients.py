@@ -40,7 +40,7 @@ class World(Protocol):
     ledger: Ledger
     plan: FaultPlan
 
-    def take(self, reader: int, most: int) -> list[PayloadRef]:
+    def hand_references(self, reader: int, most: int) -> list[PayloadRef]:
         """References that this reader does not have yet, or gave back."""
         ...
 
@@ -65,7 +65,7 @@ class SimulatedConsumer:
     """A process that reads.
 
     Args:
-        world: where it lives.
+        world: the run that it belongs to.
         name: its name.
         reader: its reader id.
         welcome: it has the right secret and a reader id that exists.
@@ -109,11 +109,11 @@ class SimulatedConsumer:
     def closes(self) -> None:
         """From now on, calls under way may take longer, because they make sure that their ACKs arrive."""
         self.closed = True
-        self.let_go()
+        self.release_arrays()
         for actor in self.process.actors:
             actor.slack = math.inf
 
-    def let_go(self) -> None:
+    def release_arrays(self) -> None:
         """Drop the arrays that outlived their blocks."""
         self._pinned.clear()
 
@@ -162,7 +162,7 @@ class SimulatedConsumer:
                     ref = dataclasses.replace(ref, nbytes=ref.nbytes + self.rng.choice((-1, 1)))
             return [ref]
         for _ in range(4):
-            if refs := self.world.take(self.reader, self.rng.randint(1, most)):
+            if refs := self.world.hand_references(self.reader, self.rng.randint(1, most)):
                 return refs
             if old := self.world.old():
                 return [self.rng.choice(old)]

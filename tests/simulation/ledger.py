@@ -164,7 +164,7 @@ class Ledger:
         return list(self._books.values())
 
     def open(self, ring: SharedRingBuffer, name: str, readers: int) -> Books:
-        """Begin the books of a new ring."""
+        """Begin the ledger of a new ring."""
         books = Books(ring, name, readers)
         self._books[ring.producer_id] = books
         return books

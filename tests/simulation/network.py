@@ -278,7 +278,7 @@ class Wire:
 
     @property
     def lost(self) -> bool:
-        """The client was notified that the connection is over; on UCX that is not known."""
+        """The client was notified that the connection has ended; on UCX that is not known."""
         return isinstance(self._end, SimulatedSocket) and self._end.failed
 
     @property

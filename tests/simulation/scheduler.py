@@ -1,8 +1,8 @@
-"""Who runs next: greenlets on one thread, a manual clock, and a seed that decides.
+"""The order of execution: greenlets on one thread, a manual clock, and a seed that decides.
 
 An *actor* is a greenlet that runs production code and gives way only where that code would block. Between two
-such points nothing else happens. The clock moves a little with each step, and jumps to the next thing due when
-nobody can run. The same seed gives the same run.
+such points nothing else happens. The clock moves a little with each step, and jumps to the next event when
+no actor can run. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from simulation.clock import ManualClock
 
-MOST_STEPS = 20_000
+MAX_STEPS = 20_000
 """A run that takes more of them goes round in circles."""
-LONGEST_STEP = 40e-6
+MAX_STEP_SECONDS = 40e-6
 _EPSILON = 1e-6
 
 
@@ -41,7 +41,7 @@ class Signal:
         self.waiting: list[Actor] = []
 
     def notify(self) -> None:
-        """Wake everyone who waits now."""
+        """Wake all actors that wait now."""
         if self.waiting:
             woken, self.waiting = self.waiting, []
             for actor in woken:
@@ -69,8 +69,8 @@ class Actor:
 
     Attributes:
         bound: the deadline of what it does now; no wait may be longer, none may begin after it.
-        slack: seconds that it may go on after `bound`.
-        late: seconds by which it was resumed after its waits were over, since `bound` was set.
+        slack: seconds that it may continue after `bound`.
+        late: seconds by which it was resumed after its waits had ended, since `bound` was set.
         idles: it may wait without a bound, as a server does for work.
     """
 
@@ -157,7 +157,7 @@ class Scheduler:
         return actor
 
     def at(self, when: float, event: Callable[[], None]) -> None:
-        """Have something happen at a time, on nobody's behalf."""
+        """Call `event` at a time, outside of any actor."""
         self._timer += 1
         heapq.heappush(self._timers, (when, self._timer, event, 0))
 
@@ -218,13 +218,13 @@ class Scheduler:
             self._timer += 1
             heapq.heappush(self._timers, (until, self._timer, actor, actor.turn))
         elif not signals:
-            raise Violation(f"{actor.name} waits for nothing, for ever")
+            raise Violation(f"{actor.name} waits for nothing, without a limit")
         self._give_way(actor)
         actor.late += max(0.0, self.now() - until)
         return actor.woken
 
     def pause(self) -> None:
-        """Let others run; go on whenever the seed says so."""
+        """Let other actors run; resume when the seed decides."""
         actor = self.actor
         if actor is None or self.ending or actor.process.dead:
             raise GreenletExit
@@ -239,7 +239,7 @@ class Scheduler:
         self.wait((), self.now() + seconds)
 
     def stall(self, seconds: float) -> None:
-        """Be held up, as a thread is that gets no processor: whoever waits for it has to."""
+        """Be held up, as a thread is that gets no processor: an actor that waits for it has to wait."""
         actor = self.actor
         if actor is None or self.ending:
             return
@@ -254,9 +254,9 @@ class Scheduler:
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def run(self, until: float, done: Callable[[], bool]) -> bool:
-        """Run until `done`, or the time `until`; whether it was the former. Looks at `done` when time jumps."""
+        """Run until `done`, or the time `until`; whether it was the former. `done` is called when time jumps."""
         clock, rng, ready, timers = self.clock, self.rng, self._ready, self._timers
-        random_, ceiling = rng.random, LONGEST_STEP
+        random_, ceiling = rng.random, MAX_STEP_SECONDS
         while True:
             if ready:
                 clock.advance(random_() * ceiling)
@@ -278,8 +278,8 @@ class Scheduler:
             ready.pop()
             actor.queued = False
             self.steps += 1
-            if self.steps > MOST_STEPS:
-                raise Violation(f"no end after {MOST_STEPS} steps; {actor.name} runs")
+            if self.steps > MAX_STEPS:
+                raise Violation(f"no end after {MAX_STEPS} steps; {actor.name} runs")
             self.actor = actor
             actor.greenlet.switch()
             self.actor = None
@@ -305,7 +305,7 @@ class Scheduler:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def wake(self, actor: Actor, by_signal: bool) -> None:
-        """Let a waiting actor go on; called by signals and timers."""
+        """Resume a waiting actor; called by signals and timers."""
         for signal in actor.signals:
             if actor in signal.waiting:
                 signal.waiting.remove(actor)
@@ -363,11 +363,11 @@ class Scheduler:
                 f"{actor.name} waits until {until - 1000:.6f}, {until - actor.bound:.6f} s beyond its deadline"
             )
         if self.now() > actor.bound + actor.late + actor.slack:
-            self._violate(f"{actor.name} goes on {self.now() - actor.bound:.6f} s after its deadline")
+            self._violate(f"{actor.name} continues {self.now() - actor.bound:.6f} s after its deadline")
         if until == math.inf:
             self._violate(f"{actor.name} waits without a deadline")
 
     def _violate(self, what: str) -> NoReturn:
-        """Raise, and have `run` raise as well: what a generator raises while it is dropped reaches nobody."""
+        """Raise, and have `run` raise as well: what a generator raises while it is dropped is lost."""
         self._violation = Violation(what)
         raise self._violation

@@ -99,14 +99,14 @@ class SimulatedServer:
         self.name = name
         self.settings = settings
         self._ledger = ledger
-        self._lives = 0
+        self._starts = 0
         self.published: Callable[[PayloadRef], None] = lambda _: None
         self._start()
 
     def _start(self) -> None:
         settings = self.settings
-        self._lives += 1
-        self.process: Process = self.kernel.process(f"{self.name}.{self._lives}")
+        self._starts += 1
+        self.process: Process = self.kernel.process(f"{self.name}.{self._starts}")
         self.ring = SharedRingBuffer(
             settings.slots,
             settings.slot_bytes,
@@ -115,7 +115,7 @@ class SimulatedServer:
             retain=settings.retain,
             clock=self.kernel.scheduler.clock,
         )
-        self.books = self._ledger.open(self.ring, f"{self.name}.{self._lives}", settings.readers)
+        self.books = self._ledger.open(self.ring, f"{self.name}.{self._starts}", settings.readers)
         identity = ServerIdentity(
             self.ring.producer_id, settings.slots, settings.slot_bytes, settings.max_leases, settings.readers
         )
@@ -161,7 +161,7 @@ class SimulatedServer:
 
     # --- writing ----------------------------------------------------------------------------------------------
 
-    def write(self, arrays: dict[str, Any], seconds: float, goes_on: Callable[[], bool]) -> None:
+    def write(self, arrays: dict[str, Any], seconds: float, completes: Callable[[], bool]) -> None:
         """Put a payload in steps, each of which others may come between, or fail to."""
         scheduler, ring, books = self.kernel.scheduler, self.ring, self.books
         packed = plan_payload(arrays)
@@ -187,7 +187,7 @@ class SimulatedServer:
             packed.write(memoryview(image))
             half = packed.nbytes // 2
             writer.buffer[:half] = image[:half]
-            if not goes_on():
+            if not completes():
                 scheduler.note("aborts")
                 return
             scheduler.pause()
@@ -202,7 +202,7 @@ class SimulatedServer:
         """The reference for a payload of this server's ring."""
         return PayloadRef(self.ring.producer_id, slot, sequence, nbytes, self.endpoints)
 
-    # --- life -------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------------
 
     def kill(self) -> None:
         """End the process where it stands; its payloads are lost."""

@@ -28,7 +28,7 @@ from simulation.world import Run, quiet_process
 
 _CHUNK = 200
 _LAST_LINES = 60
-_MOST_CPU_SECONDS = 20
+_MAX_CPU_SECONDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ def _no_spin() -> Iterator[None]:
     """Ends a run that goes round in circles without ever giving way."""
 
     def ring(_signal: int, _frame: object) -> None:
-        raise Violation(f"no end after {_MOST_CPU_SECONDS} s of processor time")
+        raise Violation(f"no end after {_MAX_CPU_SECONDS} s of processor time")
 
     before = signal.signal(signal.SIGVTALRM, ring)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MAX_CPU_SECONDS)
     try:
         yield
     finally:

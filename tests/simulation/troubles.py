@@ -35,7 +35,7 @@ class Troubles:
             self._scheduler.spawn(process, "", self._bring, idles=True)
 
     def end(self) -> None:
-        """Let everything that stands still go on, and start servers that are down."""
+        """Resume everything that is stopped, and start servers that are down."""
         self._ending = True
         for actor in self._stopped:
             self._scheduler.resume(actor)
@@ -59,7 +59,7 @@ class Troubles:
                 plan.count(fault.value)
 
     def _strike(self, fault: Fault) -> bool:
-        """Bring one fault about; False if there is nobody whom it can strike."""
+        """Bring one fault about; False if there is nothing that it can strike."""
         scheduler, rng, run = self._scheduler, self._rng, self._run
         if fault is Fault.CLOCK_JUMP:
             seconds = rng.choice((0.5, 5.0, 31.0, 101.0, 300.0))
@@ -102,13 +102,13 @@ class Troubles:
             self._scheduler.stop(actor)
             self._stopped.append(actor)
 
-        def go_on() -> None:
+        def resume() -> None:
             for actor in running:
                 if actor in self._stopped:
                     self._stopped.remove(actor)
                     self._scheduler.resume(actor)
 
-        self._scheduler.at(self._scheduler.now() + seconds, go_on)
+        self._scheduler.at(self._scheduler.now() + seconds, resume)
         return True
 
     def _restart(self, server: SimulatedServer) -> bool:

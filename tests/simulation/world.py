@@ -69,7 +69,7 @@ class Run:
 
     # --- what consumers see -----------------------------------------------------------------------------------
 
-    def take(self, reader: int, most: int) -> list[PayloadRef]:
+    def hand_references(self, reader: int, most: int) -> list[PayloadRef]:
         """See `simulation.clients.World`; no reference is given out twice at a time to one reader."""
         waiting = self._refs.setdefault(reader, deque())
         return [waiting.popleft() for _ in range(min(most, len(waiting)))]
@@ -120,7 +120,7 @@ class Run:
         for consumer in closing:
             consumer.ended_in_order()
         for consumer in self.consumers:
-            consumer.let_go()
+            consumer.release_arrays()
         gc.collect()
         quiet = scheduler.now() + QUIET
         scheduler.run(quiet, lambda: False)
@@ -224,7 +224,7 @@ class Run:
         )  # fmt: skip
 
     def start_writer(self, server: SimulatedServer) -> None:
-        """Have a producer write, as long as it lives."""
+        """Have a producer write, as long as it runs."""
         rng, scheduler = self.rng, self.scheduler
         count = rng.randint(3, 14)
 

@@ -116,14 +116,14 @@ class SlurmCluster:
         """End every job and daemon, within seconds, and remove the folder."""
 
         def ended() -> bool:
-            left = [*self._daemons(), *self.processes()]
+            left = [*self.daemons(), *self.processes()]
             _kill(left)
             return not left
 
         self.wait_until(ended, "the end of the daemons", 10.0)
         shutil.rmtree(self.folder)
 
-    def _daemons(self) -> list[psutil.Process]:
+    def daemons(self) -> list[psutil.Process]:
         files = [self.folder / f"{name}.pid" for name in ("slurmctld", *self.nodes, "munge/munged")]
         found = [daemon for file in files if (daemon := self._daemon(file)) is not None]
         return [process for daemon in found for process in (daemon, *_descendants(daemon))]

@@ -88,7 +88,7 @@ def test_nothing_is_left_of_a_cluster_that_stops_with_running_jobs(tmp_path: Pat
         job = another.submit(batch_script(tmp_path, "trap '' TERM; sleep 600; sleep 600"))
         another.wait_for_job(job, "RUNNING")
         another.wait_until(lambda: len(another.processes()) >= 2, "the script's processes")
-        running = [*another.processes(), *another._daemons()]
+        running = [*another.processes(), *another.daemons()]
     assert len(running) >= 7  # five daemons, a step and its script
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in running)
     assert not another.folder.exists()

@@ -118,7 +118,7 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> Arrays:
 
     The arrays are views on the image, read-only if it is read-only. Misaligned tensors, which other libraries may
     write, are copied. If `image` is a uint8 array whose own base is not an array, such as ``np.frombuffer(…)``, it
-    is the base of every view: a weak reference to it lives as long as any view, slice of a view, or tensor on one.
+    is the base of every view: a weak reference to it is valid as long as any view, slice of one, or tensor on one.
 
     Args:
         image: bytes-like object or one-dimensional contiguous uint8 array that holds exactly one image.

@@ -62,8 +62,8 @@ class Flag:
     NONE: Final = 0
     CONSUMED: Final = 1  # ACK: the payload is consumed; otherwise the lease is released
     CHECKSUM: Final = 2  # STATUS: `checksum` holds the payload's xxh3-64
-    TEXT: Final = 4  # STATUS: `nbytes` bytes of UTF-8 text follow on the frame channel, and no payload
-    INLINE: Final = 8  # READ: the payload shall follow its STATUS on the frame channel
+    TEXT: Final = 4  # STATUS: `nbytes` bytes of UTF-8 text follow as a message, and no payload
+    INLINE: Final = 8  # READ: the payload shall follow its STATUS as a message
 
 
 class Frame(NamedTuple):

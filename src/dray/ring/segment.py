@@ -177,14 +177,15 @@ class Segment(Closing):
     def close(self) -> None:
         """Close the descriptor; unmap the memory now, or with the last view in use. Twice is fine."""
         with _fork_lock:
-            self._forget()
+            self.forget()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "writable" if self.writable else "read-only"
         size = f"{self.layout.slots} x {self.layout.slot_bytes} bytes"
         return f"<Segment {self.producer_id.hex()[:8]} {size}, {state}>"
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Close the descriptor and let go of the view."""
         fd, self._fd, self._view = self._fd, -1, None
         if fd >= 0:
             os.close(fd)
@@ -287,7 +288,7 @@ _mappings: dict[int, tuple[weakref.ref[ctypes.Array[ctypes.c_ubyte]], int]] = {}
 def _disown_in_child() -> None:
     _mappings.clear()
     for segment in _segments:
-        segment._forget()
+        segment.forget()
     _segments.clear()
     _fork_lock.release()
 

@@ -494,7 +494,7 @@ class SlotTable:
         del self.live[slot.sequence]
         self.free.append(slot)
 
-    def _disown(self) -> None:
+    def disown(self) -> None:
         """In a forked child: the memory is not mapped, and a thread that does not exist may hold the lock."""
         self.lock = threading.Lock()
         self._claimable = threading.Condition(self.lock)
@@ -507,7 +507,7 @@ _tables: weakref.WeakSet[SlotTable] = weakref.WeakSet()
 
 def _disown_in_child() -> None:
     for table in _tables:
-        table._disown()
+        table.disown()
     _tables.clear()
 
 

@@ -51,7 +51,7 @@ class OtherProducerError(TransportError):
 class Latencies:
     """How long healthy endpoints of each lane take to connect and answer.
 
-    A higher latency counts at once, lower ones little by little. Thread-safe: each step is one of a dict's.
+    A higher latency counts at once, lower ones gradually. Thread-safe: each step is one of a dict's.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class Quarantine:
             self._until.pop(endpoint, None)
 
     def healthy(self, endpoint: str, now: float) -> bool:
-        """The endpoint is not skipped. One whose time is over is forgotten."""
+        """The endpoint is not skipped. One whose time has passed is forgotten."""
         until, _ = self._until.get(endpoint, (None, False))
         if until is None:
             return True
@@ -248,7 +248,7 @@ class Attempts:
         not tried so far, the latencies of the lane limit that further, so that a wedged endpoint costs little.
 
         Raises:
-            TransportTimeout: the deadline is over.
+            TransportTimeout: the deadline has passed.
         """
         deadline = self.deadline
         if not self._tried and self._quarantine.empty:  # as below, faster

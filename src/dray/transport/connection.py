@@ -54,7 +54,7 @@ class ReceivedPayload:
         root: its bytes, uint8 of shape (nbytes,): private memory, or on the shm lane the slot itself, read-only.
         in_place: `root` is the slot.
         buffers: where a copy's memory comes from.
-        from_slot: `root` is the slot or a copy of it, correct only if the lease has lived until then.
+        from_slot: `root` is the slot or a copy of it, correct only if the lease has lasted until then.
         arrays: views of `root`, if it is unpacked already.
     """
 
@@ -484,8 +484,8 @@ class Connection:
     def _read_ahead(self, slot: int, nbytes: int, copy: bool) -> Bytes | None:
         """A payload on the shm lane as it lies in its slot, or a copy, made while the server answers the READ.
 
-        It is correct if STATUS(ok) comes and the payload was committed before: its slot does not change until its
-        life is over, which with that STATUS it is not. None if there is no such slot.
+        It is correct if STATUS(ok) comes and the payload was committed before: its slot does not change until the
+        payload is retired, which it is not with that STATUS. None if there is no such slot.
         """
         if slot >= self.identity.slots or nbytes > self.identity.slot_bytes:
             return None

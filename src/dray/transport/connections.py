@@ -424,10 +424,10 @@ class Connections:
             logger.debug("closed %d idle connections to free descriptors for another one", len(connections))
         return bool(connections or workers)
 
-    # --- closing; methods that say so are called with the lock held -------------------------------------------
+    # --- closing; methods with "With the lock" need it held ----------------------------------------------------
 
     def _drain(self) -> tuple[list[Connection], list[Worker]]:
-        """Take idle connections and free workers out of use for good. With the lock."""
+        """Take idle connections and free workers out of use permanently. With the lock."""
         busy = self._busy()
         workers = [worker for worker, retired in self._workers.items() if worker not in busy and not retired]
         for worker in workers:
@@ -567,5 +567,5 @@ class KeptLease:
         self._connections.end_lease(self._holder, self.request, consumed)
 
     def drop(self) -> None:
-        """Close its connection, unless it has ended: the server returns the lease."""
+        """Close its connection, unless it has ended: the server releases the lease."""
         self._connections.discard(self._holder)

@@ -35,7 +35,7 @@ def start_thread(run: Callable[[], None]) -> Callable[[], None]:
             pass
 
     # Not a `threading.Thread`: an exception of a signal handler in its `start` may leave the new thread waiting
-    # for ever.
+    # without a limit.
     _thread.start_new_thread(run_and_release, ())
     return join
 

@@ -6,7 +6,7 @@ A lease is in one of these states. In the first its caller keeps its connection,
 |---|---|
 | not entered | `close`, the end of the lease object, or the client's `close`: released |
 | entered | the end of the block: consumed, or released after an exception |
-| lingering: the block has ended, an array lives | the end of the array: as the block has ended |
+| lingering: the block has ended, an array exists | the end of the array: as the block has ended |
 
 If an exception of a signal handler comes in the middle of an end, the lease ends with its last array as well.
 """
@@ -95,8 +95,8 @@ class InPlaceLease:
         alive = weakref.ref(self._root)
         self._arrays.clear()
         with self._kept.inside:
-            # The reaper watches until here, and again where an array lives. After an exception of a signal handler
-            # the lease is either dropped with its connection or watched, so that it ends in each case.
+            # The reaper watches until here, and again while an array exists. After an exception of a signal
+            # handler the lease is either dropped with its connection or watched, so that it ends in each case.
             try:
                 self._reaper.forget(self._watched)
                 self._root = None

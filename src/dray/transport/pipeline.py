@@ -82,7 +82,7 @@ Received: TypeAlias = tuple[tuple[Request, bool] | None, Bytes | DrayError]
 """One result of a pipeline: what `Connection.handed_out` is set to, and the payload's bytes or its error."""
 
 
-class _Window(NamedTuple):
+class _RequestGroup(NamedTuple):
     targets: Sequence[Bytes | None]
     inline: bool
 
@@ -212,7 +212,7 @@ class Pipeline:
         self._attempts: Attempts | None = None
         self._reader = reader
         self._consume = consume
-        self._asked: deque[_Window] = deque()
+        self._asked: deque[_RequestGroup] = deque()
         self._unasked: Iterator[PayloadRef] = iter(())
         self._due: PayloadRef | None = None
 
@@ -328,7 +328,7 @@ class Pipeline:
                 refs.append(self._due)
                 self._due = next(self._unasked, None)
             targets = connection.ask(refs, self._reader, deadline, copy=True)
-            self._asked.append(_Window(targets, inline))
+            self._asked.append(_RequestGroup(targets, inline))
 
 
 def _limits(connection: Connection, inline: bool) -> tuple[int, int]:

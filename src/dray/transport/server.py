@@ -371,7 +371,8 @@ class PayloadServer(Closing):
         if self._closed or os.getpid() != self._pid:
             raise BufferClosedError("the server is closed, or belongs to the process this one was forked from")
 
-    def _abandon_after_fork(self) -> None:
+    def abandon_after_fork(self) -> None:
+        """In a forked child, which does not have the threads: close what only they use."""
         for loop in self.loops:
             loop.abandon_after_fork()
         if self._directory is not None and not self._directory.closed:
@@ -400,7 +401,7 @@ _servers: weakref.WeakSet[PayloadServer] = weakref.WeakSet()
 
 def _abandon_in_child() -> None:
     for server in _servers:
-        server._abandon_after_fork()
+        server.abandon_after_fork()
     _servers.clear()
 
 

@@ -160,7 +160,7 @@ class ServedConnections:
         elif connection.active + self._shortest_limit < self._next_sweep:
             due = connection.active + connection.limit
             if (next_check := connection.next_check) != math.inf:
-                # `due` may have passed already, and would make the loop sweep again and again.
+                # `due` may have passed already, and would make the loop sweep repeatedly.
                 due = now() + next_check
             self._next_sweep = min(self._next_sweep, due)
         if stream.worker is None:

@@ -142,7 +142,7 @@ def test_c6_slot_zero_and_sequence_zero_are_a_reference_like_any_other() -> None
     assert (fetched.batch, fetched.ref, fetched.outcome) == (1, ref(0), arrays(ref(0)))
 
 
-def test_a_round_begins_when_the_one_before_is_over() -> None:
+def test_a_round_begins_when_the_one_before_has_ended() -> None:
     batch = BatchFetch(1, [ref(0), ref(1, THERE)], deadline=100.0, pause=0.0)
     first, second = begin(batch), begin(batch)
     answer(batch, first, TIMEOUT)

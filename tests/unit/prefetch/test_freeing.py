@@ -1,4 +1,4 @@
-"""Telling producers what is consumed: one request each, again after a pause, given up at last."""
+"""Reporting consumed payloads to their producers: one request each, again after a pause, given up at last."""
 
 from prefetch_fixtures import HERE, REFUSED, THERE, TIMEOUT, refs
 

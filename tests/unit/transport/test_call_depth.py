@@ -27,7 +27,7 @@ def test_at_most_six_python_frames_lie_between_a_read_and_its_socket(lane: Any, 
             names[-1].append(caller.f_code.co_qualname)
             caller = caller.f_back
 
-    here = sys._getframe().f_code
+    here = sys._getframe().f_code  # noqa: SLF001
     with serving(lane, slot_bytes=200_000) as server, PayloadClient(lane=lane) as client:
         first, second = (server.put({"a": bytearray(nbytes)}) for _ in range(2))
         client.read(first)  # opens the connection

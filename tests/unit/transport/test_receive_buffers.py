@@ -34,7 +34,7 @@ def test_memory_is_reused_once_its_array_is_gone() -> None:
     assert buffers.free_bytes == 0
 
 
-def test_memory_is_not_reused_while_a_view_of_the_payload_lives() -> None:
+def test_memory_is_not_reused_while_a_view_of_the_payload_exists() -> None:
     buffers = ReceiveBuffers()
     image = pack({"a": np.arange(MIB, dtype=np.uint8), "b": np.ones(3)})
     memory = buffers.allocate(len(image))

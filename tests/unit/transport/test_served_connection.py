@@ -576,7 +576,7 @@ def test_a_status_from_a_client_is_refused(ring: SharedRingBuffer) -> None:
         Server(ring).send(Kind.STATUS)
 
 
-def test_closing_returns_every_lease_and_may_happen_twice(ring: SharedRingBuffer) -> None:
+def test_closing_releases_every_lease_and_may_happen_twice(ring: SharedRingBuffer) -> None:
     server = Server(ring)
     for index in range(MAX_LEASES):
         server.send(Kind.READ, put(ring), index)

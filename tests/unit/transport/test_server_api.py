@@ -73,8 +73,8 @@ def test_both_sides_speak_the_newest_common_version(
         connection = opened(server, secret, clients)
         assert connection.version == spoken
         ref = server.put_bytes(b"payload")
-        status_by = Deadline.after(10)
-        held = connection.read(ref, 0, status_by, status_by, copy=True)
+        status_deadline = Deadline.after(10)
+        held = connection.read(ref, 0, status_deadline, status_deadline, copy=True)
         assert bytes(memoryview(held.data())) == b"payload"  # type: ignore[union-attr]
         connection.close()
         (connect,) = (event for event in events if isinstance(event, traced.Connect))

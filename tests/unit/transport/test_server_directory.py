@@ -115,7 +115,7 @@ def test_the_folder_of_a_stopped_process_stays(root: Path, owner: subprocess.Pop
     assert (folder / "0.sock").is_socket()
 
 
-def test_the_folder_of_a_killed_process_is_swept_while_its_forked_child_lives(root: Path) -> None:
+def test_the_folder_of_a_killed_process_is_swept_while_its_forked_child_is_alive(root: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
@@ -192,11 +192,11 @@ def test_a_root_in_a_folder_in_which_others_can_replace_it_is_refused() -> None:
     short = Path(tempfile.mkdtemp(dir=os.environ["DRAY_RUNTIME_DIR"]))
     shared = short / "shared"
     (shared / "deep").mkdir(parents=True)
-    (short / "link").symlink_to(shared / "deep")
+    (short / "alias").symlink_to(shared / "deep")
     shared.chmod(0o777)
     if os.getuid() == 0:
         os.chown(shared, 12345, -1)
-    for root in (shared / "dray", shared / "deep" / "dray", short / "link" / "dray"):
+    for root in (shared / "dray", shared / "deep" / "dray", short / "alias" / "dray"):
         with pytest.raises(ConfigError, match=rf"other users can replace what is in {shared}: .*chmod \+t"):
             PrivateDirectory(root)
     shared.chmod(0o1777)
