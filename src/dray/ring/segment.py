@@ -185,7 +185,7 @@ class Segment(Closing):
         return f"<Segment {self.producer_id.hex()[:8]} {size}, {state}>"
 
     def forget(self) -> None:
-        """Close the descriptor and let go of the view."""
+        """Close the descriptor and drop the view."""
         fd, self._fd, self._view = self._fd, -1, None
         if fd >= 0:
             os.close(fd)
