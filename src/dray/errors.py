@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from dray.printable import MAX_LINE, printable, printable_value
+from dray.text import MAX_LINE, printable, printable_value
 
 _MAX_LINE = 1900
 """Characters of one line of a message."""

@@ -13,9 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dray.closing import Closing
 from dray.errors import ConfigError
-from dray.resources import needing
+from dray.resources import Closing, needing
 from dray.system_calls import needed
 
 if sys.platform != "win32":

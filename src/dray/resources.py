@@ -1,14 +1,16 @@
-"""Limits of descriptors and memory: one typed error, and a way to make descriptors without losing one."""
+"""What a process holds: the base of everything that closes, and the error when descriptors or memory run out."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from dray.errors import OutOfResources
 
@@ -18,6 +20,22 @@ if sys.platform != "win32":
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 T = TypeVar("T")
+
+
+class Closing(abc.ABC):
+    """A context manager whose block ends with `close`."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give back what this object holds. Twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def out_of_resources(error: OSError, wanted: str, endpoint: str | None = None) -> OutOfResources | None:

@@ -12,7 +12,7 @@ from dray.errors import (
     ProtocolError,
     Unreachable,
 )
-from dray.printable import MAX_LINE
+from dray.text import MAX_LINE
 
 
 @pytest.mark.parametrize("caught", [MissingDependencyError, DrayError, ImportError, RuntimeError])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dray.errors import ConfigError
-from dray.printable import MAX_LINE, printable
 from dray.system_calls import ALLOW
+from dray.text import MAX_LINE, printable
 from dray.transport.lanes import LANES
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import typer
 from dray.config import JobConfig, load_job
 from dray.errors import ConfigError
 from dray.launch.run_options import RunOptions
-from dray.path_text import text_of
+from dray.text import text_of
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.clock import Deadline
-from dray.closing import Closing
 from dray.errors import DrayError
+from dray.resources import Closing
 from dray.transport.lanes import LANES
 
 MACHINES = ("x86_64", "aarch64")

@@ -13,7 +13,7 @@ import typer
 from dray.cli.extras import require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
 from dray.errors import ConfigError
-from dray.printable import MAX_LINE, printable
+from dray.text import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,9 +11,9 @@ import typer
 
 from dray.cli.extras import require_extra
 from dray.errors import ConfigError
-from dray.printable import MAX_LINE, printable
 from dray.runtime.job import JobFolder
 from dray.runtime.private_file import read_private_file
+from dray.text import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from dray.runtime.messages import MemberStatus, Status

@@ -20,8 +20,7 @@ from pydantic import ValidationError
 
 from dray.config.tables import LARGEST, TABLES, JobConfig, Table, broken_rules
 from dray.errors import ConfigError
-from dray.path_text import text_of
-from dray.printable import printable, printable_value
+from dray.text import printable, printable_value, text_of
 
 MAX_MISTAKES: Final = 50
 """Mistakes of one job file that are reported."""

@@ -25,11 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dray.clock import MONOTONIC
-from dray.printable import MAX_LINE, printable
 from dray.runtime.membership import FIRST_POLICY
 from dray.runtime.messages import MemberStatus, ProgressReport, Status
 from dray.runtime.stop_condition import MEAN_RETURN
 from dray.runtime.streams import discard
+from dray.text import MAX_LINE, printable
 
 PLAIN_INTERVAL = 5.0
 """Seconds between lines where there is no terminal."""

@@ -14,9 +14,9 @@ from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch.children import Child
 from dray.launch.signals import SignalInbox
-from dray.path_text import bytes_of
 from dray.runtime.exit_codes import meaning
 from dray.runtime.job import JobFolder
+from dray.text import bytes_of
 
 NOTICE_AFTER = 2.0
 """Seconds that an import takes before there is a line about it; another one follows whenever that has doubled."""

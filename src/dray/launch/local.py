@@ -13,12 +13,12 @@ from dray.launch.run_options import RunOptions
 from dray.launch.signals import SignalInbox
 from dray.launch.site import this_machine
 from dray.launch.supervisor import supervise
-from dray.path_text import as_argument
 from dray.resources import raise_descriptor_limit
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, short_path
 from dray.runtime.process import dump_stacks_on_signal
+from dray.text import as_argument
 
 
 def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lines: Sequence[str] = ()) -> int:

@@ -15,11 +15,11 @@ from pathlib import Path
 from dray.config import JobConfig
 from dray.errors import ConfigError
 from dray.launch import run_options
-from dray.path_text import path_of
 from dray.runtime.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial
 from dray.runtime.job import JobFolder, short_path
 from dray.runtime.private_file import FOLDER_MODE, make_own_folders, open_own_folder
 from dray.system_calls import needed
+from dray.text import path_of
 
 KEY = "job.output"
 _LOG = logging.getLogger("dray.launch.output")

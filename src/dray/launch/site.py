@@ -13,9 +13,9 @@ from dray.config import JobConfig
 from dray.launch.children import JobProcess
 from dray.launch.replicas import Environment
 from dray.launch.run_options import RunOptions
-from dray.path_text import path_of
 from dray.runtime.job import JobFolder, JobSpec
 from dray.runtime.token_file import token_from_file
+from dray.text import path_of
 
 
 class Elsewhere(Protocol):

@@ -30,7 +30,6 @@ from dray.launch.reports import Report, Reports
 from dray.launch.signals import SignalInbox, reason_of
 from dray.launch.site import Site
 from dray.launch.teardown import ROLLOUT_SHARE, Means, Teardown
-from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.address import bind
 from dray.runtime.checkpoint import CheckpointState
@@ -42,6 +41,7 @@ from dray.runtime.membership import THE_JOB_HAS, MemberState, Role
 from dray.runtime.process import DUMP_SIGNAL, adopt_orphans
 from dray.runtime.report import write_report
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step
+from dray.text import printable
 
 STATUS_INTERVAL = 0.5
 _LOG = logging.getLogger("dray.launch.supervisor")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dray.errors import PayloadFormatError
 from dray.payload.schema import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dtype
-from dray.printable import printable_value
+from dray.text import printable_value
 
 ALIGNMENT = 64
 """Tensors start at a multiple of this many bytes from the start of the image."""

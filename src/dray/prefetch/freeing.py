@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.closing import Closing
 from dray.counters import Counters
 from dray.errors import DrayError, ProducerLostError
 from dray.prefetch.batch import Identity, Pause
 from dray.prefetch.threads import Threading, Workers
 from dray.protocol import PayloadRef
+from dray.resources import Closing
 
 logger = logging.getLogger("dray.prefetch")
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.closing import Closing
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
 from dray.payload import Arrays
@@ -20,6 +19,7 @@ from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, DoubleBuffer,
 from dray.prefetch.freeing import CLOSE_SECONDS, FreeingThreads
 from dray.prefetch.threads import ReadThreads, Source, Threading
 from dray.protocol import PayloadRef
+from dray.resources import Closing
 
 logger = logging.getLogger("dray.prefetch")
 

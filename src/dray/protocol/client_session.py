@@ -21,8 +21,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from dray.errors import DrayError, ProtocolError, ReaderIdError, ServerBusy, SlotError, StaleSlotError
 from dray.identifiers import MAX_READERS
-from dray.printable import printable
 from dray.protocol.frames import FRAME, FRAME_BYTES, VALID_HEADS, Flag, Frame, Kind, Status, check
+from dray.text import printable
 
 STATUS: Final = "STATUS"
 TEXT: Final = "the text after STATUS"

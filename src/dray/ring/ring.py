@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.closing import Closing
 from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotError
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES, Wanted
+from dray.resources import Closing
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
 from dray.ring.segment import Segment

@@ -20,10 +20,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
-from dray.closing import Closing
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
 from dray.identifiers import PRODUCER_ID_BYTES
-from dray.resources import keep_result, needing, out_of_resources
+from dray.resources import Closing, keep_result, needing, out_of_resources
 from dray.ring.layout import SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.system_calls import needed
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from dray.errors import ConfigError
-from dray.path_text import text_of
 from dray.runtime.entry_point import check_entry_points
 from dray.runtime.job import write_json
 from dray.runtime.process import begin_process
+from dray.text import text_of
 
 
 def main() -> int:

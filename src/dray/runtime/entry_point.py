@@ -14,10 +14,9 @@ from typing import Any
 from dray.config import ENTRY_POINT_FORM
 from dray.errors import ConfigError
 from dray.forking import parent_only
-from dray.path_text import path_of
-from dray.printable import printable
 from dray.runtime.contract import PolicyTrainer, RolloutWorker
 from dray.runtime.user_code import described_error
+from dray.text import path_of, printable
 
 
 def load_entry_point(key: str, text: str, folder: Path) -> type[Any]:

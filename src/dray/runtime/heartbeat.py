@@ -12,13 +12,13 @@ from typing import Literal, Self
 from dray.clock import MONOTONIC, Deadline
 from dray.counters import Counters
 from dray.errors import ControlPlaneError
-from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.controller_client import ControllerClient, ControllerLostError
 from dray.runtime.end_bounds import EndBounds
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.membership import MembershipError
 from dray.runtime.process import StopFlag, exit_at_once
+from dray.text import printable
 
 AgeKind = Literal["payload", "lease", "reference"]
 _LOG = logging.getLogger("dray.runtime.heartbeat")

@@ -21,7 +21,6 @@ from dray.clock import MONOTONIC, Stopwatch
 from dray.control import Delivery, RedisUnavailableError
 from dray.errors import ControlPlaneError, DrayError, OutOfResources, StaleSlotError
 from dray.payload.trajectory import REWARDS
-from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.batch import Batch
 from dray.runtime.by_reference import rank_client
@@ -57,6 +56,7 @@ from dray.runtime.user_code import (
     returned_metrics,
     save_into,
 )
+from dray.text import printable
 
 _LOG = logging.getLogger("dray.runtime.policy")
 _SLICE = 0.5

@@ -27,11 +27,11 @@ from typing import IO, Final, NoReturn
 from dray.clock import MONOTONIC
 from dray.config import LogLevel
 from dray.forking import SignalHandlers, call_in_children, not_inherited
-from dray.printable import PrintableFormatter
 from dray.resources import raise_descriptor_limit
 from dray.runtime.descendants import kill_descendants
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.streams import flush_streams
+from dray.text import PrintableFormatter
 
 PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 """Environment variable in which the supervisor tells its children its pid."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from dray.control import JobKeys, OldEpochError, RedisAddress, RedisConnection, RedisUnavailableError
 from dray.errors import ConfigError, ControlPlaneError, DrayError, OutputError
-from dray.printable import printable
 from dray.runtime import messages
 from dray.runtime.contract import PolicyGroup, ReplicaContext
 from dray.runtime.controller_client import ControllerClient, ControllerLostError
@@ -35,6 +34,7 @@ from dray.runtime.process import (
 )
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 from dray.runtime.user_code import UserCodeError, described_error
+from dray.text import printable
 
 _LOG = logging.getLogger("dray.runtime.replica")
 UNREGISTER_BOUND = 2.0

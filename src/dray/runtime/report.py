@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from dray.config import JobConfig
-from dray.printable import printable, printable_value
 from dray.runtime.exit_codes import JOB_FAILURES
 from dray.runtime.job import JobFolder, finite, short_path, write_json
 from dray.runtime.membership import FINISHED_OUTCOMES, FIRST_POLICY, Role
@@ -20,6 +19,7 @@ from dray.runtime.messages import ProgressReport, Status
 from dray.runtime.metrics_log import read_metrics
 from dray.runtime.private_file import write_whole
 from dray.runtime.stop_condition import MEAN_RETURN
+from dray.text import printable, printable_value
 
 _LOG = logging.getLogger("dray.runtime.report")
 _MAX_LABEL = 80

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from dray.config.tables import StopTable
 from dray.errors import ConfigError
-from dray.printable import printable
+from dray.text import printable
 
 MEAN_RETURN = "mean_return"
 """dray's own figure: the mean, over the payloads of a step, of the sum of their `rewards`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from dray.printable import printable
+from dray.text import printable
 
 
 class Trimming:

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Final
 
 from dray.errors import PayloadError
 from dray.forking import parent_only
-from dray.printable import printable, printable_value
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.group_channel import GroupLostError
+from dray.text import printable, printable_value
 
 MAX_REASON: Final = 800
 """Characters of the line about a user's mistake."""

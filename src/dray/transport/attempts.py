@@ -21,7 +21,7 @@ from dray.errors import (
     TransportTimeout,
     Unreachable,
 )
-from dray.printable import printable
+from dray.text import printable
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Lane
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeVar, cast
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.closing import Closing
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, PayloadError
 from dray.identifiers import MAX_READERS
@@ -17,6 +16,7 @@ from dray.protocol import PayloadRef
 from dray.protocol.frames import Status
 from dray.protocol.handshake import check_secret
 from dray.protocol.server_session import MAX_INLINE_BYTES
+from dray.resources import Closing
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.attempts import MAX_ATTEMPTS, QUARANTINE_SECONDS
 from dray.transport.client_statistics import ClientStatistics

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dray.clock import Deadline
-from dray.closing import Closing
 from dray.errors import BufferClosedError, TransportTimeout
 from dray.name_resolution import AWAITED, Address, resolve
-from dray.resources import needing
+from dray.resources import Closing, needing
 
 if TYPE_CHECKING:
     from dray.transport.lanes.base import Stream

@@ -13,7 +13,6 @@ from typing import Any, Literal, Self
 import xxhash
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.closing import Closing
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, StaleSlotError, Unreachable
 from dray.name_resolution import is_loopback, listening_address
 from dray.payload.codec import plan
@@ -23,6 +22,7 @@ from dray.protocol import PayloadRef
 from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.protocol.handshake import ServerIdentity, check_secret
 from dray.protocol.ref import has_control
+from dray.resources import Closing
 from dray.ring import OnFull, Retain, SharedRingBuffer
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, ListenAt, Listener

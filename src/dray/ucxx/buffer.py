@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from dray.clock import Deadline
-from dray.closing import Closing
 from dray.errors import BufferClosedError, DrayError, ProtocolError
 from dray.payload import torch_interop
 from dray.payload.trajectory import EPISODE_LENGTH, resolve_episode_length
 from dray.protocol import PayloadRef
+from dray.resources import Closing
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 from dray.transport.server_statistics import ServerStatistics

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from dray.clock import Stopwatch
-from dray.closing import Closing
 from dray.counters import Counters
 from dray.errors import (
     BufferClosedError,
@@ -24,6 +23,7 @@ from dray.errors import (
 from dray.payload import Arrays
 from dray.prefetch import BatchReader, BatchReaderStatistics, Fetched
 from dray.protocol import PayloadRef
+from dray.resources import Closing
 from dray.transport import ClientStatistics, PayloadClient
 from dray.transport.lanes import LaneChoice
 from dray.transport.lanes.ucx_worker import require

@@ -21,9 +21,9 @@ from dray.launch.slurm.run_states import RunState
 from dray.launch.slurm.scheduler import has_ended
 from dray.launch.slurm.state import cancel_marker
 from dray.launch.slurm.submit import submitted_job
-from dray.printable import MAX_LINE, printable
 from dray.runtime.job import short_path
 from dray.runtime.stop_condition import MEAN_RETURN
+from dray.text import MAX_LINE, printable
 
 DEEPEST = 3
 """How many folders below the one that is named runs are looked for: ``outputs/<job name>/<number>``."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dray.clock import Deadline
-from dray.closing import Closing
 from dray.protocol.frames import Outgoing
 from dray.protocol.ref import has_control
+from dray.resources import Closing
 from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import CloseEvent, PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -188,7 +188,7 @@ class Endpoint:
 
     Attributes:
         lane: the lane of the address.
-        host: host name or numeric address; for a Unix socket its path, in the form of `dray.path_text`.
+        host: host name or numeric address; for a Unix socket its path, in the form of `dray.text`.
         port: port number; 0 for a Unix socket.
     """
 

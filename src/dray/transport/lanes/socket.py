@@ -29,10 +29,10 @@ from dray.errors import (
     Unreachable,
 )
 from dray.forking import not_inherited
-from dray.path_text import bytes_of, path_of, text_of
 from dray.private_directory import MAX_SOCKET_PATH
 from dray.protocol.frames import Outgoing, Payload
 from dray.resources import descriptors_exhausted, keep_result, out_of_resources
+from dray.text import bytes_of, path_of, text_of
 from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Listener, Stream, Worker
 from dray.transport.polling import CloseEvent, PollWaiter, addresses_of
 

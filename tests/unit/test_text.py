@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from dray.printable import PrintableFormatter, printable, printable_value
+from dray.text import PrintableFormatter, printable, printable_value
 
 
 @pytest.mark.parametrize(
