@@ -161,6 +161,6 @@ def test_other_errors_of_the_system_stay_as_they_are() -> None:
 
 def test_fewer_descriptors_than_needed_are_named_before_they_are_opened() -> None:
     check_descriptors(1, "a worker")
-    with pytest.raises(OutOfResources, match=r"a worker: it needs 1000000000 descriptors, \d+ are left"):
+    with pytest.raises(OutOfResources, match=r"a worker: it needs 1000000000 descriptors, \d+ are free"):
         check_descriptors(10**9, "a worker")
     assert issubclass(OutOfResources, DrayError)

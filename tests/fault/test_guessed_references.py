@@ -11,7 +11,7 @@ from dray import PayloadClient, PayloadRef
 from dray.clock import Deadline
 from dray.payload.codec import pack
 from dray.protocol.frames import Outgoing
-from dray.transport.lanes.base import Endpoint, MachineNetwork, Stream, Worker
+from dray.transport.lanes.base import Endpoint, Network, Stream, Worker
 
 IMAGE = bytes(pack({"x": np.arange(5000.0)}))
 
@@ -44,7 +44,7 @@ class LateStream:
         return bool(self._stream.flush())
 
 
-class LateNetwork(MachineNetwork):
+class LateNetwork(Network):
     """Every connection is a `LateStream`."""
 
     def __init__(self, then: Callable[[], None]) -> None:

@@ -214,7 +214,7 @@ def test_r16_unfinished_start_is_bounded(tmp_path: Path) -> None:
     [
         ("job.sede=1", "job.sede = 1 is not allowed: unknown key (did you mean seed?)"),
         ("policy.batch_size=-1", "policy.batch_size = -1 is not allowed: must be a whole number, at least 1"),
-        ("job.lane=rdma", 'job.lane = \'rdma\' is not allowed: must be "auto", "shm", "tcp" or "ucx"'),
+        ("job.lane=rdma", "job.lane = 'rdma' is not allowed: must be \"auto\" or one of shm, ucx, tcp"),
         ("rollout.worker=small.py:Wroker", "small.py has no class Wroker, but Trainer, Worker"),
         ("rollout.worker=nothing.py:Worker", "there is no file"),
         ("policy.trainer=no_such_module:Trainer", "ModuleNotFoundError: No module named 'no_such_module'"),

@@ -53,7 +53,7 @@ def test_references_are_read_whatever_the_locales_of_both_processes(
             server.kill()
             reader.send()
             text = reader.receive()
-            assert text.startswith("the producer is gone: nobody answers for it at unix:")
+            assert text.startswith("the producer is gone: no server answers for it at unix:")
             assert text.isprintable()
 
 

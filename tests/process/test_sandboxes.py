@@ -158,15 +158,15 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not UCXX_AVAILABLE, reason="the ucxx package is not installed")
-def test_without_a_shared_folder_auto_goes_on_without_ucx_and_says_so_once(tmp_path: Path) -> None:
+def test_without_a_shared_folder_auto_works_without_ucx_and_warns_once(tmp_path: Path) -> None:
     (line,) = run_isolated(NO_SHARED_FOLDER, tmp_path, setup="mount -t tmpfs -o ro none /dev/shm")
     found = json.loads(line)
     why = "UCX cannot be used on this machine: Shared memory error; it needs a /dev/shm that can be written to"
     lanes, lines = found["server"]
     assert lanes == ["unix", "unix", "tcp", "tcp"]
-    assert lines == [f"this server goes on without the ucx lane: {why}"]
+    assert lines == [f"serving without the ucx lane: {why}"]
     statistics, lines = found["client"]
     assert lines == [f"this client cannot use the ucx lane: {why}"]
     assert (statistics["reads_by_lane"], statistics["retries"], statistics["quarantined"]) == ({"tcp": 2}, 0, [])
-    assert found["server of ucx"] == f"lanes = ('ucx',) is not allowed: lanes that this machine can use ({why})"
+    assert found["server of ucx"] == f"lane = ('ucx',) is not allowed: lanes that this machine can use ({why})"
     assert found["client of ucx"] == why

@@ -69,7 +69,7 @@ def test_a_seed_that_is_replayed_gives_the_same_trace(seed: int) -> None:
 def test_a_violation_ends_with_the_command_that_replays_it() -> None:
     script = (
         "import sys; from dray.ring.slots import SlotTable; from simulation import simulate;"
-        "SlotTable.drop_oldest = lambda self: False; SlotTable.abort = lambda self, slot: None;"
+        "SlotTable.end_lease = lambda self, slot, reader, consumed: None;"
         "sys.exit(simulate.main(['--seeds', '400', '--jobs', '1', '--stop-at-first']))"
     )
     done = subprocess.run(
