@@ -1,4 +1,4 @@
-"""Faults B14, C4, C14 and W4 to W13 of docs/failure-modes.md on lanes that a plain socket cannot use.
+"""Faults B1, B14, C4, C14 and W4 to W13 of docs/failure-modes.md on lanes that a plain socket cannot use.
 
 The peer is a client's end that the test drives over dray's own streams, so that one test covers every lane.
 """
@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
-from dray.errors import ConfigError, TransportError, TransportTimeout
+from dray.errors import ConfigError, StaleSlotError, TransportError, TransportTimeout
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Outgoing, Payload, Status, parse
 from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ClientHandshake, ServerHandshake, ServerIdentity
 from dray.transport.lanes.base import Endpoint, Network, Stream, Worker
@@ -675,6 +675,33 @@ def test_c4_what_trickles_ends_with_the_one_deadline_on_ucx(answer: Answer, batc
         assert client.statistics().reads == 0
         for seed, ref in enumerate(refs):
             assert memoryview(client.read_bytes(ref, timeout=5)) == pattern(seed, 1000)
+
+
+def a_stale_status_without_its_empty_payload(end: UcxEnd, stream: UcxStream, frame: Frame) -> None:
+    stream.send([frame._replace(kind=Kind.STATUS, status=Status.STALE, flags=Flag.NONE).pack()])
+    stream.flush()
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_b1_what_was_found_stale_stays_stale_if_its_connection_fails_then_on_ucx(
+    batch: bool,
+) -> None:
+    with (
+        serving("ucx") as good,
+        UcxEnd(good, a_stale_status_without_its_empty_payload) as end,
+        PayloadClient(lane="ucx", inline_bytes=0) as client,
+    ):
+        refs = [good.put_bytes(pattern(seed, 1000)) for seed in range(2)]
+        wedged = [dataclasses.replace(ref, endpoints=(end.endpoint, *ref.endpoints)) for ref in refs]
+        if batch:
+            outcomes = [result.error for result in client.read_many(wedged, timeout=2, return_errors=True)]
+        else:
+            with pytest.raises(StaleSlotError) as caught:
+                client.read_bytes(wedged[0], timeout=2)
+            outcomes = [caught.value]
+        assert [type(outcome) for outcome in outcomes] == [StaleSlotError] * (1 + batch)
+        assert client.statistics().retries == 0
+        assert client.statistics().idle_connections == 0
 
 
 @pytest.mark.parametrize("quarantine_seconds", [0.0, 1000.0])

@@ -35,7 +35,6 @@ from dray.transport.trace import (
 from simulation.network import SimulatedKernel, SimulatedNetwork, Wire
 from simulation.scheduler import Actor, Process, Scheduler, Violation
 
-
 _ROUNDING = 1e-9
 """Deadlines of a batch are sums of times, rounded differently on both sides."""
 

@@ -35,11 +35,16 @@ class Troubles:
             self._scheduler.spawn(process, "", self._bring, idles=True)
 
     def end(self) -> None:
-        """Resume everything that is stopped, and start servers that are down."""
+        """Begin nothing more, and resume everything that is stopped."""
         self._ending = True
         for actor in self._stopped:
             self._scheduler.resume(actor)
         self._stopped.clear()
+
+    @property
+    def restarting(self) -> bool:
+        """A server is down, and about to listen again."""
+        return any(len(times) % 2 for times in self._deaf.values())
 
     def listened(self, producer: bytes, since: float) -> bool:
         """The server of a producer has not been down since then."""

@@ -111,6 +111,8 @@ class Run:
         scheduler.note("calm")
         self.plan.calm = True
         self.troubles.end()
+        if not self._until(lambda: not self.troubles.restarting):
+            raise Violation("a server's restart does not end")
         closing = [consumer for consumer in self.consumers if not consumer.process.dead]
         if not self.plan.kinds <= HARMLESS:  # else what is closed in trouble may not reach its producers
             closing = [consumer for consumer in closing if not consumer.closed]

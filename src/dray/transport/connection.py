@@ -261,7 +261,10 @@ class Connection:
         inline = request[7]
         if isinstance(event, Refusal):
             if self.in_band and not inline:
-                self._payload(0, deadline)
+                try:
+                    self._payload(0, status_deadline)
+                except TransportError as error:
+                    self.failure = error  # the refusal is the answer, also without its empty payload
             return event.error
         frame, nbytes = event.frame, request[5]
         from_slot, copied = False, True
