@@ -7,6 +7,7 @@ wake-up descriptor, the parent would stop.
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -27,6 +28,24 @@ class HasDescriptor(Protocol):
         """The descriptor; after it is closed, a negative number or an error."""
         ...
 
+
+_MADV_WIPEONFORK = 18
+
+
+def _wiped_page() -> tuple[memoryview, bool]:
+    """A page that a child finds full of zeros, and whether that is also so after a fork that C code makes."""
+    if sys.platform.startswith("linux"):
+        page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):
+            page.madvise(_MADV_WIPEONFORK)
+            return memoryview(page).cast("Q"), True
+    return memoryview(bytearray(8)).cast("Q"), False
+
+
+here, notices_every_fork = _wiped_page()
+"""`here[0]` is this process's mark. An object that must not be used in a forked child remembers the mark and
+compares it, which costs no system call."""
+here[0] = os.getpid()
 
 _Holder = TypeVar("_Holder", bound=HasDescriptor)
 _Any = TypeVar("_Any")
@@ -131,6 +150,7 @@ def _unblock() -> None:
 
 
 def _in_child() -> None:
+    here[0] = os.getpid()
     try:
         for handlers in reversed(_handlers[:]):
             handlers.restore()

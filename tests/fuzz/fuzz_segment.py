@@ -11,7 +11,7 @@ from fuzz.cursor import Cursor
 from dray.errors import ProtocolError, SlotError
 from dray.ring import Segment
 from dray.ring.layout import SegmentLayout
-from dray.ring.segment import SEALS
+from dray.ring.mapping import SEALS
 
 _F_ADD_SEALS = 1033
 _HEADER = SegmentLayout(2, 64).pack_segment_header(bytes(range(16)))

@@ -5,8 +5,12 @@ client                                          server
   HELLO(version, lane, producer, nonce) ──────►
         ◄────── CHALLENGE(verdict, version, producer, nonce, proof, ring)
   PROOF(proof) ───────────────────────────────►
-        ◄────── WELCOME(verdict)                on the Unix lane it carries the segment's descriptor
+        ◄────── WELCOME(verdict)                on the shm lane it carries the segment's descriptor
 ```
+
+On the shm lane from version 2 on, a client that wants direct leases sets `DIRECT` in HELLO. If CHALLENGE has it as
+well, ATTACH follows PROOF in the same message, with a pidfd of the client. WELCOME says with `ATTACHED` whether
+the server has agreed; then it carries the descriptors of `dray.ring.direct`, in the order of docs/protocol.md.
 
 A client offers its newest version. A server that speaks that version answers in it; otherwise it answers with
 the verdict VERSION and its own newest version, and the client may connect again with that.
@@ -46,7 +50,16 @@ HELLO = struct.Struct("<4sHBB16s32s8x")
 #                         magic version verdict flags producer nonce proof slots slot_bytes max_leases readers
 CHALLENGE = struct.Struct("<4sHBB16s32s32sQQIB19x")
 PROOF = struct.Struct(f"<{PROOF_BYTES}s")
-WELCOME = struct.Struct("<4sB3x")
+#                        kernel reader
+ATTACH = struct.Struct("<32sB31x")
+#                        magic verdict flags
+WELCOME = struct.Struct("<4sBB2x")
+
+DIRECT_VERSION = 2
+"""The oldest version with ATTACH."""
+
+
+_WELCOME_FLAGS = 3
 
 
 class LaneTraits(Protocol):
@@ -77,6 +90,30 @@ class HelloFlag(enum.IntFlag):
 
     NONE = 0
     SECRET = 1
+    DIRECT = 2
+
+
+class WelcomeFlag(enum.IntFlag):
+    """Flags of WELCOME."""
+
+    NONE = 0
+    ATTACHED = 1
+    """The client may lease directly; the descriptors for that have come with the message."""
+    NEWEST = 2
+    """The ring keeps only the newest payload, and nothing is consumed there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachRequest:
+    """A client's request for direct leases.
+
+    Attributes:
+        kernel: a digest that only processes under one kernel have in common.
+        reader: the client's reader id.
+    """
+
+    kernel: bytes
+    reader: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +157,14 @@ class ClientHandshake:
         producer: the producer that is expected.
         secret: the job's secret, if it has one.
         version: the version to offer.
+        attach: the request for direct leases, if they are wanted.
 
     Attributes:
         server: the ring behind the server, after CHALLENGE.
         expects: the size of the server's next message in bytes.
         done: the server has accepted the client.
+        attaching: the answer to CHALLENGE asks for direct leases, and needs a pidfd of this process with it.
+        welcome: the flags of WELCOME.
     """
 
     def __init__(
@@ -133,10 +173,15 @@ class ClientHandshake:
         producer: bytes = ANY_PRODUCER,
         secret: bytes | None = None,
         version: int = VERSION,
+        *,
+        attach: AttachRequest | None = None,
     ) -> None:
         self._lane = lane
         self._secret = secret
         self._producer = producer
+        self._attach = None if lane.in_band or version < DIRECT_VERSION else attach
+        self.attaching = False
+        self.welcome = WelcomeFlag.NONE
         self._version = version
         self._nonce = os.urandom(NONCE_BYTES)
         self.server: ServerIdentity | None = None
@@ -146,6 +191,8 @@ class ClientHandshake:
     def hello(self) -> bytes:
         """The first message of the connection."""
         flags = HelloFlag.SECRET if self._secret is not None else HelloFlag.NONE
+        if self._attach is not None:
+            flags |= HelloFlag.DIRECT
         return HELLO.pack(MAGIC, self._version, self._lane.number, flags, self._producer, self._nonce)
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes | None:
@@ -192,7 +239,10 @@ class ClientHandshake:
                 raise AuthenticationError("the server's proof of the secret is wrong")
             answer = self._proof(b"client", nonce, producer)
         self.expects = WELCOME.size
-        return PROOF.pack(answer)
+        if self._attach is None or not flags & HelloFlag.DIRECT:
+            return PROOF.pack(answer)
+        self.attaching = True
+        return PROOF.pack(answer) + ATTACH.pack(self._attach.kernel, self._attach.reader)
 
     def _proof(self, role: bytes, nonce: bytes, producer: bytes) -> bytes:
         assert self._secret is not None
@@ -206,13 +256,16 @@ class ClientHandshake:
         )
 
     def _welcome(self, message: bytes | bytearray | memoryview) -> None:
-        magic, verdict = WELCOME.unpack(message)
+        magic, verdict, flags = WELCOME.unpack(message)
         if magic != MAGIC:
             raise ProtocolError(f"WELCOME begins with {bytes(magic)!r}")
         if verdict == Verdict.DENIED:
             raise AuthenticationError("the server refused this client's proof of the secret")
         if verdict != Verdict.WELCOME:
             raise ProtocolError(f"the server refused the connection: {_verdict(verdict)}")
+        self.welcome = WelcomeFlag(flags & _WELCOME_FLAGS)
+        if self.welcome & WelcomeFlag.ATTACHED and not self.attaching:
+            raise ProtocolError("the server grants direct leases that were not asked for")
         self.done = True
 
 
@@ -224,9 +277,12 @@ class ServerHandshake:
         identity: the ring behind the server.
         secret: the job's secret, if it has one.
         newest: the newest version to speak; every older one from `MIN_VERSION` on is spoken as well.
+        direct: direct leases are offered.
 
     Attributes:
         expects: the size of the client's next message in bytes.
+        attach: the client's request for direct leases; a pidfd has come with its message.
+        attaching: that message is expected next.
         version: the version that the client has offered, or `newest`.
         verdict: after any verdict but ``WELCOME`` the answer is sent, then the connection ends.
         done: the client is accepted.
@@ -235,12 +291,21 @@ class ServerHandshake:
     """
 
     def __init__(
-        self, lane: LaneTraits, identity: ServerIdentity, secret: bytes | None = None, newest: int = VERSION
+        self,
+        lane: LaneTraits,
+        identity: ServerIdentity,
+        secret: bytes | None = None,
+        newest: int = VERSION,
+        *,
+        direct: bool = False,
     ) -> None:
         self._lane = lane
         self._identity = identity
         self._secret = secret
+        self._direct = direct and not lane.in_band
         self._nonces = b""
+        self.attach: AttachRequest | None = None
+        self.attaching = False
         self.expects = HELLO.size
         self.version = newest
         self.verdict = Verdict.WELCOME
@@ -248,7 +313,10 @@ class ServerHandshake:
         self.unproven = False
 
     def receive(self, message: bytes | bytearray | memoryview) -> bytes:
-        """The answer to the client's next message, of `expects` bytes. No message raises an exception."""
+        """The answer to the client's next message, of `expects` bytes; empty if `welcome` makes it.
+
+        No message raises an exception.
+        """
         return self._check_proof(message) if self._nonces else self._hello(message)
 
     def _hello(self, message: bytes | bytearray | memoryview) -> bytes:
@@ -268,22 +336,37 @@ class ServerHandshake:
         self.unproven = bool(
             self.verdict is Verdict.WELCOME and guarded and expected in (ANY_PRODUCER, who.producer)
         )
-        self.expects = PROOF.size
+        self.attaching = bool(
+            self._direct
+            and self.verdict is Verdict.WELCOME
+            and flags & HelloFlag.DIRECT
+            and version >= DIRECT_VERSION
+        )
+        self.expects = PROOF.size + (ATTACH.size if self.attaching else 0)
         answer = self._proof(b"server") if self._secret is not None and flags & HelloFlag.SECRET else NO_PROOF
-        secret = HelloFlag.NONE if self._secret is None else HelloFlag.SECRET
+        ours = HelloFlag.NONE if self._secret is None else HelloFlag.SECRET
+        if self.attaching:
+            ours |= HelloFlag.DIRECT
         return CHALLENGE.pack(
-            MAGIC, self.version, self.verdict, secret, who.producer, mine, answer,
+            MAGIC, self.version, self.verdict, ours, who.producer, mine, answer,
             who.slots, who.slot_bytes, who.max_leases, who.readers,
         )  # fmt: skip
 
     def _check_proof(self, message: bytes | bytearray | memoryview) -> bytes:
-        (theirs,) = PROOF.unpack(message)
+        (theirs,) = PROOF.unpack_from(message)
         self.unproven = False
         expected = NO_PROOF if self._secret is None else self._proof(b"client")
         if not hmac.compare_digest(expected, theirs):
             self.verdict = Verdict.DENIED
         self.done = self.verdict is Verdict.WELCOME
-        return WELCOME.pack(MAGIC, self.verdict)
+        if self.done and self.attaching:
+            self.attach = AttachRequest(*ATTACH.unpack_from(message, PROOF.size))
+            return b""
+        return WELCOME.pack(MAGIC, self.verdict, 0)
+
+    def welcome(self, flags: WelcomeFlag) -> bytes:
+        """The answer to a client with an `attach` request."""
+        return WELCOME.pack(MAGIC, Verdict.WELCOME, flags)
 
     def _proof(self, role: bytes) -> bytes:
         assert self._secret is not None

@@ -27,7 +27,14 @@ from dray.protocol.frames import (
     Status,
     check,
 )
-from dray.protocol.handshake import LaneTraits, ServerHandshake, ServerIdentity, Verdict
+from dray.protocol.handshake import (
+    AttachRequest,
+    LaneTraits,
+    ServerHandshake,
+    ServerIdentity,
+    Verdict,
+    WelcomeFlag,
+)
 
 MAX_PENDING = 4096
 """Limit of the requests of one connection without an answer, and of its inline payloads without an ACK."""
@@ -43,9 +50,15 @@ _CHECKSUM = Flag.CHECKSUM
 
 
 class Established(NamedTuple):
-    """The handshake is complete: requests follow."""
+    """The handshake is complete: requests follow.
+
+    Attributes:
+        version: the version that both sides speak.
+        attach: the client's request for direct leases, to which `ServerSession.welcome` is the answer.
+    """
 
     version: int
+    attach: AttachRequest | None = None
 
 
 class Refused(NamedTuple):
@@ -88,6 +101,7 @@ class ServerSession:
         identity: the ring, as the handshake describes it.
         secret: the job's secret, if it has one.
         newest: the newest protocol version to speak.
+        direct: direct leases are offered.
 
     Attributes:
         established: the handshake is complete.
@@ -98,12 +112,18 @@ class ServerSession:
     """
 
     def __init__(
-        self, lane: LaneTraits, identity: ServerIdentity, *, secret: bytes | None = None, newest: int = VERSION
+        self,
+        lane: LaneTraits,
+        identity: ServerIdentity,
+        *,
+        secret: bytes | None = None,
+        newest: int = VERSION,
+        direct: bool = False,
     ) -> None:
         self._in_band = lane.in_band
         self._tagged = lane.tagged
         self._readers, self._slots, self._max_leases = identity.readers, identity.slots, identity.max_leases
-        self._handshake = ServerHandshake(lane, identity, secret, newest)
+        self._handshake = ServerHandshake(lane, identity, secret, newest, direct=direct)
         self._outgoing: list[Outgoing] = []
         self._granted: dict[int, tuple[int, int, int]] = {}
         self._copied: dict[int, tuple[int, int, int]] = {}
@@ -124,6 +144,11 @@ class ServerSession:
     def unproven(self) -> bool:
         """The client has received the server's proof and sent none: if it disconnects now, the secrets differ."""
         return self._handshake.unproven
+
+    @property
+    def expects_descriptor(self) -> bool:
+        """A descriptor comes with the client's next message."""
+        return self._handshake.attaching and not (self.established or self.closing)
 
     # --- in ---------------------------------------------------------------------------------------------------
 
@@ -170,16 +195,21 @@ class ServerSession:
 
     def _shake_hands(self, message: bytes | bytearray | memoryview) -> list[Event]:
         handshake = self._handshake
-        self._outgoing.append(handshake.receive(message))
+        if answer := handshake.receive(message):
+            self._outgoing.append(answer)
         self.expects = handshake.expects
         if handshake.done:
             self.established = True
             self.expects = FRAME_BYTES
-            return [Established(handshake.version)]
+            return [Established(handshake.version, handshake.attach)]
         if handshake.verdict is not Verdict.WELCOME:
             self.closing = True
             return [Refused(handshake.verdict)]
         return []
+
+    def welcome(self, flags: WelcomeFlag) -> None:
+        """Answer a request for direct leases."""
+        self._outgoing.append(self._handshake.welcome(flags))
 
     def _end_read(self, request: int, payload: tuple[int, int, int]) -> Literal["lease", "late"]:
         if request in self.sending:
@@ -223,7 +253,7 @@ class ServerSession:
             nbytes: its size.
             offset: its place in the segment.
             flags: `Flag.CHECKSUM` if `checksum` is one.
-            checksum: the payload's checksum; where payloads stay in the segment, the time of its commit in ns.
+            checksum: the payload's checksum.
         """
         _, _, reader, _, slot, request, sequence, _, _, _, tag, _ = self.requests.popleft()
         self._granted[request] = slot, sequence, reader

@@ -6,7 +6,8 @@ import logging
 from typing import Self
 
 from dray.errors import ConfigError, PayloadTooLargeError, SlotError, StaleSlotError
-from dray.ring.slots import Slot, SlotTable
+from dray.ring.records import Slot
+from dray.ring.slots import SlotTable
 
 logger = logging.getLogger("dray.ring")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
@@ -12,11 +11,14 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotError
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES, Wanted
 from dray.resources import Closing
+from dray.ring.consumer_events import Descriptor
+from dray.ring.direct import MAX_BOARD_WORDS, Attached, DirectLeases, WordLease
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
+from dray.ring.records import OnFull, Retain, RingStatistics, SlotInfo
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotState
-from dray.ring.slots import Copied, OnFull, Retain, RingStatistics, SlotInfo, SlotTable
+from dray.ring.slots import Copied, Look, SlotTable
 
 
 class SharedRingBuffer(Closing):
@@ -93,14 +95,46 @@ class SharedRingBuffer(Closing):
                 table.check_open()
             if table.lost or table.changing:
                 table.mend()
-            if not table.free:
-                table.wait_for_slot(timeout)
-            table.changing = True
-            slot = table.claim(nbytes)
-            writer = SlotWriter(table, slot, nbytes)
-            slot.writer = weakref.ref(writer, table.lost.append)
-            table.changing = False
-            return writer
+            if table.can_claim:
+                return self._take_locked(nbytes)
+        return self._claim_later(nbytes, timeout)
+
+    def _take_locked(self, nbytes: int) -> SlotWriter:
+        table = self._table
+        table.changing = True
+        slot = table.claim(nbytes)
+        writer = SlotWriter(table, slot, nbytes)
+        slot.writer = weakref.ref(writer, table.lost.append)
+        table.changing = False
+        return writer
+
+    def _claim_later(self, nbytes: int, timeout: float | None) -> SlotWriter:
+        """`claim` a slot that is free once consumers were looked at, or once one becomes free."""
+        table = self._table
+        deadline = Deadline.after(timeout, table.clock)
+        waits = new = False
+        bell = _Doorbell(table)
+        try:
+            while True:
+                self.look(drop=self.on_full == "overwrite", new_bell=new)
+                with table.lock:
+                    self._open_table_locked()
+                    if table.find_free():
+                        return self._take_locked(nbytes)
+                    table.check_time(deadline)
+                    new = bell.set_locked()
+                    if not new:
+                        waits = True
+                        table.wait_for_slot(deadline)
+        except BaseException:
+            with table.lock:
+                table.wake_claimer()
+            raise
+        finally:
+            with table.lock:
+                bell.clear_locked()
+                if waits:
+                    table.count_wait(deadline.elapsed)
 
     def read_raw(self, slot: int, sequence: int, reader: int = 0) -> Lease:
         """Lease a committed payload, which other readers may have leased already.
@@ -187,28 +221,37 @@ class SharedRingBuffer(Closing):
         """
         table = self._table
         deadline = Deadline.after(timeout, table.clock)
-        with table.lock:
+        bell = _Doorbell(table)
+        new = False
+        try:
             while True:
-                self._check_locked(slot)
-                found = table.slots[slot]
-                if found.sequence < sequence:
-                    raise table.stale_error(found, sequence, 0)
-                if found.sequence > sequence or found.retired:
-                    return True
-                if not deadline.remaining > 0:
-                    return False
-                if found.retirement is None:
-                    found.retirement = threading.Condition(table.lock)
-                found.retirement.wait(min(deadline.remaining, threading.TIMEOUT_MAX))
+                self.look(new_bell=new)
+                with table.lock:
+                    self._check_locked(slot)
+                    found = table.slots[slot]
+                    if found.sequence < sequence:
+                        raise table.stale_error(found, sequence, 0)
+                    if found.sequence > sequence or found.retired:
+                        return True
+                    if not deadline.remaining > 0:
+                        return False
+                    new = bell.set_locked()
+                    if not new:
+                        table.wait_retired(found, deadline)
+        finally:
+            with table.lock:
+                bell.clear_locked()
 
     def get_ready_count(self) -> int:
         """The number of READY slots."""
+        self.look()
         with self._table.lock:
             self._open_table_locked().mend()
             return self._table.ready
 
     def ready(self, *, leased: bool = False) -> list[SlotInfo]:
         """The READY payloads, oldest first; with `leased`, also those being read that are not consumed yet."""
+        self.look()
         with self._table.lock:
             states = (SlotState.READY, SlotState.READING) if leased else (SlotState.READY,)
             live = self._open_table_locked().live.values()
@@ -216,13 +259,83 @@ class SharedRingBuffer(Closing):
 
     def inspect(self) -> tuple[SlotInfo, ...]:
         """All slots, by index, for observers and tests. It takes time in proportion to the number of slots."""
+        self.look()
         with self._table.lock:
             return tuple([slot.info() for slot in self._open_table_locked().slots])
 
     def statistics(self) -> RingStatistics:
         """The counters of the ring."""
+        self.look()
         with self._table.lock:
             return self._open_table_locked().statistics()
+
+    # --- direct consumers -------------------------------------------------------------------------------------
+
+    def attach(self, process: Descriptor, *, pid: int, reader: int, leases: int) -> Attached | None:
+        """Let a consumer on this host lease directly, see `dray.ring.attachment`; None if it cannot.
+
+        Args:
+            process: a pidfd of the consumer's process, whose end ends its leases.
+            pid: its process, for the statistics.
+            reader: its reader id.
+            leases: how many payloads it may lease at a time.
+
+        Raises:
+            OutOfResources: no descriptor or memory is left.
+        """
+        table = self._table
+        with table.lock:
+            self._open_table_locked()
+            if self.slots * self.readers > MAX_BOARD_WORDS or not 0 <= reader < self.readers:
+                return None
+            direct = table.serve_directly()
+            return direct.attach(process, pid, reader, leases) if direct.barriers.usable else None
+
+    def direct(self) -> DirectLeases:
+        """What is shared with direct consumers, once there was one.
+
+        Raises:
+            BufferClosedError: the ring is closed.
+        """
+        with self._table.lock:
+            return self._open_table_locked().serve_directly()
+
+    def look(self, *, drop: bool = False, new_bell: bool = False) -> None:
+        """Learn what direct consumers hold and have consumed, and free what they do not hold any more.
+
+        Every method that answers from the slots does so first. A server does when `DirectLeases.events` has one.
+
+        Args:
+            drop: if no slot is free, drop the oldest payload that has no lease.
+            new_bell: the doorbell was set since the last look.
+        """
+        table = self._table
+        direct = table.direct
+        if direct is None:
+            return
+        if new_bell:  # a consumer sees the doorbell, or this look sees what the consumer has written before
+            direct.barriers.pass_one()
+        looks: list[Look] = []
+        passed = False
+        try:
+            with table.lock:
+                if table.closed:
+                    return
+                table.mend()
+                looks.append(table.begin_look(drop=drop))
+            if looks[0].needs_barrier:
+                passed = direct.barriers.pass_one()
+        finally:
+            if looks and looks[0].needs_barrier:
+                with table.lock:
+                    table.end_look(looks[0], passed)
+
+    def direct_leases(self) -> list[WordLease]:
+        """The direct leases, as they were found last."""
+        with self._table.lock:
+            table = self._open_table_locked()
+            sequences = [slot.sequence for slot in table.slots] if table.direct is not None else []
+            return [] if table.direct is None else table.direct.leases(sequences)
 
     @property
     def closed(self) -> bool:
@@ -257,6 +370,29 @@ class SharedRingBuffer(Closing):
         if not 0 <= slot < self.slots:
             raise SlotError(f"the ring has slots 0 to {self.slots - 1}", slot=slot)
         raise SlotError(f"reader {reader} is not one of 0 to {self.readers - 1}", slot=slot)
+
+
+class _Doorbell:
+    """Consumers ring the doorbell while a thread waits. Both methods need the lock of the ring's table."""
+
+    def __init__(self, table: SlotTable) -> None:
+        self._table = table
+        self._set: DirectLeases | None = None
+
+    def set_locked(self) -> bool:
+        """Have it rung from now on; True if it was not so far: then a look comes before the wait."""
+        direct = self._table.direct
+        if direct is None or self._set is direct:
+            return False
+        direct.begin_wait()
+        self._set = direct
+        return True
+
+    def clear_locked(self) -> None:
+        """This thread does not wait any more."""
+        if self._set is not None and self._set is self._table.direct:
+            self._set.end_wait()
+        self._set = None
 
 
 def _check_policy(slots: int, on_full: str, readers: int, retain: str) -> None:

@@ -7,6 +7,9 @@ the others are kept in the order of their sequence numbers. A refused operation 
 A signal handler may raise an exception between any two bytecodes. Therefore every operation that moves a slot runs
 between `begin_change` and ``changing = False``. An operation that finds `changing` set calls `mend`, which
 completes the interrupted one: everything follows from the states of the slots.
+
+With direct consumers (`dray.ring.direct`) the table learns late what they hold and have consumed: `begin_look` and
+`end_look`, with a barrier in between, bring it up to date. Until then a retired slot is `due`, and stays READING.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple, TypeAlias
 
 from dray.clock import Clock, Deadline
 from dray.errors import (
@@ -30,6 +32,7 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.identifiers import Wanted
+from dray.ring.direct import RELOOK_SECONDS, DirectLeases
 from dray.ring.layout import (
     CHECKSUM_OFFSET,
     CONSUMED_BY_OFFSET,
@@ -39,14 +42,9 @@ from dray.ring.layout import (
     STATE_OFFSET,
     U64,
 )
+from dray.ring.records import OnFull, Retain, RingStatistics, Slot
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotEvent, SlotState, after
-
-OnFull: TypeAlias = Literal["block", "error", "overwrite"]
-"""What a claim does without a free slot: wait, raise at once, or drop the oldest payload that is not leased."""
-
-Retain: TypeAlias = Literal["unread", "newest"]
-"""Keep each payload until it is consumed, or keep only the payload committed last."""
 
 Copied: TypeAlias = tuple[bytes, int | None]
 """The bytes of a payload, and its checksum if one is known."""
@@ -57,85 +55,23 @@ _write_header: Final = SLOT_HEADER.pack_into
 _write_u64: Final = U64.pack_into
 
 
-class SlotInfo(NamedTuple):
-    """One slot at one moment."""
+class Look(NamedTuple):
+    """What the table wants to know of direct consumers.
 
-    slot: int  # its index in the ring
-    state: SlotState
-    sequence: int  # of the payload claimed last in this slot; -1 if there was none
-    nbytes: int  # size of that payload
-    leases: int  # live leases on it
-    consumed_by: int  # bit r is set when reader r has consumed it
-    retired: bool  # no new lease may begin: it was consumed by all readers, dropped, replaced or aborted
-    committed_at: float  # on the ring's clock; in a WRITING slot, of the payload before
-
-
-@dataclass(frozen=True, slots=True)
-class RingStatistics:
-    """A ring at one moment. Counters start when the ring is created; ages are in seconds."""
-
-    slots: int  # number of slots
-    slot_bytes: int  # capacity of each
-    free: int  # slots in each state
-    writing: int
-    ready: int
-    reading: int
-    leases: int  # live leases
-    claimed: int  # claims granted; also the next sequence number
-    committed: int  # payloads committed
-    committed_bytes: int  # their bytes
-    aborted: int  # claims that ended without a commit
-    leased: int  # leases granted
-    copied: int  # payloads copied out without a lease
-    consumed: int  # payloads that all readers have consumed
-    dropped_unread: int  # payloads dropped before a reader had leased or copied them
-    dropped_delivered: int  # payloads dropped after a reader had leased or copied them
-    retired: int  # payloads replaced by a newer one (retain="newest")
-    stale_reads: int  # reads of payloads that were gone, or that the reader had consumed
-    stale_consumes: int  # `consume` calls for such payloads
-    double_releases: int  # leases and writers that were ended again
-    claim_waits: int  # claims that waited for a free slot
-    claim_wait_seconds: float  # for how long, in total
-    full_errors: int  # claims that ended with `BufferFullError`
-    oldest_ready_age: float | None  # since the commit of the READY payload with the lowest sequence number
-    oldest_lease_age: float | None  # for how long the slot that has been READING longest has been so
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One slot, guarded by the table's lock. `SlotInfo` explains the fields that both have.
-
-    `sequence` outlives the payload: it distinguishes old references from those that never existed.
+    Attributes:
+        due: slots that are free unless a lease word names them.
+        victim: the slot of a payload that is dropped unless it is leased.
+        sequence: the sequence number of that payload.
     """
 
-    index: int
-    header: int  # byte offset of its header
-    offset: int  # byte offset of its payload
-    state: SlotState = SlotState.FREE
-    sequence: int = -1
-    nbytes: int = 0
-    checksum: int | None = None
-    committed_at: float = 0.0
-    leased_at: float = 0.0  # when it became READING
-    consumed_by: int = 0
-    leases: int = 0
-    delivered: bool = False  # a reader has leased or copied the payload
-    retired: bool = True
-    retirement: threading.Condition | None = None  # of the threads that wait until the payload retires
-    writer: weakref.ref[object] | None = None  # the `SlotWriter`, while the slot is WRITING
+    due: tuple[Slot, ...]
+    victim: Slot | None
+    sequence: int
 
-    def info(self) -> SlotInfo:
-        """The slot as it is now."""
-        return SlotInfo(
-            self.index, self.state, self.sequence, self.nbytes, self.leases, self.consumed_by, self.retired,
-            self.committed_at,
-        )  # fmt: skip
-
-    def wake(self) -> None:
-        """Wake the threads that wait until this payload retires."""
-        if self.retirement is not None:
-            self.retirement.notify_all()
-            self.retirement = None
+    @property
+    def needs_barrier(self) -> bool:
+        """Only after a barrier something can be freed."""
+        return bool(self.due) or self.victim is not None
 
 
 class SlotTable:
@@ -146,11 +82,49 @@ class SlotTable:
     """
 
     __slots__ = (
-        "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable", "_claimed",
-        "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
-        "_dropped_unread", "_full_errors", "_leased", "_memory", "_newest", "_newest_only", "_now", "_on_full",
-        "_replaced", "_slot_bytes", "_stale_consumes", "_stale_reads", "changing", "clock", "closed", "disowned",
-        "double_releases", "free", "leases", "live", "lock", "lost", "ready", "slots",
+        "__weakref__",
+        "_aborted",
+        "_all_readers",
+        "_claim_wait_seconds",
+        "_claim_waits",
+        "_claimable",
+        "_claimed",
+        "_claimers",
+        "_committed",
+        "_committed_bytes",
+        "_consumed",
+        "_copied",
+        "_dropped_delivered",
+        "_dropped_unread",
+        "_full_errors",
+        "_late_looks",
+        "_leased",
+        "_memory",
+        "_newest",
+        "_newest_only",
+        "_now",
+        "_on_full",
+        "_readers",
+        "_replaced",
+        "_short",
+        "_slot_bytes",
+        "_stale_consumes",
+        "_stale_reads",
+        "_worded",
+        "changing",
+        "clock",
+        "closed",
+        "direct",
+        "disowned",
+        "double_releases",
+        "due",
+        "free",
+        "leases",
+        "live",
+        "lock",
+        "lost",
+        "ready",
+        "slots",
     )  # fmt: skip
 
     def __init__(self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock) -> None:
@@ -160,6 +134,8 @@ class SlotTable:
         self.free = deque(self.slots)  # the slot that has been free longest comes first
         self.live: OrderedDict[int, Slot] = OrderedDict()  # the other slots, by sequence number
         self.ready = self.leases = self.double_releases = 0
+        self.direct: DirectLeases | None = None  # from the first direct consumer on
+        self.due: dict[Slot, None] = {}  # retired; direct leases on them are not ruled out
         self.changing = False  # an operation that moves a slot has begun and has not ended
         self.lost: deque[object] = deque()  # of writers that were deleted while their slots were WRITING
         self.closed = False  # true after `close`, and in a forked child
@@ -172,13 +148,16 @@ class SlotTable:
         self._on_full = on_full
         self._newest_only = retain == "newest"
         self._newest: Slot | None = None
+        self._readers = readers
         self._all_readers = (1 << readers) - 1
+        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are looked at
+        self._worded: set[Slot] = set()  # those with `words`
         self._now = clock.now
         self._claimed = self._committed = self._committed_bytes = self._aborted = 0
         self._leased = self._copied = self._consumed = 0
         self._dropped_unread = self._dropped_delivered = self._replaced = 0
         self._stale_reads = self._stale_consumes = 0
-        self._claim_waits = self._full_errors = 0
+        self._claim_waits = self._full_errors = self._late_looks = 0
         self._claim_wait_seconds = 0.0
         _tables.add(self)
 
@@ -200,13 +179,19 @@ class SlotTable:
                     slot.state = _FREE
             elif slot.consumed_by == self._all_readers or (self._newest_only and slot is not self._newest):
                 slot.retired = True
-            if slot.state is _FREE or (slot.retired and not slot.leases):
+            if slot.state is _FREE or (slot.retired and not slot.leases and not self._attached):
                 slot.state, slot.retired, slot.writer = _FREE, True, None
             elif slot.state is not _WRITING:
-                slot.state = _READING if slot.leases else _READY
+                if slot.retired and not slot.leases:
+                    self.due[slot] = None
+                slot.state = _READING if slot.leases or slot.words or slot in self.due else _READY
             if slot.retired:
                 slot.wake()
-            self._memory[slot.header + STATE_OFFSET] = slot.state
+            if slot.sequence >= 0:
+                self._write_header(slot)
+            if self.direct is not None and not slot.undecided:
+                self._publish(slot)
+        self.due = {slot: None for slot in self.due if slot.state is _READING}
         free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
         live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
         self.free = deque(free)
@@ -223,34 +208,64 @@ class SlotTable:
         self._claimable.notify_all()
         self.changing = False
 
-    def wait_for_slot(self, timeout: float | None) -> None:
-        """Return when a slot is free; a thread that claims later may get it first. Raises like `claim`."""
-        overwrite = self._on_full == "overwrite"
-        if overwrite and self._drop_oldest():
+    @property
+    def can_claim(self) -> bool:
+        """A slot is free, and there is no reason to look for more first."""
+        free = len(self.free)
+        return free > 0 and (self.direct is None or free >= self._short)
+
+    def find_free(self) -> bool:
+        """A slot is free, perhaps because the oldest payload was dropped."""
+        return bool(self.free) or (self._on_full == "overwrite" and not self._attached and self._drop_oldest())
+
+    def check_time(self, deadline: Deadline) -> None:
+        """Return if a claim may wait for a slot.
+
+        Raises:
+            BufferFullError: the deadline has passed, or claims do not wait.
+        """
+        if self._on_full != "error" and deadline.remaining > 0:
             return
-        deadline = Deadline.after(0 if self._on_full == "error" else timeout, self.clock)
-        waited = False
+        self._full_errors += 1
+        count = ", ".join(f"{number} {state.name}" for state, number in self._count().items())
+        failed = "" if self.direct is None else self.direct.barriers.error
+        why = f"; membarrier has failed: {failed}" if failed else ""
+        raise BufferFullError(
+            f"no slot became free: {count} of {len(self.slots)} slots{why}", elapsed=deadline.elapsed
+        )
+
+    def wait_for_slot(self, deadline: Deadline) -> None:
+        """Wait until a slot may be free. Another thread may get it first, and then there is more to wait."""
         self._claimers += 1
         try:
-            while deadline.remaining > 0:
-                waited = True
-                self._claimable.wait(min(deadline.remaining, threading.TIMEOUT_MAX))
-                self.check_open()
-                self.mend()
-                if self.free or (overwrite and self._drop_oldest()):
-                    return
-            self._full_errors += 1
-            count = ", ".join(f"{number} {state.name}" for state, number in self._count().items())
-            raise BufferFullError(
-                f"no slot became free: {count} of {len(self.slots)} slots", elapsed=deadline.elapsed
-            )
-        except BaseException:
-            self._claimable.notify()  # if this thread was woken for a slot, another one must get it
-            raise
+            self._wait(self._claimable, deadline.remaining)
         finally:
             self._claimers -= 1
-            self._claim_waits += waited
-            self._claim_wait_seconds += deadline.elapsed
+
+    def count_wait(self, seconds: float) -> None:
+        """Count a claim that has waited."""
+        self._claim_waits += 1
+        self._claim_wait_seconds += seconds
+
+    def wake_claimer(self) -> None:
+        """A thread that was woken for a slot does not take it: another one must."""
+        if self._claimers and self.free:
+            self._claimable.notify()
+
+    def wait_retired(self, slot: Slot, deadline: Deadline) -> None:
+        """Wait until the payload in a slot may have retired."""
+        if slot.retirement is None:
+            slot.retirement = threading.Condition(self.lock)
+        self._wait(slot.retirement, deadline.remaining)
+
+    def _wait(self, condition: threading.Condition, seconds: float) -> None:
+        if not self._attached:
+            condition.wait(min(seconds, threading.TIMEOUT_MAX))
+        elif not condition.wait(min(seconds, RELOOK_SECONDS)):
+            # What the doorbell should have reported is found now.
+            before = len(self.free), self._consumed
+            self.begin_look()
+            self._late_looks += (len(self.free), self._consumed) != before
 
     def claim(self, nbytes: int) -> Slot:
         """FREE → WRITING for the slot that has been free longest; there must be one.
@@ -264,7 +279,7 @@ class SlotTable:
         slot.nbytes = nbytes
         slot.checksum = None
         slot.consumed_by = 0
-        slot.delivered = slot.retired = False
+        slot.delivered = slot.retired = slot.undecided = False
         self.live[sequence] = slot
         _write_header(self._memory, slot.header, _WRITING, 0, sequence, nbytes, 0, 0.0, 0)
         return slot
@@ -279,6 +294,8 @@ class SlotTable:
         self._committed += 1
         self._committed_bytes += nbytes
         _write_header(self._memory, slot.header, _READY, 0, slot.sequence, nbytes, 0, now, 0)
+        if self.direct is not None:
+            self.direct.publish(slot.index, slot.sequence)
         if self._newest_only:
             if self._newest is not None:
                 self._retire(self._newest)
@@ -313,11 +330,9 @@ class SlotTable:
             self._consume(slot, reader)
         if slot.leases == 0 and slot.state is _READING:
             if slot.retired:
-                self._set_free(slot, _END)
+                self._vacate(slot)
             else:
-                slot.state = after(slot.state, _RETURN)
-                self._memory[slot.header + STATE_OFFSET] = _READY
-                self.ready += 1
+                self._refresh(slot)
         self.changing = False
         if self._claimers:
             self._claimable.notify()
@@ -325,9 +340,7 @@ class SlotTable:
     def consume(self, index: int, sequence: int, reader: int) -> bool:
         """Mark a payload consumed by `reader`, leased or not; false when it is stale for that reader."""
         slot = self.slots[index]
-        stale = (
-            slot.sequence != sequence or slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1
-        )
+        stale = self._is_stale(slot, sequence, reader)
         if stale:
             self._stale_consumes += 1
         elif not self._newest_only:
@@ -345,21 +358,21 @@ class SlotTable:
                 self._claimable.notify_all()
                 for slot in self.live.values():
                     slot.wake()
+                if self.direct is not None:
+                    self.direct.close()
+                    self.direct = None
                 self._memory = memoryview(b"")
 
     def lease(self, index: int, sequence: int, reader: int) -> Slot:
         """READY or READING → READING, with one lease more. Raises `StaleSlotError`."""
         slot = self.slots[index]
-        if slot.sequence != sequence or slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+        if self._is_stale(slot, sequence, reader):
             self._stale_reads += 1
             raise self.stale_error(slot, sequence, reader)
-        if slot.leases == 0:
-            self.ready -= 1
-            slot.leased_at = self._now()
-            self._memory[slot.header + STATE_OFFSET] = _READING
-        slot.state = after(slot.state, _LEASE)
         slot.leases += 1
         slot.delivered = True
+        if slot.state is _READY:
+            self._refresh(slot)
         self.leases += 1
         self._leased += 1
         return slot
@@ -373,12 +386,7 @@ class SlotTable:
                 found.append(SlotError(f"the ring has no slot {index}, or no reader {reader}", slot=index))
                 continue
             slot = slots[index]
-            if (
-                slot.sequence != sequence
-                or slot.retired
-                or slot.state is _WRITING
-                or slot.consumed_by >> reader & 1
-            ):
+            if self._is_stale(slot, sequence, reader):
                 self._stale_reads += 1
                 found.append(self.stale_error(slot, sequence, reader))
             elif slot.nbytes > most:
@@ -416,7 +424,8 @@ class SlotTable:
         return RingStatistics(
             slots=len(self.slots), slot_bytes=self._slot_bytes,
             free=count[_FREE], writing=count[_WRITING], ready=count[_READY], reading=count[_READING],
-            leases=self.leases, claimed=self._claimed, aborted=self._aborted,
+            leases=self.leases + sum(slot.words for slot in self._worded),
+            claimed=self._claimed, aborted=self._aborted,
             committed=self._committed, committed_bytes=self._committed_bytes,
             leased=self._leased, copied=self._copied, consumed=self._consumed, retired=self._replaced,
             dropped_unread=self._dropped_unread, dropped_delivered=self._dropped_delivered,
@@ -425,6 +434,7 @@ class SlotTable:
             claim_waits=self._claim_waits, claim_wait_seconds=self._claim_wait_seconds,
             oldest_ready_age=next(ready, None) if count[_READY] else None,
             oldest_lease_age=max(itertools.islice(reading, count[_READING]), default=None),
+            late_looks=self._late_looks, **({} if self.direct is None else self.direct.statistics()),
         )  # fmt: skip
 
     def check_open(self) -> None:
@@ -462,17 +472,21 @@ class SlotTable:
         if not self.ready:
             return False
         self.changing = True
-        slot = next(slot for slot in self.live.values() if slot.state is _READY)
+        self._drop(next(slot for slot in self.live.values() if slot.state is _READY))
+        self.changing = False
+        return True
+
+    def _drop(self, slot: Slot) -> None:
         self._retire(slot)
         if slot.delivered:
             self._dropped_delivered += 1
         else:
             self._dropped_unread += 1
-        self.changing = False
-        return True
 
     def _consume(self, slot: Slot, reader: int) -> None:
         slot.consumed_by |= 1 << reader
+        if self.direct is not None:
+            self.direct.mark_consumed(slot.index, slot.sequence, reader)
         if slot.consumed_by == self._all_readers:
             self._consumed += 1
             self._retire(slot)
@@ -482,11 +496,41 @@ class SlotTable:
     def _retire(self, slot: Slot) -> None:
         """Refuse new leases; the slot is free now, or with its last lease."""
         slot.retired = True
+        if self.direct is not None:
+            self.direct.retire(slot.index)
         slot.wake()
         if slot.leases == 0:
+            self._vacate(slot)
+
+    def _vacate(self, slot: Slot) -> None:
+        """Free a retired slot without leases over connections, or keep it until direct leases are ruled out."""
+        if self._attached:
+            self.due[slot] = None
+            self._refresh(slot)
+        else:
             if slot.state is _READY:
                 self.ready -= 1
             self._set_free(slot, _END)
+
+    def _refresh(self, slot: Slot) -> None:
+        """Bring the state of a READY or READING slot in line with its leases."""
+        used = slot.leases or slot.words or slot in self.due
+        if used and slot.state is _READY:
+            slot.state = after(slot.state, _LEASE)
+            self.ready -= 1
+            slot.leased_at = self._now()
+        elif not used and slot.state is _READING:
+            slot.state = after(slot.state, _RETURN)
+            self.ready += 1
+        self._memory[slot.header + STATE_OFFSET] = slot.state
+
+    def _is_stale(self, slot: Slot, sequence: int, reader: int) -> bool:
+        """A reader cannot read or consume a payload (any more)."""
+        if slot.sequence != sequence or slot.retired or slot.state is _WRITING:
+            return True
+        if self.direct is not None and not slot.consumed_by >> reader & 1:
+            self._learn(slot, (reader,))
+        return slot.retired or bool(slot.consumed_by >> reader & 1)
 
     def _set_free(self, slot: Slot, event: SlotEvent) -> None:
         slot.state = after(slot.state, event)
@@ -494,11 +538,129 @@ class SlotTable:
         del self.live[slot.sequence]
         self.free.append(slot)
 
+    # --- direct consumers -------------------------------------------------------------------------------------
+
+    @property
+    def _attached(self) -> bool:
+        return self.direct is not None and bool(self.direct.attached)
+
+    def serve_directly(self) -> DirectLeases:
+        """Share the words that direct leases need, from now on."""
+        if self.direct is None:
+            direct = DirectLeases(len(self.slots), self._readers, self.clock)
+            for slot in self.live.values():
+                if slot.state is not _WRITING and not slot.retired:
+                    direct.publish(slot.index, slot.sequence)
+                for reader in range(self._readers):
+                    if slot.consumed_by >> reader & 1:
+                        direct.mark_consumed(slot.index, slot.sequence, reader)
+            self.direct = direct
+            self._claimable.notify_all()  # they wait for the doorbell from now on
+        return self.direct
+
+    def begin_look(self, *, drop: bool = False) -> Look:
+        """Learn what direct consumers have consumed and hold, and which slots only a barrier can free.
+
+        With `drop`, if no slot is free, the oldest payload on which no lease was found is among them.
+        """
+        direct = self.direct
+        victim = None
+        if direct is not None:
+            direct.take_events()
+            if not self._newest_only:
+                for index, reader in direct.consumed():
+                    self._learn(self.slots[index], (reader,))
+            self._note_words(direct.named())
+            if not direct.attached:
+                self._free_due(self.due, {})
+            elif drop and not self.free:
+                ready = (each for each in self.live.values() if each.state is _READY and not each.undecided)
+                victim = next(ready, None) if self.ready else None
+                if victim is not None:
+                    victim.undecided = True
+                    direct.suspect(victim.index, victim.sequence)
+        return Look(tuple(self.due), victim, -1 if victim is None else victim.sequence)
+
+    def end_look(self, look: Look, passed: bool) -> None:
+        """Free what the look was about and no lease word names.
+
+        Args:
+            look: what `begin_look` has returned.
+            passed: a barrier has passed since then. Otherwise nothing is freed.
+        """
+        direct, victim = self.direct, look.victim
+        if direct is None:
+            return
+        named = direct.named()
+        if passed:
+            self._free_due(look.due, named)
+        if victim is not None and victim.sequence == look.sequence:
+            victim.undecided = False
+            self._learn(victim, range(self._readers))
+            if not victim.retired:
+                if passed and not self.free and victim.state is _READY and victim.index not in named:
+                    self._drop(victim)
+                    self._free_due((victim,), named)
+                else:
+                    direct.publish(victim.index, victim.sequence)
+        self._note_words(named)
+        if self._claimers and self.free:
+            self._claimable.notify_all()
+
+    def _free_due(self, slots: Iterable[Slot], named: Mapping[int, int]) -> None:
+        for slot in tuple(slots):
+            if slot in self.due and slot.index not in named:
+                self.changing = True
+                del self.due[slot]
+                slot.words = 0
+                self._worded.discard(slot)
+                self._set_free(slot, _END)
+                self.changing = False
+
+    def _note_words(self, named: Mapping[int, int]) -> None:
+        found = {self.slots[index] for index in named}
+        for slot in found | self._worded:
+            slot.words = named.get(slot.index, 0)
+            if slot.state is _READY or slot.state is _READING:
+                slot.delivered = slot.delivered or slot.words > 0
+                self._refresh(slot)
+        self._worded = found
+
+    def _learn(self, slot: Slot, readers: Iterable[int]) -> None:
+        """Count what the board says that readers have consumed."""
+        direct = self.direct
+        if direct is None or self._newest_only:
+            return
+        for reader in readers:
+            if slot.retired or slot.state is _WRITING:
+                return
+            if not slot.consumed_by >> reader & 1 and direct.has_consumed(slot.index, slot.sequence, reader):
+                self.changing = True
+                slot.delivered = True
+                self._consume(slot, reader)
+                self.changing = False
+
+    def _publish(self, slot: Slot) -> None:
+        """Write the generation that follows from the state of a slot."""
+        assert self.direct is not None
+        if slot.retired or slot.state is _FREE or slot.state is _WRITING:
+            self.direct.retire(slot.index)
+        else:
+            self.direct.publish(slot.index, slot.sequence)
+
+    def _write_header(self, slot: Slot) -> None:
+        flags, checksum = (0, 0) if slot.checksum is None else (HAS_CHECKSUM, slot.checksum)
+        _write_header(
+            self._memory, slot.header, slot.state, flags, slot.sequence, slot.nbytes, checksum,
+            slot.committed_at, slot.consumed_by,
+        )  # fmt: skip
+
     def disown(self) -> None:
         """In a forked child: the memory is not mapped, and a thread that does not exist may hold the lock."""
         self.lock = threading.Lock()
         self._claimable = threading.Condition(self.lock)
         self.closed = self.disowned = True
+        self.direct = None
         self._memory = memoryview(b"")
 
 

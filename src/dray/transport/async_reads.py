@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dray.clock import Deadline
 from dray.errors import DrayError, TransportTimeout
 from dray.payload import Arrays
-from dray.transport.connections import KeptLease
 
 MAX_ASYNC_READS = 32
 """Threads of one client that wait for reads of asyncio."""
@@ -24,16 +23,12 @@ class HeldRead:
 
     Attributes:
         arrays: its arrays, or why it cannot be unpacked.
+        end: consumes or releases it.
     """
 
-    def __init__(self, arrays: Arrays | DrayError, lease: KeptLease) -> None:
+    def __init__(self, arrays: Arrays | DrayError, end: Callable[[bool], None]) -> None:
         self.arrays = arrays
-        self._lease = lease
-
-    def end(self, consumed: bool) -> None:
-        """Consume or release it."""
-        with self._lease.inside:
-            self._lease.end(consumed)
+        self.end = end
 
 
 class AsyncReads:
@@ -88,4 +83,4 @@ class AsyncReads:
 
 def _release(future: concurrent.futures.Future[HeldRead]) -> None:
     if not future.cancelled() and future.exception() is None:
-        future.result().end(consumed=False)
+        future.result().end(False)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeVar, cast
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
-from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, PayloadError
+from dray.errors import (
+    BufferClosedError,
+    ConfigError,
+    ConnectionClosed,
+    DrayError,
+    PayloadError,
+    SlotError,
+)
+from dray.forking import here
 from dray.identifiers import MAX_READERS
 from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef
@@ -17,14 +24,23 @@ from dray.protocol.frames import Status
 from dray.protocol.handshake import check_secret
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.resources import Closing
+from dray.ring.attachment import DirectLease
 from dray.transport.async_reads import AsyncReads, HeldRead
 from dray.transport.attempts import MAX_ATTEMPTS, QUARANTINE_SECONDS
 from dray.transport.client_statistics import ClientStatistics
 from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.connections import ConnectionHolder, Connections, KeptLease, Refused, RequestFunction
+from dray.transport.direct_reads import DirectReads
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, Network
-from dray.transport.leases import InPlaceLease
+from dray.transport.leases import (
+    DirectInPlaceLease,
+    InPlaceLease,
+    KeptInPlaceLease,
+    LeasedArrays,
+    LeasedBytes,
+    MakeContent,
+)
 from dray.transport.pipeline import Batch, ReadResult
 from dray.transport.polling import CloseEvent
 from dray.transport.pool import IDLE_SECONDS, MAX_IDLE, Holder, Keeper
@@ -53,6 +69,8 @@ class PayloadClient(Closing):
             an answer in between, up to 16 times.
         attempts: transport failures one read survives, less one.
         clock: where time comes from.
+        direct: lease payloads of producers on this host in shared memory, without asking their servers, where
+            both sides can.
         network: where connections come from, by default the machine's; it is closed with the client.
         trace: receives the events of `dray.transport.trace`.
 
@@ -75,6 +93,7 @@ class PayloadClient(Closing):
         quarantine_seconds: float = QUARANTINE_SECONDS,
         attempts: int = MAX_ATTEMPTS,
         clock: Clock = MONOTONIC,
+        direct: bool = True,
         network: Network | None = None,
         trace: Trace | None = None,
     ) -> None:
@@ -90,6 +109,8 @@ class PayloadClient(Closing):
         self._reader = reader
         self._clock = clock
         self._counters = Counters()
+        buffers = network.receive_buffers()
+        self._direct = DirectReads(reader, direct, buffers, clock=clock, trace=trace)
         self._connections = Connections(
             self._lanes,
             network,
@@ -98,15 +119,16 @@ class PayloadClient(Closing):
             idle_seconds=idle_seconds,
             quarantine_seconds=quarantine_seconds,
             attempts=attempts,
+            direct=self._direct,
             trace=trace,
             secret=secret,
             verify=verify,
             inline_bytes=inline_bytes,
-            buffers=network.receive_buffers(),
+            buffers=buffers,
         )
         self._reaper = network.lease_reaper()
         self._async_reads = AsyncReads()
-        self._pid = os.getpid()
+        self._mark = here[0]
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -127,15 +149,11 @@ class PayloadClient(Closing):
             ReaderIdError: this client's reader id is not one of the ring's.
             PayloadFormatError: the bytes are not arrays; see `read_bytes`.
         """
-        self._check_process()
-        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
-        return self._connections.run(attempts, self._read_request(ref, consume, _unpack))
+        return self._read(ref, timeout, consume, _unpack)
 
     def read_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Bytes:
         """The payload as uint8 of shape (nbytes,), in memory of its own; otherwise like `read`."""
-        self._check_process()
-        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
-        return self._connections.run(attempts, self._read_request(ref, consume, _as_bytes))
+        return self._read(ref, timeout, consume, _as_bytes)
 
     async def read_async(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Arrays:
         """`read` for asyncio, in up to 32 threads of the client's own; further reads wait for a free thread.
@@ -144,19 +162,14 @@ class PayloadClient(Closing):
         """
         self._check_process()
         deadline = Deadline.after(timeout, self._clock)
-        found = await self._async_reads.run(
-            lambda: self._hold(
-                ref, deadline, copy=True, make=lambda received, lease: HeldRead(_unpack(received.data()), lease)
-            ),
-            deadline,
-        )
+        found = await self._async_reads.run(lambda: self._hold_read(ref, deadline), deadline)
         arrays = found.arrays
         found.end(consume)
         if isinstance(arrays, DrayError):
             raise arrays
         return arrays
 
-    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease:
+    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[Arrays]:
         """A context manager that yields the payload's arrays; on the shm lane in place, without a copy.
 
         A clean exit of the ``with`` block consumes the payload, an exception releases it. At the end the mapping
@@ -170,11 +183,11 @@ class PayloadClient(Closing):
         Raises:
             As `read`, by this call or when the block is entered.
         """
-        self._check_process()
-        deadline = Deadline.after(timeout, self._clock)
-        return self._hold(
-            ref, deadline, copy=False, make=lambda received, lease: InPlaceLease(received, lease, self._reaper)
-        )
+        return self._lease(ref, timeout, LeasedArrays)
+
+    def lease_bytes(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[LeasedBytes]:
+        """`lease` without unpacking: the block gets an object whose `data` is uint8 of shape (nbytes,)."""
+        return self._lease(ref, timeout, LeasedBytes)
 
     def read_many(
         self,
@@ -237,6 +250,20 @@ class PayloadClient(Closing):
         return freed
 
     def _consume(self, refs: Sequence[PayloadRef], deadline: Deadline) -> int:
+        freed = 0
+        others = []
+        for ref in refs:
+            try:
+                lease = self._direct.lease(ref)
+            except SlotError:
+                continue
+            if lease is None:
+                others.append(ref)
+            else:
+                freed += lease.end(consumed=True)
+        return freed + (self._consume_over_connection(others, deadline) if others else 0)
+
+    def _consume_over_connection(self, refs: Sequence[PayloadRef], deadline: Deadline) -> int:
         wanted = [(ref.slot, ref.sequence, self._reader) for ref in refs]
         found = self._connections.run(
             self._connections.attempts(refs[0], deadline),
@@ -277,7 +304,8 @@ class PayloadClient(Closing):
 
         Calls that wait in other threads end at once with `BufferClosedError`; their payloads are not consumed.
         """
-        if os.getpid() == self._pid:
+        if here[0] == self._mark:
+            self._direct.close()
             self._reaper.close()
             self._connections.close()
             self._async_reads.close()
@@ -287,12 +315,37 @@ class PayloadClient(Closing):
 
     # --- inside -----------------------------------------------------------------------------------------------
 
+    def _read(
+        self, ref: PayloadRef, timeout: float | None, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]
+    ) -> T:
+        self._check_process()
+        lease = self._direct.lease(ref)
+        if lease is not None:
+            return self._take(lease, consume, unpack_as)
+        attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
+        return self._connections.run(attempts, self._read_request(ref, consume, unpack_as))
+
+    def _take(self, lease: DirectLease, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]) -> T:
+        """Copy a payload. Its lease ends last: an exception before that leaves the payload where it is."""
+        payload = unpack_as(self._direct.copy(lease))
+        self._direct.end(lease, consume)
+        if isinstance(payload, DrayError):
+            raise payload
+        return payload
+
     def _read_request(
         self, ref: PayloadRef, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]
     ) -> RequestFunction[T]:
-        """The request of a read. The lease ends last: an exception before that leaves the payload where it is."""
+        """The request of a read over a connection. The lease ends last here as well."""
 
         def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
+            if connection.attachment is not None:  # it may have come with this connection
+                try:
+                    lease = self._direct.lease(ref)
+                except SlotError as error:
+                    raise Refused(error) from None
+                if lease is not None:
+                    return self._take(lease, consume, unpack_as)
             received = connection.read(ref, self._reader, status_deadline, deadline, copy=True)
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
@@ -304,6 +357,35 @@ class PayloadClient(Closing):
 
         return request
 
+    def _lease(self, ref: PayloadRef, timeout: float | None, make: MakeContent[T]) -> InPlaceLease[T]:
+        self._check_process()
+        lease = self._direct.lease(ref)
+        if lease is not None:
+            return DirectInPlaceLease(lease, make)
+        return self._hold(
+            ref,
+            Deadline.after(timeout, self._clock),
+            copy=False,
+            make=lambda received, kept: KeptInPlaceLease(received, kept, self._reaper, make),
+            direct=lambda lease: DirectInPlaceLease(lease, make),
+        )
+
+    def _hold_read(self, ref: PayloadRef, deadline: Deadline) -> HeldRead:
+        def direct(lease: DirectLease) -> HeldRead:
+            return HeldRead(_unpack(self._direct.copy(lease)), lambda consumed: self._direct.end(lease, consumed))
+
+        def kept(received: ReceivedPayload, kept: KeptLease) -> HeldRead:
+            def end(consumed: bool) -> None:
+                with kept.inside:
+                    kept.end(consumed)
+
+            return HeldRead(_unpack(received.data()), end)
+
+        lease = self._direct.lease(ref)
+        if lease is not None:
+            return direct(lease)
+        return self._hold(ref, deadline, copy=True, make=kept, direct=direct)
+
     def _hold(
         self,
         ref: PayloadRef,
@@ -311,12 +393,23 @@ class PayloadClient(Closing):
         *,
         copy: bool,
         make: Callable[[ReceivedPayload, KeptLease], T],
+        direct: Callable[[DirectLease], T],
     ) -> T:
-        """Read a payload whose lease outlives this call: it belongs to what `make` returns."""
+        """Read a payload over a connection; its lease outlives this call, and belongs to what `make` returns.
+
+        If the connection brings the means for direct leases, one is taken, for `direct`.
+        """
 
         holder: ConnectionHolder = Holder()
 
         def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
+            if connection.attachment is not None:
+                try:
+                    lease = self._direct.lease(ref)
+                except SlotError as error:
+                    raise Refused(error) from None
+                if lease is not None:
+                    return direct(lease)
             received = connection.read(ref, self._reader, status_deadline, deadline, copy=copy)
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
@@ -341,7 +434,13 @@ class PayloadClient(Closing):
     ) -> Generator[ReadResult[T], None, None]:
         self._check_process()
         batch = Batch(
-            self._connections, refs, reader=self._reader, consume=consume, timeout=timeout, clock=self._clock
+            self._connections,
+            self._direct,
+            refs,
+            reader=self._reader,
+            consume=consume,
+            timeout=timeout,
+            clock=self._clock,
         )
         orderly = False
         try:
@@ -351,9 +450,8 @@ class PayloadClient(Closing):
                 failed = isinstance(outcome, DrayError)
                 if failed:
                     self._counters.add("failed_reads")
-                result, connection = ReadResult(ref, outcome), batch.connection
-                if connection is not None:
-                    connection.handed_out = lease  # no call between this and the `yield`
+                result, source = ReadResult(ref, outcome), batch.source
+                source.handed_out = lease  # no call between this and the `yield`
                 if failed and not return_errors:
                     raise cast(DrayError, outcome)
                 yield result
@@ -362,7 +460,7 @@ class PayloadClient(Closing):
             batch.leave(orderly)
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if here[0] != self._mark:
             raise BufferClosedError("the client belongs to the process that this one was forked from")
 
 

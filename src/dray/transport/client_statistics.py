@@ -21,7 +21,7 @@ from dray.errors import (
 )
 from dray.transport.attempts import OtherProducerError, is_elsewhere, is_unusable
 from dray.transport.connection import Connection
-from dray.transport.lanes import parse_endpoint
+from dray.transport.lanes import SHM, parse_endpoint
 from dray.transport.trace import Connect, FailedAttempt, Trace, TraceEvent
 
 logger = logging.getLogger("dray.client")
@@ -49,6 +49,7 @@ class ClientStatistics:
     Attributes:
         reads, bytes: payloads that were handed out, and their size.
         reads_by_lane: the payloads by the name of the lane they came over.
+        direct_reads: those of the shm lane that were leased without asking the server.
         failed_reads: references of batches that could not be read.
         consumed: payloads that `consume` has freed.
         retries: attempts after a failed one.
@@ -67,6 +68,7 @@ class ClientStatistics:
     reads: int
     bytes: int
     reads_by_lane: Mapping[str, int]
+    direct_reads: int
     failed_reads: int
     consumed: int
     retries: int
@@ -117,14 +119,23 @@ class Recorder:
             self._reads[connection.lane.name] += connection.reads
             self._counts["bytes"] += connection.read_bytes
 
-    def statistics(self, connections: Collection[Connection], **others: Any) -> ClientStatistics:
-        """The statistics, with what open connections have counted, and figures that are counted elsewhere."""
+    def statistics(
+        self, connections: Collection[Connection], *, direct: tuple[int, int], **others: Any
+    ) -> ClientStatistics:
+        """The statistics, with what open connections have counted, and figures that are counted elsewhere.
+
+        `direct` are the direct reads and their size.
+        """
         with self._lock:
             counts, reads, retries = self._counts.copy(), self._reads.copy(), dict(self._retries)
         for connection in connections:
             reads[connection.lane.name] += connection.reads
             counts["bytes"] += connection.read_bytes
+        direct_reads, direct_bytes = direct
+        reads[SHM.name] += direct_reads
+        counts["bytes"] += direct_bytes
         return ClientStatistics(
+            direct_reads=direct_reads,
             reads=reads.total(),
             bytes=counts["bytes"],
             reads_by_lane=dict(+reads),

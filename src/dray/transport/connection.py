@@ -6,7 +6,6 @@ The thread that uses a connection drives it. What the protocol demands of the se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,24 +17,18 @@ from dray.errors import (
     BufferClosedError,
     DrayError,
     MessageTruncated,
-    PayloadError,
     ProtocolError,
     TransportError,
     VersionMismatch,
 )
-from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import PAYLOAD, Answer, ClientSession, Event, Refusal, Request
 from dray.protocol.frames import FRAME_BYTES, MIN_VERSION, VERSION, Flag, Kind, Status
-from dray.protocol.handshake import WELCOME, ClientHandshake, ServerIdentity
 from dray.protocol.server_session import MAX_INLINE_BYTES
-from dray.ring import Segment
-from dray.ring.layout import SegmentLayout
 from dray.transport import trace
-from dray.transport.attempts import OtherProducerError
+from dray.transport.connecting import Shared, shake_hands, wait
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Network, Stream, Waiter, Worker
-from dray.transport.polling import timed_out
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 
 _UINT8 = np.dtype(np.uint8)
@@ -55,7 +48,6 @@ class ReceivedPayload:
         in_place: `root` is the slot.
         buffers: where a copy's memory comes from.
         from_slot: `root` is the slot or a copy of it, correct only if the lease has lasted until then.
-        arrays: views of `root`, if it is unpacked already.
     """
 
     request: Request
@@ -63,7 +55,6 @@ class ReceivedPayload:
     in_place: bool
     buffers: ReceiveBuffers
     from_slot: bool = False
-    arrays: Arrays | None = None
 
     def data(self) -> Bytes:
         """The payload in memory of its own."""
@@ -82,7 +73,7 @@ class Connection:
 
     Args:
         stream: the stream, after the handshake; the connection owns it.
-        segment: the ring's memory on the shm lane, else None.
+        shared: what the handshake has brought.
         verify: compare payloads with their checksums.
         buffers: where the memory of payloads comes from.
         network, waiter: how the connection waits.
@@ -94,6 +85,7 @@ class Connection:
         inline_bytes: payloads of up to this size come with their STATUS when a copy is wanted.
         failure: why it must not be used again; None while it can be.
         in_band: payloads come over the connection; on the shm lane they lie in the mapped segment.
+        attachment: the means for direct leases, if the handshake has brought any.
         ended: leases, with whether they end as consumed, which the next `ask` or `end_leases` ends.
         handed_out: the lease of the payload that the caller has received last, to be added to `ended`.
     """
@@ -102,8 +94,7 @@ class Connection:
         self,
         stream: Stream,
         endpoint: str,
-        identity: ServerIdentity,
-        segment: Segment | None,
+        shared: Shared,
         *,
         verify: bool,
         buffers: ReceiveBuffers,
@@ -115,7 +106,8 @@ class Connection:
         report: trace.Trace | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.identity = identity
+        self.identity = shared.identity
+        self.attachment = shared.attachment
         self.version = version
         self.lane = stream.lane
         self.in_band = stream.lane.in_band
@@ -126,8 +118,7 @@ class Connection:
         self.ended: list[tuple[Request, bool]] = []
         self.handed_out: tuple[Request, bool] | None = None
         self._stream = stream
-        self._segment = segment
-        if segment is not None:
+        if (segment := shared.segment) is not None:
             self._memory, self._first, self._stride = segment.view, segment.slot_offset(0), segment.layout.stride
         self._verify = verify
         self._buffers = buffers
@@ -135,10 +126,9 @@ class Connection:
         self._waiter = waiter
         self._clock = clock
         self._report = report
-        self._read_ahead_at = 0.0
         self._asked_at = 0.0
         self._answered_at: float | None = None
-        self._session = ClientSession(endpoint, identity.readers)
+        self._session = ClientSession(endpoint, shared.identity.readers)
 
     @classmethod
     def open(
@@ -156,9 +146,11 @@ class Connection:
         version: int = VERSION,
         clock: Clock = MONOTONIC,
         report: trace.Trace | None = None,
+        attach_as: int | None = None,
     ) -> Connection:
         """Connect, perform the handshake, and on the shm lane map the segment.
 
+        With a reader id in `attach_as`, direct leases are asked for where the lane has shared memory.
         `version` is offered first. If the server speaks an older one only, that is used on a second connection.
 
         Raises:
@@ -174,18 +166,17 @@ class Connection:
             waiter = network.waiter()
             stream = network.connect(parse_endpoint(endpoint), deadline, worker)
             try:
-                identity, descriptor = _shake_hands(
-                    stream, waiter, deadline, endpoint=endpoint, producer=producer, secret=secret, version=offered
+                shared = shake_hands(
+                    stream,
+                    waiter,
+                    deadline,
+                    network=network,
+                    endpoint=endpoint,
+                    producer=producer,
+                    secret=secret,
+                    version=offered,
+                    attach_as=attach_as,
                 )
-                try:
-                    segment = None if stream.lane.in_band else Segment.attach(descriptor)
-                finally:
-                    if descriptor >= 0:
-                        os.close(descriptor)
-                if segment is not None and segment.producer_id != identity.producer:
-                    raise ProtocolError("the segment is another producer's", endpoint=endpoint)
-                if segment is not None and segment.layout != SegmentLayout(identity.slots, identity.slot_bytes):
-                    raise ProtocolError("the segment's slots are not those of the handshake", endpoint=endpoint)
                 break
             except VersionMismatch as mismatch:
                 stream.close()
@@ -196,7 +187,7 @@ class Connection:
                 stream.close()
                 raise
         return cls(
-            stream, endpoint, identity, segment,
+            stream, endpoint, shared,
             verify=verify, buffers=buffers or ReceiveBuffers(), network=network, waiter=waiter,
             version=offered, inline_bytes=inline_bytes, clock=clock, report=report,
         )  # fmt: skip
@@ -206,31 +197,19 @@ class Connection:
     def read(
         self, ref: PayloadRef, reader: int, status_deadline: Deadline, deadline: Deadline, *, copy: bool
     ) -> ReceivedPayload | DrayError:
-        """Read one payload: `ask` and `answer` in one call.
-
-        Without `copy`, on the shm lane, the payload may be unpacked already.
-        """
+        """Read one payload: `ask` and `answer` in one call."""
         frame, target = self._request(ref, reader, copy)
         if not self._stream.send([frame]):
             self._flush(status_deadline)
-        arrays = None
-        if not self.in_band and not (copy and ref.nbytes <= self.inline_bytes):
-            self._read_ahead_at = self._clock.now()
-            target = self._read_ahead(ref.slot, ref.nbytes, copy)
-            if target is not None and not copy:
-                arrays = _unpack_ahead(target)
-        received = self.answer(target, status_deadline, deadline)
-        if arrays is not None and isinstance(received, ReceivedPayload) and received.root is target:
-            received.arrays = arrays
-        return received
+        return self.answer(target, copy, status_deadline, deadline)
 
     def ask(
         self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline, *, copy: bool = False
     ) -> list[Bytes | None]:
         """Send one READ for each reference, and the ACKs of the leases that have `ended`, as one message.
 
-        Returns the memory that each payload arrives in, or lies in (shm), for `answer`. With `copy` payloads are
-        wanted in memory of their own; small ones come with their STATUS and have None here.
+        Returns the memory that each payload arrives in, for `answer`; None where it comes with its STATUS or stays
+        in its slot. With `copy` payloads are wanted in memory of their own.
         """
         frames = self._ends()
         targets: list[Bytes | None] = []
@@ -239,18 +218,17 @@ class Connection:
             frames.append(frame)
             targets.append(target)
         self._send(frames, deadline)
-        if not self.in_band:
-            self._read_ahead_at = self._clock.now()
-            inline = self.inline_bytes if copy else -1
-            targets = [
-                None if ref.nbytes <= inline else self._read_ahead(ref.slot, ref.nbytes, copy) for ref in refs
-            ]
         return targets
 
     def answer(
-        self, target: Bytes | None, status_deadline: Deadline, deadline: Deadline
+        self, target: Bytes | None, copy: bool, status_deadline: Deadline, deadline: Deadline
     ) -> ReceivedPayload | DrayError:
         """Receive the next payload that was asked for, or the refusal that came instead of it.
+
+        Args:
+            target: what `ask` has returned for it.
+            copy: as for `ask`.
+            status_deadline, deadline: when its STATUS, and all of it, must have come.
 
         Raises:
             TransportError: the connection failed, or a deadline passed.
@@ -274,17 +252,11 @@ class Connection:
             assert target is not None
             self._payload(nbytes, deadline)
         else:
-            if target is None or frame[11] != self._first + frame[4] * self._stride:
-                raise ProtocolError(
-                    f"STATUS names offset {frame[11]} for {nbytes} bytes",
-                    endpoint=self.endpoint,
-                    slot=request.slot,
-                )
-            from_slot, copied = True, target.flags.writeable
-            if frame[8] >= self._read_ahead_at * 1e9:
-                # Committed after it was read ahead: the reference was guessed. Read it again.
-                target = self._read_ahead(request.slot, nbytes, copied)
-                assert target is not None
+            target = self._in_slot(request.slot, nbytes, frame[11])
+            from_slot, copied = True, copy
+            if copy:
+                slot, target = target, self._buffers.allocate(nbytes)
+                np.copyto(target, slot)
         if frame[3] and self._verify and not from_slot and xxhash.xxh3_64_intdigest(target.data) != frame.checksum:
             raise MessageTruncated(
                 "the payload does not match its checksum",
@@ -396,7 +368,7 @@ class Connection:
     def close(self) -> None:
         """Close at once. Twice is fine; arrays of a mapped segment stay valid."""
         self._stream.close()
-        self._segment, self._memory = None, memoryview(b"")
+        self._memory = memoryview(b"")
 
     def __repr__(self) -> str:
         return f"<Connection {self.endpoint} to {self.identity.producer.hex()[:8]}>"
@@ -484,82 +456,14 @@ class Connection:
         while not self._stream.payload_arrived(nbytes):
             self._wait(deadline, PAYLOAD)
 
-    def _read_ahead(self, slot: int, nbytes: int, copy: bool) -> Bytes | None:
-        """A payload on the shm lane as it lies in its slot, or a copy, made while the server answers the READ.
-
-        It is correct if STATUS(ok) comes and the payload was committed before: its slot does not change until the
-        payload is retired, which it is not with that STATUS. None if there is no such slot.
-        """
-        if slot >= self.identity.slots or nbytes > self.identity.slot_bytes:
-            return None
-        found = np.frombuffer(self._memory, _UINT8, nbytes, self._first + slot * self._stride)
-        if not copy:
-            return found
-        target = self._buffers.allocate(nbytes)
-        np.copyto(target, found)
-        return target
+    def _in_slot(self, slot: int, nbytes: int, offset: int) -> Bytes:
+        """A payload on the shm lane as it lies in its slot, for the length of its lease."""
+        fits = slot < self.identity.slots and nbytes <= self.identity.slot_bytes
+        if not fits or offset != self._first + slot * self._stride:
+            raise ProtocolError(
+                f"STATUS names offset {offset} for {nbytes} bytes", endpoint=self.endpoint, slot=slot
+            )
+        return np.frombuffer(self._memory, _UINT8, nbytes, offset)
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
-        _wait(self._stream, self._waiter, deadline, awaited=awaited, endpoint=self.endpoint)
-
-
-def _shake_hands(
-    stream: Stream,
-    waiter: Waiter,
-    deadline: Deadline,
-    *,
-    endpoint: str,
-    producer: bytes,
-    secret: bytes | None,
-    version: int,
-) -> tuple[ServerIdentity, int]:
-    """The client's side of the handshake: the ring behind the server, and the descriptor from WELCOME or -1."""
-    handshake = ClientHandshake(stream.lane, producer, secret, version)
-    stream.send([handshake.hello()])
-    descriptor = -1
-    try:
-        # Within the block: CPython 3.11 misses an exception of a signal handler that comes with the jump back to a
-        # loop that is the first statement of a block.
-        answer: bytes | None = b""
-        while answer is not None:
-            message: bytes | memoryview | None = None
-            while not stream.flush():
-                _wait(stream, waiter, deadline, awaited="HELLO to be sent", endpoint=endpoint)
-            if handshake.server is not None and not stream.lane.in_band:
-                while (received := stream.receive_descriptor(WELCOME.size)) is None:
-                    _wait(stream, waiter, deadline, awaited="WELCOME", endpoint=endpoint)
-                message, descriptor = received
-            while message is None:
-                message = stream.receive(handshake.expects)
-                if message is None:
-                    _wait(stream, waiter, deadline, awaited="the handshake", endpoint=endpoint)
-            answer = handshake.receive(message)
-            if answer:
-                stream.send([answer])
-        found = handshake.server
-        assert found is not None
-        if found.producer != producer:
-            raise OtherProducerError(
-                f"producer {found.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
-            )
-    except BaseException:
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise
-    return found, descriptor
-
-
-def _wait(stream: Stream, waiter: Waiter, deadline: Deadline, *, awaited: str, endpoint: str) -> None:
-    """Wait until the stream can continue, until the deadline, or until the client is closed."""
-    if stream.idle():
-        waiter.wait(stream, deadline, awaited, endpoint)
-    elif deadline.expired:
-        raise timed_out(deadline, awaited, endpoint)
-
-
-def _unpack_ahead(root: Bytes) -> Arrays | None:
-    """The arrays of a payload that may be another one by now, and half written: then possibly None."""
-    try:
-        return unpack(root)
-    except PayloadError:
-        return None
+        wait(self._stream, self._waiter, deadline, awaited=awaited, endpoint=self.endpoint)

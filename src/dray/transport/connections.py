@@ -35,6 +35,7 @@ from dray.transport.attempts import (
 )
 from dray.transport.client_statistics import ClientStatistics, Recorder
 from dray.transport.connection import Connection
+from dray.transport.direct_reads import DirectReads
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Lane, Network, Worker
 from dray.transport.pool import ConnectionPool, Holder, Keeper, held
@@ -81,6 +82,7 @@ class Connections:
         idle_seconds: a connection that was idle for longer is replaced.
         quarantine_seconds: how long a failed endpoint is skipped the first time.
         attempts: how many transport failures end a request.
+        direct: the client's direct leases, which new connections on the shm lane make possible.
         trace: receives the events of `dray.transport.trace`.
         options: keyword arguments of `Connection.open`.
     """
@@ -95,10 +97,12 @@ class Connections:
         idle_seconds: float,
         quarantine_seconds: float,
         attempts: int,
+        direct: DirectReads,
         trace: Trace | None = None,
         **options: Any,
     ) -> None:
         self._network = network
+        self._direct = direct
         self._clock = clock
         self._attempts = attempts
         self._trace = trace
@@ -339,6 +343,7 @@ class Connections:
         with self._lock:
             return self._recorder.statistics(
                 self._open,
+                direct=self._direct.totals(),
                 consumed=consumed,
                 failed_reads=failed_reads,
                 idle_connections=len(self._pool.connections()),
@@ -401,12 +406,15 @@ class Connections:
                     network=self._network,
                     clock=self._clock,
                     report=self._trace,
+                    attach_as=None if address.lane.in_band else self._direct.attach_as(producer),
                     **self._options,
                 )
                 break
             except OutOfResources:
                 if not self._give_up_idle():
                     raise
+        if connection.attachment is not None:
+            self._direct.add(connection.attachment)
         with self._lock:
             self._open[connection] = holder.worker
             holder.connection = connection

@@ -1,7 +1,8 @@
 """`read_many`: results in the order of the references, requests pipelined for each producer.
 
-A `Pipeline` reads from one producer over one connection at a time, in windows of requests; up to two windows are
-on their way. A `Batch` has one pipeline for each producer; at most `MAX_OPEN` of them have a connection.
+Payloads of producers on this host are leased directly, one after the other. For the others, a `Pipeline` reads
+from one producer over one connection at a time, in windows of requests; up to two windows are on their way. A
+`Batch` has one pipeline for each producer; at most `MAX_OPEN` of them have a connection.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dray.clock import Clock, Deadline
-from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, TransportError
+from dray.errors import BufferClosedError, ConfigError, ConnectionClosed, DrayError, SlotError, TransportError
 from dray.protocol import PayloadRef
 from dray.protocol.client_session import Request
+from dray.ring.attachment import DirectLease
 from dray.transport.attempts import Attempts
 from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.connections import ConnectionHolder, Connections
+from dray.transport.direct_reads import DirectReads
 from dray.transport.pool import Holder, Keeper
 from dray.transport.receive_buffers import Bytes
 
@@ -82,6 +85,12 @@ Received: TypeAlias = tuple[tuple[Request, bool] | None, Bytes | DrayError]
 """One result of a pipeline: what `Connection.handed_out` is set to, and the payload's bytes or its error."""
 
 
+class HandedOut(Protocol):
+    """Where the lease of the payload goes that is handed out next; see `Batch`."""
+
+    handed_out: Any
+
+
 class _RequestGroup(NamedTuple):
     targets: Sequence[Bytes | None]
     inline: bool
@@ -90,13 +99,14 @@ class _RequestGroup(NamedTuple):
 class Batch:
     """One call of `read_many`. Time counts only while `next` or `leave` runs.
 
-    The caller gets `next` for each of `refs` in turn, unpacks it, and, if there is a `connection`, sets its
-    `handed_out` to the lease directly before the ``yield`` that hands the payload out. No exception of a signal
-    handler can come between these two, so a payload is consumed if and only if it was handed out. The lease ends
-    with the next requests to its producer, or in `leave`.
+    The caller gets `next` for each of `refs` in turn, unpacks it, and sets `handed_out` of `source` to the lease
+    directly before the ``yield`` that hands the payload out. No exception of a signal handler can come between
+    these two, so a payload is consumed if and only if it was handed out. A direct lease ends with the call of
+    `next` after it, that of a connection with the next requests to its producer; all of them end in `leave`.
 
     Args:
         connections: the client's connections.
+        direct: the client's direct leases.
         refs: what to read.
         reader: the client's reader id.
         consume: payloads that are handed out end as consumed.
@@ -104,12 +114,14 @@ class Batch:
 
     Attributes:
         refs: what to read, as a list.
-        connection: where the last result came from; None if it has no lease.
+        source: where the last result came from: a connection, or this batch.
+        handed_out: the direct lease of the payload that was handed out last.
     """
 
     def __init__(
         self,
         connections: Connections,
+        direct: DirectReads,
         refs: Iterable[PayloadRef],
         *,
         reader: int,
@@ -118,7 +130,10 @@ class Batch:
         clock: Clock,
     ) -> None:
         self.refs = list(refs)
-        self.connection: Connection | None = None
+        self.source: HandedOut = self
+        self.handed_out: DirectLease | None = None
+        self._direct = direct
+        self._consume = consume
         self._clock = clock
         self._spent = 0.0
         self._timeout = math.inf if timeout is None else timeout
@@ -132,17 +147,37 @@ class Batch:
         self._open: dict[Pipeline, None] = {}  # the least recently used one first
         self._last: Pipeline | None = None
 
-    def next(self, ref: PayloadRef) -> Received:
-        """The result for the reference that is due.
+    def next(self, ref: PayloadRef) -> tuple[Any, Bytes | DrayError]:
+        """The result for the reference that is due: its lease, and the payload's bytes or its error.
 
         Raises:
             BufferClosedError: the client was closed; leases have ended with their connections.
         """
+        if self.handed_out is not None:
+            self._end_direct()
         pipeline = self._pipelines[ref.producer]
+        connection = pipeline.connection
+        if connection is not None and connection.attachment is not None and not pipeline.results:
+            self._give_up(pipeline)
+        if pipeline.connection is None and not pipeline.results:
+            try:
+                lease = self._direct.lease(ref)
+            except SlotError as error:
+                pipeline.waiting.popleft()
+                self.source = self
+                return None, error
+            if lease is not None:
+                pipeline.waiting.popleft()
+                self.source = self
+                return lease, self._direct.copy(lease)
         if pipeline is not self._last or not pipeline.results:
             self._prepare(pipeline)
+        return self._next_of(pipeline, ref)
+
+    def _next_of(self, pipeline: Pipeline, ref: PayloadRef) -> Received:
         lease, _ = pipeline.results[0]
-        connection = self.connection = pipeline.connection
+        connection = pipeline.connection
+        self.source = self if connection is None else connection
         if connection is not None:
             if pipeline.holder.connection is None:
                 raise BufferClosedError("the client was closed between two results")
@@ -154,12 +189,28 @@ class Batch:
         pipeline.waiting.popleft()
         return pipeline.results.popleft()
 
+    def _give_up(self, pipeline: Pipeline) -> None:
+        """End the use of a connection: what follows may be leased directly."""
+        deadline = self._deadline()
+        try:
+            pipeline.leave(deadline, orderly=True)
+            self._open.pop(pipeline, None)
+        finally:
+            self._spent = deadline.elapsed
+
+    def _end_direct(self) -> None:
+        lease = self.handed_out
+        if lease is not None:
+            self._direct.end(lease, self._consume)
+            self.handed_out = None
+
     def leave(self, orderly: bool) -> None:
         """End the batch: send the ACKs that are due, and release what was not handed out.
 
         Args:
             orderly: everything was handed out; the connections are kept for later calls.
         """
+        self._end_direct()
         # Not those in `_open`: an exception of a signal handler may have come while it was changed.
         left = [pipeline for pipeline in self._pipelines.values() if pipeline.connection is not None]
         _leave_all(left, self._deadline(), orderly)
@@ -301,7 +352,7 @@ class Pipeline:
         found: list[Received] = []
         from_slot = False
         for target in self._asked.popleft().targets:
-            received = connection.answer(target, status_deadline, deadline)
+            received = connection.answer(target, True, status_deadline, deadline)
             status_deadline = deadline  # the endpoint is known to answer
             if isinstance(received, ReceivedPayload):
                 from_slot = from_slot or received.from_slot
@@ -337,6 +388,8 @@ def _limits(connection: Connection, inline: bool) -> tuple[int, int]:
     After copies from slots the connection is tested for its end, so nothing else may be on its way then.
     """
     leases = connection.identity.max_leases
+    if connection.attachment is not None:  # what follows is leased directly, if that is possible again
+        return 1, 1
     if inline:
         return _INLINE_WINDOW, _MAX_WINDOWS
     if connection.in_band and leases >= _MAX_WINDOWS:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dray.clock import MONOTONIC, Clock
-from dray.errors import BufferClosedError, PayloadError, SlotError, StaleSlotError
+from dray.errors import BufferClosedError, OutOfResources, PayloadError, SlotError, StaleSlotError
 from dray.protocol.frames import VERSION, Flag, Frame, Kind, Outgoing, Status, parse
-from dray.protocol.handshake import ServerIdentity, Verdict
+from dray.protocol.handshake import AttachRequest, ServerIdentity, Verdict, WelcomeFlag
 from dray.protocol.server_session import (
     MAX_INLINE_BYTES,
     NO_BYTES,
@@ -26,6 +26,8 @@ from dray.protocol.server_session import (
     Violation,
 )
 from dray.ring import Lease, SharedRingBuffer
+from dray.ring.consumer_events import Descriptor
+from dray.ring.direct import Attached, kernel_digest, pid_behind
 from dray.transport import trace as traced
 from dray.transport.lanes.base import Stream
 from dray.transport.server_statistics import COUNTED, LeaseInfo
@@ -65,6 +67,7 @@ class Service:
         clock: the source of time.
         trace: receives the events of `dray.transport.trace`.
         newest: the newest protocol version to speak.
+        direct: direct leases are offered on lanes with shared memory.
     """
 
     ring: SharedRingBuffer
@@ -77,6 +80,7 @@ class Service:
     clock: Clock = MONOTONIC
     trace: traced.Trace | None = None
     newest: int = VERSION
+    direct: bool = False
 
 
 class ServedConnection:
@@ -100,7 +104,9 @@ class ServedConnection:
     def __init__(self, stream: Stream, endpoint: str, service: Service) -> None:
         self.stream = stream
         self.endpoint = endpoint
-        self.session = ServerSession(stream.lane, service.identity, secret=service.secret, newest=service.newest)
+        self.session = ServerSession(
+            stream.lane, service.identity, secret=service.secret, newest=service.newest, direct=service.direct
+        )
         self.counts = dict.fromkeys(COUNTED, 0)
         self.active = self._progressed = self._accepted_at = service.clock.now()
         self.announced = False
@@ -112,18 +118,21 @@ class ServedConnection:
         self._checksum = service.checksum if stream.lane.in_band else None
         self._trace = service.trace
         self._leases: dict[int, Lease] = {}
+        self._max_leases = service.identity.max_leases
+        self._attached: Attached | None = None
         self._leaving: list[traced.Payload] = []
         self._progress: object = None
 
     # --- messages and answers ---------------------------------------------------------------------------------
 
-    def receive(self, messages: bytes | bytearray | memoryview) -> None:
-        """Act on messages of the client.
+    def receive(self, messages: bytes | bytearray | memoryview, descriptors: Sequence[int] = ()) -> None:
+        """Act on messages of the client, and take the descriptors that came with them.
 
         Raises:
             ProtocolError: the client has broken the protocol; the connection must be discarded.
         """
         session, counts = self.session, self.counts
+        received = [Descriptor(number) for number in descriptors]
         known = len(session.requests)
         events = session.receive(messages)
         self.active = now = self._service.clock.now()
@@ -148,6 +157,9 @@ class ServedConnection:
                         counts["acks_returned"] += 1
                         if of == "lease":
                             self._leases.pop(request).release()
+                elif isinstance(event, Established):
+                    if event.attach is not None:
+                        self._attach(event.attach, received)
                 elif isinstance(event, Violation):
                     raise event.error
                 elif isinstance(event, Refused):
@@ -195,6 +207,9 @@ class ServedConnection:
     def flushed(self) -> None:
         """All that `answer` has returned has left."""
         self.session.flushed()
+        if self._attached is not None:
+            self._attached.page.close_descriptor()
+            self._attached = None
         if self._leaving:
             assert self._trace is not None
             now = self._service.clock.now()
@@ -216,6 +231,40 @@ class ServedConnection:
                     now, self.endpoint, lease.slot, lease.sequence, lease.reader, False, id(self)
                 )
                 self._trace(ended)
+
+    # --- direct leases ----------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Direct leases were granted, and the answer with the descriptors has not left."""
+        return self._attached is not None
+
+    def shared_descriptors(self) -> list[int]:
+        """What goes with WELCOME on a lane with shared memory.
+
+        Raises:
+            BufferClosedError: the ring is closed.
+        """
+        ring = self._ring
+        attached = [] if self._attached is None else ring.direct().descriptors(self._attached)
+        return [ring.segment.fileno(), *attached]
+
+    def _attach(self, request: AttachRequest, received: Sequence[Descriptor]) -> None:
+        """Grant direct leases, if the client is a process under the same kernel and the ring can."""
+        flags = WelcomeFlag.NONE
+        if len(received) == 1 and request.kernel == kernel_digest():
+            (process,) = received
+            pid = pid_behind(process.fileno())
+            if pid is not None and pid in (0, self.stream.peer_pid):
+                with contextlib.suppress(OutOfResources, BufferClosedError):
+                    self._attached = self._ring.attach(
+                        process, pid=self.stream.peer_pid or 0, reader=request.reader, leases=self._max_leases
+                    )
+        if self._attached is not None:
+            flags = WelcomeFlag.ATTACHED
+            if self._ring.retain == "newest":
+                flags |= WelcomeFlag.NEWEST
+        self.session.welcome(flags)
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -300,7 +349,7 @@ class ServedConnection:
                 session.grant(view, nbytes, lease.offset)
             weight = max(nbytes, REQUEST_WEIGHT)
         else:
-            session.grant(NO_BYTES, nbytes, lease.offset, checksum=int(lease.committed_at * 1e9))
+            session.grant(NO_BYTES, nbytes, lease.offset)
             weight = REQUEST_WEIGHT
         self.counts["reads"] += 1
         self.counts["bytes"] += nbytes

@@ -24,11 +24,12 @@ from dray.protocol.handshake import ServerIdentity, check_secret
 from dray.protocol.ref import has_control
 from dray.resources import Closing
 from dray.ring import OnFull, Retain, SharedRingBuffer
+from dray.ring.direct import direct_problem
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, ListenAt, Listener
 from dray.transport.served_connection import Service
 from dray.transport.server_loop import ServerLoop
-from dray.transport.server_statistics import COUNTED, ServerCounters, ServerStatistics
+from dray.transport.server_statistics import COUNTED, LeaseInfo, ServerCounters, ServerStatistics
 from dray.transport.trace import Trace
 
 logger = logging.getLogger("dray.server")
@@ -65,6 +66,8 @@ class PayloadServer(Closing):
         directory: where the folder for Unix sockets is made; see `PrivateDirectory`.
         clock: the source of time.
         trace: receives what happens on the connections; see `dray.transport.trace`. It runs in the server threads.
+        direct: let consumers on this host lease payloads in shared memory without asking this server, where this
+            machine can (`dray doctor` says whether, and why not).
         newest_version: the newest protocol version to speak, for clients that fail with a newer one.
 
     Attributes:
@@ -97,6 +100,7 @@ class PayloadServer(Closing):
         directory: Path | None = None,
         clock: Clock = MONOTONIC,
         trace: Trace | None = None,
+        direct: bool = True,
         newest_version: int = VERSION,
     ) -> None:
         check_secret(secret)
@@ -157,6 +161,7 @@ class PayloadServer(Closing):
             clock=clock,
             trace=trace,
             newest=newest_version,
+            direct=direct and not direct_problem(),
         )
         self._pid = os.getpid()
         self._closed = False
@@ -264,7 +269,9 @@ class PayloadServer(Closing):
         Raises:
             BufferClosedError: the ring is closed.
         """
+        ring = self.ring.statistics()
         leases = [lease for loop in self.loops for lease in loop.connections.leases()]
+        leases += [LeaseInfo(*lease) for lease in self.ring.direct_leases()]
         totals = [loop.connections.totals() for loop in self.loops]
         return ServerStatistics(
             self.ring.producer_id,
@@ -272,7 +279,7 @@ class PayloadServer(Closing):
             sum(len(loop.connections) for loop in self.loops),
             tuple(sorted(leases, key=lambda lease: -lease.age)[:_MAX_LISTED]),
             ServerCounters(**{name: sum(each[name] for each in totals) for name in COUNTED}),
-            self.ring.statistics(),
+            ring,
         )
 
     def close(self) -> None:

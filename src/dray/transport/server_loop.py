@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import select
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +25,14 @@ from dray.admission import (
     Unproven,
 )
 from dray.clock import Deadline
-from dray.errors import AuthenticationError, ConnectionClosed, DrayError, ProtocolError, TransportError
+from dray.errors import (
+    AuthenticationError,
+    BufferClosedError,
+    ConnectionClosed,
+    DrayError,
+    ProtocolError,
+    TransportError,
+)
 from dray.transport.lanes.base import Listener, SilentPeers, Stream
 from dray.transport.polling import AdaptiveEpoll
 from dray.transport.served_connection import LINGER_SECONDS, PROGRESS_CHECKS, ServedConnection, Service
@@ -62,9 +70,9 @@ class ServedConnections:
 
     Args:
         service: what is served.
-        descriptor: the segment's descriptor, which is sent to readers on the Unix lane.
         watch: called when a socket is to be waited for: for room if the connection is `unsent`, else for messages.
         unwatch: called before a socket is closed.
+        attach: called when a consumer may lease directly.
 
     Attributes:
         counts: what has happened apart from the connections that exist now.
@@ -73,16 +81,16 @@ class ServedConnections:
     def __init__(
         self,
         service: Service,
-        descriptor: int = -1,
         watch: Callable[[ServedConnection], None] = lambda _: None,
         unwatch: Callable[[ServedConnection], None] = lambda _: None,
+        attach: Callable[[], None] = lambda: None,
     ) -> None:
         self.counts = dict.fromkeys(COUNTED, 0)
         self._service = service
         self._clock = service.clock
-        self._descriptor = descriptor
         self._watch = watch
         self._unwatch = unwatch
+        self._attach = attach
         # No connection has a shorter limit.
         self._shortest_limit = min(service.idle_timeout, service.lease_timeout / PROGRESS_CHECKS)
         self._sockets: dict[Stream, ServedConnection] = {}
@@ -126,20 +134,30 @@ class ServedConnections:
                     connection.unsent = False
                     connection.active = now()
                     connection.flushed()
-                messages = None
-                if len(session.requests) < MAX_MESSAGES:  # more of them stay in the connection
+                messages: bytes | memoryview | None = None
+                descriptors: list[int] = []
+                if session.expects_descriptor:
+                    if (received := stream.receive_with_descriptors(session.expects)) is not None:
+                        messages, descriptors = received
+                elif len(session.requests) < MAX_MESSAGES:  # more of them stay in the connection
                     messages = stream.receive(session.expects, MAX_MESSAGES if session.established else 1)
-                if messages is not None and not connection.lingering:
-                    connection.receive(messages)
+                if connection.lingering:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                elif messages is not None:
+                    connection.receive(messages, descriptors)
                     if not connection.announced:
                         self._note_handshake(connection)
                 items = connection.answer()
                 if items:
-                    descriptor = None
+                    shared: list[int] = []
                     if not connection.announced and session.established:
                         connection.announced = True
-                        descriptor = None if stream.lane.in_band else self._descriptor
-                    if not stream.send(items, descriptor):
+                        if not stream.lane.in_band:
+                            shared = connection.shared_descriptors()
+                            if connection.attached:
+                                self._attach()
+                    if not stream.send(items, shared):
                         connection.unsent = True
                         continue
                     connection.flushed()
@@ -150,7 +168,7 @@ class ServedConnections:
                     break
             else:
                 unfinished = True
-        except (TransportError, ProtocolError) as error:
+        except (TransportError, ProtocolError, BufferClosedError) as error:
             self._discard(connection, error)
             return False
         if session.closing and not connection.lingering:
@@ -338,8 +356,10 @@ class ServerLoop:
     ) -> None:
         self.endpoints = [listener.endpoint for listener in listeners]
         self.connections = ServedConnections(
-            service, service.ring.segment.fileno(), watch=self._watch, unwatch=self._unwatch
+            service, watch=self._watch, unwatch=self._unwatch, attach=self._watch_consumers
         )
+        self._ring = service.ring
+        self._consumers = -1
         self._listeners = {listener.fileno(): listener for listener in listeners if listener.worker is None}
         self._driven = [listener for listener in listeners if listener.worker is not None]
         self._workers = [listener.worker for listener in listeners if listener.worker is not None]
@@ -420,6 +440,8 @@ class ServerLoop:
                         connections.serve(connection)
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])
+                    elif descriptor == self._consumers:
+                        self._ring.look()
                     elif descriptor in self._silent:
                         self._silent[descriptor].hasten()
                     else:  # a worker, or `stop` has woken the poller
@@ -521,6 +543,12 @@ class ServerLoop:
         else:
             self._poller.register(descriptor, wanted)
             self._sockets[descriptor] = connection
+
+    def _watch_consumers(self) -> None:
+        """Look at the ring when direct consumers ring its doorbell, or end."""
+        if self._consumers < 0:
+            self._consumers = self._ring.direct().events.fileno()
+            self._poller.register(self._consumers, select.EPOLLIN)
 
     def _unwatch(self, connection: ServedConnection) -> None:
         descriptor = connection.stream.fileno()

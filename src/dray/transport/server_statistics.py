@@ -75,7 +75,8 @@ class LeaseInfo:
         slot: index of the slot.
         sequence: the payload's sequence number.
         reader: the reader's id.
-        age: seconds since the reader's last message, or since bytes last travelled to it.
+        age: seconds since the reader's last message, or since bytes last travelled to it; of a direct lease, since
+            the server found it first.
     """
 
     pid: int | None

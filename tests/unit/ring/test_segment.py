@@ -10,7 +10,7 @@ import pytest
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
 from dray.ring import Segment
 from dray.ring.layout import SegmentLayout
-from dray.ring.segment import SEALS
+from dray.ring.mapping import SEALS
 
 PRODUCER = bytes(range(16))
 LAYOUT = SegmentLayout(slots=4, slot_bytes=10_000)

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import abc
 import encodings.idna  # noqa: F401  (`encode` cannot load it once the process has no descriptor left)
+import errno
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from dray.clock import Deadline
 from dray.protocol.frames import Outgoing
+from dray.protocol.handshake import AttachRequest, ServerIdentity
 from dray.protocol.ref import has_control
-from dray.resources import Closing
+from dray.resources import Closing, needing
+from dray.ring import membarrier
+from dray.ring.attachment import Attachment
+from dray.ring.consumer_events import Descriptor
+from dray.ring.direct import direct_problem, kernel_digest
 from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import CloseEvent, PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
+
+_REFUSED_CALLS: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL})
+"""The errors of a system call that a sandbox refuses or a kernel does not know."""
 
 
 class Stream(Closing):
@@ -64,20 +74,20 @@ class Stream(Closing):
         None, call `idle` and wait before the next call.
         """
 
-    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
-        """The next message and the descriptor that came with it, or -1; None if the message is not complete yet.
+    def receive_with_descriptors(self, size: int) -> tuple[bytes, list[int]] | None:
+        """The next message and the descriptors that came with it; None if the message is not complete yet.
 
-        The caller closes the descriptor. A lane whose payloads stay in shared memory sends one with WELCOME.
+        The caller closes the descriptors. A lane whose payloads stay in shared memory sends some in the handshake.
 
         Raises:
-            OutOfResources: no descriptor was left to receive it.
+            OutOfResources: there were more than this process has room for.
         """
         message = self.receive(size)
-        return None if message is None else (bytes(message), -1)
+        return None if message is None else (bytes(message), [])
 
     @abc.abstractmethod
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
-        """Send messages and payloads in order; True if all of it has left.
+    def send(self, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> bool:
+        """Send messages and payloads in order, with descriptors; True if all of it has left.
 
         Otherwise the stream uses their memory until `flush` returns True.
         """
@@ -327,6 +337,13 @@ class Waiter(Protocol):
         ...
 
 
+class WantedAttachment(NamedTuple):
+    """A request for direct leases, and the pidfd that goes with it."""
+
+    request: AttachRequest
+    process: Descriptor
+
+
 class Network(Closing):
     """A client's connections, over the lanes of this machine. A simulation overrides all methods.
 
@@ -352,6 +369,37 @@ class Network(Closing):
     def waiter(self, lasting: bool = False) -> Waiter:
         """A waiter for one connection; a `lasting` one also waits after the network is closed."""
         return PollWaiter(None if lasting else self._closing)
+
+    def attach_request(self, reader: int) -> WantedAttachment | None:
+        """What a client sends to lease directly; None if this process cannot.
+
+        Raises:
+            OutOfResources: no descriptor is left.
+        """
+        if direct_problem():
+            return None
+        with needing("a pidfd"):
+            try:
+                membarrier.register()
+                process = Descriptor(os.pidfd_open(os.getpid()))
+            except OSError as error:
+                if error.errno in _REFUSED_CALLS:
+                    return None
+                raise
+        return WantedAttachment(AttachRequest(kernel_digest(), reader), process)
+
+    def open_attachment(
+        self, descriptors: Sequence[int], identity: ServerIdentity, reader: int, *, newest: bool
+    ) -> Attachment:
+        """See `Attachment.open`."""
+        return Attachment.open(
+            descriptors,
+            slots=identity.slots,
+            readers=identity.readers,
+            leases=identity.max_leases,
+            reader=reader,
+            newest=newest,
+        )
 
     def receive_buffers(self) -> ReceiveBuffers:
         return ReceiveBuffers()

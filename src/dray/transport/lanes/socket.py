@@ -45,6 +45,9 @@ MAX_PARTS = 256
 
 PORTS_TO_TRY = 64
 
+MAX_DESCRIPTORS = 8
+"""Descriptors that are received with one message."""
+
 _FEW, _MANY = 64 * 1024, 256 * 1024
 """While more than `_FEW` bytes of a payload are missing, a reader of TCP wakes for up to `_MANY` at a time."""
 
@@ -84,7 +87,7 @@ class SocketStream(Stream):
         self._view = memoryview(self._inbox)
         self._begin = self._end = 0
         self._parts: deque[memoryview] = deque()
-        self._descriptor: int | None = None
+        self._descriptors: Sequence[int] = ()
         self.expected: deque[memoryview] = deque()
         self._filled = 0
         self._low_water = 1
@@ -114,9 +117,9 @@ class SocketStream(Stream):
         self._begin = begin + size
         return self._view[begin : begin + size]
 
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
+    def send(self, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> bool:
         parts = self._parts
-        if descriptor is None and not parts and (message := _messages_only(items)) is not None:
+        if not descriptors and not parts and (message := _messages_only(items)) is not None:
             # Most messages leave at once and whole.
             try:
                 sent = self._sock.send(message, NO_SIGNAL)
@@ -129,8 +132,8 @@ class SocketStream(Stream):
                 return True
             parts.append(memoryview(message)[sent:])
             return False
-        if descriptor is not None:
-            self._descriptor = descriptor
+        if descriptors:
+            self._descriptors = descriptors
         for item in items:
             view = item.view if isinstance(item, Payload) else memoryview(item)
             if view.nbytes:
@@ -237,13 +240,13 @@ class SocketStream(Stream):
         raise ConnectionClosed("the peer closed the connection")
 
     def _sendmsg(self, batch: list[memoryview]) -> int:
-        if self._descriptor is None:
+        if not self._descriptors:
             if len(batch) == 1:
                 return self._sock.send(batch[0], NO_SIGNAL)
             return self._sock.sendmsg(batch, (), NO_SIGNAL)
-        rights = array.array("i", [self._descriptor])
+        rights = array.array("i", self._descriptors)
         sent = self._sock.sendmsg(batch, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], NO_SIGNAL)
-        self._descriptor = None
+        self._descriptors = ()
         return sent
 
     def __repr__(self) -> str:
@@ -279,37 +282,41 @@ class UnixStream(SocketStream):
             credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             self.peer_pid, self.peer_uid, _ = _UCRED.unpack(credentials)
 
-    def receive_descriptor(self, size: int) -> tuple[bytes, int] | None:
+    def receive_with_descriptors(self, size: int) -> tuple[bytes, list[int]] | None:
         received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
+        room = socket.CMSG_LEN(MAX_DESCRIPTORS * _DESCRIPTOR.size)
         try:
-            keep_result(received, self._sock.recvmsg, size, socket.CMSG_LEN(_DESCRIPTOR.size))
+            keep_result(received, self._sock.recvmsg, size, room)
             ((message, ancillary, flags, _),) = received
+            if not message:
+                raise ConnectionClosed("the peer closed the connection")
             if len(message) != size:
                 raise MessageTruncated(f"the handshake ended after {len(message)} of {size} bytes")
-            descriptor = _descriptor(ancillary)
-            if descriptor < 0 and flags & socket.MSG_CTRUNC:
-                # The kernel drops a descriptor if the receiver has no free number for it.
-                exhausted = descriptors_exhausted("the segment's descriptor")
-                raise exhausted or MessageTruncated("the segment's descriptor did not come with the handshake")
+            if flags & socket.MSG_CTRUNC:
+                # The kernel drops descriptors if the receiver has no free numbers for them.
+                exhausted = descriptors_exhausted("the descriptors of shared memory")
+                raise exhausted or MessageTruncated("not all descriptors of shared memory came with the handshake")
         except BaseException as error:
             for _, ancillary, _, _ in received:
-                if (descriptor := _descriptor(ancillary)) >= 0:
+                for descriptor in _descriptors(ancillary):
                     os.close(descriptor)
             if received or not isinstance(error, OSError):
                 raise
             if isinstance(error, BlockingIOError):
+                self._dry = True
                 return None
             raise from_os_error(error) from error
-        return message, descriptor
+        return message, _descriptors(ancillary)
 
 
-def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    """The descriptor that came with a message, or -1."""
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a message."""
+    found: list[int] = []
     for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) == _DESCRIPTOR.size:
-            (descriptor,) = _DESCRIPTOR.unpack(data)
-            return int(descriptor)
-    return -1
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            whole = len(data) - len(data) % _DESCRIPTOR.size
+            found += (number for (number,) in _DESCRIPTOR.iter_unpack(data[:whole]))
+    return found
 
 
 # --- listening ------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class UcxStream(Stream):
         del self._inbox[:size]
         return memoryview(message)
 
-    def send(self, items: Sequence[Outgoing], descriptor: int | None = None) -> bool:
+    def send(self, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> bool:
         self._check_open()
         self._unsent += items
         return self.flush()

@@ -1,0 +1,274 @@
+"""Direct leases, the consumer's side: payloads of a ring on this host, leased without asking its owner.
+
+A lease begins with a lease word and ends with it, see `dray.ring.direct` for the words:
+
+1. Take a lease word, and store slot + 1 in it.
+2. Load the slot's generation. If it is not the payload's, clear the word: the payload is stale. With `RETIRING`,
+   only the server knows.
+3. Load the board: if this reader has consumed the payload, clear the word: stale.
+4. From here on the slot does not change until the word is cleared.
+5. End: if the payload was consumed, store its number on the board; clear the word; give the word back; load the
+   doorbell and ring if it is set.
+
+No step is a system call, waits, or needs the owner to run. The owner's barrier makes the order of these loads and
+stores visible to it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from dray.errors import ProtocolError, SlotError, StaleSlotError
+from dray.forking import here
+from dray.resources import Closing
+from dray.ring.consumer_events import Descriptor, process_has_ended
+from dray.ring.direct import CLOSED, CONTROL_WORDS, DOORBELL, MAX_SEQUENCE, PAGE_WORDS, RETIRING
+from dray.ring.layout import NBYTES_OFFSET, SEGMENT_HEADER, SLOT_HEADER
+from dray.ring.segment import Segment
+from dray.ring.shared_words import SharedWords
+
+OWNER_CHECK_SECONDS: Final = 0.05
+"""Whether the owner's process has ended is looked up this often, at most, when a lease begins."""
+
+_SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner's pidfd")
+
+_nbytes_of = struct.Struct("<Q").unpack_from
+
+
+class Attachment(Closing):
+    """The direct access of one reader in one process to one ring. Thread-safe.
+
+    Args:
+        segment, control, board, page: the memory that the owner has shared; the attachment owns it.
+        bell: the owner's doorbell.
+        owner: a pidfd of the owner's process.
+        reader: the reader id.
+        newest: the ring keeps only the newest payload; nothing is consumed there.
+
+    Attributes:
+        segment: the memory of the ring.
+        closed: no new lease can begin: `close` was called, or the owner has ended.
+        reads, read_bytes: payloads that were handed out, and their size.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        *,
+        control: SharedWords,
+        board: SharedWords,
+        page: SharedWords,
+        bell: Descriptor,
+        owner: Descriptor,
+        reader: int,
+        newest: bool,
+    ) -> None:
+        self.segment = segment
+        self.closed = False
+        self.reads = 0
+        self.read_bytes = 0
+        layout = segment.layout
+        self._slots = layout.slots
+        self._memory = segment.view
+        self._first, self._stride = layout.slot_offset(0), layout.stride
+        self._shared = control, board, page
+        self._control, self._board, self._page = control.words, board.words, page.words
+        self._readers = len(self._board) // layout.slots
+        self._bell = bell
+        self._owner = owner
+        self._reader = reader
+        self._consumes = not newest
+        self._free = list(range(len(self._page) - 1))
+        self._lock = threading.Lock()  # guards `_free` and the counters
+        self.mark = here[0]
+        self._checked = time.monotonic()
+
+    @classmethod
+    def open(
+        cls, descriptors: Sequence[int], *, slots: int, readers: int, leases: int, reader: int, newest: bool
+    ) -> Attachment:
+        """Map what the owner has sent, and close the descriptors.
+
+        Args:
+            descriptors: of the segment, and of `DirectLeases.descriptors`.
+            slots, readers: those of the ring.
+            leases: lease words of the page.
+            reader, newest: as for `Attachment`.
+
+        Raises:
+            ProtocolError: a descriptor is not what it should be.
+            OutOfResources, SlotError: the memory cannot be mapped.
+        """
+        held = [Descriptor(number) for number in descriptors]
+        if len(held) != len(_SENT):
+            raise ProtocolError(f"{len(held)} descriptors came with the handshake instead of {len(_SENT)}")
+        segment, control, board, page, bell, owner = held
+        with segment, control, board, page:
+            return cls(
+                Segment.attach(segment.fileno()),
+                control=SharedWords.attach(control.fileno(), slots + CONTROL_WORDS, writable=False),
+                board=SharedWords.attach(board.fileno(), slots * readers, writable=True),
+                page=SharedWords.attach(page.fileno(), leases + PAGE_WORDS, writable=True),
+                bell=bell,
+                owner=owner,
+                reader=reader,
+                newest=newest,
+            )
+
+    @property
+    def usable(self) -> bool:
+        """False once the owner is gone or has closed its ring; then leases find nothing."""
+        if not self.closed:
+            self._checked = time.monotonic()
+            if self._control[self._slots + CLOSED] or process_has_ended(self._owner.fileno()):
+                self.close()
+        return not self.closed
+
+    def lease(self, slot: int, sequence: int, nbytes: int) -> DirectLease | None:
+        """Lease a payload; None if only the server can tell whether that is possible, or if all words are in use.
+
+        Raises:
+            StaleSlotError: the payload is gone, or this reader has consumed it.
+            SlotError: it has another size.
+        """
+        if self.closed or here[0] != self.mark:
+            return None
+        if time.monotonic() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
+            return None
+        if not (0 <= slot < self._slots and sequence < MAX_SEQUENCE):
+            raise StaleSlotError("the ring never held that payload", slot=slot, sequence=sequence)
+        lease = DirectLease(self, slot, sequence)
+        generation = sequence + 1
+        try:
+            if not self._take_word(lease):
+                return None
+            self._page[lease.word] = slot + 1
+            found = self._control[slot]
+            if found == generation and self._board[slot * self._readers + self._reader] != generation:
+                # The last load: who closes sets `closed` before it ends the attachment.
+                if self.closed:
+                    lease.end(consumed=False)
+                    return None
+                (size,) = _nbytes_of(self._memory, SEGMENT_HEADER.size + slot * SLOT_HEADER.size + NBYTES_OFFSET)
+                if size == nbytes:
+                    lease.offset, lease.nbytes = self._first + slot * self._stride, nbytes
+                    return lease
+                lease.end(consumed=False)
+                why = f"the payload has {size} bytes, {nbytes} according to its reference"
+                raise SlotError(why, slot=slot, sequence=sequence)
+            lease.end(consumed=False)
+        except BaseException:
+            lease.end(consumed=False)
+            raise
+        if found == generation | RETIRING or (not found and not self.usable):
+            return None
+        raise StaleSlotError("the payload was consumed or overwritten", slot=slot, sequence=sequence)
+
+    def count_read(self, nbytes: int) -> None:
+        """A payload was handed out."""
+        with self._lock:
+            self.reads += 1
+            self.read_bytes += nbytes
+
+    def close(self) -> None:
+        """Begin no more leases. Those that have begun last, with the memory, until they end. Twice is fine."""
+        if not self.closed and here[0] == self.mark:
+            self.closed = True
+            self._page[-1] = 1  # last: the owner forgets this attachment once no lease word is left
+            self._ring()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self._page) - 1 - len(self._free)} leases"
+        return f"<Attachment to {self.segment.producer_id.hex()[:8]}, {state}>"
+
+    # --- for `DirectLease` --------------------------------------------------------------------------------------
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes of the segment."""
+        return self._memory[offset : offset + nbytes]
+
+    def clear(self, lease: DirectLease, consumed: bool) -> None:
+        """End a lease in shared memory. May be repeated after an exception of a signal handler."""
+        if consumed and self._consumes:
+            self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
+        word = lease.word
+        if word >= 0:
+            self._page[word] = 0
+            lease.word = -1
+            self._free.append(word)
+        self._ring()
+
+    def _take_word(self, lease: DirectLease) -> bool:
+        with self._lock:
+            # No call between these two, after which an exception of a signal handler could come.
+            if not self._free:
+                return False
+            lease.word = self._free[-1]
+            del self._free[-1]
+        return True
+
+    def _ring(self) -> None:
+        if self._control[self._slots + DOORBELL]:
+            os.eventfd_write(self._bell.fileno(), 1)
+
+
+class DirectLease:
+    """The right of a consumer to one payload. It ends once, by `end` or with this object.
+
+    Attributes:
+        slot, sequence, nbytes: the payload.
+        offset: where it lies in the segment.
+        word: index of its lease word; -1 without one.
+    """
+
+    __slots__ = ("__weakref__", "_attachment", "_ender", "nbytes", "offset", "sequence", "slot", "word")
+
+    def __init__(self, attachment: Attachment, slot: int, sequence: int) -> None:
+        self._attachment = attachment
+        self._ender: dict[int, Any] = {}
+        self.slot = slot
+        self.sequence = sequence
+        self.word = -1
+        self.offset = self.nbytes = 0
+
+    @property
+    def attachment(self) -> Attachment:
+        """What it was leased with."""
+        return self._attachment
+
+    @property
+    def buffer(self) -> memoryview:
+        """The payload in its slot, read-only. It must not be used after the end of the lease."""
+        return self._attachment.view(self.offset, self.nbytes)
+
+    def end(self, consumed: bool) -> bool:
+        """End the lease; False if it has ended before. In a forked child this changes nothing."""
+        attachment, ender = self._attachment, self._ender
+        if here[0] != attachment.mark:
+            return False
+        mine = object()
+        try:
+            if ender.setdefault(0, mine) is not mine:
+                return False
+            attachment.clear(self, consumed)
+        except BaseException:
+            if ender.get(0) is mine:  # an exception of a signal handler must not leave the word
+                attachment.clear(self, consumed)
+            raise
+        return True
+
+    def __del__(self) -> None:
+        if self.word >= 0:
+            self.end(consumed=False)
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ender else "live"
+        return f"<DirectLease slot {self.slot} sequence {self.sequence}, {self.nbytes} bytes, {state}>"

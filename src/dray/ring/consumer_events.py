@@ -1,0 +1,88 @@
+"""What wakes the owner of a ring: the doorbell of its direct consumers, and the end of their processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+
+from dray.forking import descriptor_not_inherited
+from dray.resources import Closing, needing
+
+
+class Descriptor(Closing):
+    """A descriptor that is closed with this object, and that forked children do not keep."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        descriptor_not_inherited(self, type(self).fileno)
+
+    def fileno(self) -> int:
+        """The number; -1 once it is closed."""
+        return self._number
+
+    def close(self) -> None:
+        number, self._number = self._number, -1
+        if number >= 0:
+            os.close(number)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Descriptor {self._number}>"
+
+
+def process_has_ended(pidfd: int) -> bool:
+    """The process behind a pidfd has ended, all its threads included."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class ConsumerEvents(Closing):
+    """An eventfd that consumers write to, and the pidfds of their processes, in one epoll.
+
+    Raises:
+        OutOfResources: no descriptor is left.
+    """
+
+    def __init__(self) -> None:
+        with needing("the doorbell of a ring"), contextlib.ExitStack() as made:
+            self._bell = made.enter_context(Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)))
+            self._epoll = made.enter_context(contextlib.closing(select.epoll()))
+            descriptor_not_inherited(self, ConsumerEvents.fileno)
+            self._epoll.register(self._bell.fileno(), select.EPOLLIN)
+            made.pop_all()
+
+    def fileno(self) -> int:
+        """The descriptor that is readable while `take` has something to do."""
+        return self._epoll.fileno()
+
+    @property
+    def bell(self) -> int:
+        """The descriptor that consumers write to."""
+        return self._bell.fileno()
+
+    def watch(self, pidfd: int) -> None:
+        """Report the end of a process."""
+        self._epoll.register(pidfd, select.EPOLLIN)
+
+    def forget(self, pidfd: int) -> None:
+        """Report it no longer."""
+        self._epoll.unregister(pidfd)
+
+    def take(self) -> list[int]:
+        """The pidfds of processes that have ended; the doorbell is silent afterwards."""
+        ended = []
+        for descriptor, _ in self._epoll.poll(0):
+            if descriptor != self._bell.fileno():
+                ended.append(descriptor)
+                continue
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(descriptor)
+        return ended
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._bell.close()

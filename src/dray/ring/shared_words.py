@@ -1,0 +1,111 @@
+"""Arrays of 8-byte words that several processes read and write without a lock.
+
+Each word is aligned, in the machine's byte order, and is read and written as a whole: an item of a `memoryview` of
+format "Q" is one move of 8 bytes. `struct.pack_into` writes single bytes and must not be used for these words.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.resources import out_of_resources
+from dray.ring.mapping import FIXED_SIZE, SharedMemory, fork_lock, map_shared, new_memfd, seal, seals_of
+
+WORD_BYTES: Final = 8
+_CLOSED: Final = memoryview(b"").cast("Q")
+
+
+class SharedWords(SharedMemory):
+    """A memfd of words, all zero at first. Use `create` or `attach` to make one.
+
+    Attributes:
+        words: the words, a `memoryview` of format "Q"; empty once closed, and in a forked child.
+    """
+
+    def __init__(self, words: memoryview, fd: int) -> None:
+        self.words = words
+        self._fd = fd
+
+    @classmethod
+    def create(cls, count: int) -> SharedWords:
+        """`count` new words, of a size that no process can change.
+
+        Raises:
+            ConfigError: this system has no memfd with seals, or a sandbox refuses a system call.
+            OutOfResources: the process has no descriptor, or the system no memory left.
+        """
+        nbytes = count * WORD_BYTES
+        with fork_lock, new_memfd("shared words") as fd:
+            os.ftruncate(fd, nbytes)
+            view = _mapped(fd, nbytes, writable=True)
+            seal(fd, FIXED_SIZE)
+            created = cls(view.cast("Q"), fd)
+            created.keep_from_children()
+        return created
+
+    @classmethod
+    def attach(cls, fd: int, count: int, *, writable: bool) -> SharedWords:
+        """Map the `count` words behind `fd`, which the caller may close at once.
+
+        Raises:
+            ProtocolError: `fd` has not so many words, or its size can change.
+            ConfigError: a sandbox refuses a system call.
+            OutOfResources, SlotError: the memory cannot be mapped.
+        """
+        try:
+            nbytes, seals = os.fstat(fd).st_size, seals_of(fd)
+        except OSError as error:
+            raise ProtocolError(f"descriptor {fd} is not shared memory: {error.strerror}") from error
+        if nbytes != count * WORD_BYTES or seals & FIXED_SIZE != FIXED_SIZE:
+            raise ProtocolError(f"{count} words were announced, {nbytes} bytes came with the seals {seals:#x}")
+        with fork_lock:
+            attached = cls(_mapped(fd, nbytes, writable=writable).cast("Q"), -1)
+            attached.keep_from_children()
+        return attached
+
+    def fileno(self) -> int:
+        """The creator's descriptor, through which others can write.
+
+        Raises:
+            BufferClosedError: the words are closed.
+        """
+        if self._fd < 0:
+            raise BufferClosedError("the shared words are closed, or were made by another process")
+        return self._fd
+
+    def open_read_only(self) -> int:
+        """A new descriptor, through which others can only read. The caller closes it.
+
+        Raises:
+            ConfigError: the /proc file system is not mounted.
+        """
+        path = f"/proc/self/fd/{self.fileno()}"
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if (exhausted := out_of_resources(error, "a descriptor for shared words")) is not None:
+                raise exhausted from error
+            raise ConfigError("/proc", path, f"must be readable ({error.strerror})") from error
+
+    def close_descriptor(self) -> None:
+        """Close the descriptor and keep the memory: nobody else will need it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def forget(self) -> None:
+        self.words = _CLOSED
+        self.close_descriptor()
+
+    def __repr__(self) -> str:
+        return f"<SharedWords {len(self.words)}>"
+
+
+def _mapped(fd: int, nbytes: int, *, writable: bool) -> memoryview:
+    try:
+        return map_shared(fd, nbytes, writable=writable)
+    except OSError as error:
+        why = f"{nbytes} bytes of shared words cannot be mapped: {error.strerror}"
+        raise out_of_resources(error, f"a mapping of {nbytes} bytes") or SlotError(why) from error

@@ -1,0 +1,133 @@
+"""The direct leases of a client: its attachments to the rings of this host, one for each producer."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from dray.clock import MONOTONIC, Clock
+from dray.protocol import PayloadRef
+from dray.resources import Closing
+from dray.ring.attachment import Attachment, DirectLease
+from dray.transport.receive_buffers import Bytes, ReceiveBuffers
+from dray.transport.trace import Acknowledgement, Payload, Trace
+
+DIRECT = "direct"
+"""The endpoint in the trace events of direct leases."""
+_UINT8 = np.dtype(np.uint8)
+
+
+class DirectReads(Closing):
+    """Thread-safe.
+
+    Args:
+        reader: the client's reader id.
+        wanted: direct leases are asked for at all.
+        buffers: where the memory of copies comes from.
+        clock, trace: those of the client.
+    """
+
+    def __init__(
+        self,
+        reader: int,
+        wanted: bool,
+        buffers: ReceiveBuffers,
+        *,
+        clock: Clock = MONOTONIC,
+        trace: Trace | None = None,
+    ) -> None:
+        self.reader = reader
+        self._wanted = wanted
+        self._buffers = buffers
+        self._now = clock.now
+        self._trace = trace
+        self._lock = threading.Lock()  # guards what follows against concurrent changes; `lease` reads without it
+        self._attachments: dict[bytes, Attachment] = {}
+        self._reads = self._bytes = 0  # over attachments that are gone
+
+    def attach_as(self, producer: bytes) -> int | None:
+        """The reader id with which a new connection asks for direct leases; None if it must not."""
+        if not self._wanted:
+            return None
+        with self._lock:
+            for each, attachment in list(self._attachments.items()):
+                if not attachment.usable:
+                    self._forget(each)
+            return None if producer in self._attachments else self.reader
+
+    def add(self, attachment: Attachment) -> None:
+        """Lease payloads of its producer with this attachment."""
+        producer = attachment.segment.producer_id
+        with self._lock:
+            if not self._wanted or producer in self._attachments:
+                attachment.close()
+            else:
+                self._attachments[producer] = attachment
+
+    def lease(self, ref: PayloadRef) -> DirectLease | None:
+        """Lease a payload; None if that needs its server.
+
+        Raises:
+            StaleSlotError: the payload is gone, or this reader has consumed it.
+            SlotError: it has another size than the reference says.
+        """
+        attachment = self._attachments.get(ref.producer)
+        if attachment is None:
+            return None
+        lease = attachment.lease(ref.slot, ref.sequence, ref.nbytes)
+        if lease is None:
+            self._lose(ref.producer, attachment)
+        elif self._trace is not None:
+            self._trace(Payload(self._now(), DIRECT, ref.slot, ref.sequence, ref.nbytes, id(self)))
+        return lease
+
+    def copy(self, lease: DirectLease) -> Bytes:
+        """The payload in memory of its own."""
+        copy = self._buffers.allocate(lease.nbytes)
+        np.copyto(copy, in_slot(lease))
+        return copy
+
+    def end(self, lease: DirectLease, consumed: bool) -> None:
+        """End the lease of a payload that is handed out."""
+        lease.end(consumed)
+        lease.attachment.count_read(lease.nbytes)
+        if self._trace is not None:
+            self._trace(
+                Acknowledgement(self._now(), DIRECT, lease.slot, lease.sequence, self.reader, consumed, id(self))
+            )
+
+    def totals(self) -> tuple[int, int]:
+        """Payloads that were handed out, and their size."""
+        with self._lock:
+            attachments = self._attachments.values()
+            reads = self._reads + sum(each.reads for each in attachments)
+            return reads, self._bytes + sum(each.read_bytes for each in attachments)
+
+    def close(self) -> None:
+        """Begin no more leases. Those that live keep their slots. Twice is fine."""
+        with self._lock:
+            self._wanted = False
+            for producer in list(self._attachments):
+                self._forget(producer)
+
+    def __repr__(self) -> str:
+        return f"<DirectReads of {len(self._attachments)} rings>"
+
+    def _lose(self, producer: bytes, attachment: Attachment) -> None:
+        """There was no lease: the owner may be gone."""
+        if attachment.closed:
+            with self._lock:
+                if self._attachments.get(producer) is attachment:
+                    self._forget(producer)
+
+    def _forget(self, producer: bytes) -> None:
+        attachment = self._attachments.pop(producer)
+        attachment.close()
+        self._reads += attachment.reads
+        self._bytes += attachment.read_bytes
+
+
+def in_slot(lease: DirectLease) -> Bytes:
+    """The payload in its slot: uint8 of shape (nbytes,), read-only, its own base."""
+    return np.frombuffer(lease.buffer, _UINT8)
