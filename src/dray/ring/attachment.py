@@ -20,7 +20,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from dray.errors import ProtocolError, SlotError, StaleSlotError
@@ -69,7 +69,7 @@ class Attachment(Closing):
         newest: bool,
     ) -> None:
         self.segment = segment
-        self.closed = False
+        self.closed = True  # until it is complete
         self.reads = 0
         self.read_bytes = 0
         layout = segment.layout
@@ -87,15 +87,16 @@ class Attachment(Closing):
         self._lock = threading.Lock()  # guards `_free` and the counters
         self.mark = here[0]
         self._checked = time.monotonic()
+        self.closed = False
 
     @classmethod
     def open(
-        cls, descriptors: Sequence[int], *, slots: int, readers: int, leases: int, reader: int, newest: bool
+        cls, descriptors: list[int], *, slots: int, readers: int, leases: int, reader: int, newest: bool
     ) -> Attachment:
-        """Map what the owner has sent, and close the descriptors.
+        """Map what the owner has sent, and take the descriptors out of their list.
 
         Args:
-            descriptors: of the segment, and of `DirectLeases.descriptors`.
+            descriptors: that of the segment, and those of `DirectLeases.descriptors`.
             slots, readers: those of the ring.
             leases: lease words of the page.
             reader, newest: as for `Attachment`.
@@ -104,10 +105,9 @@ class Attachment(Closing):
             ProtocolError: a descriptor is not what it should be.
             OutOfResources, SlotError: the memory cannot be mapped.
         """
-        held = [Descriptor(number) for number in descriptors]
-        if len(held) != len(_SENT):
-            raise ProtocolError(f"{len(held)} descriptors came with the handshake instead of {len(_SENT)}")
-        segment, control, board, page, bell, owner = held
+        if len(descriptors) != len(_SENT):
+            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(_SENT)}")
+        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in _SENT)
         with segment, control, board, page:
             return cls(
                 Segment.attach(segment.fileno()),
@@ -181,6 +181,7 @@ class Attachment(Closing):
             self.closed = True
             self._page[-1] = 1  # last: the owner forgets this attachment once no lease word is left
             self._ring()
+            self._close_descriptors()
 
     def __del__(self) -> None:
         self.close()
@@ -205,6 +206,8 @@ class Attachment(Closing):
             lease.word = -1
             self._free.append(word)
         self._ring()
+        if self.closed:
+            self._close_descriptors()
 
     def _take_word(self, lease: DirectLease) -> bool:
         with self._lock:
@@ -217,7 +220,15 @@ class Attachment(Closing):
 
     def _ring(self) -> None:
         if self._control[self._slots + DOORBELL]:
-            os.eventfd_write(self._bell.fileno(), 1)
+            with suppress(OSError):  # the owner was closed
+                os.eventfd_write(self._bell.fileno(), 1)
+
+    def _close_descriptors(self) -> None:
+        """With the last lease: nobody rings any more."""
+        with self._lock:
+            if len(self._free) == len(self._page) - 1:
+                self._bell.close()
+                self._owner.close()
 
 
 class DirectLease:

@@ -5,32 +5,39 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+from collections.abc import Callable
 
 from dray.forking import descriptor_not_inherited
-from dray.resources import Closing, needing
+from dray.resources import Closing, keep_result, needing
 
 
 class Descriptor(Closing):
-    """A descriptor that is closed with this object, and that forked children do not keep."""
+    """A descriptor that is closed with this object, and that forked children do not keep.
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    Args:
+        make: a function in C that returns the number, called with `arguments`. Its result is never lost, whatever
+            a signal handler raises.
+    """
+
+    def __init__(self, make: Callable[..., int], *arguments: object) -> None:
+        self._number: list[int] = []
+        keep_result(self._number, make, *arguments)
         descriptor_not_inherited(self, type(self).fileno)
 
     def fileno(self) -> int:
         """The number; -1 once it is closed."""
-        return self._number
+        return self._number[0] if self._number else -1
 
     def close(self) -> None:
-        number, self._number = self._number, -1
-        if number >= 0:
+        for number in self._number[:]:
+            self._number.clear()
             os.close(number)
 
     def __del__(self) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Descriptor {self._number}>"
+        return f"<Descriptor {self.fileno()}>"
 
 
 def process_has_ended(pidfd: int) -> bool:
@@ -49,7 +56,7 @@ class ConsumerEvents(Closing):
 
     def __init__(self) -> None:
         with needing("the doorbell of a ring"), contextlib.ExitStack() as made:
-            self._bell = made.enter_context(Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)))
+            self._bell = made.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._epoll = made.enter_context(contextlib.closing(select.epoll()))
             descriptor_not_inherited(self, ConsumerEvents.fileno)
             self._epoll.register(self._bell.fileno(), select.EPOLLIN)

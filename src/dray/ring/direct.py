@@ -34,7 +34,7 @@ import numpy as np
 
 from dray.clock import MONOTONIC, Clock
 from dray.forking import notices_every_fork
-from dray.resources import Closing
+from dray.resources import Closing, needing
 from dray.ring.consumer_events import ConsumerEvents, Descriptor
 from dray.ring.membarrier import Barriers
 from dray.ring.membarrier import problem as membarrier_problem
@@ -71,7 +71,7 @@ def direct_problem() -> str:
     if not notices_every_fork:
         return "this kernel does not wipe memory on a fork (MADV_WIPEONFORK)"
     try:
-        own = Descriptor(os.pidfd_open(os.getpid()))
+        own = Descriptor(os.pidfd_open, os.getpid())
     except OSError as error:
         return f"pidfd_open is refused ({error.strerror})"
     with own:
@@ -144,6 +144,7 @@ class DirectLeases(Closing):
         events: what wakes the owner.
         ignored_words: words that a faulty consumer has written and that mean nothing.
         waiting: threads that wait for consumers.
+        suspended: consumers ask for every payload: no server is there for the ring.
 
     Raises:
         OutOfResources: no descriptor or memory is left.
@@ -154,14 +155,16 @@ class DirectLeases(Closing):
         self.barriers = Barriers(clock)
         self.ignored_words = 0
         self.waiting = 0
+        self.suspended = False
         self._now = clock.now
         self._slots, self._readers = slots, readers
         self.events = ConsumerEvents()
         try:
             self.control = SharedWords.create(slots + CONTROL_WORDS)
             self.board = SharedWords.create(slots * readers)
-            self._control_to_read = Descriptor(self.control.open_read_only())
-            self._owner = Descriptor(os.pidfd_open(os.getpid()))
+            with needing("direct leases"):
+                self._control_to_read = Descriptor(os.open, self.control.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._owner = Descriptor(os.pidfd_open, os.getpid())
         except BaseException:
             self.close()
             raise
@@ -174,7 +177,7 @@ class DirectLeases(Closing):
 
     def publish(self, slot: int, sequence: int) -> None:
         """Let leases of a payload begin; its bytes and its header are complete."""
-        self._generations[slot] = sequence + 1
+        self._generations[slot] = (sequence + 1) | RETIRING if self.suspended else sequence + 1
 
     def retire(self, slot: int) -> None:
         """Let no new lease begin."""

@@ -271,6 +271,12 @@ class SharedRingBuffer(Closing):
 
     # --- direct consumers -------------------------------------------------------------------------------------
 
+    def count_servers(self, change: int) -> None:
+        """A server of the ring begins (1) or ends (-1). Without one, direct consumers lease nothing any more."""
+        with self._table.lock:
+            if not self._table.closed:
+                self._table.count_servers(change)
+
     def attach(self, process: Descriptor, *, pid: int, reader: int, leases: int) -> Attached | None:
         """Let a consumer on this host lease directly, see `dray.ring.attachment`; None if it cannot.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
+from dray.errors import BufferClosedError, ProtocolError, SlotError
 from dray.resources import out_of_resources
 from dray.ring.mapping import FIXED_SIZE, SharedMemory, fork_lock, map_shared, new_memfd, seal, seals_of
 
@@ -75,19 +75,10 @@ class SharedWords(SharedMemory):
             raise BufferClosedError("the shared words are closed, or were made by another process")
         return self._fd
 
-    def open_read_only(self) -> int:
-        """A new descriptor, through which others can only read. The caller closes it.
-
-        Raises:
-            ConfigError: the /proc file system is not mounted.
-        """
-        path = f"/proc/self/fd/{self.fileno()}"
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if (exhausted := out_of_resources(error, "a descriptor for shared words")) is not None:
-                raise exhausted from error
-            raise ConfigError("/proc", path, f"must be readable ({error.strerror})") from error
+    @property
+    def path(self) -> str:
+        """What can be opened for reading only, so that others cannot write through it; needs /proc."""
+        return f"/proc/self/fd/{self.fileno()}"
 
     def close_descriptor(self) -> None:
         """Close the descriptor and keep the memory: nobody else will need it."""

@@ -82,49 +82,12 @@ class SlotTable:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_aborted",
-        "_all_readers",
-        "_claim_wait_seconds",
-        "_claim_waits",
-        "_claimable",
-        "_claimed",
-        "_claimers",
-        "_committed",
-        "_committed_bytes",
-        "_consumed",
-        "_copied",
-        "_dropped_delivered",
-        "_dropped_unread",
-        "_full_errors",
-        "_late_looks",
-        "_leased",
-        "_memory",
-        "_newest",
-        "_newest_only",
-        "_now",
-        "_on_full",
-        "_readers",
-        "_replaced",
-        "_short",
-        "_slot_bytes",
-        "_stale_consumes",
-        "_stale_reads",
-        "_worded",
-        "changing",
-        "clock",
-        "closed",
-        "direct",
-        "disowned",
-        "double_releases",
-        "due",
-        "free",
-        "leases",
-        "live",
-        "lock",
-        "lost",
-        "ready",
-        "slots",
+        "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable",
+        "_claimed", "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
+        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_memory", "_newest", "_newest_only",
+        "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes", "_stale_consumes",
+        "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned", "double_releases", "due",
+        "free", "leases", "live", "lock", "lost", "ready", "slots",
     )  # fmt: skip
 
     def __init__(self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock) -> None:
@@ -151,6 +114,7 @@ class SlotTable:
         self._readers = readers
         self._all_readers = (1 << readers) - 1
         self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are looked at
+        self._servers = 0
         self._worded: set[Slot] = set()  # those with `words`
         self._now = clock.now
         self._claimed = self._committed = self._committed_bytes = self._aborted = 0
@@ -557,6 +521,15 @@ class SlotTable:
             self.direct = direct
             self._claimable.notify_all()  # they wait for the doorbell from now on
         return self.direct
+
+    def count_servers(self, change: int) -> None:
+        """A server begins or ends; without one, direct consumers lease nothing any more."""
+        self._servers += change
+        if self.direct is not None and self.direct.suspended is (self._servers > 0):
+            self.direct.suspended = not self._servers
+            for slot in self.live.values():
+                if not slot.undecided:
+                    self._publish(slot)
 
     def begin_look(self, *, drop: bool = False) -> Look:
         """Learn what direct consumers have consumed and hold, and which slots only a barrier can free.

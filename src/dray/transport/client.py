@@ -361,13 +361,13 @@ class PayloadClient(Closing):
         self._check_process()
         lease = self._direct.lease(ref)
         if lease is not None:
-            return DirectInPlaceLease(lease, make)
+            return DirectInPlaceLease(lease, make, self._direct)
         return self._hold(
             ref,
             Deadline.after(timeout, self._clock),
             copy=False,
             make=lambda received, kept: KeptInPlaceLease(received, kept, self._reaper, make),
-            direct=lambda lease: DirectInPlaceLease(lease, make),
+            direct=lambda lease: DirectInPlaceLease(lease, make, self._direct),
         )
 
     def _hold_read(self, ref: PayloadRef, deadline: Deadline) -> HeldRead:

@@ -69,10 +69,8 @@ def shake_hands(
             while not stream.flush():
                 wait(stream, waiter, deadline, awaited="HELLO to be sent", endpoint=endpoint)
             if handshake.server is not None and not stream.lane.in_band:
-                while (received := stream.receive_with_descriptors(WELCOME.size)) is None:
+                while (message := stream.receive_with_descriptors(WELCOME.size, descriptors)) is None:
                     wait(stream, waiter, deadline, awaited="WELCOME", endpoint=endpoint)
-                message, found = received
-                descriptors += found
             while message is None:
                 message = stream.receive(handshake.expects)
                 if message is None:
@@ -94,11 +92,9 @@ def shake_hands(
             segment = Segment.attach(_only(descriptors))
             _check_segment(segment, identity, endpoint)
             return Shared(identity, segment)
-        taken = descriptors[:]
-        descriptors.clear()
         assert attach_as is not None
         attachment = network.open_attachment(
-            taken, identity, attach_as, newest=bool(handshake.welcome & WelcomeFlag.NEWEST)
+            descriptors, identity, attach_as, newest=bool(handshake.welcome & WelcomeFlag.NEWEST)
         )
         try:
             _check_segment(attachment.segment, identity, endpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 
@@ -21,6 +22,10 @@ _UINT8 = np.dtype(np.uint8)
 class DirectReads(Closing):
     """Thread-safe.
 
+    Attributes:
+        reader: the client's reader id.
+        closed: true after `close`.
+
     Args:
         reader: the client's reader id.
         wanted: direct leases are asked for at all.
@@ -38,6 +43,7 @@ class DirectReads(Closing):
         trace: Trace | None = None,
     ) -> None:
         self.reader = reader
+        self.closed = False
         self._wanted = wanted
         self._buffers = buffers
         self._now = clock.now
@@ -77,7 +83,7 @@ class DirectReads(Closing):
             return None
         lease = attachment.lease(ref.slot, ref.sequence, ref.nbytes)
         if lease is None:
-            self._lose(ref.producer, attachment)
+            self._look_why(ref.producer, attachment)
         elif self._trace is not None:
             self._trace(Payload(self._now(), DIRECT, ref.slot, ref.sequence, ref.nbytes, id(self)))
         return lease
@@ -107,16 +113,18 @@ class DirectReads(Closing):
     def close(self) -> None:
         """Begin no more leases. Those that live keep their slots. Twice is fine."""
         with self._lock:
-            self._wanted = False
+            self._wanted, self.closed = False, True
             for producer in list(self._attachments):
                 self._forget(producer)
 
     def __repr__(self) -> str:
         return f"<DirectReads of {len(self._attachments)} rings>"
 
-    def _lose(self, producer: bytes, attachment: Attachment) -> None:
-        """There was no lease: the owner may be gone."""
-        if attachment.closed:
+    def _look_why(self, producer: bytes, attachment: Attachment) -> None:
+        """There was no lease: the owner may be gone, or all lease words in use."""
+        if not attachment.closed:
+            _end_dead()
+        else:
             with self._lock:
                 if self._attachments.get(producer) is attachment:
                     self._forget(producer)
@@ -131,3 +139,43 @@ class DirectReads(Closing):
 def in_slot(lease: DirectLease) -> Bytes:
     """The payload in its slot: uint8 of shape (nbytes,), read-only, its own base."""
     return np.frombuffer(lease.buffer, _UINT8)
+
+
+# --- arrays that outlive their block ------------------------------------------------------------------------
+
+
+class Root(weakref.ref[Bytes]):
+    """The array on which all arrays of a direct lease are based. The lease ends when it is gone.
+
+    Attributes:
+        lease: the lease.
+        consumed: how it ends.
+    """
+
+    __slots__ = ("consumed", "lease")
+    lease: DirectLease
+    consumed: bool
+
+
+_roots: dict[int, Root] = {}
+"""Those that live. Nothing else keeps a weak reference alive, and with it what it calls."""
+
+
+def end_with(array: Bytes, lease: DirectLease) -> Root:
+    """Let a lease end, released unless `consumed` is set, when the array is gone."""
+    root = Root(array, _end)
+    root.lease, root.consumed = lease, False
+    _roots[id(root)] = root
+    return root
+
+
+def _end(root: Root) -> None:
+    root.lease.end(root.consumed)
+    _roots.pop(id(root), None)
+
+
+def _end_dead() -> None:
+    """End the leases whose array is gone: an exception of a signal handler may have ended the call that does."""
+    for root in list(_roots.values()):
+        if root() is None:
+            _end(root)

@@ -29,7 +29,7 @@ from dray.protocol.client_session import Request
 from dray.resources import Closing
 from dray.ring.attachment import DirectLease
 from dray.transport.connection import ReceivedPayload
-from dray.transport.direct_reads import in_slot
+from dray.transport.direct_reads import DirectReads, end_with, in_slot
 from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.receive_buffers import Bytes
 
@@ -140,46 +140,23 @@ class InPlaceLease(abc.ABC, Generic[T]):
 # --- direct leases ----------------------------------------------------------------------------------------------
 
 
-class _Root(weakref.ref[Bytes]):
-    """The array on which all arrays of a direct lease are based. Its end is the end of the lease."""
-
-    __slots__ = ("consumed", "lease")
-    lease: DirectLease
-    consumed: bool
-
-
-_roots: dict[int, _Root] = {}
-"""Those that live. Nothing else keeps a weak reference alive, and with it what it calls."""
-
-
-def _end_with(root: _Root) -> None:
-    root.lease.end(root.consumed)
-    _roots.pop(id(root), None)
-
-
-def end_dead_leases() -> None:
-    """End the direct leases whose arrays are gone: an exception of a signal handler may have come before."""
-    for root in list(_roots.values()):
-        if root() is None:
-            _end_with(root)
-
-
 class DirectInPlaceLease(InPlaceLease[T]):
     """A direct lease: its end needs neither a connection nor the client."""
 
-    __slots__ = ("_content", "_ended", "_root")
+    __slots__ = ("_content", "_ended", "_reads", "_root")
 
-    def __init__(self, lease: DirectLease, make: MakeContent[T]) -> None:
+    def __init__(self, lease: DirectLease, make: MakeContent[T], reads: DirectReads) -> None:
         array = in_slot(lease)
-        self._root = root = _Root(array, _end_with)
-        root.lease, root.consumed = lease, False
-        _roots[id(root)] = root
+        self._root = end_with(array, lease)
         self._content = make(array)
         self._ended = False
+        self._reads = reads
         lease.attachment.count_read(lease.nbytes)
 
     def __enter__(self) -> T:
         try:
+            if self._reads.closed:
+                raise BufferClosedError("the client was closed before the block of the lease began")
             return self._content.value
         except BaseException:
             self.finish(consumed=False)

@@ -125,14 +125,14 @@ class ServedConnection:
 
     # --- messages and answers ---------------------------------------------------------------------------------
 
-    def receive(self, messages: bytes | bytearray | memoryview, descriptors: Sequence[int] = ()) -> None:
+    def receive(self, messages: bytes | bytearray | memoryview, descriptors: list[int] | None = None) -> None:
         """Act on messages of the client, and take the descriptors that came with them.
 
         Raises:
             ProtocolError: the client has broken the protocol; the connection must be discarded.
         """
         session, counts = self.session, self.counts
-        received = [Descriptor(number) for number in descriptors]
+        received = [Descriptor(descriptors.pop, 0) for _ in range(len(descriptors))] if descriptors else ()
         known = len(session.requests)
         events = session.receive(messages)
         self.active = now = self._service.clock.now()

@@ -164,7 +164,7 @@ class PayloadServer(Closing):
             direct=direct and not direct_problem(),
         )
         self._pid = os.getpid()
-        self._closed = False
+        self._closed = self._counted = False
         self.loops: list[ServerLoop] = []
         self._directory = PrivateDirectory(directory) if any(each.local for each in self._lanes) else None
         try:
@@ -174,6 +174,8 @@ class PayloadServer(Closing):
             by_lane = zip(*(loop.endpoints for loop in self.loops), strict=True)
             self.endpoints = tuple(endpoint for endpoints in by_lane for endpoint in endpoints)
             self._check_reference_fits()
+            ring.count_servers(1)
+            self._counted = True
             for loop in self.loops:
                 loop.start()
         except BaseException:
@@ -290,6 +292,8 @@ class PayloadServer(Closing):
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        if self._counted:
+            self.ring.count_servers(-1)
         drain = Deadline.after(self._drain_timeout)
         for loop in self.loops:
             loop.stop(drain)

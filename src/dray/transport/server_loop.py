@@ -137,8 +137,7 @@ class ServedConnections:
                 messages: bytes | memoryview | None = None
                 descriptors: list[int] = []
                 if session.expects_descriptor:
-                    if (received := stream.receive_with_descriptors(session.expects)) is not None:
-                        messages, descriptors = received
+                    messages = stream.receive_with_descriptors(session.expects, descriptors)
                 elif len(session.requests) < MAX_MESSAGES:  # more of them stay in the connection
                     messages = stream.receive(session.expects, MAX_MESSAGES if session.established else 1)
                 if connection.lingering:

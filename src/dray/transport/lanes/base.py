@@ -74,16 +74,17 @@ class Stream(Closing):
         None, call `idle` and wait before the next call.
         """
 
-    def receive_with_descriptors(self, size: int) -> tuple[bytes, list[int]] | None:
-        """The next message and the descriptors that came with it; None if the message is not complete yet.
+    def receive_with_descriptors(self, size: int, taken: list[int]) -> bytes | None:
+        """The next message; None if it is not complete yet.
 
-        The caller closes the descriptors. A lane whose payloads stay in shared memory sends some in the handshake.
+        The descriptors that came with it are added to `taken`; the caller closes them. A lane whose payloads stay
+        in shared memory sends some in the handshake.
 
         Raises:
             OutOfResources: there were more than this process has room for.
         """
         message = self.receive(size)
-        return None if message is None else (bytes(message), [])
+        return None if message is None else bytes(message)
 
     @abc.abstractmethod
     def send(self, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> bool:
@@ -381,7 +382,7 @@ class Network(Closing):
         with needing("a pidfd"):
             try:
                 membarrier.register()
-                process = Descriptor(os.pidfd_open(os.getpid()))
+                process = Descriptor(os.pidfd_open, os.getpid())
             except OSError as error:
                 if error.errno in _REFUSED_CALLS:
                     return None
@@ -389,7 +390,7 @@ class Network(Closing):
         return WantedAttachment(AttachRequest(kernel_digest(), reader), process)
 
     def open_attachment(
-        self, descriptors: Sequence[int], identity: ServerIdentity, reader: int, *, newest: bool
+        self, descriptors: list[int], identity: ServerIdentity, reader: int, *, newest: bool
     ) -> Attachment:
         """See `Attachment.open`."""
         return Attachment.open(

@@ -282,7 +282,7 @@ class UnixStream(SocketStream):
             credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             self.peer_pid, self.peer_uid, _ = _UCRED.unpack(credentials)
 
-    def receive_with_descriptors(self, size: int) -> tuple[bytes, list[int]] | None:
+    def receive_with_descriptors(self, size: int, taken: list[int]) -> bytes | None:
         received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
         room = socket.CMSG_LEN(MAX_DESCRIPTORS * _DESCRIPTOR.size)
         try:
@@ -296,6 +296,7 @@ class UnixStream(SocketStream):
                 # The kernel drops descriptors if the receiver has no free numbers for them.
                 exhausted = descriptors_exhausted("the descriptors of shared memory")
                 raise exhausted or MessageTruncated("not all descriptors of shared memory came with the handshake")
+            found = _descriptors(ancillary)
         except BaseException as error:
             for _, ancillary, _, _ in received:
                 for descriptor in _descriptors(ancillary):
@@ -306,7 +307,8 @@ class UnixStream(SocketStream):
                 self._dry = True
                 return None
             raise from_os_error(error) from error
-        return message, _descriptors(ancillary)
+        taken += found  # no call since the end of the block, in which an exception would have closed them
+        return message
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
