@@ -50,6 +50,11 @@ def serving(
         yield server
 
 
+def over_connections(lanes: Any = "auto", **options: Any) -> Any:
+    """`serving` without direct leases: every read goes over a connection, also on the shm lane."""
+    return serving(lanes, direct=False, **options)
+
+
 def ring_of(server: PayloadServer) -> SharedRingBuffer:
     return server.ring
 
@@ -74,8 +79,8 @@ class WatchedStream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def send(self, items: Sequence[Any], descriptor: int | None = None) -> bool:
-        return self._on_send(self._stream, items) or self._stream.send(items, descriptor)
+    def send(self, items: Sequence[Any], descriptors: Sequence[int] = ()) -> bool:
+        return self._on_send(self._stream, items) or self._stream.send(items, descriptors)
 
 
 class WatchedNetwork(Network):

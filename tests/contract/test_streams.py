@@ -533,20 +533,22 @@ def test_two_connections_do_not_get_each_others_messages() -> None:
         assert targets == [b"\x01" * 1000, b"\x02" * 1000]
 
 
-def test_a_descriptor_travels_with_a_message() -> None:
+def test_descriptors_travel_with_a_message() -> None:
     left, right = socket.socketpair()
     sender, receiver = UnixStream(left, SHM), UnixStream(right, SHM)
     reading, writing = os.pipe()
     try:
-        assert receiver.receive_descriptor(8) is None
-        sender.send([b"WELCOME!"], descriptor=writing)
+        taken: list[int] = []
+        assert receiver.receive_with_descriptors(8, taken) is None
+        assert taken == []
+        sender.send([b"WELCOME!"], [writing, writing])
         assert sender.flush()
-        received = receiver.receive_descriptor(8)
-        assert received is not None
-        message, descriptor = received
-        assert message == b"WELCOME!"
-        os.write(descriptor, b"through")
-        os.close(descriptor)
+        receiver.idle()
+        assert receiver.receive_with_descriptors(8, taken) == b"WELCOME!"
+        assert len(taken) == 2
+        os.write(taken[1], b"through")
+        for descriptor in taken:
+            os.close(descriptor)
         assert os.read(reading, 10) == b"through"
     finally:
         sender.close()

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from transport_fixtures import endpoint_of, pattern, ring_of, serving
+from transport_fixtures import endpoint_of, pattern, ring_of
+from transport_fixtures import over_connections as serving
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef, PayloadServer
@@ -157,10 +158,10 @@ class Misbehaving:
                 continue
             answer = handshake.receive(message)
             shared = handshake.done and stream.lane.name == "shm"
-            self._send(stream, [answer], self._segment if shared else None)
+            self._send(stream, [answer], [self._segment] if shared else ())
 
-    def _send(self, stream: Stream, items: Sequence[Outgoing], descriptor: int | None = None) -> None:
-        stream.send(items, descriptor)
+    def _send(self, stream: Stream, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> None:
+        stream.send(items, descriptors)
         deadline = Deadline.after(5)
         while not stream.flush() and not self.ended.is_set():
             assert not deadline.expired

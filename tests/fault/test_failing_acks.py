@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from transport_fixtures import WatchedNetwork, ring_of, serving
+from transport_fixtures import WatchedNetwork, ring_of
+from transport_fixtures import over_connections as serving
 from waiting import wait_until
 
 from dray import PayloadClient

@@ -38,9 +38,9 @@ def valid(sock: socket.socket, descriptors: tuple[int, ...] = (), **ring: int) -
     sock.sendall(challenge(**ring))
     sock.recv(PROOF.size, socket.MSG_WAITALL)
     if descriptors:
-        socket.send_fds(sock, [WELCOME.pack(MAGIC, 0)], list(descriptors))
+        socket.send_fds(sock, [WELCOME.pack(MAGIC, 0, 0)], list(descriptors))
     else:
-        sock.sendall(WELCOME.pack(MAGIC, 0))
+        sock.sendall(WELCOME.pack(MAGIC, 0, 0))
 
 
 @contextlib.contextmanager
@@ -147,7 +147,7 @@ def test_a_descriptor_that_is_not_the_segment_is_refused_and_closed(sent: str) -
 
 hostile_bytes = st.lists(
     st.binary(max_size=130)
-    | st.sampled_from([challenge(), WELCOME.pack(MAGIC, 0), challenge() + WELCOME.pack(MAGIC, 0), b"hello"])
+    | st.sampled_from([challenge(), WELCOME.pack(MAGIC, 0, 0), challenge() + WELCOME.pack(MAGIC, 0, 0), b"hello"])
     | st.tuples(st.sampled_from(list(Status)), st.sampled_from([0, 2, 4]), st.sampled_from([0, 5, 70_000])).map(
         lambda t: Frame(Kind.STATUS, t[0], flags=t[1], nbytes=t[2]).pack()
     ),

@@ -327,7 +327,7 @@ def test_w11_a_forged_proof_is_refused_before_anything_else_on_ucx(forged: str) 
         challenge = CHALLENGE.unpack(peer.receive(CHALLENGE.size))
         proof = {"reflected": challenge[6], "empty": bytes(32), "random": os.urandom(32)}[forged]
         peer.send(proof + Frame(Kind.READ, slot=ref.slot, sequence=ref.sequence, tag=tag).pack())
-        assert WELCOME.unpack(peer.receive(WELCOME.size)) == (MAGIC, 2)
+        assert WELCOME.unpack(peer.receive(WELCOME.size)) == (MAGIC, 2, 0)
         with pytest.raises(TransportError):
             peer.receive(1)
         assert target == bytearray(ref.nbytes)

@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 from forked_child import run_in_child
-from transport_fixtures import WatchedNetwork, counted, endpoint_of, has_ended, pattern, ring_of, serving
+from transport_fixtures import (
+    WatchedNetwork,
+    counted,
+    endpoint_of,
+    has_ended,
+    over_connections,
+    pattern,
+    ring_of,
+    serving,
+)
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
@@ -85,8 +94,8 @@ class ByHand:
         self.sock.close()
 
 
-def has_read(server: PayloadServer, count: int) -> bool:
-    return counted(server, "reads") > count
+def has_read(client: PayloadClient, count: int) -> bool:
+    return client.statistics().reads > count
 
 
 # --- W11 --------------------------------------------------------------------------------------------------------
@@ -315,7 +324,7 @@ def test_w8_a_server_thread_that_dies_leaves_its_payloads_to_the_others() -> Non
 
 def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: Any) -> None:
     network = WatchedNetwork()
-    with serving(lane, idle_timeout=0.5) as server, PayloadClient(lane=lane, network=network) as client:
+    with over_connections(lane, idle_timeout=0.5) as server, PayloadClient(lane=lane, network=network) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(2):
             client.read_bytes(ref, consume=False)
@@ -328,7 +337,7 @@ def test_w6_idle_connections_are_evicted_and_the_next_read_opens_another(lane: A
 
 
 def test_w6_a_client_replaces_a_connection_before_it_is_evicted(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lane=lane, idle_seconds=0.0) as client:
+    with over_connections(lane) as server, PayloadClient(lane=lane, idle_seconds=0.0) as client:
         ref = server.put_bytes(b"payload")
         for _ in range(3):
             client.read_bytes(ref, consume=False)
@@ -337,7 +346,7 @@ def test_w6_a_client_replaces_a_connection_before_it_is_evicted(lane: Any) -> No
 
 
 def test_w6_a_connection_with_a_lease_is_not_idle() -> None:
-    with serving("shm", idle_timeout=0.05) as server, PayloadClient() as client:
+    with over_connections("shm", idle_timeout=0.05) as server, PayloadClient() as client:
         ref = server.put({"a": np.arange(3)})
         other = server.put_bytes(b"x")
         with client.lease(ref) as arrays:
@@ -433,7 +442,7 @@ class Losing(WatchedNetwork):
 @pytest.mark.parametrize("name", ["shm", "tcp"])
 def test_w13_an_ack_lost_with_its_connection_is_repeated(name: Any) -> None:
     network = Losing()
-    with serving(name, slots=2) as server, PayloadClient(lane=name, network=network) as client:
+    with over_connections(name, slots=2) as server, PayloadClient(lane=name, network=network) as client:
         first, second = server.put_bytes(b"first"), server.put_bytes(b"second")
         client.read_bytes(second, consume=False)
         network.losing = True
@@ -663,7 +672,7 @@ def test_w9_servers_stopped_with_reads_in_flight_leave_nothing(lane: Any) -> Non
             for thread in threads:
                 thread.start()
             started.wait(10)
-            wait_until(functools.partial(has_read, server, cycle % 7), "reads")
+            wait_until(functools.partial(has_read, client, cycle % 7), "reads")
             closing = Deadline.after(5)
             server.close()
             assert not closing.expired
@@ -695,9 +704,8 @@ def test_a_client_closed_with_reads_in_flight_ends_them_in_order(lane: Any) -> N
                     found.append(type(error).__name__)
 
             thread = threading.Thread(target=read)
-            before = counted(server, "reads")
             thread.start()
-            wait_until(functools.partial(has_read, server, before), "a read")
+            wait_until(functools.partial(has_read, client, 0), "a read")
             client.close()
             thread.join(20)
             assert found == ["BufferClosedError"]

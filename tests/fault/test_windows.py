@@ -36,7 +36,7 @@ class WedgingRing(SharedRingBuffer):
 def test_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_answers(lane: Any) -> None:
     with (
         WedgingRing() as ring,
-        PayloadServer(ring, lane=lane, threads=2) as server,
+        PayloadServer(ring, lane=lane, threads=2, direct=False) as server,
         PayloadClient(lane=lane, quarantine_seconds=QUARANTINE) as client,
     ):
 
@@ -74,7 +74,7 @@ def test_a_wedged_thread_is_tried_once_per_quarantine_and_used_again_when_it_ans
 def test_when_both_ends_were_idle_the_next_read_needs_no_quarantine(lane: Any) -> None:
     with (
         SharedRingBuffer(2, 1000) as ring,
-        PayloadServer(ring, lane=lane, threads=2, idle_timeout=1.0) as server,
+        PayloadServer(ring, lane=lane, threads=2, idle_timeout=1.0, direct=False) as server,
         PayloadClient(lane=lane, idle_seconds=0.75) as client,
     ):
         ref = server.put_bytes(b"payload")

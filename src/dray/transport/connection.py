@@ -201,7 +201,7 @@ class Connection:
         frame, target = self._request(ref, reader, copy)
         if not self._stream.send([frame]):
             self._flush(status_deadline)
-        return self.answer(target, copy, status_deadline, deadline)
+        return self.answer(target, status_deadline, deadline, copy=copy)
 
     def ask(
         self, refs: Sequence[PayloadRef], reader: int, deadline: Deadline, *, copy: bool = False
@@ -221,14 +221,14 @@ class Connection:
         return targets
 
     def answer(
-        self, target: Bytes | None, copy: bool, status_deadline: Deadline, deadline: Deadline
+        self, target: Bytes | None, status_deadline: Deadline, deadline: Deadline, *, copy: bool = True
     ) -> ReceivedPayload | DrayError:
         """Receive the next payload that was asked for, or the refusal that came instead of it.
 
         Args:
             target: what `ask` has returned for it.
-            copy: as for `ask`.
             status_deadline, deadline: when its STATUS, and all of it, must have come.
+            copy: as for `ask`.
 
         Raises:
             TransportError: the connection failed, or a deadline passed.

@@ -111,11 +111,14 @@ class DirectReads(Closing):
             return reads, self._bytes + sum(each.read_bytes for each in attachments)
 
     def close(self) -> None:
-        """Begin no more leases. Those that live keep their slots. Twice is fine."""
+        """Begin no more leases, and release those whose block was not entered. Others live on. Twice is fine."""
         with self._lock:
             self._wanted, self.closed = False, True
             for producer in list(self._attachments):
                 self._forget(producer)
+        for root in list(_roots.values()):
+            if root.reads is self and not root.entered:
+                root.lease.end(consumed=False)
 
     def __repr__(self) -> str:
         return f"<DirectReads of {len(self._attachments)} rings>"
@@ -149,22 +152,26 @@ class Root(weakref.ref[Bytes]):
 
     Attributes:
         lease: the lease.
+        reads: what it was leased with.
         consumed: how it ends.
+        entered: arrays were handed out: closing the client does not end it.
     """
 
-    __slots__ = ("consumed", "lease")
+    __slots__ = ("consumed", "entered", "lease", "reads")
     lease: DirectLease
+    reads: DirectReads
     consumed: bool
+    entered: bool
 
 
 _roots: dict[int, Root] = {}
 """Those that live. Nothing else keeps a weak reference alive, and with it what it calls."""
 
 
-def end_with(array: Bytes, lease: DirectLease) -> Root:
+def end_with(array: Bytes, lease: DirectLease, reads: DirectReads) -> Root:
     """Let a lease end, released unless `consumed` is set, when the array is gone."""
     root = Root(array, _end)
-    root.lease, root.consumed = lease, False
+    root.lease, root.reads, root.consumed, root.entered = lease, reads, False, False
     _roots[id(root)] = root
     return root
 

@@ -143,19 +143,19 @@ class InPlaceLease(abc.ABC, Generic[T]):
 class DirectInPlaceLease(InPlaceLease[T]):
     """A direct lease: its end needs neither a connection nor the client."""
 
-    __slots__ = ("_content", "_ended", "_reads", "_root")
+    __slots__ = ("_content", "_ended", "_root")
 
     def __init__(self, lease: DirectLease, make: MakeContent[T], reads: DirectReads) -> None:
         array = in_slot(lease)
-        self._root = end_with(array, lease)
+        self._root = end_with(array, lease, reads)
         self._content = make(array)
         self._ended = False
-        self._reads = reads
         lease.attachment.count_read(lease.nbytes)
 
     def __enter__(self) -> T:
         try:
-            if self._reads.closed:
+            self._root.entered = True  # before the next line: closing the client looks in the opposite order
+            if self._root.reads.closed:
                 raise BufferClosedError("the client was closed before the block of the lease began")
             return self._content.value
         except BaseException:

@@ -352,7 +352,7 @@ class Pipeline:
         found: list[Received] = []
         from_slot = False
         for target in self._asked.popleft().targets:
-            received = connection.answer(target, True, status_deadline, deadline)
+            received = connection.answer(target, status_deadline, deadline)
             status_deadline = deadline  # the endpoint is known to answer
             if isinstance(received, ReceivedPayload):
                 from_slot = from_slot or received.from_slot

@@ -101,7 +101,7 @@ def test_wrong_secret_is_found_by_the_client_from_the_servers_proof() -> None:
 def test_a_client_that_cannot_prove_the_secret_is_denied(forged: bytes, flag: HelloFlag) -> None:
     server = ServerHandshake(TCP, IDENTITY, SECRET)
     server.receive(HELLO.pack(MAGIC, VERSION, TCP.number, flag, IDENTITY.producer, b"n" * 32))
-    assert server.receive(PROOF.pack(forged)) == WELCOME.pack(MAGIC, Verdict.DENIED)
+    assert server.receive(PROOF.pack(forged)) == WELCOME.pack(MAGIC, Verdict.DENIED, 0)
     assert server.verdict is Verdict.DENIED
     assert not server.done
 
@@ -220,14 +220,14 @@ def test_refused_welcome_names_the_verdict(verdict: int) -> None:
     client, server = ClientHandshake(TCP), ServerHandshake(TCP, IDENTITY)
     client.receive(server.receive(client.hello()))
     with pytest.raises(ProtocolError, match=str(verdict) if verdict == 200 else "malformed"):
-        client.receive(WELCOME.pack(MAGIC, verdict))
+        client.receive(WELCOME.pack(MAGIC, verdict, 0))
 
 
 def test_denied_welcome_is_an_authentication_error() -> None:
     client, server = ClientHandshake(TCP), ServerHandshake(TCP, IDENTITY)
     client.receive(server.receive(client.hello()))
     with pytest.raises(AuthenticationError):
-        client.receive(WELCOME.pack(MAGIC, Verdict.DENIED))
+        client.receive(WELCOME.pack(MAGIC, Verdict.DENIED, 0))
 
 
 @pytest.mark.parametrize("message", [bytes(128), b"HTTP/1.1 400 Bad Request" + bytes(104)])

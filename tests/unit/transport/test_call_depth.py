@@ -5,7 +5,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from transport_fixtures import serving
+from transport_fixtures import over_connections
 
 from dray import PayloadClient
 
@@ -28,7 +28,7 @@ def test_at_most_six_python_frames_lie_between_a_read_and_its_socket(lane: Any, 
             caller = caller.f_back
 
     here = sys._getframe().f_code  # noqa: SLF001
-    with serving(lane, slot_bytes=200_000) as server, PayloadClient(lane=lane) as client:
+    with over_connections(lane, slot_bytes=200_000) as server, PayloadClient(lane=lane) as client:
         first, second = (server.put({"a": bytearray(nbytes)}) for _ in range(2))
         client.read(first)  # opens the connection
         read = getattr(client, call)

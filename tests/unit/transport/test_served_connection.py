@@ -907,18 +907,6 @@ def test_inline_payloads_without_acks_are_bounded() -> None:
             server.connection.answer()
 
 
-def test_on_shm_status_carries_the_time_of_the_commit() -> None:
-    class Clock:
-        def now(self) -> float:
-            return 12.5
-
-    with SharedRingBuffer(1, 10, clock=Clock()) as ring:
-        server, writer = Server(ring, SHM), put(ring)
-        server.send(Kind.READ, writer)
-        (status,) = statuses(server.connection.answer())
-        assert (status.checksum, status.flags) == (12_500_000_000, Flag.NONE)
-
-
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

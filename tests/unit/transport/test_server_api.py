@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transport_fixtures import serving
+from transport_fixtures import over_connections, serving
 from waiting import wait_until
 
 from dray import PayloadClient, PayloadServer, make_secret
@@ -189,7 +189,7 @@ def test_a_text_that_is_no_statistics_is_refused(text: str) -> None:
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
 def test_a_trace_reports_what_happens_at_an_endpoint(lane: str) -> None:
     events: list[traced.TraceEvent] = []
-    with serving(lane, threads=1, trace=events.append) as server:
+    with over_connections(lane, threads=1, trace=events.append) as server:
         with PayloadClient(lane=lane) as client:
             assert client.read_bytes(server.put_bytes(b"payload")).tobytes() == b"payload"
         wait_until(lambda: isinstance(events[-1], traced.Discard), "the connection to be closed")
