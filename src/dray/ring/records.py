@@ -85,11 +85,16 @@ class Slot:
     consumed_by: int = 0
     leases: int = 0  # over connections
     words: int = 0  # lease words of direct consumers that named the slot at the last look
-    undecided: bool = False  # it may be dropped, unless a lease is found
+    look: weakref.ref[object] | None = None  # that decides whether the payload is dropped
     delivered: bool = False  # a reader has leased or copied the payload
     retired: bool = True
     retirement: threading.Condition | None = None  # of the threads that wait until the payload retires
     writer: weakref.ref[object] | None = None  # the `SlotWriter`, while the slot is WRITING
+
+    @property
+    def undecided(self) -> bool:
+        """The payload may be dropped, unless a lease is found."""
+        return self.look is not None and self.look() is not None
 
     def info(self) -> SlotInfo:
         """The slot as it is now."""

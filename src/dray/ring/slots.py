@@ -20,7 +20,8 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 from dray.clock import Clock, Deadline
 from dray.errors import (
@@ -55,16 +56,20 @@ _write_header: Final = SLOT_HEADER.pack_into
 _write_u64: Final = U64.pack_into
 
 
-class Look(NamedTuple):
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Look:
     """What the table wants to know of direct consumers.
 
+    While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler
+    ends the look, the next one may choose the same victim.
+
     Attributes:
-        due: slots that are free unless a lease word names them.
+        due: slots that are free unless a lease word names them, with the sequence numbers of their payloads.
         victim: the slot of a payload that is dropped unless it is leased.
         sequence: the sequence number of that payload.
     """
 
-    due: tuple[Slot, ...]
+    due: tuple[tuple[Slot, int], ...]
     victim: Slot | None
     sequence: int
 
@@ -98,7 +103,7 @@ class SlotTable:
         self.live: OrderedDict[int, Slot] = OrderedDict()  # the other slots, by sequence number
         self.ready = self.leases = self.double_releases = 0
         self.direct: DirectLeases | None = None  # from the first direct consumer on
-        self.due: dict[Slot, None] = {}  # retired; direct leases on them are not ruled out
+        self.due: dict[Slot, int] = {}  # retired; direct leases on these payloads are not ruled out
         self.changing = False  # an operation that moves a slot has begun and has not ended
         self.lost: deque[object] = deque()  # of writers that were deleted while their slots were WRITING
         self.closed = False  # true after `close`, and in a forked child
@@ -147,7 +152,7 @@ class SlotTable:
                 slot.state, slot.retired, slot.writer = _FREE, True, None
             elif slot.state is not _WRITING:
                 if slot.retired and not slot.leases:
-                    self.due[slot] = None
+                    self.due[slot] = slot.sequence
                 slot.state = _READING if slot.leases or slot.words or slot in self.due else _READY
             if slot.retired:
                 slot.wake()
@@ -155,7 +160,7 @@ class SlotTable:
                 self._write_header(slot)
             if self.direct is not None and not slot.undecided:
                 self._publish(slot)
-        self.due = {slot: None for slot in self.due if slot.state is _READING}
+        self.due = {slot: slot.sequence for slot in self.due if slot.state is _READING}
         free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
         live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
         self.free = deque(free)
@@ -243,7 +248,8 @@ class SlotTable:
         slot.nbytes = nbytes
         slot.checksum = None
         slot.consumed_by = 0
-        slot.delivered = slot.retired = slot.undecided = False
+        slot.delivered = slot.retired = False
+        slot.look = None
         self.live[sequence] = slot
         _write_header(self._memory, slot.header, _WRITING, 0, sequence, nbytes, 0, 0.0, 0)
         return slot
@@ -469,7 +475,7 @@ class SlotTable:
     def _vacate(self, slot: Slot) -> None:
         """Free a retired slot without leases over connections, or keep it until direct leases are ruled out."""
         if self._attached:
-            self.due[slot] = None
+            self.due[slot] = slot.sequence
             self._refresh(slot)
         else:
             if slot.state is _READY:
@@ -545,14 +551,15 @@ class SlotTable:
                     self._learn(self.slots[index], (reader,))
             self._note_words(direct.named())
             if not direct.attached:
-                self._free_due(self.due, {})
+                self._free_due(self.due.items(), {})
             elif drop and not self.free:
                 ready = (each for each in self.live.values() if each.state is _READY and not each.undecided)
                 victim = next(ready, None) if self.ready else None
-                if victim is not None:
-                    victim.undecided = True
-                    direct.suspect(victim.index, victim.sequence)
-        return Look(tuple(self.due), victim, -1 if victim is None else victim.sequence)
+        look = Look(tuple(self.due.items()), victim, -1 if victim is None else victim.sequence)
+        if direct is not None and victim is not None:
+            victim.look = weakref.ref(look)
+            direct.suspect(victim.index, victim.sequence)
+        return look
 
     def end_look(self, look: Look, passed: bool) -> None:
         """Free what the look was about and no lease word names.
@@ -568,21 +575,22 @@ class SlotTable:
         if passed:
             self._free_due(look.due, named)
         if victim is not None and victim.sequence == look.sequence:
-            victim.undecided = False
+            victim.look = None
             self._learn(victim, range(self._readers))
             if not victim.retired:
                 if passed and not self.free and victim.state is _READY and victim.index not in named:
                     self._drop(victim)
-                    self._free_due((victim,), named)
+                    self._free_due(((victim, victim.sequence),), named)
                 else:
                     direct.publish(victim.index, victim.sequence)
         self._note_words(named)
         if self._claimers and self.free:
             self._claimable.notify_all()
 
-    def _free_due(self, slots: Iterable[Slot], named: Mapping[int, int]) -> None:
-        for slot in tuple(slots):
-            if slot in self.due and slot.index not in named:
+    def _free_due(self, payloads: Iterable[tuple[Slot, int]], named: Mapping[int, int]) -> None:
+        # A slot may be due again, with another payload that was retired after the barrier: that needs its own.
+        for slot, sequence in tuple(payloads):
+            if self.due.get(slot) == sequence and slot.index not in named:
                 self.changing = True
                 del self.due[slot]
                 slot.words = 0
