@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from model.machine import RETIRING, State
-from model.scenarios import Kind
+from model.scenarios import End, Kind
 from model.world import DIRECT, ENDED, NONE, OVER_SOCKET, Lease, World, consumer_name
 
 if TYPE_CHECKING:
     from model.properties import Properties
 
 # Steps within an operation: places in `Consumer.steps`, to which planted defects append. BEGIN is the first of each.
-BEGIN, GENERATION, BOARD, FAILED, DOORBELL, RING, END_WORD = range(7)
+BEGIN, GENERATION, BOARD, FAILED, DOORBELL, RING, CLEAR_WORD, CLOSED_FLAG, CLOSED_WORD, END_WORD = range(10)
 
 # How a lease word comes to be cleared, and what follows.
-ENDING, IS_STALE, IS_RETIRING = range(3)
-LEASED: Final = 3
+ENDING, IS_STALE, IS_RETIRING, IS_ZERO, IS_CLOSED = range(5)
+LEASED: Final = 5
 
 # Answers of the server.
 GRANTED, STALE, REFUSED, ATTACHED = range(4)
@@ -85,6 +85,9 @@ class Consumer:
             self._read_doorbell,
             self._ring,
             self._clear_word,
+            self._read_closed_flag,
+            self._read_closed_word,
+            self._write_end_word,
         ]
 
     def resolve(self, consumers: list[Consumer]) -> None:
@@ -125,8 +128,9 @@ class Consumer:
             return True
         operation = self.program[at]
         if operation.kind in BEGINS:
-            return bool(state[world.published] >> operation.payload & 1) and (
-                not self._shares_page or any(state[spare] for spare in world.spare[self.process])
+            return self._is_closed(state) or (
+                bool(state[world.published] >> operation.payload & 1)
+                and (not self._shares_page or any(state[spare] for spare in world.spare[self.process]))
             )
         if operation.kind is Kind.END:
             return not state[self.pending] and self._is_due(state, operation)
@@ -146,7 +150,9 @@ class Consumer:
         self.steps[state[self.step]](state, self.program[state[self.operation]])
 
     def _begin(self, state: State, operation: Instruction) -> None:
-        if operation.kind is Kind.LEASE or operation.kind is Kind.ACKNOWLEDGE:
+        if operation.kind in BEGINS and self._is_closed(state):
+            self._next(state)
+        elif operation.kind is Kind.LEASE or operation.kind is Kind.ACKNOWLEDGE:
             self._begin_lease(state, operation)
         elif operation.kind is Kind.READ:
             self._read(state, operation)
@@ -154,6 +160,8 @@ class Consumer:
             self._end(state, operation)
         elif operation.kind is Kind.REGISTER:
             self._register(state, operation)
+        elif operation.kind is Kind.CLOSE:
+            self._close(state)
         else:
             self._request(state, operation)
 
@@ -174,22 +182,42 @@ class Consumer:
         verdict = self._judge(generation, operation.payload + 1)
         if verdict != LEASED:
             self._fail(state, verdict)
-        elif world.uses_board:
+            return
+        self.properties.generation_accepted(state, operation.payload)
+        if world.uses_board:
             state[self.step] = BOARD
         else:
-            self._leased(state, operation)
+            self._checked(state, operation)
 
     def _judge(self, generation: int, own: int) -> int:
         """What a generation means for a lease of the payload whose generation is `own`."""
         if generation == own:
             return LEASED
+        if not generation and self.world.scenario.end is End.CLOSE:
+            return IS_ZERO
         return IS_RETIRING if generation == own | RETIRING else IS_STALE
 
     def _read_board(self, state: State, operation: Instruction) -> None:
         if self._is_consumed(state, operation):
             self._fail(state, IS_STALE)
         else:
+            self._checked(state, operation)
+
+    def _checked(self, state: State, operation: Instruction) -> None:
+        """Generation and board are right. If another thread may end the attachment, its flag is read last."""
+        if self.process in self.world.end_word and self._shares_page:
+            state[self.step] = CLOSED_FLAG
+        else:
             self._leased(state, operation)
+
+    def _read_closed_flag(self, state: State, operation: Instruction) -> None:
+        if self._is_closed(state):
+            self._fail(state, IS_CLOSED)
+        else:
+            self._leased(state, operation)
+
+    def _is_closed(self, state: bytes | State) -> bool:
+        return bool(state[self.world.closed_by_consumer] >> self.process & 1)
 
     def _is_consumed(self, state: State, operation: Instruction) -> bool:
         word = self.world.board[self._slot(state, operation)][self.reader]
@@ -246,8 +274,17 @@ class Consumer:
             self._request(state, operation)
         elif reason == IS_STALE:
             self._report_stale(state, operation)
+        elif reason == IS_ZERO:
+            state[self.step] = CLOSED_WORD
         else:
             self._next(state)
+
+    def _read_closed_word(self, state: State, operation: Instruction) -> None:
+        """The generation is 0. If the ring is closed, only the server knows what that means."""
+        if self.world.load(state, self.processor, self.world.closed_word):
+            self._request(state, operation)
+        else:
+            self._report_stale(state, operation)
 
     def _report_stale(self, state: State, operation: Instruction) -> None:
         if self.world.tracing:
@@ -280,7 +317,7 @@ class Consumer:
     def _end_direct(self, state: State, operation: Instruction) -> None:
         if operation.consumed and self.world.uses_board:
             self._write_board(state, operation)
-            state[self.step] = END_WORD
+            state[self.step] = CLEAR_WORD
         else:
             self._clear_word(state, operation)
 
@@ -290,6 +327,25 @@ class Consumer:
     def _clear_word(self, state: State, operation: Instruction) -> None:
         self._store_zero(state, operation)
         self._forget(state, self._lease(operation))
+        state[self.step] = DOORBELL
+
+    # --- the end of the attachment --------------------------------------------------------------------------------
+
+    def _close(self, state: State) -> None:
+        """Begin no more leases. The interpreter's lock empties the buffers of the threads that had it before."""
+        world = self.world
+        for consumer in self.consumers:
+            if consumer.process == self.process:
+                world.drain(state, consumer.processor)
+        state[world.closed_by_consumer] |= 1 << self.process
+        if world.tracing:
+            world.note("begins no lease any more")
+        state[self.step] = END_WORD
+
+    def _write_end_word(self, state: State, operation: Instruction) -> None:
+        if any(state[lease.state] == DIRECT for lease in self.world.leases if lease.thread == self.number):
+            self._reach("attachment closed under a lease")
+        self._store(state, self.world.end_word[self.process], 1)
         state[self.step] = DOORBELL
 
     # --- messages to the server -----------------------------------------------------------------------------------

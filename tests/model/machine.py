@@ -50,6 +50,10 @@ class Machine:
         self._arrivals.append(None)
         return len(self.names) - 1
 
+    def set_initial(self, place: int, value: int) -> None:
+        """Set what a byte holds at the start."""
+        self._initial[place] = value
+
     def on_arrival(self, address: int, arrival: Arrival) -> None:
         """Calls `arrival` instead of writing the value when a store to `address` leaves a buffer."""
         self._arrivals[address] = arrival

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from model.machine import RETIRING, State
 from model.scenarios import Policy
 from model.world import (
-    CLEARED,
     CLOSED,
     COMMITTED,
     DIRECT,
@@ -18,7 +17,7 @@ from model.world import (
     KEPT,
     OVER_SOCKET,
     REPLACED,
-    RETIRED,
+    DUE,
     UNDECIDED,
     Lease,
     World,
@@ -27,7 +26,7 @@ from model.world import (
 
 if TYPE_CHECKING:
     from model.consumer import Consumer
-    from model.owner import Owner
+    from model.look import Looker
 
 
 class Property(Enum):
@@ -38,8 +37,9 @@ class Property(Enum):
     STALE = "STALE is reported for a payload that is neither consumed nor dropped"
     CONSUMED_TWICE = "a payload is handed out to a reader id that has consumed it"
     UNDONE = "a consumption is undone"
-    MISCOUNTED = "a payload that was consumed counts as dropped or lost"
+    MISCOUNTED = "a payload that was consumed counts as dropped"
     LOST = "a payload is gone that was neither consumed by every reader id nor dropped"
+    UNSERVED = "a direct lease begins although no server is there"
     FOREIGN_END = "the end of a lease clears the word of another lease"
     LOST_WAKE_UP = "the owner waits although it could get a slot"
     WORD_STAYS = "a lease word stays although its lease has ended"
@@ -76,8 +76,8 @@ class Properties:
 
     def _generation_arrives(self, state: State, address: int, value: int) -> None:
         state[address] = value
-        if value and not value & RETIRING:
-            state[self.world.published] |= 1 << value - 1
+        if value:
+            state[self.world.published] |= 1 << (value & ~RETIRING) - 1
 
     def _content_arrives(self, slot: int, state: State, address: int, value: int) -> None:
         world = self.world
@@ -123,6 +123,11 @@ class Properties:
 
     # --- steps of consumers ---------------------------------------------------------------------------------------
 
+    def generation_accepted(self, state: State, payload: int) -> None:
+        """A direct lease finds the generation of its payload."""
+        if state[self.world.suspended]:
+            raise ViolationError(Property.UNSERVED, f"payload {payload}")
+
     def handed_out(self, state: State, payload: int, reader: int) -> None:
         """A lease begins."""
         world = self.world
@@ -160,7 +165,7 @@ class Properties:
             raise ViolationError(Property.LOST, f"payload {payload} was freed")
 
     def counted(self, state: State, payload: int, latched: int, fate: int) -> None:
-        """A payload is counted as dropped, replaced or lost for the reader ids that are not latched."""
+        """A payload is counted as dropped or replaced for the reader ids that are not latched."""
         world = self.world
         missed = state[world.consumed[payload]] & ~latched
         if missed:
@@ -169,14 +174,14 @@ class Properties:
 
     # --- at rest --------------------------------------------------------------------------------------------------
 
-    def at_rest(self, state: State | bytes, owners: list[Owner], consumers: list[Consumer]) -> None:
+    def at_rest(self, state: State | bytes, lookers: list[Looker], consumers: list[Consumer]) -> None:
         """Nothing happens any more unless a process is killed: this is where lost wake-ups show."""
         for consumer in consumers:
             if not consumer.rests(state):
                 raise ViolationError(Property.HANG, f"{consumer.name} is in the middle of an operation")
         named = self._named(state)
-        for owner in owners:
-            if owner.waits(state):
+        for owner in lookers:
+            if owner.waits(state) and owner.puts:
                 for slot in range(self.world.scenario.slots):
                     if self._can_be_freed(state, slot, bool(named >> slot & 1), owner):
                         raise ViolationError(Property.LOST_WAKE_UP, f"slot {slot} can be freed")
@@ -204,7 +209,7 @@ class Properties:
                         raise ViolationError(Property.WORD_STAYS, f"word {index} of process {process}")
         return named
 
-    def _can_be_freed(self, state: State | bytes, slot: int, named: bool, owner: Owner) -> bool:
+    def _can_be_freed(self, state: State | bytes, slot: int, named: bool, owner: Looker) -> bool:
         world = self.world
         payload = state[world.slot_payload[slot]] - 1
         slot_state = state[world.slot_state[slot]]
@@ -214,7 +219,7 @@ class Properties:
         leased = named or state[world.server_leases[slot]] != 0
         droppable = world.scenario.policy is Policy.OVERWRITE
         return slot_state == FREE or (
-            not leased and (slot_state in (CLEARED, RETIRED) or (slot_state == COMMITTED and (consumed or droppable)))
+            not leased and (slot_state == DUE or (slot_state == COMMITTED and (consumed or droppable)))
         )
 
     def _check_payloads(self, state: State | bytes) -> None:
@@ -222,7 +227,7 @@ class Properties:
         world = self.world
         for payload in range(world.scenario.payloads):
             slot = state[world.slot_of[payload]]
-            committed = state[world.slot_state[slot]] == COMMITTED and state[world.generation[slot]] == payload + 1
+            committed = state[world.slot_state[slot]] == COMMITTED and state[world.generation[slot]] & ~RETIRING == payload + 1
             kept = state[world.slot_payload[slot]] == payload + 1 and (
                 committed or state[world.slot_state[slot]] == CLOSED
             )

@@ -66,12 +66,13 @@ class Model:
         self.properties = properties = Properties(world)
         self.consumers = [defect.consumer(world, properties, each) for each in range(len(scenario.threads))]
         self.owners = [defect.owner(world, properties, each) for each in range(scenario.putting)]
+        self.lookers = [*self.owners, defect.looker(world, properties, scenario.putting)]
         self.server = defect.server(world, properties)
         for consumer in self.consumers:
             consumer.resolve(self.consumers)
-        for owner in self.owners:
-            owner.resolve(self.owners, self.consumers)
-        self.server.resolve(self.owners, self.consumers)
+        for looker in self.lookers:
+            looker.resolve(self.lookers, self.consumers)
+        self.server.resolve(self.lookers, self.consumers)
         self.transitions = self._transitions()
 
     def _transitions(self) -> list[Transition]:
@@ -88,7 +89,7 @@ class Model:
         ) -> None:
             found.append(Transition(actor, needs, partial(is_possible, **of), partial(apply, **of), is_fault))
 
-        for owner in self.owners:
+        for owner in self.lookers:
             add(owner.name, world.always, owner.can_step, owner.do_step)
             for consumer in self.consumers:
                 add(owner.name, owner.awaited, owner.barrier_can_reach, owner.barrier_reaches, consumer=consumer)
@@ -100,7 +101,13 @@ class Model:
             if any(each.kind is Kind.ATTACH for each in consumer.program):
                 add("server", consumer.requested, server.can_attach, server.attach, consumer=consumer)
             add("server", consumer.pending, server.can_receive_end, server.receive_end, consumer=consumer)
-        for actor in (*self.owners, *self.consumers):
+        if self.scenario.interrupted:
+            for owner in self.owners:
+                add("kernel", world.always, owner.can_be_interrupted, owner.interrupt, True)
+        if self.scenario.server_stops:
+            add("kernel", world.always, server.can_stop, server.stop, True)
+            add("kernel", world.suspended, server.can_start, server.start)
+        for actor in (*self.lookers, *self.consumers):
             stores = world.stores(actor.processor)
             add(f"processor of {actor.name}", stores, world.can_drain, world.drain_one, processor=actor.processor)
         for process in self.scenario.crashes:
@@ -141,7 +148,7 @@ class Model:
                             queue.append(after)
                 if rests:
                     try:
-                        self.properties.at_rest(state, self.owners, self.consumers)
+                        self.properties.at_rest(state, self.lookers, self.consumers)
                     except ViolationError as error:
                         return self._violation(error, before, state, None, began)
         finally:

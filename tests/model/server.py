@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from model.consumer import ATTACHED, GRANTED, REFUSED, STALE, Consumer
-from model.machine import State
+from model.machine import RETIRING, State
 from model.scenarios import Kind
-from model.world import COMMITTED, UNDECIDED, World
+from model.world import COMMITTED, DUE, RETIRED, UNDECIDED, World
 
 if TYPE_CHECKING:
-    from model.owner import Owner
+    from model.look import Looker
     from model.properties import Properties
 
 FurtherTransition = tuple[Callable[[bytes], bool], Callable[[State], None]]
@@ -27,12 +27,12 @@ class Server:
     def __init__(self, world: World, properties: Properties) -> None:
         self.world = world
         self.properties = properties
-        self.owners: list[Owner] = []
+        self.lookers: list[Looker] = []
         self.consumers: list[Consumer] = []
 
-    def resolve(self, owners: list[Owner], consumers: list[Consumer]) -> None:
+    def resolve(self, lookers: list[Looker], consumers: list[Consumer]) -> None:
         """Know the threads that the server works with."""
-        self.owners = owners
+        self.lookers = lookers
         self.consumers = consumers
 
     def further_transitions(self) -> list[FurtherTransition]:
@@ -40,7 +40,7 @@ class Server:
         return []
 
     def _has_lock(self, state: bytes) -> bool:
-        return all(owner.has_unlocked(state) for owner in self.owners)
+        return all(looker.has_unlocked(state) for looker in self.lookers)
 
     # --- leases over the socket -----------------------------------------------------------------------------------
 
@@ -59,13 +59,13 @@ class Server:
         request = consumer.request(state)
         payload = request.payload
         slot = state[world.slot_of[payload]]
-        if state[world.ring_closed]:
-            world.reached.add("refused by a closed ring")
+        if state[world.ring_closed] or state[world.suspended]:
+            world.reached.add("refused by a closed ring" if state[world.ring_closed] else "no server answers")
             consumer.answered(state, REFUSED)
             return
         ready = state[world.slot_payload[slot]] == payload + 1 and self._is_ready(state[world.slot_state[slot]])
         if ready and world.uses_board and self._is_on_board(state, slot, consumer.reader, payload + 1):
-            state[world.latched[slot]] |= 1 << consumer.reader
+            self._consumed(state, slot, consumer.reader)
         if not ready or state[world.latched[slot]] >> consumer.reader & 1:
             consumer.answered(state, STALE)
             return
@@ -100,11 +100,30 @@ class Server:
         slot = state[world.slot_of[own - 1]]
         state[world.server_leases[slot]] &= ~(1 << consumer.number)
         if consumed and world.uses_board:
-            state[world.latched[slot]] |= 1 << consumer.reader
+            if state[world.slot_state[slot]] in (COMMITTED, UNDECIDED):
+                self._consumed(state, slot, consumer.reader)
             self._put_on_board(state, slot, consumer.reader, own)
+        self._vacate(state, slot)
         if world.tracing:
             world.note(f"ends the lease of payload {own - 1} of {consumer.name}")
         self._notify_of_end(state)
+
+    def _consumed(self, state: State, slot: int, reader: int) -> None:
+        """A reader id has consumed a payload; with the last one it retires."""
+        world = self.world
+        state[world.latched[slot]] |= 1 << reader
+        if state[world.latched[slot]] == world.all_readers:
+            world.write(state, world.generation[slot], 0)
+            state[world.slot_state[slot]] = RETIRED
+            self._vacate(state, slot)
+            for looker in self.lookers:
+                looker.notify_of_retirement(state)
+
+    def _vacate(self, state: State, slot: int) -> None:
+        """A retired slot without leases over the socket is due."""
+        world = self.world
+        if state[world.slot_state[slot]] == RETIRED and not state[world.server_leases[slot]]:
+            state[world.slot_state[slot]] = DUE
 
     def _put_on_board(self, state: State, slot: int, reader: int, own: int) -> None:
         self.world.write(state, self.world.board[slot][reader], own)
@@ -112,57 +131,47 @@ class Server:
     def _notify_of_end(self, state: State) -> None:
         self._notify(state)
 
-    def _notify_of_kill(self, state: State) -> None:
-        self._notify(state)
-
     def _notify(self, state: State) -> None:
-        for owner in self.owners:
-            if state[owner.armed]:
-                state[owner.signal] = 1
+        self.lookers[-1].notify(state)
 
     # --- attachments ----------------------------------------------------------------------------------------------
 
     def can_attach(self, state: bytes, consumer: Consumer) -> bool:
-        """The consumer has asked to attach. The list has no lock; a thread reads it in one step."""
+        """The consumer has asked to attach."""
         dead = state[self.world.dead] >> consumer.process & 1
-        return not dead and consumer.request(state).kind is Kind.ATTACH
+        return not dead and consumer.request(state).kind is Kind.ATTACH and self._has_lock(state)
 
     def attach(self, state: State, consumer: Consumer) -> None:
         """List the attachment, then let the consumer write."""
         state[self.world.attached] |= 1 << consumer.process
         if self.world.tracing:
             self.world.note(f"lists the attachment of process {consumer.process}, then sends WELCOME")
-        for owner in self.owners:
-            if not owner.waits(state):
+        for looker in self.lookers:
+            if looker.puts and not looker.waits(state):
                 self.world.reached.add("attached while the owner is at work")
         consumer.answered(state, ATTACHED)
 
     def can_notice(self, state: bytes, process: int) -> bool:
-        """A process was killed: none of its threads runs, and all that they stored is visible."""
+        """A process with leases over the socket was killed, and what it has sent has been received."""
         world = self.world
-        if not (state[world.dead] & ~state[world.noticed]) >> process & 1:
+        if not state[world.dead] >> process & 1 or not self._has_lock(state):
             return False
         threads = [consumer for consumer in self.consumers if consumer.process == process]
-        return self._has_lock(state) and not any(
-            world.can_drain(state, thread.processor) or state[thread.pending] for thread in threads
+        leases = sum(1 << thread.number for thread in threads)
+        return any(state[place] & leases for place in world.server_leases) and not any(
+            state[thread.pending] for thread in threads
         )
 
     def notice(self, state: State, process: int) -> None:
-        """The pidfd fires: the attachment and the leases over the socket end."""
-        self._end_attachment(state, process)
-        self._end_server_leases(state, process)
-        if self.world.tracing:
-            self.world.note(f"the pidfd of process {process} fires: its attachment ends")
-        self._notify_of_kill(state)
-
-    def _end_attachment(self, state: State, process: int) -> None:
-        state[self.world.noticed] |= 1 << process
-
-    def _end_server_leases(self, state: State, process: int) -> None:
-        for consumer in self.consumers:
-            if consumer.process == process:
-                for leases in self.world.server_leases:
+        """The connections of a process end, and their leases with them."""
+        for slot, leases in enumerate(self.world.server_leases):
+            for consumer in self.consumers:
+                if consumer.process == process:
                     state[leases] &= ~(1 << consumer.number)
+            self._vacate(state, slot)
+        if self.world.tracing:
+            self.world.note(f"the connections of process {process} end")
+        self._notify_of_end(state)
 
     # --- faults ---------------------------------------------------------------------------------------------------
 
@@ -204,3 +213,34 @@ class Server:
         self.world.reached.add("socket closed")
         if self.world.tracing:
             self.world.note(f"the socket of process {process} is closed")
+
+    def can_stop(self, state: bytes) -> bool:
+        """The server can be stopped, once."""
+        return not state[self.world.stopped] and self._has_lock(state)
+
+    def stop(self, state: State) -> None:
+        """Without a server, all generations carry RETIRING. Drops that are undecided carry it already."""
+        world = self.world
+        state[world.stopped] = state[world.suspended] = 1
+        self._publish_all(state)
+        world.reached.add("server stopped")
+        if world.tracing:
+            world.note("the server stops")
+
+    def can_start(self, state: bytes) -> bool:
+        """No server is there."""
+        return bool(state[self.world.suspended]) and self._has_lock(state)
+
+    def start(self, state: State) -> None:
+        """A new server is there, and waits for the eventfd."""
+        state[self.world.suspended] = 0
+        self._publish_all(state)
+        if self.world.tracing:
+            self.world.note("a server starts")
+
+    def _publish_all(self, state: State) -> None:
+        world = self.world
+        for slot in range(world.scenario.slots):
+            if state[world.slot_state[slot]] == COMMITTED:
+                own = state[world.slot_payload[slot]]
+                world.write(state, world.generation[slot], own | RETIRING if state[world.suspended] else own)

@@ -7,24 +7,15 @@ from typing import Final, NamedTuple
 from model.machine import Machine, State
 from model.scenarios import Kind, Policy, Scenario
 
-# States of a slot in the owner's table.
-FREE, WRITING, COMMITTED, UNDECIDED, CLEARED, RETIRED, CLOSING, CLOSED = range(8)
-STATE_NAMES: Final = (
-    "free",
-    "being written",
-    "committed",
-    "an undecided drop",
-    "cleared, its barrier not complete",
-    "retired",
-    "closing",
-    "closed",
-)
+# States of a slot in the owner's table. UNDECIDED: it may be dropped. RETIRED: leased over the socket. DUE: retired,
+# direct leases on it are not ruled out.
+FREE, WRITING, COMMITTED, UNDECIDED, RETIRED, DUE, CLOSED = range(7)
 
 # States of a lease.
 NONE, DIRECT, OVER_SOCKET, ENDED = range(4)
 
 # What happened to a payload that was not consumed by every reader id.
-KEPT, DROPPED, REPLACED, LOST = range(4)
+KEPT, DROPPED, REPLACED = range(3)
 
 
 def consumer_name(thread: int) -> str:
@@ -79,12 +70,17 @@ class World(Machine):
             [self.variable(f"lease word {index} of process {process}") for index in words] for process in processes
         ]
         self.doorbell = self.variable("doorbell")
+        self.closed_word = self.variable("closed word")
+        self.end_word = {
+            process: self.variable(f"end word of process {process}") for process in scenario.closing_processes
+        }
         self.always = self.variable("1", 1)
-        # Known to the threads of one process: which indices of its page are not in use.
+        # Known to the threads of one process: which indices of its page are not in use, and whether it begins leases.
         self.spare = [
             [self.variable(f"index {index} of process {process} is not in use", 1) for index in words]
             for process in processes
         ]
+        self.closed_by_consumer = self.variable("processes that begin no lease any more")
 
         # History, for the properties. A bit for each reader id, or for each payload.
         self.published = self.variable("payloads whose generation has been visible")
@@ -105,11 +101,13 @@ class World(Machine):
         self.slot_payload = [self.variable(f"payload of slot {slot}") for slot in slots]
         self.latched = [self.variable(f"reader ids latched as consumed in slot {slot}") for slot in slots]
         self.server_leases = [self.variable(f"leases over the socket of slot {slot}") for slot in slots]
-        self.unfenced = self.variable("cleared slots whose barrier has failed")
+        self.worded = self.variable("slots that lease words named at the last look")
         self.next_sequence = self.variable("next sequence number")
         self.ring_closed = self.variable("the ring is closed")
         self.attached = self.variable("list of attachments", self._attached_at_start())
-        self.noticed = self.variable("attachments that have ended")
+        self.suspended = self.variable("no server is there")
+        self.stopped = self.variable("the server was stopped")
+        self.interrupted = self.variable("an exception has ended a look")
 
         self.leases: list[Lease] = []
         self.kept: set[Lease] = set()
