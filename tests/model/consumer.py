@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from model.properties import Properties
 
 # Steps within an operation: places in `Consumer.steps`, to which planted defects append. BEGIN is the first of each.
-BEGIN, GENERATION, BOARD, FAILED, DOORBELL, RING, CLEAR_WORD, CLOSED_FLAG, CLOSED_WORD, END_WORD = range(10)
+BEGIN, GENERATION, BOARD, FAILED, DOORBELL, RING, CLEAR_WORD, CLOSED_FLAG, CLOSED_WORD, END_WORD, LEASE_WORD = range(11)
 
 # How a lease word comes to be cleared, and what follows.
 ENDING, IS_STALE, IS_RETIRING, IS_ZERO, IS_CLOSED = range(5)
@@ -88,6 +88,7 @@ class Consumer:
             self._read_closed_flag,
             self._read_closed_word,
             self._write_end_word,
+            self._write_taken_word,
         ]
 
     def resolve(self, consumers: list[Consumer]) -> None:
@@ -168,12 +169,23 @@ class Consumer:
     # --- lease ----------------------------------------------------------------------------------------------------
 
     def _begin_lease(self, state: State, operation: Instruction) -> None:
-        self._write_word(state, operation)
-        state[self.step] = GENERATION
+        if self._may_be_closed_by_others:
+            state[self._lease(operation).index] = self._take_index(state)
+            state[self.step] = LEASE_WORD
+        else:
+            self._write_word(state, operation)
+            state[self.step] = GENERATION
 
     def _write_word(self, state: State, operation: Instruction) -> None:
         if self._shares_page:
             state[self._lease(operation).index] = self._take_index(state)
+        self._store_word(state, operation)
+
+    def _write_taken_word(self, state: State, operation: Instruction) -> None:
+        self._store_word(state, operation)
+        state[self.step] = GENERATION
+
+    def _store_word(self, state: State, operation: Instruction) -> None:
         self._store(state, self._word(state, operation), self._slot(state, operation) + 1)
 
     def _read_generation(self, state: State, operation: Instruction) -> None:
@@ -205,7 +217,7 @@ class Consumer:
 
     def _checked(self, state: State, operation: Instruction) -> None:
         """Generation and board are right. If another thread may end the attachment, its flag is read last."""
-        if self.process in self.world.end_word and self._shares_page:
+        if self._may_be_closed_by_others:
             state[self.step] = CLOSED_FLAG
         else:
             self._leased(state, operation)
@@ -412,6 +424,10 @@ class Consumer:
     @property
     def _shares_page(self) -> bool:
         return self.world.scenario.words > 1
+
+    @property
+    def _may_be_closed_by_others(self) -> bool:
+        return self.process in self.world.end_word and self._shares_page
 
     def _take_index(self, state: State) -> int:
         """An index of the page that is not in use. Taking it is atomic, and empties the store buffer."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
+from model import planted_consumer as consumers
+from model import planted_look as looks
+from model import planted_owner as owners
+from model import planted_server as servers
 from model.consumer import Consumer
 from model.look import Looker
 from model.owner import Owner
@@ -18,39 +22,41 @@ class Defect(NamedTuple):
         name: how commands refer to it.
         scenario: the scenario that finds it.
         violated: the property that the shortest interleaving violates.
+        change: what it changes.
         consumer: the class of consumers.
-        owner: the class of the owner's threads.
+        owner: the class of the owner's threads that put payloads.
+        looker: the class of the server's thread that looks.
         server: the class of the server.
     """
 
     name: str
     scenario: str
     violated: Property | None
+    change: str
     consumer: type[Consumer] = Consumer
     owner: type[Owner] = Owner
     looker: type[Looker] = Looker
     server: type[Server] = Server
 
-    @property
-    def change(self) -> str:
-        """What it changes: the docstring of the class that has the defect."""
-        pairs = ((self.consumer, Consumer), (self.owner, Owner), (self.server, Server), (self.looker, Looker))
-        return next((changed.__doc__ or "" for changed, base in pairs if changed is not base), "")
 
-
-NO_DEFECT: Final = Defect("none", "", None)
+NO_DEFECT: Final = Defect("none", "", None, "")
 
 
 def _of_consumer(name: str, scenario: str, violated: Property, consumer: type[Consumer]) -> Defect:
-    return Defect(name, scenario, violated, consumer=consumer)
+    return Defect(name, scenario, violated, consumer.__doc__ or "", consumer=consumer)
 
 
 def _of_owner(name: str, scenario: str, violated: Property, owner: type[Owner]) -> Defect:
-    return Defect(name, scenario, violated, owner=owner)
+    return Defect(name, scenario, violated, owner.__doc__ or "", owner=owner)
+
+
+def _of_look(name: str, scenario: str, violated: Property, looker: type[Looker]) -> Defect:
+    owner = cast("type[Owner]", type(looker.__name__, (looker, Owner), {}))
+    return Defect(name, scenario, violated, looker.__doc__ or "", owner=owner, looker=looker)
 
 
 def _of_server(name: str, scenario: str, violated: Property, server: type[Server]) -> Defect:
-    return Defect(name, scenario, violated, server=server)
+    return Defect(name, scenario, violated, server.__doc__ or "", server=server)
 
 
 _OTHER_BYTES: Final = Property.OTHER_BYTES
@@ -60,7 +66,82 @@ _TWICE: Final = Property.CONSUMED_TWICE
 _UNDONE: Final = Property.UNDONE
 _MISCOUNTED: Final = Property.MISCOUNTED
 _LOST: Final = Property.LOST
+_UNSERVED: Final = Property.UNSERVED
 _FOREIGN: Final = Property.FOREIGN_END
 _WAKE_UP: Final = Property.LOST_WAKE_UP
 
-DEFECTS: Final[tuple[Defect, ...]] = ()
+DEFECTS: Final = (
+    # --- a consumer's lease ---------------------------------------------------------------------------------------
+    _of_consumer("generation-before-word", "drop", _CHANGED, consumers.ReadsGenerationBeforeWord),
+    _of_consumer("board-before-generation", "two-attachments", _TWICE, consumers.ReadsBoardBeforeGeneration),
+    _of_consumer("board-not-read", "two-attachments", _TWICE, consumers.IgnoresBoard),
+    _of_consumer("retiring-ignored", "drop", _CHANGED, consumers.IgnoresRetiring),
+    _of_consumer("retiring-means-stale", "drop", _STALE, consumers.TakesRetiringForStale),
+    _of_consumer("word-cleared-before-copy", "drop", _CHANGED, consumers.ClearsWordBeforeRead),
+    _of_consumer("not-registered", "attach", _CHANGED, consumers.SkipsRegistration),
+    _of_consumer("closed-word-not-read", "close", _STALE, consumers.IgnoresClosedWord),
+    # --- a consumer's end -----------------------------------------------------------------------------------------
+    _of_consumer("board-after-word", "drop", _MISCOUNTED, consumers.WritesBoardAfterWord),
+    _of_consumer("board-without-word", "acknowledge", _UNDONE, consumers.WritesBoardWithoutWord),
+    _of_consumer("lease-ended-twice", "end-again", _FOREIGN, consumers.EndsTwice),
+    _of_consumer("token-tested-only", "threads", _FOREIGN, consumers.TestsTokenOnly),
+    _of_consumer("index-before-word", "threads", _FOREIGN, consumers.GivesIndexBackFirst),
+    _of_consumer("no-doorbell-after-end", "reuse", _WAKE_UP, consumers.NoDoorbellAfterEnd),
+    _of_consumer("no-doorbell-after-failed-lease", "two-attachments", _WAKE_UP, consumers.NoDoorbellAfterFailure),
+    _of_consumer("doorbell-before-word", "reuse", _WAKE_UP, consumers.ReadsDoorbellFirst),
+    _of_consumer("closed-flag-not-read", "end-attachment-threads", _MISCOUNTED, consumers.IgnoresClosedFlag),
+    _of_consumer("end-word-before-flag", "end-attachment-threads", _MISCOUNTED, consumers.EndWordBeforeFlag),
+    # --- commit and retire ----------------------------------------------------------------------------------------
+    _of_owner("generation-before-content", "reuse", _OTHER_BYTES, owners.CommitsGenerationFirst),
+    _of_look("barrier-left-out-of-retire", "two-attachments", _CHANGED, looks.NoBarrierInRetire),
+    _of_look("fence-instead-of-barrier", "two-attachments", _CHANGED, looks.FencesItselfOnly),
+    _of_look("generation-cleared-after-scan", "newest", _CHANGED, looks.ClearsGenerationAfterScan),
+    _of_look("barrier-of-another-look", "newest-two-putting", _CHANGED, looks.FreesWithBarrierOfAnother),
+    _of_look("due-again-freed-by-older-look", "due-again", _CHANGED, looks.KnowsDueSlotsByIndex),
+    _of_look("failed-barrier-ignored", "barrier-fails", _CHANGED, looks.IgnoresFailedBarrier),
+    _of_look("undecided-after-failed-barrier", "barrier-fails", _LOST, looks.KeepsVictimAfterFailure),
+    _of_look("socket-leases-ignored", "network", _CHANGED, looks.IgnoresLeasesOverSocket),
+    _of_look("any-board-value", "reuse", _LOST, looks.TakesAnyBoardValue),
+    _of_look("never-scanned-again", "reuse", _WAKE_UP, looks.NeverScansAgain),
+    _of_look("dead-attachments-count", "kill", _WAKE_UP, looks.CountsDeadAttachments),
+    # --- drop -----------------------------------------------------------------------------------------------------
+    _of_look("barrier-left-out-of-drop", "drop", _CHANGED, looks.NoBarrierInDrop),
+    _of_look("generation-0-while-undecided", "drop", _STALE, looks.ClearsUndecided),
+    _of_look("drop-without-second-scan", "drop", _CHANGED, looks.DropsWithoutSecondScan),
+    _of_look("drop-under-socket-lease", "drop", _CHANGED, looks.DropsUnderLeaseOverSocket),
+    _of_look("drop-without-board", "drop", _MISCOUNTED, looks.DropsWithoutBoard),
+    _of_look("drop-board-before-words", "drop", _MISCOUNTED, looks.DropReadsBoardFirst),
+    _of_owner("drop-at-once-without-board", "end-attachment-drop", _MISCOUNTED, owners.DropsAtOnceWithoutBoard),
+    _of_owner("undecided-after-exception", "exception", _LOST, owners.StaysUndecidedAfterException),
+    # --- wait -----------------------------------------------------------------------------------------------------
+    _of_owner("barrier-left-out-of-wait", "reuse", _WAKE_UP, owners.NoBarrierInWait),
+    _of_owner("wait-reads-nothing", "reuse", _WAKE_UP, owners.SleepsAtOnce),
+    _of_owner("wait-reads-board-only", "reuse", _WAKE_UP, owners.WaitReadsBoardOnly),
+    _of_owner("wait-reads-words-only", "reuse", _WAKE_UP, owners.WaitReadsWordsOnly),
+    _of_owner("wait-although-notified", "drop", _WAKE_UP, owners.WaitsAlthoughNotified),
+    _of_look("eventfd-reset-late", "two-reader-ids", _WAKE_UP, looks.ResetsEventfdLate),
+    _of_owner("doorbell-of-others-cleared", "two-putting-drop", _WAKE_UP, owners.ClearsDoorbellOfOthers),
+    _of_owner("commit-not-notified", "two-putting-drop", _WAKE_UP, owners.CommitsSilently),
+    _of_look("free-slots-not-notified", "reuse", _WAKE_UP, looks.WakesAlone),
+    _of_look("ready-not-notified", "socket", _WAKE_UP, looks.KeepsEndsOfLeasesToItself),
+    _of_look("retirement-not-notified", "drain", _WAKE_UP, looks.LooksWithoutRetiring),
+    _of_look("last-attachment-not-notified", "end-attachment-drop", _WAKE_UP, looks.LosesLastAttachmentSilently),
+    # --- close ----------------------------------------------------------------------------------------------------
+    _of_owner("closed-word-after-generations", "close", _STALE, owners.ClosesWordLast),
+    _of_owner("closed-word-left-out", "close", _STALE, owners.ClosesWithoutWord),
+    # --- the server, attachments ----------------------------------------------------------------------------------
+    _of_server("board-ignored-by-network-lane", "network", _TWICE, servers.IgnoresBoardOverSocket),
+    _of_server("socket-ends-not-on-board", "network", _TWICE, servers.KeepsEndsToItself),
+    _of_server("stale-over-socket-while-undecided", "drop", _STALE, servers.AnswersStaleWhileUndecided),
+    _of_server("no-notification-of-ends", "network", _WAKE_UP, servers.NoNotificationOfEnds),
+    _of_server("attachment-ended-by-socket", "socket", _CHANGED, servers.EndsAttachmentWithSocket),
+    _of_server("attachment-ended-by-empty-page", "socket", _CHANGED, servers.EndsAttachmentWithEmptyPage),
+    _of_server("welcome-before-list", "drop-attach", _CHANGED, servers.WelcomesBeforeListing),
+    _of_look("end-word-after-lease-words", "end-attachment", _CHANGED, looks.ReadsEndWordLast),
+    _of_look("attachment-ended-under-lease", "end-attachment", _CHANGED, looks.EndsAttachmentUnderLease),
+    # --- a server that stops --------------------------------------------------------------------------------------
+    _of_server("retiring-left-out-without-server", "server-stops", _UNSERVED, servers.StopsSilently),
+    _of_server("undecided-drop-published", "server-stops", _CHANGED, servers.PublishesUndecided),
+    _of_owner("commit-without-server", "server-stops", _UNSERVED, owners.CommitsWithoutRetiring),
+    _of_look("given-back-without-server", "server-stops", _UNSERVED, looks.GivesBackWithoutRetiring),
+)

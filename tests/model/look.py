@@ -168,7 +168,8 @@ class Looker:
 
     def _wake(self, state: State) -> None:
         self.world.reached.add(f"{self.kind} woken")
-        state[self.relooks] = 0
+        if not state[self.signal]:
+            state[self.relooks] = 0
         self._look(state)
 
     def _look(self, state: State) -> None:
@@ -624,9 +625,7 @@ class Looker:
             other.notified(state)
 
     def notified(self, state: State) -> None:
-        """What this thread waits for may have happened."""
-        if self.puts and state[self.step] not in (CLAIM, WRITE, COMMIT, DONE):
-            state[self.signal] = 1
+        """What this thread waits for may have happened; the server's thread waits for the eventfd."""
 
     def notify_of_retirement(self, state: State) -> None:
         """Notify the threads that wait until payloads are consumed."""

@@ -52,12 +52,19 @@ class Owner(Looker):
     # --- questions ------------------------------------------------------------------------------------------------
 
     def is_woken(self, state: bytes) -> bool:
-        """This thread was notified, or a barrier has failed, so that it looks again after a while."""
-        return bool(state[self.signal] or state[self.relooks])
+        """This thread was notified. If a barrier has failed, it looks again once all stores are visible."""
+        if state[self.relooks] and not state[self.signal]:
+            return not any(self.world.can_drain(state, each.processor) for each in (self, *self.consumers))
+        return bool(state[self.signal])
 
     def has_finished(self, state: bytes | State) -> bool:
         """This thread has put all payloads."""
         return state[self.step] == DONE
+
+    def notified(self, state: State) -> None:
+        """A slot may be free, or a payload without a lease: not what a thread waits for that has put all."""
+        if not self.drains(state) and state[self.step] not in (CLAIM, WRITE, COMMIT, DONE):
+            state[self.signal] = 1
 
     def drains(self, state: bytes | State) -> bool:
         """This thread waits until every payload is consumed."""
@@ -104,6 +111,7 @@ class Owner(Looker):
     def _take(self, state: State) -> None:
         world = self.world
         state[self.signal] = 0
+        state[self.relooks] = 0
         if state[self.armed]:
             state[self.armed] = 0
             self._clear_doorbell(state)

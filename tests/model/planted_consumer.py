@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from model.consumer import (
     BEGIN,
     BOARD,
+    CLEAR_WORD,
     DOORBELL,
     END_WORD,
     ENDING,
@@ -191,7 +192,7 @@ class TestsTokenOnly(Consumer):
         lease = self._lease(operation)
         if state[lease.state] == DIRECT and operation.consumed and self.world.uses_board:
             self._write_board(state, operation)
-            state[self.step] = END_WORD
+            state[self.step] = CLEAR_WORD
         else:
             super()._end(state, operation)
 
@@ -256,3 +257,35 @@ class ReadsDoorbellFirst(OneMoreStep):
             state[self.step] = RING
         else:
             self._cleared(state, operation)
+
+
+# --- the end of an attachment -----------------------------------------------------------------------------------------
+
+
+class IgnoresClosedFlag(Consumer):
+    """A lease does not test, as its last step, whether another thread has ended the attachment."""
+
+    def _checked(self, state: State, operation: Instruction) -> None:
+        self._leased(state, operation)
+
+
+class EndWordBeforeFlag(OneMoreStep):
+    """It ends the attachment, then lets its threads begin no more leases."""
+
+    def _close(self, state: State) -> None:
+        state[self.step] = END_WORD
+
+    def _write_end_word(self, state: State, operation: Instruction) -> None:
+        super()._write_end_word(state, operation)
+        state[self.step] = self.extra
+
+    def _extra(self, state: State, operation: Instruction) -> None:
+        super()._close(state)
+        state[self.step] = DOORBELL
+
+
+class IgnoresClosedWord(Consumer):
+    """A generation of 0 means STALE, also when the ring is closed."""
+
+    def _read_closed_word(self, state: State, operation: Instruction) -> None:
+        self._report_stale(state, operation)

@@ -8,7 +8,7 @@ from model.consumer import ATTACHED, Consumer
 from model.machine import State
 from model.properties import Properties
 from model.server import FurtherTransition, Server
-from model.world import COMMITTED, World
+from model.world import COMMITTED, UNDECIDED, World
 
 
 class IgnoresBoardOverSocket(Server):
@@ -39,19 +39,12 @@ class NoNotificationOfEnds(Server):
         """The owner is not notified."""
 
 
-class NoNotificationOfKills(Server):
-    """The end of an attachment does not wake the owner."""
-
-    def _notify_of_kill(self, state: State) -> None:
-        """The owner is not notified."""
-
-
 class EndsAttachmentWithSocket(Server):
     """A closed socket ends an attachment."""
 
     def lose_socket(self, state: State, process: int) -> None:
         super().lose_socket(state, process)
-        self._end_attachment(state, process)
+        state[self.world.attached] &= ~(1 << process)
 
 
 class EndsAttachmentWithEmptyPage(Server):
@@ -59,14 +52,17 @@ class EndsAttachmentWithEmptyPage(Server):
 
     def further_transitions(self) -> list[FurtherTransition]:
         return [
-            (partial(self._is_orphan, process=process), partial(self._end_attachment, process=process))
+            (partial(self._is_orphan, process=process), partial(self._end, process=process))
             for process in self.world.scenario.sockets
         ]
 
     def _is_orphan(self, state: bytes, process: int) -> bool:
         world = self.world
-        closed = state[world.closed_sockets] & ~state[world.noticed]
+        closed = state[world.closed_sockets] & state[world.attached]
         return bool(closed >> process & 1) and not any(state[word] for word in world.words[process])
+
+    def _end(self, state: State, process: int) -> None:
+        state[self.world.attached] &= ~(1 << process)
 
 
 class WelcomesBeforeListing(Server):
@@ -86,3 +82,21 @@ class WelcomesBeforeListing(Server):
     def _list_welcomed(self, state: State) -> None:
         state[self.world.attached] |= state[self.welcomed]
         state[self.welcomed] = 0
+
+
+class PublishesUndecided(Server):
+    """A server that starts clears RETIRING of drops that are undecided as well."""
+
+    def _publish_all(self, state: State) -> None:
+        super()._publish_all(state)
+        world = self.world
+        for slot, place in enumerate(world.slot_state):
+            if state[place] == UNDECIDED and not state[world.suspended]:
+                world.write(state, world.generation[slot], state[world.slot_payload[slot]])
+
+
+class StopsSilently(Server):
+    """When the server stops, the generations stay as they are."""
+
+    def _publish_all(self, state: State) -> None:
+        """Nothing is written."""

@@ -17,6 +17,7 @@ from model.world import (
     KEPT,
     OVER_SOCKET,
     REPLACED,
+    RETIRED,
     DUE,
     UNDECIDED,
     Lease,
@@ -181,9 +182,12 @@ class Properties:
                 raise ViolationError(Property.HANG, f"{consumer.name} is in the middle of an operation")
         named = self._named(state)
         for owner in lookers:
-            if owner.waits(state) and owner.puts:
+            if owner.waits(state) and owner.drains(state):
+                if not self._has_unconsumed(state):
+                    raise ViolationError(Property.LOST_WAKE_UP, "every payload is consumed")
+            elif owner.waits(state) and owner.puts:
                 for slot in range(self.world.scenario.slots):
-                    if self._can_be_freed(state, slot, bool(named >> slot & 1), owner):
+                    if self._can_be_freed(state, slot, bool(named >> slot & 1)):
                         raise ViolationError(Property.LOST_WAKE_UP, f"slot {slot} can be freed")
             elif not owner.has_finished(state):
                 raise ViolationError(Property.HANG, f"{owner.name} is in the middle of an operation")
@@ -209,17 +213,22 @@ class Properties:
                         raise ViolationError(Property.WORD_STAYS, f"word {index} of process {process}")
         return named
 
-    def _can_be_freed(self, state: State | bytes, slot: int, named: bool, owner: Looker) -> bool:
+    def _has_unconsumed(self, state: State | bytes) -> bool:
+        world = self.world
+        return any(
+            state[place] == COMMITTED and state[world.consumed[state[payload] - 1]] != world.all_readers
+            for place, payload in zip(world.slot_state, world.slot_payload, strict=True)
+        )
+
+    def _can_be_freed(self, state: State | bytes, slot: int, named: bool) -> bool:
         world = self.world
         payload = state[world.slot_payload[slot]] - 1
         slot_state = state[world.slot_state[slot]]
         consumed = payload >= 0 and state[world.consumed[payload]] == world.all_readers
-        if owner.drains(state):
-            return slot_state == COMMITTED and consumed
         leased = named or state[world.server_leases[slot]] != 0
         droppable = world.scenario.policy is Policy.OVERWRITE
         return slot_state == FREE or (
-            not leased and (slot_state == DUE or (slot_state == COMMITTED and (consumed or droppable)))
+            not leased and (slot_state in (DUE, RETIRED) or (slot_state == COMMITTED and (consumed or droppable)))
         )
 
     def _check_payloads(self, state: State | bytes) -> None:
