@@ -237,21 +237,6 @@ SCENARIOS: Final = (
         reaches=(*_WAIT, _STALE),
     ),
     Scenario(
-        "two-attachments-three-uses",
-        "two attachments of one reader id, one slot is used three times",
-        (Thread(0, 0, consume(0, 1, 2)), Thread(1, 0, consume(0, 1, 2))),
-        reaches=(*_WAIT, _STALE),
-        quick=False,
-    ),
-    Scenario(
-        "two-attachments-two-slots",
-        "two attachments of one reader id, two slots",
-        (Thread(0, 0, consume(0, 1)), Thread(1, 0, consume(0))),
-        slots=2,
-        reaches=(*_WAIT, _STALE, "slots retired together"),
-        quick=False,
-    ),
-    Scenario(
         "due-again",
         "a slot is due, free, used and due again while a look that began before is in its barrier",
         (Thread(0, 0, consume(0, 1)), Thread(1, 0, consume(1)[:2])),
@@ -306,14 +291,6 @@ SCENARIOS: Final = (
         reaches=(*_WAIT, _STALE, "killed under a lease"),
     ),
     Scenario(
-        "kill-three-uses",
-        "one of two attachments of a reader id is killed, one slot is used three times",
-        (Thread(0, 0, consume(0, 1)), Thread(1, 0, consume(0, 1))),
-        crashes=(0,),
-        reaches=(*_WAIT, _STALE, "killed under a lease"),
-        quick=False,
-    ),
-    Scenario(
         "kill-both",
         "two reader ids, either process is killed",
         (Thread(0, 0, consume(0)), Thread(1, 1, consume(0))),
@@ -339,25 +316,6 @@ SCENARIOS: Final = (
         sockets=(0,),
         reaches=(*_WAIT, *_DROP, "socket closed"),
     ),
-    Scenario(
-        "three-attachments",
-        "two attachments of one reader id and one of another",
-        (Thread(0, 0, consume(0)), Thread(1, 0, consume(0)), Thread(2, 1, consume(0))),
-        payloads=2,
-        readers=2,
-        reaches=(*_WAIT, _STALE),
-        quick=False,
-    ),
-    Scenario(
-        "two-putting-two-attachments",
-        "two threads of the owner claim, retire and wait; two attachments of one reader id",
-        (Thread(0, 0, consume(0)), Thread(1, 0, consume(1))),
-        payloads=4,
-        slots=2,
-        putting=2,
-        reaches=_WAIT,
-        quick=False,
-    ),
     # --- ends -----------------------------------------------------------------------------------------------------
     Scenario(
         "end-again",
@@ -373,15 +331,6 @@ SCENARIOS: Final = (
         payloads=2,
         words=2,
         reaches=(*_WAIT, _STALE, "second end"),
-    ),
-    Scenario(
-        "threads-drop",
-        "two threads share an attachment, one ends a lease of the other, payloads are dropped",
-        (Thread(0, 0, consume(0, 1)), Thread(0, 0, end(0, thread=0) + consume(1))),
-        words=2,
-        policy=Policy.OVERWRITE,
-        reaches=(*_WAIT, *_DROP, _STALE, "second end"),
-        quick=False,
     ),
     # --- drop -----------------------------------------------------------------------------------------------------
     Scenario(
@@ -405,14 +354,6 @@ SCENARIOS: Final = (
         "payloads are dropped or given back, two attachments of one reader id",
         (Thread(0, 0, consume(0)), Thread(1, 0, consume(0))),
         payloads=2,
-        policy=Policy.OVERWRITE,
-        reaches=(*_WAIT, *_DROP, _STALE),
-        quick=False,
-    ),
-    Scenario(
-        "drop-three-uses",
-        "payloads are dropped or given back, two attachments, one slot is used three times",
-        (Thread(0, 0, consume(0, 1)), Thread(1, 0, consume(0, 1))),
         policy=Policy.OVERWRITE,
         reaches=(*_WAIT, *_DROP, _STALE),
         quick=False,
@@ -461,17 +402,6 @@ SCENARIOS: Final = (
         putting=2,
         barrier_fails=True,
         reaches=(*_WAIT, "barrier failed"),
-    ),
-    Scenario(
-        "barrier-fails-two-slots",
-        "a barrier of one of two threads of the owner fails, two slots",
-        (Thread(0, 0, consume(0, 1)),),
-        payloads=4,
-        slots=2,
-        putting=2,
-        barrier_fails=True,
-        reaches=(*_WAIT, "barrier failed"),
-        quick=False,
     ),
     # --- newest, network lanes, close -----------------------------------------------------------------------------
     Scenario(
