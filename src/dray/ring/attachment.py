@@ -55,6 +55,8 @@ class Attachment(Closing):
         closed: no new lease can begin: `close` was called, or the owner has ended.
     """
 
+    closed = True  # until it is complete
+
     def __init__(
         self,
         segment: Segment,
@@ -69,7 +71,6 @@ class Attachment(Closing):
     ) -> None:
         self.segment = segment
         self.memory = segment.view
-        self.closed = True  # until it is complete
         layout = segment.layout
         self._slots = layout.slots
         self._headers = segment.view.cast("Q")
@@ -279,8 +280,11 @@ class DirectLease:
         return True
 
     def __del__(self) -> None:
-        if self.word >= 0:
-            self.end(consumed=False)
+        try:
+            if self.word >= 0:
+                self.end(consumed=False)
+        except AttributeError:  # `__init__` did not end
+            return
 
     def __repr__(self) -> str:
         state = "ended" if self._ender else "live"

@@ -19,8 +19,10 @@ class Descriptor(Closing):
             a signal handler raises.
     """
 
+    _number: list[int] = []  # noqa: RUF012 - `__del__` finds it if `__init__` did not begin
+
     def __init__(self, make: Callable[..., int], *arguments: object) -> None:
-        self._number: list[int] = []
+        self._number = []
         keep_result(self._number, make, *arguments)
         descriptor_not_inherited(self, type(self).fileno)
 
@@ -29,8 +31,10 @@ class Descriptor(Closing):
         return self._number[0] if self._number else -1
 
     def close(self) -> None:
-        for number in self._number[:]:
-            self._number.clear()
+        while self._number:
+            # No call between these, after which an exception of a signal handler could come.
+            number = self._number[-1]
+            del self._number[-1]
             os.close(number)
 
     def __del__(self) -> None:
@@ -77,7 +81,8 @@ class ConsumerEvents(Closing):
 
     def forget(self, pidfd: int) -> None:
         """Report it no longer."""
-        self._epoll.unregister(pidfd)
+        with contextlib.suppress(FileNotFoundError):
+            self._epoll.unregister(pidfd)
 
     def take(self) -> list[int]:
         """The pidfds of processes that have ended; the doorbell is silent afterwards."""

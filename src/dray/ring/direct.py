@@ -326,6 +326,7 @@ class DirectLeases(Closing):
     def _remove(self, attached: Attached) -> None:
         """Take an attachment off the list. It stays there until its words do not count any more."""
         number = attached.process.fileno()
+        attached.page.close_descriptor()
         if self.attached.get(number) is attached:
             self.events.forget(number)
             del self.attached[number]

@@ -321,17 +321,18 @@ class SlotTable:
         return not stale
 
     def close(self) -> None:
-        """Wake all waiting threads, and release the memory. Takes the lock; twice is fine."""
+        """Wake all waiting threads, and release the memory. Takes the lock; twice is fine, also after an exception."""
         with self.lock:
-            if not self.closed:
-                self.closed = True
-                self._claimable.notify_all()
-                for slot in self.live.values():
-                    slot.wake()
-                if self.direct is not None:
-                    self.direct.close()
-                    self.direct = None
-                self._memory = memoryview(b"")
+            if self.disowned:
+                return
+            self.closed = True
+            self._claimable.notify_all()
+            for slot in self.live.values():
+                slot.wake()
+            if self.direct is not None:
+                self.direct.close()
+                self.direct = None
+            self._memory = memoryview(b"")
 
     def lease(self, index: int, sequence: int, reader: int) -> Slot:
         """READY or READING → READING, with one lease more. Raises `StaleSlotError`."""
@@ -579,7 +580,9 @@ class SlotTable:
             self._learn(victim, range(self._readers))
             if not victim.retired:
                 if passed and not self.free and victim.state is _READY and victim.index not in named:
+                    self.changing = True
                     self._drop(victim)
+                    self.changing = False
                     self._free_due(((victim, victim.sequence),), named)
                 else:
                     direct.publish(victim.index, victim.sequence)
