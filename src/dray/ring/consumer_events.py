@@ -8,7 +8,7 @@ import select
 from collections.abc import Callable
 
 from dray.forking import descriptor_not_inherited
-from dray.resources import Closing, keep_result, needing
+from dray.resources import Closing, close_all, keep_result, needing
 
 
 class Descriptor(Closing):
@@ -19,7 +19,7 @@ class Descriptor(Closing):
             a signal handler raises.
     """
 
-    _number: list[int] = []  # noqa: RUF012 - `__del__` finds it if `__init__` did not begin
+    _number: list[int] = []  # for `__del__`, if an exception of a signal handler came before `__init__` began
 
     def __init__(self, make: Callable[..., int], *arguments: object) -> None:
         self._number = []
@@ -31,11 +31,7 @@ class Descriptor(Closing):
         return self._number[0] if self._number else -1
 
     def close(self) -> None:
-        while self._number:
-            # No call between these, after which an exception of a signal handler could come.
-            number = self._number[-1]
-            del self._number[-1]
-            os.close(number)
+        close_all(self._number)
 
     def __del__(self) -> None:
         self.close()

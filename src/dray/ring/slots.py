@@ -321,7 +321,7 @@ class SlotTable:
         return not stale
 
     def close(self) -> None:
-        """Wake all waiting threads, and release the memory. Takes the lock; twice is fine, also after an exception."""
+        """Wake all waiting threads, and release the memory. Takes the lock. Again, it does what was left."""
         with self.lock:
             if self.disowned:
                 return

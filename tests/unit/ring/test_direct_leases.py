@@ -15,6 +15,7 @@ from forked_child import run_in_child
 from waiting import wait_until
 
 from dray.errors import BufferClosedError, BufferFullError, ProtocolError, SlotError, StaleSlotError
+from dray.resources import close_all
 from dray.ring import SharedRingBuffer, SlotState, SlotWriter, membarrier
 from dray.ring.attachment import Attachment, DirectLease
 from dray.ring.consumer_events import Descriptor
@@ -459,10 +460,10 @@ def test_a_finalizer_in_a_reference_cycle_can_still_read_the_memory() -> None:
         def __del__(self) -> None:
             read.append(bytes(self.view[:4]))
 
-    with fork_lock, new_memfd("a test") as fd:
-        os.ftruncate(fd, 4096)
-        view = map_shared(fd, 4096, writable=True)
-        os.close(fd)
+    with fork_lock, new_memfd("a test") as made:
+        os.ftruncate(made[0], 4096)
+        view = map_shared(made[0], 4096, writable=True)
+        close_all(made)
     view[:4] = b"last"
     Holder(view)
     del view
