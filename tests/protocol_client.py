@@ -171,6 +171,7 @@ class Attachment:
         self.control = mapped(control, 8 * (ring.slots + 2), FIXED_SIZE, writable=False).cast("Q")
         self.board = mapped(board, 8 * ring.slots * ring.readers, FIXED_SIZE, writable=True).cast("Q")
         self.page = mapped(page, 8 * (ring.max_leases + 1), FIXED_SIZE, writable=True).cast("Q")
+        self.detached = False
         self.free = list(range(ring.max_leases))
         self.checked = time.monotonic()
         for descriptor in descriptors[:4]:
@@ -180,7 +181,7 @@ class Attachment:
         """The lease word of a new lease on a payload."""
         if slot >= self.slots or sequence >= 1 << 62:
             raise Stale
-        if not self.free or (time.monotonic() - self.checked > 0.05 and self.ended()):
+        if self.detached or not self.free or (time.monotonic() - self.checked > 0.05 and self.ended()):
             raise Ask
         word = self.free.pop()
         self.page[word] = slot + 1
@@ -207,6 +208,7 @@ class Attachment:
         self.page[word] = 0
         self.free.append(word)
         self.ring_doorbell()
+        self.close_descriptors()
 
     def ring_doorbell(self):
         if self.control[self.slots]:
@@ -221,7 +223,14 @@ class Attachment:
         """End the attachment. Leases stay valid, and none may begin."""
         self.page[-1] = 1
         self.ring_doorbell()
-        self.free.clear()
+        self.detached = True
+        self.close_descriptors()
+
+    def close_descriptors(self):
+        """After the last lease no bell is rung."""
+        if self.detached and len(self.free) == len(self.page) - 1:
+            os.close(self.doorbell)
+            os.close(self.owner)
 
 
 # --- frames -------------------------------------------------------------------------------------------------
@@ -421,6 +430,7 @@ class Client:
         self.disconnect()
         if self.attachment is not None:
             self.attachment.detach()
+            self.attachment = None
 
 
 def tensors(payload):

@@ -35,7 +35,8 @@ from dray.ring.shared_words import SharedWords
 OWNER_CHECK_SECONDS: Final = 0.05
 """Whether the owner's process has ended is looked up this often, at most, when a lease begins."""
 
-_SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner's pidfd")
+SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner")
+"""The descriptors that come with WELCOME, in this order; the last one is a pidfd."""
 
 _nbytes_of = struct.Struct("<Q").unpack_from
 
@@ -105,9 +106,9 @@ class Attachment(Closing):
             ProtocolError: a descriptor is not what it should be.
             OutOfResources, SlotError: the memory cannot be mapped.
         """
-        if len(descriptors) != len(_SENT):
-            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(_SENT)}")
-        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in _SENT)
+        if len(descriptors) != len(SENT):
+            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(SENT)}")
+        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in SENT)
         with segment, control, board, page:
             return cls(
                 Segment.attach(segment.fileno()),

@@ -306,9 +306,9 @@ class DirectLeases(Closing):
         if hasattr(self, "_owner"):
             words = self.control.words
             if words:
+                words[self._slots + CLOSED] = 1  # first: a consumer that finds 0 then knows why
                 for slot in range(self._slots):
                     words[slot] = 0
-                words[self._slots + CLOSED] = 1
             self.control.close()
             self.board.close()
             self._control_to_read.close()

@@ -631,10 +631,10 @@ class SlotTable:
 
     def _write_header(self, slot: Slot) -> None:
         flags, checksum = (0, 0) if slot.checksum is None else (HAS_CHECKSUM, slot.checksum)
-        _write_header(
-            self._memory, slot.header, slot.state, flags, slot.sequence, slot.nbytes, checksum,
-            slot.committed_at, slot.consumed_by,
-        )  # fmt: skip
+        # Not with `pack_into`, which begins with zeros: a consumer may lease the payload meanwhile.
+        self._memory[slot.header : slot.header + SLOT_HEADER.size] = SLOT_HEADER.pack(
+            slot.state, flags, slot.sequence, slot.nbytes, checksum, slot.committed_at, slot.consumed_by
+        )
 
     def disown(self) -> None:
         """In a forked child: the memory is not mapped, and a thread that does not exist may hold the lock."""

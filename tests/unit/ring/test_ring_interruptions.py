@@ -3,6 +3,7 @@
 import dis
 import functools
 import itertools
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 import dray.ring
-from dray.ring import SharedRingBuffer, SlotState
+from dray.ring import SharedRingBuffer, SlotState, layout, slots
+from dray.ring.attachment import Attachment
+from dray.ring.consumer_events import Descriptor
 
 FOLDER = str(Path(dray.ring.__file__).parent)
 
@@ -118,3 +121,44 @@ def test_exception_of_a_signal_handler_at_any_moment_leaves_every_slot_usable(
                 assert ring.get_ready_count() == 1, moment
         moment += 1
     assert moment > 10
+
+
+def attached_to(ring: SharedRingBuffer) -> Attachment:
+    granted = ring.attach(Descriptor(os.pidfd_open, os.getpid()), pid=os.getpid(), reader=0, leases=2)
+    assert granted is not None
+    sent = [os.dup(each) for each in (ring.segment.fileno(), *ring.direct().descriptors(granted))]
+    return Attachment.open(sent, slots=ring.slots, readers=1, leases=2, reader=0, newest=False)
+
+
+def test_a_payload_can_be_leased_while_an_interrupted_change_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    mending = False
+    written = slots._write_header  # noqa: SLF001
+
+    def write_from_zeros(memory: memoryview, offset: int, *fields: Any) -> None:
+        """What `Struct.pack_into` does, with a consumer that comes in the middle."""
+        memory[offset : offset + layout.SLOT_HEADER.size] = bytes(layout.SLOT_HEADER.size)
+        if mending:
+            lease()
+        written(memory, offset, *fields)
+
+    with SharedRingBuffer(8, 64) as ring, attached_to(ring) as attachment, monkeypatch.context() as patched:
+        patched.setattr(slots, "_write_header", write_from_zeros)
+        put(ring)
+        (kept,) = ring.ready()
+
+        def lease() -> None:
+            leased = attachment.lease(kept.slot, kept.sequence, kept.nbytes)
+            assert leased is not None
+            leased.end(consumed=False)
+
+        for moment in itertools.count(1):
+            if not interrupted(lambda: put(ring), moment):
+                break
+            mending = True
+            ready = ring.ready()
+            mending = False
+            lease()
+            for each in ready:
+                if each != kept:
+                    ring.consume(each.slot, each.sequence)
+        assert moment > 10
