@@ -22,6 +22,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from dray.errors import ConfigError
 from dray.resources import Closing, keep_result, needing
 from dray.system_calls import needed
@@ -48,7 +51,7 @@ fork_lock = threading.RLock()
 It is reentrant, because a signal handler may fork while it is held.
 """
 
-_mappings: dict[int, tuple[weakref.ref[ctypes.Array[ctypes.c_ubyte]], int]] = {}
+_mappings: dict[int, tuple[weakref.ref[npt.NDArray[np.uint8]], int]] = {}
 _shared: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
 
 
@@ -104,14 +107,16 @@ def map_shared(fd: int, nbytes: int, *, writable: bool) -> memoryview:
                 _raise_errno()
         (address,) = mapped
         _advise(address, nbytes, _MADV_DONTFORK)
-        memory = (ctypes.c_ubyte * nbytes).from_address(address)
+        # The garbage collector clears weak references to what it tracks before it calls finalizers, which may still
+        # use the memory. It does not track arrays.
+        memory = np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
         _mappings[address] = weakref.ref(memory, _unmap_dead), nbytes
     except BaseException:
         for address in mapped:
             if address != _MAP_FAILED and address not in _mappings:
                 libc.munmap(address, nbytes)
         raise
-    view = memoryview(memory).cast("B")
+    view = memory.data
     return view if writable else view.toreadonly()
 
 
