@@ -134,7 +134,7 @@ class Attachment(Closing):
         return not self.closed
 
     def lease(self, slot: int, sequence: int, nbytes: int) -> DirectLease | None:
-        """Lease a payload; None if only the server can tell whether that is possible, or if all words are in use.
+        """Lease a payload; None if only the server knows whether that is possible, or if all words are in use.
 
         Raises:
             StaleSlotError: the payload is gone, or this reader has consumed it.
@@ -230,7 +230,7 @@ class Attachment(Closing):
             os.eventfd_write(self._bell.fileno(), 1)
 
     def _close_descriptors(self) -> None:
-        """With the last lease: nobody rings any more."""
+        """With the last lease: no thread rings any more."""
         with self._lock:
             if len(self._free) == len(self._page) - 1:
                 self._bell.close()

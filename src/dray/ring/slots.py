@@ -61,7 +61,7 @@ class Look:
     """What the table wants to know of direct consumers.
 
     While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler
-    ends the look, the next one may choose the same victim.
+    ends a `look`, the next one may choose the same victim.
 
     Attributes:
         due: slots that are free unless a lease word names them, with the sequence numbers of their payloads.
@@ -118,7 +118,7 @@ class SlotTable:
         self._newest: Slot | None = None
         self._readers = readers
         self._all_readers = (1 << readers) - 1
-        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are looked at
+        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are checked
         self._servers = 0
         self._worded: set[Slot] = set()  # those with `words`
         self._now = clock.now
@@ -562,7 +562,7 @@ class SlotTable:
         return look
 
     def end_look(self, look: Look, passed: bool) -> None:
-        """Free what the look was about and no lease word names.
+        """Free what `begin_look` has returned and no lease word names.
 
         Args:
             look: what `begin_look` has returned.
@@ -608,7 +608,7 @@ class SlotTable:
         self._worded = found
 
     def _learn(self, slot: Slot, readers: Iterable[int]) -> None:
-        """Count what the board says that readers have consumed."""
+        """Count what readers have consumed according to the board."""
         direct = self.direct
         if direct is None or self._newest_only:
             return
