@@ -84,7 +84,7 @@ class Slot:
     leased_at: float = 0.0  # when it became READING
     consumed_by: int = 0
     leases: int = 0  # over connections
-    words: int = 0  # lease words of direct consumers that named the slot when they were read last
+    words: int = 0  # lease words of direct consumers that name the slot, as last read
     look: weakref.ref[object] | None = None  # that decides whether the payload is dropped
     delivered: bool = False  # a reader has leased or copied the payload
     retired: bool = True
