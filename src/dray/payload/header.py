@@ -38,7 +38,7 @@ MAX_CACHED_METADATA = 4096
 MAX_CACHED_HEADER_BYTES = 16 << 10
 
 _LENGTH = struct.Struct("<Q")
-_length_of: Callable[[Any], tuple[int]] = _LENGTH.unpack_from  # an ndarray is a buffer, which its stubs do not say
+_length_of: Callable[[Any], tuple[int]] = _LENGTH.unpack_from  # an ndarray is a buffer, unlike in its stubs
 _METADATA = "__metadata__"
 _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_BYTES = (1 << 63) - 1

@@ -34,7 +34,8 @@ from dray.ring.shared_words import WORD_BYTES, SharedWords
 OWNER_CHECK_SECONDS: Final = 0.05
 """Whether the owner's process has ended is looked up this often, at most, when a lease begins."""
 
-_SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner's pidfd")
+SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner")
+"""The descriptors that come with WELCOME, in this order; the last one is a pidfd."""
 
 _HEADER_WORDS: Final = SLOT_HEADER.size // WORD_BYTES
 
@@ -109,9 +110,9 @@ class Attachment(Closing):
             ProtocolError: a descriptor is not what it should be.
             OutOfResources, SlotError: the memory cannot be mapped.
         """
-        if len(descriptors) != len(_SENT):
-            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(_SENT)}")
-        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in _SENT)
+        if len(descriptors) != len(SENT):
+            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(SENT)}")
+        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in SENT)
         with segment, control, board, page:
             return cls(
                 Segment.attach(segment.fileno()),
@@ -134,7 +135,7 @@ class Attachment(Closing):
         return not self.closed
 
     def lease(self, slot: int, sequence: int, nbytes: int) -> DirectLease | None:
-        """Lease a payload; None if only the server can tell whether that is possible, or if all words are in use.
+        """Lease a payload; None if only the server knows whether that is possible, or if all words are in use.
 
         Raises:
             StaleSlotError: the payload is gone, or this reader has consumed it.
@@ -230,7 +231,7 @@ class Attachment(Closing):
             os.eventfd_write(self._bell.fileno(), 1)
 
     def _close_descriptors(self) -> None:
-        """With the last lease: nobody rings any more."""
+        """With the last lease: no thread rings any more."""
         with self._lock:
             if len(self._free) == len(self._page) - 1:
                 self._bell.close()

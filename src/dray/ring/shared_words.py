@@ -81,7 +81,7 @@ class SharedWords(SharedMemory):
         return f"/proc/self/fd/{self.fileno()}"
 
     def close_descriptor(self) -> None:
-        """Close the descriptor and keep the memory: nobody else will need it."""
+        """Close the descriptor and keep the memory: no other process will need it."""
         close_all(self.numbers)
 
     def forget(self) -> None:

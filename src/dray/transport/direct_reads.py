@@ -76,7 +76,7 @@ class DirectReads(Closing):
 
         Raises:
             StaleSlotError: the payload is gone, or this reader has consumed it.
-            SlotError: it has another size than the reference says.
+            SlotError: it has another size than in the reference.
         """
         attachment = self._attachments.get(ref.producer)
         if attachment is None:

@@ -544,7 +544,7 @@ class ServerLoop:
             self._sockets[descriptor] = connection
 
     def _watch_consumers(self) -> None:
-        """Look at the ring when direct consumers ring its doorbell, or end."""
+        """Wait also for the direct consumers of the ring: they ring its doorbell, or end."""
         if self._consumers < 0:
             self._consumers = self._ring.direct().events.fileno()
             self._poller.register(self._consumers, select.EPOLLIN)

@@ -15,7 +15,7 @@ import pytest
 from direct_consumers import attach
 
 import dray.ring
-from dray.ring import SharedRingBuffer, SlotState
+from dray.ring import SharedRingBuffer, SlotState, layout, slots
 from dray.ring.attachment import DirectLease
 from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import direct_problem
@@ -225,3 +225,38 @@ def test_exception_of_a_signal_handler_while_the_owner_looks_leaves_every_slot_u
                     taken.end(consumed=True)
         moment += 1
     assert moment > 10
+
+
+@direct
+def test_a_payload_can_be_leased_while_an_interrupted_change_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    mending = False
+    written = slots.write_slot_header
+
+    def write_from_zeros(memory: memoryview, offset: int, *fields: Any) -> None:
+        """What `Struct.pack_into` does, with a consumer that comes in the middle."""
+        memory[offset : offset + layout.SLOT_HEADER.size] = bytes(layout.SLOT_HEADER.size)
+        if mending:
+            lease()
+        written(memory, offset, *fields)
+
+    with SharedRingBuffer(8, 64) as ring, attach(ring) as attachment, monkeypatch.context() as patched:
+        patched.setattr(slots, "write_slot_header", write_from_zeros)
+        put(ring)
+        (kept,) = ring.ready()
+
+        def lease() -> None:
+            leased = attachment.lease(kept.slot, kept.sequence, kept.nbytes)
+            assert leased is not None
+            leased.end(consumed=False)
+
+        for moment in itertools.count(1):
+            if not interrupted(lambda: put(ring), moment):
+                break
+            mending = True
+            ready = ring.ready()
+            mending = False
+            lease()
+            for each in ready:
+                if each != kept:
+                    ring.consume(each.slot, each.sequence)
+        assert moment > 10
