@@ -122,8 +122,8 @@ class UcxService:
 class UcxExchange:
     """Ask for a payload, and get status and payload.
 
-    As in dray, each payload of a batch lies in memory of its own and is written before the batch, and all arrive in
-    the same memory.
+    As in dray, each payload of a batch lies in memory of its own and is written before the batch, and all arrive
+    in the same memory.
     """
 
     name = "bare UCX exchange"
