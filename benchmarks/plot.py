@@ -40,7 +40,7 @@ _LANES: Mapping[str, Style] = {
     "shm": Style("shm", _SHM),
     "tcp": Style("tcp", _TCP),
     "ucx": Style("ucx", _UCX),
-    reads.WARM_COPY: Style("bare copy + round trip", _SHM, "--", 1.2, ""),
+    reads.WARM_COPY: Style("bare copy", _SHM, "--", 1.2, ""),
     reads.TCP_BULK: Style("bare TCP", _TCP, "--", 1.2, ""),
     reads.UCX: Style("bare UCX", _UCX, "--", 1.2, ""),
 }
@@ -93,10 +93,7 @@ def _lane_lines(rows: Iterable[Row]) -> dict[Style, Points]:
     for row in rows:
         if row.scenario != reads.NAME or row.nbytes is None:
             continue
-        if row.subject == "shm" and row.limit is not None:
-            # The limit that dray is held against, not the copy alone.
-            found.setdefault(_LANES[reads.WARM_COPY], []).append((row.nbytes, row.nbytes / row.limit.p50))
-        if row.subject in _LANES and row.subject != reads.WARM_COPY and row.rate is not None:
+        if row.subject in _LANES and row.rate is not None:
             found.setdefault(_LANES[row.subject], []).append((row.nbytes, row.rate))
     for row in rows:
         if row.scenario == batches.NAME and row.subject == batches.PERFTEST and row.nbytes:
