@@ -15,6 +15,9 @@ from benchmarks.plan import LaneName
 from benchmarks.service import Reply
 from dray.clock import Deadline
 
+_AWAKE_SECONDS = 1e-3
+"""This process computes for so long before it reads: it may have slept."""
+
 
 class BusyService(PayloadService):
     """Puts and serves payloads, and runs a loop while it is told to.
@@ -71,6 +74,12 @@ class BusyRead(LaneRead):
         super().close()
         self._turns.close()
 
+    def read_idle(self, count: int) -> list[float]:
+        """Read `count` payloads while the producer's process waits; seconds of each."""
+        self.prepare(count)
+        _compute(_AWAKE_SECONDS)
+        return timed(self.once, count)
+
     def read_beside(self, count: int, switch_interval: float) -> tuple[list[float], Stretch, Stretch]:
         """Read `count` payloads while the loop goes on; then compute for as long, without reads.
 
@@ -82,12 +91,11 @@ class BusyRead(LaneRead):
         self.prepare(count)
         self._partner.ask("spin", switch_interval=switch_interval)
         self._wait_for_turns()
+        _compute(_AWAKE_SECONDS)
         before, began = self._turns.value, time.perf_counter()
         times = timed(self.once, count)
         between, ended = self._turns.value, time.perf_counter()
-        until = ended + (ended - began)
-        while time.perf_counter() < until:
-            pass
+        _compute(ended - began)
         after, over = self._turns.value, time.perf_counter()
         self._partner.ask("rest")
         return times, Stretch(between - before, ended - began), Stretch(after - between, over - ended)
@@ -98,3 +106,9 @@ class BusyRead(LaneRead):
         while self._turns.value == before:
             if deadline.expired:
                 raise PartnerError("the producer's loop does not begin")
+
+
+def _compute(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass

@@ -18,6 +18,9 @@ NAME = "busy"
 DEFAULT_INTERVAL = 5e-3
 """Python's own switch interval, in seconds."""
 
+_BATCH_BYTES = 64 * MIB
+"""Read in one go: long enough for some turns of the loop where it has to share its processor."""
+
 IDLE, BUSY = "idle producer", "busy producer"
 ALONE = "without reads"
 
@@ -54,7 +57,8 @@ class _Found:
 def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
     """Measure the idle producer and the busy one in turn, one way to read after the other."""
     for way in _ways(plan):
-        reads, batch = way.reads * plan.operations(way.nbytes), plan.batch(way.nbytes)
+        batch = _BATCH_BYTES // way.nbytes
+        reads = max(way.reads * plan.operations(way.nbytes), 2 * batch)
         idle: list[list[float]] = []
         busy = {interval: _Found() for interval in way.intervals}
         with closing(BusyRead(way.lane, way.how)) as exchange:
@@ -62,7 +66,7 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
             measure(exchange, batch, batch)
             for index in range(plan.rounds):
                 progress.step(f"{exchange.name}, round {index + 1} of {plan.rounds}")
-                idle.append(measure(exchange, reads, batch))
+                idle.append([each for count in _batches(reads, batch) for each in exchange.read_idle(count)])
                 for interval, found in busy.items():
                     _read_beside(exchange, reads, batch, interval, found)
             exchange.shut()
@@ -73,14 +77,18 @@ def _ways(plan: Plan) -> list[_Way]:
     return [way for way in _WAYS if way.lane == "shm" or not plan.quick]
 
 
+def _batches(reads: int, batch: int) -> list[int]:
+    return [min(batch, reads - begun) for begun in range(0, reads, batch)]
+
+
 def _read_beside(exchange: BusyRead, reads: int, batch: int, interval: float, found: _Found) -> None:
     """One round with a busy producer."""
     times: list[float] = []
     beside = alone = Stretch(0, 0.0)
-    for begun in range(0, reads, batch):
-        block, *stretches = exchange.read_beside(min(batch, reads - begun), interval)
+    for count in _batches(reads, batch):
+        block, with_reads, without = exchange.read_beside(count, interval)
         times += block
-        beside, alone = beside.plus(stretches[0]), alone.plus(stretches[1])
+        beside, alone = beside.plus(with_reads), alone.plus(without)
     found.times.append(times)
     found.beside.append(beside.turns / beside.seconds)
     found.alone.append(alone.turns / alone.seconds)

@@ -1,4 +1,4 @@
-"""Reads over each lane, 1 KiB to 1 GiB, beside the bare means: targets P1 to P6."""
+"""Reads with a copy over each lane, 1 KiB to 64 MiB, beside the bare means: targets P2 to P6."""
 
 from __future__ import annotations
 
@@ -12,23 +12,18 @@ from benchmarks.exchanges.memory import ForeignCopy, PrivateCopy
 from benchmarks.exchanges.sockets import SocketExchange
 from benchmarks.exchanges.ucx import UcxExchange
 from benchmarks.figures import Figure, Row, Target
-from benchmarks.machine import available_bytes
-from benchmarks.plan import GIB, KIB, LARGEST_COPIED, MIB, Plan, size_name
+from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
 from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
 NAME = "reads"
-TARGETS = ("P1", "P2", "P3", "P4", "P5", "P6")
+TARGETS = ("P2", "P3", "P4", "P5", "P6")
 
 PRIVATE_COPY = "bare copy, private"
 WARM_COPY = "bare copy, foreign"
-UNIX = "bare Unix round trip"
 TCP = "bare TCP round trip"
 TCP_BULK = "bare TCP, same size"
 UCX = "bare UCX exchange"
-
-_MEMORY_SHARE = 0.75
-"""Of the memory that is available, what the payloads of one size may take."""
 
 
 class _Part(NamedTuple):
@@ -42,9 +37,6 @@ _PARTS = (
     _Part(PrivateCopy, frozenset({"P2"})),
     _Part(lambda: ForeignCopy("warm memory"), frozenset({"P2"})),
     _Part(lambda: ForeignCopy("new memory"), frozenset({"P2"})),
-    _Part(lambda: SocketExchange("unix", round_trip=True), frozenset({"P1"})),
-    _Part(lambda: LaneRead("shm", "lease", fields=6), frozenset({"P1"})),
-    _Part(lambda: LaneRead("shm", "lease_bytes", fields=6), frozenset({"P1"})),
     _Part(lambda: LaneRead("shm"), frozenset({"P2"})),
     _Part(lambda: SocketExchange("tcp", round_trip=True), frozenset({"P4"})),
     _Part(lambda: SocketExchange("tcp", round_trip=False), frozenset({"P3"})),
@@ -72,10 +64,6 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
             if not exchanges:
                 progress.step(size_name(nbytes))
                 continue
-            if why := _too_large(nbytes, len(exchanges), plan):
-                progress.step(size_name(nbytes))
-                yield Skipped(f"reads of {size_name(nbytes)}", why)
-                continue
             figures = _measure(exchanges, nbytes, plan, progress)
             yield from (_row(name, nbytes, figures) for name in figures)
 
@@ -89,20 +77,11 @@ def _targets_at(nbytes: int, plan: Plan) -> Iterator[str]:
     asked for, because the plot shows every size."""
     for target in TARGETS:
         small, large = target in ("P4", "P6"), target in ("P2", "P3", "P5")
-        if (target != "P1" and nbytes > LARGEST_COPIED) or not plan.wants(target):
+        if nbytes > LARGEST_COPIED or not plan.wants(target):
             continue
         judged = not (small and nbytes > KIB) and not (large and nbytes < MIB)
         if judged or not plan.targets:
             yield target
-
-
-def _too_large(nbytes: int, exchanges: int, plan: Plan) -> str:
-    """Why payloads of a size cannot be measured here; empty if they can."""
-    # The far end of each has the slots, and what it writes into them.
-    needed, available = exchanges * (plan.batch(nbytes) + 1) * nbytes, available_bytes()
-    if needed <= _MEMORY_SHARE * available:
-        return ""
-    return f"it takes {needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"
 
 
 def _measure(exchanges: list[Exchange], nbytes: int, plan: Plan, progress: Progress) -> dict[str, Figure]:
@@ -125,17 +104,13 @@ def _measure(exchanges: list[Exchange], nbytes: int, plan: Plan, progress: Progr
 
 def _row(name: str, nbytes: int, figures: dict[str, Figure]) -> Row:
     limit_name, limit, target = _held_against(name, nbytes, figures)
-    moves = name not in (UNIX, TCP)
-    return Row(NAME, name, nbytes, figures[name], "s", limit_name, limit, target, moves=moves)
+    return Row(NAME, name, nbytes, figures[name], "s", limit_name, limit, target, moves=name != TCP)
 
 
 def _held_against(name: str, nbytes: int, figures: dict[str, Figure]) -> tuple[str, Figure | None, Target | None]:
     """The limit's name, its figure, and the target."""
     large = nbytes >= MIB
     match name:
-        case "shm in place" | "shm in place, as bytes":
-            bound = 10e-6 if name == "shm in place" else 5e-6
-            return "", None, Target("P1", "at most", bound, "value")
         case "shm":
             return WARM_COPY, figures[WARM_COPY], Target("P2", "at most", 1.05, "time ratio") if large else None
         case "tcp" | "tcp with checksum" if nbytes <= KIB:
