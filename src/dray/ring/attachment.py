@@ -16,17 +16,16 @@ stores visible to it.
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, Final
 
 from dray.errors import ProtocolError, SlotError, StaleSlotError
 from dray.forking import here
 from dray.resources import Closing
-from dray.ring.consumer_events import Descriptor, process_has_ended
+from dray.ring.consumer_events import Bell, Descriptor, ProcessDescriptor
 from dray.ring.direct import CLOSED, CONTROL_WORDS, DOORBELL, MAX_SEQUENCE, PAGE_WORDS, RETIRING
 from dray.ring.layout import NBYTES_OFFSET, SEGMENT_HEADER, SLOT_HEADER
 from dray.ring.segment import Segment
@@ -49,6 +48,7 @@ class Attachment(Closing):
         owner: a pidfd of the owner's process.
         reader: the reader id.
         newest: the ring keeps only the newest payload; nothing is consumed there.
+        now: the source of time.
 
     Attributes:
         segment: the memory of the ring.
@@ -63,10 +63,11 @@ class Attachment(Closing):
         control: SharedWords,
         board: SharedWords,
         page: SharedWords,
-        bell: Descriptor,
-        owner: Descriptor,
+        bell: Bell,
+        owner: ProcessDescriptor,
         reader: int,
         newest: bool,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.segment = segment
         self.closed = True  # until it is complete
@@ -86,7 +87,8 @@ class Attachment(Closing):
         self._free = list(range(len(self._page) - 1))
         self._lock = threading.Lock()  # guards `_free` and the counters
         self.mark = here[0]
-        self._checked = time.monotonic()
+        self._now = now
+        self._checked = now()
         self.closed = False
 
     @classmethod
@@ -107,7 +109,8 @@ class Attachment(Closing):
         """
         if len(descriptors) != len(_SENT):
             raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(_SENT)}")
-        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in _SENT)
+        segment, control, board, page = (Descriptor(descriptors.pop, 0) for _ in _SENT[:4])
+        bell, owner = Bell(descriptors.pop, 0), ProcessDescriptor(descriptors.pop, 0)
         with segment, control, board, page:
             return cls(
                 Segment.attach(segment.fileno()),
@@ -124,8 +127,8 @@ class Attachment(Closing):
     def usable(self) -> bool:
         """False once the owner is gone or has closed its ring; then leases find nothing."""
         if not self.closed:
-            self._checked = time.monotonic()
-            if self._control[self._slots + CLOSED] or process_has_ended(self._owner.fileno()):
+            self._checked = self._now()
+            if self._control[self._slots + CLOSED] or self._owner.has_ended():
                 self.close()
         return not self.closed
 
@@ -138,7 +141,7 @@ class Attachment(Closing):
         """
         if self.closed or here[0] != self.mark:
             return None
-        if time.monotonic() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
+        if self._now() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
             return None
         if not (0 <= slot < self._slots and sequence < MAX_SEQUENCE):
             raise StaleSlotError("the ring never held that payload", slot=slot, sequence=sequence)
@@ -220,8 +223,7 @@ class Attachment(Closing):
 
     def _ring(self) -> None:
         if self._control[self._slots + DOORBELL]:
-            with suppress(OSError):  # the owner was closed
-                os.eventfd_write(self._bell.fileno(), 1)
+            self._bell.ring()
 
     def _close_descriptors(self) -> None:
         """With the last lease: nobody rings any more."""
