@@ -16,6 +16,7 @@ from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS, by_lane
 from dray.transport.client import PayloadClient
 from dray.transport.lanes import LANES, chosen_lanes
+from dray.transport.direct_reads import DIRECT
 from dray.transport.leases import InPlaceLease
 from dray.transport.pipeline import ReadResult
 from dray.transport.receive_buffers import Bytes
@@ -27,6 +28,7 @@ from dray.transport.trace import (
     Connect,
     Discard,
     FailedAttempt,
+    Payload,
     Request,
     Status,
     SuccessfulAttempt,
@@ -87,7 +89,7 @@ class ObservedClient(PayloadClient):
 
     @property
     def kept(self) -> Wire | None:
-        """The connection that the running actor has used last."""
+        """The connection that the running actor has used last; None after a direct lease."""
         return self._kept.get(self._scheduler.actor)
 
     # --- stale references -------------------------------------------------------------------------------------
@@ -178,6 +180,9 @@ class ObservedClient(PayloadClient):
                 self._pending[event.connection] = 0
             case Checkout():
                 self._kept[actor] = self._wires[event.connection]
+            case Payload() if event.endpoint == DIRECT:
+                self._kept.pop(actor, None)
+                self._plan.count("direct lease")
             case Checkin():
                 self._becomes_idle(event.endpoint, event.connection)
             case Discard():

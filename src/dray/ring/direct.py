@@ -188,9 +188,7 @@ class DirectLeases(Closing):
         OutOfResources: no descriptor or memory is left.
     """
 
-    def __init__(
-        self, slots: int, readers: int, clock: Clock = MONOTONIC, machine: Machine = MACHINE
-    ) -> None:
+    def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC, machine: Machine = MACHINE) -> None:
         self.attached: dict[int, Attached] = {}
         self.barriers = Barriers(clock, machine.barrier)
         self.ignored_words = 0
