@@ -301,16 +301,23 @@ class SimulatedQueue:
 
 
 class SimulatedBuffers(ReceiveBuffers):
-    """Memory for payloads; a thread that asks for some may be held up, between STATUS and a copy for example."""
+    """Memory for payloads; a thread that asks for some may be held up, between STATUS and a copy for example.
+
+    Attributes:
+        stalled: called with the seconds for which a thread was held up.
+    """
 
     def __init__(self, kernel: SimulatedKernel) -> None:
         super().__init__()
         self._kernel = kernel
+        self.stalled: Callable[[float], None] = lambda seconds: None
 
     def allocate(self, nbytes: int) -> Bytes:
         seconds = self._kernel.plan.stall()
         if seconds:
+            began = self._kernel.scheduler.now()
             self._kernel.scheduler.stall(seconds)
+            self.stalled(self._kernel.scheduler.now() - began)
         return super().allocate(nbytes)
 
 
@@ -350,6 +357,7 @@ class SimulatedNetwork(Network):
     Attributes:
         opened: for each actor, the connection that it has opened last.
         attachments: those that exist.
+        buffers: memory for copies.
     """
 
     def __init__(self, kernel: SimulatedKernel, process: Process) -> None:
@@ -360,6 +368,7 @@ class SimulatedNetwork(Network):
         self.closed = False
         self.opened: dict[Actor | None, Wire] = {}
         self.attachments: weakref.WeakSet[SimulatedAttachment] = weakref.WeakSet()
+        self.buffers = SimulatedBuffers(kernel)
         self._waiters: dict[Actor | None, SimulatedWaiter] = {}
 
     def fits(self, worker: Worker, address: Endpoint) -> bool:
@@ -445,7 +454,7 @@ class SimulatedNetwork(Network):
         return attachment
 
     def receive_buffers(self) -> ReceiveBuffers:
-        return SimulatedBuffers(self.kernel)
+        return self.buffers
 
     def lease_reaper(self) -> LeaseReaper:
         def start(run: Callable[[], None]) -> Callable[[], None]:

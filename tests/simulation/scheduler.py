@@ -74,12 +74,14 @@ class Actor:
         slack: seconds that it may continue after `bound`.
         late: seconds by which it was resumed after its waits had ended, since `bound` was set.
         idles: it may wait without a bound, as a server does for work.
+        granted: seconds of accesses to shared memory, by which `bound` was moved.
         locks: locks that it holds.
     """
 
     __slots__ = (
         "bound",
         "ended",
+        "granted",
         "greenlet",
         "idles",
         "late",
@@ -104,6 +106,7 @@ class Actor:
         self.idles = idles
         self.bound = math.inf
         self.late = 0.0
+        self.granted = 0.0
         self.locks = 0
         self.slack = _EPSILON
         self.turn = 0

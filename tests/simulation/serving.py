@@ -28,6 +28,7 @@ from simulation.poll import SimulatedPoller
 from simulation.scheduler import Process, Violation
 from simulation.shared import SimulatedMachine
 from simulation.tagged import SimulatedWorker
+from simulation.threads import SimulatedMutex
 
 DRAIN_SECONDS = 2.0
 
@@ -61,8 +62,9 @@ class SimulatedRing(SharedRingBuffer):
 
     @property
     def changing(self) -> bool:
-        """A thread is in the middle of an operation."""
-        return cast(Any, self._table.lock).held or self._table.changing
+        """A thread is in the middle of an operation, or about to begin one."""
+        lock = cast(SimulatedMutex, self._table.lock)
+        return lock.held or lock.awaited > 0 or self._table.changing
 
     @property
     def words(self) -> dict[int, int]:

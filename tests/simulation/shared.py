@@ -60,6 +60,10 @@ class ProcessMemory:
         kernel: the machine.
         process: the process.
         late: its stores are seen later.
+
+    Attributes:
+        delayed: called with the seconds that an access has taken. They belong to no deadline: an access to
+            memory does not wait.
     """
 
     def __init__(self, kernel: SimulatedKernel, process: Process, *, late: bool) -> None:
@@ -70,6 +74,7 @@ class ProcessMemory:
         self._pending: deque[tuple[int, Memory, int, int]] = deque()
         self._stores = 0
         self._actor: Actor | None = None
+        self.delayed: Callable[[float], None] = lambda seconds: None
         process.ends.append(self.drain)
 
     def step(self) -> bool:
@@ -78,9 +83,13 @@ class ProcessMemory:
         actor = scheduler.actor
         if actor is None or actor.process is not self.process or scheduler.ending:
             return False
+        began = scheduler.now()
         self.process.at_step()
+        self.delayed(scheduler.now() - began)
         if scheduler.rng.random() < self._kernel.plan.step_rate:
+            began = scheduler.now()
             scheduler.pause()
+            self.delayed(scheduler.now() - began)
         if self._pending and actor is not self._actor:
             self.drain()  # the lock of the interpreter has changed hands
         self._actor = actor

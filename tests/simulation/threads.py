@@ -34,7 +34,8 @@ class SimulatedMutex(SimulatedLock):
     """A lock that an actor may hold while others run, because it accesses shared memory meanwhile.
 
     Attributes:
-        holder: the actor that holds it, or held it last.
+        holder: the actor that holds it.
+        awaited: how many actors wait for it.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -42,6 +43,7 @@ class SimulatedMutex(SimulatedLock):
         self._scheduler = scheduler
         self._signal = Signal(scheduler)
         self.holder: Actor | None = None
+        self.awaited = 0
 
     def acquire(self) -> None:
         scheduler = self._scheduler
@@ -50,7 +52,9 @@ class SimulatedMutex(SimulatedLock):
         while self.held and actor is not None and not scheduler.ending and not self._abandoned:
             if self.holder is actor:
                 raise Violation(f"{actor.name} waits for a lock that it holds")
+            self.awaited += 1
             scheduler.block(self._signal)
+            self.awaited -= 1
         self.held = True
         self.holder = actor
         if actor is not None:

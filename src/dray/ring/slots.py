@@ -611,8 +611,9 @@ class SlotTable:
     def _note_words(self, named: Mapping[int, int]) -> None:
         found = {self.slots[index] for index in named}
         for slot in found | self._worded:
-            slot.words = named.get(slot.index, 0)
+            slot.words = 0
             if slot.state is _READY or slot.state is _READING:
+                slot.words = named.get(slot.index, 0)  # else it is of a lease that is found to be stale
                 slot.delivered = slot.delivered or slot.words > 0
                 self._refresh(slot)
         self._worded = found
