@@ -141,10 +141,9 @@ class ObservedClient(PayloadClient):
         outer, actor.bound, actor.late = actor.bound, min(actor.bound, self._scheduler.now() + timeout), 0.0
         granted = actor.granted
         try:
-            with self._watched(refs, timeout) as call:
-                for result in super().read_many(
-                    refs, timeout=timeout, consume=consume, return_errors=return_errors
-                ):
+            found = super().read_many(refs, timeout=timeout, consume=consume, return_errors=return_errors)
+            with contextlib.closing(found), self._watched(refs, timeout) as call:
+                for result in found:
                     self.answered(result.ref, result.outcome)
                     left = self._scheduler.now()
                     yield result

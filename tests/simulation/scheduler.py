@@ -227,8 +227,10 @@ class Scheduler:
             heapq.heappush(self._timers, (until, self._timer, actor, actor.turn))
         elif not signals:
             raise Violation(f"{actor.name} waits for nothing, without a limit")
-        self._give_way(actor)
-        actor.late += max(0.0, self.now() - until)
+        try:
+            self._give_way(actor)
+        finally:
+            actor.late += max(0.0, self.now() - until)
         return actor.woken
 
     def pause(self) -> None:
@@ -239,8 +241,10 @@ class Scheduler:
         self._check_wait(actor, self.now())
         began = self.now()
         self._enqueue(actor)
-        self._give_way(actor)
-        actor.late += self.now() - began
+        try:
+            self._give_way(actor)
+        finally:
+            actor.late += self.now() - began
 
     def sleep(self, seconds: float) -> None:
         """Do nothing for a while."""

@@ -201,10 +201,10 @@ class Attachment(Closing):
 
     def clear(self, lease: DirectLease, consumed: bool) -> None:
         """End a lease in shared memory. May be repeated after an exception of a signal handler."""
-        if consumed and self._consumes:
-            self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
         word = lease.word
         if word >= 0:
+            if consumed and self._consumes:  # only here: without the word, the slot may have another payload
+                self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
             self._page[word] = 0
             lease.word = -1
             self._free.append(word)
