@@ -313,12 +313,23 @@ class SimulatedBuffers(ReceiveBuffers):
         self.stalled: Callable[[float], None] = lambda seconds: None
 
     def allocate(self, nbytes: int) -> Bytes:
+        self._stall()
+        return super().allocate(nbytes)
+
+    def copy(self, source: Bytes) -> Bytes:
+        copy = super().allocate(source.nbytes)
+        half = source.nbytes // 2
+        copy[:half] = source[:half]
+        self._stall()
+        copy[half:] = source[half:]
+        return copy
+
+    def _stall(self) -> None:
         seconds = self._kernel.plan.stall()
         if seconds:
             began = self._kernel.scheduler.now()
             self._kernel.scheduler.stall(seconds)
             self.stalled(self._kernel.scheduler.now() - began)
-        return super().allocate(nbytes)
 
 
 class Wire:
@@ -431,7 +442,7 @@ class SimulatedNetwork(Network):
         access = kernel.memory_of(self.process, late=True)
         found = [kernel.behind(number) for number in descriptors]
         control, board, page = (
-            SimulatedSharedWords(each, access, -1) for each in found[1:4] if isinstance(each, Memory)
+            SimulatedSharedWords(each, access, []) for each in found[1:4] if isinstance(each, Memory)
         )
         events, owner = found[4:]
         assert isinstance(events, SimulatedEvents)
@@ -485,6 +496,10 @@ class SimulatedWaiter:
         self.failed = False
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        if not stream.idle():
+            if deadline.expired:
+                raise timed_out(deadline, awaited, endpoint)
+            return
         self.failed = True  # until the wait has ended without an exception
         kernel = self._network.kernel
         self._check()

@@ -170,10 +170,10 @@ class SimulatedWords:
 
 
 class SimulatedSharedWords(SharedWords):
-    """`SharedWords` of a process; `fd` only says which they are."""
+    """`SharedWords` of a process; its descriptor only says which they are."""
 
-    def __init__(self, memory: Memory, access: ProcessMemory, fd: int) -> None:
-        super().__init__(cast(Any, SimulatedWords(memory, access)), fd)
+    def __init__(self, memory: Memory, access: ProcessMemory, numbers: list[int]) -> None:
+        super().__init__(cast(Any, SimulatedWords(memory, access)), numbers)
         self.memory = memory
 
     def array(self) -> Any:
@@ -319,7 +319,7 @@ class SimulatedMachine(Machine):
             self.pages.append(memory)
         fd = os.memfd_create("simulated words")
         self._kernel.shared[os.fstat(fd).st_ino] = memory
-        return SimulatedSharedWords(memory, self._kernel.memory_of(self._process), fd)
+        return SimulatedSharedWords(memory, self._kernel.memory_of(self._process), [fd])
 
     def events(self) -> ConsumerEvents:
         return SimulatedEvents(self._kernel, self._process)
@@ -365,7 +365,7 @@ class SimulatedAttachment(Attachment):
     ) -> None:
         self._kernel = kernel
         self._process = process
-        self._holders: dict[int, int] = {}  # the id of the lease that has each word
+        self._holders: dict[int, int | Actor | None] = {}  # of each word: the id of a lease, or who begins one
         self._ending: set[int] = set()  # ids of leases whose end has begun
         self._live: weakref.WeakSet[DirectLease] = weakref.WeakSet()
         self._memories = page.memory, board.memory
@@ -376,6 +376,8 @@ class SimulatedAttachment(Attachment):
     def lease(self, slot: int, sequence: int, nbytes: int) -> DirectLease | None:
         lease = super().lease(slot, sequence, nbytes)
         if lease is not None:
+            self._holders[lease.word] = id(lease)
+            self._ending.discard(id(lease))
             self._live.add(lease)
             self._kernel.watch.begins(self.segment.producer_id, self._process, lease)
         return lease
@@ -393,7 +395,7 @@ class SimulatedAttachment(Attachment):
         twin.mark = -1
         for lease in list(self._live):
             inherited = copy.copy(lease)
-            inherited._attachment, inherited._ender = twin, dict(lease._ender)
+            inherited.attachment = twin
             inherited.end(consumed=True)
             del inherited
         if twin.lease(0, 0, 0) is not None:
@@ -403,15 +405,11 @@ class SimulatedAttachment(Attachment):
         if [memory.words.tolist() for memory in self._memories] != before:
             self._kernel.scheduler.violate(f"{self._process.name}: a forked child has changed its parent's words")
 
-    def _take_word(self, lease: DirectLease) -> bool:
-        taken = super()._take_word(lease)
-        if taken:
-            self._holders[lease.word] = id(lease)
-            self._ending.discard(id(lease))
-        return taken
-
     def _check_page(self, index: int, value: int, seen: bool) -> None:
+        actor = self._kernel.scheduler.actor
         if seen:
             self._kernel.watch.changed(self.segment.producer_id)
-        elif not value and self._holders.get(index) not in self._ending:
+        elif value:
+            self._holders[index] = actor
+        elif (holder := self._holders.get(index)) is not actor and holder not in self._ending:
             self._kernel.scheduler.violate(f"{self._process.name}: an end clears the word of another lease")
