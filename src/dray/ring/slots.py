@@ -89,10 +89,10 @@ class SlotTable:
     __slots__ = (
         "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable",
         "_claimed", "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
-        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_machine", "_memory", "_newest", "_newest_only",
-        "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes", "_stale_consumes",
-        "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned", "double_releases", "due",
-        "free", "leases", "live", "lock", "lost", "ready", "slots",
+        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_machine", "_memory", "_newest",
+        "_newest_only", "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes",
+        "_stale_consumes", "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned",
+        "double_releases", "due", "free", "leases", "live", "lock", "lost", "ready", "slots",
     )  # fmt: skip
 
     def __init__(
