@@ -40,6 +40,23 @@ class Descriptor(Closing):
         return f"<Descriptor {self.fileno()}>"
 
 
+class Bell(Descriptor):
+    """The doorbell of an owner, at a consumer."""
+
+    def ring(self) -> None:
+        """Wake the owner; it may have closed."""
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self.fileno(), 1)
+
+
+class ProcessDescriptor(Descriptor):
+    """A pidfd."""
+
+    def has_ended(self) -> bool:
+        """See `process_has_ended`."""
+        return process_has_ended(self.fileno())
+
+
 def process_has_ended(pidfd: int) -> bool:
     """The process behind a pidfd has ended, all its threads included."""
     poll = select.poll()

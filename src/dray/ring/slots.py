@@ -33,7 +33,7 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.identifiers import Wanted
-from dray.ring.direct import RELOOK_SECONDS, DirectLeases
+from dray.ring.direct import RELOOK_SECONDS, DirectLeases, Machine
 from dray.ring.layout import (
     CHECKSUM_OFFSET,
     CONSUMED_BY_OFFSET,
@@ -89,15 +89,25 @@ class SlotTable:
     __slots__ = (
         "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable",
         "_claimed", "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
-        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_memory", "_newest", "_newest_only",
-        "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes", "_stale_consumes",
-        "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned", "double_releases", "due",
-        "free", "leases", "live", "lock", "lost", "ready", "slots",
+        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_machine", "_memory", "_newest",
+        "_newest_only", "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes",
+        "_stale_consumes", "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned",
+        "double_releases", "due", "free", "leases", "live", "lock", "lost", "ready", "slots",
     )  # fmt: skip
 
-    def __init__(self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        *,
+        readers: int,
+        on_full: OnFull,
+        retain: Retain,
+        clock: Clock,
+        machine: Machine,
+    ) -> None:
         layout = segment.layout
-        self.lock = threading.Lock()
+        self._machine = machine
+        self.lock = machine.lock()
         self.slots = [Slot(i, layout.header_offset(i), layout.slot_offset(i)) for i in range(layout.slots)]
         self.free = deque(self.slots)  # the slot that has been free longest comes first
         self.live: OrderedDict[int, Slot] = OrderedDict()  # the other slots, by sequence number
@@ -109,7 +119,7 @@ class SlotTable:
         self.closed = False  # true after `close`, and in a forked child
         self.disowned = False  # true in a forked child
         self.clock = clock
-        self._claimable = threading.Condition(self.lock)
+        self._claimable = machine.condition(self.lock)
         self._claimers = 0  # threads that wait on `_claimable`; with none, there is nothing to notify
         self._slot_bytes = layout.slot_bytes
         self._memory = segment.view
@@ -224,7 +234,7 @@ class SlotTable:
     def wait_retired(self, slot: Slot, deadline: Deadline) -> None:
         """Wait until the payload in a slot may have retired."""
         if slot.retirement is None:
-            slot.retirement = threading.Condition(self.lock)
+            slot.retirement = self._machine.condition(self.lock)
         self._wait(slot.retirement, deadline.remaining)
 
     def _wait(self, condition: threading.Condition, seconds: float) -> None:
@@ -518,7 +528,7 @@ class SlotTable:
     def serve_directly(self) -> DirectLeases:
         """Share the words that direct leases need, from now on."""
         if self.direct is None:
-            direct = DirectLeases(len(self.slots), self._readers, self.clock)
+            direct = DirectLeases(len(self.slots), self._readers, self.clock, self._machine)
             for slot in self.live.values():
                 if slot.state is not _WRITING and not slot.retired:
                     direct.publish(slot.index, slot.sequence)
@@ -604,8 +614,9 @@ class SlotTable:
     def _note_words(self, named: Mapping[int, int]) -> None:
         found = {self.slots[index] for index in named}
         for slot in found | self._worded:
-            slot.words = named.get(slot.index, 0)
+            slot.words = 0
             if slot.state is _READY or slot.state is _READING:
+                slot.words = named.get(slot.index, 0)  # else it is of a lease that is found to be stale
                 slot.delivered = slot.delivered or slot.words > 0
                 self._refresh(slot)
         self._worded = found
