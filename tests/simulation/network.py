@@ -375,6 +375,10 @@ class SimulatedWaiter:
         self.failed = False
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        if not stream.idle():
+            if deadline.expired:
+                raise timed_out(deadline, awaited, endpoint)
+            return
         self.failed = True  # until the wait has ended without an exception
         kernel = self._network.kernel
         self._check()

@@ -6,6 +6,7 @@ import math
 import select
 from collections.abc import Callable
 
+from dray.transport.lanes.base import Worker
 from simulation.network import SimulatedKernel, SimulatedListener
 from simulation.scheduler import Signal
 from simulation.tagged import SimulatedWorker
@@ -38,6 +39,12 @@ class SimulatedPoller:
 
     def unregister(self, descriptor: int) -> None:
         del self._watched[descriptor]
+
+    def drive(self, worker: Worker) -> None:
+        self.register(worker.fileno(), select.EPOLLIN)
+
+    def stop_driving(self, worker: Worker) -> None:
+        self.unregister(worker.fileno())
 
     def poll(self, timeout: float | None) -> list[tuple[int, int]]:
         self._check()

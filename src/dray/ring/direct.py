@@ -54,7 +54,7 @@ PAGE_WORDS: Final = 1
 """Words of a lease page after the lease words: the one that ends the attachment."""
 
 RELOOK_SECONDS: Final = 0.1
-"""A thread that waits for consumers looks at the words this often, in case the doorbell does not come."""
+"""A thread that waits for consumers reads the words this often, in case the doorbell does not come."""
 
 
 MAX_ATTACHMENTS_OF_PROCESS: Final = 16
@@ -192,7 +192,7 @@ class DirectLeases(Closing):
         self._consumed[slot * self._readers + reader] = sequence + 1
 
     def begin_wait(self) -> None:
-        """A thread is about to wait: consumers ring from now on. A barrier must follow, and then another look."""
+        """A thread is about to wait: consumers ring from now on. A barrier must follow, and then a `Look`."""
         self.waiting += 1
         self._generations[self._slots + DOORBELL] = 1
 
@@ -212,7 +212,7 @@ class DirectLeases(Closing):
                 self._remove(attached)
 
     def has_consumed(self, slot: int, sequence: int, reader: int) -> bool:
-        """A reader has consumed a payload, as its word of the board says."""
+        """A reader has consumed a payload, according to its word of the board."""
         return bool(self._consumed[slot * self._readers + reader] == sequence + 1)
 
     def consumed(self) -> Iterator[tuple[int, int]]:
@@ -306,9 +306,9 @@ class DirectLeases(Closing):
         if hasattr(self, "_owner"):
             words = self.control.words
             if words:
+                words[self._slots + CLOSED] = 1  # first: a consumer that finds 0 then knows why
                 for slot in range(self._slots):
                     words[slot] = 0
-                words[self._slots + CLOSED] = 1
             self.control.close()
             self.board.close()
             self._control_to_read.close()
@@ -326,6 +326,7 @@ class DirectLeases(Closing):
     def _remove(self, attached: Attached) -> None:
         """Take an attachment off the list. It stays there until its words do not count any more."""
         number = attached.process.fileno()
+        attached.page.close_descriptor()
         if self.attached.get(number) is attached:
             self.events.forget(number)
             del self.attached[number]

@@ -109,7 +109,7 @@ class SharedRingBuffer(Closing):
         return writer
 
     def _claim_later(self, nbytes: int, timeout: float | None) -> SlotWriter:
-        """`claim` a slot that is free once consumers were looked at, or once one becomes free."""
+        """`claim` a slot that is free once the words of consumers were read, or once one becomes free."""
         table = self._table
         deadline = Deadline.after(timeout, table.clock)
         waits = new = False
@@ -313,7 +313,7 @@ class SharedRingBuffer(Closing):
 
         Args:
             drop: if no slot is free, drop the oldest payload that has no lease.
-            new_bell: the doorbell was set since the last look.
+            new_bell: the doorbell was set since the last `look`.
         """
         table = self._table
         direct = table.direct
@@ -386,7 +386,7 @@ class _Doorbell:
         self._set: DirectLeases | None = None
 
     def set_locked(self) -> bool:
-        """Have it rung from now on; True if it was not so far: then a look comes before the wait."""
+        """Have it rung from now on; True if it was not so far: then `look` comes before the wait."""
         direct = self._table.direct
         if direct is None or self._set is direct:
             return False

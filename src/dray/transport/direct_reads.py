@@ -76,7 +76,7 @@ class DirectReads(Closing):
 
         Raises:
             StaleSlotError: the payload is gone, or this reader has consumed it.
-            SlotError: it has another size than the reference says.
+            SlotError: it has another size than in the reference.
         """
         attachment = self._attachments.get(ref.producer)
         if attachment is None:
@@ -90,14 +90,12 @@ class DirectReads(Closing):
 
     def copy(self, lease: DirectLease) -> Bytes:
         """The payload in memory of its own."""
-        copy = self._buffers.allocate(lease.nbytes)
-        np.copyto(copy, in_slot(lease))
-        return copy
+        return self._buffers.copy(in_slot(lease))
 
     def end(self, lease: DirectLease, consumed: bool) -> None:
         """End the lease of a payload that is handed out."""
+        lease.attachment.count_read(lease)
         lease.end(consumed)
-        lease.attachment.count_read(lease.nbytes)
         if self._trace is not None:
             self._trace(
                 Acknowledgement(self._now(), DIRECT, lease.slot, lease.sequence, self.reader, consumed, id(self))
@@ -141,7 +139,7 @@ class DirectReads(Closing):
 
 def in_slot(lease: DirectLease) -> Bytes:
     """The payload in its slot: uint8 of shape (nbytes,), read-only, its own base."""
-    return np.frombuffer(lease.buffer, _UINT8)
+    return np.frombuffer(lease.attachment.memory, _UINT8, lease.nbytes, lease.offset)
 
 
 # --- arrays that outlive their block ------------------------------------------------------------------------

@@ -132,6 +132,12 @@ class Worker(Closing):
     def progress(self) -> None:
         """Do the work that is due, without waiting."""
 
+    def has_progressed(self) -> bool:
+        """`progress`; True if there was work."""
+        steps = self.steps
+        self.progress()
+        return self.steps != steps
+
     @abc.abstractmethod
     def arm(self) -> bool:
         """Make `fileno` readable at the next event; False if there is one already."""
@@ -334,7 +340,7 @@ class Waiter(Protocol):
     """Waits for one stream, in the thread that uses it."""
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        """See `PollWaiter.wait`."""
+        """See `PollWaiter.wait`. It calls the stream's `idle` before the thread sleeps."""
         ...
 
 
