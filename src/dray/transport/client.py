@@ -15,6 +15,7 @@ from dray.errors import (
     DrayError,
     PayloadError,
     SlotError,
+    StaleSlotError,
 )
 from dray.forking import here
 from dray.identifiers import MAX_READERS
@@ -255,8 +256,10 @@ class PayloadClient(Closing):
         for ref in refs:
             try:
                 lease = self._direct.lease(ref)
-            except SlotError:
+            except StaleSlotError:
                 continue
+            except SlotError:  # a wrong size, which CONSUME does not compare
+                lease = None
             if lease is None:
                 others.append(ref)
             else:
