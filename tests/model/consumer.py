@@ -12,8 +12,10 @@ from model.world import DIRECT, ENDED, NONE, OVER_SOCKET, Lease, World, consumer
 if TYPE_CHECKING:
     from model.properties import Properties
 
-# Steps within an operation: places in `Consumer.steps`, to which planted defects append. BEGIN is the first of each.
-BEGIN, GENERATION, BOARD, FAILED, DOORBELL, RING, CLEAR_WORD, CLOSED_FLAG, CLOSED_WORD, END_WORD, LEASE_WORD = range(11)
+# Steps within an operation: places in `Consumer.steps`, to which planted defects append. The first is BEGIN.
+BEGIN, GENERATION, BOARD, FAILED, DOORBELL, RING, CLEAR_WORD, CLOSED_FLAG, CLOSED_WORD, END_WORD, LEASE_WORD = (
+    range(11)
+)
 
 # How a lease word comes to be cleared, and what follows.
 ENDING, IS_STALE, IS_RETIRING, IS_ZERO, IS_CLOSED = range(5)
@@ -112,12 +114,10 @@ class Consumer:
     def place_of_read(self, payload: int) -> int:
         """The operation that reads a payload."""
         return next(
-            at
-            for at, each in enumerate(self.thread.program)
-            if each.kind is Kind.READ and each.payload == payload
+            at for at, each in enumerate(self.thread.program) if each.kind is Kind.READ and each.payload == payload
         )
 
-    # --- steps ----------------------------------------------------------------------------------------------------
+    # --- steps -------------------------------------------------------------------------------------------------
 
     def can_step(self, state: bytes) -> bool:
         """A step of this thread is possible."""
@@ -166,11 +166,11 @@ class Consumer:
         else:
             self._request(state, operation)
 
-    # --- lease ----------------------------------------------------------------------------------------------------
+    # --- lease -------------------------------------------------------------------------------------------------
 
     def _begin_lease(self, state: State, operation: Instruction) -> None:
         if self._may_be_closed_by_others:
-            state[self._lease(operation).index] = self._take_index(state)
+            state[self._lease(operation).word_index] = self._take_index(state)
             state[self.step] = LEASE_WORD
         else:
             self._write_word(state, operation)
@@ -178,7 +178,7 @@ class Consumer:
 
     def _write_word(self, state: State, operation: Instruction) -> None:
         if self._shares_page:
-            state[self._lease(operation).index] = self._take_index(state)
+            state[self._lease(operation).word_index] = self._take_index(state)
         self._store_word(state, operation)
 
     def _write_taken_word(self, state: State, operation: Instruction) -> None:
@@ -252,7 +252,7 @@ class Consumer:
         self.properties.bytes_read(operation.payload, value)
         self._next(state)
 
-    # --- a lease that fails ---------------------------------------------------------------------------------------
+    # --- a lease that fails ------------------------------------------------------------------------------------
 
     def _fail(self, state: State, reason: int) -> None:
         state[self.reason] = reason
@@ -260,7 +260,7 @@ class Consumer:
 
     def _clear_failed(self, state: State, operation: Instruction) -> None:
         self._store_zero(state, operation)
-        state[self._lease(operation).index] = 0
+        state[self._lease(operation).word_index] = 0
         state[self.step] = DOORBELL
 
     def _read_doorbell(self, state: State, operation: Instruction) -> None:
@@ -305,7 +305,7 @@ class Consumer:
         self.world.record(state, self.processor, self.world.stale[operation.payload], 1 << self.reader)
         self._next(state)
 
-    # --- end ------------------------------------------------------------------------------------------------------
+    # --- end ---------------------------------------------------------------------------------------------------
 
     def _end(self, state: State, operation: Instruction) -> None:
         """The token is taken, at most once."""
@@ -341,7 +341,7 @@ class Consumer:
         self._forget(state, self._lease(operation))
         state[self.step] = DOORBELL
 
-    # --- the end of the attachment --------------------------------------------------------------------------------
+    # --- the end of the attachment -----------------------------------------------------------------------------
 
     def _close(self, state: State) -> None:
         """Begin no more leases. The interpreter's lock empties the buffers of the threads that had it before."""
@@ -360,7 +360,7 @@ class Consumer:
         self._store(state, self.world.end_word[self.process], 1)
         state[self.step] = DOORBELL
 
-    # --- messages to the server -----------------------------------------------------------------------------------
+    # --- messages to the server --------------------------------------------------------------------------------
 
     def _register(self, state: State, operation: Instruction) -> None:
         """A system call, which empties the store buffer."""
@@ -401,7 +401,7 @@ class Consumer:
         for place in (self.operation, self.step, self.reason, self.requested):
             state[place] = 0
 
-    # --- questions of the search ----------------------------------------------------------------------------------
+    # --- questions of the search -------------------------------------------------------------------------------
 
     def rests(self, state: bytes | State) -> bool:
         """This thread has finished, was killed, or waits for a payload that was never committed."""
@@ -419,7 +419,7 @@ class Consumer:
             and not state[world.published] >> operation.payload & 1
         )
 
-    # --- helpers --------------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------
 
     @property
     def _shares_page(self) -> bool:
@@ -447,7 +447,7 @@ class Consumer:
 
     def _give_index_back(self, state: State, operation: Instruction) -> None:
         if self._shares_page:
-            self._store(state, self.world.spare[self.process][state[self._lease(operation).index]], 1)
+            self._store(state, self.world.spare[self.process][state[self._lease(operation).word_index]], 1)
 
     def _forget(self, state: State, lease: Lease) -> None:
         """A lease has ended. States that differ only in leases that no operation refers to are one state."""
@@ -455,7 +455,7 @@ class Consumer:
             state[lease.state] = ENDED
         else:
             state[lease.state] = NONE
-            state[lease.index] = 0
+            state[lease.word_index] = 0
 
     def _next(self, state: State) -> None:
         """Continue with the next operation, except those of a lease that has failed."""
@@ -477,7 +477,7 @@ class Consumer:
         return state[self.world.slot_of[operation.payload]]
 
     def _word(self, state: State, operation: Instruction) -> int:
-        return self.world.words[self.process][state[self._lease(operation).index]]
+        return self.world.words[self.process][state[self._lease(operation).word_index]]
 
     def _store(self, state: State, address: int, value: int) -> None:
         self.world.store(state, self.processor, address, value)

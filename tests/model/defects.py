@@ -71,7 +71,7 @@ _FOREIGN: Final = Property.FOREIGN_END
 _WAKE_UP: Final = Property.LOST_WAKE_UP
 
 DEFECTS: Final = (
-    # --- a consumer's lease ---------------------------------------------------------------------------------------
+    # --- a consumer's lease ------------------------------------------------------------------------------------
     _of_consumer("generation-before-word", "drop", _CHANGED, consumers.ReadsGenerationBeforeWord),
     _of_consumer("board-before-generation", "two-attachments", _TWICE, consumers.ReadsBoardBeforeGeneration),
     _of_consumer("board-not-read", "two-attachments", _TWICE, consumers.IgnoresBoard),
@@ -80,7 +80,7 @@ DEFECTS: Final = (
     _of_consumer("word-cleared-before-copy", "drop", _CHANGED, consumers.ClearsWordBeforeRead),
     _of_consumer("not-registered", "attach", _CHANGED, consumers.SkipsRegistration),
     _of_consumer("closed-word-not-read", "close", _STALE, consumers.IgnoresClosedWord),
-    # --- a consumer's end -----------------------------------------------------------------------------------------
+    # --- a consumer's end --------------------------------------------------------------------------------------
     _of_consumer("board-after-word", "drop", _MISCOUNTED, consumers.WritesBoardAfterWord),
     _of_consumer("board-without-word", "acknowledge", _UNDONE, consumers.WritesBoardWithoutWord),
     _of_consumer("lease-ended-twice", "end-again", _FOREIGN, consumers.EndsTwice),
@@ -91,11 +91,11 @@ DEFECTS: Final = (
     _of_consumer("doorbell-before-word", "reuse", _WAKE_UP, consumers.ReadsDoorbellFirst),
     _of_consumer("closed-flag-not-read", "end-attachment-threads", _MISCOUNTED, consumers.IgnoresClosedFlag),
     _of_consumer("end-word-before-flag", "end-attachment-threads", _MISCOUNTED, consumers.EndWordBeforeFlag),
-    # --- commit and retire ----------------------------------------------------------------------------------------
+    # --- commit and retire -------------------------------------------------------------------------------------
     _of_owner("generation-before-content", "reuse", _OTHER_BYTES, owners.CommitsGenerationFirst),
     _of_look("barrier-left-out-of-retire", "two-attachments", _CHANGED, looks.NoBarrierInRetire),
     _of_look("fence-instead-of-barrier", "two-attachments", _CHANGED, looks.FencesItselfOnly),
-    _of_look("generation-cleared-after-scan", "newest", _CHANGED, looks.ClearsGenerationAfterScan),
+    _of_look("generation-cleared-after-scan", "newest-attach", _CHANGED, looks.ClearsGenerationAfterScan),
     _of_look("barrier-of-another-look", "newest-two-putting", _CHANGED, looks.FreesWithBarrierOfAnother),
     _of_look("due-again-freed-by-older-look", "due-again", _CHANGED, looks.KnowsDueSlotsByIndex),
     _of_look("failed-barrier-ignored", "barrier-fails", _CHANGED, looks.IgnoresFailedBarrier),
@@ -104,7 +104,7 @@ DEFECTS: Final = (
     _of_look("any-board-value", "reuse", _LOST, looks.TakesAnyBoardValue),
     _of_look("never-scanned-again", "reuse", _WAKE_UP, looks.NeverScansAgain),
     _of_look("dead-attachments-count", "kill", _WAKE_UP, looks.CountsDeadAttachments),
-    # --- drop -----------------------------------------------------------------------------------------------------
+    # --- drop --------------------------------------------------------------------------------------------------
     _of_look("barrier-left-out-of-drop", "drop", _CHANGED, looks.NoBarrierInDrop),
     _of_look("generation-0-while-undecided", "drop", _STALE, looks.ClearsUndecided),
     _of_look("drop-without-second-scan", "drop", _CHANGED, looks.DropsWithoutSecondScan),
@@ -113,7 +113,7 @@ DEFECTS: Final = (
     _of_look("drop-board-before-words", "drop", _MISCOUNTED, looks.DropReadsBoardFirst),
     _of_owner("drop-at-once-without-board", "end-attachment-drop", _MISCOUNTED, owners.DropsAtOnceWithoutBoard),
     _of_owner("undecided-after-exception", "exception", _LOST, owners.StaysUndecidedAfterException),
-    # --- wait -----------------------------------------------------------------------------------------------------
+    # --- wait --------------------------------------------------------------------------------------------------
     _of_owner("barrier-left-out-of-wait", "reuse", _WAKE_UP, owners.NoBarrierInWait),
     _of_owner("wait-reads-nothing", "reuse", _WAKE_UP, owners.SleepsAtOnce),
     _of_owner("wait-reads-board-only", "reuse", _WAKE_UP, owners.WaitReadsBoardOnly),
@@ -126,10 +126,10 @@ DEFECTS: Final = (
     _of_look("ready-not-notified", "socket", _WAKE_UP, looks.KeepsEndsOfLeasesToItself),
     _of_look("retirement-not-notified", "drain", _WAKE_UP, looks.LooksWithoutRetiring),
     _of_look("last-attachment-not-notified", "end-attachment-drop", _WAKE_UP, looks.LosesLastAttachmentSilently),
-    # --- close ----------------------------------------------------------------------------------------------------
+    # --- close -------------------------------------------------------------------------------------------------
     _of_owner("closed-word-after-generations", "close", _STALE, owners.ClosesWordLast),
     _of_owner("closed-word-left-out", "close", _STALE, owners.ClosesWithoutWord),
-    # --- the server, attachments ----------------------------------------------------------------------------------
+    # --- the server, attachments -------------------------------------------------------------------------------
     _of_server("board-ignored-by-network-lane", "network", _TWICE, servers.IgnoresBoardOverSocket),
     _of_server("socket-ends-not-on-board", "network", _TWICE, servers.KeepsEndsToItself),
     _of_server("stale-over-socket-while-undecided", "drop", _STALE, servers.AnswersStaleWhileUndecided),
@@ -139,7 +139,7 @@ DEFECTS: Final = (
     _of_server("welcome-before-list", "drop-attach", _CHANGED, servers.WelcomesBeforeListing),
     _of_look("end-word-after-lease-words", "end-attachment", _CHANGED, looks.ReadsEndWordLast),
     _of_look("attachment-ended-under-lease", "end-attachment", _CHANGED, looks.EndsAttachmentUnderLease),
-    # --- a server that stops --------------------------------------------------------------------------------------
+    # --- a server that stops -----------------------------------------------------------------------------------
     _of_server("retiring-left-out-without-server", "server-stops", _UNSERVED, servers.StopsSilently),
     _of_server("undecided-drop-published", "server-stops", _CHANGED, servers.PublishesUndecided),
     _of_owner("commit-without-server", "server-stops", _UNSERVED, owners.CommitsWithoutRetiring),

@@ -1,16 +1,30 @@
 """A look: how a thread of the owner learns what consumers hold and have consumed, and frees slots.
 
-A look begins under the ring's lock: the eventfd, the board, the lease words, the choice of a payload to drop. The
-barrier follows without the lock. It ends under the lock: the lease words again, then what they do not name is freed.
-Each step has at most one shared access. Steps whose number is in `UNLOCKED` begin without the ring's lock.
+It begins under the ring's lock: reset the eventfd, read the board and the lease words, choose a payload to drop.
+The barrier follows without the lock. The end is under the lock again: read the lease words, and free what they do
+not name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from model.machine import RETIRING, State
+from model.owner_thread import (
+    CLAIM,
+    DROP,
+    END_LOOK,
+    GIVE_BACK,
+    LOOKED,
+    MARK,
+    OBSERVE,
+    RETIRE,
+    SCAN,
+    SLEEP,
+    VICTIM_BOARD,
+    VICTIM_RETIRE,
+    OwnerThread,
+)
 from model.scenarios import Policy
 from model.world import (
     COMMITTED,
@@ -24,66 +38,19 @@ from model.world import (
 )
 
 if TYPE_CHECKING:
-    from model.consumer import Consumer
     from model.properties import Properties
-
-# Steps: places in `Looker.steps`, to which planted defects append.
-(
-    LOOK,
-    OBSERVE,
-    RETIRE,
-    SCAN,
-    MARK,
-    BARRIER,
-    END_LOOK,
-    VICTIM_BOARD,
-    VICTIM_RETIRE,
-    DROP,
-    GIVE_BACK,
-    LOOKED,
-    SLEEP,
-    DONE,
-    CLAIM,
-    WRITE,
-    COMMIT,
-    CLOSE_WORD,
-    CLOSE_GENERATION,
-) = range(19)
-BARRIER_RUNS: Final = 100
-"""The barrier reaches the consumers' processors, one after the other, in any order."""
-
-UNLOCKED: Final = frozenset(
-    {LOOK, BARRIER, BARRIER_RUNS, END_LOOK, LOOKED, SLEEP, DONE, CLAIM, WRITE, COMMIT, CLOSE_WORD}
-)
-_TAKES_LOCK: Final = frozenset({LOOK, END_LOOK, LOOKED, SLEEP, CLAIM, COMMIT, CLOSE_WORD})
 
 # What a thread is doing.
 BEGINNING, ENDING, DROPPING, COMMITTING = range(4)
 
 
-class Looker:
-    """A thread of the owner.
-
-    Attributes:
-        name: its name in traces.
-        processor: its processor.
-        step: the place of its step.
-        puts: how many payloads it puts.
-        relooks: the place of what it waits with: a barrier has failed, so that it looks again after a while.
-    """
-
-    puts = 0
-    kind = "server"
+class Looker(OwnerThread):
+    """A thread of the owner that looks; this class itself is the server's thread, which puts no payloads."""
 
     def __init__(self, world: World, properties: Properties, number: int) -> None:
-        self.world = world
-        self.properties = properties
-        self.number = number
-        self.name = name = self._name()
-        self.processor = world.processor(name)
+        super().__init__(world, properties, number)
+        name = self.name
         self.policy = world.scenario.policy
-        self.slots = range(world.scenario.slots)
-        self.step = world.variable(f"step of {name}", SLEEP)
         self.phase = world.variable(f"phase of {name}")
         self.slot = world.variable(f"slot that {name} writes or drops")
         self.victim = world.variable(f"payload that {name} drops")
@@ -91,17 +58,9 @@ class Looker:
         self.page = world.variable(f"what {name} has found in a page")
         self.named = world.variable(f"slots that {name} found named")
         self.due_of = [world.variable(f"payload that {name} frees in slot {slot}") for slot in self.slots]
-        self.passed = world.variable(f"a barrier of {name} has passed")
-        self.after = world.variable(f"step of {name} after the barrier")
-        self.awaited = world.variable(f"consumers that the barrier of {name} has not reached")
-        self.armed = world.variable(f"{name} has set the doorbell")
-        self.signal = world.variable(f"{name} was notified")
-        self.relooks = world.variable(f"a barrier has failed, {name} looks again")
         self.pairs = [(slot, reader) for slot in self.slots for reader in range(world.scenario.readers)]
         self.places = self._places()
-        self.others: list[Looker] = []
-        self.consumers: list[Consumer] = []
-        self.steps: list[Callable[[State], None]] = [
+        self.steps = [
             self._look,
             self._observe,
             self._retire,
@@ -117,9 +76,6 @@ class Looker:
             self._wake,
         ]
 
-    def _name(self) -> str:
-        return "server's thread"
-
     def _places(self) -> list[tuple[int, int, int]]:
         """The words of all pages in the order in which they are read: process, place, 1 for an end word."""
         world = self.world
@@ -130,19 +86,7 @@ class Looker:
             places += [(process, word, 0) for word in words]
         return places
 
-    def resolve(self, lookers: list[Looker], consumers: list[Consumer]) -> None:
-        """Know the other threads of the owner, and the consumers that a barrier reaches."""
-        self.others = [looker for looker in lookers if looker is not self]
-        self.consumers = consumers
-
-    # --- questions ------------------------------------------------------------------------------------------------
-
-    def can_step(self, state: bytes) -> bool:
-        """A step of this thread is possible."""
-        step = state[self.step]
-        if step == DONE or step == BARRIER_RUNS or (step == SLEEP and not self.is_woken(state)):
-            return False
-        return step not in _TAKES_LOCK or all(other.has_unlocked(state) for other in self.others)
+    # --- questions ---------------------------------------------------------------------------------------------
 
     def is_woken(self, state: bytes) -> bool:
         """What this thread waits for has happened: the server's thread waits for the eventfd and the pidfds."""
@@ -151,20 +95,7 @@ class Looker:
             return False
         return bool(state[world.eventfd] or self._ended(state))
 
-    def do_step(self, state: State) -> None:
-        """The next step."""
-        self.steps[state[self.step]](state)
-
-    def has_unlocked(self, state: bytes | State) -> bool:
-        """This thread does not hold the ring's lock, and all that it stored under the lock is visible."""
-        world = self.world
-        return state[self.step] in UNLOCKED and world.holds_only(state, self.processor, world.content_words)
-
-    def waits(self, state: bytes | State) -> bool:
-        """This thread waits to be woken."""
-        return state[self.step] == SLEEP
-
-    # --- the beginning of a look ----------------------------------------------------------------------------------
+    # --- the beginning of a look -------------------------------------------------------------------------------
 
     def _wake(self, state: State) -> None:
         self.world.reached.add(f"{self.kind} woken")
@@ -193,7 +124,7 @@ class Looker:
         state[self.world.eventfd] = 0
 
     def _ended(self, state: bytes | State) -> int:
-        """The attachments whose process has ended: none of its threads runs, and all that they stored is visible."""
+        """The attachments whose process has ended: its threads do not run, and all their stores are visible."""
         world = self.world
         ended = state[world.attached] & state[world.dead]
         if ended:
@@ -209,10 +140,10 @@ class Looker:
             return False
         for cursor in range(first, len(self.pairs)):
             slot, reader = self.pairs[cursor]
-            if state[world.slot_state[slot]] in (COMMITTED, UNDECIDED):
-                if not state[world.latched[slot]] >> reader & 1:
-                    state[self.cursor] = cursor
-                    return True
+            present = state[world.slot_state[slot]] in (COMMITTED, UNDECIDED)
+            if present and not state[world.latched[slot]] >> reader & 1:
+                state[self.cursor] = cursor
+                return True
         state[self.cursor] = 0
         return False
 
@@ -241,7 +172,7 @@ class Looker:
         else:
             self._begin_scan(state)
 
-    # --- retire ---------------------------------------------------------------------------------------------------
+    # --- retire ------------------------------------------------------------------------------------------------
 
     def _to_retire(self, state: State) -> list[int]:
         """Slots to retire: consumed by all; in a newest ring, older than another one."""
@@ -275,7 +206,7 @@ class Looker:
     def _state_after_retiring(self, state: State, slot: int) -> int:
         return RETIRED if state[self.world.server_leases[slot]] else DUE
 
-    # --- lease words ----------------------------------------------------------------------------------------------
+    # --- lease words -------------------------------------------------------------------------------------------
 
     def _begin_scan(self, state: State) -> None:
         """Read the lease words from the next step on; the list cannot change meanwhile."""
@@ -335,13 +266,13 @@ class Looker:
             self._choose(state)
 
     def _note_words(self, state: State) -> None:
-        """Slots that words have named and name no longer are READY; where payloads are dropped, claims can go on."""
+        """A slot that no word names any more is READY: where payloads are dropped, claims look again."""
         world = self.world
         before, state[world.worded] = state[world.worded], state[self.named]
         for slot in self.slots:
-            if before >> slot & 1 and not self._is_leased(state, slot):
-                if state[world.slot_state[slot]] in (COMMITTED, UNDECIDED):
-                    self._became_ready(state)
+            present = state[world.slot_state[slot]] in (COMMITTED, UNDECIDED)
+            if present and before >> slot & 1 and not self._is_leased(state, slot):
+                self._became_ready(state)
 
     def _became_ready(self, state: State) -> None:
         if self.policy is Policy.OVERWRITE:
@@ -351,7 +282,7 @@ class Looker:
     def _is_leased(self, state: State, slot: int) -> bool:
         return bool(state[self.named] >> slot & 1 or state[self.world.server_leases[slot]])
 
-    # --- the choice of a payload to drop, and the barrier ---------------------------------------------------------
+    # --- the choice of a payload to drop, and the barrier ------------------------------------------------------
 
     def _choose(self, state: State) -> None:
         """Choose the oldest payload that has no lease, if payloads are dropped and no slot is free."""
@@ -401,64 +332,7 @@ class Looker:
         else:
             self._end_of_look(state)
 
-    def _barrier_then(self, state: State, step: int) -> None:
-        state[self.after] = step
-        state[self.step] = BARRIER
-
-    def _begin_barrier(self, state: State) -> None:
-        """The barrier empties the buffer of this processor, then reaches those of registered processes."""
-        world = self.world
-        world.drain(state, self.processor)
-        awaited = 0
-        for consumer in self.consumers:
-            if state[world.registered] >> consumer.process & 1:
-                awaited |= 1 << consumer.number
-        state[self.awaited] = awaited
-        state[self.step] = BARRIER_RUNS
-        if not awaited:
-            self._barrier_passed(state)
-        if world.tracing:
-            world.note("membarrier begins")
-
-    def barrier_can_reach(self, state: bytes, consumer: Consumer) -> bool:
-        """The barrier has not reached a consumer's processor."""
-        return bool(state[self.awaited] >> consumer.number & 1)
-
-    def barrier_reaches(self, state: State, consumer: Consumer) -> None:
-        """The barrier empties the buffer of a consumer's processor."""
-        world = self.world
-        world.drain(state, consumer.processor)
-        if world.tracing:
-            world.note(f"membarrier reaches the processor of {consumer.name}")
-        state[self.awaited] &= ~(1 << consumer.number)
-        if not state[self.awaited]:
-            self._barrier_passed(state)
-
-    def _barrier_passed(self, state: State) -> None:
-        state[self.step] = state[self.after]
-        state[self.passed] = state[self.after] == END_LOOK
-        state[self.after] = 0
-
-    def barrier_can_fail(self, state: bytes) -> bool:
-        """A barrier begins, and none has failed yet."""
-        return state[self.step] == BARRIER and not state[self.world.barrier_failed]
-
-    def barrier_fails(self, state: State) -> None:
-        """The system call reports an error and has reached no processor. Waits look again after a while."""
-        world = self.world
-        state[world.barrier_failed] = 1
-        world.reached.add("barrier failed")
-        for looker in (self, *self.others):
-            state[looker.relooks] = looker.puts > 0
-        if world.tracing:
-            world.note("membarrier fails")
-        self._failed(state)
-
-    def _failed(self, state: State) -> None:
-        state[self.step] = state[self.after]
-        state[self.after] = 0
-
-    # --- the end of a look ----------------------------------------------------------------------------------------
+    # --- the end of a look -------------------------------------------------------------------------------------
 
     def _end_look(self, state: State) -> None:
         if state[self.world.ring_closed]:
@@ -568,9 +442,7 @@ class Looker:
         world = self.world
         slot = state[self.slot]
         world.reached.add("dropped")
-        self.properties.counted(
-            state, state[world.slot_payload[slot]] - 1, state[world.latched[slot]], DROPPED
-        )
+        self.properties.counted(state, state[world.slot_payload[slot]] - 1, state[world.latched[slot]], DROPPED)
         world.store(state, self.processor, world.generation[slot], 0)
         self._free(state, slot)
         self._forget_victim(state)
@@ -617,26 +489,7 @@ class Looker:
         """The server's thread waits again."""
         state[self.step] = SLEEP
 
-    # --- notifications --------------------------------------------------------------------------------------------
-
-    def notify(self, state: State) -> None:
-        """Notify the claims that wait, and those that look: they look again before they wait."""
-        for other in self.others:
-            other.notified(state)
+    # --- the server's thread ------------------------------------------------------------------------------------
 
     def notified(self, state: State) -> None:
-        """What this thread waits for may have happened; the server's thread waits for the eventfd."""
-
-    def notify_of_retirement(self, state: State) -> None:
-        """Notify the threads that wait until payloads are consumed."""
-        for other in self.others:
-            if other.drains(state) and state[other.step] == SLEEP:
-                state[other.signal] = 1
-
-    def drains(self, state: bytes | State) -> bool:
-        """This thread waits until every payload is consumed."""
-        return False
-
-    def has_finished(self, state: bytes | State) -> bool:
-        """This thread has put all payloads; that of the server waits."""
-        return state[self.step] == SLEEP
+        """The server's thread waits for the eventfd, not for slots."""

@@ -14,7 +14,7 @@ from typing import Final
 RETIRING: Final = 0x80
 """The bit of a generation that marks an undecided drop."""
 CAPACITY: Final = 12
-"""The stores that a buffer holds. The search fails if a scenario needs more; it never leaves out an interleaving."""
+"""The stores that a buffer holds. The search fails if a scenario needs more: it leaves out no interleaving."""
 
 State = bytearray
 Arrival = Callable[[State, int, int], None]
@@ -41,7 +41,7 @@ class Machine:
         self._buffers: list[int] = []
         self._arrivals: list[Arrival | None] = []
 
-    # --- places ---------------------------------------------------------------------------------------------------
+    # --- places ------------------------------------------------------------------------------------------------
 
     def variable(self, name: str, initial: int = 0) -> int:
         """The place of one more byte."""
@@ -70,7 +70,7 @@ class Machine:
         """The state in which every scenario begins."""
         return bytes(self._initial)
 
-    # --- accesses -------------------------------------------------------------------------------------------------
+    # --- accesses ----------------------------------------------------------------------------------------------
 
     def load(self, state: State, processor: int, address: int) -> int:
         """The value of a word, as the processor sees it."""
@@ -112,7 +112,7 @@ class Machine:
         else:
             arrival(state, address, value)
 
-    # --- buffers --------------------------------------------------------------------------------------------------
+    # --- buffers -----------------------------------------------------------------------------------------------
 
     def stores(self, processor: int) -> int:
         """The place of the number of stores in a processor's buffer."""

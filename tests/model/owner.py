@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from model.look import (
-    BARRIER,
-    CLAIM,
-    CLOSE_GENERATION,
-    CLOSE_WORD,
-    COMMIT,
-    COMMITTING,
-    DONE,
-    DROPPING,
-    LOOK,
-    SLEEP,
-    WRITE,
-    Looker,
-)
+from model.look import COMMITTING, DROPPING, Looker
 from model.machine import State
+from model.owner_thread import BARRIER, CLAIM, CLOSE_GENERATION, CLOSE_WORD, COMMIT, DONE, LOOK, SLEEP, WRITE
 from model.scenarios import End, Policy
 from model.world import CLOSED, COMMITTED, FREE, UNDECIDED, WRITING, World
 
@@ -49,12 +37,13 @@ class Owner(Looker):
     def _name(self) -> str:
         return f"owner {self.number + 1}" if self.world.scenario.putting > 1 else "owner"
 
-    # --- questions ------------------------------------------------------------------------------------------------
+    # --- questions ---------------------------------------------------------------------------------------------
 
     def is_woken(self, state: bytes) -> bool:
         """This thread was notified. If a barrier has failed, it looks again once all stores are visible."""
         if state[self.relooks] and not state[self.signal]:
-            return not any(self.world.can_drain(state, each.processor) for each in (self, *self.consumers))
+            processors = [self.processor, *(consumer.processor for consumer in self.consumers)]
+            return not any(self.world.can_drain(state, processor) for processor in processors)
         return bool(state[self.signal])
 
     def has_finished(self, state: bytes | State) -> bool:
@@ -72,20 +61,18 @@ class Owner(Looker):
 
     def _drops(self, state: State) -> bool:
         return (
-            self.policy is Policy.OVERWRITE
-            and state[self.put] < self.puts
-            and self.world.free_slot(state) is None
+            self.policy is Policy.OVERWRITE and state[self.put] < self.puts and self.world.free_slot(state) is None
         )
 
     def _is_satisfied(self, state: State) -> bool:
-        """There is a free slot; after the last payload, all payloads are consumed if the scenario waits for that."""
+        """A slot is free. After the last payload: all payloads are consumed, if the scenario waits for that."""
         world = self.world
         if state[self.put] < self.puts:
             return world.free_slot(state) is not None
         present = [state[place] for place in world.slot_state]
         return world.scenario.end is not End.DRAIN or not (COMMITTED in present or UNDECIDED in present)
 
-    # --- claim ----------------------------------------------------------------------------------------------------
+    # --- claim -------------------------------------------------------------------------------------------------
 
     def _claim(self, state: State) -> None:
         if self._is_satisfied(state):
@@ -146,7 +133,7 @@ class Owner(Looker):
         if self.world.tracing:
             self.world.note("waits")
 
-    # --- drop -----------------------------------------------------------------------------------------------------
+    # --- drop --------------------------------------------------------------------------------------------------
 
     def _may_drop_at_once(self, state: State) -> bool:
         """Without attachments no barrier is needed, whatever another thread has not decided."""
@@ -174,7 +161,7 @@ class Owner(Looker):
         state[self.phase] = DROPPING
         self._read_board_of_victim(state)
 
-    # --- an exception of a signal handler -------------------------------------------------------------------------
+    # --- an exception of a signal handler ----------------------------------------------------------------------
 
     def can_be_interrupted(self, state: bytes) -> bool:
         """An exception can end this look before its barrier, so that its end does not run either."""
@@ -207,7 +194,7 @@ class Owner(Looker):
         if state[place] == UNDECIDED and state[world.slot_payload[state[self.slot]]] == state[self.victim]:
             state[place] = COMMITTED
 
-    # --- write, commit, close -------------------------------------------------------------------------------------
+    # --- write, commit, close ----------------------------------------------------------------------------------
 
     def _write(self, state: State) -> None:
         world = self.world

@@ -38,16 +38,14 @@ class OneMoreStep(Consumer, ABC):
         """The step."""
 
 
-# --- lease ------------------------------------------------------------------------------------------------------------
+# --- lease -----------------------------------------------------------------------------------------------------
 
 
 class ReadsGenerationBeforeWord(OneMoreStep):
     """It writes its lease word after it has read the generation."""
 
     def _begin_lease(self, state: State, operation: Instruction) -> None:
-        generation = self.world.load(
-            state, self.processor, self.world.generation[self._slot(state, operation)]
-        )
+        generation = self.world.load(state, self.processor, self.world.generation[self._slot(state, operation)])
         verdict = self._judge(generation, operation.payload + 1)
         if verdict == LEASED:
             state[self.step] = self.extra
@@ -136,7 +134,7 @@ class SkipsRegistration(Consumer):
         self._next(state)
 
 
-# --- end --------------------------------------------------------------------------------------------------------------
+# --- end -------------------------------------------------------------------------------------------------------
 
 
 class WritesBoardAfterWord(OneMoreStep):
@@ -214,7 +212,7 @@ class GivesIndexBackFirst(OneMoreStep):
         """The index has been given back."""
 
 
-# --- doorbell ---------------------------------------------------------------------------------------------------------
+# --- doorbell --------------------------------------------------------------------------------------------------
 
 
 class NoDoorbellAfterEnd(Consumer):
@@ -259,7 +257,7 @@ class ReadsDoorbellFirst(OneMoreStep):
             self._cleared(state, operation)
 
 
-# --- the end of an attachment -----------------------------------------------------------------------------------------
+# --- the end of an attachment ----------------------------------------------------------------------------------
 
 
 class IgnoresClosedFlag(Consumer):

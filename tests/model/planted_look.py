@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from model.look import BEGINNING, BARRIER, DROP, DROPPING, END_LOOK, ENDING, GIVE_BACK, SCAN, VICTIM_BOARD, Looker
+from model.look import ENDING, Looker
 from model.machine import State
+from model.owner_thread import END_LOOK
 from model.properties import Properties
-from model.world import COMMITTED, DUE, RETIRED, UNDECIDED, World
+from model.world import DUE, RETIRED, UNDECIDED, World
 
-# --- retire -----------------------------------------------------------------------------------------------------------
+# --- retire ----------------------------------------------------------------------------------------------------
 
 
 class FencesItselfOnly(Looker):
@@ -118,7 +119,7 @@ class NeverScansAgain(Looker):
         super()._free_due(state)
 
 
-# --- attachments that their consumers end -----------------------------------------------------------------------------
+# --- attachments that their consumers end ----------------------------------------------------------------------
 
 
 class ReadsEndWordLast(Looker):
@@ -135,7 +136,7 @@ class EndsAttachmentUnderLease(Looker):
         return page & 1 == 1
 
 
-# --- drop -------------------------------------------------------------------------------------------------------------
+# --- drop ------------------------------------------------------------------------------------------------------
 
 
 class ClearsUndecided(Looker):
@@ -210,7 +211,7 @@ class GivesBackWithoutRetiring(Looker):
         return own
 
 
-# --- notifications ----------------------------------------------------------------------------------------------------
+# --- notifications ---------------------------------------------------------------------------------------------
 
 
 class ResetsEventfdLate(Looker):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from model.look import CLOSE_GENERATION, CLOSE_WORD, COMMIT, DONE, LOOK, SLEEP
 from model.machine import State
 from model.owner import Owner
-from model.properties import Properties
-from model.world import CLOSED, World
+from model.owner_thread import CLOSE_GENERATION, COMMIT, DONE, LOOK, SLEEP
 
-# --- commit -----------------------------------------------------------------------------------------------------------
+# --- commit ----------------------------------------------------------------------------------------------------
 
 
 class CommitsGenerationFirst(Owner):
@@ -44,7 +42,7 @@ class CommitsSilently(Owner):
         """No other thread is notified."""
 
 
-# --- wait -------------------------------------------------------------------------------------------------------------
+# --- wait ------------------------------------------------------------------------------------------------------
 
 
 class NoBarrierInWait(Owner):
@@ -104,11 +102,11 @@ class WaitsAlthoughNotified(Owner):
             super().notified(state)
 
 
-# --- drop -------------------------------------------------------------------------------------------------------------
+# --- drop ------------------------------------------------------------------------------------------------------
 
 
 class DropsAtOnceWithoutBoard(Owner):
-    """Without attachments it drops a payload and does not read the board, which consumers wrote before they ended."""
+    """Without attachments it drops a payload and does not read what ended consumers have left on the board."""
 
     def _drop_at_once(self, state: State) -> None:
         super()._drop_at_once(state)
@@ -122,7 +120,7 @@ class StaysUndecidedAfterException(Owner):
         """The drop stays undecided."""
 
 
-# --- close ------------------------------------------------------------------------------------------------------------
+# --- close -----------------------------------------------------------------------------------------------------
 
 
 class ClosesWordLast(Owner):

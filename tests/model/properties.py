@@ -13,12 +13,12 @@ from model.world import (
     COMMITTED,
     DIRECT,
     DROPPED,
+    DUE,
     FREE,
     KEPT,
     OVER_SOCKET,
     REPLACED,
     RETIRED,
-    DUE,
     UNDECIDED,
     Lease,
     World,
@@ -27,7 +27,7 @@ from model.world import (
 
 if TYPE_CHECKING:
     from model.consumer import Consumer
-    from model.look import Looker
+    from model.owner_thread import OwnerThread
 
 
 class Property(Enum):
@@ -73,7 +73,7 @@ class Properties:
         for payload, address in enumerate(world.stale):
             world.on_arrival(address, partial(self._stale_arrives, payload))
 
-    # --- stores that become visible -------------------------------------------------------------------------------
+    # --- stores that become visible ----------------------------------------------------------------------------
 
     def _generation_arrives(self, state: State, address: int, value: int) -> None:
         state[address] = value
@@ -88,7 +88,7 @@ class Properties:
             if held and state[world.slot_of[lease.payload]] == slot and lease.payload + 1 != value:
                 raise ViolationError(
                     Property.SLOT_CHANGED,
-                    f"slot {slot} is written while {consumer_name(lease.thread)} has a lease of payload {lease.payload}",
+                    f"slot {slot} is written under the lease of {consumer_name(lease.thread)} on payload {lease.payload}",
                 )
 
     def _board_arrives(self, slot: int, reader: int, state: State, address: int, value: int) -> None:
@@ -101,11 +101,11 @@ class Properties:
                 Property.MISCOUNTED, f"payload {payload} is consumed by reader id {reader} after it was counted"
             )
         present = state[world.slot_payload[slot]]
-        if present and present != value and state[world.consumed[present - 1]] >> reader & 1:
-            if not state[world.latched[slot]] >> reader & 1:
-                raise ViolationError(
-                    Property.UNDONE, f"the board word of payload {present - 1} and reader id {reader} is overwritten"
-                )
+        overwritten = present and present != value and state[world.consumed[present - 1]] >> reader & 1
+        if overwritten and not state[world.latched[slot]] >> reader & 1:
+            raise ViolationError(
+                Property.UNDONE, f"the word of payload {present - 1} and reader id {reader} is overwritten"
+            )
 
     def _stale_arrives(self, payload: int, state: State, address: int, value: int) -> None:
         state[address] |= value
@@ -122,7 +122,7 @@ class Properties:
         if readers and not undecided and state[world.fate[payload]] not in (DROPPED, REPLACED):
             raise ViolationError(Property.STALE, f"payload {payload}, reader ids {self._names(readers)}")
 
-    # --- steps of consumers ---------------------------------------------------------------------------------------
+    # --- steps of consumers ------------------------------------------------------------------------------------
 
     def generation_accepted(self, state: State, payload: int) -> None:
         """A direct lease finds the generation of its payload."""
@@ -144,16 +144,16 @@ class Properties:
     def word_cleared(self, state: State, ended: Lease) -> None:
         """The lease `ended` stores 0 in its word."""
         threads = self.world.scenario.threads
-        process, index = threads[ended.thread].process, state[ended.index]
+        process, index = threads[ended.thread].process, state[ended.word_index]
         for lease in self.world.leases:
-            same_word = threads[lease.thread].process == process and state[lease.index] == index
+            same_word = threads[lease.thread].process == process and state[lease.word_index] == index
             if lease != ended and same_word and state[lease.state] == DIRECT:
                 raise ViolationError(
                     Property.FOREIGN_END,
                     f"word {index} of process {process} names the lease of payload {lease.payload}",
                 )
 
-    # --- steps of the owner ---------------------------------------------------------------------------------------
+    # --- steps of the owner ------------------------------------------------------------------------------------
 
     def given_back(self, state: State, payload: int) -> None:
         """An undecided drop ends without a drop."""
@@ -173,9 +173,9 @@ class Properties:
             raise ViolationError(Property.MISCOUNTED, f"payload {payload}, reader ids {self._names(missed)}")
         state[world.fate[payload]] = fate
 
-    # --- at rest --------------------------------------------------------------------------------------------------
+    # --- at rest -----------------------------------------------------------------------------------------------
 
-    def at_rest(self, state: State | bytes, lookers: list[Looker], consumers: list[Consumer]) -> None:
+    def at_rest(self, state: State | bytes, lookers: list[OwnerThread], consumers: list[Consumer]) -> None:
         """Nothing happens any more unless a process is killed: this is where lost wake-ups show."""
         for consumer in consumers:
             if not consumer.rests(state):
@@ -205,7 +205,7 @@ class Properties:
                     named |= 1 << state[word] - 1
                     owned = any(
                         state[lease.state] == DIRECT
-                        and state[lease.index] == index
+                        and state[lease.word_index] == index
                         and world.scenario.threads[lease.thread].process == process
                         for lease in world.leases
                     )
@@ -236,7 +236,8 @@ class Properties:
         world = self.world
         for payload in range(world.scenario.payloads):
             slot = state[world.slot_of[payload]]
-            committed = state[world.slot_state[slot]] == COMMITTED and state[world.generation[slot]] & ~RETIRING == payload + 1
+            generation = state[world.generation[slot]] & ~RETIRING
+            committed = state[world.slot_state[slot]] == COMMITTED and generation == payload + 1
             kept = state[world.slot_payload[slot]] == payload + 1 and (
                 committed or state[world.slot_state[slot]] == CLOSED
             )

@@ -196,8 +196,10 @@ _DROP: Final = (
 )
 
 SCENARIOS: Final = (
-    # --- retire and wait ----------------------------------------------------------------------------------------
-    Scenario("reuse", "one slot is used three times, one consumer", (Thread(0, 0, consume(0, 1, 2)),), reaches=_WAIT),
+    # --- retire and wait ---------------------------------------------------------------------------------------
+    Scenario(
+        "reuse", "one slot is used three times, one consumer", (Thread(0, 0, consume(0, 1, 2)),), reaches=_WAIT
+    ),
     Scenario(
         "drain",
         "the owner waits until everything is consumed",
@@ -213,6 +215,7 @@ SCENARIOS: Final = (
         payloads=4,
         slots=2,
         reaches=(*_WAIT, "slots retired together"),
+        quick=False,
     ),
     Scenario(
         "two-leases",
@@ -228,6 +231,7 @@ SCENARIOS: Final = (
         (Thread(0, 0, consume(0, 1)), Thread(1, 1, consume(0, 1))),
         readers=2,
         reaches=_WAIT,
+        quick=False,
     ),
     Scenario(
         "two-attachments",
@@ -249,12 +253,14 @@ SCENARIOS: Final = (
         (Thread(0, 0, release(0) + consume(0)), Thread(1, 0, consume(0))),
         payloads=2,
         reaches=(*_WAIT, _STALE),
+        quick=False,
     ),
     Scenario(
         "acknowledge",
         "a consumer consumes without reading while another one consumes two payloads",
         (Thread(0, 0, acknowledge(0)), Thread(1, 0, consume(0, 1))),
         reaches=(*_WAIT, _STALE),
+        quick=False,
     ),
     Scenario(
         "attach",
@@ -271,6 +277,7 @@ SCENARIOS: Final = (
         slots=2,
         putting=2,
         reaches=_WAIT,
+        quick=False,
     ),
     Scenario(
         "two-putting-drop",
@@ -280,8 +287,9 @@ SCENARIOS: Final = (
         putting=2,
         policy=Policy.OVERWRITE,
         reaches=(*_DROP, "owner woken", _STALE),
+        quick=False,
     ),
-    # --- processes that are killed, sockets that are closed -------------------------------------------------------
+    # --- processes that are killed, sockets that are closed ----------------------------------------------------
     Scenario(
         "kill",
         "one of two attachments of a reader id is killed",
@@ -289,6 +297,7 @@ SCENARIOS: Final = (
         payloads=2,
         crashes=(0,),
         reaches=(*_WAIT, _STALE, "killed under a lease"),
+        quick=False,
     ),
     Scenario(
         "kill-both",
@@ -298,6 +307,7 @@ SCENARIOS: Final = (
         readers=2,
         crashes=(0, 1),
         reaches=(*_WAIT, "killed under a lease"),
+        quick=False,
     ),
     Scenario(
         "attach-kill",
@@ -316,7 +326,7 @@ SCENARIOS: Final = (
         sockets=(0,),
         reaches=(*_WAIT, *_DROP, "socket closed"),
     ),
-    # --- ends -----------------------------------------------------------------------------------------------------
+    # --- ends --------------------------------------------------------------------------------------------------
     Scenario(
         "end-again",
         "a lease is ended a second time while the next one has its word",
@@ -332,7 +342,7 @@ SCENARIOS: Final = (
         words=2,
         reaches=(*_WAIT, _STALE, "second end"),
     ),
-    # --- drop -----------------------------------------------------------------------------------------------------
+    # --- drop --------------------------------------------------------------------------------------------------
     Scenario(
         "drop",
         "payloads are dropped or given back, one consumer, one slot is used three times",
@@ -348,6 +358,7 @@ SCENARIOS: Final = (
         slots=2,
         policy=Policy.OVERWRITE,
         reaches=(*_WAIT, *_DROP, _STALE),
+        quick=False,
     ),
     Scenario(
         "drop-two-attachments",
@@ -402,8 +413,9 @@ SCENARIOS: Final = (
         putting=2,
         barrier_fails=True,
         reaches=(*_WAIT, "barrier failed"),
+        quick=False,
     ),
-    # --- newest, network lanes, close -----------------------------------------------------------------------------
+    # --- newest, network lanes, close --------------------------------------------------------------------------
     Scenario(
         "newest",
         "payloads are replaced while two consumers lease them",
@@ -411,6 +423,7 @@ SCENARIOS: Final = (
         slots=2,
         policy=Policy.NEWEST,
         reaches=(*_WAIT, _STALE),
+        quick=False,
     ),
     Scenario(
         "newest-attach",
@@ -461,13 +474,14 @@ SCENARIOS: Final = (
         end=End.CLOSE,
         reaches=("closed under a lease", "refused by a closed ring"),
     ),
-    # --- attachments that their consumers end, exceptions, servers that stop -----------------------------------------
+    # --- attachments that their consumers end, exceptions, servers that stop -----------------------------------
     Scenario(
         "end-attachment",
         "a consumer leases and ends its attachment; another one stays",
         (Thread(0, 0, lease(0) + CLOSE + end(0)), Thread(1, 0, consume(0))),
         payloads=2,
         reaches=(*_WAIT, _STALE, "attachment ended by its consumer", "attachment closed under a lease"),
+        quick=False,
     ),
     Scenario(
         "end-attachment-drop",

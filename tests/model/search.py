@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from model.defects import NO_DEFECT, Defect
 from model.machine import State
+from model.owner_thread import OwnerThread
 from model.properties import Properties, Property, ViolationError
 from model.scenarios import Kind, Scenario
 from model.world import World
@@ -66,7 +67,7 @@ class Model:
         self.properties = properties = Properties(world)
         self.consumers = [defect.consumer(world, properties, each) for each in range(len(scenario.threads))]
         self.owners = [defect.owner(world, properties, each) for each in range(scenario.putting)]
-        self.lookers = [*self.owners, defect.looker(world, properties, scenario.putting)]
+        self.lookers: list[OwnerThread] = [*self.owners, defect.looker(world, properties, scenario.putting)]
         self.server = defect.server(world, properties)
         for consumer in self.consumers:
             consumer.resolve(self.consumers)

@@ -15,7 +15,7 @@ from model.scenarios import Kind
 from model.world import COMMITTED, DUE, RETIRED, UNDECIDED, World
 
 if TYPE_CHECKING:
-    from model.look import Looker
+    from model.owner_thread import OwnerThread
     from model.properties import Properties
 
 FurtherTransition = tuple[Callable[[bytes], bool], Callable[[State], None]]
@@ -27,10 +27,10 @@ class Server:
     def __init__(self, world: World, properties: Properties) -> None:
         self.world = world
         self.properties = properties
-        self.lookers: list[Looker] = []
+        self.lookers: list[OwnerThread] = []
         self.consumers: list[Consumer] = []
 
-    def resolve(self, lookers: list[Looker], consumers: list[Consumer]) -> None:
+    def resolve(self, lookers: list[OwnerThread], consumers: list[Consumer]) -> None:
         """Know the threads that the server works with."""
         self.lookers = lookers
         self.consumers = consumers
@@ -42,7 +42,7 @@ class Server:
     def _has_lock(self, state: bytes) -> bool:
         return all(looker.has_unlocked(state) for looker in self.lookers)
 
-    # --- leases over the socket -----------------------------------------------------------------------------------
+    # --- leases over the socket --------------------------------------------------------------------------------
 
     def can_answer(self, state: bytes, consumer: Consumer) -> bool:
         """The consumer has asked for a lease, and what it has sent before has been received."""
@@ -134,7 +134,7 @@ class Server:
     def _notify(self, state: State) -> None:
         self.lookers[-1].notify(state)
 
-    # --- attachments ----------------------------------------------------------------------------------------------
+    # --- attachments -------------------------------------------------------------------------------------------
 
     def can_attach(self, state: bytes, consumer: Consumer) -> bool:
         """The consumer has asked to attach."""
@@ -173,7 +173,7 @@ class Server:
             self.world.note(f"the connections of process {process} end")
         self._notify_of_end(state)
 
-    # --- faults ---------------------------------------------------------------------------------------------------
+    # --- faults ------------------------------------------------------------------------------------------------
 
     def can_be_killed(self, state: bytes, process: int) -> bool:
         """The process is alive, and at least one of its threads has something left to do."""
@@ -194,7 +194,7 @@ class Server:
                 if state[lease.state]:
                     world.reached.add("killed under a lease")
                 state[lease.state] = 0
-                state[lease.index] = 0
+                state[lease.word_index] = 0
         for consumer in self.consumers:
             if consumer.process == process:
                 consumer.killed(state)

@@ -1,14 +1,14 @@
-"""The variables of a scenario: shared words, what the owner and the kernel know, and the history that is checked."""
+"""The variables of a scenario: shared words, what owner and kernel know, and the history that is checked."""
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from model.machine import Machine, State
 from model.scenarios import Kind, Policy, Scenario
 
-# States of a slot in the owner's table. UNDECIDED: it may be dropped. RETIRED: leased over the socket. DUE: retired,
-# direct leases on it are not ruled out.
+# States of a slot in the owner's table. UNDECIDED: it may be dropped. RETIRED: it is leased over the socket. DUE:
+# it is retired, direct leases on it are not ruled out.
 FREE, WRITING, COMMITTED, UNDECIDED, RETIRED, DUE, CLOSED = range(7)
 
 # States of a lease.
@@ -28,13 +28,13 @@ class Lease(NamedTuple):
 
     Attributes:
         state: the place of its state; DIRECT and OVER_SOCKET mean that its token has not been taken.
-        index: the place of the index of its lease word.
+        word_index: the place of the index of its lease word.
         thread: the thread that leases.
         payload: the sequence number of the payload.
     """
 
     state: int
-    index: int
+    word_index: int
     thread: int
     payload: int
 
@@ -75,7 +75,7 @@ class World(Machine):
             process: self.variable(f"end word of process {process}") for process in scenario.closing_processes
         }
         self.always = self.variable("1", 1)
-        # Known to the threads of one process: which indices of its page are not in use, and whether it begins leases.
+        # Known to the threads of one process: the indices of its page that are not in use; it begins no leases.
         self.spare = [
             [self.variable(f"index {index} of process {process} is not in use", 1) for index in words]
             for process in processes
@@ -85,7 +85,9 @@ class World(Machine):
         # History, for the properties. A bit for each reader id, or for each payload.
         self.published = self.variable("payloads whose generation has been visible")
         self.consumed = [self.variable(f"reader ids that consumed payload {payload}") for payload in payloads]
-        self.stale = [self.variable(f"reader ids that received STALE for payload {payload}") for payload in payloads]
+        self.stale = [
+            self.variable(f"reader ids that received STALE for payload {payload}") for payload in payloads
+        ]
         self.fate = [self.variable(f"fate of payload {payload}") for payload in payloads]
         self.slot_of = [self.variable(f"slot of payload {payload}") for payload in payloads]
 

@@ -390,7 +390,7 @@ class SlotTable:
         if not self.ready:
             return False
         slot = next(slot for slot in self.live.values() if slot.state is _READY)
-        self._learn(slot, range(self._readers))  # from consumers that have ended since the last look
+        self._learn(slot, range(self._readers))  # from consumers that ended after the board was read
         if not slot.retired:
             self._drop(slot)
         return True

@@ -281,7 +281,7 @@ def test_the_end_of_a_lease_wakes_a_claim_that_waits(ring: SharedRingBuffer) -> 
     claimed[0].abort()
 
 
-def test_a_claim_in_a_ring_that_overwrites_goes_on_when_the_server_learns_of_the_end_of_a_lease(
+def test_a_claim_in_a_ring_that_overwrites_is_woken_when_the_server_learns_of_the_end_of_a_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
