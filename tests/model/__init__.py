@@ -9,8 +9,8 @@ must violate a property. docs/testing.md states what is modelled and what is not
 | `machine` | memory and processors: total store order, with a FIFO store buffer for each thread |
 | `world` | the words and variables of a scenario, and the history that is checked |
 | `consumer` | a consumer's thread: lease, read, end, and the end of its attachment |
-| `owner_thread`, `look`, `owner` | a thread of the owner: the ring's lock and barrier; its looks; claim to close |
+| `owner_thread`, `observer`, `owner` | a thread of the owner: lock and barrier; observations; claim to close |
 | `server` | leases over the socket, attachments, and faults of processes and servers |
-| `planted_consumer`, `planted_look`, `planted_owner`, `planted_server` | the same with a defect |
+| `planted_consumer`, `planted_observer`, `planted_owner`, `planted_server` | the same with a defect |
 | `search` | the search over all interleavings |
 """

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final, NamedTuple, cast
 
 from model import planted_consumer as consumers
-from model import planted_look as looks
+from model import planted_observer as observers
 from model import planted_owner as owners
 from model import planted_server as servers
 from model.consumer import Consumer
-from model.look import Looker
+from model.observer import Observer
 from model.owner import Owner
 from model.properties import Property
 from model.server import Server
@@ -25,7 +25,7 @@ class Defect(NamedTuple):
         change: what it changes.
         consumer: the class of consumers.
         owner: the class of the owner's threads that put payloads.
-        looker: the class of the server's thread that looks.
+        observer: the class of the server's thread that observers.
         server: the class of the server.
     """
 
@@ -35,7 +35,7 @@ class Defect(NamedTuple):
     change: str
     consumer: type[Consumer] = Consumer
     owner: type[Owner] = Owner
-    looker: type[Looker] = Looker
+    observer: type[Observer] = Observer
     server: type[Server] = Server
 
 
@@ -50,9 +50,9 @@ def _of_owner(name: str, scenario: str, violated: Property, owner: type[Owner]) 
     return Defect(name, scenario, violated, owner.__doc__ or "", owner=owner)
 
 
-def _of_look(name: str, scenario: str, violated: Property, looker: type[Looker]) -> Defect:
-    owner = cast("type[Owner]", type(looker.__name__, (looker, Owner), {}))
-    return Defect(name, scenario, violated, looker.__doc__ or "", owner=owner, looker=looker)
+def _of_observer(name: str, scenario: str, violated: Property, observer: type[Observer]) -> Defect:
+    owner = cast("type[Owner]", type(observer.__name__, (observer, Owner), {}))
+    return Defect(name, scenario, violated, observer.__doc__ or "", owner=owner, observer=observer)
 
 
 def _of_server(name: str, scenario: str, violated: Property, server: type[Server]) -> Defect:
@@ -93,24 +93,24 @@ DEFECTS: Final = (
     _of_consumer("end-word-before-flag", "end-attachment-threads", _MISCOUNTED, consumers.EndWordBeforeFlag),
     # --- commit and retire -------------------------------------------------------------------------------------
     _of_owner("generation-before-content", "reuse", _OTHER_BYTES, owners.CommitsGenerationFirst),
-    _of_look("barrier-left-out-of-retire", "two-attachments", _CHANGED, looks.NoBarrierInRetire),
-    _of_look("fence-instead-of-barrier", "two-attachments", _CHANGED, looks.FencesItselfOnly),
-    _of_look("generation-cleared-after-scan", "newest-attach", _CHANGED, looks.ClearsGenerationAfterScan),
-    _of_look("barrier-of-another-look", "newest-two-putting", _CHANGED, looks.FreesWithBarrierOfAnother),
-    _of_look("due-again-freed-by-older-look", "due-again", _CHANGED, looks.KnowsDueSlotsByIndex),
-    _of_look("failed-barrier-ignored", "barrier-fails", _CHANGED, looks.IgnoresFailedBarrier),
-    _of_look("undecided-after-failed-barrier", "barrier-fails", _LOST, looks.KeepsVictimAfterFailure),
-    _of_look("socket-leases-ignored", "network", _CHANGED, looks.IgnoresLeasesOverSocket),
-    _of_look("any-board-value", "reuse", _LOST, looks.TakesAnyBoardValue),
-    _of_look("never-scanned-again", "reuse", _WAKE_UP, looks.NeverScansAgain),
-    _of_look("dead-attachments-count", "kill", _WAKE_UP, looks.CountsDeadAttachments),
+    _of_observer("barrier-left-out-of-retire", "two-attachments", _CHANGED, observers.NoBarrierInRetire),
+    _of_observer("fence-instead-of-barrier", "two-attachments", _CHANGED, observers.FencesItselfOnly),
+    _of_observer("generation-cleared-after-scan", "newest-attach", _CHANGED, observers.ClearsGenerationAfterScan),
+    _of_observer("barrier-of-another-thread", "newest-two-putting", _CHANGED, observers.FreesWithBarrierOfAnother),
+    _of_observer("due-again-freed-by-older-barrier", "due-again", _CHANGED, observers.KnowsDueSlotsByIndex),
+    _of_observer("failed-barrier-ignored", "barrier-fails", _CHANGED, observers.IgnoresFailedBarrier),
+    _of_observer("undecided-after-failed-barrier", "barrier-fails", _LOST, observers.KeepsVictimAfterFailure),
+    _of_observer("socket-leases-ignored", "network", _CHANGED, observers.IgnoresLeasesOverSocket),
+    _of_observer("any-board-value", "reuse", _LOST, observers.TakesAnyBoardValue),
+    _of_observer("never-scanned-again", "reuse", _WAKE_UP, observers.NeverScansAgain),
+    _of_observer("dead-attachments-count", "kill", _WAKE_UP, observers.CountsDeadAttachments),
     # --- drop --------------------------------------------------------------------------------------------------
-    _of_look("barrier-left-out-of-drop", "drop", _CHANGED, looks.NoBarrierInDrop),
-    _of_look("generation-0-while-undecided", "drop", _STALE, looks.ClearsUndecided),
-    _of_look("drop-without-second-scan", "drop", _CHANGED, looks.DropsWithoutSecondScan),
-    _of_look("drop-under-socket-lease", "drop", _CHANGED, looks.DropsUnderLeaseOverSocket),
-    _of_look("drop-without-board", "drop", _MISCOUNTED, looks.DropsWithoutBoard),
-    _of_look("drop-board-before-words", "drop", _MISCOUNTED, looks.DropReadsBoardFirst),
+    _of_observer("barrier-left-out-of-drop", "drop", _CHANGED, observers.NoBarrierInDrop),
+    _of_observer("generation-0-while-undecided", "drop", _STALE, observers.ClearsUndecided),
+    _of_observer("drop-without-second-scan", "drop", _CHANGED, observers.DropsWithoutSecondScan),
+    _of_observer("drop-under-socket-lease", "drop", _CHANGED, observers.DropsUnderLeaseOverSocket),
+    _of_observer("drop-without-board", "drop", _MISCOUNTED, observers.DropsWithoutBoard),
+    _of_observer("drop-board-before-words", "drop", _MISCOUNTED, observers.DropReadsBoardFirst),
     _of_owner("drop-at-once-without-board", "end-attachment-drop", _MISCOUNTED, owners.DropsAtOnceWithoutBoard),
     _of_owner("undecided-after-exception", "exception", _LOST, owners.StaysUndecidedAfterException),
     # --- wait --------------------------------------------------------------------------------------------------
@@ -119,13 +119,15 @@ DEFECTS: Final = (
     _of_owner("wait-reads-board-only", "reuse", _WAKE_UP, owners.WaitReadsBoardOnly),
     _of_owner("wait-reads-words-only", "reuse", _WAKE_UP, owners.WaitReadsWordsOnly),
     _of_owner("wait-although-notified", "drop", _WAKE_UP, owners.WaitsAlthoughNotified),
-    _of_look("eventfd-reset-late", "two-reader-ids", _WAKE_UP, looks.ResetsEventfdLate),
+    _of_observer("eventfd-reset-late", "two-reader-ids", _WAKE_UP, observers.ResetsEventfdLate),
     _of_owner("doorbell-of-others-cleared", "two-putting-drop", _WAKE_UP, owners.ClearsDoorbellOfOthers),
     _of_owner("commit-not-notified", "two-putting-drop", _WAKE_UP, owners.CommitsSilently),
-    _of_look("free-slots-not-notified", "reuse", _WAKE_UP, looks.WakesAlone),
-    _of_look("ready-not-notified", "socket", _WAKE_UP, looks.KeepsEndsOfLeasesToItself),
-    _of_look("retirement-not-notified", "drain", _WAKE_UP, looks.LooksWithoutRetiring),
-    _of_look("last-attachment-not-notified", "end-attachment-drop", _WAKE_UP, looks.LosesLastAttachmentSilently),
+    _of_observer("free-slots-not-notified", "reuse", _WAKE_UP, observers.WakesAlone),
+    _of_observer("ready-not-notified", "socket", _WAKE_UP, observers.KeepsEndsOfLeasesToItself),
+    _of_observer("retirement-not-notified", "drain", _WAKE_UP, observers.RetiresSilently),
+    _of_observer(
+        "last-attachment-not-notified", "end-attachment-drop", _WAKE_UP, observers.LosesLastAttachmentSilently
+    ),
     # --- close -------------------------------------------------------------------------------------------------
     _of_owner("closed-word-after-generations", "close", _STALE, owners.ClosesWordLast),
     _of_owner("closed-word-left-out", "close", _STALE, owners.ClosesWithoutWord),
@@ -137,11 +139,11 @@ DEFECTS: Final = (
     _of_server("attachment-ended-by-socket", "socket", _CHANGED, servers.EndsAttachmentWithSocket),
     _of_server("attachment-ended-by-empty-page", "socket", _CHANGED, servers.EndsAttachmentWithEmptyPage),
     _of_server("welcome-before-list", "drop-attach", _CHANGED, servers.WelcomesBeforeListing),
-    _of_look("end-word-after-lease-words", "end-attachment", _CHANGED, looks.ReadsEndWordLast),
-    _of_look("attachment-ended-under-lease", "end-attachment", _CHANGED, looks.EndsAttachmentUnderLease),
+    _of_observer("end-word-after-lease-words", "end-attachment", _CHANGED, observers.ReadsEndWordLast),
+    _of_observer("attachment-ended-under-lease", "end-attachment", _CHANGED, observers.EndsAttachmentUnderLease),
     # --- a server that stops -----------------------------------------------------------------------------------
     _of_server("retiring-left-out-without-server", "server-stops", _UNSERVED, servers.StopsSilently),
     _of_server("undecided-drop-published", "server-stops", _CHANGED, servers.PublishesUndecided),
     _of_owner("commit-without-server", "server-stops", _UNSERVED, owners.CommitsWithoutRetiring),
-    _of_look("given-back-without-server", "server-stops", _UNSERVED, looks.GivesBackWithoutRetiring),
+    _of_observer("given-back-without-server", "server-stops", _UNSERVED, observers.GivesBackWithoutRetiring),
 )

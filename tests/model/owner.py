@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from model.look import COMMITTING, DROPPING, Looker
 from model.machine import State
-from model.owner_thread import BARRIER, CLAIM, CLOSE_GENERATION, CLOSE_WORD, COMMIT, DONE, LOOK, SLEEP, WRITE
+from model.observer import COMMITTING, DROPPING, Observer
+from model.owner_thread import (
+    BARRIER,
+    BEGIN_OBSERVATION,
+    CLAIM,
+    CLOSE_GENERATION,
+    CLOSE_WORD,
+    COMMIT,
+    DONE,
+    SLEEP,
+    WRITE,
+)
 from model.scenarios import End, Policy
 from model.world import CLOSED, COMMITTED, FREE, UNDECIDED, WRITING, World
 
@@ -14,8 +24,8 @@ if TYPE_CHECKING:
     from model.properties import Properties
 
 
-class Owner(Looker):
-    """A thread of the owner that puts payloads, and looks when it needs a slot."""
+class Owner(Observer):
+    """A thread of the owner that puts payloads, and observes consumers when it needs a slot."""
 
     kind = "owner"
 
@@ -40,8 +50,8 @@ class Owner(Looker):
     # --- questions ---------------------------------------------------------------------------------------------
 
     def is_woken(self, state: bytes) -> bool:
-        """This thread was notified. If a barrier has failed, it looks again once all stores are visible."""
-        if state[self.relooks] and not state[self.signal]:
+        """This thread was notified. If a barrier has failed, it observes again once all stores are visible."""
+        if state[self.observes_again] and not state[self.signal]:
             processors = [self.processor, *(consumer.processor for consumer in self.consumers)]
             return not any(self.world.can_drain(state, processor) for processor in processors)
         return bool(state[self.signal])
@@ -76,29 +86,29 @@ class Owner(Looker):
 
     def _claim(self, state: State) -> None:
         if self._is_satisfied(state):
-            self._take(state)
+            self._claim_slot(state)
         else:
-            self._look(state)
+            self._begin_observation(state)
 
-    def _looked(self, state: State) -> None:
-        """Take a slot that is free; else set the doorbell and look again; then wait."""
+    def _observation_ended(self, state: State) -> None:
+        """Take a slot that is free; else set the doorbell and observe again; then wait."""
         world = self.world
         if self._is_satisfied(state):
-            self._take(state)
+            self._claim_slot(state)
         elif self._may_drop_at_once(state):
             self._drop_at_once(state)
         elif not state[self.armed]:
             self._arm(state)
         elif state[self.signal]:
-            world.reached.add("another look before the wait")
-            self._look(state)
+            world.reached.add("another observation before the wait")
+            self._begin_observation(state)
         else:
             self._wait(state)
 
-    def _take(self, state: State) -> None:
+    def _claim_slot(self, state: State) -> None:
         world = self.world
         state[self.signal] = 0
-        state[self.relooks] = 0
+        state[self.observes_again] = 0
         if state[self.armed]:
             state[self.armed] = 0
             self._clear_doorbell(state)
@@ -123,10 +133,10 @@ class Owner(Looker):
             self.world.store(state, self.processor, self.world.doorbell, 0)
 
     def _arm(self, state: State) -> None:
-        """Consumers ring from now on; a barrier and another look follow."""
+        """Consumers ring from now on; a barrier and another observation follow."""
         self.world.store(state, self.processor, self.world.doorbell, 1)
         state[self.armed] = 1
-        self._barrier_then(state, LOOK)
+        self._barrier_then(state, BEGIN_OBSERVATION)
 
     def _wait(self, state: State) -> None:
         state[self.step] = SLEEP
@@ -164,7 +174,7 @@ class Owner(Looker):
     # --- an exception of a signal handler ----------------------------------------------------------------------
 
     def can_be_interrupted(self, state: bytes) -> bool:
-        """An exception can end this look before its barrier, so that its end does not run either."""
+        """An exception can end this observation before its barrier, so that its end does not run either."""
         return (
             state[self.step] == BARRIER
             and state[self.victim] != 0
@@ -173,12 +183,12 @@ class Owner(Looker):
         )
 
     def interrupt(self, state: State) -> None:
-        """The claim ends with the exception, and the look is gone. RETIRING stays in the generation."""
+        """The claim ends with the exception, and the observation is gone. RETIRING stays in the generation."""
         world = self.world
         state[world.interrupted] = 1
-        world.reached.add("look ended by an exception")
+        world.reached.add("observation ended by an exception")
         if world.tracing:
-            world.note("an exception ends the look and the claim")
+            world.note("an exception ends the observation and the claim")
         self._release_victim(state)
         for place in (self.victim, self.slot, self.after, self.signal, *self.due_of):
             state[place] = 0

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 # Steps: places in `OwnerThread.steps`, to which planted defects append.
 (
-    LOOK,
+    BEGIN_OBSERVATION,
     OBSERVE,
     RETIRE,
     SCAN,
     MARK,
     BARRIER,
-    END_LOOK,
+    END_OBSERVATION,
     VICTIM_BOARD,
     VICTIM_RETIRE,
     DROP,
     GIVE_BACK,
-    LOOKED,
+    OBSERVED,
     SLEEP,
     DONE,
     CLAIM,
@@ -42,9 +42,21 @@ BARRIER_RUNS: Final = 100
 """The barrier reaches the consumers' processors, one after the other, in any order."""
 
 UNLOCKED: Final = frozenset(
-    {LOOK, BARRIER, BARRIER_RUNS, END_LOOK, LOOKED, SLEEP, DONE, CLAIM, WRITE, COMMIT, CLOSE_WORD}
+    {
+        BEGIN_OBSERVATION,
+        BARRIER,
+        BARRIER_RUNS,
+        END_OBSERVATION,
+        OBSERVED,
+        SLEEP,
+        DONE,
+        CLAIM,
+        WRITE,
+        COMMIT,
+        CLOSE_WORD,
+    }
 )
-_TAKES_LOCK: Final = frozenset({LOOK, END_LOOK, LOOKED, SLEEP, CLAIM, COMMIT, CLOSE_WORD})
+_TAKES_LOCK: Final = frozenset({BEGIN_OBSERVATION, END_OBSERVATION, OBSERVED, SLEEP, CLAIM, COMMIT, CLOSE_WORD})
 
 
 class OwnerThread(ABC):
@@ -57,7 +69,7 @@ class OwnerThread(ABC):
         puts: how many payloads it puts.
         armed: the place of what it waits with: it has set the doorbell.
         signal: the place of what the ring's condition has notified.
-        relooks: the place of what it waits with: a barrier has failed, so that it looks again after a while.
+        observes_again: the place of what it waits with: a barrier has failed: it observes again later.
     """
 
     puts = 0
@@ -76,7 +88,7 @@ class OwnerThread(ABC):
         self.awaited = world.variable(f"consumers that the barrier of {name} has not reached")
         self.armed = world.variable(f"{name} has set the doorbell")
         self.signal = world.variable(f"{name} was notified")
-        self.relooks = world.variable(f"a barrier has failed, {name} looks again")
+        self.observes_again = world.variable(f"a barrier has failed, {name} observes again")
         self.others: list[OwnerThread] = []
         self.consumers: list[Consumer] = []
         self.steps: list[Callable[[State], None]] = []
@@ -152,7 +164,7 @@ class OwnerThread(ABC):
 
     def _barrier_passed(self, state: State) -> None:
         state[self.step] = state[self.after]
-        state[self.passed] = state[self.after] == END_LOOK
+        state[self.passed] = state[self.after] == END_OBSERVATION
         state[self.after] = 0
 
     def barrier_can_fail(self, state: bytes) -> bool:
@@ -160,12 +172,12 @@ class OwnerThread(ABC):
         return state[self.step] == BARRIER and not state[self.world.barrier_failed]
 
     def barrier_fails(self, state: State) -> None:
-        """The system call reports an error and has reached no processor. Waits look again after a while."""
+        """The system call reports an error and has reached no processor. Waits observe again after a while."""
         world = self.world
         state[world.barrier_failed] = 1
         world.reached.add("barrier failed")
         for thread in (self, *self.others):
-            state[thread.relooks] = thread.puts > 0
+            state[thread.observes_again] = thread.puts > 0
         if world.tracing:
             world.note("membarrier fails")
         self._failed(state)
@@ -177,7 +189,7 @@ class OwnerThread(ABC):
     # --- notifications -----------------------------------------------------------------------------------------
 
     def notify(self, state: State) -> None:
-        """Notify the claims that wait, and those that look: they look again before they wait."""
+        """Notify the claims that wait, and those that observe: they do so again before they wait."""
         for other in self.others:
             other.notified(state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.machine import State
 from model.owner import Owner
-from model.owner_thread import CLOSE_GENERATION, COMMIT, DONE, LOOK, SLEEP
+from model.owner_thread import BEGIN_OBSERVATION, CLOSE_GENERATION, COMMIT, DONE, SLEEP
 
 # --- commit ----------------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ class NoBarrierInWait(Owner):
     def _arm(self, state: State) -> None:
         super()._arm(state)
         state[self.after] = 0
-        state[self.step] = LOOK
+        state[self.step] = BEGIN_OBSERVATION
 
 
 class SleepsAtOnce(Owner):
@@ -75,7 +75,7 @@ class WaitReadsBoardOnly(_ReadsPartAfterDoorbell):
 
     def _begin_scan(self, state: State) -> None:
         if state[self.armed] == 1:
-            self._end_of_look(state)
+            self._leave_observation(state)
         else:
             super()._begin_scan(state)
 
@@ -95,7 +95,7 @@ class ClearsDoorbellOfOthers(Owner):
 
 
 class WaitsAlthoughNotified(Owner):
-    """A claim waits although it was notified between the end of its look and its wait."""
+    """A claim waits although it was notified between the end of its observation and its wait."""
 
     def notified(self, state: State) -> None:
         if state[self.step] == SLEEP:
@@ -114,7 +114,7 @@ class DropsAtOnceWithoutBoard(Owner):
 
 
 class StaysUndecidedAfterException(Owner):
-    """A look that an exception has ended leaves its drop undecided."""
+    """An observation that an exception has ended leaves its drop undecided."""
 
     def _release_victim(self, state: State) -> None:
         """The drop stays undecided."""

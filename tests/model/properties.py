@@ -86,9 +86,9 @@ class Properties:
         for lease in world.leases:
             held = state[lease.state] in (DIRECT, OVER_SOCKET)
             if held and state[world.slot_of[lease.payload]] == slot and lease.payload + 1 != value:
+                name = consumer_name(lease.thread)
                 raise ViolationError(
-                    Property.SLOT_CHANGED,
-                    f"slot {slot} is written under the lease of {consumer_name(lease.thread)} on payload {lease.payload}",
+                    Property.SLOT_CHANGED, f"slot {slot} is written while {name} leases payload {lease.payload}"
                 )
 
     def _board_arrives(self, slot: int, reader: int, state: State, address: int, value: int) -> None:
@@ -175,13 +175,13 @@ class Properties:
 
     # --- at rest -----------------------------------------------------------------------------------------------
 
-    def at_rest(self, state: State | bytes, lookers: list[OwnerThread], consumers: list[Consumer]) -> None:
+    def at_rest(self, state: State | bytes, observers: list[OwnerThread], consumers: list[Consumer]) -> None:
         """Nothing happens any more unless a process is killed: this is where lost wake-ups show."""
         for consumer in consumers:
             if not consumer.rests(state):
                 raise ViolationError(Property.HANG, f"{consumer.name} is in the middle of an operation")
         named = self._named(state)
-        for owner in lookers:
+        for owner in observers:
             if owner.waits(state) and owner.drains(state):
                 if not self._has_unconsumed(state):
                     raise ViolationError(Property.LOST_WAKE_UP, "every payload is consumed")

@@ -147,7 +147,7 @@ class Scenario:
         crashes: processes that may be killed between any two steps.
         sockets: processes whose socket may be closed between any two steps.
         barrier_fails: one barrier may fail.
-        interrupted: an exception may end one look, and the claim that it is for.
+        interrupted: an exception may end one observation, and the claim that it is for.
         server_stops: the server may stop, once; another one starts after it.
         reaches: events that must occur in the search, so that a scenario cannot pass without them.
         quick: `make test` searches it too.
@@ -242,7 +242,7 @@ SCENARIOS: Final = (
     ),
     Scenario(
         "due-again",
-        "a slot is due, free, used and due again while a look that began before is in its barrier",
+        "a slot is due, free, used and due again while an observation that began before is in its barrier",
         (Thread(0, 0, consume(0, 1)), Thread(1, 0, consume(1)[:2])),
         reaches=(*_WAIT, _STALE),
         quick=False,
@@ -320,7 +320,7 @@ SCENARIOS: Final = (
     ),
     Scenario(
         "socket",
-        "the socket of an attachment is closed while its process lives",
+        "the socket of an attachment is closed while its process is alive",
         (Thread(0, 0, release(0) + consume(1)),),
         policy=Policy.OVERWRITE,
         sockets=(0,),
@@ -501,11 +501,11 @@ SCENARIOS: Final = (
     ),
     Scenario(
         "exception",
-        "an exception ends a look while a drop is undecided",
+        "an exception ends an observation while a drop is undecided",
         (Thread(0, 0, release(0) + consume(0)),),
         policy=Policy.OVERWRITE,
         interrupted=True,
-        reaches=(*_WAIT, *_DROP, _STALE, "look ended by an exception"),
+        reaches=(*_WAIT, *_DROP, _STALE, "observation ended by an exception"),
     ),
     Scenario(
         "server-stops",

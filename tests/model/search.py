@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+from model.consumer import Consumer
 from model.defects import NO_DEFECT, Defect
 from model.machine import State
 from model.owner_thread import OwnerThread
@@ -67,13 +68,13 @@ class Model:
         self.properties = properties = Properties(world)
         self.consumers = [defect.consumer(world, properties, each) for each in range(len(scenario.threads))]
         self.owners = [defect.owner(world, properties, each) for each in range(scenario.putting)]
-        self.lookers: list[OwnerThread] = [*self.owners, defect.looker(world, properties, scenario.putting)]
+        self.observers: list[OwnerThread] = [*self.owners, defect.observer(world, properties, scenario.putting)]
         self.server = defect.server(world, properties)
         for consumer in self.consumers:
             consumer.resolve(self.consumers)
-        for looker in self.lookers:
-            looker.resolve(self.lookers, self.consumers)
-        self.server.resolve(self.lookers, self.consumers)
+        for observer in self.observers:
+            observer.resolve(self.observers, self.consumers)
+        self.server.resolve(self.observers, self.consumers)
         self.transitions = self._transitions()
 
     def _transitions(self) -> list[Transition]:
@@ -90,7 +91,7 @@ class Model:
         ) -> None:
             found.append(Transition(actor, needs, partial(is_possible, **of), partial(apply, **of), is_fault))
 
-        for owner in self.lookers:
+        for owner in self.observers:
             add(owner.name, world.always, owner.can_step, owner.do_step)
             for consumer in self.consumers:
                 add(owner.name, owner.awaited, owner.barrier_can_reach, owner.barrier_reaches, consumer=consumer)
@@ -108,7 +109,8 @@ class Model:
         if self.scenario.server_stops:
             add("kernel", world.always, server.can_stop, server.stop, True)
             add("kernel", world.suspended, server.can_start, server.start)
-        for actor in (*self.lookers, *self.consumers):
+        actors: list[OwnerThread | Consumer] = [*self.observers, *self.consumers]
+        for actor in actors:
             stores = world.stores(actor.processor)
             add(f"processor of {actor.name}", stores, world.can_drain, world.drain_one, processor=actor.processor)
         for process in self.scenario.crashes:
@@ -149,7 +151,7 @@ class Model:
                             queue.append(after)
                 if rests:
                     try:
-                        self.properties.at_rest(state, self.lookers, self.consumers)
+                        self.properties.at_rest(state, self.observers, self.consumers)
                     except ViolationError as error:
                         return self._violation(error, before, state, None, began)
         finally:

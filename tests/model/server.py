@@ -1,7 +1,7 @@
 """The owner's server thread under the ring's lock, and what happens to processes: attach, kill, closed sockets.
 
 Each step of the server holds the ring's lock throughout and has at most one shared access, so it is one step here:
-no other thread of the owner runs between its parts, and consumers cannot tell its parts apart.
+no other thread of the owner runs between its parts, and consumers cannot distinguish its parts apart.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Server:
     def __init__(self, world: World, properties: Properties) -> None:
         self.world = world
         self.properties = properties
-        self.lookers: list[OwnerThread] = []
+        self.observers: list[OwnerThread] = []
         self.consumers: list[Consumer] = []
 
-    def resolve(self, lookers: list[OwnerThread], consumers: list[Consumer]) -> None:
+    def resolve(self, observers: list[OwnerThread], consumers: list[Consumer]) -> None:
         """Know the threads that the server works with."""
-        self.lookers = lookers
+        self.observers = observers
         self.consumers = consumers
 
     def further_transitions(self) -> list[FurtherTransition]:
@@ -40,7 +40,7 @@ class Server:
         return []
 
     def _has_lock(self, state: bytes) -> bool:
-        return all(looker.has_unlocked(state) for looker in self.lookers)
+        return all(observer.has_unlocked(state) for observer in self.observers)
 
     # --- leases over the socket --------------------------------------------------------------------------------
 
@@ -116,8 +116,8 @@ class Server:
             world.write(state, world.generation[slot], 0)
             state[world.slot_state[slot]] = RETIRED
             self._vacate(state, slot)
-            for looker in self.lookers:
-                looker.notify_of_retirement(state)
+            for observer in self.observers:
+                observer.notify_of_retirement(state)
 
     def _vacate(self, state: State, slot: int) -> None:
         """A retired slot without leases over the socket is due."""
@@ -132,7 +132,7 @@ class Server:
         self._notify(state)
 
     def _notify(self, state: State) -> None:
-        self.lookers[-1].notify(state)
+        self.observers[-1].notify(state)
 
     # --- attachments -------------------------------------------------------------------------------------------
 
@@ -146,8 +146,8 @@ class Server:
         state[self.world.attached] |= 1 << consumer.process
         if self.world.tracing:
             self.world.note(f"lists the attachment of process {consumer.process}, then sends WELCOME")
-        for looker in self.lookers:
-            if looker.puts and not looker.waits(state):
+        for observer in self.observers:
+            if observer.puts and not observer.waits(state):
                 self.world.reached.add("attached while the owner is at work")
         consumer.answered(state, ATTACHED)
 

@@ -103,13 +103,13 @@ class World(Machine):
         self.slot_payload = [self.variable(f"payload of slot {slot}") for slot in slots]
         self.latched = [self.variable(f"reader ids latched as consumed in slot {slot}") for slot in slots]
         self.server_leases = [self.variable(f"leases over the socket of slot {slot}") for slot in slots]
-        self.worded = self.variable("slots that lease words named at the last look")
+        self.worded = self.variable("slots that lease words named at the last observation")
         self.next_sequence = self.variable("next sequence number")
         self.ring_closed = self.variable("the ring is closed")
         self.attached = self.variable("list of attachments", self._attached_at_start())
         self.suspended = self.variable("no server is there")
         self.stopped = self.variable("the server was stopped")
-        self.interrupted = self.variable("an exception has ended a look")
+        self.interrupted = self.variable("an exception has ended an observation")
 
         self.leases: list[Lease] = []
         self.kept: set[Lease] = set()

@@ -1,4 +1,4 @@
-"""A look: how a thread of the owner learns what consumers hold and have consumed, and frees slots.
+"""An observation: how a thread of the owner learns what consumers hold and have consumed, and frees slots.
 
 It begins under the ring's lock: reset the eventfd, read the board and the lease words, choose a payload to drop.
 The barrier follows without the lock. The end is under the lock again: read the lease words, and free what they do
@@ -13,11 +13,11 @@ from model.machine import RETIRING, State
 from model.owner_thread import (
     CLAIM,
     DROP,
-    END_LOOK,
+    END_OBSERVATION,
     GIVE_BACK,
-    LOOKED,
     MARK,
     OBSERVE,
+    OBSERVED,
     RETIRE,
     SCAN,
     SLEEP,
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 BEGINNING, ENDING, DROPPING, COMMITTING = range(4)
 
 
-class Looker(OwnerThread):
-    """A thread of the owner that looks; this class itself is the server's thread, which puts no payloads."""
+class Observer(OwnerThread):
+    """A thread of the owner that observes consumers. This class is the server's thread, which puts no payloads."""
 
     def __init__(self, world: World, properties: Properties, number: int) -> None:
         super().__init__(world, properties, number)
@@ -61,18 +61,18 @@ class Looker(OwnerThread):
         self.pairs = [(slot, reader) for slot in self.slots for reader in range(world.scenario.readers)]
         self.places = self._places()
         self.steps = [
-            self._look,
+            self._begin_observation,
             self._observe,
             self._retire,
             self._scan,
             self._mark,
             self._begin_barrier,
-            self._end_look,
+            self._end_observation,
             self._observe_victim,
             self._retire_victim,
             self._drop,
             self._give_back,
-            self._looked,
+            self._observation_ended,
             self._wake,
         ]
 
@@ -95,15 +95,15 @@ class Looker(OwnerThread):
             return False
         return bool(state[world.eventfd] or self._ended(state))
 
-    # --- the beginning of a look -------------------------------------------------------------------------------
+    # --- the beginning of an observation ---------------------------------------------------------------------------
 
     def _wake(self, state: State) -> None:
         self.world.reached.add(f"{self.kind} woken")
         if not state[self.signal]:
-            state[self.relooks] = 0
-        self._look(state)
+            state[self.observes_again] = 0
+        self._begin_observation(state)
 
-    def _look(self, state: State) -> None:
+    def _begin_observation(self, state: State) -> None:
         """Reset the eventfd, take attachments of ended processes off the list, then read the board."""
         world = self.world
         self._reset_eventfd(state)
@@ -113,7 +113,7 @@ class Looker(OwnerThread):
             self._lost_attachments(state)
         state[self.phase] = BEGINNING
         if world.tracing:
-            world.note("begins a look")
+            world.note("begins an observation")
         if self._find_pair(state, 0):
             state[self.step] = OBSERVE
             self._observe(state)
@@ -266,7 +266,7 @@ class Looker(OwnerThread):
             self._choose(state)
 
     def _note_words(self, state: State) -> None:
-        """A slot that no word names any more is READY: where payloads are dropped, claims look again."""
+        """A slot that no word names any more is READY: where payloads are dropped, claims observe again."""
         world = self.world
         before, state[world.worded] = state[world.worded], state[self.named]
         for slot in self.slots:
@@ -292,7 +292,7 @@ class Looker(OwnerThread):
             for slot in self.slots:
                 if state[world.slot_state[slot]] == DUE:
                     self._free(state, slot)
-            self._end_of_look(state)
+            self._leave_observation(state)
             return
         victims = [
             slot
@@ -328,17 +328,17 @@ class Looker(OwnerThread):
             if state[world.slot_state[slot]] == DUE:
                 state[self.due_of[slot]] = state[world.slot_payload[slot]]
         if state[self.victim] or any(state[each] for each in self.due_of):
-            self._barrier_then(state, END_LOOK)
+            self._barrier_then(state, END_OBSERVATION)
         else:
-            self._end_of_look(state)
+            self._leave_observation(state)
 
-    # --- the end of a look -------------------------------------------------------------------------------------
+    # --- the end of an observation ---------------------------------------------------------------------------------
 
-    def _end_look(self, state: State) -> None:
+    def _end_observation(self, state: State) -> None:
         if state[self.world.ring_closed]:
             for place in self.due_of:
                 state[place] = 0
-            self._end_of_look(state)
+            self._leave_observation(state)
             return
         state[self.phase] = ENDING
         self._begin_scan(state)
@@ -346,7 +346,7 @@ class Looker(OwnerThread):
             self._scan(state)
 
     def _free_due(self, state: State) -> None:
-        """Free the slots of the look that are due with the same payload and that no lease word names."""
+        """Free the slots of the observation that are due with the same payload and that no lease word names."""
         world = self.world
         for slot in self.slots:
             if state[self.passed] and self._is_same(state, slot):
@@ -358,7 +358,7 @@ class Looker(OwnerThread):
         self._decide(state)
 
     def _is_same(self, state: State, slot: int) -> bool:
-        """The slot is due, with the payload that it had when the look began."""
+        """The slot is due, with the payload that it had when the observation began."""
         world = self.world
         return state[world.slot_state[slot]] == DUE and state[self.due_of[slot]] == state[world.slot_payload[slot]]
 
@@ -474,18 +474,18 @@ class Looker(OwnerThread):
             self._note_words(state)
             if self.world.free_slot(state) is not None:
                 self.notify(state)
-        self._end_of_look(state)
+        self._leave_observation(state)
 
-    def _end_of_look(self, state: State) -> None:
+    def _leave_observation(self, state: State) -> None:
         state[self.named] = 0
         state[self.phase] = BEGINNING
         self._clear_passed(state)
-        state[self.step] = LOOKED
+        state[self.step] = OBSERVED
 
     def _clear_passed(self, state: State) -> None:
         state[self.passed] = 0
 
-    def _looked(self, state: State) -> None:
+    def _observation_ended(self, state: State) -> None:
         """The server's thread waits again."""
         state[self.step] = SLEEP
 

@@ -1,17 +1,17 @@
-"""Looks with a defect, for every thread of the owner. Each class overrides the steps that the defect changes."""
+"""Observations with a defect, of every thread of the owner. Each class overrides the steps that it changes."""
 
 from __future__ import annotations
 
-from model.look import ENDING, Looker
 from model.machine import State
-from model.owner_thread import END_LOOK
+from model.observer import ENDING, Observer
+from model.owner_thread import END_OBSERVATION
 from model.properties import Properties
 from model.world import DUE, RETIRED, UNDECIDED, World
 
 # --- retire ----------------------------------------------------------------------------------------------------
 
 
-class FencesItselfOnly(Looker):
+class FencesItselfOnly(Observer):
     """Its barrier empties the buffer of its own processor, as a fence does, and reaches no other one."""
 
     def _begin_barrier(self, state: State) -> None:
@@ -21,32 +21,32 @@ class FencesItselfOnly(Looker):
             self._barrier_passed(state)
 
 
-class NoBarrierInRetire(Looker):
+class NoBarrierInRetire(Observer):
     """It reads the lease words right after it has cleared the generations."""
 
     def _barrier_then(self, state: State, step: int) -> None:
         super()._barrier_then(state, step)
-        if step == END_LOOK and not state[self.victim]:
+        if step == END_OBSERVATION and not state[self.victim]:
             self._barrier_passed(state)
 
 
-class NoBarrierInDrop(Looker):
+class NoBarrierInDrop(Observer):
     """It reads the lease words again right after it has set RETIRING."""
 
     def _barrier_then(self, state: State, step: int) -> None:
         super()._barrier_then(state, step)
-        if step == END_LOOK and state[self.victim]:
+        if step == END_OBSERVATION and state[self.victim]:
             self._barrier_passed(state)
 
 
-class CountsDeadAttachments(Looker):
+class CountsDeadAttachments(Observer):
     """It reads the lease words of processes that were killed."""
 
     def _ended(self, state: bytes | State) -> int:
         return 0
 
 
-class ClearsGenerationAfterScan(Looker):
+class ClearsGenerationAfterScan(Observer):
     """It clears a generation when no lease word names the slot, after barrier and scan."""
 
     def __init__(self, world: World, properties: Properties, number: int) -> None:
@@ -61,15 +61,15 @@ class ClearsGenerationAfterScan(Looker):
         self.world.store(state, self.processor, self.world.generation[slot], 0)
 
 
-class FreesWithBarrierOfAnother(Looker):
+class FreesWithBarrierOfAnother(Observer):
     """It frees every slot that is due, also one that was retired after its barrier began."""
 
     def _is_same(self, state: State, slot: int) -> bool:
         return state[self.world.slot_state[slot]] == DUE
 
 
-class KnowsDueSlotsByIndex(Looker):
-    """A slot that is due again, with another payload, is freed by the barrier of a look that began before."""
+class KnowsDueSlotsByIndex(Observer):
+    """A slot that is due again, with another payload, is freed by a barrier that began before."""
 
     def _is_same(self, state: State, slot: int) -> bool:
         return super()._is_same(state, slot) or (
@@ -77,14 +77,14 @@ class KnowsDueSlotsByIndex(Looker):
         )
 
 
-class IgnoresFailedBarrier(Looker):
+class IgnoresFailedBarrier(Observer):
     """It does not check whether the barrier has failed."""
 
     def _failed(self, state: State) -> None:
         self._barrier_passed(state)
 
 
-class KeepsVictimAfterFailure(Looker):
+class KeepsVictimAfterFailure(Observer):
     """After a barrier has failed, the drop stays undecided."""
 
     def _decide(self, state: State) -> None:
@@ -95,22 +95,22 @@ class KeepsVictimAfterFailure(Looker):
             super()._decide(state)
 
 
-class IgnoresLeasesOverSocket(Looker):
+class IgnoresLeasesOverSocket(Observer):
     """It frees a retired slot that a consumer has leased over the socket."""
 
     def _state_after_retiring(self, state: State, slot: int) -> int:
         return DUE
 
 
-class TakesAnyBoardValue(Looker):
+class TakesAnyBoardValue(Observer):
     """Any value of a board word counts as consumed."""
 
     def _means_consumed(self, value: int, own: int) -> bool:
         return value != 0
 
 
-class NeverScansAgain(Looker):
-    """It does not look again at a retired slot that was named."""
+class NeverScansAgain(Observer):
+    """It does not observe again at a retired slot that was named."""
 
     def _free_due(self, state: State) -> None:
         for slot in self.slots:
@@ -122,14 +122,14 @@ class NeverScansAgain(Looker):
 # --- attachments that their consumers end ----------------------------------------------------------------------
 
 
-class ReadsEndWordLast(Looker):
+class ReadsEndWordLast(Observer):
     """It reads the lease words of a page, then the word that ends the attachment."""
 
     def _places(self) -> list[tuple[int, int, int]]:
         return sorted(super()._places(), key=lambda place: (place[0], place[2]))
 
 
-class EndsAttachmentUnderLease(Looker):
+class EndsAttachmentUnderLease(Observer):
     """The end word alone ends an attachment, although a lease word is left."""
 
     def _means_ended(self, page: int) -> bool:
@@ -139,14 +139,14 @@ class EndsAttachmentUnderLease(Looker):
 # --- drop ------------------------------------------------------------------------------------------------------
 
 
-class ClearsUndecided(Looker):
+class ClearsUndecided(Observer):
     """The generation is 0 while a drop is undecided."""
 
     def _mark_of(self, own: int) -> int:
         return 0
 
 
-class DropsWithoutSecondScan(Looker):
+class DropsWithoutSecondScan(Observer):
     """It does not read the lease words again after the barrier."""
 
     def _decide(self, state: State) -> None:
@@ -154,7 +154,7 @@ class DropsWithoutSecondScan(Looker):
         super()._decide(state)
 
 
-class DropsUnderLeaseOverSocket(Looker):
+class DropsUnderLeaseOverSocket(Observer):
     """It does not see a lease over the socket that began during the barrier."""
 
     def _may_drop(self, state: State, slot: int) -> bool:
@@ -165,21 +165,21 @@ class DropsUnderLeaseOverSocket(Looker):
         return result
 
 
-class DropsWithoutBoard(Looker):
+class DropsWithoutBoard(Observer):
     """It does not read the board again before it counts a payload as dropped."""
 
     def _read_board_of_victim(self, state: State) -> None:
         self._victim_observed(state)
 
 
-class DropReadsBoardFirst(Looker):
+class DropReadsBoardFirst(Observer):
     """After the barrier of a drop it reads the board, then the lease words."""
 
     def __init__(self, world: World, properties: Properties, number: int) -> None:
         super().__init__(world, properties, number)
         self.board_known = world.variable(f"{self.name} has read the board of its victim")
 
-    def _end_look(self, state: State) -> None:
+    def _end_observation(self, state: State) -> None:
         slot = state[self.slot]
         undecided = state[self.world.slot_state[slot]] == UNDECIDED
         if state[self.victim] and undecided and state[self.world.slot_payload[slot]] == state[self.victim]:
@@ -187,7 +187,7 @@ class DropReadsBoardFirst(Looker):
             state[self.board_known] = 1
             super()._read_board_of_victim(state)
         else:
-            super()._end_look(state)
+            super()._end_observation(state)
 
     def _victim_observed(self, state: State) -> None:
         if state[self.board_known] == 1:
@@ -204,7 +204,7 @@ class DropReadsBoardFirst(Looker):
             super()._read_board_of_victim(state)
 
 
-class GivesBackWithoutRetiring(Looker):
+class GivesBackWithoutRetiring(Observer):
     """A payload that is given back carries no RETIRING although no server is there."""
 
     def _generation_of(self, state: State, own: int) -> int:
@@ -214,7 +214,7 @@ class GivesBackWithoutRetiring(Looker):
 # --- notifications ---------------------------------------------------------------------------------------------
 
 
-class ResetsEventfdLate(Looker):
+class ResetsEventfdLate(Observer):
     """It resets the eventfd after it has read board and words."""
 
     def _reset_eventfd(self, state: State) -> None:
@@ -225,28 +225,28 @@ class ResetsEventfdLate(Looker):
         super()._begin_need(state)
 
 
-class WakesAlone(Looker):
+class WakesAlone(Observer):
     """A thread that frees slots does not notify the claims that wait."""
 
     def notify(self, state: State) -> None:
         """No other thread is notified."""
 
 
-class KeepsEndsOfLeasesToItself(Looker):
+class KeepsEndsOfLeasesToItself(Observer):
     """Where payloads are dropped, it does not notify the claims that wait when a lease ends without consuming."""
 
     def _became_ready(self, state: State) -> None:
         """No thread is notified."""
 
 
-class LosesLastAttachmentSilently(Looker):
+class LosesLastAttachmentSilently(Observer):
     """It does not notify the claims that wait when the last attachment ends."""
 
     def _lost_attachments(self, state: State) -> None:
         """No thread is notified."""
 
 
-class LooksWithoutRetiring(Looker):
+class RetiresSilently(Observer):
     """It does not notify the threads that wait until payloads are consumed."""
 
     def notify_of_retirement(self, state: State) -> None:
