@@ -143,6 +143,13 @@ DEFECTS: Final = (
     _of_observer("attachment-ended-under-lease", "end-attachment", _CHANGED, observers.EndsAttachmentUnderLease),
     # --- a server that stops -----------------------------------------------------------------------------------
     _of_server("retiring-left-out-without-server", "server-stops", _UNSERVED, servers.StopsSilently),
+    Defect(
+        "eventfd-without-new-server",
+        "server-stops",
+        _WAKE_UP,
+        observers.WaitsForFirstServerOnly.__doc__ or "",
+        observer=observers.WaitsForFirstServerOnly,
+    ),
     _of_server("undecided-drop-published", "server-stops", _CHANGED, servers.PublishesUndecided),
     _of_owner("commit-without-server", "server-stops", _UNSERVED, owners.CommitsWithoutRetiring),
     _of_observer("given-back-without-server", "server-stops", _UNSERVED, observers.GivesBackWithoutRetiring),

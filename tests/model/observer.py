@@ -95,7 +95,7 @@ class Observer(OwnerThread):
             return False
         return bool(state[world.eventfd] or self._ended(state))
 
-    # --- the beginning of an observation ---------------------------------------------------------------------------
+    # --- the beginning of an observation -------------------------------------------------------------------------
 
     def _wake(self, state: State) -> None:
         self.world.reached.add(f"{self.kind} woken")
@@ -332,7 +332,7 @@ class Observer(OwnerThread):
         else:
             self._leave_observation(state)
 
-    # --- the end of an observation ---------------------------------------------------------------------------------
+    # --- the end of an observation -------------------------------------------------------------------------------
 
     def _end_observation(self, state: State) -> None:
         if state[self.world.ring_closed]:

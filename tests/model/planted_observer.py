@@ -251,3 +251,10 @@ class RetiresSilently(Observer):
 
     def notify_of_retirement(self, state: State) -> None:
         """No thread is notified."""
+
+
+class WaitsForFirstServerOnly(Observer):
+    """A server that starts after another one does not wait for the eventfd."""
+
+    def is_woken(self, state: bytes) -> bool:
+        return not state[self.world.stopped] and super().is_woken(state)

@@ -312,6 +312,11 @@ class SharedRingBuffer(Closing):
         with self._table.lock:
             return self._open_table_locked().serve_directly()
 
+    @property
+    def has_direct_consumers(self) -> bool:
+        """A consumer leases directly, or has done so."""
+        return self._table.direct is not None
+
     def observe(self, *, drop: bool = False, new_bell: bool = False) -> None:
         """Learn what direct consumers hold and have consumed, and free what they do not hold any more.
 
