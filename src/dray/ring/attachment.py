@@ -16,16 +16,15 @@ stores visible to it.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, Final
 
 from dray.errors import ProtocolError, SlotError, StaleSlotError
 from dray.forking import here
 from dray.resources import Closing
-from dray.ring.consumer_events import Descriptor, process_has_ended
+from dray.ring.consumer_events import Bell, Descriptor, ProcessDescriptor
 from dray.ring.direct import CLOSED, CONTROL_WORDS, DOORBELL, MAX_SEQUENCE, PAGE_WORDS, RETIRING
 from dray.ring.layout import NBYTES_OFFSET, SLOT_HEADER
 from dray.ring.segment import Segment
@@ -49,6 +48,7 @@ class Attachment(Closing):
         owner: a pidfd of the owner's process.
         reader: the reader id.
         newest: the ring keeps only the newest payload; nothing is consumed there.
+        now: the source of time.
 
     Attributes:
         segment: the memory of the ring.
@@ -65,10 +65,11 @@ class Attachment(Closing):
         control: SharedWords,
         board: SharedWords,
         page: SharedWords,
-        bell: Descriptor,
-        owner: Descriptor,
+        bell: Bell,
+        owner: ProcessDescriptor,
         reader: int,
         newest: bool,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.segment = segment
         self.memory = segment.view
@@ -91,7 +92,8 @@ class Attachment(Closing):
         self._reads = [0] * len(self._page)
         self._read_bytes = [0] * len(self._page)
         self.mark = here[0]
-        self._checked = time.monotonic()
+        self._now = now
+        self._checked = now()
         self.closed = False
 
     @classmethod
@@ -112,7 +114,8 @@ class Attachment(Closing):
         """
         if len(descriptors) != len(SENT):
             raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(SENT)}")
-        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in SENT)
+        segment, control, board, page = (Descriptor(descriptors.pop, 0) for _ in SENT[:-2])
+        bell, owner = Bell(descriptors.pop, 0), ProcessDescriptor(descriptors.pop, 0)
         with segment, control, board, page:
             return cls(
                 Segment.attach(segment.fileno()),
@@ -129,8 +132,8 @@ class Attachment(Closing):
     def usable(self) -> bool:
         """False once the owner is gone or has closed its ring; then leases find nothing."""
         if not self.closed:
-            self._checked = time.monotonic()
-            if self._control[self._slots + CLOSED] or process_has_ended(self._owner.fileno()):
+            self._checked = self._now()
+            if self._control[self._slots + CLOSED] or self._owner.has_ended():
                 self.close()
         return not self.closed
 
@@ -143,7 +146,7 @@ class Attachment(Closing):
         """
         if self.closed or here[0] != self.mark:
             return None
-        if time.monotonic() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
+        if self._now() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
             return None
         if not (0 <= slot < self._slots and sequence < MAX_SEQUENCE):
             raise StaleSlotError("the ring never held that payload", slot=slot, sequence=sequence)
@@ -214,10 +217,10 @@ class Attachment(Closing):
 
     def clear(self, lease: DirectLease, consumed: bool) -> None:
         """End a lease in shared memory. May be repeated after an exception of a signal handler."""
-        if consumed and self._consumes:
-            self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
         word = lease.word
         if word >= 0:
+            if consumed and self._consumes:  # only here: without the word, the slot may have another payload
+                self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
             self._page[word] = 0
             lease.word = -1
             self._free.append(word)
@@ -227,8 +230,7 @@ class Attachment(Closing):
             self._close_descriptors()
 
     def _ring(self) -> None:
-        with suppress(OSError):  # the owner was closed
-            os.eventfd_write(self._bell.fileno(), 1)
+        self._bell.ring()
 
     def _close_descriptors(self) -> None:
         """With the last lease: no thread rings any more."""

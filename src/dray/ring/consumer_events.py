@@ -40,6 +40,23 @@ class Descriptor(Closing):
         return f"<Descriptor {self.fileno()}>"
 
 
+class Bell(Descriptor):
+    """The doorbell of an owner, at a consumer."""
+
+    def ring(self) -> None:
+        """Wake the owner; it may have closed."""
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self.fileno(), 1)
+
+
+class ProcessDescriptor(Descriptor):
+    """A pidfd."""
+
+    def has_ended(self) -> bool:
+        """See `process_has_ended`."""
+        return process_has_ended(self.fileno())
+
+
 def process_has_ended(pidfd: int) -> bool:
     """The process behind a pidfd has ended, all its threads included."""
     poll = select.poll()
@@ -63,7 +80,7 @@ class ConsumerEvents(Closing):
             made.pop_all()
 
     def fileno(self) -> int:
-        """The descriptor that is readable while `take` has something to do."""
+        """The descriptor that is readable while `collect` has something to do."""
         return self._epoll.fileno()
 
     @property
@@ -80,7 +97,7 @@ class ConsumerEvents(Closing):
         with contextlib.suppress(FileNotFoundError):
             self._epoll.unregister(pidfd)
 
-    def take(self) -> list[int]:
+    def collect(self) -> list[int]:
         """The pidfds of processes that have ended; the doorbell is silent afterwards."""
         ended = []
         for descriptor, _ in self._epoll.poll(0):

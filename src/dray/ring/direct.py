@@ -24,6 +24,7 @@ import functools
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ import numpy as np
 from dray.clock import MONOTONIC, Clock
 from dray.forking import notices_every_fork
 from dray.resources import Closing, needing
+from dray.ring import membarrier
 from dray.ring.consumer_events import ConsumerEvents, Descriptor
 from dray.ring.membarrier import Barriers
 from dray.ring.membarrier import problem as membarrier_problem
@@ -102,6 +104,41 @@ def pid_behind(descriptor: int) -> int | None:
     return None
 
 
+class Machine:
+    """What a ring gets from its machine. A simulation overrides all methods."""
+
+    def lock(self) -> threading.Lock:
+        """A new lock."""
+        return threading.Lock()
+
+    def condition(self, lock: threading.Lock) -> threading.Condition:
+        """A new condition of what `lock` guards."""
+        return threading.Condition(lock)
+
+    def words(self, count: int) -> SharedWords:
+        """See `SharedWords.create`."""
+        return SharedWords.create(count)
+
+    def events(self) -> ConsumerEvents:
+        """See `ConsumerEvents`."""
+        return ConsumerEvents()
+
+    def barrier(self) -> None:
+        """See `dray.ring.membarrier.barrier`."""
+        membarrier.barrier()
+
+    def own_process(self) -> Descriptor:
+        """A pidfd of this process."""
+        return Descriptor(os.pidfd_open, os.getpid())
+
+    def pid_behind(self, descriptor: int) -> int | None:
+        """See `pid_behind`."""
+        return pid_behind(descriptor)
+
+
+MACHINE: Final = Machine()
+
+
 class WordLease(NamedTuple):
     """A lease word, as the owner has found it."""
 
@@ -137,6 +174,7 @@ class DirectLeases(Closing):
     Args:
         slots, readers: those of the ring.
         clock: measures ages and barriers.
+        machine: where memory, barriers and events come from.
 
     Attributes:
         attached: the consumers, by the number of their pidfd.
@@ -150,28 +188,29 @@ class DirectLeases(Closing):
         OutOfResources: no descriptor or memory is left.
     """
 
-    def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC) -> None:
+    def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC, machine: Machine = MACHINE) -> None:
         self.attached: dict[int, Attached] = {}
-        self.barriers = Barriers(clock)
+        self.barriers = Barriers(clock, machine.barrier)
         self.ignored_words = 0
         self.waiting = 0
         self.suspended = False
         self._now = clock.now
+        self._machine = machine
         self._slots, self._readers = slots, readers
-        self.events = ConsumerEvents()
+        self.events = machine.events()
         try:
-            self.control = SharedWords.create(slots + CONTROL_WORDS)
-            self.board = SharedWords.create(slots * readers)
+            self.control = machine.words(slots + CONTROL_WORDS)
+            self.board = machine.words(slots * readers)
             with needing("direct leases"):
                 self._control_to_read = Descriptor(os.open, self.control.path, os.O_RDONLY | os.O_CLOEXEC)
-                self._owner = Descriptor(os.pidfd_open, os.getpid())
+                self._owner = machine.own_process()
         except BaseException:
             self.close()
             raise
         self._generations = self.control.words
         self._consumed = self.board.words
-        self._generation_array: Any = np.frombuffer(self._generations, np.uint64, slots)
-        self._board_array: Any = np.frombuffer(self._consumed, np.uint64).reshape(slots, readers)
+        self._generation_array: Any = self.control.array()[:slots]
+        self._board_array: Any = self.board.array().reshape(slots, readers)
 
     # --- what the owner writes --------------------------------------------------------------------------------
 
@@ -206,7 +245,7 @@ class DirectLeases(Closing):
 
     def take_events(self) -> None:
         """Take processes that have ended off the list, and silence the doorbell; the words are read after it."""
-        for number in self.events.take():
+        for number in self.events.collect():
             attached = self.attached.get(number)
             if attached is not None:
                 self._remove(attached)
@@ -284,7 +323,7 @@ class DirectLeases(Closing):
             self.named()
             if self._is_full(pid):
                 return None
-        page = SharedWords.create(leases + PAGE_WORDS)
+        page = self._machine.words(leases + PAGE_WORDS)
         attached = Attached(pid, reader, page, process)
         try:
             self.events.watch(process.fileno())

@@ -7,7 +7,9 @@ format "Q" is one move of 8 bytes. `struct.pack_into` writes single bytes and mu
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from dray.errors import BufferClosedError, ProtocolError, SlotError
 from dray.resources import close_all, out_of_resources
@@ -64,6 +66,10 @@ class SharedWords(SharedMemory):
             attached = cls(_mapped(fd, nbytes, writable=writable).cast("Q"), [])
             attached.keep_from_children()
         return attached
+
+    def array(self) -> Any:
+        """The words as an array of uint64, which must not outlive `close`."""
+        return np.frombuffer(self.words, np.uint64)
 
     def fileno(self) -> int:
         """The creator's descriptor, through which others can write.

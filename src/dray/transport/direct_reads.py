@@ -30,6 +30,7 @@ class DirectReads(Closing):
         reader: the client's reader id.
         wanted: direct leases are asked for at all.
         buffers: where the memory of copies comes from.
+        lock: guards the attachments.
         clock, trace: those of the client.
     """
 
@@ -39,6 +40,7 @@ class DirectReads(Closing):
         wanted: bool,
         buffers: ReceiveBuffers,
         *,
+        lock: threading.Lock,
         clock: Clock = MONOTONIC,
         trace: Trace | None = None,
     ) -> None:
@@ -48,7 +50,7 @@ class DirectReads(Closing):
         self._buffers = buffers
         self._now = clock.now
         self._trace = trace
-        self._lock = threading.Lock()  # guards what follows against concurrent changes; `lease` reads without it
+        self._lock = lock  # guards what follows against concurrent changes; `lease` reads without it
         self._attachments: dict[bytes, Attachment] = {}
         self._reads = self._bytes = 0  # over attachments that are gone
 
@@ -83,7 +85,7 @@ class DirectReads(Closing):
             return None
         lease = attachment.lease(ref.slot, ref.sequence, ref.nbytes)
         if lease is None:
-            self._look_why(ref.producer, attachment)
+            self._find_cause(ref.producer, attachment)
         elif self._trace is not None:
             self._trace(Payload(self._now(), DIRECT, ref.slot, ref.sequence, ref.nbytes, id(self)))
         return lease
@@ -121,14 +123,20 @@ class DirectReads(Closing):
     def __repr__(self) -> str:
         return f"<DirectReads of {len(self._attachments)} rings>"
 
-    def _look_why(self, producer: bytes, attachment: Attachment) -> None:
+    def _find_cause(self, producer: bytes, attachment: Attachment) -> None:
         """There was no lease: the owner may be gone, or all lease words in use."""
         if not attachment.closed:
-            _end_dead()
+            self._end_dead()
         else:
             with self._lock:
                 if self._attachments.get(producer) is attachment:
                     self._forget(producer)
+
+    def _end_dead(self) -> None:
+        """End leases whose array is gone: an exception of a signal handler may have ended the call that does."""
+        for root in list(_roots.values()):
+            if root.reads is self and root() is None:
+                _end(root)
 
     def _forget(self, producer: bytes) -> None:
         attachment = self._attachments.pop(producer)
@@ -177,10 +185,3 @@ def end_with(array: Bytes, lease: DirectLease, reads: DirectReads) -> Root:
 def _end(root: Root) -> None:
     root.lease.end(root.consumed)
     _roots.pop(id(root), None)
-
-
-def _end_dead() -> None:
-    """End the leases whose array is gone: an exception of a signal handler may have ended the call that does."""
-    for root in list(_roots.values()):
-        if root() is None:
-            _end(root)

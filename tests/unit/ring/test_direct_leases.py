@@ -1,4 +1,4 @@
-"""Leases that ask nobody: a consumer with lease words of its own, and the ring that reads them."""
+"""Leases in shared memory alone: a consumer with lease words of its own, and the ring that reads them."""
 
 import errno
 import gc
@@ -135,7 +135,7 @@ def test_of_many_threads_that_end_a_lease_one_does(ring: SharedRingBuffer) -> No
     assert ring.statistics().leases == 0
 
 
-def test_a_lease_that_nobody_keeps_is_released(ring: SharedRingBuffer) -> None:
+def test_a_lease_that_is_garbage_is_released(ring: SharedRingBuffer) -> None:
     consumer, written = attach(ring), put(ring)
     leased(consumer, written)
     assert ring.get_ready_count() == 1
@@ -228,7 +228,7 @@ def test_a_leased_slot_is_not_claimed(ring: SharedRingBuffer) -> None:
     assert held[0].buffer == b"payload"
 
 
-def test_a_ring_that_overwrites_drops_only_what_nobody_has_leased() -> None:
+def test_a_ring_that_overwrites_drops_only_what_no_consumer_has_leased() -> None:
     with SharedRingBuffer(3, 64, on_full="overwrite") as ring:
         consumer = attach(ring)
         first, second, _ = put(ring, b"first"), put(ring, b"second"), put(ring, b"third")
@@ -297,7 +297,7 @@ def test_leases_outlive_the_attachment_that_made_them(ring: SharedRingBuffer) ->
     assert ring.statistics().attachments == 0
 
 
-def test_an_attachment_that_nobody_keeps_is_forgotten(ring: SharedRingBuffer) -> None:
+def test_an_attachment_that_is_garbage_is_forgotten(ring: SharedRingBuffer) -> None:
     attach(ring)
     assert ring.statistics().attachments == 0
 
@@ -449,7 +449,7 @@ def test_a_forked_child_leases_nothing_and_ends_nothing(ring: SharedRingBuffer) 
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_finalizer_in_a_reference_cycle_can_still_read_the_memory() -> None:
+def test_a_del_method_in_a_reference_cycle_can_still_read_the_memory() -> None:
     read: list[bytes] = []
 
     class Holder:

@@ -12,6 +12,7 @@ import abc
 import encodings.idna  # noqa: F401  (`encode` cannot load it once the process has no descriptor left)
 import errno
 import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -407,6 +408,10 @@ class Network(Closing):
             reader=reader,
             newest=newest,
         )
+
+    def lock(self) -> threading.Lock:
+        """A new lock, for what is shared with owners of rings."""
+        return threading.Lock()
 
     def receive_buffers(self) -> ReceiveBuffers:
         return ReceiveBuffers()
