@@ -91,11 +91,13 @@ class ConnectionPool(Generic[C, W]):
         self._idle: dict[str, list[Idle[C, W]]] = {}
         self._next_sweep = 0.0
 
-    def at_hand(self, endpoint: str, now: float) -> Idle[C, W] | None:
-        """The connection used last, if it needs no worker and nothing is due; the short way of a small read."""
+    def at_hand(self, endpoint: str, now: float, alone: bool) -> Idle[C, W] | None:
+        """The connection used last, if nothing is due and no other call can have its worker: the caller is `alone`,
+        or it needs none. The short way of a small read."""
         idle = self._idle.get(endpoint)
-        if idle and now < self._next_sweep and now - idle[0][2] < self._idle_seconds and idle[-1][1] is None:
-            return idle.pop()
+        if idle and now < self._next_sweep and now - idle[0].since < self._idle_seconds:
+            if alone or idle[-1].worker is None:
+                return idle.pop()
         return None
 
     def checkout(self, endpoint: str, busy: Collection[W]) -> Idle[C, W] | None:

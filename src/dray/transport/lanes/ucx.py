@@ -108,12 +108,13 @@ class UcxStream(Stream):
         return not self._ready() and self.worker.arm()
 
     def receive(self, size: int, most: int = 1) -> memoryview | None:
-        self._check_open()
-        self._awaited = _Awaited.MESSAGE
-        while self._peer is None or self._end - self._begin < size:
-            if not (self._exchange_tags() if self._peer is None else self._collect()):
-                self._check_alive(within=self._end > self._begin)
-                return None
+        if self.closed or self._end - self._begin < size or self._peer is None:
+            self._check_open()
+            self._awaited = _Awaited.MESSAGE
+            while self._peer is None or self._end - self._begin < size:
+                if not (self._exchange_tags() if self._peer is None else self._collect()):
+                    self._check_alive(within=self._end > self._begin)
+                    return None
         begin = self._begin
         if most > 1:
             size *= min(most, (self._end - begin) // size)

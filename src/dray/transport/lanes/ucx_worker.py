@@ -220,6 +220,13 @@ class UcxWorker(Worker):
         if self._abandoned:
             self._abandoned = [abandoned for abandoned in self._abandoned if not abandoned.done]
 
+    def has_progressed(self) -> bool:
+        if not self._worker.progress_once():
+            return False
+        self.steps += 1
+        self.progress()
+        return True
+
     def arm(self) -> bool:
         return bool(self._worker.arm())
 
