@@ -47,6 +47,18 @@ def test_one_connection_more_than_the_maximum_is_not_kept(pool: ConnectionPool[s
     assert pool.checkin(B, "b", None, 0.0)
 
 
+def test_a_connection_with_a_worker_is_at_hand_only_for_a_call_that_is_alone(
+    pool: ConnectionPool[str, str],
+) -> None:
+    pool.checkin(A, "a", "worker", 0.0)
+    pool.expire(A, 0.0)
+    assert pool.at_hand(A, 1.0, alone=False) is None
+    found = pool.at_hand(A, 1.0, alone=True)
+    assert found is not None
+    assert (found.connection, found.worker) == ("a", "worker")
+    assert pool.at_hand(A, 1.0, alone=True) is None
+
+
 def test_a_connection_idle_for_too_long_is_given_up(pool: ConnectionPool[str, str]) -> None:
     pool.checkin(A, "old", None, 0.0)
     pool.checkin(A, "new", None, 1.0)

@@ -180,7 +180,11 @@ class UcxStream(Stream):
         self.closed = True
         self.worker.awaited.discard(self.tag)
         requests = [*self._sends, *((request, memory) for request, memory, _ in self.expected)]
-        requests += [(each[0], each[1]) for each in (self._incoming, self._preamble) if each is not None]
+        if self._incoming is not None:
+            request, memory, _ = self._incoming
+            requests.append((request, memory))
+        if self._preamble is not None:
+            requests.append(self._preamble)
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
         for tag in (self.tag, *(tag for _, _, tag in self.expected)):
             self.worker.discard(self.worker.ucx.UCXXTag(tag))
