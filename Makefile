@@ -34,7 +34,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,10 @@ check: .venv/dev.stamp ## the quick tests: unit, property, contract
 
 test: .venv/dev.stamp ## every test but the long ones, with coverage (PYTEST_ARGS="-k name": some, one after the other)
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL) --durations=20 --cov --cov-report=)
+
+exchange: .venv/dev.stamp ## contract and transport tests where the kernel refuses what direct leases need (PYTEST_ARGS)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid membarrier tests/contract tests/unit/transport
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid pidfd_open tests/contract tests/unit/transport
 
 test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray does on one (SLURM_TEST_ARGS)
 	tests/slurm/install.sh
