@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from benchmarks.figures import Figure
@@ -45,18 +45,24 @@ def measure(exchange: Exchange, operations: int, batch: int, *, whole: bool = Fa
     """Time `operations` operations, one by one; seconds each. With `whole` one operation gets a whole batch, and
     there is one time for each batch."""
     times: list[float] = []
-    now = time.perf_counter
-    once = exchange.once
     left = operations
     while left > 0:
         count = min(batch, left)
         left -= count
         exchange.prepare(count)
-        with _no_garbage_collection():
-            for _ in range(1 if whole else count):
-                began = now()
-                once()
-                times.append(now() - began)
+        times += timed(exchange.once, 1 if whole else count)
+    return times
+
+
+def timed(once: Callable[[], None], count: int) -> list[float]:
+    """Time `count` calls, one by one; seconds each."""
+    times = []
+    now = time.perf_counter
+    with _no_garbage_collection():
+        for _ in range(count):
+            began = now()
+            once()
+            times.append(now() - began)
     return times
 
 

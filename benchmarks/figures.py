@@ -191,7 +191,11 @@ class Row:
     @property
     def reached(self) -> bool | None:
         """Whether the target is reached; None where there is none."""
-        return None if self.target is None else self.target.met(self.judged)
+        if self.target is None:
+            return None
+        if self.target.measure != "value" and self.ratio is None:
+            return False  # nothing to compare it with was measured
+        return self.target.met(self.judged)
 
     def as_document(self) -> dict[str, Any]:
         """Plain JSON values."""

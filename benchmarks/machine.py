@@ -40,6 +40,14 @@ def busy(found: dict[str, Any]) -> bool:
     return bool(found["load"] > 2 * found["cores"])
 
 
+def available_bytes() -> int:
+    """Memory that programs can have without swapping, in bytes."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
 def summary(found: dict[str, Any]) -> str:
     """One line."""
     gib = found["memory_bytes"] / 2**30

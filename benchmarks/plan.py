@@ -10,16 +10,16 @@ from typing import Literal
 LaneName = Literal["shm", "tcp", "ucx"]
 
 LANES: tuple[LaneName, ...] = ("shm", "tcp", "ucx")
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-ALL_SIZES = (*(KIB << exponent for exponent in range(0, 17, 2)), 256 * MIB)
+ALL_SIZES = (*(KIB << exponent for exponent in range(0, 17, 2)), 256 * MIB, GIB)
 QUICK_SIZES = (KIB, 64 * KIB, MIB, 16 * MIB)
 LARGEST_COPIED = 64 * MIB
 """Beyond it only reads in place are measured: everything else moves at the speed of memory or of the kernel."""
 
-_UNITS = {"": 1, "b": 1, "kib": KIB, "k": KIB, "mib": MIB, "m": MIB}
+_UNITS = {"": 1, "b": 1, "kib": KIB, "k": KIB, "mib": MIB, "m": MIB, "gib": GIB, "g": GIB}
 _LEAST_SIZE = KIB
-_MOST_SIZE = 256 * MIB
+_MOST_SIZE = GIB
 _FEWEST = 4
 _BATCH_BYTES = 64 * MIB
 _MOST_IN_BATCH = 256
@@ -81,14 +81,14 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     """Sizes such as ``"1KiB,64KiB,1MiB"``, ascending.
 
     Raises:
-        ValueError: one of them is not a size from 1 KiB to 256 MiB.
+        ValueError: one of them is not a size from 1 KiB to 1 GiB.
     """
     sizes = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", part.lower())
         nbytes = int(found[1]) * _UNITS.get(found[2], 0) if found else 0
         if not _LEAST_SIZE <= nbytes <= _MOST_SIZE:
-            raise ValueError(f"{part.strip()!r} is not a size from 1KiB to 256MiB")
+            raise ValueError(f"{part.strip()!r} is not a size from 1KiB to 1GiB")
         sizes.append(nbytes)
     return tuple(sorted(set(sizes)))
 
@@ -108,6 +108,7 @@ def parse_targets(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 def size_name(nbytes: int) -> str:
     """``1 KiB``, ``64 MiB``."""
-    if nbytes % MIB == 0:
-        return f"{nbytes // MIB} MiB"
-    return f"{nbytes // KIB} KiB" if nbytes % KIB == 0 else f"{nbytes} B"
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if nbytes % unit == 0:
+            return f"{nbytes // unit} {name}"
+    return f"{nbytes} B"

@@ -13,7 +13,7 @@ from benchmarks.figures import Row
 from benchmarks.machine import summary
 from benchmarks.plan import size_name
 from benchmarks.results import Results
-from benchmarks.scenarios import batches, beside, reads
+from benchmarks.scenarios import batches, beside, in_place, reads
 
 AVAILABLE = importlib.util.find_spec("matplotlib") is not None
 
@@ -36,11 +36,11 @@ class Style:
 
 
 _LANES: Mapping[str, Style] = {
-    "shm in place": Style("shm in place", "#6fb1e8"),
+    in_place.SUBJECT: Style("shm in place", "#6fb1e8"),
     "shm": Style("shm", _SHM),
     "tcp": Style("tcp", _TCP),
     "ucx": Style("ucx", _UCX),
-    reads.WARM_COPY: Style("bare copy + round trip", _SHM, "--", 1.2, ""),
+    reads.WARM_COPY: Style("bare copy", _SHM, "--", 1.2, ""),
     reads.TCP_BULK: Style("bare TCP", _TCP, "--", 1.2, ""),
     reads.UCX: Style("bare UCX", _UCX, "--", 1.2, ""),
 }
@@ -91,12 +91,9 @@ def _lane_lines(rows: Iterable[Row]) -> dict[Style, Points]:
     """Rates at the median time of one read."""
     found: dict[Style, Points] = {}
     for row in rows:
-        if row.scenario != reads.NAME or row.nbytes is None:
+        if row.scenario not in (reads.NAME, in_place.NAME) or row.nbytes is None:
             continue
-        if row.subject == "shm" and row.limit is not None:
-            # The limit that dray is held against, not the copy alone.
-            found.setdefault(_LANES[reads.WARM_COPY], []).append((row.nbytes, row.nbytes / row.limit.p50))
-        if row.subject in _LANES and row.subject != reads.WARM_COPY and row.rate is not None:
+        if row.subject in _LANES and row.rate is not None:
             found.setdefault(_LANES[row.subject], []).append((row.nbytes, row.rate))
     for row in rows:
         if row.scenario == batches.NAME and row.subject == batches.PERFTEST and row.nbytes:

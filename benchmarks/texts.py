@@ -12,6 +12,8 @@ def value_text(value: float, unit: Unit) -> str:
         case "s":
             return seconds_text(value)
         case "B/s":
+            if value >= 1e12:
+                return f"{value / 1e12:.3g} TB/s"
             return f"{value / 1e9:.3g} GB/s" if value >= 1e8 else f"{value / 1e6:.3g} MB/s"
         case "/s":
             return f"{value:,.0f} /s"

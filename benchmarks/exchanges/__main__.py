@@ -30,6 +30,14 @@ def make_service(kind: str, descriptors: list[int]) -> Service:
         from benchmarks.exchanges.lanes import IdleReaderService
 
         return IdleReaderService()
+    if kind == "busy payloads":
+        from benchmarks.exchanges.busy import BusyService
+
+        return BusyService(descriptors[0])
+    if kind == "holding":
+        from benchmarks.exchanges.holding import HoldingService
+
+        return HoldingService()
     if kind == "producing":
         from benchmarks.exchanges.producing import ProducingService
 

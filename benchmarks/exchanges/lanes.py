@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from benchmarks.exchanges.payloads import one_array, six_fields
@@ -17,7 +15,7 @@ from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
 
 READ_SECONDS = 60.0
 
-How = Literal["read", "lease", "read_many", "read_many_bytes"]
+How = Literal["read", "lease", "lease_bytes", "read_many", "read_many_bytes"]
 
 
 class PayloadService:
@@ -27,7 +25,6 @@ class PayloadService:
         self._opened = ExitStack()
         self._arrays: dict[str, Any] = {}
         self._server: PayloadServer | None = None
-        self._spinner = Spinner()
 
     def do(self, command: str, **arguments: Any) -> Reply:
         if command == "open":
@@ -40,8 +37,6 @@ class PayloadService:
         if command == "connections":
             assert self._server is not None
             return Reply({"open": self._server.statistics().open_connections})
-        if command == "spun":
-            return Reply({"turns": self._spinner.turns})
         self.close()
         return Reply({})
 
@@ -49,54 +44,12 @@ class PayloadService:
         self._server = None
         self._opened.close()
 
-    def _open(
-        self,
-        nbytes: int,
-        slots: int,
-        lane: LaneName,
-        checksum: bool,
-        fields: int = 1,
-        switch_interval: float | None = None,
-    ) -> None:
+    def _open(self, nbytes: int, slots: int, lane: LaneName, checksum: bool, fields: int = 1) -> None:
         self._arrays = one_array(nbytes) if fields == 1 else six_fields(nbytes)
         ring = self._opened.enter_context(SharedRingBuffer(slots, nbytes, prefault=True))
         self._server = self._opened.enter_context(
             PayloadServer(ring, lane=(lane,), threads=1, checksum=checksum, drain_timeout=1.0)
         )
-        if switch_interval is not None:
-            sys.setswitchinterval(switch_interval)
-            self._opened.enter_context(self._spinner.spinning())
-
-
-class Spinner:
-    """A thread that runs pure Python and never waits, as an environment's loop does.
-
-    Attributes:
-        turns: how often its loop went round; what else the process does takes turns away.
-    """
-
-    def __init__(self) -> None:
-        self.turns = 0
-        self._over = False
-
-    @contextmanager
-    def spinning(self) -> Iterator[None]:
-        """For the length of the block."""
-        self._over = False
-        thread = threading.Thread(target=self._spin, name="busy")
-        thread.start()
-        try:
-            yield
-        finally:
-            self._over = True
-            thread.join()
-
-    def _spin(self) -> None:
-        value = 0.0
-        while not self._over:
-            for step in range(100):
-                value = 0.5 * value + step
-            self.turns += 1
 
 
 class IdleReaderService:
@@ -107,7 +60,8 @@ class IdleReaderService:
 
     def do(self, command: str, **arguments: Any) -> Reply:
         refs = [PayloadRef.from_json(text) for text in arguments["refs"]]
-        client = PayloadClient(lane=arguments["lane"], max_idle=len(refs))
+        # Direct leases need no connections.
+        client = PayloadClient(lane=arguments["lane"], max_idle=len(refs), direct=False)
         self._opened.enter_context(client)
         with ExitStack() as held:
             # Payloads held at the same time are held on as many connections.
@@ -124,12 +78,13 @@ class LaneRead:
 
     Args:
         lane: which lane.
-        how: ``"read"`` copies into memory of its own, ``"lease"`` uses the slot in place and copies nothing;
-            ``"read_many"`` and ``"read_many_bytes"`` read a whole batch in one operation.
+        how: ``"read"`` copies into memory of its own, ``"lease"`` and ``"lease_bytes"`` use the slot in place and
+            copy nothing; ``"read_many"`` and ``"read_many_bytes"`` read a whole batch in one operation.
         checksum: whether the server sends checksums (and the client verifies them).
         fields: 1 or 6 arrays in a payload.
         name: as the report calls it.
-        switch_interval: the server's process is busy running Python, with this switch interval in seconds.
+        kind: the service that puts the payloads.
+        descriptors: what that service gets.
     """
 
     def __init__(
@@ -140,22 +95,20 @@ class LaneRead:
         checksum: bool = False,
         fields: Literal[1, 6] = 1,
         name: str = "",
-        switch_interval: float | None = None,
+        kind: str = "payloads",
+        descriptors: Sequence[int] = (),
     ) -> None:
-        plain = {"read": lane, "lease": f"{lane} in place"}.get(how, f"{lane} {how}")
+        in_place = {"lease": f"{lane} in place", "lease_bytes": f"{lane} in place, as bytes"}
+        plain = lane if how == "read" else in_place.get(how, f"{lane} {how}")
         self.name = name or (f"{plain} with checksum" if checksum else plain)
         self._lane = lane
-        self._served = {"checksum": checksum, "fields": fields, "switch_interval": switch_interval}
-        self._partner = Partner("payloads")
+        self._served = {"checksum": checksum, "fields": fields}
+        self._partner = Partner(kind, descriptors)
         self._client: PayloadClient | None = None
         self._refs: deque[PayloadRef] = deque()
         self._how = how
-        self.once = {"read": self._read, "lease": self._lease}.get(how, self._read_batch)
-
-    @staticmethod
-    def batches_as_bytes() -> bool:
-        """Whether this `PayloadClient` reads batches without unpacking them."""
-        return hasattr(PayloadClient, "read_many_bytes")
+        ways = {"read": self._read, "lease": self._lease, "lease_bytes": self._lease_bytes}
+        self.once = ways.get(how, self._read_batch)
 
     def open(self, nbytes: int, batch: int) -> None:
         self._partner.ask("open", nbytes=nbytes, slots=batch, lane=self._lane, **self._served)
@@ -163,10 +116,6 @@ class LaneRead:
 
     def prepare(self, count: int) -> None:
         self._refs.extend(PayloadRef.from_json(text) for text in self._partner.ask("put", count=count)["refs"])
-
-    def spun(self) -> int:
-        """How often the loop of a busy server went round."""
-        return int(self._partner.ask("spun")["turns"])
 
     def shut(self) -> None:
         if self._client is not None:
@@ -188,6 +137,11 @@ class LaneRead:
         assert self._client is not None
         with self._client.lease(self._refs.popleft(), timeout=READ_SECONDS):
             pass
+
+    def _lease_bytes(self) -> None:
+        assert self._client is not None
+        with self._client.lease_bytes(self._refs.popleft(), timeout=READ_SECONDS) as leased:
+            len(leased.data)
 
     def _read_batch(self) -> None:
         for _ in getattr(self._client, self._how)(self._refs, timeout=READ_SECONDS):

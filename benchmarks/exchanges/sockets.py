@@ -48,7 +48,7 @@ class SocketService:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._connection: socket.socket | None = None
         self._family: Family = "tcp"
-        self._answer = memoryview(b"")
+        self._answered = 0
         self._payload = np.empty(0, np.uint8)
         self._slots = np.empty((0, 0), np.uint8)
 
@@ -56,9 +56,9 @@ class SocketService:
         if command == "listen":
             return Reply({"address": self._listen(arguments["family"])}, self._accept)
         if command == "open":
-            source = np.random.default_rng(0).integers(0, 256, arguments["nbytes"], np.uint8)
-            self._payload, self._answer = source, source[: arguments["answered"]].data
-            self._slots = np.empty((arguments["slots"], arguments["nbytes"]), np.uint8)
+            self._payload = np.random.default_rng(0).integers(0, 256, arguments["nbytes"], np.uint8)
+            self._slots = np.zeros((arguments["slots"], arguments["nbytes"]), np.uint8)
+            self._answered = arguments["answered"]
             return Reply({})
         count = arguments["count"]
         for slot in self._slots[:count]:
@@ -91,19 +91,19 @@ class SocketService:
         prepare_socket(self._connection, self._family)
 
     def _exchange(self, count: int) -> None:
-        sock, answer = self._connection, self._answer
+        sock, answered = self._connection, self._answered
         assert sock is not None
         request = memoryview(bytearray(REQUEST_BYTES))
-        for _ in range(count):
+        for slot in self._slots[:count]:
             receive_all(sock, request)
-            sock.sendall(answer)
+            sock.sendall(slot[:answered].data)
 
 
 class SocketExchange:
     """A request, and an answer of the payload's size, or of one frame with ``round_trip``.
 
-    Before a block of round trips the other process writes as many payloads, as it does before reads in place: both
-    find its caches as cold.
+    As in dray, each payload of a batch lies in memory of its own and is written before the batch, round trips
+    included, and all answers arrive in the same memory: both find the caches as cold.
     """
 
     def __init__(self, family: Family, *, round_trip: bool) -> None:
@@ -121,7 +121,7 @@ class SocketExchange:
 
     def open(self, nbytes: int, batch: int) -> None:
         answered = REQUEST_BYTES if self._round_trip else nbytes
-        self._partner.ask("open", nbytes=nbytes, answered=answered, slots=batch if self._round_trip else 0)
+        self._partner.ask("open", nbytes=nbytes, answered=answered, slots=batch)
         self._target = np.zeros(answered, np.uint8).data
 
     def prepare(self, count: int) -> None:

@@ -80,7 +80,9 @@ class UcxService:
         self._listener: Any = None
         self._request = self._end.array(bytearray(FRAME_BYTES))
         self._status = self._end.array(bytearray(FRAME_BYTES))
-        self._payload: Any = None
+        self._source = np.empty(0, np.uint8)
+        self._slots = np.empty((0, 0), np.uint8)
+        self._payloads: list[Any] = []
 
     def do(self, command: str, **arguments: Any) -> Reply:
         end = self._end
@@ -88,10 +90,13 @@ class UcxService:
             self._listener = end.ucx.UCXListener.create(end.worker, 0, self._asking.append)
             return Reply({"port": self._listener.port}, self._accept)
         if command == "open":
-            source = np.random.default_rng(0).integers(0, 256, arguments["nbytes"], np.uint8)
-            self._payload = end.array(source)
+            self._source = np.random.default_rng(0).integers(0, 256, arguments["nbytes"], np.uint8)
+            self._slots = np.zeros((arguments["slots"], arguments["nbytes"]), np.uint8)
+            self._payloads = [end.array(slot) for slot in self._slots]
             return Reply({})
         count = arguments["count"]
+        for slot in self._slots[:count]:
+            np.copyto(slot, self._source)
         return Reply({}, lambda: self._exchange(count))
 
     def close(self) -> None:
@@ -109,13 +114,17 @@ class UcxService:
 
     def _exchange(self, count: int) -> None:
         end = self._end
-        for _ in range(count):
+        for payload in self._payloads[:count]:
             end.wait(end.receive(self._request, _REQUEST))
-            end.wait(end.send(self._status, _STATUS), end.send(self._payload, _PAYLOAD))
+            end.wait(end.send(self._status, _STATUS), end.send(payload, _PAYLOAD))
 
 
 class UcxExchange:
-    """Ask for a payload, and get status and payload."""
+    """Ask for a payload, and get status and payload.
+
+    As in dray, each payload of a batch lies in memory of its own and is written before the batch, and all arrive
+    in the same memory.
+    """
 
     name = "bare UCX exchange"
 
@@ -131,7 +140,7 @@ class UcxExchange:
         self._end.wait(self._end.send(self._request, _REQUEST), answered)
 
     def open(self, nbytes: int, batch: int) -> None:
-        self._partner.ask("open", nbytes=nbytes)
+        self._partner.ask("open", nbytes=nbytes, slots=batch)
         self._payload = self._end.array(np.zeros(nbytes, np.uint8))
 
     def prepare(self, count: int) -> None:
@@ -144,6 +153,7 @@ class UcxExchange:
         end.wait(end.send(self._request, _REQUEST), status, payload)
 
     def shut(self) -> None:
+        self._partner.ask("open", nbytes=0, slots=0)
         self._payload = None
 
     def close(self) -> None:

@@ -1,9 +1,23 @@
 """The scenarios, in the order of the report."""
 
 from benchmarks.scenario import Scenario
-from benchmarks.scenarios import batches, beside, busy, fleet, idle, job, memory, packing, reads, ring
+from benchmarks.scenarios import (
+    batches,
+    beside,
+    busy,
+    fleet,
+    idle,
+    in_place,
+    job,
+    memory,
+    owner,
+    packing,
+    reads,
+    ring,
+)
 
 SCENARIOS: tuple[Scenario, ...] = (
+    in_place.SCENARIO,
     reads.SCENARIO,
     batches.SCENARIO,
     idle.SCENARIO,
@@ -11,6 +25,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ring.SCENARIO,
     fleet.SCENARIO,
     busy.SCENARIO,
+    owner.SCENARIO,
     memory.SCENARIO,
     job.SCENARIO,
     beside.SCENARIO,

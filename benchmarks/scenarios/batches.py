@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Literal
 
@@ -17,6 +17,9 @@ from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 NAME = "batches"
 SMALL_BATCH = 1024
 PERFTEST = "ucx_perftest -t tag_bw -e"
+
+_SMALL: tuple[tuple[Literal[1, 6], float], ...] = ((1, 300_000), (6, 150_000))
+"""Fields of a payload, and how many payloads per second are asked for."""
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
@@ -63,15 +66,10 @@ def _large(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
     yield Row(NAME, exchange.name, MIB, figure, "B/s", PERFTEST, limit, target, note)
 
 
-def _small(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
-    kinds: list[tuple[Callable[[], LaneRead], float]] = [(lambda: _reader(6), 60_000)]
-    if LaneRead.batches_as_bytes():
-        kinds.insert(0, (lambda: _reader(1), 150_000))
-    else:
-        yield Skipped("read_many as bytes", "this PayloadClient has no read_many_bytes")
+def _small(plan: Plan, progress: Progress) -> Iterator[Row]:
     batches = max(2, plan.most_operations // 50)
     with ExitStack() as opened:
-        exchanges = [(opened.enter_context(closing(make())), bound) for make, bound in kinds]
+        exchanges = [(opened.enter_context(closing(_reader(fields))), bound) for fields, bound in _SMALL]
         rates: dict[str, list[float]] = {exchange.name: [] for exchange, _ in exchanges}
         for exchange, _ in exchanges:
             exchange.open(KIB, SMALL_BATCH)

@@ -65,7 +65,7 @@ def _times(
 def _target(nbytes: int) -> Target | None:
     if nbytes <= KIB:
         return Target("P9", "at most", _TARGET_SECONDS, "value")
-    return Target("P9", "at most", 1.15, "time ratio") if nbytes >= MIB else None
+    return Target("P9", "at most", 1.1, "time ratio") if nbytes >= MIB else None
 
 
 def _sizes(plan: Plan) -> list[int]:

@@ -95,6 +95,15 @@ def keep_result(results: list[T], call: Callable[..., T], *arguments: object) ->
     results.extend(map(call, *((each,) for each in arguments)))
 
 
+def close_all(numbers: list[int]) -> None:
+    """Close descriptors and take them out of their list, each once, whatever a signal handler raises."""
+    while numbers:
+        # No call between these, after which an exception of a signal handler could come.
+        number = numbers[-1]
+        del numbers[-1]
+        os.close(number)
+
+
 @contextlib.contextmanager
 def needing(wanted: str) -> Iterator[None]:
     """Raise `OutOfResources` if a system call in the block reaches a limit; `wanted` as in `out_of_resources`."""

@@ -252,13 +252,11 @@ DEFECTS = (
         "deadline per step instead of per read",
         CONNECTION,
         """\
-    if stream.idle():
-        waiter.wait(stream, deadline, awaited, endpoint)
+        self._waiter.wait(self._stream, deadline, awaited, self.endpoint)
 """,
         """\
-    deadline = Deadline.after(deadline.at - deadline._started, deadline._clock)
-    if stream.idle():
-        waiter.wait(stream, deadline, awaited, endpoint)
+        deadline = Deadline.after(deadline.at - deadline._started, deadline._clock)
+        self._waiter.wait(self._stream, deadline, awaited, self.endpoint)
 """,
         Search.SIMULATION,
     ),

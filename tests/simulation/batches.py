@@ -174,5 +174,6 @@ class SimulatedBatches(SimulatedConsumer):
             # Groups share their time, and the batch's own is short: only the error is judged.
             self.judge(fetched.ref, fetched.outcome, min(seconds, 1.0), self._submitted[fetched.ref])
         else:
-            self.got_arrays(fetched.ref, fetched.outcome, consume=False)
+            submitted = self._submitted[fetched.ref]
+            self.got_arrays(fetched.ref, fetched.outcome, consume=False, asked_at=submitted)
             self.world.ledger.give_up(fetched.ref, self.reader)

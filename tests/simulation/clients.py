@@ -26,7 +26,7 @@ from simulation.faults import FaultPlan
 from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
 from simulation.observed import ObservedClient
-from simulation.scheduler import Interrupted, Process, Violation
+from simulation.scheduler import Actor, Interrupted, Process, Violation
 
 LEASE_END_SECONDS = 1.0
 LONG_ENOUGH = 5.0
@@ -85,7 +85,7 @@ class SimulatedConsumer:
         self.closed = False
         self._pinned: list[Any] = []
         self._doing: list[list[PayloadRef]] = []
-        self._began = 0.0
+        self._began: dict[Actor | None, float] = {}
 
     def spawn(self, name: str, steps: int) -> None:
         """Start a thread that makes `steps` random calls one after the other."""
@@ -177,7 +177,7 @@ class SimulatedConsumer:
             return
         self.scheduler.note(f"{name} {', '.join(map(self.world.ledger.name, refs))} within {seconds} s")
         self.client.asks(refs)
-        self._began = self.scheduler.now()
+        self._began[self.scheduler.actor] = self.scheduler.now()
         self._doing.append(refs)
         try:
             with self.bounded(seconds):
@@ -234,13 +234,18 @@ class SimulatedConsumer:
         wire = self.client.kept
         self.unbound()
         began = self.scheduler.now()
+        if self.rng.random() < 0.1:
+            if self.rng.random() < 0.5:
+                lease.close()
+            self.world.plan.count("lease: not entered")
+            return
         try:
             with lease as arrays:
                 before = {name: array.tobytes() for name, array in arrays.items()}
                 self.got_arrays(ref, arrays, consume=False)
                 self.scheduler.sleep(self.rng.choice((0.0, 0.01, 0.5, 3.0, 50.0, 130.0)))
                 if {name: array.tobytes() for name, array in arrays.items()} != before:
-                    if wire is not None and wire.alive:
+                    if wire is None or wire.alive:
                         raise Violation(f"{self.world.ledger.name(ref)} changed while it was leased")
                     self.world.plan.count("lease: changed after its connection had ended")
                 if self.rng.random() < 0.25:
@@ -249,8 +254,8 @@ class SimulatedConsumer:
                 self.rebound(LEASE_END_SECONDS)
                 if self.rng.random() < 0.2:
                     raise _Abandoned
-            if self.scheduler.now() - began < 40:
-                self.consumed.append(ref) if wire is not None and wire.alive else None
+            if wire is None or (self.scheduler.now() - began < 40 and wire.alive):
+                self.consumed.append(ref)
         except (LeaseInUseError, _Abandoned) as error:
             self.world.plan.count(f"lease: {type(error).__name__.strip('_')}")
 
@@ -269,27 +274,31 @@ class SimulatedConsumer:
 
     # --- what comes of it -------------------------------------------------------------------------------------
 
-    def got(self, ref: PayloadRef, data: bytes, consume: bool) -> None:
-        """A payload was handed out."""
+    def got(self, ref: PayloadRef, data: bytes, consume: bool, asked_at: float | None = None) -> None:
+        """A payload was handed out, which was asked for at a time, by default with the call of this actor."""
+        if asked_at is None:
+            asked_at = self._began.get(self.scheduler.actor, -math.inf)
         self.scheduler.note(f"gets {self.world.ledger.name(ref)}{', consumed' if consume else ''}")
-        self.world.ledger.deliver(ref, self.reader, data)
+        self.world.ledger.deliver(ref, self.reader, data, asked_at)
         if consume:
             self.consumed.append(ref)
 
-    def got_arrays(self, ref: PayloadRef, arrays: dict[str, Any], consume: bool) -> None:
+    def got_arrays(
+        self, ref: PayloadRef, arrays: dict[str, Any], consume: bool, asked_at: float | None = None
+    ) -> None:
         """The same, unpacked."""
         payload = self.world.ledger.find(ref)
         data = arrays["token"].tobytes() + arrays["body"].tobytes()
         if payload is not None and payload.image.endswith(data):
             data = payload.image
-        self.got(ref, data, consume)
+        self.got(ref, data, consume, asked_at)
 
     def judge(self, ref: PayloadRef, error: DrayError, seconds: float, began: float | None = None) -> None:
         """Check that an error can happen here, and that it is true."""
         ledger, plan = self.world.ledger, self.world.plan
         books, name = ledger.of(ref), ledger.name(ref)
         payload = ledger.find(ref)
-        began = self._began if began is None else began
+        began = self._began[self.scheduler.actor] if began is None else began
         plan.count(f"error: {type(error).__name__}")
         if isinstance(error, StaleSlotError):
             if payload is not None and not books.lost and not self._gone(ref) and self._was_there(ref, began):
@@ -317,7 +326,13 @@ class SimulatedConsumer:
 
     def _gone(self, ref: PayloadRef) -> bool:
         info = self.world.ledger.of(ref).ring.inspect()[ref.slot]
-        return info.sequence != ref.sequence or info.retired or bool(info.consumed_by >> self.reader & 1)
+        payload = self.world.ledger.find(ref)
+        return (
+            info.sequence != ref.sequence
+            or info.retired
+            or bool(info.consumed_by >> self.reader & 1)
+            or (payload is not None and self.reader in payload.acknowledged)
+        )
 
     # --- deadlines --------------------------------------------------------------------------------------------
 

@@ -31,15 +31,27 @@ class Fault(Enum):
     CLIENT_CLOSED = "closed client"
     INTERRUPT = "interrupted client"
     CLOCK_JUMP = "clock jump"
+    BARRIER_FAILS = "failed barrier"
+    CLIENT_FORKED = "forked client"
+    SERVER_CLOSED = "closed server"
 
 
 ON_SEND = (Fault.RESET, Fault.HALF_CLOSE, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
 ON_SEND_UCX = (Fault.RESET, Fault.TRUNCATION, Fault.SILENCE, Fault.DELAY)
 """UCX has no half-closed connections."""
 ON_CONNECT = (Fault.DUPLICATE, Fault.UNREACHABLE, Fault.CONNECT_HANGS)
-HARMLESS = frozenset({Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.DUPLICATE})
+HARMLESS = frozenset({Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.CLIENT_FORKED, Fault.DUPLICATE})
 """With these faults alone, a client that closes can still reach the producers."""
-TIMED = tuple(fault for fault in Fault if fault is Fault.RESET or fault not in (*ON_SEND, *ON_CONNECT))
+TIMED = tuple(
+    fault for fault in Fault if fault is Fault.RESET or fault not in (*ON_SEND, *ON_CONNECT, Fault.BARRIER_FAILS)
+)
+AT_STEPS = (Fault.CLIENT_KILLED, Fault.CLIENT_STOPPED, Fault.INTERRUPT, Fault.SERVER_KILLED, Fault.SERVER_STOPPED)
+"""Timed faults that may also come between two accesses to shared memory."""
+PROMPT = frozenset({*ON_SEND, *ON_CONNECT, Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.CLIENT_FORKED})
+"""With these faults alone, every wait for consumers ends when it can, and not only with a late look."""
+
+
+_STEP_FAULTS = 0.003
 
 
 class FaultPlan:
@@ -65,6 +77,8 @@ class FaultPlan:
         self._slowest = rng.choice((0.0, 0.0, 0.0005, 0.02))
         self._capacity = rng.choice((2048, 2048, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
         self.stalls = rng.random() < 0.4
+        self.step_rate = rng.choice((0.1, 0.5, 1.0))
+        self._at_steps = tuple(fault for fault in AT_STEPS if fault in self.kinds)
         self.calm = False
 
     def __repr__(self) -> str:
@@ -89,6 +103,12 @@ class FaultPlan:
             return False
         self.count(fault.value)
         return True
+
+    def strike_at_step(self) -> Fault | None:
+        """The fault that comes before an access to shared memory, if any."""
+        if not self._at_steps or self.calm or self._rng.random() >= _STEP_FAULTS:
+            return None
+        return self._rng.choice(self._at_steps)
 
     def splits(self) -> bool:
         """Whether fewer bytes are sent or received than possible."""

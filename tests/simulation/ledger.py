@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
 from dray.protocol import PayloadRef
 from dray.ring import RingStatistics, SharedRingBuffer, SlotState
+from dray.ring.attachment import DirectLease
 from dray.ring.layout import STATE_OFFSET
 from dray.transport.server_statistics import LeaseInfo
-from simulation.scheduler import Scheduler, Violation
+from simulation.scheduler import Process, Scheduler, Violation
 
 
 class Payload:
@@ -23,9 +24,20 @@ class Payload:
         given_up: readers that asked for it to be consumed, or may have without knowing: they died, or were
             interrupted.
         kept: readers that got it, and whose client has ended in order: they must be known to have consumed it.
+        acknowledged: readers that have written on the board that they have consumed it.
+        consumed_since: when others could see that.
     """
 
-    __slots__ = ("delivered", "given_up", "image", "kept", "sequence", "slot")
+    __slots__ = (
+        "acknowledged",
+        "consumed_since",
+        "delivered",
+        "given_up",
+        "image",
+        "kept",
+        "sequence",
+        "slot",
+    )
 
     def __init__(self, slot: int, sequence: int, image: bytes) -> None:
         self.slot = slot
@@ -34,16 +46,26 @@ class Payload:
         self.delivered: Counter[int] = Counter()
         self.given_up: set[int] = set()
         self.kept: set[int] = set()
+        self.acknowledged: set[int] = set()
+        self.consumed_since: dict[int, float] = {}
 
 
 class Books:
-    """What the simulation has written to one ring and read from it."""
+    """What the simulation has written to one ring and read from it.
+
+    Attributes:
+        direct: the direct leases: slot, sequence number and process, by the id of the lease.
+        changed_at: when a direct consumer has changed a word last.
+    """
 
     def __init__(self, ring: SharedRingBuffer, name: str, readers: int) -> None:
         self.ring = ring
         self.name = name
         self.readers = readers
         self.lost = False
+        self.direct: dict[int, tuple[int, int, Process]] = {}
+        self.changed_at = 0.0
+        self._late_looks = 0
         self.payloads: dict[int, Payload] = {}
         self._claims = 0
         self._last = ring.inspect()
@@ -64,19 +86,31 @@ class Books:
         """A payload is there."""
         self.payloads[sequence] = Payload(slot, sequence, image)
 
-    def check(self, live: Iterable[LeaseInfo]) -> None:
-        """Slots, leases and bytes agree with each other, with the reports of servers and with what was written."""
+    def check(
+        self,
+        live: Iterable[LeaseInfo],
+        words: Mapping[int, int] | None = None,
+        due: Container[int] = (),
+    ) -> None:
+        """Slots, leases and bytes agree with each other, with the reports of servers and with what was written.
+
+        Args:
+            live: the leases that servers report.
+            words: how many lease words the ring has found last, by slot.
+            due: retired slots whose direct leases are not ruled out.
+        """
+        words = words or {}
         slots, view = self.ring.inspect(), self.ring.segment.view
         leases = Counter((lease.slot, lease.sequence) for lease in live)
         counted = [0] * len(SlotState)
         unconsumed = 0
         for info, (header, offset), before in zip(slots, self._offsets, self._last, strict=True):
             slot, state, sequence, nbytes, leased, _, retired, _ = info
-            expected = leases.pop((slot, sequence), 0) if leases else 0
+            expected = words.get(slot, 0) + (leases.pop((slot, sequence), 0) if leases else 0)
             counted[state] += 1
             if leased != expected:
                 self._fail(f"slot {slot} counts {leased} leases, its readers hold {expected}")
-            if (leased > 0) is not (state is SlotState.READING):
+            if (leased > 0 or slot in due) is not (state is SlotState.READING):
                 self._fail(f"slot {slot} is {state.name} with {leased} leases")
             if sequence < before.sequence:
                 self._fail(f"slot {slot} went from sequence {before.sequence} back to {sequence}")
@@ -93,6 +127,9 @@ class Books:
                     self._fail(f"the bytes of slot {slot} changed while it was {state.name}")
                 if retired and state is SlotState.READY:
                     self._fail(f"slot {slot} is READY although its payload is retired")
+        for slot, sequence, process in self.direct.values():
+            if not process.dead:
+                self.check_direct(slot, sequence)
         if leases:
             self._fail(f"readers hold leases on slots that hold other payloads now: {dict(leases)}")
         if slots == self._last:
@@ -103,6 +140,33 @@ class Books:
         gone = statistics.consumed + _dropped(statistics)
         if statistics.committed != gone + unconsumed:
             self._fail(f"{statistics.committed} payloads were committed, {gone} are gone and {unconsumed} there")
+
+    def check_direct(self, slot: int, sequence: int) -> None:
+        """A payload is in its slot, where it is leased directly."""
+        info = self.ring.inspect()[slot]
+        if info.sequence != sequence or info.state not in (SlotState.READY, SlotState.READING):
+            self._fail(
+                f"sequence {sequence} is leased directly in slot {slot}, which is {info.state.name} with sequence "
+                f"{info.sequence}"
+            )
+
+    def check_late_looks(self, now: float) -> None:
+        """A thread has not waited for what consumers had done long before."""
+        late = self.ring.statistics().late_looks
+        if late > self._late_looks and now - self.changed_at > PROMPT_SECONDS:
+            self._fail(f"a wait ended {now - self.changed_at:.3f} s after a consumer had changed a word")
+        self._late_looks = late
+
+    def stored(self, slot: int, reader: int, value: int, now: float | None) -> None:
+        """A consumer has written on the board; with `now`, others can see it from then on."""
+        payload = self.payloads.get(value - 1)
+        if payload is None or payload.slot != slot:
+            self._fail(f"reader {reader} has written {value} on the board for slot {slot}")
+        elif now is None:
+            payload.acknowledged.add(reader)
+        else:
+            self.changed_at = now
+            payload.consumed_since.setdefault(reader, now)
 
     def check_read(self, memories: Iterable[memoryview]) -> None:
         """What a transport still reads from is leased."""
@@ -152,6 +216,10 @@ def _address(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
+PROMPT_SECONDS = 0.02
+"""A doorbell wakes its owner within that time, unless something is stopped."""
+
+
 class Ledger:
     """All rings of a run."""
 
@@ -169,10 +237,6 @@ class Ledger:
         self._books[ring.producer_id] = books
         return books
 
-    def check(self, books: Books, live: Iterable[LeaseInfo]) -> None:
-        """Check one ring; see `Books.check`."""
-        books.check(live)
-
     def of(self, ref: PayloadRef) -> Books:
         """The `Books` of the ring that a reference names."""
         return self._books[ref.producer]
@@ -182,13 +246,33 @@ class Ledger:
         payload = self.of(ref).payloads.get(ref.sequence)
         return payload if payload is not None and payload.slot == ref.slot else None
 
-    def deliver(self, ref: PayloadRef, reader: int, data: bytes) -> None:
-        """A reader received these bytes for a reference."""
+    def begins(self, producer: bytes, process: Process, lease: DirectLease) -> None:
+        """A direct lease has begun."""
+        books = self._books[producer]
+        books.direct[id(lease)] = lease.slot, lease.sequence, process
+        if not books.lost:
+            books.check_direct(lease.slot, lease.sequence)
+
+    def ends(self, producer: bytes, lease: DirectLease) -> None:
+        """A direct lease is about to end, if it has begun and has not ended before."""
+        books = self._books[producer]
+        found = books.direct.pop(id(lease), None)
+        if found is not None and not books.lost and not found[2].dead:
+            books.check_direct(lease.slot, lease.sequence)
+
+    def changed(self, producer: bytes) -> None:
+        """A consumer has changed a lease word."""
+        self._books[producer].changed_at = self._scheduler.now()
+
+    def deliver(self, ref: PayloadRef, reader: int, data: bytes, asked_at: float) -> None:
+        """A reader received these bytes for a reference that it had asked for at a time."""
         payload = self.find(ref)
         if payload is None:
             raise Violation(f"{self.name(ref)} was delivered, and never committed")
         if data != payload.image:
             raise Violation(f"{self.name(ref)} was requested, and other bytes were delivered")
+        if payload.consumed_since.get(reader, asked_at) < asked_at:
+            raise Violation(f"{self.name(ref)} was delivered to reader {reader}, which had consumed it before")
         payload.delivered[reader] += 1
 
     def give_up(self, ref: PayloadRef, reader: int) -> None:

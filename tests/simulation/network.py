@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import weakref
 from collections import deque
@@ -11,17 +12,41 @@ from typing import Any, cast
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout, Unreachable
-from dray.protocol.handshake import PROOF_BYTES, ClientHandshake
-from dray.transport.lanes.base import Endpoint, Lane, Listener, Network, Stream, Waiter, Worker
+from dray.protocol.handshake import PROOF_BYTES, AttachRequest, ClientHandshake, ServerIdentity
+from dray.ring import Segment
+from dray.ring.attachment import Attachment
+from dray.ring.consumer_events import Descriptor
+from dray.ring.direct import PAGE_WORDS, kernel_digest
+from dray.transport.lanes.base import (
+    Endpoint,
+    Lane,
+    Listener,
+    Network,
+    Stream,
+    Waiter,
+    WantedAttachment,
+    Worker,
+)
 from dray.transport.lanes.socket import SocketStream, TcpStream, UnixStream
 from dray.transport.lanes.ucx import UcxStream
 from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import timed_out
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
 from simulation.faults import Fault, FaultPlan
+from simulation.ledger import Ledger
 from simulation.scheduler import Actor, Process, Scheduler, Signal
+from simulation.shared import (
+    Memory,
+    ProcessMemory,
+    SimulatedAttachment,
+    SimulatedBell,
+    SimulatedEvents,
+    SimulatedProcessDescriptor,
+    SimulatedSharedWords,
+)
 from simulation.sockets import Pipe, SimulatedSocket
 from simulation.tagged import SimulatedUcxEndpoint, SimulatedWorker, ucx_names
+from simulation.threads import SimulatedMutex
 
 _BACKLOG = 8
 _sockets: weakref.WeakKeyDictionary[Stream, SimulatedSocket] = weakref.WeakKeyDictionary()
@@ -116,13 +141,23 @@ def socket_of(stream: Stream) -> SimulatedSocket | None:
 
 
 class SimulatedKernel:
-    """Everything that outlives the processes that use it."""
+    """Everything that outlives the processes that use it.
 
-    def __init__(self, scheduler: Scheduler, plan: FaultPlan) -> None:
+    Attributes:
+        watch: learns of direct leases.
+        shared: what descriptors stand for, by the inodes behind them.
+        registered: the memory of processes that barriers reach.
+    """
+
+    def __init__(self, scheduler: Scheduler, plan: FaultPlan, watch: Ledger | None = None) -> None:
         self.scheduler = scheduler
         self.plan = plan
+        self.watch = watch or Ledger(scheduler)
         self.listeners: dict[str, SimulatedListener] = {}
-        self.sockets: dict[int, SimulatedSocket | SimulatedWorker | SimulatedListener] = {}
+        self.sockets: dict[int, SimulatedSocket | SimulatedWorker | SimulatedListener | SimulatedEvents] = {}
+        self.shared: dict[int, Memory | Process | SimulatedEvents] = {}
+        self.registered: dict[ProcessMemory, None] = {}
+        self._memories: dict[Process, ProcessMemory] = {}
         self.endpoints: list[SimulatedUcxEndpoint] = []
         self._numbers = itertools.count(1_000_000)
 
@@ -131,6 +166,28 @@ class SimulatedKernel:
         process = self.scheduler.process(name)
         process.ends.append(lambda: self._close_all(process))
         return process
+
+    def number(self, events: SimulatedEvents) -> int:
+        """A descriptor that loops can wait for."""
+        number = next(self._numbers)
+        self.sockets[number] = events
+        return number
+
+    def describe(self, what: Process | SimulatedEvents) -> Descriptor:
+        """A descriptor that stands for something, also once it was sent to another process."""
+        descriptor = Descriptor(os.memfd_create, "simulated descriptor")
+        self.shared[os.fstat(descriptor.fileno()).st_ino] = what
+        return descriptor
+
+    def behind(self, descriptor: int) -> Memory | Process | SimulatedEvents | None:
+        """What a descriptor stands for."""
+        return self.shared.get(os.fstat(descriptor).st_ino)
+
+    def memory_of(self, process: Process, late: bool = False) -> ProcessMemory:
+        """How a process accesses shared words."""
+        if process not in self._memories:
+            self._memories[process] = ProcessMemory(self, process, late=late)
+        return self._memories[process]
 
     def listen(
         self, endpoint: str, process: Process, signal: Signal, worker: SimulatedWorker | None
@@ -244,17 +301,35 @@ class SimulatedQueue:
 
 
 class SimulatedBuffers(ReceiveBuffers):
-    """Memory for payloads; a thread that asks for some may be held up, between STATUS and a copy for example."""
+    """Memory for payloads; a thread that asks for some may be held up, between STATUS and a copy for example.
+
+    Attributes:
+        stalled: called with the seconds for which a thread was held up.
+    """
 
     def __init__(self, kernel: SimulatedKernel) -> None:
         super().__init__()
         self._kernel = kernel
+        self.stalled: Callable[[float], None] = lambda seconds: None
 
     def allocate(self, nbytes: int) -> Bytes:
+        self._stall()
+        return super().allocate(nbytes)
+
+    def copy(self, source: Bytes) -> Bytes:
+        copy = super().allocate(source.nbytes)
+        half = source.nbytes // 2
+        copy[:half] = source[:half]
+        self._stall()
+        copy[half:] = source[half:]
+        return copy
+
+    def _stall(self) -> None:
         seconds = self._kernel.plan.stall()
         if seconds:
+            began = self._kernel.scheduler.now()
             self._kernel.scheduler.stall(seconds)
-        return super().allocate(nbytes)
+            self.stalled(self._kernel.scheduler.now() - began)
 
 
 class Wire:
@@ -292,6 +367,8 @@ class SimulatedNetwork(Network):
 
     Attributes:
         opened: for each actor, the connection that it has opened last.
+        attachments: those that exist.
+        buffers: memory for copies.
     """
 
     def __init__(self, kernel: SimulatedKernel, process: Process) -> None:
@@ -301,6 +378,8 @@ class SimulatedNetwork(Network):
         self.closing = Signal(kernel.scheduler)
         self.closed = False
         self.opened: dict[Actor | None, Wire] = {}
+        self.attachments: weakref.WeakSet[SimulatedAttachment] = weakref.WeakSet()
+        self.buffers = SimulatedBuffers(kernel)
         self._waiters: dict[Actor | None, SimulatedWaiter] = {}
 
     def fits(self, worker: Worker, address: Endpoint) -> bool:
@@ -343,8 +422,50 @@ class SimulatedNetwork(Network):
             self._waiters[self.kernel.scheduler.actor] = waiter
         return waiter
 
+    def lock(self) -> Any:
+        return SimulatedMutex(self.kernel.scheduler)
+
+    def attach_request(self, reader: int) -> WantedAttachment | None:
+        kernel = self.kernel
+        if kernel.scheduler.rng.random() < 0.05:
+            return None
+        access = kernel.memory_of(self.process, late=True)
+        access.step()
+        kernel.registered[access] = None
+        digest = kernel_digest() if kernel.scheduler.rng.random() < 0.95 else bytes(32)
+        return WantedAttachment(AttachRequest(digest, reader), kernel.describe(self.process))
+
+    def open_attachment(
+        self, descriptors: list[int], identity: ServerIdentity, reader: int, *, newest: bool
+    ) -> Attachment:
+        kernel = self.kernel
+        access = kernel.memory_of(self.process, late=True)
+        found = [kernel.behind(number) for number in descriptors]
+        control, board, page = (
+            SimulatedSharedWords(each, access, []) for each in found[1:4] if isinstance(each, Memory)
+        )
+        events, owner = found[4:]
+        assert isinstance(events, SimulatedEvents)
+        assert isinstance(owner, Process)
+        assert len(page.words) == identity.max_leases + PAGE_WORDS
+        assert len(board.words) == identity.slots * identity.readers
+        attachment = SimulatedAttachment(
+            kernel,
+            self.process,
+            segment=Segment.attach(descriptors[0]),
+            control=control,
+            board=board,
+            page=page,
+            bell=SimulatedBell(events, access),
+            owner=SimulatedProcessDescriptor(owner, access),
+            reader=reader,
+            newest=newest,
+        )
+        self.attachments.add(attachment)
+        return attachment
+
     def receive_buffers(self) -> ReceiveBuffers:
-        return SimulatedBuffers(self.kernel)
+        return self.buffers
 
     def lease_reaper(self) -> LeaseReaper:
         def start(run: Callable[[], None]) -> Callable[[], None]:
@@ -375,11 +496,15 @@ class SimulatedWaiter:
         self.failed = False
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
+        if not stream.idle():
+            if deadline.expired:
+                raise timed_out(deadline, awaited, endpoint)
+            return
         self.failed = True  # until the wait has ended without an exception
         kernel = self._network.kernel
         self._check()
         held = kernel.sockets[stream.fileno()]
-        assert not isinstance(held, SimulatedListener)
+        assert not isinstance(held, SimulatedListener | SimulatedEvents)
         if isinstance(held, SimulatedWorker):
             ready = held.signalled
         else:

@@ -15,6 +15,7 @@ from dray.protocol.frames import Status as StatusCode
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport.attempts import MAX_QUARANTINE_GROWTH, QUARANTINE_SECONDS, by_lane
 from dray.transport.client import PayloadClient
+from dray.transport.direct_reads import DIRECT
 from dray.transport.lanes import LANES, chosen_lanes
 from dray.transport.leases import InPlaceLease
 from dray.transport.pipeline import ReadResult
@@ -27,6 +28,7 @@ from dray.transport.trace import (
     Connect,
     Discard,
     FailedAttempt,
+    Payload,
     Request,
     Status,
     SuccessfulAttempt,
@@ -84,10 +86,12 @@ class ObservedClient(PayloadClient):
         self._wires: dict[int, Wire] = {}
         self._kept: dict[Actor | None, Wire] = {}
         self._pending: Counter[int] = Counter()  # requests without an answer, by connection
+        kernel.memory_of(process, late=True).delayed = self._grant
+        self.network.buffers.stalled = self._stalled
 
     @property
     def kept(self) -> Wire | None:
-        """The connection that the running actor has used last."""
+        """The connection that the running actor has used last; None after a direct lease."""
         return self._kept.get(self._scheduler.actor)
 
     # --- stale references -------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ class ObservedClient(PayloadClient):
         with self._watched([ref], timeout):
             return super().read_bytes(ref, timeout=timeout, consume=consume)
 
-    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease:
+    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[Any]:
         with self._watched([ref], timeout):
             return super().lease(ref, timeout=timeout)
 
@@ -135,11 +139,11 @@ class ObservedClient(PayloadClient):
         assert actor is not None
         assert timeout is not None
         outer, actor.bound, actor.late = actor.bound, min(actor.bound, self._scheduler.now() + timeout), 0.0
+        granted = actor.granted
         try:
-            with self._watched(refs, timeout) as call:
-                for result in super().read_many(
-                    refs, timeout=timeout, consume=consume, return_errors=return_errors
-                ):
+            found = super().read_many(refs, timeout=timeout, consume=consume, return_errors=return_errors)
+            with contextlib.closing(found), self._watched(refs, timeout) as call:
+                for result in found:
                     self.answered(result.ref, result.outcome)
                     left = self._scheduler.now()
                     yield result
@@ -149,7 +153,7 @@ class ObservedClient(PayloadClient):
                     outer += spent
                     call.deadline += spent
         finally:
-            actor.bound = outer
+            actor.bound = outer + actor.granted - granted
 
     @contextlib.contextmanager
     def _watched(self, refs: list[PayloadRef], timeout: float | None) -> Iterator[_Call]:
@@ -161,6 +165,19 @@ class ObservedClient(PayloadClient):
         finally:
             if self._calls.get(actor) is call:
                 del self._calls[actor]
+
+    def _grant(self, seconds: float) -> None:
+        """The running actor has accessed shared memory for so long."""
+        actor = self._scheduler.actor
+        if seconds and actor is not None:
+            actor.granted += seconds
+            actor.bound += seconds
+            if actor in self._calls:
+                self._calls[actor].deadline += seconds
+
+    def _stalled(self, seconds: float) -> None:
+        if self.kept is None:  # in the middle of a copy of a direct lease
+            self._grant(seconds)
 
     # --- the trace --------------------------------------------------------------------------------------------
 
@@ -178,6 +195,9 @@ class ObservedClient(PayloadClient):
                 self._pending[event.connection] = 0
             case Checkout():
                 self._kept[actor] = self._wires[event.connection]
+            case Payload() if event.endpoint == DIRECT:
+                self._kept.pop(actor, None)
+                self._plan.count("direct lease")
             case Checkin():
                 self._becomes_idle(event.endpoint, event.connection)
             case Discard():

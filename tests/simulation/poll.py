@@ -6,8 +6,10 @@ import math
 import select
 from collections.abc import Callable
 
+from dray.transport.lanes.base import Worker
 from simulation.network import SimulatedKernel, SimulatedListener
 from simulation.scheduler import Signal
+from simulation.shared import SimulatedEvents
 from simulation.tagged import SimulatedWorker
 
 
@@ -31,6 +33,8 @@ class SimulatedPoller:
     def register(self, descriptor: int, events: int) -> None:
         assert descriptor not in self._watched
         self._watched[descriptor] = events
+        if isinstance(found := self._kernel.sockets[descriptor], SimulatedEvents):
+            found.signals.append(self.signal)
 
     def modify(self, descriptor: int, events: int) -> None:
         assert descriptor in self._watched
@@ -38,6 +42,12 @@ class SimulatedPoller:
 
     def unregister(self, descriptor: int) -> None:
         del self._watched[descriptor]
+
+    def drive(self, worker: Worker) -> None:
+        self.register(worker.fileno(), select.EPOLLIN)
+
+    def stop_driving(self, worker: Worker) -> None:
+        self.unregister(worker.fileno())
 
     def poll(self, timeout: float | None) -> list[tuple[int, int]]:
         self._check()
@@ -63,6 +73,8 @@ class SimulatedPoller:
                 found = held.signalled
             elif isinstance(held, SimulatedListener):
                 found = held.waiting > 0
+            elif isinstance(held, SimulatedEvents):
+                found = held.readable
             else:
                 found = held.writable() if events == select.EPOLLOUT else held.readable()
             if found:

@@ -17,7 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from simulation.clock import ManualClock
 
-MAX_STEPS = 20_000
+MAX_STEPS = 100_000
 """A run that takes more of them goes round in circles."""
 MAX_STEP_SECONDS = 40e-6
 _EPSILON = 1e-6
@@ -54,6 +54,7 @@ class Process:
     Attributes:
         dead: it was killed; what is left of it is gone.
         ends: called when it is killed, to do what the kernel does with what it held.
+        at_step: called by its actors before each access to shared memory.
     """
 
     def __init__(self, name: str, number: int) -> None:
@@ -62,6 +63,7 @@ class Process:
         self.actors: list[Actor] = []
         self.dead = False
         self.ends: list[Callable[[], None]] = []
+        self.at_step: Callable[[], None] = lambda: None
 
 
 class Actor:
@@ -72,14 +74,18 @@ class Actor:
         slack: seconds that it may continue after `bound`.
         late: seconds by which it was resumed after its waits had ended, since `bound` was set.
         idles: it may wait without a bound, as a server does for work.
+        granted: seconds of accesses to shared memory, by which `bound` was moved.
+        locks: locks that it holds.
     """
 
     __slots__ = (
         "bound",
         "ended",
+        "granted",
         "greenlet",
         "idles",
         "late",
+        "locks",
         "name",
         "pending",
         "process",
@@ -100,6 +106,8 @@ class Actor:
         self.idles = idles
         self.bound = math.inf
         self.late = 0.0
+        self.granted = 0.0
+        self.locks = 0
         self.slack = _EPSILON
         self.turn = 0
         self.woken = False
@@ -219,8 +227,10 @@ class Scheduler:
             heapq.heappush(self._timers, (until, self._timer, actor, actor.turn))
         elif not signals:
             raise Violation(f"{actor.name} waits for nothing, without a limit")
-        self._give_way(actor)
-        actor.late += max(0.0, self.now() - until)
+        try:
+            self._give_way(actor)
+        finally:
+            actor.late += max(0.0, self.now() - until)
         return actor.woken
 
     def pause(self) -> None:
@@ -231,8 +241,10 @@ class Scheduler:
         self._check_wait(actor, self.now())
         began = self.now()
         self._enqueue(actor)
-        self._give_way(actor)
-        actor.late += self.now() - began
+        try:
+            self._give_way(actor)
+        finally:
+            actor.late += self.now() - began
 
     def sleep(self, seconds: float) -> None:
         """Do nothing for a while."""
@@ -250,6 +262,24 @@ class Scheduler:
         finally:
             actor.bound = bound
             actor.late += max(0.0, self.now() - max(began, min(bound, self.now())))
+
+    def block(self, signal: Signal) -> None:
+        """Wait for another thread of the same process, which is about to continue: a delay, not a wait."""
+        actor = self.actor
+        if actor is None or self.ending:
+            raise GreenletExit
+        began, idles = self.now(), actor.idles
+        actor.idles = True
+        try:
+            self.wait((signal,), math.inf)
+        finally:
+            actor.idles = idles
+            actor.late += self.now() - began
+
+    def violate(self, what: str) -> NoReturn:
+        """Raise, and have `run` raise as well: what generators and finalizers raise is lost."""
+        self._violation = Violation(what)
+        raise self._violation
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
@@ -359,15 +389,10 @@ class Scheduler:
         if actor.idles:
             return
         if until > actor.bound + actor.slack and until > self.now() + _EPSILON:
-            self._violate(
+            self.violate(
                 f"{actor.name} waits until {until - 1000:.6f}, {until - actor.bound:.6f} s beyond its deadline"
             )
         if self.now() > actor.bound + actor.late + actor.slack:
-            self._violate(f"{actor.name} continues {self.now() - actor.bound:.6f} s after its deadline")
+            self.violate(f"{actor.name} continues {self.now() - actor.bound:.6f} s after its deadline")
         if until == math.inf:
-            self._violate(f"{actor.name} waits without a deadline")
-
-    def _violate(self, what: str) -> NoReturn:
-        """Raise, and have `run` raise as well: what a generator raises while it is dropped is lost."""
-        self._violation = Violation(what)
-        raise self._violation
+            self.violate(f"{actor.name} waits without a deadline")

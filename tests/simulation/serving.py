@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,21 +11,24 @@ from typing import Any, cast
 import xxhash
 
 from dray.clock import Deadline
-from dray.errors import BufferFullError, TransportError
+from dray.errors import BufferClosedError, BufferFullError, TransportError
 from dray.payload.codec import plan as plan_payload
 from dray.protocol import PayloadRef
 from dray.protocol.handshake import ServerIdentity
-from dray.ring import OnFull, Retain, SharedRingBuffer
+from dray.ring import OnFull, Retain, RingStatistics, SharedRingBuffer, SlotInfo
 from dray.transport.lanes.base import Lane
 from dray.transport.served_connection import Service
 from dray.transport.server_loop import ServerLoop
 from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
 from dray.transport.trace import Discard, TraceEvent
+from simulation.faults import PROMPT
 from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
 from simulation.poll import SimulatedPoller
 from simulation.scheduler import Process, Violation
+from simulation.shared import SimulatedMachine
 from simulation.tagged import SimulatedWorker
+from simulation.threads import SimulatedMutex
 
 DRAIN_SECONDS = 2.0
 
@@ -43,6 +47,34 @@ class RingSettings:
     loops: int
     secret: bytes | None
     checksum: bool
+    direct: bool
+    waits: bool
+
+
+class SimulatedRing(SharedRingBuffer):
+    """A ring that can be observed without a change."""
+
+    def inspect(self) -> tuple[SlotInfo, ...]:
+        return tuple([slot.info() for slot in self._table.slots])
+
+    def statistics(self) -> RingStatistics:
+        return self._table.statistics()
+
+    @property
+    def changing(self) -> bool:
+        """A thread is in the middle of an operation, or about to begin one."""
+        lock = cast(SimulatedMutex, self._table.lock)
+        return lock.held or lock.awaited > 0 or self._table.changing
+
+    @property
+    def words(self) -> dict[int, int]:
+        """The lease words that were found last, by slot."""
+        return {slot.index: slot.words for slot in self._table.slots if slot.words}
+
+    @property
+    def due(self) -> set[int]:
+        """Retired slots whose direct leases are not ruled out."""
+        return {slot.index for slot in self._table.due}
 
 
 class SimulatedLoop:
@@ -100,22 +132,32 @@ class SimulatedServer:
         self.settings = settings
         self._ledger = ledger
         self._starts = 0
+        self.closing = False
+        self.at_step: Callable[[], None] = lambda: None
         self.published: Callable[[PayloadRef], None] = lambda _: None
         self._start()
 
     def _start(self) -> None:
         settings = self.settings
         self._starts += 1
+        self.closing = False
         self.process: Process = self.kernel.process(f"{self.name}.{self._starts}")
-        self.ring = SharedRingBuffer(
+        self.process.at_step = lambda: self.at_step()
+        self.machine = SimulatedMachine(self.kernel, self.process, settings.slots, settings.readers)
+        self.ring = SimulatedRing(
             settings.slots,
             settings.slot_bytes,
             on_full=settings.on_full,
             readers=settings.readers,
             retain=settings.retain,
             clock=self.kernel.scheduler.clock,
+            machine=self.machine,
         )
-        self.books = self._ledger.open(self.ring, f"{self.name}.{self._starts}", settings.readers)
+        books = self.books = self._ledger.open(self.ring, f"{self.name}.{self._starts}", settings.readers)
+        now = self.kernel.scheduler.now
+        self.machine.stored = lambda slot, reader, value, seen: books.stored(
+            slot, reader, value, now() if seen else None
+        )
         identity = ServerIdentity(
             self.ring.producer_id, settings.slots, settings.slot_bytes, settings.max_leases, settings.readers
         )
@@ -126,10 +168,12 @@ class SimulatedServer:
             checksum=xxhash.xxh3_64_intdigest if settings.checksum else None,
             describe=lambda: self.statistics().to_json(),
             clock=self.kernel.scheduler.clock,
+            direct=settings.direct,
         )
         self._open()
 
     def _open(self) -> None:
+        self.ring.count_servers(1)
         self.loops = [SimulatedLoop(self, index) for index in range(self.settings.loops)]
         self.endpoints = tuple(
             self.address(lane, index) for lane in self.settings.lanes for index in range(self.settings.loops)
@@ -146,14 +190,18 @@ class SimulatedServer:
         """The answer to STAT."""
         leases = tuple(lease for loop in self.loops for lease in loop.leases())
         connections = sum(loop.connections for loop in self.loops)
+        self.ring.look()
         return ServerStatistics(
             self.ring.producer_id, self.endpoints, connections, leases, ServerCounters(), self.ring.statistics()
         )
 
     def check(self) -> None:
         """The ring and the leases of all connections agree."""
-        if not self.ring.closed:
-            self._ledger.check(self.books, [lease for loop in self.loops for lease in loop.leases()])
+        if not self.ring.closed and not self.ring.changing:
+            live = [lease for loop in self.loops for lease in loop.leases()]
+            self.books.check(live, self.ring.words, self.ring.due)
+            if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls:
+                self.books.check_late_looks(self.kernel.scheduler.now())
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:
                     loop.worker.reading = [send for send in loop.worker.reading if send.touchable]
@@ -163,13 +211,17 @@ class SimulatedServer:
 
     def write(self, arrays: dict[str, Any], seconds: float, completes: Callable[[], bool]) -> None:
         """Put a payload in steps, each of which others may come between, or fail to."""
+        with contextlib.suppress(BufferClosedError):
+            self._write(arrays, seconds, completes)
+
+    def _write(self, arrays: dict[str, Any], seconds: float, completes: Callable[[], bool]) -> None:
         scheduler, ring, books = self.kernel.scheduler, self.ring, self.books
         packed = plan_payload(arrays)
         by = scheduler.now() + seconds
         pause = 0.0005
         while True:
             try:
-                writer = ring.claim(packed.nbytes, timeout=0)
+                writer = ring.claim(packed.nbytes, timeout=seconds if self.settings.waits else 0)
                 break
             except BufferFullError:
                 if ring.on_full == "error" or scheduler.now() >= by or self.kernel.plan.calm:
@@ -202,23 +254,46 @@ class SimulatedServer:
         """The reference for a payload of this server's ring."""
         return PayloadRef(self.ring.producer_id, slot, sequence, nbytes, self.endpoints)
 
+    def wait_consumed(self, ref: PayloadRef, seconds: float) -> None:
+        """Wait until a payload retires."""
+        if self.ring.wait_consumed(ref.slot, ref.sequence, seconds):
+            info = self.ring.inspect()[ref.slot]
+            if info.sequence == ref.sequence and not info.retired:
+                raise Violation(f"{self._ledger.name(ref)} is reported as consumed, and is still there")
+            self.kernel.plan.count("wait_consumed: done")
+
     # --- state ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the server threads in order, and close the ring; the process ends soon after. In a thread of it."""
+        scheduler = self.kernel.scheduler
+        self.ring.count_servers(-1)
+        self._end_loops()
+        self.ring.close()
+        scheduler.at(scheduler.now() + scheduler.rng.choice((0.0, 0.01, 1.0, 30.0)), self._exit)
+
+    def _exit(self) -> None:
+        self.kernel.scheduler.kill(self.process)
 
     def kill(self) -> None:
         """End the process where it stands; its payloads are lost."""
-        self.kernel.scheduler.kill(self.process)
         self.books.lost = True
+        self.kernel.scheduler.kill(self.process)
         self.ring.close()
 
     def restart(self) -> None:
         """End the server threads in order, and start others over the same ring at the same addresses."""
+        self.ring.count_servers(-1)
+        self._end_loops()
+        self._open()
+
+    def _end_loops(self) -> None:
         for loop in self.loops:
             loop.stop()
             while not loop.actor.greenlet.dead:
                 self.kernel.scheduler.wait((loop.actor.ended,), self.kernel.scheduler.now() + 3 * DRAIN_SECONDS)
                 if loop.actor.stopped:
                     raise Violation("a loop was to end while its process was stopped")
-        self._open()
 
     def replace(self) -> None:
         """Another producer at the same addresses."""

@@ -263,7 +263,10 @@ class SimulatedSocket:
         message = bytearray(size)
         got = self.recv_into(memoryview(message))
         passed = self._incoming.descriptors
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", passed.popleft()))] if passed else []
+        rights = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(passed)}i", *passed))] if passed else []
+        )
+        passed.clear()
         return bytes(message[:got]), rights, 0, None
 
     def getsockopt(self, level: int, _option: int, _size: int) -> bytes:

@@ -15,13 +15,61 @@ class SimulatedLock:
     def __init__(self) -> None:
         self.held = False
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
         if self.held:
             raise Violation("a lock was held while another actor ran")
         self.held = True
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         self.held = False
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class SimulatedMutex(SimulatedLock):
+    """A lock that an actor may hold while others run, because it accesses shared memory meanwhile.
+
+    Attributes:
+        holder: the actor that holds it.
+        awaited: how many actors wait for it.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+        self._signal = Signal(scheduler)
+        self.holder: Actor | None = None
+        self.awaited = 0
+
+    def acquire(self) -> None:
+        scheduler = self._scheduler
+        actor = scheduler.actor
+        # A dead process does not give back its locks. What observes the run from outside does not wait.
+        while self.held and actor is not None and not scheduler.ending and not self._abandoned:
+            if self.holder is actor:
+                raise Violation(f"{actor.name} waits for a lock that it holds")
+            self.awaited += 1
+            scheduler.block(self._signal)
+            self.awaited -= 1
+        self.held = True
+        self.holder = actor
+        if actor is not None:
+            actor.locks += 1
+
+    def release(self) -> None:
+        self.held = False
+        if self.holder is not None:
+            self.holder.locks -= 1
+            self.holder = None
+        self._signal.notify()
+
+    @property
+    def _abandoned(self) -> bool:
+        return self.holder is None or self.holder.process.dead
 
 
 class SimulatedCondition:
@@ -33,12 +81,16 @@ class SimulatedCondition:
         self._signal = Signal(scheduler)
 
     def wait(self, timeout: float | None = None) -> bool:
-        self._lock.held = False
+        self._lock.release()
         try:
             until = math.inf if timeout is None else self._scheduler.now() + timeout
             return self._scheduler.wait((self._signal,), until)
         finally:
-            self._lock.held = True
+            self._lock.acquire()
+
+    def notify(self) -> None:
+        if self._signal.waiting:
+            self._scheduler.wake(self._scheduler.rng.choice(self._signal.waiting), True)
 
     def notify_all(self) -> None:
         self._signal.notify()

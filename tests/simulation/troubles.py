@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from simulation.clients import SimulatedConsumer
 from simulation.faults import Fault
-from simulation.scheduler import Actor
+from simulation.scheduler import Actor, Interrupted
 from simulation.serving import SimulatedServer
 
 if TYPE_CHECKING:
@@ -51,7 +51,52 @@ class Troubles:
         times = self._deaf.get(producer, [])
         return not times or (len(times) % 2 == 0 and times[-1] < since)
 
+    def watch(self, server: SimulatedServer) -> None:
+        """Let faults come between the steps of a server."""
+
+        def at_step() -> None:
+            fault = self._run.plan.strike_at_step()
+            if server.closing or self.restarting or self._ending:
+                return
+            if fault is Fault.SERVER_KILLED:
+                self._strike_here(fault, lambda: self._kill_server(server))
+            elif fault is Fault.SERVER_STOPPED:
+                self._strike_here(fault, lambda: self._stop(server.process.actors))
+
+        server.at_step = at_step
+
+    def watch_client(self, consumer: SimulatedConsumer) -> None:
+        """Let faults come between the steps of a client."""
+
+        def at_step() -> None:
+            fault, actor = self._run.plan.strike_at_step(), self._scheduler.actor
+            if consumer.closed or self._ending:
+                return
+            if fault is Fault.CLIENT_KILLED:
+                self._strike_here(fault, lambda: self._kill_client(consumer))
+            elif fault is Fault.CLIENT_STOPPED:
+                self._strike_here(fault, lambda: self._stop(consumer.process.actors))
+            elif fault is Fault.INTERRUPT and actor is not None and actor.bound < float("inf") and not actor.idles:
+                self._run.plan.count(fault.value)
+                self._scheduler.note(f"{actor.name} is interrupted at a step")
+                raise Interrupted
+
+        consumer.process.at_step = at_step
+
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _strike_here(self, fault: Fault, strike: Callable[[], bool]) -> None:
+        """A fault comes before the running actor continues."""
+        done: list[bool] = []
+
+        def event() -> None:
+            if not self._ending and strike():
+                self._run.plan.count(fault.value)
+            done.append(True)
+
+        self._scheduler.at(self._scheduler.now(), event)
+        while not done:
+            self._scheduler.pause()
 
     def _bring(self) -> None:
         scheduler, rng, plan = self._scheduler, self._rng, self._run.plan
@@ -73,7 +118,7 @@ class Troubles:
             return True
         if fault is Fault.RESET:
             return run.kernel.reset_one(rng)
-        servers = [server for server in run.servers if not server.process.dead]
+        servers = [server for server in run.servers if not server.process.dead and not server.closing]
         clients = [consumer for consumer in run.consumers if not consumer.process.dead and not consumer.closed]
         on_server: dict[Fault, Callable[[SimulatedServer], bool]] = {
             Fault.LOOP_WEDGED: self._wedge,
@@ -81,21 +126,24 @@ class Troubles:
             Fault.SERVER_RESTARTED: self._restart,
             Fault.SERVER_REPLACED: self._replace,
             Fault.SERVER_KILLED: self._kill_server,
+            Fault.SERVER_CLOSED: self._close_server,
         }
         on_client: dict[Fault, Callable[[SimulatedConsumer], bool]] = {
             Fault.CLIENT_STOPPED: lambda consumer: self._stop(consumer.process.actors),
             Fault.CLIENT_KILLED: self._kill_client,
             Fault.CLIENT_CLOSED: self._close_client,
             Fault.INTERRUPT: self._interrupt,
+            Fault.CLIENT_FORKED: self._fork,
         }
         if fault in on_server:
             if fault is Fault.SERVER_REPLACED:
-                servers = run.servers
+                servers = [server for server in run.servers if server.process.dead or not server.closing]
             return bool(servers) and on_server[fault](rng.choice(servers))
         return bool(clients) and on_client[fault](rng.choice(clients))
 
     def _wedge(self, server: SimulatedServer) -> bool:
-        return self._stop([rng_loop.actor for rng_loop in [self._rng.choice(server.loops)]])
+        actor = self._rng.choice(server.loops).actor
+        return not actor.locks and self._stop([actor])  # a thread that holds a lock runs
 
     def _stop(self, actors: list[Actor]) -> bool:
         running = [actor for actor in actors if actor.alive and not actor.stopped]
@@ -139,6 +187,14 @@ class Troubles:
         server.kill()
         return True
 
+    def _close_server(self, server: SimulatedServer) -> bool:
+        if any(loop.actor.stopped or loop.actor.greenlet.dead for loop in server.loops):
+            return False
+        self._scheduler.note(f"{server.name} closes its ring")
+        server.closing = server.books.lost = True
+        self._scheduler.spawn(server.process, "close", server.close, idles=True)
+        return True
+
     def _forget(self, server: SimulatedServer) -> None:
         self._stopped = [actor for actor in self._stopped if actor.process is not server.process]
 
@@ -152,6 +208,13 @@ class Troubles:
         self._scheduler.note(f"{consumer.process.name} closes its client")
         self._scheduler.spawn(consumer.process, "close", consumer.close)
         return True
+
+    def _fork(self, consumer: SimulatedConsumer) -> bool:
+        attachments = list(consumer.client.network.attachments)
+        self._scheduler.note(f"{consumer.process.name} forks, with {len(attachments)} attachments")
+        for attachment in attachments:
+            attachment.end_in_child()
+        return bool(attachments)
 
     def _interrupt(self, consumer: SimulatedConsumer) -> bool:
         waiting = [actor for actor in consumer.process.actors if actor.bound < float("inf") and not actor.idles]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from greenlet import GreenletExit
 
-from dray.errors import ConfigError
+from dray.errors import BufferClosedError, ConfigError
 from dray.protocol import PayloadRef
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.ring import OnFull, Retain
@@ -54,8 +54,8 @@ class Run:
         self.rng = rng = random.Random(seed)
         self.scheduler = Scheduler(rng, ManualClock(), traced)
         self.plan = FaultPlan(rng, seen)
-        self.kernel = SimulatedKernel(self.scheduler, self.plan)
         self.ledger = Ledger(self.scheduler)
+        self.kernel = SimulatedKernel(self.scheduler, self.plan, self.ledger)
         self._serial = itertools.count(1)
         self._refs: dict[int, deque[PayloadRef]] = {}
         self._old: list[PayloadRef] = []
@@ -65,6 +65,10 @@ class Run:
         self.servers = [self._make_server(index, secret) for index in range(rng.choice((1, 1, 2)))]
         self.consumers = [self._make_consumer(index, secret) for index in range(rng.choice((1, 2, 2, 3)))]
         self.troubles = Troubles(self)
+        for server in self.servers:
+            self.troubles.watch(server)
+        for consumer in self.consumers:
+            self.troubles.watch_client(consumer)
         self.scheduler.note(f"faults: {self.plan}")
 
     # --- what consumers see -----------------------------------------------------------------------------------
@@ -131,18 +135,29 @@ class Run:
             if left:
                 raise Violation(f"{consumer.process.name} is gone and left {', '.join(left)}")
         for server in self.servers:
-            if server.process.dead:
+            if server.process.dead or server.closing:
                 continue
+            server.ring.look()
             server.check()
             server.books.check_end()
+            self._check_attachments(server)
             if sum(loop.connections for loop in server.loops):
                 raise Violation(f"{server.name} keeps connections of clients that are gone")
         self._drain()
 
+    def _check_attachments(self, server: SimulatedServer) -> None:
+        """All attachments have ended that a consumer had learned of."""
+        if not server.machine.pages:
+            return
+        unknown = sum(page.process is None for page in server.machine.pages)
+        attachments = server.ring.statistics().attachments
+        if attachments > unknown:
+            raise Violation(f"{server.name} keeps {attachments} attachments, {unknown} never came to a consumer")
+
     def _drain(self) -> None:
         """What is still there can be read."""
         for server in self.servers:
-            if server.process.dead or server.ring.retain == "newest":
+            if server.process.dead or server.closing or server.ring.retain == "newest":
                 continue
             waiting = server.ring.ready()
             for reader in range(server.settings.readers):
@@ -204,6 +219,8 @@ class Run:
             loops=rng.choice((1, 2)),
             secret=secret,
             checksum=rng.random() < 0.5,
+            direct=rng.random() < 0.8,
+            waits=rng.random() < 0.6,
         )
         return SimulatedServer(self.kernel, self.ledger, f"server{index}", settings)
 
@@ -222,7 +239,7 @@ class Run:
         inline_bytes = rng.choice((0, 200, 1000, MAX_INLINE_BYTES))
         return kind(
             self, f"client{index}", reader, welcome, secret=secret, verify=rng.random() < 0.5, lane=lane,
-            inline_bytes=inline_bytes,
+            inline_bytes=inline_bytes, direct=rng.random() < 0.85,
         )  # fmt: skip
 
     def start_writer(self, server: SimulatedServer) -> None:
@@ -241,6 +258,16 @@ class Run:
                 server.write(arrays, rng.choice((0.5, 5.0, 60.0)), lambda: rng.random() > 0.08)
                 scheduler.sleep(rng.choice((0.0, 0.0005, 0.02, 2.0, 30.0)))
 
+        def wait() -> None:
+            for _ in range(rng.choice((0, 0, 1, 4))):
+                scheduler.sleep(rng.choice((0.001, 0.5, 5.0)))
+                recent = [ref for ref in self._old[-5:] if ref.producer == server.ring.producer_id]
+                if self.plan.calm or not recent:
+                    break
+                with contextlib.suppress(BufferClosedError):
+                    server.wait_consumed(rng.choice(recent), rng.choice((0.0, 0.3, 3.0, 30.0)))
+
+        scheduler.spawn(server.process, "waiter", wait)
         server.published = self._publish
         scheduler.spawn(server.process, "writer", run)
 

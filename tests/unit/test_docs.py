@@ -22,7 +22,7 @@ from dray.launch.policy_group import RESTARTED
 from dray.launch.signals import WATCHED
 from dray.launch.slurm import run_states
 from dray.protocol import frames, handshake
-from dray.ring import OnFull, RingStatistics, layout, slot_state
+from dray.ring import OnFull, RingStatistics, attachment, direct, layout, membarrier, slot_state
 from dray.runtime import end_bounds, lifecycle
 from dray.runtime.endpoints import ENDPOINTS
 from dray.runtime.exit_codes import ExitCode, meaning
@@ -178,6 +178,8 @@ def fields(code: struct.Struct) -> list[tuple[int, str]]:
     [
         ("HELLO, 64 bytes", "CHALLENGE, 128 bytes", handshake.HELLO),
         ("CHALLENGE, 128 bytes", "PROOF is 32 bytes", handshake.CHALLENGE),
+        ("ATTACH, 64 bytes", "WELCOME, 8 bytes", handshake.ATTACH),
+        ("WELCOME, 8 bytes", "| verdict | in |", handshake.WELCOME),
         ("## Frames", "Empty fields are zero", frames.FRAME),
     ],
 )
@@ -202,8 +204,34 @@ def test_sizes_and_version_in_the_protocol_page_are_those_of_the_code() -> None:
     text = page("protocol.md")
     assert f"Version {frames.VERSION}." in text
     assert (handshake.HELLO.size, handshake.CHALLENGE.size, handshake.PROOF.size) == (64, 128, 32)
-    assert (handshake.WELCOME.size, frames.FRAME_BYTES) == (8, 64)
+    assert (handshake.ATTACH.size, handshake.WELCOME.size, frames.FRAME_BYTES) == (64, 8, 64)
+    assert f"one message of {handshake.PROOF.size + handshake.ATTACH.size} bytes" in " ".join(text.split())
+    assert f"with version {handshake.DIRECT_VERSION}, a client can ask" in text
     assert f"at most {frames.MAX_TEXT_BYTES} bytes" in text
+
+
+def test_flags_of_the_handshake_in_the_protocol_page_are_those_of_the_code() -> None:
+    text = page("protocol.md")
+    flags = [row for row in rows(text[: text.index("## Frames")]) if row[1:2] == ["flags"]]
+    numbers = [[int(number) for number in re.findall(r"(\d+): ", row[3])] for row in flags]
+    hello, welcome = handshake.HelloFlag, handshake.WelcomeFlag
+    assert numbers == [[hello.SECRET, hello.DIRECT]] * 2 + [[welcome.ATTACHED, welcome.NEWEST]]
+
+
+def test_descriptors_of_an_attachment_are_those_of_the_code() -> None:
+    text = page("protocol.md")
+    table = rows(text[text.index("| | descriptor | |") : text.index("`kernel` is BLAKE2b")])[1:]
+    assert [int(row[0]) for row in table] == list(range(1, len(attachment.SENT) + 1))
+    assert [row[1] for row in table] == list(attachment.SENT)
+
+
+def test_limits_of_direct_leases_in_the_protocol_page_are_those_of_the_code() -> None:
+    text = " ".join(page("protocol.md").split())
+    assert f"slots × readers is above {direct.MAX_BOARD_WORDS}" in text
+    assert f"the process has {direct.MAX_ATTACHMENTS_OF_PROCESS} attachments to this ring already" in text
+    assert f"or the ring {direct.MAX_ATTACHMENTS}" in text
+    assert f"takes more than {membarrier.MAX_SECONDS * 1000:g} ms" in text
+    assert f"at most every {attachment.OWNER_CHECK_SECONDS * 1000:g} ms" in text
 
 
 def test_bounds_in_the_page_on_lanes_are_those_of_the_code() -> None:

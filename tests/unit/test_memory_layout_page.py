@@ -1,10 +1,20 @@
-"""docs/memory-layout.md says where everything lies in a segment, as `dray.ring.layout` has it."""
+"""docs/memory-layout.md says where everything lies in a segment and in the memory of direct leases."""
 
+import fcntl
+import os
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from dray.ring import SlotState, layout
+import pytest
+
+from dray import SharedRingBuffer
+from dray.ring import SlotState, direct, layout
+from dray.ring.consumer_events import Descriptor
+from dray.ring.mapping import FIXED_SIZE, seals_of
+from dray.ring.shared_words import WORD_BYTES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "memory-layout.md").read_text(encoding="utf-8")
 KINDS = {"B": "u8", "I": "u32", "Q": "u64", "d": "f64"}
@@ -103,3 +113,147 @@ def test_formulas_give_the_offsets_of_the_code() -> None:
         assert value(pages if slot_bytes >= 4096 else lines) == made.stride
         assert value(formulas["offset of slot *s*"]) == made.slot_offset(slots - 1)
         assert value(formulas["size of the segment"]) == made.nbytes
+
+
+# --- memory of direct leases --------------------------------------------------------------------------------
+
+
+SLOTS, READERS, LEASES = 5, 3, 4
+
+
+@pytest.fixture
+def ring() -> Iterator[SharedRingBuffer]:
+    with SharedRingBuffer(SLOTS, 64, readers=READERS) as ring:
+        yield ring
+
+
+def attached(ring: SharedRingBuffer, reader: int = 1) -> direct.Attached:
+    found = ring.attach(Descriptor(os.pidfd_open, os.getpid()), pid=os.getpid(), reader=reader, leases=LEASES)
+    assert found is not None
+    return found
+
+
+def put(ring: SharedRingBuffer) -> tuple[int, int]:
+    with ring.claim(8) as writer:
+        writer.commit()
+    return writer.slot, writer.sequence
+
+
+def value(text: str, **names: int) -> int:
+    """What a formula of the page gives: the first words of a cell, which may be superscripts."""
+    text = re.sub(r"[`*]", "", text).replace("·", "*").replace("⁶³", "**63").replace("⁶²", "**62")
+    return int(eval(text, {}, {"slots": SLOTS, "readers": READERS, "max_leases": LEASES, **names}))
+
+
+def word_of(section: str, name: str) -> str:
+    """Where a word is, as a formula."""
+    text = PAGE.split(f"\n### {section}\n")[1].split("\n### ")[0]
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[1:2] == [name]:
+            return cells[0].split(",")[0]
+    raise AssertionError(f"{section} has no {name}")
+
+
+def test_sizes_of_the_memory_of_direct_leases_are_those_of_the_code(ring: SharedRingBuffer) -> None:
+    sizes = {row[0]: value(row[1]) for row in rows("Memory of direct leases")}
+    page = attached(ring).page
+    owner = ring.direct()
+    made = {"control": owner.control, "board": owner.board, "lease page": page}
+    assert sizes == {name: os.fstat(words.fileno()).st_size for name, words in made.items()}
+    assert sizes == {name: WORD_BYTES * len(words.words) for name, words in made.items()}
+
+
+def test_words_of_the_control_are_those_of_the_code(ring: SharedRingBuffer) -> None:
+    owner = ring.direct()
+    words = owner.control.words
+    assert not any(words)
+    owner.begin_wait()
+    assert words[value(word_of("Control", "doorbell"))] != 0
+    owner.end_wait()
+    assert not any(words)
+    slot, sequence = put(ring)
+    table = rows("Memory of direct leases", of=2)
+    committed, retiring, retired = (value(row[0], q=sequence) for row in table)
+    assert words[value(word_of("Control", "generation"), s=slot)] == committed
+    owner.suspect(slot, sequence)
+    assert words[slot] == retiring
+    owner.publish(slot, sequence)
+    for reader in range(READERS):
+        assert ring.consume(slot, sequence, reader)
+    assert words[slot] == retired
+    assert "`RETIRING`" in table[1][1]
+
+
+def test_closing_the_ring_sets_the_closed_word(ring: SharedRingBuffer) -> None:
+    owner = ring.direct()
+    put(ring)
+    words = owner.control.words
+    kept = words[:]  # a view that outlives the owner's
+    ring.close()
+    expected = [0] * len(kept)
+    expected[value(word_of("Control", "closed"))] = 1
+    assert kept.tolist() == expected
+
+
+def test_a_consumer_that_finds_no_generation_after_the_close_finds_the_closed_word(ring: SharedRingBuffer) -> None:
+    class Recorded:
+        """Words whose stores are recorded."""
+
+        def __init__(self) -> None:
+            self.stored: list[int] = []
+
+        def __setitem__(self, word: int, value: int) -> None:
+            self.stored.append(word)
+
+    owner = ring.direct()
+    words = owner.control.words
+    recorded: Any = Recorded()
+    owner.control.words = recorded
+    owner.close()
+    assert recorded.stored[0] == value(word_of("Control", "closed"))
+    assert sorted(recorded.stored) == [*range(SLOTS), value(word_of("Control", "closed"))]
+    assert not any(words)
+
+
+def test_the_word_of_a_reader_on_the_board_is_where_the_page_says(ring: SharedRingBuffer) -> None:
+    owner = ring.direct()
+    for slot, sequence in [put(ring) for _ in range(SLOTS)]:
+        for reader in range(READERS):
+            place = value("s · readers + r", s=slot, r=reader)
+            assert owner.board.words[place] == 0
+            owner.board.words[place] = sequence + 1
+            assert ring.inspect()[slot].consumed_by == (2 << reader) - 1
+    assert "The word *s* · readers + *r* belongs to" in PAGE
+
+
+def test_lease_words_and_the_end_word_are_where_the_page_says(ring: SharedRingBuffer) -> None:
+    slot, _ = put(ring)
+    page = attached(ring).page.words
+    for word in range(LEASES):
+        page[value(word_of("Lease page", "lease word"), w=word)] = slot + 1
+    assert ring.inspect()[slot].leases == LEASES
+    page[0] = SLOTS + 1
+    assert ring.inspect()[slot].leases == LEASES - 1
+    assert ring.statistics().ignored_words > 0
+    page[value(word_of("Lease page", "end"))] = 1
+    assert ring.statistics().attachments == 1
+    for word in range(LEASES):
+        page[word] = 0
+    assert ring.statistics().attachments == 0
+
+
+def test_seals_and_modes_are_those_of_the_page(ring: SharedRingBuffer) -> None:
+    found = attached(ring)
+    control, board, page, _, _ = ring.direct().descriptors(found)
+    named = re.findall(r"`F_SEAL_(\w+)`", PAGE.split("### Seals and access")[1].split("\n- ")[1])
+    assert sum({"SEAL": 1, "SHRINK": 2, "GROW": 4}[name] for name in named) == FIXED_SIZE
+    for descriptor in (control, board, page):
+        assert seals_of(descriptor) == FIXED_SIZE
+    modes = [fcntl.fcntl(each, fcntl.F_GETFL) & os.O_ACCMODE for each in (control, board, page)]
+    assert modes == [os.O_RDONLY, os.O_RDWR, os.O_RDWR]
+
+
+def test_the_largest_sequence_number_is_that_of_the_code() -> None:
+    (limit,) = re.findall(r"sequence number of (2⁶²) or more cannot be leased directly", PAGE)
+    assert value(limit) == direct.MAX_SEQUENCE

@@ -88,6 +88,7 @@ def facts(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "locked memory", "no limit" if machine.memlock is None else f"at most {machine.memlock:,} bytes"
     yield "open files", "no limit" if machine.open_files is None else f"at most {machine.open_files:,}"
     yield "system calls", f"refused: {', '.join(machine.refused_calls)}" if machine.refused_calls else "allowed"
+    yield "direct leases", f"not possible: {machine.direct_problem}" if machine.direct_problem else "possible"
     for name, value in machine.ucx_variables.items():
         yield name, value
 

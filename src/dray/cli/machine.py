@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dray.errors import ConfigError
+from dray.ring.direct import direct_problem
 from dray.system_calls import refused_calls
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -43,6 +44,7 @@ class Machine:
         memlock: bytes a process may lock in memory, which RDMA needs; None for no limit.
         open_files: descriptors a process may have; None for no limit.
         refused_calls: system calls that dray needs and that a sandbox refuses to this process.
+        direct_problem: why processes of this machine cannot lease payloads directly; empty if they can.
         ucx_variables: UCX's variables in the environment.
     """
 
@@ -57,6 +59,7 @@ class Machine:
     memlock: int | None
     open_files: int | None
     refused_calls: tuple[str, ...]
+    direct_problem: str
     ucx_variables: dict[str, str]
 
 
@@ -78,6 +81,7 @@ def examine() -> Machine:
         memlock=_limit(resource.RLIMIT_MEMLOCK),
         open_files=_limit(resource.RLIMIT_NOFILE),
         refused_calls=refused_calls(),
+        direct_problem=direct_problem(),
         ucx_variables={name: value for name, value in sorted(os.environ.items()) if name.startswith("UCX_")},
     )
 

@@ -85,9 +85,6 @@ class RolloutTable(Table):
     slot_bytes: int = _count(1 << 20, least=64)
     server_threads: int = _count(1, most=4)
     inline_bytes: int = _count(4096, least=0, most=16384)
-    switch_interval: float = Field(
-        default=0.0001, gt=0, le=1, description="a number of seconds, above 0 and at most 1"
-    )
     prompt_batch: int = _count(4, most=4096)
     prompts_in_flight: int | None = _count(None)
     args: dict[str, Any] = Field(default_factory=dict, description="a table, given to the worker's setup as it is")

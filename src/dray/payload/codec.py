@@ -59,7 +59,7 @@ class PackPlan:
         if not root.flags.writeable:
             raise PayloadFormatError("the target is read-only")
         root[: len(self._header)] = self._header
-        views = _views(root, self._layout)
+        views = _views(root, self._layout).values()
         if self._fitted is None:
             for view, source in zip(views, self._sources, strict=True):
                 view[...] = source
@@ -130,13 +130,12 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> Arrays:
     """
     root = _as_root(image)
     header = parse_header(root)
-    views = _views(root, header.layout)
-    if views and not (header.aligned and views[header.widest].flags.aligned):
-        for index, view in enumerate(views):
+    arrays = _views(root, header.layout)
+    if arrays and not (header.aligned and arrays[header.widest].flags.aligned):
+        for name, view in arrays.items():
             if not view.flags.aligned:
-                views[index] = view.copy()
-                views[index].flags.writeable = view.flags.writeable
-    arrays = dict(zip(header.names, views, strict=True))
+                arrays[name] = view.copy()
+                arrays[name].flags.writeable = view.flags.writeable
     if schema is not None:
         schema.verify(arrays)
     return arrays
@@ -166,12 +165,13 @@ def max_nbytes(schema: PayloadSchema) -> int:
     return build_header(fields, None)[1].nbytes
 
 
-def _views(root: npt.NDArray[np.uint8], layout: Layout) -> list[Array]:
+def _views(root: npt.NDArray[np.uint8], layout: Layout) -> Arrays:
     """Views on the tensors of the image at the start of `root`, which is their base."""
     if layout.record is None:
-        return [np.ndarray(shape, dtype, root, offset) for shape, dtype, offset in layout.tensors]
+        named = zip(layout.members, layout.tensors, strict=True)
+        return {name: np.ndarray(shape, dtype, root, offset) for (name, _), (shape, dtype, offset) in named}
     image: Array = np.ndarray((), layout.record, root)
-    return [image[key] for key in layout.keys]
+    return {name: image[key] for name, key in layout.members}
 
 
 def _as_root(image: Image) -> npt.NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, NoReturn, TypeAlias
@@ -38,6 +38,7 @@ MAX_CACHED_METADATA = 4096
 MAX_CACHED_HEADER_BYTES = 16 << 10
 
 _LENGTH = struct.Struct("<Q")
+_length_of: Callable[[Any], tuple[int]] = _LENGTH.unpack_from  # an ndarray is a buffer, unlike in its stubs
 _METADATA = "__metadata__"
 _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_BYTES = (1 << 63) - 1
@@ -51,19 +52,18 @@ class Layout(NamedTuple):
 
     tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...]  # shape, dtype, offset in the image
     nbytes: int
-    keys: tuple[str, ...]
-    # The image as one structured dtype, a field for each key: a view of a field costs a fifth of `np.ndarray(…)`.
+    members: tuple[tuple[str, str], ...]  # the name of each tensor, and its field in `record`
+    # The image as one structured dtype: a view of a field costs a fifth of `np.ndarray(…)`.
     record: np.dtype[Any] | None
 
 
 class Header(NamedTuple):
     """The content of an image's header."""
 
-    names: tuple[str, ...]
     layout: Layout
     metadata: tuple[tuple[str, str], ...]
     aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
-    widest: int  # index of a tensor of the largest alignment: when `aligned`, its address decides for all
+    widest: str  # a tensor of the largest alignment: when `aligned`, its address decides for all
 
 
 def build_header(fields: list[Field], metadata: Mapping[str, str] | None) -> tuple[npt.NDArray[np.uint8], Layout]:
@@ -96,7 +96,7 @@ def parse_header(root: npt.NDArray[np.uint8]) -> Header:
     nbytes = len(root)
     if nbytes < _LENGTH.size:
         raise PayloadFormatError(f"the image has {nbytes} bytes, too few for a header")
-    (length,) = _LENGTH.unpack_from(root.data)
+    (length,) = _length_of(root)
     if length > MAX_HEADER_BYTES or length > nbytes - _LENGTH.size:
         raise PayloadFormatError(f"the header claims {length} bytes in an image of {nbytes}")
     text = root[_LENGTH.size : _LENGTH.size + length].tobytes()
@@ -106,7 +106,9 @@ def parse_header(root: npt.NDArray[np.uint8]) -> Header:
     return header
 
 
-def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nbytes: int) -> Layout:
+def _layout(
+    names: Iterable[str], tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nbytes: int
+) -> Layout:
     keys = tuple(map(str, range(len(tensors))))
     record = None
     if nbytes <= MAX_RECORD_BYTES:
@@ -116,7 +118,7 @@ def _layout(tensors: tuple[tuple[tuple[int, ...], np.dtype[Any], int], ...], nby
             record = np.dtype({"names": keys, "formats": formats, "offsets": offsets, "itemsize": nbytes})
         except ValueError:  # a structured dtype cannot have the dimensions of some empty tensors
             record = None
-    return Layout(tensors, nbytes, keys, record)
+    return Layout(tensors, nbytes, tuple(zip(names, keys, strict=True)), record)
 
 
 def _check_count(tensors: int) -> None:
@@ -162,7 +164,8 @@ def _build(
     tensors = tuple(
         (shape, dtype, base + start) for (_, _, shape), dtype, start in zip(fields, dtypes, starts, strict=True)
     )
-    return np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8), _layout(tensors, base + end)
+    layout = _layout((name for name, _, _ in fields), tensors, base + end)
+    return np.frombuffer(_LENGTH.pack(len(text)) + text, np.uint8), layout
 
 
 cached_build = lru_cache(MAX_CACHED_HEADERS)(_build)
@@ -184,14 +187,14 @@ def _parse(text: bytes) -> Header:
         raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
     _check_count(len(content))
     tensors, spans = [], []
-    aligned, widest = True, 0
-    for index, (name, described) in enumerate(content.items()):
+    aligned, widest, alignment = True, "", 0
+    for name, described in content.items():
         shape, dtype, start, end = _check_tensor(name, described)
         tensors.append((shape, dtype, base + start))
         spans.append((start, end, name))
         aligned = aligned and (base + start) % dtype.alignment == 0
-        if dtype.alignment > tensors[widest][1].alignment:
-            widest = index
+        if dtype.alignment > alignment:
+            widest, alignment = name, dtype.alignment
     reached = 0
     for start, end, name in sorted(spans):
         if start != reached:
@@ -199,9 +202,7 @@ def _parse(text: bytes) -> Header:
                 f"tensor {printable_value(name)} starts at {start}, expected {reached}: overlap or hole"
             )
         reached = end
-    return Header(
-        tuple(content), _layout(tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest
-    )
+    return Header(_layout(content, tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest)
 
 
 cached_parse = lru_cache(MAX_CACHED_HEADERS)(_parse)

@@ -16,28 +16,27 @@ stores visible to it.
 
 from __future__ import annotations
 
-import os
-import struct
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, Final
 
 from dray.errors import ProtocolError, SlotError, StaleSlotError
 from dray.forking import here
 from dray.resources import Closing
-from dray.ring.consumer_events import Descriptor, process_has_ended
+from dray.ring.consumer_events import Bell, Descriptor, ProcessDescriptor
 from dray.ring.direct import CLOSED, CONTROL_WORDS, DOORBELL, MAX_SEQUENCE, PAGE_WORDS, RETIRING
-from dray.ring.layout import NBYTES_OFFSET, SEGMENT_HEADER, SLOT_HEADER
+from dray.ring.layout import NBYTES_OFFSET, SLOT_HEADER
 from dray.ring.segment import Segment
-from dray.ring.shared_words import SharedWords
+from dray.ring.shared_words import WORD_BYTES, SharedWords
 
 OWNER_CHECK_SECONDS: Final = 0.05
 """Whether the owner's process has ended is looked up this often, at most, when a lease begins."""
 
-_SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner's pidfd")
+SENT: Final = ("segment", "control", "board", "lease page", "doorbell", "owner")
+"""The descriptors that come with WELCOME, in this order; the last one is a pidfd."""
 
-_nbytes_of = struct.Struct("<Q").unpack_from
+_HEADER_WORDS: Final = SLOT_HEADER.size // WORD_BYTES
 
 
 class Attachment(Closing):
@@ -49,12 +48,15 @@ class Attachment(Closing):
         owner: a pidfd of the owner's process.
         reader: the reader id.
         newest: the ring keeps only the newest payload; nothing is consumed there.
+        now: the source of time.
 
     Attributes:
         segment: the memory of the ring.
+        memory: its bytes, read-only.
         closed: no new lease can begin: `close` was called, or the owner has ended.
-        reads, read_bytes: payloads that were handed out, and their size.
     """
+
+    closed = True  # until it is complete
 
     def __init__(
         self,
@@ -63,30 +65,35 @@ class Attachment(Closing):
         control: SharedWords,
         board: SharedWords,
         page: SharedWords,
-        bell: Descriptor,
-        owner: Descriptor,
+        bell: Bell,
+        owner: ProcessDescriptor,
         reader: int,
         newest: bool,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.segment = segment
-        self.closed = True  # until it is complete
-        self.reads = 0
-        self.read_bytes = 0
+        self.memory = segment.view
         layout = segment.layout
         self._slots = layout.slots
-        self._memory = segment.view
+        self._headers = segment.view.cast("Q")
+        self._first_size = (layout.header_offset(0) + NBYTES_OFFSET) // WORD_BYTES
         self._first, self._stride = layout.slot_offset(0), layout.stride
         self._shared = control, board, page
         self._control, self._board, self._page = control.words, board.words, page.words
+        self._doorbell = layout.slots + DOORBELL
         self._readers = len(self._board) // layout.slots
         self._bell = bell
         self._owner = owner
         self._reader = reader
         self._consumes = not newest
         self._free = list(range(len(self._page) - 1))
-        self._lock = threading.Lock()  # guards `_free` and the counters
+        self._lock = threading.Lock()  # guards `_free`
+        # By lease word, so that threads count without a lock. The last is for leases that have ended.
+        self._reads = [0] * len(self._page)
+        self._read_bytes = [0] * len(self._page)
         self.mark = here[0]
-        self._checked = time.monotonic()
+        self._now = now
+        self._checked = now()
         self.closed = False
 
     @classmethod
@@ -105,9 +112,10 @@ class Attachment(Closing):
             ProtocolError: a descriptor is not what it should be.
             OutOfResources, SlotError: the memory cannot be mapped.
         """
-        if len(descriptors) != len(_SENT):
-            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(_SENT)}")
-        segment, control, board, page, bell, owner = (Descriptor(descriptors.pop, 0) for _ in _SENT)
+        if len(descriptors) != len(SENT):
+            raise ProtocolError(f"{len(descriptors)} descriptors came with the handshake instead of {len(SENT)}")
+        segment, control, board, page = (Descriptor(descriptors.pop, 0) for _ in SENT[:-2])
+        bell, owner = Bell(descriptors.pop, 0), ProcessDescriptor(descriptors.pop, 0)
         with segment, control, board, page:
             return cls(
                 Segment.attach(segment.fileno()),
@@ -124,13 +132,13 @@ class Attachment(Closing):
     def usable(self) -> bool:
         """False once the owner is gone or has closed its ring; then leases find nothing."""
         if not self.closed:
-            self._checked = time.monotonic()
-            if self._control[self._slots + CLOSED] or process_has_ended(self._owner.fileno()):
+            self._checked = self._now()
+            if self._control[self._slots + CLOSED] or self._owner.has_ended():
                 self.close()
         return not self.closed
 
     def lease(self, slot: int, sequence: int, nbytes: int) -> DirectLease | None:
-        """Lease a payload; None if only the server can tell whether that is possible, or if all words are in use.
+        """Lease a payload; None if only the server knows whether that is possible, or if all words are in use.
 
         Raises:
             StaleSlotError: the payload is gone, or this reader has consumed it.
@@ -138,15 +146,19 @@ class Attachment(Closing):
         """
         if self.closed or here[0] != self.mark:
             return None
-        if time.monotonic() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
+        if self._now() - self._checked > OWNER_CHECK_SECONDS and not self.usable:
             return None
         if not (0 <= slot < self._slots and sequence < MAX_SEQUENCE):
             raise StaleSlotError("the ring never held that payload", slot=slot, sequence=sequence)
-        lease = DirectLease(self, slot, sequence)
+        lease = DirectLease(self, slot, sequence, nbytes)
         generation = sequence + 1
         try:
-            if not self._take_word(lease):
-                return None
+            with self._lock:
+                # No call between these two, after which an exception of a signal handler could come.
+                if not self._free:
+                    return None
+                lease.word = self._free[-1]
+                del self._free[-1]
             self._page[lease.word] = slot + 1
             found = self._control[slot]
             if found == generation and self._board[slot * self._readers + self._reader] != generation:
@@ -154,9 +166,9 @@ class Attachment(Closing):
                 if self.closed:
                     lease.end(consumed=False)
                     return None
-                (size,) = _nbytes_of(self._memory, SEGMENT_HEADER.size + slot * SLOT_HEADER.size + NBYTES_OFFSET)
+                size = self._headers[self._first_size + slot * _HEADER_WORDS]
                 if size == nbytes:
-                    lease.offset, lease.nbytes = self._first + slot * self._stride, nbytes
+                    lease.offset = self._first + slot * self._stride
                     return lease
                 lease.end(consumed=False)
                 why = f"the payload has {size} bytes, {nbytes} according to its reference"
@@ -169,18 +181,29 @@ class Attachment(Closing):
             return None
         raise StaleSlotError("the payload was consumed or overwritten", slot=slot, sequence=sequence)
 
-    def count_read(self, nbytes: int) -> None:
-        """A payload was handed out."""
-        with self._lock:
-            self.reads += 1
-            self.read_bytes += nbytes
+    def count_read(self, lease: DirectLease) -> None:
+        """The payload of a lease, which has not ended, was handed out."""
+        word = lease.word
+        self._reads[word] += 1
+        self._read_bytes[word] += lease.nbytes
+
+    @property
+    def reads(self) -> int:
+        """Payloads that were handed out."""
+        return sum(self._reads)
+
+    @property
+    def read_bytes(self) -> int:
+        """Their size."""
+        return sum(self._read_bytes)
 
     def close(self) -> None:
         """Begin no more leases. Those that have begun last, with the memory, until they end. Twice is fine."""
         if not self.closed and here[0] == self.mark:
             self.closed = True
             self._page[-1] = 1  # last: the owner forgets this attachment once no lease word is left
-            self._ring()
+            if self._control[self._doorbell]:
+                self._ring()
             self._close_descriptors()
 
     def __del__(self) -> None:
@@ -192,39 +215,25 @@ class Attachment(Closing):
 
     # --- for `DirectLease` --------------------------------------------------------------------------------------
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Bytes of the segment."""
-        return self._memory[offset : offset + nbytes]
-
     def clear(self, lease: DirectLease, consumed: bool) -> None:
         """End a lease in shared memory. May be repeated after an exception of a signal handler."""
-        if consumed and self._consumes:
-            self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
         word = lease.word
         if word >= 0:
+            if consumed and self._consumes:  # only here: without the word, the slot may have another payload
+                self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
             self._page[word] = 0
             lease.word = -1
             self._free.append(word)
-        self._ring()
+        if self._control[self._doorbell]:
+            self._ring()
         if self.closed:
             self._close_descriptors()
 
-    def _take_word(self, lease: DirectLease) -> bool:
-        with self._lock:
-            # No call between these two, after which an exception of a signal handler could come.
-            if not self._free:
-                return False
-            lease.word = self._free[-1]
-            del self._free[-1]
-        return True
-
     def _ring(self) -> None:
-        if self._control[self._slots + DOORBELL]:
-            with suppress(OSError):  # the owner was closed
-                os.eventfd_write(self._bell.fileno(), 1)
+        self._bell.ring()
 
     def _close_descriptors(self) -> None:
-        """With the last lease: nobody rings any more."""
+        """With the last lease: no thread rings any more."""
         with self._lock:
             if len(self._free) == len(self._page) - 1:
                 self._bell.close()
@@ -235,34 +244,31 @@ class DirectLease:
     """The right of a consumer to one payload. It ends once, by `end` or with this object.
 
     Attributes:
+        attachment: what it was leased with.
         slot, sequence, nbytes: the payload.
         offset: where it lies in the segment.
         word: index of its lease word; -1 without one.
     """
 
-    __slots__ = ("__weakref__", "_attachment", "_ender", "nbytes", "offset", "sequence", "slot", "word")
+    __slots__ = ("__weakref__", "_ender", "attachment", "nbytes", "offset", "sequence", "slot", "word")
+    offset: int  # once the lease is granted
 
-    def __init__(self, attachment: Attachment, slot: int, sequence: int) -> None:
-        self._attachment = attachment
+    def __init__(self, attachment: Attachment, slot: int, sequence: int, nbytes: int) -> None:
+        self.attachment = attachment
         self._ender: dict[int, Any] = {}
         self.slot = slot
         self.sequence = sequence
+        self.nbytes = nbytes
         self.word = -1
-        self.offset = self.nbytes = 0
-
-    @property
-    def attachment(self) -> Attachment:
-        """What it was leased with."""
-        return self._attachment
 
     @property
     def buffer(self) -> memoryview:
         """The payload in its slot, read-only. It must not be used after the end of the lease."""
-        return self._attachment.view(self.offset, self.nbytes)
+        return self.attachment.memory[self.offset : self.offset + self.nbytes]
 
     def end(self, consumed: bool) -> bool:
         """End the lease; False if it has ended before. In a forked child this changes nothing."""
-        attachment, ender = self._attachment, self._ender
+        attachment, ender = self.attachment, self._ender
         if here[0] != attachment.mark:
             return False
         mine = object()
@@ -277,8 +283,11 @@ class DirectLease:
         return True
 
     def __del__(self) -> None:
-        if self.word >= 0:
-            self.end(consumed=False)
+        try:
+            if self.word >= 0:
+                self.end(consumed=False)
+        except AttributeError:  # `__init__` did not end
+            return
 
     def __repr__(self) -> str:
         state = "ended" if self._ender else "live"

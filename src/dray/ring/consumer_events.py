@@ -8,7 +8,7 @@ import select
 from collections.abc import Callable
 
 from dray.forking import descriptor_not_inherited
-from dray.resources import Closing, keep_result, needing
+from dray.resources import Closing, close_all, keep_result, needing
 
 
 class Descriptor(Closing):
@@ -19,8 +19,10 @@ class Descriptor(Closing):
             a signal handler raises.
     """
 
+    _number: list[int] = []  # for `__del__`, if an exception of a signal handler came before `__init__` began
+
     def __init__(self, make: Callable[..., int], *arguments: object) -> None:
-        self._number: list[int] = []
+        self._number = []
         keep_result(self._number, make, *arguments)
         descriptor_not_inherited(self, type(self).fileno)
 
@@ -29,15 +31,30 @@ class Descriptor(Closing):
         return self._number[0] if self._number else -1
 
     def close(self) -> None:
-        for number in self._number[:]:
-            self._number.clear()
-            os.close(number)
+        close_all(self._number)
 
     def __del__(self) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"<Descriptor {self.fileno()}>"
+
+
+class Bell(Descriptor):
+    """The doorbell of an owner, at a consumer."""
+
+    def ring(self) -> None:
+        """Wake the owner; it may have closed."""
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self.fileno(), 1)
+
+
+class ProcessDescriptor(Descriptor):
+    """A pidfd."""
+
+    def has_ended(self) -> bool:
+        """See `process_has_ended`."""
+        return process_has_ended(self.fileno())
 
 
 def process_has_ended(pidfd: int) -> bool:
@@ -77,7 +94,8 @@ class ConsumerEvents(Closing):
 
     def forget(self, pidfd: int) -> None:
         """Report it no longer."""
-        self._epoll.unregister(pidfd)
+        with contextlib.suppress(FileNotFoundError):
+            self._epoll.unregister(pidfd)
 
     def take(self) -> list[int]:
         """The pidfds of processes that have ended; the doorbell is silent afterwards."""

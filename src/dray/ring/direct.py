@@ -24,6 +24,7 @@ import functools
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ import numpy as np
 from dray.clock import MONOTONIC, Clock
 from dray.forking import notices_every_fork
 from dray.resources import Closing, needing
+from dray.ring import membarrier
 from dray.ring.consumer_events import ConsumerEvents, Descriptor
 from dray.ring.membarrier import Barriers
 from dray.ring.membarrier import problem as membarrier_problem
@@ -54,7 +56,7 @@ PAGE_WORDS: Final = 1
 """Words of a lease page after the lease words: the one that ends the attachment."""
 
 RELOOK_SECONDS: Final = 0.1
-"""A thread that waits for consumers looks at the words this often, in case the doorbell does not come."""
+"""A thread that waits for consumers reads the words this often, in case the doorbell does not come."""
 
 
 MAX_ATTACHMENTS_OF_PROCESS: Final = 16
@@ -102,6 +104,41 @@ def pid_behind(descriptor: int) -> int | None:
     return None
 
 
+class Machine:
+    """What a ring gets from its machine. A simulation overrides all methods."""
+
+    def lock(self) -> threading.Lock:
+        """A new lock."""
+        return threading.Lock()
+
+    def condition(self, lock: threading.Lock) -> threading.Condition:
+        """A new condition of what `lock` guards."""
+        return threading.Condition(lock)
+
+    def words(self, count: int) -> SharedWords:
+        """See `SharedWords.create`."""
+        return SharedWords.create(count)
+
+    def events(self) -> ConsumerEvents:
+        """See `ConsumerEvents`."""
+        return ConsumerEvents()
+
+    def barrier(self) -> None:
+        """See `dray.ring.membarrier.barrier`."""
+        membarrier.barrier()
+
+    def own_process(self) -> Descriptor:
+        """A pidfd of this process."""
+        return Descriptor(os.pidfd_open, os.getpid())
+
+    def pid_behind(self, descriptor: int) -> int | None:
+        """See `pid_behind`."""
+        return pid_behind(descriptor)
+
+
+MACHINE: Final = Machine()
+
+
 class WordLease(NamedTuple):
     """A lease word, as the owner has found it."""
 
@@ -137,6 +174,7 @@ class DirectLeases(Closing):
     Args:
         slots, readers: those of the ring.
         clock: measures ages and barriers.
+        machine: where memory, barriers and events come from.
 
     Attributes:
         attached: the consumers, by the number of their pidfd.
@@ -150,28 +188,29 @@ class DirectLeases(Closing):
         OutOfResources: no descriptor or memory is left.
     """
 
-    def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC) -> None:
+    def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC, machine: Machine = MACHINE) -> None:
         self.attached: dict[int, Attached] = {}
-        self.barriers = Barriers(clock)
+        self.barriers = Barriers(clock, machine.barrier)
         self.ignored_words = 0
         self.waiting = 0
         self.suspended = False
         self._now = clock.now
+        self._machine = machine
         self._slots, self._readers = slots, readers
-        self.events = ConsumerEvents()
+        self.events = machine.events()
         try:
-            self.control = SharedWords.create(slots + CONTROL_WORDS)
-            self.board = SharedWords.create(slots * readers)
+            self.control = machine.words(slots + CONTROL_WORDS)
+            self.board = machine.words(slots * readers)
             with needing("direct leases"):
                 self._control_to_read = Descriptor(os.open, self.control.path, os.O_RDONLY | os.O_CLOEXEC)
-                self._owner = Descriptor(os.pidfd_open, os.getpid())
+                self._owner = machine.own_process()
         except BaseException:
             self.close()
             raise
         self._generations = self.control.words
         self._consumed = self.board.words
-        self._generation_array: Any = np.frombuffer(self._generations, np.uint64, slots)
-        self._board_array: Any = np.frombuffer(self._consumed, np.uint64).reshape(slots, readers)
+        self._generation_array: Any = self.control.array()[:slots]
+        self._board_array: Any = self.board.array().reshape(slots, readers)
 
     # --- what the owner writes --------------------------------------------------------------------------------
 
@@ -192,7 +231,7 @@ class DirectLeases(Closing):
         self._consumed[slot * self._readers + reader] = sequence + 1
 
     def begin_wait(self) -> None:
-        """A thread is about to wait: consumers ring from now on. A barrier must follow, and then another look."""
+        """A thread is about to wait: consumers ring from now on. A barrier must follow, and then a `Look`."""
         self.waiting += 1
         self._generations[self._slots + DOORBELL] = 1
 
@@ -212,7 +251,7 @@ class DirectLeases(Closing):
                 self._remove(attached)
 
     def has_consumed(self, slot: int, sequence: int, reader: int) -> bool:
-        """A reader has consumed a payload, as its word of the board says."""
+        """A reader has consumed a payload, according to its word of the board."""
         return bool(self._consumed[slot * self._readers + reader] == sequence + 1)
 
     def consumed(self) -> Iterator[tuple[int, int]]:
@@ -284,7 +323,7 @@ class DirectLeases(Closing):
             self.named()
             if self._is_full(pid):
                 return None
-        page = SharedWords.create(leases + PAGE_WORDS)
+        page = self._machine.words(leases + PAGE_WORDS)
         attached = Attached(pid, reader, page, process)
         try:
             self.events.watch(process.fileno())
@@ -306,9 +345,9 @@ class DirectLeases(Closing):
         if hasattr(self, "_owner"):
             words = self.control.words
             if words:
+                words[self._slots + CLOSED] = 1  # first: a consumer that finds 0 then knows why
                 for slot in range(self._slots):
                     words[slot] = 0
-                words[self._slots + CLOSED] = 1
             self.control.close()
             self.board.close()
             self._control_to_read.close()
@@ -326,6 +365,7 @@ class DirectLeases(Closing):
     def _remove(self, attached: Attached) -> None:
         """Take an attachment off the list. It stays there until its words do not count any more."""
         number = attached.process.fileno()
+        attached.page.close_descriptor()
         if self.attached.get(number) is attached:
             self.events.forget(number)
             del self.attached[number]

@@ -51,6 +51,7 @@ MAX_SLOT_BYTES: Final = 1 << 42
 
 SEGMENT_HEADER: Final = struct.Struct(f"<8sIIQQQQ{PRODUCER_ID_BYTES}s")
 SLOT_HEADER: Final = struct.Struct("<BB6xQQQdQ16x")
+write_slot_header: Final = SLOT_HEADER.pack_into
 
 STATE_OFFSET: Final = 0
 FLAGS_OFFSET: Final = STATE_OFFSET + 1

@@ -129,11 +129,10 @@ class Lease:
         reader: id of the reader.
         nbytes: size of the payload.
         offset: byte offset of the payload in the segment.
-        committed_at: when it was committed, on the ring's clock.
         live: true until the lease has ended.
     """
 
-    __slots__ = ("_slot", "_table", "committed_at", "live", "nbytes", "offset", "reader", "sequence", "slot")
+    __slots__ = ("_slot", "_table", "live", "nbytes", "offset", "reader", "sequence", "slot")
 
     def __init__(self, table: SlotTable, slot: Slot, reader: int) -> None:
         self._table = table
@@ -143,7 +142,6 @@ class Lease:
         self.reader = reader
         self.nbytes = slot.nbytes
         self.offset = slot.offset
-        self.committed_at = slot.committed_at
         self.live = True
 
     @property

@@ -22,8 +22,11 @@ import weakref
 from collections.abc import Iterator
 from typing import Final, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from dray.errors import ConfigError
-from dray.resources import Closing, keep_result, needing
+from dray.resources import Closing, close_all, keep_result, needing
 from dray.system_calls import needed
 
 if sys.platform != "win32":
@@ -48,12 +51,18 @@ fork_lock = threading.RLock()
 It is reentrant, because a signal handler may fork while it is held.
 """
 
-_mappings: dict[int, tuple[weakref.ref[ctypes.Array[ctypes.c_ubyte]], int]] = {}
+_mappings: dict[int, tuple[weakref.ref[npt.NDArray[np.uint8]], int]] = {}
 _shared: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
 
 
 class SharedMemory(Closing):
-    """Memory behind a memfd. Views stay valid after `close`: the memory is unmapped with the last of them."""
+    """Memory behind a memfd. Views stay valid after `close`: the memory is unmapped with the last of them.
+
+    Attributes:
+        numbers: the creator's descriptor, until it is closed.
+    """
+
+    numbers: list[int] = []  # for `__del__`, if an exception of a signal handler came before `__init__` began
 
     @abc.abstractmethod
     def forget(self) -> None:
@@ -68,10 +77,13 @@ class SharedMemory(Closing):
         """A forked child is to `forget` this memory. With `fork_lock`."""
         _shared.add(self)
 
+    def __del__(self) -> None:
+        close_all(self.numbers)
+
 
 @contextlib.contextmanager
-def new_memfd(wanted: str) -> Iterator[int]:
-    """A memfd for the block, which maps and seals it. After an exception, it is closed. With `fork_lock`.
+def new_memfd(wanted: str) -> Iterator[list[int]]:
+    """A list with a memfd, for the block to map and seal. After an exception, it is closed. With `fork_lock`.
 
     Raises:
         ConfigError: this system has no memfd with seals, or a sandbox refuses a system call.
@@ -84,10 +96,9 @@ def new_memfd(wanted: str) -> Iterator[int]:
     try:
         with needing(wanted), needed("memfd_create"):
             keep_result(made, os.memfd_create, "dray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        yield made[0]
+        yield made
     except BaseException:
-        for each in made:
-            os.close(each)
+        close_all(made)
         raise
 
 
@@ -104,14 +115,16 @@ def map_shared(fd: int, nbytes: int, *, writable: bool) -> memoryview:
                 _raise_errno()
         (address,) = mapped
         _advise(address, nbytes, _MADV_DONTFORK)
-        memory = (ctypes.c_ubyte * nbytes).from_address(address)
+        # The garbage collector clears weak references to what it tracks before it calls finalizers, which may
+        # still use the memory. It does not track arrays.
+        memory = np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
         _mappings[address] = weakref.ref(memory, _unmap_dead), nbytes
     except BaseException:
         for address in mapped:
             if address != _MAP_FAILED and address not in _mappings:
                 libc.munmap(address, nbytes)
         raise
-    view = memoryview(memory).cast("B")
+    view = memory.data
     return view if writable else view.toreadonly()
 
 

@@ -14,6 +14,7 @@ import platform
 import struct
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from dray.clock import MONOTONIC, Clock
@@ -69,6 +70,7 @@ class Barriers:
 
     Args:
         clock: measures them.
+        call: what passes one, and raises `OSError` if it fails; by default `barrier`.
 
     Attributes:
         count: how many have succeeded.
@@ -76,17 +78,18 @@ class Barriers:
         error: what the last one failed with; empty if none has.
     """
 
-    def __init__(self, clock: Clock = MONOTONIC) -> None:
+    def __init__(self, clock: Clock = MONOTONIC, call: Callable[[], None] | None = None) -> None:
         self.count = self.failures = 0
         self.error = ""
         self._now = clock.now
+        self._call = call
         self._seconds: deque[float] = deque(maxlen=_MAX_TIMED)
 
     def pass_one(self) -> bool:
         """`barrier`; False if it has failed."""
         began = self._now()
         try:
-            barrier()
+            (self._call or barrier)()
         except OSError as error:
             self.failures += 1
             self.error = error.strerror or str(error)

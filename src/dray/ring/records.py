@@ -1,4 +1,4 @@
-"""What a ring knows of a slot and of itself: `Slot`, which only its table changes, and what it tells others."""
+"""What a ring knows of a slot and of itself: `Slot`, which only its table changes, and what it reports."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RingStatistics:
     barrier_failures: int = 0  # those that failed; none may fail where direct leases are offered
     barrier_p99: float | None = None  # seconds; None until there were enough of them
     ignored_words: int = 0  # words in shared memory without a meaning, which a faulty consumer has written
-    late_looks: int = 0  # waits that only a look at the words ended, not the doorbell
+    late_looks: int = 0  # waits that ended because the words were read again, not by the doorbell
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +84,7 @@ class Slot:
     leased_at: float = 0.0  # when it became READING
     consumed_by: int = 0
     leases: int = 0  # over connections
-    words: int = 0  # lease words of direct consumers that named the slot at the last look
+    words: int = 0  # lease words of direct consumers that name the slot, as last read
     look: weakref.ref[object] | None = None  # that decides whether the payload is dropped
     delivered: bool = False  # a reader has leased or copied the payload
     retired: bool = True

@@ -12,7 +12,7 @@ from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotErr
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES, Wanted
 from dray.resources import Closing
 from dray.ring.consumer_events import Descriptor
-from dray.ring.direct import MAX_BOARD_WORDS, Attached, DirectLeases, WordLease
+from dray.ring.direct import MACHINE, MAX_BOARD_WORDS, Attached, DirectLeases, Machine, WordLease
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
 from dray.ring.records import OnFull, Retain, RingStatistics, SlotInfo
@@ -39,11 +39,12 @@ class SharedRingBuffer(Closing):
             there are concurrent leases, plus two, and excludes ``"overwrite"``.
         clock: the source of deadlines and ages.
         prefault: reserve all of the memory now instead of at the first write to each page.
+        machine: where locks, and what is shared with direct consumers, come from.
 
     Attributes:
         producer_id: 16 random bytes that name this ring.
         segment: its memory.
-        slots, slot_bytes, on_full, readers, retain: as given.
+        slots, slot_bytes, on_full, readers, retain, machine: as given.
 
     Raises:
         ConfigError: an argument is not allowed, or the system cannot provide that much memory.
@@ -60,6 +61,7 @@ class SharedRingBuffer(Closing):
         retain: Retain = "unread",
         clock: Clock = MONOTONIC,
         prefault: bool = False,
+        machine: Machine = MACHINE,
     ) -> None:
         layout = SegmentLayout(slots, slot_bytes)
         _check_policy(slots, on_full, readers, retain)
@@ -68,9 +70,12 @@ class SharedRingBuffer(Closing):
         self.on_full = on_full
         self.readers = readers
         self.retain = retain
+        self.machine = machine
         self.producer_id = os.urandom(PRODUCER_ID_BYTES)
         self.segment = Segment.create(layout, self.producer_id, prefault=prefault)
-        self._table = SlotTable(self.segment, readers=readers, on_full=on_full, retain=retain, clock=clock)
+        self._table = SlotTable(
+            self.segment, readers=readers, on_full=on_full, retain=retain, clock=clock, machine=machine
+        )
 
     def claim(self, nbytes: int, timeout: float | None = 30.0) -> SlotWriter:
         """Take a free slot for a payload of `nbytes` bytes.
@@ -109,7 +114,7 @@ class SharedRingBuffer(Closing):
         return writer
 
     def _claim_later(self, nbytes: int, timeout: float | None) -> SlotWriter:
-        """`claim` a slot that is free once consumers were looked at, or once one becomes free."""
+        """`claim` a slot that is free once the words of consumers were read, or once one becomes free."""
         table = self._table
         deadline = Deadline.after(timeout, table.clock)
         waits = new = False
@@ -313,7 +318,7 @@ class SharedRingBuffer(Closing):
 
         Args:
             drop: if no slot is free, drop the oldest payload that has no lease.
-            new_bell: the doorbell was set since the last look.
+            new_bell: the doorbell was set since the last `look`.
         """
         table = self._table
         direct = table.direct
@@ -386,7 +391,7 @@ class _Doorbell:
         self._set: DirectLeases | None = None
 
     def set_locked(self) -> bool:
-        """Have it rung from now on; True if it was not so far: then a look comes before the wait."""
+        """Have it rung from now on; True if it was not so far: then `look` comes before the wait."""
         direct = self._table.direct
         if direct is None or self._set is direct:
             return False

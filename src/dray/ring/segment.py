@@ -13,7 +13,7 @@ from typing import Final
 
 from dray.errors import BufferClosedError, ConfigError, ProtocolError, SlotError
 from dray.identifiers import PRODUCER_ID_BYTES
-from dray.resources import out_of_resources
+from dray.resources import close_all, out_of_resources
 from dray.ring.layout import SEGMENT_HEADER, SegmentLayout, unpack_segment_header
 from dray.ring.mapping import SEALS, SharedMemory, fork_lock, map_shared, new_memfd, populate, seal, seals_of
 
@@ -33,14 +33,14 @@ class Segment(SharedMemory):
     """
 
     def __init__(
-        self, layout: SegmentLayout, producer_id: bytes, view: memoryview, fd: int, *, writable: bool
+        self, layout: SegmentLayout, producer_id: bytes, view: memoryview, numbers: list[int], *, writable: bool
     ) -> None:
         self.layout = layout
         self.producer_id = producer_id
         self.nbytes = layout.nbytes
         self.writable = writable
         self._view: memoryview | None = view
-        self._fd = fd
+        self.numbers = numbers
 
     @classmethod
     def create(cls, layout: SegmentLayout, producer_id: bytes, *, prefault: bool = False) -> Segment:
@@ -58,12 +58,13 @@ class Segment(SharedMemory):
         """
         if len(producer_id) != PRODUCER_ID_BYTES:
             raise ConfigError("producer_id", producer_id, f"{PRODUCER_ID_BYTES} bytes")
-        with fork_lock, new_memfd("a ring") as fd:
+        with fork_lock, new_memfd("a ring") as made:
+            (fd,) = made
             with _sized(layout):
                 os.ftruncate(fd, layout.nbytes)
                 view = map_shared(fd, layout.nbytes, writable=True)
             seal(fd, SEALS)
-            segment = cls(layout, producer_id, view, fd, writable=True)
+            segment = cls(layout, producer_id, view, made, writable=True)
             segment.keep_from_children()
         try:
             if prefault:
@@ -103,7 +104,7 @@ class Segment(SharedMemory):
             except OSError as error:
                 why = f"a segment of {nbytes} bytes cannot be mapped: {error.strerror}"
                 raise out_of_resources(error, f"a mapping of {nbytes} bytes") or SlotError(why) from error
-            segment = cls(layout, producer_id, view, -1, writable=False)
+            segment = cls(layout, producer_id, view, [], writable=False)
             segment.keep_from_children()
         return segment
 
@@ -135,9 +136,9 @@ class Segment(SharedMemory):
         """
         if self.closed:
             raise BufferClosedError("the segment is closed")
-        if self._fd < 0:
+        if not self.numbers:
             raise SlotError("only the creator of a segment has its descriptor")
-        return self._fd
+        return self.numbers[0]
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "writable" if self.writable else "read-only"
@@ -146,9 +147,8 @@ class Segment(SharedMemory):
 
     def forget(self) -> None:
         """Close the descriptor and drop the view."""
-        fd, self._fd, self._view = self._fd, -1, None
-        if fd >= 0:
-            os.close(fd)
+        self._view = None
+        close_all(self.numbers)
 
 
 @contextlib.contextmanager

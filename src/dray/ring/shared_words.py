@@ -7,10 +7,12 @@ format "Q" is one move of 8 bytes. `struct.pack_into` writes single bytes and mu
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from dray.errors import BufferClosedError, ProtocolError, SlotError
-from dray.resources import out_of_resources
+from dray.resources import close_all, out_of_resources
 from dray.ring.mapping import FIXED_SIZE, SharedMemory, fork_lock, map_shared, new_memfd, seal, seals_of
 
 WORD_BYTES: Final = 8
@@ -24,9 +26,9 @@ class SharedWords(SharedMemory):
         words: the words, a `memoryview` of format "Q"; empty once closed, and in a forked child.
     """
 
-    def __init__(self, words: memoryview, fd: int) -> None:
+    def __init__(self, words: memoryview, numbers: list[int]) -> None:
         self.words = words
-        self._fd = fd
+        self.numbers = numbers
 
     @classmethod
     def create(cls, count: int) -> SharedWords:
@@ -37,11 +39,11 @@ class SharedWords(SharedMemory):
             OutOfResources: the process has no descriptor, or the system no memory left.
         """
         nbytes = count * WORD_BYTES
-        with fork_lock, new_memfd("shared words") as fd:
-            os.ftruncate(fd, nbytes)
-            view = _mapped(fd, nbytes, writable=True)
-            seal(fd, FIXED_SIZE)
-            created = cls(view.cast("Q"), fd)
+        with fork_lock, new_memfd("shared words") as made:
+            os.ftruncate(made[0], nbytes)
+            view = _mapped(made[0], nbytes, writable=True)
+            seal(made[0], FIXED_SIZE)
+            created = cls(view.cast("Q"), made)
             created.keep_from_children()
         return created
 
@@ -61,9 +63,13 @@ class SharedWords(SharedMemory):
         if nbytes != count * WORD_BYTES or seals & FIXED_SIZE != FIXED_SIZE:
             raise ProtocolError(f"{count} words were announced, {nbytes} bytes came with the seals {seals:#x}")
         with fork_lock:
-            attached = cls(_mapped(fd, nbytes, writable=writable).cast("Q"), -1)
+            attached = cls(_mapped(fd, nbytes, writable=writable).cast("Q"), [])
             attached.keep_from_children()
         return attached
+
+    def array(self) -> Any:
+        """The words as an array of uint64, which must not outlive `close`."""
+        return np.frombuffer(self.words, np.uint64)
 
     def fileno(self) -> int:
         """The creator's descriptor, through which others can write.
@@ -71,9 +77,9 @@ class SharedWords(SharedMemory):
         Raises:
             BufferClosedError: the words are closed.
         """
-        if self._fd < 0:
+        if not self.numbers:
             raise BufferClosedError("the shared words are closed, or were made by another process")
-        return self._fd
+        return self.numbers[0]
 
     @property
     def path(self) -> str:
@@ -81,10 +87,8 @@ class SharedWords(SharedMemory):
         return f"/proc/self/fd/{self.fileno()}"
 
     def close_descriptor(self) -> None:
-        """Close the descriptor and keep the memory: nobody else will need it."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close the descriptor and keep the memory: no other process will need it."""
+        close_all(self.numbers)
 
     def forget(self) -> None:
         self.words = _CLOSED

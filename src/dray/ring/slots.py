@@ -33,7 +33,7 @@ from dray.errors import (
     StaleSlotError,
 )
 from dray.identifiers import Wanted
-from dray.ring.direct import RELOOK_SECONDS, DirectLeases
+from dray.ring.direct import RELOOK_SECONDS, DirectLeases, Machine
 from dray.ring.layout import (
     CHECKSUM_OFFSET,
     CONSUMED_BY_OFFSET,
@@ -42,6 +42,7 @@ from dray.ring.layout import (
     SLOT_HEADER,
     STATE_OFFSET,
     U64,
+    write_slot_header,
 )
 from dray.ring.records import OnFull, Retain, RingStatistics, Slot
 from dray.ring.segment import Segment
@@ -52,7 +53,6 @@ Copied: TypeAlias = tuple[bytes, int | None]
 
 _FREE, _WRITING, _READY, _READING = SlotState
 _CLAIM, _COMMIT, _ABORT, _LEASE, _RETURN, _END = SlotEvent
-_write_header: Final = SLOT_HEADER.pack_into
 _write_u64: Final = U64.pack_into
 
 
@@ -61,7 +61,7 @@ class Look:
     """What the table wants to know of direct consumers.
 
     While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler
-    ends the look, the next one may choose the same victim.
+    ends a `look`, the next one may choose the same victim.
 
     Attributes:
         due: slots that are free unless a lease word names them, with the sequence numbers of their payloads.
@@ -89,15 +89,25 @@ class SlotTable:
     __slots__ = (
         "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable",
         "_claimed", "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
-        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_memory", "_newest", "_newest_only",
-        "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes", "_stale_consumes",
-        "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned", "double_releases", "due",
-        "free", "leases", "live", "lock", "lost", "ready", "slots",
+        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_machine", "_memory", "_newest",
+        "_newest_only", "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes",
+        "_stale_consumes", "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned",
+        "double_releases", "due", "free", "leases", "live", "lock", "lost", "ready", "slots",
     )  # fmt: skip
 
-    def __init__(self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        *,
+        readers: int,
+        on_full: OnFull,
+        retain: Retain,
+        clock: Clock,
+        machine: Machine,
+    ) -> None:
         layout = segment.layout
-        self.lock = threading.Lock()
+        self._machine = machine
+        self.lock = machine.lock()
         self.slots = [Slot(i, layout.header_offset(i), layout.slot_offset(i)) for i in range(layout.slots)]
         self.free = deque(self.slots)  # the slot that has been free longest comes first
         self.live: OrderedDict[int, Slot] = OrderedDict()  # the other slots, by sequence number
@@ -109,7 +119,7 @@ class SlotTable:
         self.closed = False  # true after `close`, and in a forked child
         self.disowned = False  # true in a forked child
         self.clock = clock
-        self._claimable = threading.Condition(self.lock)
+        self._claimable = machine.condition(self.lock)
         self._claimers = 0  # threads that wait on `_claimable`; with none, there is nothing to notify
         self._slot_bytes = layout.slot_bytes
         self._memory = segment.view
@@ -118,7 +128,7 @@ class SlotTable:
         self._newest: Slot | None = None
         self._readers = readers
         self._all_readers = (1 << readers) - 1
-        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are looked at
+        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are checked
         self._servers = 0
         self._worded: set[Slot] = set()  # those with `words`
         self._now = clock.now
@@ -224,7 +234,7 @@ class SlotTable:
     def wait_retired(self, slot: Slot, deadline: Deadline) -> None:
         """Wait until the payload in a slot may have retired."""
         if slot.retirement is None:
-            slot.retirement = threading.Condition(self.lock)
+            slot.retirement = self._machine.condition(self.lock)
         self._wait(slot.retirement, deadline.remaining)
 
     def _wait(self, condition: threading.Condition, seconds: float) -> None:
@@ -251,7 +261,7 @@ class SlotTable:
         slot.delivered = slot.retired = False
         slot.look = None
         self.live[sequence] = slot
-        _write_header(self._memory, slot.header, _WRITING, 0, sequence, nbytes, 0, 0.0, 0)
+        write_slot_header(self._memory, slot.header, _WRITING, 0, sequence, nbytes, 0, 0.0, 0)
         return slot
 
     def commit(self, slot: Slot, nbytes: int) -> None:
@@ -263,7 +273,7 @@ class SlotTable:
         self.ready += 1
         self._committed += 1
         self._committed_bytes += nbytes
-        _write_header(self._memory, slot.header, _READY, 0, slot.sequence, nbytes, 0, now, 0)
+        write_slot_header(self._memory, slot.header, _READY, 0, slot.sequence, nbytes, 0, now, 0)
         if self.direct is not None:
             self.direct.publish(slot.index, slot.sequence)
         if self._newest_only:
@@ -321,17 +331,18 @@ class SlotTable:
         return not stale
 
     def close(self) -> None:
-        """Wake all waiting threads, and release the memory. Takes the lock; twice is fine."""
+        """Wake all waiting threads, and release the memory. Takes the lock. Again, it does what was left."""
         with self.lock:
-            if not self.closed:
-                self.closed = True
-                self._claimable.notify_all()
-                for slot in self.live.values():
-                    slot.wake()
-                if self.direct is not None:
-                    self.direct.close()
-                    self.direct = None
-                self._memory = memoryview(b"")
+            if self.disowned:
+                return
+            self.closed = True
+            self._claimable.notify_all()
+            for slot in self.live.values():
+                slot.wake()
+            if self.direct is not None:
+                self.direct.close()
+                self.direct = None
+            self._memory = memoryview(b"")
 
     def lease(self, index: int, sequence: int, reader: int) -> Slot:
         """READY or READING → READING, with one lease more. Raises `StaleSlotError`."""
@@ -517,7 +528,7 @@ class SlotTable:
     def serve_directly(self) -> DirectLeases:
         """Share the words that direct leases need, from now on."""
         if self.direct is None:
-            direct = DirectLeases(len(self.slots), self._readers, self.clock)
+            direct = DirectLeases(len(self.slots), self._readers, self.clock, self._machine)
             for slot in self.live.values():
                 if slot.state is not _WRITING and not slot.retired:
                     direct.publish(slot.index, slot.sequence)
@@ -562,7 +573,7 @@ class SlotTable:
         return look
 
     def end_look(self, look: Look, passed: bool) -> None:
-        """Free what the look was about and no lease word names.
+        """Free what `begin_look` has returned and no lease word names.
 
         Args:
             look: what `begin_look` has returned.
@@ -579,7 +590,9 @@ class SlotTable:
             self._learn(victim, range(self._readers))
             if not victim.retired:
                 if passed and not self.free and victim.state is _READY and victim.index not in named:
+                    self.changing = True
                     self._drop(victim)
+                    self.changing = False
                     self._free_due(((victim, victim.sequence),), named)
                 else:
                     direct.publish(victim.index, victim.sequence)
@@ -601,14 +614,15 @@ class SlotTable:
     def _note_words(self, named: Mapping[int, int]) -> None:
         found = {self.slots[index] for index in named}
         for slot in found | self._worded:
-            slot.words = named.get(slot.index, 0)
+            slot.words = 0
             if slot.state is _READY or slot.state is _READING:
+                slot.words = named.get(slot.index, 0)  # else it is of a lease that is found to be stale
                 slot.delivered = slot.delivered or slot.words > 0
                 self._refresh(slot)
         self._worded = found
 
     def _learn(self, slot: Slot, readers: Iterable[int]) -> None:
-        """Count what the board says that readers have consumed."""
+        """Count what readers have consumed according to the board."""
         direct = self.direct
         if direct is None or self._newest_only:
             return
@@ -631,10 +645,10 @@ class SlotTable:
 
     def _write_header(self, slot: Slot) -> None:
         flags, checksum = (0, 0) if slot.checksum is None else (HAS_CHECKSUM, slot.checksum)
-        _write_header(
-            self._memory, slot.header, slot.state, flags, slot.sequence, slot.nbytes, checksum,
-            slot.committed_at, slot.consumed_by,
-        )  # fmt: skip
+        # Not with `pack_into`, which begins with zeros: a consumer may lease the payload meanwhile.
+        self._memory[slot.header : slot.header + SLOT_HEADER.size] = SLOT_HEADER.pack(
+            slot.state, flags, slot.sequence, slot.nbytes, checksum, slot.committed_at, slot.consumed_by
+        )
 
     def disown(self) -> None:
         """In a forked child: the memory is not mapped, and a thread that does not exist may hold the lock."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from contextlib import ExitStack
 
 from dray.clock import MONOTONIC
@@ -26,8 +25,6 @@ _SLICE = 0.5
 def work(replica: Replica) -> ExitCode:
     """Everything between registering and unregistering."""
     config = replica.spec.config.rollout
-    # Each wake-up of a server thread waits this long while the worker runs pure Python.
-    sys.setswitchinterval(config.switch_interval)
     replica.activity.doing("importing the worker")
     worker_class = load_entry_point("rollout.worker", config.worker, replica.spec.job_file.parent)
     worker: RolloutWorker = make_user_object(worker_class)

@@ -110,7 +110,7 @@ class PayloadClient(Closing):
         self._clock = clock
         self._counters = Counters()
         buffers = network.receive_buffers()
-        self._direct = DirectReads(reader, direct, buffers, clock=clock, trace=trace)
+        self._direct = DirectReads(reader, direct, buffers, lock=network.lock(), clock=clock, trace=trace)
         self._connections = Connections(
             self._lanes,
             network,

@@ -20,7 +20,6 @@ from dray.ring.attachment import Attachment
 from dray.ring.layout import SegmentLayout
 from dray.transport.attempts import OtherProducerError
 from dray.transport.lanes.base import Network, Stream, Waiter
-from dray.transport.polling import timed_out
 
 
 @dataclass(slots=True)
@@ -67,14 +66,14 @@ def shake_hands(
         while answer is not None:
             message: bytes | memoryview | None = None
             while not stream.flush():
-                wait(stream, waiter, deadline, awaited="HELLO to be sent", endpoint=endpoint)
+                waiter.wait(stream, deadline, "HELLO to be sent", endpoint)
             if handshake.server is not None and not stream.lane.in_band:
                 while (message := stream.receive_with_descriptors(WELCOME.size, descriptors)) is None:
-                    wait(stream, waiter, deadline, awaited="WELCOME", endpoint=endpoint)
+                    waiter.wait(stream, deadline, "WELCOME", endpoint)
             while message is None:
                 message = stream.receive(handshake.expects)
                 if message is None:
-                    wait(stream, waiter, deadline, awaited="the handshake", endpoint=endpoint)
+                    waiter.wait(stream, deadline, "the handshake", endpoint)
             answer = handshake.receive(message)
             if answer:
                 attaching = wanted is not None and handshake.attaching
@@ -102,14 +101,6 @@ def shake_hands(
             attachment.close()
             raise
         return Shared(identity, attachment.segment, attachment)
-
-
-def wait(stream: Stream, waiter: Waiter, deadline: Deadline, *, awaited: str, endpoint: str) -> None:
-    """Wait until the stream can continue, until the deadline, or until the client is closed."""
-    if stream.idle():
-        waiter.wait(stream, deadline, awaited, endpoint)
-    elif deadline.expired:
-        raise timed_out(deadline, awaited, endpoint)
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from dray.protocol.client_session import PAYLOAD, Answer, ClientSession, Event, 
 from dray.protocol.frames import FRAME_BYTES, MIN_VERSION, VERSION, Flag, Kind, Status
 from dray.protocol.server_session import MAX_INLINE_BYTES
 from dray.transport import trace
-from dray.transport.connecting import Shared, shake_hands, wait
+from dray.transport.connecting import Shared, shake_hands
 from dray.transport.lanes import parse_endpoint
 from dray.transport.lanes.base import Network, Stream, Waiter, Worker
 from dray.transport.receive_buffers import Bytes, ReceiveBuffers
@@ -466,4 +466,4 @@ class Connection:
         return np.frombuffer(self._memory, _UINT8, nbytes, offset)
 
     def _wait(self, deadline: Deadline, awaited: str) -> None:
-        wait(self._stream, self._waiter, deadline, awaited=awaited, endpoint=self.endpoint)
+        self._waiter.wait(self._stream, deadline, awaited, self.endpoint)

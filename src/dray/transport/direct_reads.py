@@ -30,6 +30,7 @@ class DirectReads(Closing):
         reader: the client's reader id.
         wanted: direct leases are asked for at all.
         buffers: where the memory of copies comes from.
+        lock: guards the attachments.
         clock, trace: those of the client.
     """
 
@@ -39,6 +40,7 @@ class DirectReads(Closing):
         wanted: bool,
         buffers: ReceiveBuffers,
         *,
+        lock: threading.Lock,
         clock: Clock = MONOTONIC,
         trace: Trace | None = None,
     ) -> None:
@@ -48,7 +50,7 @@ class DirectReads(Closing):
         self._buffers = buffers
         self._now = clock.now
         self._trace = trace
-        self._lock = threading.Lock()  # guards what follows against concurrent changes; `lease` reads without it
+        self._lock = lock  # guards what follows against concurrent changes; `lease` reads without it
         self._attachments: dict[bytes, Attachment] = {}
         self._reads = self._bytes = 0  # over attachments that are gone
 
@@ -76,7 +78,7 @@ class DirectReads(Closing):
 
         Raises:
             StaleSlotError: the payload is gone, or this reader has consumed it.
-            SlotError: it has another size than the reference says.
+            SlotError: it has another size than in the reference.
         """
         attachment = self._attachments.get(ref.producer)
         if attachment is None:
@@ -90,14 +92,12 @@ class DirectReads(Closing):
 
     def copy(self, lease: DirectLease) -> Bytes:
         """The payload in memory of its own."""
-        copy = self._buffers.allocate(lease.nbytes)
-        np.copyto(copy, in_slot(lease))
-        return copy
+        return self._buffers.copy(in_slot(lease))
 
     def end(self, lease: DirectLease, consumed: bool) -> None:
         """End the lease of a payload that is handed out."""
+        lease.attachment.count_read(lease)
         lease.end(consumed)
-        lease.attachment.count_read(lease.nbytes)
         if self._trace is not None:
             self._trace(
                 Acknowledgement(self._now(), DIRECT, lease.slot, lease.sequence, self.reader, consumed, id(self))
@@ -126,11 +126,17 @@ class DirectReads(Closing):
     def _look_why(self, producer: bytes, attachment: Attachment) -> None:
         """There was no lease: the owner may be gone, or all lease words in use."""
         if not attachment.closed:
-            _end_dead()
+            self._end_dead()
         else:
             with self._lock:
                 if self._attachments.get(producer) is attachment:
                     self._forget(producer)
+
+    def _end_dead(self) -> None:
+        """End leases whose array is gone: an exception of a signal handler may have ended the call that does."""
+        for root in list(_roots.values()):
+            if root.reads is self and root() is None:
+                _end(root)
 
     def _forget(self, producer: bytes) -> None:
         attachment = self._attachments.pop(producer)
@@ -141,7 +147,7 @@ class DirectReads(Closing):
 
 def in_slot(lease: DirectLease) -> Bytes:
     """The payload in its slot: uint8 of shape (nbytes,), read-only, its own base."""
-    return np.frombuffer(lease.buffer, _UINT8)
+    return np.frombuffer(lease.attachment.memory, _UINT8, lease.nbytes, lease.offset)
 
 
 # --- arrays that outlive their block ------------------------------------------------------------------------
@@ -179,10 +185,3 @@ def end_with(array: Bytes, lease: DirectLease, reads: DirectReads) -> Root:
 def _end(root: Root) -> None:
     root.lease.end(root.consumed)
     _roots.pop(id(root), None)
-
-
-def _end_dead() -> None:
-    """End the leases whose array is gone: an exception of a signal handler may have ended the call that does."""
-    for root in list(_roots.values()):
-        if root() is None:
-            _end(root)

@@ -150,7 +150,7 @@ class DirectInPlaceLease(InPlaceLease[T]):
         self._root = end_with(array, lease, reads)
         self._content = make(array)
         self._ended = False
-        lease.attachment.count_read(lease.nbytes)
+        lease.attachment.count_read(lease)
 
     def __enter__(self) -> T:
         try:

@@ -156,20 +156,20 @@ class Batch:
         if self.handed_out is not None:
             self._end_direct()
         pipeline = self._pipelines[ref.producer]
-        connection = pipeline.connection
-        if connection is not None and connection.attachment is not None and not pipeline.results:
-            self._give_up(pipeline)
-        if pipeline.connection is None and not pipeline.results:
-            try:
-                lease = self._direct.lease(ref)
-            except SlotError as error:
-                pipeline.waiting.popleft()
+        if not pipeline.results:
+            connection = pipeline.connection
+            if connection is not None and connection.attachment is not None:
+                self._give_up(pipeline)
+            if pipeline.connection is None:
                 self.source = self
-                return None, error
-            if lease is not None:
-                pipeline.waiting.popleft()
-                self.source = self
-                return lease, self._direct.copy(lease)
+                try:
+                    lease = self._direct.lease(ref)
+                except SlotError as error:
+                    pipeline.waiting.popleft()
+                    return None, error
+                if lease is not None:
+                    pipeline.waiting.popleft()
+                    return lease, self._direct.copy(lease)
         if pipeline is not self._last or not pipeline.results:
             self._prepare(pipeline)
         return self._next_of(pipeline, ref)

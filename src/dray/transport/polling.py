@@ -6,6 +6,7 @@ poll without sleeping for a short time first (`AdaptivePoller`), as long as earl
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -13,7 +14,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout
@@ -21,7 +22,7 @@ from dray.name_resolution import AWAITED, Address, resolve
 from dray.resources import Closing, needing
 
 if TYPE_CHECKING:
-    from dray.transport.lanes.base import Stream
+    from dray.transport.lanes.base import Stream, Worker
 
 SPIN_SECONDS = 300e-6
 """How long a thread polls without sleeping. A poll is a system call of about one microsecond, during which other
@@ -43,6 +44,9 @@ the next one 5, then 21 and so on, up to the maximum. Each successful poll halve
 
 _MAX_POLL_MILLISECONDS = 2**31 - 1
 
+Events: TypeAlias = list[tuple[int, int]]
+Found = TypeVar("Found")
+
 
 def poll_timeout(deadline: Deadline) -> float | None:
     """The remaining time in milliseconds for `select.poll`: at most 24 days, ``None`` without a limit."""
@@ -52,7 +56,7 @@ def poll_timeout(deadline: Deadline) -> float | None:
     return None if deadline.at == math.inf else _MAX_POLL_MILLISECONDS
 
 
-class AdaptivePoller:
+class AdaptivePoller(Generic[Found]):
     """Calls a `poll` method of `select`, first without sleeping if the wait is expected to be short.
 
     A thread that sleeps for a few microseconds wakes up with cold caches, and on a virtual machine waking it costs
@@ -64,25 +68,28 @@ class AdaptivePoller:
         poll: the method to call with a timeout; 0 returns at once.
         now: returns the time in seconds.
         yield_processor: lets other threads run.
+        look: what to call instead of `poll` with a timeout of 0 while the thread does not sleep.
     """
 
-    __slots__ = ("_backoff", "_now", "_poll", "_sleeping_waits", "_spins_next", "_yield_processor")
+    __slots__ = ("_backoff", "_look", "_now", "_poll", "_sleeping_waits", "_spins_next", "_yield_processor")
 
     def __init__(
         self,
-        poll: Callable[[Any], list[tuple[int, int]]],
+        poll: Callable[[Any], Found],
         now: Callable[[], float] = time.monotonic,
         yield_processor: Callable[[], object] | None = None,
+        look: Callable[[], Found] | None = None,
     ) -> None:
         self._poll = poll
+        self._look = look or functools.partial(poll, 0)
         self._now = now
         self._yield_processor = yield_processor or os.sched_yield
         self._spins_next = False
         self._backoff = 0
         self._sleeping_waits = 0
 
-    def __call__(self, timeout: Any) -> list[tuple[int, int]]:
-        """The events that `poll` found; empty after the timeout, which begins after polling without sleep."""
+    def __call__(self, timeout: Any) -> Found:
+        """What `poll` found; nothing after the timeout, which begins after polling without sleep."""
         poll = self._poll
         if timeout == 0:
             return poll(0)
@@ -98,12 +105,12 @@ class AdaptivePoller:
         self._spins_next = not self._sleeping_waits and now() - began <= SHORT_SECONDS
         return found
 
-    def _busy_poll(self, began: float) -> list[tuple[int, int]]:
-        """The events that polling without sleep found; empty when it is time to sleep."""
-        poll, now = self._poll, self._now
+    def _busy_poll(self, began: float) -> Found:
+        """What polling without sleep found; nothing when it is time to sleep."""
+        look, now = self._look, self._now
         last, end, slow = began, began + SPIN_SECONDS, False
         for count in itertools.count():
-            found = poll(0)
+            found = look()
             if found and last - began <= SHORT_SECONDS:
                 self._backoff >>= 1
                 break
@@ -121,7 +128,10 @@ class AdaptivePoller:
 
 
 class AdaptiveEpoll:
-    """A `select.epoll` whose waits begin with polls that do not sleep, and that `wake` ends."""
+    """A `select.epoll` whose waits begin with polls that do not sleep, and that `wake` ends.
+
+    While it does not sleep, the workers that it drives make progress, which costs less than a system call.
+    """
 
     def __init__(self) -> None:
         with needing("a server thread"):
@@ -136,7 +146,19 @@ class AdaptiveEpoll:
         self.register = self._epoll.register
         self.modify = self._epoll.modify
         self.unregister = self._epoll.unregister
-        self.poll = AdaptivePoller(self._epoll.poll)
+        self._workers: list[Worker] = []
+        self._worker_found = False
+        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, look=self._look)
+
+    def drive(self, worker: Worker) -> None:
+        """Report the worker's descriptor, also after progress that the worker has made in `poll`."""
+        self._epoll.register(worker.fileno(), select.EPOLLIN)
+        self._workers.append(worker)
+
+    def stop_driving(self, worker: Worker) -> None:
+        """The opposite of `drive`."""
+        self._workers.remove(worker)
+        self._epoll.unregister(worker.fileno())
 
     def wake(self) -> None:
         """End the wait of `poll`, or the next one; `poll` then reports a descriptor that was not registered."""
@@ -150,6 +172,16 @@ class AdaptiveEpoll:
             os.close(self._wake)
             self._wake = -1
 
+    def _look(self) -> Events:
+        # After a worker was found, the descriptors are polled first: a busy worker must not hide them.
+        if not self._worker_found:
+            for worker in self._workers:
+                if worker.has_progressed():
+                    self._worker_found = True
+                    return [(worker.fileno(), select.EPOLLIN)]
+        self._worker_found = False
+        return self._epoll.poll(0)
+
 
 class CloseEvent(Closing):
     """Ends all waits of one client, now and later.
@@ -161,7 +193,7 @@ class CloseEvent(Closing):
         self._lock = threading.Lock()
         with needing("a client"):
             self._descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._waits: set[AdaptivePoller] = set()
+        self._waits: set[AdaptivePoller[Any]] = set()
         self._set = False
 
     def close(self) -> None:
@@ -178,7 +210,7 @@ class CloseEvent(Closing):
             if self._descriptor >= 0:
                 poll.register(self._descriptor, select.POLLIN)
 
-    def wait(self, poll: AdaptivePoller, deadline: Deadline) -> bool:
+    def wait(self, poll: AdaptivePoller[Any], deadline: Deadline) -> bool:
         """Wait for the descriptors of `poll`; False if the deadline came first.
 
         Raises:
@@ -207,34 +239,45 @@ class CloseEvent(Closing):
 
 
 class PollWaiter:
-    """Waits for one descriptor at a time.
+    """Waits for one stream or one descriptor at a time.
 
     Args:
         closing: ends the wait; without it, only the deadline does.
     """
 
-    __slots__ = ("_closing", "_events", "_poll", "_poller")
+    __slots__ = ("_closing", "_events", "_poll", "_poller", "_stream")
 
     def __init__(self, closing: CloseEvent | None) -> None:
         self._poll = select.poll()
-        self._poller = AdaptivePoller(self._poll.poll)
+        self._poller: AdaptivePoller[Any] = AdaptivePoller(self._poll.poll)
         self._closing = closing
         self._events = 0
+        self._stream: Stream | None = None
         if closing is not None:
             closing.watch(self._poll)
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        """Wait until a stream that is `idle` can advance; a waiter always gets the same stream.
+        """Wait until a stream may be able to advance; a waiter always gets the same stream.
 
         Raises:
             TransportTimeout: the deadline came first; the message contains `awaited`.
             BufferClosedError: the client is closed.
         """
-        # Not for both: input that is not read would end each wait for room at once.
-        events = select.POLLOUT if stream.wants_write else select.POLLIN
-        if events != self._events:
-            self._poll.register(stream.fileno(), events)
-            self._events = events
+        worker = stream.worker
+        if worker is None:
+            stream.idle()
+            # Not for both: input that is not read would end each wait for room at once.
+            events = select.POLLOUT if stream.wants_write else select.POLLIN
+            if events != self._events:
+                self._poll.register(stream.fileno(), events)
+                self._events = events
+        else:
+            if self._stream is None:
+                self._poll.register(stream.fileno(), select.POLLIN)
+                self._poller = AdaptivePoller(self._poll_driven, look=worker.has_progressed)
+                self._stream = stream
+            if deadline.expired:  # each wait may end early, because of work for another stream
+                raise timed_out(deadline, awaited, endpoint)
         self._wait(deadline, awaited, endpoint)
 
     def wait_for(self, descriptor: int, events: int, deadline: Deadline, *, awaited: str, endpoint: str) -> None:
@@ -244,6 +287,11 @@ class PollWaiter:
             self._wait(deadline, awaited, endpoint)
         finally:
             self._poll.unregister(descriptor)
+
+    def _poll_driven(self, timeout: float | None) -> Any:
+        """Poll the descriptor of a worker, unless the stream can advance already."""
+        assert self._stream is not None
+        return not self._stream.idle() or self._poll.poll(timeout)
 
     def _wait(self, deadline: Deadline, awaited: str, endpoint: str) -> None:
         closing, poller = self._closing, self._poller

@@ -27,7 +27,7 @@ from dray.protocol.server_session import (
 )
 from dray.ring import Lease, SharedRingBuffer
 from dray.ring.consumer_events import Descriptor
-from dray.ring.direct import Attached, kernel_digest, pid_behind
+from dray.ring.direct import Attached, kernel_digest
 from dray.transport import trace as traced
 from dray.transport.lanes.base import Stream
 from dray.transport.server_statistics import COUNTED, LeaseInfo
@@ -254,7 +254,7 @@ class ServedConnection:
         flags = WelcomeFlag.NONE
         if len(received) == 1 and request.kernel == kernel_digest():
             (process,) = received
-            pid = pid_behind(process.fileno())
+            pid = self._ring.machine.pid_behind(process.fileno())
             if pid is not None and pid in (0, self.stream.peer_pid):
                 with contextlib.suppress(OutOfResources, BufferClosedError):
                     self._attached = self._ring.attach(

@@ -67,7 +67,7 @@ class PayloadServer(Closing):
         clock: the source of time.
         trace: receives what happens on the connections; see `dray.transport.trace`. It runs in the server threads.
         direct: let consumers on this host lease payloads in shared memory without asking this server, where this
-            machine can (`dray doctor` says whether, and why not).
+            machine can (`dray doctor` shows whether, and why not).
         newest_version: the newest protocol version to speak, for clients that fail with a newer one.
 
     Attributes:

@@ -33,7 +33,7 @@ from dray.errors import (
     ProtocolError,
     TransportError,
 )
-from dray.transport.lanes.base import Listener, SilentPeers, Stream
+from dray.transport.lanes.base import Listener, SilentPeers, Stream, Worker
 from dray.transport.polling import AdaptiveEpoll
 from dray.transport.served_connection import LINGER_SECONDS, PROGRESS_CHECKS, ServedConnection, Service
 from dray.transport.server_statistics import COUNTED, LeaseInfo
@@ -60,6 +60,8 @@ class Poller(Protocol):
     def register(self, descriptor: int, events: int) -> None: ...
     def modify(self, descriptor: int, events: int) -> None: ...
     def unregister(self, descriptor: int) -> None: ...
+    def drive(self, worker: Worker) -> None: ...
+    def stop_driving(self, worker: Worker) -> None: ...
     def poll(self, timeout: float | None) -> list[tuple[int, int]]: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
@@ -373,8 +375,10 @@ class ServerLoop:
         self._progress_due = bool(self._workers)
         self._poller = make_poller()
         try:
-            for watched in (*self._listeners, *(worker.fileno() for worker in self._workers)):
+            for watched in self._listeners:
                 self._poller.register(watched, select.EPOLLIN)
+            for worker in self._workers:
+                self._poller.drive(worker)
             for watched in self._silent:
                 # Level-triggered, it would be readable until the worker has accepted.
                 self._poller.register(watched, select.EPOLLIN | select.EPOLLET)
@@ -544,7 +548,7 @@ class ServerLoop:
             self._sockets[descriptor] = connection
 
     def _watch_consumers(self) -> None:
-        """Look at the ring when direct consumers ring its doorbell, or end."""
+        """Wait also for the direct consumers of the ring: they ring its doorbell, or end."""
         if self._consumers < 0:
             self._consumers = self._ring.direct().events.fileno()
             self._poller.register(self._consumers, select.EPOLLIN)
@@ -573,7 +577,7 @@ class ServerLoop:
         self._stop_listening()
         self.connections.discard_all()
         for worker in self._workers:
-            self._poller.unregister(worker.fileno())
+            self._poller.stop_driving(worker)
             worker.close()
         self._workers = []
         self.connections.close()

@@ -25,6 +25,7 @@ MACHINE = Machine(
     memlock=None,
     open_files=4096,
     refused_calls=(),
+    direct_problem="",
     ucx_variables={"UCX_TLS": "tcp"},
 )
 
@@ -67,6 +68,12 @@ def test_system_calls_that_are_refused_are_a_fact_and_a_remark_that_says_what_to
     )
     assert dict(facts(MACHINE))["system calls"] == "allowed"
     assert list(remarks(MACHINE)) == []
+
+
+def test_facts_name_the_reason_if_payloads_cannot_be_leased_directly():
+    assert dict(facts(MACHINE))["direct leases"] == "possible"
+    refused = replace(MACHINE, direct_problem="membarrier is refused (Operation not permitted)")
+    assert dict(facts(refused))["direct leases"] == "not possible: membarrier is refused (Operation not permitted)"
 
 
 def test_facts_name_what_is_absent():

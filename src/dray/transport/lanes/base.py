@@ -12,6 +12,7 @@ import abc
 import encodings.idna  # noqa: F401  (`encode` cannot load it once the process has no descriptor left)
 import errno
 import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ class Worker(Closing):
     @abc.abstractmethod
     def progress(self) -> None:
         """Do the work that is due, without waiting."""
+
+    def has_progressed(self) -> bool:
+        """`progress`; True if there was work."""
+        steps = self.steps
+        self.progress()
+        return self.steps != steps
 
     @abc.abstractmethod
     def arm(self) -> bool:
@@ -334,7 +341,7 @@ class Waiter(Protocol):
     """Waits for one stream, in the thread that uses it."""
 
     def wait(self, stream: Stream, deadline: Deadline, awaited: str, endpoint: str) -> None:
-        """See `PollWaiter.wait`."""
+        """See `PollWaiter.wait`. It calls the stream's `idle` before the thread sleeps."""
         ...
 
 
@@ -401,6 +408,10 @@ class Network(Closing):
             reader=reader,
             newest=newest,
         )
+
+    def lock(self) -> threading.Lock:
+        """A new lock, for what is shared with owners of rings."""
+        return threading.Lock()
 
     def receive_buffers(self) -> ReceiveBuffers:
         return ReceiveBuffers()

@@ -119,7 +119,7 @@ class SocketStream(Stream):
 
     def send(self, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> bool:
         parts = self._parts
-        if not descriptors and not parts and (message := _messages_only(items)) is not None:
+        if not descriptors and not parts and (message := messages_only(items)) is not None:
             # Most messages leave at once and whole.
             try:
                 sent = self._sock.send(message, NO_SIGNAL)
@@ -577,7 +577,7 @@ def from_os_error(error: OSError, endpoint: str | None = None) -> TransportError
             return Unreachable(f"no connection: {error}", endpoint=endpoint, refused=refused)
 
 
-def _messages_only(items: Sequence[Outgoing]) -> bytes | None:
+def messages_only(items: Sequence[Outgoing]) -> bytes | None:
     """The items joined; None if one of them is a payload."""
     if len(items) == 1:
         item = items[0]

@@ -34,14 +34,20 @@ from dray.errors import (
 from dray.name_resolution import is_loopback
 from dray.protocol.frames import Outgoing, Payload
 from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Listener, Stream, Worker
-from dray.transport.lanes.socket import no_free_port, ports_from
+from dray.transport.lanes.socket import messages_only, no_free_port, ports_from
 from dray.transport.lanes.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
-from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE, Abandoned, UcxWorker, from_ucx_error, require
+from dray.transport.lanes.ucx_worker import (
+    MAX_MESSAGE,
+    UCXX_AVAILABLE,
+    Abandoned,
+    Memory,
+    UcxWorker,
+    from_ucx_error,
+    require,
+)
 from dray.transport.polling import CloseEvent, addresses_of
 
 _PREAMBLE = struct.Struct("<Q")
-_MAX_MESSAGE = 64 * 1024
-"""Frames that are sent together are split into messages of at most this size, in bytes."""
 
 
 class _Awaited(enum.Enum):
@@ -78,8 +84,9 @@ class UcxStream(Stream):
         self._own = worker.ucx.UCXXTag(self.tag)
         self._peer: Any = None
         worker.awaited.add(self.tag)
-        self._inbox = bytearray()
-        self._incoming: tuple[Any, bytearray] | None = None
+        self._inbox = memoryview(b"")
+        self._begin = self._end = 0
+        self._incoming: tuple[Any, Memory, int] | None = None
         self._unsent: list[Outgoing] = []
         self._sends: list[tuple[Any, Any]] = []
         self.expected: deque[tuple[Any, memoryview, int]] = deque()
@@ -103,18 +110,22 @@ class UcxStream(Stream):
     def receive(self, size: int, most: int = 1) -> memoryview | None:
         self._check_open()
         self._awaited = _Awaited.MESSAGE
-        while self._peer is None or len(self._inbox) < size:
+        while self._peer is None or self._end - self._begin < size:
             if not (self._exchange_tags() if self._peer is None else self._collect()):
-                self._check_alive(within=bool(self._inbox))
+                self._check_alive(within=self._end > self._begin)
                 return None
+        begin = self._begin
         if most > 1:
-            size *= min(most, len(self._inbox) // size)
-        message = self._inbox[:size]
-        del self._inbox[:size]
-        return memoryview(message)
+            size *= min(most, (self._end - begin) // size)
+        self._begin = begin + size
+        return self._inbox[begin : begin + size]
 
     def send(self, items: Sequence[Outgoing], descriptors: Sequence[int] = ()) -> bool:
         self._check_open()
+        if self._peer is not None and not self._sends and not self._unsent:
+            message = messages_only(items)
+            if message and len(message) <= MAX_MESSAGE:  # most messages leave at once
+                return self._send_message(message) or self.flush()
         self._unsent += items
         return self.flush()
 
@@ -168,7 +179,7 @@ class UcxStream(Stream):
         self.closed = True
         self.worker.awaited.discard(self.tag)
         requests = [*self._sends, *((request, memory) for request, memory, _ in self.expected)]
-        requests += [request for request in (self._incoming, self._preamble) if request is not None]
+        requests += [(each[0], each[1]) for each in (self._incoming, self._preamble) if each is not None]
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
         for tag in (self.tag, *(tag for _, _, tag in self.expected)):
             self.worker.discard(self.worker.ucx.UCXXTag(tag))
@@ -191,10 +202,10 @@ class UcxStream(Stream):
     def _exchange_tags(self) -> bool:
         """Receive the peer's tag, and send this end's; False if it has not arrived yet."""
         if self._preamble is None:
-            if not self._collect() or len(self._inbox) < _PREAMBLE.size:
+            if not self._collect() or self._end < _PREAMBLE.size:
                 return False
-            (self.peer_tag,) = _PREAMBLE.unpack(self._inbox[: _PREAMBLE.size])
-            del self._inbox[: _PREAMBLE.size]
+            (self.peer_tag,) = _PREAMBLE.unpack_from(self._inbox)
+            self._begin = _PREAMBLE.size
         else:
             request, memory = self._preamble
             if not request.completed:
@@ -204,7 +215,7 @@ class UcxStream(Stream):
             (self.peer_tag,) = _PREAMBLE.unpack(memory)
         self._peer = self.worker.ucx.UCXXTag(self.peer_tag)
         if self._accepted:
-            self._send_messages(bytearray(_PREAMBLE.pack(self.tag)))
+            self._send_messages(_PREAMBLE.pack(self.tag))
         return True
 
     def _collect(self) -> bool:
@@ -213,36 +224,55 @@ class UcxStream(Stream):
             found = self.worker.probe(self._own)
             if not found.matched:
                 return False
-            if found.length > _MAX_MESSAGE:
-                raise ProtocolError(f"a message has {found.length} bytes; the limit is {_MAX_MESSAGE}")
-            self._incoming = self.worker.receive(found)
-        request, memory = self._incoming
+            if found.length > MAX_MESSAGE:
+                raise ProtocolError(f"a message has {found.length} bytes; the limit is {MAX_MESSAGE}")
+            self._incoming = *self.worker.receive(found), found.length
+        request, memory, length = self._incoming
         if not request.completed:
             return False
         self._incoming = None
         self._check(request)
-        self._inbox += memory
+        message = memory.view[:length].tobytes()
+        self.worker.reuse(memory)
+        if self._end > self._begin:
+            message = self._inbox[self._begin :].tobytes() + message
+        self._inbox = memoryview(message)
+        self._begin, self._end = 0, len(message)
         return True
 
     def _send_queued(self) -> None:
         if self._peer is None and not self._exchange_tags():
             return
-        messages = bytearray()
+        messages: list[bytes] = []
         for item in self._unsent:
             if isinstance(item, Payload):
-                self._send_messages(messages)
-                messages = bytearray()
+                self._send_messages(b"".join(messages))
+                messages.clear()
                 tag = self.worker.ucx.UCXXTag(item.tag)
                 self._sends.append((self._post("tag_send", item.view, tag), item.view))
             else:
-                messages += item
+                messages.append(item)
         self._unsent = []
-        self._send_messages(messages)
+        self._send_messages(b"".join(messages))
 
-    def _send_messages(self, messages: bytearray) -> None:
-        for begin in range(0, len(messages), _MAX_MESSAGE):
-            part = messages[begin : begin + _MAX_MESSAGE]
-            self._sends.append((self._post("tag_send", part, self._peer), part))
+    def _send_messages(self, messages: bytes) -> None:
+        for begin in range(0, len(messages), MAX_MESSAGE):
+            self._send_message(messages[begin : begin + MAX_MESSAGE])
+
+    def _send_message(self, message: bytes) -> bool:
+        """Send one tagged message; True if it has left."""
+        memory = self.worker.memory(len(message))
+        memory.view[:] = message
+        try:
+            request = self._endpoint.tag_send(memory.array, self._peer)
+        except self.worker.ucx.UCXError as error:
+            raise self._failure(error) from error
+        if not request.completed:
+            self._sends.append((request, memory))
+            return False
+        self._check(request)
+        self.worker.reuse(memory)
+        return True
 
     def _check(self, request: Any) -> None:
         try:

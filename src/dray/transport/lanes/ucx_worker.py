@@ -39,6 +39,12 @@ UCXX_AVAILABLE = importlib.util.find_spec("ucxx") is not None
 SEGMENT_SIZE = "1m"
 """UCX's TCP segments; its own 8 KiB limit a connection with error handling to 1 GB/s."""
 
+MAX_MESSAGE = 64 * 1024
+"""Frames that are sent together are split into messages of at most this size, in bytes."""
+
+MAX_SPARE = 8
+"""Sizes of messages for which a worker keeps memory."""
+
 RETIRED_SECONDS = 0.05
 """How long a worker that closes waits for connections that its closed listeners have accepted."""
 
@@ -126,6 +132,23 @@ def open_ucp(loopback: bool) -> Ucp:
     return Ucp(ucx, array, worker, frozenset(port for port in opened if port.to_bytes(2, "big") in address))
 
 
+class Memory:
+    """Memory for messages that is used again and again.
+
+    Attributes:
+        nbytes: its size.
+        view: the memory.
+        array: the same as UCX takes it.
+    """
+
+    __slots__ = ("array", "nbytes", "view")
+
+    def __init__(self, array: Callable[[Any], Any], nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.view = memoryview(bytearray(nbytes))
+        self.array = array(self.view)
+
+
 class Abandoned:
     """A request without a user, and the memory that UCX may still access until the request is `done`."""
 
@@ -178,6 +201,7 @@ class UcxWorker(Worker):
         self._retired_until = Deadline.after(0)
         self._endpoints: list[Any] = []  # made by `connect` and not closed
         self._memory: list[Any] = []
+        self._spare: dict[int, Memory] = {}
         self.closed = False
 
     def fileno(self) -> int:
@@ -189,11 +213,10 @@ class UcxWorker(Worker):
 
     def progress(self, steps: int = _PROGRESS_STEPS) -> None:
         """Do the work that is due, in at most `steps` steps, without waiting."""
-        step = self._worker.progress_once
-        for _ in range(steps):
-            if not step():
-                break
-            self.steps += 1
+        step, done = self._worker.progress_once, 0
+        while done < steps and step():
+            done += 1
+        self.steps += done
         if self._abandoned:
             self._abandoned = [abandoned for abandoned in self._abandoned if not abandoned.done]
 
@@ -247,10 +270,21 @@ class UcxWorker(Worker):
         """An unexpected message has arrived under a tag."""
         return bool(self._worker.tag_probe(tag, remove=False).matched)
 
-    def receive(self, found: Any) -> tuple[Any, bytearray]:
-        """Receive what `probe` found: the request, and the memory that it fills."""
-        memory = bytearray(found.length)
-        return self._worker.tag_recv_with_handle(self.array(memory), found), memory
+    def memory(self, nbytes: int) -> Memory:
+        """Memory for one message. Give it to `reuse` once no request can access it."""
+        spare = self._spare.pop(nbytes, None)
+        return Memory(self.array, nbytes) if spare is None else spare
+
+    def reuse(self, memory: Memory) -> None:
+        """Keep memory for the next message of its size."""
+        if len(self._spare) >= MAX_SPARE:
+            self._spare.clear()
+        self._spare[memory.nbytes] = memory
+
+    def receive(self, found: Any) -> tuple[Any, Memory]:
+        """Receive what `probe` found, of up to `MAX_MESSAGE` bytes: the request, and the memory that it fills."""
+        memory = self.memory(MAX_MESSAGE)
+        return self._worker.tag_recv_with_handle(memory.array, found), memory
 
     def discard(self, tag: Any) -> None:
         """Drop the unexpected messages under a tag, of any size."""

@@ -1,0 +1,114 @@
+"""Reads from a producer that runs pure Python meanwhile, and the speed of its loop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from benchmarks.exchange import timed
+from benchmarks.exchanges.lanes import How, LaneRead, PayloadService
+from benchmarks.exchanges.spinning import SharedCount, Spinner
+from benchmarks.partner import ANSWER_SECONDS, PartnerError
+from benchmarks.plan import LaneName
+from benchmarks.service import Reply
+from dray.clock import Deadline
+
+_AWAKE_SECONDS = 1e-3
+"""This process computes for so long before it reads: it may have slept."""
+
+
+class BusyService(PayloadService):
+    """Puts and serves payloads, and runs a loop while it is told to.
+
+    Args:
+        descriptor: of the `SharedCount` of the loop's turns.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._turns = SharedCount(descriptor)
+        self._spinner: Spinner | None = None
+
+    def do(self, command: str, **arguments: Any) -> Reply:
+        if command == "spin":
+            if self._spinner is None:
+                self._spinner = self._opened.enter_context(closing(Spinner(self._turns)))
+            sys.setswitchinterval(arguments["switch_interval"])
+            return Reply({}, self._spinner.spin)
+        if command == "rest":
+            assert self._spinner is not None
+            self._spinner.rest()
+            return Reply({})
+        return super().do(command, **arguments)
+
+    def close(self) -> None:
+        self._spinner = None
+        super().close()
+
+
+class Stretch(NamedTuple):
+    """What a busy producer's loop did for a while."""
+
+    turns: int
+    seconds: float
+
+    def plus(self, other: Stretch) -> Stretch:
+        """Both together."""
+        return Stretch(self.turns + other.turns, self.seconds + other.seconds)
+
+
+class BusyRead(LaneRead):
+    """Reads while the producer's process runs a loop of pure Python.
+
+    Args:
+        lane, how: as for `LaneRead`.
+    """
+
+    def __init__(self, lane: LaneName, how: How) -> None:
+        self._turns = SharedCount()
+        super().__init__(lane, how, kind="busy payloads", descriptors=[self._turns.descriptor])
+
+    def close(self) -> None:
+        super().close()
+        self._turns.close()
+
+    def read_idle(self, count: int) -> list[float]:
+        """Read `count` payloads while the producer's process waits; seconds of each."""
+        self.prepare(count)
+        _compute(_AWAKE_SECONDS)
+        return timed(self.once, count)
+
+    def read_beside(self, count: int, switch_interval: float) -> tuple[list[float], Stretch, Stretch]:
+        """Read `count` payloads while the loop goes on; then compute for as long, without reads.
+
+        The producer's loop thus has the machine to itself to the same extent in both stretches.
+
+        Returns:
+            Seconds of each read; what the loop did beside the reads; what it did without them.
+        """
+        self.prepare(count)
+        self._partner.ask("spin", switch_interval=switch_interval)
+        self._wait_for_turns()
+        _compute(_AWAKE_SECONDS)
+        before, began = self._turns.value, time.perf_counter()
+        times = timed(self.once, count)
+        between, ended = self._turns.value, time.perf_counter()
+        _compute(ended - began)
+        after, over = self._turns.value, time.perf_counter()
+        self._partner.ask("rest")
+        return times, Stretch(between - before, ended - began), Stretch(after - between, over - ended)
+
+    def _wait_for_turns(self) -> None:
+        deadline = Deadline.after(ANSWER_SECONDS)
+        before = self._turns.value
+        while self._turns.value == before:
+            if deadline.expired:
+                raise PartnerError("the producer's loop does not begin")
+
+
+def _compute(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
