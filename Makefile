@@ -53,7 +53,8 @@ test: .venv/dev.stamp ## every test but the long ones, with coverage (PYTEST_ARG
 
 exchange: .venv/dev.stamp ## contract and transport tests where the kernel refuses what direct leases need (PYTEST_ARGS)
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid membarrier tests/contract tests/unit/transport
-	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid pidfd_open tests/contract tests/unit/transport
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid pidfd_open --ignore tests/contract/test_redis_servers.py \
+	  tests/contract tests/unit/transport
 
 test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray does on one (SLURM_TEST_ARGS)
 	tests/slurm/install.sh

@@ -6,8 +6,10 @@ one writer, except for `gone`, in which all writers store the same value.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import mmap
+import signal
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +17,7 @@ import numpy as np
 
 MIN_BYTES, MAX_BYTES = 8, 1024
 _SEQUENCE_BYTES: Final = 8
+_PR_SET_PDEATHSIG: Final = 1
 _BLOCK: Final = np.random.default_rng(29).bytes((1 << 16) + MAX_BYTES)
 
 STOP, END, PRODUCED, NEWEST, CHOSEN, HEAD_WORDS = range(6)
@@ -38,6 +41,11 @@ class Count(enum.IntEnum):
     OTHER_ERRORS = enum.auto()
     FORKS = enum.auto()
     FAULTY_CHILDREN = enum.auto()  # forked children that could lease, or ended with an error
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the supervisor ends, however that does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def nbytes_of(sequence: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stress.barriers import Build
-from stress.books import CHOSEN, END, NEWEST, PRODUCED, Books, Count, nbytes_of, payload_of
+from stress.books import CHOSEN, END, NEWEST, PRODUCED, Books, Count, end_with_parent, nbytes_of, payload_of
 
 from dray import PayloadClient, PayloadRef
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
@@ -247,6 +247,7 @@ class _Release(Exception):
 
 def main() -> None:
     """Consume; the plan and the index come as arguments."""
+    end_with_parent()
     plan, index = json.loads(sys.argv[1]), int(sys.argv[2])
     if plan["cpus"]:
         os.sched_setaffinity(0, plan["cpus"])

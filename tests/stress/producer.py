@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stress import barriers
-from stress.books import MAX_BYTES, PRODUCED, STOP, Books, payload_of
+from stress.books import MAX_BYTES, PRODUCED, STOP, Books, end_with_parent, payload_of
 
 from dray import PayloadServer, SharedRingBuffer
 from dray.errors import BufferClosedError, BufferFullError
@@ -20,6 +20,7 @@ from dray.errors import BufferClosedError, BufferFullError
 
 def main() -> None:
     """Produce; the plan comes as JSON in the first argument, and the end of the books on standard input."""
+    end_with_parent()
     plan = json.loads(sys.argv[1])
     if plan["cpus"]:
         os.sched_setaffinity(0, plan["cpus"])
