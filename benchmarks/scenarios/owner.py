@@ -163,7 +163,7 @@ def _looks(plan: Plan, progress: Progress) -> Iterator[Row]:
                 for _ in range(lives):
                     claimed += timed(owner.claim, _ROOM // 2)
                     owner.consume()
-                    looked += timed(owner.ring.look, 1)
+                    looked += timed(owner.ring.observe, 1)
                 claims[each].append(claimed)
                 looks[each].append(looked)
     for what, blocks in (("claim", claims), (f"look that frees {_ROOM // 2} slots", looks)):

@@ -190,7 +190,7 @@ class SimulatedServer:
         """The answer to STAT."""
         leases = tuple(lease for loop in self.loops for lease in loop.leases())
         connections = sum(loop.connections for loop in self.loops)
-        self.ring.look()
+        self.ring.observe()
         return ServerStatistics(
             self.ring.producer_id, self.endpoints, connections, leases, ServerCounters(), self.ring.statistics()
         )

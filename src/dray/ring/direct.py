@@ -245,7 +245,7 @@ class DirectLeases(Closing):
 
     def take_events(self) -> None:
         """Take processes that have ended off the list, and silence the doorbell; the words are read after it."""
-        for number in self.events.take():
+        for number in self.events.collect():
             attached = self.attached.get(number)
             if attached is not None:
                 self._remove(attached)

@@ -20,7 +20,6 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from dray.clock import Clock, Deadline
@@ -30,7 +29,6 @@ from dray.errors import (
     PayloadError,
     PayloadTooLargeError,
     SlotError,
-    StaleSlotError,
 )
 from dray.identifiers import Wanted
 from dray.ring.direct import RELOOK_SECONDS, DirectLeases, Machine
@@ -39,12 +37,11 @@ from dray.ring.layout import (
     CONSUMED_BY_OFFSET,
     FLAGS_OFFSET,
     HAS_CHECKSUM,
-    SLOT_HEADER,
     STATE_OFFSET,
     U64,
     write_slot_header,
 )
-from dray.ring.records import OnFull, Retain, RingStatistics, Slot
+from dray.ring.records import Look, OnFull, Retain, RingStatistics, Slot
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotEvent, SlotState, after
 
@@ -56,29 +53,6 @@ _CLAIM, _COMMIT, _ABORT, _LEASE, _RETURN, _END = SlotEvent
 _write_u64: Final = U64.pack_into
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class Look:
-    """What the table wants to know of direct consumers.
-
-    While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler
-    ends a `look`, the next one may choose the same victim.
-
-    Attributes:
-        due: slots that are free unless a lease word names them, with the sequence numbers of their payloads.
-        victim: the slot of a payload that is dropped unless it is leased.
-        sequence: the sequence number of that payload.
-    """
-
-    due: tuple[tuple[Slot, int], ...]
-    victim: Slot | None
-    sequence: int
-
-    @property
-    def needs_barrier(self) -> bool:
-        """Only after a barrier something can be freed."""
-        return bool(self.due) or self.victim is not None
-
-
 class SlotTable:
     """The slots of one ring. `SharedRingBuffer` explains the arguments.
 
@@ -86,24 +60,8 @@ class SlotTable:
     `disowned` may be read without it, and the garbage collector adds to `lost` in any thread.
     """
 
-    __slots__ = (
-        "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable",
-        "_claimed", "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
-        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_machine", "_memory", "_newest",
-        "_newest_only", "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes",
-        "_stale_consumes", "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned",
-        "double_releases", "due", "free", "leases", "live", "lock", "lost", "ready", "slots",
-    )  # fmt: skip
-
     def __init__(
-        self,
-        segment: Segment,
-        *,
-        readers: int,
-        on_full: OnFull,
-        retain: Retain,
-        clock: Clock,
-        machine: Machine,
+        self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock, machine: Machine
     ) -> None:
         layout = segment.layout
         self._machine = machine
@@ -167,9 +125,8 @@ class SlotTable:
             if slot.retired:
                 slot.wake()
             if slot.sequence >= 0:
-                self._write_header(slot)
-            if self.direct is not None and not slot.undecided:
-                self._publish(slot)
+                slot.mend_header(self._memory)
+            self._publish(slot)
         self.due = {slot: slot.sequence for slot in self.due if slot.state is _READING}
         free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
         live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
@@ -190,8 +147,7 @@ class SlotTable:
     @property
     def can_claim(self) -> bool:
         """A slot is free, and there is no reason to look for more first."""
-        free = len(self.free)
-        return free > 0 and (self.direct is None or free >= self._short)
+        return len(self.free) >= (1 if self.direct is None else self._short)
 
     def find_free(self) -> bool:
         """A slot is free, perhaps because the oldest payload was dropped."""
@@ -349,7 +305,7 @@ class SlotTable:
         slot = self.slots[index]
         if self._is_stale(slot, sequence, reader):
             self._stale_reads += 1
-            raise self.stale_error(slot, sequence, reader)
+            raise slot.stale_error(sequence, reader)
         slot.leases += 1
         slot.delivered = True
         if slot.state is _READY:
@@ -369,7 +325,7 @@ class SlotTable:
             slot = slots[index]
             if self._is_stale(slot, sequence, reader):
                 self._stale_reads += 1
-                found.append(self.stale_error(slot, sequence, reader))
+                found.append(slot.stale_error(sequence, reader))
             elif slot.nbytes > most:
                 why = f"a payload of {slot.nbytes} bytes needs a lease; at most {most} are copied"
                 found.append(PayloadTooLargeError(why, slot=index, sequence=sequence))
@@ -387,7 +343,7 @@ class SlotTable:
         """The slot of a committed payload, which may be retired and leased. Raises `StaleSlotError`."""
         slot = self.slots[index]
         if slot.sequence != sequence or slot.state is _FREE or slot.state is _WRITING:
-            raise self.stale_error(slot, sequence, 0)
+            raise slot.stale_error(sequence, 0)
         return slot
 
     def keep_checksum(self, slot: Slot, checksum: int) -> None:
@@ -429,20 +385,6 @@ class SlotTable:
         if self.disowned:
             raise BufferClosedError("the ring belongs to the process that this one was forked from")
 
-    def stale_error(self, slot: Slot, sequence: int, reader: int) -> StaleSlotError:
-        """The reason why `reader` cannot read `sequence` in `slot`."""
-        if slot.sequence < sequence:
-            why = "the slot never held that payload"
-        elif slot.sequence > sequence:
-            why = f"the payload is gone, the slot has moved on to sequence {slot.sequence}"
-        elif slot.retired:
-            why = "the payload is gone: consumed, overwritten, retired or aborted"
-        elif slot.state is _WRITING:
-            why = "the payload is not committed"
-        else:
-            why = f"reader {reader} has consumed the payload"
-        return StaleSlotError(why, slot=slot.index, sequence=sequence)
-
     def _count(self) -> dict[SlotState, int]:
         writing = self._claimed - self._committed - self._aborted
         reading = len(self.live) - writing - self.ready
@@ -459,10 +401,8 @@ class SlotTable:
 
     def _drop(self, slot: Slot) -> None:
         self._retire(slot)
-        if slot.delivered:
-            self._dropped_delivered += 1
-        else:
-            self._dropped_unread += 1
+        self._dropped_delivered += slot.delivered
+        self._dropped_unread += not slot.delivered
 
     def _consume(self, slot: Slot, reader: int) -> None:
         slot.consumed_by |= 1 << reader
@@ -545,8 +485,7 @@ class SlotTable:
         if self.direct is not None and self.direct.suspended is (self._servers > 0):
             self.direct.suspended = not self._servers
             for slot in self.live.values():
-                if not slot.undecided:
-                    self._publish(slot)
+                self._publish(slot)
 
     def begin_look(self, *, drop: bool = False) -> Look:
         """Learn what direct consumers have consumed and hold, and which slots only a barrier can free.
@@ -573,12 +512,7 @@ class SlotTable:
         return look
 
     def end_look(self, look: Look, passed: bool) -> None:
-        """Free what `begin_look` has returned and no lease word names.
-
-        Args:
-            look: what `begin_look` has returned.
-            passed: a barrier has passed since then. Otherwise nothing is freed.
-        """
+        """Free what `begin_look` has returned and no lease word names, if a barrier has `passed` since then."""
         direct, victim = self.direct, look.victim
         if direct is None:
             return
@@ -636,19 +570,13 @@ class SlotTable:
                 self.changing = False
 
     def _publish(self, slot: Slot) -> None:
-        """Write the generation that follows from the state of a slot."""
-        assert self.direct is not None
+        """Write the generation that follows from the state of a slot, unless it is undecided."""
+        if self.direct is None or slot.undecided:
+            return
         if slot.retired or slot.state is _FREE or slot.state is _WRITING:
             self.direct.retire(slot.index)
         else:
             self.direct.publish(slot.index, slot.sequence)
-
-    def _write_header(self, slot: Slot) -> None:
-        flags, checksum = (0, 0) if slot.checksum is None else (HAS_CHECKSUM, slot.checksum)
-        # Not with `pack_into`, which begins with zeros: a consumer may lease the payload meanwhile.
-        self._memory[slot.header : slot.header + SLOT_HEADER.size] = SLOT_HEADER.pack(
-            slot.state, flags, slot.sequence, slot.nbytes, checksum, slot.committed_at, slot.consumed_by
-        )
 
     def disown(self) -> None:
         """In a forked child: the memory is not mapped, and a thread that does not exist may hold the lock."""

@@ -85,7 +85,7 @@ class DirectReads(Closing):
             return None
         lease = attachment.lease(ref.slot, ref.sequence, ref.nbytes)
         if lease is None:
-            self._look_why(ref.producer, attachment)
+            self._find_cause(ref.producer, attachment)
         elif self._trace is not None:
             self._trace(Payload(self._now(), DIRECT, ref.slot, ref.sequence, ref.nbytes, id(self)))
         return lease
@@ -123,7 +123,7 @@ class DirectReads(Closing):
     def __repr__(self) -> str:
         return f"<DirectReads of {len(self._attachments)} rings>"
 
-    def _look_why(self, producer: bytes, attachment: Attachment) -> None:
+    def _find_cause(self, producer: bytes, attachment: Attachment) -> None:
         """There was no lease: the owner may be gone, or all lease words in use."""
         if not attachment.closed:
             self._end_dead()

@@ -148,7 +148,7 @@ class AdaptiveEpoll:
         self.unregister = self._epoll.unregister
         self._workers: list[Worker] = []
         self._worker_found = False
-        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, look=self._look)
+        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, look=self._poll_at_once)
 
     def drive(self, worker: Worker) -> None:
         """Report the worker's descriptor, also after progress that the worker has made in `poll`."""
@@ -172,7 +172,7 @@ class AdaptiveEpoll:
             os.close(self._wake)
             self._wake = -1
 
-    def _look(self) -> Events:
+    def _poll_at_once(self) -> Events:
         # After a worker was found, the descriptors are polled first: a busy worker must not hide them.
         if not self._worker_found:
             for worker in self._workers:

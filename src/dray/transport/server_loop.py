@@ -444,7 +444,7 @@ class ServerLoop:
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])
                     elif descriptor == self._consumers:
-                        self._ring.look()
+                        self._ring.observe()
                     elif descriptor in self._silent:
                         self._silent[descriptor].hasten()
                     else:  # a worker, or `stop` has woken the poller

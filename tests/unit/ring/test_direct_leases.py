@@ -228,7 +228,7 @@ def test_a_leased_slot_is_not_claimed(ring: SharedRingBuffer) -> None:
     assert held[0].buffer == b"payload"
 
 
-def test_a_ring_that_overwrites_drops_only_what_no consumer_has_leased() -> None:
+def test_a_ring_that_overwrites_drops_only_what_no_consumer_has_leased() -> None:
     with SharedRingBuffer(3, 64, on_full="overwrite") as ring:
         consumer = attach(ring)
         first, second, _ = put(ring, b"first"), put(ring, b"second"), put(ring, b"third")

@@ -133,7 +133,7 @@ def open_ucp(loopback: bool) -> Ucp:
 
 
 class Memory:
-    """Memory for messages that is used again and again.
+    """Memory for messages that is used repeatedly.
 
     Attributes:
         nbytes: its size.
