@@ -55,6 +55,7 @@ class Run:
     def __init__(self, seed: int, seen: Counter[str], traced: bool = False) -> None:
         self.seed = seed
         self.rng = rng = random.Random(seed)
+        self.busy = rng.random() < 0.25
         self.scheduler = Scheduler(rng, ManualClock(), traced)
         self.plan = FaultPlan(rng, seen)
         self.ledger = Ledger(self.scheduler)
@@ -64,7 +65,6 @@ class Run:
         self._old: list[PayloadRef] = []
         self._published: set[PayloadRef] = set()
         secret = b"the job's secret" if rng.random() < 0.3 else None
-        self.busy = rng.random() < 0.15
         self.readers = rng.choice((1, 1, 1, 2, 3))
         self.servers = [self._make_server(index, secret) for index in range(rng.choice((1, 1, 2)))]
         self.consumers = [self._make_consumer(index, secret) for index in range(rng.choice((1, 2, 2, 3)))]
@@ -88,7 +88,7 @@ class Run:
         self._refs.setdefault(reader, deque()).extend(ref for ref in refs if ref in self._published)
 
     def old(self) -> list[PayloadRef]:
-        return self._old
+        return self._old[-4:] if self.busy else self._old
 
     def listened(self, ref: PayloadRef, since: float) -> bool:
         return self.troubles.listened(ref.producer, since)
@@ -215,6 +215,7 @@ class Run:
         on_full: OnFull = rng.choice(_ON_FULL if retain == "unread" else _ON_FULL[:2])
         if self.busy:
             slots = rng.randint(2, 4)
+            on_full = "overwrite" if retain == "unread" and rng.random() < 0.6 else on_full
         else:
             slots = rng.randint(2, 6) + (2 if retain == "newest" else 0)
         settings = RingSettings(
