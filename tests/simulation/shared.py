@@ -407,5 +407,5 @@ class SimulatedAttachment(Attachment):
             self._kernel.watch.changed(self.segment.producer_id)
         elif value:
             self._holders[index] = actor
-        elif (holder := self._holders.get(index)) not in (None, actor) and holder not in self._ending:
+        elif (holder := self._holders.pop(index, None)) not in (None, actor) and holder not in self._ending:
             self._kernel.scheduler.violate(f"{self._process.name}: an end clears the word of another lease")
