@@ -75,7 +75,7 @@ class SlotTable:
         self.changing = False  # an operation that moves a slot has begun and has not ended
         self.lost: deque[object] = deque()  # of writers that were deleted while their slots were WRITING
         self.closed = self.disowned = False  # both are true in a forked child, the first also after `close`
-        self.clock = clock
+        self.clock, self._now = clock, clock.now
         self._claimable = machine.condition(self.lock)
         self._claimers = self.notified = 0  # threads that wait on `_claimable`; how often it was notified
         self._slot_bytes = layout.slot_bytes
@@ -85,14 +85,13 @@ class SlotTable:
         self._newest: Slot | None = None
         self._readers = readers
         self._all_readers = (1 << readers) - 1
-        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are checked
+        self._short = self._enough = max(1, layout.slots // 4)  # with fewer free slots, those due are checked
         self._worded: set[Slot] = set()  # those with `words`
-        self._now = clock.now
         self._claimed = self._committed = self._committed_bytes = self._aborted = 0
         self._leased = self._copied = self._consumed = 0
         self._dropped_unread = self._dropped_delivered = self._replaced = 0
-        self._stale_reads = self._stale_consumes = 0
-        self._claim_waits = self._full_errors = self._late_looks = self._servers = 0
+        self._stale_reads = self._stale_consumes = self._servers = 0
+        self._claim_waits = self._full_errors = self._late_looks = 0
         self._claim_wait_seconds = 0.0
         _tables.add(self)
 
@@ -145,10 +144,11 @@ class SlotTable:
     @property
     def can_claim(self) -> bool:
         """A slot is free, and there is no reason to look for more first."""
-        return len(self.free) >= (1 if self.direct is None else self._short)
+        return len(self.free) >= (1 if self.direct is None else self._enough)
 
     def find_free(self) -> bool:
         """A slot is free, perhaps because the oldest payload was dropped."""
+        self._enough = min(self._short, max(1, len(self.free) // 2))
         return bool(self.free) or (self._on_full == "overwrite" and not self._attached and self._drop_oldest())
 
     def check_time(self, deadline: Deadline) -> None:
@@ -188,8 +188,7 @@ class SlotTable:
 
     def wait_retired(self, slot: Slot, deadline: Deadline) -> None:
         """Wait until the payload in a slot may have retired."""
-        if slot.retirement is None:
-            slot.retirement = self._machine.condition(self.lock)
+        slot.retirement = slot.retirement or self._machine.condition(self.lock)
         self._wait(slot.retirement, deadline.remaining)
 
     def _wait(self, condition: threading.Condition, seconds: float) -> None:
@@ -541,18 +540,19 @@ class SlotTable:
                 self.changing = True
                 del self.due[slot]
                 slot.words = 0
-                self._worded.discard(slot)
                 self._set_free(slot, _END)
                 self.changing = False
 
     def _note_words(self, named: Mapping[int, int]) -> None:
         found = {self.slots[index] for index in named}
         for slot in found | self._worded:
-            slot.words = 0
-            if slot.state is _READY or slot.state is _READING:
-                slot.words = named.get(slot.index, 0)  # else it is of a lease that is found to be stale
-                slot.delivered = slot.delivered or slot.words > 0
-                self._refresh(slot)
+            used = slot.state is _READY or slot.state is _READING  # else the consumer will find it to be stale
+            words = named.get(slot.index, 0) if used else 0
+            if words != slot.words:
+                slot.words = words
+                slot.delivered = slot.delivered or words > 0
+                if used:
+                    self._refresh(slot)
         self._worded = found
 
     def _learn(self, slot: Slot, readers: Iterable[int]) -> None:
