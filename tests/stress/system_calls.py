@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stress.books import MAX_BYTES, PRODUCED, Books, Count, end_with_parent, nbytes_of, payload_of
+from stress.ledger import MAX_BYTES, PRODUCED, Count, Ledger, end_with_parent, nbytes_of, payload_of
 
 from dray import PayloadClient, PayloadRef, PayloadServer
 from dray.errors import StaleSlotError
@@ -83,21 +83,21 @@ def calls(payloads: int) -> Counter[str]:
 def produce(folder: Path, payloads: int) -> None:
     """Put payloads while at least half of the slots are free."""
     end_with_parent()
-    books = books_in(folder, payloads)
+    ledger = ledger_in(folder, payloads)
     with PayloadServer.create(slots=SLOTS, slot_bytes=MAX_BYTES, lane="shm", threads=1) as server:
         print(json.dumps([server.ring.producer_id.hex(), server.endpoints]), flush=True)
         for sequence in range(payloads):
-            while sequence - books.counts[0][Count.CURSOR] > SLOTS // 2:
+            while sequence - ledger.counts[0][Count.CURSOR] > SLOTS // 2:
                 os.sched_yield()
             ref = server.put_bytes(payload_of(sequence), timeout=20)
-            books.announce(ref.slot, sequence)
+            ledger.announce(ref.slot, sequence)
         sys.stdin.read()
 
 
 @app.command(hidden=True)
 def consume(folder: Path, payloads: int, server: str) -> None:
     """Read payloads in place, and compare their bytes."""
-    books = books_in(folder, payloads)
+    ledger = ledger_in(folder, payloads)
     producer, endpoints = json.loads(server)
 
     def ref(slot: int, sequence: int) -> PayloadRef:
@@ -107,18 +107,18 @@ def consume(folder: Path, payloads: int, server: str) -> None:
         with contextlib.suppress(StaleSlotError):
             client.read_bytes(ref(0, (1 << 62) - 1))  # it brings the attachment
         for sequence in range(payloads):
-            while books.head[PRODUCED] <= sequence:
+            while ledger.head[PRODUCED] <= sequence:
                 pass  # without a system call
-            with client.lease_bytes(ref(books.slots[sequence], sequence)) as leased:
+            with client.lease_bytes(ref(ledger.slots[sequence], sequence)) as leased:
                 if leased.data.tobytes() != payload_of(sequence):
                     raise AssertionError(f"payload {sequence} is another one")
-            books.counts[0][Count.CURSOR] = sequence + 1
+            ledger.counts[0][Count.CURSOR] = sequence + 1
         if client.statistics().direct_reads != payloads:
             raise AssertionError("not all payloads were leased directly")
 
 
-def books_in(folder: Path, payloads: int) -> Books:
-    return Books(folder, payloads=max(1, payloads), slots=SLOTS, consumers=1, readers=1)
+def ledger_in(folder: Path, payloads: int) -> Ledger:
+    return Ledger(folder, payloads=max(1, payloads), slots=SLOTS, consumers=1, readers=1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from stress.barriers import Build
-from stress.books import MAX_BYTES, MIN_BYTES, nbytes_of, payload_of
+from stress.ledger import MAX_BYTES, MIN_BYTES, nbytes_of, payload_of
 from stress.run import Plan, run
 
 from dray.ring.direct import direct_problem
