@@ -227,6 +227,7 @@ def test_d10_a_signal_handler_that_ends_the_lease_that_is_being_ended_changes_no
 
 
 FORKED_BY_C = """
+import ctypes
 client = PayloadClient(lane="shm")
 lease = client.lease_bytes(PayloadRef.from_json(json.dumps(receive())))
 with lease as leased:

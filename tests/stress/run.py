@@ -135,7 +135,9 @@ class _Run:
         account, plan = self._account, self._plan
         producer = self._start("stress.producer", json.dumps(self._shared))
         self._shared["producer"], self._shared["endpoints"] = _receive(producer)
-        consumers = [self._consumer(index) for index in range(plan.consumers)]
+        consumers = [self._start_consumer(index) for index in range(plan.consumers)]
+        for consumer in consumers:
+            _line(consumer, END_SECONDS)  # it has attached
         _send(producer)
         began = time.monotonic()
         self._inflict(consumers, began + plan.seconds)
@@ -176,7 +178,8 @@ class _Run:
                 self._account.faults["kills"] += 1
                 victim.kill()
                 victim.wait()
-                consumers[index] = self._consumer(index)
+                consumers[index] = self._start_consumer(index)
+                _line(consumers[index], END_SECONDS)
             elif rate:
                 self._account.faults["stops"] += 1
                 victim.send_signal(signal.SIGSTOP)
@@ -217,11 +220,8 @@ class _Run:
 
     # --- processes ----------------------------------------------------------------------------------------------
 
-    def _consumer(self, index: int) -> subprocess.Popen[str]:
-        """A consumer, once it has attached."""
-        consumer = self._start("stress.consumer", json.dumps(self._shared), str(index))
-        _line(consumer, END_SECONDS)
-        return consumer
+    def _start_consumer(self, index: int) -> subprocess.Popen[str]:
+        return self._start("stress.consumer", json.dumps(self._shared), str(index))
 
     def _start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
