@@ -21,6 +21,7 @@ MUTANTS_ARGS ?=
 LOWEST_ARGS ?=
 SEEDS ?= 10000
 SIMULATE_ARGS ?=
+MODEL_ARGS ?=
 JOBS ?= 200
 KILLS ?= 10
 LEASES ?= 2000000
@@ -34,7 +35,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +81,9 @@ bench-peers: .venv/dev.stamp ## environments for what people use instead, in the
 
 simulate: .venv/dev.stamp ## the data plane over simulated sockets and time, a seed for each run (SEEDS=10000, SIMULATE_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS) $(SIMULATE_ARGS)
+
+model: .venv/dev.stamp ## every interleaving of small scenarios of direct leases, and planted defects (MODEL_ARGS="--list")
+	PYTHONPATH=tests $(BIN)/python -m model $(MODEL_ARGS)
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)

@@ -30,7 +30,7 @@ from dray.ring import Lease, Segment, SharedRingBuffer, SlotState, SlotWriter
 from dray.ring.layout import HAS_CHECKSUM, SLOT_HEADER
 from dray.transport.connection import ReceivedPayload
 from dray.transport.lease_reaper import LeaseReaper
-from dray.transport.leases import InPlaceLease
+from dray.transport.leases import KeptInPlaceLease, LeasedArrays
 from dray.transport.receive_buffers import ReceiveBuffers
 
 Pick = Callable[[int, int], int]
@@ -142,7 +142,7 @@ class Payload:
 
 
 class KeptInRing:
-    """Gives `InPlaceLease` a lease of the ring."""
+    """Gives `KeptInPlaceLease` a lease of the ring."""
 
     def __init__(self, ring: SharedRingBuffer, lease: Lease, request: Request, ended: threading.Event) -> None:
         self.request = request
@@ -167,7 +167,7 @@ class InPlace:
     """A reader that works on a slot in place: its lease, and the array that it took out of the block."""
 
     lease: Lease
-    block: InPlaceLease
+    block: KeptInPlaceLease[Any]
     arrays: dict[str, np.ndarray[Any, Any]] | None
     values: bytes
     ended: threading.Event
@@ -518,7 +518,8 @@ class RingAndModel:
         root = np.frombuffer(self.attached.view[lease.offset : lease.offset + lease.nbytes], np.uint8)
         request = Request(Kind.READ, 0, slot, sequence, reader)
         kept = KeptInRing(self.ring, lease, request, ended)
-        block = InPlaceLease(ReceivedPayload(request, root, True, ReceiveBuffers()), kept, self.reaper)
+        received = ReceivedPayload(request, root, True, ReceiveBuffers())
+        block = KeptInPlaceLease(received, kept, self.reaper, LeasedArrays)
         del root
         arrays = block.__enter__()
         self.in_blocks.append(InPlace(lease, block, arrays, arrays["x"].tobytes(), ended))

@@ -157,7 +157,7 @@ def _looks(plan: Plan, progress: Progress) -> Iterator[Row]:
         for _ in range(0, CONSUMERS, MAX_ATTACHMENTS_OF_PROCESS):
             owners[held].lend(MAX_ATTACHMENTS_OF_PROCESS, opened.enter_context(Partner("holding")))
         for index in range(plan.rounds):
-            progress.step(f"looks, round {index + 1} of {plan.rounds}")
+            progress.step(f"observations, round {index + 1} of {plan.rounds}")
             for each, owner in owners.items():
                 claimed, looked = [], []
                 for _ in range(lives):

@@ -13,7 +13,7 @@ class Search(Enum):
 
 @dataclass(frozen=True)
 class Defect:
-    """One replacement in one file of `src/dray`.
+    """Replacements in one file of `src/dray`.
 
     Attributes:
         name: the defect.
@@ -21,6 +21,7 @@ class Defect:
         old: the text that is replaced; it is in the file once.
         new: the text in its place.
         search: what must find it.
+        more: further texts that are replaced, and what stands in their place.
     """
 
     name: str
@@ -28,10 +29,24 @@ class Defect:
     old: str
     new: str
     search: Search = Search.MODEL
+    more: tuple[tuple[str, str], ...] = ()
+
+    def plant(self, source: str) -> str:
+        """The source with the defect in it.
+
+        Raises:
+            ValueError: a text that is to be replaced is not in the source once.
+        """
+        for old, new in ((self.old, self.new), *self.more):
+            if source.count(old) != 1:
+                raise ValueError(f"{self.name}: a text is in {self.file} {source.count(old)} times: {old}")
+            source = source.replace(old, new)
+        return source
 
 
 TABLE = "ring/slots.py"
 LEASE = "ring/lease.py"
+ATTACHMENT = "ring/attachment.py"
 SERVED = "transport/served_connection.py"
 LOOP = "transport/server_loop.py"
 CONNECTION = "transport/connection.py"
@@ -44,38 +59,31 @@ DEFECTS = (
         "no sequence check in a read",
         TABLE,
         """\
-        if slot.sequence != sequence or slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+        if self._is_stale(slot, sequence, reader):
             self._stale_reads += 1
-""",
+            raise""",
         """\
-        if slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1:
+        if self._is_stale(slot, slot.sequence, reader):
             self._stale_reads += 1
-""",
+            raise""",
     ),
     Defect(
         "no sequence check in a copy",
         TABLE,
         """\
-            if (
-                slot.sequence != sequence
-                or slot.retired
-""",
+            if self._is_stale(slot, sequence, reader):
+                self._stale_reads += 1
+                found""",
         """\
-            if (
-                slot.retired
-""",
+            if self._is_stale(slot, slot.sequence, reader):
+                self._stale_reads += 1
+                found""",
     ),
     Defect(
         "no sequence check in a consume",
         TABLE,
-        """\
-        stale = (
-            slot.sequence != sequence or slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1
-        )
-""",
-        """\
-        stale = slot.retired or slot.state is _WRITING or slot.consumed_by >> reader & 1
-""",
+        "        stale = self._is_stale(slot, sequence, reader)\n",
+        "        stale = self._is_stale(slot, slot.sequence, reader)\n",
     ),
     Defect(
         "slot freed at the end of the first of two leases",
@@ -86,8 +94,8 @@ DEFECTS = (
     Defect(
         "consumed or retired payload freed under its leases",
         TABLE,
-        "        if slot.leases == 0:\n            if slot.state is _READY:\n",
-        "        if True:\n            if slot.state is _READY:\n",
+        "        if slot.leases == 0:\n            self._vacate(slot)\n",
+        "        if True:\n            self._vacate(slot)\n",
     ),
     Defect(
         "overwrite takes a leased payload",
@@ -116,8 +124,8 @@ DEFECTS = (
     Defect(
         "waiting for the retirement of a payload not woken",
         TABLE,
-        "        slot.retired = True\n        slot.wake()\n        if slot.leases",
-        "        slot.retired = True\n        if slot.leases",
+        "            self.direct.retire(slot.index)\n        slot.wake()\n        if slot.leases",
+        "            self.direct.retire(slot.index)\n        if slot.leases",
     ),
     Defect(
         "a lease ended twice",
@@ -129,13 +137,13 @@ DEFECTS = (
         "waiting claim not woken by the end of a lease",
         TABLE,
         """\
-                self.ready += 1
+                self._refresh(slot)
         self.changing = False
         if self._claimers:
             self._claimable.notify()
 """,
         """\
-                self.ready += 1
+                self._refresh(slot)
         self.changing = False
 """,
     ),
@@ -145,20 +153,114 @@ DEFECTS = (
         "        root = alive() if self._in_place else None\n",
         "        root = None\n",
     ),
+    # --- direct leases --------------------------------------------------------------------------------------
+    Defect(
+        "barrier left out",
+        "ring/ring.py",
+        "                passed = direct.barriers.pass_one()\n",
+        "                passed = True\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "generation cleared after the scan",
+        TABLE,
+        "            self.direct.retire(slot.index)\n        slot.wake()\n",
+        "            pass\n        slot.wake()\n",
+        Search.SIMULATION,
+        (
+            (
+                "                del self.due[slot]\n                slot.words = 0\n",
+                """\
+                del self.due[slot]
+                self.direct.retire(slot.index)
+                slot.words = 0
+""",
+            ),
+        ),
+    ),
+    Defect(
+        "lease word cleared before the copy",
+        "transport/client.py",
+        """\
+        payload = unpack_as(self._direct.copy(lease))
+        self._direct.end(lease, consume)
+""",
+        """\
+        self._direct.end(lease, consume)
+        payload = unpack_as(self._direct.copy(lease))
+""",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "board written after the lease word",
+        ATTACHMENT,
+        "                self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1\n",
+        """\
+                self._page[word] = 0
+                self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
+""",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "board ignored by a network lane",
+        TABLE,
+        """\
+        if self.direct is not None and not slot.consumed_by >> reader & 1:
+            self._learn(slot, (reader,))
+""",
+        "",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "generation 0 while a drop is undecided",
+        "ring/direct.py",
+        "        self._generations[slot] = (sequence + 1) | RETIRING\n",
+        "        self._generations[slot] = 0\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a direct lease ended twice",
+        ATTACHMENT,
+        "            if ender.setdefault(0, mine) is not mine:\n                return False\n",
+        "            ender[0] = mine\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "an attachment ended by its socket",
+        SERVED,
+        "            self._attached.page.close_descriptor()\n            self._attached = None\n",
+        """\
+            self._attached.page.close_descriptor()
+            self._made, self._attached = self._attached, None
+""",
+        Search.SIMULATION,
+        (
+            (
+                "        self.session.close()\n",
+                """\
+        self.session.close()
+        with contextlib.suppress(BufferClosedError):
+            made, direct = getattr(self, "_made", None), self._ring.direct()
+            if made is not None and made.process.fileno() in direct.attached:
+                direct._remove(made)
+""",
+            ),
+        ),
+    ),
     # --- the server's end of a connection -------------------------------------------------------------------
     Defect(
         "consumed on local send completion, without ACK",
         SERVED,
         """\
         self.session.flushed()
-        if self._leaving:
+        if self._attached is not None:
 """,
         """\
         for request in self.session.sending:
             lease = self._leases[request]
             self._ring.consume(lease.slot, lease.sequence, lease.reader)
         self.session.flushed()
-        if self._leaving:
+        if self._attached is not None:
 """,
         Search.SIMULATION,
     ),
@@ -289,8 +391,8 @@ DEFECTS = (
     ),
     Defect(
         "another producer at the same address not recognised",
-        CONNECTION,
-        "        if found.producer != producer:\n            raise OtherProducerError(\n",
+        "transport/connecting.py",
+        "        if identity.producer != producer:\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,
     ),

@@ -30,11 +30,6 @@ class Finding:
     output: str
 
 
-def occurrences(defect: Defect) -> int:
-    """How often the text that the defect replaces is in its file."""
-    return (SOURCES / "dray" / defect.file).read_text(encoding="utf-8").count(defect.old)
-
-
 @contextlib.contextmanager
 def planted(defect: Defect | None) -> Iterator[Path]:
     """A folder with a copy of the sources, with the defect in it."""
@@ -42,12 +37,8 @@ def planted(defect: Defect | None) -> Iterator[Path]:
         copy = Path(folder) / "src"
         shutil.copytree(SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if defect is not None:
-            if occurrences(defect) != 1:
-                raise ValueError(
-                    f"{defect.name}: its text is in {defect.file} {occurrences(defect)} times, not once"
-                )
             file = copy / "dray" / defect.file
-            file.write_text(file.read_text(encoding="utf-8").replace(defect.old, defect.new), encoding="utf-8")
+            file.write_text(defect.plant(file.read_text(encoding="utf-8")), encoding="utf-8")
         yield copy
 
 

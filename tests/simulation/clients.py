@@ -39,6 +39,7 @@ class World(Protocol):
     kernel: SimulatedKernel
     ledger: Ledger
     plan: FaultPlan
+    busy: bool
 
     def hand_references(self, reader: int, most: int) -> list[PayloadRef]:
         """References that this reader does not have yet, or gave back."""
@@ -132,7 +133,7 @@ class SimulatedConsumer:
 
     def _something(self) -> None:
         seconds = self.rng.choice((0.02, 0.5, 5.0, 5.0, 30.0, 30.0))
-        choice = self.rng.random()
+        choice = self.rng.random() * (0.7 if self.world.busy else 1.0)
         if choice < 0.34:
             self._attempt(self._some(1), seconds, self._read)
         elif choice < 0.52:
@@ -166,7 +167,7 @@ class SimulatedConsumer:
                 return refs
             if old := self.world.old():
                 return [self.rng.choice(old)]
-            self.scheduler.sleep(0.5)
+            self.scheduler.sleep(0.0005 if self.world.busy else 0.5)
         return []
 
     def _attempt(
@@ -243,7 +244,8 @@ class SimulatedConsumer:
             with lease as arrays:
                 before = {name: array.tobytes() for name, array in arrays.items()}
                 self.got_arrays(ref, arrays, consume=False)
-                self.scheduler.sleep(self.rng.choice((0.0, 0.01, 0.5, 3.0, 50.0, 130.0)))
+                usual = (0.0, 0.01, 0.5, 3.0, 50.0, 130.0)
+                self.scheduler.sleep(self.rng.choice((0.0, 0.0002, 0.002) if self.world.busy else usual))
                 if {name: array.tobytes() for name, array in arrays.items()} != before:
                     if wire is None or wire.alive:
                         raise Violation(f"{self.world.ledger.name(ref)} changed while it was leased")

@@ -52,6 +52,8 @@ PROMPT = frozenset({*ON_SEND, *ON_CONNECT, Fault.CLIENT_CLOSED, Fault.CLIENT_KIL
 
 
 _STEP_FAULTS = 0.003
+_STORE_DELAYS = ((0.0, 0.0, 30e-6, 200e-6, 2e-3), (1e-4, 1e-3, 5e-3))
+"""Seconds until a store of a consumer is seen by others."""
 
 
 class FaultPlan:
@@ -78,6 +80,7 @@ class FaultPlan:
         self._capacity = rng.choice((2048, 2048, 4096, 1 << 16, 1 << 16)) if kinds is None else 1 << 16
         self.stalls = rng.random() < 0.4
         self.step_rate = rng.choice((0.1, 0.5, 1.0))
+        self.store_delays = rng.choice(_STORE_DELAYS)
         self._at_steps = tuple(fault for fault in AT_STEPS if fault in self.kinds)
         self.calm = False
 

@@ -28,9 +28,6 @@ from simulation.threads import SimulatedCondition, SimulatedMutex
 if TYPE_CHECKING:
     from simulation.network import SimulatedKernel
 
-_DELAYS = (0.0, 0.0, 30e-6, 200e-6, 2e-3)
-"""Seconds until a store of a consumer is seen by others."""
-
 
 class Memory:
     """Words that are shared.
@@ -115,7 +112,7 @@ class ProcessMemory:
         self._stores += 1
         number = self._stores
         self._pending.append((number, memory, index, value))
-        delay = self._scheduler.rng.choice(_DELAYS) if runs else 0.0
+        delay = self._scheduler.rng.choice(self._kernel.plan.store_delays) if runs else 0.0
         if delay:
             self._scheduler.at(self._scheduler.now() + delay, lambda: self.drain(number))
         else:
@@ -411,5 +408,5 @@ class SimulatedAttachment(Attachment):
             self._kernel.watch.changed(self.segment.producer_id)
         elif value:
             self._holders[index] = actor
-        elif (holder := self._holders.get(index)) not in (None, actor) and holder not in self._ending:
+        elif (holder := self._holders.pop(index, None)) not in (None, actor) and holder not in self._ending:
             self._kernel.scheduler.violate(f"{self._process.name}: an end clears the word of another lease")

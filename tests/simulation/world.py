@@ -47,11 +47,15 @@ class Run:
         seed: decides everything.
         seen: counts what happens, over all runs.
         traced: keep a trace.
+
+    Attributes:
+        busy: programs hardly pause: producers use their slots again while consumers lease.
     """
 
     def __init__(self, seed: int, seen: Counter[str], traced: bool = False) -> None:
         self.seed = seed
         self.rng = rng = random.Random(seed)
+        self.busy = rng.random() < 0.25
         self.scheduler = Scheduler(rng, ManualClock(), traced)
         self.plan = FaultPlan(rng, seen)
         self.ledger = Ledger(self.scheduler)
@@ -76,14 +80,15 @@ class Run:
     def hand_references(self, reader: int, most: int) -> list[PayloadRef]:
         """See `simulation.clients.World`; no reference is given out twice at a time to one reader."""
         waiting = self._refs.setdefault(reader, deque())
-        return [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        take = waiting.pop if self.busy and self.rng.random() < 0.5 else waiting.popleft
+        return [take() for _ in range(min(most, len(waiting)))]
 
     def give_back(self, reader: int, refs: Sequence[PayloadRef]) -> None:
         # Those that programs have made up are not given to others.
         self._refs.setdefault(reader, deque()).extend(ref for ref in refs if ref in self._published)
 
     def old(self) -> list[PayloadRef]:
-        return self._old
+        return self._old[-4:] if self.busy else self._old
 
     def listened(self, ref: PayloadRef, since: float) -> bool:
         return self.troubles.listened(ref.producer, since)
@@ -101,7 +106,7 @@ class Run:
                 self.start_writer(server)
             for consumer in self.consumers:
                 for name in "ab"[: self.rng.choice((1, 1, 2))]:
-                    consumer.spawn(name, self.rng.randint(3, 8))
+                    consumer.spawn(name, self.rng.randint(3, 8) * (4 if self.busy else 1))
             self.troubles.start()
             if not self._until(lambda: not self._busy()):
                 raise Violation(f"consumers did not end in {LONGEST} s")
@@ -206,20 +211,25 @@ class Run:
 
     def _make_server(self, index: int, secret: bytes | None) -> SimulatedServer:
         rng = self.rng
-        retain: Retain = rng.choice(_RETAIN)
+        retain: Retain = rng.choice(_RETAIN[-2:] if self.busy else _RETAIN)
         on_full: OnFull = rng.choice(_ON_FULL if retain == "unread" else _ON_FULL[:2])
+        if self.busy:
+            slots = rng.randint(2, 4)
+            on_full = "overwrite" if retain == "unread" and rng.random() < 0.6 else on_full
+        else:
+            slots = rng.randint(2, 6) + (2 if retain == "newest" else 0)
         settings = RingSettings(
-            slots=rng.randint(2, 6) + (2 if retain == "newest" else 0),
+            slots=slots,
             slot_bytes=70_000 if rng.random() < 0.05 else 2048,
             on_full=on_full,
             readers=self.readers,
             retain=retain,
             max_leases=rng.choice((1, 2, 8)),
-            lanes=rng.choice(_LANES),
+            lanes=rng.choice(_LANES[:1] if self.busy and rng.random() < 0.7 else _LANES),
             loops=rng.choice((1, 2)),
             secret=secret,
             checksum=rng.random() < 0.5,
-            direct=rng.random() < 0.8,
+            direct=rng.random() < (0.95 if self.busy else 0.8),
             waits=rng.random() < 0.6,
         )
         return SimulatedServer(self.kernel, self.ledger, f"server{index}", settings)
@@ -245,7 +255,8 @@ class Run:
     def start_writer(self, server: SimulatedServer) -> None:
         """Have a producer write, as long as it runs."""
         rng, scheduler = self.rng, self.scheduler
-        count = rng.randint(3, 14)
+        count = rng.randint(3, 14) * (5 if self.busy else 1)
+        pauses = (0.0, 0.0, 0.0001, 0.0005) if self.busy else (0.0, 0.0005, 0.02, 2.0, 30.0)
 
         def run() -> None:
             for _ in range(count):
@@ -256,7 +267,7 @@ class Run:
                 body = np.frombuffer(number.to_bytes(4, "little") * (size // 4 + 1), np.uint8)[:size]
                 arrays = {"token": np.array([number, size], np.uint64), "body": body}
                 server.write(arrays, rng.choice((0.5, 5.0, 60.0)), lambda: rng.random() > 0.08)
-                scheduler.sleep(rng.choice((0.0, 0.0005, 0.02, 2.0, 30.0)))
+                scheduler.sleep(rng.choice(pauses))
 
         def wait() -> None:
             for _ in range(rng.choice((0, 0, 1, 4))):

@@ -121,6 +121,7 @@ class SharedRingBuffer(Closing):
         bell = _Doorbell(table)
         try:
             while True:
+                notified = table.notified
                 self.observe(drop=self.on_full == "overwrite", new_bell=new)
                 with table.lock:
                     self._open_table_locked()
@@ -128,12 +129,12 @@ class SharedRingBuffer(Closing):
                         return self._take_locked(nbytes)
                     table.check_time(deadline)
                     new = bell.set_locked()
-                    if not new:
+                    if not new and table.notified == notified:
                         waits = True
                         table.wait_for_slot(deadline)
         except BaseException:
             with table.lock:
-                table.wake_claimer()
+                table.notify_claims()  # if it was woken for a slot, another one must take that
             raise
         finally:
             with table.lock:
@@ -310,6 +311,11 @@ class SharedRingBuffer(Closing):
         """
         with self._table.lock:
             return self._open_table_locked().serve_directly()
+
+    @property
+    def has_direct_consumers(self) -> bool:
+        """A consumer leases directly, or has done so."""
+        return self._table.direct is not None
 
     def observe(self, *, drop: bool = False, new_bell: bool = False) -> None:
         """Learn what direct consumers hold and have consumed, and free what they do not hold any more.

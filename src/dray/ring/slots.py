@@ -74,11 +74,10 @@ class SlotTable:
         self.due: dict[Slot, int] = {}  # retired; direct leases on these payloads are not ruled out
         self.changing = False  # an operation that moves a slot has begun and has not ended
         self.lost: deque[object] = deque()  # of writers that were deleted while their slots were WRITING
-        self.closed = False  # true after `close`, and in a forked child
-        self.disowned = False  # true in a forked child
-        self.clock = clock
+        self.closed = self.disowned = False  # both are true in a forked child, the first also after `close`
+        self.clock, self._now = clock, clock.now
         self._claimable = machine.condition(self.lock)
-        self._claimers = 0  # threads that wait on `_claimable`; with none, there is nothing to notify
+        self._claimers = self.notified = 0  # threads that wait on `_claimable`; how often it was notified
         self._slot_bytes = layout.slot_bytes
         self._memory = segment.view
         self._on_full = on_full
@@ -86,14 +85,12 @@ class SlotTable:
         self._newest: Slot | None = None
         self._readers = readers
         self._all_readers = (1 << readers) - 1
-        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are checked
-        self._servers = 0
+        self._short = self._enough = max(1, layout.slots // 4)  # with fewer free slots, those due are checked
         self._worded: set[Slot] = set()  # those with `words`
-        self._now = clock.now
         self._claimed = self._committed = self._committed_bytes = self._aborted = 0
         self._leased = self._copied = self._consumed = 0
         self._dropped_unread = self._dropped_delivered = self._replaced = 0
-        self._stale_reads = self._stale_consumes = 0
+        self._stale_reads = self._stale_consumes = self._servers = 0
         self._claim_waits = self._full_errors = self._late_looks = 0
         self._claim_wait_seconds = 0.0
         _tables.add(self)
@@ -147,10 +144,11 @@ class SlotTable:
     @property
     def can_claim(self) -> bool:
         """A slot is free, and there is no reason to look for more first."""
-        return len(self.free) >= (1 if self.direct is None else self._short)
+        return len(self.free) >= (1 if self.direct is None else self._enough)
 
     def find_free(self) -> bool:
         """A slot is free, perhaps because the oldest payload was dropped."""
+        self._enough = min(self._short, max(1, len(self.free) // 2))
         return bool(self.free) or (self._on_full == "overwrite" and not self._attached and self._drop_oldest())
 
     def check_time(self, deadline: Deadline) -> None:
@@ -182,15 +180,15 @@ class SlotTable:
         self._claim_waits += 1
         self._claim_wait_seconds += seconds
 
-    def wake_claimer(self) -> None:
-        """A thread that was woken for a slot does not take it: another one must."""
-        if self._claimers and self.free:
-            self._claimable.notify()
+    def notify_claims(self) -> None:
+        """What a claim waits for may have happened: one that waits, or is about to wait, looks again."""
+        self.notified += 1
+        if self._claimers:
+            self._claimable.notify_all()
 
     def wait_retired(self, slot: Slot, deadline: Deadline) -> None:
         """Wait until the payload in a slot may have retired."""
-        if slot.retirement is None:
-            slot.retirement = self._machine.condition(self.lock)
+        slot.retirement = slot.retirement or self._machine.condition(self.lock)
         self._wait(slot.retirement, deadline.remaining)
 
     def _wait(self, condition: threading.Condition, seconds: float) -> None:
@@ -198,9 +196,9 @@ class SlotTable:
             condition.wait(min(seconds, threading.TIMEOUT_MAX))
         elif not condition.wait(min(seconds, RELOOK_SECONDS)):
             # What the doorbell should have reported is found now.
-            before = len(self.free), self._consumed
+            before = self.notified, self._consumed
             self.begin_look()
-            self._late_looks += (len(self.free), self._consumed) != before
+            self._late_looks += (self.notified, self._consumed) != before
 
     def claim(self, nbytes: int) -> Slot:
         """FREE → WRITING for the slot that has been free longest; there must be one.
@@ -238,8 +236,7 @@ class SlotTable:
                 self._replaced += 1
             self._newest = slot
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 
     def give_back(self, slot: Slot) -> None:
         """End a claim, or a committed payload whose reference has not been given out."""
@@ -255,8 +252,7 @@ class SlotTable:
             self._retire(slot)
             self._dropped_unread += 1
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 
     def end_lease(self, slot: Slot, reader: int, consumed: bool) -> None:
         """End one lease of `reader`, which has `consumed` the payload or not."""
@@ -270,8 +266,7 @@ class SlotTable:
             else:
                 self._refresh(slot)
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 
     def consume(self, index: int, sequence: int, reader: int) -> bool:
         """Mark a payload consumed by `reader`, leased or not; false when it is stale for that reader."""
@@ -282,8 +277,7 @@ class SlotTable:
         elif not self._newest_only:
             self._consume(slot, reader)
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
         return not stale
 
     def close(self) -> None:
@@ -394,15 +388,18 @@ class SlotTable:
         """Free the oldest READY payload; false when there is none. Walks past older ones that are in use."""
         if not self.ready:
             return False
-        self.changing = True
-        self._drop(next(slot for slot in self.live.values() if slot.state is _READY))
-        self.changing = False
+        slot = next(slot for slot in self.live.values() if slot.state is _READY)
+        self._learn(slot, range(self._readers))  # from consumers that ended after the board was read
+        if not slot.retired:
+            self._drop(slot)
         return True
 
     def _drop(self, slot: Slot) -> None:
+        self.changing = True
         self._retire(slot)
         self._dropped_delivered += slot.delivered
         self._dropped_unread += not slot.delivered
+        self.changing = False
 
     def _consume(self, slot: Slot, reader: int) -> None:
         slot.consumed_by |= 1 << reader
@@ -443,6 +440,7 @@ class SlotTable:
         elif not used and slot.state is _READING:
             slot.state = after(slot.state, _RETURN)
             self.ready += 1
+            self.notify_claims()
         self._memory[slot.header + STATE_OFFSET] = slot.state
 
     def _is_stale(self, slot: Slot, sequence: int, reader: int) -> bool:
@@ -492,7 +490,7 @@ class SlotTable:
 
         With `drop`, if no slot is free, the oldest payload on which no lease was found is among them.
         """
-        direct = self.direct
+        direct, before = self.direct, (self._attached, len(self.free))
         victim = None
         if direct is not None:
             direct.take_events()
@@ -505,6 +503,8 @@ class SlotTable:
             elif drop and not self.free:
                 ready = (each for each in self.live.values() if each.state is _READY and not each.undecided)
                 victim = next(ready, None) if self.ready else None
+        if (self._attached, len(self.free)) != before:
+            self.notify_claims()
         look = Look(tuple(self.due.items()), victim, -1 if victim is None else victim.sequence)
         if direct is not None and victim is not None:
             victim.look = weakref.ref(look)
@@ -524,15 +524,14 @@ class SlotTable:
             self._learn(victim, range(self._readers))
             if not victim.retired:
                 if passed and not self.free and victim.state is _READY and victim.index not in named:
-                    self.changing = True
                     self._drop(victim)
-                    self.changing = False
                     self._free_due(((victim, victim.sequence),), named)
                 else:
                     direct.publish(victim.index, victim.sequence)
+                    self.notified += passed  # another payload may have no lease
         self._note_words(named)
-        if self._claimers and self.free:
-            self._claimable.notify_all()
+        if self.free or not self._attached:
+            self.notify_claims()
 
     def _free_due(self, payloads: Iterable[tuple[Slot, int]], named: Mapping[int, int]) -> None:
         # A slot may be due again, with another payload that was retired after the barrier: that needs its own.
@@ -541,18 +540,19 @@ class SlotTable:
                 self.changing = True
                 del self.due[slot]
                 slot.words = 0
-                self._worded.discard(slot)
                 self._set_free(slot, _END)
                 self.changing = False
 
     def _note_words(self, named: Mapping[int, int]) -> None:
         found = {self.slots[index] for index in named}
         for slot in found | self._worded:
-            slot.words = 0
-            if slot.state is _READY or slot.state is _READING:
-                slot.words = named.get(slot.index, 0)  # else it is of a lease that is found to be stale
-                slot.delivered = slot.delivered or slot.words > 0
-                self._refresh(slot)
+            used = slot.state is _READY or slot.state is _READING  # else the consumer will find it to be stale
+            words = named.get(slot.index, 0) if used else 0
+            if words != slot.words:
+                slot.words = words
+                slot.delivered = slot.delivered or words > 0
+                if used:
+                    self._refresh(slot)
         self._worded = found
 
     def _learn(self, slot: Slot, readers: Iterable[int]) -> None:

@@ -352,7 +352,7 @@ class PayloadClient(Closing):
             received = connection.read(ref, self._reader, status_deadline, deadline, copy=True)
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
-            payload = unpack_as(received.data())
+            payload = unpack_as(received.data() if received.in_place else received.root)
             connection.finish(received, consume, deadline)
             if isinstance(payload, DrayError):
                 raise Refused(payload)

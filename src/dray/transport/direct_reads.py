@@ -92,7 +92,8 @@ class DirectReads(Closing):
 
     def copy(self, lease: DirectLease) -> Bytes:
         """The payload in memory of its own."""
-        return self._buffers.copy(in_slot(lease))
+        begin = lease.offset
+        return self._buffers.copy(lease.attachment.array[begin : begin + lease.nbytes])
 
     def end(self, lease: DirectLease, consumed: bool) -> None:
         """End the lease of a payload that is handed out."""

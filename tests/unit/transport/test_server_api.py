@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
+from direct_consumers import attach
 from transport_fixtures import over_connections, serving
 from waiting import wait_until
 
@@ -12,7 +14,8 @@ from dray import PayloadClient, PayloadServer, make_secret
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, ProtocolError, VersionMismatch
 from dray.protocol.frames import MIN_VERSION, VERSION
-from dray.ring import SharedRingBuffer
+from dray.ring import SharedRingBuffer, SlotWriter, slots
+from dray.ring.direct import direct_problem
 from dray.transport import trace as traced
 from dray.transport.connection import Connection
 from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
@@ -48,6 +51,26 @@ def test_the_ring_of_the_caller_stays_open() -> None:
     with SharedRingBuffer(1, 100) as ring:
         PayloadServer(ring, lane="shm", threads=1).close()
         assert not ring.closed
+
+
+@pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
+def test_consumers_that_attached_to_an_earlier_server_wake_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    with SharedRingBuffer(1, 64) as ring:
+        consumer = attach(ring)
+        with ring.claim(7) as writer:
+            writer.commit()
+        lease = consumer.lease(writer.slot, writer.sequence, 7)
+        assert lease is not None
+        with PayloadServer(ring, lane="shm", threads=1):
+            claimed: list[SlotWriter] = []
+            thread = threading.Thread(target=lambda: claimed.append(ring.claim(1, timeout=None)), daemon=True)
+            thread.start()
+            wait_until(lambda: ring.direct().waiting, "the claim to set the doorbell")
+            lease.end(consumed=True)
+            thread.join(20)
+            assert [each.sequence for each in claimed] == [1]
+            claimed[0].abort()
 
 
 # --- versions ---------------------------------------------------------------------------------------------------
