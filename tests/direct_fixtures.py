@@ -17,8 +17,8 @@ NBYTES = 40_000
 @contextlib.contextmanager
 def producing(**options: Any) -> Iterator[PayloadServer]:
     """A server on the shm lane, or on those that are named, with a ring of its own."""
-    options = {"slots": 4, "slot_bytes": 1 << 16, "lane": "shm", "threads": 1, "drain_timeout": 0.5} | options
-    with PayloadServer.create(**options) as server:
+    usual: dict[str, Any] = {"slots": 4, "slot_bytes": 1 << 16, "lane": "shm", "threads": 1, "drain_timeout": 0.5}
+    with PayloadServer.create(**{**usual, **options}) as server:
         yield server
 
 

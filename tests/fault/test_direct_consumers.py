@@ -123,7 +123,7 @@ os.kill(os.getpid(), 9)
 # --- D3 ---------------------------------------------------------------------------------------------------------
 
 
-def test_d3_a_stopped_consumer_keeps_its_slots_and_the_others_go_on() -> None:
+def test_d3_a_stopped_consumer_keeps_its_slots_and_the_others_continue() -> None:
     with producing(slots=6, max_leases=3) as server, attached_to(server) as client, Child(HOLDING) as child:
         child.receive()
         refs = [put(server, seed) for seed in range(3)]
@@ -273,7 +273,7 @@ while (found := receive()) is not None:
 
 
 @pytest.mark.timeout(240)
-def test_d14_with_64_attachments_that_use_all_their_leases_claims_and_retirements_go_on() -> None:
+def test_d14_with_64_attachments_that_use_all_their_leases_claims_and_retirements_continue() -> None:
     processes, clients, max_leases = 4, 16, 8
     pinned = processes * clients * max_leases
     with (

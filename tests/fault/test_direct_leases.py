@@ -1,6 +1,5 @@
 """Faults D1, D5 and D8 to D11 of docs/failure-modes.md: payloads that are leased in shared memory alone."""
 
-import ctypes
 import mmap
 import os
 import signal
@@ -158,9 +157,10 @@ def test_d9_a_producer_that_waits_is_woken_by_the_consumer_that_acknowledges_las
 
 def test_d9_every_thread_that_waits_is_woken() -> None:
     with producing(slots=1) as server, attached_to(server) as client:
-        ref, woken = put(server, 0), []
+        ref = put(server, 0)
+        woken: list[int] = []
 
-        def wait(call: Callable[[], object]) -> threading.Thread:
+        def wait(call: Callable[[], int]) -> threading.Thread:
             thread = threading.Thread(target=lambda: woken.append(call()))
             thread.start()
             return thread
@@ -226,21 +226,30 @@ def test_d10_a_signal_handler_that_ends_the_lease_that_is_being_ended_changes_no
         assert (found.consumed, found.ready, found.reading) == (200, 0, 0)
 
 
+FORKED_BY_C = """
+import ctypes
+client = PayloadClient(lane="shm")
+lease = client.lease_bytes(PayloadRef.from_json(json.dumps(receive())))
+with lease as leased:
+    pid = ctypes.PyDLL(None).fork()  # without the hooks of os.fork
+    if not pid:
+        lease.finish(consumed=True)
+        del lease, leased
+        os._exit(0)
+    send([os.waitpid(pid, 0)[1], client.statistics().direct_reads])
+    receive()
+    found = leased.data.tobytes().hex()
+send(found)
+"""
+
+
 def test_d10_copies_of_leases_that_die_in_a_child_that_c_code_has_forked_end_nothing() -> None:
-    with producing(slots=2) as server, attached_to(server) as client:
+    with producing(slots=2) as server, Child(FORKED_BY_C) as child:
         ref = put(server, 1)
-        lease = client.lease_bytes(ref)
-        with lease as leased:
-            pid = ctypes.PyDLL(None).fork()  # without the hooks of os.fork
-            if pid == 0:
-                lease.finish(consumed=True)
-                del lease, leased
-                os._exit(0)
-            _, status = os.waitpid(pid, 0)
-            assert status == 0
-            found = server.statistics().ring
-            assert (found.leases, found.consumed) == (1, 0)
-            assert leased.data.tobytes() == pattern(1, NBYTES)
+        assert child.ask(as_json(ref)) == [0, 1]
+        found = server.statistics().ring
+        assert (found.leases, found.consumed) == (1, 0)
+        assert child.ask() == pattern(1, NBYTES).hex()
         assert server.wait_consumed(ref, timeout=10)
 
 

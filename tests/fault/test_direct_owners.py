@@ -177,7 +177,7 @@ main()
         ("membarrier", "not possible: membarrier is refused (Operation not permitted)"),
     ],
 )
-def test_d7_doctor_tells_whether_payloads_can_be_leased_directly_and_why_not(call: str, fact: str) -> None:
+def test_d7_doctor_shows_whether_payloads_can_be_leased_directly_and_why_not(call: str, fact: str) -> None:
     command = [sys.executable, "-c", DOCTOR, str(TESTS), call]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert f"direct leases: {fact}" in done.stdout.splitlines(), done.stderr
@@ -191,7 +191,7 @@ def refuse() -> None:
     raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
-def test_d12_a_barrier_that_fails_frees_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_d12_a_barrier_that_fails_frees_nothing_and_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with producing(slots=2) as server, attached_to(server) as client:
         refs = [put(server, seed) for seed in range(2)]
         for ref in refs:

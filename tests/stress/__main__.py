@@ -38,7 +38,7 @@ def main(
     seed: Annotated[int | None, typer.Option(help="Of the faults; by default a random one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file, too.")] = None,
 ) -> None:
-    """Exit code 1 if a payload is wrong, lost, or given again after its end, or if the books do not add up."""
+    """Exit code 1 if a payload is wrong, lost, or given again after its end, or if the counts do not agree."""
     if why := direct_problem():
         print(f"no direct leases on this machine: {why}", file=sys.stderr)
         sys.exit(2)

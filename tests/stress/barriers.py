@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
-from stress.books import CHOSEN
+from stress.ledger import CHOSEN
 
 from dray.ring import membarrier
 from dray.ring.direct import RETIRING, DirectLeases
@@ -31,7 +31,7 @@ class Build(enum.StrEnum):
         return self in (Build.CLOSE, Build.CLOSE_WITHOUT_BARRIER)
 
     def make(self, head: memoryview) -> None:
-        """Make this process such a producer; `head` is that of the books."""
+        """Make this process such a producer; `head` is that of the ledger."""
         if self is Build.CLOSE_WITHOUT_BARRIER:
             membarrier.barrier = _no_barrier
         if self.close:

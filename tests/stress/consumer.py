@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stress.barriers import Build
-from stress.books import CHOSEN, END, NEWEST, PRODUCED, Books, Count, end_with_parent, nbytes_of, payload_of
+from stress.ledger import CHOSEN, END, NEWEST, PRODUCED, Count, Ledger, end_with_parent, nbytes_of, payload_of
 
 from dray import PayloadClient, PayloadRef
 from dray.errors import BufferClosedError, DrayError, StaleSlotError
@@ -34,13 +34,13 @@ class Consumer:
     """
 
     def __init__(self, plan: dict[str, Any], index: int) -> None:
-        self._books = Books(Path(plan["folder"]), **plan["books"])
+        self._ledger = Ledger(Path(plan["folder"]), **plan["ledger"])
         self._producer = bytes.fromhex(plan["producer"])
         self._endpoints = tuple(plan["endpoints"])
         self._reader = plan["reader_of"][index]
-        self._counts = self._books.counts[index]
-        self._checked, self._done = self._books.checked[index], self._books.done[index]
-        self._gone = self._books.gone[self._reader]
+        self._counts = self._ledger.counts[index]
+        self._checked, self._done = self._ledger.checked[index], self._ledger.done[index]
+        self._gone = self._ledger.gone[self._reader]
         self._hold = plan["hold"]
         self._fork_every = plan["fork_every"]
         self._may_drop = plan["on_full"] == "overwrite" or plan["retain"] == "newest"
@@ -53,7 +53,7 @@ class Consumer:
 
     def run(self) -> None:
         """Consume until the run ends."""
-        head, counts = self._books.head, self._counts
+        head, counts = self._ledger.head, self._counts
         with self._client:
             self._attach()
             counts[Count.CURSOR] = max(0, counts[Count.CURSOR] - _UNCONFIRMED)
@@ -80,7 +80,7 @@ class Consumer:
             self._try(self._rng.randrange(max(0, cursor - 64), cursor), consume=False)
         elif chance < 0.1:
             self._guess(cursor)
-        if cursor >= self._books.head[PRODUCED]:
+        if cursor >= self._ledger.head[PRODUCED]:
             os.sched_yield()
             return
         for _ in range(self._rng.choice((0, 1, 4, 16))):
@@ -92,11 +92,11 @@ class Consumer:
         """Lease a payload that is, or was a moment ago, in the ring."""
         chance = self._rng.random()
         if not self._consumes:
-            newest = self._books.head[NEWEST]
-            if self._books.head[PRODUCED]:
+            newest = self._ledger.head[NEWEST]
+            if self._ledger.head[PRODUCED]:
                 self._try(newest >> 16, consume=True)
             return
-        found = self._books.current
+        found = self._ledger.current
         oldest = chance < 0.25  # it is dropped next
         sequence = (min(found) if oldest else found[self._rng.randrange(len(found))]) - 1
         if sequence < 0:
@@ -112,9 +112,9 @@ class Consumer:
     def _guess(self, near: int) -> None:
         """Lease what is perhaps not committed yet, in the slot where it may be put."""
         sequence = near + self._rng.randint(0, 4)
-        if sequence >= self._books.payloads:
+        if sequence >= self._ledger.payloads:
             return
-        slot = self._rng.randrange(len(self._books.current))
+        slot = self._rng.randrange(len(self._ledger.current))
         try:
             with self._client.lease_bytes(self._ref(slot, sequence), timeout=TIMEOUT) as found:
                 self._compare(found, payload_of(sequence), Count.WRONG_BYTES)
@@ -125,7 +125,7 @@ class Consumer:
 
     def run_close(self) -> None:
         """Lease each payload that is about to be dropped, at that moment, and compare its bytes for a while."""
-        books, counts, head = self._books, self._counts, self._books.head
+        ledger, counts, head = self._ledger, self._counts, self._ledger.head
         attach = _Attaching()
         with PayloadClient(reader=self._reader, lane="shm", network=attach) as self._client:
             self._attach()
@@ -137,7 +137,7 @@ class Consumer:
                 chosen = head[CHOSEN]
                 sequence = chosen - 1
                 try:
-                    lease = leased(books.slots[sequence], sequence, nbytes_of(sequence))
+                    lease = leased(ledger.slots[sequence], sequence, nbytes_of(sequence))
                 except StaleSlotError:
                     counts[Count.STALE] += 1
                     continue
@@ -157,7 +157,7 @@ class Consumer:
     def _try(self, sequence: int, *, consume: bool) -> bool:
         """Lease a payload and end the lease; True if it could be leased."""
         counts, gone = self._counts, self._gone[sequence]
-        ref = self._ref(self._books.slots[sequence], sequence)
+        ref = self._ref(self._ledger.slots[sequence], sequence)
         try:
             lease = self._client.lease_bytes(ref, timeout=TIMEOUT)
         except StaleSlotError:

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from stress import barriers
-from stress.books import MAX_BYTES, PRODUCED, STOP, Books, end_with_parent, payload_of
+from stress.ledger import MAX_BYTES, PRODUCED, STOP, Ledger, end_with_parent, payload_of
 
 from dray import PayloadServer, SharedRingBuffer
 from dray.errors import BufferClosedError, BufferFullError
 
 
 def main() -> None:
-    """Produce; the plan comes as JSON in the first argument, and the end of the books on standard input."""
+    """Produce; the plan is the first argument, and each line of standard input begins the next phase."""
     end_with_parent()
     plan = json.loads(sys.argv[1])
     if plan["cpus"]:
         os.sched_setaffinity(0, plan["cpus"])
-    books = Books(Path(plan["folder"]), **plan["books"])
+    ledger = Ledger(Path(plan["folder"]), **plan["ledger"])
     build = barriers.Build(plan["build"])
-    build.make(books.head)
+    build.make(ledger.head)
     ring = SharedRingBuffer(
         plan["slots"], MAX_BYTES, on_full=plan["on_full"], retain=plan["retain"], readers=plan["readers"]
     )
@@ -36,10 +36,10 @@ def main() -> None:
         if plan["barrier_failures"]:
             barriers.fail_at_random(plan["barrier_failures"], plan["seed"])
         ended = threading.Event()
-        observer = threading.Thread(target=_observe, args=(server, books, ended), daemon=True)
+        observer = threading.Thread(target=_observe, args=(server, ledger, ended), daemon=True)
         if not build.close:
             observer.start()
-        full = _produce(server, books)
+        full = _produce(server, ledger)
         print(json.dumps(full), flush=True)
         sys.stdin.readline()  # the consumers have ended
         ended.set()
@@ -48,11 +48,11 @@ def main() -> None:
         print(json.dumps(_statistics(server)), flush=True)
 
 
-def _produce(server: PayloadServer, books: Books) -> int:
+def _produce(server: PayloadServer, ledger: Ledger) -> int:
     """Put payloads until the supervisor wants no more; returns how often the ring stayed full."""
     sequence = full = 0
-    head = books.head
-    while not head[STOP] and sequence < books.payloads:
+    head = ledger.head
+    while not head[STOP] and sequence < ledger.payloads:
         try:
             ref = server.put_bytes(payload_of(sequence), timeout=60.0)
         except BufferFullError:
@@ -60,21 +60,21 @@ def _produce(server: PayloadServer, books: Books) -> int:
             continue
         if ref.sequence != sequence:
             raise AssertionError(f"payload {sequence} became {ref.sequence}")
-        books.announce(ref.slot, sequence)
+        ledger.announce(ref.slot, sequence)
         sequence += 1
     return full
 
 
-def _observe(server: PayloadServer, books: Books, ended: threading.Event) -> None:
+def _observe(server: PayloadServer, ledger: Ledger, ended: threading.Event) -> None:
     """Ask for what only a look at the consumers' words answers, from another thread than the one that puts."""
     rng = random.Random(7)
     while not ended.wait(0.01):
         server.statistics()
-        produced = books.head[PRODUCED]
+        produced = ledger.head[PRODUCED]
         sequence = max(0, produced - rng.randint(1, 4))
         if produced:
             try:
-                server.ring.wait_consumed(books.slots[sequence], sequence, timeout=0.02)
+                server.ring.wait_consumed(ledger.slots[sequence], sequence, timeout=0.02)
             except BufferClosedError:
                 return
 

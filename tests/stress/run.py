@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stress.barriers import Build
-from stress.books import END, PRODUCED, STOP, Books, Count
+from stress.ledger import END, PRODUCED, STOP, Count, Ledger
 
 END_SECONDS = 120.0
 """A process that does not end within this time has lost a wake-up."""
@@ -120,14 +120,14 @@ class _Run:
         self._rng = random.Random(plan.seed)
         readers = plan.consumers if plan.own_readers else 1
         sizes = {"payloads": plan.payloads, "slots": plan.slots, "consumers": plan.consumers, "readers": readers}
-        self._books = Books(folder, **sizes)
+        self._ledger = Ledger(folder, **sizes)
         self._ended = ended
         same = (
             "slots", "on_full", "retain", "cpus", "seed", "hold", "build", "fork_every", "barrier_failures",
             "exchanging",
         )  # fmt: skip
         self._shared: dict[str, Any] = {name: getattr(plan, name) for name in same}
-        self._shared["folder"], self._shared["books"], self._shared["readers"] = str(folder), sizes, readers
+        self._shared["folder"], self._shared["ledger"], self._shared["readers"] = str(folder), sizes, readers
         self._shared["reader_of"] = [index if plan.own_readers else 0 for index in range(plan.consumers)]
         self._account = Account(plan)
 
@@ -135,14 +135,16 @@ class _Run:
         account, plan = self._account, self._plan
         producer = self._start("stress.producer", json.dumps(self._shared))
         self._shared["producer"], self._shared["endpoints"] = _receive(producer)
-        consumers = [self._consumer(index) for index in range(plan.consumers)]
+        consumers = [self._start_consumer(index) for index in range(plan.consumers)]
+        for consumer in consumers:
+            _line(consumer, END_SECONDS)  # it has attached
         _send(producer)
         began = time.monotonic()
         self._inflict(consumers, began + plan.seconds)
-        self._books.head[STOP] = 1
+        self._ledger.head[STOP] = 1
         full = _receive(producer, END_SECONDS)
-        account.committed = self._books.head[PRODUCED]
-        self._books.head[END] = 1
+        account.committed = self._ledger.head[PRODUCED]
+        self._ledger.head[END] = 1
         for index, consumer in enumerate(consumers):
             try:
                 if consumer.wait(END_SECONDS):
@@ -155,7 +157,7 @@ class _Run:
         account.ring = _receive(producer, END_SECONDS)
         if producer.wait(END_SECONDS):
             account.problems.append("the producer failed")
-        account.counts = {count.name: self._books.total(count) for count in Count if count is not Count.CURSOR}
+        account.counts = {count.name: self._ledger.total(count) for count in Count if count is not Count.CURSOR}
         if full:
             account.problems.append(f"the ring stayed full for a minute, {full} times")
         self._check()
@@ -163,12 +165,12 @@ class _Run:
 
     def _inflict(self, consumers: list[subprocess.Popen[str]], until: float) -> None:
         """Let faults happen until the run has its leases, or its time is over."""
-        plan, rng, books = self._plan, self._rng, self._books
+        plan, rng, ledger = self._plan, self._rng, self._ledger
         rate = plan.kills + plan.stops
-        while books.total(Count.LEASES) < plan.leases and time.monotonic() < until:
+        while ledger.total(Count.LEASES) < plan.leases and time.monotonic() < until:
             pause = rng.expovariate(rate) if rate else 0.1
             time.sleep(min(pause, max(0.0, until - time.monotonic())))
-            if books.head[PRODUCED] >= plan.payloads or any(each.poll() is not None for each in consumers):
+            if ledger.head[PRODUCED] >= plan.payloads or any(each.poll() is not None for each in consumers):
                 return
             index = rng.randrange(len(consumers))
             victim = consumers[index]
@@ -176,7 +178,8 @@ class _Run:
                 self._account.faults["kills"] += 1
                 victim.kill()
                 victim.wait()
-                consumers[index] = self._consumer(index)
+                consumers[index] = self._start_consumer(index)
+                _line(consumers[index], END_SECONDS)
             elif rate:
                 self._account.faults["stops"] += 1
                 victim.send_signal(signal.SIGSTOP)
@@ -184,8 +187,8 @@ class _Run:
                 victim.send_signal(signal.SIGCONT)
 
     def _check(self) -> None:
-        """Compare the books of the consumers with those of the ring."""
-        account, plan, books, ring = self._account, self._plan, self._books, self._account.ring
+        """Compare the ledger of the consumers with the counts of the ring."""
+        account, plan, ledger, ring = self._account, self._plan, self._ledger, self._account.ring
         counts, problems, committed = account.counts, account.problems, account.committed
         for name in ("WRONG_BYTES", "CHANGED_BYTES", "GIVEN_AGAIN", "LOST", "OTHER_ERRORS", "FAULTY_CHILDREN"):
             if counts[name]:
@@ -203,22 +206,22 @@ class _Run:
         elif plan.own_readers:
             expected = committed, committed
             for index in range(plan.consumers):
-                missing = committed - books.numbers(books.checked[index], committed)
+                missing = committed - ledger.numbers(ledger.checked[index], committed)
                 if missing:
                     problems.append(f"{missing} payloads never reached consumer {index}")
         else:
-            expected = books.marked_by_any(books.done, committed), books.marked_by_any(books.checked, committed)
+            expected = (
+                ledger.marked_by_any(ledger.done, committed),
+                ledger.marked_by_any(ledger.checked, committed),
+            )
         least, most = expected
         if not least <= ring["consumed"] <= most:
             problems.append(f"the ring counts {ring['consumed']} as consumed, the consumers {least} to {most}")
 
     # --- processes ----------------------------------------------------------------------------------------------
 
-    def _consumer(self, index: int) -> subprocess.Popen[str]:
-        """A consumer, once it has attached."""
-        consumer = self._start("stress.consumer", json.dumps(self._shared), str(index))
-        _line(consumer, END_SECONDS)
-        return consumer
+    def _start_consumer(self, index: int) -> subprocess.Popen[str]:
+        return self._start("stress.consumer", json.dumps(self._shared), str(index))
 
     def _start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(

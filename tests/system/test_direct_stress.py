@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from stress.barriers import Build
-from stress.books import MAX_BYTES, MIN_BYTES, nbytes_of, payload_of
+from stress.ledger import MAX_BYTES, MIN_BYTES, nbytes_of, payload_of
 from stress.run import Plan, run
 
 from dray.ring.direct import direct_problem
@@ -21,7 +21,7 @@ needs_direct = pytest.mark.skipif(bool(direct_problem()), reason="this machine h
 @pytest.mark.timeout(300)
 def test_leases_in_place_see_no_wrong_byte_and_every_payload_is_accounted_for(tmp_path: Path) -> None:
     report = tmp_path / "stress.json"
-    options = ["--leases", "100000000", "--seconds", "4", "--only", "two processors", "--json", str(report)]
+    options = ["--leases", "100000000", "--seconds", "3", "--only", "two processors", "--json", str(report)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-m", "stress", *options],

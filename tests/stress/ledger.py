@@ -1,7 +1,7 @@
-"""What the processes of a stress run share: the payloads by sequence number, and the books of every process.
+"""What the processes of a stress run share: the payloads by sequence number, and a ledger of what each has done.
 
-The books are files of a folder, mapped by all. A process that is killed loses none of its counts. Every item has
-one writer, except for `gone`, in which all writers store the same value.
+The ledger consists of files in a folder, mapped by all. A process that is killed loses none of its counts. Every
+item has one writer, except for `gone`, in which all writers store the same value.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def payload_of(sequence: int) -> bytes:
     )
 
 
-class Books:
-    """The books in `folder`.
+class Ledger:
+    """The ledger in `folder`.
 
     Args:
         payloads: the most payloads that are committed.
