@@ -18,7 +18,7 @@ from dray.errors import BufferClosedError, BufferFullError, ProtocolError, SlotE
 from dray.resources import close_all
 from dray.ring import SharedRingBuffer, SlotState, SlotWriter, membarrier
 from dray.ring.attachment import Attachment, DirectLease
-from dray.ring.consumer_events import Bell, Descriptor
+from dray.ring.consumer_events import Bell, Descriptor, ProcessDescriptor
 from dray.ring.direct import MAX_ATTACHMENTS_OF_PROCESS, direct_problem
 from dray.ring.mapping import fork_lock, map_shared, new_memfd
 from dray.ring.membarrier import Barriers
@@ -372,6 +372,13 @@ def test_a_ring_without_a_server_sends_consumers_to_ask_for_one(ring: SharedRing
     for written in (first, second):
         leased(consumer, written).end(consumed=True)
     assert ring.statistics().consumed == 2
+
+
+def test_an_owner_that_a_thread_asks_about_while_another_closes_the_attachment_counts_as_ended() -> None:
+    owner = ProcessDescriptor(os.pidfd_open, os.getpid())
+    assert not owner.has_ended()
+    owner.close()
+    assert owner.has_ended()
 
 
 def test_a_process_gets_a_limited_number_of_attachments(ring: SharedRingBuffer) -> None:
