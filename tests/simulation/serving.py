@@ -16,6 +16,7 @@ from dray.payload.codec import plan as plan_payload
 from dray.protocol import PayloadRef
 from dray.protocol.handshake import ServerIdentity
 from dray.ring import OnFull, Retain, RingStatistics, SharedRingBuffer, SlotInfo
+from dray.ring.direct import RELOOK_SECONDS
 from dray.transport.lanes.base import Lane
 from dray.transport.served_connection import Service
 from dray.transport.server_loop import ServerLoop
@@ -132,7 +133,7 @@ class SimulatedServer:
         self.settings = settings
         self._ledger = ledger
         self._starts = 0
-        self.closing = False
+        self.closing = self.deaf = False
         self.at_step: Callable[[], None] = lambda: None
         self.published: Callable[[PayloadRef], None] = lambda _: None
         self._start()
@@ -201,7 +202,7 @@ class SimulatedServer:
             live = [lease for loop in self.loops for lease in loop.leases()]
             self.books.check(live, self.ring.words, self.ring.due)
             if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls:
-                self.books.check_late_looks(self.kernel.scheduler.now())
+                self.books.check_late_looks(self.kernel.scheduler.now(), self.deaf)
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:
                     loop.worker.reading = [send for send in loop.worker.reading if send.touchable]
@@ -283,9 +284,15 @@ class SimulatedServer:
 
     def restart(self) -> None:
         """End the server threads in order, and start others over the same ring at the same addresses."""
+        self.deaf = True
         self.ring.count_servers(-1)
         self._end_loops()
         self._open()
+        scheduler = self.kernel.scheduler
+        scheduler.at(scheduler.now() + 2 * RELOOK_SECONDS, self._hear)
+
+    def _hear(self) -> None:
+        self.deaf = False
 
     def _end_loops(self) -> None:
         for loop in self.loops:

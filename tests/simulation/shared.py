@@ -28,6 +28,7 @@ from simulation.threads import SimulatedCondition, SimulatedMutex
 if TYPE_CHECKING:
     from simulation.network import SimulatedKernel
 
+
 class Memory:
     """Words that are shared.
 

@@ -11,7 +11,7 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotError
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES, Wanted
 from dray.resources import Closing
-from dray.ring.consumer_events import Descriptor
+from dray.ring.consumer_events import ConsumerEvents, Descriptor
 from dray.ring.direct import MACHINE, MAX_BOARD_WORDS, Attached, DirectLeases, Machine, WordLease
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
@@ -310,6 +310,13 @@ class SharedRingBuffer(Closing):
         """
         with self._table.lock:
             return self._open_table_locked().serve_directly()
+
+    @property
+    def direct_events(self) -> ConsumerEvents | None:
+        """What reports that direct consumers wait for a `look`; None as long as there was none."""
+        with self._table.lock:
+            direct = self._table.direct
+            return None if direct is None else direct.events
 
     def look(self, *, drop: bool = False, new_bell: bool = False) -> None:
         """Learn what direct consumers hold and have consumed, and free what they do not hold any more.

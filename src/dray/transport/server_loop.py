@@ -427,6 +427,7 @@ class ServerLoop:
         """Serve until `stop`, then close everything but the poller."""
         connections, poll = self.connections, self._poller.poll
         try:
+            self._watch_consumers()  # those of a server before this one
             while True:
                 if self._deadline is not None:
                     self._stop_listening()
@@ -549,8 +550,9 @@ class ServerLoop:
 
     def _watch_consumers(self) -> None:
         """Wait also for the direct consumers of the ring: they ring its doorbell, or end."""
-        if self._consumers < 0:
-            self._consumers = self._ring.direct().events.fileno()
+        events = self._ring.direct_events
+        if self._consumers < 0 and events is not None:
+            self._consumers = events.fileno()
             self._poller.register(self._consumers, select.EPOLLIN)
 
     def _unwatch(self, connection: ServedConnection) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import select
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dray.clock import Deadline
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, ProtocolError, VersionMismatch
 from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.ring import SharedRingBuffer
+from dray.ring.direct import direct_problem
 from dray.transport import trace as traced
 from dray.transport.connection import Connection
 from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
@@ -42,6 +44,21 @@ def test_a_server_that_cannot_be_created_gives_back_what_it_has_opened() -> None
     with pytest.raises(ConfigError, match="threads"):
         PayloadServer.create(slots=2, slot_bytes=100, threads=0)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
+def test_the_next_server_of_a_ring_answers_its_doorbell() -> None:
+    with SharedRingBuffer(4, 100) as ring, PayloadClient() as client:
+        for number in range(2):
+            with PayloadServer(ring, lane="shm", threads=1) as server:
+                ref = server.put_bytes(b"payload")
+                if number:
+                    ring.direct().begin_wait()
+                client.read_bytes(ref)
+                assert len(ring.direct().attached) == 1
+                bell = select.poll()
+                bell.register(ring.direct().events.fileno(), select.POLLIN)
+                wait_until(lambda bell=bell: not bell.poll(0), "the server to take the event of the doorbell")
 
 
 def test_the_ring_of_the_caller_stays_open() -> None:
