@@ -277,7 +277,7 @@ class Scheduler:
             actor.late += self.now() - began
 
     def violate(self, what: str) -> NoReturn:
-        """Raise, and have `run` raise as well: what generators and finalizers raise is lost."""
+        """Raise, and have `run` raise as well: what generators and `__del__` raise is lost."""
         self._violation = Violation(what)
         raise self._violation
 

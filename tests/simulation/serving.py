@@ -289,9 +289,9 @@ class SimulatedServer:
         self._end_loops()
         self._open()
         scheduler = self.kernel.scheduler
-        scheduler.at(scheduler.now() + 2 * RELOOK_SECONDS, self._hear)
+        scheduler.at(scheduler.now() + 2 * RELOOK_SECONDS, self._end_deafness)
 
-    def _hear(self) -> None:
+    def _end_deafness(self) -> None:
         self.deaf = False
 
     def _end_loops(self) -> None:

@@ -167,7 +167,7 @@ class SimulatedWords:
 
 
 class SimulatedSharedWords(SharedWords):
-    """`SharedWords` of a process; its descriptor only says which they are."""
+    """`SharedWords` of a process; its descriptor stands for them."""
 
     def __init__(self, memory: Memory, access: ProcessMemory, numbers: list[int]) -> None:
         super().__init__(cast(Any, SimulatedWords(memory, access)), numbers)
