@@ -21,8 +21,11 @@ MUTANTS_ARGS ?=
 LOWEST_ARGS ?=
 SEEDS ?= 10000
 SIMULATE_ARGS ?=
+MODEL_ARGS ?=
 JOBS ?= 200
 KILLS ?= 10
+LEASES ?= 2000000
+STRESS_ARGS ?=
 SECONDS ?= 60
 FLOOD_ARGS ?=
 JOBS_ARGS ?=
@@ -32,7 +35,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers simulate soak flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +51,11 @@ check: .venv/dev.stamp ## the quick tests: unit, property, contract
 
 test: .venv/dev.stamp ## every test but the long ones, with coverage (PYTEST_ARGS="-k name": some, one after the other)
 	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL) --durations=20 --cov --cov-report=)
+
+exchange: .venv/dev.stamp ## contract and transport tests where the kernel refuses what direct leases need (PYTEST_ARGS)
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid membarrier tests/contract tests/unit/transport
+	$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(PARALLEL)) --forbid pidfd_open --ignore tests/contract/test_redis_servers.py \
+	  tests/contract tests/unit/transport
 
 test-slurm: .venv/dev.stamp ## a Slurm of three virtual nodes, and all that dray does on one (SLURM_TEST_ARGS)
 	tests/slurm/install.sh
@@ -74,8 +82,14 @@ bench-peers: .venv/dev.stamp ## environments for what people use instead, in the
 simulate: .venv/dev.stamp ## the data plane over simulated sockets and time, a seed for each run (SEEDS=10000, SIMULATE_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS) $(SIMULATE_ARGS)
 
+model: .venv/dev.stamp ## every interleaving of small scenarios of direct leases, and planted defects (MODEL_ARGS="--list")
+	PYTHONPATH=tests $(BIN)/python -m model $(MODEL_ARGS)
+
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)
+
+stress: .venv/dev.stamp ## direct leases against a ring that wraps all the time, under faults (LEASES=2000000, STRESS_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m stress --leases $(LEASES) --json outputs/stress.json $(STRESS_ARGS)
 
 flood: .venv/dev.stamp ## CartPole while strangers connect to all that listens (SECONDS=60, FLOOD_ARGS): outputs/flood.json
 	PYTHONPATH=tests $(BIN)/python -m soak.flood --seconds $(SECONDS) --json outputs/flood.json $(FLOOD_ARGS)

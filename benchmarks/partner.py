@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from dray.clock import Deadline
 
 ANSWER_SECONDS = 120.0
 _END_SECONDS = 10.0
+_CPUCLOCK_SCHED = 2
+"""With the inverted number of a process above it: the clock of that process's processor time, on Linux."""
 _ROOT = Path(__file__).parent.parent
 
 
@@ -80,8 +83,15 @@ class Partner:
         return answer
 
     def cpu_seconds(self) -> float:
-        """Processor time that the process has used so far, all its threads together."""
-        return float(self.ask("cpu")["seconds"])
+        """Processor time that the process has used so far, all its threads together; it does not notice.
+
+        Raises:
+            PartnerError: it has ended.
+        """
+        try:
+            return time.clock_gettime(~self._process.pid << 3 | _CPUCLOCK_SCHED)
+        except OSError as error:
+            raise PartnerError(f"the {self.kind} process has ended") from error
 
     def _line(self, deadline: Deadline) -> bytes:
         poll = select.poll()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
@@ -62,8 +61,6 @@ def serve(service: Service) -> None:
 
 
 def _done(service: Service, command: str, arguments: dict[str, Any], answers: TextIO) -> Reply:
-    if command == "cpu":
-        return Reply({"seconds": time.process_time()})
     try:
         return service.do(command, **arguments)
     except BaseException as error:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forbidding import forbid
 from transport_fixtures import LANES
 from waiting import ends_within
 
@@ -30,8 +31,15 @@ _RUNTIME_DIR = pytest.StashKey[str]()
 # --- sockets ----------------------------------------------------------------------------------------------------
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--forbid` has the kernel refuse system calls, as a sandbox does."""
+    parser.addoption("--forbid", default="", metavar="CALLS", help="system calls that fail, separated by commas")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
+    if refused := config.getoption("forbid"):
+        forbid(*refused.split(","))
     config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
     os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
     if config.getoption("cov_source", None) and not _is_worker(config):

@@ -12,8 +12,24 @@ _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _RETURN_ERRNO, _RETURN_ALLOW = 0x00050000, 0x7FFF0000
 _INSTRUCTION = struct.Struct("=HBBI")
 _NUMBERS = {
-    "x86_64": {"mmap": 9, "madvise": 28, "socket": 41, "fcntl": 72, "flock": 73, "memfd_create": 319},
-    "aarch64": {"fcntl": 25, "flock": 32, "socket": 198, "mmap": 222, "madvise": 233, "memfd_create": 279},
+    "x86_64": {
+        "mmap": 9,
+        "madvise": 28,
+        "socket": 41,
+        "fcntl": 72,
+        "flock": 73,
+        "memfd_create": 319,
+        "membarrier": 324,
+    },
+    "aarch64": {
+        "fcntl": 25,
+        "flock": 32,
+        "socket": 198,
+        "mmap": 222,
+        "madvise": 233,
+        "memfd_create": 279,
+        "membarrier": 283,
+    },
 }
 _PIDFD_OPEN = 434  # on every architecture
 

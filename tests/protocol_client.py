@@ -178,7 +178,7 @@ class Attachment:
             os.close(descriptor)
 
     def lease(self, slot, sequence, nbytes):
-        """The lease word of a new lease on a payload."""
+        """The lease word of a new lease on a payload, whose size is compared unless it is None."""
         if slot >= self.slots or sequence >= 1 << 62:
             raise Stale
         if self.detached or not self.free or (time.monotonic() - self.checked > 0.05 and self.ended()):
@@ -194,7 +194,7 @@ class Attachment:
         if not self.newest and self.board[slot * self.readers + self.reader] == sequence + 1:
             self.clear(word)
             raise Stale
-        if self.segment.nbytes(slot) != nbytes:
+        if nbytes is not None and self.segment.nbytes(slot) != nbytes:
             self.clear(word)
             raise WrongSize
         return word
@@ -360,7 +360,7 @@ class Client:
         if attachment is None:
             return None
         try:
-            word = attachment.lease(slot, sequence, ref["n"])
+            word = attachment.lease(slot, sequence, ref["n"] if read else None)
         except Stale:
             return result | {"status": "STALE"}
         except WrongSize:

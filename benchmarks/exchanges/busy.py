@@ -49,14 +49,23 @@ class BusyService(PayloadService):
 
 
 class Stretch(NamedTuple):
-    """What a busy producer's loop did for a while."""
+    """What a busy producer's loop did for a while: its turns, and the processor time of its process."""
 
     turns: int
     seconds: float
+    cpu_seconds: float
 
     def plus(self, other: Stretch) -> Stretch:
         """Both together."""
-        return Stretch(self.turns + other.turns, self.seconds + other.seconds)
+        return Stretch(
+            self.turns + other.turns, self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds
+        )
+
+    def since(self, began: Stretch) -> Stretch:
+        """From another one to this one, which began with it."""
+        return Stretch(
+            self.turns - began.turns, self.seconds - began.seconds, self.cpu_seconds - began.cpu_seconds
+        )
 
 
 class BusyRead(LaneRead):
@@ -92,13 +101,16 @@ class BusyRead(LaneRead):
         self._partner.ask("spin", switch_interval=switch_interval)
         self._wait_for_turns()
         _compute(_AWAKE_SECONDS)
-        before, began = self._turns.value, time.perf_counter()
+        began = self._until_now()
         times = timed(self.once, count)
-        between, ended = self._turns.value, time.perf_counter()
-        _compute(ended - began)
-        after, over = self._turns.value, time.perf_counter()
+        ended = self._until_now()
+        _compute(ended.seconds - began.seconds)
+        over = self._until_now()
         self._partner.ask("rest")
-        return times, Stretch(between - before, ended - began), Stretch(after - between, over - ended)
+        return times, ended.since(began), over.since(ended)
+
+    def _until_now(self) -> Stretch:
+        return Stretch(self._turns.value, time.perf_counter(), self._partner.cpu_seconds())
 
     def _wait_for_turns(self) -> None:
         deadline = Deadline.after(ANSWER_SECONDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,6 +23,13 @@ _BATCH_BYTES = 64 * MIB
 
 IDLE, BUSY = "idle producer", "busy producer"
 ALONE = "without reads"
+
+
+_CLOCKS: Mapping[str, Callable[[Stretch], float]] = {
+    "": lambda stretch: stretch.seconds,
+    ", by processor time": lambda stretch: stretch.cpu_seconds,
+}
+"""What the loop's turns are counted against. Other programs take time from it, but no processor time."""
 
 
 class _Way(NamedTuple):
@@ -49,9 +56,8 @@ class _Found:
     """What one switch interval gave, round by round."""
 
     times: list[list[float]] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)
-    alone: list[float] = field(default_factory=list)
-    turns: int = 0
+    beside: list[Stretch] = field(default_factory=list)
+    alone: list[Stretch] = field(default_factory=list)
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
@@ -84,15 +90,14 @@ def _batches(reads: int, batch: int) -> list[int]:
 def _read_beside(exchange: BusyRead, reads: int, batch: int, interval: float, found: _Found) -> None:
     """One round with a busy producer."""
     times: list[float] = []
-    beside = alone = Stretch(0, 0.0)
+    beside = alone = Stretch(0, 0.0, 0.0)
     for count in _batches(reads, batch):
         block, with_reads, without = exchange.read_beside(count, interval)
         times += block
         beside, alone = beside.plus(with_reads), alone.plus(without)
     found.times.append(times)
-    found.beside.append(beside.turns / beside.seconds)
-    found.alone.append(alone.turns / alone.seconds)
-    found.turns += beside.turns
+    found.beside.append(beside)
+    found.alone.append(alone)
 
 
 def _rows(name: str, way: _Way, idle: list[list[float]], busy: dict[float, _Found]) -> Iterator[Row]:
@@ -107,8 +112,15 @@ def _rows(name: str, way: _Way, idle: list[list[float]], busy: dict[float, _Foun
     target = Target("P12", "at least", 0.98, "rate ratio") if judged else None
     for interval, found in busy.items():
         subject = f"its loop beside reads, {name}, {_called(interval, judged)}"
-        beside, alone = (Figure(tuple(each), None, found.turns) for each in (found.beside, found.alone))
-        yield Row(NAME, subject, nbytes, beside, "/s", ALONE, alone, target, moves=False)
+        for by, clock in _CLOCKS.items():
+            beside, alone = (_speed(each, clock) for each in (found.beside, found.alone))
+            yield Row(NAME, f"{subject}{by}", nbytes, beside, "/s", ALONE, alone, target, moves=False)
+
+
+def _speed(stretches: Sequence[Stretch], clock: Callable[[Stretch], float]) -> Figure:
+    """Turns per second, round by round; none where the process was not given the processor."""
+    rates = tuple(each.turns / clock(each) if clock(each) else 0.0 for each in stretches)
+    return Figure(rates, None, sum(each.turns for each in stretches))
 
 
 def _called(interval: float, only: bool) -> str:

@@ -157,13 +157,13 @@ def _looks(plan: Plan, progress: Progress) -> Iterator[Row]:
         for _ in range(0, CONSUMERS, MAX_ATTACHMENTS_OF_PROCESS):
             owners[held].lend(MAX_ATTACHMENTS_OF_PROCESS, opened.enter_context(Partner("holding")))
         for index in range(plan.rounds):
-            progress.step(f"looks, round {index + 1} of {plan.rounds}")
+            progress.step(f"observations, round {index + 1} of {plan.rounds}")
             for each, owner in owners.items():
                 claimed, looked = [], []
                 for _ in range(lives):
                     claimed += timed(owner.claim, _ROOM // 2)
                     owner.consume()
-                    looked += timed(owner.ring.look, 1)
+                    looked += timed(owner.ring.observe, 1)
                 claims[each].append(claimed)
                 looks[each].append(looked)
     for what, blocks in (("claim", claims), (f"look that frees {_ROOM // 2} slots", looks)):

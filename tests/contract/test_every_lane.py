@@ -19,6 +19,7 @@ from dray.clock import Stopwatch
 from dray.errors import (
     AuthenticationError,
     BufferClosedError,
+    LeaseInUseError,
     MessageTruncated,
     ProducerLostError,
     StaleSlotError,
@@ -138,6 +139,37 @@ def test_a_lease_consumes_at_its_end_and_is_in_place_where_payloads_stay_in_the_
             at_rewards = producer.ring.segment.view[slot : slot + ref.nbytes].tobytes().index(rewards)
             producer.ring.segment.view[slot + at_rewards] ^= 0xFF
             assert (arrays["rewards"].tobytes() == rewards) is lane.in_band
+        assert producer.server.wait_consumed(ref, timeout=10)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_lease_of_bytes_gives_them_until_its_block_ends(lane: Lane, direct: bool) -> None:
+    with producing(lane, direct=direct) as producer, reading(lane, direct=direct) as client:
+        for nbytes in SIZES:
+            ref = producer.server.put_bytes(pattern(5, nbytes))
+            with client.lease_bytes(ref, timeout=10) as leased:
+                assert leased.data.dtype == np.uint8
+                assert leased.data.shape == (nbytes,)
+                assert not leased.data.flags.writeable or lane.in_band or nbytes <= MAX_INLINE_BYTES
+                assert leased.data.tobytes() == pattern(5, nbytes)
+            with pytest.raises(BufferClosedError):
+                _ = leased.data
+            assert producer.server.wait_consumed(ref, timeout=10)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_bytes_that_the_program_keeps_after_the_block_stay_as_they_are(lane: Lane, direct: bool) -> None:
+    with producing(lane, direct=direct) as producer, reading(lane, direct=direct) as client:
+        ref = producer.server.put_bytes(pattern(5, 1 << 20))
+        kept = []
+        in_use = contextlib.nullcontext() if lane.in_band else pytest.raises(LeaseInUseError)
+        with in_use, client.lease_bytes(ref, timeout=10) as leased:
+            kept.append(leased.data)
+        for _ in range(9):
+            other = producer.server.put_bytes(bytes(1 << 20))
+            client.consume([other], timeout=10)
+        assert kept[0].tobytes() == pattern(5, 1 << 20)
+        kept.clear()
         assert producer.server.wait_consumed(ref, timeout=10)
 
 

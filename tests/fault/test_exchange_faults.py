@@ -207,6 +207,19 @@ def half(bad: Misbehaving, stream: Any, frame: Frame) -> Sequence[Outgoing]:
     return [status(frame, NBYTES, checksum=digest.intdigest()), Payload(memoryview(sent), frame.tag)]
 
 
+def with_a_change_at(place: int | None) -> Behaviour:
+    """Sends a payload that arrives in many parts, one byte of which is another one than its checksum covers."""
+
+    def behaviour(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
+        sent = bytearray(pattern(2, NBYTES))
+        checksum = xxhash.xxh3_64_intdigest(sent)
+        if place is not None:
+            sent[place] ^= 1
+        return [status(frame, NBYTES, checksum=checksum), Payload(memoryview(sent), frame.tag)]
+
+    return behaviour
+
+
 def announces_less(bad: Misbehaving, stream: Stream, frame: Frame) -> Sequence[Outgoing]:
     return [status(frame, NBYTES // 2), Payload(memoryview(bytes(NBYTES // 2)), frame.tag)]
 
@@ -266,6 +279,23 @@ def test_c1_a_transport_failure_is_typed_quarantined_and_read_elsewhere(
                 assert memoryview(found) == pattern(1, NBYTES)
             assert client.statistics().quarantined == (bad.endpoint,)
             assert client.statistics().retries == 1
+
+
+@pytest.mark.parametrize("lane", BAND)
+@pytest.mark.parametrize("place", [0, NBYTES // 2, NBYTES - 1])
+def test_w3_a_byte_that_changed_anywhere_in_a_large_payload_is_noticed(lane: Any, place: int) -> None:
+    with served(lane) as good, Misbehaving(lane, good, with_a_change_at(place)) as bad:
+        ref = good.put_bytes(pattern(2, NBYTES))
+        with PayloadClient(lane=lane) as client, pytest.raises(MessageTruncated, match="checksum"):
+            client.read_bytes(at(ref, bad.endpoint), timeout=10)
+
+
+@pytest.mark.parametrize("lane", BAND)
+def test_a_large_payload_that_arrives_in_parts_has_the_checksum_of_the_whole(lane: Any) -> None:
+    with served(lane) as good, Misbehaving(lane, good, with_a_change_at(None)) as bad:
+        ref = good.put_bytes(pattern(1, NBYTES))
+        with PayloadClient(lane=lane) as client:
+            assert memoryview(client.read_bytes(at(ref, bad.endpoint), timeout=10)) == pattern(2, NBYTES)
 
 
 @pytest.mark.parametrize("endpoint", ["unix:/nowhere/0.sock", "tcp:127.0.0.1:1", "ucx:127.0.0.1:1"])

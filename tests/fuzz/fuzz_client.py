@@ -18,6 +18,7 @@ from dray.protocol import PayloadRef
 from dray.protocol.frames import Flag, Frame, Kind, Status
 from dray.protocol.handshake import CHALLENGE, MAGIC, WELCOME, ServerIdentity
 from dray.ring import Segment, SharedRingBuffer
+from dray.transport.connecting import Shared
 from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.lanes import SHM, TCP
 from dray.transport.lanes.base import Network
@@ -48,7 +49,7 @@ def raw(text: bytes) -> bytes:
 
 _HANDSHAKE = CHALLENGE.pack(
     MAGIC, 1, 0, 0, _PRODUCER, bytes(32), bytes(32), _SLOTS, _SLOT_BYTES, 8, 1
-) + WELCOME.pack(MAGIC, 0)
+) + WELCOME.pack(MAGIC, 0, 0)
 _READS = bytes([2, 5, 0, 1])  # of 5 and of 0 bytes, consumed
 SEEDS = [
     bytes([0]) + _READS + status() + payload(b"hello") + status(nbytes=0),
@@ -125,7 +126,7 @@ def _connection(ours, segment, verified, deadline) -> Connection:
     # The segment's descriptor comes with WELCOME; what is behind it is fuzz_segment's.
     identity = ServerIdentity(_PRODUCER, _SLOTS, _SLOT_BYTES, 8, 1)
     return Connection(
-        UnixStream(ours, SHM), _ENDPOINT, identity, segment,
+        UnixStream(ours, SHM), _ENDPOINT, Shared(identity, segment),
         verify=verified, buffers=ReceiveBuffers(), network=network, waiter=PollWaiter(None),
     )  # fmt: skip
 

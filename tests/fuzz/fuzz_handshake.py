@@ -11,19 +11,22 @@ from fuzz.cursor import Cursor
 from dray.errors import ProtocolError
 from dray.protocol.frames import MIN_VERSION, VERSION
 from dray.protocol.handshake import (
+    ATTACH,
     CHALLENGE,
     HELLO,
     NO_PROOF,
     PROOF,
     WELCOME,
+    AttachRequest,
     ClientHandshake,
     ServerHandshake,
     ServerIdentity,
     Verdict,
+    WelcomeFlag,
 )
-from dray.transport.lanes import TCP, UCX
+from dray.transport.lanes import SHM, TCP, UCX
 
-SERVER, VALID, CLIENT_SECRET, SERVER_SECRET, OLD_CLIENT = 1, 2, 4, 8, 16
+SERVER, VALID, CLIENT_SECRET, SERVER_SECRET, OLD_CLIENT, DIRECT = 1, 2, 4, 8, 16, 32
 SECRET = b"the job's secret"
 PRODUCER = bytes(range(16))
 IDENTITY = ServerIdentity(PRODUCER, 4, 4096, 8, 1)
@@ -33,7 +36,7 @@ SEEDS = [
     bytes([SERVER]) + HELLO.pack(b"DRAY", 2, UCX.number, 3, bytes(16), bytes(32)),
     bytes([0])
     + CHALLENGE.pack(b"DRAY", VERSION, 0, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1)
-    + WELCOME.pack(b"DRAY", 0),
+    + WELCOME.pack(b"DRAY", 0, 0),
     bytes([0]) + CHALLENGE.pack(b"DRAY", VERSION, 3, 0, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
     bytes([CLIENT_SECRET]) + CHALLENGE.pack(b"DRAY", VERSION, 0, 1, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1),
     bytes([VALID]),
@@ -42,25 +45,44 @@ SEEDS = [
     bytes([VALID | CLIENT_SECRET | SERVER_SECRET]),
     bytes([VALID | CLIENT_SECRET | SERVER_SECRET, 200, 1]),
     bytes([VALID | SERVER | CLIENT_SECRET | SERVER_SECRET, 7, 0]),
+    bytes([VALID | DIRECT]),
+    bytes([VALID | DIRECT | CLIENT_SECRET | SERVER_SECRET, 232, 1]),
+    bytes([VALID | DIRECT | OLD_CLIENT]),
+    bytes([SERVER | DIRECT])
+    + HELLO.pack(b"DRAY", VERSION, SHM.number, 2, PRODUCER, bytes(32))
+    + NO_PROOF
+    + ATTACH.pack(bytes(32), 255),
+    bytes([DIRECT])
+    + CHALLENGE.pack(b"DRAY", VERSION, 0, 2, PRODUCER, bytes(32), bytes(32), 4, 4096, 8, 1)
+    + WELCOME.pack(b"DRAY", 0, 3),
 ]
+
+
+def attach_of(options: int) -> AttachRequest | None:
+    return AttachRequest(bytes(range(32)), 7) if options & DIRECT else None
 
 
 def run(data: bytes) -> None:
     cursor = Cursor(data)
     options = cursor.byte()
     version = MIN_VERSION if options & OLD_CLIENT else VERSION
-    client = ClientHandshake(TCP, PRODUCER, SECRET if options & CLIENT_SECRET else None, version)
-    server = ServerHandshake(TCP, IDENTITY, SECRET if options & SERVER_SECRET else None)
+    lane = SHM if options & DIRECT else TCP
+    client = ClientHandshake(
+        lane, PRODUCER, SECRET if options & CLIENT_SECRET else None, version, attach=attach_of(options)
+    )
+    server = ServerHandshake(
+        lane, IDENTITY, SECRET if options & SERVER_SECRET else None, direct=bool(options & DIRECT)
+    )
     if options & VALID:
         with suppress(ProtocolError):
             _exchange_with_changes(cursor, client, server, options)
     elif options & SERVER:
-        answers = [
-            server.receive(cursor.read(size).ljust(size, b"\0"))
-            for size in (HELLO.size, PROOF.size)
-            if server.verdict is Verdict.WELCOME
-        ]
+        answers = []
+        for _ in range(2):
+            if server.verdict is Verdict.WELCOME:
+                answers.append(_answer(server, cursor.read(server.expects).ljust(server.expects, b"\0")))
         assert [len(answer) for answer in answers] in ([CHALLENGE.size], [CHALLENGE.size, WELCOME.size])
+        assert (server.attach is not None) == (server.attaching and server.done)
         # Without the secret, the proof cannot be right.
         assert not (server.done and options & SERVER_SECRET)
     else:
@@ -69,8 +91,14 @@ def run(data: bytes) -> None:
                 answer = client.receive(cursor.read(client.expects).ljust(client.expects, b"\0"))
                 if answer is None:
                     break
-                assert len(answer) == PROOF.size
+                assert len(answer) == PROOF.size + (ATTACH.size if client.attaching else 0)
+        assert client.attaching or not client.welcome & WelcomeFlag.ATTACHED
         assert not (client.done and options & CLIENT_SECRET)
+
+
+def _answer(server: ServerHandshake, message: bytes) -> bytes:
+    """The server's answer; what it grants follows from whether the client has asked for direct leases."""
+    return server.receive(message) or server.welcome(WelcomeFlag.ATTACHED | WelcomeFlag.NEWEST)
 
 
 def _exchange_with_changes(cursor: Cursor, client: ClientHandshake, server: ServerHandshake, options: int) -> None:
@@ -97,7 +125,8 @@ def _exchange_with_changes(cursor: Cursor, client: ClientHandshake, server: Serv
     if answer is None:
         assert changed
         return
-    welcome = server.receive(across(answer))
+    assert changed or client.attaching == server.attaching
+    welcome = _answer(server, across(answer).ljust(server.expects, b"\0")[: server.expects])
     client.receive(across(welcome))
     assert client.done
     if options & CLIENT_SECRET and options & SERVER_SECRET:
@@ -105,4 +134,7 @@ def _exchange_with_changes(cursor: Cursor, client: ClientHandshake, server: Serv
         # the client send to a server that has closed the connection.
         assert client.server is not None
         assert client.server.producer == PRODUCER
-        assert server.done or welcome != WELCOME.pack(b"DRAY", 0)
+        assert server.done or welcome[5] != Verdict.WELCOME
+    if not changed and options & DIRECT and not options & OLD_CLIENT:
+        assert server.attach == attach_of(options)
+        assert client.welcome == WelcomeFlag.ATTACHED | WelcomeFlag.NEWEST

@@ -42,23 +42,23 @@ REASONS: Final[dict[str, tuple[Survivor, ...]]] = {
     "These messages do not contain the reader id: the caller gave none.": (
         Survivor(
             "ring.slots.SlotTable.committed",
-            "raise self.stale_error(slot, sequence, 0)",
-            "raise self.stale_error(slot, sequence, None)",
+            "raise slot.stale_error(sequence, 0)",
+            "raise slot.stale_error(sequence, None)",
         ),
         Survivor(
             "ring.slots.SlotTable.committed",
-            "raise self.stale_error(slot, sequence, 0)",
-            "raise self.stale_error(slot, sequence, 1)",
+            "raise slot.stale_error(sequence, 0)",
+            "raise slot.stale_error(sequence, 1)",
         ),
         Survivor(
             "ring.ring.SharedRingBuffer.wait_consumed",
-            "raise table.stale_error(found, sequence, 0)",
-            "raise table.stale_error(found, sequence, None)",
+            "raise found.stale_error(sequence, 0)",
+            "raise found.stale_error(sequence, None)",
         ),
         Survivor(
             "ring.ring.SharedRingBuffer.wait_consumed",
-            "raise table.stale_error(found, sequence, 0)",
-            "raise table.stale_error(found, sequence, 1)",
+            "raise found.stale_error(sequence, 0)",
+            "raise found.stale_error(sequence, 1)",
         ),
         Survivor(
             "ring.ring.SharedRingBuffer._check_locked",

@@ -108,6 +108,10 @@ class SimulatedLoop:
         self._stopping = True
         self._loop.stop(Deadline.after(DRAIN_SECONDS, self._scheduler.clock))
 
+    def watch_consumers(self) -> None:
+        """See `ServerLoop.watch_consumers`."""
+        self._loop.watch_consumers()
+
     @property
     def connections(self) -> int:
         """Open connections."""
@@ -176,6 +180,8 @@ class SimulatedServer:
     def _open(self) -> None:
         self.ring.count_servers(1)
         self.loops = [SimulatedLoop(self, index) for index in range(self.settings.loops)]
+        if self.ring.has_direct_consumers:
+            self.loops[0].watch_consumers()
         self.endpoints = tuple(
             self.address(lane, index) for lane in self.settings.lanes for index in range(self.settings.loops)
         )
@@ -191,7 +197,7 @@ class SimulatedServer:
         """The answer to STAT."""
         leases = tuple(lease for loop in self.loops for lease in loop.leases())
         connections = sum(loop.connections for loop in self.loops)
-        self.ring.look()
+        self.ring.observe()
         return ServerStatistics(
             self.ring.producer_id, self.endpoints, connections, leases, ServerCounters(), self.ring.statistics()
         )

@@ -167,7 +167,7 @@ class SimulatedWords:
 
 
 class SimulatedSharedWords(SharedWords):
-    """`SharedWords` of a process; its descriptor stands for them."""
+    """`SharedWords` of a process; its descriptor only identifies them."""
 
     def __init__(self, memory: Memory, access: ProcessMemory, numbers: list[int]) -> None:
         super().__init__(cast(Any, SimulatedWords(memory, access)), numbers)
@@ -228,7 +228,7 @@ class SimulatedEvents(ConsumerEvents):
     def forget(self, pidfd: int) -> None:
         del self._watched[pidfd]
 
-    def take(self) -> list[int]:
+    def collect(self) -> list[int]:
         self._kernel.memory_of(self.process).step()
         self._rings = 0
         return [number for number, process in self._watched.items() if process.dead]

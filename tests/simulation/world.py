@@ -142,7 +142,7 @@ class Run:
         for server in self.servers:
             if server.process.dead or server.closing:
                 continue
-            server.ring.look()
+            server.ring.observe()
             server.check()
             server.books.check_end()
             self._check_attachments(server)

@@ -17,9 +17,9 @@ FEW = ("--idle-seconds", "0.1", "--memory-reads", "100", "--job-steps", "1")
 
 LANES, WITHIN, SERVING, BESIDE = "P1,P2,P3,P4,P5,P6,P7", "P9,P10,P13", "P8,P11,P12", "P15"
 SCENARIOS = {
-    LANES: {"reads", "batches"},
+    LANES: {"in place", "reads", "batches"},
     WITHIN: {"packing", "ring", "memory"},
-    SERVING: {"idle", "fleet", "busy"},
+    SERVING: {"idle", "fleet", "busy", "owner"},
     BESIDE: {"beside"},
 }
 
@@ -74,7 +74,7 @@ def test_lanes_stand_beside_their_limits_and_a_result_beside_itself(tmp_path):
     assert check_rows(result, LANES) >= {"P1", "P4", "P7"} | ucx
     _, document, _ = result
     held = {row["subject"] for row in document["rows"] if row["scenario"] == "reads" and row["limit"]}
-    assert held == {"shm in place", "tcp", "tcp with checksum"} | ({"ucx"} if UCXX_AVAILABLE else set())
+    assert held == {"tcp", "tcp with checksum"} | ({"ucx"} if UCXX_AVAILABLE else set())
     check_machine(document["machine"])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     check_against_itself(str(tmp_path / "result.json"))

@@ -164,6 +164,17 @@ def test_a_wrong_size_is_an_error_and_what_never_was_is_stale() -> None:
         assert take(client, ref)["status"] == "OK"
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_payload_is_consumed_whatever_size_its_reference_has(direct: bool) -> None:
+    with serving("shm") as server, client_of(server) as client, PayloadClient(direct=direct) as other:
+        other.read(server.put({"a": [1]}), timeout=5)  # from here on it is attached, if it may be
+        first, second = server.put({"a": [1]}), server.put({"a": [2]})
+        (result,) = client.consume([as_json(dataclasses.replace(first, nbytes=first.nbytes + 1))])
+        assert result == {"status": "OK", "direct": True}
+        assert other.consume([dataclasses.replace(second, nbytes=second.nbytes + 1)]) == 1
+        assert all(server.wait_consumed(ref, timeout=5) for ref in (first, second))
+
+
 def test_an_overwritten_payload_is_stale_and_a_leased_one_is_not_overwritten() -> None:
     with (
         SharedRingBuffer(3, 4096, on_full="overwrite") as ring,

@@ -137,7 +137,9 @@ class ClientSession:
             self._incomplete = None
             self.expects, self.awaits = FRAME_BYTES, STATUS
             return (
-                self._refusal(request, frame, message) if frame[1] else _answer(Answer, (request, frame, message))
+                self._refusal(request, frame, message)
+                if frame.status
+                else _answer(Answer, (request, frame, message))
             )
         frame = tuple.__new__(Frame, FRAME.unpack(message))
         kind, status, _, flags, slot, number, sequence, nbytes, _, acked, _, _ = frame

@@ -21,6 +21,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from dray.errors import ProtocolError, SlotError, StaleSlotError
 from dray.forking import here
 from dray.resources import Closing
@@ -52,7 +55,7 @@ class Attachment(Closing):
 
     Attributes:
         segment: the memory of the ring.
-        memory: its bytes, read-only.
+        memory, array: its bytes, read-only, as a view and as uint8 of shape (nbytes,).
         closed: no new lease can begin: `close` was called, or the owner has ended.
     """
 
@@ -73,6 +76,7 @@ class Attachment(Closing):
     ) -> None:
         self.segment = segment
         self.memory = segment.view
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(segment.view, np.uint8)
         layout = segment.layout
         self._slots = layout.slots
         self._headers = segment.view.cast("Q")

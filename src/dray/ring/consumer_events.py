@@ -81,7 +81,7 @@ class ConsumerEvents(Closing):
             made.pop_all()
 
     def fileno(self) -> int:
-        """The descriptor that is readable while `take` has something to do."""
+        """The descriptor that is readable while `collect` has something to do."""
         return self._epoll.fileno()
 
     @property
@@ -98,7 +98,7 @@ class ConsumerEvents(Closing):
         with contextlib.suppress(FileNotFoundError):
             self._epoll.unregister(pidfd)
 
-    def take(self) -> list[int]:
+    def collect(self) -> list[int]:
         """The pidfds of processes that have ended; the doorbell is silent afterwards."""
         ended = []
         for descriptor, _ in self._epoll.poll(0):

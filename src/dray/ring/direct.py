@@ -158,14 +158,28 @@ class Attached:
         reader: its reader id.
         page: its lease words.
         process: a pidfd of its process.
-        found: the lease words that are not 0, by index: the word, and when it was found first.
+        words: the lease words, as they were read last.
+        found: those that name a slot, by index: the word, and when it was found first.
     """
 
     pid: int
     reader: int
     page: SharedWords
     process: Descriptor
+    words: list[int] = field(default_factory=list)
     found: dict[int, tuple[int, float]] = field(default_factory=dict)
+
+    def note(self, words: list[int], slots: int, now: float) -> int:
+        """Keep lease words that were read; the number of those without a meaning."""
+        previous, self.found, self.words = self.found, {}, words
+        ignored = 0
+        for index, word in enumerate(words):
+            if 0 < word <= slots:
+                known = previous.get(index)
+                self.found[index] = known if known is not None and known[0] == word else (word, now)
+            else:
+                ignored += word != 0
+        return ignored
 
 
 class DirectLeases(Closing):
@@ -245,7 +259,7 @@ class DirectLeases(Closing):
 
     def take_events(self) -> None:
         """Take processes that have ended off the list, and silence the doorbell; the words are read after it."""
-        for number in self.events.take():
+        for number in self.events.collect():
             attached = self.attached.get(number)
             if attached is not None:
                 self._remove(attached)
@@ -272,19 +286,12 @@ class DirectLeases(Closing):
         for attached in tuple(self.attached.values()):
             ended = attached.page.words[-1]  # first: no lease word is written after this one
             words = attached.page.words[:-1].tolist()
-            if not any(words):
-                attached.found.clear()
-                if ended:
-                    self._remove(attached)
-                continue
-            previous, attached.found = attached.found, {}
-            for index, word in enumerate(words):
-                if 0 < word <= self._slots:
-                    named[word - 1] = named.get(word - 1, 0) + 1
-                    known = previous.get(index)
-                    attached.found[index] = known if known is not None and known[0] == word else (word, now)
-                elif word:
-                    self.ignored_words += 1
+            if words != attached.words:
+                self.ignored_words += attached.note(words, self._slots, now)
+            for word, _ in attached.found.values():
+                named[word - 1] = named.get(word - 1, 0) + 1
+            if ended and not any(words):
+                self._remove(attached)
         return named
 
     def leases(self, sequences: Sequence[int]) -> list[WordLease]:

@@ -115,7 +115,7 @@ def map_shared(fd: int, nbytes: int, *, writable: bool) -> memoryview:
                 _raise_errno()
         (address,) = mapped
         _advise(address, nbytes, _MADV_DONTFORK)
-        # The garbage collector clears weak references to what it tracks before it calls finalizers, which may
+        # The garbage collector clears weak references to what it tracks before it calls `__del__`, which may
         # still use the memory. It does not track arrays.
         memory = np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), np.uint8)
         _mappings[address] = weakref.ref(memory, _unmap_dead), nbytes

@@ -7,6 +7,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+from dray.errors import StaleSlotError
+from dray.ring.layout import HAS_CHECKSUM, SLOT_HEADER
 from dray.ring.slot_state import SlotState
 
 OnFull: TypeAlias = Literal["block", "error", "overwrite"]
@@ -108,3 +110,47 @@ class Slot:
         if self.retirement is not None:
             self.retirement.notify_all()
             self.retirement = None
+
+    def stale_error(self, sequence: int, reader: int) -> StaleSlotError:
+        """The reason why `reader` cannot read the payload `sequence` in this slot."""
+        if self.sequence < sequence:
+            why = "the slot never held that payload"
+        elif self.sequence > sequence:
+            why = f"the payload is gone, the slot has moved on to sequence {self.sequence}"
+        elif self.retired:
+            why = "the payload is gone: consumed, overwritten, retired or aborted"
+        elif self.state is SlotState.WRITING:
+            why = "the payload is not committed"
+        else:
+            why = f"reader {reader} has consumed the payload"
+        return StaleSlotError(why, slot=self.index, sequence=sequence)
+
+    def mend_header(self, memory: memoryview) -> None:
+        """Write its header again. A consumer may lease the payload meanwhile: no field is zero in between."""
+        flags, checksum = (0, 0) if self.checksum is None else (HAS_CHECKSUM, self.checksum)
+        memory[self.header : self.header + SLOT_HEADER.size] = SLOT_HEADER.pack(
+            self.state, flags, self.sequence, self.nbytes, checksum, self.committed_at, self.consumed_by
+        )
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Look:
+    """What the table wants to know of direct consumers.
+
+    While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler
+    ends `observe`, the next one may choose the same victim.
+
+    Attributes:
+        due: slots that are free unless a lease word names them, with the sequence numbers of their payloads.
+        victim: the slot of a payload that is dropped unless it is leased.
+        sequence: the sequence number of that payload.
+    """
+
+    due: tuple[tuple[Slot, int], ...]
+    victim: Slot | None
+    sequence: int
+
+    @property
+    def needs_barrier(self) -> bool:
+        """Only after a barrier something can be freed."""
+        return bool(self.due) or self.victim is not None

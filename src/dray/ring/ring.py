@@ -11,14 +11,14 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, PayloadError, PayloadTooLargeError, SlotError
 from dray.identifiers import MAX_READERS, PRODUCER_ID_BYTES, Wanted
 from dray.resources import Closing
-from dray.ring.consumer_events import ConsumerEvents, Descriptor
+from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import MACHINE, MAX_BOARD_WORDS, Attached, DirectLeases, Machine, WordLease
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
-from dray.ring.records import OnFull, Retain, RingStatistics, SlotInfo
+from dray.ring.records import Look, OnFull, Retain, RingStatistics, SlotInfo
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotState
-from dray.ring.slots import Copied, Look, SlotTable
+from dray.ring.slots import Copied, SlotTable
 
 
 class SharedRingBuffer(Closing):
@@ -121,19 +121,20 @@ class SharedRingBuffer(Closing):
         bell = _Doorbell(table)
         try:
             while True:
-                self.look(drop=self.on_full == "overwrite", new_bell=new)
+                notified = table.notified
+                self.observe(drop=self.on_full == "overwrite", new_bell=new)
                 with table.lock:
                     self._open_table_locked()
                     if table.find_free():
                         return self._take_locked(nbytes)
                     table.check_time(deadline)
                     new = bell.set_locked()
-                    if not new:
+                    if not new and table.notified == notified:
                         waits = True
                         table.wait_for_slot(deadline)
         except BaseException:
             with table.lock:
-                table.wake_claimer()
+                table.notify_claims()  # if it was woken for a slot, another one must take that
             raise
         finally:
             with table.lock:
@@ -230,12 +231,12 @@ class SharedRingBuffer(Closing):
         new = False
         try:
             while True:
-                self.look(new_bell=new)
+                self.observe(new_bell=new)
                 with table.lock:
                     self._check_locked(slot)
                     found = table.slots[slot]
                     if found.sequence < sequence:
-                        raise table.stale_error(found, sequence, 0)
+                        raise found.stale_error(sequence, 0)
                     if found.sequence > sequence or found.retired:
                         return True
                     if not deadline.remaining > 0:
@@ -249,14 +250,14 @@ class SharedRingBuffer(Closing):
 
     def get_ready_count(self) -> int:
         """The number of READY slots."""
-        self.look()
+        self.observe()
         with self._table.lock:
             self._open_table_locked().mend()
             return self._table.ready
 
     def ready(self, *, leased: bool = False) -> list[SlotInfo]:
         """The READY payloads, oldest first; with `leased`, also those being read that are not consumed yet."""
-        self.look()
+        self.observe()
         with self._table.lock:
             states = (SlotState.READY, SlotState.READING) if leased else (SlotState.READY,)
             live = self._open_table_locked().live.values()
@@ -264,13 +265,13 @@ class SharedRingBuffer(Closing):
 
     def inspect(self) -> tuple[SlotInfo, ...]:
         """All slots, by index, for observers and tests. It takes time in proportion to the number of slots."""
-        self.look()
+        self.observe()
         with self._table.lock:
             return tuple([slot.info() for slot in self._open_table_locked().slots])
 
     def statistics(self) -> RingStatistics:
         """The counters of the ring."""
-        self.look()
+        self.observe()
         with self._table.lock:
             return self._open_table_locked().statistics()
 
@@ -312,20 +313,18 @@ class SharedRingBuffer(Closing):
             return self._open_table_locked().serve_directly()
 
     @property
-    def direct_events(self) -> ConsumerEvents | None:
-        """What reports that direct consumers wait for a `look`; None as long as there was none."""
-        with self._table.lock:
-            direct = self._table.direct
-            return None if direct is None else direct.events
+    def has_direct_consumers(self) -> bool:
+        """A consumer leases directly, or has done so."""
+        return self._table.direct is not None
 
-    def look(self, *, drop: bool = False, new_bell: bool = False) -> None:
+    def observe(self, *, drop: bool = False, new_bell: bool = False) -> None:
         """Learn what direct consumers hold and have consumed, and free what they do not hold any more.
 
         Every method that answers from the slots does so first. A server does when `DirectLeases.events` has one.
 
         Args:
             drop: if no slot is free, drop the oldest payload that has no lease.
-            new_bell: the doorbell was set since the last `look`.
+            new_bell: the doorbell was set since the last `observe`.
         """
         table = self._table
         direct = table.direct
@@ -398,7 +397,7 @@ class _Doorbell:
         self._set: DirectLeases | None = None
 
     def set_locked(self) -> bool:
-        """Have it rung from now on; True if it was not so far: then `look` comes before the wait."""
+        """Have it rung from now on; True if it was not so far: then `observe` comes before the wait."""
         direct = self._table.direct
         if direct is None or self._set is direct:
             return False

@@ -20,7 +20,6 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from dray.clock import Clock, Deadline
@@ -30,7 +29,6 @@ from dray.errors import (
     PayloadError,
     PayloadTooLargeError,
     SlotError,
-    StaleSlotError,
 )
 from dray.identifiers import Wanted
 from dray.ring.direct import RELOOK_SECONDS, DirectLeases, Machine
@@ -39,12 +37,11 @@ from dray.ring.layout import (
     CONSUMED_BY_OFFSET,
     FLAGS_OFFSET,
     HAS_CHECKSUM,
-    SLOT_HEADER,
     STATE_OFFSET,
     U64,
     write_slot_header,
 )
-from dray.ring.records import OnFull, Retain, RingStatistics, Slot
+from dray.ring.records import Look, OnFull, Retain, RingStatistics, Slot
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotEvent, SlotState, after
 
@@ -56,29 +53,6 @@ _CLAIM, _COMMIT, _ABORT, _LEASE, _RETURN, _END = SlotEvent
 _write_u64: Final = U64.pack_into
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class Look:
-    """What the table wants to know of direct consumers.
-
-    While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler
-    ends a `look`, the next one may choose the same victim.
-
-    Attributes:
-        due: slots that are free unless a lease word names them, with the sequence numbers of their payloads.
-        victim: the slot of a payload that is dropped unless it is leased.
-        sequence: the sequence number of that payload.
-    """
-
-    due: tuple[tuple[Slot, int], ...]
-    victim: Slot | None
-    sequence: int
-
-    @property
-    def needs_barrier(self) -> bool:
-        """Only after a barrier something can be freed."""
-        return bool(self.due) or self.victim is not None
-
-
 class SlotTable:
     """The slots of one ring. `SharedRingBuffer` explains the arguments.
 
@@ -86,24 +60,8 @@ class SlotTable:
     `disowned` may be read without it, and the garbage collector adds to `lost` in any thread.
     """
 
-    __slots__ = (
-        "__weakref__", "_aborted", "_all_readers", "_claim_wait_seconds", "_claim_waits", "_claimable",
-        "_claimed", "_claimers", "_committed", "_committed_bytes", "_consumed", "_copied", "_dropped_delivered",
-        "_dropped_unread", "_full_errors", "_late_looks", "_leased", "_machine", "_memory", "_newest",
-        "_newest_only", "_now", "_on_full", "_readers", "_replaced", "_servers", "_short", "_slot_bytes",
-        "_stale_consumes", "_stale_reads", "_worded", "changing", "clock", "closed", "direct", "disowned",
-        "double_releases", "due", "free", "leases", "live", "lock", "lost", "ready", "slots",
-    )  # fmt: skip
-
     def __init__(
-        self,
-        segment: Segment,
-        *,
-        readers: int,
-        on_full: OnFull,
-        retain: Retain,
-        clock: Clock,
-        machine: Machine,
+        self, segment: Segment, *, readers: int, on_full: OnFull, retain: Retain, clock: Clock, machine: Machine
     ) -> None:
         layout = segment.layout
         self._machine = machine
@@ -116,11 +74,10 @@ class SlotTable:
         self.due: dict[Slot, int] = {}  # retired; direct leases on these payloads are not ruled out
         self.changing = False  # an operation that moves a slot has begun and has not ended
         self.lost: deque[object] = deque()  # of writers that were deleted while their slots were WRITING
-        self.closed = False  # true after `close`, and in a forked child
-        self.disowned = False  # true in a forked child
-        self.clock = clock
+        self.closed = self.disowned = False  # both are true in a forked child, the first also after `close`
+        self.clock, self._now = clock, clock.now
         self._claimable = machine.condition(self.lock)
-        self._claimers = 0  # threads that wait on `_claimable`; with none, there is nothing to notify
+        self._claimers = self.notified = 0  # threads that wait on `_claimable`; how often it was notified
         self._slot_bytes = layout.slot_bytes
         self._memory = segment.view
         self._on_full = on_full
@@ -128,14 +85,12 @@ class SlotTable:
         self._newest: Slot | None = None
         self._readers = readers
         self._all_readers = (1 << readers) - 1
-        self._short = max(1, layout.slots // 4)  # with fewer free slots, those that are due are checked
-        self._servers = 0
+        self._short = self._enough = max(1, layout.slots // 4)  # with fewer free slots, those due are checked
         self._worded: set[Slot] = set()  # those with `words`
-        self._now = clock.now
         self._claimed = self._committed = self._committed_bytes = self._aborted = 0
         self._leased = self._copied = self._consumed = 0
         self._dropped_unread = self._dropped_delivered = self._replaced = 0
-        self._stale_reads = self._stale_consumes = 0
+        self._stale_reads = self._stale_consumes = self._servers = 0
         self._claim_waits = self._full_errors = self._late_looks = 0
         self._claim_wait_seconds = 0.0
         _tables.add(self)
@@ -167,9 +122,8 @@ class SlotTable:
             if slot.retired:
                 slot.wake()
             if slot.sequence >= 0:
-                self._write_header(slot)
-            if self.direct is not None and not slot.undecided:
-                self._publish(slot)
+                slot.mend_header(self._memory)
+            self._publish(slot)
         self.due = {slot: slot.sequence for slot in self.due if slot.state is _READING}
         free = dict.fromkeys(slot for slot in (*self.free, *self.slots) if slot.state is _FREE)
         live = sorted((slot for slot in self.slots if slot not in free), key=lambda slot: slot.sequence)
@@ -190,11 +144,11 @@ class SlotTable:
     @property
     def can_claim(self) -> bool:
         """A slot is free, and there is no reason to look for more first."""
-        free = len(self.free)
-        return free > 0 and (self.direct is None or free >= self._short)
+        return len(self.free) >= (1 if self.direct is None else self._enough)
 
     def find_free(self) -> bool:
         """A slot is free, perhaps because the oldest payload was dropped."""
+        self._enough = min(self._short, max(1, len(self.free) // 2))
         return bool(self.free) or (self._on_full == "overwrite" and not self._attached and self._drop_oldest())
 
     def check_time(self, deadline: Deadline) -> None:
@@ -226,15 +180,15 @@ class SlotTable:
         self._claim_waits += 1
         self._claim_wait_seconds += seconds
 
-    def wake_claimer(self) -> None:
-        """A thread that was woken for a slot does not take it: another one must."""
-        if self._claimers and self.free:
-            self._claimable.notify()
+    def notify_claims(self) -> None:
+        """What a claim waits for may have happened: one that waits, or is about to wait, looks again."""
+        self.notified += 1
+        if self._claimers:
+            self._claimable.notify_all()
 
     def wait_retired(self, slot: Slot, deadline: Deadline) -> None:
         """Wait until the payload in a slot may have retired."""
-        if slot.retirement is None:
-            slot.retirement = self._machine.condition(self.lock)
+        slot.retirement = slot.retirement or self._machine.condition(self.lock)
         self._wait(slot.retirement, deadline.remaining)
 
     def _wait(self, condition: threading.Condition, seconds: float) -> None:
@@ -242,9 +196,9 @@ class SlotTable:
             condition.wait(min(seconds, threading.TIMEOUT_MAX))
         elif not condition.wait(min(seconds, RELOOK_SECONDS)):
             # What the doorbell should have reported is found now.
-            before = len(self.free), self._consumed
+            before = self.notified, self._consumed
             self.begin_look()
-            self._late_looks += (len(self.free), self._consumed) != before
+            self._late_looks += (self.notified, self._consumed) != before
 
     def claim(self, nbytes: int) -> Slot:
         """FREE → WRITING for the slot that has been free longest; there must be one.
@@ -282,8 +236,7 @@ class SlotTable:
                 self._replaced += 1
             self._newest = slot
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 
     def give_back(self, slot: Slot) -> None:
         """End a claim, or a committed payload whose reference has not been given out."""
@@ -299,8 +252,7 @@ class SlotTable:
             self._retire(slot)
             self._dropped_unread += 1
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 
     def end_lease(self, slot: Slot, reader: int, consumed: bool) -> None:
         """End one lease of `reader`, which has `consumed` the payload or not."""
@@ -314,8 +266,7 @@ class SlotTable:
             else:
                 self._refresh(slot)
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 
     def consume(self, index: int, sequence: int, reader: int) -> bool:
         """Mark a payload consumed by `reader`, leased or not; false when it is stale for that reader."""
@@ -326,8 +277,7 @@ class SlotTable:
         elif not self._newest_only:
             self._consume(slot, reader)
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
         return not stale
 
     def close(self) -> None:
@@ -349,7 +299,7 @@ class SlotTable:
         slot = self.slots[index]
         if self._is_stale(slot, sequence, reader):
             self._stale_reads += 1
-            raise self.stale_error(slot, sequence, reader)
+            raise slot.stale_error(sequence, reader)
         slot.leases += 1
         slot.delivered = True
         if slot.state is _READY:
@@ -369,7 +319,7 @@ class SlotTable:
             slot = slots[index]
             if self._is_stale(slot, sequence, reader):
                 self._stale_reads += 1
-                found.append(self.stale_error(slot, sequence, reader))
+                found.append(slot.stale_error(sequence, reader))
             elif slot.nbytes > most:
                 why = f"a payload of {slot.nbytes} bytes needs a lease; at most {most} are copied"
                 found.append(PayloadTooLargeError(why, slot=index, sequence=sequence))
@@ -387,7 +337,7 @@ class SlotTable:
         """The slot of a committed payload, which may be retired and leased. Raises `StaleSlotError`."""
         slot = self.slots[index]
         if slot.sequence != sequence or slot.state is _FREE or slot.state is _WRITING:
-            raise self.stale_error(slot, sequence, 0)
+            raise slot.stale_error(sequence, 0)
         return slot
 
     def keep_checksum(self, slot: Slot, checksum: int) -> None:
@@ -429,20 +379,6 @@ class SlotTable:
         if self.disowned:
             raise BufferClosedError("the ring belongs to the process that this one was forked from")
 
-    def stale_error(self, slot: Slot, sequence: int, reader: int) -> StaleSlotError:
-        """The reason why `reader` cannot read `sequence` in `slot`."""
-        if slot.sequence < sequence:
-            why = "the slot never held that payload"
-        elif slot.sequence > sequence:
-            why = f"the payload is gone, the slot has moved on to sequence {slot.sequence}"
-        elif slot.retired:
-            why = "the payload is gone: consumed, overwritten, retired or aborted"
-        elif slot.state is _WRITING:
-            why = "the payload is not committed"
-        else:
-            why = f"reader {reader} has consumed the payload"
-        return StaleSlotError(why, slot=slot.index, sequence=sequence)
-
     def _count(self) -> dict[SlotState, int]:
         writing = self._claimed - self._committed - self._aborted
         reading = len(self.live) - writing - self.ready
@@ -452,17 +388,18 @@ class SlotTable:
         """Free the oldest READY payload; false when there is none. Walks past older ones that are in use."""
         if not self.ready:
             return False
-        self.changing = True
-        self._drop(next(slot for slot in self.live.values() if slot.state is _READY))
-        self.changing = False
+        slot = next(slot for slot in self.live.values() if slot.state is _READY)
+        self._learn(slot, range(self._readers))  # from consumers that ended after the board was read
+        if not slot.retired:
+            self._drop(slot)
         return True
 
     def _drop(self, slot: Slot) -> None:
+        self.changing = True
         self._retire(slot)
-        if slot.delivered:
-            self._dropped_delivered += 1
-        else:
-            self._dropped_unread += 1
+        self._dropped_delivered += slot.delivered
+        self._dropped_unread += not slot.delivered
+        self.changing = False
 
     def _consume(self, slot: Slot, reader: int) -> None:
         slot.consumed_by |= 1 << reader
@@ -503,6 +440,7 @@ class SlotTable:
         elif not used and slot.state is _READING:
             slot.state = after(slot.state, _RETURN)
             self.ready += 1
+            self.notify_claims()
         self._memory[slot.header + STATE_OFFSET] = slot.state
 
     def _is_stale(self, slot: Slot, sequence: int, reader: int) -> bool:
@@ -545,15 +483,14 @@ class SlotTable:
         if self.direct is not None and self.direct.suspended is (self._servers > 0):
             self.direct.suspended = not self._servers
             for slot in self.live.values():
-                if not slot.undecided:
-                    self._publish(slot)
+                self._publish(slot)
 
     def begin_look(self, *, drop: bool = False) -> Look:
         """Learn what direct consumers have consumed and hold, and which slots only a barrier can free.
 
         With `drop`, if no slot is free, the oldest payload on which no lease was found is among them.
         """
-        direct = self.direct
+        direct, before = self.direct, (self._attached, len(self.free))
         victim = None
         if direct is not None:
             direct.take_events()
@@ -566,6 +503,8 @@ class SlotTable:
             elif drop and not self.free:
                 ready = (each for each in self.live.values() if each.state is _READY and not each.undecided)
                 victim = next(ready, None) if self.ready else None
+        if (self._attached, len(self.free)) != before:
+            self.notify_claims()
         look = Look(tuple(self.due.items()), victim, -1 if victim is None else victim.sequence)
         if direct is not None and victim is not None:
             victim.look = weakref.ref(look)
@@ -573,12 +512,7 @@ class SlotTable:
         return look
 
     def end_look(self, look: Look, passed: bool) -> None:
-        """Free what `begin_look` has returned and no lease word names.
-
-        Args:
-            look: what `begin_look` has returned.
-            passed: a barrier has passed since then. Otherwise nothing is freed.
-        """
+        """Free what `begin_look` has returned and no lease word names, if a barrier has `passed` since then."""
         direct, victim = self.direct, look.victim
         if direct is None:
             return
@@ -590,15 +524,14 @@ class SlotTable:
             self._learn(victim, range(self._readers))
             if not victim.retired:
                 if passed and not self.free and victim.state is _READY and victim.index not in named:
-                    self.changing = True
                     self._drop(victim)
-                    self.changing = False
                     self._free_due(((victim, victim.sequence),), named)
                 else:
                     direct.publish(victim.index, victim.sequence)
+                    self.notified += passed  # another payload may have no lease
         self._note_words(named)
-        if self._claimers and self.free:
-            self._claimable.notify_all()
+        if self.free or not self._attached:
+            self.notify_claims()
 
     def _free_due(self, payloads: Iterable[tuple[Slot, int]], named: Mapping[int, int]) -> None:
         # A slot may be due again, with another payload that was retired after the barrier: that needs its own.
@@ -607,18 +540,19 @@ class SlotTable:
                 self.changing = True
                 del self.due[slot]
                 slot.words = 0
-                self._worded.discard(slot)
                 self._set_free(slot, _END)
                 self.changing = False
 
     def _note_words(self, named: Mapping[int, int]) -> None:
         found = {self.slots[index] for index in named}
         for slot in found | self._worded:
-            slot.words = 0
-            if slot.state is _READY or slot.state is _READING:
-                slot.words = named.get(slot.index, 0)  # else it is of a lease that is found to be stale
-                slot.delivered = slot.delivered or slot.words > 0
-                self._refresh(slot)
+            used = slot.state is _READY or slot.state is _READING  # else the consumer will find it to be stale
+            words = named.get(slot.index, 0) if used else 0
+            if words != slot.words:
+                slot.words = words
+                slot.delivered = slot.delivered or words > 0
+                if used:
+                    self._refresh(slot)
         self._worded = found
 
     def _learn(self, slot: Slot, readers: Iterable[int]) -> None:
@@ -636,19 +570,13 @@ class SlotTable:
                 self.changing = False
 
     def _publish(self, slot: Slot) -> None:
-        """Write the generation that follows from the state of a slot."""
-        assert self.direct is not None
+        """Write the generation that follows from the state of a slot, unless it is undecided."""
+        if self.direct is None or slot.undecided:
+            return
         if slot.retired or slot.state is _FREE or slot.state is _WRITING:
             self.direct.retire(slot.index)
         else:
             self.direct.publish(slot.index, slot.sequence)
-
-    def _write_header(self, slot: Slot) -> None:
-        flags, checksum = (0, 0) if slot.checksum is None else (HAS_CHECKSUM, slot.checksum)
-        # Not with `pack_into`, which begins with zeros: a consumer may lease the payload meanwhile.
-        self._memory[slot.header : slot.header + SLOT_HEADER.size] = SLOT_HEADER.pack(
-            slot.state, flags, slot.sequence, slot.nbytes, checksum, slot.committed_at, slot.consumed_by
-        )
 
     def disown(self) -> None:
         """In a forked child: the memory is not mapped, and a thread that does not exist may hold the lock."""

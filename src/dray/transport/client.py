@@ -15,6 +15,7 @@ from dray.errors import (
     DrayError,
     PayloadError,
     SlotError,
+    StaleSlotError,
 )
 from dray.forking import here
 from dray.identifiers import MAX_READERS
@@ -255,8 +256,10 @@ class PayloadClient(Closing):
         for ref in refs:
             try:
                 lease = self._direct.lease(ref)
-            except SlotError:
+            except StaleSlotError:
                 continue
+            except SlotError:  # a wrong size, which CONSUME does not compare
+                lease = None
             if lease is None:
                 others.append(ref)
             else:
@@ -321,11 +324,11 @@ class PayloadClient(Closing):
         self._check_process()
         lease = self._direct.lease(ref)
         if lease is not None:
-            return self._take(lease, consume, unpack_as)
+            return self._copy_and_end(lease, consume, unpack_as)
         attempts = self._connections.attempts(ref, Deadline.after(timeout, self._clock))
         return self._connections.run(attempts, self._read_request(ref, consume, unpack_as))
 
-    def _take(self, lease: DirectLease, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]) -> T:
+    def _copy_and_end(self, lease: DirectLease, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]) -> T:
         """Copy a payload. Its lease ends last: an exception before that leaves the payload where it is."""
         payload = unpack_as(self._direct.copy(lease))
         self._direct.end(lease, consume)
@@ -345,11 +348,11 @@ class PayloadClient(Closing):
                 except SlotError as error:
                     raise Refused(error) from None
                 if lease is not None:
-                    return self._take(lease, consume, unpack_as)
+                    return self._copy_and_end(lease, consume, unpack_as)
             received = connection.read(ref, self._reader, status_deadline, deadline, copy=True)
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
-            payload = unpack_as(received.data())
+            payload = unpack_as(received.data() if received.in_place else received.root)
             connection.finish(received, consume, deadline)
             if isinstance(payload, DrayError):
                 raise Refused(payload)

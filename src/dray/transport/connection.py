@@ -236,7 +236,7 @@ class Connection:
         """
         event = self._event(status_deadline, deadline)
         request = event.request
-        inline = request[7]
+        inline = request.flags
         if isinstance(event, Refusal):
             if self.in_band and not inline:
                 try:
@@ -244,24 +244,30 @@ class Connection:
                 except TransportError as error:
                     self.failure = error  # the refusal is the answer, also without its empty payload
             return event.error
-        frame, nbytes = event.frame, request[5]
-        from_slot, copied = False, True
+        frame, nbytes = event.frame, request.nbytes
+        from_slot, copied, checksum = False, True, None
         if inline:
             target = np.frombuffer(bytearray(event.body), _UINT8)
         elif self.in_band:
             assert target is not None
-            self._payload(nbytes, deadline)
+            if frame.flags and self._verify:
+                checksum = self._payload_and_checksum(target, nbytes, deadline)
+            else:
+                self._payload(nbytes, deadline)
         else:
-            target = self._in_slot(request.slot, nbytes, frame[11])
+            target = self._in_slot(request.slot, nbytes, frame.offset)
             from_slot, copied = True, copy
             if copy:
                 slot, target = target, self._buffers.allocate(nbytes)
                 np.copyto(target, slot)
-        if frame[3] and self._verify and not from_slot and xxhash.xxh3_64_intdigest(target.data) != frame.checksum:
-            raise MessageTruncated(
-                "the payload does not match its checksum",
-                endpoint=self.endpoint, slot=request.slot, sequence=request.sequence,
-            )  # fmt: skip
+        if frame.flags and self._verify and not from_slot:
+            if checksum is None:
+                checksum = xxhash.xxh3_64_intdigest(target.data)
+            if checksum != frame.checksum:
+                raise MessageTruncated(
+                    "the payload does not match its checksum",
+                    endpoint=self.endpoint, slot=request.slot, sequence=request.sequence,
+                )  # fmt: skip
         if self._report is not None:
             self._report(
                 trace.Payload(self._clock.now(), self.endpoint, request.slot, request.sequence, nbytes, id(self))
@@ -276,7 +282,8 @@ class Connection:
                 must not be used.
         """
         try:
-            if not self._stream.send([self._ack(received.request, consumed)]):
+            ack = self._session.ack if self._report is None else self._ack
+            if not self._stream.send([ack(received.request, consumed)]):
                 self._flush(deadline)
         except (TransportError, BufferClosedError) as error:
             if received.from_slot:
@@ -455,6 +462,19 @@ class Connection:
     def _payload(self, nbytes: int, deadline: Deadline) -> None:
         while not self._stream.payload_arrived(nbytes):
             self._wait(deadline, PAYLOAD)
+
+    def _payload_and_checksum(self, target: Bytes, nbytes: int, deadline: Deadline) -> int:
+        """Receive a payload; its checksum, most of which is computed while the rest is on its way."""
+        stream, view = self._stream, target.data
+        digest, covered = xxhash.xxh3_64(), 0
+        while not stream.payload_arrived(nbytes):
+            filled = stream.filled
+            if filled > covered:
+                digest.update(view[covered:filled])
+                covered = filled
+            self._wait(deadline, PAYLOAD)
+        digest.update(view[covered:])
+        return int(digest.intdigest())
 
     def _in_slot(self, slot: int, nbytes: int, offset: int) -> Bytes:
         """A payload on the shm lane as it lies in its slot, for the length of its lease."""

@@ -227,7 +227,7 @@ class Connections:
         while True:
             with self._lock:
                 self._holders.add(holder)
-                found = pool.at_hand(endpoint, now)
+                found = pool.at_hand(endpoint, now, alone=len(self._holders) == 1 and not self._blocked)
                 expired = found is None and pool.expire(endpoint, now)
                 if found is None and not expired:
                     found = pool.checkout(endpoint, self._busy())

@@ -85,14 +85,15 @@ class DirectReads(Closing):
             return None
         lease = attachment.lease(ref.slot, ref.sequence, ref.nbytes)
         if lease is None:
-            self._look_why(ref.producer, attachment)
+            self._find_cause(ref.producer, attachment)
         elif self._trace is not None:
             self._trace(Payload(self._now(), DIRECT, ref.slot, ref.sequence, ref.nbytes, id(self)))
         return lease
 
     def copy(self, lease: DirectLease) -> Bytes:
         """The payload in memory of its own."""
-        return self._buffers.copy(in_slot(lease))
+        begin = lease.offset
+        return self._buffers.copy(lease.attachment.array[begin : begin + lease.nbytes])
 
     def end(self, lease: DirectLease, consumed: bool) -> None:
         """End the lease of a payload that is handed out."""
@@ -123,7 +124,7 @@ class DirectReads(Closing):
     def __repr__(self) -> str:
         return f"<DirectReads of {len(self._attachments)} rings>"
 
-    def _look_why(self, producer: bytes, attachment: Attachment) -> None:
+    def _find_cause(self, producer: bytes, attachment: Attachment) -> None:
         """There was no lease: the owner may be gone, or all lease words in use."""
         if not attachment.closed:
             self._end_dead()

@@ -137,13 +137,10 @@ class Batch:
         self._clock = clock
         self._spent = 0.0
         self._timeout = math.inf if timeout is None else timeout
-        grouped: dict[bytes, list[PayloadRef]] = {}
-        for ref in self.refs:
-            grouped.setdefault(ref.producer, []).append(ref)
-        self._pipelines = {
-            producer: Pipeline(connections, each, reader=reader, consume=consume)
-            for producer, each in grouped.items()
-        }
+        self._connections = connections
+        self._reader = reader
+        self._taken = 0  # results
+        self._pipelines: dict[bytes, Pipeline] = {}  # by producer; none before one is needed
         self._open: dict[Pipeline, None] = {}  # the least recently used one first
         self._last: Pipeline | None = None
 
@@ -153,26 +150,48 @@ class Batch:
         Raises:
             BufferClosedError: the client was closed; leases have ended with their connections.
         """
-        if self.handed_out is not None:
-            self._end_direct()
-        pipeline = self._pipelines[ref.producer]
-        if not pipeline.results:
-            connection = pipeline.connection
-            if connection is not None and connection.attachment is not None:
+        direct, ended = self._direct, self.handed_out
+        if ended is not None:
+            direct.end(ended, self._consume)
+            self.handed_out = None
+        taken = self._taken
+        self._taken = taken + 1
+        pipeline = self._pipelines[ref.producer] if self._pipelines else None
+        if pipeline is None or not pipeline.results:
+            if (
+                pipeline is not None
+                and pipeline.connection is not None
+                and pipeline.connection.attachment is not None
+            ):
                 self._give_up(pipeline)
-            if pipeline.connection is None:
+            if pipeline is None or pipeline.connection is None:
                 self.source = self
                 try:
-                    lease = self._direct.lease(ref)
+                    lease = direct.lease(ref)
                 except SlotError as error:
-                    pipeline.waiting.popleft()
+                    if pipeline is not None:
+                        pipeline.waiting.popleft()
                     return None, error
                 if lease is not None:
-                    pipeline.waiting.popleft()
-                    return lease, self._direct.copy(lease)
+                    if pipeline is not None:
+                        pipeline.waiting.popleft()
+                    return lease, direct.copy(lease)
+        if pipeline is None:
+            self._group(self.refs[taken:])
+            pipeline = self._pipelines[ref.producer]
         if pipeline is not self._last or not pipeline.results:
             self._prepare(pipeline)
         return self._next_of(pipeline, ref)
+
+    def _group(self, refs: Iterable[PayloadRef]) -> None:
+        """Make the pipelines of all producers, for what is left."""
+        grouped: dict[bytes, list[PayloadRef]] = {}
+        for ref in refs:
+            grouped.setdefault(ref.producer, []).append(ref)
+        self._pipelines = {
+            producer: Pipeline(self._connections, each, reader=self._reader, consume=self._consume)
+            for producer, each in grouped.items()
+        }
 
     def _next_of(self, pipeline: Pipeline, ref: PayloadRef) -> Received:
         lease, _ = pipeline.results[0]

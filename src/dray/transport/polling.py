@@ -90,19 +90,31 @@ class AdaptivePoller(Generic[Found]):
 
     def __call__(self, timeout: Any) -> Found:
         """What `poll` found; nothing after the timeout, which begins after polling without sleep."""
-        poll = self._poll
         if timeout == 0:
-            return poll(0)
-        now = self._now
-        began = now()
+            return self._poll(0)
+        began = self._now()
         if self._spins_next:
             found = self._busy_poll(began)
             if found:
                 return found
         elif self._sleeping_waits:
             self._sleeping_waits -= 1
-        found = poll(timeout)
-        self._spins_next = not self._sleeping_waits and now() - began <= SHORT_SECONDS
+        return self._sleep(timeout, began)
+
+    def until(self, deadline: Deadline) -> Found:
+        """What `poll`, which takes milliseconds, found; nothing after the deadline."""
+        began = self._now()
+        if self._spins_next:
+            found = self._busy_poll(began)
+            if found:
+                return found
+        elif self._sleeping_waits:
+            self._sleeping_waits -= 1
+        return self._sleep(poll_timeout(deadline), began)
+
+    def _sleep(self, timeout: Any, began: float) -> Found:
+        found = self._poll(timeout)
+        self._spins_next = not self._sleeping_waits and self._now() - began <= SHORT_SECONDS
         return found
 
     def _busy_poll(self, began: float) -> Found:
@@ -148,7 +160,7 @@ class AdaptiveEpoll:
         self.unregister = self._epoll.unregister
         self._workers: list[Worker] = []
         self._worker_found = False
-        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, look=self._look)
+        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, look=self._poll_awake)
 
     def drive(self, worker: Worker) -> None:
         """Report the worker's descriptor, also after progress that the worker has made in `poll`."""
@@ -172,7 +184,7 @@ class AdaptiveEpoll:
             os.close(self._wake)
             self._wake = -1
 
-    def _look(self) -> Events:
+    def _poll_awake(self) -> Events:
         # After a worker was found, the descriptors are polled first: a busy worker must not hide them.
         if not self._worker_found:
             for worker in self._workers:
@@ -222,7 +234,7 @@ class CloseEvent(Closing):
         try:
             self._waits.add(poll)
             if not self._set:
-                found = poll(poll_timeout(deadline))
+                found = poll.until(deadline)
         finally:
             self._waits.discard(poll)
             if self._set:
@@ -295,7 +307,7 @@ class PollWaiter:
 
     def _wait(self, deadline: Deadline, awaited: str, endpoint: str) -> None:
         closing, poller = self._closing, self._poller
-        if not (closing.wait(poller, deadline) if closing is not None else poller(poll_timeout(deadline))):
+        if not (closing.wait(poller, deadline) if closing is not None else poller.until(deadline)):
             raise timed_out(deadline, awaited, endpoint)
 
 

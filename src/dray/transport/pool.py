@@ -91,12 +91,14 @@ class ConnectionPool(Generic[C, W]):
         self._idle: dict[str, list[Idle[C, W]]] = {}
         self._next_sweep = 0.0
 
-    def at_hand(self, endpoint: str, now: float) -> Idle[C, W] | None:
-        """The connection used last, if it needs no worker and nothing is due; the short way of a small read."""
+    def at_hand(self, endpoint: str, now: float, alone: bool) -> Idle[C, W] | None:
+        """The connection used last, if nothing is due, and it needs no worker, or no other call can have it.
+
+        The short way of a small read. `alone`: no other call has a connection or worker.
+        """
         idle = self._idle.get(endpoint)
-        if idle and now < self._next_sweep and now - idle[0][2] < self._idle_seconds and idle[-1][1] is None:
-            return idle.pop()
-        return None
+        due = not idle or now >= self._next_sweep or now - idle[0].since >= self._idle_seconds
+        return idle.pop() if idle and not due and (alone or idle[-1].worker is None) else None
 
     def checkout(self, endpoint: str, busy: Collection[W]) -> Idle[C, W] | None:
         """The connection used last whose worker is not busy; call `expire` before."""
@@ -124,7 +126,7 @@ class ConnectionPool(Generic[C, W]):
         sweep = now >= self._next_sweep
         if not sweep:
             idle = self._idle.get(endpoint)
-            if not idle or now - idle[0][2] < self._idle_seconds:  # the first is the oldest
+            if not idle or now - idle[0].since < self._idle_seconds:  # the first is the oldest
                 return False
         else:
             self._next_sweep = now + self._idle_seconds

@@ -185,7 +185,7 @@ class ServedConnection:
         weight = 0
         while requests and weight < BATCH_BYTES:
             request = requests[0]
-            kind = request[0]
+            kind, _, _, inline, _, _, _, _, _, _, _, _ = request
             try:
                 if kind != _READ:
                     if kind == _CONSUME:
@@ -193,7 +193,7 @@ class ServedConnection:
                     else:
                         session.answer(self._service.describe())
                         weight += BATCH_BYTES
-                elif request[3]:  # INLINE
+                elif inline:  # the one flag of a READ
                     weight += self._copy()
                 else:
                     weight += self._grant(request)
@@ -358,21 +358,22 @@ class ServedConnection:
     def _copy(self) -> int:
         """Answer the inline READs that are due with copies, which need no lease."""
         requests, compute, send = self.session.requests, self._checksum, self.session.copy
-        wanted = []
+        wanted, sizes = [], []
         weight = 0
-        for frame in requests:
-            if weight >= BATCH_BYTES or frame[0] != _READ or not frame[3]:  # INLINE
+        for kind, _, reader, inline, slot, _, sequence, size, _, _, _, _ in requests:
+            if weight >= BATCH_BYTES or kind != _READ or not inline:
                 break
-            wanted.append((frame[4], frame[6], frame[2]))
+            wanted.append((slot, sequence, reader))
+            sizes.append(size)
             # A size of 0 accepts any size.
-            weight += REQUEST_WEIGHT + COPY_WEIGHT * min(frame[7] or MAX_INLINE_BYTES, MAX_INLINE_BYTES)
+            weight += REQUEST_WEIGHT + COPY_WEIGHT * min(size or MAX_INLINE_BYTES, MAX_INLINE_BYTES)
         reads = nbytes = 0
-        for copied in self._ring.copy_many(wanted, MAX_INLINE_BYTES):
+        for size, copied in zip(sizes, self._ring.copy_many(wanted, MAX_INLINE_BYTES), strict=True):
             if not isinstance(copied, tuple):
                 self._refuse_copy(copied)
                 continue
             payload, checksum = copied
-            size, found = requests[0][7], len(payload)
+            found = len(payload)
             if size and size != found:
                 self._fail(_other_size(size, found))
                 continue

@@ -176,6 +176,8 @@ class PayloadServer(Closing):
             self._check_reference_fits()
             ring.count_servers(1)
             self._counted = True
+            if ring.has_direct_consumers:  # they attached to an earlier server
+                self.loops[0].watch_consumers()
             for loop in self.loops:
                 loop.start()
         except BaseException:

@@ -357,7 +357,7 @@ class ServerLoop:
     ) -> None:
         self.endpoints = [listener.endpoint for listener in listeners]
         self.connections = ServedConnections(
-            service, watch=self._watch, unwatch=self._unwatch, attach=self._watch_consumers
+            service, watch=self._watch, unwatch=self._unwatch, attach=self.watch_consumers
         )
         self._ring = service.ring
         self._consumers = -1
@@ -386,6 +386,15 @@ class ServerLoop:
             self._poller.close()
             raise
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
+
+    def watch_consumers(self) -> None:
+        """Wait also for the direct consumers of the ring: they ring its doorbell, or end.
+
+        To be called before `start`, or in the thread.
+        """
+        if self._consumers < 0:
+            self._consumers = self._ring.direct().events.fileno()
+            self._poller.register(self._consumers, select.EPOLLIN)
 
     def start(self) -> None:
         """Run the loop in its thread."""
@@ -427,7 +436,6 @@ class ServerLoop:
         """Serve until `stop`, then close everything but the poller."""
         connections, poll = self.connections, self._poller.poll
         try:
-            self._watch_consumers()  # those of a server before this one
             while True:
                 if self._deadline is not None:
                     self._stop_listening()
@@ -445,7 +453,7 @@ class ServerLoop:
                     elif descriptor in self._listeners:
                         self._accept(self._listeners[descriptor])
                     elif descriptor == self._consumers:
-                        self._ring.look()
+                        self._ring.observe()
                     elif descriptor in self._silent:
                         self._silent[descriptor].hasten()
                     else:  # a worker, or `stop` has woken the poller
@@ -547,13 +555,6 @@ class ServerLoop:
         else:
             self._poller.register(descriptor, wanted)
             self._sockets[descriptor] = connection
-
-    def _watch_consumers(self) -> None:
-        """Wait also for the direct consumers of the ring: they ring its doorbell, or end."""
-        events = self._ring.direct_events
-        if self._consumers < 0 and events is not None:
-            self._consumers = events.fileno()
-            self._poller.register(self._consumers, select.EPOLLIN)
 
     def _unwatch(self, connection: ServedConnection) -> None:
         descriptor = connection.stream.fileno()

@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import pages, plot  # noqa: E402
 from benchmarks.comparison import compare  # noqa: E402
 from benchmarks.figures import Figure, Row, Target, percentile  # noqa: E402
-from benchmarks.plan import parse_sizes, parse_targets  # noqa: E402
+from benchmarks.plan import GIB, Plan, parse_sizes, parse_targets  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from benchmarks.scenario import Skipped  # noqa: E402
-from benchmarks.scenarios import SCENARIOS, job  # noqa: E402
+from benchmarks.scenarios import SCENARIOS, in_place, job  # noqa: E402
 from benchmarks.tables import summary_sheet  # noqa: E402
 from benchmarks.targets import NAMES, TARGETS  # noqa: E402
 from benchmarks.texts import seconds_text, value_text  # noqa: E402
@@ -28,6 +28,13 @@ from benchmarks.texts import seconds_text, value_text  # noqa: E402
 
 def figure(*rounds: float) -> Figure:
     return Figure(rounds, None, len(rounds))
+
+
+class Unwatched:
+    """A progress that nobody watches."""
+
+    def step(self, doing):
+        pass
 
 
 def row(rounds, limit=None, unit="s", target=None, subject="shm", scenario="reads"):
@@ -71,6 +78,20 @@ def test_a_ratio_of_rates_is_above_one_for_the_quicker_one():
 def test_a_target_of_a_value_ignores_the_limit():
     each = row([10e-6], [1e-6], target=Target("P9", "at most", 15e-6, "value"))
     assert each.reached is True
+
+
+def test_a_target_of_a_ratio_is_not_reached_without_a_limit():
+    target = Target("P12", "at least", 0.98, "rate ratio")
+    assert row([5e4], [0.0], unit="/s", target=target).reached is False
+    assert row([5e4], unit="/s", target=target).reached is False
+
+
+def test_a_size_that_does_not_fit_into_memory_is_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(in_place, "available_bytes", lambda: GIB)
+    plan = Plan(targets=("P1",), sizes=(GIB,), rounds=1, most_operations=4)
+    *rows, skipped = in_place.SCENARIO.run(plan, Unwatched())
+    assert [each.subject for each in rows] == ["bare Unix round trip"]
+    assert skipped == Skipped("shm in place, 1 GiB", "it takes 9.0 GiB of memory, and 1.0 GiB are available")
 
 
 def test_rows_survive_their_document():
@@ -151,7 +172,7 @@ def test_names_on_a_plot_are_moved_apart_in_their_order():
 
 
 def test_choices_are_parsed():
-    assert parse_sizes("1MiB, 1KiB") == (1 << 10, 1 << 20)
+    assert parse_sizes("1MiB, 1KiB, 1GiB") == (1 << 10, 1 << 20, 1 << 30)
     assert parse_targets("p4,P1", NAMES) == ("P1", "P4")
     with pytest.raises(ValueError, match="P99"):
         parse_targets("P99", NAMES)
@@ -171,6 +192,7 @@ def test_figures_have_three_digits_that_count():
     ]
     assert value_text(152_345, "/s") == "152,345 /s"
     assert value_text(4.56e9, "B/s") == "4.56 GB/s"
+    assert value_text(6.78e12, "B/s") == "6.78 TB/s"
 
 
 def test_the_page_has_the_mark_of_every_section():

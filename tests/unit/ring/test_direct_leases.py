@@ -1,4 +1,4 @@
-"""Leases that ask nobody: a consumer with lease words of its own, and the ring that reads them."""
+"""Leases in shared memory alone: a consumer with lease words of its own, and the ring that reads them."""
 
 import errno
 import gc
@@ -16,10 +16,10 @@ from waiting import wait_until
 
 from dray.errors import BufferClosedError, BufferFullError, ProtocolError, SlotError, StaleSlotError
 from dray.resources import close_all
-from dray.ring import SharedRingBuffer, SlotState, SlotWriter, membarrier
+from dray.ring import SharedRingBuffer, SlotState, SlotWriter, membarrier, slots
 from dray.ring.attachment import Attachment, DirectLease
 from dray.ring.consumer_events import Bell, Descriptor, ProcessDescriptor
-from dray.ring.direct import MAX_ATTACHMENTS_OF_PROCESS, direct_problem
+from dray.ring.direct import MAX_ATTACHMENTS_OF_PROCESS, DirectLeases, direct_problem
 from dray.ring.mapping import fork_lock, map_shared, new_memfd
 from dray.ring.membarrier import Barriers
 
@@ -165,7 +165,7 @@ def test_of_many_threads_that_end_a_lease_one_does(ring: SharedRingBuffer) -> No
     assert ring.statistics().leases == 0
 
 
-def test_a_lease_that_nobody_keeps_is_released(ring: SharedRingBuffer) -> None:
+def test_a_lease_that_is_garbage_is_released(ring: SharedRingBuffer) -> None:
     consumer, written = attach(ring), put(ring)
     leased(consumer, written)
     assert ring.get_ready_count() == 1
@@ -258,7 +258,7 @@ def test_a_leased_slot_is_not_claimed(ring: SharedRingBuffer) -> None:
     assert held[0].buffer == b"payload"
 
 
-def test_a_ring_that_overwrites_drops_only_what_nobody_has_leased() -> None:
+def test_a_ring_that_overwrites_drops_only_what_no_consumer_has_leased() -> None:
     with SharedRingBuffer(3, 64, on_full="overwrite") as ring:
         consumer = attach(ring)
         first, second, _ = put(ring, b"first"), put(ring, b"second"), put(ring, b"third")
@@ -311,6 +311,62 @@ def test_the_end_of_a_lease_wakes_a_claim_that_waits(ring: SharedRingBuffer) -> 
     claimed[0].abort()
 
 
+def test_a_claim_in_a_ring_that_overwrites_is_woken_when_the_server_learns_of_the_end_of_a_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    with SharedRingBuffer(1, 64, on_full="overwrite") as ring:
+        consumer = attach(ring)
+        lease = leased(consumer, put(ring))
+        claimed: list[SlotWriter] = []
+        thread = threading.Thread(target=lambda: claimed.append(ring.claim(1, timeout=None)), daemon=True)
+        thread.start()
+        wait_until(lambda: ring.direct().waiting, "the claim to set the doorbell")
+        lease.end(consumed=False)
+        ring.observe()  # as the server does when the doorbell rings
+        thread.join(20)
+        assert [writer.sequence for writer in claimed] == [1]
+        claimed[0].abort()
+
+
+def test_a_claim_is_woken_when_the_last_consumer_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    with SharedRingBuffer(1, 64) as ring, subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as other:
+        consumer = attach(ring, pid=other.pid)
+        lease = leased(consumer, put(ring))
+        claimed: list[SlotWriter] = []
+        thread = threading.Thread(target=lambda: claimed.append(ring.claim(1, timeout=None)), daemon=True)
+        thread.start()
+        wait_until(lambda: ring.direct().waiting, "the claim to set the doorbell")
+        lease.end(consumed=True)
+        other.kill()
+        other.wait()
+        wait_until(lambda: (ring.observe(), not ring.direct().attached)[1], "the end of the attachment")
+        thread.join(20)
+        assert [writer.sequence for writer in claimed] == [1]
+        claimed[0].abort()
+
+
+def test_a_payload_that_a_consumer_has_consumed_before_it_closed_is_not_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with SharedRingBuffer(1, 64, on_full="overwrite") as ring:
+        consumer = attach(ring)
+        lease = leased(consumer, put(ring))
+        named = DirectLeases.named
+
+        def end_before_the_words_are_read(direct: DirectLeases) -> dict[int, int]:
+            lease.end(consumed=True)  # after the board was read
+            consumer.close()
+            return named(direct)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(DirectLeases, "named", end_before_the_words_are_read)
+            put(ring)
+        found = ring.statistics()
+        assert (found.consumed, found.dropped_unread, found.dropped_delivered) == (1, 0, 0)
+
+
 # --- the end of attachments -----------------------------------------------------------------------------------
 
 
@@ -327,7 +383,7 @@ def test_leases_outlive_the_attachment_that_made_them(ring: SharedRingBuffer) ->
     assert ring.statistics().attachments == 0
 
 
-def test_an_attachment_that_nobody_keeps_is_forgotten(ring: SharedRingBuffer) -> None:
+def test_an_attachment_that_is_garbage_is_forgotten(ring: SharedRingBuffer) -> None:
     attach(ring)
     assert ring.statistics().attachments == 0
 
@@ -486,7 +542,7 @@ def test_a_forked_child_leases_nothing_and_ends_nothing(ring: SharedRingBuffer) 
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_finalizer_in_a_reference_cycle_can_still_read_the_memory() -> None:
+def test_a_del_method_in_a_reference_cycle_can_still_read_the_memory() -> None:
     read: list[bytes] = []
 
     class Holder:

@@ -42,7 +42,7 @@ def interruptible(code: CodeType) -> frozenset[int]:
     return frozenset(found)
 
 
-def in_finalizer(frame: FrameType | None) -> bool:
+def in_del(frame: FrameType | None) -> bool:
     """What a signal handler raises there, or in the callback of a weak reference, is lost: Python ignores it."""
     while frame is not None and frame.f_code.co_name not in ("__del__", "_unmap_dead"):
         frame = frame.f_back
@@ -55,7 +55,7 @@ def interrupted(call: Callable[[], None], moment: int) -> bool:
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if not frame.f_code.co_filename.startswith(FOLDER) or in_finalizer(frame):
+        if not frame.f_code.co_filename.startswith(FOLDER) or in_del(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode" and frame.f_lasti in interruptible(frame.f_code):

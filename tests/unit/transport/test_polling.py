@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from dray.clock import Deadline
+from dray.transport.lanes.base import Worker
 from dray.transport.polling import (
     BACKOFF_FACTOR,
     MAX_BACKOFF,
@@ -159,6 +161,21 @@ def test_the_processor_is_yielded_after_the_first_poll_and_then_regularly(poll: 
     assert given[0] < 3 * POLL_SECONDS  # after the first poll
 
 
+def test_a_wait_until_a_deadline_sleeps_for_what_polling_has_left_of_it(
+    poller: AdaptivePoller, poll: Poll
+) -> None:
+    deadline = Deadline.after(5.0, poll)
+    assert poller.until(deadline) == FOUND
+    assert len(poll.asked) > 1
+    assert poll.asked[:-1] == [0] * (len(poll.asked) - 1)
+    assert poll.asked[-1] == pytest.approx(deadline.remaining * 1000)
+
+
+def test_a_wait_until_a_deadline_that_has_passed_polls_once(poll: Poll) -> None:
+    assert AdaptivePoller(poll, poll.now).until(Deadline.after(0.0, poll)) == []
+    assert poll.asked == [0]
+
+
 def test_a_wait_of_no_time_is_one_poll(poller: AdaptivePoller, poll: Poll) -> None:
     assert poller(0) == []
     assert poll.asked == [0]
@@ -181,3 +198,64 @@ def test_a_spinning_epoll_finds_what_is_registered_with_it(epoll: AdaptiveEpoll)
         epoll.unregister(event)
     finally:
         os.close(event)
+
+
+class Busy(Worker):
+    """Has so much work left."""
+
+    def __init__(self, left: float) -> None:
+        self._event = os.eventfd(0)
+        self._left = left
+
+    def fileno(self) -> int:
+        return self._event
+
+    def progress(self) -> None:
+        if self._left:
+            self._left -= 1
+            self.steps += 1
+
+    def arm(self) -> bool:
+        return not self._left
+
+    def drop_strays(self) -> None:
+        pass
+
+    def close(self) -> None:
+        os.close(self._event)
+
+
+@pytest.fixture
+def event(epoll: AdaptiveEpoll) -> Iterator[int]:
+    """A descriptor that `epoll` reports at once: most waits are short, and the next one polls without sleep."""
+    made = os.eventfd(1)
+    epoll.register(made, select.EPOLLIN)
+    yield made
+    os.close(made)
+
+
+def reported(epoll: AdaptiveEpoll, descriptors: set[int]) -> set[int]:
+    """Which of the descriptors are reported, in a great many waits at most."""
+    seen: set[int] = set()
+    for _ in range(10_000):
+        seen.update(descriptor for descriptor, _ in epoll.poll(1.0))
+        if descriptors <= seen:
+            break
+    return seen
+
+
+def test_a_spinning_epoll_reports_a_worker_that_has_progressed(epoll: AdaptiveEpoll, event: int) -> None:
+    with Busy(1) as worker:
+        epoll.drive(worker)
+        assert worker.fileno() in reported(epoll, {worker.fileno()})
+        assert worker.steps == 1
+        epoll.stop_driving(worker)
+        assert epoll.poll(1.0) == [(event, select.EPOLLIN)]
+
+
+def test_a_busy_worker_does_not_hide_the_descriptors(epoll: AdaptiveEpoll, event: int) -> None:
+    with Busy(float("inf")) as worker:
+        epoll.drive(worker)
+        both = {worker.fileno(), event}
+        assert reported(epoll, both) == both
+        epoll.stop_driving(worker)

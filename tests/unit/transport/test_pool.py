@@ -16,7 +16,7 @@ def pool() -> ConnectionPool[str, str]:
 
 def checkout(pool: ConnectionPool[str, str], endpoint: str, now: float, busy: frozenset[str] = FREE) -> str | None:
     """The connection that a call gets, if it closes first what is to be closed."""
-    found = pool.at_hand(endpoint, now)
+    found = pool.at_hand(endpoint, now, alone=False)
     if found is None:
         pool.expire(endpoint, now)
         found = pool.checkout(endpoint, busy)
@@ -24,7 +24,7 @@ def checkout(pool: ConnectionPool[str, str], endpoint: str, now: float, busy: fr
 
 
 def test_an_empty_pool_has_no_connection(pool: ConnectionPool[str, str]) -> None:
-    assert pool.at_hand(A, 0.0) is None
+    assert pool.at_hand(A, 0.0, alone=True) is None
     assert pool.checkout(A, FREE) is None
     assert pool.connections() == set()
 
@@ -47,10 +47,22 @@ def test_one_connection_more_than_the_maximum_is_not_kept(pool: ConnectionPool[s
     assert pool.checkin(B, "b", None, 0.0)
 
 
+def test_a_connection_with_a_worker_is_at_hand_only_for_a_call_that_is_alone(
+    pool: ConnectionPool[str, str],
+) -> None:
+    pool.checkin(A, "a", "worker", 0.0)
+    pool.expire(A, 0.0)
+    assert pool.at_hand(A, 1.0, alone=False) is None
+    found = pool.at_hand(A, 1.0, alone=True)
+    assert found is not None
+    assert (found.connection, found.worker) == ("a", "worker")
+    assert pool.at_hand(A, 1.0, alone=True) is None
+
+
 def test_a_connection_idle_for_too_long_is_given_up(pool: ConnectionPool[str, str]) -> None:
     pool.checkin(A, "old", None, 0.0)
     pool.checkin(A, "new", None, 1.0)
-    assert pool.at_hand(A, IDLE_SECONDS) is None
+    assert pool.at_hand(A, IDLE_SECONDS, alone=True) is None
     assert pool.expire(A, IDLE_SECONDS)
     assert pool.connections() == {"new"}
     assert checkout(pool, A, IDLE_SECONDS) == "new"

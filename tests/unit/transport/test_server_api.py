@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import select
+import threading
 from pathlib import Path
 
 import pytest
+from direct_consumers import attach
 from transport_fixtures import over_connections, serving
 from waiting import wait_until
 
@@ -13,7 +14,7 @@ from dray import PayloadClient, PayloadServer, make_secret
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, ProtocolError, VersionMismatch
 from dray.protocol.frames import MIN_VERSION, VERSION
-from dray.ring import SharedRingBuffer
+from dray.ring import SharedRingBuffer, SlotWriter, slots
 from dray.ring.direct import direct_problem
 from dray.transport import trace as traced
 from dray.transport.connection import Connection
@@ -46,25 +47,30 @@ def test_a_server_that_cannot_be_created_gives_back_what_it_has_opened() -> None
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-@pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
-def test_the_next_server_of_a_ring_answers_its_doorbell() -> None:
-    with SharedRingBuffer(4, 100) as ring, PayloadClient() as client:
-        for number in range(2):
-            with PayloadServer(ring, lane="shm", threads=1) as server:
-                ref = server.put_bytes(b"payload")
-                if number:
-                    ring.direct().begin_wait()
-                client.read_bytes(ref)
-                assert len(ring.direct().attached) == 1
-                bell = select.poll()
-                bell.register(ring.direct().events.fileno(), select.POLLIN)
-                wait_until(lambda bell=bell: not bell.poll(0), "the server to take the event of the doorbell")
-
-
 def test_the_ring_of_the_caller_stays_open() -> None:
     with SharedRingBuffer(1, 100) as ring:
         PayloadServer(ring, lane="shm", threads=1).close()
         assert not ring.closed
+
+
+@pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
+def test_consumers_that_attached_to_an_earlier_server_wake_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    with SharedRingBuffer(1, 64) as ring:
+        consumer = attach(ring)
+        with ring.claim(7) as writer:
+            writer.commit()
+        lease = consumer.lease(writer.slot, writer.sequence, 7)
+        assert lease is not None
+        with PayloadServer(ring, lane="shm", threads=1):
+            claimed: list[SlotWriter] = []
+            thread = threading.Thread(target=lambda: claimed.append(ring.claim(1, timeout=None)), daemon=True)
+            thread.start()
+            wait_until(lambda: ring.direct().waiting, "the claim to set the doorbell")
+            lease.end(consumed=True)
+            thread.join(20)
+            assert [each.sequence for each in claimed] == [1]
+            claimed[0].abort()
 
 
 # --- versions ---------------------------------------------------------------------------------------------------

@@ -47,12 +47,14 @@ class Stream(Closing):
         worker: what must make progress for this stream to advance; None where the kernel does that.
         peer_pid: the process at the other end, where the lane reports it; else None.
         expected: one entry for each payload that `expect` announced and `payload_arrived` has not reported.
+        filled: bytes at the beginning of the oldest such payload that have arrived, on lanes that report it.
     """
 
     lane: Lane
     worker: Worker | None = None
     peer_pid: int | None = None
     expected: deque[Any]
+    filled: int = 0
 
     @abc.abstractmethod
     def fileno(self) -> int:

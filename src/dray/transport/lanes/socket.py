@@ -89,7 +89,7 @@ class SocketStream(Stream):
         self._parts: deque[memoryview] = deque()
         self._descriptors: Sequence[int] = ()
         self.expected: deque[memoryview] = deque()
-        self._filled = 0
+        self.filled = 0
         self._low_water = 1
         self._dry = False  # the last read emptied the socket: `idle` and a wait come before the next read
 
@@ -170,7 +170,7 @@ class SocketStream(Stream):
             if not self._fill_payload(target):
                 return False
         self.expected.popleft()
-        self._filled = 0
+        self.filled = 0
         return True
 
     def close(self) -> None:
@@ -208,15 +208,15 @@ class SocketStream(Stream):
         self._inbox, self._view = grown, memoryview(grown)
 
     def _fill_payload(self, target: memoryview) -> bool:
-        ahead = min(self._end - self._begin, target.nbytes - self._filled)
+        ahead = min(self._end - self._begin, target.nbytes - self.filled)
         if ahead:
-            target[self._filled : self._filled + ahead] = self._view[self._begin : self._begin + ahead]
+            target[self.filled : self.filled + ahead] = self._view[self._begin : self._begin + ahead]
             self._begin += ahead
-            self._filled += ahead
-        while self._filled < target.nbytes and not self._dry:
-            got = self._recv(target[self._filled :], within=True)
-            self._filled += got
-        missing = target.nbytes - self._filled
+            self.filled += ahead
+        while self.filled < target.nbytes and not self._dry:
+            got = self._recv(target[self.filled :], within=True)
+            self.filled += got
+        missing = target.nbytes - self.filled
         low_water = min(missing, _MANY) if missing > _FEW else 1
         if low_water != self._low_water:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)

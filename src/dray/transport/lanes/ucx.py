@@ -108,12 +108,13 @@ class UcxStream(Stream):
         return not self._ready() and self.worker.arm()
 
     def receive(self, size: int, most: int = 1) -> memoryview | None:
-        self._check_open()
-        self._awaited = _Awaited.MESSAGE
-        while self._peer is None or self._end - self._begin < size:
-            if not (self._exchange_tags() if self._peer is None else self._collect()):
-                self._check_alive(within=self._end > self._begin)
-                return None
+        if self.closed or self._end - self._begin < size or self._peer is None:
+            self._check_open()
+            self._awaited = _Awaited.MESSAGE
+            while self._peer is None or self._end - self._begin < size:
+                if not (self._exchange_tags() if self._peer is None else self._collect()):
+                    self._check_alive(within=self._end > self._begin)
+                    return None
         begin = self._begin
         if most > 1:
             size *= min(most, (self._end - begin) // size)
@@ -179,7 +180,11 @@ class UcxStream(Stream):
         self.closed = True
         self.worker.awaited.discard(self.tag)
         requests = [*self._sends, *((request, memory) for request, memory, _ in self.expected)]
-        requests += [(each[0], each[1]) for each in (self._incoming, self._preamble) if each is not None]
+        if self._incoming is not None:
+            request, memory, _ = self._incoming
+            requests.append((request, memory))
+        if self._preamble is not None:
+            requests.append(self._preamble)
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
         for tag in (self.tag, *(tag for _, _, tag in self.expected)):
             self.worker.discard(self.worker.ucx.UCXXTag(tag))

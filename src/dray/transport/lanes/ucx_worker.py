@@ -133,7 +133,7 @@ def open_ucp(loopback: bool) -> Ucp:
 
 
 class Memory:
-    """Memory for messages that is used again and again.
+    """Memory for messages that is used for one after the other.
 
     Attributes:
         nbytes: its size.
@@ -219,6 +219,13 @@ class UcxWorker(Worker):
         self.steps += done
         if self._abandoned:
             self._abandoned = [abandoned for abandoned in self._abandoned if not abandoned.done]
+
+    def has_progressed(self) -> bool:
+        if not self._worker.progress_once():
+            return False
+        self.steps += 1
+        self.progress()
+        return True
 
     def arm(self) -> bool:
         return bool(self._worker.arm())

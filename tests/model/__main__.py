@@ -1,0 +1,7 @@
+"""`python -m model`: see `model.command`."""
+
+import sys
+
+from model.command import main
+
+sys.exit(main())
