@@ -139,8 +139,7 @@ DEFECTS = (
         """\
                 self._refresh(slot)
         self.changing = False
-        if self._claimers:
-            self._claimable.notify()
+        self.notify_claims()
 """,
         """\
                 self._refresh(slot)

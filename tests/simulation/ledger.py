@@ -150,10 +150,10 @@ class Books:
                 f"{info.sequence}"
             )
 
-    def check_late_looks(self, now: float) -> None:
-        """A thread has not waited for what consumers had done long before."""
+    def check_late_looks(self, now: float, deaf: bool) -> None:
+        """A thread has not waited for what consumers had done long before, unless no server was there."""
         late = self.ring.statistics().late_looks
-        if late > self._late_looks and now - self.changed_at > PROMPT_SECONDS:
+        if late > self._late_looks and not deaf and now - self.changed_at > PROMPT_SECONDS:
             self._fail(f"a wait ended {now - self.changed_at:.3f} s after a consumer had changed a word")
         self._late_looks = late
 

@@ -423,7 +423,8 @@ class SimulatedNetwork(Network):
         return waiter
 
     def lock(self) -> Any:
-        return SimulatedMutex(self.kernel.scheduler)
+        access = self.kernel.memory_of(self.process, late=True)
+        return SimulatedMutex(self.kernel.scheduler, lambda seconds: access.delayed(seconds))
 
     def attach_request(self, reader: int) -> WantedAttachment | None:
         kernel = self.kernel

@@ -16,6 +16,7 @@ from dray.payload.codec import plan as plan_payload
 from dray.protocol import PayloadRef
 from dray.protocol.handshake import ServerIdentity
 from dray.ring import OnFull, Retain, RingStatistics, SharedRingBuffer, SlotInfo
+from dray.ring.direct import RELOOK_SECONDS
 from dray.transport.lanes.base import Lane
 from dray.transport.served_connection import Service
 from dray.transport.server_loop import ServerLoop
@@ -107,6 +108,10 @@ class SimulatedLoop:
         self._stopping = True
         self._loop.stop(Deadline.after(DRAIN_SECONDS, self._scheduler.clock))
 
+    def watch_consumers(self) -> None:
+        """See `ServerLoop.watch_consumers`."""
+        self._loop.watch_consumers()
+
     @property
     def connections(self) -> int:
         """Open connections."""
@@ -132,7 +137,7 @@ class SimulatedServer:
         self.settings = settings
         self._ledger = ledger
         self._starts = 0
-        self.closing = False
+        self.closing = self.deaf = False
         self.at_step: Callable[[], None] = lambda: None
         self.published: Callable[[PayloadRef], None] = lambda _: None
         self._start()
@@ -175,6 +180,8 @@ class SimulatedServer:
     def _open(self) -> None:
         self.ring.count_servers(1)
         self.loops = [SimulatedLoop(self, index) for index in range(self.settings.loops)]
+        if self.ring.has_direct_consumers:
+            self.loops[0].watch_consumers()
         self.endpoints = tuple(
             self.address(lane, index) for lane in self.settings.lanes for index in range(self.settings.loops)
         )
@@ -201,7 +208,7 @@ class SimulatedServer:
             live = [lease for loop in self.loops for lease in loop.leases()]
             self.books.check(live, self.ring.words, self.ring.due)
             if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls:
-                self.books.check_late_looks(self.kernel.scheduler.now())
+                self.books.check_late_looks(self.kernel.scheduler.now(), self.deaf)
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:
                     loop.worker.reading = [send for send in loop.worker.reading if send.touchable]
@@ -283,9 +290,15 @@ class SimulatedServer:
 
     def restart(self) -> None:
         """End the server threads in order, and start others over the same ring at the same addresses."""
+        self.deaf = True
         self.ring.count_servers(-1)
         self._end_loops()
         self._open()
+        scheduler = self.kernel.scheduler
+        scheduler.at(scheduler.now() + 2 * RELOOK_SECONDS, self._end_deafness)
+
+    def _end_deafness(self) -> None:
+        self.deaf = False
 
     def _end_loops(self) -> None:
         for loop in self.loops:

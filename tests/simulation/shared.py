@@ -270,9 +270,7 @@ class SimulatedProcessDescriptor(ProcessDescriptor):
 
     def has_ended(self) -> bool:
         self._access.step()
-        if self._owner is None:
-            raise ValueError("file descriptor cannot be a negative integer (-1)")
-        return self._owner.dead
+        return self._owner is None or self._owner.dead
 
     def close(self) -> None:
         self._owner = None

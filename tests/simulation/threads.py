@@ -33,14 +33,19 @@ class SimulatedLock:
 class SimulatedMutex(SimulatedLock):
     """A lock that an actor may hold while others run, because it accesses shared memory meanwhile.
 
+    Args:
+        scheduler: runs the actors.
+        delayed: called with the seconds that an actor has waited for it.
+
     Attributes:
         holder: the actor that holds it.
         awaited: how many actors wait for it.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, delayed: Callable[[float], None] = lambda seconds: None) -> None:
         super().__init__()
         self._scheduler = scheduler
+        self._delayed = delayed
         self._signal = Signal(scheduler)
         self.holder: Actor | None = None
         self.awaited = 0
@@ -53,8 +58,10 @@ class SimulatedMutex(SimulatedLock):
             if self.holder is actor:
                 raise Violation(f"{actor.name} waits for a lock that it holds")
             self.awaited += 1
+            began = scheduler.now()
             scheduler.block(self._signal)
             self.awaited -= 1
+            self._delayed(scheduler.now() - began)
         self.held = True
         self.holder = actor
         if actor is not None:

@@ -56,6 +56,7 @@ def test_many_seeds_violate_nothing_and_see_every_fault_lane_and_error(seeds: in
     expected |= {f"error: {error}" for error in ERRORS}
     expected |= {f"{what}: done" for what in ("read", "read_many", "lease", "consume", "stat", "batch")}
     expected |= {"lease: LeaseInUseError", "write lost", "ring full"}
+    expected |= {"direct lease", "lease: not entered", "wait_consumed: done"}
     assert expected - counted.keys() == set()
 
 

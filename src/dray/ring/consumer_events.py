@@ -53,8 +53,9 @@ class ProcessDescriptor(Descriptor):
     """A pidfd."""
 
     def has_ended(self) -> bool:
-        """See `process_has_ended`."""
-        return process_has_ended(self.fileno())
+        """See `process_has_ended`; True once this object is closed, which another thread may do."""
+        number = self.fileno()
+        return number < 0 or process_has_ended(number)
 
 
 def process_has_ended(pidfd: int) -> bool:

@@ -413,13 +413,13 @@ class Connections:
             except OutOfResources:
                 if not self._give_up_idle():
                     raise
-        if connection.attachment is not None:
-            self._direct.add(connection.attachment)
         with self._lock:
             self._open[connection] = holder.worker
             holder.connection = connection
         now = self._clock.now()
         self._recorder.report(events.Connect(now, endpoint, now - began, connection.version, id(connection)))
+        if connection.attachment is not None:  # last: an exception of a signal handler ends the connection
+            self._direct.add(connection.attachment)
         return connection
 
     def _give_up_idle(self) -> bool:

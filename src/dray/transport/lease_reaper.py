@@ -66,7 +66,7 @@ class LeaseReaper:
         watched = weakref.ref(root, self._dead.put)
         with self._lock:
             self._watched[id(watched)] = watched, end
-            if self._join is None and not self._closed:
+            if self._join is None or self._closed:  # once closed, a thread ends with the last array
                 self._join = self._start(self._run)
         return id(watched)
 

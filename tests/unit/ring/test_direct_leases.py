@@ -18,7 +18,7 @@ from dray.errors import BufferClosedError, BufferFullError, ProtocolError, SlotE
 from dray.resources import close_all
 from dray.ring import SharedRingBuffer, SlotState, SlotWriter, membarrier, slots
 from dray.ring.attachment import Attachment, DirectLease
-from dray.ring.consumer_events import Descriptor
+from dray.ring.consumer_events import Bell, Descriptor, ProcessDescriptor
 from dray.ring.direct import MAX_ATTACHMENTS_OF_PROCESS, DirectLeases, direct_problem
 from dray.ring.mapping import fork_lock, map_shared, new_memfd
 from dray.ring.membarrier import Barriers
@@ -114,6 +114,36 @@ def test_a_lease_ends_once(ring: SharedRingBuffer) -> None:
     del lease
     assert ring.statistics().leases == 1
     assert again.end(consumed=True)
+
+
+def test_an_end_that_was_interrupted_after_its_lease_word_was_cleared_leaves_the_next_payload_consumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with SharedRingBuffer(1, 64) as ring, attach(ring) as first, attach(ring) as second:
+        lease = leased(first, put(ring))
+        ring.direct().begin_wait()
+        written: list[SlotWriter] = []
+
+        def interrupted(_: Bell) -> None:
+            if not written:
+                written.append(put(ring))
+                leased(second, written[0]).end(consumed=True)
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Bell, "ring", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                lease.end(consumed=True)
+        assert written[0].slot == lease.slot
+        assert ring.statistics().consumed == 2
+
+
+def test_a_lease_word_that_names_a_free_slot_is_no_lease(ring: SharedRingBuffer) -> None:
+    with attach(ring):
+        (attached,) = ring.direct().attached.values()
+        attached.page.words[0] = 1
+        assert ring.statistics().leases == 0
+        assert ring.inspect()[0].leases == 0
 
 
 def test_of_many_threads_that_end_a_lease_one_does(ring: SharedRingBuffer) -> None:
@@ -398,6 +428,13 @@ def test_a_ring_without_a_server_sends_consumers_to_ask_for_one(ring: SharedRing
     for written in (first, second):
         leased(consumer, written).end(consumed=True)
     assert ring.statistics().consumed == 2
+
+
+def test_an_owner_that_a_thread_asks_about_while_another_closes_the_attachment_counts_as_ended() -> None:
+    owner = ProcessDescriptor(os.pidfd_open, os.getpid())
+    assert not owner.has_ended()
+    owner.close()
+    assert owner.has_ended()
 
 
 def test_a_process_gets_a_limited_number_of_attachments(ring: SharedRingBuffer) -> None:

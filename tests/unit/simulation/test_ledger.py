@@ -1,10 +1,15 @@
 """The simulation's books of a ring detect violations."""
 
-import pytest
-from simulation.ledger import Books
-from simulation.scheduler import Violation
+import dataclasses
+import random
 
-from dray.ring import Lease, SharedRingBuffer, SlotInfo, SlotState
+import pytest
+from simulation import ManualClock
+from simulation.ledger import Books, Ledger
+from simulation.scheduler import Process, Scheduler, Violation
+
+from dray.protocol import PayloadRef
+from dray.ring import Lease, RingStatistics, SharedRingBuffer, SlotInfo, SlotState
 from dray.transport.server_statistics import LeaseInfo
 
 
@@ -85,3 +90,51 @@ def test_a_payload_that_its_reader_kept_and_that_is_still_there_is_a_violation()
         payload.kept.add(0)
         with pytest.raises(Violation, match="still there"):
             books.check_end()
+
+
+def test_a_direct_lease_on_a_slot_that_was_freed_is_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        consumer = Process("consumer", 1)
+        where = committed(ring, books, b"payload")
+        books.direct[1] = (*where, consumer)
+        books.check([])
+        ring.consume(*where)
+        with pytest.raises(Violation, match="is leased directly in slot 0, which is FREE"):
+            books.check([])
+        consumer.dead = True
+        books.check([])
+
+
+def test_a_payload_on_the_board_that_is_delivered_to_its_reader_later_is_a_violation() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        ledger = Ledger(Scheduler(random.Random(1), ManualClock()))
+        books = ledger.open(ring, "ring", 2)
+        slot, sequence = committed(ring, books, b"payload")
+        ref = PayloadRef(ring.producer_id, slot, sequence, 7, ("unix:/ring",))
+        books.stored(slot, 0, sequence + 1, 2000.0)
+        ledger.deliver(ref, 0, b"payload", 1999.0)
+        ledger.deliver(ref, 1, b"payload", 2001.0)
+        with pytest.raises(Violation, match="had consumed it before"):
+            ledger.deliver(ref, 0, b"payload", 2001.0)
+        with pytest.raises(Violation, match="has written 9 on the board"):
+            books.stored(slot, 0, 9, None)
+
+
+def test_a_wait_that_only_a_late_look_has_ended_is_a_violation() -> None:
+    class LateRing(SharedRingBuffer):
+        def statistics(self) -> RingStatistics:
+            return dataclasses.replace(super().statistics(), late_looks=late[0])
+
+    late = [0]
+    with LateRing(2, 64) as ring:
+        books = Books(ring, "ring", 1)
+        books.changed_at = 1000.0
+        books.check_late_looks(1000.1, deaf=False)
+        late[0] += 1
+        books.check_late_looks(1000.1, deaf=True)
+        late[0] += 1
+        books.check_late_looks(1000.01, deaf=False)
+        late[0] += 1
+        with pytest.raises(Violation, match="after a consumer had changed a word"):
+            books.check_late_looks(1000.1, deaf=False)
