@@ -1,11 +1,15 @@
 import dataclasses
 import json
 
+import pytest
 from transport_fixtures import serving
 
 from dray import PayloadClient
 from dray.errors import Unreachable
 from dray.protocol.frames import VERSION
+from dray.ring.attachment import Attachment
+from dray.ring.direct import direct_problem
+from dray.transport.direct_reads import DirectReads
 from dray.transport.trace import (
     Attempt,
     Checkin,
@@ -65,3 +69,23 @@ def test_trace_and_statistics_report_a_failed_attempt_and_the_one_that_follows()
     assert (statistics.quarantined, statistics.connects, statistics.idle_connections) == ((absent,), 1, 1)
     assert (statistics.reads, statistics.bytes, statistics.reads_by_lane) == (2, 14, {"shm": 2})
     assert json.loads(json.dumps(dataclasses.asdict(statistics)))["reads"] == 2
+
+
+@pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
+def test_a_connection_that_an_exception_interrupts_before_its_attachment_is_used_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[TraceEvent] = []
+
+    def interrupted(_: DirectReads, attachment: Attachment) -> None:
+        raise KeyboardInterrupt
+
+    with serving("shm") as server, PayloadClient(trace=events.append) as client:
+        ref = server.put_bytes(b"payload")
+        with monkeypatch.context() as patched:
+            patched.setattr(DirectReads, "add", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                client.read_bytes(ref)
+        seen = [type(event) for event in events if isinstance(event, CONNECTIONS)]
+        assert seen == [Attempt, Connect, Discard]
+        assert client.read_bytes(ref).tobytes() == b"payload"
