@@ -26,7 +26,7 @@ from transport_fixtures import (
 )
 from waiting import wait_until
 
-from dray import PayloadClient, PayloadServer, SharedRingBuffer
+from dray import PayloadClient, PayloadRef, PayloadServer, SharedRingBuffer
 from dray.clock import Deadline
 from dray.errors import BufferFullError, ProducerLostError, StaleSlotError, TransportError
 from dray.transport.lanes import parse_endpoint
@@ -205,12 +205,27 @@ def test_b14_a_stopped_in_place_reader_pins_its_slot_until_it_dies() -> None:
             assert server.statistics().leases == ()
 
 
+def wait_until_lost(client: PayloadClient, ref: PayloadRef) -> None:
+    """A direct read needs no producer; its end is noticed a moment later."""
+
+    def lost() -> bool:
+        try:
+            client.read_bytes(ref, timeout=5, consume=False)
+        except ProducerLostError:
+            return True
+        return False
+
+    wait_until(lost, "the producer to be lost")
+
+
 def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
     with server_on(lane) as server, PayloadClient(lane=lane) as client:
         server.receive()
         refs = [reference(server.ask([seed, 1000])) for seed in range(2)]
         assert memoryview(client.read_bytes(refs[0])) == pattern(0, 1000)
         server.kill()
+        if lane == "shm":
+            wait_until_lost(client, refs[1])
         deadline = Deadline.after(5)
         with pytest.raises(ProducerLostError) as caught:
             client.read_bytes(refs[1], timeout=5)
@@ -223,7 +238,7 @@ def test_c13_a_killed_producer_is_lost_and_not_stale(lane: Any) -> None:
 
 
 def test_c13_a_stopped_producer_is_a_timeout_and_not_lost(lane: Any) -> None:
-    with server_on(lane) as server, PayloadClient(lane=lane) as client:
+    with server_on(lane) as server, PayloadClient(lane=lane, direct=False) as client:
         server.receive()
         ref = reference(server.ask([1, 1000]))
         client.read_bytes(ref, consume=False)
@@ -234,6 +249,19 @@ def test_c13_a_stopped_producer_is_a_timeout_and_not_lost(lane: Any) -> None:
         assert not deadline.expired
         server.resume()
         assert memoryview(client.read_bytes(ref, timeout=10)) == pattern(1, 1000)
+
+
+def test_payloads_of_a_stopped_producer_are_read_directly() -> None:
+    with server_on("shm") as server, PayloadClient(lane="shm") as client:
+        server.receive()
+        refs = [reference(server.ask([seed, 1000])) for seed in range(3)]
+        client.read_bytes(refs[0])
+        server.stop()
+        try:
+            for seed in (1, 2):
+                assert memoryview(client.read_bytes(refs[seed], timeout=5)) == pattern(seed, 1000)
+        finally:
+            server.resume()
 
 
 def test_a_producer_killed_within_a_payload_never_gives_partial_bytes(lane: Any) -> None:
@@ -290,6 +318,8 @@ def test_b12_a_forked_child_does_not_hide_its_parents_death(lane: Any) -> None:
         try:
             assert memoryview(client.read_bytes(refs[1], consume=False, timeout=5)) == pattern(1, 1000)
             server.kill()
+            if lane == "shm":
+                wait_until_lost(client, refs[1])
             deadline = Deadline.after(5)
             with pytest.raises((ProducerLostError, TransportError)) as caught:
                 client.read_bytes(refs[1], timeout=3)

@@ -108,7 +108,7 @@ def run(plan: Plan) -> Account:
     """Run a plan to its end."""
     memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
     with (
-        tempfile.TemporaryDirectory(prefix="dray-stress-", dir=memory) as folder,
+        tempfile.TemporaryDirectory(prefix="stress-", dir=memory) as folder,
         contextlib.ExitStack() as ended,
     ):
         return _Run(plan, Path(folder), ended).account()
@@ -225,7 +225,11 @@ class _Run:
 
     def _start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self._ended.callback(_end, process)
         return process

@@ -267,6 +267,7 @@ def test_an_attachment_ends_with_its_end_word_and_its_last_lease() -> None:
 
 def test_leases_of_a_process_end_with_it_and_what_it_consumed_stays_consumed() -> None:
     script = """
+sys.path.append(arguments["tests"])
 import protocol_client
 client = protocol_client.Client(arguments["address"], bytes.fromhex(arguments["producer"]))
 for ref in arguments["refs"]:
@@ -279,7 +280,8 @@ receive()
         held, consumed = server.put({"a": [1]}), server.put({"a": [2]})
         address = next(each for each in server.endpoints if each.startswith("unix:"))
         refs = [as_json(held), as_json(consumed)]
-        with Child(script, address=address, producer=held.producer.hex(), refs=refs) as child:
+        tests = str(CLIENT.parent)
+        with Child(script, address=address, producer=held.producer.hex(), refs=refs, tests=tests) as child:
             child.receive()
             assert server.wait_consumed(consumed, timeout=5)
             leases = server.statistics().leases

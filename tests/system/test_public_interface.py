@@ -267,7 +267,7 @@ def test_payloads_for_several_readers_end_with_the_last(lane: Any) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_stat_returns_the_statistics_of_the_server(lane: Any) -> None:
-    with serving(lane) as server, PayloadClient(lane=lane) as client:
+    with serving(lane) as server, PayloadClient(lane=lane, direct=False) as client:
         ref = server.put_bytes(b"12345")
         client.read_bytes(ref, consume=False)
         found = client.stat(ref)

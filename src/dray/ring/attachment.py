@@ -181,7 +181,7 @@ class Attachment(Closing):
         except BaseException:
             lease.end(consumed=False)
             raise
-        if found == generation | RETIRING or (not found and not self.usable):
+        if found == generation | RETIRING or not self.usable:
             return None
         raise StaleSlotError("the payload was consumed or overwritten", slot=slot, sequence=sequence)
 
