@@ -207,7 +207,7 @@ class Attachment(Closing):
             self.closed = True
             self._page[-1] = 1  # last: the owner forgets this attachment once no lease word is left
             if self._control[self._doorbell]:
-                self._ring()
+                self._bell.ring()
             self._close_descriptors()
 
     def __del__(self) -> None:
@@ -229,12 +229,9 @@ class Attachment(Closing):
             lease.word = -1
             self._free.append(word)
         if self._control[self._doorbell]:
-            self._ring()
+            self._bell.ring()
         if self.closed:
             self._close_descriptors()
-
-    def _ring(self) -> None:
-        self._bell.ring()
 
     def _close_descriptors(self) -> None:
         """With the last lease: no thread rings any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
@@ -450,13 +450,13 @@ class PayloadClient(Closing):
             for ref in batch.refs:
                 lease, found = batch.next(ref)
                 outcome = found if isinstance(found, DrayError) else unpack_as(found)
-                failed = isinstance(outcome, DrayError)
-                if failed:
+                if isinstance(outcome, DrayError):
                     self._counters.add("failed_reads")
+                    if not return_errors:
+                        batch.source.handed_out = lease
+                        raise outcome
                 result, source = ReadResult(ref, outcome), batch.source
                 source.handed_out = lease  # no call between this and the `yield`
-                if failed and not return_errors:
-                    raise cast(DrayError, outcome)
                 yield result
             orderly = True
         finally:

@@ -11,7 +11,7 @@ from dray.clock import MONOTONIC, Clock
 from dray.protocol import PayloadRef
 from dray.resources import Closing
 from dray.ring.attachment import Attachment, DirectLease
-from dray.transport.receive_buffers import Bytes, ReceiveBuffers
+from dray.transport.receive_buffers import MIN_POOLED_BYTES, Bytes, ReceiveBuffers
 from dray.transport.trace import Acknowledgement, Payload, Trace
 
 DIRECT = "direct"
@@ -92,8 +92,13 @@ class DirectReads(Closing):
 
     def copy(self, lease: DirectLease) -> Bytes:
         """The payload in memory of its own."""
-        begin = lease.offset
-        return self._buffers.copy(lease.attachment.array[begin : begin + lease.nbytes])
+        begin, nbytes = lease.offset, lease.nbytes
+        payload: Bytes = lease.attachment.array[begin : begin + nbytes]
+        if nbytes < MIN_POOLED_BYTES:
+            return payload.copy()
+        copy = self._buffers.allocate(nbytes)
+        np.copyto(copy, payload)
+        return copy
 
     def end(self, lease: DirectLease, consumed: bool) -> None:
         """End the lease of a payload that is handed out."""

@@ -68,18 +68,6 @@ class ReceiveBuffers:
         self._lent[id(watched)] = watched, block
         return lent
 
-    def copy(self, source: Bytes) -> Bytes:
-        """A copy of `source`, uint8 of the same shape (nbytes,).
-
-        Raises:
-            PayloadTooLargeError: the system does not have that much memory.
-        """
-        if source.nbytes < MIN_POOLED_BYTES:
-            return source.copy()
-        copy = self.allocate(source.nbytes)
-        np.copyto(copy, source)
-        return copy
-
     @property
     def free_bytes(self) -> int:
         """Memory that is ready for reuse, in bytes."""
