@@ -26,6 +26,7 @@ from rich.progress import (
 from simulation.scheduler import Violation
 from simulation.world import Run, quiet_process
 
+_CHUNKS_OF_PROCESS = 20
 _CHUNK = 200
 _LAST_LINES = 60
 _MAX_CPU_SECONDS = 20
@@ -143,5 +144,6 @@ def _results(options: argparse.Namespace) -> Iterator[tuple[int, list[Failure], 
     if options.jobs == 1:
         yield from map(run_seeds, chunks)
         return
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+    # A process that is killed within `__del__` keeps its greenlet, and so the whole world of its seed.
+    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=_CHUNKS_OF_PROCESS) as pool:
         yield from pool.imap_unordered(run_seeds, chunks)
