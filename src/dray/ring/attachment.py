@@ -59,7 +59,7 @@ class Attachment(Closing):
         closed: no new lease can begin: `close` was called, or the owner has ended.
     """
 
-    closed = True  # until it is complete
+    closed, mark = True, -1  # until it is complete
 
     def __init__(
         self,
@@ -202,12 +202,16 @@ class Attachment(Closing):
         return sum(self._read_bytes)
 
     def close(self) -> None:
-        """Begin no more leases. Those that have begun last, with the memory, until they end. Twice is fine."""
-        if not self.closed and here[0] == self.mark:
+        """Begin no more leases. Those that have begun last, with the memory, until they end.
+
+        Twice is fine: it does what an exception of a signal handler has left.
+        """
+        if here[0] == self.mark:
             self.closed = True
             self._page[-1] = 1  # last: the owner forgets this attachment once no lease word is left
-            if self._control[self._doorbell]:
-                self._bell.ring()
+            with self._lock:
+                if self._control[self._doorbell]:
+                    self._bell.ring()
             self._close_descriptors()
 
     def __del__(self) -> None:
@@ -223,18 +227,18 @@ class Attachment(Closing):
         """End a lease in shared memory. May be repeated after an exception of a signal handler."""
         word = lease.word
         if word >= 0:
-            if consumed and self._consumes:  # only here: without the word, the slot may have another payload
+            if consumed and self._consumes and self._page[word]:  # once it is 0, the slot may have another payload
                 self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
             self._page[word] = 0
+            if self._control[self._doorbell]:
+                self._bell.ring()
             lease.word = -1
-            self._free.append(word)
-        if self._control[self._doorbell]:
-            self._bell.ring()
+            self._free.append(word)  # last: from then on, another thread may close the doorbell
         if self.closed:
             self._close_descriptors()
 
     def _close_descriptors(self) -> None:
-        """With the last lease: no thread rings any more."""
+        """With the last lease: no thread rings any more, except under the lock."""
         with self._lock:
             if len(self._free) == len(self._page) - 1:
                 self._bell.close()

@@ -44,9 +44,11 @@ class Bell(Descriptor):
     """The doorbell of an owner, at a consumer."""
 
     def ring(self) -> None:
-        """Wake the owner; it may have closed."""
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self.fileno(), 1)
+        """Wake the owner, which may have closed. Once this object is closed, nothing happens."""
+        number = self.fileno()
+        if number >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(number, 1)
 
 
 class ProcessDescriptor(Descriptor):

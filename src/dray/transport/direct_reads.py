@@ -69,7 +69,7 @@ class DirectReads(Closing):
         producer = attachment.segment.producer_id
         with self._lock:
             if not self._wanted or producer in self._attachments:
-                attachment.close()
+                _end_attachment(attachment)
             else:
                 self._attachments[producer] = attachment
 
@@ -146,9 +146,16 @@ class DirectReads(Closing):
 
     def _forget(self, producer: bytes) -> None:
         attachment = self._attachments.pop(producer)
-        attachment.close()
+        _end_attachment(attachment)
         self._reads += attachment.reads
         self._bytes += attachment.read_bytes
+
+
+def _end_attachment(attachment: Attachment) -> None:
+    try:
+        attachment.close()
+    finally:
+        attachment.close()  # an exception of a signal handler may have come first; its connection refers to it
 
 
 def in_slot(lease: DirectLease) -> Bytes:
