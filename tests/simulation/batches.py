@@ -32,6 +32,7 @@ class SimulatedBatches(SimulatedConsumer):
         self._submitted: dict[PayloadRef, float] = {}
         self._prefetcher: Actor | None = None
         self._deferred: list[PayloadRef] = []
+        self._fetching: set[PayloadRef] = set()  # by calls that wait for their results
         self._collected = 0  # number of the batch collected last
         self._results: dict[tuple[int, Identity], Outcome] = {}
         self._arrived = 0  # payloads in results
@@ -39,7 +40,7 @@ class SimulatedBatches(SimulatedConsumer):
 
     def close(self) -> None:
         self.closes()
-        pending = len({ref.identity for ref in (*self._reader.fetching, *self._deferred)})
+        pending = len({ref.identity for ref in (*self._reader.fetching, *self._deferred, *self._fetching)})
         self._forget_batches()
         with self.unhurried(15.0):
             self._reader.close(timeout=5.0)
@@ -84,8 +85,10 @@ class SimulatedBatches(SimulatedConsumer):
     def _fetch_all(self, seconds: float) -> None:
         refs = self._batch()
         self.scheduler.note(f"fetches {len(refs)} payloads within {seconds} s")
+        self._fetching.update(refs)
         with self.bounded(seconds + GRACE_SECONDS):
             results = self._reader.fetch_all(refs, timeout=seconds)
+        self._fetching.difference_update(refs)
         self._check(refs, results)
         self.world.plan.count("batch: done")
         for fetched in results:

@@ -324,7 +324,8 @@ class SimulatedConsumer:
 
     def _was_there(self, ref: PayloadRef, began: float) -> bool:
         """The payload was committed when the program asked for it: references are made up, too."""
-        return self.world.ledger.of(ref).ring.inspect()[ref.slot].committed_at < began
+        payload = self.world.ledger.find(ref)
+        return payload is not None and payload.since < began
 
     def _gone(self, ref: PayloadRef) -> bool:
         info = self.world.ledger.of(ref).ring.inspect()[ref.slot]

@@ -26,6 +26,7 @@ class Payload:
         kept: readers that got it, and whose client has ended in order: they must be known to have consumed it.
         acknowledged: readers that have written on the board that they have consumed it.
         consumed_since: when others could see that.
+        since: when its commit had ended.
     """
 
     __slots__ = (
@@ -36,10 +37,12 @@ class Payload:
         "image",
         "kept",
         "sequence",
+        "since",
         "slot",
     )
 
-    def __init__(self, slot: int, sequence: int, image: bytes) -> None:
+    def __init__(self, slot: int, sequence: int, image: bytes, since: float = 0.0) -> None:
+        self.since = since
         self.slot = slot
         self.sequence = sequence
         self.image = image
@@ -82,9 +85,9 @@ class Books:
             )
         self._claims += 1
 
-    def committed(self, slot: int, sequence: int, image: bytes) -> None:
+    def committed(self, slot: int, sequence: int, image: bytes, now: float = 0.0) -> None:
         """A payload is there."""
-        self.payloads[sequence] = Payload(slot, sequence, image)
+        self.payloads[sequence] = Payload(slot, sequence, image, now)
 
     def check(
         self,

@@ -17,7 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from simulation.clock import ManualClock
 
-MAX_STEPS = 100_000
+MAX_STEPS = 400_000
 """A run that takes more of them goes round in circles."""
 MAX_STEP_SECONDS = 40e-6
 _EPSILON = 1e-6

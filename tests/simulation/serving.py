@@ -253,7 +253,7 @@ class SimulatedServer:
             writer.buffer[half:] = image[half:]
             writer.commit()
             scheduler.note("commits")
-        books.committed(writer.slot, writer.sequence, bytes(image))
+        books.committed(writer.slot, writer.sequence, bytes(image), scheduler.now())
         self.check()
         self.published(self.make_ref(writer.slot, writer.sequence, packed.nbytes))
 
