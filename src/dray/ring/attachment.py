@@ -290,7 +290,7 @@ class DirectLease:
     def __del__(self) -> None:
         try:
             if self.word >= 0 and not self.end(consumed=False) and here[0] == self.attachment.mark:
-                self.attachment.clear(self, consumed=False)  # exceptions of signal handlers have ended its end twice
+                self.attachment.clear(self, consumed=False)  # exceptions of signal handlers came twice
         except AttributeError:  # `__init__` did not end
             return
 
