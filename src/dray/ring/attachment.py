@@ -209,9 +209,8 @@ class Attachment(Closing):
         if here[0] == self.mark:
             self.closed = True
             self._page[-1] = 1  # last: the owner forgets this attachment once no lease word is left
-            with self._lock:
-                if self._control[self._doorbell]:
-                    self._bell.ring()
+            if self._control[self._doorbell]:
+                self._bell.ring()
             self._close_descriptors()
 
     def __del__(self) -> None:
@@ -238,7 +237,7 @@ class Attachment(Closing):
             self._close_descriptors()
 
     def _close_descriptors(self) -> None:
-        """With the last lease: no thread rings any more, except under the lock."""
+        """With the last lease: its thread has rung."""
         with self._lock:
             if len(self._free) == len(self._page) - 1:
                 self._bell.close()
