@@ -165,16 +165,13 @@ class Attachment(Closing):
                 del self._free[-1]
             self._page[lease.word] = slot + 1
             found = self._control[slot]
-            if found == generation and self._board[slot * self._readers + self._reader] != generation:
-                # The last load: who closes sets `closed` before it ends the attachment.
-                if self.closed:
-                    lease.end(consumed=False)
-                    return None
+            consumed = self._board[slot * self._readers + self._reader] == generation
+            # `closed` is read last: who closes sets it before it ends the attachment.
+            if found == generation and not consumed and not self.closed:
                 size = self._headers[self._first_size + slot * _HEADER_WORDS]
                 if size == nbytes:
                     lease.offset = self._first + slot * self._stride
                     return lease
-                lease.end(consumed=False)
                 why = f"the payload has {size} bytes, {nbytes} according to its reference"
                 raise SlotError(why, slot=slot, sequence=sequence)
             lease.end(consumed=False)

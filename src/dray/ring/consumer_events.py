@@ -55,16 +55,13 @@ class ProcessDescriptor(Descriptor):
     """A pidfd."""
 
     def has_ended(self) -> bool:
-        """See `process_has_ended`; True once this object is closed, which another thread may do."""
+        """The process has ended, all its threads included. True once this is closed, by any thread."""
         number = self.fileno()
-        return number < 0 or process_has_ended(number)
-
-
-def process_has_ended(pidfd: int) -> bool:
-    """The process behind a pidfd has ended, all its threads included."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+        if number < 0:
+            return True
+        poll = select.poll()
+        poll.register(number, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 class ConsumerEvents(Closing):

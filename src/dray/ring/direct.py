@@ -38,8 +38,6 @@ from dray.forking import notices_every_fork
 from dray.resources import Closing, needing
 from dray.ring import membarrier
 from dray.ring.consumer_events import ConsumerEvents, Descriptor
-from dray.ring.membarrier import Barriers
-from dray.ring.membarrier import problem as membarrier_problem
 from dray.ring.shared_words import SharedWords
 
 MAX_BOARD_WORDS: Final = 65_536
@@ -68,7 +66,7 @@ def direct_problem() -> str:
     """Why this process can neither offer nor use direct leases; empty if it can."""
     if sys.implementation.name != "cpython" or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return "only CPython with its interpreter lock is supported"
-    if why := membarrier_problem():
+    if why := membarrier.problem():
         return why
     if not notices_every_fork:
         return "this kernel does not wipe memory on a fork (MADV_WIPEONFORK)"
@@ -204,7 +202,7 @@ class DirectLeases(Closing):
 
     def __init__(self, slots: int, readers: int, clock: Clock = MONOTONIC, machine: Machine = MACHINE) -> None:
         self.attached: dict[int, Attached] = {}
-        self.barriers = Barriers(clock, machine.barrier)
+        self.barriers = membarrier.Barriers(clock, machine.barrier)
         self.ignored_words = 0
         self.waiting = 0
         self.suspended = False

@@ -78,7 +78,7 @@ class Barriers:
         error: what the last one failed with; empty if none has.
     """
 
-    def __init__(self, clock: Clock = MONOTONIC, call: Callable[[], None] | None = None) -> None:
+    def __init__(self, clock: Clock = MONOTONIC, call: Callable[[], None] = barrier) -> None:
         self.count = self.failures = 0
         self.error = ""
         self._now = clock.now
@@ -89,7 +89,7 @@ class Barriers:
         """`barrier`; False if it has failed."""
         began = self._now()
         try:
-            (self._call or barrier)()
+            self._call()
         except OSError as error:
             self.failures += 1
             self.error = error.strerror or str(error)

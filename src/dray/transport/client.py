@@ -336,19 +336,24 @@ class PayloadClient(Closing):
             raise payload
         return payload
 
+    def _newly_direct(self, connection: Connection, ref: PayloadRef) -> DirectLease | None:
+        """A direct lease, if the means for it have come with the connection."""
+        if connection.attachment is None:
+            return None
+        try:
+            return self._direct.lease(ref)
+        except SlotError as error:
+            raise Refused(error) from None
+
     def _read_request(
         self, ref: PayloadRef, consume: bool, unpack_as: Callable[[Bytes], T | DrayError]
     ) -> RequestFunction[T]:
         """The request of a read over a connection. The lease ends last here as well."""
 
         def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
-            if connection.attachment is not None:  # it may have come with this connection
-                try:
-                    lease = self._direct.lease(ref)
-                except SlotError as error:
-                    raise Refused(error) from None
-                if lease is not None:
-                    return self._copy_and_end(lease, consume, unpack_as)
+            lease = self._newly_direct(connection, ref)
+            if lease is not None:
+                return self._copy_and_end(lease, consume, unpack_as)
             received = connection.read(ref, self._reader, status_deadline, deadline, copy=True)
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)
@@ -406,13 +411,9 @@ class PayloadClient(Closing):
         holder: ConnectionHolder = Holder()
 
         def request(connection: Connection, status_deadline: Deadline, deadline: Deadline) -> T:
-            if connection.attachment is not None:
-                try:
-                    lease = self._direct.lease(ref)
-                except SlotError as error:
-                    raise Refused(error) from None
-                if lease is not None:
-                    return direct(lease)
+            lease = self._newly_direct(connection, ref)
+            if lease is not None:
+                return direct(lease)
             received = connection.read(ref, self._reader, status_deadline, deadline, copy=copy)
             if not isinstance(received, ReceivedPayload):
                 raise Refused(received)

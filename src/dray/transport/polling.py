@@ -93,32 +93,24 @@ class AdaptivePoller(Generic[Found]):
         if timeout == 0:
             return self._poll(0)
         began = self._now()
-        if self._spins_next:
-            found = self._busy_poll(began)
-            if found:
-                return found
-        elif self._sleeping_waits:
-            self._sleeping_waits -= 1
-        return self._sleep(timeout, began)
+        return self._busy_poll(began) or self._sleep(timeout, began)
 
     def until(self, deadline: Deadline) -> Found:
         """What `poll`, which takes milliseconds, found; nothing after the deadline."""
         began = self._now()
-        if self._spins_next:
-            found = self._busy_poll(began)
-            if found:
-                return found
-        elif self._sleeping_waits:
-            self._sleeping_waits -= 1
-        return self._sleep(poll_timeout(deadline), began)
+        return self._busy_poll(began) or self._sleep(poll_timeout(deadline), began)
 
     def _sleep(self, timeout: Any, began: float) -> Found:
         found = self._poll(timeout)
         self._spins_next = not self._sleeping_waits and self._now() - began <= SHORT_SECONDS
         return found
 
-    def _busy_poll(self, began: float) -> Found:
-        """What polling without sleep found; nothing when it is time to sleep."""
+    def _busy_poll(self, began: float) -> Found | None:
+        """What polling without sleep found; nothing when it is time to sleep, perhaps at once."""
+        if not self._spins_next:
+            if self._sleeping_waits:
+                self._sleeping_waits -= 1
+            return None
         look, now = self._look, self._now
         last, end, slow = began, began + SPIN_SECONDS, False
         for count in itertools.count():
