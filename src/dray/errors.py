@@ -288,6 +288,35 @@ class ProducerLostError(DrayError, ConnectionError):
     """The producer of a payload has ended. Its payloads are lost."""
 
 
+class StreamError(DrayError):
+    """A stream cannot go on as it was asked to."""
+
+
+class StreamTimeout(StreamError, TimeoutError):
+    """No payload came in time, or no producer; the message names the stream, the scope and what exists."""
+
+    retryable = True
+
+
+class StreamEnded(StreamError, EOFError):
+    """Every producer that was attached has closed, and nothing is left."""
+
+
+class UndeliveredError(StreamError, TimeoutError):
+    """A producer has ended before its payloads were consumed.
+
+    Args:
+        lost: how many payloads are lost.
+    """
+
+    def __init__(self, message: str, lost: int = 0) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.lost)
+
+
 class OutputError(DrayError, OSError):
     """A file or folder of a job cannot be written; the message names it and the reason.
 

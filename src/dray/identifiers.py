@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 PRODUCER_ID_BYTES: Final = 16
 """Size of a producer id: random bytes that name one ring."""
@@ -12,3 +12,21 @@ MAX_READERS: Final = 64
 
 Wanted: TypeAlias = tuple[int, int, int]
 """(slot, sequence number, reader id) of a payload that a reader asks for."""
+
+
+class PayloadId(NamedTuple):
+    """Names one payload of a stream, for as long as it exists. It can be pickled, compared and used as a key.
+
+    Attributes:
+        producer: the producer's id.
+        sequence: the payload's sequence number.
+        slot, nbytes: where it lies in the producer's ring, and its size.
+    """
+
+    producer: bytes
+    sequence: int
+    slot: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.producer.hex()[:8]}/{self.sequence}"

@@ -45,8 +45,7 @@ class PrivateDirectory(Closing):
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        root = default_root() if root is None else root
-        _own(root)
+        root = own_root(root)
         self.path = root / secrets.token_hex(4)
         with needing("a folder of sockets"), _locked(root):
             _sweep(root)
@@ -130,7 +129,14 @@ def _sweep(root: Path) -> None:
             os.close(lock)
 
 
-def _own(root: Path) -> None:
+def own_root(root: Path | None = None) -> Path:
+    """`root`, by default `default_root`, which exists then and belongs to this user alone.
+
+    Raises:
+        ConfigError: it cannot be used, belongs to another user, can be replaced by another user, or is too long
+            for a socket's path.
+    """
+    root = default_root() if root is None else root
     problem = f"{root} cannot be used"
     if len(os.fsencode(root)) > _MAX_ROOT:
         allowed = f"must be a path of at most {_MAX_ROOT} bytes"
@@ -154,6 +160,7 @@ def _own(root: Path) -> None:
             "or have the sticky bit (chmod +t)"
         )
         raise ConfigError("runtime directory", str(root), allowed, problem)
+    return root
 
 
 def _refused(found: os.stat_result) -> bool:

@@ -7,7 +7,8 @@ bytes, to `receive`. Answers come in the order of the requests. What follows a S
 |---|---|---|---|
 | READ with INLINE | the payload | a text, if announced | nothing |
 | READ, CONSUME | nothing | a text, if announced | nothing |
-| STAT | a text, if announced | a text, if announced | a text, if announced |
+| STAT, DESCRIBE | a text, if announced | a text, if announced | a text, if announced |
+| SUBSCRIBE | nothing; with WORDS, a descriptor came with STATUS | a text, if announced | nothing |
 
 A payload or text of no bytes is no message. The payload of a READ without INLINE does not pass through here. OK,
 and STALE for CONSUME, become an `Answer`, everything else a `Refusal`.
@@ -29,7 +30,9 @@ TEXT: Final = "the text after STATUS"
 PAYLOAD: Final = "the payload"
 
 _STATUS, _ACK, _READ = int(Kind.STATUS), int(Kind.ACK), int(Kind.READ)
+_DESCRIPTIONS: Final = frozenset((Kind.STAT, Kind.DESCRIBE))
 _TEXT: Final = Flag.TEXT
+_RARE: Final = Flag.TEXT | Flag.WORDS
 
 
 class Request(NamedTuple):
@@ -160,10 +163,13 @@ class ClientSession:
         while unconfirmed and unconfirmed[0][0] <= acked:
             unconfirmed.popleft()
         follows = 0
-        if flags & _TEXT:
-            if status != Status.ERROR and kind != Kind.STAT:
-                raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
-            follows, awaits = nbytes, TEXT
+        if flags & _RARE:
+            if flags & Flag.WORDS and (status or kind != Kind.SUBSCRIBE):
+                raise ProtocolError(f"a descriptor came with {Status(status).name} of {request.kind.name}")
+            if flags & _TEXT:
+                if status != Status.ERROR and kind not in _DESCRIPTIONS:
+                    raise ProtocolError(f"a text follows {Status(status).name} of {request.kind.name}")
+                follows, awaits = nbytes, TEXT
         elif kind == _READ and not status:
             if nbytes != expected_nbytes:
                 raise ProtocolError(

@@ -10,9 +10,9 @@ All integers are little-endian. A message is one 64-byte frame:
  └────┴──────┴────────┴───────┴────────┴──────────┴──────────┴────────┴──────────┴───────┴─────┴────────┘
 ```
 
-READ, CONSUME and STAT are requests. One STATUS with the same request id answers each, in order. ACK has no answer:
-`acked` of STATUS counts the ACKs processed so far. Fields that a kind does not use are zero. docs/protocol.md
-explains every field.
+READ, CONSUME, STAT, DESCRIBE and SUBSCRIBE are requests. One STATUS with the same request id answers each, in order.
+ACK has no answer: `acked` of STATUS counts the ACKs processed so far. After SUBSCRIBE a connection carries the frames
+of `dray.protocol.streams` only. Fields that a kind does not use are zero. docs/protocol.md explains every field.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ class Kind(enum.IntEnum):
     ACK = 3
     CONSUME = 4
     STAT = 5
+    DESCRIBE = 6
+    SUBSCRIBE = 7
+    GIVE = 8
+    END = 9
+    CREDIT = 10
+    BEGIN = 11
+    RETURN = 12
 
 
 class Status(enum.IntEnum):
@@ -64,6 +71,8 @@ class Flag:
     CHECKSUM: Final = 2  # STATUS: `checksum` holds the payload's xxh3-64
     TEXT: Final = 4  # STATUS: `nbytes` bytes of UTF-8 text follow as a message, and no payload
     INLINE: Final = 8  # READ: the payload shall follow its STATUS as a message
+    WORDS: Final = 16  # STATUS of SUBSCRIBE: a descriptor of `dray.ring.stream_words` came with the message
+    BEGUN: Final = 32  # RETURN: the consumer's program had the payload
 
 
 class Frame(NamedTuple):
@@ -102,16 +111,23 @@ _FORBIDDEN_FLAGS = {
     int(kind): ~allowed
     for kind, allowed in {
         Kind.READ: Flag.INLINE,
-        Kind.STATUS: Flag.CHECKSUM | Flag.TEXT,
+        Kind.STATUS: Flag.CHECKSUM | Flag.TEXT | Flag.WORDS,
         Kind.ACK: Flag.CONSUMED,
         Kind.CONSUME: Flag.NONE,
         Kind.STAT: Flag.NONE,
+        Kind.DESCRIBE: Flag.NONE,
+        Kind.SUBSCRIBE: Flag.NONE,
+        Kind.GIVE: Flag.NONE,
+        Kind.END: Flag.NONE,
+        Kind.CREDIT: Flag.NONE,
+        Kind.BEGIN: Flag.NONE,
+        Kind.RETURN: Flag.BEGUN,
     }.items()
 }
 VALID_HEADS: Final = frozenset(
     (kind, int(Status.OK), flags)
     for kind, forbidden in _FORBIDDEN_FLAGS.items()
-    for flags in range(16)
+    for flags in range(64)
     if not flags & (forbidden | Flag.TEXT)
 )
 """(kind, status, flags) of valid frames without a text. Other frames need `check`."""

@@ -35,6 +35,7 @@ from dray.protocol.handshake import (
     Verdict,
     WelcomeFlag,
 )
+from dray.protocol.streams import ConsumerEvent, consumer_events
 
 MAX_PENDING = 4096
 """Limit of the requests of one connection without an answer, and of its inline payloads without an ACK."""
@@ -45,6 +46,7 @@ MAX_INLINE_BYTES = 16 * 1024
 NO_BYTES: Final = memoryview(b"")
 
 _READ, _ACK, _STATUS = map(int, (Kind.READ, Kind.ACK, Kind.STATUS))
+_REQUESTS: Final = frozenset(map(int, (Kind.READ, Kind.CONSUME, Kind.STAT, Kind.DESCRIBE, Kind.SUBSCRIBE)))
 _OK = int(Status.OK)
 _CHECKSUM = Flag.CHECKSUM
 
@@ -90,7 +92,7 @@ class Violation(NamedTuple):
     error: ProtocolError
 
 
-Event: TypeAlias = Established | Refused | Acknowledgement | Violation
+Event: TypeAlias = Established | Refused | Acknowledgement | ConsumerEvent | Violation
 
 
 class ServerSession:
@@ -108,6 +110,7 @@ class ServerSession:
         closing: no answer follows those that `pop_outgoing` has still to return.
         expects: the size of the client's next message in bytes.
         requests: the requests without an answer, oldest first; each has the fields of a `Frame`.
+        subscribed: the client has subscribed to the stream: no request follows, see `dray.protocol.streams`.
         sending: ids of the reads whose payload `pop_outgoing` has returned and that is not `flushed`.
     """
 
@@ -132,6 +135,7 @@ class ServerSession:
         self.requests: deque[tuple[int, ...]] = deque()
         self.sending: set[int] = set()
         self.established = False
+        self.subscribed = False
         self.closing = False
         self.expects = self._handshake.expects
 
@@ -161,6 +165,8 @@ class ServerSession:
             return []
         if not self.established:
             return self._shake_hands(messages)
+        if self.subscribed:
+            return self._receive_of_consumer(messages)
         events: list[Event] = []
         requests, copied, new = self.requests, self._copied, tuple.__new__
         acks, answered = self._acks, self._answered_ok
@@ -182,8 +188,8 @@ class ServerSession:
                     else:
                         of = self._end_read(request, payload)
                     events.append(new(Acknowledgement, (of, request, payload, flags != 0)))
-                elif kind == _STATUS:
-                    raise ProtocolError("a client sent STATUS")
+                elif kind not in _REQUESTS:
+                    raise ProtocolError(f"a client that has not subscribed sent {Kind(kind).name}")
                 elif len(requests) >= MAX_PENDING:
                     raise ProtocolError(f"more than {MAX_PENDING} requests are unanswered on one connection")
                 else:
@@ -192,6 +198,12 @@ class ServerSession:
             events.append(Violation(error))
         self._acks = acks
         return events
+
+    def _receive_of_consumer(self, messages: bytes | bytearray | memoryview) -> list[Event]:
+        try:
+            return list(consumer_events(messages))
+        except ProtocolError as error:
+            return [Violation(error)]
 
     def _shake_hands(self, message: bytes | bytearray | memoryview) -> list[Event]:
         handshake = self._handshake
@@ -291,14 +303,26 @@ class ServerSession:
         )
         outgoing.append(payload)
 
+    def subscribe(self, words: bool) -> None:
+        """Answer a SUBSCRIBE; with `words`, a descriptor goes with the message."""
+        request = self.requests.popleft()
+        if self.requests:
+            raise ProtocolError("requests follow SUBSCRIBE")
+        self.subscribed = True
+        self._append_status(request, Status.OK, flags=Flag.WORDS if words else Flag.NONE)
+
+    def push(self, frame: bytes) -> None:
+        """Send a frame of the stream to a consumer that has subscribed."""
+        self._outgoing.append(frame)
+
     def refuse(self, status: Status) -> None:
-        """Answer a READ or a CONSUME with a status alone."""
+        """Answer a READ, a CONSUME or a SUBSCRIBE with a status alone."""
         request = self.requests.popleft()
         self._append_status(request, status)
         self._append_empty_payload(request)
 
     def answer(self, text: str | None = None) -> None:
-        """Answer a CONSUME, or with a text a STAT, with OK."""
+        """Answer a CONSUME, or with a text a STAT or a DESCRIBE, with OK."""
         request = self.requests.popleft()
         self._append_status(request, Status.OK, text)
 
@@ -314,9 +338,12 @@ class ServerSession:
         self.requests.clear()
         self.closing = True
 
-    def _append_status(self, request: tuple[int, ...], status: Status, text: str | None = None) -> None:
+    def _append_status(
+        self, request: tuple[int, ...], status: Status, text: str | None = None, flags: int = Flag.NONE
+    ) -> None:
         encoded = b"" if text is None else text.encode()[:MAX_TEXT_BYTES]
-        flags = Flag.NONE if text is None else Flag.TEXT
+        if text is not None:
+            flags |= Flag.TEXT
         _, _, reader, _, slot, number, sequence, _, _, _, _, _ = request
         self._outgoing.append(
             FRAME.pack(_STATUS, status, reader, flags, slot, number, sequence, len(encoded), 0, self._acks, 0, 0)

@@ -188,6 +188,26 @@ class Attachment(Closing):
         self._reads[word] += 1
         self._read_bytes[word] += lease.nbytes
 
+    def acknowledge(self, lease: DirectLease) -> bool:
+        """This reader has consumed the payload of a lease, which lasts on; False if it has ended."""
+        word = lease.word
+        if word < 0 or here[0] != self.mark:
+            return False
+        if self._consumes and self._page[word]:
+            self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
+        if self._control[self._doorbell]:
+            self.ring()
+        return True
+
+    @property
+    def free_leases(self) -> int:
+        """Lease words that are not in use."""
+        return len(self._free)
+
+    def ring(self) -> None:
+        """Wake the owner."""
+        self._bell.ring()
+
     @property
     def reads(self) -> int:
         """Payloads that were handed out."""

@@ -248,6 +248,12 @@ class SharedRingBuffer(Closing):
             with table.lock:
                 bell.clear_locked()
 
+    def is_stale(self, slot: int, sequence: int, reader: int = 0) -> bool:
+        """`reader` cannot read a committed payload (any more): it is consumed, dropped or replaced."""
+        table = self._table
+        with table.lock:
+            return table.closed or table.is_stale(table.slots[slot], sequence, reader)
+
     def get_ready_count(self) -> int:
         """The number of READY slots."""
         self.observe()

@@ -271,7 +271,7 @@ class SlotTable:
     def consume(self, index: int, sequence: int, reader: int) -> bool:
         """Mark a payload consumed by `reader`, leased or not; false when it is stale for that reader."""
         slot = self.slots[index]
-        stale = self._is_stale(slot, sequence, reader)
+        stale = self.is_stale(slot, sequence, reader)
         if stale:
             self._stale_consumes += 1
         elif not self._newest_only:
@@ -297,7 +297,7 @@ class SlotTable:
     def lease(self, index: int, sequence: int, reader: int) -> Slot:
         """READY or READING → READING, with one lease more. Raises `StaleSlotError`."""
         slot = self.slots[index]
-        if self._is_stale(slot, sequence, reader):
+        if self.is_stale(slot, sequence, reader):
             self._stale_reads += 1
             raise slot.stale_error(sequence, reader)
         slot.leases += 1
@@ -317,7 +317,7 @@ class SlotTable:
                 found.append(SlotError(f"the ring has no slot {index}, or no reader {reader}", slot=index))
                 continue
             slot = slots[index]
-            if self._is_stale(slot, sequence, reader):
+            if self.is_stale(slot, sequence, reader):
                 self._stale_reads += 1
                 found.append(slot.stale_error(sequence, reader))
             elif slot.nbytes > most:
@@ -443,7 +443,7 @@ class SlotTable:
             self.notify_claims()
         self._memory[slot.header + STATE_OFFSET] = slot.state
 
-    def _is_stale(self, slot: Slot, sequence: int, reader: int) -> bool:
+    def is_stale(self, slot: Slot, sequence: int, reader: int) -> bool:
         """A reader cannot read or consume a payload (any more)."""
         if slot.sequence != sequence or slot.retired or slot.state is _WRITING:
             return True

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dray.clock import Deadline
 from dray.errors import ProtocolError
 from dray.protocol.handshake import (
+    ANY_PRODUCER,
     WELCOME,
     ClientHandshake,
     ServerIdentity,
@@ -80,7 +81,7 @@ def shake_hands(
                 stream.send([answer], [wanted.process.fileno()] if wanted is not None and attaching else ())
         identity = handshake.server
         assert identity is not None
-        if identity.producer != producer:
+        if producer not in (ANY_PRODUCER, identity.producer):
             raise OtherProducerError(
                 f"producer {identity.producer.hex()} listens there, not {producer.hex()}", endpoint=endpoint
             )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dray.clock import MONOTONIC, Clock
-from dray.errors import BufferClosedError, OutOfResources, PayloadError, SlotError, StaleSlotError
+from dray.errors import BufferClosedError, OutOfResources, PayloadError, SlotError, StaleSlotError, TransportError
 from dray.protocol.frames import VERSION, Flag, Frame, Kind, Outgoing, Status, parse
 from dray.protocol.handshake import AttachRequest, ServerIdentity, Verdict, WelcomeFlag
 from dray.protocol.server_session import (
@@ -25,9 +28,12 @@ from dray.protocol.server_session import (
     ServerSession,
     Violation,
 )
+from dray.protocol.streams import Begun, Credit, Returned
+from dray.resources import Closing
 from dray.ring import Lease, SharedRingBuffer
 from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import Attached, kernel_digest
+from dray.ring.shared_words import SharedWords
 from dray.transport import trace as traced
 from dray.transport.lanes.base import Stream
 from dray.transport.server_statistics import COUNTED, LeaseInfo
@@ -49,6 +55,38 @@ PROGRESS_CHECKS = 8
 
 _READ = int(Kind.READ)
 _CONSUME = int(Kind.CONSUME)
+_SUBSCRIBE = int(Kind.SUBSCRIBE)
+_DESCRIBE = int(Kind.DESCRIBE)
+
+
+class Subscriber(Protocol):
+    """A consumer that has subscribed, as the stream of the ring knows it.
+
+    Attributes:
+        words: the memory to share with it; None where frames carry everything.
+    """
+
+    words: SharedWords | None
+
+    def start(self) -> None: ...
+    def set_credit(self, total: int) -> None: ...
+    def begin(self, slot: int, sequence: int, number: int) -> None: ...
+    def take_back(self, returned: Returned) -> None: ...
+    def end(self) -> None: ...
+
+
+class StreamService(Protocol):
+    """The stream of a ring: who gets which payload.
+
+    Attributes:
+        remaining: seconds until `serve` has something to do that no event announces.
+    """
+
+    @property
+    def remaining(self) -> float: ...
+    def describe(self) -> str: ...
+    def subscribe(self, connection: ServedConnection, reader: int) -> Subscriber: ...
+    def serve(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +106,7 @@ class Service:
         trace: receives the events of `dray.transport.trace`.
         newest: the newest protocol version to speak.
         direct: direct leases are offered on lanes with shared memory.
+        stream: hands the payloads of the ring out, if it has a stream.
     """
 
     ring: SharedRingBuffer
@@ -81,6 +120,7 @@ class Service:
     trace: traced.Trace | None = None
     newest: int = VERSION
     direct: bool = False
+    stream: StreamService | None = None
 
 
 class ServedConnection:
@@ -90,6 +130,7 @@ class ServedConnection:
         stream: transports its messages and payloads.
         endpoint: the address at which it was accepted.
         service: what is served.
+        pushed: called in any thread when the connection has something to send: its loop must serve it.
 
     Attributes:
         stream, session, endpoint: its parts.
@@ -99,9 +140,17 @@ class ServedConnection:
         lingering: the last answer was passed to the stream, and the client is to close the connection.
         unsent: answers wait for room in the connection.
         watched: the value of `unsent` that the poller knows; None before the connection is registered.
+        subscriber: the client, once it has subscribed to the stream.
+        direct: the client may lease directly.
     """
 
-    def __init__(self, stream: Stream, endpoint: str, service: Service) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        endpoint: str,
+        service: Service,
+        pushed: Callable[[ServedConnection], None] = lambda _: None,
+    ) -> None:
         self.stream = stream
         self.endpoint = endpoint
         self.session = ServerSession(
@@ -120,8 +169,16 @@ class ServedConnection:
         self._leases: dict[int, Lease] = {}
         self._max_leases = service.identity.max_leases
         self._attached: Attached | None = None
+        self.direct = False
+        self._subscribing = False
+        self._words: SharedWords | None = None
         self._leaving: list[traced.Payload] = []
         self._progress: object = None
+        self.subscriber: Subscriber | None = None
+        self._pushed = pushed
+        self._pushes: deque[bytes] = deque()
+        self._sending = threading.Lock()  # once there is a subscriber, other threads send as well
+        self._ended = False
 
     # --- messages and answers ---------------------------------------------------------------------------------
 
@@ -157,6 +214,8 @@ class ServedConnection:
                         counts["acks_returned"] += 1
                         if of == "lease":
                             self._leases.pop(request).release()
+                elif isinstance(event, Credit | Begun | Returned):
+                    self._hear(event)
                 elif isinstance(event, Established):
                     if event.attach is not None:
                         self._attach(event.attach, received)
@@ -178,6 +237,8 @@ class ServedConnection:
         session = self.session
         if session.sending:
             return []
+        while self._pushes:
+            session.push(self._pushes.popleft())
         requests = session.requests
         if not requests:
             return session.pop_outgoing()
@@ -190,6 +251,14 @@ class ServedConnection:
                 if kind != _READ:
                     if kind == _CONSUME:
                         weight += self._consume(request)
+                    elif kind == _SUBSCRIBE:
+                        weight += self._subscribe(request)
+                    elif kind == _DESCRIBE and self._service.stream is None:
+                        weight += self._fail(_NO_STREAM)
+                    elif kind == _DESCRIBE:
+                        assert self._service.stream is not None
+                        session.answer(self._service.stream.describe())
+                        weight += BATCH_BYTES
                     else:
                         session.answer(self._service.describe())
                         weight += BATCH_BYTES
@@ -210,6 +279,13 @@ class ServedConnection:
         if self._attached is not None:
             self._attached.page.close_descriptor()
             self._attached = None
+        if self._subscribing:
+            assert self.subscriber is not None
+            if self._words is not None:
+                self._words.close_descriptor()
+                self._words = None
+            self._subscribing = False
+            self.subscriber.start()
         if self._leaving:
             assert self._trace is not None
             now = self._service.clock.now()
@@ -222,6 +298,7 @@ class ServedConnection:
         if self.session.unproven and not self.session.closing:
             self.counts["auth_failures"] += 1
         self.session.close()
+        self.end_subscription()
         leases, self._leases = self._leases, {}
         for lease in leases.values():
             lease.release()
@@ -261,17 +338,85 @@ class ServedConnection:
                         process, pid=self.stream.peer_pid or 0, reader=request.reader, leases=self._max_leases
                     )
         if self._attached is not None:
+            self.direct = True
             flags = WelcomeFlag.ATTACHED
             if self._ring.retain == "newest":
                 flags |= WelcomeFlag.NEWEST
         self.session.welcome(flags)
+
+    # --- the stream -------------------------------------------------------------------------------------------
+
+    def push(self, frame: bytes) -> None:
+        """Send a frame to a consumer that has subscribed, from any thread: on the shm lane at once.
+
+        If a signal handler raises meanwhile, the connection ends: the frame may have left or not.
+        """
+        if self.stream.lane.local and self._sending.acquire(blocking=False):
+            try:
+                if not (self._ended or self.unsent or self._pushes):
+                    if self.stream.send([frame]):
+                        return
+                    self.unsent = True
+                    frame = b""
+            except TransportError:
+                frame = b""  # its loop will find out
+            except BaseException:
+                self.stream.abort()
+                raise
+            finally:
+                self._sending.release()
+        if frame:
+            self._pushes.append(frame)
+        self._pushed(self)
+
+    def send(self, items: Sequence[Outgoing], shared: Sequence[int] = ()) -> bool:
+        """As `Stream.send`, while other threads may `push`."""
+        if self.subscriber is None:
+            return self.stream.send(items, shared)
+        with self._sending:
+            return self.stream.send(items, [self._words.fileno()] if self._words is not None else ())
+
+    def flush(self) -> bool:
+        """As `Stream.flush`, while other threads may `push`."""
+        if self.subscriber is None:
+            return self.stream.flush()
+        with self._sending:
+            return self.stream.flush()
+
+    def end_subscription(self) -> None:
+        """Give the consumer nothing any more. Before the stream is closed; twice is fine."""
+        if self.subscriber is not None and not self._ended:
+            with self._sending:
+                self._ended = True
+            self.subscriber.end()
+
+    def _hear(self, event: Credit | Begun | Returned) -> None:
+        assert self.subscriber is not None
+        if isinstance(event, Credit):
+            self.subscriber.set_credit(event.total)
+        elif isinstance(event, Begun):
+            self.subscriber.begin(*event)
+        else:
+            self.subscriber.take_back(event)
+
+    def _subscribe(self, request: tuple[int, ...]) -> int:
+        stream = self._service.stream
+        if stream is None:
+            return self._fail(_NO_STREAM)
+        reader = request[2]
+        if reader >= self._service.identity.readers:
+            return self._refuse(Status.DENIED)
+        self.subscriber = subscriber = stream.subscribe(self, reader)
+        self._words, self._subscribing = subscriber.words, True
+        self.session.subscribe(self._words is not None)
+        return REQUEST_WEIGHT
 
     # --- state ------------------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
         """An exchange is in flight, or the connection holds a lease."""
-        return self.session.busy or bool(self._leases)
+        return self.session.busy or bool(self._leases or self._pushes or self.unsent)
 
     @property
     def leased(self) -> int:
@@ -294,8 +439,8 @@ class ServedConnection:
         """Seconds of silence after which the connection is closed."""
         if self.lingering:
             return LINGER_SECONDS
-        if not self.session.established:
-            return math.inf  # its proof has a deadline
+        if not self.session.established or self.subscriber is not None:
+            return math.inf  # its proof has a deadline; a consumer may be silent
         if not self._leases:
             return self._service.idle_timeout
         return math.inf if self.stream.lane.local else self._service.lease_timeout
@@ -457,6 +602,7 @@ class ServedConnection:
                 self._leaving.append(traced.Payload(now, endpoint, slot, sequence, status.nbytes, id(self)))
 
 
+_NO_STREAM = "this server has no stream: its payloads are read by reference"
 _REFUSED = {Verdict.DENIED: "auth_failures", Verdict.VERSION: "other_versions"}
 
 

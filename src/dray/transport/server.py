@@ -27,7 +27,7 @@ from dray.ring import OnFull, Retain, SharedRingBuffer
 from dray.ring.direct import direct_problem
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, ListenAt, Listener
-from dray.transport.served_connection import Service
+from dray.transport.served_connection import Service, StreamService
 from dray.transport.server_loop import ServerLoop
 from dray.transport.server_statistics import COUNTED, LeaseInfo, ServerCounters, ServerStatistics
 from dray.transport.trace import Trace
@@ -69,6 +69,7 @@ class PayloadServer(Closing):
         direct: let consumers on this host lease payloads in shared memory without asking this server, where this
             machine can (`dray doctor` shows whether, and why not).
         newest_version: the newest protocol version to speak, for clients that fail with a newer one.
+        stream: hands the payloads of the ring out to consumers; see `dray.streams`.
 
     Attributes:
         ring: as given.
@@ -102,6 +103,7 @@ class PayloadServer(Closing):
         trace: Trace | None = None,
         direct: bool = True,
         newest_version: int = VERSION,
+        stream: StreamService | None = None,
     ) -> None:
         check_secret(secret)
         self._lanes = _served(lane, secret)
@@ -162,6 +164,7 @@ class PayloadServer(Closing):
             trace=trace,
             newest=newest_version,
             direct=direct and not direct_problem(),
+            stream=stream,
         )
         self._pid = os.getpid()
         self._closed = self._counted = False

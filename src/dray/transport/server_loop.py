@@ -12,6 +12,7 @@ import math
 import os
 import select
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -75,6 +76,7 @@ class ServedConnections:
         watch: called when a socket is to be waited for: for room if the connection is `unsent`, else for messages.
         unwatch: called before a socket is closed.
         attach: called when a consumer may lease directly.
+        wake: called in any thread when `serve_pushed` has something to do.
 
     Attributes:
         counts: what has happened apart from the connections that exist now.
@@ -86,6 +88,7 @@ class ServedConnections:
         watch: Callable[[ServedConnection], None] = lambda _: None,
         unwatch: Callable[[ServedConnection], None] = lambda _: None,
         attach: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.counts = dict.fromkeys(COUNTED, 0)
         self._service = service
@@ -93,6 +96,8 @@ class ServedConnections:
         self._watch = watch
         self._unwatch = unwatch
         self._attach = attach
+        self._wake = wake
+        self._pushed: deque[ServedConnection] = deque()
         # No connection has a shorter limit.
         self._shortest_limit = min(service.idle_timeout, service.lease_timeout / PROGRESS_CHECKS)
         self._sockets: dict[Stream, ServedConnection] = {}
@@ -111,7 +116,7 @@ class ServedConnections:
 
     def add(self, stream: Stream, endpoint: str = "") -> ServedConnection:
         """Serve a connection that was accepted at `endpoint`."""
-        connection = ServedConnection(stream, endpoint, self._service)
+        connection = ServedConnection(stream, endpoint, self._service, self._note_pushed)
         self.counts["connections"] += 1
         self._counted[connection] = None
         self._next_sweep = min(self._next_sweep, connection.active + connection.limit)
@@ -131,7 +136,7 @@ class ServedConnections:
             for _ in range(ROUNDS):
                 # First: an ACK may have come in the same step of progress that finished sending its payload.
                 if connection.unsent:
-                    if not stream.flush():
+                    if not connection.flush():
                         break
                     connection.unsent = False
                     connection.active = now()
@@ -158,7 +163,7 @@ class ServedConnections:
                             shared = connection.shared_descriptors()
                             if connection.attached:
                                 self._attach()
-                    if not stream.send(items, shared):
+                    if not connection.send(items, shared):
                         connection.unsent = True
                         continue
                     connection.flushed()
@@ -199,6 +204,13 @@ class ServedConnections:
             if connection.stream in self._sockets:
                 self.serve(connection)
         return bool(self._unfinished)
+
+    def serve_pushed(self) -> None:
+        """Serve the connections to which another thread wants to send."""
+        while self._pushed:
+            connection = self._pushed.popleft()
+            if connection.stream in self._sockets or connection.stream in self._driven:
+                self.serve(connection)
 
     def serve_driven(self) -> bool:
         """Serve every connection of a worker, whose progress names none of them; True if any has work left."""
@@ -283,6 +295,10 @@ class ServedConnections:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
+    def _note_pushed(self, connection: ServedConnection) -> None:
+        self._pushed.append(connection)
+        self._wake()
+
     def _note_handshake(self, connection: ServedConnection) -> None:
         if connection.session.established:
             self._unproven.discard(connection)
@@ -309,6 +325,7 @@ class ServedConnections:
         else:
             del self._sockets[stream]
             self._unwatch(connection)
+        connection.end_subscription()
         stream.close()
         if self._service.trace is not None:
             self._service.trace(
@@ -357,9 +374,10 @@ class ServerLoop:
     ) -> None:
         self.endpoints = [listener.endpoint for listener in listeners]
         self.connections = ServedConnections(
-            service, watch=self._watch, unwatch=self._unwatch, attach=self.watch_consumers
+            service, watch=self._watch, unwatch=self._unwatch, attach=self.watch_consumers, wake=self.wake
         )
         self._ring = service.ring
+        self._stream = service.stream
         self._consumers = -1
         self._listeners = {listener.fileno(): listener for listener in listeners if listener.worker is None}
         self._driven = [listener for listener in listeners if listener.worker is not None]
@@ -441,6 +459,7 @@ class ServerLoop:
                     self._stop_listening()
                     if connections.finish(self._deadline):
                         break
+                connections.serve_pushed()
                 unfinished = connections.serve_unfinished()
                 if self._progress_due or self._deadline is not None:
                     unfinished = self._progress() or unfinished
@@ -454,6 +473,8 @@ class ServerLoop:
                         self._accept(self._listeners[descriptor])
                     elif descriptor == self._consumers:
                         self._ring.observe()
+                        if self._stream is not None:
+                            self._stream.serve()
                     elif descriptor in self._silent:
                         self._silent[descriptor].hasten()
                     else:  # a worker, or `stop` has woken the poller
@@ -463,6 +484,8 @@ class ServerLoop:
                 for listener in self._driven:
                     if listener.silent is not None and not listener.silent.remaining:
                         self._shut_down_silent(listener, listener.silent)
+                if self._stream is not None and not self._stream.remaining:
+                    self._stream.serve()
                 if connections.sweep() or not events:
                     self._progress_due = bool(self._workers)
         except BaseException:
@@ -477,6 +500,7 @@ class ServerLoop:
             math.inf if timeout is None else timeout,
             self._pause.remaining if self._paused else math.inf,
             min((each.remaining for each in self._silent.values()), default=math.inf),
+            math.inf if self._stream is None else self._stream.remaining,
         )
         return None if due == math.inf else due
 

@@ -6,6 +6,7 @@ Both send messages over one non-blocking byte stream; ``tcp`` sends payloads ove
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import select
@@ -172,6 +173,10 @@ class SocketStream(Stream):
         self.expected.popleft()
         self.filled = 0
         return True
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._parts.clear()

@@ -1,0 +1,62 @@
+"""Addresses of streams: ``tcp://HOST:PORT`` and ``ucx://HOST:PORT``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dray.errors import ConfigError
+from dray.transport.lanes import LANES, parse_endpoint
+
+_FORM = "tcp://HOST:PORT or ucx://HOST:PORT"
+
+
+@dataclass(frozen=True, slots=True)
+class ListenOn:
+    """Where a producer listens for other hosts.
+
+    Attributes:
+        host: the address; loopback without any.
+        port: the port; 0 for any.
+        lanes: the lanes to serve there.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    lanes: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, listen: str | Sequence[str]) -> ListenOn:
+        """One or several addresses, which differ in their lanes alone.
+
+        Raises:
+            ConfigError: one of them is none, or they differ in host or port.
+        """
+        texts = (listen,) if isinstance(listen, str) else tuple(listen)
+        places = []
+        for text in texts:
+            scheme, separator, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
+            host, _, port = rest.rpartition(":")
+            if not separator or scheme not in ("tcp", "ucx") or not host or not port.isdecimal() or int(port) > 65535:
+                raise ConfigError("listen", text, f"an address {_FORM}; port 0 takes any")
+            places.append((host.removeprefix("[").removesuffix("]"), int(port), scheme))
+        if len({place[:2] for place in places}) > 1:
+            raise ConfigError("listen", listen, "addresses with the same host and port, one for each lane")
+        if not places:
+            return cls()
+        return cls(places[0][0], places[0][1], tuple(dict.fromkeys(lane for _, _, lane in places)))
+
+
+def endpoint_of(address: object) -> str:
+    """The endpoint that an address names.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    scheme, separator, rest = address.partition("://") if isinstance(address, str) else ("", "", "")
+    if separator and scheme in LANES and not LANES[scheme].local:
+        try:
+            return str(parse_endpoint(f"{scheme}:{rest}"))
+        except ConfigError as error:
+            raise ConfigError("address", address, f"an address {_FORM}") from error
+    raise ConfigError("address", address, f"an address {_FORM}")

@@ -1,0 +1,378 @@
+"""`Consumer`: takes the payloads of a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+from dray.clock import MONOTONIC, Deadline
+from dray.errors import BufferClosedError, ConfigError, StreamEnded, StreamError
+from dray.forking import here
+from dray.identifiers import PayloadId
+from dray.payload import PayloadSchema
+from dray.protocol.handshake import check_secret
+from dray.resources import Closing
+from dray.streams.addresses import endpoint_of
+from dray.streams.inbox import Inbox, Report, Wanted
+from dray.streams.payload import Payload
+from dray.streams.producer import schema_text
+from dray.streams.registry import checked_name, default_scope
+
+Acknowledge = Literal["next", "manual"]
+
+MAX_PREFETCH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerStatistics:
+    """A consumer in this process. Counters start with its first use there."""
+
+    producers: int  # that are attached now
+    attached: int  # that have ever attached
+    ended: int  # that have closed their stream
+    lost: int  # that have died
+    payloads: int  # that the program has got
+    redelivered: int  # of those, that were handed out before
+    copied: int  # of those, that were copied because arrays of others are kept
+    gone: int  # that were dropped or taken back before the program got them
+    returned: int  # that were given back because there were enough
+    acknowledged: int  # that were acknowledged here
+
+
+class Consumer(Closing):
+    """Takes payloads of the stream `stream`. A context manager, and an iterator over the payloads.
+
+    Iteration has no time limit. It ends when every producer that was attached has closed its stream and nothing is
+    left; after the death of a producer it waits for another one. Every 30 s a line in the log says what it waits for.
+
+    The consumer can be pickled. In each process, also in a forked one, it attaches at its first use there, as a
+    consumer of its own.
+
+    Args:
+        stream: the name of a stream of this user on this host, or the addresses of producers on other hosts, such
+            as ``["tcp://10.0.0.3:7777"]``.
+        group: the name of the group: a payload goes to one of its consumers at a time.
+        ack: ``"next"``: a payload is acknowledged when the next one is asked for, and at the end of the block; an
+            exception that leaves the block gives it back. ``"manual"``: `acknowledge` does it.
+        prefetch: payloads that may lie here and were not handed to the program yet, 1 … 4096.
+        schema: what payloads must match; a producer with another schema is an error.
+        secret: the secret of the producers at addresses.
+        scope: where the name is known; see `dray.streams.registry.default_scope`.
+        direct: use payloads in the memory of producers on this host where that is possible.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        stream: str | Sequence[str],
+        *,
+        group: str = "default",
+        ack: Acknowledge = "next",
+        prefetch: int = 2,
+        schema: PayloadSchema | None = None,
+        secret: bytes | None = None,
+        scope: str | None = None,
+        direct: bool = True,
+    ) -> None:
+        if ack not in get_args(Acknowledge):
+            raise ConfigError("ack", ack, " or ".join(map(repr, get_args(Acknowledge))))
+        if prefetch.__class__ is not int or not 1 <= prefetch <= MAX_PREFETCH:
+            raise ConfigError("prefetch", prefetch, f"an integer from 1 to {MAX_PREFETCH}")
+        check_secret(secret)
+        by_name = isinstance(stream, str) and "://" not in stream
+        addresses: Sequence[str] = () if by_name else (stream,) if isinstance(stream, str) else tuple(stream)
+        if not by_name and not addresses:
+            raise ConfigError("stream", stream, "a name, or one or more addresses")
+        self._wanted = Wanted(
+            name=checked_name(stream) if by_name else "",
+            scope="" if not by_name else default_scope() if scope is None else scope,
+            endpoints=tuple(map(endpoint_of, addresses)),
+            group=checked_name(group),
+            prefetch=prefetch,
+            schema=schema_text(schema),
+            secret=secret,
+            direct=direct,
+        )
+        self._ack: Acknowledge = ack
+        self._reset()
+
+    def _reset(self) -> None:
+        self._exclusive = _Exclusive()
+        self._inbox: Inbox | None = None
+        self._current: list[Payload] = []
+        self._held: list[Payload] = []  # taken by a `batch` that did not get all of its payloads in time
+        self._closed = False
+        self._payloads = self._redelivered = self._acknowledged = 0
+        self._mark = here[0]
+
+    # --- payloads ---------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Payload]:
+        return self
+
+    def __next__(self) -> Payload:
+        with self._exclusive:
+            inbox = self._begin_call()
+            payload = self._next(inbox, Deadline.after(None))
+            if payload is None:
+                raise StopIteration
+            self._current = [payload]
+            return payload
+
+    def get(self, timeout: float | None = 30.0) -> Payload:
+        """The next payload.
+
+        Args:
+            timeout: seconds; None for no limit.
+
+        Raises:
+            StreamTimeout: none came in time; the message says what was waited for.
+            StreamEnded: all producers have closed their streams, and nothing is left.
+        """
+        return self.batch(1, timeout=timeout)[0]
+
+    def batch(self, n: int, *, timeout: float | None = 30.0) -> list[Payload]:
+        """The next `n` payloads, fewer only at the end of the stream. They are acknowledged together.
+
+        Args:
+            n: how many, at most as many as the slots of the producers.
+            timeout: seconds for all of them; None for no limit.
+
+        Raises:
+            StreamTimeout: they did not come in time. The next call gets those that did.
+            StreamEnded: all producers have closed their streams, and nothing is left.
+        """
+        if n.__class__ is not int or n < 1:
+            raise ConfigError("n", n, "an integer of 1 or more")
+        deadline = Deadline.after(timeout)
+        with self._exclusive:
+            inbox = self._begin_call()
+            found, self._held = self._held, []
+            try:
+                while len(found) < n and (payload := self._next(inbox, deadline)) is not None:
+                    found.append(payload)
+            except BaseException:
+                self._held = found
+                raise
+            found, self._held = found[:n], found[n:]
+            if not found:
+                raise StreamEnded(f"{self._wanted} has ended: all producers have closed, and nothing is left")
+            self._current = list(found)
+            return found
+
+    def __aiter__(self) -> AsyncIterator[Payload]:
+        return self
+
+    async def __anext__(self) -> Payload:
+        with self._exclusive:
+            inbox = self._begin_call()
+        loop = asyncio.get_running_loop()
+        report = Report(MONOTONIC)
+        while True:
+            with self._exclusive:
+                self._check(inbox)
+                payload = self._held.pop(0) if self._held else inbox.pop()
+                if payload is not None:
+                    self._count(payload)
+                    self._current = [payload]
+                    return payload
+                if inbox.finished:
+                    raise StopAsyncIteration
+                report.say(inbox)
+                timeout = min(inbox.prepare_to_wait(), report.remaining(bool(inbox.producers)))
+            if timeout:
+                await _readable(loop, inbox.fileno(), timeout)
+
+    @property
+    def ready(self) -> int:
+        """How many payloads can be taken without waiting, as far as that is known."""
+        with self._exclusive:
+            inbox = self._opened()
+            inbox.receive()
+            return len(inbox.queue) + len(self._held)
+
+    # --- their end --------------------------------------------------------------------------------------------
+
+    def acknowledge(self, payload: Payload | PayloadId | Iterable[Payload | PayloadId]) -> None:
+        """The group has consumed a payload, or several: they are handed out no more, and their slots become free.
+
+        What is gone already is not an error.
+
+        Args:
+            payload: payloads, or their ids. An id may have come from another process of this user.
+
+        Raises:
+            StreamTimeout: the producer of a payload cannot be found.
+            TransportError: a producer on another host could not be reached.
+        """
+        each: Iterable[Payload | PayloadId] = (
+            (payload,) if isinstance(payload, Payload | PayloadId) else payload
+        )
+        with self._exclusive:
+            inbox = self._opened()
+            for one in each:
+                if isinstance(one, Payload):
+                    one.acknowledge()
+                else:
+                    deadline = Deadline.after(30.0)
+                    inbox.find(one.producer, deadline).acknowledge(one, None)
+                self._acknowledged += 1
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """The producers that are attached: process and command, or address."""
+        with self._exclusive:
+            return tuple(self._opened().producers)
+
+    def statistics(self) -> ConsumerStatistics:
+        """Counters of this consumer in this process."""
+        with self._exclusive:
+            inbox = self._opened()
+            counts = inbox.counts()
+            return ConsumerStatistics(
+                producers=len(inbox.producers), attached=inbox.attached, ended=inbox.ended, lost=inbox.lost,
+                payloads=self._payloads, redelivered=self._redelivered, copied=counts["copies"],
+                gone=counts["gone"], returned=inbox.returned, acknowledged=self._acknowledged,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        with self._exclusive:
+            self._opened()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(acknowledge=kind is None)
+
+    def close(self, acknowledge: bool = True) -> None:
+        """End the consumer in this process, also while another thread waits in it. Twice is fine.
+
+        What it was given and has not acknowledged goes to other consumers. Arrays of its payloads stay valid.
+
+        Args:
+            acknowledge: with ``ack="next"``, acknowledge the payload that was handed out last.
+        """
+        if here[0] != self._mark:
+            return
+        self._closed = True
+        inbox = self._inbox
+        if inbox is not None:
+            inbox.interrupt()
+        with self._exclusive:
+            inbox, self._inbox = self._inbox, None
+            if inbox is None:
+                return
+            with contextlib.closing(inbox):
+                if acknowledge:
+                    self._acknowledge_current()
+                self._current, self._held = [], []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self._wanted, self._ack)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._payloads} payloads"
+        return f"<Consumer of {self._wanted}, group {self._wanted.group!r}, {state}>"
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _begin_call(self) -> Inbox:
+        """The inbox; what the calls before it have handed out is acknowledged."""
+        inbox = self._opened()
+        self._acknowledge_current()
+        return inbox
+
+    def _acknowledge_current(self) -> None:
+        if self._ack == "next":
+            while self._current:
+                payload = self._current[-1]
+                if not payload.ended:
+                    payload.acknowledge()
+                    self._acknowledged += 1
+                self._current.pop()
+        else:
+            self._current = []
+
+    def _next(self, inbox: Inbox, deadline: Deadline) -> Payload | None:
+        """The next payload; None at the end of the stream."""
+        payload = inbox.pop()
+        if payload is None:
+            report = Report(MONOTONIC)
+            while payload is None:
+                if inbox.finished:
+                    return None
+                inbox.wait(deadline, report)
+                payload = inbox.pop()
+        self._count(payload)
+        return payload
+
+    def _count(self, payload: Payload) -> None:
+        self._payloads += 1
+        self._redelivered += payload.redelivered
+
+    def _opened(self) -> Inbox:
+        if here[0] != self._mark:  # a forked child attaches as a consumer of its own
+            self._reset()
+            self._exclusive.adopt()
+        if self._closed:
+            raise BufferClosedError("the consumer is closed")
+        if self._inbox is None:
+            self._inbox = Inbox(self._wanted)
+        return self._inbox
+
+    def _check(self, inbox: Inbox) -> None:
+        if inbox is not self._inbox:
+            raise BufferClosedError("the consumer was closed while it waited")
+
+
+def _remake(wanted: Wanted, ack: Acknowledge) -> Consumer:
+    consumer = Consumer.__new__(Consumer)
+    consumer._wanted = wanted  # noqa: SLF001
+    consumer._ack = ack  # noqa: SLF001
+    consumer._reset()  # noqa: SLF001
+    return consumer
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, descriptor: int, timeout: float) -> None:
+    """Wait in an event loop until a descriptor is readable, or until the time is over."""
+    waiter = loop.create_future()
+    loop.add_reader(descriptor, lambda: waiter.done() or waiter.set_result(None))
+    try:
+        await asyncio.wait((waiter,), timeout=None if timeout == float("inf") else timeout)
+    finally:
+        loop.remove_reader(descriptor)
+        waiter.cancel()
+
+
+class _Exclusive:
+    """A lock that its own thread must not take again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner = 0
+
+    def adopt(self) -> None:
+        """In a forked child: the thread that enters has the lock already."""
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        if self._owner == me:
+            raise StreamError("a call of this consumer is in progress in this thread: this one came from a handler")
+        self._lock.acquire()
+        self._owner = me
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
