@@ -289,7 +289,7 @@ class ProducerLostError(DrayError, ConnectionError):
 
 
 class StreamError(DrayError):
-    """A stream cannot go on as it was asked to."""
+    """A call of a stream was not possible."""
 
 
 class StreamTimeout(StreamError, TimeoutError):

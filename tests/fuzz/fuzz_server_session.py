@@ -17,8 +17,8 @@ from dray.ring import SharedRingBuffer
 from dray.transport.lanes import SHM, TCP, UCX
 from dray.transport.lanes.base import Lane
 from dray.transport.lanes.socket import SocketStream
-from dray.transport.served_connection import Service
-from dray.transport.server_loop import ServedConnections
+from dray.transport.served_connections import ServedConnections
+from dray.transport.service import Service
 
 RAW_HANDSHAKE, SECRET, RESET = 4, 8, 16
 FRAME_OP, BYTES_OP, DELIVER_OP, READ_OP = range(4)

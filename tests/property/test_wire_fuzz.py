@@ -25,7 +25,8 @@ from dray.protocol.handshake import (
 from dray.ring import SharedRingBuffer
 from dray.transport.lanes import LANES, TCP
 from dray.transport.lanes.base import Lane
-from dray.transport.served_connection import ServedConnection, Service
+from dray.transport.served_connection import ServedConnection
+from dray.transport.service import Service
 
 u8, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
 json_values = st.recursive(

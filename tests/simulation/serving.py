@@ -18,9 +18,9 @@ from dray.protocol.handshake import ServerIdentity
 from dray.ring import OnFull, Retain, RingStatistics, SharedRingBuffer, SlotInfo
 from dray.ring.direct import RELOOK_SECONDS
 from dray.transport.lanes.base import Lane
-from dray.transport.served_connection import Service
 from dray.transport.server_loop import ServerLoop
 from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
+from dray.transport.service import Service
 from dray.transport.trace import Discard, TraceEvent
 from simulation.faults import PROMPT
 from simulation.ledger import Ledger

@@ -2,16 +2,16 @@
 
 | frame | from | fields | meaning |
 |---|---|---|---|
-| GIVE | producer | slot, sequence, nbytes, request, acked | the payload is this consumer's: hand-out `request`, the `acked`-th |
+| GIVE | producer | slot, sequence, nbytes, request, acked | hand-out `request` of the payload, its `acked`-th |
 | END | producer | nbytes | the producer has closed; `nbytes` payloads of this group were lost |
 | CREDIT | consumer | request | how many payloads it may have been given so far, in total |
 | BEGIN | consumer | slot, sequence, request | its program is about to get the payload of that hand-out |
 | RETURN | consumer | slot, sequence, request, BEGUN | it gives the payload of that hand-out back |
 
-A producer gives a payload while fewer were given than the credit says. Credit may fall: what was given already stays
-given. Hand-outs are numbered from 1 for each producer, and each GIVE has a number of its own. Where the answer to
-SUBSCRIBE came with a descriptor, CREDIT and BEGIN are words in shared memory instead (`dray.ring.stream_words`), and
-such frames are not sent.
+A producer gives a payload while fewer were given than the credit allows. Credit may fall: what was given already
+stays given. Hand-outs are numbered from 1 for each producer, and each GIVE has a number of its own. Where the
+answer to SUBSCRIBE came with a descriptor, CREDIT and BEGIN are words in shared memory instead
+(`dray.ring.stream_words`), and such frames are not sent.
 """
 
 from __future__ import annotations

@@ -189,15 +189,21 @@ class Attachment(Closing):
         self._read_bytes[word] += lease.nbytes
 
     def acknowledge(self, lease: DirectLease) -> bool:
-        """This reader has consumed the payload of a lease, which lasts on; False if it has ended."""
+        """This reader has consumed the payload of a lease, which lasts on; False if it has ended.
+
+        An owner that waits learns it when the lease ends, or by `ring_if_awaited`.
+        """
         word = lease.word
         if word < 0 or here[0] != self.mark:
             return False
         if self._consumes and self._page[word]:
             self._board[lease.slot * self._readers + self._reader] = lease.sequence + 1
-        if self._control[self._doorbell]:
-            self.ring()
         return True
+
+    def ring_if_awaited(self) -> None:
+        """Wake the owner if it waits for consumers."""
+        if self._control[self._doorbell] and here[0] == self.mark:
+            self.ring()
 
     @property
     def free_leases(self) -> int:

@@ -11,9 +11,9 @@ Neither side waits for the other. The producer's barrier (`dray.ring.membarrier`
 
 - The consumer stores *credit* and then loads *pending*; the producer stores *pending*, passes the barrier and then
   loads *credit*. So the producer sees the credit, or the consumer rings.
-- The consumer stores *begun* and then loads *given*; a producer that takes a payload back clears *given*, passes the
-  barrier and then loads *begun*. So the producer sees that the payload was begun, or the consumer sees that the
-  payload is not its own any more.
+- The consumer stores *begun* and then loads *given*; a producer that takes a payload back clears *given*, passes
+  the barrier and then loads *begun*. So the producer sees that the payload was begun, or the consumer sees that it
+  was taken back.
 
 The memory belongs to one consumer: a faulty one can spoil nothing but its own share of the stream.
 """

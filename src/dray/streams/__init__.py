@@ -9,8 +9,8 @@ with dray.Consumer("cartpole") as consumer:                 # train.py
         train(payload["observations"])
 ```
 
-Producers and consumers of one name on one host find each other. Between hosts, a producer listens at an address, and
-consumers name it. What is promised, and what is not, stands in docs/reference/streams.md.
+Producers and consumers of one name on one host find each other. Between hosts, a producer listens at an address,
+and consumers name it. What is promised, and what is not, stands in docs/reference/streams.md.
 """
 
 from dray.identifiers import PayloadId

@@ -37,7 +37,13 @@ class ListenOn:
         for text in texts:
             scheme, separator, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
             host, _, port = rest.rpartition(":")
-            if not separator or scheme not in ("tcp", "ucx") or not host or not port.isdecimal() or int(port) > 65535:
+            if (
+                not separator
+                or scheme not in ("tcp", "ucx")
+                or not host
+                or not port.isdecimal()
+                or int(port) > 65535
+            ):
                 raise ConfigError("listen", text, f"an address {_FORM}; port 0 takes any")
             places.append((host.removeprefix("[").removesuffix("]"), int(port), scheme))
         if len({place[:2] for place in places}) > 1:

@@ -48,7 +48,8 @@ class Consumer(Closing):
     """Takes payloads of the stream `stream`. A context manager, and an iterator over the payloads.
 
     Iteration has no time limit. It ends when every producer that was attached has closed its stream and nothing is
-    left; after the death of a producer it waits for another one. Every 30 s a line in the log says what it waits for.
+    left; after the death of a producer it waits for another one. Every 30 s a line in the log says what it waits
+    for.
 
     The consumer can be pickled. In each process, also in a forked one, it attaches at its first use there, as a
     consumer of its own.
@@ -185,7 +186,7 @@ class Consumer(Closing):
                     return payload
                 if inbox.finished:
                     raise StopAsyncIteration
-                report.say(inbox)
+                report.log(inbox)
                 timeout = min(inbox.prepare_to_wait(), report.remaining(bool(inbox.producers)))
             if timeout:
                 await _readable(loop, inbox.fileno(), timeout)
@@ -212,9 +213,7 @@ class Consumer(Closing):
             StreamTimeout: the producer of a payload cannot be found.
             TransportError: a producer on another host could not be reached.
         """
-        each: Iterable[Payload | PayloadId] = (
-            (payload,) if isinstance(payload, Payload | PayloadId) else payload
-        )
+        each: Iterable[Payload | PayloadId] = (payload,) if isinstance(payload, Payload | PayloadId) else payload
         with self._exclusive:
             inbox = self._opened()
             for one in each:
@@ -273,8 +272,9 @@ class Consumer(Closing):
             if inbox is None:
                 return
             with contextlib.closing(inbox):
-                if acknowledge:
-                    self._acknowledge_current()
+                if acknowledge and self._ack == "next":
+                    for payload in self._current:
+                        payload.acknowledge()
                 self._current, self._held = [], []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -297,7 +297,7 @@ class Consumer(Closing):
             while self._current:
                 payload = self._current[-1]
                 if not payload.ended:
-                    payload.acknowledge()
+                    payload.end(ring=False)
                     self._acknowledged += 1
                 self._current.pop()
         else:
@@ -346,7 +346,12 @@ def _remake(wanted: Wanted, ack: Acknowledge) -> Consumer:
 async def _readable(loop: asyncio.AbstractEventLoop, descriptor: int, timeout: float) -> None:
     """Wait in an event loop until a descriptor is readable, or until the time is over."""
     waiter = loop.create_future()
-    loop.add_reader(descriptor, lambda: waiter.done() or waiter.set_result(None))
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    loop.add_reader(descriptor, wake)
     try:
         await asyncio.wait((waiter,), timeout=None if timeout == float("inf") else timeout)
     finally:
@@ -369,7 +374,9 @@ class _Exclusive:
     def __enter__(self) -> None:
         me = threading.get_ident()
         if self._owner == me:
-            raise StreamError("a call of this consumer is in progress in this thread: this one came from a handler")
+            raise StreamError(
+                "a call of this consumer is in progress in this thread: this one came from a handler"
+            )
         self._lock.acquire()
         self._owner = me
 

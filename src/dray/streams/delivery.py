@@ -13,8 +13,8 @@ New payloads wait at the end of the queue of their group, those that come back a
 sequence numbers. A payload goes to the consumer with the most credit, among equals to the one that was served the
 longest time ago.
 
-Whether a payload is consumed is known to the ring alone. `Delivery` asks it when a consumer ends, and when a payload
-was given long ago.
+Whether a payload is consumed is known to the ring alone. `Delivery` asks it when a consumer ends, and when a
+payload was given long ago.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RingView(Protocol):
         ...
 
 
-class Link(Protocol):
+class Connection(Protocol):
     """The connection to a consumer."""
 
     def announce(self, given: Given) -> None:
@@ -146,17 +146,23 @@ class Recipient:
     Args:
         delivery: what it belongs to.
         reader: the reader id of its group.
-        link: the connection to it.
+        connection: the connection to it.
         pid: its process; None if that is not known.
         words: shared memory, where it leases directly.
     """
 
     def __init__(
-        self, delivery: Delivery, reader: int, link: Link, *, pid: int | None = None, words: StreamWords | None = None
+        self,
+        delivery: Delivery,
+        reader: int,
+        connection: Connection,
+        *,
+        pid: int | None = None,
+        words: StreamWords | None = None,
     ) -> None:
         self.reader = reader
         self.pid = pid
-        self.link = link
+        self.connection = connection
         self.stream_words = words
         self.active = False
         self.stalled: int | None = None  # its credit when it did not begin a payload in time
@@ -185,9 +191,9 @@ class Recipient:
 
     def has_begun(self, item: Item) -> bool:
         """Its program has got the payload."""
-        if item.state is State.GIVEN and self.stream_words is not None:
-            if self.stream_words.has_begun(item.slot, item.number):
-                item.apply(Event.BEGIN)
+        words = self.stream_words
+        if item.state is State.GIVEN and words is not None and words.has_begun(item.slot, item.number):
+            item.apply(Event.BEGIN)
         return item.state is State.BEGUN
 
     # --- called by its connection, without the lock -----------------------------------------------------------
@@ -246,8 +252,8 @@ class Delivery:
     Args:
         groups: how many groups there are; their reader ids are 0 … groups - 1.
         ring: the ring of the payloads.
-        max_deliveries: a payload that has been handed out so often, and comes back, is given up; None for no limit.
-        clock: the source of time.
+        max_deliveries: a payload that has been handed out so often, and comes back, is given up; None for no
+            limit. clock: the source of time.
 
     Attributes:
         lock: guards everything here.
@@ -305,20 +311,20 @@ class Delivery:
             for group in self.groups:
                 group.waiting.clear()
                 for recipient in group.recipients:
-                    recipient.link.end(lost)
+                    recipient.connection.end(lost)
 
     # --- consumers --------------------------------------------------------------------------------------------
 
     def subscribe(
         self,
         reader: int,
-        link: Link,
+        connection: Connection,
         *,
         pid: int | None = None,
         words: StreamWords | None = None,
     ) -> Recipient:
         """A new consumer of a group, which is given payloads from its `start` on; see `Recipient`."""
-        recipient = Recipient(self, reader, link, pid=pid, words=words)
+        recipient = Recipient(self, reader, connection, pid=pid, words=words)
         with self.lock:
             group = self.groups[reader]
             group.recipients.insert(0, recipient)
@@ -400,9 +406,11 @@ class Delivery:
             self._due = min(self._due, item.since + BEGIN_SECONDS)
             if recipient.stream_words is not None:
                 recipient.stream_words.give(item.slot, item.number)
-            recipient.link.announce(Given(item.slot, item.sequence, item.nbytes, item.number, item.deliveries))
+            recipient.connection.announce(
+                Given(item.slot, item.sequence, item.nbytes, item.number, item.deliveries)
+            )
         except BaseException:
-            recipient.link.abort()
+            recipient.connection.abort()
             raise
 
     def _is_done(self, group: Group, item: Item) -> bool:

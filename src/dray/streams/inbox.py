@@ -1,7 +1,7 @@
 """`Inbox`: what a consumer does in one process. It finds producers, asks for payloads, and waits for them.
 
-Every method needs the consumer's lock, except `interrupt`. No thread is started: the sockets are looked at when the
-program asks for a payload.
+Every method needs the consumer's lock, except `interrupt`. No thread is started: the sockets are looked at when
+the program asks for a payload.
 
 How many payloads a producer may give is its *credit*. While the program works on a payload, the credit of all
 producers together is `prefetch` less what was given and not begun. While the consumer waits, each producer has a
@@ -60,8 +60,8 @@ REPORT_SECONDS: Final = 30.0
 """A wait without a producer is reported after the first, any other wait after the second, and so on."""
 
 RING_AGAIN_SECONDS: Final = 0.002
-"""The producers whose payloads wait for credit are woken a few at a time, so that not all of them send at once. The
-next ones follow if nothing comes from the first within this time."""
+"""The producers whose payloads wait for credit are woken a few at a time, so that not all of them send at once.
+The next ones follow if nothing comes from the first within this time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,11 @@ class Wanted:
     direct: bool = True
 
     def __str__(self) -> str:
-        return f"stream {self.name!r} in scope {self.scope!r}" if self.name else f"stream at {', '.join(self.endpoints)}"
+        return (
+            f"stream {self.name!r} in scope {self.scope!r}"
+            if self.name
+            else f"stream at {', '.join(self.endpoints)}"
+        )
 
 
 @dataclass(slots=True)
@@ -215,7 +219,7 @@ class Inbox(Closing):
         if not self.queue:
             if deadline.expired:
                 raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
-            report.say(self)
+            report.log(self)
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
@@ -223,7 +227,9 @@ class Inbox(Closing):
             if place.source is not None and not place.source.subscription.arm():
                 self._receive(place)
                 return 0.0
-        due = min((place.due for place in self._places if place.source is None and not place.ended), default=math.inf)
+        due = min(
+            (place.due for place in self._places if place.source is None and not place.ended), default=math.inf
+        )
         return max(0.0, due - self._clock.now())
 
     def prepare_to_wait(self) -> float:
@@ -361,6 +367,8 @@ class Inbox(Closing):
                 subscription.set_credit(source.received + self.wanted.prefetch)
             if subscription.pending:
                 pending.append(source)
+            if subscription.attachment is not None:
+                subscription.attachment.ring_if_awaited()
         if not pending:
             return pending
         self._sources.rotate(-1)
@@ -527,7 +535,7 @@ class Inbox(Closing):
 
 
 class Report:
-    """Says every 30 s what a consumer waits for.
+    """Logs every 30 s what a consumer waits for.
 
     Args:
         clock: where time comes from.
@@ -542,7 +550,7 @@ class Report:
         """Seconds until the next line."""
         return max(0.0, self._due(attached) - self._clock.now())
 
-    def say(self, inbox: Inbox) -> None:
+    def log(self, inbox: Inbox) -> None:
         """Log the line if it is due."""
         attached = bool(inbox.producers)
         now = self._clock.now()

@@ -55,7 +55,8 @@ class Payload(Mapping[str, Array]):
         """The arrays as tensors on the host.
 
         Args:
-            copy: the tensors have memory of their own. Otherwise they share that of the arrays: torch does not know
+            copy: the tensors have memory of their own. Otherwise they share that of the arrays: torch does not
+                know
                 that it is read-only, and a tensor that is written to ends the process.
 
         Raises:
@@ -67,8 +68,12 @@ class Payload(Mapping[str, Array]):
 
     def acknowledge(self) -> None:
         """The group has consumed the payload. Its arrays stay valid. Twice is fine."""
+        self.end()
+
+    def end(self, ring: bool = True) -> None:
+        """As `acknowledge`; without `ring`, see `Source.acknowledge`."""
         if not self.ended:
-            self._source.acknowledge(self._given, self._lease)
+            self._source.acknowledge(self._given, self._lease, ring)
             self.ended = True
 
     def release(self) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -27,16 +25,15 @@ from dray.identifiers import PayloadId
 from dray.payload import Arrays, PayloadSchema, unpack
 from dray.payload.codec import PackPlan, plan
 from dray.protocol import streams
-from dray.resources import Closing
+from dray.resources import Closing, needing
 from dray.ring import OnFull, SharedRingBuffer
-from dray.ring.shared_words import SharedWords
+from dray.ring.consumer_events import Descriptor
 from dray.ring.stream_words import StreamWords
 from dray.streams.addresses import ListenOn
-from dray.streams.delivery import Delivery, Group, Recipient, State
+from dray.streams.delivery import Delivery, Group, Recipient
 from dray.streams.registry import Registry, checked_name, command_line
 from dray.transport import PayloadServer
-from dray.transport.lanes import LaneChoice
-from dray.transport.served_connection import ServedConnection
+from dray.transport.service import ConsumerConnection
 
 logger = logging.getLogger("dray.streams")
 
@@ -95,7 +92,8 @@ class Producer(Closing):
         schema: what the arrays must match. Consumers with another schema are refused.
         max_deliveries: a payload that was handed out so often, and comes back, is given up; None for no limit.
         on_dead_letter: called for each payload that is given up, in a thread of the producer.
-        listen: an address for consumers on other hosts, ``"tcp://HOST:PORT"`` or ``"ucx://HOST:PORT"``, or several;
+        listen: an address for consumers on other hosts, ``"tcp://HOST:PORT"`` or ``"ucx://HOST:PORT"``, or
+            several;
             port 0 takes any. Without it, only processes of this user on this host can attach.
         secret: the secret that consumers at that address must know, at least 16 random bytes.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
@@ -157,7 +155,7 @@ class Producer(Closing):
                 "pid": os.getpid(),
                 "command": command_line(),
             }
-            service = _Service(self._delivery, ring, self._about, self._give_up)
+            self._service = service = _Service(self._delivery, ring, self._about, self._give_up)
             self._server = opened.enter_context(
                 PayloadServer(
                     ring,
@@ -188,9 +186,9 @@ class Producer(Closing):
         """Pack named arrays into a slot and hand them to a consumer of each group.
 
         Args:
-            arrays: arrays by name, any shape: NumPy arrays, torch tensors, lists, numbers. Either this or `fields`.
-            timeout: seconds to wait for a free slot; None for no limit.
-            fields: the same as keywords.
+            arrays: arrays by name, any shape: NumPy arrays, torch tensors, lists, numbers. Either this or
+                `fields`. timeout: seconds to wait for a free slot; None for no limit. fields: the same as
+                keywords.
 
         Raises:
             PayloadError: the arrays cannot be packed, do not match the schema, or are too large for a slot.
@@ -257,10 +255,7 @@ class Producer(Closing):
             return
         left = 0
         try:
-            if drain:
-                left = self.drain(self._drain_timeout)
-            else:
-                left = len(self._ring.ready(leased=True))
+            left = self.drain(self._drain_timeout if drain else 0.0)
         finally:
             holder = self._oldest() if left else ""
             self._closed = True
@@ -268,8 +263,11 @@ class Producer(Closing):
             self._delivery.close(left)
             self._server.close()
             self._ring.close()
+            self._service.bell.close()
         if left:
-            lost = f"the producer of stream {self.name!r} has ended; {left} payloads were not consumed and are lost"
+            lost = (
+                f"the producer of stream {self.name!r} has ended; {left} payloads were not consumed and are lost"
+            )
             if drain:
                 raise UndeliveredError(f"{lost}: {holder}", left)
             logger.warning("%s: %s", lost, holder)
@@ -309,7 +307,7 @@ class Producer(Closing):
             if letter is not None and self._on_dead_letter is not None:
                 try:
                     self._on_dead_letter(letter)
-                except Exception:  # noqa: BLE001
+                except Exception:
                     # The thread serves all consumers: a callback of the program must not end it.
                     logger.exception("on_dead_letter of stream %r failed", self.name)
 
@@ -361,10 +359,10 @@ class _Ring:
             self._ring.direct().barriers.pass_one()
 
 
-class _Link:
+class _Connection:
     """The connection to a consumer."""
 
-    def __init__(self, connection: ServedConnection, reader: int) -> None:
+    def __init__(self, connection: ConsumerConnection, reader: int) -> None:
         self._connection = connection
         self._reader = reader
 
@@ -388,6 +386,8 @@ class _Service:
         self._ring = ring
         self._about = about
         self._give_up = give_up
+        with needing("the bell of a stream"):
+            self.bell = Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
     def remaining(self) -> float:
@@ -396,16 +396,18 @@ class _Service:
     def describe(self) -> str:
         return json.dumps(self._about)
 
-    def subscribe(self, connection: ServedConnection, reader: int) -> Recipient:
+    def subscribe(self, connection: ConsumerConnection, reader: int) -> Recipient:
         words = None
         if connection.direct:
             slots = self._ring.slots
             with contextlib.suppress(OutOfResources, ConfigError):
                 words = StreamWords(self._ring.machine.words(StreamWords.count(slots)), slots)
         pid = connection.stream.peer_pid
-        recipient = self._delivery.subscribe(reader, _Link(connection, reader), pid=pid, words=words)
+        recipient = self._delivery.subscribe(reader, _Connection(connection, reader), pid=pid, words=words)
         where = f"process {pid}" if pid else "a consumer on another host"
-        logger.info("stream %r: %s has attached to group %r", self._about["name"], where, self._about["groups"][reader])
+        logger.info(
+            "stream %r: %s has attached to group %r", self._about["name"], where, self._about["groups"][reader]
+        )
         return recipient
 
     def serve(self) -> None:

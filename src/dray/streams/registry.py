@@ -1,15 +1,15 @@
 """Where the two ends of a stream find each other: a name in a scope, in a folder of this user on this host.
 
-Each producer and each consumer has an entry there, as long as it lives. Both sides register first and then list the
-others, so that one of two that start at the same time always sees the other. A producer that registers also sends an
-empty datagram to each consumer (`Nudges`), which then lists the producers again.
+Each producer and each consumer has an entry there, as long as it lives. Both sides register first and then list
+the others, so that one of two that start at the same time always sees the other. A producer that registers also
+sends an empty datagram to each consumer (`Nudges`), which then lists the producers again.
 
 A process holds a POSIX record lock for each of its entries. The lock ends with the process and is not inherited by
 its children. Any process of the user removes entries without a lock.
 
 | file | content |
 |---|---|
-| ``p-<random>.json``, ``c-<random>.json`` | what a producer or a consumer says of itself |
+| ``p-<random>.json``, ``c-<random>.json`` | what a producer or a consumer states about itself |
 | the same with ``.lock`` | locked while its process lives |
 | ``publisher.lock`` | locked by the one `Publisher` of the name |
 """
@@ -42,7 +42,9 @@ if sys.platform != "win32":
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSET_SESSION: Final = "4294967295"
 _MAX_ENTRY_BYTES: Final = 64 * 1024
-_NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "lustre", "glusterfs"})
+_NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "lustre", "glusterfs"}
+)
 
 
 def checked_name(name: object) -> str:
@@ -72,8 +74,8 @@ def default_scope() -> str:
         session = Path("/proc/self/sessionid").read_text().strip()
         if session and session != _UNSET_SESSION:
             return f"login session {session}"
-    if session := environ.get("XDG_SESSION_ID"):
-        return f"login session {session}"
+    if login := environ.get("XDG_SESSION_ID"):
+        return f"login session {login}"
     return f"user {os.getuid()}"
 
 
@@ -83,7 +85,7 @@ class Peer(NamedTuple):
     Attributes:
         entry: the name of its entry.
         pid, command: its process.
-        about: everything that its entry says.
+        about: the content of its entry.
     """
 
     entry: str
@@ -97,7 +99,7 @@ class Peer(NamedTuple):
 
 def command_line() -> str:
     """The command of this process, printable and of bounded length."""
-    arguments = [os.path.basename(sys.executable or "python"), *sys.argv] if sys.argv else ["python"]
+    arguments = [Path(sys.executable or "python").name, *sys.argv] if sys.argv else ["python"]
     return printable(" ".join(arguments), 200)
 
 
@@ -155,7 +157,7 @@ class Registry(Closing):
             self._added.append(entry)
             _write(
                 self.folder / f"{entry}.json",
-                {"pid": os.getpid(), "command": command_line(), "folder": os.getcwd(), **about},
+                {"pid": os.getpid(), "command": command_line(), "folder": str(Path.cwd()), **about},
             )
         return entry
 
@@ -220,7 +222,7 @@ class Registry(Closing):
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
             sender.setblocking(False)
             for consumer in self.peers("c"):
-                path = consumer.about.get("nudges")
+                path = str(consumer.about.get("nudges"))
                 # A full queue is as good: the consumer has not looked yet.
                 with contextlib.suppress(OSError, ValueError, TypeError):
                     sender.sendto(b"", path)
@@ -273,7 +275,7 @@ class Nudges(Closing):
         self._directory.close()
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------
 
 
 def _take(partial: Path, lock: Path) -> None:
@@ -321,14 +323,14 @@ def _remove(path: Path) -> None:
 def _write(path: Path, about: Mapping[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w") as file:
+    with os.fdopen(descriptor, "w") as file:
         json.dump(about, file)
     partial.rename(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         found = json.loads(file.read(_MAX_ENTRY_BYTES))
     if not isinstance(found, dict):
         raise ValueError("an entry is a JSON object")

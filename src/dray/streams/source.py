@@ -84,11 +84,16 @@ class Source(Closing):
             self.give_back(given, begun=False)
             raise
 
-    def acknowledge(self, given: streams.Given | PayloadId, lease: DirectLease | None) -> bool:
-        """The group has consumed a payload; False if it is gone."""
+    def acknowledge(self, given: streams.Given | PayloadId, lease: DirectLease | None, ring: bool = True) -> bool:
+        """The group has consumed a payload; False if it is gone.
+
+        Without `ring`, a producer that waits learns it when the lease ends, or when the consumer waits.
+        """
         attachment = self._attachment
         if attachment is not None:
             if lease is not None and attachment.acknowledge(lease):
+                if ring:
+                    attachment.ring_if_awaited()
                 return True
             try:
                 lease = attachment.lease(given.slot, given.sequence, given.nbytes)

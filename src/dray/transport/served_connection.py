@@ -11,13 +11,10 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from dray.clock import MONOTONIC, Clock
 from dray.errors import BufferClosedError, OutOfResources, PayloadError, SlotError, StaleSlotError, TransportError
-from dray.protocol.frames import VERSION, Flag, Frame, Kind, Outgoing, Status, parse
-from dray.protocol.handshake import AttachRequest, ServerIdentity, Verdict, WelcomeFlag
+from dray.protocol.frames import Flag, Frame, Kind, Outgoing, Status, parse
+from dray.protocol.handshake import AttachRequest, Verdict, WelcomeFlag
 from dray.protocol.server_session import (
     MAX_INLINE_BYTES,
     NO_BYTES,
@@ -29,14 +26,14 @@ from dray.protocol.server_session import (
     Violation,
 )
 from dray.protocol.streams import Begun, Credit, Returned
-from dray.resources import Closing
-from dray.ring import Lease, SharedRingBuffer
+from dray.ring import Lease
 from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import Attached, kernel_digest
 from dray.ring.shared_words import SharedWords
 from dray.transport import trace as traced
 from dray.transport.lanes.base import Stream
 from dray.transport.server_statistics import COUNTED, LeaseInfo
+from dray.transport.service import Service, Subscriber
 
 BATCH_BYTES = 8 << 20
 """Payloads that are passed to the stream together, to be sent one behind the other without a pause."""
@@ -57,70 +54,6 @@ _READ = int(Kind.READ)
 _CONSUME = int(Kind.CONSUME)
 _SUBSCRIBE = int(Kind.SUBSCRIBE)
 _DESCRIBE = int(Kind.DESCRIBE)
-
-
-class Subscriber(Protocol):
-    """A consumer that has subscribed, as the stream of the ring knows it.
-
-    Attributes:
-        words: the memory to share with it; None where frames carry everything.
-    """
-
-    words: SharedWords | None
-
-    def start(self) -> None: ...
-    def set_credit(self, total: int) -> None: ...
-    def begin(self, slot: int, sequence: int, number: int) -> None: ...
-    def take_back(self, returned: Returned) -> None: ...
-    def end(self) -> None: ...
-
-
-class StreamService(Protocol):
-    """The stream of a ring: who gets which payload.
-
-    Attributes:
-        remaining: seconds until `serve` has something to do that no event announces.
-    """
-
-    @property
-    def remaining(self) -> float: ...
-    def describe(self) -> str: ...
-    def subscribe(self, connection: ServedConnection, reader: int) -> Subscriber: ...
-    def serve(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """What a server serves, and how. All of its connections share it.
-
-    Attributes:
-        ring: the payloads.
-        identity: the ring, as the handshake describes it.
-        secret: the job's secret, if it has one.
-        checksum: computes the checksum of a payload on network lanes; ``None`` sends none.
-        describe: returns the text that answers STAT.
-        idle_timeout: seconds after which a connection without requests and leases is closed.
-        lease_timeout: on network lanes, a connection that holds a lease is closed when its reader is silent, and
-            no byte travels to it, for this many seconds.
-        clock: the source of time.
-        trace: receives the events of `dray.transport.trace`.
-        newest: the newest protocol version to speak.
-        direct: direct leases are offered on lanes with shared memory.
-        stream: hands the payloads of the ring out, if it has a stream.
-    """
-
-    ring: SharedRingBuffer
-    identity: ServerIdentity
-    secret: bytes | None = None
-    checksum: Callable[[memoryview | bytes], int] | None = None
-    describe: Callable[[], str] = lambda: "{}"
-    idle_timeout: float = 120.0
-    lease_timeout: float = 60.0
-    clock: Clock = MONOTONIC
-    trace: traced.Trace | None = None
-    newest: int = VERSION
-    direct: bool = False
-    stream: StreamService | None = None
 
 
 class ServedConnection:
@@ -215,7 +148,7 @@ class ServedConnection:
                         if of == "lease":
                             self._leases.pop(request).release()
                 elif isinstance(event, Credit | Begun | Returned):
-                    self._hear(event)
+                    self._handle_consumer(event)
                 elif isinstance(event, Established):
                     if event.attach is not None:
                         self._attach(event.attach, received)
@@ -374,7 +307,14 @@ class ServedConnection:
         if self.subscriber is None:
             return self.stream.send(items, shared)
         with self._sending:
-            return self.stream.send(items, [self._words.fileno()] if self._words is not None else ())
+            return self.stream.send(items, self._stream_descriptors())
+
+    def _stream_descriptors(self) -> list[int]:
+        """What goes with the answer to SUBSCRIBE."""
+        if self._words is None:
+            return []
+        assert self._service.stream is not None
+        return [self._words.fileno(), self._service.stream.bell.fileno()]
 
     def flush(self) -> bool:
         """As `Stream.flush`, while other threads may `push`."""
@@ -390,7 +330,7 @@ class ServedConnection:
                 self._ended = True
             self.subscriber.end()
 
-    def _hear(self, event: Credit | Begun | Returned) -> None:
+    def _handle_consumer(self, event: Credit | Begun | Returned) -> None:
         assert self.subscriber is not None
         if isinstance(event, Credit):
             self.subscriber.set_credit(event.total)

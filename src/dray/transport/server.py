@@ -27,9 +27,9 @@ from dray.ring import OnFull, Retain, SharedRingBuffer
 from dray.ring.direct import direct_problem
 from dray.transport.lanes import LANES, LaneChoice, chosen_lanes
 from dray.transport.lanes.base import Lane, ListenAt, Listener
-from dray.transport.served_connection import Service, StreamService
 from dray.transport.server_loop import ServerLoop
 from dray.transport.server_statistics import COUNTED, LeaseInfo, ServerCounters, ServerStatistics
+from dray.transport.service import Service, StreamService
 from dray.transport.trace import Trace
 
 logger = logging.getLogger("dray.server")

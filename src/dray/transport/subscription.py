@@ -20,7 +20,7 @@ from dray.protocol.frames import FRAME_BYTES, Flag, Kind
 from dray.protocol.handshake import ANY_PRODUCER, DIRECT_VERSION
 from dray.resources import Closing
 from dray.ring.attachment import Attachment
-from dray.ring.consumer_events import Descriptor
+from dray.ring.consumer_events import Bell
 from dray.ring.shared_words import SharedWords
 from dray.ring.stream_words import StreamWords
 from dray.transport.connecting import shake_hands
@@ -39,7 +39,7 @@ class Subscription(Closing):
         producer: the producer's id.
         reader: the reader id of the group.
         attachment: the means for direct leases, on one host; it outlives the subscription.
-        ended: what END has said; None before it.
+        ended: the END that has come; None before it.
     """
 
     def __init__(self, stream: Stream, endpoint: str, producer: bytes, reader: int) -> None:
@@ -51,6 +51,7 @@ class Subscription(Closing):
         self._stream = stream
         self._worker: Worker | None = stream.worker
         self._words: StreamWords | None = None
+        self._bell: Bell | None = None
         self._credit = 0
         self._unsent = False
         self._mark = here[0]
@@ -76,7 +77,7 @@ class Subscription(Closing):
             network: where connections come from.
             producer: the producer that is expected there; any by default.
             reader: the reader id of the group; if None, the server is asked what it serves.
-            choose: returns the reader id for what the server says of itself, for that.
+            choose: returns the reader id for the server's description of itself, for that.
             secret: the job's secret, if it has one.
             direct: ask for direct leases where the lane has shared memory.
 
@@ -101,11 +102,14 @@ class Subscription(Closing):
             if shared.attachment is not None:
                 opened.callback(shared.attachment.close)
             made = cls(stream, endpoint, shared.identity.producer, -1 if reader is None else reader)
-            asking = _Asking(stream, waiter, deadline, endpoint, shared.identity.readers)
+            asking = _Asking(stream, waiter, deadline, endpoint=endpoint, readers=shared.identity.readers)
             if reader is None:
                 assert choose is not None
                 made.reader = choose(parse_description(asking.ask(Kind.DESCRIBE, 0), endpoint))
-            made._words = asking.subscribe(made.reader, shared.identity.slots, shared.attachment)
+            if shared.attachment is None:
+                asking.ask(Kind.SUBSCRIBE, made.reader)
+            else:
+                made._words, made._bell = asking.subscribe(made.reader, shared.identity.slots)
             made.attachment = shared.attachment
             opened.pop_all()
         return made
@@ -165,8 +169,8 @@ class Subscription(Closing):
 
     def ring(self) -> None:
         """Wake the producer: it has payloads that wait, and there is credit now."""
-        if self.attachment is not None:
-            self.attachment.ring()
+        if self._bell is not None:
+            self._bell.ring()
 
     def begin(self, given: streams.Given) -> bool:
         """The program is about to get a payload; False if it was taken back meanwhile."""
@@ -187,12 +191,14 @@ class Subscription(Closing):
                 self._worker.close()
             if self._words is not None:
                 self._words.close()
+            if self._bell is not None:
+                self._bell.close()
 
     def __repr__(self) -> str:
         return f"<Subscription {self.endpoint} to {self.producer.hex()[:8]}>"
 
     def _send(self, frame: bytes) -> None:
-        """Send, or leave the rest to `receive`: so few frames fit into the connection, unless the peer is stuck."""
+        """Send, or leave the rest to `receive`: so few frames fit into the connection of a healthy peer."""
         try:
             self._unsent = not self._stream.send([frame])
         except (TransportError, BufferClosedError):
@@ -202,7 +208,7 @@ class Subscription(Closing):
 class _Asking:
     """Requests and answers before the first frame of the stream."""
 
-    def __init__(self, stream: Stream, waiter: Waiter, deadline: Deadline, endpoint: str, readers: int) -> None:
+    def __init__(self, stream: Stream, waiter: Waiter, deadline: Deadline, *, endpoint: str, readers: int) -> None:
         self._stream = stream
         self._waiter = waiter
         self._deadline = deadline
@@ -219,18 +225,15 @@ class _Asking:
             answer = self._session.receive(message)
         return bytes(_accepted(answer).body)
 
-    def subscribe(self, reader: int, slots: int, attachment: Attachment | None) -> StreamWords | None:
-        """Subscribe; the words that came with the answer."""
-        if attachment is None:
-            self.ask(Kind.SUBSCRIBE, reader)
-            return None
+    def subscribe(self, reader: int, slots: int) -> tuple[StreamWords | None, Bell | None]:
+        """Subscribe; the words and the bell that came with the answer."""
         self._send(self._session.request(Kind.SUBSCRIBE, reader=reader))
         numbers: list[int] = []
-        received: list[Descriptor] = []
+        received: list[Bell] = []
         with contextlib.ExitStack() as closing:
             while (message := self._stream.receive_with_descriptors(FRAME_BYTES, numbers)) is None:
                 self._wait("an answer to SUBSCRIBE")
-            received += [closing.enter_context(Descriptor(numbers.pop, 0)) for _ in range(len(numbers))]
+            received += [closing.enter_context(Bell(numbers.pop, 0)) for _ in range(len(numbers))]
             answer = self._session.receive(message)
             if answer is None:  # an error with a text
                 while (text := self._stream.receive(self._session.expects)) is None:
@@ -238,11 +241,15 @@ class _Asking:
                 answer = self._session.receive(text)
                 assert answer is not None
             if not _accepted(answer).frame.flags & Flag.WORDS:
-                return None
-            if len(received) != 1:
-                raise ProtocolError(f"{len(received)} descriptors came with the answer to SUBSCRIBE, not one")
+                return None, None
+            if len(received) != 2:
+                raise ProtocolError(f"{len(received)} descriptors came with the answer to SUBSCRIBE, not two")
+            words, bell = received
             count = StreamWords.count(slots)
-            return StreamWords(SharedWords.attach(received[0].fileno(), count, writable=True), slots)
+            made = StreamWords(SharedWords.attach(words.fileno(), count, writable=True), slots)
+            closing.pop_all()
+            words.close()
+            return made, bell
 
     def _send(self, frame: bytes) -> None:
         sent = self._stream.send([frame])
@@ -261,7 +268,7 @@ def _accepted(event: Answer | Refusal) -> Answer:
 
 
 def parse_description(text: bytes, endpoint: str) -> dict[str, Any]:
-    """What `Producer` says of itself; it is untrusted.
+    """The description of a `Producer`; it is untrusted.
 
     Raises:
         ProtocolError: it is not that.

@@ -14,7 +14,8 @@ from dray.ring import SharedRingBuffer, SlotWriter
 from dray.transport import trace as traced
 from dray.transport.lanes import LANES, SHM, TCP, UCX
 from dray.transport.lanes.base import Lane
-from dray.transport.served_connection import BATCH_BYTES, REQUEST_WEIGHT, ServedConnection, Service
+from dray.transport.served_connection import BATCH_BYTES, REQUEST_WEIGHT, ServedConnection
+from dray.transport.service import Service
 
 SLOTS, SLOT_BYTES, MAX_LEASES = 4, 200_000, 3
 

@@ -13,8 +13,8 @@ from dray.protocol.handshake import ServerIdentity
 from dray.ring import SharedRingBuffer
 from dray.transport.lanes import TCP, UCX
 from dray.transport.lanes.base import Lane
-from dray.transport.served_connection import Service
-from dray.transport.server_loop import TURN_SECONDS, ServedConnections
+from dray.transport.served_connections import TURN_SECONDS, ServedConnections
+from dray.transport.service import Service
 from dray.transport.trace import Discard, TraceEvent
 
 

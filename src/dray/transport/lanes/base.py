@@ -112,7 +112,7 @@ class Stream(Closing):
         """A value that changes while bytes travel in either direction, as far as this end can observe that."""
         return None
 
-    def abort(self) -> None:  # noqa: B027
+    def abort(self) -> None:
         """Let the connection fail, from any thread, where the lane can: its thread will find out and close it."""
 
     @property
