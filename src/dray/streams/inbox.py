@@ -177,9 +177,8 @@ class Inbox(Closing):
 
     def pop(self) -> Payload | None:
         """The next payload that has been given to this consumer; None if there is none. It does not wait."""
-        queue = self.queue
-        while queue or self.receive():
-            source, given = queue.popleft()
+        while self.queue or self.receive():
+            source, given = self.queue.popleft()
             self._spread_credit()
             payload = source.take(given, self._warn_of_copies)
             if payload is not None:
@@ -435,7 +434,9 @@ class Inbox(Closing):
         self._sources.remove(source)
         self._past[0] += source.copies
         self._past[1] += source.gone
-        self.queue = deque(each for each in self.queue if each[0] is not source)
+        left = [each for each in self.queue if each[0] is not source]
+        self.queue.clear()
+        self.queue.extend(left)
         self._favoured = [each for each in self._favoured if each is not source]
         source.close()
         if not place.ended:
