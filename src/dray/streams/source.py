@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
-from dray.errors import ProducerLostError, SlotError, StaleSlotError
+from dray.clock import Deadline
+from dray.errors import ProducerLostError, SlotError, StaleSlotError, TransportError
 from dray.identifiers import PayloadId
 from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef, streams
@@ -21,6 +23,12 @@ MIN_FREE_LEASES: Final = 2
 must not stop the stream."""
 
 READ_SECONDS: Final = 30.0
+"""Time limit for a payload, or an acknowledgement, over a connection."""
+
+PAUSE_SECONDS: Final = 0.02
+"""Time before such a request is repeated after a failure."""
+
+T = TypeVar("T")
 
 
 class Source(Closing):
@@ -103,8 +111,9 @@ class Source(Closing):
                 return lease.end(consumed=True)
             if attachment.closed:
                 return False
+        client, ref = self._client(self.subscription.reader), self._ref(given)
         try:
-            return self._client(self.subscription.reader).consume([self._ref(given)], timeout=READ_SECONDS) == 1
+            return _persist(lambda timeout: client.consume([ref], timeout=timeout)) == 1
         except ProducerLostError:
             return False
 
@@ -138,9 +147,30 @@ class Source(Closing):
 
     def _read(self, given: streams.Given) -> Payload:
         client = self._client(self.subscription.reader)
-        arrays = client.read(self._ref(given), timeout=READ_SECONDS, consume=False)
+        ref = self._ref(given)
+        arrays = _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False))
         return Payload(self, given, arrays, None)
 
     def _ref(self, given: streams.Given | PayloadId) -> PayloadRef:
         endpoints = (self.subscription.endpoint,)
         return PayloadRef(self.producer, given.slot, given.sequence, given.nbytes, endpoints)
+
+
+def _persist(request: Callable[[float | None], T]) -> T:
+    """The result of a request, over new connections until `READ_SECONDS` are over.
+
+    While a process dies, its sockets are closed one after the other: several connections may be accepted and reset
+    before its address refuses them, which tells that it is lost.
+
+    Raises:
+        ProducerLostError: the producer is gone.
+        TransportError: it could not be reached in time.
+    """
+    deadline = Deadline.after(READ_SECONDS)
+    while True:
+        try:
+            return request(deadline.timeout)
+        except TransportError:
+            if deadline.remaining <= PAUSE_SECONDS:
+                raise
+            time.sleep(PAUSE_SECONDS)
