@@ -193,6 +193,9 @@ class _Process:
             try:
                 payloads = self._ask(consumer, session)
             except StreamTimeout:
+                if session.style is Style.BATCH:
+                    self._end_next(session, [])
+                    return  # a producer that closes waits for what lies in an incomplete batch
                 payloads = []
             except StopIteration:
                 self._end_next(session, [])

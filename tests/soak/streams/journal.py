@@ -6,7 +6,7 @@ the kill is not known. Acts that others can see therefore have two lines, one be
 
 | line | fields | meaning |
 |---|---|---|
-| B | producer id, slots, overwrites | a producer has opened |
+| B | producer id, slots, overwrites, address | a producer has opened |
 | ? | number, size | it is about to put a payload |
 | P | number, sequence | ``put`` has returned |
 | F | number | ``put`` has raised: the payload was not put |

@@ -82,7 +82,7 @@ class RoundPlan:
 def draw_round(rng: random.Random, index: int, ways: tuple[Way, ...], most: float) -> RoundPlan:
     """The next round, of at most so many seconds."""
     way = ways[index % len(ways)] if index < len(ways) else rng.choice(ways)
-    groups = ("default",) if rng.random() < 0.5 else ("default", "log")
+    groups = ("default",) if way is Way.STEADY or rng.random() < 0.3 else ("default", "log")
     return RoundPlan(
         index, rng.getrandbits(40), way, min(most, rng.uniform(6.0, 14.0)),
         producers=rng.randint(1, MAX_EACH), consumers=rng.randint(len(groups), MAX_EACH), groups=groups,

@@ -62,7 +62,7 @@ def run(plan: ProducerPlan, journal: Journal, control: socket.socket | None = No
         plan.stream, scope=plan.scope, slots=slots, on_full="overwrite" if overwrites else "block",
         groups=plan.groups, drain_timeout=DRAIN_SECONDS, **arguments,
     )  # fmt: skip
-    journal.write("B", producer.id.hex(), slots, int(overwrites))
+    journal.write("B", producer.id.hex(), slots, int(overwrites), plan.listen)
     pause = rng.choice((0.0005, 0.002, 0.01, 0.05))
     number = 0
     while not signals.ended:

@@ -89,6 +89,7 @@ class Storm:
         try:
             for member in steady:
                 member.offset = member.journal.stat().st_size
+            for member in steady:
                 if member.control is not None:
                     member.control.sendall(RESUME)
             one.storm()
