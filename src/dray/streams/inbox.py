@@ -394,8 +394,9 @@ class Inbox(Closing):
                 if isinstance(event, streams.Ended):
                     self._end(place, event)
                     return
-                source.received += 1
-                if len(self.queue) < self.wanted.prefetch:
+                # If more of this producer may follow, this one is kept: they must not come before it.
+                if len(self.queue) < self.wanted.prefetch or source.outstanding > 1:
+                    source.received += 1
                     self.queue.append((source, event))
                 else:
                     self.returned += 1

@@ -41,7 +41,8 @@ class Source(Closing):
         client: makes a client with a reader id, for what is not leased directly.
 
     Attributes:
-        received: payloads that it has given so far.
+        received: payloads that it has given so far, without those that went back at once: until the producer has
+            taken note of that, it gives no later one.
         producer: its id.
         copies: payloads that were copied because arrays of others are kept.
         gone: payloads that were dropped, or taken back, before they were begun.
@@ -58,6 +59,11 @@ class Source(Closing):
         self._reads = reads
         self._client = client
         self._attachment: Attachment | None = subscription.attachment
+
+    @property
+    def outstanding(self) -> int:
+        """How many payloads it may give, or may have given, that have not come."""
+        return self.subscription.credit - self.received
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
@@ -89,7 +95,7 @@ class Source(Closing):
             self.gone += 1
             return None
         except BaseException:
-            self.give_back(given, begun=False)
+            self.give_back(given, begun=True)
             raise
 
     def acknowledge(self, given: streams.Given | PayloadId, lease: DirectLease | None, ring: bool = True) -> bool:
