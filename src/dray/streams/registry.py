@@ -135,6 +135,7 @@ class Registry(Closing):
         self.folder = self._root / digest.hexdigest()
         self._added: list[str] = []
         self._mark = here[0]
+        self._publishes = False
         with needing("the folder of a stream"):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_network(self.folder)
@@ -186,6 +187,7 @@ class Registry(Closing):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} ({command_line()})".encode(), 0)
             _held[str(path)] = descriptor
+            self._publishes = True
 
     def peers(self, role: str) -> list[Peer]:
         """The living producers (``"p"``) or consumers (``"c"``). Entries of dead processes are removed."""
@@ -234,9 +236,9 @@ class Registry(Closing):
         for entry in self._added:
             _remove(self.folder / f"{entry}.json")
         self._added.clear()
-        publisher = _held.pop(str(self.folder / "publisher.lock"), None)
-        if publisher is not None:
-            os.close(publisher)
+        if self._publishes:
+            self._publishes = False
+            os.close(_held.pop(str(self.folder / "publisher.lock")))
 
     def __repr__(self) -> str:
         return f"<Registry {self.name!r} in scope {self.scope!r}>"

@@ -148,6 +148,11 @@ class Subscription(Closing):
     # --- out --------------------------------------------------------------------------------------------------
 
     @property
+    def credit(self) -> int:
+        """How many payloads the producer may have given so far."""
+        return self._credit
+
+    @property
     def direct(self) -> bool:
         """Credit is a word in shared memory, and payloads are leased in place."""
         return self._words is not None
