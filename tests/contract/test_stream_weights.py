@@ -1,4 +1,4 @@
-"""Publishers and subscribers over every route: one consistent version, the newest one, whatever its size and pace."""
+"""Publishers and subscribers over every route: one consistent version, and the newest one, at any pace."""
 
 import os
 import pickle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,7 +170,6 @@ class Consumer(Closing):
     async def __anext__(self) -> Payload:
         with self._exclusively():
             inbox = self._begin_call()
-        loop = asyncio.get_running_loop()
         report = Report(MONOTONIC)
         while True:
             with self._exclusively():
@@ -186,7 +184,7 @@ class Consumer(Closing):
                 report.log(inbox)
                 timeout = min(inbox.prepare_to_wait(), report.remaining(bool(inbox.producers)))
             if timeout:
-                await _readable(loop, inbox.fileno(), timeout)
+                await _readable(inbox.fileno(), timeout)
 
     @property
     def ready(self) -> int:
@@ -343,8 +341,11 @@ def _remake(wanted: Wanted, ack: Acknowledge) -> Consumer:
     return consumer
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, descriptor: int, timeout: float) -> None:
-    """Wait in an event loop until a descriptor is readable, or until the time is over."""
+async def _readable(descriptor: int, timeout: float) -> None:
+    """Wait in the running event loop until a descriptor is readable, or until the time is over."""
+    import asyncio  # not needed by programs without an event loop
+
+    loop = asyncio.get_running_loop()
     waiter = loop.create_future()
 
     def wake() -> None:

@@ -39,6 +39,9 @@ from dray.text import MAX_LINE, printable
 if sys.platform != "win32":
     import fcntl
 
+SCOPE_VARIABLE: Final = "DRAY_SCOPE"
+"""The environment variable with the scope."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSET_SESSION: Final = "4294967295"
 _MAX_ENTRY_BYTES: Final = 64 * 1024
@@ -61,10 +64,10 @@ def checked_name(name: object) -> str:
 def default_scope() -> str:
     """The scope of this process: ``$DRAY_SCOPE``, else its job, else its login session, else its user.
 
-    The job is that of Slurm or torchrun; `dray run` sets ``$DRAY_SCOPE``.
+    The job is that of Slurm or torchrun; for its replicas, `dray run` sets ``$DRAY_SCOPE``.
     """
     environ = os.environ
-    if chosen := environ.get("DRAY_SCOPE"):
+    if chosen := environ.get(SCOPE_VARIABLE):
         return chosen
     if job := environ.get("SLURM_JOB_ID"):
         return f"slurm job {job}"
