@@ -60,6 +60,16 @@ class Built(NamedTuple):
             return archive.read(f"dray_rl-{dray.__version__}.dist-info/{name}").decode()
 
     @property
+    def python(self) -> str:
+        """The interpreter of the environment."""
+        return str(self.environment / "bin" / "python")
+
+    @property
+    def program(self) -> str:
+        """The `dray` command of the environment."""
+        return str(self.environment / "bin" / "dray")
+
+    @property
     def metadata(self) -> Message:
         return Parser().parsestr(self.member("METADATA"))
 
@@ -108,8 +118,8 @@ def install(wheel: Path, environment: Path) -> None:
 
 
 def run(*command: str) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    code, printed, complaints = ended(ROOT, *command)
+    assert code == 0, printed + complaints
 
 
 @pytest.mark.timeout(240)
@@ -161,12 +171,23 @@ def test_source_distribution_has_what_the_tests_need_and_builds_the_same_wheel(b
 
 @pytest.mark.timeout(240)
 def test_data_plane_works_with_three_packages(built: Built, tmp_path: Path) -> None:
-    python = built.environment / "bin" / "python"
-    printed = subprocess.run(
-        [python, "-I", "-W", "error", "-c", DATA_PLANE], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert (printed.returncode, printed.stderr) == (0, "")
-    assert json.loads(printed.stdout) == [[0, 1, 2], ["ml_dtypes", "numpy", "xxhash"]]
+    code, printed, complaints = ended(tmp_path, built.python, "-I", "-W", "error", "-c", DATA_PLANE)
+    assert (code, complaints) == (0, "")
+    assert json.loads(printed) == [[0, 1, 2], ["ml_dtypes", "numpy", "xxhash"]]
+
+
+@pytest.mark.timeout(240)
+def test_import_of_the_data_plane_leaves_asyncio_to_the_first_use(built: Built, tmp_path: Path) -> None:
+    program = "import sys, dray; print('dray.transport.async_reads' in sys.modules, 'asyncio' in sys.modules)"
+    assert ended(tmp_path, built.python, "-I", "-c", program) == (0, "True False\n", "")
+
+
+def test_script_tells_how_long_the_import_takes_beside_that_of_numpy(tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "import_time.py")
+    code, printed, complaints = ended(tmp_path, sys.executable, script, "--rounds", "1")
+    assert (code, complaints) == (0, "")
+    time = r" +\d+ ms +\d+ ms\n"
+    assert re.search(rf"import numpy{time}import dray{time}P22: .* (not )?reached\n$", printed, re.DOTALL)
 
 
 def commands(group: TyperGroup, *before: str) -> Iterator[list[str]]:
@@ -176,22 +197,36 @@ def commands(group: TyperGroup, *before: str) -> Iterator[list[str]]:
             yield from commands(command, *before, name)
 
 
+EACH_COMMAND = """
+import json, sys
+from dray.cli.__main__ import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["dray", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, flush=True)
+"""
+
+
 @pytest.mark.timeout(240)
 def test_command_names_its_extra_in_one_line_where_only_the_data_plane_is_installed(
     built: Built, tmp_path: Path
 ) -> None:
+    line = "error: this command needs typer, which is not installed: pip install 'dray-rl[jobs]'\n"
+    assert ended(tmp_path, built.program, "--help") == (2, "", line)
+    assert ended(tmp_path, built.program, "--version") == (0, f"dray {dray.__version__}\n", "")
     group = get_command(app)
     assert isinstance(group, TyperGroup)
-    found = list(commands(group))
+    found = [[], *commands(group), ["run", "job.toml"]]
     assert ["slurm", "submit"] in found
-    line = "error: this command needs typer, which is not installed: pip install 'dray-rl[jobs]'\n"
-    for arguments in [[], ["--help"], *found, ["run", "job.toml"]]:
-        assert dray_command(built, tmp_path, *arguments) == (2, "", line), arguments
-    assert dray_command(built, tmp_path, "--version") == (0, f"dray {dray.__version__}\n", "")
+    # In one interpreter, as its start takes longer than the rest.
+    each = ended(tmp_path, built.python, "-I", "-c", EACH_COMMAND, json.dumps(found))
+    assert each == (0, "2\n" * len(found), line * len(found))
 
 
-def dray_command(built: Built, folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """The exit code of the installed program, and what it writes to its two streams."""
-    program = str(built.environment / "bin" / "dray")
-    ended = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
-    return ended.returncode, ended.stdout, ended.stderr
+def ended(folder: Path, *command: str) -> tuple[int, str, str]:
+    """The exit code of a command, and what it wrote to its two streams."""
+    end = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    return end.returncode, end.stdout, end.stderr
