@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import inspect
 import itertools
 import os
 import re
@@ -30,8 +31,8 @@ CODE_UNIT = 2  # bytes
 def interruptible(code: CodeType) -> frozenset[int]:
     """Offsets of the bytecodes before which CPython runs signal handlers: at the start, after calls, in loops.
 
-    Left out are those whose exception handler is another one than that of the call, or of the jump back: up to 3.12,
-    CPython takes the handler of the bytecode before the target for a jump, and from then on that of the jump itself.
+    Left out are those whose exception handler is another one than that of the call, or of the jump back. For a jump,
+    CPython takes the handler of the bytecode before the target up to 3.12, and that of the jump itself since then.
     """
     handlers = dis.Bytecode(code).exception_entries
 
@@ -76,7 +77,9 @@ def interrupted(call: Callable[[], None], moment: int) -> bool:
 
     before = sys.gettrace()
     # Python 3.12 traces opcodes from `settrace` on only if a frame has asked for them by then.
-    sys._getframe().f_trace_opcodes = True
+    frame = inspect.currentframe()
+    assert frame is not None
+    frame.f_trace_opcodes = True
     sys.settrace(trace)
     try:
         call()
