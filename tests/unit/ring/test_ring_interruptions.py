@@ -31,8 +31,8 @@ CODE_UNIT = 2  # bytes
 def interruptible(code: CodeType) -> frozenset[int]:
     """Offsets of the bytecodes before which CPython runs signal handlers: at the start, after calls, in loops.
 
-    Left out are those whose exception handler is another one than that of the call, or of the jump back. For a jump,
-    CPython takes the handler of the bytecode before the target up to 3.12, and that of the jump itself since then.
+    Left out are those whose exception handler is another one than that of the call, or of the jump back. For a
+    jump, CPython takes the handler of the bytecode before the target up to 3.12, and its own since then.
     """
     handlers = dis.Bytecode(code).exception_entries
 
