@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from dray import __version__
 from dray.cli.bench import bench
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dray {version('dray')}")
+        typer.echo(f"dray {__version__}")
         raise typer.Exit
 
 
@@ -63,7 +63,7 @@ def run(
     ] = False,
 ) -> None:
     """Run a job on this machine and show its progress."""
-    require_extra("runtime")
+    require_extra("jobs")
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job
     from dray.launch.output import run_folder

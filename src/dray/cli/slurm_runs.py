@@ -96,7 +96,7 @@ def submit(
     table = dict(request.options.slurm)
     config = submission.with_options(request.config, table, table.pop("nodes", None))
     if not dry_run and (config.slurm is None or config.slurm.container_image is None):
-        require_extra("runtime")  # the nodes run this very installation
+        require_extra("jobs")  # the nodes run this very installation
     prepared = submission.prepare(config, job, resume=resume, make=not dry_run)
     place = prepared.plan.run_folder
     if prepared.record is None:

@@ -36,7 +36,7 @@ def status(
     ] = False,
 ) -> None:
     """Show what a running job does: phase, step, replicas, and where its controller listens."""
-    require_extra("runtime")
+    require_extra("jobs")
     from dray.runtime.controller_client import ControllerClient
 
     folder = JobFolder(output if output is not None else find_running(Path("outputs")))

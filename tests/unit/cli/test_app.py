@@ -1,9 +1,10 @@
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from dray import __version__
 
 JOB = """
 [job]
@@ -26,7 +27,7 @@ def dray(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_version_is_printed() -> None:
     ended = dray("--version")
-    assert (ended.returncode, ended.stdout) == (0, f"dray {version('dray')}\n")
+    assert (ended.returncode, ended.stdout) == (0, f"dray {__version__}\n")
 
 
 def test_wrong_usage_exits_with_two(tmp_path: Path) -> None:

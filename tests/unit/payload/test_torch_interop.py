@@ -195,7 +195,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(MissingDependencyError, match="pip install tensordict"):
         torch_interop.to_tensordict({})
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[torch\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'dray-rl\[torch\]'"):
         torch_interop.to_torch({})
     assert not torch_interop.is_tensor(np.zeros(1))
 

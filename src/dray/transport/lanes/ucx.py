@@ -413,7 +413,7 @@ class UcxLane(HostPortLane):
     tagged = True
     ipv4_only = True
     extra = "ucxx"
-    install = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu12]'); no GPU is needed"
+    install = "pip install 'dray-rl[ucxx]' (or 'dray-rl[ucxx-cu12]'); no GPU is needed"
     min_bytes_per_second = 1 << 20
 
     def check(self) -> None:
