@@ -12,9 +12,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from dray.cli.bench import bench
+from dray.cli.check import check
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
+from dray.cli.new import new
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
@@ -45,7 +47,6 @@ def common(
     """Options of the command as a whole."""
 
 
-@app.command()
 def run(
     job: Annotated[Path, typer.Argument(help="The job file, TOML.")],
     settings: Settings = None,
@@ -67,18 +68,16 @@ def run(
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job
     from dray.launch.output import run_folder
-    from dray.transport.lanes import LANES
 
     request = read_job(job, settings, output, log_level)
     if resume:
         request = request.resumed(run_folder(request.config, resume=True))
-    config = request.config
-    lane = LANES.get(config.job.lane)
-    if lane is not None and lane.extra and config.job.payload_transfer == "ucxx":
-        require_extra(lane.extra)
-    raise typer.Exit(run_job(config, request.options, resume=resume, lines=request.lines))
+    raise typer.Exit(run_job(request.draft, request.options, resume=resume, lines=request.lines))
 
 
+app.command()(new)
+app.command()(check)
+app.command()(run)
 app.command()(status)
 app.command()(doctor)
 app.command()(bench)

@@ -47,7 +47,8 @@ def test_every_mistake_of_a_job_file_is_a_line(tmp_path: Path) -> None:
     ended = dray("run", str(tmp_path / "job.toml"), "--set", "job.sede=3", "--set", "job.lane=rdma")
     assert (ended.returncode, ended.stdout) == (2, "")
     lines = ended.stderr.splitlines()
-    assert sorted(line.split(" = ")[0] for line in lines) == ["error: job.lane", "error: job.sede"]
+    keys = ["error: job.lane", "error: job.sede", "error: policy.trainer", "error: rollout.worker"]
+    assert sorted(line.split(" = ")[0] for line in lines) == keys
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)

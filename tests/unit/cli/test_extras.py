@@ -48,10 +48,10 @@ def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "sub
     ("missing", "extra", "command"),
     [
         *((package, "runtime", ["run", "job.toml"]) for package in EXTRAS["runtime"]),
+        ("httpcore", "runtime", ["check", "job.toml"]),
         ("httpcore", "runtime", ["status", "."]),
         ("uvicorn", "runtime", ["slurm", "submit", "job.toml"]),
         ("jinja2", "slurm", ["slurm", "submit", "--dry-run", "job.toml"]),
-        ("ucxx", "ucxx", ["run", "job.toml", "--set", "job.lane=ucx"]),
     ],
 )
 def test_command_without_its_extra_names_package_and_extra_in_one_line(
@@ -64,7 +64,8 @@ def test_command_without_its_extra_names_package_and_extra_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "command", [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"]]
+    "command",
+    [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"], ["check", "--help"]],
 )
 def test_command_that_needs_no_extra_works_without_any(tmp_path: Path, command: list[str]) -> None:
     everything = [package for packages in EXTRAS.values() for package in packages]
