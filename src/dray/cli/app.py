@@ -28,7 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Payload transport for disaggregated reinforcement learning.",
+    help="Payload transport for disaggregated reinforcement learning, and jobs that run on it. "
+    "`dray new NAME` creates a job to begin with.",
 )
 
 
@@ -48,11 +49,12 @@ def common(
 
 
 def run(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML.")],
+    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
     settings: Settings = None,
     log_level: LogLevelOption = None,
     output: Annotated[
-        str | None, typer.Option(help="Output folder; by default a new one under outputs/<job name>/.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
     ] = None,
     resume: Annotated[
         bool,
@@ -63,7 +65,13 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Run a job on this machine and show its progress."""
+    """Run a job on this machine and show its progress; before that, check it as `dray check` does.
+
+    Ctrl-C ends the job within timeouts.shutdown seconds (8 by default), with a checkpoint; a second one kills it.
+
+    Exit code 0: solved, or all steps done; 1: not solved; 2: mistakes, and nothing was started; 10 or 17: a class
+    of the user raised, or returned what cannot be used; 130: Ctrl-C.
+    """
     require_extra("runtime")
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job

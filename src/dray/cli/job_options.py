@@ -15,14 +15,20 @@ from dray.launch.run_options import RunOptions
 from dray.text import text_of
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Override a key of the job file, for example policy.batch_size=32; may be given several times.",
+    ),
 ]
 LogLevelOption = Annotated[
     str | None,
     typer.Option(
         "--log-level",
         metavar="debug|info|warning|error",
-        help="How much the processes of the job log, the supervisor included; by default info.",
+        help="How much the processes of the job log, the supervisor included; by default job.log_level of the job "
+        "file, else info.",
     ),
 ]
 

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from dray.cli import new
+from dray.cli import app, new
 from dray.cli.new import FILES, create_job
 from dray.config import is_job_name, load_job
 from dray.errors import ConfigError
@@ -91,6 +92,23 @@ def test_folder_that_is_filled_meanwhile_is_refused_and_stays(
         create_job(tmp_path / "job")
     assert content(tmp_path) == ["job"]
     assert content(tmp_path / "job") == ["notes.txt"]
+
+
+def test_command_names_what_it_has_created_and_refuses_to_do_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dray", "new", "my-job"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    lines = [f"created my-job/{name}" for name in FILES]
+    assert ended.value.code == 0
+    assert capsys.readouterr() == ("\n".join([*lines, "run it with: dray run my-job/job.toml\n"]), "")
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 2
+    line = "error: NAME = 'my-job' is not allowed: must be a new folder or an empty one; it contains "
+    assert capsys.readouterr() == ("", f"{line}README.md, job.toml, trainer.py, worker.py\n")
 
 
 def test_file_or_link_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
