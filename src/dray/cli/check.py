@@ -11,6 +11,7 @@ from dray.cli.extras import require_extra
 from dray.cli.job_options import Settings, read_job
 from dray.config import JobConfig
 from dray.runtime.job import short_path
+from dray.text import printable
 
 
 def check(
@@ -39,7 +40,8 @@ def check(
     signals = check_job(request.draft, request.options.job_file, show_line)
     if signals:
         raise typer.Exit(stop_checks(request.draft, signals))
-    typer.echo(f"{short_path(job.absolute())}: no mistakes found; would start {started(request.config)}")
+    shown = printable(short_path(job.absolute()))
+    typer.echo(f"{shown}: no mistakes found; would start {started(request.config)}")
 
 
 def started(config: JobConfig) -> str:

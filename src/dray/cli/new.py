@@ -16,7 +16,7 @@ import typer
 from dray.config import JOB_NAME_FORM, is_job_name
 from dray.errors import ConfigError
 from dray.runtime.job import short_path
-from dray.text import as_argument
+from dray.text import as_argument, printable
 
 FILES: Final = ("worker.py", "trainer.py", "job.toml", "README.md")
 _KEY = "NAME"
@@ -41,7 +41,7 @@ def new(
     """
     create_job(name)
     for each in FILES:
-        typer.echo(f"created {name / each}")
+        typer.echo(f"created {printable(str(name / each))}")
     typer.echo(f"run it with: dray run {as_argument(short_path(name.absolute() / 'job.toml'))}")
 
 

@@ -7,6 +7,7 @@ changed.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import tempfile
@@ -20,12 +21,14 @@ from dray.config import MAX_MISTAKES, JobConfig, JobDraft
 from dray.control import JobKeys, RedisAddress
 from dray.control.embedded import find_redis_binary
 from dray.errors import ConfigError, MissingDependencyError
+from dray.identifiers import PRODUCER_ID_BYTES
 from dray.launch.entry_points import check_entry_points
 from dray.launch.job_redis import answering_server
 from dray.launch.output import open_output
 from dray.launch.signals import SignalInbox
 from dray.private_directory import PrivateDirectory
-from dray.ring import SharedRingBuffer
+from dray.ring.layout import SegmentLayout
+from dray.ring.segment import Segment
 from dray.runtime.address import bind
 from dray.runtime.checkpoint import CheckpointState
 from dray.runtime.job import JobFolder
@@ -69,7 +72,6 @@ def preparation(
     """
     found = Preparation(list(draft.mistakes))
     with ExitStack() as opened:
-        run = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="dray-check-")))
         if _knows_folder(draft, resume=resume):
             try:
                 found.folder, found.state = opened.enter_context(open_output(draft.config, resume=resume))
@@ -83,10 +85,19 @@ def preparation(
                     except ConfigError as error:
                         found.mistakes += error.mistakes
             try:
-                found.signals += check_entry_points(draft, job_file, run, inbox, say=say)
+                place = found.folder.run if found.folder is not None else _temporary_folder(opened)
+                found.signals += check_entry_points(draft, job_file, place, inbox, say=say)
             except ConfigError as error:
                 found.mistakes += error.mistakes
         yield found
+
+
+def _temporary_folder(opened: ExitStack) -> Path:
+    try:
+        return Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="dray-check-")))
+    except OSError as error:
+        allowed = f"a folder for temporary files is needed ({error.strerror})"
+        raise ConfigError("TMPDIR", os.environ.get("TMPDIR"), allowed, "cannot be used") from error
 
 
 def _knows_folder(draft: JobDraft, *, resume: bool) -> bool:
@@ -155,9 +166,9 @@ def _lane(config: JobConfig) -> None:
 def _ring(config: JobConfig) -> None:
     if config.job.payload_transfer != "ucxx":
         return
-    slots, slot_bytes = config.rollout.slots, config.rollout.slot_bytes
+    layout = SegmentLayout(config.rollout.slots, config.rollout.slot_bytes)
     try:
-        SharedRingBuffer(slots, slot_bytes).close()
+        Segment.create(layout, secrets.token_bytes(PRODUCER_ID_BYTES)).close()
     except ConfigError as error:
         if error.key != "slots x slot_bytes":
             raise

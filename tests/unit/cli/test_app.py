@@ -15,7 +15,7 @@ worker = "small.py:Worker"
 trainer = "small.py:Trainer"
 batch_size = 8
 """
-COMMANDS_WITH_A_JOB_FILE = [["run"], ["slurm", "submit", "--dry-run"]]
+COMMANDS_WITH_A_JOB_FILE = [["run"], ["check"], ["slurm", "submit", "--dry-run"]]
 
 
 def dray(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -35,16 +35,28 @@ def test_wrong_usage_exits_with_two(tmp_path: Path) -> None:
     assert dray("jump").returncode == 2
 
 
-def test_unreadable_job_file_is_one_line(tmp_path: Path) -> None:
-    ended = dray("run", str(tmp_path / "job.toml"))
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_unreadable_job_file_is_one_line(tmp_path: Path, command: str) -> None:
+    ended = dray(command, str(tmp_path / "job.toml"))
     assert (ended.returncode, ended.stdout) == (2, "")
     place = tmp_path / "job.toml"
     assert ended.stderr == f"error: job file {place} cannot be read: No such file or directory\n"
 
 
-def test_every_mistake_of_a_job_file_is_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_broken_toml_is_one_line_that_names_the_line_of_the_file(tmp_path: Path, command: str) -> None:
+    (tmp_path / "job.toml").write_text(JOB.replace("batch_size = 8", "batch_size = 8,"))
+    ended = dray(command, str(tmp_path / "job.toml"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: job file {tmp_path / 'job.toml'} cannot be read: must be TOML; ")
+    assert "(at line 9, column 15)" in line
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_every_mistake_of_a_job_file_is_a_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "job.toml").write_text(JOB)
-    ended = dray("run", str(tmp_path / "job.toml"), "--set", "job.sede=3", "--set", "job.lane=rdma")
+    ended = dray(command, str(tmp_path / "job.toml"), "--set", "job.sede=3", "--set", "job.lane=rdma")
     assert (ended.returncode, ended.stdout) == (2, "")
     lines = ended.stderr.splitlines()
     keys = ["error: job.lane", "error: job.sede", "error: policy.trainer", "error: rollout.worker"]

@@ -45,12 +45,6 @@ def test_classes_of_a_new_job_are_short_and_fit_the_runtime(tmp_path: Path) -> N
     assert config.stop is not None
 
 
-def test_files_of_a_new_job_are_read_and_written_by_their_owner_alone(tmp_path: Path) -> None:
-    create_job(tmp_path / "job")
-    for name in FILES:
-        assert not (tmp_path / "job" / name).stat().st_mode & 0o022, name
-
-
 @pytest.mark.parametrize(
     "name", [".", "..", "/", ".hidden", "-job", "my job", "jobs/a b", "é", "a" * 64, "job\n", "name:1"]
 )
