@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,16 @@ def test_import_that_ends_the_process_or_takes_too_long_is_named(job_file: Path,
     settings = f"rollout.worker={made.name}/waits.py:Worker", "timeouts.start=0.5"
     (line,) = mistakes(job_file, *settings, imports=True)
     assert "importing them took longer than timeouts.start = 0.5 s" in line
+
+
+def test_classes_that_cannot_be_imported_without_a_folder_for_temporary_files_are_named_so(
+    job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert mistakes(job_file, imports=True) == []  # they use the folder of the run
+    lines = mistakes(job_file, "job.output=job.py", imports=True)
+    assert len(lines) == 2
+    assert lines[1] == "TMPDIR cannot be used: a folder for temporary files is needed (No such file or directory)"
 
 
 # --- all of them ------------------------------------------------------------------------------------------------
