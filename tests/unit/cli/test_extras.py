@@ -50,10 +50,10 @@ def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "sub
     [
         *((package, "jobs", ["run", "job.toml"]) for package in EXTRAS["jobs"]),
         *((package, "jobs", ["--help"]) for package in ("pydantic", "typer")),
+        ("httpcore", "jobs", ["check", "job.toml"]),
         ("httpcore", "jobs", ["status", "."]),
         ("uvicorn", "jobs", ["slurm", "submit", "job.toml"]),
         ("jinja2", "slurm", ["slurm", "submit", "--dry-run", "job.toml"]),
-        ("ucxx", "ucxx", ["run", "job.toml", "--set", "job.lane=ucx"]),
     ],
 )
 def test_command_without_its_extra_names_package_and_extra_in_one_line(
@@ -66,7 +66,8 @@ def test_command_without_its_extra_names_package_and_extra_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "command", [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"]]
+    "command",
+    [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"], ["check", "--help"]],
 )
 def test_command_that_needs_no_other_extra_works_with_that_of_the_command_line(
     tmp_path: Path, command: list[str]
