@@ -1,4 +1,4 @@
-"""Fault C11 of docs/failure-modes.md: no page-locked memory on this machine."""
+"""Fault C11 of docs/reference/failure-modes.md: no page-locked memory on this machine."""
 
 import subprocess
 import sys

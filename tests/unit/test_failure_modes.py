@@ -1,5 +1,5 @@
-"""docs/failure-modes.md has every row, and names tests that exist; each row of the first five tables has one that
-bears its number."""
+"""docs/reference/failure-modes.md has every row, and names tests that exist; each row of the first five tables
+has one that bears its number."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "failure-modes.md"
+PAGE = ROOT / "docs" / "reference" / "failure-modes.md"
 COUNTS = (("B", 14), ("W", 13), ("C", 14), ("D", 14), ("R", 17), ("Z", 12), ("V", 4), ("X", 16), ("Y", 31))
 ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]
 

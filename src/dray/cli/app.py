@@ -26,7 +26,6 @@ from dray.runtime.streams import flush_streams, open_missing_streams
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Payload transport for disaggregated reinforcement learning, and jobs that run on it. "
     "`dray new NAME` creates a job to begin with.",

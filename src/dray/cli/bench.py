@@ -38,7 +38,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Measure nothing; take what --json wrote to this file.")
     ] = None,
     docs: Annotated[
-        bool, typer.Option("--docs", help="Write figures and plot into docs/performance.md and .png.")
+        bool, typer.Option("--docs", help="Write figures and plot into docs/reference/performance.md and .png.")
     ] = False,
     install_peers: Annotated[
         bool, typer.Option("--install-peers", help="Make the environments that peers need, and measure nothing.")

@@ -1,6 +1,6 @@
 """What a job file may say: its tables, their keys, and the rules between them.
 
-Every key has a sentence that says what is allowed; `docs/configuration.md` has the same sentences.
+Every key has a sentence that says what is allowed; `docs/reference/configuration.md` has the same sentences.
 """
 
 from __future__ import annotations
