@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 
-import dray
 from dray.clock import Deadline
 from dray.control.embedded import start_redis
 
@@ -63,11 +62,7 @@ def examples() -> dict[str, Example]:
     return found
 
 
-def uses_streams(example: Example) -> bool:
-    return any("dray.P" in text or "dray.S" in text or "dray.C" in text for text in example.files.values())
-
-
-EXAMPLES = {name: each for name, each in examples().items() if hasattr(dray, "Producer") or not uses_streams(each)}
+EXAMPLES = examples()
 
 
 def free_port() -> int:

@@ -61,7 +61,17 @@ def test_architecture_names_every_module_of_the_data_plane_once_and_no_other() -
     named = {
         room.strip("`").removeprefix("dray/"): re.findall(r"`(\w+)`", modules) for room, _, modules, _ in table
     }
-    rooms = ("", "payload/", "ring/", "protocol/", "transport/", "transport/lanes/", "prefetch/", "ucxx/")
+    rooms = (
+        "",
+        "payload/",
+        "ring/",
+        "protocol/",
+        "transport/",
+        "transport/lanes/",
+        "prefetch/",
+        "streams/",
+        "ucxx/",
+    )
     for room in rooms:
         existing = [path.stem for path in (sources / room).glob("*.py") if path.stem != "__init__"]
         assert sorted(named.pop(room)) == sorted(existing), f"modules of dray/{room}"
@@ -196,9 +206,10 @@ def test_fields_of_a_frame_have_the_names_and_numbers_of_the_code() -> None:
     text = page("protocol.md")
     table = rows(text[text.index("## Frames") : text.index("Empty fields are zero")])
     assert tuple(row[1] for row in table[1:]) == frames.Frame._fields
-    assert dict(zip(table[0][3:], map(int, table[1][3:]), strict=True)) == {
-        kind.name: kind.value for kind in frames.Kind
-    }
+    kinds = dict(zip(table[0][3:], map(int, table[1][3:]), strict=True))
+    of_streams = rows(text[text.index("## Streams") : text.index("The stream words are")])
+    kinds |= {row[0]: int(row[1]) for row in of_streams if row[1].isdecimal()}
+    assert kinds == {kind.name: kind.value for kind in frames.Kind}
     statuses = re.findall(r"^\| (\d) ([A-Z]+) \|", text, re.MULTILINE)
     assert {name: int(number) for number, name in statuses} == {each.name: each.value for each in frames.Status}
 

@@ -60,9 +60,13 @@ class Publisher(Closing):
     still uses the one that is to be replaced, `publish` waits.
 
     Args:
-        name, listen, secret, scope, clock: as for `Producer`.
+        name: 1 to 64 letters, digits, '.', '_' and '-'.
         versions: how many versions there can be at a time, at least 2.
         slot_bytes: the size limit of a version; it is no reservation.
+        listen: an address for subscribers on other hosts, as for `Producer`.
+        secret: the secret that subscribers at that address must know, at least 16 random bytes.
+        scope: where the name is known; see `dray.streams.registry.default_scope`.
+        clock: where time comes from.
 
     Attributes:
         name, scope: where subscribers find it.
@@ -191,7 +195,9 @@ class Subscriber(Closing):
 
     Args:
         stream: the name of a publisher of this user on this host, or its address on another host.
-        secret, scope, direct: as for `Consumer`.
+        secret: the secret of the publisher at an address.
+        scope: where the name is known; see `dray.streams.registry.default_scope`.
+        direct: use versions in the memory of a publisher on this host where that is possible.
 
     Raises:
         ConfigError: an argument is not allowed.
