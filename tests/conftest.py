@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
     if refused := config.getoption("forbid"):
         forbid(*refused.split(","))
+    _keep_bytecode()
     config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
     os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
     if config.getoption("cov_source", None) and not _is_worker(config):
@@ -51,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_RUNTIME_DIR], ignore_errors=True)
+
+
+def _keep_bytecode() -> None:
+    """Without compiled modules, each of a thousand processes that tests start would compile dray first."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 # --- several at once --------------------------------------------------------------------------------------------
@@ -65,6 +72,12 @@ def _is_worker(config: pytest.Config) -> bool:
 
 def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+def pytest_collection_finish() -> None:
+    """What exists now stays until the end: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

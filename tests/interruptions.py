@@ -36,13 +36,13 @@ def in_del(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def interrupted(folder: Path, call: Callable[[], object], moment: int) -> bool:
-    """Run `call` and raise `KeyboardInterrupt` at the n-th moment in code of `folder`; false if there is none."""
-    left, where = moment, str(folder)
+def interrupted(where: Path | tuple[str, ...], call: Callable[[], object], moment: int) -> bool:
+    """Run `call` and raise `KeyboardInterrupt` at the n-th moment in code of `where`; false if there are fewer."""
+    left, places = moment, where if isinstance(where, tuple) else str(where)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if not frame.f_code.co_filename.startswith(where) or in_del(frame):
+        if not frame.f_code.co_filename.startswith(places) or in_del(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode" and frame.f_lasti in interruptible(frame.f_code):

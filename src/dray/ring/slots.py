@@ -474,7 +474,10 @@ class SlotTable:
                     if slot.consumed_by >> reader & 1:
                         direct.mark_consumed(slot.index, slot.sequence, reader)
             self.direct = direct
-            self._claimable.notify_all()  # they wait for the doorbell from now on
+            # All that wait have the doorbell rung from now on.
+            self._claimable.notify_all()
+            for slot in self.live.values():
+                slot.wake()
         return self.direct
 
     def count_servers(self, change: int) -> None:
