@@ -5,6 +5,7 @@ A test that passes is failed after all if a thread, a child process, a file desc
 memory is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
 """
 
+import functools
 import gc
 import os
 import shutil
@@ -15,9 +16,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from forbidding import forbid
+from optional import Later
 from transport_fixtures import LANES
 from waiting import ends_within
 
@@ -87,11 +90,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _length(item: pytest.Item) -> int:
-    """A rank: the tests with a time limit of their own are the longest, and the folders follow."""
+    """A rank: the tests with a time limit of their own are the longest, and the folders follow.
+
+    The last are those that import torch into their worker, because everything takes longer after that.
+    """
+    if _imports_later(getattr(item, "module", None)):
+        return -1
     if item.get_closest_marker("timeout") is not None:
         return len(SHORT) + 1
     folder = _folder(item)
     return SHORT.index(folder) if folder in SHORT else len(SHORT)
+
+
+@functools.cache
+def _imports_later(module: ModuleType | None) -> bool:
+    return module is not None and any(isinstance(each, Later) for each in vars(module).values())
 
 
 @pytest.fixture(autouse=True)
