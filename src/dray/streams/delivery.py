@@ -351,15 +351,17 @@ class Delivery:
         """See `Recipient.take_back`."""
         slot, sequence, number, begun = returned
         with self.lock:
-            item = recipient.items.get(sequence)
-            if item is None or item.number != number or item.slot != slot:
-                return  # it was taken back already, or is done
-            del recipient.items[sequence]
+            if not begun:
+                recipient.given -= 1  # only now it may be given another one: this one may come before it
             group = self.groups[recipient.reader]
-            group.returned += 1
-            if not begun and not recipient.has_begun(item):
-                item.deliveries -= 1
-            self._come_back(group, [item])
+            item = recipient.items.get(sequence)
+            if item is not None and item.number == number and item.slot == slot:
+                del recipient.items[sequence]
+                group.returned += 1
+                if not begun and not recipient.has_begun(item):
+                    item.deliveries -= 1
+                self._come_back(group, [item])
+            # Otherwise it was taken back already, or is done.
             self._give(group)
 
     # --- inside, with the lock --------------------------------------------------------------------------------

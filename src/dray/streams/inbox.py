@@ -414,14 +414,15 @@ class Inbox(Closing):
                 if isinstance(event, streams.Ended):
                     self._end(place, event)
                     return
-                source.received += 1
                 self._take_in(source, event)
         except (TransportError, ProtocolError) as error:
             self._lose(place, error)
 
     def _take_in(self, source: Source, given: streams.Given) -> None:
         """Keep a hand-out, or give it back because there are enough."""
-        if len(self.queue) < self.wanted.prefetch:
+        # If more of this producer may follow, this one is kept: they must not come before it.
+        if len(self.queue) < self.wanted.prefetch or source.outstanding > 1:
+            source.received += 1
             self.queue.append((source, given))
         else:
             self.returned += 1

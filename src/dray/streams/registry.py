@@ -25,6 +25,7 @@ import re
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -45,6 +46,7 @@ SCOPE_VARIABLE: Final = "DRAY_SCOPE"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSET_SESSION: Final = "4294967295"
 _MAX_ENTRY_BYTES: Final = 64 * 1024
+_STALE_SECONDS: Final = 60.0  # a file that is being made has its final name long before
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "lustre", "glusterfs"}
 )
@@ -203,7 +205,18 @@ class Registry(Closing):
                     found.append(Peer(path.stem, int(about["pid"]), command, about))
             else:
                 _remove(path)
+        self._sweep()
         return found
+
+    def _sweep(self) -> None:
+        """Remove what a process has left that was killed between two steps of `add` or `close`."""
+        for lock in self.folder.glob("[pc]-*.lock"):
+            if not lock.with_suffix(".json").exists() and not _is_held(lock):
+                lock.unlink(missing_ok=True)
+        for partial in self.folder.glob("*.new"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                    partial.unlink()
 
     def elsewhere(self) -> list[str]:
         """What is served now under the same name in other scopes, and under other names in this one."""

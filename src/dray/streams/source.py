@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
-from dray.errors import ProducerLostError, SlotError, StaleSlotError
+from dray.clock import Deadline
+from dray.errors import ProducerLostError, SlotError, StaleSlotError, TransportError
 from dray.identifiers import PayloadId
 from dray.payload import Arrays, unpack
 from dray.protocol import PayloadRef, streams
@@ -21,6 +23,12 @@ MIN_FREE_LEASES: Final = 2
 must not stop the stream."""
 
 READ_SECONDS: Final = 30.0
+"""Time limit for a payload, or an acknowledgement, over a connection."""
+
+PAUSE_SECONDS: Final = 0.02
+"""Time before such a request is repeated after a failure."""
+
+T = TypeVar("T")
 
 
 class Source(Closing):
@@ -33,7 +41,8 @@ class Source(Closing):
         client: makes a client with a reader id, for what is not leased directly.
 
     Attributes:
-        received: payloads that it has given so far.
+        received: payloads that it has given so far, without those that went back at once: until the producer has
+            taken note of that, it gives no later one.
         producer: its id.
         copies: payloads that were copied because arrays of others are kept.
         gone: payloads that were dropped, or taken back, before they were begun.
@@ -50,6 +59,11 @@ class Source(Closing):
         self._reads = reads
         self._client = client
         self._attachment: Attachment | None = subscription.attachment
+
+    @property
+    def outstanding(self) -> int:
+        """How many payloads it may give, or may have given, that have not come."""
+        return self.subscription.credit - self.received
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
@@ -69,7 +83,8 @@ class Source(Closing):
                 if attachment.closed:
                     return None
             client = self._client(self.subscription.reader)
-            return client.read(self._ref(given), timeout=READ_SECONDS, consume=False), False
+            ref = self._ref(given)
+            return _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False)), False
         except (StaleSlotError, ProducerLostError):
             return None
 
@@ -97,7 +112,7 @@ class Source(Closing):
         except StaleSlotError:
             found = None
         except BaseException:
-            self.give_back(given, begun=False)
+            self.give_back(given, begun=True)
             raise
         if found is None:
             self.gone += 1
@@ -123,8 +138,9 @@ class Source(Closing):
                 return lease.end(consumed=True)
             if attachment.closed:
                 return False
+        client, ref = self._client(self.subscription.reader), self._ref(given)
         try:
-            return self._client(self.subscription.reader).consume([self._ref(given)], timeout=READ_SECONDS) == 1
+            return _persist(lambda timeout: client.consume([ref], timeout=timeout)) == 1
         except ProducerLostError:
             return False
 
@@ -162,3 +178,23 @@ class Source(Closing):
     def _ref(self, given: streams.Given | PayloadId) -> PayloadRef:
         endpoints = (self.subscription.endpoint,)
         return PayloadRef(self.producer, given.slot, given.sequence, given.nbytes, endpoints)
+
+
+def _persist(request: Callable[[float | None], T]) -> T:
+    """The result of a request, over new connections until `READ_SECONDS` are over.
+
+    While a process dies, its sockets are closed one after the other: several connections may be accepted and reset
+    before its address refuses them, which tells that it is lost.
+
+    Raises:
+        ProducerLostError: the producer is gone.
+        TransportError: it could not be reached in time.
+    """
+    deadline = Deadline.after(READ_SECONDS)
+    while True:
+        try:
+            return request(deadline.timeout)
+        except TransportError:
+            if deadline.remaining <= PAUSE_SECONDS:
+                raise
+            time.sleep(PAUSE_SECONDS)

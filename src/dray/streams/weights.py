@@ -347,6 +347,7 @@ class _NewestInbox(Inbox):
         self._give_credit(source)
 
     def _take_in(self, source: Source, given: Given) -> None:
+        source.received += 1
         self._expecting.discard(source)
         self._news = True
         self.queue.clear()

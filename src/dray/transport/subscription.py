@@ -40,6 +40,7 @@ class Subscription(Closing):
         reader: the reader id of the group.
         attachment: the means for direct leases, on one host; it outlives the subscription.
         ended: the END that has come; None before it.
+        credit: how many payloads the producer may have given so far.
     """
 
     def __init__(self, stream: Stream, endpoint: str, producer: bytes, reader: int) -> None:
@@ -52,7 +53,7 @@ class Subscription(Closing):
         self._worker: Worker | None = stream.worker
         self._words: StreamWords | None = None
         self._bell: Bell | None = None
-        self._credit = 0
+        self.credit = 0
         self._unsent = False
         self._mark = here[0]
 
@@ -148,11 +149,6 @@ class Subscription(Closing):
     # --- out --------------------------------------------------------------------------------------------------
 
     @property
-    def credit(self) -> int:
-        """How many payloads the producer may have given so far."""
-        return self._credit
-
-    @property
     def direct(self) -> bool:
         """Credit is a word in shared memory, and payloads are leased in place."""
         return self._words is not None
@@ -164,9 +160,9 @@ class Subscription(Closing):
 
     def set_credit(self, total: int) -> None:
         """Let the producer give `total` payloads, of all that it has given so far."""
-        if total == self._credit:
+        if total == self.credit:
             return
-        self._credit = total
+        self.credit = total
         if self._words is not None:
             self._words.credit = total
         else:
