@@ -19,6 +19,7 @@ SOAK_ARGS ?=
 FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
 LOWEST_ARGS ?=
+PYTHONS_ARGS ?=
 SEEDS ?= 10000
 SIMULATE_ARGS ?=
 MODEL_ARGS ?=
@@ -35,7 +36,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest clean
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest pythons wheel clean docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -119,9 +120,18 @@ mutmut: .venv/dev.stamp ## mutate the code of slots and sessions: what no test n
 lowest: .venv/dev.stamp ## the lowest versions that pyproject.toml declares, installed elsewhere: unit tests and jobs (LOWEST_ARGS)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/lowest_versions.py $(LOWEST_ARGS)
 
+pythons: .venv/dev.stamp ## the quick tests with each Python that is found, 3.11 to 3.14, and a table (PYTHONS_ARGS="--python 3.13")
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/pythons.py $(PYTHONS_ARGS)
+
+wheel: .venv/dev.stamp ## the source distribution and the wheel, in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+docs: .venv/dev.stamp ## the pages of docs/ and the API as a site in site/, every link checked
+	$(BIN)/python tests/docs_site.py
+
 clean: ## remove .venv, caches and build products; outputs/ stays
-	rm -rf .venv build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis \
-	  .import_linter_cache
+	rm -rf .venv build dist site htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/python.stamp:

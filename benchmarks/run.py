@@ -114,7 +114,7 @@ def _check_plot(choices: Choices) -> None:
     from benchmarks import plot
 
     if (choices.plot_file is not None or choices.docs) and not plot.AVAILABLE:
-        raise WrongChoice("a plot needs matplotlib: pip install 'dray[demo]'")
+        raise WrongChoice("a plot needs matplotlib: pip install 'dray-rl[demo]'")
 
 
 def _install_peers(console: Console) -> None:

@@ -45,4 +45,4 @@ class Scenario:
     run: Callable[[Plan, Progress], Iterator[Row | Skipped]] = field(repr=False)
 
 
-UCX_MISSING = "the ucxx package is not installed: pip install 'dray[ucxx]'"
+UCX_MISSING = "the ucxx package is not installed: pip install 'dray-rl[ucxx]'"

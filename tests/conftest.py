@@ -5,6 +5,7 @@ A test that passes is failed after all if a thread, a child process, a file desc
 memory is still there that was not before it. Threads and processes that are ending get a bounded time to do so.
 """
 
+import functools
 import gc
 import os
 import shutil
@@ -15,9 +16,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from forbidding import forbid
+from optional import Later
 from transport_fixtures import LANES
 from waiting import ends_within
 
@@ -40,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Unix sockets of tests, and of the processes they start, lie in a short folder that goes with the session."""
     if refused := config.getoption("forbid"):
         forbid(*refused.split(","))
+    _keep_bytecode()
     config.stash[_RUNTIME_DIR] = tempfile.mkdtemp(prefix="dray-test-", dir="/tmp")
     os.environ["DRAY_RUNTIME_DIR"] = config.stash[_RUNTIME_DIR]
     if config.getoption("cov_source", None) and not _is_worker(config):
@@ -51,6 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[_RUNTIME_DIR], ignore_errors=True)
+
+
+def _keep_bytecode() -> None:
+    """Without compiled modules, each of a thousand processes that tests start would compile dray first."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 # --- several at once --------------------------------------------------------------------------------------------
@@ -67,6 +77,12 @@ def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
+def pytest_collection_finish() -> None:
+    """What exists now stays until the end: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers the longest tests begin first, so that all workers end at about the same time."""
     if _is_worker(config):
@@ -74,11 +90,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _length(item: pytest.Item) -> int:
-    """A rank: the tests with a time limit of their own are the longest, and the folders follow."""
+    """A rank: the tests with a time limit of their own are the longest, and the folders follow.
+
+    The last are those that import torch into their worker, because everything takes longer after that.
+    """
+    if _imports_later(getattr(item, "module", None)):
+        return -1
     if item.get_closest_marker("timeout") is not None:
         return len(SHORT) + 1
     folder = _folder(item)
     return SHORT.index(folder) if folder in SHORT else len(SHORT)
+
+
+@functools.cache
+def _imports_later(module: ModuleType | None) -> bool:
+    return module is not None and any(isinstance(each, Later) for each in vars(module).values())
 
 
 @pytest.fixture(autouse=True)

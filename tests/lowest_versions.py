@@ -29,7 +29,7 @@ EXTRA = "dev"
 
 ENVIRONMENTS: Sequence[tuple[Collection[str], Sequence[str]]] = (
     ((), ("tests/unit", "tests/contract", "tests/process/test_job_lifecycle.py")),
-    (("ucxx", "torch"), ("tests/unit/buffer", "tests/unit/payload", "tests/unit/wire")),
+    (("ucxx", "torch"), ("tests/unit/ring", "tests/unit/payload", "tests/unit/protocol")),
 )
 """Extras that are left out, as they raise the bounds of others, and the tests that are run without them."""
 
@@ -47,7 +47,7 @@ def lowest_versions(project: Mapping[str, Any], extra: str, without: Collection[
         ValueError: a requirement has no lower bound, or more than one.
     """
     found: dict[str, tuple[Version, Requirement]] = {}
-    for requirement in _requirements(project, [*project["dependencies"], f"{project['name']}[{extra}]"], without):
+    for requirement in requirements(project, [*project["dependencies"], f"{project['name']}[{extra}]"], without):
         bounds = [Version(each.version) for each in requirement.specifier if each.operator == ">="]
         if len(bounds) != 1:
             raise ValueError(f"{requirement} must have one lower bound")
@@ -63,16 +63,16 @@ def _pin(requirement: Requirement, version: Version) -> str:
     return f"{requirement.name}{extras}=={version}"
 
 
-def _requirements(
+def requirements(
     project: Mapping[str, Any], texts: Sequence[str], without: Collection[str]
 ) -> Iterator[Requirement]:
-    """The requirements that `texts` come to, the project's own extras taken apart."""
+    """The requirements that `texts` come to, the project's own extras taken apart, but for those in `without`."""
     for requirement in map(Requirement, texts):
         if canonicalize_name(requirement.name) != canonicalize_name(project["name"]):
             yield requirement
             continue
         for extra in sorted(requirement.extras.difference(without)):
-            yield from _requirements(project, project["optional-dependencies"][extra], without)
+            yield from requirements(project, project["optional-dependencies"][extra], without)
 
 
 def main() -> int:
@@ -95,18 +95,33 @@ def main() -> int:
 
 
 def _run(folder: Path, versions: Sequence[str], tests: Sequence[str]) -> int:
-    python = str(folder / "bin" / "python")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *shlex.split(os.environ.get("PIP_ARGS", "")), *versions], check=True)
-    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
+    python = make_environment(folder, sys.executable, versions)
     # Old packages warn about what newer ones have deprecated: that is no fault here.
-    warnings = ["-o", "filterwarnings=default"]
-    options = ["-q", "-n", str(2 * (os.cpu_count() or 1)), "-p", "no:cacheprovider", *warnings]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    return run_pytest(python, [*options, "-n", str(2 * (os.cpu_count() or 1)), *tests])
+
+
+def make_environment(folder: Path, python: str, packages: Sequence[str]) -> str:
+    """A virtual environment with `packages` and an editable dray; its interpreter.
+
+    Args:
+        folder: where it is made; what is there already is used.
+        python: the interpreter that makes it.
+        packages: arguments of `pip install`, those of ``PIP_ARGS`` are added.
+    """
+    made = str(folder / "bin" / "python")
+    subprocess.run([python, "-m", "venv", str(folder)], check=True)
+    pip = [made, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *shlex.split(os.environ.get("PIP_ARGS", "")), *packages], check=True)
+    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
+    return made
+
+
+def run_pytest(python: str, arguments: Sequence[str]) -> int:
+    """Run pytest with another interpreter; its exit code."""
     # Nothing of the environment that runs this is to be found.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command = [python, "-m", "pytest", *options, *tests]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

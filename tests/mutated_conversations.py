@@ -1,7 +1,7 @@
 """Conversations with a server, nearly as they should be: made, changed, and played over sockets, many at once.
 
 ``mutated_conversations.py JSON`` plays a number of them and prints what came of it as one line of JSON. The
-conversations are written from docs/protocol.md; nothing here shares code with the server.
+conversations are written from docs/reference/protocol.md; nothing here shares code with the server.
 """
 
 import contextlib

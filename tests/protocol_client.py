@@ -1,4 +1,5 @@
-"""A client for the lanes ``tcp`` and ``shm``, written from docs/protocol.md and docs/memory-layout.md alone.
+"""A client for the lanes ``tcp`` and ``shm``, written from two pages of docs/reference alone:
+protocol.md and memory-layout.md.
 
 It shares no code with dray. ``protocol_client.py [options] ACTIONS REFERENCE...`` opens one connection to an
 endpoint of the first reference and carries out the actions, joined with commas, one after the other: ``take``

@@ -25,7 +25,7 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
     progress.step("CartPole" if plan.job_steps is None else f"CartPole, {plan.job_steps} steps")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        yield Skipped("the CartPole job", f"{', '.join(missing)}: pip install 'dray[demo]'")
+        yield Skipped("the CartPole job", f"{', '.join(missing)}: pip install 'dray-rl[demo]'")
         return
     with tempfile.TemporaryDirectory(prefix="dray-bench-") as folder:
         output = Path(folder) / "job"

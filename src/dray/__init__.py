@@ -14,7 +14,7 @@ from dray.identifiers import PayloadId
 from dray.payload import PayloadSchema, TensorSpec, pack, unpack
 from dray.protocol import PayloadRef, make_secret
 from dray.ring import SharedRingBuffer
-from dray.streams import Consumer, Payload, Producer
+from dray.streams import Consumer, Payload, Producer, Publisher, Subscriber
 from dray.transport import PayloadClient, PayloadServer, ReadResult
 
 __version__ = "0.1.0"
@@ -29,8 +29,10 @@ __all__ = [
     "PayloadSchema",
     "PayloadServer",
     "Producer",
+    "Publisher",
     "ReadResult",
     "SharedRingBuffer",
+    "Subscriber",
     "TensorSpec",
     "errors",
     "make_secret",

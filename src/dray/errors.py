@@ -123,7 +123,7 @@ class MissingDependencyError(DrayError, ImportError, RuntimeError):
     Args:
         package: the package, e.g. ``"ucxx"``.
         needed_by: the part of dray that needs it, e.g. ``"the ucx lane"``.
-        install: the argument for `pip install`, e.g. ``"'dray[ucxx]'"``.
+        install: the argument for `pip install`, e.g. ``"'dray-rl[ucxx]'"``.
         reason: why an installed package does not load.
     """
 

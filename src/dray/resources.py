@@ -104,6 +104,17 @@ def close_all(numbers: list[int]) -> None:
         os.close(number)
 
 
+class Descriptors(list[int]):
+    """Descriptors that are closed with their list, also if an exception of a signal handler ends `close`."""
+
+    def close(self) -> None:
+        """Close those that are in the list, and take them out."""
+        close_all(self)
+
+    def __del__(self) -> None:
+        close_all(self)
+
+
 @contextlib.contextmanager
 def needing(wanted: str) -> Iterator[None]:
     """Raise `OutOfResources` if a system call in the block reaches a limit; `wanted` as in `out_of_resources`."""

@@ -1,4 +1,4 @@
-"""Faults B1 to B8, B10 and B11 of docs/failure-modes.md; those that need other processes are in tests/process."""
+"""Faults B1 to B8, B10 and B11 of docs/reference/failure-modes.md; tests/process has those that need processes."""
 
 import logging
 import queue

@@ -1,4 +1,7 @@
-"""Faults D2 to D4, D13 and D14 of docs/failure-modes.md: direct consumers that die, stop, fork or are many."""
+"""Faults D2 to D4, D13 and D14 of docs/reference/failure-modes.md.
+
+Direct consumers that die, stop, fork or are many.
+"""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Faults D1, D5 and D8 to D11 of docs/failure-modes.md: payloads that are leased in shared memory alone."""
+"""Faults D1, D5 and D8 to D11 of docs/reference/failure-modes.md: payloads leased in shared memory alone."""
 
 import mmap
 import os

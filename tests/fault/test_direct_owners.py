@@ -1,4 +1,7 @@
-"""Faults D6, D7 and D12 of docs/failure-modes.md: owners that end, machines that refuse, barriers that fail."""
+"""Faults D6, D7 and D12 of docs/reference/failure-modes.md.
+
+Owners that end, machines that refuse, barriers that fail.
+"""
 
 import errno
 import os

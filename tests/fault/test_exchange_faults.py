@@ -1,4 +1,4 @@
-"""Faults C1, C3 to C5, W2, W3, W8, W10, B2, B5 and B6 of docs/failure-modes.md, over each lane.
+"""Faults C1, C3 to C5, W2, W3, W8, W10, B2, B5 and B6 of docs/reference/failure-modes.md, over each lane.
 
 Servers that misbehave, with dray's own streams and handshake, stand beside one that does not.
 """

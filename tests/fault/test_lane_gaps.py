@@ -1,4 +1,6 @@
-"""Faults B1, B14, C4, C14 and W4 to W13 of docs/failure-modes.md on lanes that a plain socket cannot use.
+"""Faults B1, B14, C4, C14 and W4 to W13 of docs/reference/failure-modes.md.
+
+They are shown on lanes that a plain socket cannot use.
 
 The peer is a client's end that the test drives over dray's own streams, so that one test covers every lane.
 """

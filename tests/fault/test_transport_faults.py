@@ -1,4 +1,4 @@
-"""Faults B12 to B14, C14 and W1 to W13 of docs/failure-modes.md, as far as one process can show them."""
+"""Faults B12 to B14, C14 and W1 to W13 of docs/reference/failure-modes.md, as far as one process can show them."""
 
 import concurrent.futures
 import contextlib

@@ -10,8 +10,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from dray.config import JobConfig, load_job
-from dray.config.reading import MAX_MISTAKES
+from dray.config import MAX_MISTAKES, JobConfig, JobDraft, draft_job
+from dray.config.tables import TABLES
 from dray.errors import ConfigError
 
 WHOLE = b"\xff"
@@ -65,7 +65,9 @@ def run(data: bytes) -> None:
     path = Path(_folder().name) / "job.toml"
     path.write_bytes(text)
     try:
-        config = load_job(path, overrides.decode(errors="surrogateescape").splitlines())
+        draft = draft_job(path, overrides.decode(errors="surrogateescape").splitlines())
+        _check_draft(draft)
+        config = draft.checked()
     except ConfigError as error:
         _check(error)
         return
@@ -73,6 +75,16 @@ def run(data: bytes) -> None:
     # As a job's processes get it; see JobSpec.
     written = json.dumps(config.model_dump(mode="json"))
     assert JobConfig.model_validate(json.loads(written)) == config
+
+
+def _check_draft(draft: JobDraft) -> None:
+    """Each key that is known has a value; a key is unknown only if there is a mistake."""
+    assert bool(draft.unusable) <= bool(draft.mistakes)
+    for name, table in TABLES.items():
+        found = getattr(draft.config, name, None)
+        for key in table.model_fields:
+            if draft.knows(f"{name}.{key}") and (found is not None or name not in ("stop", "slurm")):
+                getattr(found, key)
 
 
 def _check(error: ConfigError) -> None:

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the targets in this folder, and the replay of single inputs.
 
-``fuzzer.py --minutes N [TARGET…]`` gives each target its share of the time on every core; needs ``dray[fuzz]``.
+``fuzzer.py --minutes N [TARGET…]`` gives each target its share of the time on every core; needs ``dray-rl[fuzz]``.
 What it learns goes to ``outputs/fuzz/TARGET/``, and an input that breaks a target is left there with the command
 that replays it. ``fuzzer.py --replay TARGET FILE…`` runs inputs as they are. ``fuzzer.py --keep`` adds what was
 learnt to the corpus beside this file: an input for each step from line to line that is new.

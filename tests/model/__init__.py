@@ -2,7 +2,8 @@
 
 `python -m model` visits every reachable state of a table of small scenarios (`model.scenarios`) and checks the
 properties in `model.properties`. Then it plants one defect of the protocol at a time (`model.defects`), and each
-must violate a property. docs/testing.md states what is modelled and what is not, and how to read the output.
+must violate a property. docs/reference/testing.md states what is modelled and what is not, and how to read
+the output.
 
 | module | content |
 |---|---|

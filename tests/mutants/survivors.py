@@ -1,4 +1,4 @@
-"""The mutations that no test detects, with the reason for each; `docs/testing.md` has the same table."""
+"""The mutations that no test detects, with the reason for each; `docs/reference/testing.md` has the same table."""
 
 from typing import Final, NamedTuple
 

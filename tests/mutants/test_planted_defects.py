@@ -42,10 +42,10 @@ def test_what_mutation_leaves_is_explained_in_the_page_on_testing() -> None:
     for why, survivors in REASONS.items():
         where = ", ".join(f"`{name}`" for name in sorted({each.function for each in survivors}))
         table.append(f"| {len(survivors)} | {where} | {why} |")
-    assert "\n".join(table) in (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    assert "\n".join(table) in (ROOT / "docs/reference/testing.md").read_text(encoding="utf-8")
 
 
 def test_every_defect_is_in_the_page_on_testing() -> None:
-    text = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/testing.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| (.*) \| `(.*)` \| (\w+) \| [\d,]+ \|$", text, re.MULTILINE)
     assert documented == [(defect.name, defect.file, defect.search.value) for defect in DEFECTS]

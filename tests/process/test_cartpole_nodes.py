@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from node_runner import nodes_running, two_machines
+from optional import require
 
 from dray.launch.slurm.plan import RoleLayout
 
-pytest.importorskip("torch")
-pytest.importorskip("gymnasium")
+require("torch", "gymnasium")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole"
 
 

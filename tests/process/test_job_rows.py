@@ -1,4 +1,4 @@
-"""Faults of a whole job that are not in `test_job_faults.py`: what each row of docs/failure-modes.md says."""
+"""Faults of a whole job that are not in `test_job_faults.py`: the rows of docs/reference/failure-modes.md."""
 
 import json
 import os

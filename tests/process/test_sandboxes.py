@@ -111,7 +111,8 @@ def test_a_job_where_a_system_call_is_refused_ends_with_two_and_one_line(tmp_pat
     (tmp_path / "job.toml").write_text(JOB)
     for call in ("pidfd_open", "flock"):
         done = run(COMMAND, call, "run", "job.toml", "--output", "out", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
+        assert done.returncode == 2
+        assert "started" not in done.stdout
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"error: system call {call} is refused")
 

@@ -1,4 +1,4 @@
-"""Fault W12 of docs/failure-modes.md: what dead owners of Unix sockets leave, and paths that are too long."""
+"""Fault W12 of docs/reference/failure-modes.md: what dead owners of sockets leave, and paths that are too long."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from job_runner import JobRun, job_settings, running
 
-PAGE = Path(__file__).parents[2] / "docs" / "runtime.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "runtime.md"
 
 
 def examples(language: str) -> list[str]:

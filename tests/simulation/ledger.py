@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 
@@ -16,7 +17,7 @@ from simulation.scheduler import Process, Scheduler, Violation
 
 
 class Payload:
-    """One committed payload.
+    """One payload that is being committed, or is committed.
 
     Attributes:
         image: its bytes.
@@ -26,7 +27,7 @@ class Payload:
         kept: readers that got it, and whose client has ended in order: they must be known to have consumed it.
         acknowledged: readers that have written on the board that they have consumed it.
         consumed_since: when others could see that.
-        since: when its commit had ended.
+        since: when its commit had ended; infinite before that.
     """
 
     __slots__ = (
@@ -41,8 +42,8 @@ class Payload:
         "slot",
     )
 
-    def __init__(self, slot: int, sequence: int, image: bytes, since: float = 0.0) -> None:
-        self.since = since
+    def __init__(self, slot: int, sequence: int, image: bytes) -> None:
+        self.since = math.inf
         self.slot = slot
         self.sequence = sequence
         self.image = image
@@ -85,9 +86,19 @@ class Books:
             )
         self._claims += 1
 
-    def committed(self, slot: int, sequence: int, image: bytes, now: float = 0.0) -> None:
-        """A payload is there."""
-        self.payloads[sequence] = Payload(slot, sequence, image, now)
+    def committing(self, slot: int, sequence: int, image: bytes) -> None:
+        """A commit begins: the payload can be read before the commit ends."""
+        self.payloads[sequence] = Payload(slot, sequence, image)
+
+    def committed(self, sequence: int, now: float = 0.0) -> None:
+        """The commit has ended."""
+        self.payloads[sequence].since = now
+
+    def refused(self, sequence: int) -> None:
+        """The ring refused the commit: there is no such payload."""
+        payload = self.payloads.pop(sequence)
+        if payload.delivered:
+            self._fail(f"sequence {sequence} was delivered, and its commit was refused")
 
     def check(
         self,
@@ -187,8 +198,9 @@ class Books:
         for info in slots:
             if info.state in (SlotState.WRITING, SlotState.READING):
                 self._fail(f"slot {info.slot} stays {info.state.name}")
-        if statistics.committed != len(self.payloads):
-            self._fail(f"{len(self.payloads)} payloads were committed, the ring counts {statistics.committed}")
+        committed = sum(payload.since < math.inf for payload in self.payloads.values())
+        if statistics.committed != committed:
+            self._fail(f"{committed} payloads were committed, the ring counts {statistics.committed}")
         dropped = _dropped(statistics)
         vanished = []
         for payload in self.payloads.values():

@@ -251,9 +251,14 @@ class SimulatedServer:
                 return
             scheduler.pause()
             writer.buffer[half:] = image[half:]
-            writer.commit()
+            books.committing(writer.slot, writer.sequence, bytes(image))
+            try:
+                writer.commit()
+            except BufferClosedError:
+                books.refused(writer.sequence)
+                raise
             scheduler.note("commits")
-        books.committed(writer.slot, writer.sequence, bytes(image), scheduler.now())
+        books.committed(writer.sequence, scheduler.now())
         self.check()
         self.published(self.make_ref(writer.slot, writer.sequence, packed.nbytes))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from example_runs import run_example, steps_of, summary_of
+from optional import require
 
-pytest.importorskip("torch")
-pytest.importorskip("gymnasium")
+require("torch", "gymnasium")
 
 
 @pytest.mark.parametrize(("readers", "samples"), [(2, "all"), (1, "half")])

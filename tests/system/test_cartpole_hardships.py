@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from optional import require
 
-pytest.importorskip("torch")
-pytest.importorskip("gymnasium")
+require("torch", "gymnasium")
 
 BOUND = 600.0
 CARTPOLE = Path(__file__).parents[2] / "examples" / "cartpole"

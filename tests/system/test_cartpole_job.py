@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 from example_runs import run_example, steps_of, summary_of
+from optional import require
 
-pytest.importorskip("torch")
-pytest.importorskip("gymnasium")
+require("torch", "gymnasium")
 
 
 @pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])

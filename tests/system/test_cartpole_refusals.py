@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from optional import require
 
-pytest.importorskip("torch")
-pytest.importorskip("gymnasium")
+require("torch", "gymnasium")
 
 BOUND = 900.0
 SCRIPT = Path(__file__).parents[1] / "redis_refusals.py"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from example_runs import run_example, summary_of
+from optional import require
 
-pytest.importorskip("torch")
-pytest.importorskip("gymnasium")
+require("torch", "gymnasium")
 
 BOUND = 600.0
 

@@ -1,4 +1,4 @@
-"""docs/protocol.md and docs/memory-layout.md are enough to lease payloads in shared memory."""
+"""docs/reference/protocol.md and docs/reference/memory-layout.md are enough to lease payloads in shared memory."""
 
 import contextlib
 import dataclasses

@@ -70,7 +70,7 @@ def test_without_ucxx_the_lane_is_missing_and_the_report_says_what_to_install():
     assert found["lanes"]["shm"]["works"]
     assert not found["lanes"]["ucx"]["works"]
     assert found["lanes"]["ucx"]["detail"] == "the ucxx package is not installed"
-    assert "pip install 'dray[ucxx]'" in found["lanes"]["ucx"]["remedy"]
+    assert "pip install 'dray-rl[ucxx]'" in found["lanes"]["ucx"]["remedy"]
 
 
 def test_without_ucxx_requiring_the_lane_fails():

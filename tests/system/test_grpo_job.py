@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 from example_runs import run_example, steps_of, summary_of
+from optional import require
 
-pytest.importorskip("torch")
+require("torch")
 
 BOUND = 230.0
 

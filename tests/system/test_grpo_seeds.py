@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from example_runs import run_example, summary_of
+from optional import require
 
-pytest.importorskip("torch")
+require("torch")
 
 BOUND = 1200.0
 

@@ -1,4 +1,4 @@
-"""docs/protocol.md is enough to read payloads, and its worked exchange is that of a real server."""
+"""docs/reference/protocol.md is enough to read payloads, and its worked exchange is that of a real server."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from dray import PayloadRef, PayloadServer, SharedRingBuffer, pack, unpack
 
-PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "protocol.md"
 CLIENT = Path(protocol_client.__file__)
 SECRET = b"the job's secret"
 

@@ -282,11 +282,11 @@ def test_wait_consumed_is_woken_by_the_reader(lane: Any) -> None:
     with serving(lane) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(b"x")
         woken = threading.Event()
-        thread = threading.Thread(target=lambda: server.wait_consumed(ref, timeout=20) and woken.set())
+        thread = threading.Thread(target=lambda: server.wait_consumed(ref, timeout=90) and woken.set())
         thread.start()
         client.read_bytes(ref)
-        thread.join(20)
-        assert woken.is_set()
+        assert woken.wait(20)
+        thread.join()
 
 
 def test_auto_takes_shared_memory_and_a_required_lane_is_taken_or_refused() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optional import imported_later, require
 
 from dray.runtime import PolicyGroup
 
-pytest.importorskip("gymnasium", reason="the example needs gymnasium")
-torch = pytest.importorskip("torch", reason="the example needs torch")
+require("gymnasium", reason="the example needs gymnasium")
+torch = imported_later("torch", reason="the example needs torch")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole"
 

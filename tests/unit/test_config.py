@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dray.config import JobConfig, load_job
+from dray.config import JobConfig, draft_job, load_job, tables
 from dray.config.reading import MAX_MISTAKES
 from dray.errors import ConfigError, error_lines
 
@@ -290,3 +290,72 @@ def test_a_url_that_is_allowed_is_in_no_repr_and_in_no_error_of_the_model(job_fi
     with pytest.raises(ValidationError) as caught:
         JobConfig.model_validate(document)
     assert "sesame" not in f"{config!r} {config} {config.redis!r} {caught.value!r} {caught.value}"
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------
+
+
+def test_draft_has_what_is_right_and_defaults_for_what_is_wrong(job_file: Path) -> None:
+    job_file.write_text(f"redis = 3\n{SMALLEST}")
+    draft = draft_job(job_file, ["job.seed=-1", "job.lane=tcp", "policy.batch_size=many", "jobs.x=1"])
+    assert (draft.config.job.seed, draft.config.job.lane, draft.config.redis.url) == (0, "tcp", None)
+    assert draft.config.rollout.slots == 8
+    assert not draft.knows("job.seed")
+    assert not draft.knows("policy.batch_size")
+    assert not draft.knows("redis.url")
+    assert draft.knows("job.lane", "rollout.slots", "policy.trainer")
+    assert len(draft.mistakes) == 4
+    with pytest.raises(ConfigError):
+        draft.checked()
+
+
+def test_required_key_without_a_value_is_not_known(job_file: Path) -> None:
+    job_file.write_text(SMALLEST.replace('name = "small"', "").replace("[policy]", "[other]"))
+    draft = draft_job(job_file)
+    assert not draft.knows("job.name")
+    assert not draft.knows("policy.trainer")
+    assert draft.knows("job.max_steps", "rollout.worker")
+
+
+def test_rules_between_keys_that_are_right_are_checked_beside_other_mistakes(job_file: Path) -> None:
+    broken = ["job.sede=3", "rollout.slots=3", "policy.replicas=3", "controller.dead_after=x"]
+    with pytest.raises(ConfigError) as caught:
+        load_job(job_file, broken)
+    keys = ["job.sede", "controller.dead_after", "rollout.slots", "policy.batch_size"]
+    assert sorted(each.key for each in caught.value.mistakes) == sorted(keys)
+
+
+class Recorder:
+    """A configuration that records which keys are read."""
+
+    def __init__(self, found: object, read: set[str], path: str = "") -> None:
+        self.found, self.read, self.path = found, read, path
+
+    def __getattr__(self, name: str) -> object:
+        own = vars(type(self.found)).get(name)
+        if isinstance(own, property):
+            assert own.fget is not None
+            return own.fget(self)
+        path = f"{self.path}.{name}".strip(".")
+        value = getattr(self.found, name)
+        if isinstance(value, tables.Table):
+            return Recorder(value, self.read, path)
+        self.read.add(path)
+        return value
+
+
+@pytest.mark.parametrize(("keys", "rule"), tables.RULES, ids=[rule.__name__ for _, rule in tables.RULES])
+def test_rule_reads_the_keys_that_it_names_and_no_others(
+    job_file: Path, keys: frozenset[str], rule: tables.Rule
+) -> None:
+    read: set[str] = set()
+    for settings in (
+        [],
+        ["policy.ack=checkpoint", "policy.checkpoint_every=2"],
+        ["job.payload_transfer=redis"],
+        ["policy.max_staleness=1"],
+        ["policy.replicas=4", "policy.readers=2"],
+    ):
+        recorder = Recorder(load_job(job_file, settings), read)
+        assert list(rule(recorder)) == []  # type: ignore[arg-type]
+    assert read == keys

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 from typer.main import get_command
 
+import dray
 from dray import PayloadServer
 from dray.cli.slurm import slurm
 from dray.config import tables
@@ -29,11 +30,13 @@ from dray.runtime.exit_codes import ExitCode, meaning
 from dray.runtime.figures import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted(
+    path for where in ("*.md", "docs/**/*.md", "examples/*/*.md", "benchmarks/*.md") for path in ROOT.glob(where)
+)
 
 
 def page(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+    return (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
 
 
 def rows(text: str) -> list[list[str]]:
@@ -58,7 +61,17 @@ def test_architecture_names_every_module_of_the_data_plane_once_and_no_other() -
     named = {
         room.strip("`").removeprefix("dray/"): re.findall(r"`(\w+)`", modules) for room, _, modules, _ in table
     }
-    rooms = ("", "payload/", "ring/", "protocol/", "transport/", "transport/lanes/", "prefetch/", "ucxx/")
+    rooms = (
+        "",
+        "payload/",
+        "ring/",
+        "protocol/",
+        "transport/",
+        "transport/lanes/",
+        "prefetch/",
+        "streams/",
+        "ucxx/",
+    )
     for room in rooms:
         existing = [path.stem for path in (sources / room).glob("*.py") if path.stem != "__init__"]
         assert sorted(named.pop(room)) == sorted(existing), f"modules of dray/{room}"
@@ -193,9 +206,10 @@ def test_fields_of_a_frame_have_the_names_and_numbers_of_the_code() -> None:
     text = page("protocol.md")
     table = rows(text[text.index("## Frames") : text.index("Empty fields are zero")])
     assert tuple(row[1] for row in table[1:]) == frames.Frame._fields
-    assert dict(zip(table[0][3:], map(int, table[1][3:]), strict=True)) == {
-        kind.name: kind.value for kind in frames.Kind
-    }
+    kinds = dict(zip(table[0][3:], map(int, table[1][3:]), strict=True))
+    of_streams = rows(text[text.index("## Streams") : text.index("The stream words are")])
+    kinds |= {row[0]: int(row[1]) for row in of_streams if row[1].isdecimal()}
+    assert kinds == {kind.name: kind.value for kind in frames.Kind}
     statuses = re.findall(r"^\| (\d) ([A-Z]+) \|", text, re.MULTILINE)
     assert {name: int(number) for number, name in statuses} == {each.name: each.value for each in frames.Status}
 
@@ -359,7 +373,7 @@ def test_every_dependency_is_justified_and_pinned() -> None:
         *project["dependencies"],
         *(each for extra in project["optional-dependencies"].values() for each in extra),
     ]
-    packages = {re.split(r"[<>=\[;]", each)[0] for each in wanted} - {"dray"}
+    packages = {re.split(r"[<>=\[;]", each)[0] for each in wanted} - {"dray-rl"}
     text = page("dependencies.md")
     assert [package for package in packages if package not in text] == []
     pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
@@ -367,7 +381,7 @@ def test_every_dependency_is_justified_and_pinned() -> None:
     assert without - {name.replace("-", "_").lower() for name in pinned} == set()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
         place = path.parent / target if target else path
@@ -377,12 +391,36 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_named_files_exist(path: Path) -> None:
     for name in re.findall(r"`((?:src|tests|docs|examples)/[\w/.*-]+)`", path.read_text(encoding="utf-8")):
         assert list(ROOT.glob(name.rstrip("/"))), name
 
 
-def test_every_page_is_listed_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in ROOT.glob("docs/*.md") if f"docs/{path.name}" not in readme] == []
+def test_every_page_is_in_the_navigation_of_the_site_and_in_the_index_of_its_folder() -> None:
+    project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in sorted(ROOT.glob("docs/**/*.md"))]
+    assert sorted(navigated(project["nav"])) == pages
+    for index in ROOT.glob("docs/*/**/index.md"):
+        text = index.read_text(encoding="utf-8")
+        assert [
+            path.name for path in index.parent.glob("*.md") if path != index and f"({path.name})" not in text
+        ] == []
+
+
+def navigated(entries: list[Any]) -> list[str]:
+    """The pages in a navigation, from the first to the last."""
+    found: list[str] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            found.append(entry)
+        elif isinstance(entry, dict):
+            found += navigated(list(entry.values()))
+        else:
+            found += navigated(entry)
+    return found
+
+
+def test_every_public_name_is_in_the_table_of_the_api() -> None:
+    listed = {name for row in rows(page("api/dray.md")) for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(dray.__all__) - listed == set()

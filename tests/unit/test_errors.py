@@ -20,9 +20,9 @@ from dray.text import MAX_LINE
 def test_a_missing_package_is_what_callers_catch_and_survives_pickling(
     caught: type[Exception], reason: str | None
 ) -> None:
-    error = MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'", reason)
+    error = MissingDependencyError("ucxx", "the ucx lane", "'dray-rl[ucxx]'", reason)
     with pytest.raises(
-        caught, match=r"the ucx lane needs the package ucxx, .*: pip install 'dray\[ucxx\]'$"
+        caught, match=r"the ucx lane needs the package ucxx, .*: pip install 'dray-rl\[ucxx\]'$"
     ) as found:
         raise pickle.loads(pickle.dumps(error))  # noqa: S301
     assert (str(found.value), vars(found.value)) == (str(error), vars(error))

@@ -1,18 +1,20 @@
-"""docs/failure-modes.md has every row, and names tests that exist; each row of the first five tables has one that
-bears its number."""
+"""docs/reference/failure-modes.md has every row, and names tests that exist; each row of the first five tables
+has one that bears its number."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "failure-modes.md"
+PAGE = ROOT / "docs" / "reference" / "failure-modes.md"
 COUNTS = (("B", 14), ("W", 13), ("C", 14), ("D", 14), ("R", 17), ("Z", 12), ("V", 4), ("X", 16), ("Y", 31))
 ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]
 
 
+@functools.cache
 def documented() -> dict[str, str]:
     """The text below each row's heading."""
     parts = re.split(r"^### ([A-Z]\d+)\. .+\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
@@ -21,6 +23,7 @@ def documented() -> dict[str, str]:
     return {row: text for row, text in zip(parts[::2], parts[1::2], strict=True) if row[0] in letters}
 
 
+@functools.cache
 def functions_in(path: str) -> set[str]:
     """The names of the test functions in a file."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))

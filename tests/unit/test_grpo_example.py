@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optional import imported_later
 
-torch = pytest.importorskip("torch", reason="the example needs torch")
+torch = imported_later("torch", reason="the example needs torch")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "grpo"
 MODULES = ["sorting", "transformer", "policy", "batch", "loss", "rollout", "trainer"]
@@ -137,39 +138,39 @@ def test_padding_behind_a_sequence_does_not_change_its_logits(example: SimpleNam
         torch.testing.assert_close(policy(padded)[:, : tokens.shape[1]], policy(tokens))
 
 
-class Sorter(torch.nn.Module):  # type: ignore[misc]
+def sorter(example: SimpleNamespace, limit: int) -> Any:
     """In place of the transformer: certain of what comes next, and right about prompts of up to `limit` digits."""
+    sorting = example.sorting
 
-    def __init__(self, example: SimpleNamespace, limit: int) -> None:
-        super().__init__()
-        self.sorting, self.limit = example.sorting, limit
+    class Sorter(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, sequences: Any) -> Any:
+            logits = torch.full((*sequences.shape, sorting.GENERATED_TOKENS), -100.0)
+            for row, sequence in enumerate(sequences.tolist()):
+                at = sequence.index(sorting.VOCABULARY.index("="))
+                right = [*sorted(sequence[:at]), sorting.END]
+                done = len(sequence) - at - 1
+                logits[row, -1, right[min(done, at)] if at <= limit else 0] = 100.0
+            return logits
 
-    def forward(self, sequences: Any) -> Any:
-        logits = torch.full((*sequences.shape, self.sorting.GENERATED_TOKENS), -100.0)
-        for row, sequence in enumerate(sequences.tolist()):
-            at = sequence.index(self.sorting.VOCABULARY.index("="))
-            right = [*sorted(sequence[:at]), self.sorting.END]
-            done = len(sequence) - at - 1
-            logits[row, -1, right[min(done, at)] if at <= self.limit else 0] = 100.0
-        return logits
+    return Sorter()
 
 
 def test_completions_stop_at_the_end_token_each_at_its_own_length(example: SimpleNamespace) -> None:
     prompts = torch.tensor([[3, 1, 11, 0], [9, 5, 4, 11]])  # the first as if it had generated a 0 already
-    found = example.transformer.complete(Sorter(example, 5), prompts, end=10, limit=6)
+    found = example.transformer.complete(sorter(example, 5), prompts, end=10, limit=6)
     assert found.lengths.tolist() == [2, 4]
     assert found.tokens[0, :2].tolist() == [3, 10]
     assert found.tokens[1, :4].tolist() == [4, 5, 9, 10]
-    cut = example.transformer.complete(Sorter(example, 5), prompts, end=10, limit=3)
+    cut = example.transformer.complete(sorter(example, 5), prompts, end=10, limit=3)
     assert cut.lengths.tolist() == [2, 3]
 
 
 def test_accuracy_is_the_share_of_held_out_prompts_that_are_right_to_the_end(example: SimpleNamespace) -> None:
     accuracy = example.policy.held_out_accuracy
-    assert accuracy(Sorter(example, 5)) == 1.0
-    assert accuracy(Sorter(example, 1)) == 0.0
+    assert accuracy(sorter(example, 5)) == 1.0
+    assert accuracy(sorter(example, 1)) == 0.0
     short = sum(len(text) - 1 <= 3 for text in example.sorting.HELD_OUT)
-    assert accuracy(Sorter(example, 3)) == short / 200
+    assert accuracy(sorter(example, 3)) == short / 200
     assert accuracy(example.policy.new_policy()) <= 0.1
 
 

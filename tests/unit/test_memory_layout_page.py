@@ -1,4 +1,4 @@
-"""docs/memory-layout.md says where everything lies in a segment and in the memory of direct leases."""
+"""docs/reference/memory-layout.md says where everything lies in a segment and in the memory of direct leases."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from dray.ring.consumer_events import Descriptor
 from dray.ring.mapping import FIXED_SIZE, seals_of
 from dray.ring.shared_words import WORD_BYTES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "memory-layout.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "memory-layout.md").read_text(encoding="utf-8")
 KINDS = {"B": "u8", "I": "u32", "Q": "u64", "d": "f64"}
 
 

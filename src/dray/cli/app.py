@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from dray import __version__
 from dray.cli.bench import bench
+from dray.cli.check import check
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
+from dray.cli.new import new
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
@@ -24,15 +26,15 @@ from dray.runtime.streams import flush_streams, open_missing_streams
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Payload transport for disaggregated reinforcement learning.",
+    help="Payload transport for disaggregated reinforcement learning, and jobs that run on it. "
+    "`dray new NAME` creates a job to begin with.",
 )
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dray {version('dray')}")
+        typer.echo(f"dray {__version__}")
         raise typer.Exit
 
 
@@ -45,13 +47,13 @@ def common(
     """Options of the command as a whole."""
 
 
-@app.command()
 def run(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML.")],
+    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
     settings: Settings = None,
     log_level: LogLevelOption = None,
     output: Annotated[
-        str | None, typer.Option(help="Output folder; by default a new one under outputs/<job name>/.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
     ] = None,
     resume: Annotated[
         bool,
@@ -62,23 +64,27 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Run a job on this machine and show its progress."""
-    require_extra("runtime")
+    """Run a job on this machine and show its progress; before that, check it as `dray check` does.
+
+    Ctrl-C ends the job within timeouts.shutdown seconds (8 by default), with a checkpoint; a second one kills it.
+
+    Exit code 0: solved, or all steps done; 1: not solved; 2: mistakes, and nothing was started; 10 or 17: a class
+    of the user raised, or returned what cannot be used; 130: Ctrl-C.
+    """
+    require_extra("jobs")
     # Everything that a job needs is imported here, so that the other commands start fast.
     from dray.launch.local import run_job
     from dray.launch.output import run_folder
-    from dray.transport.lanes import LANES
 
     request = read_job(job, settings, output, log_level)
     if resume:
         request = request.resumed(run_folder(request.config, resume=True))
-    config = request.config
-    lane = LANES.get(config.job.lane)
-    if lane is not None and lane.extra and config.job.payload_transfer == "ucxx":
-        require_extra(lane.extra)
-    raise typer.Exit(run_job(config, request.options, resume=resume, lines=request.lines))
+    raise typer.Exit(run_job(request.draft, request.options, resume=resume, lines=request.lines))
 
 
+app.command()(new)
+app.command()(check)
+app.command()(run)
 app.command()(status)
 app.command()(doctor)
 app.command()(bench)

@@ -15,9 +15,15 @@ CHECKOUT = Path(__file__).parents[3]
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Minutes: fewer sizes, rounds and operations.")] = False,
-    only: Annotated[str | None, typer.Option(metavar="P1,P4", help="Only the rows of these targets.")] = None,
-    sizes: Annotated[str | None, typer.Option(metavar="1KiB,1MiB", help="Only these payload sizes.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Take minutes: fewer sizes, rounds and operations.")
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(metavar="P1,P4", help="Only the rows of these targets; by default all.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="1KiB,1MiB", help="Only these payload sizes; by default all.")
+    ] = None,
     details: Annotated[bool, typer.Option("--details", help="Show every row, not only the targets.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything to this file, too.")
@@ -32,20 +38,29 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Measure nothing; take what --json wrote to this file.")
     ] = None,
     docs: Annotated[
-        bool, typer.Option("--docs", help="Write figures and plot into docs/performance.md and .png.")
+        bool, typer.Option("--docs", help="Write figures and plot into docs/reference/performance.md and .png.")
     ] = False,
     install_peers: Annotated[
         bool, typer.Option("--install-peers", help="Make the environments that peers need, and measure nothing.")
     ] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often everything is repeated.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How often everything is repeated; by default 7, with --quick 3.")
+    ] = None,
     operations: Annotated[
-        int | None, typer.Option(min=4, help="At most that many operations of a kind in a round.")
+        int | None,
+        typer.Option(min=4, help="Limit of operations of a kind in a round; by default 1000, with --quick 200."),
     ] = None,
     idle_seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="How long idle connections are watched.")
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="Seconds for which idle connections are watched; by default 10, with --quick 2.",
+        ),
     ] = None,
     memory_reads: Annotated[
-        int | None, typer.Option(min=100, help="Over how many reads memory is watched.")
+        int | None,
+        typer.Option(min=100, help="Reads over which memory is watched; by default 1000000, with --quick 20000."),
     ] = None,
     job_steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the CartPole job; by default until it is solved.")

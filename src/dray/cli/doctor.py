@@ -25,11 +25,15 @@ def doctor(
     require: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LANE", help="A lane that must work as well, such as ucx; otherwise the exit code is 1."
+            metavar="LANE",
+            help="A lane that must work besides shm and tcp, such as ucx; otherwise the exit code is 1. May be "
+            "given several times.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit for each lane.")] = 20.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time limit for the test of each lane, in seconds.")
+    ] = 20.0,
 ) -> None:
     """Test each lane on this machine with a transfer between two processes.
 

@@ -8,7 +8,7 @@ from typing import Final
 
 EXTRAS: Final = MappingProxyType(
     {
-        "runtime": ("httpcore", "prometheus_client", "starlette", "uvicorn"),
+        "jobs": ("typer", "rich", "pydantic", "redis", "httpcore", "prometheus_client", "starlette", "uvicorn"),
         "slurm": ("jinja2",),
         "ucxx": ("ucxx",),
         "torch": ("torch",),
@@ -34,5 +34,5 @@ def remedy(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:
-            return f"this command needs {package}, which is not installed: pip install 'dray[{extra}]'"
+            return f"this command needs {package}, which is not installed: pip install 'dray-rl[{extra}]'"
     return None

@@ -9,20 +9,26 @@ from typing import Annotated, Any, Self
 
 import typer
 
-from dray.config import JobConfig, load_job
+from dray.config import JobConfig, JobDraft, draft_job
 from dray.errors import ConfigError
 from dray.launch.run_options import RunOptions
 from dray.text import text_of
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key of the job file.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Override a key of the job file, for example policy.batch_size=32; may be given several times.",
+    ),
 ]
 LogLevelOption = Annotated[
     str | None,
     typer.Option(
         "--log-level",
         metavar="debug|info|warning|error",
-        help="How much the processes of the job log, the supervisor included; by default info.",
+        help="How much the processes of the job log, the supervisor included; by default job.log_level of the job "
+        "file, else info.",
     ),
 ]
 
@@ -32,27 +38,36 @@ class JobRequest:
     """A job as a command asks for it.
 
     Attributes:
-        config: what the job file and the options say together.
+        draft: what the job file and the options say together, with the mistakes in it.
         options: what was given on the command line, and kept from the start of the run if it is resumed.
         lines: what to tell the user about options that were kept.
     """
 
-    config: JobConfig
+    draft: JobDraft
     options: RunOptions
     lines: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> JobConfig:
+        """What the job file and the options say together.
+
+        Raises:
+            ConfigError: a key or a value is not allowed; every mistake is named.
+        """
+        return self.draft.checked()
 
     def resumed(self, root: Path) -> Self:
         """The same for the run in the folder `root`, with the options that it was started with under those given.
 
         Raises:
-            ConfigError: the options of the run cannot be trusted or read, or do not fit the job file any more.
+            ConfigError: the options of the run, or its job file, cannot be trusted or read.
         """
         kept = RunOptions.read(root)
         if kept is None:
-            return replace(self, config=_with_output(self.config, text_of(root)))
+            return replace(self, draft=_with_output(self.draft, text_of(root)))
         options = self.options.over(kept)
-        config = _with_output(load_job(options.job_file, options.settings), text_of(root))
-        return replace(self, config=config, options=options, lines=tuple(self.options.kept_lines(kept)))
+        draft = _with_output(draft_job(options.job_file, options.settings), text_of(root))
+        return replace(self, draft=draft, options=options, lines=tuple(self.options.kept_lines(kept)))
 
 
 def read_job(
@@ -68,22 +83,23 @@ def read_job(
         slurm: options for keys of [slurm]; None for those that were not given. They are noted and not applied.
 
     Raises:
-        ConfigError: the file cannot be read, or a key, a value or the name of the folder is not allowed.
+        ConfigError: the file cannot be read, or the name of the folder is not allowed.
     """
     given = [*(settings or []), *([f"job.log_level={log_level}"] if log_level is not None else [])]
-    config = load_job(job, given)
+    draft = draft_job(job, given)
     if output is not None:
         if not output:
             raise ConfigError("--output", output, "the name of a folder")
-        config = _with_output(config, text_of(output))
+        draft = _with_output(draft, text_of(output))
     options = RunOptions(
         job_file=job.absolute(),
         job_text=job.read_text(encoding="utf-8"),
         settings=tuple(given),
         slurm={key: value for key, value in (slurm or {}).items() if value not in (None, [], {})},
     )
-    return JobRequest(config, options)
+    return JobRequest(draft, options)
 
 
-def _with_output(config: JobConfig, output: str) -> JobConfig:
-    return config.model_copy(update={"job": config.job.model_copy(update={"output": output})})
+def _with_output(draft: JobDraft, output: str) -> JobDraft:
+    job = draft.config.job.model_copy(update={"output": output})
+    return replace(draft, config=draft.config.model_copy(update={"job": job}))

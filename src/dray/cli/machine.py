@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dray import __version__
 from dray.errors import ConfigError
 from dray.ring.direct import direct_problem
 from dray.system_calls import refused_calls
@@ -18,7 +19,6 @@ from dray.system_calls import refused_calls
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
 _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
-    "dray": ("dray",),
     "numpy": ("numpy",),
     "ucxx": ("ucxx-cu12", "ucxx-cu13", "ucxx"),
     "ucx": ("libucx-cu12", "libucx-cu13", "libucx"),
@@ -73,7 +73,7 @@ def examine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         python=platform.python_version(),
-        versions={name: _version(candidates) for name, candidates in _DISTRIBUTIONS.items()},
+        versions={"dray": __version__, **{name: _version(found) for name, found in _DISTRIBUTIONS.items()}},
         redis_server=redis,
         redis_version=_redis_version(redis) if redis else "",
         redis_remedies=server_remedies(),

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def submit(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML, the same as for dray run.")],
+    job: Annotated[Path, typer.Argument(help="The job file, TOML, the same as for dray run.", show_default=False)],
     settings: Settings = None,
     log_level: LogLevelOption = None,
     output: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="By default a new one under outputs/<job name>/.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
     ] = None,
     resume: Annotated[
         bool,
@@ -38,21 +39,49 @@ def submit(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and submit nothing.")] = False,
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
-    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of one part.")] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Partition; by default the one of slurm.partition, else Slurm's."),
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Account; by default that of slurm.account, else Slurm's.")
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="HH:MM:SS", help="Time limit of one part; by default slurm.time, else 01:00:00."),
+    ] = None,
     pre_timeout: Annotated[
-        int | None, typer.Option(metavar="SECONDS", help="Before the limit: checkpoint, and requeue.")
+        int | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Seconds before the time limit at which a part writes a checkpoint and is requeued; by default "
+            "slurm.pre_timeout, else 120.",
+        ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="In all; those that the policy does not take are for rollouts.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Nodes in all; those that the policy does not take are for rollouts. By default "
+            "slurm.policy_nodes and slurm.rollout_nodes.",
+        ),
     ] = None,
-    policy_nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the policy.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Shared by the replicas of a node.")] = None,
+    policy_nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes of the policy; by default slurm.policy_nodes, else 1.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="GPUs of a node, divided among its replicas; by default slurm.gpus_per_node, else 0."
+        ),
+    ] = None,
     interface: Annotated[
         str | None, typer.Option(metavar="NAME", help="Network interface; by default one with RDMA.")
     ] = None,
-    retries: Annotated[int | None, typer.Option(min=0, help="Attempts that may fail.")] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(min=0, help="How often a failed attempt is repeated; by default slurm.retries, else 2."),
+    ] = None,
     sbatch_arg: Annotated[
         list[str] | None, typer.Option(metavar="ARG", help='Handed to sbatch, e.g. "--qos=high".')
     ] = None,
@@ -66,7 +95,11 @@ def submit(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of the job's environment.")
     ] = None,
     snapshot: Annotated[
-        bool | None, typer.Option("--snapshot/--no-snapshot", help="Run a copy of the code, made now.")
+        bool | None,
+        typer.Option(
+            "--snapshot/--no-snapshot",
+            help="Run a copy of the code, made now; by default slurm.snapshot, else a copy.",
+        ),
     ] = None,
 ) -> None:
     """Submit a job to Slurm, with what the table slurm of the job file says, and these options."""
@@ -96,7 +129,7 @@ def submit(
     table = dict(request.options.slurm)
     config = submission.with_options(request.config, table, table.pop("nodes", None))
     if not dry_run and (config.slurm is None or config.slurm.container_image is None):
-        require_extra("runtime")  # the nodes run this very installation
+        require_extra("jobs")  # the nodes run this very installation
     prepared = submission.prepare(config, job, resume=resume, make=not dry_run)
     place = prepared.plan.run_folder
     if prepared.record is None:
@@ -120,11 +153,15 @@ def submit(
 
 def status(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Of runs, or of folders of runs; by default outputs/.")
+        list[Path] | None,
+        typer.Argument(help="Folders of runs, or folders with such folders; by default outputs/."),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until all are over.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until every run has ended.")] = False,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks; each asks Slurm once.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.1, help="Seconds between two queries with --watch; each asks Slurm once."
+        ),
     ] = 10.0,
 ) -> None:
     """Show runs that were submitted: state, step, return, throughput, and the log of what failed."""

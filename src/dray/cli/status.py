@@ -28,15 +28,20 @@ _ALLOWED = "the output folder of a job that is running"
 def status(
     output: Annotated[
         Path | None,
-        typer.Argument(help="Output folder of a running job; by default that of the one job under outputs/."),
+        typer.Argument(
+            help="Output folder of a running job; by default that of the one job that runs under outputs/."
+        ),
     ] = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON object: the answer of GET /status, and the controller's URL."),
     ] = False,
 ) -> None:
-    """Show what a running job does: phase, step, replicas, and where its controller listens."""
-    require_extra("runtime")
+    """Show what a running job does: phase, step, replicas, and where its controller listens.
+
+    Exit code 0: the controller has answered; 1: it has not, within 5 seconds; 2: no job of this user runs there.
+    """
+    require_extra("jobs")
     from dray.runtime.controller_client import ControllerClient
 
     folder = JobFolder(output if output is not None else find_running(Path("outputs")))

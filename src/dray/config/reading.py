@@ -12,7 +12,8 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,37 @@ _DEEPEST = 64
 _REDIS = ["redis"]
 _URL_MARK = "://"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_Location = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobDraft:
+    """A job file as far as it can be used, and what is wrong with it.
+
+    Attributes:
+        config: what the file says. In the place of a value with a mistake it has the default; a required key
+            without a value is not there at all.
+        mistakes: every mistake of the file.
+        unusable: the keys with mistakes, and the required ones without a value, such as ``"policy.batch_size"``.
+    """
+
+    config: JobConfig
+    mistakes: tuple[ConfigError, ...] = ()
+    unusable: frozenset[str] = frozenset()
+
+    def knows(self, *keys: str) -> bool:
+        """Whether `config` has what the file says under all these keys."""
+        return self.unusable.isdisjoint(keys)
+
+    def checked(self) -> JobConfig:
+        """The configuration.
+
+        Raises:
+            ConfigError: keys or values are not allowed; all of them are named.
+        """
+        if self.mistakes:
+            raise ConfigError.of(self.mistakes[:MAX_MISTAKES])
+        return self.config
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -37,6 +69,15 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         ConfigError: the file cannot be read or is not TOML, or keys or values are not allowed; all of them are
             named.
+    """
+    return draft_job(path, overrides).checked()
+
+
+def draft_job(path: Path, overrides: Sequence[str] = ()) -> JobDraft:
+    """The same, with what is usable of a file that has mistakes.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML.
     """
     try:
         document = _toml(path.read_text(encoding="utf-8"))
@@ -48,7 +89,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     except _NotToml as error:
         raise ConfigError("job file", str(path), f"must be TOML; {error}", f"{path} cannot be read") from error
     mistakes = [mistake for override in overrides for mistake in _apply_override(document, override)]
-    return _parsed(document, mistakes)
+    return _drafted(document, mistakes)
 
 
 def parse_job(document: Mapping[str, Any]) -> JobConfig:
@@ -57,25 +98,47 @@ def parse_job(document: Mapping[str, Any]) -> JobConfig:
     Raises:
         ConfigError: keys or values are not allowed; all of them are named.
     """
-    return _parsed(document, [])
+    return _drafted(document, []).checked()
 
 
-def _parsed(document: Mapping[str, Any], mistakes: list[ConfigError]) -> JobConfig:
+def _drafted(document: Mapping[str, Any], mistakes: list[ConfigError]) -> JobDraft:
     """Check `document`, of which `mistakes` are known already."""
     unfit = dict(_unfit_values(document, []))
     mistakes += unfit.values()
-    config = None
+    wrong = set(unfit)
     try:
         config = JobConfig.model_validate(dict(document))
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         # Where a value cannot be carried at all, that is what is wrong with its key.
         mistakes += [_mistake(each) for each in found if not _is_about(unfit, each["loc"])]
-    else:
-        mistakes += broken_rules(config)
-    if config is None or mistakes:
-        raise ConfigError.of(mistakes[:MAX_MISTAKES])
-    return config
+        wrong |= {tuple(map(str, each["loc"])) for each in found}
+        config = _usable(document, wrong)
+    unusable = frozenset(key for location in wrong for key in _keys_at(location))
+    mistakes += broken_rules(config, unusable)
+    return JobDraft(config, tuple(mistakes), unusable)
+
+
+def _usable(document: Mapping[str, Any], wrong: Collection[_Location]) -> JobConfig:
+    """What remains of `document` without what is `wrong` in it."""
+    tables: dict[str, Any] = {}
+    keys = {location[:2] for location in wrong}
+    for name, model in TABLES.items():
+        found = document.get(name, {})
+        if (name,) in wrong or not isinstance(found, Mapping):
+            found = {}
+        right = {key: value for key, value in found.items() if (name, key) not in keys}
+        if right or JobConfig.model_fields[name].is_required():
+            tables[name] = model.model_construct(**right)
+    return JobConfig.model_construct(**tables)
+
+
+def _keys_at(location: _Location) -> Iterator[str]:
+    """The keys of tables that a value at `location` has or is part of."""
+    if len(location) > 1:
+        yield ".".join(location[:2])
+    elif location[0] in TABLES:
+        yield from (f"{location[0]}.{key}" for key in TABLES[location[0]].model_fields)
 
 
 class _NotToml(Exception):
@@ -89,9 +152,6 @@ def _toml(text: str) -> dict[str, Any]:
         raise _NotToml("it is nested too deeply") from error
     except ValueError as error:  # besides its own errors, those of numbers with too many digits
         raise _NotToml(printable(str(error))) from error
-
-
-_Location = tuple[str, ...]
 
 
 def _unfit_values(value: Any, location: Sequence[str]) -> Iterator[tuple[_Location, ConfigError]]:

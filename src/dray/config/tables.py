@@ -1,18 +1,21 @@
 """What a job file may say: its tables, their keys, and the rules between them.
 
-Every key has a sentence that says what is allowed; `docs/configuration.md` has the same sentences.
+Every key has a sentence that says what is allowed; `docs/reference/configuration.md` has the same sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dray.errors import ConfigError
+from dray.ring.layout import MAX_SLOT_BYTES
 from dray.transport.lanes import LANES
 
+JOB_NAME_FORM: Final = "1 to 63 letters, digits, '.', '_' or '-'"
 ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "package.module:Class"'
 LARGEST: Final = 2**63 - 1
 """No integer in a job file is larger."""
@@ -21,6 +24,12 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 """How much the processes of a job log."""
 
 _ENTRY_POINT = r"^[^:\s]+:[A-Za-z_][A-Za-z0-9_]*$"
+_JOB_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+
+
+def is_job_name(text: str) -> bool:
+    """Whether a job may be called `text`."""
+    return re.fullmatch(_JOB_NAME, text) is not None
 
 
 class Table(BaseModel):
@@ -56,9 +65,7 @@ def _lane(name: str) -> str:
 class JobTable(Table):
     """`[job]`: what the job is called, where it writes, and how payloads travel."""
 
-    name: str = _text(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", allowed="1 to 63 letters, digits, '.', '_' or '-'"
-    )
+    name: str = _text(pattern=_JOB_NAME, allowed=JOB_NAME_FORM)
     seed: int = Field(default=0, ge=0, lt=2**31, description="a whole number from 0 to 2147483647")
     output: str | None = _text(None, allowed="a folder; by default a new numbered one under outputs/<job.name>/")
     plot: str = Field(
@@ -82,7 +89,7 @@ class RolloutTable(Table):
     worker: str = _text(pattern=_ENTRY_POINT, allowed=ENTRY_POINT_FORM)
     replicas: int = _count(2, most=MAX_ROLLOUT_REPLICAS)
     slots: int = _count(64, most=1 << 20)
-    slot_bytes: int = _count(1 << 20, least=64)
+    slot_bytes: int = _count(1 << 20, least=64, most=MAX_SLOT_BYTES)
     server_threads: int = _count(1, most=4)
     inline_bytes: int = _count(4096, least=0, most=16384)
     prompt_batch: int = _count(4, most=4096)
@@ -225,35 +232,87 @@ TABLES: Final[dict[str, type[Table]]] = {
 }
 
 
-def broken_rules(config: JobConfig) -> Iterator[ConfigError]:
-    """Every rule about more than one key that `config` breaks."""
-    held, what = config.payloads_held, "policy.batch_size"
-    if config.policy.ack == "checkpoint":
-        what = 'policy.batch_size * policy.checkpoint_every with policy.ack = "checkpoint"'
-    by_reference = config.job.payload_transfer == "ucxx"
-    if by_reference and config.rollout.slots < held:
-        # Payloads keep their slots until they are committed: with fewer, one replica alone could not go on.
-        yield ConfigError("rollout.slots", config.rollout.slots, f"must be at least {what}, which is {held}")
-    if by_reference:
+Rule = Callable[[JobConfig], Iterator[ConfigError]]
+RULES: Final[list[tuple[frozenset[str], Rule]]] = []
+"""Every rule about more than one key, with the keys that it reads."""
+
+
+def broken_rules(config: JobConfig, unusable: Collection[str] = ()) -> Iterator[ConfigError]:
+    """What `config` breaks of the rules about more than one key.
+
+    Args:
+        unusable: keys that have no value of their own in `config`: rules that read one are left out.
+    """
+    for keys, rule in RULES:
+        if keys.isdisjoint(unusable):
+            yield from rule(config)
+
+
+def _rule(*keys: str) -> Callable[[Rule], Rule]:
+    """Add a rule, which reads these keys and no others, to `RULES`."""
+
+    def add(rule: Rule) -> Rule:
+        RULES.append((frozenset(keys), rule))
+        return rule
+
+    return add
+
+
+_HELD = ("job.payload_transfer", "policy.ack", "policy.batch_size", "policy.checkpoint_every")
+
+
+@_rule(*_HELD, "rollout.slots")
+def _enough_slots(config: JobConfig) -> Iterator[ConfigError]:
+    # Payloads keep their slots until they are committed: with fewer, one replica alone could not go on.
+    if config.job.payload_transfer == "ucxx" and config.rollout.slots < config.payloads_held:
+        allowed = f"must be at least {_held_name(config)}, which is {config.payloads_held}"
+        yield ConfigError("rollout.slots", config.rollout.slots, allowed)
+
+
+@_rule(*_HELD, "rollout.prompts_in_flight", "policy.max_staleness", "policy.staleness")
+def _enough_prompts_in_flight(config: JobConfig) -> Iterator[ConfigError]:
+    held, what = config.payloads_held, _held_name(config)
+    if config.job.payload_transfer == "ucxx":
         held, what = config.policy.batch_size, "policy.batch_size"
     if config.prompts_in_flight < held:
         allowed = f"must be at least {what}, which is {held}"
         yield ConfigError("rollout.prompts_in_flight", config.prompts_in_flight, allowed)
-    yield from _broken_by_group(config.policy, by_reference=by_reference)
+
+
+@_rule("job.payload_transfer", "policy.replicas")
+def _group_by_reference(config: JobConfig) -> Iterator[ConfigError]:
+    replicas = config.policy.replicas
+    if replicas > 1 and config.job.payload_transfer == "redis":
+        yield ConfigError("policy.replicas", replicas, 'must be 1 with job.payload_transfer = "redis"')
+
+
+@_rule("policy.replicas", "policy.readers")
+def _readers_divide_replicas(config: JobConfig) -> Iterator[ConfigError]:
+    policy = config.policy
+    if policy.replicas % policy.readers:
+        allowed = f"must divide policy.replicas, which is {policy.replicas}"
+        yield ConfigError("policy.readers", policy.readers, allowed)
+
+
+@_rule("policy.replicas", "policy.readers", "policy.batch_size")
+def _batch_in_equal_parts(config: JobConfig) -> Iterator[ConfigError]:
+    policy = config.policy
+    parts, rest = divmod(policy.replicas, policy.readers)
+    if not rest and policy.batch_size % parts:
+        allowed = f"must be a multiple of policy.replicas / policy.readers, which is {parts}"
+        yield ConfigError("policy.batch_size", policy.batch_size, allowed)
+
+
+@_rule("controller.dead_after", "controller.heartbeat_interval")
+def _dead_after_several_heartbeats(config: JobConfig) -> Iterator[ConfigError]:
     interval = config.controller.heartbeat_interval
     if config.controller.dead_after < 3 * interval:
         allowed = f"must be at least three times controller.heartbeat_interval, which is {interval:g}"
         yield ConfigError("controller.dead_after", config.controller.dead_after, allowed)
 
 
-def _broken_by_group(policy: PolicyTable, *, by_reference: bool) -> Iterator[ConfigError]:
-    if policy.replicas > 1 and not by_reference:
-        yield ConfigError("policy.replicas", policy.replicas, 'must be 1 with job.payload_transfer = "redis"')
-    if policy.replicas % policy.readers:
-        allowed = f"must divide policy.replicas, which is {policy.replicas}"
-        yield ConfigError("policy.readers", policy.readers, allowed)
-        return
-    parts = policy.replicas // policy.readers
-    if policy.batch_size % parts:
-        allowed = f"must be a multiple of policy.replicas / policy.readers, which is {parts}"
-        yield ConfigError("policy.batch_size", policy.batch_size, allowed)
+def _held_name(config: JobConfig) -> str:
+    """What `payloads_held` is called in the job file."""
+    if config.policy.ack == "checkpoint":
+        return 'policy.batch_size * policy.checkpoint_every with policy.ack = "checkpoint"'
+    return "policy.batch_size"

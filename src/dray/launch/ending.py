@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from pydantic import ValidationError
@@ -110,6 +110,18 @@ def ending(
     if outcome is not None:
         return Ending(status, exit_code_of(outcome), outcome.reason)
     return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+
+
+def stopped_early(folder: JobFolder | None, job: str, signals: Sequence[signal.Signals]) -> Ending:
+    """How a job ended that a signal stopped before it was started; the reason is one line.
+
+    Args:
+        folder: None if there is none yet.
+    """
+    on_slurm = folder is not None and folder.attempt is not None
+    checkpoint = None if folder is None else finished_checkpoint(folder)
+    found = ending(job, None, checkpoint, signals, "", on_slurm=on_slurm)
+    return replace(found, reason=f"stopped: {found.reason} before anything was started")
 
 
 def _interrupted(status: Status) -> bool:

@@ -22,6 +22,9 @@ from dray.control import (
 from dray.errors import ConfigError, ControlPlaneError
 from dray.runtime.place import LOOPBACK
 
+_NO_LOGS = Path()
+"""A server that was configured has its logs elsewhere."""
+
 _SOON = 1.0
 """Seconds within which a configured server answers without a word about it."""
 
@@ -59,20 +62,34 @@ def job_redis(
 def _start(
     config: JobConfig, keys: JobKeys, place: Path, host: str | None, say: Callable[[str], None]
 ) -> RedisServer:
+    if config.redis.url is not None:
+        return answering_server(config, keys, say)
+    with _quiet("dray.control"):
+        return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=config.timeouts.redis)
+
+
+def answering_server(config: JobConfig, keys: JobKeys, say: Callable[[str], None]) -> RedisServer:
+    """The configured server, which has answered and has been tried.
+
+    Args:
+        keys: what it is tried with; nothing of them is left.
+        say: shows a line.
+
+    Raises:
+        ConfigError: it does not answer within `timeouts.redis`, or is of no use to a job.
+    """
     url, timeout = config.redis.url, config.timeouts.redis
     deadline = Deadline.after(timeout)
     with _quiet("dray.control"):  # that it does not answer is said once
         try:
-            if url is None:
-                return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=timeout)
-            return start_redis(url, place, keys=keys, timeout=min(_SOON, timeout))
+            return start_redis(url, _NO_LOGS, keys=keys, timeout=min(_SOON, timeout))
         except ConfigError as error:
             cause = error.__cause__
             if not isinstance(cause, RedisUnavailableError) or deadline.remaining < _SOON:
                 raise
             state = f"refuses ({cause.answer})" if cause.answer else "does not answer"
             say(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
-        return start_redis(url, place, keys=keys, timeout=deadline.remaining)
+        return start_redis(url, _NO_LOGS, keys=keys, timeout=deadline.remaining)
 
 
 def _forget_keys(address: RedisAddress, keys: JobKeys, complain: Callable[[str], None]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from dray.config import JobConfig
+from dray.config import JobDraft
 from dray.errors import ConfigError
 from dray.launch.display import Display
-from dray.launch.output import is_begun, open_output, resume_line, start_again_line
+from dray.launch.ending import stopped_early
+from dray.launch.output import is_begun, resume_line, start_again_line
+from dray.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
 from dray.launch.run_options import RunOptions
 from dray.launch.signals import SignalInbox
 from dray.launch.site import this_machine
@@ -17,11 +22,11 @@ from dray.resources import raise_descriptor_limit
 from dray.runtime.checkpoint import find_checkpoint
 from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder, short_path
-from dray.runtime.process import dump_stacks_on_signal
-from dray.text import as_argument
+from dray.runtime.process import adopt_orphans, dump_stacks_on_signal
+from dray.text import MAX_LINE, as_argument, printable
 
 
-def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lines: Sequence[str] = ()) -> int:
+def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines: Sequence[str] = ()) -> int:
     """Run a job to its end and return the exit code of `dray run`. Main thread of the main interpreter only.
 
     Args:
@@ -29,12 +34,23 @@ def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lin
         lines: what to show first.
 
     Raises:
-        ConfigError: before anything was started.
+        ConfigError: before anything was started; every mistake is named.
     """
-    dump_stacks_on_signal()
+    begin_checks()
+    if draft.mistakes:
+        signals = check_job(draft, options.job_file, show_line, resume=resume)
+        return stop_checks(draft, signals)
     raise_descriptor_limit()
+    config = draft.config
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
-        with open_output(config, resume=resume) as (folder, state):
+        checks = preparation(draft, options.job_file, inbox, say=display.say, resume=resume)
+        with checks as found:
+            if found.signals:
+                return stop_checks(draft, found.signals, found.folder, say=display.say)
+            if found.mistakes:
+                raise_mistakes([*found.mistakes, *redis_mistakes(draft, display.say)])
+            folder, state = found.folder, found.state
+            assert folder is not None
             site = this_machine(config, folder, options)
             if state is None or not state.outcome:
                 first = [start_again_line(folder)] if resume else []
@@ -44,6 +60,32 @@ def run_job(config: JobConfig, options: RunOptions, *, resume: bool = False, lin
             if code != ExitCode.OK:
                 display.say(how_to_resume(folder, options.job_file, config.job.max_steps))
             return code
+
+
+def begin_checks() -> None:
+    """To be called first in the process of a command that checks a job."""
+    dump_stacks_on_signal()
+    adopt_orphans()
+
+
+def show_line(line: str) -> None:
+    """Show a line beside the results of a command."""
+    with suppress(OSError):  # stderr cannot be written
+        print(printable(line, MAX_LINE), file=sys.stderr, flush=True)
+
+
+def stop_checks(
+    draft: JobDraft,
+    signals: Sequence[signal.Signals],
+    folder: JobFolder | None = None,
+    *,
+    say: Callable[[str], None] = show_line,
+) -> int:
+    """Show that signals have ended the checks of a job; returns the exit code."""
+    name = draft.config.job.name if draft.knows("job.name") else ""
+    ending = stopped_early(folder, name, signals)
+    say(ending.reason)
+    return ending.exit_code
 
 
 def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:

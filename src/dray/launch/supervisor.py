@@ -22,7 +22,6 @@ from dray.launch.children import Child, EndRequest, JobProcess, replica_end
 from dray.launch.crew import Crew
 from dray.launch.display import Display
 from dray.launch.ending import Ending, ending, finished_checkpoint, newest_status, recorded_status
-from dray.launch.entry_points import check_entry_points
 from dray.launch.job_redis import job_redis
 from dray.launch.log import supervisor_log
 from dray.launch.output import attempt_folder
@@ -57,6 +56,8 @@ def supervise(
     display: Display,
 ) -> int:
     """Run a job to its end and return the exit code of `dray run`. Main thread of the main interpreter only.
+
+    The user's classes have been checked.
 
     Args:
         state: of the checkpoint to go on from.
@@ -117,11 +118,6 @@ class Supervisor:
         with selectors.DefaultSelector() as selector, ExitStack() as resources:
             self._selector = selector
             selector.register(self._inbox, selectors.EVENT_READ)
-            self._signals += check_entry_points(self._config, self._job_file, folder, self._inbox, self._say)
-            if self._signals:
-                stopped = self._ending()
-                self._say(f"stopped: {stopped.reason} before anything was started")
-                return stopped.exit_code
             listener = resources.enter_context(bind(self._site.host, self._config.controller.port))
             step = ShutdownStep("end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
             place, host = folder.run / "redis", self._site.redis_host

@@ -112,7 +112,7 @@ def _torch() -> Any:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise MissingDependencyError("torch", "torch interop", "'dray[torch]'") from error
+        raise MissingDependencyError("torch", "torch interop", "'dray-rl[torch]'") from error
 
 
 def _pinned_copy(array: Array) -> torch.Tensor:

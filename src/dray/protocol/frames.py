@@ -12,8 +12,8 @@ All integers are little-endian. A message is one 64-byte frame:
 
 READ, CONSUME, STAT, DESCRIBE and SUBSCRIBE are requests. One STATUS with the same request id answers each, in
 order. ACK has no answer: `acked` of STATUS counts the ACKs processed so far. After SUBSCRIBE a connection carries
-the frames of `dray.protocol.streams` only. Fields that a kind does not use are zero. docs/protocol.md explains
-every field.
+the frames of `dray.protocol.streams` only. Fields that a kind does not use are zero. docs/reference/protocol.md
+explains every field.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ client                                          server
 
 On the shm lane from version 2 on, a client that wants direct leases sets `DIRECT` in HELLO. If CHALLENGE has it as
 well, ATTACH follows PROOF in the same message, with a pidfd of the client. WELCOME has `ATTACHED` if the server
-has agreed; then it carries the descriptors of `dray.ring.direct`, in the order of docs/protocol.md.
+has agreed; then it carries the descriptors of `dray.ring.direct`, in the order of docs/reference/protocol.md.
 
 A client offers its newest version. A server that speaks that version answers in it; otherwise it answers with
 the verdict VERSION and its own newest version, and the client may connect again with that.

@@ -184,9 +184,16 @@ def _unmap_dead(_: object = None) -> None:
     The garbage collector of any thread calls this, so it takes no lock. If a signal handler raises in it, the next
     call unmaps the rest. It removes an entry before it unmaps, because the address may be used again after that.
     """
-    for address, (memory, nbytes) in list(_mappings.items()):
-        if memory() is None and _mappings.pop(address, None) is not None:
-            _libc().munmap(address, nbytes)
+    # No list of items: allocating their tuples may run the garbage collector, which would change the dictionary.
+    for address in list(_mappings):
+        entry = _mappings.get(address)
+        if entry is None or entry[0]() is not None:
+            continue
+        removed = _mappings.pop(address, None)
+        if removed is entry:
+            _libc().munmap(address, entry[1])
+        elif removed is not None:  # another thread has unmapped it, and mapped other memory there
+            _mappings[address] = removed
 
 
 def _advise(address: int, nbytes: int, advice: int, *, optional: bool = False) -> None:

@@ -177,8 +177,7 @@ class SlotTable:
 
     def count_wait(self, seconds: float) -> None:
         """Count a claim that has waited."""
-        self._claim_waits += 1
-        self._claim_wait_seconds += seconds
+        self._claim_waits, self._claim_wait_seconds = self._claim_waits + 1, self._claim_wait_seconds + seconds
 
     def notify_claims(self) -> None:
         """What a claim waits for may have happened: one that waits, or is about to wait, looks again."""
@@ -468,13 +467,14 @@ class SlotTable:
         if self.direct is None:
             direct = DirectLeases(len(self.slots), self._readers, self.clock, self._machine)
             for slot in self.live.values():
+                slot.wake()  # all who wait, wait for the doorbell from now on
                 if slot.state is not _WRITING and not slot.retired:
                     direct.publish(slot.index, slot.sequence)
                 for reader in range(self._readers):
                     if slot.consumed_by >> reader & 1:
                         direct.mark_consumed(slot.index, slot.sequence, reader)
             self.direct = direct
-            self._claimable.notify_all()  # they wait for the doorbell from now on
+            self._claimable.notify_all()
         return self.direct
 
     def count_servers(self, change: int) -> None:

@@ -1,6 +1,7 @@
 """A process that imports the user's classes and tells whether that works: ``FOLDER WORKER TRAINER REPORT``.
 
-It ends before the job starts, so that nothing of the user's code stays in the supervisor.
+One of the classes may be empty text: it is not checked. The process ends before the job starts, so that nothing of
+the user's code stays in the supervisor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def main() -> int:
     folder, worker, trainer, report = sys.argv[1:]
     mistakes: tuple[ConfigError, ...] = ()
     try:
-        check_entry_points(text_of(worker), text_of(trainer), Path(folder))
+        check_entry_points(text_of(worker) or None, text_of(trainer) or None, Path(folder))
     except ConfigError as error:
         mistakes = error.mistakes
     parts = [{name: getattr(each, name) for name in ("key", "value", "allowed", "problem")} for each in mistakes]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
 
+from dray import __version__
 from dray.runtime import messages
 
 JSON = "application/json"
@@ -83,7 +83,7 @@ def openapi() -> dict[str, Any]:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "dray controller", "version": version("dray")},
+        "info": {"title": "dray controller", "version": __version__},
         "paths": paths,
         "components": {
             "schemas": definitions["$defs"],

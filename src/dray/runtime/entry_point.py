@@ -43,8 +43,12 @@ def load_entry_point(key: str, text: str, folder: Path) -> type[Any]:
     return found
 
 
-def check_entry_points(worker: str, trainer: str, folder: Path) -> None:
+def check_entry_points(worker: str | None, trainer: str | None, folder: Path) -> None:
     """Import both classes and see that they can be made, and called, as the runtime does it.
+
+    Args:
+        worker: None if it is not known: then the other one alone is checked.
+        trainer: the same.
 
     Raises:
         ConfigError: one cannot be imported, or does not fit; every mistake of both is named.
@@ -54,6 +58,8 @@ def check_entry_points(worker: str, trainer: str, folder: Path) -> None:
         ("rollout.worker", worker, RolloutWorker),
         ("policy.trainer", trainer, PolicyTrainer),
     ):
+        if text is None:
+            continue
         try:
             found = load_entry_point(key, text, folder)
         except ConfigError as error:

@@ -34,6 +34,7 @@ from dray.runtime.process import (
 )
 from dray.runtime.shutdown_step import ShutdownStep, closed_by_step, shutdown_step
 from dray.runtime.user_code import UserCodeError, described_error
+from dray.streams.registry import SCOPE_VARIABLE
 from dray.text import printable
 
 _LOG = logging.getLogger("dray.runtime.replica")
@@ -107,6 +108,8 @@ class Replica:
                 )
             )
             self.keys = JobKeys(self.spec.job_id)
+            # Streams of the user's classes: two jobs on one host do not meet.
+            os.environ.setdefault(SCOPE_VARIABLE, f"dray job {self.spec.job_id}")
             self._resources = starting.pop_all()
         return self
 

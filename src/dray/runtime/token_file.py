@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dray.errors import ConfigError
@@ -27,8 +29,28 @@ def token_from_file(path: Path) -> str:
     try:
         content = read_private_file(path, _KEY)
     except FileNotFoundError:
-        _create(path)
+        with _fresh_file(path) as partial, suppress(FileExistsError):  # the token of another process is used
+            os.link(partial, path)
         content = _read_created(path)
+    return _token_in(content, path)
+
+
+def check_token_file(path: Path) -> None:
+    """Make sure that `token_from_file` would give a token; no file is made.
+
+    Raises:
+        ConfigError: it would not.
+    """
+    path = path.absolute()
+    try:
+        content = read_private_file(path, _KEY)
+    except FileNotFoundError:
+        with _fresh_file(path):
+            return
+    _token_in(content, path)
+
+
+def _token_in(content: bytes, path: Path) -> str:
     token = content.strip()
     if not MIN_TOKEN_BYTES <= len(token) <= MAX_TOKEN_BYTES or not _TOKEN.fullmatch(token):
         allowed = f"a file with one token of {MIN_TOKEN_BYTES} to {MAX_TOKEN_BYTES} printable ASCII characters"
@@ -36,17 +58,16 @@ def token_from_file(path: Path) -> str:
     return token.decode()
 
 
-def _create(path: Path) -> None:
-    """Put a file with a fresh token at `path`, whole, unless another process does so first."""
+@contextmanager
+def _fresh_file(path: Path) -> Iterator[Path]:
+    """A whole file with a fresh token in the folder of `path`, which is removed at the end of the block."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "w", encoding="ascii") as file:
                 file.write(f"{secrets.token_hex(32)}\n")
-            os.link(partial, path)
-        except FileExistsError:
-            pass  # the token of the other process is the one to use
+            yield partial
         finally:
             partial.unlink()
     except OSError as error:

@@ -17,5 +17,17 @@ from dray.identifiers import PayloadId
 from dray.streams.consumer import Consumer, ConsumerStatistics
 from dray.streams.payload import Payload
 from dray.streams.producer import DeadLetter, GroupStatistics, Producer
+from dray.streams.weights import Publisher, Subscriber, Weights
 
-__all__ = ["Consumer", "ConsumerStatistics", "DeadLetter", "GroupStatistics", "Payload", "PayloadId", "Producer"]
+__all__ = [
+    "Consumer",
+    "ConsumerStatistics",
+    "DeadLetter",
+    "GroupStatistics",
+    "Payload",
+    "PayloadId",
+    "Producer",
+    "Publisher",
+    "Subscriber",
+    "Weights",
+]

@@ -53,6 +53,20 @@ class ListenOn:
         return cls(places[0][0], places[0][1], tuple(dict.fromkeys(lane for _, _, lane in places)))
 
 
+def endpoints_of(stream: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The name of a stream, or the endpoints that its addresses name; one of both is empty.
+
+    Raises:
+        ConfigError: an address is none.
+    """
+    if isinstance(stream, str):
+        return (stream, ()) if "://" not in stream and stream else ("", (endpoint_of(stream),))
+    endpoints = tuple(map(endpoint_of, stream))
+    if not endpoints:
+        raise ConfigError("stream", stream, "a name, or one or more addresses")
+    return "", endpoints
+
+
 def endpoint_of(address: object) -> str:
     """The endpoint that an address names.
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from dray.clock import MONOTONIC, Deadline
-from dray.errors import BufferClosedError, ConfigError, StreamEnded, StreamError
+from dray.errors import BufferClosedError, ConfigError, StreamEnded
 from dray.forking import here
 from dray.identifiers import PayloadId
 from dray.payload import PayloadSchema
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
-from dray.streams.addresses import endpoint_of
+from dray.streams.addresses import endpoints_of
+from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox, Report, Wanted
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text
@@ -87,14 +86,11 @@ class Consumer(Closing):
         if prefetch.__class__ is not int or not 1 <= prefetch <= MAX_PREFETCH:
             raise ConfigError("prefetch", prefetch, f"an integer from 1 to {MAX_PREFETCH}")
         check_secret(secret)
-        by_name = isinstance(stream, str) and "://" not in stream
-        addresses: Sequence[str] = () if by_name else (stream,) if isinstance(stream, str) else tuple(stream)
-        if not by_name and not addresses:
-            raise ConfigError("stream", stream, "a name, or one or more addresses")
+        name, endpoints = endpoints_of(stream)
         self._wanted = Wanted(
-            name=checked_name(stream) if by_name else "",
-            scope="" if not by_name else default_scope() if scope is None else scope,
-            endpoints=tuple(map(endpoint_of, addresses)),
+            name=name and checked_name(name),
+            scope="" if not name else default_scope() if scope is None else scope,
+            endpoints=endpoints,
             group=checked_name(group),
             prefetch=prefetch,
             schema=schema_text(schema),
@@ -105,7 +101,7 @@ class Consumer(Closing):
         self._reset()
 
     def _reset(self) -> None:
-        self._exclusive = _Exclusive()
+        self._exclusive = Exclusive()
         self._inbox: Inbox | None = None
         self._current: list[Payload] = []
         self._held: list[Payload] = []  # taken by a `batch` that did not get all of its payloads in time
@@ -119,7 +115,7 @@ class Consumer(Closing):
         return self
 
     def __next__(self) -> Payload:
-        with self._exclusive:
+        with self._exclusively():
             inbox = self._begin_call()
             payload = self._next(inbox, Deadline.after(None))
             if payload is None:
@@ -153,7 +149,7 @@ class Consumer(Closing):
         if n.__class__ is not int or n < 1:
             raise ConfigError("n", n, "an integer of 1 or more")
         deadline = Deadline.after(timeout)
-        with self._exclusive:
+        with self._exclusively():
             inbox = self._begin_call()
             found, self._held = self._held, []
             try:
@@ -172,12 +168,11 @@ class Consumer(Closing):
         return self
 
     async def __anext__(self) -> Payload:
-        with self._exclusive:
+        with self._exclusively():
             inbox = self._begin_call()
-        loop = asyncio.get_running_loop()
         report = Report(MONOTONIC)
         while True:
-            with self._exclusive:
+            with self._exclusively():
                 self._check(inbox)
                 payload = self._held.pop(0) if self._held else inbox.pop()
                 if payload is not None:
@@ -189,12 +184,12 @@ class Consumer(Closing):
                 report.log(inbox)
                 timeout = min(inbox.prepare_to_wait(), report.remaining(bool(inbox.producers)))
             if timeout:
-                await _readable(loop, inbox.fileno(), timeout)
+                await _readable(inbox.fileno(), timeout)
 
     @property
     def ready(self) -> int:
         """How many payloads can be taken without waiting, as far as that is known."""
-        with self._exclusive:
+        with self._exclusively():
             inbox = self._opened()
             inbox.receive()
             return len(inbox.queue) + len(self._held)
@@ -214,7 +209,7 @@ class Consumer(Closing):
             TransportError: a producer on another host could not be reached.
         """
         each: Iterable[Payload | PayloadId] = (payload,) if isinstance(payload, Payload | PayloadId) else payload
-        with self._exclusive:
+        with self._exclusively():
             inbox = self._opened()
             for one in each:
                 if isinstance(one, Payload):
@@ -229,12 +224,12 @@ class Consumer(Closing):
     @property
     def producers(self) -> tuple[str, ...]:
         """The producers that are attached: process and command, or address."""
-        with self._exclusive:
+        with self._exclusively():
             return tuple(self._opened().producers)
 
     def statistics(self) -> ConsumerStatistics:
         """Counters of this consumer in this process."""
-        with self._exclusive:
+        with self._exclusively():
             inbox = self._opened()
             counts = inbox.counts()
             return ConsumerStatistics(
@@ -244,7 +239,7 @@ class Consumer(Closing):
             )  # fmt: skip
 
     def __enter__(self) -> Self:
-        with self._exclusive:
+        with self._exclusively():
             self._opened()
         return self
 
@@ -267,7 +262,7 @@ class Consumer(Closing):
         inbox = self._inbox
         if inbox is not None:
             inbox.interrupt()
-        with self._exclusive:
+        with self._exclusively():
             inbox, self._inbox = self._inbox, None
             if inbox is None:
                 return
@@ -320,14 +315,17 @@ class Consumer(Closing):
         self._payloads += 1
         self._redelivered += payload.redelivered
 
-    def _opened(self) -> Inbox:
+    def _exclusively(self) -> Exclusive:
         if here[0] != self._mark:  # a forked child attaches as a consumer of its own
             self._reset()
-            self._exclusive.adopt()
-        if self._closed:
-            raise BufferClosedError("the consumer is closed")
-        if self._inbox is None:
+        return self._exclusive
+
+    def _opened(self) -> Inbox:
+        if self._inbox is None and not self._closed:
             self._inbox = Inbox(self._wanted)
+        if self._closed:  # tested last: `close` in another thread may not have seen the inbox
+            raise BufferClosedError("the consumer is closed")
+        assert self._inbox is not None
         return self._inbox
 
     def _check(self, inbox: Inbox) -> None:
@@ -343,8 +341,11 @@ def _remake(wanted: Wanted, ack: Acknowledge) -> Consumer:
     return consumer
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, descriptor: int, timeout: float) -> None:
-    """Wait in an event loop until a descriptor is readable, or until the time is over."""
+async def _readable(descriptor: int, timeout: float) -> None:
+    """Wait in the running event loop until a descriptor is readable, or until the time is over."""
+    import asyncio  # not needed by programs without an event loop
+
+    loop = asyncio.get_running_loop()
     waiter = loop.create_future()
 
     def wake() -> None:
@@ -357,29 +358,3 @@ async def _readable(loop: asyncio.AbstractEventLoop, descriptor: int, timeout: f
     finally:
         loop.remove_reader(descriptor)
         waiter.cancel()
-
-
-class _Exclusive:
-    """A lock that its own thread must not take again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0
-
-    def adopt(self) -> None:
-        """In a forked child: the thread that enters has the lock already."""
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        if self._owner == me:
-            raise StreamError(
-                "a call of this consumer is in progress in this thread: this one came from a handler"
-            )
-        self._lock.acquire()
-        self._owner = me
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = 0
-        self._lock.release()

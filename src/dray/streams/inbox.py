@@ -84,7 +84,7 @@ class Wanted:
     group: str = "default"
     prefetch: int = 2
     schema: str | None = None
-    secret: bytes | None = None
+    secret: bytes | None = field(default=None, repr=False)
     direct: bool = True
 
     def __str__(self) -> str:
@@ -116,7 +116,7 @@ class _Place:
     peer: Peer | None = None
     retry: float = RETRY_SECONDS
     due: float = -math.inf
-    failure: DrayError | None = None
+    failure: str | None = None
     ended: bool = False
     source: Source | None = field(default=None, repr=False)
 
@@ -133,6 +133,7 @@ class Inbox(Closing):
 
     Attributes:
         queue: hand-outs that are not begun.
+        sources: the producers that are attached.
         attached: producers that have been attached so far.
         ended: those that have closed their stream.
         lost: those that have died.
@@ -147,7 +148,7 @@ class Inbox(Closing):
         self.closing = False
         self._clock = clock
         self._missing = 0  # producers that have died, less those that have come since
-        self._sources: deque[Source] = deque()
+        self.sources: deque[Source] = deque()
         self._by_descriptor: dict[int, _Place] = {}
         self._places: list[_Place] = [_Place((endpoint,)) for endpoint in wanted.endpoints]
         self._favoured: list[Source] = []  # they have credit while the program works
@@ -171,15 +172,21 @@ class Inbox(Closing):
                 about = {"group": wanted.group, "nudges": self._nudges.path}
                 self._registry.add("c", about)
             opened.pop_all()
-        self._find_producers()
+        try:
+            self._find_producers()
+        except BaseException:
+            self.close()
+            raise
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
     def pop(self) -> Payload | None:
         """The next payload that has been given to this consumer; None if there is none. It does not wait."""
-        while self.queue or self.receive():
-            source, given = self.queue.popleft()
-            self._spread_credit()
+        queue = self.queue
+        while queue or self.receive():
+            source, given = queue.popleft()
+            if self._spread_credit():
+                self._poll_now()  # several were asked: what is too much goes back
             payload = source.take(given, self._warn_of_copies)
             if payload is not None:
                 return payload
@@ -190,8 +197,8 @@ class Inbox(Closing):
         if len(self._by_descriptor) == 1:  # cheaper than to ask which one it is
             (place,) = self._by_descriptor.values()
             self._receive(place)
-        for descriptor, _ in self._epoll.poll(0) if not self.queue else ():
-            self._handle(descriptor)
+        if not self.queue:
+            self._poll_now()
         self._connect_due()
         return bool(self.queue)
 
@@ -205,7 +212,7 @@ class Inbox(Closing):
         again = self._raise_credit()
         timeout = self.idle()
         if timeout:
-            timeout = min(timeout, deadline.remaining, report.remaining(bool(self._sources)))
+            timeout = min(timeout, deadline.remaining, report.remaining(bool(self.sources)))
             events = self._poll(_seconds(min(timeout, RING_AGAIN_SECONDS) if again else timeout))
             if not events and again:
                 for source in again:
@@ -215,10 +222,14 @@ class Inbox(Closing):
                 self._handle(descriptor)
         if self.closing:
             raise BufferClosedError("the consumer was closed while it waited")
-        if not self.queue:
+        if not self.has_news():
             if deadline.expired:
                 raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
             report.log(self)
+
+    def has_news(self) -> bool:
+        """A wait was not in vain."""
+        return bool(self.queue)
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
@@ -240,11 +251,11 @@ class Inbox(Closing):
     @property
     def finished(self) -> bool:
         """Every producer that was attached has closed its stream, and nothing is left."""
-        if self.queue or self._sources or not self.attached or self._missing:
+        if self.queue or self.sources or not self.attached or self._missing:
             return False
         if self._registry is not None:
             self._find_producers()
-            return not self._sources and all(place.ended for place in self._places)
+            return not self.sources and all(place.ended for place in self._places)
         return all(place.ended for place in self._places)
 
     def source_of(self, producer: bytes) -> Source | None:
@@ -274,11 +285,11 @@ class Inbox(Closing):
     @property
     def producers(self) -> list[str]:
         """The producers that are attached."""
-        return [source.name for source in self._sources]
+        return [source.name for source in self.sources]
 
     def counts(self) -> dict[str, int]:
         """Counters, over all producers so far."""
-        sources = self._sources
+        sources = self.sources
         return {
             "copies": self._past[0] + sum(source.copies for source in sources),
             "gone": self._past[1] + sum(source.gone for source in sources),
@@ -287,9 +298,9 @@ class Inbox(Closing):
     def explain(self) -> str:
         """What this consumer waits for, in words."""
         wanted = self.wanted
-        if self._sources:
+        if self.sources:
             names = ", ".join(self.producers[:3])
-            more = f" and {len(self._sources) - 3} more" if len(self._sources) > 3 else ""
+            more = f" and {len(self.sources) - 3} more" if len(self.sources) > 3 else ""
             return f"{wanted}: no payload has come from {names}{more}"
         text = f"{wanted}: no producer is attached"
         if self.ended or self.lost:
@@ -331,18 +342,22 @@ class Inbox(Closing):
         self._wake.close()
 
     def __repr__(self) -> str:
-        return f"<Inbox of {self.wanted}, {len(self._sources)} producers>"
+        return f"<Inbox of {self.wanted}, {len(self.sources)} producers>"
 
     # --- credit -----------------------------------------------------------------------------------------------
 
-    def _spread_credit(self) -> None:
-        """Let producers give as many payloads as there is room for, while the program works."""
+    def _spread_credit(self) -> bool:
+        """Let producers give as many payloads as there is room for, while the program works.
+
+        True if more producers than that had credit until now.
+        """
         room = self.wanted.prefetch - len(self.queue)
-        sources = self._sources
+        sources = self.sources
         if len(sources) == 1:
             source = sources[0]
             source.subscription.set_credit(source.received + room)
-            return
+            return False
+        waited = len(self._favoured) > self.wanted.prefetch
         for source in self._favoured:
             source.subscription.set_credit(source.received)
         self._favoured = []
@@ -351,13 +366,14 @@ class Inbox(Closing):
             source = sources[-1]
             source.subscription.set_credit(source.received + 1)
             self._favoured.append(source)
+        return waited
 
     def _raise_credit(self) -> list[Source]:
         """Let every producer give a payload, and wake some of those that have one; returns the others of these."""
         favoured = self._favoured
         pending = []
-        several = len(self._sources) > 1
-        for source in self._sources:
+        several = len(self.sources) > 1
+        for source in self.sources:
             subscription = source.subscription
             if several:
                 subscription.set_credit(source.received + 1)
@@ -370,13 +386,17 @@ class Inbox(Closing):
                 subscription.attachment.ring_if_awaited()
         if not pending:
             return pending
-        self._sources.rotate(-1)
+        self.sources.rotate(-1)
         first = self.wanted.prefetch
         for source in pending[:first]:
             source.subscription.ring()
         return pending[first:]
 
     # --- events -----------------------------------------------------------------------------------------------
+
+    def _poll_now(self) -> None:
+        for descriptor, _ in self._epoll.poll(0):
+            self._handle(descriptor)
 
     def _handle(self, descriptor: int) -> None:
         place = self._by_descriptor.get(descriptor)
@@ -394,22 +414,33 @@ class Inbox(Closing):
                 if isinstance(event, streams.Ended):
                     self._end(place, event)
                     return
-                # If more of this producer may follow, this one is kept: they must not come before it.
-                if len(self.queue) < self.wanted.prefetch or source.outstanding > 1:
-                    source.received += 1
-                    self.queue.append((source, event))
-                else:
-                    self.returned += 1
-                    source.give_back(event, begun=False)
+                self._take_in(source, event)
         except (TransportError, ProtocolError) as error:
             self._lose(place, error)
+
+    def _take_in(self, source: Source, given: streams.Given) -> None:
+        """Keep a hand-out, or give it back because there are enough."""
+        # If more of this producer may follow, this one is kept: they must not come before it.
+        if len(self.queue) < self.wanted.prefetch or source.outstanding > 1:
+            source.received += 1
+            self.queue.append((source, given))
+        else:
+            self.returned += 1
+            source.give_back(given, begun=False)
+
+    def _attached_to(self, source: Source) -> None:
+        """A producer has come."""
+
+    def _dropped(self, source: Source) -> None:
+        """A producer is gone."""
+        self._favoured = [each for each in self._favoured if each is not source]
 
     def _end(self, place: _Place, event: streams.Ended) -> None:
         self.ended += 1
         place.ended = True
-        logger.info("%s: %s has ended", self.wanted, place)
+        logger.info("%s: %s has ended", str(self.wanted), str(place))
         if event.lost:
-            logger.warning("%s: %s has ended, and %d payloads are lost", self.wanted, place, event.lost)
+            logger.warning("%s: %s has ended, and %d payloads are lost", str(self.wanted), str(place), event.lost)
         self._drop(place)
 
     def _lose(self, place: _Place, error: DrayError) -> None:
@@ -424,7 +455,7 @@ class Inbox(Closing):
             self._retry(place, error)
         self.lost += 1
         self._missing += 1
-        logger.warning("%s: %s has died: %s", self.wanted, place, error)
+        logger.warning("%s: %s has died: %s", str(self.wanted), str(place), str(error))
 
     def _drop(self, place: _Place) -> None:
         """End a subscription; its producer has ended, or gives what was not begun to others."""
@@ -432,13 +463,13 @@ class Inbox(Closing):
         assert source is not None
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
-        self._sources.remove(source)
+        self.sources.remove(source)
         self._past[0] += source.copies
         self._past[1] += source.gone
-        left = [each for each in self.queue if each[0] is not source]
+        kept = [each for each in self.queue if each[0] is not source]
         self.queue.clear()
-        self.queue.extend(left)
-        self._favoured = [each for each in self._favoured if each is not source]
+        self.queue.extend(kept)
+        self._dropped(source)
         source.close()
         if not place.ended:
             place.source = None
@@ -509,13 +540,14 @@ class Inbox(Closing):
         place.failure, place.retry = None, RETRY_SECONDS
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)
-        self._sources.append(source)
+        self.sources.append(source)
         self.attached += 1
         self._missing = max(0, self._missing - 1)
-        logger.info("%s: attached to %s", wanted, place)
+        self._attached_to(source)
+        logger.info("%s: attached to %s", str(wanted), str(place))
 
     def _retry(self, place: _Place, error: DrayError) -> None:
-        place.failure = error
+        place.failure = str(error)
         place.due = self._clock.now() + place.retry
         place.retry = min(2 * place.retry, MAX_RETRY_SECONDS)
 
@@ -532,7 +564,7 @@ class Inbox(Closing):
             logger.warning(
                 "%s: payloads are copied from now on while the program keeps arrays of earlier ones (fields %s); "
                 "payload.copy() makes arrays that can be kept",
-                self.wanted, ", ".join(arrays),
+                str(self.wanted), ", ".join(arrays),
             )  # fmt: skip
 
 

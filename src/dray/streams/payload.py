@@ -1,4 +1,4 @@
-"""`Payload`: what a consumer gets of a stream."""
+"""What a program gets of a stream: the `Payload` of a consumer, and its base, `NamedArrays`."""
 
 from __future__ import annotations
 
@@ -17,35 +17,22 @@ if TYPE_CHECKING:
     from dray.streams.source import Source
 
 
-class Payload(Mapping[str, Array]):
-    """The arrays of one payload by name, in the order in which they were put.
+class NamedArrays(Mapping[str, Array]):
+    """The arrays of a payload by name, in the order in which they were put.
 
-    On the producer's host the arrays are read-only views of its memory. That memory is used again when the payload
-    is acknowledged and the last of its arrays is gone, so arrays that are kept stay valid, and keep a slot from
-    being used. `copy` makes arrays that do not. From another host the arrays are in memory of this process.
+    On the producer's host the arrays are read-only views of its memory. That memory is not used again before the
+    last of them is gone, so arrays that are kept stay valid, and keep a slot from being used. `copy` makes arrays
+    that do not. From another host the arrays are in memory of this process.
 
     Attributes:
-        id: names the payload; it can be pickled, and acknowledged by another process of this user.
-        deliveries: how often the payload was handed out to this group, this time included.
         in_place: the arrays are views of the producer's memory.
     """
 
-    __slots__ = ("_arrays", "_given", "_lease", "_source", "deliveries", "ended", "id", "in_place")
+    __slots__ = ("_arrays", "in_place")
 
-    def __init__(self, source: Source, given: Given, arrays: Arrays, lease: DirectLease | None) -> None:
+    def __init__(self, arrays: Arrays, in_place: bool) -> None:
         self._arrays = arrays
-        self._source = source
-        self._given = given
-        self._lease = lease
-        self.id = PayloadId(source.producer, given.sequence, given.slot, given.nbytes)
-        self.deliveries = given.deliveries
-        self.in_place = lease is not None
-        self.ended = False
-
-    @property
-    def redelivered(self) -> bool:
-        """A consumer of this group may have had the payload before."""
-        return self.deliveries > 1
+        self.in_place = in_place
 
     def copy(self) -> Arrays:
         """The arrays in memory of their own, writable."""
@@ -63,8 +50,50 @@ class Payload(Mapping[str, Array]):
             MissingDependencyError: torch is not installed.
         """
         if copy:
-            return torch_interop.to_torch(self.copy() if not self.in_place else self._arrays)
+            return torch_interop.to_torch(self._arrays if self.in_place else self.copy())
         return torch_interop.to_torch({name: torch_interop.writable_alias(a) for name, a in self._arrays.items()})
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in self._arrays.items())
+        return f"<{type(self).__name__} {self._title()}: {fields}>"
+
+    def _title(self) -> str:
+        return ""
+
+
+class Payload(NamedArrays):
+    """A payload of a stream. Its memory is used again when it is acknowledged and the last of its arrays is gone.
+
+    Attributes:
+        id: names the payload; it can be pickled, and acknowledged by another process of this user.
+        deliveries: how often the payload was handed out to this group, this time included.
+        ended: it was acknowledged or released.
+    """
+
+    __slots__ = ("_given", "_lease", "_source", "deliveries", "ended", "id")
+
+    def __init__(self, source: Source, given: Given, arrays: Arrays, lease: DirectLease | None) -> None:
+        super().__init__(arrays, lease is not None)
+        self._source = source
+        self._given = given
+        self._lease = lease
+        self.id = PayloadId(source.producer, given.sequence, given.slot, given.nbytes)
+        self.deliveries = given.deliveries
+        self.ended = False
+
+    @property
+    def redelivered(self) -> bool:
+        """A consumer of this group may have had the payload before."""
+        return self.deliveries > 1
 
     def acknowledge(self) -> None:
         """The group has consumed the payload. Its arrays stay valid. Twice is fine."""
@@ -82,15 +111,5 @@ class Payload(Mapping[str, Array]):
             self._source.give_back(self._given, begun=True)
             self.ended = True
 
-    def __getitem__(self, name: str) -> Array:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in self._arrays.items())
-        return f"<Payload {self.id}: {fields}>"
+    def _title(self) -> str:
+        return str(self.id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from dray.errors import (
     BufferClosedError,
     BufferFullError,
     ConfigError,
-    OutOfResources,
     SlotError,
     UndeliveredError,
 )
@@ -24,14 +22,12 @@ from dray.forking import here
 from dray.identifiers import PayloadId
 from dray.payload import Arrays, PayloadSchema, unpack
 from dray.payload.codec import PackPlan, plan
-from dray.protocol import streams
-from dray.resources import Closing, needing
+from dray.resources import Closing
 from dray.ring import OnFull, SharedRingBuffer
-from dray.ring.consumer_events import Descriptor
-from dray.ring.stream_words import StreamWords
 from dray.streams.addresses import ListenOn
 from dray.streams.delivery import Delivery, Group, Recipient
 from dray.streams.registry import Registry, checked_name, command_line
+from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
 from dray.transport import PayloadServer
 from dray.transport.service import ConsumerConnection
 
@@ -145,7 +141,9 @@ class Producer(Closing):
                 SharedRingBuffer(slots, slot_bytes, on_full=on_full, readers=len(self._groups), clock=clock)
             )
             self._ring = ring
-            self._delivery = Delivery(len(self._groups), _Ring(ring), max_deliveries=max_deliveries, clock=clock)
+            self._delivery = Delivery(
+                len(self._groups), RingOfStream(ring), max_deliveries=max_deliveries, clock=clock
+            )
             self.id = ring.producer_id
             self._about = {
                 "name": self.name,
@@ -155,7 +153,7 @@ class Producer(Closing):
                 "pid": os.getpid(),
                 "command": command_line(),
             }
-            self._service = service = _Service(self._delivery, ring, self._about, self._give_up)
+            self._service = service = _Service(ring, self._about, self._delivery, self._give_up)
             self._server = opened.enter_context(
                 PayloadServer(
                     ring,
@@ -169,10 +167,7 @@ class Producer(Closing):
                     stream=service,
                 )
             )
-            local = [each for each in self._server.endpoints if each.startswith("unix:")]
-            self.addresses = tuple(
-                each.replace(":", "://", 1) for each in self._server.endpoints if each not in local
-            )
+            local, self.addresses = service.addresses(self._server.endpoints)
             registry.add("p", {**self._about, "endpoints": local})
             self._registry = registry
             opened.pop_all()
@@ -263,7 +258,7 @@ class Producer(Closing):
             self._delivery.close(left)
             self._server.close()
             self._ring.close()
-            self._service.bell.close()
+            self._service.close()
         if left:
             lost = (
                 f"the producer of stream {self.name!r} has ended; {left} payloads were not consumed and are lost"
@@ -347,68 +342,24 @@ def _reason(group: Group, name: str, sequence: int) -> str:
     return f"group {name!r}, whose consumers (process {pids}) have not asked for more"
 
 
-class _Ring:
-    """What `Delivery` asks of the ring."""
-
-    def __init__(self, ring: SharedRingBuffer) -> None:
-        self.has_finished = ring.is_stale
-        self._ring = ring
-
-    def barrier(self) -> None:
-        with contextlib.suppress(BufferClosedError):
-            self._ring.direct().barriers.pass_one()
-
-
-class _Connection:
-    """The connection to a consumer."""
-
-    def __init__(self, connection: ConsumerConnection, reader: int) -> None:
-        self._connection = connection
-        self._reader = reader
-
-    def announce(self, given: streams.Given) -> None:
-        self._connection.push(streams.give(given, self._reader))
-
-    def end(self, lost: int) -> None:
-        self._connection.push(streams.end(lost))
-
-    def abort(self) -> None:
-        self._connection.stream.abort()
-
-
-class _Service:
-    """The stream of a ring, for its server; see `dray.transport.served_connection.StreamService`."""
+class _Service(StreamServer):
+    """The stream of a producer, for its server."""
 
     def __init__(
-        self, delivery: Delivery, ring: SharedRingBuffer, about: Mapping[str, Any], give_up: Callable[[], None]
+        self, ring: SharedRingBuffer, about: Mapping[str, Any], delivery: Delivery, give_up: Callable[[], None]
     ) -> None:
+        super().__init__(ring, about)
         self._delivery = delivery
-        self._ring = ring
-        self._about = about
         self._give_up = give_up
-        with needing("the bell of a stream"):
-            self.bell = Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
     def remaining(self) -> float:
         return 0.0 if self._delivery.dead else self._delivery.remaining
 
-    def describe(self) -> str:
-        return json.dumps(self._about)
-
     def subscribe(self, connection: ConsumerConnection, reader: int) -> Recipient:
-        words = None
-        if connection.direct:
-            slots = self._ring.slots
-            with contextlib.suppress(OutOfResources, ConfigError):
-                words = StreamWords(self._ring.machine.words(StreamWords.count(slots)), slots)
-        pid = connection.stream.peer_pid
-        recipient = self._delivery.subscribe(reader, _Connection(connection, reader), pid=pid, words=words)
-        where = f"process {pid}" if pid else "a consumer on another host"
-        logger.info(
-            "stream %r: %s has attached to group %r", self._about["name"], where, self._about["groups"][reader]
-        )
-        return recipient
+        self.log_attached(connection, reader)
+        consumer, pid = ServedConsumer(connection, reader), connection.stream.peer_pid
+        return self._delivery.subscribe(reader, consumer, pid=pid, words=self.words(connection))
 
     def serve(self) -> None:
         self._delivery.serve()

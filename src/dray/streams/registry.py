@@ -40,6 +40,9 @@ from dray.text import MAX_LINE, printable
 if sys.platform != "win32":
     import fcntl
 
+SCOPE_VARIABLE: Final = "DRAY_SCOPE"
+"""The environment variable with the scope."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSET_SESSION: Final = "4294967295"
 _MAX_ENTRY_BYTES: Final = 64 * 1024
@@ -63,10 +66,10 @@ def checked_name(name: object) -> str:
 def default_scope() -> str:
     """The scope of this process: ``$DRAY_SCOPE``, else its job, else its login session, else its user.
 
-    The job is that of Slurm or torchrun; `dray run` sets ``$DRAY_SCOPE``.
+    The job is that of Slurm or torchrun; for its replicas, `dray run` sets ``$DRAY_SCOPE``.
     """
     environ = os.environ
-    if chosen := environ.get("DRAY_SCOPE"):
+    if chosen := environ.get(SCOPE_VARIABLE):
         return chosen
     if job := environ.get("SLURM_JOB_ID"):
         return f"slurm job {job}"
@@ -137,6 +140,7 @@ class Registry(Closing):
         self.folder = self._root / digest.hexdigest()
         self._added: list[str] = []
         self._mark = here[0]
+        self._publishes = False
         with needing("the folder of a stream"):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_network(self.folder)
@@ -188,6 +192,7 @@ class Registry(Closing):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} ({command_line()})".encode(), 0)
             _held[str(path)] = descriptor
+            self._publishes = True
 
     def peers(self, role: str) -> list[Peer]:
         """The living producers (``"p"``) or consumers (``"c"``). Entries of dead processes are removed."""
@@ -247,9 +252,9 @@ class Registry(Closing):
         for entry in self._added:
             _remove(self.folder / f"{entry}.json")
         self._added.clear()
-        publisher = _held.pop(str(self.folder / "publisher.lock"), None)
-        if publisher is not None:
-            os.close(publisher)
+        if self._publishes:
+            self._publishes = False
+            os.close(_held.pop(str(self.folder / "publisher.lock")))
 
     def __repr__(self) -> str:
         return f"<Registry {self.name!r} in scope {self.scope!r}>"

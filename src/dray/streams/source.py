@@ -67,6 +67,27 @@ class Source(Closing):
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
+    def read(self, given: streams.Given) -> tuple[Arrays, bool] | None:
+        """The arrays of a payload, and whether they are in place; None if it is gone. Nothing is consumed.
+
+        Raises:
+            TransportError: it could not be read in time.
+            PayloadFormatError: its bytes are not arrays.
+        """
+        attachment = self._attachment
+        try:
+            if attachment is not None:
+                lease = attachment.lease(given.slot, given.sequence, given.nbytes)
+                if lease is not None:
+                    return self._in_place(attachment, lease), True
+                if attachment.closed:
+                    return None
+            client = self._client(self.subscription.reader)
+            ref = self._ref(given)
+            return _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False)), False
+        except (StaleSlotError, ProducerLostError):
+            return None
+
     def take(self, given: streams.Given, warn: Callable[[Arrays], None]) -> Payload | None:
         """The payload of a hand-out; None if it is gone or was taken back.
 
@@ -87,16 +108,16 @@ class Source(Closing):
                 lease = attachment.lease(given.slot, given.sequence, given.nbytes)
                 if lease is not None:
                     return self._leased(attachment, given, lease, warn)
-                if attachment.closed:
-                    self.gone += 1
-                    return None
-            return self._read(given)
-        except (StaleSlotError, ProducerLostError):
-            self.gone += 1
-            return None
+            found = self.read(given)
+        except StaleSlotError:
+            found = None
         except BaseException:
             self.give_back(given, begun=True)
             raise
+        if found is None:
+            self.gone += 1
+            return None
+        return Payload(self, given, found[0], None)
 
     def acknowledge(self, given: streams.Given | PayloadId, lease: DirectLease | None, ring: bool = True) -> bool:
         """The group has consumed a payload; False if it is gone.
@@ -145,17 +166,14 @@ class Source(Closing):
             self.copies += 1
             warn(arrays)
             return Payload(self, given, arrays, None)
-        array = in_slot(lease)
-        root = end_with(array, lease, self._reads)
-        root.entered = True
-        attachment.count_read(lease)
-        return Payload(self, given, unpack(array), lease)
+        return Payload(self, given, self._in_place(attachment, lease), lease)
 
-    def _read(self, given: streams.Given) -> Payload:
-        client = self._client(self.subscription.reader)
-        ref = self._ref(given)
-        arrays = _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False))
-        return Payload(self, given, arrays, None)
+    def _in_place(self, attachment: Attachment, lease: DirectLease) -> Arrays:
+        """The arrays in their slot; the lease ends with the last of them."""
+        array = in_slot(lease)
+        end_with(array, lease, self._reads).entered = True
+        attachment.count_read(lease)
+        return unpack(array)
 
     def _ref(self, given: streams.Given | PayloadId) -> PayloadRef:
         endpoints = (self.subscription.endpoint,)

@@ -1,18 +1,21 @@
 """Reads for asyncio. Each waits in a thread of the client's own; what no task receives is released.
 
 The default threads of the event loop stay free for the program: hanging reads could occupy all of them.
+asyncio is imported by the first such read, so that `import dray` does not take longer for it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dray.clock import Deadline
 from dray.errors import DrayError, TransportTimeout
 from dray.payload import Arrays
+
+if TYPE_CHECKING:
+    import concurrent.futures
 
 MAX_ASYNC_READS = 32
 """Threads of one client that wait for reads of asyncio."""
@@ -44,6 +47,9 @@ class AsyncReads:
         Raises:
             TransportTimeout: no thread was free before the deadline.
         """
+        import asyncio
+        import concurrent.futures
+
         with self._lock:
             if self._threads is None:
                 self._threads = concurrent.futures.ThreadPoolExecutor(MAX_ASYNC_READS, "dray-async-read")

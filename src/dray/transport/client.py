@@ -182,7 +182,8 @@ class PayloadClient(Closing):
             timeout: seconds until the payload is leased; None for no limit.
 
         Raises:
-            As `read`, by this call or when the block is entered.
+            DrayError: the payload cannot be leased, with the types of `read`; by this call or when the block is
+                entered.
         """
         return self._lease(ref, timeout, LeasedArrays)
 
@@ -211,7 +212,7 @@ class PayloadClient(Closing):
                 the first error is raised.
 
         Raises:
-            As `read`.
+            DrayError: a payload cannot be read; the types are those of `read`.
         """
         return self._read_many(_unpack, refs, timeout, consume=consume, return_errors=return_errors)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ from dray.protocol.handshake import (
     ServerIdentity,
     WelcomeFlag,
 )
+from dray.resources import Descriptors
 from dray.ring import Segment
 from dray.ring.attachment import Attachment
 from dray.ring.layout import SegmentLayout
@@ -56,12 +55,11 @@ def shake_hands(
         As `Connection.open`.
     """
     wanted = None if attach_as is None or stream.lane.in_band else network.attach_request(attach_as)
-    with contextlib.ExitStack() as stack:
+    descriptors = Descriptors()
+    try:
         handshake = ClientHandshake(
             stream.lane, producer, secret, version, attach=None if wanted is None else wanted.request
         )
-        descriptors: list[int] = []
-        stack.callback(_close_all, descriptors)
         stream.send([handshake.hello()])
         answer: bytes | None = b""
         while answer is not None:
@@ -102,11 +100,8 @@ def shake_hands(
             attachment.close()
             raise
         return Shared(identity, attachment.segment, attachment)
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for each in descriptors:
-        os.close(each)
+    finally:
+        descriptors.close()
 
 
 def _only(descriptors: Sequence[int]) -> int:

@@ -249,14 +249,14 @@ class PollWaiter:
         closing: ends the wait; without it, only the deadline does.
     """
 
-    __slots__ = ("_closing", "_events", "_poll", "_poller", "_stream")
+    __slots__ = ("_closing", "_driven", "_events", "_poll", "_poller")
 
     def __init__(self, closing: CloseEvent | None) -> None:
         self._poll = select.poll()
         self._poller: AdaptivePoller[Any] = AdaptivePoller(self._poll.poll)
         self._closing = closing
         self._events = 0
-        self._stream: Stream | None = None
+        self._driven = False  # the stream has a worker
         if closing is not None:
             closing.watch(self._poll)
 
@@ -276,10 +276,12 @@ class PollWaiter:
                 self._poll.register(stream.fileno(), events)
                 self._events = events
         else:
-            if self._stream is None:
+            if not self._driven:
                 self._poll.register(stream.fileno(), select.POLLIN)
-                self._poller = AdaptivePoller(self._poll_driven, look=worker.has_progressed)
-                self._stream = stream
+                # Not a method of this waiter: in a reference cycle the stream would exist until it is collected.
+                poll = functools.partial(_poll_driven, self._poll, stream)
+                self._poller = AdaptivePoller(poll, look=worker.has_progressed)
+                self._driven = True
             if deadline.expired:  # each wait may end early, because of work for another stream
                 raise timed_out(deadline, awaited, endpoint)
         self._wait(deadline, awaited, endpoint)
@@ -292,15 +294,15 @@ class PollWaiter:
         finally:
             self._poll.unregister(descriptor)
 
-    def _poll_driven(self, timeout: float | None) -> Any:
-        """Poll the descriptor of a worker, unless the stream can advance already."""
-        assert self._stream is not None
-        return not self._stream.idle() or self._poll.poll(timeout)
-
     def _wait(self, deadline: Deadline, awaited: str, endpoint: str) -> None:
         closing, poller = self._closing, self._poller
         if not (closing.wait(poller, deadline) if closing is not None else poller.until(deadline)):
             raise timed_out(deadline, awaited, endpoint)
+
+
+def _poll_driven(poll: select.poll, stream: Stream, timeout: float | None) -> Any:
+    """Poll the descriptor of a stream's worker, unless the stream can advance already."""
+    return not stream.idle() or poll.poll(timeout)
 
 
 def addresses_of(

@@ -111,7 +111,7 @@ class ServedConnection:
         self._pushed = pushed
         self._pushes: deque[bytes] = deque()
         self._sending = threading.Lock()  # once there is a subscriber, other threads send as well
-        self._ended = False
+        self._ended = self._ending = False
 
     # --- messages and answers ---------------------------------------------------------------------------------
 
@@ -302,6 +302,14 @@ class ServedConnection:
             self._pushes.append(frame)
         self._pushed(self)
 
+    def push_last(self, frame: bytes) -> None:
+        """`push` the frame after which the consumer closes the connection, as it is to do within `drain_timeout`.
+
+        If the server closed first, the frame could be lost.
+        """
+        self._ending = True
+        self.push(frame)
+
     def send(self, items: Sequence[Outgoing], shared: Sequence[int] = ()) -> bool:
         """As `Stream.send`, while other threads may `push`."""
         if self.subscriber is None:
@@ -356,7 +364,7 @@ class ServedConnection:
     @property
     def busy(self) -> bool:
         """An exchange is in flight, or the connection holds a lease."""
-        return self.session.busy or bool(self._leases or self._pushes or self.unsent)
+        return self.session.busy or self._ending or bool(self._leases or self._pushes or self.unsent)
 
     @property
     def leased(self) -> int:

@@ -204,7 +204,12 @@ class PayloadServer(Closing):
         """A server with a ring of its own, which is closed with it.
 
         Args:
-            slots, slot_bytes, on_full, readers, retain, prefault: as for `SharedRingBuffer`.
+            slots: how many payloads the ring holds; this and what follows as for `SharedRingBuffer`.
+            slot_bytes: the capacity of a slot.
+            on_full: what a `put` does when no slot is free.
+            readers: how many readers must consume each payload.
+            retain: when a payload gives up its slot.
+            prefault: whether all memory is taken from the system at once.
             clock: the source of time of both.
             options: as for `PayloadServer`.
         """

@@ -45,6 +45,7 @@ class ConsumerConnection(Protocol):
     direct: bool
 
     def push(self, frame: bytes) -> None: ...
+    def push_last(self, frame: bytes) -> None: ...
 
 
 class StreamService(Protocol):

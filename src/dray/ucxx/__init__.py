@@ -1,8 +1,8 @@
 """A UCXX payload transport for RL frameworks: trajectories travel by reference, over UCX, shared memory or TCP.
 
 This package has the names that rollout workers and data packers of such frameworks use. It is thin: `dray.ring`,
-`dray.transport` and `dray.prefetch` do the work. The documentation is docs/UCXX.md. Importing the package needs no
-`ucxx`; what needs it raises `MissingDependencyError` when it starts.
+`dray.transport` and `dray.prefetch` do the work. The documentation is docs/reference/UCXX.md. Importing the
+package needs no `ucxx`; what needs it raises `MissingDependencyError` when it starts.
 """
 
 from dray.errors import SlotError, StaleSlotError

@@ -264,10 +264,13 @@ class _Check:
             for each in self._sessions
             if each.group == group and each is not use.session
         ]
-        members = [each for each in self._consumers if isinstance(each.plan, ConsumerPlan) and each.plan.group == group]
+        members = [
+            each for each in self._consumers if isinstance(each.plan, ConsumerPlan) and each.plan.group == group
+        ]
         killed = [(each.killed, each.ended) for each in members]
         return any(
-            begin is not None and begin <= use.got and (end is None or put <= end) for begin, end in (*closed, *killed)
+            begin is not None and begin <= use.got and (end is None or put <= end)
+            for begin, end in (*closed, *killed)
         ) or any(_seconds(stop) >= TAKEN_BACK_SECONDS for each in members for stop in each.stops)
 
     def _check_order(self) -> None:
@@ -319,7 +322,9 @@ class _Check:
 
 def _was_taken_back(use: Use) -> bool:
     """Without direct leases, a consumer does not learn in time that it has lost a payload while it was stopped."""
-    return not use.session.direct and any(_seconds(stop) >= TAKEN_BACK_SECONDS for stop in use.session.member.stops)
+    return not use.session.direct and any(
+        _seconds(stop) >= TAKEN_BACK_SECONDS for stop in use.session.member.stops
+    )
 
 
 def _opening(member: Member) -> tuple[str, bool]:

@@ -60,7 +60,9 @@ def check(arrays: Mapping[str, Any]) -> None:
     size, checksum = (int(word) for word in arrays["about"][3:])
     body = arrays["body"]
     if body.dtype != np.uint8 or body.shape != (size,):
-        raise WrongPayload(f"payload {number} of producer {key} has a body {body.dtype}{list(body.shape)}, not {size}")
+        raise WrongPayload(
+            f"payload {number} of producer {key} has a body {body.dtype}{list(body.shape)}, not {size}"
+        )
     if _checksum(key, number, body) != checksum:
         raise WrongPayload(f"the bytes of payload {number} of producer {key} are not those that were put")
 

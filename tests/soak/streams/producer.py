@@ -82,9 +82,7 @@ def run(plan: ProducerPlan, journal: Journal, control: socket.socket | None = No
         journal.write("E", 0)
 
 
-def _put(
-    producer: Producer, key: int, number: int, size: int, *, journal: Journal, signals: _Signals
-) -> None:
+def _put(producer: Producer, key: int, number: int, size: int, *, journal: Journal, signals: _Signals) -> None:
     arrays = content.make(key, number, size)
     journal.write("?", number, size)
     try:

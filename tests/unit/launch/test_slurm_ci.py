@@ -23,7 +23,7 @@ from dray.launch.slurm.ci_report import End, Report, SuiteResult, Verdict, judge
 from dray.launch.slurm.durations import format_duration, parse_duration
 from dray.launch.slurm.scheduler import JobView, SlurmError, submit
 
-PAGE = Path(__file__).parents[3] / "docs" / "slurm-ci.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "slurm-ci.md"
 
 
 @pytest.fixture

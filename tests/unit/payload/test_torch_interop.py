@@ -7,31 +7,36 @@ import weakref
 
 import numpy as np
 import pytest
+from optional import imported_later
 
 from dray.errors import MissingDependencyError, PayloadFormatError
 from dray.payload import PayloadSchema, TensorSpec, pack, torch_interop, unpack
 from dray.payload.schema import DTYPES
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
+torch = imported_later("torch", reason="torch is not installed")
 
 TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+    "BOOL": "bool",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
 }
+
+
+def dtype(name):
+    return getattr(torch, TORCH_DTYPES[name])
 
 
 @pytest.fixture
@@ -42,12 +47,12 @@ def fresh_warning(monkeypatch):
 @pytest.mark.parametrize("shape", [(), (0, 2), (3, 2)], ids=str)
 @pytest.mark.parametrize("name", TORCH_DTYPES)
 def test_tensors_of_every_dtype_go_into_a_payload_and_come_back(name, shape):
-    tensor = torch.ones(shape).to(TORCH_DTYPES[name])
+    tensor = torch.ones(shape).to(dtype(name))
     arrays = unpack(pack({"x": tensor}))
     assert arrays["x"].dtype == DTYPES[name]
     assert np.array_equal(arrays["x"].astype("c8"), np.ones(shape, "c8"))
     back = torch_interop.to_torch(arrays)["x"]
-    assert back.dtype is TORCH_DTYPES[name]
+    assert back.dtype is dtype(name)
     assert back.shape == shape
     assert torch.equal(back.to(torch.complex64), tensor.to(torch.complex64))
 
@@ -143,7 +148,7 @@ def test_arrays_that_torch_cannot_share_are_copied():
 def test_tensors_on_another_device_are_made_from_read_only_arrays(name):
     arrays = unpack(bytes(pack({"x": np.ones((3, 2)).astype(DTYPES[name])})))
     tensor = torch_interop.to_torch(arrays, "meta")["x"]
-    assert (tensor.device.type, tensor.dtype, tensor.shape) == ("meta", TORCH_DTYPES[name], (3, 2))
+    assert (tensor.device.type, tensor.dtype, tensor.shape) == ("meta", dtype(name), (3, 2))
 
 
 @pytest.mark.parametrize("name", TORCH_DTYPES)
@@ -161,19 +166,19 @@ def test_the_alias_of_a_read_only_array_shows_the_same_bytes_and_keeps_it_alive(
     assert alive() is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="page-locked memory can be had here")
+@pytest.mark.skipif("torch.cuda.is_available()", reason="page-locked memory can be had here")
 def test_without_page_locked_memory_pageable_memory_is_used_with_one_warning(caplog, fresh_warning):
     arrays = unpack(bytes(pack({name: np.ones(3).astype(dtype) for name, dtype in DTYPES.items()})))
     for _ in range(2):
         tensors = torch_interop.to_torch(arrays, pin=True)
         for name, tensor in tensors.items():
-            assert tensor.dtype is TORCH_DTYPES[name]
+            assert tensor.dtype is dtype(name)
             assert tensor.to(torch.complex64).tolist() == [1, 1, 1]
     assert [(record.name, record.levelno) for record in caplog.records] == [("dray.payload", logging.WARNING)]
     assert torch_interop.to_torch(arrays, "meta", pin=True)["F32"].device.type == "meta"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif("not torch.cuda.is_available()", reason="no CUDA device")
 def test_tensors_on_a_cuda_device_go_into_a_payload_and_come_back():
     tensor = torch.arange(6, device="cuda", dtype=torch.bfloat16).reshape(2, 3)
     arrays = unpack(bytes(pack({"x": tensor.t()})))
@@ -195,7 +200,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(MissingDependencyError, match="pip install tensordict"):
         torch_interop.to_tensordict({})
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[torch\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'dray-rl\[torch\]'"):
         torch_interop.to_torch({})
     assert not torch_interop.is_tensor(np.zeros(1))
 

@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import mmap
 import os
 import sys
@@ -97,6 +98,28 @@ def test_memory_outlives_close_until_the_last_array_on_it_is_gone() -> None:
     assert mappings_of(inode) == 1
     del tail
     assert mappings_of(inode) == 0
+
+
+def test_memory_may_be_mapped_whenever_the_collector_unmaps_other_memory() -> None:
+    with Segment.create(LAYOUT, PRODUCER) as segment:
+        inode = os.fstat(segment.fileno()).st_ino
+        before, threshold = mappings_of(inode), gc.get_threshold()
+        kept = [Segment.attach(segment.fileno()) for _ in range(50)]
+        try:
+            for allocations in range(1, 100):
+                cycle: list[object] = [Segment.attach(segment.fileno()).view]
+                cycle.append(cycle)
+                del cycle
+                # The collector runs at this allocation of the call that follows, or before it.
+                gc.set_threshold(allocations, 1, 1)
+                Segment.attach(segment.fileno())
+                gc.set_threshold(*threshold)
+        finally:
+            gc.set_threshold(*threshold)
+        assert all(each.producer_id == PRODUCER for each in kept)
+        del kept
+        gc.collect()
+        assert mappings_of(inode) == before
 
 
 def test_foreign_descriptors_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dray.runtime.controller import Controller
 from dray.runtime.endpoints import ENDPOINTS, Endpoint, openapi
 from dray.runtime.job import JobFolder, JobSpec
 
-PAGE = Path(__file__).parents[3] / "docs" / "runtime.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "runtime.md"
 
 
 @pytest.fixture

@@ -29,8 +29,9 @@ def committed(ring: SharedRingBuffer, books: Books, image: bytes) -> tuple[int, 
     with ring.claim(len(image)) as writer:
         books.claimed(writer.slot, writer.sequence)
         writer.buffer[:] = image
+        books.committing(writer.slot, writer.sequence, image)
         writer.commit()
-    books.committed(writer.slot, writer.sequence, image)
+    books.committed(writer.sequence)
     return writer.slot, writer.sequence
 
 
@@ -90,6 +91,43 @@ def test_a_payload_that_its_reader_kept_and_that_is_still_there_is_a_violation()
         payload.kept.add(0)
         with pytest.raises(Violation, match="still there"):
             books.check_end()
+
+
+def test_a_payload_may_be_delivered_before_its_commit_has_ended() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        ledger = Ledger(Scheduler(random.Random(1), ManualClock()))
+        books = ledger.open(ring, "ring", 1)
+        with ring.claim(7) as writer:
+            books.claimed(writer.slot, writer.sequence)
+            writer.buffer[:] = b"payload"
+            ref = PayloadRef(ring.producer_id, writer.slot, writer.sequence, 7, ("unix:/ring",))
+            with pytest.raises(Violation, match="never committed"):
+                ledger.deliver(ref, 0, b"payload", 1000.0)
+            books.committing(writer.slot, writer.sequence, b"payload")
+            writer.commit()
+        ledger.deliver(ref, 0, b"payload", 1000.0)
+        with pytest.raises(Violation, match="0 payloads were committed, the ring counts 1"):
+            books.check_end()
+        books.committed(writer.sequence, 1001.0)
+        books.check_end()
+
+
+def test_a_payload_whose_commit_was_refused_does_not_count_and_must_not_be_delivered() -> None:
+    with SharedRingBuffer(2, 64) as ring:
+        ledger = Ledger(Scheduler(random.Random(1), ManualClock()))
+        books = ledger.open(ring, "ring", 1)
+        with ring.claim(7) as writer:
+            books.claimed(writer.slot, writer.sequence)
+            books.committing(writer.slot, writer.sequence, b"payload")
+            books.refused(writer.sequence)
+        ref = PayloadRef(ring.producer_id, writer.slot, writer.sequence, 7, ("unix:/ring",))
+        books.check_end()
+        with pytest.raises(Violation, match="never committed"):
+            ledger.deliver(ref, 0, b"payload", 1000.0)
+        books.committing(writer.slot, writer.sequence, b"payload")
+        ledger.deliver(ref, 0, b"payload", 1000.0)
+        with pytest.raises(Violation, match="was delivered, and its commit was refused"):
+            books.refused(writer.sequence)
 
 
 def test_a_direct_lease_on_a_slot_that_was_freed_is_a_violation() -> None:

@@ -111,7 +111,7 @@ def test_without_the_package_the_error_names_the_command_to_install_it(monkeypat
     monkeypatch.setattr(ucx_worker, "UCXX_AVAILABLE", False)
     with SharedRingBuffer(1, 10) as ring:
         for make in (lambda: PayloadClient(lane="ucx"), lambda: PayloadServer(ring, lane="ucx")):
-            with pytest.raises(MissingDependencyError, match=r"pip install 'dray\[ucxx\]'"):
+            with pytest.raises(MissingDependencyError, match=r"pip install 'dray-rl\[ucxx\]'"):
                 make()
 
 

@@ -271,7 +271,7 @@ for start in starts:
         try:
             start()
         except caught as error:
-            assert "pip install 'dray[ucxx]'" in str(error), error
+            assert "pip install 'dray-rl[ucxx]'" in str(error), error
             assert error.name == "ucxx"
         else:
             raise SystemExit(f"{start} started")

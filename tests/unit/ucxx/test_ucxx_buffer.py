@@ -6,13 +6,14 @@ import logging
 import ml_dtypes
 import numpy as np
 import pytest
+from optional import imported_later
 
 from dray import PayloadClient
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, SchemaError
 from dray.payload import PayloadSchema, TensorSpec, unpack_metadata
 from dray.ucxx import SlotState, UCXXBuffer, UCXXBufferConfig, UCXXClient, reference_of
 
-torch = pytest.importorskip("torch")
+torch = imported_later("torch")
 
 SCHEMA = PayloadSchema(
     {
@@ -68,7 +69,7 @@ def test_c12_casts_lists_tensors_and_strides_are_packed_right_and_narrowing_is_l
     assert [record.args[0] for record in caplog.records] == ["observations"]  # type: ignore[index]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device")
 def test_c12_tensors_on_a_device_are_packed() -> None:
     with local() as buffer, PayloadClient() as client:
         completion = buffer.write({"rewards": torch.arange(5.0, device="cuda")})

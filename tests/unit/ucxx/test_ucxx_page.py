@@ -1,4 +1,4 @@
-"""docs/UCXX.md has the diagram, limits, settings, log lines and counters of the code."""
+"""docs/reference/UCXX.md has the diagram, limits, settings, log lines and counters of the code."""
 
 import ast
 import dataclasses
@@ -16,7 +16,7 @@ from dray.transport.server_statistics import COUNTED
 from dray.ucxx import CompletionReaderStatistics, UCXXBufferConfig, UCXXConfig, data_packer
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "UCXX.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "UCXX.md").read_text(encoding="utf-8")
 PACKAGES = ("ring", "protocol", "transport", "prefetch", "ucxx")
 
 

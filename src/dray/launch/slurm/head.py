@@ -14,10 +14,12 @@ import os
 import sys
 from contextlib import ExitStack
 
-from dray.config import JobConfig
+from dray.config import JobConfig, JobDraft
 from dray.control import RedisAddress
 from dray.errors import ConfigError
 from dray.launch.display import Display
+from dray.launch.ending import stopped_early
+from dray.launch.entry_points import check_entry_points
 from dray.launch.output import open_output, resume_line
 from dray.launch.signals import SignalInbox
 from dray.launch.site import Elsewhere, Nowhere, Site, chosen_token
@@ -33,7 +35,7 @@ from dray.runtime.exit_codes import ExitCode
 from dray.runtime.job import JobFolder
 from dray.runtime.membership import Role
 from dray.runtime.place import LOOPBACK
-from dray.runtime.process import log_to_stderr
+from dray.runtime.process import adopt_orphans, log_to_stderr
 from dray.transport.lanes import LANES
 
 
@@ -61,6 +63,14 @@ def run_head(task: Task) -> int:
         if state is not None and not state.outcome:
             display.say(resume_line(folder, state))
         display.say(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
+        if state is None or not state.outcome:
+            adopt_orphans()
+            draft, file = JobDraft(config), task.plan.job_file
+            signals = check_entry_points(draft, file, folder.run, inbox, say=display.say)
+            if signals:
+                ending = stopped_early(folder, config.job.name, signals)
+                display.say(ending.reason)
+                return ending.exit_code
         return supervise(config, task.plan.job_file, site, state, inbox, display)
 
 

@@ -175,7 +175,8 @@ class UcxStream(Stream):
         return self.worker.steps if self._sends else None
 
     def close(self) -> None:
-        if self.closed:
+        """See `Stream.close`. After an exception of a signal handler, another call does the rest."""
+        if self._endpoint is None:
             return
         self.closed = True
         self.worker.awaited.discard(self.tag)
@@ -188,9 +189,9 @@ class UcxStream(Stream):
         self._abandoned = self.worker.close_endpoint(self._endpoint, requests)
         for tag in (self.tag, *(tag for _, _, tag in self.expected)):
             self.worker.discard(self.worker.ucx.UCXXTag(tag))
-        self._endpoint = None  # an endpoint keeps its worker alive
         self._sends, self._unsent, self._incoming, self._preamble = [], [], None, None
         self.expected.clear()
+        self._endpoint = None  # an endpoint keeps its worker alive
 
     @property
     def drained(self) -> bool:
@@ -413,7 +414,7 @@ class UcxLane(HostPortLane):
     tagged = True
     ipv4_only = True
     extra = "ucxx"
-    install = "pip install 'dray[ucxx]' (or 'dray[ucxx-cu12]'); no GPU is needed"
+    install = "pip install 'dray-rl[ucxx]' (or 'dray-rl[ucxx-cu12]'); no GPU is needed"
     min_bytes_per_second = 1 << 20
 
     def check(self) -> None:

@@ -169,11 +169,7 @@ class SilentPeers:
 
     def _opened(self, descriptor: int, inode: int) -> bool:
         """Make `_spare` a duplicate of the TCP socket at `descriptor`; False if that is another file by now."""
-        try:
-            os.dup2(descriptor, self._spare.fileno(), inheritable=False)
-            return os.fstat(self._spare.fileno()).st_ino == inode and _is_tcp(self._spare)
-        except OSError:
-            return False
+        return _becomes(self._spare, descriptor, inode)
 
     def _find_lowest_free(self) -> float:
         """The lowest free descriptor, ``inf`` if there is none: it grows with the number of open ones.
@@ -253,15 +249,26 @@ def _sockets() -> Iterator[tuple[int, int]]:
             yield descriptor, found.st_ino
 
 
+def _becomes(sock: socket.socket, descriptor: int, inode: int) -> bool:
+    """Make `sock` a duplicate of the TCP socket at `descriptor`; False if that is another file by now.
+
+    `os.dup` would return a new descriptor, which an exception of a signal handler can lose before it has an owner.
+    """
+    try:
+        os.dup2(descriptor, sock.fileno(), inheritable=False)
+        return os.fstat(sock.fileno()).st_ino == inode and _is_tcp(sock)
+    except OSError:
+        return False
+
+
 def _listening() -> Iterator[socket.socket]:
     """Duplicates of the listening TCP sockets of this process; the caller closes them."""
     for descriptor, inode in _sockets():
         try:
-            sock = socket.socket(fileno=os.dup(descriptor))
-        except OSError:  # another thread has closed it
-            continue
-        same = os.fstat(sock.fileno()).st_ino == inode and _is_tcp(sock)
-        if same and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:  # no descriptor is left
+            return
+        if _becomes(sock, descriptor, inode) and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             yield sock
         else:
             sock.close()

@@ -64,7 +64,7 @@ def require() -> tuple[ModuleType, type]:
         MissingDependencyError: the package is not installed, or does not load.
     """
     if not UCXX_AVAILABLE:
-        raise MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'")
+        raise MissingDependencyError("ucxx", "the ucx lane", "'dray-rl[ucxx]'")
     # Both libraries print what dray reports as typed errors. These variables turn the output on again.
     os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
@@ -73,7 +73,7 @@ def require() -> tuple[ModuleType, type]:
         from ucxx._lib import libucxx
         from ucxx._lib.arr import Array
     except ImportError as error:
-        raise MissingDependencyError("ucxx", "the ucx lane", "'dray[ucxx]'", str(error)) from error
+        raise MissingDependencyError("ucxx", "the ucx lane", "'dray-rl[ucxx]'", str(error)) from error
     return libucxx, Array
 
 

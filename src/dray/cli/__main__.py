@@ -1,0 +1,43 @@
+"""The program `dray`: the command line, or one line that names the extra that is missing.
+
+`import dray` needs three packages; the command line needs those of the extra `jobs` as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import NoReturn, TextIO
+
+from dray import __version__
+from dray.cli.extras import remedy
+from dray.runtime.exit_codes import ExitCode
+from dray.runtime.streams import flush_streams, open_missing_streams
+
+
+def main() -> None:
+    """The entry point of the program. Without the extra only `dray --version` works; all else exits with 2."""
+    try:
+        from dray.cli.app import main as command_line
+    except ModuleNotFoundError as error:
+        line = remedy(error)
+        if line is None:
+            raise
+    else:
+        command_line()
+        return
+    open_missing_streams()
+    if sys.argv[1:2] == ["--version"]:
+        _end(f"dray {__version__}", sys.stdout, ExitCode.OK)
+    _end(f"error: {line}", sys.stderr, ExitCode.CONFIGURATION)
+
+
+def _end(line: str, stream: TextIO, code: ExitCode) -> NoReturn:
+    with suppress(OSError):  # the stream cannot be written: the exit code is what is left to say it
+        print(line, file=stream)
+    flush_streams()
+    sys.exit(int(code))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What is found out before a job is started, by `dray run` and by `dray check`: every mistake at once.
+
+Each check does what the job would do, and undoes it: the folder is made and locked, the port of the controller is
+bound, a ring is made. So both commands print the same lines, and what passes here fails later only if it has
+changed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dray.config import MAX_MISTAKES, JobConfig, JobDraft
+from dray.control import JobKeys, RedisAddress
+from dray.control.embedded import find_redis_binary
+from dray.errors import ConfigError, MissingDependencyError
+from dray.identifiers import PRODUCER_ID_BYTES
+from dray.launch.entry_points import check_entry_points
+from dray.launch.job_redis import answering_server
+from dray.launch.output import open_output
+from dray.launch.signals import SignalInbox
+from dray.private_directory import PrivateDirectory
+from dray.ring.layout import SegmentLayout
+from dray.ring.segment import Segment
+from dray.runtime.address import bind
+from dray.runtime.checkpoint import CheckpointState
+from dray.runtime.job import JobFolder
+from dray.runtime.token_file import check_token_file
+from dray.text import path_of
+from dray.transport.lanes import LANES
+
+
+@dataclass(slots=True)
+class Preparation:
+    """What was found out about a job.
+
+    Attributes:
+        mistakes: every one. With at least one, the job is not started.
+        signals: those that came meanwhile; with them not everything is known.
+        folder: of the run, locked; None if it is one of the mistakes.
+        state: of the checkpoint from which the run is resumed.
+    """
+
+    mistakes: list[ConfigError] = field(default_factory=list)
+    signals: list[signal.Signals] = field(default_factory=list)
+    folder: JobFolder | None = None
+    state: CheckpointState | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that is resumed has finished: there is nothing left to start."""
+        return self.state is not None and bool(self.state.outcome)
+
+
+@contextmanager
+def preparation(
+    draft: JobDraft, job_file: Path, inbox: SignalInbox, *, say: Callable[[str], None], resume: bool = False
+) -> Iterator[Preparation]:
+    """Everything about a job that can be checked before it starts; the run's folder is held until the end.
+
+    A configured Redis server is not asked; `redis_mistakes` does that. To be used in the main thread.
+
+    Args:
+        say: shows a line to the user.
+    """
+    found = Preparation(list(draft.mistakes))
+    with ExitStack() as opened:
+        if _knows_folder(draft, resume=resume):
+            try:
+                found.folder, found.state = opened.enter_context(open_output(draft.config, resume=resume))
+            except ConfigError as error:
+                found.mistakes += error.mistakes
+        if not found.finished:
+            for keys, check in _CHECKS:
+                if draft.knows(*keys):
+                    try:
+                        check(draft.config)
+                    except ConfigError as error:
+                        found.mistakes += error.mistakes
+            try:
+                place = found.folder.run if found.folder is not None else _temporary_folder(opened)
+                found.signals += check_entry_points(draft, job_file, place, inbox, say=say)
+            except ConfigError as error:
+                found.mistakes += error.mistakes
+        yield found
+
+
+def _temporary_folder(opened: ExitStack) -> Path:
+    try:
+        return Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="dray-check-")))
+    except OSError as error:
+        allowed = f"a folder for temporary files is needed ({error.strerror})"
+        raise ConfigError("TMPDIR", os.environ.get("TMPDIR"), allowed, "cannot be used") from error
+
+
+def _knows_folder(draft: JobDraft, *, resume: bool) -> bool:
+    if not draft.knows("job.output") or (resume and not draft.knows("policy.replicas")):
+        return False
+    return draft.config.job.output is not None or draft.knows("job.name")
+
+
+def redis_mistakes(draft: JobDraft, say: Callable[[str], None]) -> tuple[ConfigError, ...]:
+    """What is wrong with a configured Redis server. Waits for it, at most `timeouts.redis` seconds.
+
+    Args:
+        say: shows a line to the user.
+    """
+    if draft.config.redis.url is None or not draft.knows("redis.url"):
+        return ()
+    try:
+        answering_server(draft.config, JobKeys(f"check-{secrets.token_hex(4)}"), say)
+    except ConfigError as error:
+        return error.mistakes
+    return ()
+
+
+def check_job(
+    draft: JobDraft, job_file: Path, say: Callable[[str], None], *, resume: bool = False
+) -> list[signal.Signals]:
+    """Check a job and start nothing of it. Main thread only.
+
+    Args:
+        say: shows a line to the user.
+        resume: whether an earlier run would be resumed.
+
+    Returns:
+        Signals that came meanwhile; with them not everything is known.
+
+    Raises:
+        ConfigError: every mistake is named.
+    """
+    with SignalInbox() as inbox, preparation(draft, job_file, inbox, say=say, resume=resume) as found:
+        pass
+    if not found.signals:
+        raise_mistakes([*found.mistakes, *redis_mistakes(draft, say)])
+    return found.signals
+
+
+def raise_mistakes(mistakes: list[ConfigError]) -> None:
+    """Raise one error about all of `mistakes`, each of which is named once, if there are any."""
+    if mistakes:
+        unique = {each.message: each for each in mistakes}
+        raise ConfigError.of(list(unique.values())[:MAX_MISTAKES])
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def _lane(config: JobConfig) -> None:
+    lane = LANES.get(config.job.lane)
+    if lane is None or config.job.payload_transfer != "ucxx":
+        return
+    try:
+        lane.check()
+    except MissingDependencyError as error:
+        raise ConfigError("job.lane", lane.name, error.message, f"= {lane.name!r} cannot be used") from error
+
+
+def _ring(config: JobConfig) -> None:
+    if config.job.payload_transfer != "ucxx":
+        return
+    layout = SegmentLayout(config.rollout.slots, config.rollout.slot_bytes)
+    try:
+        Segment.create(layout, secrets.token_bytes(PRODUCER_ID_BYTES)).close()
+    except ConfigError as error:
+        if error.key != "slots x slot_bytes":
+            raise
+        key = "rollout.slots x rollout.slot_bytes"
+        raise ConfigError(key, error.value, error.allowed, error.problem) from error
+
+
+def _redis(config: JobConfig) -> None:
+    if config.redis.url is None:
+        find_redis_binary()
+    else:
+        RedisAddress(config.redis.url)
+
+
+def _controller(config: JobConfig) -> None:
+    bind(config.controller.host, config.controller.port).close()
+
+
+def _token_file(config: JobConfig) -> None:
+    if config.controller.token_file is not None:
+        check_token_file(path_of(config.controller.token_file))
+
+
+def _socket_folder(_: JobConfig) -> None:
+    PrivateDirectory().close()
+
+
+_CHECKS: Final[tuple[tuple[tuple[str, ...], Callable[[JobConfig], None]], ...]] = (
+    (("job.lane", "job.payload_transfer"), _lane),
+    (("job.payload_transfer", "rollout.slots", "rollout.slot_bytes"), _ring),
+    (("redis.url",), _redis),
+    (("controller.host", "controller.port"), _controller),
+    (("controller.token_file",), _token_file),
+    ((), _socket_folder),
+)
+"""Each check, with the keys that it reads."""

@@ -1,0 +1,171 @@
+"""Which version a subscriber is told of: the decisions of a `Publisher`. No I/O, no waits.
+
+A subscriber has credit for some announcements, so that a slow one does not make them pile up. While it has credit
+it is told of each version. When it has used all of it, it is told nothing until it gives credit again; then it is
+told of the newest version, whether that is new to it or not. So a subscriber that finds its credit used up knows
+that one announcement follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+
+from dray.protocol.streams import Given, Returned
+from dray.ring.shared_words import SharedWords
+from dray.ring.stream_words import StreamWords
+from dray.streams.delivery import Connection, RingView
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version that was published: its number, its payload's slot, sequence number and size."""
+
+    number: int
+    slot: int
+    sequence: int
+    nbytes: int
+
+
+class Follower:
+    """A subscriber, as its publisher knows it.
+
+    Args:
+        newest: what it belongs to.
+        connection: the connection to it.
+        pid: its process; None if that is not known.
+        words: shared memory, where it leases directly.
+    """
+
+    def __init__(
+        self, newest: NewestDelivery, connection: Connection, *, pid: int | None, words: StreamWords | None
+    ) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.stream_words = words
+        self.active = False
+        self.told: Version | None = None
+        self.waits = True  # it has used up its credit, and is told of the newest version once it gives more
+        self.given = 0
+        self._newest = newest
+        self._credit = 0
+
+    @property
+    def words(self) -> SharedWords | None:
+        """The memory to share with the subscriber."""
+        return None if self.stream_words is None else self.stream_words.shared
+
+    @property
+    def has_credit(self) -> bool:
+        """It may be told of a version."""
+        credit = self._credit if self.stream_words is None else self.stream_words.credit
+        return self.active and credit > self.given
+
+    # --- called by its connection, without the lock -----------------------------------------------------------
+
+    def start(self) -> None:
+        """It has been told that it has subscribed."""
+        with self._newest.lock:
+            self.active = True
+        self._newest.serve()
+
+    def set_credit(self, total: int) -> None:
+        """It may have been told `total` times."""
+        with self._newest.lock:
+            self._credit = total
+        self._newest.serve()
+
+    def begin(self, slot: int, sequence: int, number: int) -> None:
+        """Nothing follows: versions are not handed out to one subscriber alone."""
+
+    def take_back(self, returned: Returned) -> None:
+        """Nothing follows: versions are not handed out to one subscriber alone."""
+
+    def end(self) -> None:
+        """It has ended."""
+        with self._newest.lock:
+            if self in self._newest.followers:
+                self._newest.followers.remove(self)
+                if self.stream_words is not None:
+                    self.stream_words.close()
+
+
+class NewestDelivery:
+    """Announces the newest version to each subscriber. Thread-safe.
+
+    Args:
+        ring: the ring of the versions.
+
+    Attributes:
+        lock: guards everything here.
+        followers: the subscribers.
+        version: the newest version; None before the first.
+    """
+
+    def __init__(self, ring: RingView) -> None:
+        self.lock = threading.Lock()
+        self.followers: list[Follower] = []
+        self.version: Version | None = None
+        self._ring = ring
+        self._numbers = itertools.count(1)
+        self._closed = False
+
+    def publish(self, version: Version) -> None:
+        """Announce a version that was committed."""
+        with self.lock:
+            self.version = version
+            self._tell_all()
+
+    def serve(self) -> None:
+        """Announce the newest version to those that have credit again."""
+        with self.lock:
+            self._tell_all()
+
+    def subscribe(self, connection: Connection, *, pid: int | None, words: StreamWords | None) -> Follower:
+        """A new subscriber, which is told of versions from its `start` on."""
+        follower = Follower(self, connection, pid=pid, words=words)
+        with self.lock:
+            if words is not None:
+                words.pending = True
+            self.followers.append(follower)
+        return follower
+
+    def close(self) -> None:
+        """Announce nothing any more, and tell the subscribers so."""
+        with self.lock:
+            self._closed = True
+            for follower in self.followers:
+                follower.connection.end(0)
+
+    # --- inside, with the lock --------------------------------------------------------------------------------
+
+    def _tell_all(self) -> None:
+        version = self.version
+        if version is None or self._closed:
+            return
+        marked = False
+        for follower in self.followers:
+            self._tell(follower, version)
+            words = follower.stream_words
+            if words is not None and words.pending is not follower.waits:
+                words.pending = follower.waits
+                marked = marked or follower.waits
+        if marked:
+            self._ring.barrier()  # then look once more at the credit
+            for follower in self.followers:
+                if follower.waits:
+                    self._tell(follower, version)
+
+    def _tell(self, follower: Follower, version: Version) -> None:
+        if not follower.has_credit or (follower.told is version and not follower.waits):
+            return
+        try:
+            follower.told = version
+            follower.given += 1
+            follower.waits = not follower.has_credit
+            given = Given(version.slot, version.sequence, version.nbytes, next(self._numbers), version.number)
+            follower.connection.announce(given)
+        except BaseException:
+            follower.connection.abort()
+            raise

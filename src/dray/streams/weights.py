@@ -1,0 +1,386 @@
+"""`Publisher` and `Subscriber`: the newest version of named arrays, such as the weights of a policy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from dray.clock import MONOTONIC, Clock, Deadline
+from dray.errors import BufferClosedError, BufferFullError, ConfigError
+from dray.forking import here
+from dray.payload import Arrays
+from dray.payload.codec import plan
+from dray.protocol.handshake import check_secret
+from dray.protocol.streams import Given
+from dray.resources import Closing
+from dray.ring import SharedRingBuffer
+from dray.streams.addresses import ListenOn, endpoints_of
+from dray.streams.exclusive import Exclusive
+from dray.streams.inbox import Inbox, Report, Wanted
+from dray.streams.newest import Follower, NewestDelivery, Version
+from dray.streams.payload import NamedArrays
+from dray.streams.registry import Registry, checked_name, command_line, default_scope
+from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
+from dray.streams.source import Source
+from dray.transport import PayloadServer
+from dray.transport.service import ConsumerConnection
+
+VERSION_BYTES: Final = 1 << 36
+GROUP: Final = "subscribers"
+_CREDIT: Final = 16
+"""Announcements that may lie at a subscriber that does not look."""
+
+
+class Weights(NamedArrays):
+    """One version of the arrays of a publisher.
+
+    Attributes:
+        version: its number.
+        publisher: the publisher's id: after a restart, numbers may begin again.
+    """
+
+    __slots__ = ("publisher", "version")
+
+    def __init__(self, arrays: Arrays, in_place: bool, *, version: int, publisher: bytes) -> None:
+        super().__init__(arrays, in_place)
+        self.version = version
+        self.publisher = publisher
+
+    def _title(self) -> str:
+        return f"version {self.version}"
+
+
+class Publisher(Closing):
+    """Publishes versions of named arrays under a name. Subscribers get the newest one. A context manager.
+
+    There is one publisher of a name in a scope at a time. The memory holds `versions` versions: while a subscriber
+    still uses the one that is to be replaced, `publish` waits.
+
+    Args:
+        name: 1 to 64 letters, digits, '.', '_' and '-'.
+        versions: how many versions there can be at a time, at least 2.
+        slot_bytes: the size limit of a version; it is no reservation.
+        listen: an address for subscribers on other hosts, as for `Producer`.
+        secret: the secret that subscribers at that address must know, at least 16 random bytes.
+        scope: where the name is known; see `dray.streams.registry.default_scope`.
+        clock: where time comes from.
+
+    Attributes:
+        name, scope: where subscribers find it.
+        id: 16 random bytes that name this publisher.
+        addresses: those for subscribers on other hosts.
+
+    Raises:
+        ConfigError: an argument is not allowed, or another publisher has the name.
+        OutOfResources: no descriptor or memory is left.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        versions: int = 2,
+        slot_bytes: int = VERSION_BYTES,
+        listen: str | Sequence[str] = (),
+        secret: bytes | None = None,
+        scope: str | None = None,
+        clock: Clock = MONOTONIC,
+    ) -> None:
+        self.name = checked_name(name)
+        if versions.__class__ is not int or not 2 <= versions <= 64:
+            raise ConfigError("versions", versions, "an integer from 2 to 64")
+        places = ListenOn.parse(listen)
+        self._mark = here[0]
+        self._closed = False
+        self._last = 0
+        with contextlib.ExitStack() as opened:
+            self._registry = registry = opened.enter_context(Registry(name, scope))
+            registry.lock_publisher()
+            self.scope = registry.scope
+            self._ring = ring = opened.enter_context(
+                SharedRingBuffer(versions, slot_bytes, retain="newest", clock=clock)
+            )
+            self.id = ring.producer_id
+            self._newest = NewestDelivery(RingOfStream(ring))
+            about = {
+                "name": self.name,
+                "producer": ring.producer_id.hex(),
+                "groups": [GROUP],
+                "pid": os.getpid(),
+                "command": command_line(),
+            }
+            self._service = _Service(ring, about, self._newest)
+            self._server = opened.enter_context(
+                PayloadServer(
+                    ring, lane=("shm", *places.lanes), host=places.host, port=places.port, threads=1,
+                    secret=secret, clock=clock, stream=self._service,
+                )
+            )  # fmt: skip
+            local, self.addresses = self._service.addresses(self._server.endpoints)
+            registry.add("p", {**about, "endpoints": local})
+            opened.pop_all()
+        registry.nudge_consumers()
+
+    def publish(
+        self, arrays: Mapping[str, Any], *, version: int | None = None, timeout: float | None = 30.0
+    ) -> int:
+        """Make `arrays` the newest version; returns its number.
+
+        Args:
+            arrays: arrays by name, as for `Producer.put`.
+            version: its number, more than that of the version before; by default one more.
+            timeout: seconds to wait until no subscriber uses the version that is replaced; None for no limit.
+
+        Raises:
+            PayloadError: the arrays cannot be packed, or are too large.
+            BufferFullError: a subscriber did not give up an old version in time; the message names its process.
+            BufferClosedError: the publisher is closed.
+        """
+        if self._closed or here[0] != self._mark:
+            raise BufferClosedError("the publisher is closed, or belongs to the process this one was forked from")
+        number = self._last + 1 if version is None else version
+        if number.__class__ is not int or not self._last < number < 1 << 63:
+            raise ConfigError("version", version, f"an integer of more than {self._last}")
+        packed = plan(arrays)
+        try:
+            writer = self._ring.claim(packed.nbytes, timeout)
+        except BufferFullError as error:
+            users = sorted({lease.pid for lease in self._ring.direct_leases()})
+            who = f"process {', '.join(map(str, users))}" if users else "a subscriber on another host"
+            why = f"{self.name!r}: {who} still uses an older version; raise versions, or copy what is kept"
+            raise BufferFullError(why, elapsed=error.elapsed) from None
+        try:
+            packed.write(writer.buffer)
+            writer.commit()
+            self._newest.publish(Version(number, writer.slot, writer.sequence, packed.nbytes))
+        except BaseException:
+            writer.withdraw()
+            raise
+        self._last = number
+        return number
+
+    @property
+    def version(self) -> int:
+        """The number of the newest version; 0 before the first."""
+        return self._last
+
+    @property
+    def subscribers(self) -> int:
+        """How many are attached."""
+        return len(self._newest.followers)
+
+    def close(self) -> None:
+        """End the stream. Arrays that subscribers hold stay valid. Twice is fine."""
+        if self._closed or here[0] != self._mark:
+            return
+        self._closed = True
+        self._registry.close()
+        self._newest.close()
+        self._server.close()
+        self._ring.close()
+        self._service.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"version {self._last}"
+        return f"<Publisher {self.name!r} {state}>"
+
+
+class Subscriber(Closing):
+    """Gets the newest version of a publisher's arrays. A context manager.
+
+    It can be pickled. In each process, also in a forked one, it attaches at its first use there.
+
+    Args:
+        stream: the name of a publisher of this user on this host, or its address on another host.
+        secret: the secret of the publisher at an address.
+        scope: where the name is known; see `dray.streams.registry.default_scope`.
+        direct: use versions in the memory of a publisher on this host where that is possible.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+    """
+
+    def __init__(
+        self, stream: str, *, secret: bytes | None = None, scope: str | None = None, direct: bool = True
+    ) -> None:
+        check_secret(secret)
+        name, endpoints = endpoints_of(stream)
+        self._wanted = Wanted(
+            name=name and checked_name(name),
+            scope="" if not name else default_scope() if scope is None else scope,
+            endpoints=endpoints,
+            group=GROUP,
+            secret=secret,
+            direct=direct,
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._exclusive = Exclusive()
+        self._inbox: _NewestInbox | None = None
+        self._closed = False
+        self._mark = here[0]
+
+    def newest(self, after: int | Weights | None = None, *, timeout: float | None = 30.0) -> Weights:
+        """The newest version.
+
+        Args:
+            after: wait for a version with a higher number, or, if `Weights` are given, for one that is newer than
+                these: of the same publisher with a higher number, or of another publisher.
+            timeout: seconds; None for no limit.
+
+        Raises:
+            StreamTimeout: none came in time; the message states what was waited for.
+            TransportError: a version could not be read in time.
+        """
+        deadline = Deadline.after(timeout)
+        report = Report(MONOTONIC)
+        with self._exclusively():
+            inbox = self._opened()
+            while True:
+                inbox.ask()
+                found = inbox.newest()
+                if found is not None and _is_newer(*found, after):
+                    source, given = found
+                    read = source.read(given)
+                    if read is not None:
+                        arrays, in_place = read
+                        return Weights(arrays, in_place, version=given.deliveries, publisher=source.producer)
+                    inbox.forget(given)  # a newer version has replaced it
+                inbox.wait(deadline, report)
+
+    def __enter__(self) -> Self:
+        with self._exclusively():
+            self._opened()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subscription in this process, also while another thread waits in it. Twice is fine.
+
+        Arrays that it has returned stay valid.
+        """
+        if here[0] != self._mark:
+            return
+        self._closed = True
+        inbox = self._inbox
+        if inbox is not None:
+            inbox.interrupt()
+        with self._exclusive:
+            inbox, self._inbox = self._inbox, None
+            if inbox is not None:
+                inbox.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (self._wanted,)
+
+    def __repr__(self) -> str:
+        return f"<Subscriber of {self._wanted}{', closed' if self._closed else ''}>"
+
+    def _exclusively(self) -> Exclusive:
+        if here[0] != self._mark:
+            self._reset()
+        return self._exclusive
+
+    def _opened(self) -> _NewestInbox:
+        if self._inbox is None and not self._closed:
+            self._inbox = _NewestInbox(self._wanted)
+        if self._closed:  # tested last: `close` in another thread may not have seen the inbox
+            raise BufferClosedError("the subscriber is closed")
+        assert self._inbox is not None
+        return self._inbox
+
+
+def _remake(wanted: Wanted) -> Subscriber:
+    subscriber = Subscriber.__new__(Subscriber)
+    subscriber._wanted = wanted  # noqa: SLF001
+    subscriber._reset()  # noqa: SLF001
+    return subscriber
+
+
+def _is_newer(source: Source, given: Given, after: int | Weights | None) -> bool:
+    if after is None:
+        return True
+    if isinstance(after, Weights):
+        return source.producer != after.publisher or given.deliveries > after.version
+    return given.deliveries > after
+
+
+class _NewestInbox(Inbox):
+    """Keeps the announcement that came last of each publisher; see `dray.streams.newest`."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._expecting: set[Source] = set()
+        self._news = False
+        super().__init__(wanted)
+
+    def ask(self) -> None:
+        """Give credit; where it was used up, an announcement follows."""
+        self.receive()
+        for source in self.sources:
+            self._give_credit(source)
+
+    def newest(self) -> tuple[Source, Given] | None:
+        """What was announced last, unless an announcement is expected."""
+        return None if self._expecting or not self.queue else self.queue[-1]
+
+    def has_news(self) -> bool:
+        return self._news
+
+    def wait(self, deadline: Deadline, report: Report) -> None:
+        self._news = False
+        super().wait(deadline, report)
+
+    def forget(self, given: Given) -> None:
+        """A version is gone: a newer one follows."""
+        if self.queue and self.queue[-1][1] is given:
+            self.queue.pop()
+
+    def _attached_to(self, source: Source) -> None:
+        self._give_credit(source)
+
+    def _take_in(self, source: Source, given: Given) -> None:
+        source.received += 1
+        self._expecting.discard(source)
+        self._news = True
+        self.queue.clear()
+        self.queue.append((source, given))
+
+    def _dropped(self, source: Source) -> None:
+        self._expecting.discard(source)
+
+    def _raise_credit(self) -> list[Source]:
+        return []
+
+    def _give_credit(self, source: Source) -> None:
+        subscription = source.subscription
+        if subscription.credit == source.received:
+            self._expecting.add(source)
+            subscription.set_credit(source.received + _CREDIT)
+            if subscription.pending:
+                subscription.ring()
+        else:
+            subscription.set_credit(source.received + _CREDIT)
+
+
+class _Service(StreamServer):
+    """The stream of versions, for its server."""
+
+    def __init__(self, ring: SharedRingBuffer, about: Mapping[str, Any], newest: NewestDelivery) -> None:
+        super().__init__(ring, about)
+        self._newest = newest
+
+    def subscribe(self, connection: ConsumerConnection, reader: int) -> Follower:
+        self.log_attached(connection, reader)
+        pid = connection.stream.peer_pid
+        return self._newest.subscribe(ServedConsumer(connection, reader), pid=pid, words=self.words(connection))
+
+    def serve(self) -> None:
+        self._newest.serve()
