@@ -471,8 +471,8 @@ class Inbox(Closing):
         self.queue.extend(kept)
         self._dropped(source)
         source.close()
-        if not place.ended:
-            place.source = None
+        self._reads.forget(source.producer)
+        place.source = None
 
     # --- producers --------------------------------------------------------------------------------------------
 
