@@ -215,8 +215,9 @@ class Consumer(Closing):
                 if isinstance(one, Payload):
                     one.acknowledge()
                 else:
-                    deadline = Deadline.after(30.0)
-                    inbox.find(one.producer, deadline).acknowledge(one, None)
+                    source = inbox.find(one.producer, Deadline.after(30.0))
+                    if source is not None:
+                        source.acknowledge(one, None)
                 self._acknowledged += 1
 
     # --- state ------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from dray.errors import (
     SchemaError,
     StreamTimeout,
     TransportError,
+    Unreachable,
 )
 from dray.forking import descriptor_not_inherited
 from dray.payload import Arrays
@@ -108,6 +109,7 @@ class _Place:
         due: when that is.
         failure: why the last one failed.
         ended: the producer there has closed its stream.
+        refused: no process listens there.
     """
 
     endpoints: tuple[str, ...]
@@ -118,6 +120,7 @@ class _Place:
     due: float = -math.inf
     failure: str | None = None
     ended: bool = False
+    refused: bool = False
     source: Source | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -147,6 +150,7 @@ class Inbox(Closing):
         self.attached = self.ended = self.lost = self.returned = 0
         self.closing = False
         self._clock = clock
+        self._gone: set[bytes] = set()  # those at whose address there is another one now
         self._missing = 0  # producers that have died, less those that have come since
         self.sources: deque[Source] = deque()
         self._by_descriptor: dict[int, _Place] = {}
@@ -258,23 +262,31 @@ class Inbox(Closing):
             return not self.sources and all(place.ended for place in self._places)
         return all(place.ended for place in self._places)
 
-    def source_of(self, producer: bytes) -> Source | None:
-        """The source of a producer that is attached, also of one that has ended."""
-        for place in self._places:
-            if place.source is not None and place.source.producer == producer:
-                return place.source
-        return None
-
-    def find(self, producer: bytes, deadline: Deadline) -> Source:
-        """The source of a producer; waits until it is attached.
+    def find(self, producer: bytes, deadline: Deadline) -> Source | None:
+        """The source of a producer; None if the producer is gone. It waits while it may still attach.
 
         Raises:
             StreamTimeout: the deadline came first.
         """
         report = Report(self._clock)
-        while (source := self.source_of(producer)) is None:
+        while True:
+            for source in self.sources:
+                if source.producer == producer:
+                    return source
+            if self._is_gone(producer):
+                return None
+            if deadline.expired:
+                raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
             self.wait(deadline, report)
-        return source
+
+    def _is_gone(self, producer: bytes) -> bool:
+        """A producer has ended or died: its payloads are gone."""
+        if self._registry is not None:  # a producer is registered before it hands out anything
+            self._find_producers()
+            return all(place.producer != producer or place.ended for place in self._places)
+        return producer in self._gone or any(
+            place.producer == producer and (place.ended or place.refused) for place in self._places
+        )
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -535,7 +547,9 @@ class Inbox(Closing):
             return
         if subscription.attachment is not None:
             self._reads.add(subscription.attachment)
-        place.producer = subscription.producer
+        if place.producer not in (ANY_PRODUCER, subscription.producer):
+            self._gone.add(place.producer)
+        place.producer, place.refused = subscription.producer, False
         place.source = source = Source(subscription, str(place), self._reads, self._client)
         place.failure, place.retry = None, RETRY_SECONDS
         self._by_descriptor[subscription.fileno()] = place
@@ -548,6 +562,7 @@ class Inbox(Closing):
 
     def _retry(self, place: _Place, error: DrayError) -> None:
         place.failure = str(error)
+        place.refused = isinstance(error, Unreachable) and error.refused
         place.due = self._clock.now() + place.retry
         place.retry = min(2 * place.retry, MAX_RETRY_SECONDS)
 
