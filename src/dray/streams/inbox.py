@@ -110,6 +110,7 @@ class _Place:
         failure: why the last one failed.
         ended: the producer there has closed its stream.
         refused: no process listens there.
+        failed: the connection to it has failed, and there was no other one since.
     """
 
     endpoints: tuple[str, ...]
@@ -121,6 +122,7 @@ class _Place:
     failure: str | None = None
     ended: bool = False
     refused: bool = False
+    failed: bool = False
     source: Source | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -461,13 +463,18 @@ class Inbox(Closing):
         if self._registry is not None and place.peer is not None:
             if any(peer.entry == place.peer.entry for peer in self._registry.peers("p")):
                 self._retry(place, error)
+                place.failed = True  # a process that dies may still have its lock
                 return
             self._places.remove(place)
+            place.failure = str(error)
         else:
             self._retry(place, error)
+        self._count_lost(place)
+
+    def _count_lost(self, place: _Place) -> None:
         self.lost += 1
         self._missing += 1
-        logger.warning("%s: %s has died: %s", str(self.wanted), str(place), str(error))
+        logger.warning("%s: %s has died: %s", str(self.wanted), str(place), place.failure)
 
     def _drop(self, place: _Place) -> None:
         """End a subscription; its producer has ended, or gives what was not begun to others."""
@@ -497,11 +504,11 @@ class Inbox(Closing):
                 if peer.entry not in known:
                     self._places.append(self._place_of(peer))
             alive = {peer.entry for peer in peers}
-            self._places = [
-                place
-                for place in self._places
-                if place.source is not None or place.peer is None or place.peer.entry in alive
-            ]
+            for place in list(self._places):
+                if place.source is None and place.peer is not None and place.peer.entry not in alive:
+                    self._places.remove(place)
+                    if place.failed and not place.ended:
+                        self._count_lost(place)
         self._connect_due()
 
     def _place_of(self, peer: Peer) -> _Place:
@@ -549,7 +556,7 @@ class Inbox(Closing):
             self._reads.add(subscription.attachment)
         if place.producer not in (ANY_PRODUCER, subscription.producer):
             self._gone.add(place.producer)
-        place.producer, place.refused = subscription.producer, False
+        place.producer, place.refused, place.failed = subscription.producer, False, False
         place.source = source = Source(subscription, str(place), self._reads, self._client)
         place.failure, place.retry = None, RETRY_SECONDS
         self._by_descriptor[subscription.fileno()] = place
