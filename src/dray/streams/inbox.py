@@ -286,6 +286,7 @@ class Inbox(Closing):
         if self._registry is not None:  # a producer is registered before it hands out anything
             self._find_producers()
             return all(place.producer != producer or place.ended for place in self._places)
+        self._connect_due()
         return producer in self._gone or any(
             place.producer == producer and (place.ended or place.refused) for place in self._places
         )
