@@ -16,6 +16,7 @@ SLURM_TEST_ARGS ?=
 BENCH_ARGS ?=
 MINUTES ?= 2
 SOAK_ARGS ?=
+STORM_ARGS ?=
 FUZZ_ARGS ?=
 MUTANTS_ARGS ?=
 LOWEST_ARGS ?=
@@ -36,7 +37,7 @@ BIN := .venv/bin
 PARALLEL := -n $(WORKERS) --maxschedchunk 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak stress flood fuzz jobs chain endurance devmode mutants mutmut lowest pythons wheel clean docs
+.PHONY: help demo grpo check test test-slurm lint format bench bench-peers exchange simulate model soak storm stress flood fuzz jobs chain endurance devmode mutants mutmut lowest pythons wheel clean docs
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +89,9 @@ model: .venv/dev.stamp ## every interleaving of small scenarios of direct leases
 
 soak: .venv/dev.stamp ## producers and consumers under random faults (MINUTES=2): a table, and outputs/soak.json
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --json outputs/soak.json $(SOAK_ARGS)
+
+storm: .venv/dev.stamp ## streams whose processes are killed, stopped and started at random (MINUTES=2, STORM_ARGS): outputs/streams.json
+	PYTHONPATH=tests $(BIN)/python -m soak.streams --minutes $(MINUTES) --json outputs/streams.json $(STORM_ARGS)
 
 stress: .venv/dev.stamp ## direct leases against a ring that wraps all the time, under faults (LEASES=2000000, STRESS_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m stress --leases $(LEASES) --json outputs/stress.json $(STRESS_ARGS)

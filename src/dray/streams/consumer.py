@@ -16,8 +16,8 @@ from dray.payload import PayloadSchema
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
 from dray.streams.addresses import endpoints_of
-from dray.streams.exclusive import Exclusive
 from dray.streams.event_loop import Readable
+from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox, Report, Wanted
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text

@@ -9,6 +9,7 @@ An act that was begun and whose end is not in the journal may have happened or n
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -147,7 +148,9 @@ class _Check:
         history = [f"    {use}" for use in uses]
         if source is not None:
             state = "killed " + _time(source.member.killed) if source.member.killed else "not killed"
-            history.insert(0, f"    {source.member.name}: {state}, closed {_time(source.closed)}, lost {source.lost}")
+            history.insert(
+                0, f"    {source.member.name}: {state}, closed {_time(source.closed)}, lost {source.lost}"
+            )
         self.account.problems.append("\n".join([f"{kind}: {text}", *history]))
 
     # --- journals ---------------------------------------------------------------------------------------------
@@ -209,10 +212,10 @@ class _Check:
             self._uses[session.group, payload].append(use)
             session.uses[payload] = use
             return
-        use = session.uses.get(payload)
-        if use is None:
+        if payload not in session.uses:
             assert session.member.offset, "only a round that has ended has the beginning"
             return
+        use = session.uses[payload]
         if kind in "ar":
             use.left, use.maybe = at, kind == "a"
         elif kind == "A":
@@ -234,7 +237,7 @@ class _Check:
             if first.deliveries > 1 and not self._has_reason(group, source, payload, first):
                 text = f"{payload} of group {group} is marked, and no consumer has had it before"
                 self._problem("redelivered without a reason", text, uses, source)
-            for before, after in zip(uses, uses[1:], strict=False):
+            for before, after in itertools.pairwise(uses):
                 self._check_pair(group, payload, before, after)
             if sum(use.acknowledged is not None for use in uses) > 1:
                 self._problem("acknowledged twice", f"{payload} of group {group}", uses, source)
@@ -282,7 +285,8 @@ class _Check:
                     continue
                 if sequence < newest.get(producer, -1):
                     if self._was_alone(session, last[producer].got, use.got):
-                        text = f"{session} got {producer}/{sequence} after {newest[producer]}, both for the first time"
+                        both = f"{producer}/{sequence} after {newest[producer]}, both for the first time"
+                        text = f"{session} got {both}"
                         self._problem("out of order", text, [last[producer], use])
                     else:
                         self.account.counts["overtaken among several consumers"] += 1
@@ -303,7 +307,9 @@ class _Check:
         counts = self.account.counts
         for source in self._sources.values():
             if source.closing and source.closed:
-                self.account.longest_drain = max(self.account.longest_drain, (source.closed - source.closing) / 1e9)
+                self.account.longest_drain = max(
+                    self.account.longest_drain, (source.closed - source.closing) / 1e9
+                )
             if source.closed and source.lost:
                 self._problem("lost at an orderly end", f"{source.member.name}: {source.lost}: {source.why}")
             for sequence, (number, _) in source.put.items():

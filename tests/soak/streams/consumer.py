@@ -88,7 +88,8 @@ class Session:
             style, "manual" if manual else "next",
             prefetch=rng.choice((1, 2, 2, 2, 3, 8)), direct=not by_address and rng.random() < 0.85,
             steps=rng.choice((1, 3, 30, 300, 10**9)), batch=batch,
-            kept=rng.choice((0, 0, 1, 4, 12)), held=rng.choice((0, 0, 1, 5)) if manual and style is not Style.ITERATE else 0,
+            kept=rng.choice((0, 0, 1, 4, 12)),
+            held=rng.choice((0, 0, 1, 5)) if manual and style is not Style.ITERATE else 0,
             failing=rng.choice((0.0, 0.0, 0.02)), releasing=rng.choice((0.0, 0.02, 0.2)) if manual else 0.0,
             work=rng.choice((0.0, 0.0, 0.001, 0.02)),
             closed_after=rng.uniform(0.1, 2.0) if rng.random() < 0.1 else 0.0,
@@ -287,7 +288,7 @@ class _Process:
                 self._journal.write("W", "kept:", error)
 
     def _acknowledge(self, consumer: Consumer, session: Session, new: bool) -> None:
-        """With manual acknowledgement: acknowledge or give back in any order. Some wait as long as new ones come."""
+        """With manual acknowledgement: acknowledge or give back in any order; some wait while new ones come."""
         pending, rng = self._pending, self._rng
         while len(pending) > (session.held if new else 0):
             payload = pending.pop(rng.randrange(len(pending)))

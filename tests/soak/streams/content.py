@@ -68,4 +68,4 @@ def check(arrays: Mapping[str, Any]) -> None:
 
 
 def _checksum(key: int, number: int, body: np.ndarray[Any, Any]) -> int:
-    return xxhash.xxh3_64_intdigest(body, seed=key << 40 | number)
+    return xxhash.xxh3_64_intdigest(body.data, seed=key << 40 | number)

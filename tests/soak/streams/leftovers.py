@@ -45,9 +45,9 @@ def leftovers(runtime: Path, living: Set[int]) -> list[str]:
         if not _belongs(path, runtime, living):
             found.append(str(path.relative_to(runtime)))
     for line in Path("/proc/net/unix").read_text().splitlines():
-        path = line.split(" ")[-1]
-        if path.startswith(str(runtime)) and not Path(path).exists():
-            found.append(f"socket {path}")
+        name = line.split(" ")[-1]
+        if name.startswith(str(runtime)) and not Path(name).exists():
+            found.append(f"socket {name}")
     return found + [str(path) for path in _SHARED_MEMORY.glob("dray*")]
 
 
