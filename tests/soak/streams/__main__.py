@@ -32,7 +32,7 @@ def main(
     stop: Annotated[bool, typer.Option("--stop", help="End with the first round that shows a fault.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep journals and logs even if all is well.")] = False,
 ) -> None:
-    """Run a storm; exit code 1 if a payload is wrong, lost or handed out as it must not be, or anything is left."""
+    """Run a storm; exit code 1 if a payload is wrong, lost or handed out wrongly, or anything is left behind."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     console = Console(highlight=False)
     if ways not in _WAYS:

@@ -48,6 +48,10 @@ class Journal:
         line = " ".join((kind, str(at or time.monotonic_ns()), *map(str, fields)))
         os.write(self._descriptor, line.replace("\n", " | ").encode() + b"\n")
 
+    def close(self) -> None:
+        """Once."""
+        os.close(self._descriptor)
+
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
     """The lines from an offset on. A last line without its end is ignored."""
