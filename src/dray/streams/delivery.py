@@ -200,9 +200,12 @@ class Recipient:
 
     def start(self) -> None:
         """It has been told that it has subscribed."""
-        with self._delivery.lock:
+        delivery = self._delivery
+        with delivery.lock:
             self.active = True
-        self._delivery.serve()
+            if delivery.lost is not None:
+                self.connection.end(delivery.lost)
+        delivery.serve()
 
     def set_credit(self, total: int) -> None:
         """It may have been given `total` payloads so far."""
@@ -259,6 +262,7 @@ class Delivery:
         lock: guards everything here.
         groups: by reader id.
         dead: payloads that were given up, for the owner to take.
+        lost: once it is closed, how many payloads are lost.
     """
 
     def __init__(
@@ -272,14 +276,14 @@ class Delivery:
         self._clock = clock
         self._numbers = itertools.count(1)
         self._due = math.inf
-        self._closed = False
+        self.lost: int | None = None
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
     def add(self, slot: int, sequence: int, nbytes: int) -> None:
         """Hand out a payload that was committed."""
         with self.lock:
-            if self._closed:
+            if self.lost is not None:
                 raise BufferClosedError("the stream is closed")
             for group in self.groups:
                 item = Item(slot, sequence, nbytes)
@@ -307,11 +311,12 @@ class Delivery:
     def close(self, lost: int) -> None:
         """Hand out nothing any more, and tell the consumers, with the number of payloads that are lost."""
         with self.lock:
-            self._closed = True
+            self.lost = lost
             for group in self.groups:
                 group.waiting.clear()
                 for recipient in group.recipients:
-                    recipient.connection.end(lost)
+                    if recipient.active:  # the others get it behind the answer to SUBSCRIBE
+                        recipient.connection.end(lost)
 
     # --- consumers --------------------------------------------------------------------------------------------
 
@@ -410,6 +415,8 @@ class Delivery:
                 Given(item.slot, item.sequence, item.nbytes, item.number, item.deliveries)
             )
         except BaseException:
+            if item.state is State.WAITING:  # it still waits, for another consumer
+                recipient.items.pop(item.sequence, None)
             recipient.connection.abort()
             raise
 
@@ -426,12 +433,12 @@ class Delivery:
         finished = self._ring.has_finished
         for item in list(recipient.items.values()):
             if finished(item.slot, item.sequence, recipient.reader):
+                del recipient.items[item.sequence]  # first: an exception of a signal handler may come in between
                 item.apply(Event.FINISH)
-                del recipient.items[item.sequence]
 
     def _come_back(self, group: Group, items: Sequence[Item]) -> None:
         """Put payloads at the head of the queue, unless they are done or were handed out too often."""
-        if self._closed:
+        if self.lost is not None:
             return
         back = []
         for item in items:
