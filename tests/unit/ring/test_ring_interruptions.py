@@ -1,16 +1,14 @@
 """A signal handler may raise in the middle of an operation of a ring: no slot is lost, and no count is wrong."""
 
-import dis
 import functools
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
+import interruptions
 import pytest
 from direct_consumers import attach
 
@@ -21,58 +19,7 @@ from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import direct_problem
 
 FOLDER = str(Path(dray.ring.__file__).parent)
-
-
-@functools.cache
-def interruptible(code: CodeType) -> frozenset[int]:
-    """Offsets of the bytecodes before which CPython runs signal handlers: at the start, after calls, in loops.
-
-    Left out are those whose exception handler is another one than that of the call.
-    """
-    handlers = dis.Bytecode(code).exception_entries
-
-    def guarded_by(offset: int) -> list[int]:
-        return [each.target for each in handlers if each.start <= offset < each.end]
-
-    instructions = list(dis.get_instructions(code))
-    found = {each.argval for each in instructions if each.opname.startswith("JUMP_BACKWARD")}
-    for before, after in itertools.pairwise(instructions):
-        if before.opname.startswith(("RESUME", "CALL")) and guarded_by(before.offset) == guarded_by(after.offset):
-            found.add(after.offset)
-    return frozenset(found)
-
-
-def in_del(frame: FrameType | None) -> bool:
-    """What a signal handler raises there, or in the callback of a weak reference, is lost: Python ignores it."""
-    while frame is not None and frame.f_code.co_name not in ("__del__", "_unmap_dead"):
-        frame = frame.f_back
-    return frame is not None
-
-
-def interrupted(call: Callable[[], None], moment: int) -> bool:
-    """Run `call` and raise `KeyboardInterrupt` at the n-th moment in `dray.ring`; false if there are fewer."""
-    left = moment
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if not frame.f_code.co_filename.startswith(FOLDER) or in_del(frame):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode" and frame.f_lasti in interruptible(frame.f_code):
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+interrupted = functools.partial(interruptions.interrupted, folder=FOLDER)
 
 
 def put(ring: SharedRingBuffer) -> None:
