@@ -23,19 +23,22 @@ class FakeRing:
         finished: (sequence, reader) of the payloads that are consumed or gone.
         at_barrier: called at each barrier.
         barriers: how many there were.
+        barriers_fail: they fail.
     """
 
     def __init__(self) -> None:
         self.finished: set[tuple[int, int]] = set()
         self.barriers = 0
+        self.barriers_fail = False
         self.at_barrier: Callable[[], None] = lambda: None
 
     def has_finished(self, slot: int, sequence: int, reader: int) -> bool:
         return (sequence, reader) in self.finished
 
-    def barrier(self) -> None:
+    def barrier(self) -> bool:
         self.barriers += 1
         self.at_barrier()
+        return not self.barriers_fail
 
 
 class ConsumerEnd:

@@ -354,9 +354,10 @@ class _Ring:
         self.has_finished = ring.is_stale
         self._ring = ring
 
-    def barrier(self) -> None:
+    def barrier(self) -> bool:
         with contextlib.suppress(BufferClosedError):
-            self._ring.direct().barriers.pass_one()
+            return self._ring.direct().barriers.pass_one()
+        return False
 
 
 class _Connection:
@@ -388,6 +389,7 @@ class _Service:
         self._give_up = give_up
         with needing("the bell of a stream"):
             self.bell = Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        delivery.wake = lambda: os.eventfd_write(self.bell.fileno(), 1)
 
     @property
     def remaining(self) -> float:

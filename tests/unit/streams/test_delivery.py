@@ -206,6 +206,17 @@ def test_credit_that_comes_before_the_barrier_is_seen_after_it() -> None:
     assert not consumer.words.pending
 
 
+def test_after_a_barrier_that_has_failed_the_credit_is_looked_at_again() -> None:
+    stream = Stream()
+    consumer = stream.consumer(direct=True)
+    stream.ring.barriers_fail = True
+    stream.add(0)
+    consumer.raise_credit(1)  # too late for the second look; pending was not seen
+    assert stream.delivery.remaining == RECHECK_SECONDS
+    stream.later(RECHECK_SECONDS)
+    assert consumer.sequences == [0]
+
+
 def test_without_shared_words_there_is_no_barrier() -> None:
     stream = Stream()
     stream.consumer()
@@ -347,6 +358,35 @@ def test_a_payload_that_is_begun_at_the_last_moment_stays() -> None:
     slow.give_back(slow.announced[0])  # so the consumer returns it
     assert taken(stream, slow) == []
     assert other.sequences == [1, 0]
+
+
+def test_nothing_is_taken_back_with_a_barrier_that_has_failed() -> None:
+    stream = Stream()
+    slow, other = stream.consumer(1, direct=True), stream.consumer(direct=True)
+    stream.add(0)
+    other.raise_credit(1)
+    stream.ring.barriers_fail = True
+    stream.later(BEGIN_SECONDS)
+    assert other.sequences == []
+    assert stream.delivery.remaining == RECHECK_SECONDS
+    assert slow.begin(slow.announced[0])
+    stream.later(RECHECK_SECONDS)
+    assert other.sequences == []
+
+
+def test_the_server_is_woken_when_the_first_hand_out_sets_a_time() -> None:
+    stream = Stream()
+    woken: list[float] = []
+    stream.delivery.wake = lambda: woken.append(stream.delivery.remaining)
+    consumer = stream.consumer(3)
+    stream.add(0, 1)
+    assert woken == [BEGIN_SECONDS]
+    stream.finish(0, 1)
+    stream.later(BEGIN_SECONDS)
+    assert stream.delivery.remaining == math.inf
+    stream.add(2)
+    assert woken == [BEGIN_SECONDS] * 2
+    assert consumer.sequences == [0, 1, 2]
 
 
 @BOTH
