@@ -271,7 +271,8 @@ class StreamModel(Model):
                     partial(producer.receive, consumer=number),
                 ),
             ]
-        for actor in (producer, *self.receivers):
+        actors: list[StreamProducer | StreamConsumer] = [producer, *self.receivers]
+        for actor in actors:
             found.append(
                 Transition(
                     f"processor of {actor.name}",
