@@ -15,9 +15,8 @@ import logging
 import math
 import os
 import select
-import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -39,11 +38,9 @@ from dray.ring.consumer_events import Descriptor
 from dray.streams.payload import Payload
 from dray.streams.registry import Nudges, Peer, Registry
 from dray.streams.source import Source
+from dray.streams.surroundings import SURROUNDINGS, Surroundings
 from dray.transport import PayloadClient
 from dray.transport.direct_reads import DirectReads
-from dray.transport.lanes.base import Network
-from dray.transport.polling import AdaptivePoller
-from dray.transport.receive_buffers import ReceiveBuffers
 from dray.transport.subscription import Subscription
 
 logger = logging.getLogger("dray.streams")
@@ -130,6 +127,7 @@ class Inbox(Closing):
     Args:
         wanted: what the consumer wants.
         clock: where time comes from.
+        surroundings: the process and the host.
 
     Attributes:
         queue: hand-outs that are not begun.
@@ -141,7 +139,9 @@ class Inbox(Closing):
         closing: `interrupt` was called.
     """
 
-    def __init__(self, wanted: Wanted, clock: Clock = MONOTONIC) -> None:
+    def __init__(
+        self, wanted: Wanted, clock: Clock = MONOTONIC, surroundings: Surroundings = SURROUNDINGS
+    ) -> None:
         self.wanted = wanted
         self.queue: deque[tuple[Source, streams.Given]] = deque()
         self.attached = self.ended = self.lost = self.returned = 0
@@ -155,19 +155,21 @@ class Inbox(Closing):
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
-        self._network = Network()
-        self._reads = DirectReads(0, wanted.direct, ReceiveBuffers(), lock=threading.Lock(), clock=clock)
+        self._surroundings = surroundings
+        self._network = network = surroundings.network()
+        buffers = network.receive_buffers()
+        self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
         with contextlib.ExitStack() as opened, needing("a consumer"):
-            self._epoll = opened.enter_context(contextlib.closing(select.epoll()))
+            self._epoll = opened.enter_context(contextlib.closing(surroundings.epoll()))
             descriptor_not_inherited(self, Inbox.fileno)
             self._wake = opened.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._epoll.register(self._wake.fileno(), select.EPOLLIN)
-            self._poll: AdaptivePoller[list[tuple[int, int]]] = AdaptivePoller(self._epoll.poll)
+            self._poll: Callable[[float | None], list[tuple[int, int]]] = surroundings.poller(self._epoll)
             self._registry: Registry | None = None
             self._nudges: Nudges | None = None
             if wanted.name:
-                self._registry = opened.enter_context(Registry(wanted.name, wanted.scope))
-                self._nudges = opened.enter_context(Nudges())
+                self._registry = opened.enter_context(surroundings.registry(wanted.name, wanted.scope))
+                self._nudges = opened.enter_context(surroundings.nudges())
                 self._epoll.register(self._nudges.fileno(), select.EPOLLIN)
                 about = {"group": wanted.group, "nudges": self._nudges.path}
                 self._registry.add("c", about)
@@ -555,7 +557,7 @@ class Inbox(Closing):
         """For payloads that are not leased in place."""
         client = self._clients.get(reader)
         if client is None:
-            client = self._clients[reader] = PayloadClient(secret=self.wanted.secret, reader=reader, direct=False)
+            client = self._clients[reader] = self._surroundings.client(self.wanted.secret, reader)
         return client
 
     def _warn_of_copies(self, arrays: Arrays) -> None:

@@ -100,6 +100,8 @@ class Source(Closing):
             PayloadFormatError: its bytes are not arrays.
         """
         if not self.subscription.begin(given):
+            # The producer may have seen that it was begun, and left it to this consumer.
+            self.give_back(given, begun=False)
             self.gone += 1
             return None
         try:
