@@ -152,6 +152,7 @@ class PayloadDataset(IterableDataset[Batch], Closing):
         )  # fmt: skip
         self._reading = copy.copy(self._acknowledging)
         self._read_in = 0  # the mark of the process in which `_reading` has handed out payloads
+        self._outstanding: set[PayloadId] = set()  # what it has handed out here, without workers
         self._payloads = 0
         self._trained: dict[PayloadId, None] = {}
         self._resumed: _ResumedEpoch | None = None
@@ -161,9 +162,11 @@ class PayloadDataset(IterableDataset[Batch], Closing):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if self._read_in == here[0]:
-            self._give_back()
+            if worker is not None or self._outstanding:
+                self._give_back()
         else:
             self._read_in = here[0]
+            self._outstanding.clear()
             self._reading = copy.copy(self._reading)
             if worker is not None:
                 _call_after_parent(self.close)
@@ -175,7 +178,9 @@ class PayloadDataset(IterableDataset[Batch], Closing):
                 return
             taken += 1
             sample = self._sample(payload)
-            del payload
+            if worker is None:
+                self._outstanding.add(payload.id)
+            del payload  # its slot is not in use while the trainer works
             yield sample
 
     def _sample(self, payload: Payload) -> Batch:
@@ -194,6 +199,7 @@ class PayloadDataset(IterableDataset[Batch], Closing):
         if self._reading.ready or self._reading.producers:
             self._reading.close()
             self._reading = copy.copy(self._reading)
+        self._outstanding.clear()
 
     def _limit(self, worker: WorkerInfo | None) -> int | None:
         """How many payloads this process may take in this epoch."""
@@ -222,7 +228,7 @@ class PayloadDataset(IterableDataset[Batch], Closing):
             TransportError: a producer on another host could not be reached.
         """
         ids = _ids_of(batch)
-        self._acknowledging.acknowledge(ids)
+        self._acknowledge(ids)
         for each in ids:
             if each not in self._trained:
                 self._payloads += 1
@@ -249,7 +255,7 @@ class PayloadDataset(IterableDataset[Batch], Closing):
             StreamTimeout, TransportError: as for `acknowledge`.
         """
         ids = [each for each in _ids_in(state) if each in self._trained]
-        self._acknowledging.acknowledge(ids)
+        self._acknowledge(ids)
         for each in ids:
             del self._trained[each]
 
@@ -273,11 +279,15 @@ class PayloadDataset(IterableDataset[Batch], Closing):
         """
         if state.get("version") != STATE_VERSION:
             raise ConfigError("version", state.get("version"), f"{STATE_VERSION}, as `state_dict` returns it")
-        self._acknowledging.acknowledge(_ids_in(state))
+        self._acknowledge(_ids_in(state))
         self._payloads = int(state["payloads"])
         self._trained.clear()
         done = 0 if self.payloads_per_epoch is None else self._payloads % self.payloads_per_epoch
         self._resumed = _ResumedEpoch(done) if done else None
+
+    def _acknowledge(self, ids: Sequence[PayloadId]) -> None:
+        self._acknowledging.acknowledge(ids)
+        self._outstanding.difference_update(ids)
 
     def close(self) -> None:
         """End the consumers of this process. Twice is fine."""
