@@ -428,6 +428,7 @@ class Inbox(Closing):
             self.queue.append((source, given))
         else:
             self.returned += 1
+            source.subscription.set_credit(source.received)  # first: else it would come again
             source.give_back(given, begun=False)
 
     def _attached_to(self, source: Source) -> None:

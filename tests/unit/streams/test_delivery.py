@@ -114,6 +114,7 @@ def test_what_comes_back_is_handed_out_before_what_waits(direct: bool) -> None:
     stream = Stream()
     first = stream.consumer(3, direct=direct)
     stream.add(0, 1, 2, 3, 4)
+    first.raise_credit(-2)
     for given in (first.announced[2], first.announced[1]):
         first.give_back(given)
     second = stream.consumer(9, direct=direct)
