@@ -296,7 +296,7 @@ def _wait(members: list[Member], seconds: float) -> list[str]:
     """Wait for their ends; what is wrong with these. What does not end writes its stacks, and is killed."""
     until = time.monotonic() + seconds
     problems = []
-    while not _all_reaped(members) and time.monotonic() < until:
+    while not all([member.reap() for member in members]) and time.monotonic() < until:
         time.sleep(TICK)
     late = [member for member in members if not member.reap()]
     for member in late:
