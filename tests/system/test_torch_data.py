@@ -107,7 +107,10 @@ def test_epochs_have_as_many_payloads_as_asked_for_and_each_comes_once(
 
 def test_spawned_workers_transform_collate_and_resume_for_another_epoch(scope: str) -> None:
     found = []
-    with producing(scope, 16) as producer, PayloadDataset("rollouts", scope=scope, payloads_per_epoch=8) as dataset:
+    with (
+        producing(scope, 16) as producer,
+        PayloadDataset("rollouts", scope=scope, payloads_per_epoch=8) as dataset,
+    ):
         loader = DataLoader(dataset, batch_size=4, collate_fn=Collate(padded), **SPAWNED)
         for _ in range(2):
             for batch in loader:
