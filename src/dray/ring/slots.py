@@ -470,14 +470,11 @@ class SlotTable:
             for slot in self.live.values():
                 if slot.state is not _WRITING and not slot.retired:
                     direct.publish(slot.index, slot.sequence)
-                for reader in range(self._readers):
-                    if slot.consumed_by >> reader & 1:
-                        direct.mark_consumed(slot.index, slot.sequence, reader)
-            self.direct = direct
-            # All that wait have the doorbell rung from now on.
-            self._claimable.notify_all()
-            for slot in self.live.values():
+                for reader in (each for each in range(self._readers) if slot.consumed_by >> each & 1):
+                    direct.mark_consumed(slot.index, slot.sequence, reader)
                 slot.wake()
+            self.direct = direct
+            self._claimable.notify_all()  # all threads that wait have the doorbell rung from now on
         return self.direct
 
     def count_servers(self, change: int) -> None:
