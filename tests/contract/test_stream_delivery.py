@@ -471,11 +471,28 @@ def test_a_forked_child_is_a_consumer_of_its_own(route: Route) -> None:
 
         def consume(found: int) -> None:
             with consumer:
-                os.write(found, bytes([number(consumer.get(SECONDS))]))
+                mine = number(consumer.get(SECONDS))
+            os.write(found, bytes([mine]))
 
         with forked(consume) as (_, reading):
             wait_for_consumers(producer, 2)
             put_numbers(producer, 1, first=1)
             put_numbers(producer, 1, first=2)
-            both = {number(consumer.get(SECONDS)), os.read(reading, 1)[0]}
+            both = {os.read(reading, 1)[0], number(consumer.get(SECONDS))}
         assert both == {1, 2}
+
+
+def test_payloads_are_acknowledged_and_released_while_another_thread_waits(route: Route) -> None:
+    with route.producer() as producer, route.consumer(ack="manual") as consumer:
+        put_numbers(producer, 2)
+        first, second = consumer.get(SECONDS), consumer.get(SECONDS)
+        with in_thread(lambda: consumer.get(SECONDS)) as got:
+            second.release()
+            again = got()
+            assert again.id == second.id
+        with in_thread(lambda: consumer.get(SECONDS)) as got:
+            consumer.acknowledge([first, again.id])
+            producer.put(number=2, timeout=SECONDS)
+            third = got()
+        assert number(third) == 2
+        third.acknowledge()

@@ -21,10 +21,16 @@ from dray.streams.inbox import Inbox, Report, Wanted
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text
 from dray.streams.registry import checked_name, default_scope
+from dray.streams.source import Source
 
 Acknowledge = Literal["next", "manual"]
 
 MAX_PREFETCH = 4096
+
+FIND_SECONDS = 30.0
+"""Time limit for finding the producer of a payload that is acknowledged by its id."""
+
+_NEVER = Deadline.after(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +123,11 @@ class Consumer(Closing):
     def __next__(self) -> Payload:
         with self._exclusively():
             inbox = self._begin_call()
-            payload = self._next(inbox, Deadline.after(None))
+            payload = self._next(inbox, _NEVER)
             if payload is None:
                 raise StopIteration
             self._current = [payload]
+            inbox.in_hand = None
             return payload
 
     def get(self, timeout: float | None = 30.0) -> Payload:
@@ -155,6 +162,7 @@ class Consumer(Closing):
             try:
                 while len(found) < n and (payload := self._next(inbox, deadline)) is not None:
                     found.append(payload)
+                    inbox.in_hand = None
             except BaseException:
                 self._held = found
                 raise
@@ -178,6 +186,7 @@ class Consumer(Closing):
                 if payload is not None:
                     self._count(payload)
                     self._current = [payload]
+                    inbox.in_hand = None
                     return payload
                 if inbox.finished:
                     raise StopAsyncIteration
@@ -191,7 +200,7 @@ class Consumer(Closing):
         """How many payloads can be taken without waiting, as far as that is known."""
         with self._exclusively():
             inbox = self._opened()
-            inbox.receive()
+            inbox.look()
             return len(inbox.queue) + len(self._held)
 
     # --- their end --------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ class Consumer(Closing):
     def acknowledge(self, payload: Payload | PayloadId | Iterable[Payload | PayloadId]) -> None:
         """The group has consumed a payload, or several: they are handed out no more, and their slots become free.
 
-        What is gone already is not an error.
+        What is gone already is not an error. Another thread may wait for payloads meanwhile.
 
         Args:
             payload: payloads, or their ids. An id may have come from another process of this user.
@@ -209,15 +218,20 @@ class Consumer(Closing):
             TransportError: a producer on another host could not be reached.
         """
         each: Iterable[Payload | PayloadId] = (payload,) if isinstance(payload, Payload | PayloadId) else payload
-        with self._exclusively():
-            inbox = self._opened()
-            for one in each:
-                if isinstance(one, Payload):
-                    one.acknowledge()
-                else:
-                    deadline = Deadline.after(30.0)
-                    inbox.find(one.producer, deadline).acknowledge(one, None)
-                self._acknowledged += 1
+        for one in each:
+            if isinstance(one, Payload):
+                one.acknowledge()
+            else:
+                self._source_of(one).acknowledge(one, None)
+            self._acknowledged += 1
+
+    def _source_of(self, payload: PayloadId) -> Source:
+        """The producer of a payload. Another thread may wait in this consumer meanwhile."""
+        inbox = self._inbox
+        if inbox is None or here[0] != self._mark or (source := inbox.source_of(payload.producer)) is None:
+            with self._exclusively():
+                return self._opened().find(payload.producer, Deadline.after(FIND_SECONDS))
+        return source
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -284,6 +298,8 @@ class Consumer(Closing):
     def _begin_call(self) -> Inbox:
         """The inbox; what the calls before it have handed out is acknowledged."""
         inbox = self._opened()
+        if inbox.in_hand is not None:
+            inbox.give_back_lost()
         self._acknowledge_current()
         return inbox
 
@@ -322,7 +338,7 @@ class Consumer(Closing):
 
     def _opened(self) -> Inbox:
         if self._inbox is None and not self._closed:
-            self._inbox = Inbox(self._wanted)
+            self._inbox = Inbox(self._wanted, exclusive=self._exclusive)
         if self._closed:  # tested last: `close` in another thread may not have seen the inbox
             raise BufferClosedError("the consumer is closed")
         assert self._inbox is not None

@@ -1,7 +1,7 @@
 """`Inbox`: what a consumer does in one process. It finds producers, asks for payloads, and waits for them.
 
-Every method needs the consumer's lock, except `interrupt`. No thread is started: the sockets are looked at when
-the program asks for a payload.
+Every method needs the consumer's lock, except `interrupt` and `release`. No thread is started: the sockets are
+looked at when the program asks for a payload.
 
 How many payloads a producer may give is its *credit*. While the program works on a payload, the credit of all
 producers together is `prefetch` less what was given and not begun. While the consumer waits, each producer has a
@@ -35,6 +35,7 @@ from dray.protocol import streams
 from dray.protocol.handshake import ANY_PRODUCER
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
+from dray.streams.exclusive import Exclusive
 from dray.streams.payload import Payload
 from dray.streams.registry import Nudges, Peer, Registry
 from dray.streams.source import Source
@@ -128,6 +129,7 @@ class Inbox(Closing):
         wanted: what the consumer wants.
         clock: where time comes from.
         surroundings: the process and the host.
+        exclusive: the lock that every method but `interrupt` and `release` needs.
 
     Attributes:
         queue: hand-outs that are not begun.
@@ -137,16 +139,26 @@ class Inbox(Closing):
         lost: those that have died.
         returned: hand-outs that were given back because there were enough.
         closing: `interrupt` was called.
+        in_hand: a hand-out on its way to the program: after an exception of a signal handler it goes back.
     """
 
     def __init__(
-        self, wanted: Wanted, clock: Clock = MONOTONIC, surroundings: Surroundings = SURROUNDINGS
+        self,
+        wanted: Wanted,
+        clock: Clock = MONOTONIC,
+        surroundings: Surroundings = SURROUNDINGS,
+        exclusive: Exclusive | None = None,
     ) -> None:
         self.wanted = wanted
+        self._exclusive = exclusive or Exclusive()
         self.queue: deque[tuple[Source, streams.Given]] = deque()
         self.attached = self.ended = self.lost = self.returned = 0
         self.closing = False
+        self.in_hand: tuple[Source, streams.Given] | None = None
         self._clock = clock
+        self._due = math.inf  # when the next attempt to connect is made
+        self._driven: list[_Place] = []  # those whose streams have a worker
+        self._returns: deque[tuple[Source, streams.Given]] = deque()
         self._missing = 0  # producers that have died, less those that have come since
         self.sources: deque[Source] = deque()
         self._by_descriptor: dict[int, _Place] = {}
@@ -186,23 +198,46 @@ class Inbox(Closing):
         """The next payload that has been given to this consumer; None if there is none. It does not wait."""
         queue = self.queue
         while queue or self.receive():
-            source, given = queue.popleft()
+            self.in_hand = source, given = queue[0]
+            queue.popleft()
             if self._spread_credit():
                 self._poll_now()  # several were asked: what is too much goes back
             payload = source.take(given, self._warn_of_copies)
             if payload is not None:
                 return payload
+        self.in_hand = None
         return None
+
+    def release(self, source: Source, given: streams.Given) -> None:
+        """Return a payload that the program had, from any thread: a thread that uses this inbox does it."""
+        self._returns.append((source, given))
+        if self._exclusive.enter_now():
+            with self._exclusive.leaving():
+                self._send_returns()
+        else:
+            self._wake_up()
+
+    def give_back_lost(self) -> None:
+        """Return the payload that an exception of a signal handler has kept from the program."""
+        if self.in_hand is not None:
+            (source, given), self.in_hand = self.in_hand, None
+            source.give_back(given, begun=True)
 
     def receive(self) -> bool:
         """Take in what has come; True if a payload was given."""
         if len(self._by_descriptor) == 1:  # cheaper than to ask which one it is
             (place,) = self._by_descriptor.values()
             self._receive(place)
-        if not self.queue:
+        else:
             self._poll_now()
-        self._connect_due()
+        if self._due != math.inf:
+            self._connect_due()
         return bool(self.queue)
+
+    def look(self) -> None:
+        """Take in what has come from all producers, and find new ones."""
+        self.receive()
+        self._poll_now()
 
     def wait(self, deadline: Deadline, report: Report) -> None:
         """Wait until something has happened that concerns this consumer.
@@ -235,14 +270,11 @@ class Inbox(Closing):
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
-        for place in self._by_descriptor.values():
+        for place in self._driven:
             if place.source is not None and not place.source.subscription.arm():
                 self._receive(place)
                 return 0.0
-        due = min(
-            (place.due for place in self._places if place.source is None and not place.ended), default=math.inf
-        )
-        return max(0.0, due - self._clock.now())
+        return math.inf if self._due == math.inf else max(0.0, self._due - self._clock.now())
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
@@ -320,9 +352,7 @@ class Inbox(Closing):
     def interrupt(self) -> None:
         """End a wait in another thread; no lock is needed."""
         self.closing = True
-        number = self._wake.fileno()
-        if number >= 0:
-            os.eventfd_write(number, 1)
+        self._wake_up()
 
     def close(self) -> None:
         """End all subscriptions. Twice is fine."""
@@ -400,10 +430,24 @@ class Inbox(Closing):
         for descriptor, _ in self._epoll.poll(0):
             self._handle(descriptor)
 
+    def _wake_up(self) -> None:
+        number = self._wake.fileno()
+        if number >= 0:
+            os.eventfd_write(number, 1)
+
+    def _send_returns(self) -> None:
+        while self._returns:
+            source, given = self._returns.popleft()
+            source.give_back(given, begun=True)
+
     def _handle(self, descriptor: int) -> None:
         place = self._by_descriptor.get(descriptor)
         if place is not None:
             self._receive(place)
+        elif descriptor == self._wake.fileno():
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(descriptor)
+            self._send_returns()
         elif self._nudges is not None and descriptor == self._nudges.fileno():
             self._nudges.take()
             self._find_producers()
@@ -464,6 +508,8 @@ class Inbox(Closing):
         """End a subscription; its producer has ended, or gives what was not begun to others."""
         source = place.source
         assert source is not None
+        if place in self._driven:
+            self._driven.remove(place)
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
         self.sources.remove(source)
@@ -513,12 +559,14 @@ class Inbox(Closing):
         return groups.index(self.wanted.group)
 
     def _connect_due(self) -> None:
-        if not self._places:
-            return
         now = self._clock.now()
+        self._due = math.inf
         for place in self._places:
-            if place.source is None and not place.ended and place.due <= now:
-                self._connect(place)
+            if place.source is None and not place.ended:
+                if place.due <= now:
+                    self._connect(place)
+                if place.source is None:
+                    self._due = min(self._due, place.due)
 
     def _connect(self, place: _Place) -> None:
         wanted = self.wanted
@@ -539,10 +587,14 @@ class Inbox(Closing):
         if subscription.attachment is not None:
             self._reads.add(subscription.attachment)
         place.producer = subscription.producer
-        place.source = source = Source(subscription, str(place), self._reads, self._client)
+        place.source = source = Source(
+            subscription, str(place), self._reads, client=self._client, release=self.release
+        )
         place.failure, place.retry = None, RETRY_SECONDS
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)
+        if subscription.driven:
+            self._driven.append(place)
         self.sources.append(source)
         self.attached += 1
         self._missing = max(0, self._missing - 1)
@@ -552,6 +604,7 @@ class Inbox(Closing):
     def _retry(self, place: _Place, error: DrayError) -> None:
         place.failure = str(error)
         place.due = self._clock.now() + place.retry
+        self._due = min(self._due, place.due)
         place.retry = min(2 * place.retry, MAX_RETRY_SECONDS)
 
     def _client(self, reader: int) -> PayloadClient:

@@ -148,6 +148,11 @@ class Subscription(Closing):
     # --- out --------------------------------------------------------------------------------------------------
 
     @property
+    def driven(self) -> bool:
+        """Before each wait for `fileno`, `arm` is needed."""
+        return self._worker is not None
+
+    @property
     def direct(self) -> bool:
         """Credit is a word in shared memory, and payloads are leased in place."""
         return self._words is not None
