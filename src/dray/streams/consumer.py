@@ -16,6 +16,7 @@ from dray.payload import PayloadSchema
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
 from dray.streams.addresses import endpoints_of
+from dray.streams.event_loop import Readable
 from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox, Report, Wanted
 from dray.streams.payload import Payload
@@ -109,6 +110,7 @@ class Consumer(Closing):
     def _reset(self) -> None:
         self._exclusive = Exclusive()
         self._inbox: Inbox | None = None
+        self._waiting: Readable | None = None
         self._current: list[Payload] = []
         self._held: list[Payload] = []  # taken by a `batch` that did not get all of its payloads in time
         self._closed = False
@@ -123,7 +125,7 @@ class Consumer(Closing):
     def __next__(self) -> Payload:
         with self._exclusively():
             inbox = self._begin_call()
-            payload = self._next(inbox, _NEVER)
+            payload = self._held.pop(0) if self._held else self._next(inbox, _NEVER)
             if payload is None:
                 raise StopIteration
             self._current = [payload]
@@ -182,9 +184,8 @@ class Consumer(Closing):
         while True:
             with self._exclusively():
                 self._check(inbox)
-                payload = self._held.pop(0) if self._held else inbox.pop()
+                payload = self._held.pop(0) if self._held else self._pop(inbox)
                 if payload is not None:
-                    self._count(payload)
                     self._current = [payload]
                     inbox.in_hand = None
                     return payload
@@ -192,8 +193,13 @@ class Consumer(Closing):
                     raise StopAsyncIteration
                 report.log(inbox)
                 timeout = min(inbox.prepare_to_wait(), report.remaining(bool(inbox.producers)))
-            if timeout:
-                await _readable(inbox.fileno(), timeout)
+                waiting = Readable(inbox.fileno()) if timeout else None
+                self._waiting = waiting
+            if waiting is not None:
+                try:
+                    await waiting.wait(timeout)
+                finally:
+                    waiting.close()
 
     @property
     def ready(self) -> int:
@@ -222,16 +228,20 @@ class Consumer(Closing):
             if isinstance(one, Payload):
                 one.acknowledge()
             else:
-                self._source_of(one).acknowledge(one, None)
+                source = self._source_of(one)
+                if source is not None:
+                    source.acknowledge(one, None)
             self._acknowledged += 1
 
-    def _source_of(self, payload: PayloadId) -> Source:
-        """The producer of a payload. Another thread may wait in this consumer meanwhile."""
+    def _source_of(self, payload: PayloadId) -> Source | None:
+        """The producer of a payload; None if it is gone. Another thread may wait in this consumer meanwhile."""
         inbox = self._inbox
-        if inbox is None or here[0] != self._mark or (source := inbox.source_of(payload.producer)) is None:
-            with self._exclusively():
-                return self._opened().find(payload.producer, Deadline.after(FIND_SECONDS))
-        return source
+        if inbox is not None and here[0] == self._mark:
+            for source in tuple(inbox.sources):
+                if source.producer == payload.producer:
+                    return source
+        with self._exclusively():
+            return self._opened().find(payload.producer, Deadline.after(FIND_SECONDS))
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -280,6 +290,8 @@ class Consumer(Closing):
             inbox, self._inbox = self._inbox, None
             if inbox is None:
                 return
+            if self._waiting is not None:
+                self._waiting.interrupt()
             with contextlib.closing(inbox):
                 if acknowledge and self._ack == "next":
                     for payload in self._current:
@@ -316,20 +328,22 @@ class Consumer(Closing):
 
     def _next(self, inbox: Inbox, deadline: Deadline) -> Payload | None:
         """The next payload; None at the end of the stream."""
-        payload = inbox.pop()
+        payload = self._pop(inbox)
         if payload is None:
             report = Report(MONOTONIC)
             while payload is None:
                 if inbox.finished:
                     return None
                 inbox.wait(deadline, report)
-                payload = inbox.pop()
-        self._count(payload)
+                payload = self._pop(inbox)
         return payload
 
-    def _count(self, payload: Payload) -> None:
-        self._payloads += 1
-        self._redelivered += payload.redelivered
+    def _pop(self, inbox: Inbox) -> Payload | None:
+        payload = inbox.pop()
+        if payload is not None:
+            self._payloads += 1
+            self._redelivered += payload.redelivered
+        return payload
 
     def _exclusively(self) -> Exclusive:
         if here[0] != self._mark:  # a forked child attaches as a consumer of its own
@@ -355,22 +369,3 @@ def _remake(wanted: Wanted, ack: Acknowledge) -> Consumer:
     consumer._ack = ack  # noqa: SLF001
     consumer._reset()  # noqa: SLF001
     return consumer
-
-
-async def _readable(descriptor: int, timeout: float) -> None:
-    """Wait in the running event loop until a descriptor is readable, or until the time is over."""
-    import asyncio  # not needed by programs without an event loop
-
-    loop = asyncio.get_running_loop()
-    waiter = loop.create_future()
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    loop.add_reader(descriptor, wake)
-    try:
-        await asyncio.wait((waiter,), timeout=None if timeout == float("inf") else timeout)
-    finally:
-        loop.remove_reader(descriptor)
-        waiter.cancel()

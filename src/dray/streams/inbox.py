@@ -28,6 +28,7 @@ from dray.errors import (
     SchemaError,
     StreamTimeout,
     TransportError,
+    Unreachable,
 )
 from dray.forking import descriptor_not_inherited
 from dray.payload import Arrays
@@ -106,6 +107,8 @@ class _Place:
         due: when that is.
         failure: why the last one failed.
         ended: the producer there has closed its stream.
+        refused: no process listens there.
+        failed: the connection to it has failed, and there was no other one since.
     """
 
     endpoints: tuple[str, ...]
@@ -116,6 +119,8 @@ class _Place:
     due: float = -math.inf
     failure: str | None = None
     ended: bool = False
+    refused: bool = False
+    failed: bool = False
     source: Source | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -159,6 +164,7 @@ class Inbox(Closing):
         self._due = math.inf  # when the next attempt to connect is made
         self._driven: list[_Place] = []  # those whose streams have a worker
         self._returns: deque[tuple[Source, streams.Given]] = deque()
+        self._gone: set[bytes] = set()  # those at whose address there is another one now
         self._missing = 0  # producers that have died, less those that have come since
         self.sources: deque[Source] = deque()
         self._by_descriptor: dict[int, _Place] = {}
@@ -292,23 +298,32 @@ class Inbox(Closing):
             return not self.sources and all(place.ended for place in self._places)
         return all(place.ended for place in self._places)
 
-    def source_of(self, producer: bytes) -> Source | None:
-        """The source of a producer that is attached, also of one that has ended."""
-        for place in self._places:
-            if place.source is not None and place.source.producer == producer:
-                return place.source
-        return None
-
-    def find(self, producer: bytes, deadline: Deadline) -> Source:
-        """The source of a producer; waits until it is attached.
+    def find(self, producer: bytes, deadline: Deadline) -> Source | None:
+        """The source of a producer; None if the producer is gone. It waits while it may still attach.
 
         Raises:
             StreamTimeout: the deadline came first.
         """
         report = Report(self._clock)
-        while (source := self.source_of(producer)) is None:
+        while True:
+            for source in self.sources:
+                if source.producer == producer:
+                    return source
+            if self._is_gone(producer):
+                return None
+            if deadline.expired:
+                raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
             self.wait(deadline, report)
-        return source
+
+    def _is_gone(self, producer: bytes) -> bool:
+        """A producer has ended or died: its payloads are gone."""
+        if self._registry is not None:  # a producer is registered before it hands out anything
+            self._find_producers()
+            return all(place.producer != producer or place.ended for place in self._places)
+        self._connect_due()
+        return producer in self._gone or any(
+            place.producer == producer and (place.ended or place.refused) for place in self._places
+        )
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -496,13 +511,18 @@ class Inbox(Closing):
         if self._registry is not None and place.peer is not None:
             if any(peer.entry == place.peer.entry for peer in self._registry.peers("p")):
                 self._retry(place, error)
+                place.failed = True  # a process that dies may still have its lock
                 return
             self._places.remove(place)
+            place.failure = str(error)
         else:
             self._retry(place, error)
+        self._count_lost(place)
+
+    def _count_lost(self, place: _Place) -> None:
         self.lost += 1
         self._missing += 1
-        logger.warning("%s: %s has died: %s", str(self.wanted), str(place), str(error))
+        logger.warning("%s: %s has died: %s", str(self.wanted), str(place), place.failure)
 
     def _drop(self, place: _Place) -> None:
         """End a subscription; its producer has ended, or gives what was not begun to others."""
@@ -520,8 +540,8 @@ class Inbox(Closing):
         self.queue.extend(kept)
         self._dropped(source)
         source.close()
-        if not place.ended:
-            place.source = None
+        self._reads.forget(source.producer)
+        place.source = None
 
     # --- producers --------------------------------------------------------------------------------------------
 
@@ -534,11 +554,11 @@ class Inbox(Closing):
                 if peer.entry not in known:
                     self._places.append(self._place_of(peer))
             alive = {peer.entry for peer in peers}
-            self._places = [
-                place
-                for place in self._places
-                if place.source is not None or place.peer is None or place.peer.entry in alive
-            ]
+            for place in list(self._places):
+                if place.source is None and place.peer is not None and place.peer.entry not in alive:
+                    self._places.remove(place)
+                    if place.failed and not place.ended:
+                        self._count_lost(place)
         self._connect_due()
 
     def _place_of(self, peer: Peer) -> _Place:
@@ -586,7 +606,9 @@ class Inbox(Closing):
             return
         if subscription.attachment is not None:
             self._reads.add(subscription.attachment)
-        place.producer = subscription.producer
+        if place.producer not in (ANY_PRODUCER, subscription.producer):
+            self._gone.add(place.producer)
+        place.producer, place.refused, place.failed = subscription.producer, False, False
         place.source = source = Source(
             subscription, str(place), self._reads, client=self._client, release=self.release
         )
@@ -603,6 +625,7 @@ class Inbox(Closing):
 
     def _retry(self, place: _Place, error: DrayError) -> None:
         place.failure = str(error)
+        place.refused = isinstance(error, Unreachable) and error.refused
         place.due = self._clock.now() + place.retry
         self._due = min(self._due, place.due)
         place.retry = min(2 * place.retry, MAX_RETRY_SECONDS)

@@ -73,6 +73,12 @@ class DirectReads(Closing):
             else:
                 self._attachments[producer] = attachment
 
+    def forget(self, producer: bytes) -> None:
+        """Begin no more leases of payloads of a producer. Those that have begun last, with the memory."""
+        with self._lock:
+            if producer in self._attachments:
+                self._forget(producer)
+
     def lease(self, ref: PayloadRef) -> DirectLease | None:
         """Lease a payload; None if that needs its server.
 

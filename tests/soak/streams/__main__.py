@@ -61,7 +61,7 @@ def main(
             console.print(
                 f"round {index}, {plan.way.value}: {outcome.processes} processes, "
                 f"{outcome.faults.total()} faults, {outcome.account.counts['payloads put']:,} payloads, "
-                f"{outcome.seconds:.0f} s: {verdict}",
+                f"{outcome.seconds:.0f} s, longest drain {outcome.account.longest_drain:.1f} s: {verdict}",
                 style="red" if outcome.account.problems else "",
             )
     finally:

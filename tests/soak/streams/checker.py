@@ -21,6 +21,9 @@ from soak.streams.plan import ConsumerPlan
 TAKEN_BACK_SECONDS: Final = 29
 """A consumer that was stopped for so long may have lost what it had not begun."""
 
+NOTICED_NS: Final = 2_000_000_000
+"""Within this time, a producer that is not stopped has learned that a consumer has ended."""
+
 Identity: TypeAlias = tuple[str, int]
 """The producer's id and the sequence number of a payload."""
 
@@ -98,8 +101,8 @@ class Source:
     begun: dict[int, int] = field(default_factory=dict)  # number -> when `put` began
     put: dict[int, tuple[int, int]] = field(default_factory=dict)  # sequence -> (number, when `put` had returned)
     refused: set[int] = field(default_factory=set)
-    closing: bool = False
-    closed: bool = False
+    closing: int | None = None
+    closed: int | None = None
     lost: int = 0
     why: str = ""
 
@@ -110,6 +113,7 @@ class Account:
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    longest_drain: float = 0.0
 
 
 def check(members: Iterable[Member], groups: tuple[str, ...]) -> Account:
@@ -143,7 +147,9 @@ class _Check:
         history = [f"    {use}" for use in uses]
         if source is not None:
             state = "killed " + _time(source.member.killed) if source.member.killed else "not killed"
-            history.insert(0, f"    {source.member.name}: {state}, closed {source.closed}, lost {source.lost}")
+            history.insert(
+                0, f"    {source.member.name}: {state}, closed {_time(source.closed)}, lost {source.lost}"
+            )
         self.account.problems.append("\n".join([f"{kind}: {text}", *history]))
 
     # --- journals ---------------------------------------------------------------------------------------------
@@ -165,9 +171,9 @@ class _Check:
                 source.refused.add(int(fields[0]))
                 counts["puts refused by a full ring"] += 1
             elif kind == "C":
-                source.closing = True
+                source.closing = at
             elif kind == "E":
-                source.closed, source.lost, source.why = True, int(fields[0]), " ".join(fields[1:])
+                source.closed, source.lost, source.why = at, int(fields[0]), " ".join(fields[1:])
 
     def _read_consumer(self, member: Member) -> None:
         session: Session | None = None
@@ -253,7 +259,8 @@ class _Check:
         put = 0
         if source is not None:
             number, _ = source.put.get(payload[1], (-1, 0))
-            put = source.begun.get(number, 0)
+            stopped = sum(stop[1] - stop[0] for stop in source.member.stops if len(stop) == 2)
+            put = source.begun.get(number, 0) - NOTICED_NS - stopped  # it may have learned late of an end
         closed = [
             (each.closed, each.gone or each.member.ended)
             for each in self._sessions
@@ -297,6 +304,10 @@ class _Check:
     def _check_payloads(self) -> None:
         counts = self.account.counts
         for source in self._sources.values():
+            if source.closing and source.closed:
+                self.account.longest_drain = max(
+                    self.account.longest_drain, (source.closed - source.closing) / 1e9
+                )
             if source.closed and source.lost:
                 self._problem("lost at an orderly end", f"{source.member.name}: {source.lost}: {source.why}")
             for sequence, (number, _) in source.put.items():
