@@ -173,7 +173,11 @@ class Inbox(Closing):
                 about = {"group": wanted.group, "nudges": self._nudges.path}
                 self._registry.add("c", about)
             opened.pop_all()
-        self._find_producers()
+        try:
+            self._find_producers()
+        except BaseException:
+            self.close()
+            raise
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
@@ -437,9 +441,12 @@ class Inbox(Closing):
         self._sources.remove(source)
         self._past[0] += source.copies
         self._past[1] += source.gone
-        self.queue = deque(each for each in self.queue if each[0] is not source)
+        kept = [each for each in self.queue if each[0] is not source]
+        self.queue.clear()
+        self.queue.extend(kept)
         self._favoured = [each for each in self._favoured if each is not source]
         source.close()
+        self._reads.drop(source.producer)  # else a later connection to it would not be used for leases
         if not place.ended:
             place.source = None
 

@@ -73,6 +73,12 @@ class DirectReads(Closing):
             else:
                 self._attachments[producer] = attachment
 
+    def drop(self, producer: bytes) -> None:
+        """Begin no more leases with the attachment to a producer, if there is one. Those that have begun last."""
+        with self._lock:
+            if producer in self._attachments:
+                self._forget(producer)
+
     def lease(self, ref: PayloadRef) -> DirectLease | None:
         """Lease a payload; None if that needs its server.
 
