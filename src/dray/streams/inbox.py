@@ -56,6 +56,9 @@ FIRST_REPORT_SECONDS: Final = 5.0
 REPORT_SECONDS: Final = 30.0
 """A wait without a producer is reported after the first, any other wait after the second, and so on."""
 
+SEND_AGAIN_SECONDS: Final = 0.05
+"""Time before another attempt to send what a connection had no room for."""
+
 RING_AGAIN_SECONDS: Final = 0.002
 """The producers whose payloads wait for credit are woken a few at a time, so that not all of them send at once.
 The next ones follow if nothing comes from the first within this time."""
@@ -229,14 +232,17 @@ class Inbox(Closing):
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
+        latest = math.inf
         for place in self._by_descriptor.values():
             if place.source is not None and not place.source.subscription.arm():
                 self._receive(place)
                 return 0.0
+            if place.source is not None and place.source.subscription.unsent:
+                latest = SEND_AGAIN_SECONDS
         due = min(
             (place.due for place in self._places if place.source is None and not place.ended), default=math.inf
         )
-        return max(0.0, due - self._clock.now())
+        return max(0.0, min(latest, due - self._clock.now()))
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
