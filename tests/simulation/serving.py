@@ -212,7 +212,8 @@ class SimulatedServer:
         if not self.ring.closed and not self.ring.changing:
             live = [lease for loop in self.loops for lease in loop.leases()]
             self.books.check(live, self.ring.words, self.ring.due)
-            if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls:
+            # A consumer of a stream may connect to another producer between an acknowledgement and its wait.
+            if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls and self.stream is None:
                 self.books.check_late_looks(self.kernel.scheduler.now(), self.deaf)
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 from dray.errors import BufferClosedError
 from dray.protocol import PayloadRef, streams
 from dray.resources import Closing
+from dray.ring.consumer_events import Descriptor
 from dray.ring.stream_words import StreamWords
-from dray.streams.delivery import Delivery, Recipient
+from dray.streams.delivery import Delivery, Recipient, State
 from dray.streams.registry import Peer
 from dray.transport.service import ConsumerConnection
 from simulation.scheduler import Process, Signal
@@ -130,7 +131,7 @@ class SimulatedStream:
 
     Attributes:
         bell: by which consumers ask for `serve`.
-        delivery: decides.
+        delivery: its decisions.
         recipients: the consumers that have subscribed so far.
     """
 
@@ -138,7 +139,8 @@ class SimulatedStream:
         kernel, settings = server.kernel, server.settings
         self._server = server
         self._scheduler = kernel.scheduler
-        self.bell = SimulatedStreamBell(kernel, server.process)
+        bell = SimulatedStreamBell(kernel, server.process)
+        self.bell: Descriptor = bell
         self.delivery = Delivery(
             settings.groups,
             _Ring(server),
@@ -146,7 +148,7 @@ class SimulatedStream:
             clock=kernel.scheduler.clock,
             lock=server.machine.lock(),
         )
-        self.delivery.wake = self.bell.ring
+        self.delivery.wake = bell.ring
         self.recipients: list[Recipient] = []
         self._first = [-1] * settings.groups
 
@@ -219,6 +221,9 @@ class SimulatedStream:
         """First hand-outs are in order, and no payload is handed out too often."""
         server = self._server
         self._scheduler.note(f"gives sequence {given.sequence}, hand-out {given.number}, to group {reader}")
+        ahead = [each.sequence for each in self.delivery.groups[reader].waiting if each.state is State.WAITING]
+        if ahead and min(ahead) < given.sequence:
+            self._scheduler.violate(f"{server.name}: sequence {given.sequence} is given, {min(ahead)} waits")
         limit = server.settings.max_deliveries
         if limit is not None and given.deliveries > limit:
             self._scheduler.violate(f"{server.name}: sequence {given.sequence} is delivery {given.deliveries}")

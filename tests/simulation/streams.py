@@ -242,9 +242,19 @@ class StreamConsumer:
     def ended_in_order(self) -> None:
         """There is nothing that is known only now."""
 
+    @property
+    def lives(self) -> bool:
+        """Its program runs."""
+        return not self.process.dead and not self.closed
+
+    def has_words(self, producer: bytes) -> bool:
+        """It shares words with a producer."""
+        source = self._inbox.source_of(producer) if self._inbox is not None else None
+        return source is not None and source.subscription.direct
+
     def reaches(self, server: SimulatedServer) -> bool:
         """The consumer finds the producer, and lives."""
-        if self.closed or self.process.dead:
+        if not self.lives:
             return False
         found = self.addresses or tuple(each for each in server.endpoints if each.startswith("unix:"))
         return any(each in server.endpoints for each in found)
@@ -307,12 +317,13 @@ class StreamConsumer:
         before = payload["token"].tobytes() + payload["body"].tobytes()
         image = written.image if written is not None and written.image.endswith(before) else before
         run.ledger.deliver(ref, reader, image, asked_at)
-        run.take(self, ref)
+        run.take(self, ref, payload.deliveries)
         self.scheduler.sleep(
             rng.choice((0.0, 0.0, 0.0005, 0.01, 0.5, 5.0, 40.0) if rng.random() < 0.6 else (0.0,))
         )
         if payload["token"].tobytes() + payload["body"].tobytes() != before:
             raise Violation(f"{name} changed while a program had it")
+        run.check_held(self, ref)
         if rng.random() < 0.1:
             self._pinned.append(payload["body"])
         elif self._pinned:
@@ -329,7 +340,7 @@ class StreamConsumer:
             self._end()
 
     def _acknowledge(self) -> None:
-        """Acknowledge the payload before, as `Consumer` does when the next one is asked for; again after an error."""
+        """Acknowledge the payload before, as `Consumer` does when the next is asked for, until that succeeds."""
         payload, ref = self._due, self._current
         if payload is not None and ref is not None:
             self.run.ledger.give_up(ref, self.reader)
@@ -369,8 +380,11 @@ class StreamRun(Run):
     def __init__(self, seed: int, seen: Counter[str], traced: bool = False) -> None:
         self.meeting = Meeting()
         self._holders: dict[tuple[bytes, int, int], StreamConsumer] = {}
+        self._had: set[tuple[bytes, int, int]] = set()
+        self._all_words = True  # so far, every payload was handed out with shared words
         self._writers: list[Actor] = []
         super().__init__(seed, seen, traced)
+        self._breaks = bool(self.plan.kinds.intersection(BREAKING))
 
     def go(self) -> None:
         try:
@@ -418,17 +432,29 @@ class StreamRun(Run):
 
     # --- what consumers report --------------------------------------------------------------------------------
 
-    def take(self, consumer: StreamConsumer, ref: PayloadRef) -> None:
-        """A program has got a payload: no other one has it."""
+    def take(self, consumer: StreamConsumer, ref: PayloadRef, deliveries: int) -> None:
+        """A program has got a payload: no other one has it, and each delivery is counted.
+
+        Without shared words, a payload that is late can be begun just before its producer takes it back.
+        """
         key = ref.producer, ref.sequence, consumer.reader
+        words = consumer.has_words(ref.producer)
+        self._all_words = self._all_words and words
+        if self._all_words and key in self._had and deliveries < 2:
+            raise Violation(f"{self.ledger.name(ref)} is not marked as redelivered")
+        self._had.add(key)
         holder = self._holders.get(key)
-        at_once = holder is not None and not holder.process.dead and not holder.closed
-        local = holder is not None and not holder.addresses and not consumer.addresses
-        if at_once and local and not self.plan.kinds.intersection(BREAKING) and self._direct(ref):
-            assert holder is not None
+        if self._all_words and not self._breaks and holder is not None and holder.lives:
             both = f"{holder.process.name} and {consumer.process.name}"
             raise Violation(f"{both} have {self.ledger.name(ref)} at one time")
         self._holders[key] = consumer
+
+    def check_held(self, consumer: StreamConsumer, ref: PayloadRef) -> None:
+        """A program has a payload, and has not acknowledged it: it is not consumed."""
+        payload, key = self.ledger.find(ref), (ref.producer, ref.sequence, consumer.reader)
+        alone = self._holders.get(key) is consumer and self._all_words and not self._breaks
+        if payload is not None and alone and consumer.reader in payload.acknowledged:
+            raise Violation(f"{self.ledger.name(ref)} is consumed while a program has it")
 
     def leave(self, consumer: StreamConsumer, ref: PayloadRef) -> None:
         """A program is about to acknowledge a payload, or to give it back."""
@@ -441,9 +467,6 @@ class StreamRun(Run):
         payload = self.ledger.find(ref)
         if payload is not None and reader not in payload.acknowledged:  # else others see it with its store
             payload.consumed_since.setdefault(reader, self.scheduler.now())
-
-    def _direct(self, ref: PayloadRef) -> bool:
-        return any(each.ring.producer_id == ref.producer and each.settings.direct for each in self.servers)
 
     # --- who there is -----------------------------------------------------------------------------------------
 
