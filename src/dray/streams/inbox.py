@@ -58,6 +58,9 @@ FIRST_REPORT_SECONDS: Final = 5.0
 REPORT_SECONDS: Final = 30.0
 """A wait without a producer is reported after the first, any other wait after the second, and so on."""
 
+SEND_AGAIN_SECONDS: Final = 0.05
+"""Time before another attempt to send what a connection had no room for."""
+
 RING_AGAIN_SECONDS: Final = 0.002
 """The producers whose payloads wait for credit are woken a few at a time, so that not all of them send at once.
 The next ones follow if nothing comes from the first within this time."""
@@ -162,7 +165,7 @@ class Inbox(Closing):
         self.in_hand: tuple[Source, streams.Given] | None = None
         self._clock = clock
         self._due = math.inf  # when the next attempt to connect is made
-        self._driven: list[_Place] = []  # those whose streams have a worker
+        self._framed: list[_Place] = []  # those that share no memory with this process
         self._returns: deque[tuple[Source, streams.Given]] = deque()
         self._gone: set[bytes] = set()  # those at whose address there is another one now
         self._missing = 0  # producers that have died, less those that have come since
@@ -276,11 +279,14 @@ class Inbox(Closing):
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
-        for place in self._driven:
+        latest = math.inf
+        for place in self._framed:
             if place.source is not None and not place.source.subscription.arm():
                 self._receive(place)
                 return 0.0
-        return math.inf if self._due == math.inf else max(0.0, self._due - self._clock.now())
+            if place.source is not None and place.source.subscription.unsent:
+                latest = SEND_AGAIN_SECONDS
+        return latest if self._due == math.inf else max(0.0, min(latest, self._due - self._clock.now()))
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
@@ -528,8 +534,8 @@ class Inbox(Closing):
         """End a subscription; its producer has ended, or gives what was not begun to others."""
         source = place.source
         assert source is not None
-        if place in self._driven:
-            self._driven.remove(place)
+        if place in self._framed:
+            self._framed.remove(place)
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
         self.sources.remove(source)
@@ -615,8 +621,8 @@ class Inbox(Closing):
         place.failure, place.retry = None, RETRY_SECONDS
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)
-        if subscription.driven:
-            self._driven.append(place)
+        if not subscription.direct:
+            self._framed.append(place)
         self.sources.append(source)
         self.attached += 1
         self._missing = max(0, self._missing - 1)

@@ -141,16 +141,16 @@ class Subscription(Closing):
                 self.ended = event
         return events
 
+    @property
+    def unsent(self) -> bool:
+        """A frame waits for room in the connection: `receive` must be called soon."""
+        return self._unsent
+
     def arm(self) -> bool:
         """Before a wait for `fileno`; False if `receive` has something to do already."""
         return self._stream.idle() and (self._worker is None or self._worker.arm())
 
     # --- out --------------------------------------------------------------------------------------------------
-
-    @property
-    def driven(self) -> bool:
-        """Before each wait for `fileno`, `arm` is needed."""
-        return self._worker is not None
 
     @property
     def direct(self) -> bool:
