@@ -50,11 +50,18 @@ def producing(scope: str, count: int) -> Iterator[Producer]:
 
 
 @contextlib.contextmanager
-def closing(producer: Producer) -> Iterator[None]:
-    """Close the producer in a thread: its stream ends when everything is consumed."""
+def until_the_end(loader: Any, dataset: PayloadDataset, producer: Producer) -> Iterator[Iterator[Batch]]:
+    """The batches until the stream ends, which it does when all payloads are acknowledged; then all are closed."""
     thread = threading.Thread(target=producer.close)
-    thread.start()
-    yield
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(loader):
+            if number == 0:
+                thread.start()
+            yield batch
+
+    yield batches()
+    dataset.close()
     thread.join(SECONDS)
     assert not thread.is_alive()
 
@@ -75,8 +82,8 @@ def padded(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def rest_of(loader: Any, dataset: PayloadDataset, producer: Producer) -> list[int]:
     """Acknowledge every payload until the stream has ended; their numbers."""
     found = []
-    with closing(producer):
-        for batch in loader:
+    with until_the_end(loader, dataset, producer) as batches:
+        for batch in batches:
             found += numbers(batch)
             dataset.acknowledge(batch)
     return found
@@ -126,16 +133,18 @@ def test_spawned_workers_transform_collate_and_resume_for_another_epoch(scope: s
 def test_without_a_number_an_epoch_ends_with_the_stream(scope: str, options: dict[str, Any]) -> None:
     with producing(scope, 7) as producer, PayloadDataset("rollouts", scope=scope) as dataset:
         loader = DataLoader(dataset, batch_size=None, **options)
-        assert sorted(rest_of(loader, dataset, producer)) == list(range(7))
-        assert list(loader) == []
+        with until_the_end(loader, dataset, producer) as batches:
+            found = [number for batch in batches if not dataset.acknowledge(batch) for number in numbers(batch)]
+            assert list(loader) == [], "the stream has ended"
+    assert sorted(found) == list(range(7))
 
 
 def test_tensors_are_writable_memory_of_their_own(scope: str, options: dict[str, Any]) -> None:
     with producing(scope, 3) as producer, PayloadDataset("rollouts", scope=scope) as dataset:
         loader = DataLoader(dataset, batch_size=None, **options)
         kept = []
-        with closing(producer):
-            for batch in loader:
+        with until_the_end(loader, dataset, producer) as batches:
+            for batch in batches:
                 kept.append(batch["rows"].add_(1))
                 dataset.acknowledge(batch)
     assert sorted(float(rows[0, 0]) for rows in kept) == [1, 2, 3]
@@ -239,8 +248,9 @@ def test_a_payload_whose_effect_is_in_the_checkpoint_is_not_handed_out_again(
         with PayloadDataset("rollouts", scope=scope) as dataset:
             dataset.load_state_dict(state)
             found = {}
-            with closing(producer):
-                for batch in DataLoader(dataset, batch_size=None, **options):
+            loader = DataLoader(dataset, batch_size=None, **options)
+            with until_the_end(loader, dataset, producer) as batches:
+                for batch in batches:
                     found[numbers(batch)[0]] = batch.redelivered
                     dataset.trained(batch)
                     dataset.saved(dataset.state_dict())
