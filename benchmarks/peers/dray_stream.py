@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.peers.contract import Array, Check, Producer, spawn_module
 from benchmarks.runtime_folder import own_runtime_folder
+from benchmarks.service import end_with_parent
 from dray import Consumer
 from dray import Producer as StreamProducer
 from dray.errors import UndeliveredError
@@ -48,6 +49,7 @@ class StreamReceiver:
     """``stream:HOW``: iterates; ``in-place`` uses the arrays in the producer's memory, ``copy`` copies them."""
 
     def __init__(self, kind: str, nbytes: int, window: int) -> None:
+        end_with_parent()  # an iteration whose producer has been killed has no end
         self._kind = kind
         self._copies = kind.partition(":")[2] == "copy"
         # As many as are in flight, and as many that the consumer and the ring have not given back.
