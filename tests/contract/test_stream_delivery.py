@@ -195,7 +195,7 @@ def test_a_payload_that_is_released_comes_again_marked(route: Route) -> None:
         again.acknowledge()
 
 
-def test_a_payload_that_fails_again_and_again_becomes_a_dead_letter(route: Route) -> None:
+def test_a_payload_that_fails_repeatedly_becomes_a_dead_letter(route: Route) -> None:
     letters: list[dray.streams.DeadLetter] = []
     with route.producer(max_deliveries=2, on_dead_letter=letters.append) as producer:
         with route.consumer(ack="manual") as consumer:
@@ -292,7 +292,7 @@ def test_copies_and_tensors_are_writable_and_the_arrays_are_not(route: Route) ->
 # --- coming and going -------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_consumed_in_time_is_lost_and_said(route: Route) -> None:
+def test_what_is_not_consumed_in_time_is_lost_and_counted(route: Route) -> None:
     producer = route.producer(drain_timeout=0.1)
     put_numbers(producer, 3)
     with pytest.raises(UndeliveredError, match="3 payloads were not consumed and are lost") as caught:
@@ -350,7 +350,7 @@ def test_close_in_another_thread_ends_a_wait(route: Route) -> None:
         consumer.close()
 
 
-def test_a_consumer_of_a_producer_that_is_killed_counts_it_and_goes_on_with_the_others(route: Route) -> None:
+def test_a_consumer_of_a_producer_that_is_killed_counts_it_and_continues_with_the_others(route: Route) -> None:
     if not route.by_name:
         pytest.skip("the address of a producer in another process is not known here")
 

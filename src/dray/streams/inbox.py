@@ -304,6 +304,10 @@ class Inbox(Closing):
             return not self.sources and all(place.ended for place in self._places)
         return all(place.ended for place in self._places)
 
+    def source_of(self, producer: bytes) -> Source | None:
+        """The source of a producer that is attached. No lock is needed."""
+        return next((source for source in tuple(self.sources) if source.producer == producer), None)
+
     def find(self, producer: bytes, deadline: Deadline) -> Source | None:
         """The source of a producer; None if the producer is gone. It waits while it may still attach.
 
@@ -312,9 +316,8 @@ class Inbox(Closing):
         """
         report = Report(self._clock)
         while True:
-            for source in self.sources:
-                if source.producer == producer:
-                    return source
+            if (source := self.source_of(producer)) is not None:
+                return source
             if self._is_gone(producer):
                 return None
             if deadline.expired:
