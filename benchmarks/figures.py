@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast
 
 Sense = Literal["at most", "at least"]
 Measure = Literal["time ratio", "rate ratio", "value"]
-Unit = Literal["s", "B/s", "/s", "% of a core", "%", "B"]
+Unit = Literal["s", "B/s", "/s", "% of a core", "%", "B", "descriptors"]
 
 RATES: frozenset[Unit] = frozenset({"B/s", "/s"})
 """Units of which more is better."""

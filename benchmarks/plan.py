@@ -13,7 +13,7 @@ LANES: tuple[LaneName, ...] = ("shm", "tcp", "ucx")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 ALL_SIZES = (*(KIB << exponent for exponent in range(0, 17, 2)), 256 * MIB, GIB)
-QUICK_SIZES = (KIB, 64 * KIB, MIB, 16 * MIB)
+QUICK_SIZES = (KIB, 16 * KIB, 64 * KIB, MIB, 16 * MIB)
 LARGEST_COPIED = 64 * MIB
 """Beyond it only reads in place are measured: everything else moves at the speed of memory or of the kernel."""
 

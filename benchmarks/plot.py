@@ -45,6 +45,8 @@ _LANES: Mapping[str, Style] = {
     reads.UCX: Style("bare UCX", _UCX, "--", 1.2, ""),
 }
 _PEERS: Mapping[str, Style] = {
+    "dray stream in place": Style("dray stream in place", "#e08a1e"),
+    "dray stream with a copy": Style("dray stream with a copy", "#b4561c"),
     "dray shm in place": Style("dray shm in place", "#6fb1e8"),
     "dray shm": Style("dray shm", _SHM),
     "dray shm, by Redis": Style("dray shm, by Redis", _SHM, "-.", 1.6, ""),
@@ -52,6 +54,7 @@ _PEERS: Mapping[str, Style] = {
     "dray ucx": Style("dray ucx", _UCX),
     "ZeroMQ ipc": Style("ZeroMQ ipc", "#5b5b5b", "--", 1.3, "s"),
     "ZeroMQ tcp": Style("ZeroMQ tcp", "#8f8f8f", "--", 1.3, "s"),
+    "multiprocessing.Queue": Style("multiprocessing.Queue", "#4d8f8b", "--", 1.3, "s"),
     "torch queue": Style("torch queue", "#a0477a", "--", 1.3, "s"),
     "Ray": Style("Ray", "#7451a8", "--", 1.3, "s"),
     "TransferQueue": Style("TransferQueue", "#b09a2c", "--", 1.3, "s"),

@@ -6,12 +6,16 @@ needed, so that it runs in any environment.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
+
+_PR_SET_PDEATHSIG = 1
 
 FAILED = "failed"
 """The key of an answer that says why a command failed; the process ends after it."""
@@ -40,6 +44,14 @@ class Service(Protocol):
     def close(self) -> None:
         """Give back what the service holds."""
         ...
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it ends, whatever this process waits for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def serve(service: Service) -> None:

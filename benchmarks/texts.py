@@ -19,6 +19,8 @@ def value_text(value: float, unit: Unit) -> str:
             return f"{value:,.0f} /s"
         case "B":
             return f"{value / 1024:,.0f} KiB"
+        case "descriptors":
+            return f"{value:.1f} descriptors"
         case "%":
             return f"{value:.2f} %"
         case "% of a core":

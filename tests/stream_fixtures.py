@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,8 @@ def forked(call: Callable[[int], None]) -> Iterator[tuple[int, int]]:
             os.close(reading)
             call(writing)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writing)

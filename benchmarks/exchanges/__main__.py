@@ -42,6 +42,14 @@ def make_service(kind: str, descriptors: list[int]) -> Service:
         from benchmarks.exchanges.producing import ProducingService
 
         return ProducingService(descriptors[0])
+    if kind == "producers":
+        from benchmarks.exchanges.streaming import ProducersService
+
+        return ProducersService()
+    if kind == "stream reader":
+        from benchmarks.exchanges.streaming import StreamReaderService
+
+        return StreamReaderService()
     raise ValueError(f"unknown kind {kind!r}")
 
 

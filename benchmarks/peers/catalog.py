@@ -33,10 +33,13 @@ class Peer:
 
     @property
     def is_dray(self) -> bool:
-        return self.kind.startswith("dray:")
+        return self in DRAY
 
 
+IN_PLACE = Peer("dray stream in place", "stream:in-place", "into the slot")
 DRAY = (
+    IN_PLACE,
+    Peer("dray stream with a copy", "stream:copy", "into the slot, out of it"),
     Peer("dray shm", "dray:shm:read:socket", "into the slot, out of it"),
     Peer("dray shm in place", "dray:shm:lease:socket", "into the slot"),
     Peer("dray shm, by Redis", "dray:shm:read:redis", "into the slot, out of it", needed="redis"),
@@ -49,7 +52,7 @@ DRAY = (
         quick=False,
     ),
 )
-"""References go over a socket between the two processes, or through a job's stream in Redis."""
+"""Without a stream, references go over a socket between the two processes, or through a job's stream in Redis."""
 
 REDIS = Peer(
     "Redis inline",
@@ -61,6 +64,12 @@ OTHERS = (
     REDIS,
     Peer("ZeroMQ ipc", "zeromq:ipc", "into the kernel, out of it", "zeromq", "zmq"),
     Peer("ZeroMQ tcp", "zeromq:tcp", "into the kernel, out of it", "zeromq", "zmq", quick=False),
+    Peer(
+        "multiprocessing.Queue",
+        "multiprocessing",
+        "into a pickle, into the kernel, out of it, out of the pickle",
+        needed="multiprocessing",
+    ),
     Peer("torch queue", "torch", "into new shared memory", "torch", "torch"),
     Peer(
         "Ray", "ray", "into the object store; below 100 KiB into a message and out of it", "ray", "ray", True, True

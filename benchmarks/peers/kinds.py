@@ -19,6 +19,14 @@ def make_service(kind: str) -> Service:
             from benchmarks.peers.dray_lanes import DrayReceiver
 
             return PairedService(partial(DrayReceiver, kind))
+        case "stream":
+            from benchmarks.peers.dray_stream import StreamReceiver
+
+            return PairedService(partial(StreamReceiver, kind))
+        case "multiprocessing":
+            from benchmarks.peers.multiprocessing_queue import QueueReceiver
+
+            return PairedService(QueueReceiver)
         case "redis":
             from benchmarks.peers.redis_inline import RedisReceiver
 
@@ -49,6 +57,10 @@ def make_sender(kind: str, references: socket.socket, settings: Mapping[str, Any
             from benchmarks.peers.dray_lanes import DraySender
 
             return DraySender(settings, references)
+        case "stream":
+            from benchmarks.peers.dray_stream import StreamSender
+
+            return StreamSender(settings)
         case "redis":
             from benchmarks.peers.redis_inline import RedisSender
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.peers.contract import Array, Check, Producer, produce
+from benchmarks.peers.multiprocessing_queue import SpawnedProcess
 
 
 class TorchSender:
@@ -41,7 +42,7 @@ class TorchReceiver:
     def spawn(self, control: socket.socket, references: socket.socket) -> Producer:
         process = self._context.Process(target=_produce, args=(self._queue, control))
         process.start()
-        return _Spawned(process)
+        return SpawnedProcess(process)
 
     def connect(self, references: socket.socket) -> None:
         pass
@@ -51,22 +52,6 @@ class TorchReceiver:
 
     def close(self) -> None:
         self._queue.close()
-
-
-class _Spawned:
-    """A process of multiprocessing as a `Producer`."""
-
-    def __init__(self, process: Any) -> None:
-        self._process = process
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise TimeoutError("the producer goes on")
-        return int(self._process.exitcode)
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 def _produce(queue: Any, control: socket.socket) -> None:

@@ -14,6 +14,7 @@ from benchmarks.scenarios import (
     packing,
     reads,
     ring,
+    streams,
 )
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -24,6 +25,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     packing.SCENARIO,
     ring.SCENARIO,
     fleet.SCENARIO,
+    streams.SCENARIO,
     busy.SCENARIO,
     owner.SCENARIO,
     memory.SCENARIO,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.figures import Figure, Row, Target
 from benchmarks.partner import Partner, PartnerError
-from benchmarks.peers.catalog import OTHERS, PEERS, REDIS, Peer
+from benchmarks.peers.catalog import IN_PLACE, OTHERS, PEERS, REDIS, Peer
 from benchmarks.peers.environments import NotInstalled, interpreter
 from benchmarks.peers.isolation import NotIsolated, isolated
 from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
@@ -19,7 +19,10 @@ from benchmarks.scenario import Progress, Scenario, Skipped
 NAME = "beside"
 LATENCY, THROUGHPUT = "p50", "throughput"
 
-_JUDGED_FROM = 64 * KIB
+_MOST_TIME = 0.8
+_LEAST_RATES = {16 * KIB: 1.2, MIB: 2.0}
+"""The throughput that is asked for from each size on, as a multiple of the best peer's."""
+
 _IN_FLIGHT = 128 * MIB
 _MOST_IN_FLIGHT = 8
 _WARM_UP = 4
@@ -134,13 +137,9 @@ def _rows(found: Mapping[Peer, _Found], nbytes: int) -> Iterator[Row]:
     rivals = [peer for peer in found if peer in OTHERS]
     for peer in found:
         against = _rivals(peer, rivals)
-        judged = bool(against) and nbytes >= _JUDGED_FROM and "shm" in peer.kind
         for what, figures in ((LATENCY, times), (THROUGHPUT, rates)):
             best = min if what == LATENCY else max
             limit = best(against, key=lambda each: figures[each].p50) if against else None
-            target = Target("P15", "at most", 1.0, "time ratio")
-            if what == THROUGHPUT:
-                target = Target("P15", "at least", 1.0, "rate ratio")
             yield Row(
                 NAME,
                 f"{what}, {peer.name}",
@@ -149,9 +148,17 @@ def _rows(found: Mapping[Peer, _Found], nbytes: int) -> Iterator[Row]:
                 "s" if what == LATENCY else "B/s",
                 limit.name if limit is not None else "",
                 figures[limit] if limit is not None else None,
-                target if judged else None,
+                _target(what, nbytes) if peer is IN_PLACE and against else None,
                 moves=False,
             )
+
+
+def _target(what: str, nbytes: int) -> Target | None:
+    """What is asked of a stream that is read in place."""
+    if what == LATENCY:
+        return Target("P15", "at most", _MOST_TIME, "time ratio")
+    asked = [bound for least, bound in _LEAST_RATES.items() if nbytes >= least]
+    return Target("P15", "at least", asked[-1], "rate ratio") if asked else None
 
 
 def _rivals(peer: Peer, rivals: list[Peer]) -> list[Peer]:

@@ -195,7 +195,7 @@ def test_a_payload_that_is_released_comes_again_marked(route: Route) -> None:
         again.acknowledge()
 
 
-def test_a_payload_that_fails_again_and_again_becomes_a_dead_letter(route: Route) -> None:
+def test_a_payload_that_fails_repeatedly_becomes_a_dead_letter(route: Route) -> None:
     letters: list[dray.streams.DeadLetter] = []
     with route.producer(max_deliveries=2, on_dead_letter=letters.append) as producer:
         with route.consumer(ack="manual") as consumer:
@@ -292,7 +292,7 @@ def test_copies_and_tensors_are_writable_and_the_arrays_are_not(route: Route) ->
 # --- coming and going -------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_consumed_in_time_is_lost_and_said(route: Route) -> None:
+def test_what_is_not_consumed_in_time_is_lost_and_counted(route: Route) -> None:
     producer = route.producer(drain_timeout=0.1)
     put_numbers(producer, 3)
     with pytest.raises(UndeliveredError, match="3 payloads were not consumed and are lost") as caught:
@@ -350,7 +350,7 @@ def test_close_in_another_thread_ends_a_wait(route: Route) -> None:
         consumer.close()
 
 
-def test_a_consumer_of_a_producer_that_is_killed_counts_it_and_goes_on_with_the_others(route: Route) -> None:
+def test_a_consumer_of_a_producer_that_is_killed_counts_it_and_continues_with_the_others(route: Route) -> None:
     if not route.by_name:
         pytest.skip("the address of a producer in another process is not known here")
 
@@ -471,11 +471,28 @@ def test_a_forked_child_is_a_consumer_of_its_own(route: Route) -> None:
 
         def consume(found: int) -> None:
             with consumer:
-                os.write(found, bytes([number(consumer.get(SECONDS))]))
+                mine = number(consumer.get(SECONDS))
+            os.write(found, bytes([mine]))
 
         with forked(consume) as (_, reading):
             wait_for_consumers(producer, 2)
             put_numbers(producer, 1, first=1)
             put_numbers(producer, 1, first=2)
-            both = {number(consumer.get(SECONDS)), os.read(reading, 1)[0]}
+            both = {os.read(reading, 1)[0], number(consumer.get(SECONDS))}
         assert both == {1, 2}
+
+
+def test_payloads_are_acknowledged_and_released_while_another_thread_waits(route: Route) -> None:
+    with route.producer() as producer, route.consumer(ack="manual") as consumer:
+        put_numbers(producer, 2)
+        first, second = consumer.get(SECONDS), consumer.get(SECONDS)
+        with in_thread(lambda: consumer.get(SECONDS)) as got:
+            second.release()
+            again = got()
+            assert again.id == second.id
+        with in_thread(lambda: consumer.get(SECONDS)) as got:
+            consumer.acknowledge([first, again.id])
+            producer.put(number=2, timeout=SECONDS)
+            third = got()
+        assert number(third) == 2
+        third.acknowledge()

@@ -14,4 +14,6 @@ the output.
 | `server` | leases over the socket, attachments, and faults of processes and servers |
 | `planted_consumer`, `planted_observer`, `planted_owner`, `planted_server` | the same with a defect |
 | `search` | the search over all interleavings |
+| `stream` | the words that a producer and the consumers of its stream share |
+| `stream_search` | the scenarios of streams, and their planted defects |
 """

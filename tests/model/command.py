@@ -6,26 +6,44 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from model import stream_search
 from model.defects import DEFECTS, NO_DEFECT, Defect
 from model.scenarios import SCENARIOS, Scenario
 from model.search import Model, Result
+from model.stream import StreamScenario
+from model.stream_search import StreamDefect
 
 
-def search(scenario: Scenario, defect: Defect = NO_DEFECT) -> Result:
+def search(scenario: Scenario | StreamScenario, defect: Defect | StreamDefect = NO_DEFECT) -> Result:
     """Search one scenario, with a defect or without."""
+    if isinstance(scenario, StreamScenario):
+        return stream_search.search(
+            scenario, defect if isinstance(defect, StreamDefect) else stream_search.NO_DEFECT
+        )
+    assert isinstance(defect, Defect)
     return Model(scenario, defect).search()
 
 
-def scenario_named(name: str) -> Scenario:
+def all_scenarios() -> tuple[Scenario | StreamScenario, ...]:
+    """Those of direct leases, then those of streams."""
+    return (*SCENARIOS, *stream_search.SCENARIOS)
+
+
+def all_defects() -> tuple[Defect | StreamDefect, ...]:
+    """Those of direct leases, then those of streams."""
+    return (*DEFECTS, *stream_search.DEFECTS)
+
+
+def scenario_named(name: str) -> Scenario | StreamScenario:
     """The scenario of that name."""
-    return next(scenario for scenario in SCENARIOS if scenario.name == name)
+    return next(scenario for scenario in all_scenarios() if scenario.name == name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 if a property does not hold, an expected event never occurs, or a defect is not found."""
     parser = argparse.ArgumentParser(prog="python -m model", description=__doc__)
-    scenarios = [scenario.name for scenario in SCENARIOS]
-    defects = [defect.name for defect in DEFECTS]
+    scenarios = [scenario.name for scenario in all_scenarios()]
+    defects = [defect.name for defect in all_defects()]
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -40,21 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         return _list()
     if options.defect is not None or options.scenario is not None:
-        chosen = next((defect for defect in DEFECTS if defect.name == options.defect), NO_DEFECT)
+        chosen = next((defect for defect in all_defects() if defect.name == options.defect), NO_DEFECT)
         return _one(scenario_named(options.scenario or chosen.scenario), chosen)
     return _all(options.quick)
 
 
 def _list() -> int:
-    for scenario in SCENARIOS:
+    for scenario in all_scenarios():
         print(f"{scenario.name:36} {scenario.covers}")
     print()
-    for defect in DEFECTS:
+    for defect in all_defects():
         print(f"{defect.name:36} {defect.change}")
     return 0
 
 
-def _one(scenario: Scenario, defect: Defect) -> int:
+def _one(scenario: Scenario | StreamScenario, defect: Defect | StreamDefect) -> int:
     """One scenario, with the interleaving if there is a violation; 1 if it is not the expected result."""
     if defect is not NO_DEFECT:
         print(f"defect {defect.name}: {defect.change}")
@@ -81,14 +99,14 @@ def _all(quick: bool) -> int:
     began = time.perf_counter()
     failures = total = 0
     print(f"{'scenario':36} {'states':>10} {'seconds':>8}  result")
-    for scenario in SCENARIOS:
+    for scenario in all_scenarios():
         if scenario.quick or not quick:
             result = search(scenario)
             failures += result.violated is not None or bool(result.missing)
             total += result.states
             print(f"{scenario.name:36} {result.states:10,} {result.seconds:8.2f}  {_outcome(result)}", flush=True)
     print(f"\n{'planted defect':36} {'states':>10} {'seconds':>8}  result")
-    for defect in DEFECTS:
+    for defect in all_defects():
         scenario = scenario_named(defect.scenario)
         if quick and not scenario.quick:
             continue

@@ -55,7 +55,7 @@ class ViolationError(Exception):
         detail: for which slot, payload and reader id.
     """
 
-    def __init__(self, violated: Property, detail: str) -> None:
+    def __init__(self, violated: Enum, detail: str) -> None:
         super().__init__(f"{violated.value}: {detail}")
         self.violated = violated
 

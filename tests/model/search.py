@@ -7,6 +7,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from model.consumer import Consumer
 from model.defects import NO_DEFECT, Defect
 from model.machine import State
 from model.owner_thread import OwnerThread
-from model.properties import Properties, Property, ViolationError
+from model.properties import Properties, ViolationError
 from model.scenarios import Kind, Scenario
 from model.world import World
 
@@ -53,7 +54,7 @@ class Result(NamedTuple):
 
     states: int
     seconds: float
-    violated: Property | None
+    violated: Enum | None
     detail: str
     steps: list[tuple[str, str]]
     missing: frozenset[str]

@@ -52,6 +52,7 @@ LOOP = "transport/server_loop.py"
 CONNECTION = "transport/connection.py"
 CONNECTIONS = "transport/connections.py"
 BATCH = "prefetch/batch.py"
+DELIVERY = "streams/delivery.py"
 
 DEFECTS = (
     # --- slots ----------------------------------------------------------------------------------------------
@@ -433,6 +434,100 @@ DEFECTS = (
         BATCH,
         "        return error.retryable and self._left > 0 and now < self._deadline\n",
         "        return self._left > 0 and now < self._deadline\n",
+        Search.SIMULATION,
+    ),
+    # --- streams --------------------------------------------------------------------------------------------
+    Defect(
+        "no second look at the credit after the barrier",
+        DELIVERY,
+        "            # Then look once more at the credit.\n",
+        "            return\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a new consumer does not know that payloads wait",
+        DELIVERY,
+        "                words.pending = group.marked\n",
+        "                words.pending = False\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "payloads of a consumer that has ended not handed out again",
+        DELIVERY,
+        "            self._come_back(group, items)\n            self._give(group)\n",
+        "            self._give(group)\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "what comes back waits at the tail",
+        DELIVERY,
+        """\
+            waiting = {item.sequence: item for item in (*back, *group.waiting)}
+            group.waiting = deque(sorted(waiting.values(), key=_sequence))
+""",
+        """\
+            waiting = {item.sequence: item for item in (*group.waiting, *back)}
+            group.waiting = deque(waiting.values())
+""",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "deliveries not counted",
+        DELIVERY,
+        "            item.deliveries += 1\n",
+        "            item.deliveries = 1\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a payload that is begun taken back",
+        DELIVERY,
+        "            if words is not None and (not ordered or recipient.has_begun(item)):",
+        "            if words is not None and not ordered:",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "taken back with a barrier that has failed",
+        DELIVERY,
+        "        ordered = not direct or self._ring.barrier()\n",
+        "        ordered = not direct or self._ring.barrier() or True\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "credit ignored",
+        DELIVERY,
+        "    best, most = None, 0\n",
+        "    best, most = None, -9\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a payload acknowledged when it is handed to the program",
+        "streams/source.py",
+        "        attachment.count_read(lease)\n",
+        "        attachment.count_read(lease)\n        attachment.acknowledge(lease)\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "a payload that was taken back not returned",
+        "streams/source.py",
+        """\
+            self.give_back(given, begun=False)
+            self.gone += 1
+""",
+        "            self.gone += 1\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "an old attachment kept after a new connection",
+        "streams/inbox.py",
+        "        self._reads.drop(source.producer)  # else",
+        "        # else",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "what a connection had no room for not sent again",
+        "streams/inbox.py",
+        "                latest = SEND_AGAIN_SECONDS\n",
+        "                latest = math.inf\n",
         Search.SIMULATION,
     ),
 )

@@ -1,4 +1,4 @@
-"""What a new user does first, scripted; and that Ctrl-C ends the checks of a job."""
+"""Ctrl-C ends the checks of a job. A new user's whole path is walked in tests/system/test_packaging.py."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from new_user_path import BOUND, walk_new_users_path
+from new_user_path import BOUND
 from waiting import ends_within
 
 from dray.cli.new import create_job
@@ -18,10 +18,6 @@ from dray.cli.new import create_job
 def dray() -> Sequence[str]:
     """The words of a command that is `dray`."""
     return sys.executable, "-m", "dray.cli.app"
-
-
-def test_new_user_makes_a_job_mends_its_mistakes_and_runs_it(dray: Sequence[str], tmp_path: Path) -> None:
-    walk_new_users_path(dray, tmp_path, os.environ)
 
 
 @pytest.mark.parametrize("command", ["check", "run"])

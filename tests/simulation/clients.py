@@ -27,6 +27,7 @@ from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
 from simulation.observed import ObservedClient
 from simulation.scheduler import Actor, Interrupted, Process, Violation
+from simulation.shared import SimulatedAttachment
 
 LEASE_END_SECONDS = 1.0
 LONG_ENOUGH = 5.0
@@ -117,6 +118,15 @@ class SimulatedConsumer:
     def release_arrays(self) -> None:
         """Drop the arrays that outlived their blocks."""
         self._pinned.clear()
+
+    @property
+    def attachments(self) -> list[SimulatedAttachment]:
+        """Those of the process."""
+        return list(self.client.network.attachments)
+
+    def may_interrupt(self, actor: Actor) -> bool:
+        """A signal handler may raise in what a thread does now."""
+        return actor.bound < math.inf and not actor.idles
 
     def killed(self) -> None:
         """The process dies now: what it was about to consume may be consumed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
 from dray.transport.lanes.base import Lane
@@ -65,12 +65,19 @@ class FaultPlan:
         rng: decides.
         seen: counts the faults, over all runs.
         kinds: the faults that may happen; by default random.
+        among: the faults of which these are chosen.
     """
 
-    def __init__(self, rng: random.Random, seen: Counter[str], kinds: Iterable[Fault] | None = None) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        seen: Counter[str],
+        kinds: Iterable[Fault] | None = None,
+        among: Sequence[Fault] = tuple(Fault),
+    ) -> None:
         self._rng = rng
         self._seen = seen
-        some = rng.sample(list(Fault), rng.choice((0, 1, 1, 2, 3, 4, 6)))
+        some = rng.sample(list(among), rng.choice((0, 1, 1, 2, 3, 4, 6)))
         self.kinds = frozenset(some if kinds is None else kinds)
         self._on_send = tuple(fault for fault in ON_SEND if fault in self.kinds)
         self._on_send_ucx = tuple(fault for fault in ON_SEND_UCX if fault in self.kinds)

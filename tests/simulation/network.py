@@ -8,15 +8,16 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from dray.clock import Deadline
 from dray.errors import BufferClosedError, TransportTimeout, Unreachable
 from dray.protocol.handshake import PROOF_BYTES, AttachRequest, ClientHandshake, ServerIdentity
 from dray.ring import Segment
 from dray.ring.attachment import Attachment
-from dray.ring.consumer_events import Descriptor
+from dray.ring.consumer_events import Bell, Descriptor
 from dray.ring.direct import PAGE_WORDS, kernel_digest
+from dray.ring.stream_words import StreamWords
 from dray.transport.lanes.base import (
     Endpoint,
     Lane,
@@ -43,12 +44,15 @@ from simulation.shared import (
     SimulatedEvents,
     SimulatedProcessDescriptor,
     SimulatedSharedWords,
+    SimulatedStreamBell,
 )
 from simulation.sockets import Pipe, SimulatedSocket
 from simulation.tagged import SimulatedUcxEndpoint, SimulatedWorker, ucx_names
 from simulation.threads import SimulatedMutex
 
 _BACKLOG = 8
+Described: TypeAlias = Memory | Process | SimulatedEvents | SimulatedStreamBell
+Held: TypeAlias = "SimulatedSocket | SimulatedWorker | SimulatedListener | SimulatedEvents | SimulatedStreamBell"
 _sockets: weakref.WeakKeyDictionary[Stream, SimulatedSocket] = weakref.WeakKeyDictionary()
 
 
@@ -154,8 +158,10 @@ class SimulatedKernel:
         self.plan = plan
         self.watch = watch or Ledger(scheduler)
         self.listeners: dict[str, SimulatedListener] = {}
-        self.sockets: dict[int, SimulatedSocket | SimulatedWorker | SimulatedListener | SimulatedEvents] = {}
-        self.shared: dict[int, Memory | Process | SimulatedEvents] = {}
+        self.sockets: dict[
+            int, SimulatedSocket | SimulatedWorker | SimulatedListener | SimulatedEvents | SimulatedStreamBell
+        ] = {}
+        self.shared: dict[int, Described] = {}
         self.registered: dict[ProcessMemory, None] = {}
         self._memories: dict[Process, ProcessMemory] = {}
         self.endpoints: list[SimulatedUcxEndpoint] = []
@@ -173,13 +179,13 @@ class SimulatedKernel:
         self.sockets[number] = events
         return number
 
-    def describe(self, what: Process | SimulatedEvents) -> Descriptor:
+    def describe(self, what: Described) -> Descriptor:
         """A descriptor that stands for something, also once it was sent to another process."""
         descriptor = Descriptor(os.memfd_create, "simulated descriptor")
         self.shared[os.fstat(descriptor.fileno()).st_ino] = what
         return descriptor
 
-    def behind(self, descriptor: int) -> Memory | Process | SimulatedEvents | None:
+    def behind(self, descriptor: int) -> Described | None:
         """What a descriptor stands for."""
         return self.shared.get(os.fstat(descriptor).st_ino)
 
@@ -465,6 +471,14 @@ class SimulatedNetwork(Network):
         self.attachments.add(attachment)
         return attachment
 
+    def open_stream_words(self, words: Descriptor, bell: Bell, slots: int) -> tuple[StreamWords, Bell]:
+        memory, rung = self.kernel.behind(words.fileno()), self.kernel.behind(bell.fileno())
+        assert isinstance(memory, Memory)
+        assert isinstance(rung, SimulatedStreamBell)
+        access = self.kernel.memory_of(self.process, late=True)
+        bell.close()
+        return StreamWords(SimulatedSharedWords(memory, access, []), slots), SimulatedBell(rung, access)
+
     def receive_buffers(self) -> ReceiveBuffers:
         return self.buffers
 
@@ -505,7 +519,7 @@ class SimulatedWaiter:
         kernel = self._network.kernel
         self._check()
         held = kernel.sockets[stream.fileno()]
-        assert not isinstance(held, SimulatedListener | SimulatedEvents)
+        assert not isinstance(held, SimulatedListener | SimulatedEvents | SimulatedStreamBell)
         if isinstance(held, SimulatedWorker):
             ready = held.signalled
         else:

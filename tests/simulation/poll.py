@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dray.transport.lanes.base import Worker
 from simulation.network import SimulatedKernel, SimulatedListener
 from simulation.scheduler import Signal
-from simulation.shared import SimulatedEvents
+from simulation.shared import SimulatedEvents, SimulatedStreamBell
 from simulation.tagged import SimulatedWorker
 
 
@@ -33,7 +33,7 @@ class SimulatedPoller:
     def register(self, descriptor: int, events: int) -> None:
         assert descriptor not in self._watched
         self._watched[descriptor] = events
-        if isinstance(found := self._kernel.sockets[descriptor], SimulatedEvents):
+        if isinstance(found := self._kernel.sockets[descriptor], SimulatedEvents | SimulatedStreamBell):
             found.signals.append(self.signal)
 
     def modify(self, descriptor: int, events: int) -> None:
@@ -58,6 +58,11 @@ class SimulatedPoller:
             scheduler.wait((self.signal,), math.inf if timeout is None else scheduler.now() + timeout)
         return self._ready()
 
+    def reset(self, descriptor: int) -> None:
+        held = self._kernel.sockets[descriptor]
+        assert isinstance(held, SimulatedStreamBell)
+        held.take()
+
     def wake(self) -> None:
         self.signal.notify()
 
@@ -73,7 +78,7 @@ class SimulatedPoller:
                 found = held.signalled
             elif isinstance(held, SimulatedListener):
                 found = held.waiting > 0
-            elif isinstance(held, SimulatedEvents):
+            elif isinstance(held, SimulatedEvents | SimulatedStreamBell):
                 found = held.readable
             else:
                 found = held.writable() if events == select.EPOLLOUT else held.readable()

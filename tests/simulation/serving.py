@@ -28,6 +28,7 @@ from simulation.network import SimulatedKernel
 from simulation.poll import SimulatedPoller
 from simulation.scheduler import Process, Violation
 from simulation.shared import SimulatedMachine
+from simulation.stream_serving import SimulatedStream
 from simulation.tagged import SimulatedWorker
 from simulation.threads import SimulatedMutex
 
@@ -36,7 +37,7 @@ DRAIN_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class RingSettings:
-    """A ring of a run, and how it is served."""
+    """A ring of a run, and how it is served; with groups, it has a stream."""
 
     slots: int
     slot_bytes: int
@@ -50,6 +51,8 @@ class RingSettings:
     checksum: bool
     direct: bool
     waits: bool
+    groups: int = 0
+    max_deliveries: int | None = None
 
 
 class SimulatedRing(SharedRingBuffer):
@@ -166,6 +169,7 @@ class SimulatedServer:
         identity = ServerIdentity(
             self.ring.producer_id, settings.slots, settings.slot_bytes, settings.max_leases, settings.readers
         )
+        self.stream = SimulatedStream(self) if settings.groups else None
         self.service = Service(
             ring=self.ring,
             identity=identity,
@@ -174,6 +178,7 @@ class SimulatedServer:
             describe=lambda: self.statistics().to_json(),
             clock=self.kernel.scheduler.clock,
             direct=settings.direct,
+            stream=self.stream,
         )
         self._open()
 
@@ -207,7 +212,8 @@ class SimulatedServer:
         if not self.ring.closed and not self.ring.changing:
             live = [lease for loop in self.loops for lease in loop.leases()]
             self.books.check(live, self.ring.words, self.ring.due)
-            if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls:
+            # A consumer of a stream may connect to another producer between an acknowledgement and its wait.
+            if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls and self.stream is None:
                 self.books.check_late_looks(self.kernel.scheduler.now(), self.deaf)
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:
@@ -276,9 +282,15 @@ class SimulatedServer:
 
     # --- state ------------------------------------------------------------------------------------------------
 
+    def begin_close(self) -> None:
+        """What is there from now on may be lost."""
+        self.closing = self.books.lost = True
+
     def close(self) -> None:
         """End the server threads in order, and close the ring; the process ends soon after. In a thread of it."""
         scheduler = self.kernel.scheduler
+        if self.stream is not None:
+            self.stream.end()
         self.ring.count_servers(-1)
         self._end_loops()
         self.ring.close()

@@ -238,11 +238,54 @@ class SimulatedEvents(ConsumerEvents):
         self._named.close()
 
 
+class SimulatedStreamBell(Descriptor):
+    """The bell of a stream, at its producer.
+
+    Attributes:
+        process: the producer.
+        signals: notified when a consumer has rung.
+        closed: after `close`.
+    """
+
+    def __init__(self, kernel: SimulatedKernel, process: Process) -> None:
+        self._kernel = kernel
+        self.process = process
+        self.signals: list[Signal] = []
+        self.closed = False
+        self.readable = False
+        self._named = kernel.describe(self)
+        kernel.sockets[self.fileno()] = self
+
+    def fileno(self) -> int:
+        return self._named.fileno()
+
+    def ring(self) -> None:
+        """A consumer, or a thread of the producer, writes to it."""
+        if not self.closed:
+            self.readable = True
+            for signal in self.signals:
+                signal.notify()
+
+    def take(self) -> None:
+        """Reset it."""
+        self._kernel.memory_of(self.process).step()
+        self.readable = False
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed, self.readable = True, False
+            del self._kernel.sockets[self.fileno()]
+            self._named.close()
+
+    def __del__(self) -> None:
+        """Its descriptor closes itself."""
+
+
 class SimulatedBell(Bell):
     """The doorbell, at a consumer."""
 
-    def __init__(self, events: SimulatedEvents, access: ProcessMemory) -> None:
-        self._events: SimulatedEvents | None = events
+    def __init__(self, events: SimulatedEvents | SimulatedStreamBell, access: ProcessMemory) -> None:
+        self._events: SimulatedEvents | SimulatedStreamBell | None = events
         self._access = access
 
     def fileno(self) -> int:
@@ -300,6 +343,10 @@ class SimulatedMachine(Machine):
     def condition(self, lock: Any) -> Any:
         return SimulatedCondition(self._kernel.scheduler, lock)
 
+    def stream_words(self, count: int) -> SharedWords:
+        """The words that the producer of a stream shares with one consumer."""
+        return self._shared(Memory(count))
+
     def words(self, count: int) -> SharedWords:
         memory = Memory(count)
         self._made += 1
@@ -312,6 +359,9 @@ class SimulatedMachine(Machine):
             memory.stored = lambda index, value, seen: self.stored(*divmod(index, self._readers), value, seen)
         else:
             self.pages.append(memory)
+        return self._shared(memory)
+
+    def _shared(self, memory: Memory) -> SharedWords:
         fd = os.memfd_create("simulated words")
         self._kernel.shared[os.fstat(fd).st_ino] = memory
         return SimulatedSharedWords(memory, self._kernel.memory_of(self._process), [fd])

@@ -24,8 +24,11 @@ from rich.progress import (
 )
 
 from simulation.scheduler import Violation
+from simulation.streams import StreamRun
 from simulation.world import Run, quiet_process
 
+STREAMS_EVERY = 4
+"""One in so many runs is of streams."""
 _CHUNKS_OF_PROCESS = 20
 _CHUNK = 200
 _LAST_LINES = 60
@@ -45,7 +48,7 @@ def run_seed(seed: int, seen: Counter[str], traced: bool = False) -> tuple[Failu
     run = None
     try:
         with _no_spin():
-            run = Run(seed, seen, traced)
+            run = (StreamRun if seed % STREAMS_EVERY == STREAMS_EVERY - 1 else Run)(seed, seen, traced)
             run.go()
     except AssertionError as violation:
         return Failure(seed, f"{type(violation).__name__}: {violation}"), run.scheduler.trace if run else []

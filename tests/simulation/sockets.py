@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dray.transport.lanes.base import Lane
@@ -151,6 +151,7 @@ class SimulatedSocket:
     Attributes:
         signal: notified when the socket becomes readable or writable.
         failed: the owner has received an error or the end of the connection.
+        called: called before each system call that others notice.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class SimulatedSocket:
         self.process = process
         self.signal = Signal(scheduler)
         self.closed = self.failed = False
+        self.called: Callable[[], None] = lambda: None
         incoming.changed.append(self.signal)
         outgoing.changed.append(self.signal)
 
@@ -200,6 +202,10 @@ class SimulatedSocket:
         return not self.closed and not any(over)
 
     # --- what streams use -------------------------------------------------------------------------------------
+
+    def shutdown(self, how: int) -> None:
+        assert how == socket.SHUT_RDWR
+        self.reset()
 
     def setblocking(self, blocking: bool) -> None:
         assert not blocking
@@ -240,6 +246,7 @@ class SimulatedSocket:
     ) -> int:
         assert flags == socket.MSG_NOSIGNAL
         self._check()
+        self.called()
         fault = self._plan.strike(self.lane)
         if fault is not None:
             self._suffer(fault)
@@ -280,6 +287,7 @@ class SimulatedSocket:
         if self.closed:
             return
         self.closed = True
+        self.called()
         self._outgoing.end()
         # Closing with unread data resets the connection; what the peer writes from now on is lost.
         if self._incoming.arrived and self.lane.in_band:

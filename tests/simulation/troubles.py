@@ -76,7 +76,7 @@ class Troubles:
                 self._strike_here(fault, lambda: self._kill_client(consumer))
             elif fault is Fault.CLIENT_STOPPED:
                 self._strike_here(fault, lambda: self._stop(consumer.process.actors))
-            elif fault is Fault.INTERRUPT and actor is not None and actor.bound < float("inf") and not actor.idles:
+            elif fault is Fault.INTERRUPT and actor is not None and consumer.may_interrupt(actor):
                 self._run.plan.count(fault.value)
                 self._scheduler.note(f"{actor.name} is interrupted at a step")
                 raise Interrupted
@@ -191,7 +191,7 @@ class Troubles:
         if any(loop.actor.stopped or loop.actor.greenlet.dead for loop in server.loops):
             return False
         self._scheduler.note(f"{server.name} closes its ring")
-        server.closing = server.books.lost = True
+        server.begin_close()
         self._scheduler.spawn(server.process, "close", server.close, idles=True)
         return True
 
@@ -210,14 +210,14 @@ class Troubles:
         return True
 
     def _fork(self, consumer: SimulatedConsumer) -> bool:
-        attachments = list(consumer.client.network.attachments)
+        attachments = consumer.attachments
         self._scheduler.note(f"{consumer.process.name} forks, with {len(attachments)} attachments")
         for attachment in attachments:
             attachment.end_in_child()
         return bool(attachments)
 
     def _interrupt(self, consumer: SimulatedConsumer) -> bool:
-        waiting = [actor for actor in consumer.process.actors if actor.bound < float("inf") and not actor.idles]
+        waiting = [actor for actor in consumer.process.actors if consumer.may_interrupt(actor)]
         if not waiting:
             return False
         actor = self._rng.choice(waiting)

@@ -23,7 +23,7 @@ from dray.transport.lanes import SHM, TCP, UCX
 from simulation.batches import SimulatedBatches
 from simulation.clients import SimulatedConsumer
 from simulation.clock import ManualClock
-from simulation.faults import HARMLESS, FaultPlan
+from simulation.faults import HARMLESS, Fault, FaultPlan
 from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
 from simulation.scheduler import Interrupted, Scheduler, Violation
@@ -52,12 +52,14 @@ class Run:
         busy: programs hardly pause: producers use their slots again while consumers lease.
     """
 
+    faults: Sequence[Fault] = tuple(Fault)
+
     def __init__(self, seed: int, seen: Counter[str], traced: bool = False) -> None:
         self.seed = seed
         self.rng = rng = random.Random(seed)
         self.busy = rng.random() < 0.25
         self.scheduler = Scheduler(rng, ManualClock(), traced)
-        self.plan = FaultPlan(rng, seen)
+        self.plan = FaultPlan(rng, seen, among=self.faults)
         self.ledger = Ledger(self.scheduler)
         self.kernel = SimulatedKernel(self.scheduler, self.plan, self.ledger)
         self._serial = itertools.count(1)
@@ -133,8 +135,12 @@ class Run:
         for consumer in self.consumers:
             consumer.release_arrays()
         gc.collect()
-        quiet = scheduler.now() + QUIET
-        scheduler.run(quiet, lambda: False)
+        self._check_quiet()
+        self._drain()
+
+    def _check_quiet(self) -> None:
+        """Nothing is left of clients that have gone, and the books are in order."""
+        self.scheduler.run(self.scheduler.now() + QUIET, lambda: False)
         for consumer in self.consumers:
             left = self.kernel.is_open(consumer.process)
             if left:
@@ -148,7 +154,6 @@ class Run:
             self._check_attachments(server)
             if sum(loop.connections for loop in server.loops):
                 raise Violation(f"{server.name} keeps connections of clients that are gone")
-        self._drain()
 
     def _check_attachments(self, server: SimulatedServer) -> None:
         """All attachments have ended that a consumer had learned of."""
@@ -234,7 +239,7 @@ class Run:
         )
         return SimulatedServer(self.kernel, self.ledger, f"server{index}", settings)
 
-    def _make_consumer(self, index: int, secret: bytes | None) -> SimulatedConsumer:
+    def _make_consumer(self, index: int, secret: bytes | None) -> Any:
         rng = self.rng
         reader = index % self.readers
         welcome = True
@@ -262,11 +267,7 @@ class Run:
             for _ in range(count):
                 if self.plan.calm:
                     break
-                size = rng.choice((0, 1, 40, 700, 1500, server.settings.slot_bytes - 400))
-                number = next(self._serial)
-                body = np.frombuffer(number.to_bytes(4, "little") * (size // 4 + 1), np.uint8)[:size]
-                arrays = {"token": np.array([number, size], np.uint64), "body": body}
-                server.write(arrays, rng.choice((0.5, 5.0, 60.0)), lambda: rng.random() > 0.08)
+                server.write(self.arrays(server), rng.choice((0.5, 5.0, 60.0)), lambda: rng.random() > 0.08)
                 scheduler.sleep(rng.choice(pauses))
 
         def wait() -> None:
@@ -281,6 +282,13 @@ class Run:
         scheduler.spawn(server.process, "waiter", wait)
         server.published = self._publish
         scheduler.spawn(server.process, "writer", run)
+
+    def arrays(self, server: SimulatedServer) -> dict[str, Any]:
+        """Arrays that no other payload has, of any size."""
+        size = self.rng.choice((0, 1, 40, 700, 1500, server.settings.slot_bytes - 400))
+        number = next(self._serial)
+        body = np.frombuffer(number.to_bytes(4, "little") * (size // 4 + 1), np.uint8)[:size]
+        return {"token": np.array([number, size], np.uint64), "body": body}
 
     def _publish(self, ref: PayloadRef) -> None:
         self._old.append(ref)

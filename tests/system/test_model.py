@@ -1,4 +1,4 @@
-"""The model of direct leases: no interleaving violates a property, and each planted defect does."""
+"""The model of direct leases and streams: no interleaving violates a property, and each planted defect does."""
 
 import subprocess
 import sys
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from model.command import main, scenario_named, search
+from model import stream_search
+from model.command import all_defects, all_scenarios, main, scenario_named, search
 from model.defects import DEFECTS
 from model.machine import CAPACITY, BufferTooSmallError, Machine
 from model.properties import Property
-from model.scenarios import SCENARIOS, Scenario
+from model.scenarios import Scenario
+from model.stream import StreamProperty
 
 TESTS = Path(__file__).parents[1]
 NAMED_BY_THE_PROTOCOL = {
@@ -41,21 +43,22 @@ def test_no_interleaving_violates_a_property_and_every_defect_does() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = {line.split()[0] for line in done.stdout.splitlines() if " found in " in line}
     held = {line.split()[0] for line in done.stdout.splitlines() if "nothing is violated" in line}
-    assert held == {scenario.name for scenario in SCENARIOS if scenario.quick}
-    assert found == {defect.name for defect in DEFECTS if scenario_named(defect.scenario).quick}
+    assert held == {scenario.name for scenario in all_scenarios() if scenario.quick}
+    assert found == {defect.name for defect in all_defects() if scenario_named(defect.scenario).quick}
     assert found >= NAMED_BY_THE_PROTOCOL
 
 
 def test_each_defect_states_what_it_changes_and_has_a_name_of_its_own() -> None:
-    assert all(defect.change for defect in DEFECTS)
-    assert len({defect.name for defect in DEFECTS}) == len(DEFECTS)
-    assert len({scenario.name for scenario in SCENARIOS}) == len(SCENARIOS)
+    assert all(defect.change for defect in all_defects())
+    assert len({defect.name for defect in all_defects()}) == len(all_defects())
+    assert len({scenario.name for scenario in all_scenarios()}) == len(all_scenarios())
 
 
 def test_defects_violate_every_property_but_those_that_no_defect_reaches() -> None:
     """No planted defect blocks a thread or leaves a word behind; these two properties guard the model itself."""
     violated = {defect.violated for defect in DEFECTS}
     assert set(Property) - violated == {Property.HANG, Property.WORD_STAYS}
+    assert {defect.violated for defect in stream_search.DEFECTS} == set(StreamProperty)
 
 
 def test_the_command_prints_the_interleaving_that_a_defect_makes_possible(
@@ -71,7 +74,8 @@ def test_the_command_prints_the_interleaving_that_a_defect_makes_possible(
 def test_the_command_fails_if_a_defect_is_not_found() -> None:
     script = (
         "import sys; from model import command, defects, owner;"
-        "command.SCENARIOS = command.SCENARIOS[:1];"
+        "command.SCENARIOS = command.SCENARIOS[:1]; command.stream_search.SCENARIOS = ();"
+        "command.stream_search.DEFECTS = ();"
         "command.DEFECTS = (defects.DEFECTS[0]._replace(consumer=command.NO_DEFECT.consumer, scenario='reuse'),);"
         "sys.exit(command.main([]))"
     )
@@ -81,7 +85,9 @@ def test_the_command_fails_if_a_defect_is_not_found() -> None:
 
 
 def test_a_scenario_that_never_reaches_its_events_is_reported() -> None:
-    threads = scenario_named("drain").threads
+    drain = scenario_named("drain")
+    assert isinstance(drain, Scenario)
+    threads = drain.threads
     result = search(Scenario("no drop", "no payload is dropped", threads, payloads=2, reaches=("dropped",)))
     assert result.violated is None
     assert result.missing == {"dropped"}

@@ -3,9 +3,11 @@
 import fcntl
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from new_user_path import walk_new_users_path
 from packaging.requirements import Requirement
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -232,3 +235,15 @@ def ended(folder: Path, *command: str) -> tuple[int, str, str]:
     """The exit code of a command, and what it wrote to its two streams."""
     end = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
     return end.returncode, end.stdout, end.stderr
+
+
+@pytest.mark.timeout(240)
+def test_new_user_makes_a_job_mends_its_mistakes_and_runs_it_from_the_wheel(built: Built, tmp_path: Path) -> None:
+    # What `dray-rl[jobs,embedded]` asks for is that of this interpreter; dray itself is the wheel's.
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    found = subprocess.run(
+        [built.python, "-c", "import dray; print(dray.__file__)"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert Path(found.stdout.strip()).is_relative_to(built.environment)
+    walk_new_users_path((built.program,), tmp_path, environment)

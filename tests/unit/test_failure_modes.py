@@ -10,7 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "failure-modes.md"
-COUNTS = (("B", 14), ("W", 13), ("C", 14), ("D", 14), ("R", 17), ("Z", 12), ("V", 4), ("X", 16), ("Y", 31))
+COUNTS = (
+    ("B", 14),
+    ("W", 13),
+    ("C", 14),
+    ("D", 14),
+    ("T", 10),
+    ("R", 17),
+    ("Z", 12),
+    ("V", 4),
+    ("X", 16),
+    ("Y", 31),
+)
 ROWS = [f"{letter}{number}" for letter, count in COUNTS for number in range(1, count + 1)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[2] / "src"
-ROOMS = ("payload", "ring", "protocol", "transport", "prefetch", "ucxx")
+ROOMS = ("payload", "ring", "protocol", "transport", "prefetch", "ucxx", "integrations")
 MAX_LINES = 600
 SHORT_LINES, MAX_SHORT = 60, 9
 """At most so many modules, package markers aside, are shorter than this."""

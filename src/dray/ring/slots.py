@@ -467,7 +467,7 @@ class SlotTable:
         if self.direct is None:
             direct = DirectLeases(len(self.slots), self._readers, self.clock, self._machine)
             for slot in self.live.values():
-                slot.wake()  # all who wait, wait for the doorbell from now on
+                slot.wake()  # waiters wait for the doorbell from now on
                 if slot.state is not _WRITING and not slot.retired:
                     direct.publish(slot.index, slot.sequence)
                 for reader in range(self._readers):

@@ -13,7 +13,7 @@ Neither side waits for the other. The producer's barrier (`dray.ring.membarrier`
   loads *credit*. So the producer sees the credit, or the consumer rings.
 - The consumer stores *begun* and then loads *given*; a producer that takes a payload back clears *given*, passes
   the barrier and then loads *begun*. So the producer sees that the payload was begun, or the consumer sees that it
-  was taken back.
+  was taken back. Both may see it: the producer then leaves the payload with the consumer, which returns it.
 
 The memory belongs to one consumer: a faulty one can spoil nothing but its own share of the stream.
 """

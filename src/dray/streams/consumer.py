@@ -22,10 +22,16 @@ from dray.streams.inbox import Inbox, Report, Wanted
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text
 from dray.streams.registry import checked_name, default_scope
+from dray.streams.source import Source
 
 Acknowledge = Literal["next", "manual"]
 
 MAX_PREFETCH = 4096
+
+FIND_SECONDS = 30.0
+"""Time limit for finding the producer of a payload that is acknowledged by its id."""
+
+_NEVER = Deadline.after(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +125,11 @@ class Consumer(Closing):
     def __next__(self) -> Payload:
         with self._exclusively():
             inbox = self._begin_call()
-            payload = self._held.pop(0) if self._held else self._next(inbox, Deadline.after(None))
+            payload = self._held.pop(0) if self._held else self._next(inbox, _NEVER)
             if payload is None:
                 raise StopIteration
             self._current = [payload]
+            inbox.in_hand = None
             return payload
 
     def get(self, timeout: float | None = 30.0) -> Payload:
@@ -157,6 +164,7 @@ class Consumer(Closing):
             try:
                 while len(found) < n and (payload := self._next(inbox, deadline)) is not None:
                     found.append(payload)
+                    inbox.in_hand = None
             except BaseException:
                 self._held = found
                 raise
@@ -179,6 +187,7 @@ class Consumer(Closing):
                 payload = self._held.pop(0) if self._held else self._pop(inbox)
                 if payload is not None:
                     self._current = [payload]
+                    inbox.in_hand = None
                     return payload
                 if inbox.finished:
                     raise StopAsyncIteration
@@ -197,7 +206,7 @@ class Consumer(Closing):
         """How many payloads can be taken without waiting, as far as that is known."""
         with self._exclusively():
             inbox = self._opened()
-            inbox.receive()
+            inbox.look()
             return len(inbox.queue) + len(self._held)
 
     # --- their end --------------------------------------------------------------------------------------------
@@ -205,7 +214,7 @@ class Consumer(Closing):
     def acknowledge(self, payload: Payload | PayloadId | Iterable[Payload | PayloadId]) -> None:
         """The group has consumed a payload, or several: they are handed out no more, and their slots become free.
 
-        What is gone already is not an error.
+        What is gone already is not an error. Another thread may wait for payloads meanwhile.
 
         Args:
             payload: payloads, or their ids. An id may have come from another process of this user.
@@ -215,16 +224,22 @@ class Consumer(Closing):
             TransportError: a producer on another host could not be reached.
         """
         each: Iterable[Payload | PayloadId] = (payload,) if isinstance(payload, Payload | PayloadId) else payload
+        for one in each:
+            if isinstance(one, Payload):
+                one.acknowledge()
+            else:
+                source = self._source_of(one)
+                if source is not None:
+                    source.acknowledge(one, None)
+            self._acknowledged += 1
+
+    def _source_of(self, payload: PayloadId) -> Source | None:
+        """The producer of a payload; None if it is gone. Another thread may wait in this consumer meanwhile."""
+        inbox = self._inbox
+        if inbox is not None and here[0] == self._mark and (source := inbox.source_of(payload.producer)) is not None:
+            return source
         with self._exclusively():
-            inbox = self._opened()
-            for one in each:
-                if isinstance(one, Payload):
-                    one.acknowledge()
-                else:
-                    source = inbox.find(one.producer, Deadline.after(30.0))
-                    if source is not None:
-                        source.acknowledge(one, None)
-                self._acknowledged += 1
+            return self._opened().find(payload.producer, Deadline.after(FIND_SECONDS))
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -293,6 +308,8 @@ class Consumer(Closing):
     def _begin_call(self) -> Inbox:
         """The inbox; what the calls before it have handed out is acknowledged."""
         inbox = self._opened()
+        if inbox.in_hand is not None:
+            inbox.give_back_lost()
         self._acknowledge_current()
         return inbox
 
@@ -333,7 +350,7 @@ class Consumer(Closing):
 
     def _opened(self) -> Inbox:
         if self._inbox is None and not self._closed:
-            self._inbox = Inbox(self._wanted)
+            self._inbox = Inbox(self._wanted, exclusive=self._exclusive)
         if self._closed:  # tested last: `close` in another thread may not have seen the inbox
             raise BufferClosedError("the consumer is closed")
         assert self._inbox is not None

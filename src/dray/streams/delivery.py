@@ -24,7 +24,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, NamedTuple, Protocol
@@ -84,8 +84,8 @@ class RingView(Protocol):
         """The payload is consumed by the group, or gone."""
         ...
 
-    def barrier(self) -> None:
-        """Order the stores of this process before its next loads, as consumers see them."""
+    def barrier(self) -> bool:
+        """Order the stores of this process before its next loads, as consumers see them; False if that failed."""
         ...
 
 
@@ -200,9 +200,12 @@ class Recipient:
 
     def start(self) -> None:
         """It has been told that it has subscribed."""
-        with self._delivery.lock:
+        delivery = self._delivery
+        with delivery.lock:
             self.active = True
-        self._delivery.serve()
+            if delivery.lost is not None:
+                self.connection.end(delivery.lost)
+        delivery.serve()
 
     def set_credit(self, total: int) -> None:
         """It may have been given `total` payloads so far."""
@@ -253,18 +256,26 @@ class Delivery:
         groups: how many groups there are; their reader ids are 0 … groups - 1.
         ring: the ring of the payloads.
         max_deliveries: a payload that has been handed out so often, and comes back, is given up; None for no
-            limit. clock: the source of time.
+            limit. clock: the source of time. lock: guards everything here; a new one by default.
 
     Attributes:
         lock: guards everything here.
         groups: by reader id.
         dead: payloads that were given up, for the owner to take.
+        lost: once it is closed, how many payloads are lost.
+        wake: called with the lock when `serve` is due earlier than before.
     """
 
     def __init__(
-        self, groups: int, ring: RingView, *, max_deliveries: int | None = None, clock: Clock = MONOTONIC
+        self,
+        groups: int,
+        ring: RingView,
+        *,
+        max_deliveries: int | None = None,
+        clock: Clock = MONOTONIC,
+        lock: threading.Lock | None = None,
     ) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.Lock() if lock is None else lock
         self.groups = [Group(reader) for reader in range(groups)]
         self.dead: deque[DeadItem] = deque()
         self._ring = ring
@@ -272,14 +283,15 @@ class Delivery:
         self._clock = clock
         self._numbers = itertools.count(1)
         self._due = math.inf
-        self._closed = False
+        self.lost: int | None = None
+        self.wake: Callable[[], None] = lambda: None
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
     def add(self, slot: int, sequence: int, nbytes: int) -> None:
         """Hand out a payload that was committed."""
         with self.lock:
-            if self._closed:
+            if self.lost is not None:
                 raise BufferClosedError("the stream is closed")
             for group in self.groups:
                 item = Item(slot, sequence, nbytes)
@@ -307,11 +319,12 @@ class Delivery:
     def close(self, lost: int) -> None:
         """Hand out nothing any more, and tell the consumers, with the number of payloads that are lost."""
         with self.lock:
-            self._closed = True
+            self.lost = lost
             for group in self.groups:
                 group.waiting.clear()
                 for recipient in group.recipients:
-                    recipient.connection.end(lost)
+                    if recipient.active:  # the others get it behind the answer to SUBSCRIBE
+                        recipient.connection.end(lost)
 
     # --- consumers --------------------------------------------------------------------------------------------
 
@@ -388,7 +401,9 @@ class Delivery:
             group.marked = left
             if not (left and direct):
                 return
-            self._ring.barrier()  # then look once more at the credit
+            if not self._ring.barrier():
+                self._serve_by(self._clock.now() + RECHECK_SECONDS)
+            # Then look once more at the credit.
 
     def _hand_out(self, group: Group, item: Item, recipient: Recipient) -> None:
         if len(recipient.items) > _PRUNE_ABOVE:
@@ -405,15 +420,22 @@ class Delivery:
             if len(group.recipients) > 1:
                 # In one step: an exception of a signal handler must not lose it.
                 group.recipients.sort(key=lambda each: each is recipient)
-            self._due = min(self._due, item.since + BEGIN_SECONDS)
+            self._serve_by(item.since + BEGIN_SECONDS)
             if recipient.stream_words is not None:
                 recipient.stream_words.give(item.slot, item.number)
             recipient.connection.announce(
                 Given(item.slot, item.sequence, item.nbytes, item.number, item.deliveries)
             )
         except BaseException:
+            if item.state is State.WAITING:  # it still waits, for another consumer
+                recipient.items.pop(item.sequence, None)
             recipient.connection.abort()
             raise
+
+    def _serve_by(self, due: float) -> None:
+        if due < self._due:
+            self._due = due
+            self.wake()
 
     def _is_done(self, group: Group, item: Item) -> bool:
         """A payload that has waited may have been dropped, or consumed by reference."""
@@ -428,12 +450,12 @@ class Delivery:
         finished = self._ring.has_finished
         for item in list(recipient.items.values()):
             if finished(item.slot, item.sequence, recipient.reader):
+                del recipient.items[item.sequence]  # first: an exception of a signal handler may come in between
                 item.apply(Event.FINISH)
-                del recipient.items[item.sequence]
 
     def _come_back(self, group: Group, items: Sequence[Item]) -> None:
         """Put payloads at the head of the queue, unless they are done or were handed out too often."""
-        if self._closed:
+        if self.lost is not None:
             return
         back = []
         for item in items:
@@ -479,13 +501,13 @@ class Delivery:
         for recipient, item in taken:
             if recipient.stream_words is not None:
                 recipient.stream_words.give(item.slot, 0)
-        if any(recipient.stream_words is not None for recipient, _ in taken):
-            self._ring.barrier()
+        direct = any(recipient.stream_words is not None for recipient, _ in taken)
+        ordered = not direct or self._ring.barrier()
         back = []
         for recipient, item in taken:
-            if recipient.has_begun(item):  # it has begun meanwhile
-                assert recipient.stream_words is not None
-                recipient.stream_words.give(item.slot, item.number)
+            words = recipient.stream_words
+            if words is not None and (not ordered or recipient.has_begun(item)):  # perhaps it has begun meanwhile
+                words.give(item.slot, item.number)
                 continue
             del recipient.items[item.sequence]
             group.taken_back += 1

@@ -1,7 +1,7 @@
 """`Inbox`: what a consumer does in one process. It finds producers, asks for payloads, and waits for them.
 
-Every method needs the consumer's lock, except `interrupt`. No thread is started: the sockets are looked at when
-the program asks for a payload.
+Every method needs the consumer's lock, except `interrupt` and `release`. No thread is started: the sockets are
+looked at when the program asks for a payload.
 
 How many payloads a producer may give is its *credit*. While the program works on a payload, the credit of all
 producers together is `prefetch` less what was given and not begun. While the consumer waits, each producer has a
@@ -15,9 +15,8 @@ import logging
 import math
 import os
 import select
-import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,14 +36,13 @@ from dray.protocol import streams
 from dray.protocol.handshake import ANY_PRODUCER
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
+from dray.streams.exclusive import Exclusive
 from dray.streams.payload import Payload
 from dray.streams.registry import Nudges, Peer, Registry
 from dray.streams.source import Source
+from dray.streams.surroundings import SURROUNDINGS, Surroundings
 from dray.transport import PayloadClient
 from dray.transport.direct_reads import DirectReads
-from dray.transport.lanes.base import Network
-from dray.transport.polling import AdaptivePoller
-from dray.transport.receive_buffers import ReceiveBuffers
 from dray.transport.subscription import Subscription
 
 logger = logging.getLogger("dray.streams")
@@ -59,6 +57,9 @@ MAX_RETRY_SECONDS: Final = 2.0
 FIRST_REPORT_SECONDS: Final = 5.0
 REPORT_SECONDS: Final = 30.0
 """A wait without a producer is reported after the first, any other wait after the second, and so on."""
+
+SEND_AGAIN_SECONDS: Final = 0.05
+"""Time before another attempt to send what a connection had no room for."""
 
 RING_AGAIN_SECONDS: Final = 0.002
 """The producers whose payloads wait for credit are woken a few at a time, so that not all of them send at once.
@@ -135,6 +136,8 @@ class Inbox(Closing):
     Args:
         wanted: what the consumer wants.
         clock: where time comes from.
+        surroundings: the process and the host.
+        exclusive: the lock that every method but `interrupt` and `release` needs.
 
     Attributes:
         queue: hand-outs that are not begun.
@@ -144,14 +147,26 @@ class Inbox(Closing):
         lost: those that have died.
         returned: hand-outs that were given back because there were enough.
         closing: `interrupt` was called.
+        in_hand: a hand-out on its way to the program: after an exception of a signal handler it goes back.
     """
 
-    def __init__(self, wanted: Wanted, clock: Clock = MONOTONIC) -> None:
+    def __init__(
+        self,
+        wanted: Wanted,
+        clock: Clock = MONOTONIC,
+        surroundings: Surroundings = SURROUNDINGS,
+        exclusive: Exclusive | None = None,
+    ) -> None:
         self.wanted = wanted
+        self._exclusive = exclusive or Exclusive()
         self.queue: deque[tuple[Source, streams.Given]] = deque()
         self.attached = self.ended = self.lost = self.returned = 0
         self.closing = False
+        self.in_hand: tuple[Source, streams.Given] | None = None
         self._clock = clock
+        self._due = math.inf  # when the next attempt to connect is made
+        self._framed: list[_Place] = []  # those that share no memory with this process
+        self._returns: deque[tuple[Source, streams.Given]] = deque()
         self._gone: set[bytes] = set()  # those at whose address there is another one now
         self._missing = 0  # producers that have died, less those that have come since
         self.sources: deque[Source] = deque()
@@ -161,19 +176,21 @@ class Inbox(Closing):
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
-        self._network = Network()
-        self._reads = DirectReads(0, wanted.direct, ReceiveBuffers(), lock=threading.Lock(), clock=clock)
+        self._surroundings = surroundings
+        self._network = network = surroundings.network()
+        buffers = network.receive_buffers()
+        self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
         with contextlib.ExitStack() as opened, needing("a consumer"):
-            self._epoll = opened.enter_context(contextlib.closing(select.epoll()))
+            self._epoll = opened.enter_context(contextlib.closing(surroundings.epoll()))
             descriptor_not_inherited(self, Inbox.fileno)
             self._wake = opened.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._epoll.register(self._wake.fileno(), select.EPOLLIN)
-            self._poll: AdaptivePoller[list[tuple[int, int]]] = AdaptivePoller(self._epoll.poll)
+            self._poll: Callable[[float | None], list[tuple[int, int]]] = surroundings.poller(self._epoll)
             self._registry: Registry | None = None
             self._nudges: Nudges | None = None
             if wanted.name:
-                self._registry = opened.enter_context(Registry(wanted.name, wanted.scope))
-                self._nudges = opened.enter_context(Nudges())
+                self._registry = opened.enter_context(surroundings.registry(wanted.name, wanted.scope))
+                self._nudges = opened.enter_context(surroundings.nudges())
                 self._epoll.register(self._nudges.fileno(), select.EPOLLIN)
                 about = {"group": wanted.group, "nudges": self._nudges.path}
                 self._registry.add("c", about)
@@ -190,23 +207,46 @@ class Inbox(Closing):
         """The next payload that has been given to this consumer; None if there is none. It does not wait."""
         queue = self.queue
         while queue or self.receive():
-            source, given = queue.popleft()
+            self.in_hand = source, given = queue[0]
+            queue.popleft()
             if self._spread_credit():
                 self._poll_now()  # several were asked: what is too much goes back
             payload = source.take(given, self._warn_of_copies)
             if payload is not None:
                 return payload
+        self.in_hand = None
         return None
+
+    def release(self, source: Source, given: streams.Given) -> None:
+        """Return a payload that the program had, from any thread: a thread that uses this inbox does it."""
+        self._returns.append((source, given))
+        if self._exclusive.enter_now():
+            with self._exclusive.leaving():
+                self._send_returns()
+        else:
+            self._wake_up()
+
+    def give_back_lost(self) -> None:
+        """Return the payload that an exception of a signal handler has kept from the program."""
+        if self.in_hand is not None:
+            (source, given), self.in_hand = self.in_hand, None
+            source.give_back(given, begun=True)
 
     def receive(self) -> bool:
         """Take in what has come; True if a payload was given."""
         if len(self._by_descriptor) == 1:  # cheaper than to ask which one it is
             (place,) = self._by_descriptor.values()
             self._receive(place)
-        if not self.queue:
+        else:
             self._poll_now()
-        self._connect_due()
+        if self._due != math.inf:
+            self._connect_due()
         return bool(self.queue)
+
+    def look(self) -> None:
+        """Take in what has come from all producers, and find new ones."""
+        self.receive()
+        self._poll_now()
 
     def wait(self, deadline: Deadline, report: Report) -> None:
         """Wait until something has happened that concerns this consumer.
@@ -239,14 +279,14 @@ class Inbox(Closing):
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
-        for place in self._by_descriptor.values():
+        latest = math.inf
+        for place in self._framed:
             if place.source is not None and not place.source.subscription.arm():
                 self._receive(place)
                 return 0.0
-        due = min(
-            (place.due for place in self._places if place.source is None and not place.ended), default=math.inf
-        )
-        return max(0.0, due - self._clock.now())
+            if place.source is not None and place.source.subscription.unsent:
+                latest = SEND_AGAIN_SECONDS
+        return latest if self._due == math.inf else max(0.0, min(latest, self._due - self._clock.now()))
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
@@ -264,6 +304,10 @@ class Inbox(Closing):
             return not self.sources and all(place.ended for place in self._places)
         return all(place.ended for place in self._places)
 
+    def source_of(self, producer: bytes) -> Source | None:
+        """The source of a producer that is attached. No lock is needed."""
+        return next((source for source in tuple(self.sources) if source.producer == producer), None)
+
     def find(self, producer: bytes, deadline: Deadline) -> Source | None:
         """The source of a producer; None if the producer is gone. It waits while it may still attach.
 
@@ -272,9 +316,8 @@ class Inbox(Closing):
         """
         report = Report(self._clock)
         while True:
-            for source in self.sources:
-                if source.producer == producer:
-                    return source
+            if (source := self.source_of(producer)) is not None:
+                return source
             if self._is_gone(producer):
                 return None
             if deadline.expired:
@@ -333,9 +376,7 @@ class Inbox(Closing):
     def interrupt(self) -> None:
         """End a wait in another thread; no lock is needed."""
         self.closing = True
-        number = self._wake.fileno()
-        if number >= 0:
-            os.eventfd_write(number, 1)
+        self._wake_up()
 
     def close(self) -> None:
         """End all subscriptions. Twice is fine."""
@@ -413,10 +454,24 @@ class Inbox(Closing):
         for descriptor, _ in self._epoll.poll(0):
             self._handle(descriptor)
 
+    def _wake_up(self) -> None:
+        number = self._wake.fileno()
+        if number >= 0:
+            os.eventfd_write(number, 1)
+
+    def _send_returns(self) -> None:
+        while self._returns:
+            source, given = self._returns.popleft()
+            source.give_back(given, begun=True)
+
     def _handle(self, descriptor: int) -> None:
         place = self._by_descriptor.get(descriptor)
         if place is not None:
             self._receive(place)
+        elif descriptor == self._wake.fileno():
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(descriptor)
+            self._send_returns()
         elif self._nudges is not None and descriptor == self._nudges.fileno():
             self._nudges.take()
             self._find_producers()
@@ -441,6 +496,7 @@ class Inbox(Closing):
             self.queue.append((source, given))
         else:
             self.returned += 1
+            source.subscription.set_credit(source.received)  # first: else it would come again
             source.give_back(given, begun=False)
 
     def _attached_to(self, source: Source) -> None:
@@ -481,6 +537,8 @@ class Inbox(Closing):
         """End a subscription; its producer has ended, or gives what was not begun to others."""
         source = place.source
         assert source is not None
+        if place in self._framed:
+            self._framed.remove(place)
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
         self.sources.remove(source)
@@ -530,12 +588,14 @@ class Inbox(Closing):
         return groups.index(self.wanted.group)
 
     def _connect_due(self) -> None:
-        if not self._places:
-            return
         now = self._clock.now()
+        self._due = math.inf
         for place in self._places:
-            if place.source is None and not place.ended and place.due <= now:
-                self._connect(place)
+            if place.source is None and not place.ended:
+                if place.due <= now:
+                    self._connect(place)
+                if place.source is None:
+                    self._due = min(self._due, place.due)
 
     def _connect(self, place: _Place) -> None:
         wanted = self.wanted
@@ -558,10 +618,14 @@ class Inbox(Closing):
         if place.producer not in (ANY_PRODUCER, subscription.producer):
             self._gone.add(place.producer)
         place.producer, place.refused, place.failed = subscription.producer, False, False
-        place.source = source = Source(subscription, str(place), self._reads, self._client)
+        place.source = source = Source(
+            subscription, str(place), self._reads, client=self._client, release=self.release
+        )
         place.failure, place.retry = None, RETRY_SECONDS
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)
+        if not subscription.direct:
+            self._framed.append(place)
         self.sources.append(source)
         self.attached += 1
         self._missing = max(0, self._missing - 1)
@@ -572,13 +636,14 @@ class Inbox(Closing):
         place.failure = str(error)
         place.refused = isinstance(error, Unreachable) and error.refused
         place.due = self._clock.now() + place.retry
+        self._due = min(self._due, place.due)
         place.retry = min(2 * place.retry, MAX_RETRY_SECONDS)
 
     def _client(self, reader: int) -> PayloadClient:
         """For payloads that are not leased in place."""
         client = self._clients.get(reader)
         if client is None:
-            client = self._clients[reader] = PayloadClient(secret=self.wanted.secret, reader=reader, direct=False)
+            client = self._clients[reader] = self._surroundings.client(self.wanted.secret, reader)
         return client
 
     def _warn_of_copies(self, arrays: Arrays) -> None:

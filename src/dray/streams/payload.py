@@ -108,7 +108,7 @@ class Payload(NamedArrays):
     def release(self) -> None:
         """Give the payload back: a consumer of the group gets it again. Twice is fine."""
         if not self.ended:
-            self._source.give_back(self._given, begun=True)
+            self._source.release(self._source, self._given)
             self.ended = True
 
     def _title(self) -> str:

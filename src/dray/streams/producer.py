@@ -351,6 +351,7 @@ class _Service(StreamServer):
         super().__init__(ring, about)
         self._delivery = delivery
         self._give_up = give_up
+        delivery.wake = lambda: os.eventfd_write(self.bell.fileno(), 1)
 
     @property
     def remaining(self) -> float:

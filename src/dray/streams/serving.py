@@ -29,9 +29,10 @@ class RingOfStream:
         self.has_finished = ring.is_stale
         self._ring = ring
 
-    def barrier(self) -> None:
+    def barrier(self) -> bool:
         with contextlib.suppress(BufferClosedError):
-            self._ring.direct().barriers.pass_one()
+            return self._ring.direct().barriers.pass_one()
+        return False
 
 
 class ServedConsumer:

@@ -39,6 +39,7 @@ class Source(Closing):
         name: what logs and errors call the producer.
         reads: the direct leases of the consumer.
         client: makes a client with a reader id, for what is not leased directly.
+        release: returns a payload that the program had, from any thread.
 
     Attributes:
         received: payloads that it has given so far, without those that went back at once: until the producer has
@@ -49,8 +50,15 @@ class Source(Closing):
     """
 
     def __init__(
-        self, subscription: Subscription, name: str, reads: DirectReads, client: Callable[[int], PayloadClient]
+        self,
+        subscription: Subscription,
+        name: str,
+        reads: DirectReads,
+        *,
+        client: Callable[[int], PayloadClient],
+        release: Callable[[Source, streams.Given], None],
     ) -> None:
+        self.release = release
         self.subscription = subscription
         self.name = name
         self.producer = subscription.producer
@@ -100,6 +108,8 @@ class Source(Closing):
             PayloadFormatError: its bytes are not arrays.
         """
         if not self.subscription.begin(given):
+            # The producer may have seen that it was begun, and left it to this consumer.
+            self.give_back(given, begun=False)
             self.gone += 1
             return None
         try:

@@ -125,7 +125,7 @@ class Publisher(Closing):
         registry.nudge_consumers()
 
     def publish(
-        self, arrays: Mapping[str, Any], *, version: int | None = None, timeout: float | None = 30.0
+        self, arrays: Mapping[str, Any], version: int | None = None, *, timeout: float | None = 30.0
     ) -> int:
         """Make `arrays` the newest version; returns its number.
 
@@ -224,7 +224,7 @@ class Subscriber(Closing):
         self._closed = False
         self._mark = here[0]
 
-    def newest(self, after: int | Weights | None = None, *, timeout: float | None = 30.0) -> Weights:
+    def newest(self, after: int | Weights | None = None, timeout: float | None = 30.0) -> Weights:
         """The newest version.
 
         Args:

@@ -6,6 +6,7 @@ poll without sleeping for a short time first (`AdaptivePoller`), as long as earl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -163,6 +164,12 @@ class AdaptiveEpoll:
         """The opposite of `drive`."""
         self._workers.remove(worker)
         self._epoll.unregister(worker.fileno())
+
+    @staticmethod
+    def reset(descriptor: int) -> None:
+        """Reset an eventfd that was reported."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(descriptor)
 
     def wake(self) -> None:
         """End the wait of `poll`, or the next one; `poll` then reports a descriptor that was not registered."""

@@ -110,6 +110,7 @@ class ServedConnection:
         self.subscriber: Subscriber | None = None
         self._pushed = pushed
         self._pushes: deque[bytes] = deque()
+        self._carrying = False  # `answer` has taken pushes that were not passed to the stream yet
         self._sending = threading.Lock()  # once there is a subscriber, other threads send as well
         self._ended = self._ending = False
 
@@ -170,8 +171,10 @@ class ServedConnection:
         session = self.session
         if session.sending:
             return []
-        while self._pushes:
-            session.push(self._pushes.popleft())
+        if self._pushes:
+            self._carrying = True
+            while self._pushes:
+                session.push(self._pushes.popleft())
         requests = session.requests
         if not requests:
             return session.pop_outgoing()
@@ -286,7 +289,8 @@ class ServedConnection:
         """
         if self.stream.lane.local and self._sending.acquire(blocking=False):
             try:
-                if not (self._ended or self.unsent or self._pushes):
+                # In this order: `answer` sets the last before it empties the one before.
+                if not (self._ended or self.unsent or self._pushes or self._carrying):
                     if self.stream.send([frame]):
                         return
                     self.unsent = True
@@ -315,6 +319,7 @@ class ServedConnection:
         if self.subscriber is None:
             return self.stream.send(items, shared)
         with self._sending:
+            self._carrying = False
             return self.stream.send(items, self._stream_descriptors())
 
     def _stream_descriptors(self) -> list[int]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import select
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Protocol
 
 from dray.admission import (
@@ -41,6 +39,7 @@ class Poller(Protocol):
     def drive(self, worker: Worker) -> None: ...
     def stop_driving(self, worker: Worker) -> None: ...
     def poll(self, timeout: float | None) -> list[tuple[int, int]]: ...
+    def reset(self, descriptor: int) -> None: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
 
@@ -172,8 +171,7 @@ class ServerLoop:
                         self._ring.observe()
                     elif descriptor == self._bell:
                         assert self._stream is not None
-                        with suppress(BlockingIOError):
-                            os.eventfd_read(descriptor)
+                        self._poller.reset(descriptor)
                         self._stream.serve()
                     elif descriptor in self._silent:
                         self._silent[descriptor].hasten()

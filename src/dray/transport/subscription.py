@@ -21,7 +21,6 @@ from dray.protocol.handshake import ANY_PRODUCER, DIRECT_VERSION
 from dray.resources import Closing
 from dray.ring.attachment import Attachment
 from dray.ring.consumer_events import Bell
-from dray.ring.shared_words import SharedWords
 from dray.ring.stream_words import StreamWords
 from dray.transport.connecting import shake_hands
 from dray.transport.lanes import parse_endpoint
@@ -110,7 +109,7 @@ class Subscription(Closing):
             if shared.attachment is None:
                 asking.ask(Kind.SUBSCRIBE, made.reader)
             else:
-                made._words, made._bell = asking.subscribe(made.reader, shared.identity.slots)
+                made._words, made._bell = asking.subscribe(made.reader, shared.identity.slots, network)
             made.attachment = shared.attachment
             opened.pop_all()
         return made
@@ -141,6 +140,11 @@ class Subscription(Closing):
             if isinstance(event, streams.Ended):
                 self.ended = event
         return events
+
+    @property
+    def unsent(self) -> bool:
+        """A frame waits for room in the connection: `receive` must be called soon."""
+        return self._unsent
 
     def arm(self) -> bool:
         """Before a wait for `fileno`; False if `receive` has something to do already."""
@@ -226,7 +230,7 @@ class _Asking:
             answer = self._session.receive(message)
         return bytes(_accepted(answer).body)
 
-    def subscribe(self, reader: int, slots: int) -> tuple[StreamWords | None, Bell | None]:
+    def subscribe(self, reader: int, slots: int, network: Network) -> tuple[StreamWords | None, Bell | None]:
         """Subscribe; the words and the bell that came with the answer."""
         self._send(self._session.request(Kind.SUBSCRIBE, reader=reader))
         numbers: list[int] = []
@@ -246,11 +250,10 @@ class _Asking:
             if len(received) != 2:
                 raise ProtocolError(f"{len(received)} descriptors came with the answer to SUBSCRIBE, not two")
             words, bell = received
-            count = StreamWords.count(slots)
-            made = StreamWords(SharedWords.attach(words.fileno(), count, writable=True), slots)
+            made = network.open_stream_words(words, bell, slots)
             closing.pop_all()
             words.close()
-            return made, bell
+            return made
 
     def _send(self, frame: bytes) -> None:
         sent = self._stream.send([frame])

@@ -106,7 +106,7 @@ def test_what_comes_before_a_violation_counts_and_what_follows_does_not() -> Non
     first, violation = session.receive(ack(1) + Frame(Kind.STATUS).pack() + ack(2))
     assert first == Acknowledgement("lease", 1, (1, 5, 0), False)
     assert isinstance(violation, Violation)
-    assert str(violation.error) == "a client sent STATUS"
+    assert str(violation.error) == "a client that has not subscribed sent STATUS"
 
 
 def test_part_of_a_frame_is_a_violation() -> None:

@@ -573,7 +573,7 @@ def test_more_unanswered_requests_than_allowed_are_refused(ring: SharedRingBuffe
 
 
 def test_a_status_from_a_client_is_refused(ring: SharedRingBuffer) -> None:
-    with pytest.raises(ProtocolError, match=r"^a client sent STATUS$"):
+    with pytest.raises(ProtocolError, match=r"^a client that has not subscribed sent STATUS$"):
         Server(ring).send(Kind.STATUS)
 
 
@@ -911,7 +911,8 @@ def test_inline_payloads_without_acks_are_bounded() -> None:
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"kind": 9}, "unknown frame kind 9"),
+        ({"kind": 13}, "unknown frame kind 13"),
+        ({"kind": Kind.END}, "a client that has not subscribed sent END"),
         ({"status": 77}, "unknown status 77"),
         ({"flags": 16}, "unknown flags 0x10 in a READ frame"),
         ({"kind": Kind.CONSUME, "flags": Flag.INLINE}, "unknown flags 0x8 in a CONSUME frame"),

@@ -26,8 +26,10 @@ from dray.protocol.ref import has_control
 from dray.resources import Closing, needing
 from dray.ring import membarrier
 from dray.ring.attachment import Attachment
-from dray.ring.consumer_events import Descriptor
+from dray.ring.consumer_events import Bell, Descriptor
 from dray.ring.direct import direct_problem, kernel_digest
+from dray.ring.shared_words import SharedWords
+from dray.ring.stream_words import StreamWords
 from dray.transport.lease_reaper import LeaseReaper
 from dray.transport.polling import CloseEvent, PollWaiter
 from dray.transport.receive_buffers import ReceiveBuffers
@@ -413,6 +415,16 @@ class Network(Closing):
             reader=reader,
             newest=newest,
         )
+
+    def open_stream_words(self, words: Descriptor, bell: Bell, slots: int) -> tuple[StreamWords, Bell]:
+        """What came with the answer to SUBSCRIBE: memory, and the bell of the producer.
+
+        Raises:
+            ProtocolError: the memory is not what it should be.
+            OutOfResources, SlotError: it cannot be mapped.
+        """
+        shared = SharedWords.attach(words.fileno(), StreamWords.count(slots), writable=True)
+        return StreamWords(shared, slots), bell
 
     def lock(self) -> threading.Lock:
         """A new lock, for what is shared with owners of rings."""
