@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -25,6 +26,7 @@ MAX_SOCKET_PATH = 107
 
 _LOG = logging.getLogger("dray.private_directory")
 _LOCK = "lock"
+_OWN = re.compile("[0-9a-f]{8}")
 _MAX_ROOT = MAX_SOCKET_PATH - len("/12345678/redis.sock")
 
 
@@ -65,6 +67,12 @@ class PrivateDirectory(Closing):
     def close(self) -> None:
         """Remove the folder and its content. Twice is fine."""
         if self.lock >= 0:
+            with contextlib.suppress(OSError):
+                for path in self.path.iterdir():
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                    elif path.name != _LOCK:  # the lock last: a folder without one is empty
+                        path.unlink()
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self.lock)
             self.lock = -1
@@ -118,7 +126,10 @@ def _sweep(root: Path) -> None:
     for folder in root.iterdir():
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:  # not dray's, or its owner is removing it
+        except OSError:  # not dray's, or its owner is removing it or was killed while it made or removed it
+            if _OWN.fullmatch(folder.name):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # it is empty then
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
