@@ -26,6 +26,7 @@ from dray.errors import (
     DrayError,
     ProtocolError,
     SchemaError,
+    SlotError,
     StreamTimeout,
     TransportError,
 )
@@ -36,7 +37,7 @@ from dray.protocol.handshake import ANY_PRODUCER
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
 from dray.streams.payload import Payload
-from dray.streams.registry import Nudges, Peer, Registry
+from dray.streams.registry import Nudges, Peer, ProducerEntry, Registry
 from dray.streams.source import Source
 from dray.streams.surroundings import SURROUNDINGS, Surroundings
 from dray.transport import PayloadClient
@@ -153,6 +154,7 @@ class Inbox(Closing):
         self._sources: deque[Source] = deque()
         self._by_descriptor: dict[int, _Place] = {}
         self._places: list[_Place] = [_Place((endpoint,)) for endpoint in wanted.endpoints]
+        self._ignored: set[str] = set()  # entries that are none of a producer
         self._favoured: list[Source] = []  # they have credit while the program works
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
@@ -464,8 +466,8 @@ class Inbox(Closing):
             known = {place.peer.entry for place in self._places if place.peer is not None}
             peers = self._registry.peers("p")
             for peer in peers:
-                if peer.entry not in known:
-                    self._places.append(self._place_of(peer))
+                if peer.entry not in known and peer.entry not in self._ignored:
+                    self._add_place(peer)
             alive = {peer.entry for peer in peers}
             self._places = [
                 place
@@ -474,14 +476,16 @@ class Inbox(Closing):
             ]
         self._connect_due()
 
-    def _place_of(self, peer: Peer) -> _Place:
-        about = peer.about
+    def _add_place(self, peer: Peer) -> None:
         try:
-            groups, producer = list(about["groups"]), bytes.fromhex(about["producer"])
-            endpoints = tuple(map(str, about["endpoints"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"the entry {peer.entry} of {self.wanted} is not valid: {error}") from error
-        return _Place(endpoints, producer, self._reader_of(groups, peer, about.get("schema")), peer)
+            entry = ProducerEntry.of(peer)
+        except ProtocolError as error:
+            # Another process of the user has written it: that must not end this one.
+            self._ignored.add(peer.entry)
+            logger.warning("%s: %s; it is ignored", str(self.wanted), str(error))
+            return
+        reader = self._reader_of(entry.groups, peer, entry.schema)
+        self._places.append(_Place(entry.endpoints, entry.producer, reader, peer))
 
     def _reader_of(self, groups: Sequence[str], who: object, schema: object) -> int:
         if self.wanted.group not in groups:
@@ -513,6 +517,12 @@ class Inbox(Closing):
                 direct=wanted.direct,
             )
         except TransportError as error:
+            self._retry(place, error)
+            return
+        except (ProtocolError, SlotError) as error:
+            if place.peer is None:
+                raise
+            # What an entry names need not be a producer; at an address, the program has named it.
             self._retry(place, error)
             return
         if subscription.attachment is not None:
