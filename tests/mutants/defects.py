@@ -48,7 +48,7 @@ TABLE = "ring/slots.py"
 LEASE = "ring/lease.py"
 ATTACHMENT = "ring/attachment.py"
 SERVED = "transport/served_connection.py"
-LOOP = "transport/server_loop.py"
+LOOP = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
 CONNECTIONS = "transport/connections.py"
 BATCH = "prefetch/batch.py"
@@ -60,11 +60,11 @@ DEFECTS = (
         "no sequence check in a read",
         TABLE,
         """\
-        if self._is_stale(slot, sequence, reader):
+        if self.is_stale(slot, sequence, reader):
             self._stale_reads += 1
             raise""",
         """\
-        if self._is_stale(slot, slot.sequence, reader):
+        if self.is_stale(slot, slot.sequence, reader):
             self._stale_reads += 1
             raise""",
     ),
@@ -72,19 +72,19 @@ DEFECTS = (
         "no sequence check in a copy",
         TABLE,
         """\
-            if self._is_stale(slot, sequence, reader):
+            if self.is_stale(slot, sequence, reader):
                 self._stale_reads += 1
                 found""",
         """\
-            if self._is_stale(slot, slot.sequence, reader):
+            if self.is_stale(slot, slot.sequence, reader):
                 self._stale_reads += 1
                 found""",
     ),
     Defect(
         "no sequence check in a consume",
         TABLE,
-        "        stale = self._is_stale(slot, sequence, reader)\n",
-        "        stale = self._is_stale(slot, slot.sequence, reader)\n",
+        "        stale = self.is_stale(slot, sequence, reader)\n",
+        "        stale = self.is_stale(slot, slot.sequence, reader)\n",
     ),
     Defect(
         "slot freed at the end of the first of two leases",
@@ -392,7 +392,7 @@ DEFECTS = (
     Defect(
         "another producer at the same address not recognised",
         "transport/connecting.py",
-        "        if identity.producer != producer:\n            raise OtherProducerError(\n",
+        "        if producer not in (ANY_PRODUCER, identity.producer):\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,
     ),

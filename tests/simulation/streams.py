@@ -38,6 +38,9 @@ FAULTS = (
     Fault.CLIENT_KILLED, Fault.CLIENT_CLOSED, Fault.CLIENT_FORKED, Fault.INTERRUPT, Fault.CLOCK_JUMP,
     Fault.BARRIER_FAILS,
 )  # fmt: skip
+PROMPT_SECONDS = 2.0
+"""A barrier that has failed is made up for within a second."""
+
 _LANES = ((SHM,), (SHM,), (SHM, TCP))
 
 
@@ -175,6 +178,7 @@ class StreamConsumer:
     Attributes:
         closed: its program has ended, or is about to.
         reader: the reader id of its group.
+        waits: it waits for a payload.
     """
 
     def __init__(self, run: StreamRun, name: str, reader: int, wanted: Wanted) -> None:
@@ -190,7 +194,7 @@ class StreamConsumer:
         self._inbox: Inbox | None = None
         self._surroundings = SimulatedSurroundings(self)
         self._actor: Actor | None = None
-        self._interruptible = False
+        self._interruptible = self.waits = False
         self._current: PayloadRef | None = None
         self._due: Payload | None = None  # it is to be acknowledged
         self._pinned: list[Any] = []
@@ -302,7 +306,11 @@ class StreamConsumer:
                 raise Violation(f"{self.process.name} holds {len(inbox.queue)} payloads that are not begun")
             if payload is not None or inbox.finished:
                 return payload, asked_at
-            inbox.wait(deadline, report)
+            self.waits = True
+            try:
+                inbox.wait(deadline, report)
+            finally:
+                self.waits = False
         return None, 0.0
 
     def _work(self, payload: Payload, asked_at: float) -> None:
@@ -380,6 +388,7 @@ class StreamRun(Run):
     def __init__(self, seed: int, seen: Counter[str], traced: bool = False) -> None:
         self.meeting = Meeting()
         self._holders: dict[tuple[bytes, int, int], StreamConsumer] = {}
+        self._stuck: dict[tuple[str, int], float] = {}
         self._had: set[tuple[bytes, int, int]] = set()
         self._all_words = True  # so far, every payload was handed out with shared words
         self._writers: list[Actor] = []
@@ -393,7 +402,7 @@ class StreamRun(Run):
             for consumer in self.consumers:
                 consumer.spawn()
             self.troubles.start()
-            self.scheduler.run(self.scheduler.now() + self.rng.choice((2.0, 50.0, 200.0)), lambda: False)
+            self.scheduler.run(self.scheduler.now() + self.rng.choice((2.0, 50.0, 200.0)), self._check_prompt)
             self._calm()
         finally:
             self._end()
@@ -416,6 +425,28 @@ class StreamRun(Run):
         gc.collect()
         self._check_quiet()
         self._drain()
+
+    def _check_prompt(self) -> bool:
+        """No payload waits for long while a consumer waits that has credit; called before time jumps."""
+        now, stuck = self.scheduler.now(), {}
+        waiting = {each.process.pid for each in self.consumers if each.waits}
+        for server in self.servers:
+            stream = server.stream
+            idle = stream is not None and not (server.process.dead or server.closing or server.ring.changing)
+            if not idle or any(actor.stopped for actor in server.process.actors):
+                continue
+            assert stream is not None
+            for group in stream.delivery.groups:
+                # While its program works, a consumer raises its credit without the bell.
+                asking = (each for each in group.recipients if each.stream_words is None or each.pid in waiting)
+                if group.waiting and any(each.allowance > 0 for each in asking):
+                    key = server.books.name, group.reader
+                    stuck[key] = self._stuck.get(key, now)
+                    if now - stuck[key] > PROMPT_SECONDS and Fault.CLOCK_JUMP not in self.plan.kinds:
+                        sequence = group.waiting[0].sequence
+                        raise Violation(f"{server.name}: sequence {sequence} waits although a consumer has credit")
+        self._stuck = stuck
+        return False
 
     def _waiting(self) -> list[str]:
         """Payloads that a consumer could have and that are not consumed."""
