@@ -438,9 +438,9 @@ DEFECTS = (
     ),
     # --- streams --------------------------------------------------------------------------------------------
     Defect(
-        "no second look at the credit after the barrier",
+        "credit not read again after the barrier",
         DELIVERY,
-        "            # Then look once more at the credit.\n",
+        "            # Then read the credit once more.\n",
         "            return\n",
         Search.SIMULATION,
     ),
@@ -481,15 +481,8 @@ DEFECTS = (
     Defect(
         "a payload that is begun taken back",
         DELIVERY,
-        "            if words is not None and (not ordered or recipient.has_begun(item)):",
-        "            if words is not None and not ordered:",
-        Search.SIMULATION,
-    ),
-    Defect(
-        "taken back with a barrier that has failed",
-        DELIVERY,
-        "        ordered = not direct or self._ring.barrier()\n",
-        "        ordered = not direct or self._ring.barrier() or True\n",
+        "        if item.state is State.GIVEN and words is not None and words.has_begun(item.slot, item.number):\n",
+        "        if False:\n",
         Search.SIMULATION,
     ),
     Defect(
@@ -504,16 +497,6 @@ DEFECTS = (
         "streams/source.py",
         "        attachment.count_read(lease)\n",
         "        attachment.count_read(lease)\n        attachment.acknowledge(lease)\n",
-        Search.SIMULATION,
-    ),
-    Defect(
-        "a payload that was taken back not returned",
-        "streams/source.py",
-        """\
-            self.give_back(given, begun=False)
-            self.gone += 1
-""",
-        "            self.gone += 1\n",
         Search.SIMULATION,
     ),
     Defect(

@@ -58,10 +58,10 @@ class SimulatedPoller:
             scheduler.wait((self.signal,), math.inf if timeout is None else scheduler.now() + timeout)
         return self._ready()
 
-    def take(self, descriptor: int) -> None:
+    def reset(self, descriptor: int) -> None:
         held = self._kernel.sockets[descriptor]
         assert isinstance(held, SimulatedStreamBell)
-        held.take()
+        held.reset()
 
     def wake(self) -> None:
         self.signal.notify()

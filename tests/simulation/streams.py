@@ -247,7 +247,7 @@ class StreamConsumer:
         """There is nothing that is known only now."""
 
     @property
-    def lives(self) -> bool:
+    def alive(self) -> bool:
         """Its program runs."""
         return not self.process.dead and not self.closed
 
@@ -257,8 +257,8 @@ class StreamConsumer:
         return source is not None and source.subscription.direct
 
     def reaches(self, server: SimulatedServer) -> bool:
-        """The consumer finds the producer, and lives."""
-        if not self.lives:
+        """The consumer is alive and finds the producer."""
+        if not self.alive:
             return False
         found = self.addresses or tuple(each for each in server.endpoints if each.startswith("unix:"))
         return any(each in server.endpoints for each in found)
@@ -325,7 +325,7 @@ class StreamConsumer:
         before = payload["token"].tobytes() + payload["body"].tobytes()
         image = written.image if written is not None and written.image.endswith(before) else before
         run.ledger.deliver(ref, reader, image, asked_at)
-        run.take(self, ref, payload.deliveries)
+        run.record_hand_out(self, ref, payload.deliveries)
         self.scheduler.sleep(
             rng.choice((0.0, 0.0, 0.0005, 0.01, 0.5, 5.0, 40.0) if rng.random() < 0.6 else (0.0,))
         )
@@ -463,7 +463,7 @@ class StreamRun(Run):
 
     # --- what consumers report --------------------------------------------------------------------------------
 
-    def take(self, consumer: StreamConsumer, ref: PayloadRef, deliveries: int) -> None:
+    def record_hand_out(self, consumer: StreamConsumer, ref: PayloadRef, deliveries: int) -> None:
         """A program has got a payload: no other one has it, and each delivery is counted.
 
         Without shared words, a payload that is late can be begun just before its producer takes it back.
@@ -475,7 +475,7 @@ class StreamRun(Run):
             raise Violation(f"{self.ledger.name(ref)} is not marked as redelivered")
         self._had.add(key)
         holder = self._holders.get(key)
-        if self._all_words and not self._breaks and holder is not None and holder.lives:
+        if self._all_words and not self._breaks and holder is not None and holder.alive:
             both = f"{holder.process.name} and {consumer.process.name}"
             raise Violation(f"{both} have {self.ledger.name(ref)} at one time")
         self._holders[key] = consumer

@@ -398,7 +398,7 @@ class Inbox(Closing):
         if place is not None:
             self._receive(place)
         elif self._nudges is not None and descriptor == self._nudges.fileno():
-            self._nudges.take()
+            self._nudges.clear()
             self._find_producers()
 
     def _receive(self, place: _Place) -> None:

@@ -305,7 +305,7 @@ class Nudges(Closing):
         """Readable when there may be a new producer."""
         return self._socket.fileno()
 
-    def take(self) -> bool:
+    def clear(self) -> bool:
         """Forget what has come; False if nothing has."""
         came = False
         with contextlib.suppress(BlockingIOError):

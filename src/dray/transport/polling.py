@@ -166,7 +166,7 @@ class AdaptiveEpoll:
         self._epoll.unregister(worker.fileno())
 
     @staticmethod
-    def take(descriptor: int) -> None:
+    def reset(descriptor: int) -> None:
         """Reset an eventfd that was reported."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(descriptor)
