@@ -107,3 +107,39 @@ class ScriptedStream(SilentStream):
 
     def progress(self) -> object:
         return self.travelled
+
+
+class KeepingStream(SilentStream):
+    """A stream that keeps the frames that are sent.
+
+    Attributes:
+        sent: those that have left.
+        left: those for which there was no room.
+        room: it takes everything at once.
+        fails: raised by the next `send`.
+        aborted: it was aborted.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        super().__init__(lane)
+        self.sent: list[Frame] = []
+        self.left: list[bytes] = []
+        self.room = True
+        self.fails: BaseException | None = None
+        self.aborted = False
+
+    def send(self, items: Sequence[Outgoing], descriptors: Any = ()) -> bool:
+        if self.fails is not None:
+            raise self.fails
+        self.left += [each for each in items if isinstance(each, bytes)]
+        return self.flush()
+
+    def flush(self) -> bool:
+        if not self.room:
+            return False
+        self.sent += [parse(each) for each in self.left if len(each) == FRAME_BYTES]
+        self.left = []
+        return True
+
+    def abort(self) -> None:
+        self.aborted = True

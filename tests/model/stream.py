@@ -19,7 +19,7 @@ _MESSAGES = 4
 _HAND_OUTS = 10
 
 # Steps of the producer.
-IDLE, LOOK, CHOOSE, TELL, MARK, BARRIER, TIME, CLEAR, TIME_BARRIER, DECIDE = range(10)
+IDLE, READ_CREDIT, CHOOSE, ANNOUNCE, MARK, BARRIER, TIME, CLEAR, TIME_BARRIER, DECIDE = range(10)
 
 # Steps of a consumer.
 RAISE, ASK, RING, SLEEP, SPREAD, BEGIN, CHECK, WORK, ACKNOWLEDGE = range(9)
@@ -131,8 +131,8 @@ class StreamProducer:
         self.payload_of = [world.variable(f"payload of hand-out {n}") for n in range(_HAND_OUTS)]
         self.awaited = world.variable("consumers that the barrier has not reached")
         self.steps: dict[int, Callable[[State], None]] = {
-            LOOK: self.look, CHOOSE: self.choose, TELL: self.tell, MARK: self.mark, TIME: self.time,
-            CLEAR: self.clear, DECIDE: self.decide,
+            READ_CREDIT: self.read_credit, CHOOSE: self.choose, ANNOUNCE: self.announce, MARK: self.mark,
+            TIME: self.time, CLEAR: self.clear, DECIDE: self.decide,
         }  # fmt: skip
 
     # --- what begins in IDLE ----------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class StreamProducer:
     def begin_giving(self, state: State) -> None:
         """See `Delivery._give`."""
         state[self.at] = state[self.best] = 0
-        state[self.step] = LOOK if state[self.waiting] else MARK
+        state[self.step] = READ_CREDIT if state[self.waiting] else MARK
 
     def allowance(self, state: State, consumer: int) -> int:
         """How many payloads a consumer may be given; one load."""
@@ -220,7 +220,7 @@ class StreamProducer:
             state[self.stalled[consumer]] = 0
         return 0 if state[self.stalled[consumer]] else credit - state[self.count[consumer]]
 
-    def look(self, state: State) -> None:
+    def read_credit(self, state: State) -> None:
         """The credit of one consumer."""
         consumer = state[self.at]
         if not state[self.world.noticed] >> consumer & 1 and self.allowance(state, consumer) > 0:
@@ -245,9 +245,9 @@ class StreamProducer:
         self.world.store(
             state, self.processor, self.world.given[consumer][self.slot(payload)], state[self.numbers]
         )
-        state[self.step] = TELL
+        state[self.step] = ANNOUNCE
 
-    def tell(self, state: State) -> None:
+    def announce(self, state: State) -> None:
         world = self.world
         consumer, payload = state[self.best] - 1, self.next_payload(state)
         state[self.waiting] &= ~(1 << payload)
@@ -263,7 +263,7 @@ class StreamProducer:
         self.begin_giving(state)
 
     def mark(self, state: State) -> None:
-        """Let the consumers know whether payloads wait; if so, look again after a barrier."""
+        """Let the consumers know whether payloads wait; if so, read the credit again after a barrier."""
         left = int(state[self.waiting] != 0)
         if left == state[self.marked]:
             state[self.step] = IDLE
@@ -293,7 +293,7 @@ class StreamProducer:
         state[self.awaited] &= ~(1 << consumer.number)
         if not state[self.awaited]:
             if state[self.step] == BARRIER:
-                self.world.reached.add("second look")
+                self.world.reached.add("credit read again")
                 self.begin_giving(state)
             else:
                 state[self.step] = DECIDE
@@ -355,7 +355,7 @@ class StreamConsumer:
         self.payload = world.variable(f"payload that {self.name} begins")
         self.known = world.variable(f"credit that {self.name} has stored last")
         self.steps: list[Callable[[State], None]] = [
-            self.raise_credit, self.ask, self.ring, self.take, self.spread, self.begin, self.check, self.work,
+            self.raise_credit, self.ask, self.ring, self.receive, self.spread, self.begin, self.check, self.work,
             self.acknowledge,
         ]  # fmt: skip
 
@@ -392,7 +392,7 @@ class StreamConsumer:
 
     # --- a payload --------------------------------------------------------------------------------------------
 
-    def take(self, state: State) -> None:
+    def receive(self, state: State) -> None:
         """Receive the next frame, and find out which payload it names."""
         number = self.world.receive(state, self.world.down[self.number])
         state[self.received] += 1

@@ -29,7 +29,7 @@ SCENARIOS: Final = (
         "credit is raised while payloads begin to wait for it",
         payloads=3,
         slots=3,
-        reaches=("bell", "second look"),
+        reaches=("bell", "credit read again"),
     ),
     StreamScenario(
         "stream-slots",
@@ -37,7 +37,7 @@ SCENARIOS: Final = (
         payloads=3,
         slots=1,
         spread=1,
-        reaches=("second look",),
+        reaches=("credit read again",),
     ),
     StreamScenario(
         "stream-late",
@@ -85,7 +85,7 @@ SCENARIOS: Final = (
 
 
 class NoBarrier(StreamProducer):
-    """The second look at the credit follows without a barrier."""
+    """The credit is read again without a barrier before it."""
 
     def begin_barrier(self, state: State, step: int) -> None:
         if step == BARRIER:
@@ -94,8 +94,8 @@ class NoBarrier(StreamProducer):
             super().begin_barrier(state, step)
 
 
-class NoSecondLook(StreamProducer):
-    """The credit is not looked at again after consumers know that payloads wait."""
+class CreditReadOnce(StreamProducer):
+    """The credit is not read again after consumers know that payloads wait."""
 
     def mark(self, state: State) -> None:
         super().mark(state)
@@ -115,7 +115,7 @@ class LateWithoutBarrier(StreamProducer):
 
 
 class LateWithoutBegun(StreamProducer):
-    """A payload is taken back without a look at whether it was begun meanwhile."""
+    """A payload is taken back although it was begun meanwhile."""
 
     def decide(self, state: State) -> None:
         holder, slot = state[self.holder[state[self.taken]]] - 1, self.slot(state[self.taken])
@@ -208,8 +208,8 @@ class StreamDefect(NamedTuple):
 NO_DEFECT: Final = StreamDefect("none", "", None)
 
 DEFECTS: Final = (
-    StreamDefect("no-barrier-before-second-look", "stream-wake-up", StreamProperty.LOST_WAKE_UP, NoBarrier),
-    StreamDefect("no-second-look", "stream-wake-up", StreamProperty.LOST_WAKE_UP, NoSecondLook),
+    StreamDefect("no-barrier-before-credit", "stream-wake-up", StreamProperty.LOST_WAKE_UP, NoBarrier),
+    StreamDefect("credit-read-once", "stream-wake-up", StreamProperty.LOST_WAKE_UP, CreditReadOnce),
     StreamDefect("pending-before-credit", "stream-wake-up", StreamProperty.LOST_WAKE_UP, consumer=PendingFirst),
     StreamDefect("no-bell-with-credit", "stream-wake-up", StreamProperty.LOST_WAKE_UP, consumer=NoBell),
     StreamDefect("credit-ignored", "stream-wake-up", StreamProperty.EXCEEDED, CreditIgnored),
@@ -302,7 +302,7 @@ class StreamModel(Model):
         return found
 
     def can_kill(self, state: bytes, consumer: int) -> bool:
-        """A consumer lives."""
+        """A consumer is alive."""
         return not state[self.streams.dead] >> consumer & 1
 
     def kill(self, state: State, consumer: int) -> None:

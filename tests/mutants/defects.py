@@ -48,7 +48,7 @@ TABLE = "ring/slots.py"
 LEASE = "ring/lease.py"
 ATTACHMENT = "ring/attachment.py"
 SERVED = "transport/served_connection.py"
-LOOP = "transport/server_loop.py"
+LOOP = "transport/served_connections.py"
 CONNECTION = "transport/connection.py"
 CONNECTIONS = "transport/connections.py"
 BATCH = "prefetch/batch.py"
@@ -60,11 +60,11 @@ DEFECTS = (
         "no sequence check in a read",
         TABLE,
         """\
-        if self._is_stale(slot, sequence, reader):
+        if self.is_stale(slot, sequence, reader):
             self._stale_reads += 1
             raise""",
         """\
-        if self._is_stale(slot, slot.sequence, reader):
+        if self.is_stale(slot, slot.sequence, reader):
             self._stale_reads += 1
             raise""",
     ),
@@ -72,19 +72,19 @@ DEFECTS = (
         "no sequence check in a copy",
         TABLE,
         """\
-            if self._is_stale(slot, sequence, reader):
+            if self.is_stale(slot, sequence, reader):
                 self._stale_reads += 1
                 found""",
         """\
-            if self._is_stale(slot, slot.sequence, reader):
+            if self.is_stale(slot, slot.sequence, reader):
                 self._stale_reads += 1
                 found""",
     ),
     Defect(
         "no sequence check in a consume",
         TABLE,
-        "        stale = self._is_stale(slot, sequence, reader)\n",
-        "        stale = self._is_stale(slot, slot.sequence, reader)\n",
+        "        stale = self.is_stale(slot, sequence, reader)\n",
+        "        stale = self.is_stale(slot, slot.sequence, reader)\n",
     ),
     Defect(
         "slot freed at the end of the first of two leases",
@@ -392,7 +392,7 @@ DEFECTS = (
     Defect(
         "another producer at the same address not recognised",
         "transport/connecting.py",
-        "        if identity.producer != producer:\n            raise OtherProducerError(\n",
+        "        if producer not in (ANY_PRODUCER, identity.producer):\n            raise OtherProducerError(\n",
         "        if False:\n            raise OtherProducerError(\n",
         Search.SIMULATION,
     ),
@@ -438,9 +438,9 @@ DEFECTS = (
     ),
     # --- streams --------------------------------------------------------------------------------------------
     Defect(
-        "no second look at the credit after the barrier",
+        "credit not read again after the barrier",
         DELIVERY,
-        "            # Then look once more at the credit.\n",
+        "            # Then read the credit once more.\n",
         "            return\n",
         Search.SIMULATION,
     ),
@@ -481,15 +481,8 @@ DEFECTS = (
     Defect(
         "a payload that is begun taken back",
         DELIVERY,
-        "            if words is not None and (not ordered or recipient.has_begun(item)):",
-        "            if words is not None and not ordered:",
-        Search.SIMULATION,
-    ),
-    Defect(
-        "taken back with a barrier that has failed",
-        DELIVERY,
-        "        ordered = not direct or self._ring.barrier()\n",
-        "        ordered = not direct or self._ring.barrier() or True\n",
+        "        if item.state is State.GIVEN and words is not None and words.has_begun(item.slot, item.number):\n",
+        "        if False:\n",
         Search.SIMULATION,
     ),
     Defect(
@@ -504,16 +497,6 @@ DEFECTS = (
         "streams/source.py",
         "        attachment.count_read(lease)\n",
         "        attachment.count_read(lease)\n        attachment.acknowledge(lease)\n",
-        Search.SIMULATION,
-    ),
-    Defect(
-        "a payload that was taken back not returned",
-        "streams/source.py",
-        """\
-            self.give_back(given, begun=False)
-            self.gone += 1
-""",
-        "            self.gone += 1\n",
         Search.SIMULATION,
     ),
     Defect(

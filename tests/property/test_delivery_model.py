@@ -169,7 +169,7 @@ class DeliveryModel(RuleBasedStateMachine):
             assert first == sorted(first), "the first hand-outs are in order"
 
     @invariant()
-    def nothing_is_lost_and_none_waits_in_vain(self) -> None:
+    def nothing_is_lost_and_none_waits_beside_credit(self) -> None:
         if not hasattr(self, "holders"):
             return
         dead = {(item.reader, item.sequence) for item in self.stream.delivery.dead}

@@ -18,6 +18,8 @@ from fuzz import (
     fuzz_reference,
     fuzz_segment,
     fuzz_server_session,
+    fuzz_stream_entry,
+    fuzz_subscriber,
 )
 from fuzz.fuzzer import TARGETS, load
 from hypothesis import given, settings
@@ -92,6 +94,33 @@ def test_plausible_requests_in_any_pieces_are_answered_in_order(session: bytes, 
 @given(sessions, joined(frames | any_frames | pieces | steps, 30))
 def test_any_requests_are_answered_or_end_the_connection_and_nothing_else(session: bytes, story: bytes) -> None:
     fuzz_server_session.run(session + story)
+
+
+consumer_frames = st.builds(
+    fuzz_subscriber.frame, st.integers(0, 2), small, st.integers(0, 8) | u8, small, st.sampled_from([0, 32, 0, 1])
+)
+operations = st.sampled_from([fuzz_subscriber.PUT, fuzz_subscriber.TIME, fuzz_subscriber.RENEW])
+consumer_steps = operations.map(lambda operation: bytes([operation]))
+garbage = st.tuples(st.sampled_from([0, 1, 2, 3, 66, 67]), st.integers(0, 9) | u8).map(
+    lambda pair: bytes([fuzz_subscriber.WORD, *pair])
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(joined(consumer_steps | consumer_frames | garbage, 30))
+def test_a_hostile_consumer_harms_its_own_share_of_the_stream_only(story: bytes) -> None:
+    fuzz_subscriber.run(story)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["pid", "command", "producer", "groups", "schema", "endpoints"]),
+        values | st.sampled_from(["0f" * 16, ["default"], ["unix:/a"], ["unix:"], ["tcp:h:1"], float("inf")]),
+    )
+)
+def test_any_entry_is_that_of_a_producer_or_is_ignored(changed: dict[str, object]) -> None:
+    fuzz_stream_entry.run(fuzz_stream_entry.entry(**changed))
 
 
 statuses = st.builds(

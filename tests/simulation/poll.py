@@ -61,7 +61,7 @@ class SimulatedPoller:
     def reset(self, descriptor: int) -> None:
         held = self._kernel.sockets[descriptor]
         assert isinstance(held, SimulatedStreamBell)
-        held.take()
+        held.reset()
 
     def wake(self) -> None:
         self.signal.notify()

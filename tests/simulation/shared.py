@@ -266,8 +266,8 @@ class SimulatedStreamBell(Descriptor):
             for signal in self.signals:
                 signal.notify()
 
-    def take(self) -> None:
-        """Reset it."""
+    def reset(self) -> None:
+        """As a read of an eventfd does."""
         self._kernel.memory_of(self.process).step()
         self.readable = False
 

@@ -84,7 +84,7 @@ class SimulatedNudges(Closing):
     def readable(self) -> bool:
         return self.waiting
 
-    def take(self) -> bool:
+    def clear(self) -> bool:
         came, self.waiting = self.waiting, False
         return came
 
@@ -230,10 +230,10 @@ class SimulatedStream:
         if given.sequence > self._first[reader]:
             for skipped in range(self._first[reader] + 1, given.sequence):
                 payload = server.books.payloads.get(skipped)
-                if payload is not None and not self._is_over(payload.slot, skipped, reader):
+                if payload is not None and not self._has_ended(payload.slot, skipped, reader):
                     self._scheduler.violate(f"{server.name}: sequence {given.sequence} comes before {skipped}")
             self._first[reader] = given.sequence
 
-    def _is_over(self, slot: int, sequence: int, reader: int) -> bool:
+    def _has_ended(self, slot: int, sequence: int, reader: int) -> bool:
         info = cast(Any, self._server.ring).inspect()[slot]
         return info.sequence != sequence or info.retired or bool(info.consumed_by >> reader & 1)

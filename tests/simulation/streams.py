@@ -38,6 +38,9 @@ FAULTS = (
     Fault.CLIENT_KILLED, Fault.CLIENT_CLOSED, Fault.CLIENT_FORKED, Fault.INTERRUPT, Fault.CLOCK_JUMP,
     Fault.BARRIER_FAILS,
 )  # fmt: skip
+PROMPT_SECONDS = 2.0
+"""A barrier that has failed is made up for within a second."""
+
 _LANES = ((SHM,), (SHM,), (SHM, TCP))
 
 
@@ -175,6 +178,7 @@ class StreamConsumer:
     Attributes:
         closed: its program has ended, or is about to.
         reader: the reader id of its group.
+        waits: it waits for a payload.
     """
 
     def __init__(self, run: StreamRun, name: str, reader: int, wanted: Wanted) -> None:
@@ -190,7 +194,7 @@ class StreamConsumer:
         self._inbox: Inbox | None = None
         self._surroundings = SimulatedSurroundings(self)
         self._actor: Actor | None = None
-        self._interruptible = False
+        self._interruptible = self.waits = False
         self._current: PayloadRef | None = None
         self._due: Payload | None = None  # it is to be acknowledged
         self._pinned: list[Any] = []
@@ -243,7 +247,7 @@ class StreamConsumer:
         """There is nothing that is known only now."""
 
     @property
-    def lives(self) -> bool:
+    def alive(self) -> bool:
         """Its program runs."""
         return not self.process.dead and not self.closed
 
@@ -253,8 +257,8 @@ class StreamConsumer:
         return source is not None and source.subscription.direct
 
     def reaches(self, server: SimulatedServer) -> bool:
-        """The consumer finds the producer, and lives."""
-        if not self.lives:
+        """The consumer is alive and finds the producer."""
+        if not self.alive:
             return False
         found = self.addresses or tuple(each for each in server.endpoints if each.startswith("unix:"))
         return any(each in server.endpoints for each in found)
@@ -302,7 +306,11 @@ class StreamConsumer:
                 raise Violation(f"{self.process.name} holds {len(inbox.queue)} payloads that are not begun")
             if payload is not None or inbox.finished:
                 return payload, asked_at
-            inbox.wait(deadline, report)
+            self.waits = True
+            try:
+                inbox.wait(deadline, report)
+            finally:
+                self.waits = False
         return None, 0.0
 
     def _work(self, payload: Payload, asked_at: float) -> None:
@@ -317,7 +325,7 @@ class StreamConsumer:
         before = payload["token"].tobytes() + payload["body"].tobytes()
         image = written.image if written is not None and written.image.endswith(before) else before
         run.ledger.deliver(ref, reader, image, asked_at)
-        run.take(self, ref, payload.deliveries)
+        run.record_hand_out(self, ref, payload.deliveries)
         self.scheduler.sleep(
             rng.choice((0.0, 0.0, 0.0005, 0.01, 0.5, 5.0, 40.0) if rng.random() < 0.6 else (0.0,))
         )
@@ -380,6 +388,7 @@ class StreamRun(Run):
     def __init__(self, seed: int, seen: Counter[str], traced: bool = False) -> None:
         self.meeting = Meeting()
         self._holders: dict[tuple[bytes, int, int], StreamConsumer] = {}
+        self._stuck: dict[tuple[str, int], float] = {}
         self._had: set[tuple[bytes, int, int]] = set()
         self._all_words = True  # so far, every payload was handed out with shared words
         self._writers: list[Actor] = []
@@ -393,7 +402,7 @@ class StreamRun(Run):
             for consumer in self.consumers:
                 consumer.spawn()
             self.troubles.start()
-            self.scheduler.run(self.scheduler.now() + self.rng.choice((2.0, 50.0, 200.0)), lambda: False)
+            self.scheduler.run(self.scheduler.now() + self.rng.choice((2.0, 50.0, 200.0)), self._check_prompt)
             self._calm()
         finally:
             self._end()
@@ -417,6 +426,28 @@ class StreamRun(Run):
         self._check_quiet()
         self._drain()
 
+    def _check_prompt(self) -> bool:
+        """No payload waits for long while a consumer waits that has credit; called before time jumps."""
+        now, stuck = self.scheduler.now(), {}
+        waiting = {each.process.pid for each in self.consumers if each.waits}
+        for server in self.servers:
+            stream = server.stream
+            idle = stream is not None and not (server.process.dead or server.closing or server.ring.changing)
+            if not idle or any(actor.stopped for actor in server.process.actors):
+                continue
+            assert stream is not None
+            for group in stream.delivery.groups:
+                # While its program works, a consumer raises its credit without the bell.
+                asking = (each for each in group.recipients if each.stream_words is None or each.pid in waiting)
+                if group.waiting and any(each.allowance > 0 for each in asking):
+                    key = server.books.name, group.reader
+                    stuck[key] = self._stuck.get(key, now)
+                    if now - stuck[key] > PROMPT_SECONDS and Fault.CLOCK_JUMP not in self.plan.kinds:
+                        sequence = group.waiting[0].sequence
+                        raise Violation(f"{server.name}: sequence {sequence} waits although a consumer has credit")
+        self._stuck = stuck
+        return False
+
     def _waiting(self) -> list[str]:
         """Payloads that a consumer could have and that are not consumed."""
         found = []
@@ -432,7 +463,7 @@ class StreamRun(Run):
 
     # --- what consumers report --------------------------------------------------------------------------------
 
-    def take(self, consumer: StreamConsumer, ref: PayloadRef, deliveries: int) -> None:
+    def record_hand_out(self, consumer: StreamConsumer, ref: PayloadRef, deliveries: int) -> None:
         """A program has got a payload: no other one has it, and each delivery is counted.
 
         Without shared words, a payload that is late can be begun just before its producer takes it back.
@@ -444,7 +475,7 @@ class StreamRun(Run):
             raise Violation(f"{self.ledger.name(ref)} is not marked as redelivered")
         self._had.add(key)
         holder = self._holders.get(key)
-        if self._all_words and not self._breaks and holder is not None and holder.lives:
+        if self._all_words and not self._breaks and holder is not None and holder.alive:
             both = f"{holder.process.name} and {consumer.process.name}"
             raise Violation(f"{both} have {self.ledger.name(ref)} at one time")
         self._holders[key] = consumer

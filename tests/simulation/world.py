@@ -139,7 +139,7 @@ class Run:
         self._drain()
 
     def _check_quiet(self) -> None:
-        """Nothing is left of clients that have gone, and the books are in order."""
+        """Nothing is left of clients that have gone, and the ledger is in order."""
         self.scheduler.run(self.scheduler.now() + QUIET, lambda: False)
         for consumer in self.consumers:
             left = self.kernel.is_open(consumer.process)

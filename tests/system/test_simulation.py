@@ -57,6 +57,10 @@ def test_many_seeds_violate_nothing_and_see_every_fault_lane_and_error(seeds: in
     expected |= {f"{what}: done" for what in ("read", "read_many", "lease", "consume", "stat", "batch")}
     expected |= {"lease: LeaseInUseError", "write lost", "ring full"}
     expected |= {"direct lease", "lease: not entered", "wait_consumed: done"}
+    expected |= {
+        f"stream: {how}, redelivered: {again}" for how in ("in place", "copied") for again in (False, True)
+    }
+    expected |= {"stream: Interrupted", "stream: StreamTimeout", "stream: finished", "dead letter"}
     assert expected - counted.keys() == set()
 
 

@@ -403,7 +403,7 @@ class Delivery:
                 return
             if not self._ring.barrier():
                 self._serve_by(self._clock.now() + RECHECK_SECONDS)
-            # Then look once more at the credit.
+            # Then read the credit once more.
 
     def _hand_out(self, group: Group, item: Item, recipient: Recipient) -> None:
         if len(recipient.items) > _PRUNE_ABOVE:

@@ -26,6 +26,7 @@ from dray.errors import (
     DrayError,
     ProtocolError,
     SchemaError,
+    SlotError,
     StreamTimeout,
     TransportError,
     Unreachable,
@@ -38,7 +39,7 @@ from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
 from dray.streams.exclusive import Exclusive
 from dray.streams.payload import Payload
-from dray.streams.registry import Nudges, Peer, Registry
+from dray.streams.registry import Nudges, Peer, ProducerEntry, Registry
 from dray.streams.source import Source
 from dray.streams.surroundings import SURROUNDINGS, Surroundings
 from dray.transport import PayloadClient
@@ -172,6 +173,7 @@ class Inbox(Closing):
         self.sources: deque[Source] = deque()
         self._by_descriptor: dict[int, _Place] = {}
         self._places: list[_Place] = [_Place((endpoint,)) for endpoint in wanted.endpoints]
+        self._ignored: set[str] = set()  # entries that are none of a producer
         self._favoured: list[Source] = []  # they have credit while the program works
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
@@ -473,7 +475,7 @@ class Inbox(Closing):
                 os.eventfd_read(descriptor)
             self._send_returns()
         elif self._nudges is not None and descriptor == self._nudges.fileno():
-            self._nudges.take()
+            self._nudges.clear()
             self._find_producers()
 
     def _receive(self, place: _Place) -> None:
@@ -560,8 +562,8 @@ class Inbox(Closing):
             known = {place.peer.entry for place in self._places if place.peer is not None}
             peers = self._registry.peers("p")
             for peer in peers:
-                if peer.entry not in known:
-                    self._places.append(self._place_of(peer))
+                if peer.entry not in known and peer.entry not in self._ignored:
+                    self._add_place(peer)
             alive = {peer.entry for peer in peers}
             for place in list(self._places):
                 if place.source is None and place.peer is not None and place.peer.entry not in alive:
@@ -570,14 +572,16 @@ class Inbox(Closing):
                         self._count_lost(place)
         self._connect_due()
 
-    def _place_of(self, peer: Peer) -> _Place:
-        about = peer.about
+    def _add_place(self, peer: Peer) -> None:
         try:
-            groups, producer = list(about["groups"]), bytes.fromhex(about["producer"])
-            endpoints = tuple(map(str, about["endpoints"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"the entry {peer.entry} of {self.wanted} is not valid: {error}") from error
-        return _Place(endpoints, producer, self._reader_of(groups, peer, about.get("schema")), peer)
+            entry = ProducerEntry.of(peer)
+        except ProtocolError as error:
+            # Another process of the user has written it: that must not end this one.
+            self._ignored.add(peer.entry)
+            logger.warning("%s: %s; it is ignored", str(self.wanted), str(error))
+            return
+        reader = self._reader_of(entry.groups, peer, entry.schema)
+        self._places.append(_Place(entry.endpoints, entry.producer, reader, peer))
 
     def _reader_of(self, groups: Sequence[str], who: object, schema: object) -> int:
         if self.wanted.group not in groups:
@@ -611,6 +615,12 @@ class Inbox(Closing):
                 direct=wanted.direct,
             )
         except TransportError as error:
+            self._retry(place, error)
+            return
+        except (ProtocolError, SlotError) as error:
+            if place.peer is None:
+                raise
+            # What an entry names need not be a producer; at an address, the program has named it.
             self._retry(place, error)
             return
         if subscription.attachment is not None:

@@ -30,12 +30,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dray.errors import ConfigError
+from dray.errors import ConfigError, ProtocolError
 from dray.forking import call_in_children, here, not_inherited
+from dray.identifiers import PRODUCER_ID_BYTES
 from dray.private_directory import PrivateDirectory, own_root
 from dray.resources import Closing, needing
 from dray.system_calls import needed
 from dray.text import MAX_LINE, printable
+from dray.transport.lanes import parse_endpoint
 
 if sys.platform != "win32":
     import fcntl
@@ -47,6 +49,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSET_SESSION: Final = "4294967295"
 _MAX_ENTRY_BYTES: Final = 64 * 1024
 _STALE_SECONDS: Final = 60.0  # a file that is being made has its final name long before
+_UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What reading an entry raises that is not as this module writes it."""
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "lustre", "glusterfs"}
 )
@@ -100,6 +104,46 @@ class Peer(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command})"
+
+
+class ProducerEntry(NamedTuple):
+    """What a producer states about itself in its entry.
+
+    Attributes:
+        producer: its id.
+        groups: the names of its groups.
+        schema: the text of its schema, or None.
+        endpoints: its addresses on this host.
+    """
+
+    producer: bytes
+    groups: tuple[str, ...]
+    schema: str | None
+    endpoints: tuple[str, ...]
+
+    @classmethod
+    def of(cls, peer: Peer) -> ProducerEntry:
+        """The entry of a peer; any process of the user may have written it.
+
+        Raises:
+            ProtocolError: it is not that of a producer.
+        """
+        about = peer.about
+        groups, schema, endpoints = about.get("groups"), about.get("schema"), about.get("endpoints")
+        try:
+            producer = bytes.fromhex(about["producer"])
+            if not all(isinstance(each, list) and each for each in (groups, endpoints)):
+                raise ValueError("groups and endpoints must be lists")
+            if not all(isinstance(each, str) for each in (*groups, *endpoints)):  # type: ignore[misc]
+                raise ValueError("groups and endpoints must be texts")
+            if len(producer) != PRODUCER_ID_BYTES or not isinstance(schema, str | None):
+                raise ValueError("the id or the schema of the producer is none")
+            if not all(parse_endpoint(each).lane.local for each in endpoints):  # type: ignore[union-attr]
+                raise ValueError("the endpoints must be on this host")
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            why = printable(str(error), 200)
+            raise ProtocolError(f"the entry {peer.entry} is not that of a producer: {why}") from error
+        return cls(producer, tuple(groups), schema, tuple(endpoints))  # type: ignore[arg-type]
 
 
 def command_line() -> str:
@@ -199,7 +243,7 @@ class Registry(Closing):
         found = []
         for path in sorted(self.folder.glob(f"{role}-*.json")):
             if _is_held(path.with_suffix(".lock")):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with contextlib.suppress(*_UNREADABLE):
                     about = _read(path)
                     command = printable(str(about["command"]), 200)
                     found.append(Peer(path.stem, int(about["pid"]), command, about))
@@ -222,7 +266,7 @@ class Registry(Closing):
         """What is served now under the same name in other scopes, and under other names in this one."""
         found = []
         for about in sorted(self._root.glob("*/stream.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(*_UNREADABLE):
                 stream = _read(about)
                 name, scope = str(stream["name"]), str(stream["scope"])
                 other = name == self.name, scope == self.scope
@@ -279,7 +323,7 @@ class Nudges(Closing):
         """Readable when there may be a new producer."""
         return self._socket.fileno()
 
-    def take(self) -> bool:
+    def clear(self) -> bool:
         """Forget what has come; False if nothing has."""
         came = False
         with contextlib.suppress(BlockingIOError):

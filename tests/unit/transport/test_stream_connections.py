@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from scripted_streams import SilentStream
+from scripted_streams import KeepingStream
 
 from dray.errors import ConnectionReset, ProtocolError
-from dray.protocol.frames import Frame, Kind, Outgoing, Status, parse
+from dray.protocol.frames import Frame, Kind, Status, parse
 from dray.protocol.handshake import ClientHandshake, ServerIdentity
 from dray.protocol.streams import Begun, Given, Returned, begin, credit, end, give, give_back
 from dray.ring import SharedRingBuffer
@@ -20,40 +19,6 @@ from dray.transport.lanes.base import Lane
 from dray.transport.served_connection import ServedConnection
 from dray.transport.service import ConsumerConnection, Service
 from dray.transport.subscription import parse_description
-
-
-class KeepingStream(SilentStream):
-    """A stream that keeps what is sent.
-
-    Attributes:
-        sent: the kinds of the frames that have left.
-        room: it takes everything at once.
-        aborted: it was aborted.
-    """
-
-    def __init__(self, lane: Lane) -> None:
-        super().__init__(lane)
-        self.sent: list[Frame] = []
-        self.left: list[bytes] = []
-        self.room = True
-        self.fails: BaseException | None = None
-        self.aborted = False
-
-    def send(self, items: Sequence[Outgoing], descriptors: Any = ()) -> bool:
-        if self.fails is not None:
-            raise self.fails
-        self.left += [each for each in items if isinstance(each, bytes)]
-        return self.flush()
-
-    def flush(self) -> bool:
-        if not self.room:
-            return False
-        self.sent += [parse(each) for each in self.left if len(each) == 64]
-        self.left = []
-        return True
-
-    def abort(self) -> None:
-        self.aborted = True
 
 
 class Consumer:
