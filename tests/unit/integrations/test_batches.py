@@ -1,7 +1,6 @@
 """`Batch` and `Collate`, and what `PayloadDataset` refuses."""
 
 import copy
-from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -48,12 +47,7 @@ def test_a_collate_function_that_makes_no_mapping_is_an_error() -> None:
         Collate(lambda samples: samples)([sample(1)])  # type: ignore[arg-type,return-value]
 
 
-def sent(batch: Batch) -> object:
-    """As a queue of `multiprocessing` does it."""
-    return ForkingPickler.loads(ForkingPickler.dumps(batch))
-
-
-@pytest.mark.parametrize("passed_on", [copy.copy, copy.deepcopy, default_convert, sent])
+@pytest.mark.parametrize("passed_on", [copy.copy, copy.deepcopy, default_convert])
 def test_what_a_loader_does_with_a_batch_keeps_the_ids(passed_on: object) -> None:
     batch = passed_on(sample(7, deliveries=2))  # type: ignore[operator]
     assert type(batch) is Batch
