@@ -121,7 +121,9 @@ class PayloadDataset(IterableDataset[Batch], Closing):
         stream: the name of the stream, or the addresses of producers; see `dray.Consumer`.
         payloads_per_epoch: None: an epoch ends with the stream.
         transform: makes other tensors of those of a payload; it runs in the workers.
-        group, prefetch, schema, secret, scope, direct: see `dray.Consumer`.
+        prefetch: payloads that may lie at a worker that has not asked for them; see `dray.Consumer`. The others do
+            not get these, and the loader has a `prefetch_factor` of its own.
+        group, schema, secret, scope, direct: see `dray.Consumer`.
 
     Raises:
         ConfigError: an argument is not allowed.
@@ -134,7 +136,7 @@ class PayloadDataset(IterableDataset[Batch], Closing):
         payloads_per_epoch: int | None = None,
         transform: Callable[[dict[str, Any]], Sample] | None = None,
         group: str = "default",
-        prefetch: int = 2,
+        prefetch: int = 0,
         schema: PayloadSchema | None = None,
         secret: bytes | None = None,
         scope: str | None = None,
