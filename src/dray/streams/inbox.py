@@ -440,8 +440,7 @@ class Inbox(Closing):
                 subscription.set_credit(source.received + self.wanted.prefetch)
             if subscription.pending:
                 pending.append(source)
-            if subscription.attachment is not None:
-                subscription.attachment.ring_if_awaited()
+            source.announce()
         if not pending:
             return pending
         self.sources.rotate(-1)

@@ -67,6 +67,7 @@ class Source(Closing):
         self._reads = reads
         self._client = client
         self._attachment: Attachment | None = subscription.attachment
+        self._quiet: DirectLease | None = None  # the last one that was acknowledged without waking the producer
 
     @property
     def outstanding(self) -> int:
@@ -132,10 +133,12 @@ class Source(Closing):
     def acknowledge(self, given: streams.Given | PayloadId, lease: DirectLease | None, ring: bool = True) -> bool:
         """The group has consumed a payload; False if it is gone.
 
-        Without `ring`, a producer that waits learns it when the lease ends, or when the consumer waits.
+        Without `ring`, a producer that waits learns it when the lease ends, or by `announce`.
         """
         attachment = self._attachment
         if attachment is not None:
+            if not ring:
+                self._quiet = lease
             if lease is not None and attachment.acknowledge(lease):
                 if ring:
                     attachment.ring_if_awaited()
@@ -153,6 +156,15 @@ class Source(Closing):
             return _persist(lambda timeout: client.consume([ref], timeout=timeout)) == 1
         except ProducerLostError:
             return False
+
+    def announce(self) -> None:
+        """Wake the producer if it waits and may not have learnt of acknowledged payloads.
+
+        The end of a lease wakes it as well. It learns of all payloads then, so that only the last lease counts.
+        """
+        lease, self._quiet = self._quiet, None
+        if lease is not None and lease.word >= 0:
+            lease.attachment.ring_if_awaited()
 
     def give_back(self, given: streams.Given, begun: bool) -> None:
         """Return a payload to the producer, for another consumer."""
