@@ -481,8 +481,8 @@ DEFECTS = (
     Defect(
         "a payload that is begun taken back",
         DELIVERY,
-        "        if item.state is State.GIVEN and words is not None and words.has_begun(item.slot, item.number):\n",
-        "        if False:\n",
+        "        if item.state is State.GIVEN and words is not None and",
+        "        if False and",
         Search.SIMULATION,
     ),
     Defect(

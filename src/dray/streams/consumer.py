@@ -236,7 +236,11 @@ class Consumer(Closing):
     def _source_of(self, payload: PayloadId) -> Source | None:
         """The producer of a payload; None if it is gone. Another thread may wait in this consumer meanwhile."""
         inbox = self._inbox
-        if inbox is not None and here[0] == self._mark and (source := inbox.source_of(payload.producer)) is not None:
+        if (
+            inbox is not None
+            and here[0] == self._mark
+            and (source := inbox.source_of(payload.producer)) is not None
+        ):
             return source
         with self._exclusively():
             return self._opened().find(payload.producer, Deadline.after(FIND_SECONDS))
