@@ -418,6 +418,16 @@ def test_a_batch_that_is_not_complete_in_time_is_kept_for_the_next_call(route: R
         assert number(consumer.get(SECONDS)) == 3
 
 
+def test_a_batch_has_fewer_payloads_when_the_producers_put_no_more(route: Route) -> None:
+    producer = route.producer()
+    with in_thread(lambda: put_and_close(producer, 5)) as closed, route.consumer() as consumer:
+        assert [number(each) for each in consumer.batch(3, timeout=SECONDS)] == [0, 1, 2]
+        assert [number(each) for each in consumer.batch(3, timeout=SECONDS)] == [3, 4]
+        with pytest.raises(StreamEnded):
+            consumer.batch(3, timeout=SECONDS)
+        closed()
+
+
 def test_ready_tells_how_many_payloads_need_no_wait(route: Route) -> None:
     with route.producer() as producer, route.consumer() as consumer:
         assert consumer.ready == 0

@@ -74,6 +74,7 @@ class Flag:
     INLINE: Final = 8  # READ: the payload shall follow its STATUS as a message
     WORDS: Final = 16  # STATUS of SUBSCRIBE: a descriptor of `dray.ring.stream_words` came with the message
     BEGUN: Final = 32  # RETURN: the consumer's program had the payload
+    DRAINING: Final = 64  # END: the end follows once everything is consumed; nothing more is put
 
 
 class Frame(NamedTuple):
@@ -119,7 +120,7 @@ _FORBIDDEN_FLAGS = {
         Kind.DESCRIBE: Flag.NONE,
         Kind.SUBSCRIBE: Flag.NONE,
         Kind.GIVE: Flag.NONE,
-        Kind.END: Flag.NONE,
+        Kind.END: Flag.DRAINING,
         Kind.CREDIT: Flag.NONE,
         Kind.BEGIN: Flag.NONE,
         Kind.RETURN: Flag.BEGUN,
@@ -128,7 +129,7 @@ _FORBIDDEN_FLAGS = {
 VALID_HEADS: Final = frozenset(
     (kind, int(Status.OK), flags)
     for kind, forbidden in _FORBIDDEN_FLAGS.items()
-    for flags in range(64)
+    for flags in range(128)
     if not flags & (forbidden | Flag.TEXT)
 )
 """(kind, status, flags) of valid frames without a text. Other frames need `check`."""

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | GIVE | producer | slot, sequence, nbytes, request, acked | hand-out `request` of the payload, its `acked`-th |
 | END | producer | nbytes | the producer has closed; `nbytes` payloads of this group were lost |
+| END with DRAINING | producer | | it puts no more payloads, and closes when all are consumed |
 | CREDIT | consumer | request | how many payloads it may have been given so far, in total |
 | BEGIN | consumer | slot, sequence, request | its program is about to get the payload of that hand-out |
 | RETURN | consumer | slot, sequence, request, BEGUN | it gives the payload of that hand-out back |
@@ -51,6 +52,10 @@ class Ended(NamedTuple):
     lost: int
 
 
+class Draining(NamedTuple):
+    """The producer puts nothing more, and has given all that waited; what other consumers return may still come."""
+
+
 class Credit(NamedTuple):
     """A consumer may have been given `total` payloads."""
 
@@ -74,7 +79,7 @@ class Returned(NamedTuple):
     begun: bool
 
 
-ProducerEvent: TypeAlias = Given | Ended
+ProducerEvent: TypeAlias = Given | Draining | Ended
 ConsumerEvent: TypeAlias = Credit | Begun | Returned
 
 
@@ -87,6 +92,11 @@ def give(given: Given, reader: int) -> bytes:
 def end(lost: int) -> bytes:
     """The frame for the end of a producer."""
     return FRAME.pack(_END, 0, 0, 0, 0, 0, 0, lost, 0, 0, 0, 0)
+
+
+def draining() -> bytes:
+    """The frame for a producer that puts nothing more."""
+    return FRAME.pack(_END, 0, 0, Flag.DRAINING, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def credit(total: int) -> bytes:
@@ -112,13 +122,13 @@ def producer_events(messages: bytes | bytearray | memoryview) -> Iterator[Produc
         ProtocolError: a producer may not send this.
     """
     for fields in _frames(messages):
-        kind, _, _, _, slot, number, sequence, nbytes, _, deliveries, _, _ = fields
+        kind, _, _, flags, slot, number, sequence, nbytes, _, deliveries, _, _ = fields
         if kind == _GIVE:
             if not number or not deliveries:
                 raise ProtocolError("GIVE names hand-out 0, or delivery 0")
             yield Given(slot, sequence, nbytes, number, deliveries)
         elif kind == _END:
-            yield Ended(nbytes)
+            yield Draining() if flags else Ended(nbytes)
         else:
             raise ProtocolError(f"a producer sent {Kind(kind).name} to a consumer that has subscribed")
 

@@ -66,7 +66,8 @@ class Consumer(Closing):
         group: the name of the group: a payload goes to one of its consumers at a time.
         ack: ``"next"``: a payload is acknowledged when the next one is asked for, and at the end of the block; an
             exception that leaves the block gives it back. ``"manual"``: `acknowledge` does it.
-        prefetch: payloads that may lie here and were not handed to the program yet, 1 … 4096.
+        prefetch: payloads that may lie here and were not handed to the program yet, 0 … 4096. With 0, producers
+            give a payload only while the program waits for it.
         schema: what payloads must match; a producer with another schema is an error.
         secret: the secret of the producers at addresses.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
@@ -90,8 +91,8 @@ class Consumer(Closing):
     ) -> None:
         if ack not in get_args(Acknowledge):
             raise ConfigError("ack", ack, " or ".join(map(repr, get_args(Acknowledge))))
-        if prefetch.__class__ is not int or not 1 <= prefetch <= MAX_PREFETCH:
-            raise ConfigError("prefetch", prefetch, f"an integer from 1 to {MAX_PREFETCH}")
+        if prefetch.__class__ is not int or not 0 <= prefetch <= MAX_PREFETCH:
+            raise ConfigError("prefetch", prefetch, f"an integer from 0 to {MAX_PREFETCH}")
         check_secret(secret)
         name, endpoints = endpoints_of(stream)
         self._wanted = Wanted(
@@ -145,7 +146,7 @@ class Consumer(Closing):
         return self.batch(1, timeout=timeout)[0]
 
     def batch(self, n: int, *, timeout: float | None = 30.0) -> list[Payload]:
-        """The next `n` payloads, fewer only at the end of the stream. They are acknowledged together.
+        """The next `n` payloads, fewer only when producers put no more. They are acknowledged together.
 
         Args:
             n: how many, at most as many as the slots of the producers.
@@ -162,7 +163,10 @@ class Consumer(Closing):
             inbox = self._begin_call()
             found, self._held = self._held, []
             try:
-                while len(found) < n and (payload := self._next(inbox, deadline)) is not None:
+                while len(found) < n:
+                    payload = self._next(inbox, deadline, more=bool(found))
+                    if payload is None:
+                        break
                     found.append(payload)
                     inbox.in_hand = None
             except BaseException:
@@ -328,13 +332,16 @@ class Consumer(Closing):
         else:
             self._current = []
 
-    def _next(self, inbox: Inbox, deadline: Deadline) -> Payload | None:
-        """The next payload; None at the end of the stream."""
+    def _next(self, inbox: Inbox, deadline: Deadline, *, more: bool = False) -> Payload | None:
+        """The next payload; None at the end of the stream.
+
+        If the caller has some and wants `more`, also when producers wait for the acknowledgement of these.
+        """
         payload = self._pop(inbox)
         if payload is None:
             report = Report(MONOTONIC)
             while payload is None:
-                if inbox.finished:
+                if inbox.finished or (more and inbox.drained):
                     return None
                 inbox.wait(deadline, report)
                 payload = self._pop(inbox)

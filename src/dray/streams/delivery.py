@@ -96,6 +96,10 @@ class Connection(Protocol):
         """Tell it of a payload."""
         ...
 
+    def drain(self) -> None:
+        """Tell it that nothing more is put, and nothing waits."""
+        ...
+
     def end(self, lost: int) -> None:
         """Tell it that the stream has ended, with the number of payloads that are lost."""
         ...
@@ -164,7 +168,7 @@ class Recipient:
         self.pid = pid
         self.connection = connection
         self.stream_words = words
-        self.active = False
+        self.active = self.knows_drain = False
         self.stalled: int | None = None  # its credit when it did not begin a payload in time
         self.given = 0
         self.items: dict[int, Item] = {}  # by sequence number, in the order in which they were given
@@ -284,6 +288,7 @@ class Delivery:
         self._numbers = itertools.count(1)
         self._due = math.inf
         self.lost: int | None = None
+        self._draining = False
         self.wake: Callable[[], None] = lambda: None
 
     # --- payloads ---------------------------------------------------------------------------------------------
@@ -310,11 +315,19 @@ class Delivery:
             for group in self.groups:
                 if group.waiting:
                     self._give(group)
+                if self._draining:
+                    self._announce_drain(group)
 
     @property
     def remaining(self) -> float:
         """Seconds until `serve` is due; ``inf`` if nothing depends on the time."""
         return math.inf if self._due == math.inf else max(0.0, self._due - self._clock.now())
+
+    def drain(self) -> None:
+        """Nothing more is added: the consumers of a group are told once nothing waits in it."""
+        with self.lock:
+            self._draining = True
+        self.serve()
 
     def close(self, lost: int) -> None:
         """Hand out nothing any more, and tell the consumers, with the number of payloads that are lost."""
@@ -404,6 +417,12 @@ class Delivery:
             if not self._ring.barrier():
                 self._serve_by(self._clock.now() + RECHECK_SECONDS)
             # Then read the credit once more.
+
+    def _announce_drain(self, group: Group) -> None:
+        for recipient in group.recipients if not group.waiting else ():
+            if recipient.active and not recipient.knows_drain:
+                recipient.knows_drain = True
+                recipient.connection.drain()
 
     def _hand_out(self, group: Group, item: Item, recipient: Recipient) -> None:
         if len(recipient.items) > _PRUNE_ABOVE:

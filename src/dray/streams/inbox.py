@@ -174,6 +174,7 @@ class Inbox(Closing):
         self._by_descriptor: dict[int, _Place] = {}
         self._places: list[_Place] = [_Place((endpoint,)) for endpoint in wanted.endpoints]
         self._ignored: set[str] = set()  # entries that are none of a producer
+        self._room = wanted.prefetch  # payloads that may lie here; one at least while the program waits
         self._favoured: list[Source] = []  # they have credit while the program works
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
@@ -250,14 +251,19 @@ class Inbox(Closing):
         self.receive()
         self._poll_now()
 
-    def wait(self, deadline: Deadline, report: Report) -> None:
+    def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
         """Wait until something has happened that concerns this consumer.
+
+        Args:
+            deadline: when the wait ends at the latest.
+            report: logs what is waited for.
+            ask: producers may give payloads meanwhile.
 
         Raises:
             BufferClosedError: the consumer was closed meanwhile.
             StreamTimeout: the deadline came first.
         """
-        again = self._raise_credit()
+        again = self._raise_credit() if ask else []
         timeout = self.idle()
         if timeout:
             timeout = min(timeout, deadline.remaining, report.remaining(bool(self.sources)))
@@ -306,6 +312,16 @@ class Inbox(Closing):
             return not self.sources and all(place.ended for place in self._places)
         return all(place.ended for place in self._places)
 
+    @property
+    def drained(self) -> bool:
+        """Nothing is there, and no producer puts anything more: only what other consumers return may still come."""
+        return (
+            bool(self.sources)
+            and not self.queue
+            and self._due == math.inf
+            and all(source.draining for source in self.sources)
+        )
+
     def source_of(self, producer: bytes) -> Source | None:
         """The source of a producer that is attached. No lock is needed."""
         return next((source for source in tuple(self.sources) if source.producer == producer), None)
@@ -324,7 +340,7 @@ class Inbox(Closing):
                 return None
             if deadline.expired:
                 raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
-            self.wait(deadline, report)
+            self.wait(deadline, report, ask=False)
 
     def _is_gone(self, producer: bytes) -> bool:
         """A producer has ended or died: its payloads are gone."""
@@ -409,7 +425,8 @@ class Inbox(Closing):
 
         True if more producers than that had credit until now.
         """
-        room = self.wanted.prefetch - len(self.queue)
+        self._room = self.wanted.prefetch
+        room = max(0, self._room - len(self.queue))
         sources = self.sources
         if len(sources) == 1:
             source = sources[0]
@@ -428,6 +445,7 @@ class Inbox(Closing):
 
     def _raise_credit(self) -> list[Source]:
         """Let every producer give a payload, and wake some of those that have one; returns the others of these."""
+        self._room = max(1, self.wanted.prefetch)
         favoured = self._favoured
         pending = []
         several = len(self.sources) > 1
@@ -437,14 +455,14 @@ class Inbox(Closing):
                 subscription.set_credit(source.received + 1)
                 favoured.append(source)
             else:
-                subscription.set_credit(source.received + self.wanted.prefetch)
+                subscription.set_credit(source.received + self._room)
             if subscription.pending:
                 pending.append(source)
             source.announce()
         if not pending:
             return pending
         self.sources.rotate(-1)
-        first = self.wanted.prefetch
+        first = self._room
         for source in pending[:first]:
             source.subscription.ring()
         return pending[first:]
@@ -485,6 +503,9 @@ class Inbox(Closing):
                 if isinstance(event, streams.Ended):
                     self._end(place, event)
                     return
+                if isinstance(event, streams.Draining):
+                    source.draining = True
+                    continue
                 self._take_in(source, event)
         except (TransportError, ProtocolError) as error:
             self._lose(place, error)
@@ -492,7 +513,7 @@ class Inbox(Closing):
     def _take_in(self, source: Source, given: streams.Given) -> None:
         """Keep a hand-out, or give it back because there are enough."""
         # If more of this producer may follow, this one is kept: they must not come before it.
-        if len(self.queue) < self.wanted.prefetch or source.outstanding > 1:
+        if len(self.queue) < self._room or source.outstanding > 1:
             source.received += 1
             self.queue.append((source, given))
         else:

@@ -250,6 +250,8 @@ class Producer(Closing):
             return
         left = 0
         try:
+            if drain:
+                self._delivery.drain()
             left = self.drain(self._drain_timeout if drain else 0.0)
         finally:
             holder = self._oldest() if left else ""

@@ -45,6 +45,9 @@ class ServedConsumer:
     def announce(self, given: streams.Given) -> None:
         self._connection.push(streams.give(given, self._reader))
 
+    def drain(self) -> None:
+        self._connection.push(streams.draining())
+
     def end(self, lost: int) -> None:
         self._connection.push_last(streams.end(lost))
 

@@ -45,6 +45,7 @@ class Source(Closing):
         received: payloads that it has given so far, without those that went back at once: until the producer has
             taken note of that, it gives no later one.
         producer: its id.
+        draining: it puts nothing more, and nothing waits there.
         copies: payloads that were copied because arrays of others are kept.
         gone: payloads that were dropped, or taken back, before they were begun.
     """
@@ -63,6 +64,7 @@ class Source(Closing):
         self.name = name
         self.producer = subscription.producer
         self.received = 0
+        self.draining = False
         self.copies = self.gone = 0
         self._reads = reads
         self._client = client

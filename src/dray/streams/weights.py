@@ -334,9 +334,9 @@ class _NewestInbox(Inbox):
     def has_news(self) -> bool:
         return self._news
 
-    def wait(self, deadline: Deadline, report: Report) -> None:
+    def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
         self._news = False
-        super().wait(deadline, report)
+        super().wait(deadline, report, ask=ask)
 
     def forget(self, given: Given) -> None:
         """A version is gone: a newer one follows."""

@@ -309,9 +309,9 @@ class ServedConnection:
     def push_last(self, frame: bytes) -> None:
         """`push` the frame after which the consumer closes the connection, as it is to do within `drain_timeout`.
 
-        If the server closed first, the frame could be lost.
+        If the server closed first, the frame could be lost, unless the lane is local.
         """
-        self._ending = True
+        self._ending = not self.stream.lane.local
         self.push(frame)
 
     def send(self, items: Sequence[Outgoing], shared: Sequence[int] = ()) -> bool:
