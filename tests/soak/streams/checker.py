@@ -312,6 +312,7 @@ class _Check:
                 )
             if source.closed and source.lost:
                 self._problem("lost at an orderly end", f"{source.member.name}: {source.lost}: {source.why}")
+            last = max(source.begun, default=-1)
             for sequence, (number, _) in source.put.items():
                 for group in self._groups:
                     uses = self._uses.get((group, (source.id, sequence)), [])
@@ -319,7 +320,7 @@ class _Check:
                         continue
                     if source.member.killed is not None:
                         counts["lost with their producer"] += 1
-                    elif source.overwrites and any(later > number for later in source.begun):
+                    elif source.overwrites and number < last:
                         counts["dropped"] += 1
                     else:
                         text = f"{source.id}/{sequence}, number {number} of {source.member.name}, by group {group}"
