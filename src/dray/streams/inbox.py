@@ -191,7 +191,11 @@ class Inbox(Closing):
         queue = self.queue
         while queue or self.receive():
             source, given = queue.popleft()
-            self._spread_credit()
+            try:
+                self._spread_credit()
+            except BaseException:  # of a signal handler
+                queue.appendleft((source, given))
+                raise
             payload = source.take(given, self._warn_of_copies)
             if payload is not None:
                 return payload
@@ -525,8 +529,12 @@ class Inbox(Closing):
             # What an entry names need not be a producer; at an address, the program has named it.
             self._retry(place, error)
             return
-        if subscription.attachment is not None:
-            self._reads.add(subscription.attachment)
+        try:
+            if subscription.attachment is not None:
+                self._reads.add(subscription.attachment)
+        except BaseException:  # of a signal handler
+            subscription.close()
+            raise
         place.producer = subscription.producer
         place.source = source = Source(subscription, str(place), self._reads, self._client)
         place.failure, place.retry = None, RETRY_SECONDS

@@ -64,12 +64,12 @@ class Source(Closing):
             TransportError: it could not be read in time; it is given back.
             PayloadFormatError: its bytes are not arrays.
         """
-        if not self.subscription.begin(given):
-            # The producer may have seen that it was begun, and left it to this consumer.
-            self.give_back(given, begun=False)
-            self.gone += 1
-            return None
         try:
+            if not self.subscription.begin(given):
+                # The producer may have seen that it was begun, and left it to this consumer.
+                self.give_back(given, begun=False)
+                self.gone += 1
+                return None
             attachment = self._attachment
             if attachment is not None:
                 lease = attachment.lease(given.slot, given.sequence, given.nbytes)
