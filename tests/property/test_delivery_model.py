@@ -19,6 +19,7 @@ class Holder:
         given: what it was given and has neither returned nor lost, by hand-out.
         begun: the hand-outs that its program has got.
         read: how many announcements the model has taken in.
+        returned: how many of these went back at once, which gives the credit back.
         most: the highest credit so far.
     """
 
@@ -27,7 +28,7 @@ class Holder:
         self.reader = reader
         self.given: dict[int, Given] = {}
         self.begun: set[int] = set()
-        self.read = 0
+        self.read = self.returned = 0
         self.most = end.total
 
 
@@ -93,6 +94,7 @@ class DeliveryModel(RuleBasedStateMachine):
         del holder.given[given.number]
         if given.number not in holder.begun:
             self.deliveries[holder.reader][given.sequence] -= 1
+            holder.returned += 1
         else:
             self._give_up(holder.reader, given.sequence)
         holder.end.give_back(given, begun=given.number in holder.begun)
@@ -164,7 +166,7 @@ class DeliveryModel(RuleBasedStateMachine):
                 self.first[reader].append(sequence)
             holder.given[number] = given
             holder.read += 1
-            assert holder.read <= holder.most, "no more is given than the credit allows"
+            assert holder.read - holder.returned <= holder.most, "no more is given than the credit allows"
         for first in self.first:
             assert first == sorted(first), "the first hand-outs are in order"
 

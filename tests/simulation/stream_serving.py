@@ -119,6 +119,9 @@ class _Connection:
         self._stream.check(given, self._reader)
         self._connection.push(streams.give(given, self._reader))
 
+    def drain(self) -> None:
+        self._connection.push(streams.draining())
+
     def end(self, lost: int) -> None:
         self._connection.push(streams.end(lost))
 

@@ -301,7 +301,7 @@ class StreamConsumer:
         deadline = Deadline.after(self.rng.choice((None, None, 5.0)), clock)
         while not self.closed:
             asked_at = self.scheduler.now()
-            payload = inbox.pop()
+            payload = inbox.pop(deadline)
             if len(inbox.queue) > self._wanted.prefetch:
                 raise Violation(f"{self.process.name} holds {len(inbox.queue)} payloads that are not begun")
             if payload is not None or inbox.finished:

@@ -53,7 +53,7 @@ class Ended(NamedTuple):
 
 
 class Draining(NamedTuple):
-    """The producer puts nothing more, and has given all that waited; what other consumers return may still come."""
+    """The producer puts nothing more, and has given all that waited; returned ones may still come."""
 
 
 class Credit(NamedTuple):

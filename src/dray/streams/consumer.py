@@ -188,7 +188,7 @@ class Consumer(Closing):
         while True:
             with self._exclusively():
                 self._check(inbox)
-                payload = self._held.pop(0) if self._held else self._pop(inbox)
+                payload = self._held.pop(0) if self._held else self._pop(inbox, _NEVER)
                 if payload is not None:
                     self._current = [payload]
                     inbox.in_hand = None
@@ -337,18 +337,18 @@ class Consumer(Closing):
 
         If the caller has some and wants `more`, also when producers wait for the acknowledgement of these.
         """
-        payload = self._pop(inbox)
+        payload = self._pop(inbox, deadline)
         if payload is None:
             report = Report(MONOTONIC)
             while payload is None:
                 if inbox.finished or (more and inbox.drained):
                     return None
                 inbox.wait(deadline, report)
-                payload = self._pop(inbox)
+                payload = self._pop(inbox, deadline)
         return payload
 
-    def _pop(self, inbox: Inbox) -> Payload | None:
-        payload = inbox.pop()
+    def _pop(self, inbox: Inbox, deadline: Deadline) -> Payload | None:
+        payload = inbox.pop(deadline)
         if payload is not None:
             self._payloads += 1
             self._redelivered += payload.redelivered

@@ -206,15 +206,27 @@ class Inbox(Closing):
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
-    def pop(self) -> Payload | None:
-        """The next payload that has been given to this consumer; None if there is none. It does not wait."""
+    def pop(self, deadline: Deadline) -> Payload | None:
+        """The next payload that has been given to this consumer; None if there is none.
+
+        It waits for the bytes of a payload alone, where these come over a connection. If they do not come in time,
+        the connection to the producer is given up, and with it the payload, which stays with the producer.
+        """
         queue = self.queue
         while queue or self.receive():
-            self.in_hand = source, given = queue[0]
-            queue.popleft()
-            if self._spread_credit():
-                self._poll_now()  # several were asked: what is too much goes back
-            payload = source.take(given, self._warn_of_copies)
+            source, given = queue.popleft()
+            try:
+                if self._spread_credit():
+                    self._poll_now()  # several were asked: what is too much goes back
+            except BaseException:  # of a signal handler
+                queue.appendleft((source, given))
+                raise
+            self.in_hand = source, given
+            try:
+                payload = source.take(given, deadline, self._warn_of_copies)
+            except TransportError as error:
+                self._give_up(source, error)
+                continue
             if payload is not None:
                 return payload
         self.in_hand = None
@@ -314,7 +326,7 @@ class Inbox(Closing):
 
     @property
     def drained(self) -> bool:
-        """Nothing is there, and no producer puts anything more: only what other consumers return may still come."""
+        """Nothing is there, and no producer puts more: only payloads that other consumers return may come."""
         return (
             bool(self.sources)
             and not self.queue
@@ -528,6 +540,13 @@ class Inbox(Closing):
         """A producer is gone."""
         self._favoured = [each for each in self._favoured if each is not source]
 
+    def _give_up(self, source: Source, error: TransportError) -> None:
+        """A payload of a producer could not be read in time: connect to it again."""
+        for place in self._places:
+            if place.source is source:
+                self._lose(place, error)
+                return
+
     def _end(self, place: _Place, event: streams.Ended) -> None:
         self.ended += 1
         place.ended = True
@@ -643,8 +662,12 @@ class Inbox(Closing):
             # What an entry names need not be a producer; at an address, the program has named it.
             self._retry(place, error)
             return
-        if subscription.attachment is not None:
-            self._reads.add(subscription.attachment)
+        try:
+            if subscription.attachment is not None:
+                self._reads.add(subscription.attachment)
+        except BaseException:  # of a signal handler
+            subscription.close()
+            raise
         if place.producer not in (ANY_PRODUCER, subscription.producer):
             self._gone.add(place.producer)
         place.producer, place.refused, place.failed = subscription.producer, False, False

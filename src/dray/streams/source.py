@@ -28,6 +28,8 @@ READ_SECONDS: Final = 30.0
 PAUSE_SECONDS: Final = 0.02
 """Time before such a request is repeated after a failure."""
 
+_NEVER = Deadline.after(None)
+
 T = TypeVar("T")
 
 
@@ -78,8 +80,10 @@ class Source(Closing):
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
-    def read(self, given: streams.Given) -> tuple[Arrays, bool] | None:
+    def read(self, given: streams.Given, deadline: Deadline) -> tuple[Arrays, bool] | None:
         """The arrays of a payload, and whether they are in place; None if it is gone. Nothing is consumed.
+
+        Over a connection it takes at most `READ_SECONDS`, also if the deadline is later.
 
         Raises:
             TransportError: it could not be read in time.
@@ -95,33 +99,34 @@ class Source(Closing):
                     return None
             client = self._client(self.subscription.reader)
             ref = self._ref(given)
-            return _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False)), False
+            return _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False), deadline), False
         except (StaleSlotError, ProducerLostError):
             return None
 
-    def take(self, given: streams.Given, warn: Callable[[Arrays], None]) -> Payload | None:
+    def take(self, given: streams.Given, deadline: Deadline, warn: Callable[[Arrays], None]) -> Payload | None:
         """The payload of a hand-out; None if it is gone or was taken back.
 
         Args:
             given: what the producer has announced.
+            deadline: as for `read`.
             warn: called when the payload had to be copied.
 
         Raises:
             TransportError: it could not be read in time; it is given back.
             PayloadFormatError: its bytes are not arrays.
         """
-        if not self.subscription.begin(given):
-            # The producer may have seen that it was begun, and left it to this consumer.
-            self.give_back(given, begun=False)
-            self.gone += 1
-            return None
         try:
+            if not self.subscription.begin(given):
+                # The producer may have seen that it was begun, and left it to this consumer.
+                self.give_back(given, begun=False)
+                self.gone += 1
+                return None
             attachment = self._attachment
             if attachment is not None:
                 lease = attachment.lease(given.slot, given.sequence, given.nbytes)
                 if lease is not None:
                     return self._leased(attachment, given, lease, warn)
-            found = self.read(given)
+            found = self.read(given, deadline)
         except StaleSlotError:
             found = None
         except BaseException:
@@ -155,7 +160,7 @@ class Source(Closing):
                 return False
         client, ref = self._client(self.subscription.reader), self._ref(given)
         try:
-            return _persist(lambda timeout: client.consume([ref], timeout=timeout)) == 1
+            return _persist(lambda timeout: client.consume([ref], timeout=timeout), _NEVER) == 1
         except ProducerLostError:
             return False
 
@@ -204,8 +209,8 @@ class Source(Closing):
         return PayloadRef(self.producer, given.slot, given.sequence, given.nbytes, endpoints)
 
 
-def _persist(request: Callable[[float | None], T]) -> T:
-    """The result of a request, over new connections until `READ_SECONDS` are over.
+def _persist(request: Callable[[float | None], T], deadline: Deadline) -> T:
+    """The result of a request, over new connections until the deadline, and for at most `READ_SECONDS`.
 
     While a process dies, its sockets are closed one after the other: several connections may be accepted and reset
     before its address refuses them, which tells that it is lost.
@@ -214,7 +219,7 @@ def _persist(request: Callable[[float | None], T]) -> T:
         ProducerLostError: the producer is gone.
         TransportError: it could not be reached in time.
     """
-    deadline = Deadline.after(READ_SECONDS)
+    deadline = deadline.capped_at(READ_SECONDS)
     while True:
         try:
             return request(deadline.timeout)

@@ -245,7 +245,7 @@ class Subscriber(Closing):
                 found = inbox.newest()
                 if found is not None and _is_newer(*found, after):
                     source, given = found
-                    read = source.read(given)
+                    read = source.read(given, deadline)
                     if read is not None:
                         arrays, in_place = read
                         return Weights(arrays, in_place, version=given.deliveries, publisher=source.producer)

@@ -148,6 +148,11 @@ class Subscription(Closing):
 
     def arm(self) -> bool:
         """Before a wait for `fileno`; False if `receive` has something to do already."""
+        if self._unsent:
+            try:
+                self._unsent = not self._stream.flush()
+            except TransportError:
+                return False
         return self._stream.idle() and (self._worker is None or self._worker.arm())
 
     # --- out --------------------------------------------------------------------------------------------------
@@ -166,11 +171,11 @@ class Subscription(Closing):
         """Let the producer give `total` payloads, of all that it has given so far."""
         if total == self.credit:
             return
-        self.credit = total
         if self._words is not None:
             self._words.credit = total
         else:
             self._send(streams.credit(total))
+        self.credit = total  # last: after an exception of a signal handler, it is stored or sent again
 
     def ring(self) -> None:
         """Wake the producer: it has payloads that wait, and there is credit now."""
