@@ -62,7 +62,7 @@ class StreamReceiver:
         return {"slots": self._slots}
 
     def spawn(self, control: socket.socket, references: socket.socket) -> Producer:
-        return spawn_module(self._kind, control, references)
+        return _StreamProducer(spawn_module(self._kind, control, references), self._consumer)
 
     def connect(self, references: socket.socket) -> None:
         # Every slot is read once, so that this process has mapped its memory.
@@ -78,3 +78,18 @@ class StreamReceiver:
 
     def close(self) -> None:
         self._opened.close()
+
+
+class _StreamProducer:
+    """The producer's process. Its server would wait for the payload that the consumer used last."""
+
+    def __init__(self, process: Producer, consumer: Consumer) -> None:
+        self._process = process
+        self._consumer = consumer
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._consumer.close()
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        self._process.kill()

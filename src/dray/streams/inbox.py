@@ -4,8 +4,10 @@ Every method needs the consumer's lock, except `interrupt` and `release`. No thr
 looked at when the program asks for a payload.
 
 How many payloads a producer may give is its *credit*. While the program works on a payload, the credit of all
-producers together is `prefetch` less what was given and not begun. While the consumer waits, each producer has a
-credit of one. What comes above `prefetch` goes back at once.
+producers together is `prefetch` less what was given and not begun. While the consumer waits, a producer without a
+payload has a credit of one. Of those that have payloads, a few are woken, each with a credit of a part of
+`prefetch`: to wake one costs more than to take several payloads of it. What comes above `prefetch` goes back at
+once.
 """
 
 from __future__ import annotations
@@ -175,7 +177,8 @@ class Inbox(Closing):
         self._places: list[_Place] = [_Place((endpoint,)) for endpoint in wanted.endpoints]
         self._ignored: set[str] = set()  # entries that are none of a producer
         self._room = wanted.prefetch  # payloads that may lie here; one at least while the program waits
-        self._favoured: list[Source] = []  # they have credit while the program works
+        self._favoured: list[Source] = []  # they have credit, of several
+        self._asked = 0  # the payloads that these may give
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
@@ -281,8 +284,7 @@ class Inbox(Closing):
             timeout = min(timeout, deadline.remaining, report.remaining(bool(self.sources)))
             events = self._poll(_seconds(min(timeout, RING_AGAIN_SECONDS) if again else timeout))
             if not events and again:
-                for source in again:
-                    source.subscription.ring()
+                self._ask(again, 1)
                 events = self._poll(_seconds(timeout))
             for descriptor, _ in events:
                 self._handle(descriptor)
@@ -310,8 +312,7 @@ class Inbox(Closing):
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
-        for source in self._raise_credit():
-            source.subscription.ring()
+        self._ask(self._raise_credit(), 1)
         return self.idle()
 
     @property
@@ -437,47 +438,63 @@ class Inbox(Closing):
 
         True if more producers than that had credit until now.
         """
-        self._room = self.wanted.prefetch
-        room = max(0, self._room - len(self.queue))
+        self._room = prefetch = self.wanted.prefetch
+        room = max(0, prefetch - len(self.queue))
         sources = self.sources
         if len(sources) == 1:
             source = sources[0]
             source.subscription.set_credit(source.received + room)
             return False
-        waited = len(self._favoured) > self.wanted.prefetch
+        waited = self._asked > prefetch
         for source in self._favoured:
             source.subscription.set_credit(source.received)
-        self._favoured = []
+        self._favoured, self._asked = [], 0
         for _ in range(min(room, len(sources))):
             sources.rotate(-1)
-            source = sources[-1]
-            source.subscription.set_credit(source.received + 1)
-            self._favoured.append(source)
+            self._favour(sources[-1], 1)
         return waited
 
     def _raise_credit(self) -> list[Source]:
-        """Let every producer give a payload, and wake some of those that have one; returns the others of these."""
-        self._room = max(1, self.wanted.prefetch)
-        favoured = self._favoured
+        """Let producers give payloads, and wake some of those that have one; returns the others of these.
+
+        Of several producers, one that has a payload gets no credit before it is woken.
+        """
+        sources = self.sources
+        self._room = room = max(1, self.wanted.prefetch)
+        several = len(sources) > 1
         pending = []
-        several = len(self.sources) > 1
-        for source in self.sources:
+        for source in sources:
             subscription = source.subscription
-            if several:
-                subscription.set_credit(source.received + 1)
-                favoured.append(source)
+            if not (several and subscription.pending):
+                if several:
+                    self._favour(source, 1)
+                else:
+                    subscription.set_credit(source.received + room)
+                if subscription.pending:  # loaded after the credit was stored
+                    pending.append(source)
             else:
-                subscription.set_credit(source.received + self._room)
-            if subscription.pending:
                 pending.append(source)
             source.announce()
         if not pending:
             return pending
-        self.sources.rotate(-1)
-        first = self._room
-        for source in pending[:first]:
-            source.subscription.ring()
+        share = max(1, room // 2)
+        first = -(-room // share)
+        sources.rotate(-min(first, len(pending)))
+        self._ask(pending[:first], share)
         return pending[first:]
+
+    def _ask(self, sources: Sequence[Source], share: int) -> None:
+        """Let producers that have payloads give up to `share` of them each."""
+        several = len(self.sources) > 1
+        for source in sources:
+            if several:
+                self._favour(source, share)
+            source.subscription.ring()
+
+    def _favour(self, source: Source, credit: int) -> None:
+        self._favoured.append(source)
+        self._asked += credit
+        source.subscription.set_credit(source.received + credit)
 
     # --- events -----------------------------------------------------------------------------------------------
 
