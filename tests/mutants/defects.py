@@ -481,7 +481,8 @@ DEFECTS = (
     Defect(
         "a payload that is begun taken back",
         DELIVERY,
-        "        if item.state is State.GIVEN and words is not None and words.has_begun(item.slot, item.number):\n",
+        "        if item.state is State.GIVEN and words is not None and words.has_begun("
+        "item.slot, item.number):\n",
         "        if False:\n",
         Search.SIMULATION,
     ),

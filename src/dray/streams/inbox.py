@@ -189,16 +189,18 @@ class Inbox(Closing):
     def pop(self) -> Payload | None:
         """The next payload that has been given to this consumer; None if there is none. It does not wait."""
         queue = self.queue
-        while queue or self.receive():
-            source, given = queue.popleft()
-            try:
+        try:
+            while queue or self.receive():
+                source, given = queue.popleft()
                 self._spread_credit()
-            except BaseException:  # of a signal handler
-                queue.appendleft((source, given))
-                raise
-            payload = source.take(given, self._warn_of_copies)
-            if payload is not None:
-                return payload
+                payload = source.take(given, self._warn_of_copies)
+                if payload is not None:
+                    return payload
+        except DrayError:
+            raise
+        except BaseException:
+            self._attach_again()
+            raise
         return None
 
     def receive(self) -> bool:
@@ -218,6 +220,15 @@ class Inbox(Closing):
             BufferClosedError: the consumer was closed meanwhile.
             StreamTimeout: the deadline came first.
         """
+        try:
+            self._wait(deadline, report)
+        except DrayError:
+            raise
+        except BaseException:
+            self._attach_again()
+            raise
+
+    def _wait(self, deadline: Deadline, report: Report) -> None:
         again = self._raise_credit()
         timeout = self.idle()
         if timeout:
@@ -235,6 +246,12 @@ class Inbox(Closing):
             if deadline.expired:
                 raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
             report.log(self)
+
+    def _attach_again(self) -> None:
+        """After an exception of a signal handler: what has come may be lost here. Producers hand it out again."""
+        for place in list(self._by_descriptor.values()):
+            self._drop(place)
+            place.due = -math.inf
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
