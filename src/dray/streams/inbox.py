@@ -250,8 +250,8 @@ class Inbox(Closing):
     def _attach_again(self) -> None:
         """After an exception of a signal handler: what has come may be lost here. Producers hand it out again."""
         for place in list(self._by_descriptor.values()):
-            self._drop(place)
             place.due = -math.inf
+            self._drop(place)
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
@@ -474,10 +474,10 @@ class Inbox(Closing):
         self.queue.clear()
         self.queue.extend(kept)
         self._favoured = [each for each in self._favoured if each is not source]
+        if not place.ended:
+            place.source = None  # before what follows, in which an exception of a signal handler may come
         source.close()
         self._reads.drop(source.producer)  # else a later connection to it would not be used for leases
-        if not place.ended:
-            place.source = None
 
     # --- producers --------------------------------------------------------------------------------------------
 
