@@ -216,23 +216,24 @@ class Inbox(Closing):
         the connection to the producer is given up, and with it the payload, which stays with the producer.
         """
         queue = self.queue
-        while queue or self.receive():
-            source, given = queue.popleft()
-            try:
+        try:
+            while queue or self.receive():
+                self.in_hand = source, given = queue.popleft()
                 if self._spread_credit():
                     self._poll_now()  # several were asked: what is too much goes back
-            except BaseException:  # of a signal handler
-                queue.appendleft((source, given))
-                raise
-            self.in_hand = source, given
-            try:
-                payload = source.take(given, deadline, self._warn_of_copies)
-            except TransportError as error:
-                self._give_up(source, error)
-                continue
-            if payload is not None:
-                return payload
-        self.in_hand = None
+                try:
+                    payload = source.take(given, deadline, self._warn_of_copies)
+                except TransportError as error:
+                    self._give_up(source, error)
+                    continue
+                if payload is not None:
+                    return payload
+            self.in_hand = None
+        except DrayError:
+            raise
+        except BaseException:
+            self._attach_again()
+            raise
         return None
 
     def release(self, source: Source, given: streams.Given) -> None:
@@ -278,6 +279,15 @@ class Inbox(Closing):
             BufferClosedError: the consumer was closed meanwhile.
             StreamTimeout: the deadline came first.
         """
+        try:
+            self._wait(deadline, report, ask)
+        except DrayError:
+            raise
+        except BaseException:
+            self._attach_again()
+            raise
+
+    def _wait(self, deadline: Deadline, report: Report, ask: bool) -> None:
         again = self._raise_credit() if ask else []
         timeout = self.idle()
         if timeout:
@@ -298,6 +308,13 @@ class Inbox(Closing):
     def has_news(self) -> bool:
         """A wait was not in vain."""
         return bool(self.queue)
+
+    def _attach_again(self) -> None:
+        """After an exception of a signal handler: what has come may be lost here. Producers hand it out again."""
+        self.in_hand = None
+        for place in list(self._by_descriptor.values()):
+            place.due = self._due = -math.inf
+            self._drop(place)
 
     def idle(self) -> float:
         """Prepare for a wait for `fileno`; the seconds that it may take, 0 if there is something to do already."""
@@ -606,9 +623,9 @@ class Inbox(Closing):
         self.queue.clear()
         self.queue.extend(kept)
         self._dropped(source)
+        place.source = None  # before what follows, in which an exception of a signal handler may come
         source.close()
         self._reads.forget(source.producer)
-        place.source = None
 
     # --- producers --------------------------------------------------------------------------------------------
 
