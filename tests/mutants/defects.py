@@ -502,8 +502,8 @@ DEFECTS = (
     Defect(
         "an old attachment kept after a new connection",
         "streams/inbox.py",
-        "        self._reads.drop(source.producer)  # else",
-        "        # else",
+        "        self._reads.forget(source.producer)\n",
+        "",
         Search.SIMULATION,
     ),
     Defect(

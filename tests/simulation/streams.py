@@ -12,10 +12,11 @@ from dray.clock import Deadline
 from dray.errors import BufferClosedError, DrayError, ProtocolError, TransportError
 from dray.protocol import PayloadRef
 from dray.resources import Closing
-from dray.streams.inbox import Inbox, Report, Wanted
+from dray.streams.inbox import Inbox
 from dray.streams.payload import Payload
 from dray.streams.registry import Nudges, Peer, Registry
 from dray.streams.surroundings import Surroundings
+from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadClient
 from dray.transport.lanes import SHM, TCP
 from dray.transport.lanes.base import Endpoint, Network, Stream, Worker

@@ -18,11 +18,12 @@ from dray.resources import Closing
 from dray.streams.addresses import endpoints_of
 from dray.streams.event_loop import Readable
 from dray.streams.exclusive import Exclusive
-from dray.streams.inbox import Inbox, Report, Wanted
+from dray.streams.inbox import Inbox
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text
 from dray.streams.registry import checked_name, default_scope
 from dray.streams.source import Source
+from dray.streams.wanted import Report, Wanted
 
 Acknowledge = Literal["next", "manual"]
 

@@ -3,11 +3,8 @@
 Every method needs the consumer's lock, except `interrupt` and `release`. No thread is started: the sockets are
 looked at when the program asks for a payload.
 
-How many payloads a producer may give is its *credit*. While the program works on a payload, the credit of all
-producers together is `prefetch` less what was given and not begun. While the consumer waits, a producer without a
-payload has a credit of one. Of those that have payloads, a few are woken, each with a credit of a part of
-`prefetch`: to wake one costs more than to take several payloads of it. What comes above `prefetch` goes back at
-once.
+How many payloads a producer may give is its credit, see `dray.streams.credit`. What comes above `prefetch` goes
+back at once.
 """
 
 from __future__ import annotations
@@ -18,8 +15,7 @@ import math
 import os
 import select
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Final
 
 from dray.clock import MONOTONIC, Clock, Deadline
@@ -27,7 +23,6 @@ from dray.errors import (
     BufferClosedError,
     DrayError,
     ProtocolError,
-    SchemaError,
     SlotError,
     StreamTimeout,
     TransportError,
@@ -39,11 +34,13 @@ from dray.protocol import streams
 from dray.protocol.handshake import ANY_PRODUCER
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
+from dray.streams.credit import Credit
 from dray.streams.exclusive import Exclusive
 from dray.streams.payload import Payload
 from dray.streams.registry import Nudges, Peer, ProducerEntry, Registry
 from dray.streams.source import Source
 from dray.streams.surroundings import SURROUNDINGS, Surroundings
+from dray.streams.wanted import RETRY_SECONDS, Place, Report, Wanted
 from dray.transport import PayloadClient
 from dray.transport.direct_reads import DirectReads
 from dray.transport.subscription import Subscription
@@ -53,13 +50,8 @@ logger = logging.getLogger("dray.streams")
 CONNECT_SECONDS: Final = 2.0
 """Time limit for connecting to one producer; another attempt follows."""
 
-RETRY_SECONDS: Final = 0.1
 MAX_RETRY_SECONDS: Final = 2.0
-"""Time before the next attempt to connect, doubled after each."""
-
-FIRST_REPORT_SECONDS: Final = 5.0
-REPORT_SECONDS: Final = 30.0
-"""A wait without a producer is reported after the first, any other wait after the second, and so on."""
+"""The time before the next attempt to connect doubles after each, up to this."""
 
 SEND_AGAIN_SECONDS: Final = 0.05
 """Time before another attempt to send what a connection had no room for."""
@@ -67,70 +59,6 @@ SEND_AGAIN_SECONDS: Final = 0.05
 RING_AGAIN_SECONDS: Final = 0.002
 """The producers whose payloads wait for credit are woken a few at a time, so that not all of them send at once.
 The next ones follow if nothing comes from the first within this time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a consumer wants.
-
-    Attributes:
-        name, scope: the stream; the name is empty where producers are found by address.
-        endpoints: the endpoints of producers on other hosts.
-        group: the name of its group.
-        prefetch: payloads that it may have been given and has not begun.
-        schema: the text of the schema that payloads must have; None accepts any.
-        secret: the secret of producers on other hosts.
-        direct: lease payloads in place where that is possible.
-    """
-
-    name: str = ""
-    scope: str = ""
-    endpoints: tuple[str, ...] = ()
-    group: str = "default"
-    prefetch: int = 2
-    schema: str | None = None
-    secret: bytes | None = field(default=None, repr=False)
-    direct: bool = True
-
-    def __str__(self) -> str:
-        return (
-            f"stream {self.name!r} in scope {self.scope!r}"
-            if self.name
-            else f"stream at {', '.join(self.endpoints)}"
-        )
-
-
-@dataclass(slots=True)
-class _Place:
-    """A producer that is to be connected to.
-
-    Attributes:
-        endpoints: its addresses.
-        producer: its id, if it is known.
-        reader: the reader id of the group, if it is known.
-        peer: its entry, where it was found by name.
-        retry: seconds before the next attempt.
-        due: when that is.
-        failure: why the last one failed.
-        ended: the producer there has closed its stream.
-        refused: no process listens there.
-        failed: the connection to it has failed, and there was no other one since.
-    """
-
-    endpoints: tuple[str, ...]
-    producer: bytes = ANY_PRODUCER
-    reader: int | None = None
-    peer: Peer | None = None
-    retry: float = RETRY_SECONDS
-    due: float = -math.inf
-    failure: str | None = None
-    ended: bool = False
-    refused: bool = False
-    failed: bool = False
-    source: Source | None = field(default=None, repr=False)
-
-    def __str__(self) -> str:
-        return str(self.peer) if self.peer is not None else self.endpoints[0]
 
 
 class Inbox(Closing):
@@ -168,17 +96,15 @@ class Inbox(Closing):
         self.in_hand: tuple[Source, streams.Given] | None = None
         self._clock = clock
         self._due = math.inf  # when the next attempt to connect is made
-        self._framed: list[_Place] = []  # those that share no memory with this process
+        self._framed: list[Place] = []  # those that share no memory with this process
         self._returns: deque[tuple[Source, streams.Given]] = deque()
         self._gone: set[bytes] = set()  # those at whose address there is another one now
         self._missing = 0  # producers that have died, less those that have come since
         self.sources: deque[Source] = deque()
-        self._by_descriptor: dict[int, _Place] = {}
-        self._places: list[_Place] = [_Place((endpoint,)) for endpoint in wanted.endpoints]
+        self._by_descriptor: dict[int, Place] = {}
+        self._places: list[Place] = [Place((endpoint,)) for endpoint in wanted.endpoints]
         self._ignored: set[str] = set()  # entries that are none of a producer
-        self._room = wanted.prefetch  # payloads that may lie here; one at least while the program waits
-        self._favoured: list[Source] = []  # they have credit, of several
-        self._asked = 0  # the payloads that these may give
+        self._credit = Credit(self.sources, wanted.prefetch)
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
@@ -219,7 +145,7 @@ class Inbox(Closing):
         try:
             while queue or self.receive():
                 self.in_hand = source, given = queue.popleft()
-                if self._spread_credit():
+                if self._credit.spread(len(queue)):
                     self._poll_now()  # several were asked: what is too much goes back
                 try:
                     payload = source.take(given, deadline, self._warn_of_copies)
@@ -294,7 +220,7 @@ class Inbox(Closing):
             timeout = min(timeout, deadline.remaining, report.remaining(bool(self.sources)))
             events = self._poll(_seconds(min(timeout, RING_AGAIN_SECONDS) if again else timeout))
             if not events and again:
-                self._ask(again, 1)
+                self._credit.ask(again, 1)
                 events = self._poll(_seconds(timeout))
             for descriptor, _ in events:
                 self._handle(descriptor)
@@ -329,7 +255,7 @@ class Inbox(Closing):
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
-        self._ask(self._raise_credit(), 1)
+        self._credit.ask(self._raise_credit(), 1)
         return self.idle()
 
     @property
@@ -448,70 +374,9 @@ class Inbox(Closing):
     def __repr__(self) -> str:
         return f"<Inbox of {self.wanted}, {len(self.sources)} producers>"
 
-    # --- credit -----------------------------------------------------------------------------------------------
-
-    def _spread_credit(self) -> bool:
-        """Let producers give as many payloads as there is room for, while the program works.
-
-        True if more producers than that had credit until now.
-        """
-        self._room = prefetch = self.wanted.prefetch
-        room = max(0, prefetch - len(self.queue))
-        sources = self.sources
-        if len(sources) == 1:
-            source = sources[0]
-            source.subscription.set_credit(source.received + room)
-            return False
-        waited = self._asked > prefetch
-        for source in self._favoured:
-            source.subscription.set_credit(source.received)
-        self._favoured, self._asked = [], 0
-        for _ in range(min(room, len(sources))):
-            sources.rotate(-1)
-            self._favour(sources[-1], 1)
-        return waited
-
     def _raise_credit(self) -> list[Source]:
-        """Let producers give payloads, and wake some of those that have one; returns the others of these.
-
-        Of several producers, one that has a payload gets no credit before it is woken.
-        """
-        sources = self.sources
-        self._room = room = max(1, self.wanted.prefetch)
-        several = len(sources) > 1
-        pending = []
-        for source in sources:
-            subscription = source.subscription
-            if not (several and subscription.pending):
-                if several:
-                    self._favour(source, 1)
-                else:
-                    subscription.set_credit(source.received + room)
-                if subscription.pending:  # loaded after the credit was stored
-                    pending.append(source)
-            else:
-                pending.append(source)
-            source.announce()
-        if not pending:
-            return pending
-        share = max(1, room // 2)
-        first = -(-room // share)
-        sources.rotate(-min(first, len(pending)))
-        self._ask(pending[:first], share)
-        return pending[first:]
-
-    def _ask(self, sources: Sequence[Source], share: int) -> None:
-        """Let producers that have payloads give up to `share` of them each."""
-        several = len(self.sources) > 1
-        for source in sources:
-            if several:
-                self._favour(source, share)
-            source.subscription.ring()
-
-    def _favour(self, source: Source, credit: int) -> None:
-        self._favoured.append(source)
-        self._asked += credit
-        source.subscription.set_credit(source.received + credit)
+        """Let every producer give; returns producers that have payloads and were not woken."""
+        return self._credit.raise_all()
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -541,7 +406,7 @@ class Inbox(Closing):
             self._nudges.clear()
             self._find_producers()
 
-    def _receive(self, place: _Place) -> None:
+    def _receive(self, place: Place) -> None:
         source = place.source
         assert source is not None
         try:
@@ -559,7 +424,7 @@ class Inbox(Closing):
     def _take_in(self, source: Source, given: streams.Given) -> None:
         """Keep a hand-out, or give it back because there are enough."""
         # If more of this producer may follow, this one is kept: they must not come before it.
-        if len(self.queue) < self._room or source.outstanding > 1:
+        if len(self.queue) < self._credit.room or source.outstanding > 1:
             source.received += 1
             self.queue.append((source, given))
         else:
@@ -572,7 +437,7 @@ class Inbox(Closing):
 
     def _dropped(self, source: Source) -> None:
         """A producer is gone."""
-        self._favoured = [each for each in self._favoured if each is not source]
+        self._credit.forget(source)
 
     def _give_up(self, source: Source, error: TransportError) -> None:
         """A payload of a producer could not be read in time: connect to it again."""
@@ -581,7 +446,7 @@ class Inbox(Closing):
                 self._lose(place, error)
                 return
 
-    def _end(self, place: _Place, event: streams.Ended) -> None:
+    def _end(self, place: Place, event: streams.Ended) -> None:
         self.ended += 1
         place.ended = True
         logger.info("%s: %s has ended", str(self.wanted), str(place))
@@ -589,7 +454,7 @@ class Inbox(Closing):
             logger.warning("%s: %s has ended, and %d payloads are lost", str(self.wanted), str(place), event.lost)
         self._drop(place)
 
-    def _lose(self, place: _Place, error: DrayError) -> None:
+    def _lose(self, place: Place, error: DrayError) -> None:
         """A connection has failed: its producer may have died."""
         self._drop(place)
         if self._registry is not None and place.peer is not None:
@@ -603,12 +468,12 @@ class Inbox(Closing):
             self._retry(place, error)
         self._count_lost(place)
 
-    def _count_lost(self, place: _Place) -> None:
+    def _count_lost(self, place: Place) -> None:
         self.lost += 1
         self._missing += 1
         logger.warning("%s: %s has died: %s", str(self.wanted), str(place), place.failure)
 
-    def _drop(self, place: _Place) -> None:
+    def _drop(self, place: Place) -> None:
         """End a subscription; its producer has ended, or gives what was not begun to others."""
         source = place.source
         assert source is not None
@@ -653,16 +518,8 @@ class Inbox(Closing):
             self._ignored.add(peer.entry)
             logger.warning("%s: %s; it is ignored", str(self.wanted), str(error))
             return
-        reader = self._reader_of(entry.groups, peer, entry.schema)
-        self._places.append(_Place(entry.endpoints, entry.producer, reader, peer))
-
-    def _reader_of(self, groups: Sequence[str], who: object, schema: object) -> int:
-        if self.wanted.group not in groups:
-            names = ", ".join(map(repr, groups))
-            raise ProtocolError(f"{self.wanted}: {who} has no group {self.wanted.group!r}, only {names}")
-        if schema is not None and self.wanted.schema is not None and schema != self.wanted.schema:
-            raise SchemaError(f"{self.wanted}: {who} has another schema: {schema}, not {self.wanted.schema}")
-        return groups.index(self.wanted.group)
+        reader = self.wanted.reader_of(entry.groups, peer, entry.schema)
+        self._places.append(Place(entry.endpoints, entry.producer, reader, peer))
 
     def _connect_due(self) -> None:
         now = self._clock.now()
@@ -674,7 +531,7 @@ class Inbox(Closing):
                 if place.source is None:
                     self._due = min(self._due, place.due)
 
-    def _connect(self, place: _Place) -> None:
+    def _connect(self, place: Place) -> None:
         wanted = self.wanted
         try:
             subscription = Subscription.open(
@@ -683,7 +540,7 @@ class Inbox(Closing):
                 network=self._network,
                 producer=ANY_PRODUCER if place.peer is None else place.producer,
                 reader=place.reader,
-                choose=lambda about: self._reader_of(about["groups"], place, about.get("schema")),
+                choose=lambda about: self.wanted.reader_of(about["groups"], place, about.get("schema")),
                 secret=wanted.secret,
                 direct=wanted.direct,
             )
@@ -719,7 +576,7 @@ class Inbox(Closing):
         self._attached_to(source)
         logger.info("%s: attached to %s", str(wanted), str(place))
 
-    def _retry(self, place: _Place, error: DrayError) -> None:
+    def _retry(self, place: Place, error: DrayError) -> None:
         place.failure = str(error)
         place.refused = isinstance(error, Unreachable) and error.refused
         place.due = self._clock.now() + place.retry
@@ -741,36 +598,6 @@ class Inbox(Closing):
                 "payload.copy() makes arrays that can be kept",
                 str(self.wanted), ", ".join(arrays),
             )  # fmt: skip
-
-
-class Report:
-    """Logs every 30 s what a consumer waits for.
-
-    Args:
-        clock: where time comes from.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._began = clock.now()
-        self._said = 0
-
-    def remaining(self, attached: bool) -> float:
-        """Seconds until the next line."""
-        return max(0.0, self._due(attached) - self._clock.now())
-
-    def log(self, inbox: Inbox) -> None:
-        """Log the line if it is due."""
-        attached = bool(inbox.producers)
-        now = self._clock.now()
-        if now >= self._due(attached):
-            self._said = int((now - self._began) // REPORT_SECONDS) + 1
-            logger.warning("waiting for %.0f s: %s", now - self._began, inbox.explain())
-
-    def _due(self, attached: bool) -> float:
-        if not self._said and not attached:
-            return self._began + FIRST_REPORT_SECONDS
-        return self._began + REPORT_SECONDS * max(1, self._said)
 
 
 def _seconds(timeout: float) -> float | None:

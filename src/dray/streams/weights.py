@@ -19,12 +19,13 @@ from dray.resources import Closing
 from dray.ring import SharedRingBuffer
 from dray.streams.addresses import ListenOn, endpoints_of
 from dray.streams.exclusive import Exclusive
-from dray.streams.inbox import Inbox, Report, Wanted
+from dray.streams.inbox import Inbox
 from dray.streams.newest import Follower, NewestDelivery, Version
 from dray.streams.payload import NamedArrays
 from dray.streams.registry import Registry, checked_name, command_line, default_scope
 from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
 from dray.streams.source import Source
+from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadServer
 from dray.transport.service import ConsumerConnection
 

@@ -29,7 +29,7 @@ def test_a_call_that_is_interrupted_at_any_moment_leaves_no_payload_behind(part:
             producer.put(number=2 * moment)
             producer.put(number=2 * moment + 1)
             interrupted = interruptions.interrupted(
-                lambda: int(consumer.get(timeout=20)["number"]), moment, folder=f"{FOLDER}/{part}"
+                (f"{FOLDER}/{part}",), lambda: int(consumer.get(timeout=20)["number"]), moment
             )
             while last != 2 * moment + 1:
                 last = int(consumer.get(timeout=20)["number"])
