@@ -1,8 +1,9 @@
 """`Credit`: how many payloads each producer may give to a consumer.
 
 While the program works on a payload, the credit of all producers together is `prefetch` less what was given and
-not begun. While the consumer waits, a producer without a payload has a credit of one. Of those that have payloads, a
-few are woken, each with a credit of a part of `prefetch`: to wake one costs more than to take several payloads of it.
+not begun. While the consumer waits, a producer without a payload has a credit of one. Of those that have payloads,
+a few are woken, each with a credit of a part of `prefetch`: waking one costs more than taking several payloads of
+it.
 """
 
 from __future__ import annotations

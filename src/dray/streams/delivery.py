@@ -43,6 +43,9 @@ BEGIN_SECONDS: Final = 30.0
 RECHECK_SECONDS: Final = 1.0
 """Time between two checks while such a payload waits for another consumer's credit."""
 
+_MAX_RECENT: Final = 16_384
+"""Hand-outs that a consumer may return: far more than it can have unbegun."""
+
 _PRUNE_ABOVE: Final = 16
 """A consumer's hand-outs are checked for those that are done when it has more than this number."""
 
@@ -171,6 +174,7 @@ class Recipient:
         self.active = self.knows_drain = False
         self.stalled: int | None = None  # its credit when it did not begin a payload in time
         self.given = 0
+        self.recent: dict[int, None] = {}  # hand-outs that it has not returned
         self.items: dict[int, Item] = {}  # by sequence number, in the order in which they were given
         self._delivery = delivery
         self._credit = 0
@@ -377,7 +381,8 @@ class Delivery:
         """See `Recipient.take_back`."""
         slot, sequence, number, begun = returned
         with self.lock:
-            if not begun:
+            if not begun and number in recipient.recent:
+                del recipient.recent[number]
                 recipient.given -= 1  # only now it may be given another one: this one may come before it
             group = self.groups[recipient.reader]
             item = recipient.items.get(sequence)
@@ -434,6 +439,10 @@ class Delivery:
             item.since = self._clock.now()
             item.deliveries += 1
             recipient.given += 1
+            recipient.recent[item.number] = None
+            if len(recipient.recent) > _MAX_RECENT:
+                for number in list(recipient.recent)[: _MAX_RECENT // 2]:
+                    del recipient.recent[number]
             group.given += 1
             group.redelivered += item.deliveries > 1
             if len(group.recipients) > 1:

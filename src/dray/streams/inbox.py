@@ -150,7 +150,8 @@ class Inbox(Closing):
                 try:
                     payload = source.take(given, deadline, self._warn_of_copies)
                 except TransportError as error:
-                    self._give_up(source, error)
+                    for place in [each for each in self._places if each.source is source]:
+                        self._lose(place, error)
                     continue
                 if payload is not None:
                     return payload
@@ -438,13 +439,6 @@ class Inbox(Closing):
     def _dropped(self, source: Source) -> None:
         """A producer is gone."""
         self._credit.forget(source)
-
-    def _give_up(self, source: Source, error: TransportError) -> None:
-        """A payload of a producer could not be read in time: connect to it again."""
-        for place in self._places:
-            if place.source is source:
-                self._lose(place, error)
-                return
 
     def _end(self, place: Place, event: streams.Ended) -> None:
         self.ended += 1
