@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -355,10 +356,10 @@ class Consumer(Closing):
             self._redelivered += payload.redelivered
         return payload
 
-    def _exclusively(self) -> Exclusive:
+    def _exclusively(self) -> AbstractContextManager[Any]:
         if here[0] != self._mark:  # a forked child attaches as a consumer of its own
             self._reset()
-        return self._exclusive
+        return self._exclusive.call()
 
     def _opened(self) -> Inbox:
         if self._inbox is None and not self._closed:

@@ -46,8 +46,8 @@ RECHECK_SECONDS: Final = 1.0
 _MAX_RECENT: Final = 16_384
 """Hand-outs that a consumer may return: far more than it can have unbegun."""
 
-_PRUNE_ABOVE: Final = 16
-"""A consumer's hand-outs are checked for those that are done when it has more than this number."""
+_PRUNE_FROM: Final = 16
+"""A consumer's hand-outs are checked for those that are done when it has so many, and when they have doubled."""
 
 
 class State(IntEnum):
@@ -174,6 +174,7 @@ class Recipient:
         self.active = self.knows_drain = False
         self.stalled: int | None = None  # its credit when it did not begin a payload in time
         self.given = 0
+        self.prune_from = _PRUNE_FROM
         self.recent: dict[int, None] = {}  # hand-outs that it has not returned
         self.items: dict[int, Item] = {}  # by sequence number, in the order in which they were given
         self._delivery = delivery
@@ -430,7 +431,7 @@ class Delivery:
                 recipient.connection.drain()
 
     def _hand_out(self, group: Group, item: Item, recipient: Recipient) -> None:
-        if len(recipient.items) > _PRUNE_ABOVE:
+        if len(recipient.items) >= recipient.prune_from:
             self._prune(recipient)
         try:
             recipient.items[item.sequence] = item
@@ -480,6 +481,7 @@ class Delivery:
             if finished(item.slot, item.sequence, recipient.reader):
                 del recipient.items[item.sequence]  # first: an exception of a signal handler may come in between
                 item.apply(Event.FINISH)
+        recipient.prune_from = max(_PRUNE_FROM, 2 * len(recipient.items))
 
     def _come_back(self, group: Group, items: Sequence[Item]) -> None:
         """Put payloads at the head of the queue, unless they are done or were handed out too often."""

@@ -1,43 +1,40 @@
-"""`Exclusive`: a lock for calls of one object, which refuses its own thread instead of waiting for it for ever."""
+"""`Exclusive`: a lock for the calls of one object, which refuses its own thread instead of waiting for it."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 from dray.errors import StreamError
 
 
 class Exclusive:
-    """A context manager. A signal handler or finaliser that enters it again in the same thread gets an error."""
+    """The lock of one object."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0
+        self._lock: Any = threading.RLock()
 
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        if self._owner == me:
+    @property
+    def entered(self) -> bool:
+        """This thread has it."""
+        return bool(self._lock._is_owned())  # noqa: SLF001  (there is no other way to know)
+
+    def call(self) -> AbstractContextManager[Any]:
+        """What a call enters: the lock itself, so that an exception of a signal handler cannot leave it acquired.
+
+        Raises:
+            StreamError: this thread has it: the call came from a signal handler or a finaliser.
+        """
+        if self.entered:
             raise StreamError("a call of this object is in progress in this thread: this one came from a handler")
-        self._lock.acquire()
-        self._owner = me
+        lock: AbstractContextManager[Any] = self._lock
+        return lock
 
     def enter_now(self) -> bool:
-        """Enter if that needs no wait; then a ``with`` block of `leaving` must follow."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        self._owner = threading.get_ident()
-        return True
+        """Acquire it if that needs no wait; `leave` must follow."""
+        return not self.entered and bool(self._lock.acquire(blocking=False))
 
-    @contextlib.contextmanager
-    def leaving(self) -> Iterator[None]:
-        """A block that leaves at its end what `enter_now` has entered."""
-        try:
-            yield
-        finally:
-            self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = 0
+    def leave(self) -> None:
+        """Release what `enter_now` has acquired."""
         self._lock.release()

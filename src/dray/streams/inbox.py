@@ -26,7 +26,6 @@ from dray.errors import (
     SlotError,
     StreamTimeout,
     TransportError,
-    Unreachable,
 )
 from dray.forking import descriptor_not_inherited
 from dray.payload import Arrays
@@ -49,9 +48,6 @@ logger = logging.getLogger("dray.streams")
 
 CONNECT_SECONDS: Final = 2.0
 """Time limit for connecting to one producer; another attempt follows."""
-
-MAX_RETRY_SECONDS: Final = 2.0
-"""The time before the next attempt to connect doubles after each, up to this."""
 
 SEND_AGAIN_SECONDS: Final = 0.05
 """Time before another attempt to send what a connection had no room for."""
@@ -167,8 +163,10 @@ class Inbox(Closing):
         """Return a payload that the program had, from any thread: a thread that uses this inbox does it."""
         self._returns.append((source, given))
         if self._exclusive.enter_now():
-            with self._exclusive.leaving():
+            try:
                 self._send_returns()
+            finally:
+                self._exclusive.leave()
         else:
             self._wake_up()
 
@@ -571,11 +569,8 @@ class Inbox(Closing):
         logger.info("%s: attached to %s", str(wanted), str(place))
 
     def _retry(self, place: Place, error: DrayError) -> None:
-        place.failure = str(error)
-        place.refused = isinstance(error, Unreachable) and error.refused
-        place.due = self._clock.now() + place.retry
+        place.postpone(error, self._clock.now())
         self._due = min(self._due, place.due)
-        place.retry = min(2 * place.retry, MAX_RETRY_SECONDS)
 
     def _client(self, reader: int) -> PayloadClient:
         """For payloads that are not leased in place."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from dray.clock import Clock
-from dray.errors import ProtocolError, SchemaError
+from dray.errors import DrayError, ProtocolError, SchemaError, TransportTimeout, Unreachable
 from dray.protocol.handshake import ANY_PRODUCER
 from dray.streams.registry import Peer
 from dray.streams.source import Source
@@ -18,6 +18,12 @@ logger = logging.getLogger("dray.streams")
 
 RETRY_SECONDS: Final = 0.1
 """Time before the second attempt to connect."""
+
+MAX_RETRY_SECONDS: Final = 2.0
+"""The time before the next attempt doubles after each, up to this."""
+
+SILENT_SECONDS: Final = 20.0
+"""The same after an attempt that has met silence, such as that of a stopped process: it delays other payloads."""
 
 FIRST_REPORT_SECONDS: Final = 5.0
 REPORT_SECONDS: Final = 30.0
@@ -97,6 +103,15 @@ class Place:
     refused: bool = False
     failed: bool = False
     source: Source | None = field(default=None, repr=False)
+
+    def postpone(self, error: DrayError, now: float) -> None:
+        """Make the next attempt later: this one has failed."""
+        self.failure = str(error)
+        self.refused = isinstance(error, Unreachable) and error.refused
+        if isinstance(error, TransportTimeout):
+            self.retry = min(10 * self.retry, SILENT_SECONDS)
+        self.due = now + self.retry
+        self.retry = min(2 * self.retry, max(self.retry, MAX_RETRY_SECONDS))
 
     def __str__(self) -> str:
         return str(self.peer) if self.peer is not None else self.endpoints[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -274,7 +275,7 @@ class Subscriber(Closing):
         inbox = self._inbox
         if inbox is not None:
             inbox.interrupt()
-        with self._exclusive:
+        with self._exclusively():
             inbox, self._inbox = self._inbox, None
             if inbox is not None:
                 inbox.close()
@@ -285,10 +286,10 @@ class Subscriber(Closing):
     def __repr__(self) -> str:
         return f"<Subscriber of {self._wanted}{', closed' if self._closed else ''}>"
 
-    def _exclusively(self) -> Exclusive:
+    def _exclusively(self) -> AbstractContextManager[Any]:
         if here[0] != self._mark:
             self._reset()
-        return self._exclusive
+        return self._exclusive.call()
 
     def _opened(self) -> _NewestInbox:
         if self._inbox is None and not self._closed:
