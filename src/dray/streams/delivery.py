@@ -47,7 +47,7 @@ _MAX_RECENT: Final = 16_384
 """Hand-outs that a consumer may return: far more than it can have unbegun."""
 
 _PRUNE_FROM: Final = 16
-"""A consumer's hand-outs are checked for those that are done when it has so many, and when they have doubled."""
+"""A consumer's hand-outs are checked for those that are done when it has more, and when they have doubled."""
 
 
 class State(IntEnum):
@@ -431,7 +431,7 @@ class Delivery:
                 recipient.connection.drain()
 
     def _hand_out(self, group: Group, item: Item, recipient: Recipient) -> None:
-        if len(recipient.items) >= recipient.prune_from:
+        if len(recipient.items) > recipient.prune_from:
             self._prune(recipient)
         try:
             recipient.items[item.sequence] = item
