@@ -49,7 +49,7 @@ class PrivateDirectory(Closing):
     def __init__(self, root: Path | None = None) -> None:
         root = own_root(root)
         self.path = root / secrets.token_hex(4)
-        with needing("a folder of sockets"), _locked(root):
+        with needing("a folder of sockets"), locked(root):
             _sweep(root)
             self.path.mkdir(mode=0o700)
             try:
@@ -110,8 +110,8 @@ def default_root() -> Path:
 
 
 @contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Keep other processes from removing folders meanwhile: a new one that is not locked yet would seem dead."""
+def locked(root: Path) -> Iterator[None]:
+    """Keep other processes from removing folders in `root` meanwhile: a new one without a lock would seem dead."""
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with needed("flock"):

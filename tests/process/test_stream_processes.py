@@ -125,10 +125,24 @@ def test_leftovers_of_dead_producers_are_ignored_and_removed(name: str) -> None:
     with forked(die) as (_, reading):
         os.read(reading, 1)
         wait_until(lambda: not registry.peers("p"), "the death of the producer")
-        assert [path.name for path in registry.folder.iterdir()] == ["stream.json"]
         with Producer(name, scope=name) as producer, Consumer(name, scope=name) as consumer:
             producer.put(number=1)
             assert number(consumer.get(SECONDS)) == 1
+    assert not registry.folder.exists()
+
+
+def test_folders_of_streams_whose_processes_were_killed_are_removed(name: str) -> None:
+    def die(ready: int) -> None:
+        Producer(name, scope=name)
+        os.write(ready, b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with forked(die) as (pid, reading):
+        os.read(reading, 1)
+        os.waitpid(pid, 0)
+        assert Registry(name, name).folder.exists()
+        with Producer(f"{name}-2", scope=name):
+            assert not Registry(name, name).folder.exists()
 
 
 def test_an_entry_lives_on_when_a_forked_child_of_its_process_ends(name: str) -> None:
@@ -206,7 +220,7 @@ def test_ctrl_c_ends_a_wait_at_once_and_leaves_nothing(name: str) -> None:
         _, errors = consumer.communicate(timeout=20)
         assert consumer.returncode == -signal.SIGINT, errors
         assert errors.rstrip().endswith("KeyboardInterrupt")
-    assert [path.name for path in registry.folder.iterdir()] == ["stream.json"]
+    assert not registry.folder.exists()
 
 
 @pytest.mark.parametrize("lane", ["tcp", "ucx"])

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -33,7 +34,7 @@ from typing import Any, Final, NamedTuple
 from dray.errors import ConfigError, ProtocolError
 from dray.forking import call_in_children, here, not_inherited
 from dray.identifiers import PRODUCER_ID_BYTES
-from dray.private_directory import PrivateDirectory, own_root
+from dray.private_directory import PrivateDirectory, locked, own_root
 from dray.resources import Closing, needing
 from dray.system_calls import needed
 from dray.text import MAX_LINE, printable
@@ -185,12 +186,9 @@ class Registry(Closing):
         self._added: list[str] = []
         self._mark = here[0]
         self._publishes = False
-        with needing("the folder of a stream"):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _refuse_network(self.folder)
-            about = self.folder / "stream.json"
-            if not about.exists():
-                _write(about, {"name": self.name, "scope": self.scope})
+        with needing("the folder of streams"):
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_network(self._root)
 
     def add(self, role: str, about: Mapping[str, Any]) -> str:
         """Register this process, as ``"p"`` or ``"c"``; returns the name of the entry.
@@ -202,7 +200,7 @@ class Registry(Closing):
         entry = f"{role}-{secrets.token_hex(8)}"
         lock = self.folder / f"{entry}.lock"
         partial = lock.with_suffix(".new")
-        with _writable(self.folder):
+        with self._made():
             _take(partial, lock)
             self._added.append(entry)
             _write(
@@ -222,7 +220,7 @@ class Registry(Closing):
         allowed = "one publisher at a time, or another name"
         if str(path) in _held:
             raise ConfigError("name", self.name, allowed, f"{self.name!r} {taken}: this process")
-        with _writable(self.folder):
+        with self._made():
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 with needed("fcntl"):
@@ -237,6 +235,23 @@ class Registry(Closing):
             os.pwrite(descriptor, f"{os.getpid()} ({command_line()})".encode(), 0)
             _held[str(path)] = descriptor
             self._publishes = True
+
+    @contextlib.contextmanager
+    def _made(self) -> Iterator[None]:
+        """The folder exists in the block, in which an entry is made. Folders of other streams that ended go."""
+        with _writable(self.folder), locked(self._root):
+            self._remove_ended()
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            about = self.folder / "stream.json"
+            if not about.exists():
+                _write(about, {"name": self.name, "scope": self.scope})
+            yield
+
+    def _remove_ended(self) -> None:
+        """Remove the folders in which no living process has an entry. With the lock of the root."""
+        for folder in self._root.iterdir():
+            if not any(map(_is_held, folder.glob("*.lock"))):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def peers(self, role: str) -> list[Peer]:
         """The living producers (``"p"``) or consumers (``"c"``). Entries of dead processes are removed."""
@@ -293,12 +308,16 @@ class Registry(Closing):
         """Remove the entries that this object has added. Twice is fine; in a forked child nothing happens."""
         if here[0] != self._mark:
             return
+        if not (self._added or self._publishes):
+            return
         for entry in self._added:
             _remove(self.folder / f"{entry}.json")
         self._added.clear()
         if self._publishes:
             self._publishes = False
             os.close(_held.pop(str(self.folder / "publisher.lock")))
+        with contextlib.suppress(OSError), locked(self._root):
+            self._remove_ended()
 
     def __repr__(self) -> str:
         return f"<Registry {self.name!r} in scope {self.scope!r}>"
