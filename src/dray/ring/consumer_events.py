@@ -8,33 +8,32 @@ import select
 from collections.abc import Callable
 
 from dray.forking import descriptor_not_inherited
-from dray.resources import Closing, close_all, keep_result, needing
+from dray.resources import Closing, needing
 
 
 class Descriptor(Closing):
     """A descriptor that is closed with this object, and that forked children do not keep.
+
+    An object in C owns the number, whatever it refers to: what a signal handler raises in the middle of the end of
+    an object in Python would leave it open.
 
     Args:
         make: a function in C that returns the number, called with `arguments`. Its result is never lost, whatever
             a signal handler raises.
     """
 
-    _number: list[int] = []  # for `__del__`, if an exception of a signal handler came before `__init__` began
-
     def __init__(self, make: Callable[..., int], *arguments: object) -> None:
-        self._number = []
-        keep_result(self._number, make, *arguments)
+        self._kept: list[select.epoll] = []
+        self._kept.extend(map(select.epoll.fromfd, map(make, *((each,) for each in arguments))))
         descriptor_not_inherited(self, type(self).fileno)
 
     def fileno(self) -> int:
         """The number; -1 once it is closed."""
-        return self._number[0] if self._number else -1
+        return self._kept[0].fileno() if self._kept and not self._kept[0].closed else -1
 
     def close(self) -> None:
-        close_all(self._number)
-
-    def __del__(self) -> None:
-        self.close()
+        if self._kept:
+            self._kept[0].close()
 
     def __repr__(self) -> str:
         return f"<Descriptor {self.fileno()}>"
