@@ -95,5 +95,8 @@ def test_z10_job_that_is_interrupted_before_its_first_checkpoint_says_that_nothi
         job.process.send_signal(signal.SIGINT)
         assert job.end() == 130, job.story()
         # The folder exists while the job is checked, and afterwards.
-        endings = "interrupted by SIGINT before anything was started\n", "nothing to resume: the run had not begun\n"
+        endings = (
+            "interrupted by SIGINT before anything was started\n",
+            "nothing to resume: the run had not begun\n",
+        )
         assert job.text.endswith(endings)
