@@ -47,7 +47,8 @@ from dray.transport.subscription import Subscription
 logger = logging.getLogger("dray.streams")
 
 CONNECT_SECONDS: Final = 2.0
-"""Time limit for connecting to one producer; another attempt follows."""
+REMOTE_SECONDS: Final = 10.0
+"""Time limit for connecting to one producer, on this host and on another one; another attempt follows."""
 
 SEND_AGAIN_SECONDS: Final = 0.05
 """Time before another attempt to send what a connection had no room for."""
@@ -528,7 +529,7 @@ class Inbox(Closing):
         try:
             subscription = Subscription.open(
                 place.endpoints[0],
-                Deadline.after(CONNECT_SECONDS, self._clock),
+                Deadline.after(REMOTE_SECONDS if place.peer is None else CONNECT_SECONDS, self._clock),
                 network=self._network,
                 producer=ANY_PRODUCER if place.peer is None else place.producer,
                 reader=place.reader,

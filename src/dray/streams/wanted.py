@@ -109,7 +109,7 @@ class Place:
         self.failure = str(error)
         self.refused = isinstance(error, Unreachable) and error.refused
         if isinstance(error, TransportTimeout):
-            self.retry = min(10 * self.retry, SILENT_SECONDS)
+            self.retry = min(4 * self.retry, SILENT_SECONDS)
         self.due = now + self.retry
         self.retry = min(2 * self.retry, max(self.retry, MAX_RETRY_SECONDS))
 
