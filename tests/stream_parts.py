@@ -46,6 +46,7 @@ class ConsumerEnd:
 
     Attributes:
         announced: what it was given, in order.
+        lost: what it was told that it has lost.
         ended: the payloads that are lost, once the stream has ended.
         aborted: the producer has aborted the connection.
         words: what it shares with the producer, for a consumer on the same host.
@@ -53,6 +54,7 @@ class ConsumerEnd:
 
     def __init__(self, delivery: Delivery, reader: int = 0, *, direct: bool = False, pid: int = 7) -> None:
         self.announced: list[Given] = []
+        self.lost: list[Given] = []
         self.ended: int | None = None
         self.aborted = False
         self.words: StreamWords | None = None
@@ -69,6 +71,11 @@ class ConsumerEnd:
     def announce(self, given: Given) -> None:
         assert self.ended is None
         self.announced.append(given)
+
+    def take_back(self, slot: int, sequence: int, number: int) -> None:
+        (taken,) = (each for each in self.announced if each.number == number)
+        assert (taken.slot, taken.sequence) == (slot, sequence)
+        self.lost.append(taken)
 
     def end(self, lost: int) -> None:
         assert self.ended is None

@@ -76,6 +76,9 @@ class _Connection:
     def announce(self, given: streams.Given) -> None:
         self.connection.push(streams.give(given, 0))
 
+    def take_back(self, slot: int, sequence: int, number: int) -> None:
+        self.connection.push(streams.take_back(slot, sequence, number))
+
     def end(self, lost: int) -> None:
         self.connection.push(streams.end(lost))
 

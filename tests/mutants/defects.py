@@ -500,6 +500,20 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
+        "a consumer not told what was taken back",
+        "streams/delivery.py",
+        "                recipient.connection.take_back(item.slot, item.sequence, item.number)\n",
+        "                pass\n",
+        Search.SIMULATION,
+    ),
+    Defect(
+        "nothing received while a payload is being read",
+        "streams/inbox.py",
+        "        if entry is None:\n            self.receive()\n",
+        "        if entry is None:\n",
+        Search.SIMULATION,
+    ),
+    Defect(
         "an old attachment kept after a new connection",
         "streams/inbox.py",
         "        self._reads.forget(source.producer)\n",

@@ -415,7 +415,14 @@ class SimulatedAttachment(Attachment):
         self._live: weakref.WeakSet[DirectLease] = weakref.WeakSet()
         self._memories = page.memory, board.memory
         page.memory.process = process
-        page.memory.stored = self._check_page
+        check = weakref.WeakMethod(self._check_page)  # a finaliser ends what an interrupted `close` has left
+
+        def stored(index: int, value: int, seen: bool) -> None:
+            method = check()
+            if method is not None:
+                method(index, value, seen)
+
+        page.memory.stored = stored
         super().__init__(now=kernel.scheduler.now, board=board, page=page, **options)
 
     def lease(self, slot: int, sequence: int, nbytes: int) -> DirectLease | None:

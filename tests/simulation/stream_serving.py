@@ -119,6 +119,9 @@ class _Connection:
         self._stream.check(given, self._reader)
         self._connection.push(streams.give(given, self._reader))
 
+    def take_back(self, slot: int, sequence: int, number: int) -> None:
+        self._connection.push(streams.take_back(slot, sequence, number))
+
     def drain(self) -> None:
         self._connection.push(streams.draining())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from dray.clock import Deadline
@@ -70,7 +70,7 @@ class SimulatedEpoll:
         self._watched: set[int] = set()
         self.nudges: SimulatedNudges | None = None
         self.woken = Signal(network.kernel.scheduler)
-        self._ends = False
+        self._ends = self._woken = False
 
     def fileno(self) -> int:
         return -1
@@ -85,6 +85,9 @@ class SimulatedEpoll:
         ready = self._ready()
         if ready or self._ends or timeout == 0:
             return ready
+        if self._woken:
+            self._woken = False
+            return []
         scheduler = self._kernel.scheduler
         signals = [self.woken, *(each.signal for each in self._held())]
         scheduler.wait(signals, math.inf if timeout is None else scheduler.now() + timeout)
@@ -93,6 +96,11 @@ class SimulatedEpoll:
     def wake(self) -> None:
         """End the wait, and each later one: `Inbox.interrupt` writes to a descriptor that is not read."""
         self._ends = True
+        self.woken.notify()
+
+    def wake_once(self) -> None:
+        """End the wait, or the next one."""
+        self._woken = True
         self.woken.notify()
 
     def close(self) -> None:
@@ -171,6 +179,26 @@ class SimulatedSurroundings(Surroundings):
     def client(self, secret: bytes | None, reader: int) -> PayloadClient:
         clock = self._consumer.run.scheduler.clock
         return PayloadClient(secret=secret, reader=reader, direct=False, clock=clock, network=self._network())
+
+    def pause(self, seconds: float) -> None:
+        self._consumer.scheduler.sleep(seconds)
+
+    def start(self, run: Callable[[], None]) -> Callable[[], None]:
+        consumer, waits = self._consumer, self.waits
+
+        def run_and_wake() -> None:
+            run()
+            waits.wake_once()
+
+        reading = consumer.scheduler.spawn(consumer.process, "read", run_and_wake, idles=True)
+
+        def join() -> None:
+            if reading.alive:
+                consumer.scheduler.wait((reading.ended,), consumer.scheduler.now() + LONGEST)
+            if reading.alive:
+                raise Violation(f"a read of {consumer.process.name} does not end in {LONGEST} s")
+
+        return join
 
 
 class StreamConsumer:
@@ -252,6 +280,11 @@ class StreamConsumer:
         """Its program runs."""
         return not self.process.dead and not self.closed
 
+    @property
+    def stopped(self) -> bool:
+        """Its process stands still."""
+        return any(actor.stopped for actor in self.process.actors)
+
     def has_words(self, producer: bytes) -> bool:
         """It shares words with a producer."""
         source = self._inbox.source_of(producer) if self._inbox is not None else None
@@ -283,6 +316,8 @@ class StreamConsumer:
                 break
             except DrayError as error:
                 self._judge(error)
+                self._interruptible = False
+                self.scheduler.sleep(0.001)  # a program that polls does something else in between
                 continue
             finally:
                 self._interruptible = False
@@ -299,7 +334,7 @@ class StreamConsumer:
         if self._inbox is None:
             self._inbox = Inbox(self._wanted, clock, self._surroundings)
         inbox, report = self._inbox, Report(clock)
-        deadline = Deadline.after(self.rng.choice((None, None, 5.0)), clock)
+        deadline = Deadline.after(self.rng.choice((None, None, 5.0, 0.3, 0.0)), clock)
         while not self.closed:
             asked_at = self.scheduler.now()
             payload = inbox.pop(deadline)
@@ -430,7 +465,7 @@ class StreamRun(Run):
     def _check_prompt(self) -> bool:
         """No payload waits for long while a consumer waits that has credit; called before time jumps."""
         now, stuck = self.scheduler.now(), {}
-        waiting = {each.process.pid for each in self.consumers if each.waits}
+        waiting = {each.process.pid for each in self.consumers if each.waits and not each.stopped}
         for server in self.servers:
             stream = server.stream
             idle = stream is not None and not (server.process.dead or server.closing or server.ring.changing)

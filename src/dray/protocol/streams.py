@@ -8,6 +8,7 @@
 | CREDIT | consumer | request | how many payloads it may have been given so far, in total |
 | BEGIN | consumer | slot, sequence, request | its program is about to get the payload of that hand-out |
 | RETURN | consumer | slot, sequence, request, BEGUN | it gives the payload of that hand-out back |
+| RETURN | producer | slot, sequence, request | it has taken the payload of that hand-out back |
 
 A producer gives a payload while fewer were given than the credit allows. Credit may fall: what was given already
 stays given. Hand-outs are numbered from 1 for each producer, and each GIVE has a number of its own. Where the
@@ -52,6 +53,12 @@ class Ended(NamedTuple):
     lost: int
 
 
+class TakenBack(NamedTuple):
+    """The payload of hand-out `number` was not begun in time: another consumer gets it."""
+
+    number: int
+
+
 class Draining(NamedTuple):
     """The producer puts nothing more, and has given all that waited; returned ones may still come."""
 
@@ -79,7 +86,7 @@ class Returned(NamedTuple):
     begun: bool
 
 
-ProducerEvent: TypeAlias = Given | Draining | Ended
+ProducerEvent: TypeAlias = Given | TakenBack | Draining | Ended
 ConsumerEvent: TypeAlias = Credit | Begun | Returned
 
 
@@ -87,6 +94,11 @@ def give(given: Given, reader: int) -> bytes:
     """The frame for a payload that is given to a consumer of the group with that reader id."""
     slot, sequence, nbytes, number, deliveries = given
     return FRAME.pack(_GIVE, 0, reader, 0, slot, number, sequence, nbytes, 0, deliveries, 0, 0)
+
+
+def take_back(slot: int, sequence: int, number: int) -> bytes:
+    """The frame for a payload that a producer takes back from a consumer that has not begun it."""
+    return FRAME.pack(_RETURN, 0, 0, 0, slot, number, sequence, 0, 0, 0, 0, 0)
 
 
 def end(lost: int) -> bytes:
@@ -129,6 +141,8 @@ def producer_events(messages: bytes | bytearray | memoryview) -> Iterator[Produc
             yield Given(slot, sequence, nbytes, number, deliveries)
         elif kind == _END:
             yield Draining() if flags else Ended(nbytes)
+        elif kind == _RETURN and not flags:
+            yield TakenBack(number)
         else:
             raise ProtocolError(f"a producer sent {Kind(kind).name} to a consumer that has subscribed")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dray.errors import ConfigError
+from dray.streams.registry import checked_name, default_scope
 from dray.transport.lanes import LANES, parse_endpoint
 
 _FORM = "tcp://HOST:PORT or ucx://HOST:PORT"
@@ -53,18 +54,18 @@ class ListenOn:
         return cls(places[0][0], places[0][1], tuple(dict.fromkeys(lane for _, _, lane in places)))
 
 
-def endpoints_of(stream: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """The name of a stream, or the endpoints that its addresses name; one of both is empty.
+def find_stream(stream: str | Sequence[str], scope: str | None) -> tuple[str, str, tuple[str, ...]]:
+    """The name and the scope of a stream, or the endpoints that its addresses name; the others are empty.
 
     Raises:
-        ConfigError: an address is none.
+        ConfigError: it is neither a name nor an address.
     """
-    if isinstance(stream, str):
-        return (stream, ()) if "://" not in stream and stream else ("", (endpoint_of(stream),))
-    endpoints = tuple(map(endpoint_of, stream))
+    if isinstance(stream, str) and "://" not in stream:
+        return checked_name(stream), default_scope() if scope is None else scope, ()
+    endpoints = tuple(map(endpoint_of, (stream,) if isinstance(stream, str) else stream))
     if not endpoints:
         raise ConfigError("stream", stream, "a name, or one or more addresses")
-    return "", endpoints
+    return "", "", endpoints
 
 
 def endpoint_of(address: object) -> str:

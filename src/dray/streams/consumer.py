@@ -16,13 +16,13 @@ from dray.identifiers import PayloadId
 from dray.payload import PayloadSchema
 from dray.protocol.handshake import check_secret
 from dray.resources import Closing
-from dray.streams.addresses import endpoints_of
+from dray.streams.addresses import find_stream
 from dray.streams.event_loop import Readable
 from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text
-from dray.streams.registry import checked_name, default_scope
+from dray.streams.registry import checked_name
 from dray.streams.source import Source
 from dray.streams.wanted import Report, Wanted
 
@@ -34,6 +34,7 @@ FIND_SECONDS = 30.0
 """Time limit for finding the producer of a payload that is acknowledged by its id."""
 
 _NEVER = Deadline.after(None)
+_NOW = Deadline.after(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,12 @@ class Consumer(Closing):
         if prefetch.__class__ is not int or not 0 <= prefetch <= MAX_PREFETCH:
             raise ConfigError("prefetch", prefetch, f"an integer from 0 to {MAX_PREFETCH}")
         check_secret(secret)
-        name, endpoints = endpoints_of(stream)
+        name, scope, endpoints = find_stream(stream, scope)
         self._wanted = Wanted(
-            name=name and checked_name(name),
-            scope="" if not name else default_scope() if scope is None else scope,
+            name=name,
+            scope=scope,
             endpoints=endpoints,
-            group=checked_name(group),
+            group=checked_name(group, "group"),
             prefetch=prefetch,
             schema=schema_text(schema),
             secret=secret,
@@ -190,7 +191,7 @@ class Consumer(Closing):
         while True:
             with self._exclusively():
                 self._check(inbox)
-                payload = self._held.pop(0) if self._held else self._pop(inbox, _NEVER)
+                payload = self._held.pop(0) if self._held else self._pop(inbox, _NOW)
                 if payload is not None:
                     self._current = [payload]
                     inbox.in_hand = None
@@ -209,11 +210,9 @@ class Consumer(Closing):
 
     @property
     def ready(self) -> int:
-        """How many payloads can be taken without waiting, as far as that is known."""
+        """How many payloads are here. Up to `prefetch` of them come while the program asks for this number."""
         with self._exclusively():
-            inbox = self._opened()
-            inbox.look()
-            return len(inbox.queue) + len(self._held)
+            return self._opened().look() + len(self._held)
 
     # --- their end --------------------------------------------------------------------------------------------
 

@@ -60,13 +60,36 @@ class Credit:
             self._favour(sources[-1], 1)
         return waited
 
-    def raise_all(self) -> list[Source]:
+    def look(self, unbegun: int) -> None:
+        """As `spread`, for a program that only looks: producers that have payloads come first, and are woken."""
+        sources = self._sources
+        if len(sources) == 1:
+            self.spread(unbegun)
+        else:
+            self.spread(self._prefetch)
+            sources.rotate(-1)
+            by_need = sorted(sources, key=lambda source: not source.subscription.pending)
+            for source in by_need[: max(0, self._prefetch - unbegun)]:
+                self._favour(source, 1)
+        for source in sources:
+            if source.outstanding > 0 and source.subscription.pending:
+                source.subscription.ring()
+
+    def raise_all(self, unbegun: int) -> list[Source]:
         """Let producers give payloads, and wake some of those that have one; returns the others of these.
 
         Of several producers, one that has a payload gets no credit before it is woken.
+
+        Args:
+            unbegun: how many payloads lie at the consumer.
         """
         sources = self._sources
-        self.room = room = max(1, self._prefetch)
+        self.room = max(1, self._prefetch)
+        room = self.room - unbegun
+        if room <= 0:
+            for source in sources:
+                source.announce()
+            return []
         several = len(sources) > 1
         pending = []
         for source in sources:

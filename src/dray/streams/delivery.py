@@ -99,6 +99,10 @@ class Connection(Protocol):
         """Tell it of a payload."""
         ...
 
+    def take_back(self, slot: int, sequence: int, number: int) -> None:
+        """Tell it that it has lost the payload of a hand-out that it has not begun."""
+        ...
+
     def drain(self) -> None:
         """Tell it that nothing more is put, and nothing waits."""
         ...
@@ -265,7 +269,9 @@ class Delivery:
         groups: how many groups there are; their reader ids are 0 … groups - 1.
         ring: the ring of the payloads.
         max_deliveries: a payload that has been handed out so often, and comes back, is given up; None for no
-            limit. clock: the source of time. lock: guards everything here; a new one by default.
+            limit.
+        clock: the source of time.
+        lock: guards everything here; a new one by default.
 
     Attributes:
         lock: guards everything here.
@@ -540,6 +546,8 @@ class Delivery:
                 words.give(item.slot, item.number)
                 continue
             del recipient.items[item.sequence]
+            if words is None:
+                recipient.connection.take_back(item.slot, item.sequence, item.number)
             group.taken_back += 1
             logger.warning(
                 "payload %d was given to process %s %.0f s ago, which has not begun with it: it goes to another",

@@ -1,7 +1,7 @@
-"""`Inbox`: what a consumer does in one process. It finds producers, asks for payloads, and waits for them.
+"""`Inbox`: what a consumer does in one process. It asks producers for payloads, and waits for them.
 
-Every method needs the consumer's lock, except `interrupt` and `release`. No thread is started: the sockets are
-looked at when the program asks for a payload.
+Every method needs the consumer's lock, except `interrupt` and `release`. The sockets are looked at when the
+program asks for a payload; only `dray.streams.fetching` starts threads.
 
 How many payloads a producer may give is its credit, see `dray.streams.credit`. What comes above `prefetch` goes
 back at once.
@@ -23,32 +23,28 @@ from dray.errors import (
     BufferClosedError,
     DrayError,
     ProtocolError,
-    SlotError,
     StreamTimeout,
     TransportError,
 )
 from dray.forking import descriptor_not_inherited
 from dray.payload import Arrays
 from dray.protocol import streams
-from dray.protocol.handshake import ANY_PRODUCER
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
 from dray.streams.credit import Credit
 from dray.streams.exclusive import Exclusive
+from dray.streams.fetching import Fetches
 from dray.streams.payload import Payload
-from dray.streams.registry import Nudges, Peer, ProducerEntry, Registry
-from dray.streams.source import Source
+from dray.streams.places import Place, Places
+from dray.streams.registry import Nudges, Registry
+from dray.streams.source import PAUSE_SECONDS, Source
 from dray.streams.surroundings import SURROUNDINGS, Surroundings
-from dray.streams.wanted import RETRY_SECONDS, Place, Report, Wanted
+from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadClient
 from dray.transport.direct_reads import DirectReads
 from dray.transport.subscription import Subscription
 
 logger = logging.getLogger("dray.streams")
-
-CONNECT_SECONDS: Final = 2.0
-REMOTE_SECONDS: Final = 10.0
-"""Time limit for connecting to one producer, on this host and on another one; another attempt follows."""
 
 SEND_AGAIN_SECONDS: Final = 0.05
 """Time before another attempt to send what a connection had no room for."""
@@ -92,21 +88,19 @@ class Inbox(Closing):
         self.closing = False
         self.in_hand: tuple[Source, streams.Given] | None = None
         self._clock = clock
-        self._due = math.inf  # when the next attempt to connect is made
         self._framed: list[Place] = []  # those that share no memory with this process
         self._returns: deque[tuple[Source, streams.Given]] = deque()
-        self._gone: set[bytes] = set()  # those at whose address there is another one now
         self._missing = 0  # producers that have died, less those that have come since
         self.sources: deque[Source] = deque()
         self._by_descriptor: dict[int, Place] = {}
-        self._places: list[Place] = [Place((endpoint,)) for endpoint in wanted.endpoints]
-        self._ignored: set[str] = set()  # entries that are none of a producer
         self._credit = Credit(self.sources, wanted.prefetch)
         self._warned = False
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
         self._surroundings = surroundings
-        self._network = network = surroundings.network()
+        self._fetches = Fetches(surroundings.start, self._wake_up, max(1, wanted.prefetch))
+        self._fetching = self._fetches.by_source
+        network = surroundings.network()
         buffers = network.receive_buffers()
         self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
         with contextlib.ExitStack() as opened, needing("a consumer"):
@@ -124,8 +118,9 @@ class Inbox(Closing):
                 about = {"group": wanted.group, "nudges": self._nudges.path}
                 self._registry.add("c", about)
             opened.pop_all()
+        self._places = Places(wanted, clock, network, self._registry, attach=self._attach, died=self._count_lost)
         try:
-            self._find_producers()
+            self._places.find()
         except BaseException:
             self.close()
             raise
@@ -135,22 +130,25 @@ class Inbox(Closing):
     def pop(self, deadline: Deadline) -> Payload | None:
         """The next payload that has been given to this consumer; None if there is none.
 
-        It waits for the bytes of a payload alone, where these come over a connection. If they do not come in time,
-        the connection to the producer is given up, and with it the payload, which stays with the producer.
+        It waits for the bytes of a payload alone, where these come over a connection. If they have not come at the
+        deadline, a thread goes on, and a later call gets the payload.
         """
-        queue = self.queue
         try:
-            while queue or self.receive():
-                self.in_hand = source, given = queue.popleft()
-                if self._credit.spread(len(queue)):
+            if self._fetching and (payload := self._fetched()) is not None:
+                return payload
+            while (entry := self._next_given()) is not None:
+                self.in_hand = source, given = entry
+                if self._credit.spread(len(self.queue) + len(self._fetching)):
                     self._poll_now()  # several were asked: what is too much goes back
                 try:
                     payload = source.take(given, deadline, self._warn_of_copies)
                 except TransportError as error:
-                    for place in [each for each in self._places if each.source is source]:
-                        self._lose(place, error)
+                    if deadline.remaining > PAUSE_SECONDS:
+                        self._lose_source(source, error)
+                    else:
+                        self._fetches.begin(source, given)
                     continue
-                if payload is not None:
+                if payload is not None and (payload.in_place or self._is_ours(source)):
                     return payload
             self.in_hand = None
         except DrayError:
@@ -158,6 +156,40 @@ class Inbox(Closing):
         except BaseException:
             self._attach_again()
             raise
+        return None
+
+    def _next_given(self) -> tuple[Source, streams.Given] | None:
+        """The hand-out to begin next. Those of a producer whose payload is being read have to wait for that."""
+        queue = self.queue
+        if not self._fetching:
+            return queue.popleft() if queue or self.receive() else None
+        entry = self._free_entry()
+        if entry is None:
+            self.receive()
+            entry = self._free_entry()
+        if entry is not None:
+            queue.remove(entry)
+        return entry
+
+    def _free_entry(self) -> tuple[Source, streams.Given] | None:
+        if self._fetches.full:
+            return None
+        return next((entry for entry in self.queue if entry[0] not in self._fetching), None)
+
+    def _fetched(self) -> Payload | None:
+        """A payload that a thread has read."""
+        while (fetch := self._fetches.take()) is not None:
+            source, given = self.in_hand = fetch.source, fetch.given
+            try:
+                payload = source.payload(given, fetch.arrays())
+            except TransportError as error:
+                self._lose_source(source, error)
+                continue
+            except DrayError:
+                source.give_back(given, begun=True)
+                raise
+            if payload is not None and self._is_ours(source):
+                return payload
         return None
 
     def release(self, source: Source, given: streams.Given) -> None:
@@ -184,14 +216,16 @@ class Inbox(Closing):
             self._receive(place)
         else:
             self._poll_now()
-        if self._due != math.inf:
-            self._connect_due()
+        if self._places.due != math.inf:
+            self._places.connect_due()
         return bool(self.queue)
 
-    def look(self) -> None:
-        """Take in what has come from all producers, and find new ones."""
+    def look(self) -> int:
+        """Take in what has come, and ask for as much as may lie here; how many payloads are there."""
         self.receive()
         self._poll_now()
+        self._credit.look(len(self.queue) + len(self._fetching))
+        return len(self.queue) + self._fetches.ready
 
     def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
         """Wait until something has happened that concerns this consumer.
@@ -233,13 +267,15 @@ class Inbox(Closing):
 
     def has_news(self) -> bool:
         """A wait was not in vain."""
-        return bool(self.queue)
+        if not self._fetching:
+            return bool(self.queue)
+        return self._fetches.ready > 0 or self._free_entry() is not None
 
     def _attach_again(self) -> None:
         """After an exception of a signal handler: what has come may be lost here. Producers hand it out again."""
         self.in_hand = None
         for place in list(self._by_descriptor.values()):
-            place.due = self._due = -math.inf
+            self._places.detach(place)
             self._drop(place)
 
     def idle(self) -> float:
@@ -251,7 +287,8 @@ class Inbox(Closing):
                 return 0.0
             if place.source is not None and place.source.subscription.unsent:
                 latest = SEND_AGAIN_SECONDS
-        return latest if self._due == math.inf else max(0.0, min(latest, self._due - self._clock.now()))
+        due = self._places.due
+        return latest if due == math.inf else max(0.0, min(latest, due - self._clock.now()))
 
     def prepare_to_wait(self) -> float:
         """For waits elsewhere, such as in an event loop: let every producer give; returns as `idle`."""
@@ -263,10 +300,7 @@ class Inbox(Closing):
         """Every producer that was attached has closed its stream, and nothing is left."""
         if self.queue or self.sources or not self.attached or self._missing:
             return False
-        if self._registry is not None:
-            self._find_producers()
-            return not self.sources and all(place.ended for place in self._places)
-        return all(place.ended for place in self._places)
+        return self._places.all_ended() and not self.sources
 
     @property
     def drained(self) -> bool:
@@ -274,7 +308,8 @@ class Inbox(Closing):
         return (
             bool(self.sources)
             and not self.queue
-            and self._due == math.inf
+            and not self._fetching
+            and self._places.due == math.inf
             and all(source.draining for source in self.sources)
         )
 
@@ -292,21 +327,11 @@ class Inbox(Closing):
         while True:
             if (source := self.source_of(producer)) is not None:
                 return source
-            if self._is_gone(producer):
+            if self._places.is_gone(producer):
                 return None
             if deadline.expired:
                 raise StreamTimeout(self.explain(), elapsed=deadline.elapsed)
             self.wait(deadline, report, ask=False)
-
-    def _is_gone(self, producer: bytes) -> bool:
-        """A producer has ended or died: its payloads are gone."""
-        if self._registry is not None:  # a producer is registered before it hands out anything
-            self._find_producers()
-            return all(place.producer != producer or place.ended for place in self._places)
-        self._connect_due()
-        return producer in self._gone or any(
-            place.producer == producer and (place.ended or place.refused) for place in self._places
-        )
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -330,6 +355,9 @@ class Inbox(Closing):
     def explain(self) -> str:
         """What this consumer waits for, in words."""
         wanted = self.wanted
+        if self._fetching:
+            late = [f"{fetch.given.sequence} of {fetch.source.name}" for fetch in self._fetching.values()]
+            return f"{wanted}: the bytes have not come of payload {', '.join(late[:3])}"
         if self.sources:
             names = ", ".join(self.producers[:3])
             more = f" and {len(self.sources) - 3} more" if len(self.sources) > 3 else ""
@@ -337,15 +365,7 @@ class Inbox(Closing):
         text = f"{wanted}: no producer is attached"
         if self.ended or self.lost:
             text += f"; {self.ended} have ended, {self.lost} have died"
-        failures = [f"{place}: {place.failure}" for place in self._places if place.failure is not None]
-        if failures:
-            text += f"; {'; '.join(failures[:3])}"
-        if self._registry is not None:
-            text += f"; the folder is {self._registry.folder}"
-            elsewhere = self._registry.elsewhere()
-            if elsewhere:
-                text += f"; producers exist of {', '.join(elsewhere[:5])} (DRAY_SCOPE sets the scope)"
-        return text
+        return text + self._places.explain()
 
     def interrupt(self) -> None:
         """End a wait in another thread; no lock is needed."""
@@ -364,6 +384,7 @@ class Inbox(Closing):
         self._reads.close()
         for client in self._clients.values():
             client.close()
+        self._fetches.close()
         if self._registry is not None:
             self._registry.close()
         if self._nudges is not None:
@@ -376,7 +397,7 @@ class Inbox(Closing):
 
     def _raise_credit(self) -> list[Source]:
         """Let every producer give; returns producers that have payloads and were not woken."""
-        return self._credit.raise_all()
+        return self._credit.raise_all(len(self.queue) + len(self._fetching))
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -403,8 +424,9 @@ class Inbox(Closing):
                 os.eventfd_read(descriptor)
             self._send_returns()
         elif self._nudges is not None and descriptor == self._nudges.fileno():
+            self._places.expect()
             self._nudges.clear()
-            self._find_producers()
+            self._places.connect_due()
 
     def _receive(self, place: Place) -> None:
         source = place.source
@@ -416,21 +438,42 @@ class Inbox(Closing):
                     return
                 if isinstance(event, streams.Draining):
                     source.draining = True
-                    continue
-                self._take_in(source, event)
+                elif isinstance(event, streams.TakenBack):
+                    self._forget(source, event.number)
+                else:
+                    self._take_in(source, event)
         except (TransportError, ProtocolError) as error:
             self._lose(place, error)
 
     def _take_in(self, source: Source, given: streams.Given) -> None:
         """Keep a hand-out, or give it back because there are enough."""
         # If more of this producer may follow, this one is kept: they must not come before it.
-        if len(self.queue) < self._credit.room or source.outstanding > 1:
+        if len(self.queue) + len(self._fetching) < self._credit.room or source.outstanding > 1:
             source.received += 1
             self.queue.append((source, given))
         else:
             self.returned += 1
             source.subscription.set_credit(source.received)  # first: else it would come again
             source.give_back(given, begun=False)
+
+    def _forget(self, source: Source, number: int) -> None:
+        """A producer has taken back the payload of a hand-out, which was not begun in time."""
+        for entry in [each for each in self.queue if each[0] is source and each[1].number == number]:
+            self.queue.remove(entry)
+            source.gone += 1
+        fetch = self._fetching.get(source)
+        if fetch is not None and fetch.given.number == number:
+            del self._fetching[source]
+            source.gone += 1
+        if self.in_hand is not None and self.in_hand[0] is source and self.in_hand[1].number == number:
+            self.in_hand = None
+            source.gone += 1
+
+    def _is_ours(self, source: Source) -> bool:
+        """The producer of what is in hand has not taken it back while it was read over a connection."""
+        for place in [each for each in self._framed if each.source is source]:
+            self._receive(place)
+        return self.in_hand is not None
 
     def _attached_to(self, source: Source) -> None:
         """A producer has come."""
@@ -450,16 +493,12 @@ class Inbox(Closing):
     def _lose(self, place: Place, error: DrayError) -> None:
         """A connection has failed: its producer may have died."""
         self._drop(place)
-        if self._registry is not None and place.peer is not None:
-            if any(peer.entry == place.peer.entry for peer in self._registry.peers("p")):
-                self._retry(place, error)
-                place.failed = True  # a process that dies may still have its lock
-                return
-            self._places.remove(place)
-            place.failure = str(error)
-        else:
-            self._retry(place, error)
-        self._count_lost(place)
+        if self._places.lose(place, error):
+            self._count_lost(place)
+
+    def _lose_source(self, source: Source, error: DrayError) -> None:
+        for place in [each for each in self._by_descriptor.values() if each.source is source]:
+            self._lose(place, error)
 
     def _count_lost(self, place: Place) -> None:
         self.lost += 1
@@ -475,6 +514,9 @@ class Inbox(Closing):
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
         self.sources.remove(source)
+        self._fetching.pop(source, None)
+        if self.in_hand is not None and self.in_hand[0] is source:
+            self.in_hand = None
         self._past[0] += source.copies
         self._past[1] += source.gone
         kept = [each for each in self.queue if each[0] is not source]
@@ -485,80 +527,18 @@ class Inbox(Closing):
         source.close()
         self._reads.forget(source.producer)
 
-    # --- producers --------------------------------------------------------------------------------------------
-
-    def _find_producers(self) -> None:
-        """Connect to the producers of the name that are not known yet."""
-        if self._registry is not None:
-            known = {place.peer.entry for place in self._places if place.peer is not None}
-            peers = self._registry.peers("p")
-            for peer in peers:
-                if peer.entry not in known and peer.entry not in self._ignored:
-                    self._add_place(peer)
-            alive = {peer.entry for peer in peers}
-            for place in list(self._places):
-                if place.source is None and place.peer is not None and place.peer.entry not in alive:
-                    self._places.remove(place)
-                    if place.failed and not place.ended:
-                        self._count_lost(place)
-        self._connect_due()
-
-    def _add_place(self, peer: Peer) -> None:
-        try:
-            entry = ProducerEntry.of(peer)
-        except ProtocolError as error:
-            # Another process of the user has written it: that must not end this one.
-            self._ignored.add(peer.entry)
-            logger.warning("%s: %s; it is ignored", str(self.wanted), str(error))
-            return
-        reader = self.wanted.reader_of(entry.groups, peer, entry.schema)
-        self._places.append(Place(entry.endpoints, entry.producer, reader, peer))
-
-    def _connect_due(self) -> None:
-        now = self._clock.now()
-        self._due = math.inf
-        for place in self._places:
-            if place.source is None and not place.ended:
-                if place.due <= now:
-                    self._connect(place)
-                if place.source is None:
-                    self._due = min(self._due, place.due)
-
-    def _connect(self, place: Place) -> None:
-        wanted = self.wanted
-        try:
-            subscription = Subscription.open(
-                place.endpoints[0],
-                Deadline.after(REMOTE_SECONDS if place.peer is None else CONNECT_SECONDS, self._clock),
-                network=self._network,
-                producer=ANY_PRODUCER if place.peer is None else place.producer,
-                reader=place.reader,
-                choose=lambda about: self.wanted.reader_of(about["groups"], place, about.get("schema")),
-                secret=wanted.secret,
-                direct=wanted.direct,
-            )
-        except TransportError as error:
-            self._retry(place, error)
-            return
-        except (ProtocolError, SlotError) as error:
-            if place.peer is None:
-                raise
-            # What an entry names need not be a producer; at an address, the program has named it.
-            self._retry(place, error)
-            return
+    def _attach(self, place: Place, subscription: Subscription) -> None:
+        """A producer is attached."""
         try:
             if subscription.attachment is not None:
                 self._reads.add(subscription.attachment)
         except BaseException:  # of a signal handler
             subscription.close()
             raise
-        if place.producer not in (ANY_PRODUCER, subscription.producer):
-            self._gone.add(place.producer)
-        place.producer, place.refused, place.failed = subscription.producer, False, False
         place.source = source = Source(
-            subscription, str(place), self._reads, client=self._client, release=self.release
-        )
-        place.failure, place.retry = None, RETRY_SECONDS
+            subscription, str(place), self._reads, client=self._client, release=self.release,
+            clock=self._clock, pause=self._surroundings.pause,
+        )  # fmt: skip
         self._by_descriptor[subscription.fileno()] = place
         self._epoll.register(subscription.fileno(), select.EPOLLIN)
         if not subscription.direct:
@@ -567,11 +547,7 @@ class Inbox(Closing):
         self.attached += 1
         self._missing = max(0, self._missing - 1)
         self._attached_to(source)
-        logger.info("%s: attached to %s", str(wanted), str(place))
-
-    def _retry(self, place: Place, error: DrayError) -> None:
-        place.postpone(error, self._clock.now())
-        self._due = min(self._due, place.due)
+        logger.info("%s: attached to %s", str(self.wanted), str(place))
 
     def _client(self, reader: int) -> PayloadClient:
         """For payloads that are not leased in place."""

@@ -43,8 +43,7 @@ class NamedArrays(Mapping[str, Array]):
 
         Args:
             copy: the tensors have memory of their own. Otherwise they share that of the arrays: torch does not
-                know
-                that it is read-only, and a tensor that is written to ends the process.
+                know that it is read-only, and a tensor that is written to ends the process.
 
         Raises:
             MissingDependencyError: torch is not installed.

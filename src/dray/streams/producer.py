@@ -89,8 +89,7 @@ class Producer(Closing):
         max_deliveries: a payload that was handed out so often, and comes back, is given up; None for no limit.
         on_dead_letter: called for each payload that is given up, in a thread of the producer.
         listen: an address for consumers on other hosts, ``"tcp://HOST:PORT"`` or ``"ucx://HOST:PORT"``, or
-            several;
-            port 0 takes any. Without it, only processes of this user on this host can attach.
+            several; port 0 takes any. Without it, only processes of this user on this host can attach.
         secret: the secret that consumers at that address must know, at least 16 random bytes.
         scope: where the name is known; see `dray.streams.registry.default_scope`.
         drain_timeout: seconds that `close` waits for consumers; None for no limit.
@@ -182,8 +181,9 @@ class Producer(Closing):
 
         Args:
             arrays: arrays by name, any shape: NumPy arrays, torch tensors, lists, numbers. Either this or
-                `fields`. timeout: seconds to wait for a free slot; None for no limit. fields: the same as
-                keywords.
+                `fields`.
+            timeout: seconds to wait for a free slot; None for no limit.
+            fields: the same as keywords.
 
         Raises:
             PayloadError: the arrays cannot be packed, do not match the schema, or are too large for a slot.
@@ -378,4 +378,4 @@ def schema_text(schema: PayloadSchema | None) -> str | None:
 def _checked_groups(groups: Sequence[str]) -> tuple[str, ...]:
     if isinstance(groups, str) or not groups or len(set(groups)) != len(groups):
         raise ConfigError("groups", groups, "a sequence of one or more different names")
-    return tuple(checked_name(each) for each in groups)
+    return tuple(checked_name(each, "group") for each in groups)

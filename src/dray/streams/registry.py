@@ -57,14 +57,14 @@ _NETWORK_FILE_SYSTEMS: Final = frozenset(
 )
 
 
-def checked_name(name: object) -> str:
-    """The name of a stream.
+def checked_name(name: object, what: str = "name") -> str:
+    """The name of a stream, or of `what`.
 
     Raises:
         ConfigError: it is none.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError("name", name, "1 to 64 letters, digits, '.', '_' and '-'")
+        raise ConfigError(what, name, "1 to 64 letters, digits, '.', '_' and '-'")
     return name
 
 

@@ -45,6 +45,9 @@ class ServedConsumer:
     def announce(self, given: streams.Given) -> None:
         self._connection.push(streams.give(given, self._reader))
 
+    def take_back(self, slot: int, sequence: int, number: int) -> None:
+        self._connection.push(streams.take_back(slot, sequence, number))
+
     def drain(self) -> None:
         self._connection.push(streams.draining())
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from dray.clock import Deadline
+from dray.clock import Clock, Deadline
 from dray.errors import ProducerLostError, SlotError, StaleSlotError, TransportError
 from dray.identifiers import PayloadId
 from dray.payload import Arrays, unpack
@@ -28,8 +27,6 @@ READ_SECONDS: Final = 30.0
 PAUSE_SECONDS: Final = 0.02
 """Time before such a request is repeated after a failure."""
 
-_NEVER = Deadline.after(None)
-
 T = TypeVar("T")
 
 
@@ -42,6 +39,8 @@ class Source(Closing):
         reads: the direct leases of the consumer.
         client: makes a client with a reader id, for what is not leased directly.
         release: returns a payload that the program had, from any thread.
+        clock: where time comes from.
+        pause: waits between two requests.
 
     Attributes:
         received: payloads that it has given so far, without those that went back at once: until the producer has
@@ -60,6 +59,8 @@ class Source(Closing):
         *,
         client: Callable[[int], PayloadClient],
         release: Callable[[Source, streams.Given], None],
+        clock: Clock,
+        pause: Callable[[float], None],
     ) -> None:
         self.release = release
         self.subscription = subscription
@@ -70,6 +71,8 @@ class Source(Closing):
         self.copies = self.gone = 0
         self._reads = reads
         self._client = client
+        self._never = Deadline.after(None, clock)
+        self._pause = pause
         self._attachment: Attachment | None = subscription.attachment
         self._quiet: DirectLease | None = None  # the last one that was acknowledged without waking the producer
 
@@ -97,11 +100,22 @@ class Source(Closing):
                     return self._in_place(attachment, lease), True
                 if attachment.closed:
                     return None
-            client = self._client(self.subscription.reader)
-            ref = self._ref(given)
-            return _persist(lambda timeout: client.read(ref, timeout=timeout, consume=False), deadline), False
-        except (StaleSlotError, ProducerLostError):
+            arrays = self.reader(given, deadline)()
+            return None if arrays is None else (arrays, False)
+        except StaleSlotError:
             return None
+
+    def reader(self, given: streams.Given, deadline: Deadline | None = None) -> Callable[[], Arrays | None]:
+        """A function, for any thread, that reads a payload over a connection as `read` does."""
+        client, ref = self._client(self.subscription.reader), self._ref(given)
+
+        def read() -> Arrays | None:
+            try:
+                return self._persist(lambda timeout: client.read(ref, timeout=timeout, consume=False), deadline)
+            except (StaleSlotError, ProducerLostError):
+                return None
+
+        return read
 
     def take(self, given: streams.Given, deadline: Deadline, warn: Callable[[Arrays], None]) -> Payload | None:
         """The payload of a hand-out; None if it is gone or was taken back.
@@ -112,8 +126,9 @@ class Source(Closing):
             warn: called when the payload had to be copied.
 
         Raises:
-            TransportError: it could not be read in time; it is given back.
-            PayloadFormatError: its bytes are not arrays.
+            TransportError: it could not be read in time. It is begun: `Fetches` goes on with it, or the source is
+                closed.
+            PayloadFormatError: its bytes are not arrays; it is given back.
         """
         try:
             if not self.subscription.begin(given):
@@ -129,13 +144,19 @@ class Source(Closing):
             found = self.read(given, deadline)
         except StaleSlotError:
             found = None
+        except TransportError:
+            raise
         except BaseException:
             self.give_back(given, begun=True)
             raise
-        if found is None:
+        return self.payload(given, None if found is None else found[0])
+
+    def payload(self, given: streams.Given, arrays: Arrays | None) -> Payload | None:
+        """The payload with arrays in memory of their own; None if it is gone."""
+        if arrays is None:
             self.gone += 1
             return None
-        return Payload(self, given, found[0], None)
+        return Payload(self, given, arrays, None)
 
     def acknowledge(self, given: streams.Given | PayloadId, lease: DirectLease | None, ring: bool = True) -> bool:
         """The group has consumed a payload; False if it is gone.
@@ -160,7 +181,7 @@ class Source(Closing):
                 return False
         client, ref = self._client(self.subscription.reader), self._ref(given)
         try:
-            return _persist(lambda timeout: client.consume([ref], timeout=timeout), _NEVER) == 1
+            return self._persist(lambda timeout: client.consume([ref], timeout=timeout)) == 1
         except ProducerLostError:
             return False
 
@@ -204,26 +225,25 @@ class Source(Closing):
         attachment.count_read(lease)
         return unpack(array)
 
+    def _persist(self, request: Callable[[float | None], T], deadline: Deadline | None = None) -> T:
+        """The result of a request, over new connections until the deadline, and for at most `READ_SECONDS`.
+
+        While a process dies, its sockets are closed one after the other: several connections may be accepted and
+        reset before its address refuses them, which tells that it is lost.
+
+        Raises:
+            ProducerLostError: the producer is gone.
+            TransportError: it could not be reached in time.
+        """
+        deadline = (deadline or self._never).capped_at(READ_SECONDS)
+        while True:
+            try:
+                return request(deadline.timeout)
+            except TransportError:
+                if deadline.remaining <= PAUSE_SECONDS:
+                    raise
+                self._pause(PAUSE_SECONDS)
+
     def _ref(self, given: streams.Given | PayloadId) -> PayloadRef:
         endpoints = (self.subscription.endpoint,)
         return PayloadRef(self.producer, given.slot, given.sequence, given.nbytes, endpoints)
-
-
-def _persist(request: Callable[[float | None], T], deadline: Deadline) -> T:
-    """The result of a request, over new connections until the deadline, and for at most `READ_SECONDS`.
-
-    While a process dies, its sockets are closed one after the other: several connections may be accepted and reset
-    before its address refuses them, which tells that it is lost.
-
-    Raises:
-        ProducerLostError: the producer is gone.
-        TransportError: it could not be reached in time.
-    """
-    deadline = deadline.capped_at(READ_SECONDS)
-    while True:
-        try:
-            return request(deadline.timeout)
-        except TransportError:
-            if deadline.remaining <= PAUSE_SECONDS:
-                raise
-            time.sleep(PAUSE_SECONDS)

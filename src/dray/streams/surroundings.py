@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import select
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from dray.streams.registry import Nudges, Registry
@@ -37,6 +40,16 @@ class Surroundings:
     def client(self, secret: bytes | None, reader: int) -> PayloadClient:
         """For payloads that are not leased in place."""
         return PayloadClient(secret=secret, reader=reader, direct=False)
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass."""
+        time.sleep(seconds)
+
+    def start(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Run a function in a thread of its own; returns what waits for its end."""
+        thread = threading.Thread(target=run, name="dray-stream-read", daemon=True)
+        thread.start()
+        return thread.join
 
 
 SURROUNDINGS = Surroundings()

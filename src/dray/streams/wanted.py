@@ -1,29 +1,16 @@
-"""What a consumer wants, where it looks for it, and what it reports while it waits."""
+"""What a consumer wants, and what it reports while it waits."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from dray.clock import Clock
-from dray.errors import DrayError, ProtocolError, SchemaError, TransportTimeout, Unreachable
-from dray.protocol.handshake import ANY_PRODUCER
-from dray.streams.registry import Peer
-from dray.streams.source import Source
+from dray.errors import ProtocolError, SchemaError
 
 logger = logging.getLogger("dray.streams")
-
-RETRY_SECONDS: Final = 0.1
-"""Time before the second attempt to connect."""
-
-MAX_RETRY_SECONDS: Final = 2.0
-"""The time before the next attempt doubles after each, up to this."""
-
-SILENT_SECONDS: Final = 20.0
-"""The same after an attempt that has met silence, such as that of a stopped process: it delays other payloads."""
 
 FIRST_REPORT_SECONDS: Final = 5.0
 REPORT_SECONDS: Final = 30.0
@@ -73,48 +60,6 @@ class Wanted:
         if schema is not None and self.schema is not None and schema != self.schema:
             raise SchemaError(f"{self}: {who} has another schema: {schema}, not {self.schema}")
         return groups.index(self.group)
-
-
-@dataclass(slots=True)
-class Place:
-    """A producer that is to be connected to.
-
-    Attributes:
-        endpoints: its addresses.
-        producer: its id, if it is known.
-        reader: the reader id of the group, if it is known.
-        peer: its entry, where it was found by name.
-        retry: seconds before the next attempt.
-        due: when that is.
-        failure: why the last one failed.
-        ended: the producer there has closed its stream.
-        refused: no process listens there.
-        failed: the connection to it has failed, and there was no other one since.
-    """
-
-    endpoints: tuple[str, ...]
-    producer: bytes = ANY_PRODUCER
-    reader: int | None = None
-    peer: Peer | None = None
-    retry: float = RETRY_SECONDS
-    due: float = -math.inf
-    failure: str | None = None
-    ended: bool = False
-    refused: bool = False
-    failed: bool = False
-    source: Source | None = field(default=None, repr=False)
-
-    def postpone(self, error: DrayError, now: float) -> None:
-        """Make the next attempt later: this one has failed."""
-        self.failure = str(error)
-        self.refused = isinstance(error, Unreachable) and error.refused
-        if isinstance(error, TransportTimeout):
-            self.retry = min(4 * self.retry, SILENT_SECONDS)
-        self.due = now + self.retry
-        self.retry = min(2 * self.retry, max(self.retry, MAX_RETRY_SECONDS))
-
-    def __str__(self) -> str:
-        return str(self.peer) if self.peer is not None else self.endpoints[0]
 
 
 class Waiting(Protocol):

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from dray.clock import MONOTONIC, Clock, Deadline
-from dray.errors import BufferClosedError, BufferFullError, ConfigError
+from dray.errors import BufferClosedError, BufferFullError, ConfigError, TransportError
 from dray.forking import here
 from dray.payload import Arrays
 from dray.payload.codec import plan
@@ -18,14 +18,14 @@ from dray.protocol.handshake import check_secret
 from dray.protocol.streams import Given
 from dray.resources import Closing
 from dray.ring import SharedRingBuffer
-from dray.streams.addresses import ListenOn, endpoints_of
+from dray.streams.addresses import ListenOn, find_stream
 from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox
 from dray.streams.newest import Follower, NewestDelivery, Version
 from dray.streams.payload import NamedArrays
-from dray.streams.registry import Registry, checked_name, command_line, default_scope
+from dray.streams.registry import Registry, checked_name, command_line
 from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
-from dray.streams.source import Source
+from dray.streams.source import PAUSE_SECONDS, Source
 from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadServer
 from dray.transport.service import ConsumerConnection
@@ -209,10 +209,10 @@ class Subscriber(Closing):
         self, stream: str, *, secret: bytes | None = None, scope: str | None = None, direct: bool = True
     ) -> None:
         check_secret(secret)
-        name, endpoints = endpoints_of(stream)
+        name, scope, endpoints = find_stream(stream, scope)
         self._wanted = Wanted(
-            name=name and checked_name(name),
-            scope="" if not name else default_scope() if scope is None else scope,
+            name=name,
+            scope=scope,
             endpoints=endpoints,
             group=GROUP,
             secret=secret,
@@ -244,14 +244,9 @@ class Subscriber(Closing):
             inbox = self._opened()
             while True:
                 inbox.ask()
-                found = inbox.newest()
-                if found is not None and _is_newer(*found, after):
-                    source, given = found
-                    read = source.read(given, deadline)
-                    if read is not None:
-                        arrays, in_place = read
-                        return Weights(arrays, in_place, version=given.deliveries, publisher=source.producer)
-                    inbox.forget(given)  # a newer version has replaced it
+                found = inbox.read(after, deadline)
+                if found is not None:
+                    return found
                 inbox.wait(deadline, report)
 
     def __enter__(self) -> Self:
@@ -315,6 +310,10 @@ def _is_newer(source: Source, given: Given, after: int | Weights | None) -> bool
     return given.deliveries > after
 
 
+def _weights(source: Source, given: Given, arrays: Arrays, in_place: bool) -> Weights:
+    return Weights(arrays, in_place, version=given.deliveries, publisher=source.producer)
+
+
 class _NewestInbox(Inbox):
     """Keeps the announcement that came last of each publisher; see `dray.streams.newest`."""
 
@@ -329,21 +328,41 @@ class _NewestInbox(Inbox):
         for source in self.sources:
             self._give_credit(source)
 
-    def newest(self) -> tuple[Source, Given] | None:
-        """What was announced last, unless an announcement is expected."""
-        return None if self._expecting or not self.queue else self.queue[-1]
+    def read(self, after: int | Weights | None, deadline: Deadline) -> Weights | None:
+        """The newest version; None if there is none, if it is not newer than `after`, or if it is on its way.
+
+        At the deadline, a thread goes on with it, for a later call.
+
+        Raises:
+            TransportError: it could not be read.
+        """
+        newest = None if self._expecting or not self.queue else self.queue[-1]
+        fetch = self._fetches.take()
+        if fetch is not None and (deadline.expired or newest == (fetch.source, fetch.given)):
+            arrays = fetch.arrays()
+            if arrays is not None and _is_newer(fetch.source, fetch.given, after):
+                return _weights(fetch.source, fetch.given, arrays, False)
+        if newest is None or not _is_newer(*newest, after) or newest[0] in self._fetching:
+            return None
+        source, given = newest
+        try:
+            found = source.read(given, deadline)
+        except TransportError:
+            if deadline.remaining > PAUSE_SECONDS:
+                raise
+            self._fetches.begin(source, given)
+            return None
+        if found is None:
+            self.queue.clear()  # a newer version has replaced it, and is announced
+            return None
+        return _weights(source, given, *found)
 
     def has_news(self) -> bool:
-        return self._news
+        return self._news or self._fetches.ready > 0
 
     def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
         self._news = False
         super().wait(deadline, report, ask=ask)
-
-    def forget(self, given: Given) -> None:
-        """A version is gone: a newer one follows."""
-        if self.queue and self.queue[-1][1] is given:
-            self.queue.pop()
 
     def _attached_to(self, source: Source) -> None:
         self._give_credit(source)

@@ -12,7 +12,16 @@ from dray.protocol import streams
 from dray.protocol.frames import FRAME_BYTES, Flag, Frame, Kind, Status, parse
 from dray.protocol.handshake import ClientHandshake, ServerIdentity
 from dray.protocol.server_session import Event, ServerSession, Violation
-from dray.protocol.streams import Begun, Credit, Ended, Given, Returned, consumer_events, producer_events
+from dray.protocol.streams import (
+    Begun,
+    Credit,
+    Ended,
+    Given,
+    Returned,
+    TakenBack,
+    consumer_events,
+    producer_events,
+)
 from dray.transport.lanes import SHM, TCP
 from dray.transport.lanes.base import Lane
 
@@ -23,7 +32,7 @@ given_payloads = st.builds(Given, u32, u64, u64, counts, counts)
 consumer_frames = st.one_of(
     st.builds(Credit, u64), st.builds(Begun, u32, u64, u64), st.builds(Returned, u32, u64, u64, st.booleans())
 )
-FROM_PRODUCER, FROM_CONSUMER = {Kind.GIVE, Kind.END}, {Kind.CREDIT, Kind.BEGIN, Kind.RETURN}
+FROM_PRODUCER, FROM_CONSUMER = {Kind.GIVE, Kind.END, Kind.RETURN}, {Kind.CREDIT, Kind.BEGIN, Kind.RETURN}
 
 
 def frame_of(event: Credit | Begun | Returned) -> bytes:
@@ -37,9 +46,16 @@ def frame_of(event: Credit | Begun | Returned) -> bytes:
 # --- frames -----------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(given_payloads | st.builds(Ended, u64), max_size=5), st.integers(0, 255))
-def test_what_a_producer_sends_arrives_as_it_was(sent: list[Given | Ended], reader: int) -> None:
-    frames = [streams.give(each, reader) if isinstance(each, Given) else streams.end(each.lost) for each in sent]
+@given(
+    st.lists(given_payloads | st.builds(Ended, u64) | st.builds(TakenBack, u64), max_size=5), st.integers(0, 255)
+)
+def test_what_a_producer_sends_arrives_as_it_was(sent: list[Given | Ended | TakenBack], reader: int) -> None:
+    frames = [
+        streams.give(each, reader)
+        if isinstance(each, Given)
+        else (streams.end(each.lost) if isinstance(each, Ended) else streams.take_back(3, 7, each.number))
+        for each in sent
+    ]
     assert all(len(frame) == FRAME_BYTES for frame in frames)
     assert list(producer_events(b"".join(frames))) == sent
 
@@ -61,6 +77,11 @@ def test_a_frame_names_the_group_to_which_the_payload_is_given() -> None:
 def test_a_producer_that_sends_another_kind_is_refused(kind: Kind) -> None:
     with pytest.raises(ProtocolError, match=f"^a producer sent {kind.name} to a consumer that has subscribed$"):
         list(producer_events(Frame(kind, request=1, acked=1).pack()))
+
+
+def test_a_producer_does_not_know_whether_what_it_takes_back_was_begun() -> None:
+    with pytest.raises(ProtocolError, match=r"^a producer sent RETURN to a consumer that has subscribed$"):
+        list(producer_events(Frame(Kind.RETURN, flags=Flag.BEGUN, request=1).pack()))
 
 
 @pytest.mark.parametrize("kind", sorted(set(Kind) - FROM_CONSUMER))
