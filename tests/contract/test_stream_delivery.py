@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import pickle
 import signal
@@ -254,6 +255,46 @@ def test_at_most_prefetch_payloads_lie_unbegun_at_a_consumer(route: Route) -> No
         assert consumer.statistics().redelivered == 0
     for producer in producers:
         producer.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2, 5])
+def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route: Route, prefetch: int) -> None:
+    ended = threading.Event()
+
+    def put_on(producer: Producer) -> None:
+        number = 0
+        while not ended.is_set():
+            with contextlib.suppress(BufferFullError):
+                producer.put(number=number, timeout=0.1)
+                number += 1
+
+    def take(consumer: Consumer, count: int) -> list[bytes]:
+        found = []
+        for payload in itertools.islice(consumer, count):
+            found.append(payload.id.producer)
+            threading.Event().wait(0.001)  # the program works: payloads wait for it
+        return found
+
+    with contextlib.ExitStack() as opened:
+        first = opened.enter_context(route.producer(slots=4))
+        opened.enter_context(in_thread(lambda: put_on(first)))
+        opened.callback(ended.set)
+        if route.by_name:
+            consumer = opened.enter_context(route.consumer(prefetch=prefetch))
+            assert set(take(consumer, 20)) == {first.id}
+        others = [opened.enter_context(route.producer(slots=4)) for _ in range(2)]
+        if not route.by_name:
+            consumer = opened.enter_context(route.consumer(prefetch=prefetch))
+        for each in others:
+            opened.enter_context(in_thread(lambda each=each: put_on(each)))
+            opened.callback(ended.set)
+        found = take(consumer, 300)
+        shares = [found[100:].count(each.id) for each in (first, *others)]
+        assert min(shares) >= 5, shares
+        ended.set()
+        consumer.close()
+        for each in (first, *others):
+            each.close(drain=False)
 
 
 def test_a_full_ring_that_overwrites_hands_out_the_newest_payloads(route: Route) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,7 @@ import pytest
 from stream_fixtures import SECONDS, Route, forked, in_thread, number, route
 from waiting import wait_until
 
-from dray import Consumer, Payload, Publisher, Subscriber
+from dray import Consumer, Payload, Producer, Publisher, Subscriber
 from dray.errors import BufferClosedError, StreamTimeout
 
 __all__ = ["route"]
@@ -188,3 +189,44 @@ def test_a_producer_that_dies_while_its_payload_is_read_is_counted(route: Route)
         with in_thread(lambda: consumer.get(0.5)) as got, pytest.raises(StreamTimeout, match="1 have died"):
             got()
         assert consumer.statistics().lost == 1
+
+
+def test_a_host_that_does_not_answer_delays_nobody() -> None:
+    route = Route("tcp")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        route.producer() as producer,
+        Consumer(
+            [f"tcp://127.0.0.1:{silent.getsockname()[1]}", *producer.addresses], secret=route.secret
+        ) as consumer,
+    ):
+        connection, _ = silent.accept()
+        with connection:
+            connection.recv(1000)
+            for each in range(100):
+                producer.put(number=each)
+                assert number(consumer.get(SECONDS)) == each
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):  # it waits for the answer still
+                connection.recv(1000)
+            assert consumer.producers == (f"tcp:{producer.addresses[0].removeprefix('tcp://')}",)
+            consumer.close()
+            assert connection.recv(1000) == b""
+
+
+def test_a_producer_that_comes_where_another_has_ended_is_found() -> None:
+    route = Route("tcp")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {"scope": route.name, "listen": f"tcp://127.0.0.1:{port}", "secret": route.secret}
+    with route.producer() as other, Producer(route.name, **options) as first:  # type: ignore[arg-type]
+        with Consumer([*first.addresses, *other.addresses], secret=route.secret, ack="manual") as consumer:
+            first.put(number=1)
+            old = consumer.get(SECONDS)
+            first.close(drain=False)
+            with Producer(route.name, **options) as second:  # type: ignore[arg-type]
+                second.put(number=2)
+                new = consumer.get(SECONDS)
+                assert (number(old), number(new)) == (1, 2)
+                consumer.acknowledge([old.id, new])  # what is gone is not an error
+                consumer.close()

@@ -500,7 +500,7 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "a consumer not told what was taken back",
+        "a consumer unaware of what was taken back",
         "streams/delivery.py",
         "                recipient.connection.take_back(item.slot, item.sequence, item.number)\n",
         "                pass\n",

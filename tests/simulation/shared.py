@@ -415,7 +415,7 @@ class SimulatedAttachment(Attachment):
         self._live: weakref.WeakSet[DirectLease] = weakref.WeakSet()
         self._memories = page.memory, board.memory
         page.memory.process = process
-        check = weakref.WeakMethod(self._check_page)  # a finaliser ends what an interrupted `close` has left
+        check = weakref.WeakMethod(self._check_page)  # a lease may be dropped without its `close`
 
         def stored(index: int, value: int, seen: bool) -> None:
             method = check()

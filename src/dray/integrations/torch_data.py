@@ -35,7 +35,7 @@ try:
     from torch.utils.data import IterableDataset, default_collate, get_worker_info
     from torch.utils.data._utils.collate import default_collate_fn_map
 except ImportError as error:
-    raise MissingDependencyError("torch", "dray.integrations.torch_data", "'dray[torch]'") from error
+    raise MissingDependencyError("torch", "dray.integrations.torch_data", "'dray-rl[torch]'") from error
 
 if TYPE_CHECKING:
     from torch.utils.data._utils.worker import WorkerInfo

@@ -191,6 +191,7 @@ class Consumer(Closing):
         while True:
             with self._exclusively():
                 self._check(inbox)
+                inbox.take_in()
                 payload = self._held.pop(0) if self._held else self._pop(inbox, _NOW)
                 if payload is not None:
                     self._current = [payload]

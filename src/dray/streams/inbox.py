@@ -1,7 +1,7 @@
 """`Inbox`: what a consumer does in one process. It asks producers for payloads, and waits for them.
 
 Every method needs the consumer's lock, except `interrupt` and `release`. The sockets are looked at when the
-program asks for a payload; only `dray.streams.fetching` starts threads.
+program asks for a payload; only `dray.streams.tasks` starts threads.
 
 How many payloads a producer may give is its credit, see `dray.streams.credit`. What comes above `prefetch` goes
 back at once.
@@ -33,18 +33,24 @@ from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
 from dray.streams.credit import Credit
 from dray.streams.exclusive import Exclusive
-from dray.streams.fetching import Fetches
 from dray.streams.payload import Payload
 from dray.streams.places import Place, Places
 from dray.streams.registry import Nudges, Registry
 from dray.streams.source import PAUSE_SECONDS, Source
 from dray.streams.surroundings import SURROUNDINGS, Surroundings
+from dray.streams.tasks import Tasks
 from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadClient
 from dray.transport.direct_reads import DirectReads
 from dray.transport.subscription import Subscription
 
 logger = logging.getLogger("dray.streams")
+
+FIRST_SECONDS: Final = 2.0
+"""How long a new consumer waits for the first connections to addresses, before the program goes on."""
+
+LOOK_SECONDS: Final = 0.01
+"""A consumer that is never without payloads looks so often at all producers, and for new ones."""
 
 SEND_AGAIN_SECONDS: Final = 0.05
 """Time before another attempt to send what a connection had no room for."""
@@ -71,6 +77,7 @@ class Inbox(Closing):
         lost: those that have died.
         returned: hand-outs that were given back because there were enough.
         closing: `interrupt` was called.
+        late: payloads that are begun and are being read in threads, by producer.
         in_hand: a hand-out on its way to the program: after an exception of a signal handler it goes back.
     """
 
@@ -98,12 +105,15 @@ class Inbox(Closing):
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
         self._surroundings = surroundings
-        self._fetches = Fetches(surroundings.start, self._wake_up, max(1, wanted.prefetch))
-        self._fetching = self._fetches.by_source
-        network = surroundings.network()
-        buffers = network.receive_buffers()
-        self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
+        self._look_at = -math.inf
+        self._reading: Tasks[Source, Arrays | None] = Tasks(
+            surroundings.start, self._wake_up, max(1, wanted.prefetch)
+        )
+        self.late = self._reading.by_key
         with contextlib.ExitStack() as opened, needing("a consumer"):
+            self._network = network = opened.enter_context(surroundings.network(bool(wanted.endpoints)))
+            buffers = network.receive_buffers()
+            self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
             self._epoll = opened.enter_context(contextlib.closing(surroundings.epoll()))
             descriptor_not_inherited(self, Inbox.fileno)
             self._wake = opened.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -118,14 +128,25 @@ class Inbox(Closing):
                 about = {"group": wanted.group, "nudges": self._nudges.path}
                 self._registry.add("c", about)
             opened.pop_all()
-        self._places = Places(wanted, clock, network, self._registry, attach=self._attach, died=self._count_lost)
+        self._places = Places(
+            wanted, clock, network, self._registry,
+            attach=self._attach, died=self._count_lost, start=surroundings.start, notify=self._wake_up,
+        )  # fmt: skip
         try:
             self._places.find()
+            self._wait_for_first(Deadline.after(FIRST_SECONDS, clock))
         except BaseException:
             self.close()
             raise
 
     # --- payloads ---------------------------------------------------------------------------------------------
+
+    def _wait_for_first(self, deadline: Deadline) -> None:
+        """Let the first attempts to connect to addresses end."""
+        while self._places.attempts and not deadline.expired:
+            for descriptor, _ in self._poll(deadline.timeout):
+                self._handle(descriptor)
+            self._places.connect_due()
 
     def pop(self, deadline: Deadline) -> Payload | None:
         """The next payload that has been given to this consumer; None if there is none.
@@ -134,19 +155,19 @@ class Inbox(Closing):
         deadline, a thread goes on, and a later call gets the payload.
         """
         try:
-            if self._fetching and (payload := self._fetched()) is not None:
+            if self.late and (payload := self._fetched()) is not None:
                 return payload
             while (entry := self._next_given()) is not None:
                 self.in_hand = source, given = entry
-                if self._credit.spread(len(self.queue) + len(self._fetching)):
-                    self._poll_now()  # several were asked: what is too much goes back
+                if self._credit.spread(len(self.queue) + len(self.late)):
+                    self.take_in()  # several were asked: what is too much goes back
                 try:
                     payload = source.take(given, deadline, self._warn_of_copies)
                 except TransportError as error:
                     if deadline.remaining > PAUSE_SECONDS:
                         self._lose_source(source, error)
                     else:
-                        self._fetches.begin(source, given)
+                        self._reading.begin(source, source.reader(given), given)
                     continue
                 if payload is not None and (payload.in_place or self._is_ours(source)):
                     return payload
@@ -161,8 +182,9 @@ class Inbox(Closing):
     def _next_given(self) -> tuple[Source, streams.Given] | None:
         """The hand-out to begin next. Those of a producer whose payload is being read have to wait for that."""
         queue = self.queue
-        if not self._fetching:
-            return queue.popleft() if queue or self.receive() else None
+        if not self.late:
+            here = queue and self._clock.now() < self._look_at
+            return queue.popleft() if here or self.receive() else None
         entry = self._free_entry()
         if entry is None:
             self.receive()
@@ -172,16 +194,18 @@ class Inbox(Closing):
         return entry
 
     def _free_entry(self) -> tuple[Source, streams.Given] | None:
-        if self._fetches.full:
+        if self._reading.full:
             return None
-        return next((entry for entry in self.queue if entry[0] not in self._fetching), None)
+        return next((entry for entry in self.queue if entry[0] not in self.late), None)
 
     def _fetched(self) -> Payload | None:
         """A payload that a thread has read."""
-        while (fetch := self._fetches.take()) is not None:
-            source, given = self.in_hand = fetch.source, fetch.given
+        while (found := self._reading.take()) is not None:
+            source, read = found
+            given = read.about
+            self.in_hand = source, given
             try:
-                payload = source.payload(given, fetch.arrays())
+                payload = source.payload(given, read.result())
             except TransportError as error:
                 self._lose_source(source, error)
                 continue
@@ -211,11 +235,13 @@ class Inbox(Closing):
 
     def receive(self) -> bool:
         """Take in what has come; True if a payload was given."""
-        if len(self._by_descriptor) == 1:  # cheaper than to ask which one it is
+        now = self._clock.now()
+        if len(self._by_descriptor) == 1 and now < self._look_at:  # cheaper than to ask which one it is
             (place,) = self._by_descriptor.values()
             self._receive(place)
         else:
-            self._poll_now()
+            self._look_at = now + LOOK_SECONDS
+            self.take_in()
         if self._places.due != math.inf:
             self._places.connect_due()
         return bool(self.queue)
@@ -223,9 +249,9 @@ class Inbox(Closing):
     def look(self) -> int:
         """Take in what has come, and ask for as much as may lie here; how many payloads are there."""
         self.receive()
-        self._poll_now()
-        self._credit.look(len(self.queue) + len(self._fetching))
-        return len(self.queue) + self._fetches.ready
+        self.take_in()
+        self._credit.look(len(self.queue) + len(self.late))
+        return len(self.queue) + self._reading.ready
 
     def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
         """Wait until something has happened that concerns this consumer.
@@ -267,15 +293,13 @@ class Inbox(Closing):
 
     def has_news(self) -> bool:
         """A wait was not in vain."""
-        if not self._fetching:
-            return bool(self.queue)
-        return self._fetches.ready > 0 or self._free_entry() is not None
+        return self._reading.ready > 0 or self._free_entry() is not None
 
     def _attach_again(self) -> None:
         """After an exception of a signal handler: what has come may be lost here. Producers hand it out again."""
         self.in_hand = None
         for place in list(self._by_descriptor.values()):
-            self._places.detach(place)
+            self._places.again(place)
             self._drop(place)
 
     def idle(self) -> float:
@@ -287,6 +311,8 @@ class Inbox(Closing):
                 return 0.0
             if place.source is not None and place.source.subscription.unsent:
                 latest = SEND_AGAIN_SECONDS
+        if self.late and self._reading.ready:
+            return 0.0
         due = self._places.due
         return latest if due == math.inf else max(0.0, min(latest, due - self._clock.now()))
 
@@ -308,8 +334,8 @@ class Inbox(Closing):
         return (
             bool(self.sources)
             and not self.queue
-            and not self._fetching
-            and self._places.due == math.inf
+            and not self.late
+            and self._places.complete
             and all(source.draining for source in self.sources)
         )
 
@@ -354,15 +380,10 @@ class Inbox(Closing):
 
     def explain(self) -> str:
         """What this consumer waits for, in words."""
-        wanted = self.wanted
-        if self._fetching:
-            late = [f"{fetch.given.sequence} of {fetch.source.name}" for fetch in self._fetching.values()]
-            return f"{wanted}: the bytes have not come of payload {', '.join(late[:3])}"
         if self.sources:
-            names = ", ".join(self.producers[:3])
-            more = f" and {len(self.sources) - 3} more" if len(self.sources) > 3 else ""
-            return f"{wanted}: no payload has come from {names}{more}"
-        text = f"{wanted}: no producer is attached"
+            late = [f"{read.about.sequence} of {source.name}" for source, read in self.late.items()]
+            return self.wanted.explain(self.producers, late)
+        text = f"{self.wanted}: no producer is attached"
         if self.ended or self.lost:
             text += f"; {self.ended} have ended, {self.lost} have died"
         return text + self._places.explain()
@@ -384,7 +405,10 @@ class Inbox(Closing):
         self._reads.close()
         for client in self._clients.values():
             client.close()
-        self._fetches.close()
+        self._network.close()
+        self._reading.close()
+        self.late.clear()
+        self._places.close()
         if self._registry is not None:
             self._registry.close()
         if self._nudges is not None:
@@ -397,11 +421,12 @@ class Inbox(Closing):
 
     def _raise_credit(self) -> list[Source]:
         """Let every producer give; returns producers that have payloads and were not woken."""
-        return self._credit.raise_all(len(self.queue) + len(self._fetching))
+        return self._credit.raise_all(len(self.queue) + len(self.late))
 
     # --- events -----------------------------------------------------------------------------------------------
 
-    def _poll_now(self) -> None:
+    def take_in(self) -> None:
+        """Handle what has happened."""
         for descriptor, _ in self._epoll.poll(0):
             self._handle(descriptor)
 
@@ -423,6 +448,8 @@ class Inbox(Closing):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(descriptor)
             self._send_returns()
+            if self._places.attempts:
+                self._places.connect_due()
         elif self._nudges is not None and descriptor == self._nudges.fileno():
             self._places.expect()
             self._nudges.clear()
@@ -448,7 +475,7 @@ class Inbox(Closing):
     def _take_in(self, source: Source, given: streams.Given) -> None:
         """Keep a hand-out, or give it back because there are enough."""
         # If more of this producer may follow, this one is kept: they must not come before it.
-        if len(self.queue) + len(self._fetching) < self._credit.room or source.outstanding > 1:
+        if len(self.queue) + len(self.late) < self._credit.room_for(source) or source.outstanding > 1:
             source.received += 1
             self.queue.append((source, given))
         else:
@@ -461,9 +488,9 @@ class Inbox(Closing):
         for entry in [each for each in self.queue if each[0] is source and each[1].number == number]:
             self.queue.remove(entry)
             source.gone += 1
-        fetch = self._fetching.get(source)
-        if fetch is not None and fetch.given.number == number:
-            del self._fetching[source]
+        read = self.late.get(source)
+        if read is not None and read.about.number == number:
+            del self.late[source]
             source.gone += 1
         if self.in_hand is not None and self.in_hand[0] is source and self.in_hand[1].number == number:
             self.in_hand = None
@@ -471,6 +498,8 @@ class Inbox(Closing):
 
     def _is_ours(self, source: Source) -> bool:
         """The producer of what is in hand has not taken it back while it was read over a connection."""
+        if self._framed:
+            self.take_in()  # from all producers: this one may never pause
         for place in [each for each in self._framed if each.source is source]:
             self._receive(place)
         return self.in_hand is not None
@@ -489,6 +518,7 @@ class Inbox(Closing):
         if event.lost:
             logger.warning("%s: %s has ended, and %d payloads are lost", str(self.wanted), str(place), event.lost)
         self._drop(place)
+        self._places.again(place)
 
     def _lose(self, place: Place, error: DrayError) -> None:
         """A connection has failed: its producer may have died."""
@@ -514,7 +544,7 @@ class Inbox(Closing):
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
         self.sources.remove(source)
-        self._fetching.pop(source, None)
+        self.late.pop(source, None)
         if self.in_hand is not None and self.in_hand[0] is source:
             self.in_hand = None
         self._past[0] += source.copies

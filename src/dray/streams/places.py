@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from dray.errors import (
     Unreachable,
 )
 from dray.protocol.handshake import ANY_PRODUCER
+from dray.resources import Closing
 from dray.streams.registry import Peer, ProducerEntry, Registry
 from dray.streams.source import Source
+from dray.streams.tasks import Tasks
 from dray.streams.wanted import Wanted
 from dray.transport.lanes.base import Network
 from dray.transport.subscription import Subscription
@@ -31,6 +34,9 @@ CONNECT_SECONDS: Final = 2.0
 REMOTE_SECONDS: Final = 10.0
 """Time limit for connecting to one producer, on this host and on another one; another attempt follows."""
 
+MAX_ATTEMPTS: Final = 16
+"""Addresses that a consumer connects to at a time."""
+
 RETRY_SECONDS: Final = 0.1
 """Time before the second attempt to connect."""
 
@@ -38,7 +44,7 @@ MAX_RETRY_SECONDS: Final = 2.0
 """The time before the next attempt doubles after each, up to this."""
 
 SILENT_SECONDS: Final = 20.0
-"""The same after an attempt that has met silence, such as that of a stopped process: it delays other payloads."""
+"""The same after an attempt that has met silence. On this host it delays other payloads."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +77,11 @@ class Place:
     failed: bool = False
     source: Source | None = field(default=None, repr=False)
 
+    @property
+    def is_wanted(self) -> bool:
+        """It is to be connected to. At an address there may be another producer after one that has ended."""
+        return self.source is None and (not self.ended or self.peer is None)
+
     def postpone(self, error: DrayError, now: float) -> None:
         """Make the next attempt later: this one has failed."""
         self.failure = str(error)
@@ -84,7 +95,7 @@ class Place:
         return str(self.peer) if self.peer is not None else self.endpoints[0]
 
 
-class Places:
+class Places(Closing):
     """The producers of one consumer.
 
     Args:
@@ -94,9 +105,11 @@ class Places:
         registry: where producers are found by name; None if they are found by address.
         attach: called with each new connection; it sets `Place.source`.
         died: called for a producer that has died while it was not attached.
+        start, notify: see `Tasks`.
 
     Attributes:
         due: when the next attempt to connect is made; ``inf`` if there is none.
+        attempts: the attempts to connect to addresses, in threads.
     """
 
     def __init__(
@@ -108,8 +121,12 @@ class Places:
         *,
         attach: Callable[[Place, Subscription], None],
         died: Callable[[Place], None],
+        start: Callable[[Callable[[], None]], Callable[[], None]],
+        notify: Callable[[], None],
     ) -> None:
         self.due = math.inf
+        self._attempts: Tasks[Place, Subscription] = Tasks(start, notify, MAX_ATTEMPTS)
+        self.attempts = self._attempts.by_key
         self._wanted = wanted
         self._clock = clock
         self._network = network
@@ -138,19 +155,34 @@ class Places:
         self.due = -math.inf
 
     def connect_due(self) -> None:
-        """Make the attempts that are due. After an exception of a signal handler, it is due again."""
+        """Make the attempts that are due, and take in those that have ended.
+
+        After an exception of a signal handler, it is due again.
+
+        Raises:
+            ProtocolError, SchemaError: a producer is none for this consumer.
+        """
+        self.due = -math.inf
         if self._unseen:
             self._list()
             self._unseen = False
-        now, self.due = self._clock.now(), -math.inf
-        due = math.inf
+        while (attempt := self._attempts.take()) is not None:
+            self._connect(attempt[0], attempt[1].result)
+        now, due = self._clock.now(), math.inf
         for place in self._places:
-            if place.source is None and not place.ended:
+            if place.is_wanted and place not in self.attempts:
                 if place.due <= now:
-                    self._connect(place)
-                if place.source is None:
+                    self._try(place)
+                if place.is_wanted and place.due > now:  # others follow when an attempt has ended
                     due = min(due, place.due)
         self.due = due
+
+    def _try(self, place: Place) -> None:
+        """Connect to a producer of this host, or begin to connect to an address."""
+        if place.peer is not None:
+            self._connect(place, lambda: self._open(place, CONNECT_SECONDS))
+        elif not self._attempts.full:
+            self._attempts.begin(place, lambda: self._open(place, REMOTE_SECONDS))
 
     def _list(self) -> None:
         """Bring the places up to date with the registry."""
@@ -183,18 +215,21 @@ class Places:
             raise
         self._places.append(Place(entry.endpoints, entry.producer, reader, peer))
 
-    def _connect(self, place: Place) -> None:
+    def _open(self, place: Place, seconds: float) -> Subscription:
+        return Subscription.open(
+            place.endpoints[0],
+            Deadline.after(seconds, self._clock),
+            network=self._network,
+            producer=ANY_PRODUCER if place.peer is None else place.producer,
+            reader=place.reader,
+            choose=lambda about: self._wanted.reader_of(about["groups"], place, about.get("schema")),
+            secret=self._wanted.secret,
+            direct=self._wanted.direct,
+        )
+
+    def _connect(self, place: Place, opened: Callable[[], Subscription]) -> None:
         try:
-            subscription = Subscription.open(
-                place.endpoints[0],
-                Deadline.after(REMOTE_SECONDS if place.peer is None else CONNECT_SECONDS, self._clock),
-                network=self._network,
-                producer=ANY_PRODUCER if place.peer is None else place.producer,
-                reader=place.reader,
-                choose=lambda about: self._wanted.reader_of(about["groups"], place, about.get("schema")),
-                secret=self._wanted.secret,
-                direct=self._wanted.direct,
-            )
+            subscription = opened()
         except TransportError as error:
             self._retry(place, error)
             return
@@ -206,7 +241,7 @@ class Places:
             return
         if place.producer not in (ANY_PRODUCER, subscription.producer):
             self._gone.add(place.producer)
-        place.producer, place.refused, place.failed = subscription.producer, False, False
+        place.producer, place.ended, place.refused, place.failed = subscription.producer, False, False, False
         place.failure, place.retry = None, RETRY_SECONDS
         self._attach(place, subscription)
 
@@ -214,8 +249,8 @@ class Places:
         place.postpone(error, self._clock.now())
         self.due = min(self.due, place.due)
 
-    def detach(self, place: Place) -> None:
-        """The connection of a place is closed though nothing is wrong there: make another one."""
+    def again(self, place: Place) -> None:
+        """The connection of a place is closed: make another one, if it is wanted."""
         place.due = self.due = -math.inf
 
     def lose(self, place: Place, error: DrayError) -> bool:
@@ -231,6 +266,13 @@ class Places:
         place.failure = str(error)
         return True
 
+    def close(self) -> None:
+        """Wait for the attempts under way, which the end of the network has ended. Twice is fine."""
+        self._attempts.close()
+        while (attempt := self._attempts.take()) is not None:
+            with contextlib.suppress(DrayError):
+                attempt[1].result().close()
+
     # --- state ------------------------------------------------------------------------------------------------
 
     def all_ended(self) -> bool:
@@ -238,6 +280,11 @@ class Places:
         if self._registry is not None:
             self.find()
         return all(place.ended for place in self._places)
+
+    @property
+    def complete(self) -> bool:
+        """All producers that are known, and have not closed their streams, are attached."""
+        return all(place.source is not None or place.ended for place in self._places)
 
     def is_gone(self, producer: bytes) -> bool:
         """A producer has ended or died: its payloads are gone."""

@@ -126,7 +126,7 @@ class Source(Closing):
             warn: called when the payload had to be copied.
 
         Raises:
-            TransportError: it could not be read in time. It is begun: `Fetches` goes on with it, or the source is
+            TransportError: it could not be read in time. It is begun: `reader` goes on with it, or the source is
                 closed.
             PayloadFormatError: its bytes are not arrays; it is given back.
         """

@@ -11,15 +11,15 @@ from typing import Any
 from dray.streams.registry import Nudges, Registry
 from dray.transport import PayloadClient
 from dray.transport.lanes.base import Network
-from dray.transport.polling import AdaptivePoller
+from dray.transport.polling import AdaptivePoller, CloseEvent
 
 
 class Surroundings:
     """What an `Inbox` gets from its process and its host. A simulation overrides all methods."""
 
-    def network(self) -> Network:
-        """Where connections come from."""
-        return Network()
+    def network(self, remote: bool) -> Network:
+        """Where connections come from; for `remote` ones, its end ends the waits for them."""
+        return Network(CloseEvent() if remote else None)
 
     def epoll(self) -> select.epoll:
         """Waits for connections."""

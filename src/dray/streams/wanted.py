@@ -47,6 +47,13 @@ class Wanted:
             else f"stream at {', '.join(self.endpoints)}"
         )
 
+    def explain(self, producers: Sequence[str], late: Sequence[str]) -> str:
+        """What a consumer waits for that is attached to producers, and for the bytes of `late` payloads."""
+        if late:
+            return f"{self}: the bytes have not come of payload {', '.join(late[:3])}"
+        more = f" and {len(producers) - 3} more" if len(producers) > 3 else ""
+        return f"{self}: no payload has come from {', '.join(producers[:3])}{more}"
+
     def reader_of(self, groups: Sequence[str], who: object, schema: object) -> int:
         """The reader id of the group at a producer.
 

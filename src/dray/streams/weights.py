@@ -337,12 +337,13 @@ class _NewestInbox(Inbox):
             TransportError: it could not be read.
         """
         newest = None if self._expecting or not self.queue else self.queue[-1]
-        fetch = self._fetches.take()
-        if fetch is not None and (deadline.expired or newest == (fetch.source, fetch.given)):
-            arrays = fetch.arrays()
-            if arrays is not None and _is_newer(fetch.source, fetch.given, after):
-                return _weights(fetch.source, fetch.given, arrays, False)
-        if newest is None or not _is_newer(*newest, after) or newest[0] in self._fetching:
+        task = self._reading.take()
+        if task is not None and (deadline.expired or newest == (task[0], task[1].about)):
+            source, given = task[0], task[1].about
+            arrays = task[1].result()
+            if arrays is not None and _is_newer(source, given, after):
+                return _weights(source, given, arrays, False)
+        if newest is None or not _is_newer(*newest, after) or newest[0] in self.late:
             return None
         source, given = newest
         try:
@@ -350,7 +351,7 @@ class _NewestInbox(Inbox):
         except TransportError:
             if deadline.remaining > PAUSE_SECONDS:
                 raise
-            self._fetches.begin(source, given)
+            self._reading.begin(source, source.reader(given), given)
             return None
         if found is None:
             self.queue.clear()  # a newer version has replaced it, and is announced
@@ -358,7 +359,7 @@ class _NewestInbox(Inbox):
         return _weights(source, given, *found)
 
     def has_news(self) -> bool:
-        return self._news or self._fetches.ready > 0
+        return self._news or self._reading.ready > 0
 
     def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
         self._news = False

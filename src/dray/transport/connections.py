@@ -481,6 +481,8 @@ class Connections:
         self._remember_acks(connection)
         connection.close()
         with self._lock:
+            if connection not in self._open:
+                return  # a call of a signal handler has closed it meanwhile
             del self._open[connection]
             self._recorder.add_reads(connection)
         error, connection.failure = connection.failure, None  # its frames may keep memory of payloads

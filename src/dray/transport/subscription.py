@@ -167,6 +167,11 @@ class Subscription(Closing):
         """The producer has payloads that wait for credit, as far as that is known here."""
         return self._words is not None and self._words.pending
 
+    @property
+    def may_give(self) -> bool:
+        """As `pending`; without shared words, that is not known."""
+        return self._words is None or self._words.pending
+
     def set_credit(self, total: int) -> None:
         """Let the producer give `total` payloads, of all that it has given so far."""
         if total == self.credit:

@@ -1,13 +1,17 @@
 """`Batch` and `Collate`, and what `PayloadDataset` refuses."""
 
 import copy
+import importlib
+import secrets
+import sys
 
 import pytest
 import torch
 from torch.utils.data import default_collate, default_convert
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from dray.errors import ConfigError
+from dray import Producer
+from dray.errors import ConfigError, MissingDependencyError
 from dray.identifiers import PayloadId
 from dray.integrations.torch_data import Batch, Collate, PayloadDataset
 
@@ -84,3 +88,38 @@ def test_payloads_that_were_used_are_counted_once_and_stay_in_the_state_until_th
         dataset.trained(sample(2).ids[0])
         state = dataset.state_dict()
     assert state == {"version": 1, "payloads": 2, "trained": [["00" * 16, 1, 0, 64], ["00" * 16, 2, 0, 64]]}
+
+
+def test_the_repr_of_a_batch_names_its_fields() -> None:
+    assert repr(sample(7)) == "<Batch of 1 payloads: x>"
+
+
+def test_a_transform_that_makes_no_mapping_is_an_error() -> None:
+    name = f"test-{secrets.token_hex(4)}"
+    with (
+        Producer(name, scope=name) as producer,
+        PayloadDataset(name, scope=name, transform=lambda tensors: list(tensors)) as dataset,  # type: ignore[arg-type,return-value]
+    ):
+        producer.put(x=[1])
+        with pytest.raises(TypeError, match="the transform has returned list, not a mapping"):
+            next(iter(dataset))
+        producer.close(drain=False)
+
+
+def test_a_batch_that_is_acknowledged_before_the_checkpoint_is_in_no_state() -> None:
+    name = f"test-{secrets.token_hex(4)}"
+    with Producer(name, scope=name) as producer, PayloadDataset(name, scope=name) as dataset:
+        producer.put(x=[1])
+        batch = next(iter(dataset))
+        dataset.trained(batch)
+        assert len(dataset.state_dict()["trained"]) == 1
+        dataset.acknowledge(batch)
+        assert dataset.state_dict() == {"version": 1, "payloads": 1, "trained": []}
+        assert producer.drain(10.0) == 0
+
+
+def test_without_torch_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "dray.integrations.torch_data")
+    with pytest.raises(MissingDependencyError, match=r"dray-rl\[torch\]"):
+        importlib.import_module("dray.integrations.torch_data")
