@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -193,6 +194,8 @@ def test_a_read_that_takes_too_long_ends_the_connection_and_the_payload_comes_ag
     if route.in_place:
         pytest.skip("nothing is read over a connection")
     monkeypatch.setattr("dray.streams.source.READ_SECONDS", 0.0)
+    monkeypatch.setattr("dray.streams.source.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("dray.streams.source.MIN_BYTES_PER_SECOND", math.inf)
     with route.producer() as producer, route.consumer() as consumer:
         producer.put(number=1)
         with in_thread(lambda: consumer.get(SECONDS)) as got:

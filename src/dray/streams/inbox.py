@@ -36,7 +36,7 @@ from dray.streams.exclusive import Exclusive
 from dray.streams.payload import Payload
 from dray.streams.places import Place, Places
 from dray.streams.registry import Nudges, Registry
-from dray.streams.source import PAUSE_SECONDS, Source
+from dray.streams.source import Source
 from dray.streams.surroundings import SURROUNDINGS, Surroundings
 from dray.streams.tasks import Tasks
 from dray.streams.wanted import Report, Wanted
@@ -151,8 +151,8 @@ class Inbox(Closing):
     def pop(self, deadline: Deadline) -> Payload | None:
         """The next payload that has been given to this consumer; None if there is none.
 
-        It waits for the bytes of a payload alone, where these come over a connection. If they have not come at the
-        deadline, a thread goes on, and a later call gets the payload.
+        Where its bytes come over a connection, it waits for them alone, but no longer than bytes travel: then a
+        thread goes on, and this call or a later one gets the payload.
         """
         try:
             if self.late and (payload := self._fetched()) is not None:
@@ -163,11 +163,8 @@ class Inbox(Closing):
                     self.take_in()  # several were asked: what is too much goes back
                 try:
                     payload = source.take(given, deadline, self._warn_of_copies)
-                except TransportError as error:
-                    if deadline.remaining > PAUSE_SECONDS:
-                        self._lose_source(source, error)
-                    else:
-                        self._reading.begin(source, source.reader(given), given)
+                except TransportError:
+                    self._reading.begin(source, source.reader(given), given)
                     continue
                 if payload is not None and (payload.in_place or self._is_ours(source)):
                     return payload

@@ -24,6 +24,10 @@ must not stop the stream."""
 READ_SECONDS: Final = 30.0
 """Time limit for a payload, or an acknowledgement, over a connection."""
 
+PATIENCE_SECONDS: Final = 0.5
+MIN_BYTES_PER_SECOND: Final = 10_000_000
+"""A program that asks for a payload waits so long for the first attempt to read it, and for its bytes."""
+
 PAUSE_SECONDS: Final = 0.02
 """Time before such a request is repeated after a failure."""
 
@@ -71,7 +75,7 @@ class Source(Closing):
         self.copies = self.gone = 0
         self._reads = reads
         self._client = client
-        self._never = Deadline.after(None, clock)
+        self._clock = clock
         self._pause = pause
         self._attachment: Attachment | None = subscription.attachment
         self._quiet: DirectLease | None = None  # the last one that was acknowledged without waking the producer
@@ -86,10 +90,11 @@ class Source(Closing):
     def read(self, given: streams.Given, deadline: Deadline) -> tuple[Arrays, bool] | None:
         """The arrays of a payload, and whether they are in place; None if it is gone. Nothing is consumed.
 
-        Over a connection it takes at most `READ_SECONDS`, also if the deadline is later.
+        Over a connection one attempt is made, which takes no longer than bytes that travel: meanwhile nothing is
+        heard of other producers, and nothing of the end of this one.
 
         Raises:
-            TransportError: it could not be read in time.
+            TransportError: it has failed, or its time was over: `reader` goes on with it.
             PayloadFormatError: its bytes are not arrays.
         """
         attachment = self._attachment
@@ -100,18 +105,22 @@ class Source(Closing):
                     return self._in_place(attachment, lease), True
                 if attachment.closed:
                     return None
-            arrays = self.reader(given, deadline)()
-            return None if arrays is None else (arrays, False)
-        except StaleSlotError:
+            client = self._client(self.subscription.reader)
+            attempt = deadline.capped_at(PATIENCE_SECONDS + given.nbytes / MIN_BYTES_PER_SECOND)
+            return client.read(self._ref(given), timeout=attempt.timeout, consume=False), False
+        except (StaleSlotError, ProducerLostError):
             return None
 
-    def reader(self, given: streams.Given, deadline: Deadline | None = None) -> Callable[[], Arrays | None]:
-        """A function, for any thread, that reads a payload over a connection as `read` does."""
+    def reader(self, given: streams.Given) -> Callable[[], Arrays | None]:
+        """A function, for any thread, that reads a payload over connections in at most `READ_SECONDS`.
+
+        It returns None if the payload is gone, and raises TransportError if it could not be read.
+        """
         client, ref = self._client(self.subscription.reader), self._ref(given)
 
         def read() -> Arrays | None:
             try:
-                return self._persist(lambda timeout: client.read(ref, timeout=timeout, consume=False), deadline)
+                return self._persist(lambda timeout: client.read(ref, timeout=timeout, consume=False))
             except (StaleSlotError, ProducerLostError):
                 return None
 
@@ -126,8 +135,7 @@ class Source(Closing):
             warn: called when the payload had to be copied.
 
         Raises:
-            TransportError: it could not be read in time. It is begun: `reader` goes on with it, or the source is
-                closed.
+            TransportError: it could not be read at once. It is begun: `reader` goes on with it.
             PayloadFormatError: its bytes are not arrays; it is given back.
         """
         try:
@@ -225,8 +233,8 @@ class Source(Closing):
         attachment.count_read(lease)
         return unpack(array)
 
-    def _persist(self, request: Callable[[float | None], T], deadline: Deadline | None = None) -> T:
-        """The result of a request, over new connections until the deadline, and for at most `READ_SECONDS`.
+    def _persist(self, request: Callable[[float | None], T]) -> T:
+        """The result of a request, over new connections, for at most `READ_SECONDS`.
 
         While a process dies, its sockets are closed one after the other: several connections may be accepted and
         reset before its address refuses them, which tells that it is lost.
@@ -235,7 +243,7 @@ class Source(Closing):
             ProducerLostError: the producer is gone.
             TransportError: it could not be reached in time.
         """
-        deadline = (deadline or self._never).capped_at(READ_SECONDS)
+        deadline = Deadline.after(READ_SECONDS, self._clock)
         while True:
             try:
                 return request(deadline.timeout)

@@ -25,7 +25,7 @@ from dray.streams.newest import Follower, NewestDelivery, Version
 from dray.streams.payload import NamedArrays
 from dray.streams.registry import Registry, checked_name, command_line
 from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
-from dray.streams.source import PAUSE_SECONDS, Source
+from dray.streams.source import Source
 from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadServer
 from dray.transport.service import ConsumerConnection
@@ -331,10 +331,10 @@ class _NewestInbox(Inbox):
     def read(self, after: int | Weights | None, deadline: Deadline) -> Weights | None:
         """The newest version; None if there is none, if it is not newer than `after`, or if it is on its way.
 
-        At the deadline, a thread goes on with it, for a later call.
+        Where its bytes come over a connection and take long, a thread goes on, for this call or a later one.
 
         Raises:
-            TransportError: it could not be read.
+            TransportError: it could not be read in `READ_SECONDS`.
         """
         newest = None if self._expecting or not self.queue else self.queue[-1]
         task = self._reading.take()
@@ -349,8 +349,6 @@ class _NewestInbox(Inbox):
         try:
             found = source.read(given, deadline)
         except TransportError:
-            if deadline.remaining > PAUSE_SECONDS:
-                raise
             self._reading.begin(source, source.reader(given), given)
             return None
         if found is None:
