@@ -99,12 +99,12 @@ def test_z8_policy_of_a_job_that_has_failed_is_not_restarted_and_ends_as_asked(
     settings = job_settings("rollout.worker=raising.py:Worker", "policy.replicas=2", "policy.readers=2")
     with running(tmp_path, *settings) as job:
         job.wait_for("started controller and 4 replicas")
-        # So that it learns at once that a policy replica is lost, and that the job has failed before.
+        # So that it learns at once that a policy replica is lost, and the job has failed before, as is recorded.
         job.process.send_signal(signal.SIGSTOP)
         lost = job.processes("dray.runtime.policy")[0]
         for index in range(2):
             (tmp_path / f"raise-{index}").write_text("")
-        job.wait_until(lambda: "phase draining -> failed" in job.log("controller"), "the job to fail")
+        job.wait_until(lambda: "final: failed" in job.log("controller"), "the job to fail")
         lost.kill()
         job.process.send_signal(signal.SIGCONT)
         assert job.end() != 0, job.story()

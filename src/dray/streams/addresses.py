@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dray.errors import ConfigError
@@ -18,23 +18,26 @@ class ListenOn:
 
     Attributes:
         host: the address; loopback without any.
-        port: the port; 0 for any.
-        lanes: the lanes to serve there.
+        ports: the port of each lane to serve there; 0 for any.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 0
-    lanes: tuple[str, ...] = ()
+    host: str
+    ports: Mapping[str, int]
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """The lanes to serve."""
+        return tuple(self.ports)
 
     @classmethod
     def parse(cls, listen: str | Sequence[str]) -> ListenOn:
-        """One or several addresses, which differ in their lanes alone.
+        """One or several addresses of one host, one for each lane.
 
         Raises:
-            ConfigError: one of them is none, or they differ in host or port.
+            ConfigError: one of them is none, or they do not fit together.
         """
         texts = (listen,) if isinstance(listen, str) else tuple(listen)
-        places = []
+        hosts, ports = set(), {}
         for text in texts:
             scheme, separator, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
             host, _, port = rest.rpartition(":")
@@ -46,12 +49,12 @@ class ListenOn:
                 or int(port) > 65535
             ):
                 raise ConfigError("listen", text, f"an address {_FORM}; port 0 takes any")
-            places.append((host.removeprefix("[").removesuffix("]"), int(port), scheme))
-        if len({place[:2] for place in places}) > 1:
-            raise ConfigError("listen", listen, "addresses with the same host and port, one for each lane")
-        if not places:
-            return cls()
-        return cls(places[0][0], places[0][1], tuple(dict.fromkeys(lane for _, _, lane in places)))
+            hosts.add(host.removeprefix("[").removesuffix("]"))
+            ports[scheme] = int(port)
+        chosen = [port for port in ports.values() if port]
+        if len(hosts) > 1 or len(ports) < len(texts) or len(set(chosen)) < len(chosen):
+            raise ConfigError("listen", listen, "addresses of one host, one for each lane, each with its own port")
+        return cls(hosts.pop() if hosts else "127.0.0.1", ports)
 
 
 def find_stream(stream: str | Sequence[str], scope: str | None) -> tuple[str, str, tuple[str, ...]]:

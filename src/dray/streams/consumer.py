@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import BufferClosedError, ConfigError, StreamEnded
+from dray.exclusive import Exclusive
 from dray.forking import here
 from dray.identifiers import PayloadId
 from dray.payload import PayloadSchema
@@ -18,7 +19,6 @@ from dray.protocol.handshake import check_secret
 from dray.resources import Closing
 from dray.streams.addresses import find_stream
 from dray.streams.event_loop import Readable
-from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox
 from dray.streams.payload import Payload
 from dray.streams.producer import schema_text

@@ -26,13 +26,13 @@ from dray.errors import (
     StreamTimeout,
     TransportError,
 )
+from dray.exclusive import Exclusive
 from dray.forking import descriptor_not_inherited
 from dray.payload import Arrays
 from dray.protocol import streams
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
 from dray.streams.credit import Credit
-from dray.streams.exclusive import Exclusive
 from dray.streams.payload import Payload
 from dray.streams.places import Place, Places
 from dray.streams.registry import Nudges, Registry
@@ -216,12 +216,7 @@ class Inbox(Closing):
     def release(self, source: Source, given: streams.Given) -> None:
         """Return a payload that the program had, from any thread: a thread that uses this inbox does it."""
         self._returns.append((source, given))
-        if self._exclusive.enter_now():
-            try:
-                self._send_returns()
-            finally:
-                self._exclusive.leave()
-        else:
+        if not self._exclusive.try_call(self._send_returns, False):
             self._wake_up()
 
     def give_back_lost(self) -> None:
@@ -432,10 +427,11 @@ class Inbox(Closing):
         if number >= 0:
             os.eventfd_write(number, 1)
 
-    def _send_returns(self) -> None:
+    def _send_returns(self) -> bool:
         while self._returns:
             source, given = self._returns.popleft()
             source.give_back(given, begun=True)
+        return True
 
     def _handle(self, descriptor: int) -> None:
         place = self._by_descriptor.get(descriptor)

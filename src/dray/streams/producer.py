@@ -158,7 +158,7 @@ class Producer(Closing):
                     ring,
                     lane=("shm", *places.lanes),
                     host=places.host,
-                    port=places.port,
+                    port=places.ports,
                     threads=1,
                     secret=secret,
                     max_leases=LEASES,

@@ -41,18 +41,15 @@ class Wanted:
     direct: bool = True
 
     def __str__(self) -> str:
-        return (
-            f"stream {self.name!r} in scope {self.scope!r}"
-            if self.name
-            else f"stream at {', '.join(self.endpoints)}"
-        )
+        if self.name:
+            return f"stream {self.name!r} in scope {self.scope!r}"
+        return f"stream at {_first(self.endpoints)}"
 
     def explain(self, producers: Sequence[str], late: Sequence[str]) -> str:
         """What a consumer waits for that is attached to producers, and for the bytes of `late` payloads."""
         if late:
             return f"{self}: the bytes have not come of payload {', '.join(late[:3])}"
-        more = f" and {len(producers) - 3} more" if len(producers) > 3 else ""
-        return f"{self}: no payload has come from {', '.join(producers[:3])}{more}"
+        return f"{self}: no payload has come from {_first(producers)}"
 
     def reader_of(self, groups: Sequence[str], who: object, schema: object) -> int:
         """The reader id of the group at a producer.
@@ -67,6 +64,11 @@ class Wanted:
         if schema is not None and self.schema is not None and schema != self.schema:
             raise SchemaError(f"{self}: {who} has another schema: {schema}, not {self.schema}")
         return groups.index(self.group)
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 class Waiting(Protocol):

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, TransportError
+from dray.exclusive import Exclusive
 from dray.forking import here
 from dray.payload import Arrays
 from dray.payload.codec import plan
@@ -19,7 +20,6 @@ from dray.protocol.streams import Given
 from dray.resources import Closing
 from dray.ring import SharedRingBuffer
 from dray.streams.addresses import ListenOn, find_stream
-from dray.streams.exclusive import Exclusive
 from dray.streams.inbox import Inbox
 from dray.streams.newest import Follower, NewestDelivery, Version
 from dray.streams.payload import NamedArrays
@@ -117,7 +117,7 @@ class Publisher(Closing):
             self._service = _Service(ring, about, self._newest)
             self._server = opened.enter_context(
                 PayloadServer(
-                    ring, lane=("shm", *places.lanes), host=places.host, port=places.port, threads=1,
+                    ring, lane=("shm", *places.lanes), host=places.host, port=places.ports, threads=1,
                     secret=secret, clock=clock, stream=self._service,
                 )
             )  # fmt: skip

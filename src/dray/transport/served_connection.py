@@ -7,12 +7,13 @@ lease, which ends once: by the reader's acknowledgement, or in `close`. It never
 from __future__ import annotations
 
 import contextlib
+import enum
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from dray.errors import BufferClosedError, OutOfResources, PayloadError, SlotError, StaleSlotError, TransportError
+from dray.exclusive import Exclusive
 from dray.protocol.frames import Flag, Frame, Kind, Outgoing, Status, parse
 from dray.protocol.handshake import AttachRequest, Verdict, WelcomeFlag
 from dray.protocol.server_session import (
@@ -54,6 +55,14 @@ _READ = int(Kind.READ)
 _CONSUME = int(Kind.CONSUME)
 _SUBSCRIBE = int(Kind.SUBSCRIBE)
 _DESCRIBE = int(Kind.DESCRIBE)
+
+
+class _Outcome(enum.Enum):
+    """Of an attempt to send a frame at once."""
+
+    SENT = enum.auto()
+    LOOP_GOES_ON = enum.auto()
+    NOT_SENT = enum.auto()
 
 
 class ServedConnection:
@@ -111,7 +120,7 @@ class ServedConnection:
         self._pushed = pushed
         self._pushes: deque[bytes] = deque()
         self._carrying = False  # `answer` has taken pushes that were not passed to the stream yet
-        self._sending = threading.Lock()  # once there is a subscriber, other threads send as well
+        self._sending = Exclusive()  # once there is a subscriber, other threads send as well
         self._ended = self._ending = False
 
     # --- messages and answers ---------------------------------------------------------------------------------
@@ -287,24 +296,28 @@ class ServedConnection:
 
         If a signal handler raises meanwhile, the connection ends: the frame may have left or not.
         """
-        if self.stream.lane.local and self._sending.acquire(blocking=False):
-            try:
-                # In this order: `answer` sets the last before it empties the one before.
-                if not (self._ended or self.unsent or self._pushes or self._carrying):
-                    if self.stream.send([frame]):
-                        return
-                    self.unsent = True
-                    frame = b""
-            except TransportError:
-                frame = b""  # its loop will find out
-            except BaseException:
-                self.stream.abort()
-                raise
-            finally:
-                self._sending.release()
-        if frame:
-            self._pushes.append(frame)
-        self._pushed(self)
+        try:
+            if self.stream.lane.local:
+                outcome = self._sending.try_call(lambda: self._send_at_once(frame), _Outcome.NOT_SENT)
+            else:
+                outcome = _Outcome.NOT_SENT
+            if outcome is _Outcome.NOT_SENT:
+                self._pushes.append(frame)
+            if outcome is not _Outcome.SENT:
+                self._pushed(self)
+        except BaseException:
+            self.stream.abort()
+            raise
+
+    def _send_at_once(self, frame: bytes) -> _Outcome:
+        # In this order: `answer` sets the last before it empties the one before.
+        if self._ended or self.unsent or self._pushes or self._carrying:
+            return _Outcome.NOT_SENT
+        try:
+            self.unsent = not self.stream.send([frame])
+        except TransportError:
+            return _Outcome.LOOP_GOES_ON  # and finds out why
+        return _Outcome.LOOP_GOES_ON if self.unsent else _Outcome.SENT
 
     def push_last(self, frame: bytes) -> None:
         """`push` the frame after which the consumer closes the connection, as it is to do within `drain_timeout`.
@@ -318,7 +331,7 @@ class ServedConnection:
         """As `Stream.send`, while other threads may `push`."""
         if self.subscriber is None:
             return self.stream.send(items, shared)
-        with self._sending:
+        with self._sending.call():
             self._carrying = False
             return self.stream.send(items, self._stream_descriptors())
 
@@ -333,13 +346,13 @@ class ServedConnection:
         """As `Stream.flush`, while other threads may `push`."""
         if self.subscriber is None:
             return self.stream.flush()
-        with self._sending:
+        with self._sending.call():
             return self.stream.flush()
 
     def end_subscription(self) -> None:
         """Give the consumer nothing any more. Before the stream is closed; twice is fine."""
         if self.subscriber is not None and not self._ended:
-            with self._sending:
+            with self._sending.call():
                 self._ended = True
             self.subscriber.end()
 

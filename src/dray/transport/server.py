@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,6 +35,7 @@ from dray.transport.trace import Trace
 logger = logging.getLogger("dray.server")
 
 MAX_THREADS = 16
+PORTS_TO_TRY = 64
 _MAX_LISTED = 200
 """Leases in the statistics: the text after STATUS holds so many."""
 
@@ -51,7 +52,7 @@ class PayloadServer(Closing):
             server logs a warning.
         host: address to listen on for ``tcp`` and ``ucx``, and the one to advertise. A name is looked up once,
             here: references carry the numeric address.
-        port: first port to try; 0 takes any.
+        port: the first of 64 ports to try; 0 takes any. A mapping has the only port of each lane, for one thread.
         threads: how many server threads, 1 … 16.
         secret: the job's secret, at least 16 random bytes (`dray.make_secret` makes one); with it, readers must
             prove that they know it.
@@ -89,7 +90,7 @@ class PayloadServer(Closing):
         *,
         lane: LaneChoice = "auto",
         host: str = "127.0.0.1",
-        port: int = 0,
+        port: int | Mapping[str, int] = 0,
         threads: int = 2,
         secret: bytes | None = None,
         idle_timeout: float = 120.0,
@@ -119,7 +120,6 @@ class PayloadServer(Closing):
         for key, value, fits, allowed in (
             ("threads", threads, 1 <= threads <= MAX_THREADS, f"1 to {MAX_THREADS}"),
             ("max_leases", max_leases, max_leases >= 1, "1 or more"),
-            ("port", port, 0 <= port < 65536, "0 to 65535"),
             ("idle_timeout", idle_timeout, idle_timeout > 0, "more than 0 seconds"),
             ("lease_timeout", lease_timeout, lease_timeout > 0, "more than 0 seconds"),
             ("drain_timeout", drain_timeout, drain_timeout >= 0, "0 seconds or more"),
@@ -148,7 +148,7 @@ class PayloadServer(Closing):
         self.ring = ring
         self._owned_ring: SharedRingBuffer | None = None
         self._host = host
-        self._port = port
+        self._ports = _ports_of(self._network_lanes, port)
         self._checksum_at_commit = checksum == "commit"
         self._drain_timeout = drain_timeout
         self._join_timeout = join_timeout
@@ -351,12 +351,11 @@ class PayloadServer(Closing):
 
     def _make_loop(self, index: int) -> ServerLoop:
         path = self._directory.path / f"{index}.sock" if self._directory is not None else None
-        place = ListenAt(self._host, self._port, path)
         with contextlib.ExitStack() as opened:
             listeners: list[Listener] = []
             for lane in self._lanes:
                 try:
-                    listener = lane.listen(place)
+                    listener = lane.listen(ListenAt(self._host, self._ports.get(lane, range(1)), path))
                 except Unreachable as error:
                     if error.lane_unusable:
                         raise _LaneUnusable(lane, error) from error
@@ -407,6 +406,18 @@ class _LaneUnusable(Exception):
         super().__init__(str(error))
         self.lane = lane
         self.error = error
+
+
+def _ports_of(lanes: Sequence[Lane], port: int | Mapping[str, int]) -> dict[Lane, range]:
+    """The ports to try for each lane."""
+    found = {}
+    for lane in lanes:
+        first = port if isinstance(port, int) else port.get(lane.name, 0)
+        if not 0 <= first < 65536:
+            raise ConfigError("port", first, "0 to 65535")
+        tried = PORTS_TO_TRY if first and isinstance(port, int) else 1
+        found[lane] = range(first, min(first + tried, 65536))
+    return found
 
 
 def _served(choice: LaneChoice, secret: bytes | None) -> tuple[Lane, ...]:

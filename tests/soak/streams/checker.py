@@ -62,7 +62,7 @@ class Use:
         got: when `get` had returned it.
         deliveries: the number of its hand-out.
         left: when the session began to acknowledge it or to give it back.
-        acknowledged: when the acknowledgement had returned.
+        acknowledged: when the acknowledgement had returned, unless another thread had begun to close the session.
         maybe: an acknowledgement had begun.
     """
 
@@ -219,7 +219,8 @@ class _Check:
         if kind in "ar":
             use.left, use.maybe = at, kind == "a"
         elif kind == "A":
-            use.acknowledged = at
+            if session.closed is None:
+                use.acknowledged = at
             counts["acknowledged"] += 1
 
     def _check_identity(self, session: Session, payload: Identity, key: int, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import itertools
@@ -34,6 +35,7 @@ from soak.streams.plan import (
 from soak.streams.producer import DRAIN_SECONDS, PAUSE, PAUSED, RESUME
 
 TICK: Final = 0.02
+_ANY_PORTS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
 END_SECONDS: Final = 30.0
 """How long a process may take to end, besides the time in which its payloads are consumed."""
 
@@ -140,7 +142,7 @@ class _Round:
         self._rng = random.Random(plan.seed)
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._ports = _free_ports(3 * MAX_EACH) if plan.way is Way.TCP else []
+        self._ports = _free_ports(3 * MAX_EACH, self._rng) if plan.way is Way.TCP else []
         self._unused = list(self._ports)
 
     # --- the course of it -------------------------------------------------------------------------------------
@@ -314,9 +316,13 @@ def _wait(members: list[Member], seconds: float) -> list[str]:
     return problems + [problem for member in members if member not in late and (problem := member.problem())]
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def _free_ports(count: int, rng: random.Random) -> list[int]:
+    """Ports that no program gets by chance, as connections and servers do that ask for any port."""
+    below = int(_ANY_PORTS.read_text().split()[0])
+    found: list[int] = []
+    while len(found) < count:
+        port = rng.randrange(1024, below)
+        if port not in found:
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                found.append(port)
+    return found

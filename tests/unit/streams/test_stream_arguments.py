@@ -7,6 +7,7 @@ import pickle
 import re
 import secrets
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,12 +32,27 @@ def _scope(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- addresses --------------------------------------------------------------------------------------------------
 
 
-def test_addresses_to_listen_at_differ_in_their_lanes_alone() -> None:
-    assert ListenOn.parse(()) == ListenOn("127.0.0.1", 0, ())
-    assert ListenOn.parse("tcp://0.0.0.0:7777") == ListenOn("0.0.0.0", 7777, ("tcp",))
-    assert ListenOn.parse(["tcp://[::1]:0", "ucx://[::1]:0"]) == ListenOn("::1", 0, ("tcp", "ucx"))
-    with pytest.raises(ConfigError, match="the same host and port"):
-        ListenOn.parse(["tcp://127.0.0.1:1", "ucx://127.0.0.1:2"])
+def test_addresses_to_listen_at_are_of_one_host() -> None:
+    assert ListenOn.parse(()) == ListenOn("127.0.0.1", {})
+    assert ListenOn.parse("tcp://0.0.0.0:7777") == ListenOn("0.0.0.0", {"tcp": 7777})
+    assert ListenOn.parse(["tcp://[::1]:0", "ucx://[::1]:0"]) == ListenOn("::1", {"tcp": 0, "ucx": 0})
+    assert ListenOn.parse(["tcp://a:1", "ucx://a:2"]) == ListenOn("a", {"tcp": 1, "ucx": 2})
+
+
+@pytest.mark.parametrize(
+    "wrong", [["tcp://a:1", "ucx://b:2"], ["tcp://a:1", "ucx://a:1"], ["tcp://a:1", "tcp://a:2"]]
+)
+def test_addresses_to_listen_at_that_do_not_fit_together_are_named(wrong: list[str]) -> None:
+    with pytest.raises(ConfigError, match="addresses of one host, one for each lane, each with its own port"):
+        Producer(NAME, listen=wrong)
+
+
+@pytest.mark.parametrize("make", [Producer, Publisher])
+def test_a_port_that_is_in_use_is_named_and_no_other_one_is_taken(make: type[Producer | Publisher]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port = {port} is not allowed: 0, or a port that is not in use"):
+            make(NAME, listen=f"tcp://127.0.0.1:{port}", secret=bytes(32))
 
 
 @pytest.mark.parametrize(

@@ -198,12 +198,12 @@ class ListenAt:
 
     Attributes:
         host: a numeric address.
-        port: the first port to try; 0 for any.
+        ports: the ports to try, in this order; 0 is any free one.
         path: the path of a Unix socket, if a lane that is served needs one.
     """
 
     host: str
-    port: int = 0
+    ports: range = range(1)
     path: Path | None = None
 
 

@@ -44,7 +44,6 @@ UNPROVEN_READ_AHEAD = 256
 MAX_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
-PORTS_TO_TRY = 64
 
 MAX_DESCRIPTORS = 8
 """Descriptors that are received with one message."""
@@ -392,9 +391,9 @@ class UnixListener(SocketListener):
 
 
 class TcpListener(SocketListener):
-    """Listens at a numeric address, on `port` or, if that is taken, on the next free one; port 0 takes any."""
+    """Listens at a numeric address, on the first free one of `ports`; port 0 is any."""
 
-    def __init__(self, host: str, port: int = 0) -> None:
+    def __init__(self, host: str, ports: range = range(1)) -> None:
         try:
             sock = not_inherited(make_socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
         except Unreachable as error:
@@ -402,7 +401,7 @@ class TcpListener(SocketListener):
             raise ConfigError("host", host, allowed) from error
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bind_next_free(sock, host, port)
+            bind_first_free(sock, host, ports)
             sock.listen(admission.BACKLOG)
         except BaseException:
             sock.close()
@@ -425,13 +424,13 @@ def make_socket(family: int) -> socket.socket:
         raise from_os_error(error) from error
 
 
-def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
-    """Bind to the first free port from `port` on.
+def bind_first_free(sock: socket.socket, host: str, ports: range) -> None:
+    """Bind to the first free port of `ports`.
 
     Raises:
         ConfigError: this machine has no such address, or no port is free.
     """
-    for candidate in ports_from(port):
+    for candidate in ports:
         try:
             sock.bind((host, candidate))
             return
@@ -439,17 +438,16 @@ def bind_next_free(sock: socket.socket, host: str, port: int) -> None:
             if error.errno == errno.EADDRINUSE:
                 continue
             raise ConfigError("host", host, f"an address of this machine ({error.strerror or error})") from error
-    raise no_free_port(port)
+    raise no_free_port(ports)
 
 
-def ports_from(port: int) -> range:
-    """The ports to try; 0 alone is any free port."""
-    return range(port, min(port + PORTS_TO_TRY, 65536)) if port else range(1)
-
-
-def no_free_port(port: int) -> ConfigError:
+def no_free_port(ports: range) -> ConfigError:
     """The error if every port that was tried is in use."""
-    return ConfigError("port", port, f"0, or a port with a free one among itself and the next {PORTS_TO_TRY - 1}")
+    if len(ports) == 1:
+        return ConfigError("port", ports[0], "0, or a port that is not in use")
+    return ConfigError(
+        "port", ports[0], f"0, or a port with a free one among itself and the next {len(ports) - 1}"
+    )
 
 
 # --- connecting -----------------------------------------------------------------------------------------------
@@ -522,7 +520,7 @@ class TcpLane(HostPortLane):
         raise failure or Unreachable("the host has no address", endpoint=endpoint)
 
     def listen(self, place: ListenAt) -> TcpListener:
-        return TcpListener(place.host, place.port)
+        return TcpListener(place.host, place.ports)
 
 
 SHM = ShmLane()

@@ -34,7 +34,7 @@ from dray.errors import (
 from dray.name_resolution import is_loopback
 from dray.protocol.frames import Outgoing, Payload
 from dray.transport.lanes.base import Endpoint, HostPortLane, Lane, ListenAt, Listener, Stream, Worker
-from dray.transport.lanes.socket import messages_only, no_free_port, ports_from
+from dray.transport.lanes.socket import messages_only, no_free_port
 from dray.transport.lanes.ucx_sockets import SilentPeers, can_name_peers, confine, listening_socket
 from dray.transport.lanes.ucx_worker import (
     MAX_MESSAGE,
@@ -328,7 +328,7 @@ class UcxStream(Stream):
 
 
 class UcxListener(Listener):
-    """Listens for UCX connections on the interface that has `host`, on `port` or the next free one.
+    """Listens for UCX connections on the interface that has `host`, on the first free one of `ports`.
 
     Attributes:
         silent: limits the connections that UCX accepts and that do not speak UCX; None if this UCX cannot name the
@@ -337,12 +337,12 @@ class UcxListener(Listener):
 
     worker: UcxWorker
 
-    def __init__(self, worker: UcxWorker, host: str, port: int = 0, *, clock: Clock = MONOTONIC) -> None:
+    def __init__(self, worker: UcxWorker, host: str, ports: range = range(1), *, clock: Clock = MONOTONIC) -> None:
         self.worker = worker
         self._requests: deque[int] = deque()
         self.silent: SilentPeers | None = None
         self._listening: socket.socket | None = None
-        self._listener = self._bind(port)
+        self._listener = self._bind(ports)
         try:
             self._listening = listening_socket(self._listener.port)
             confine(self._listening, host)
@@ -397,14 +397,14 @@ class UcxListener(Listener):
             self.silent.requested(request)
         self._requests.append(request)
 
-    def _bind(self, port: int) -> Any:
-        for candidate in ports_from(port):
+    def _bind(self, ports: range) -> Any:
+        for candidate in ports:
             try:
                 return self.worker.listen(candidate, self._requested)
             except Unreachable as error:
                 if not error.refused:
                     raise
-        raise no_free_port(port)
+        raise no_free_port(ports)
 
 
 class UcxLane(HostPortLane):
@@ -453,7 +453,7 @@ class UcxLane(HostPortLane):
     def listen(self, place: ListenAt) -> UcxListener:
         worker = UcxWorker(is_loopback(place.host))
         try:
-            return UcxListener(worker, place.host, place.port)
+            return UcxListener(worker, place.host, place.ports)
         except BaseException:
             worker.close()
             raise
