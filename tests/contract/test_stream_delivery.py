@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -295,6 +296,33 @@ def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route:
         consumer.close()
         for each in (first, *others):
             each.close(drain=False)
+
+
+@pytest.mark.parametrize("on_full", ["block", "overwrite"])
+def test_payloads_of_a_producer_come_in_their_order_also_where_some_are_given_back(
+    on_full: Literal["block", "overwrite"],
+) -> None:
+    route = Route("name")  # where producers see raised credit before they know what was given back
+
+    def produce(_: int) -> None:
+        with route.producer(on_full=on_full) as producer:
+            for each in itertools.count():
+                producer.put(number=each)
+                if each % 5 == 0:
+                    threading.Event().wait(0.002)
+
+    with contextlib.ExitStack() as opened:
+        consumer = opened.enter_context(route.consumer(prefetch=8))
+        for _ in range(6):
+            opened.enter_context(forked(produce))
+        last: dict[bytes, int] = {}
+        for payload in itertools.islice(consumer, 4_000):
+            if not payload.redelivered:
+                assert payload.id.sequence > last.get(payload.id.producer, -1)
+                last[payload.id.producer] = payload.id.sequence
+        assert len(last) == 6
+        assert consumer.statistics().returned > 0
+        consumer.close()
 
 
 def test_a_full_ring_that_overwrites_hands_out_the_newest_payloads(route: Route) -> None:

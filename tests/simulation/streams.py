@@ -15,6 +15,7 @@ from dray.resources import Closing
 from dray.streams.inbox import Inbox
 from dray.streams.payload import Payload
 from dray.streams.registry import Nudges, Peer, Registry
+from dray.streams.source import Source
 from dray.streams.surroundings import Surroundings
 from dray.streams.wanted import Report, Wanted
 from dray.transport import PayloadClient
@@ -233,6 +234,7 @@ class StreamConsumer:
         self._due: Payload | None = None  # it is to be acknowledged
         self._pinned: list[Any] = []
         self._begun: dict[bytes, float] = {}  # since when a payload of that producer is being read
+        self._last: dict[bytes, tuple[Source | None, int]] = {}  # of each producer: what came first-hand last
 
     def spawn(self) -> None:
         """Start the program."""
@@ -295,6 +297,17 @@ class StreamConsumer:
         """It shares words with a producer."""
         source = self._inbox.source_of(producer) if self._inbox is not None else None
         return source is not None and source.subscription.direct
+
+    def check_order(self, ref: PayloadRef) -> None:
+        """A payload comes for the first time: earlier ones of its producer have come over the same connection."""
+        source = self._inbox.source_of(ref.producer) if self._inbox is not None else None
+        before, sequence = self._last.setdefault(ref.producer, (source, ref.sequence))
+        if source is None or source is not before:
+            self._last[ref.producer] = None, ref.sequence  # what an earlier connection gave may come later
+        elif ref.sequence < sequence:
+            raise Violation(f"{self.process.name} gets {self.run.ledger.name(ref)} after sequence {sequence}")
+        else:
+            self._last[ref.producer] = source, ref.sequence
 
     def reaches(self, server: SimulatedServer) -> bool:
         """The consumer is alive and finds the producer."""
@@ -371,6 +384,8 @@ class StreamConsumer:
         image = written.image if written is not None and written.image.endswith(before) else before
         run.ledger.deliver(ref, reader, image, asked_at)
         run.record_hand_out(self, ref, payload.deliveries)
+        if payload.deliveries == 1 and sum(each.reader == reader for each in run.consumers) == 1:
+            self.check_order(ref)
         self.scheduler.sleep(
             rng.choice((0.0, 0.0, 0.0005, 0.01, 0.5, 5.0, 40.0) if rng.random() < 0.6 else (0.0,))
         )

@@ -2,7 +2,7 @@
 
 | frame | from | fields | meaning |
 |---|---|---|---|
-| GIVE | producer | slot, sequence, nbytes, request, acked | hand-out `request` of the payload, its `acked`-th |
+| GIVE | producer | slot, sequence, nbytes, request, acked, offset | hand-out `request`, the payload's `acked`-th |
 | END | producer | nbytes | the producer has closed; `nbytes` payloads of this group were lost |
 | END with DRAINING | producer | | it puts no more payloads, and closes when all are consumed |
 | CREDIT | consumer | request | how many payloads it may have been given so far, in total |
@@ -11,9 +11,11 @@
 | RETURN | producer | slot, sequence, request | it has taken the payload of that hand-out back |
 
 A producer gives a payload while fewer were given than the credit allows. Credit may fall: what was given already
-stays given. Hand-outs are numbered from 1 for each producer, and each GIVE has a number of its own. Where the
-answer to SUBSCRIBE came with a descriptor, CREDIT and BEGIN are words in shared memory instead
-(`dray.ring.stream_words`), and such frames are not sent.
+stays given. A RETURN without BEGUN takes its hand-out off that number. What the producer gave before it knew of
+such a RETURN of an earlier payload comes back as well, as that one comes first: `offset` counts those that it knew
+of. Hand-outs are numbered from 1 for each producer, and each GIVE has a number of its own. Where the answer to
+SUBSCRIBE came with a descriptor, CREDIT and BEGIN are words in shared memory (`dray.ring.stream_words`) instead of
+frames.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Given(NamedTuple):
         slot, sequence, nbytes: the payload.
         number: the hand-out.
         deliveries: how often the payload has been given to a consumer of the group, this time included.
+        returns: so many RETURNs of payloads that were not begun had come from the consumer before.
     """
 
     slot: int
@@ -41,6 +44,7 @@ class Given(NamedTuple):
     nbytes: int
     number: int
     deliveries: int
+    returns: int = 0
 
 
 class Ended(NamedTuple):
@@ -92,8 +96,8 @@ ConsumerEvent: TypeAlias = Credit | Begun | Returned
 
 def give(given: Given, reader: int) -> bytes:
     """The frame for a payload that is given to a consumer of the group with that reader id."""
-    slot, sequence, nbytes, number, deliveries = given
-    return FRAME.pack(_GIVE, 0, reader, 0, slot, number, sequence, nbytes, 0, deliveries, 0, 0)
+    slot, sequence, nbytes, number, deliveries, returns = given
+    return FRAME.pack(_GIVE, 0, reader, 0, slot, number, sequence, nbytes, 0, deliveries, 0, returns)
 
 
 def take_back(slot: int, sequence: int, number: int) -> bytes:
@@ -134,11 +138,11 @@ def producer_events(messages: bytes | bytearray | memoryview) -> Iterator[Produc
         ProtocolError: a producer may not send this.
     """
     for fields in _frames(messages):
-        kind, _, _, flags, slot, number, sequence, nbytes, _, deliveries, _, _ = fields
+        kind, _, _, flags, slot, number, sequence, nbytes, _, deliveries, _, returns = fields
         if kind == _GIVE:
             if not number or not deliveries:
                 raise ProtocolError("GIVE names hand-out 0, or delivery 0")
-            yield Given(slot, sequence, nbytes, number, deliveries)
+            yield Given(slot, sequence, nbytes, number, deliveries, returns)
         elif kind == _END:
             yield Draining() if flags else Ended(nbytes)
         elif kind == _RETURN and not flags:

@@ -177,7 +177,7 @@ class Recipient:
         self.stream_words = words
         self.active = self.knows_drain = False
         self.stalled: int | None = None  # its credit when it did not begin a payload in time
-        self.given = 0
+        self.given = self.returns = 0  # hand-outs; those that came back before they were begun
         self.prune_from = _PRUNE_FROM
         self.recent: dict[int, None] = {}  # hand-outs that it has not returned
         self.items: dict[int, Item] = {}  # by sequence number, in the order in which they were given
@@ -388,6 +388,7 @@ class Delivery:
         """See `Recipient.take_back`."""
         slot, sequence, number, begun = returned
         with self.lock:
+            recipient.returns += not begun
             if not begun and number in recipient.recent:
                 del recipient.recent[number]
                 recipient.given -= 1  # only now it may be given another one: this one may come before it
@@ -459,7 +460,7 @@ class Delivery:
             if recipient.stream_words is not None:
                 recipient.stream_words.give(item.slot, item.number)
             recipient.connection.announce(
-                Given(item.slot, item.sequence, item.nbytes, item.number, item.deliveries)
+                Given(item.slot, item.sequence, item.nbytes, item.number, item.deliveries, recipient.returns)
             )
         except BaseException:
             if item.state is State.WAITING:  # it still waits, for another consumer

@@ -467,14 +467,15 @@ class Inbox(Closing):
 
     def _take_in(self, source: Source, given: streams.Given) -> None:
         """Keep a hand-out, or give it back because there are enough."""
-        # If more of this producer may follow, this one is kept: they must not come before it.
-        if len(self.queue) + len(self.late) < self._credit.room_for(source) or source.outstanding > 1:
+        overtakes = source.subscription.overtakes(given)
+        if not overtakes and len(self.queue) + len(self.late) < self._credit.room_for(source):
             source.received += 1
             self.queue.append((source, given))
-        else:
-            self.returned += 1
+            return
+        self.returned += 1
+        if not overtakes:
             source.subscription.set_credit(source.received)  # first: else it would come again
-            source.give_back(given, begun=False)
+        source.give_back(given, begun=False)
 
     def _forget(self, source: Source, number: int) -> None:
         """A producer has taken back the payload of a hand-out, which was not begun in time."""

@@ -141,6 +141,7 @@ class Source(Closing):
         try:
             if not self.subscription.begin(given):
                 # The producer may have seen that it was begun, and left it to this consumer.
+                self.received -= 1
                 self.give_back(given, begun=False)
                 self.gone += 1
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -53,6 +54,8 @@ class Subscription(Closing):
         self._words: StreamWords | None = None
         self._bell: Bell | None = None
         self.credit = 0
+        self._returns = 0  # payloads that were given back before they were begun
+        self._returned: deque[tuple[int, int]] = deque()  # which ones the producer may not know: count, sequence
         self._unsent = False
         self._mark = here[0]
 
@@ -196,7 +199,17 @@ class Subscription(Closing):
 
     def give_back(self, given: streams.Given, begun: bool) -> None:
         """Return a payload to its producer, for another consumer."""
+        if not begun:
+            self._returns += 1
+            self._returned.append((self._returns, given.sequence))
         self._send(streams.give_back(given, begun))
+
+    def overtakes(self, given: streams.Given) -> bool:
+        """The producer gave this payload before it knew that an earlier one comes back, and that comes first."""
+        returned = self._returned
+        while returned and returned[0][0] <= given.returns:
+            returned.popleft()
+        return any(sequence < given.sequence for _, sequence in returned)
 
     def close(self) -> None:
         """End the connection: what was given and not consumed goes to other consumers. Twice is fine."""

@@ -28,7 +28,7 @@ from dray.transport.lanes.base import Lane
 u64 = st.integers(0, 2**64 - 1)
 u32 = st.integers(0, 2**32 - 1)
 counts = st.integers(1, 2**64 - 1)
-given_payloads = st.builds(Given, u32, u64, u64, counts, counts)
+given_payloads = st.builds(Given, u32, u64, u64, counts, counts, u64)
 consumer_frames = st.one_of(
     st.builds(Credit, u64), st.builds(Begun, u32, u64, u64), st.builds(Returned, u32, u64, u64, st.booleans())
 )

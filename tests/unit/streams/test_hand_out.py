@@ -241,6 +241,22 @@ def test_a_return_of_what_was_not_begun_is_no_delivery(direct: bool) -> None:
 
 
 @BOTH
+def test_a_hand_out_names_the_returns_that_were_known_before_it(direct: bool) -> None:
+    stream = Stream()
+    consumer = stream.consumer(3, direct=direct)
+    stream.add(0, 1, 2)
+    for each in (1, 2):
+        consumer.give_back(consumer.announced[each])
+    assert [(each.sequence, each.returns) for each in consumer.announced] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (1, 1),
+        (2, 2),
+    ]
+
+
+@BOTH
 def test_a_return_of_what_was_begun_is_a_delivery(direct: bool) -> None:
     stream = Stream()
     consumer = stream.consumer(2, direct=direct)
