@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +242,18 @@ def test_a_payload_that_is_released_by_another_thread_comes_to_a_consumer_that_w
             again = got()
         assert again.redelivered
         again.acknowledge()
+
+
+def test_a_consumer_keeps_nothing_of_producers_that_have_ended(route: Route) -> None:
+    if not route.by_name:
+        pytest.skip("a consumer knows the addresses from its beginning")
+    descriptors = []
+    with route.consumer() as consumer:
+        for _ in range(4):
+            with route.producer() as producer:
+                producer.put(number=1)
+                consumer.get(SECONDS)
+                with in_thread(producer.close), pytest.raises(StreamEnded):
+                    consumer.get(SECONDS)
+            descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert descriptors[1:] == descriptors[:-1]

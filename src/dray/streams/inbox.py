@@ -550,6 +550,8 @@ class Inbox(Closing):
         place.source = None  # before what follows, in which an exception of a signal handler may come
         source.close()
         self._reads.forget(source.producer)
+        for client in self._clients.values():
+            client.forget(source.subscription.endpoint)
 
     def _attach(self, place: Place, subscription: Subscription) -> None:
         """A producer is attached."""

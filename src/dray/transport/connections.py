@@ -488,6 +488,12 @@ class Connections:
         error, connection.failure = connection.failure, None  # its frames may keep memory of payloads
         self._recorder.report(events.Discard(self._clock.now(), connection.endpoint, error, id(connection)))
 
+    def forget(self, endpoint: str) -> None:
+        """Close the idle connections to an endpoint, whose producer has ended."""
+        with self._lock:
+            self._pool.forget(endpoint)
+        self._close_unused()
+
     def _close_idle(self) -> None:
         """Close what no thread uses, each connection after its ACKs are confirmed."""
         holder: ConnectionHolder = Holder()

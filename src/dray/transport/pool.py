@@ -136,6 +136,10 @@ class ConnectionPool(Generic[C, W]):
                 self._idle[each] = kept
         return True
 
+    def forget(self, endpoint: str) -> None:
+        """Give up the connections to an endpoint."""
+        self._idle.pop(endpoint, None)
+
     def drain(self, busy: Collection[W]) -> list[C]:
         """Give up all connections whose worker is not busy."""
         given_up = []
