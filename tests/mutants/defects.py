@@ -500,13 +500,6 @@ DEFECTS = (
         Search.SIMULATION,
     ),
     Defect(
-        "a consumer unaware of what was taken back",
-        "streams/delivery.py",
-        "                recipient.connection.take_back(item.slot, item.sequence, item.number)\n",
-        "                pass\n",
-        Search.SIMULATION,
-    ),
-    Defect(
         "nothing received while a payload is being read",
         "streams/inbox.py",
         "        if entry is None:\n            self.receive()\n",
@@ -518,13 +511,6 @@ DEFECTS = (
         "streams/inbox.py",
         "        self._reads.forget(source.producer)\n",
         "",
-        Search.SIMULATION,
-    ),
-    Defect(
-        "what a connection had no room for not sent again",
-        "streams/inbox.py",
-        "                latest = SEND_AGAIN_SECONDS\n",
-        "                latest = math.inf\n",
         Search.SIMULATION,
     ),
 )

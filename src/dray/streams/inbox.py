@@ -484,7 +484,7 @@ class Inbox(Closing):
             source.gone += 1
         read = self.late.get(source)
         if read is not None and read.about.number == number:
-            del self.late[source]
+            self._reading.drop(source)
             source.gone += 1
         if self.in_hand is not None and self.in_hand[0] is source and self.in_hand[1].number == number:
             self.in_hand = None
@@ -538,7 +538,7 @@ class Inbox(Closing):
         self._epoll.unregister(source.subscription.fileno())
         del self._by_descriptor[source.subscription.fileno()]
         self.sources.remove(source)
-        self.late.pop(source, None)
+        self._reading.drop(source)
         if self.in_hand is not None and self.in_hand[0] is source:
             self.in_hand = None
         self._past[0] += source.copies

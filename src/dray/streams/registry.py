@@ -26,7 +26,6 @@ import secrets
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -49,7 +48,6 @@ SCOPE_VARIABLE: Final = "DRAY_SCOPE"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNSET_SESSION: Final = "4294967295"
 _MAX_ENTRY_BYTES: Final = 64 * 1024
-_STALE_SECONDS: Final = 60.0  # a file that is being made has its final name long before
 _UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 """What reading an entry raises that is not as this module writes it."""
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
@@ -242,6 +240,8 @@ class Registry(Closing):
         with _writable(self.folder), locked(self._root):
             self._remove_ended()
             self.folder.mkdir(mode=0o700, exist_ok=True)
+            for partial in self.folder.glob("*.new"):  # of a process that was killed here
+                partial.unlink(missing_ok=True)
             about = self.folder / "stream.json"
             if not about.exists():
                 _write(about, {"name": self.name, "scope": self.scope})
@@ -272,10 +272,6 @@ class Registry(Closing):
         for lock in self.folder.glob("[pc]-*.lock"):
             if not lock.with_suffix(".json").exists() and not _is_held(lock):
                 lock.unlink(missing_ok=True)
-        for partial in self.folder.glob("*.new"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-                    partial.unlink()
 
     def elsewhere(self) -> list[str]:
         """What is served now under the same name in other scopes, and under other names in this one."""

@@ -33,17 +33,26 @@ class Task(Generic[T]):
     def __init__(self, call: Callable[[], T], about: Any) -> None:
         self.about = about
         self.done = False
-        self._call = call
+        self._calls = [call]
         self._results: list[T] = []
         self._error: BaseException | None = None
+        self._dropped = False
 
     def run(self) -> None:
         """Call it."""
         try:
-            self._results.append(self._call())
+            self._results.append(self._calls.pop()())
         except BaseException as error:  # noqa: BLE001 - `result` raises it
             self._error = error
+        if self._dropped:
+            self.drop()
         self.done = True
+
+    def drop(self) -> None:
+        """Nobody wants the result."""
+        self._dropped = True
+        self._results.clear()
+        self._error = None
 
     def result(self) -> T:
         """What the call has returned, or raised."""
@@ -94,8 +103,7 @@ class Tasks(Closing, Generic[K, T]):
             task.run()
             self._notify()
 
-        for each in [each for each in self._joins if each.done]:
-            self._joins.pop(each)()
+        self._join_done()
         self._joins[task] = self._start(run)
         self.by_key[key] = task  # last: what is here will be done
 
@@ -104,8 +112,19 @@ class Tasks(Closing, Generic[K, T]):
         for key, task in self.by_key.items():
             if task.done:
                 del self.by_key[key]
+                self._join_done()
                 return key, task
         return None
+
+    def drop(self, key: K) -> None:
+        """Forget a call, whose thread may go on."""
+        task = self.by_key.pop(key, None)
+        if task is not None:
+            task.drop()
+
+    def _join_done(self) -> None:
+        for each in [each for each in self._joins if each.done]:
+            self._joins.pop(each)()
 
     def close(self) -> None:
         """Wait for the threads, whose waits have been ended. Twice is fine."""

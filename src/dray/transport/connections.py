@@ -163,6 +163,7 @@ class Connections:
                 # Not the loop first: CPython 3.11 misses an exception of a signal handler that comes with the jump
                 # back to a loop that is the first statement of a block.
                 connection = self.resume(holder) if attempts.under_way else None
+                refusal: DrayError | None = None
                 while True:
                     if connection is None:
                         now = self._clock.now()
@@ -177,8 +178,7 @@ class Connections:
                             )
                         result = request(connection, attempts.status_deadline, attempts.deadline)
                     except Refused as refused:
-                        self._succeed(attempts, holder)
-                        raise refused.error from None
+                        refusal = refused.error
                     except TransportError as error:
                         connection = None
                         self.discard(holder, error)
@@ -186,9 +186,14 @@ class Connections:
                     else:
                         self._succeed(attempts, holder)
                         return result
+                    if refusal is not None:
+                        self._succeed(attempts, holder)
+                        raise refusal
             except BaseException:
                 self.discard(holder)
                 raise
+            finally:
+                refusal = None  # its traceback has this frame, and those of the callers with what these read
 
     def _succeed(self, attempts: Attempts, holder: ConnectionHolder) -> None:
         connection = holder.connection
@@ -212,10 +217,13 @@ class Connections:
                 lane = parse_endpoint(endpoint).lane
                 self._lanes = tuple(each for each in self._lanes if each != lane)
         self._recorder.report(events.FailedAttempt(now, endpoint, error, quarantine, following))
-        if final is error:
-            raise error
-        if final is not None:
-            raise final from error
+        try:
+            if final is error:
+                raise error
+            if final is not None:
+                raise final from error
+        finally:
+            del final, error  # as in `run`
 
     # --- connections ------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class _Outcome(enum.Enum):
     """Of an attempt to send a frame at once."""
 
     SENT = enum.auto()
-    LOOP_GOES_ON = enum.auto()
+    LEFT_TO_LOOP = enum.auto()
     NOT_SENT = enum.auto()
 
 
@@ -316,8 +316,8 @@ class ServedConnection:
         try:
             self.unsent = not self.stream.send([frame])
         except TransportError:
-            return _Outcome.LOOP_GOES_ON  # and finds out why
-        return _Outcome.LOOP_GOES_ON if self.unsent else _Outcome.SENT
+            return _Outcome.LEFT_TO_LOOP  # which finds out why
+        return _Outcome.LEFT_TO_LOOP if self.unsent else _Outcome.SENT
 
     def push_last(self, frame: bytes) -> None:
         """`push` the frame after which the consumer closes the connection, as it is to do within `drain_timeout`.
