@@ -27,7 +27,7 @@ class Exclusive:
         """What a call enters: the lock itself, whose `with` no signal handler interrupts half-way.
 
         Raises:
-            StreamError: this thread has it: the call came from a signal handler or a finaliser.
+            StreamError: this thread has it: the call came from a signal handler, or from the end of an object.
         """
         if self.entered:
             raise StreamError("a call of this object is in progress in this thread: this one came from a handler")
