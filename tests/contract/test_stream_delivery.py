@@ -258,7 +258,7 @@ def test_at_most_prefetch_payloads_lie_unbegun_at_a_consumer(route: Route) -> No
         producer.close()
 
 
-@pytest.mark.parametrize("prefetch", [0, 2, 5])
+@pytest.mark.parametrize("prefetch", [0, 2])
 def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route: Route, prefetch: int) -> None:
     ended = threading.Event()
 
@@ -289,8 +289,8 @@ def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route:
         for each in others:
             opened.enter_context(in_thread(lambda each=each: put_on(each)))
             opened.callback(ended.set)
-        found = take(consumer, 300)
-        shares = [found[100:].count(each.id) for each in (first, *others)]
+        found = take(consumer, 200)
+        shares = [found[50:].count(each.id) for each in (first, *others)]
         assert min(shares) >= 5, shares
         ended.set()
         consumer.close()

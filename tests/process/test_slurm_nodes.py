@@ -239,7 +239,7 @@ def test_replica_of_another_node_may_hold_the_interpreter_and_may_not_be_stopped
 
 
 def test_stopped_node_is_done_without_and_holds_the_end_up_for_a_bounded_time(tmp_path: Path) -> None:
-    settings = ("stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true", "timeouts.shutdown=3")
+    settings = ("stop.at_least=60", "policy.args.pause=0.1", "policy.args.repeats=true", "timeouts.shutdown=3")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
         run.wait_for_steps(3)

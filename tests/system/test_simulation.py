@@ -12,7 +12,7 @@ from dray.transport.lanes import LANES
 
 TESTS = Path(__file__).parents[1]
 COUNTS = [
-    pytest.param(700, marks=pytest.mark.timeout(300), id="short"),
+    pytest.param(500, marks=pytest.mark.timeout(300), id="short"),
     pytest.param(20_000, marks=[pytest.mark.endurance, pytest.mark.timeout(1800)], id="long"),
 ]
 ERRORS = (

@@ -110,34 +110,32 @@ class Inbox(Closing):
             surroundings.start, self._wake_up, max(1, wanted.prefetch)
         )
         self.late = self._reading.by_key
-        with contextlib.ExitStack() as opened, needing("a consumer"):
-            self._network = network = opened.enter_context(surroundings.network(bool(wanted.endpoints)))
-            buffers = network.receive_buffers()
-            self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
-            self._epoll = opened.enter_context(contextlib.closing(surroundings.epoll()))
-            descriptor_not_inherited(self, Inbox.fileno)
-            self._wake = opened.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            self._epoll.register(self._wake.fileno(), select.EPOLLIN)
-            self._poll: Callable[[float | None], list[tuple[int, int]]] = surroundings.poller(self._epoll)
-            self._registry: Registry | None = None
-            self._nudges: Nudges | None = None
-            if wanted.name:
-                self._registry = opened.enter_context(surroundings.registry(wanted.name, wanted.scope))
-                self._nudges = opened.enter_context(surroundings.nudges())
-                self._epoll.register(self._nudges.fileno(), select.EPOLLIN)
-                about = {"group": wanted.group, "nudges": self._nudges.path}
-                self._registry.add("c", about)
-            opened.pop_all()
-        self._places = Places(
-            wanted, clock, network, self._registry,
-            attach=self._attach, died=self._count_lost, start=surroundings.start, notify=self._wake_up,
-        )  # fmt: skip
-        try:
+        with contextlib.ExitStack() as opened:
+            with needing("a consumer"):
+                self._network = network = opened.enter_context(surroundings.network(bool(wanted.endpoints)))
+                buffers = network.receive_buffers()
+                self._reads = DirectReads(0, wanted.direct, buffers, lock=network.lock(), clock=clock)
+                self._epoll = opened.enter_context(contextlib.closing(surroundings.epoll()))
+                descriptor_not_inherited(self, Inbox.fileno)
+                self._wake = opened.enter_context(Descriptor(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                self._epoll.register(self._wake.fileno(), select.EPOLLIN)
+                self._poll: Callable[[float | None], list[tuple[int, int]]] = surroundings.poller(self._epoll)
+                self._registry: Registry | None = None
+                self._nudges: Nudges | None = None
+                if wanted.name:
+                    self._registry = opened.enter_context(surroundings.registry(wanted.name, wanted.scope))
+                    self._nudges = opened.enter_context(surroundings.nudges())
+                    self._epoll.register(self._nudges.fileno(), select.EPOLLIN)
+                    about = {"group": wanted.group, "nudges": self._nudges.path}
+                    self._registry.add("c", about)
+            self._places = Places(
+                wanted, clock, network, self._registry,
+                attach=self._attach, died=self._count_lost, start=surroundings.start, notify=self._wake_up,
+            )  # fmt: skip
+            opened.callback(self.close)
             self._places.find()
             self._wait_for_first(Deadline.after(FIRST_SECONDS, clock))
-        except BaseException:
-            self.close()
-            raise
+            opened.pop_all()
 
     # --- payloads ---------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ its children. Any process of the user removes entries without a lock.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -157,6 +158,16 @@ _held: dict[str, int] = {}
 call_in_children(_held.clear)
 
 
+@atexit.register
+def _remove_own() -> None:
+    """At the end of the process: what an exception of a signal handler has kept from being closed."""
+    for root in {Path(lock).parents[1] for lock in _held}:
+        with contextlib.suppress(OSError), locked(root):
+            for lock in [each for each in map(Path, _held) if each.parents[1] == root]:
+                _remove(lock.with_suffix(".json"))
+            _remove_ended(root)
+
+
 class Registry(Closing):
     """The entries of one name in one scope, and those that this object has added.
 
@@ -238,7 +249,7 @@ class Registry(Closing):
     def _made(self) -> Iterator[None]:
         """The folder exists in the block, in which an entry is made. Folders of other streams that ended go."""
         with _writable(self.folder), locked(self._root):
-            self._remove_ended()
+            _remove_ended(self._root)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             for partial in self.folder.glob("*.new"):  # of a process that was killed here
                 partial.unlink(missing_ok=True)
@@ -246,12 +257,6 @@ class Registry(Closing):
             if not about.exists():
                 _write(about, {"name": self.name, "scope": self.scope})
             yield
-
-    def _remove_ended(self) -> None:
-        """Remove the folders in which no living process has an entry. With the lock of the root."""
-        for folder in self._root.iterdir():
-            if not any(map(_is_held, folder.glob("*.lock"))):
-                shutil.rmtree(folder, ignore_errors=True)
 
     def peers(self, role: str) -> list[Peer]:
         """The living producers (``"p"``) or consumers (``"c"``). Entries of dead processes are removed."""
@@ -313,7 +318,7 @@ class Registry(Closing):
             self._publishes = False
             os.close(_held.pop(str(self.folder / "publisher.lock")))
         with contextlib.suppress(OSError), locked(self._root):
-            self._remove_ended()
+            _remove_ended(self._root)
 
     def __repr__(self) -> str:
         return f"<Registry {self.name!r} in scope {self.scope!r}>"
@@ -395,6 +400,13 @@ def _remove(path: Path) -> None:
     descriptor = _held.pop(str(lock), None)
     if descriptor is not None:
         os.close(descriptor)
+
+
+def _remove_ended(root: Path) -> None:
+    """Remove the folders of streams in which no living process has an entry. With the lock of the root."""
+    for folder in root.iterdir():
+        if not any(map(_is_held, folder.glob("*.lock"))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, about: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -69,6 +71,12 @@ def test_what_the_dead_have_left_is_removed() -> None:
         registry.add("c", {})
         left = {path.name for path in registry.folder.iterdir() if not path.name.startswith("c-")}
         assert left == {"stream.json"}
+
+
+def test_what_a_process_has_not_closed_is_removed_at_its_end() -> None:
+    script = "from dray.streams.registry import Registry; it = Registry('s'); it.add('c', {}); print(it.folder)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_what_is_served_elsewhere_is_listed() -> None:
