@@ -79,6 +79,7 @@ class ServedConnection:
         counts: what has happened on it, by the names in `ServerCounters`.
         active: time of its last message, or of the last payload that has left.
         announced: the answer that completes the handshake was passed to the stream.
+        ending: the consumer was sent its last frame, and is to close the connection.
         lingering: the last answer was passed to the stream, and the client is to close the connection.
         unsent: answers wait for room in the connection.
         watched: the value of `unsent` that the poller knows; None before the connection is registered.
@@ -121,7 +122,7 @@ class ServedConnection:
         self._pushes: deque[bytes] = deque()
         self._carrying = False  # `answer` has taken pushes that were not passed to the stream yet
         self._sending = Exclusive()  # once there is a subscriber, other threads send as well
-        self._ended = self._ending = False
+        self._ended = self.ending = False
 
     # --- messages and answers ---------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ class ServedConnection:
 
         If the server closed first, the frame could be lost, unless the lane is local.
         """
-        self._ending = not self.stream.lane.local
+        self.ending = not self.stream.lane.local
         self.push(frame)
 
     def send(self, items: Sequence[Outgoing], shared: Sequence[int] = ()) -> bool:
@@ -382,7 +383,7 @@ class ServedConnection:
     @property
     def busy(self) -> bool:
         """An exchange is in flight, or the connection holds a lease."""
-        return self.session.busy or self._ending or bool(self._leases or self._pushes or self.unsent)
+        return self.session.busy or self.ending or bool(self._leases or self._pushes or self.unsent)
 
     @property
     def leased(self) -> int:

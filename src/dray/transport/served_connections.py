@@ -216,9 +216,13 @@ class ServedConnections:
         return found
 
     def finish(self, deadline: Deadline) -> bool:
-        """While the loop stops: close what has nothing in flight, after the deadline all; True if none is left."""
+        """While the loop stops: close what has nothing in flight, after the deadline all; True if none is left.
+
+        Consumers that are being told of the end may still read and acknowledge, over any of their connections.
+        """
+        ending = any(connection.ending for connection in self.all())
         for connection in self.all():
-            if deadline.expired or not connection.busy:
+            if deadline.expired or not (ending or connection.busy):
                 self._discard(connection, None)
         return not self
 
