@@ -218,7 +218,7 @@ class ServedConnections:
     def finish(self, deadline: Deadline) -> bool:
         """While the loop stops: close what has nothing in flight, after the deadline all; True if none is left.
 
-        Until consumers have learned of the end, they may still read and acknowledge, over any of their connections.
+        Until consumers have learned of the end, they may read and acknowledge, over any of their connections.
         """
         ending = any(connection.ending for connection in self.all())
         for connection in self.all():
