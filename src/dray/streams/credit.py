@@ -24,7 +24,6 @@ class Credit:
     Args:
         sources: the producers; their order changes here.
         prefetch: payloads that may lie at the consumer and are not begun.
-
     """
 
     def __init__(self, sources: deque[Source], prefetch: int) -> None:

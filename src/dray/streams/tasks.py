@@ -2,8 +2,8 @@
 
 Two kinds of call are made there:
 
-- Reads. A call with a time limit reads what it was given as far as its time allows. What it has no time for is
-  read on in a thread, and a later call gets it; nobody else gets the payload meanwhile.
+- Reads. A call makes one attempt, which takes no longer than bytes travel. What takes longer is read in a thread,
+  and this call or a later one gets it; no other consumer gets the payload meanwhile.
 - Attempts to connect to an address, which may meet a host that does not answer.
 """
 

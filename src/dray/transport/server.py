@@ -410,11 +410,12 @@ class _LaneUnusable(Exception):
 
 def _ports_of(lanes: Sequence[Lane], port: int | Mapping[str, int]) -> dict[Lane, range]:
     """The ports to try for each lane."""
+    for each in (port,) if isinstance(port, int) else port.values():
+        if not 0 <= each < 65536:
+            raise ConfigError("port", each, "0 to 65535")
     found = {}
     for lane in lanes:
         first = port if isinstance(port, int) else port.get(lane.name, 0)
-        if not 0 <= first < 65536:
-            raise ConfigError("port", first, "0 to 65535")
         tried = PORTS_TO_TRY if first and isinstance(port, int) else 1
         found[lane] = range(first, min(first + tried, 65536))
     return found

@@ -47,6 +47,12 @@ def test_a_server_that_cannot_be_created_gives_back_what_it_has_opened() -> None
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+@pytest.mark.parametrize("port", [-1, 65_536, {"tcp": 65_536}])
+def test_a_port_that_is_none_is_refused_also_where_nothing_listens_on_it(port: int | dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"port = .* is not allowed: 0 to 65535"):
+        PayloadServer.create(slots=2, slot_bytes=100, lane="shm", port=port)
+
+
 def test_the_ring_of_the_caller_stays_open() -> None:
     with SharedRingBuffer(1, 100) as ring:
         PayloadServer(ring, lane="shm", threads=1).close()

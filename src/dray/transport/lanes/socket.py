@@ -44,7 +44,6 @@ UNPROVEN_READ_AHEAD = 256
 MAX_PARTS = 256
 """Buffers in one vectored send; the kernel's limit is 1024."""
 
-
 MAX_DESCRIPTORS = 8
 """Descriptors that are received with one message."""
 
