@@ -16,7 +16,7 @@ MIN_DATA_PLANE = (95.0, 90.0)
 MIN_JOBS = (90.0, 80.0)
 """Per cent of the lines and of the branches."""
 
-JOB_PACKAGES = frozenset(("dray.control", "dray.launch", "dray.runtime"))
+JOB_PACKAGES = frozenset(("dray.jobs",))
 SOURCE = Path("src", "dray")
 
 

@@ -16,8 +16,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from waiting import wait_until
 
-from dray.control import RedisAddress, start_redis
-from dray.control.client import RedisClient
+from dray.jobs.queue import RedisAddress, start_redis
+from dray.jobs.queue.redis_client import RedisClient
 
 CARTPOLE = Path(__file__).parents[1] / "examples" / "cartpole" / "job.toml"
 

@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 from waiting import holds_within, wait_until
 
-from dray.launch.log import NAME as SUPERVISOR_LOG
-from dray.runtime.controller_client import ControllerClient
-from dray.runtime.job import JobSpec
-from dray.runtime.process import DUMP_SIGNAL
+from dray.jobs.folder import JobSpec
+from dray.jobs.launch.local import NAME as SUPERVISOR_LOG
+from dray.jobs.messages.controller_client import ControllerClient
+from dray.jobs.process import DUMP_SIGNAL
 
 BOUND = 60.0
 

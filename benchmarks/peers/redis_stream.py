@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dray.control import (
+from dray.jobs.queue import (
     JobKeys,
     RedisAddress,
     RedisConnection,

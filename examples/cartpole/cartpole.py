@@ -29,7 +29,7 @@ from torch import nn
 from ranks import Ranks
 
 if TYPE_CHECKING:
-    from dray.runtime import Prompt, ReplicaContext, Trajectory
+    from dray.jobs import Prompt, ReplicaContext, Trajectory
 
 ENVIRONMENT = "CartPole-v1"
 OBSERVATION_SIZE = 4

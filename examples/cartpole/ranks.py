@@ -17,7 +17,7 @@ from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
-    from dray.runtime import PolicyGroup, ReplicaContext
+    from dray.jobs import PolicyGroup, ReplicaContext
 
 PATIENCE = timedelta(minutes=5)  # rank 0 evaluates while the others wait for the next step
 

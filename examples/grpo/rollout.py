@@ -11,7 +11,7 @@ from sorting import END, LONGEST_COMPLETION, reward, training_prompt
 from transformer import complete
 
 if TYPE_CHECKING:
-    from dray.runtime import Prompt, ReplicaContext
+    from dray.jobs import Prompt, ReplicaContext
 
 
 class SortingRollout:

@@ -15,7 +15,7 @@ from loss import grpo_loss
 from policy import held_out_accuracy, new_policy
 
 if TYPE_CHECKING:
-    from dray.runtime import ReplicaContext, Trajectory
+    from dray.jobs import ReplicaContext, Trajectory
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from dray.clock import Deadline
-from dray.control import (
+from dray.errors import ConfigError
+from dray.jobs.queue import (
     KEY_LIFETIME,
     BacklogFullError,
-    CommandStream,
     ControlPlaneStopped,
     JobKeys,
     OldEpochError,
@@ -31,8 +31,7 @@ from dray.control import (
     delete_job,
     start_redis,
 )
-from dray.control.connection import POLL_ANSWER
-from dray.errors import ConfigError
+from dray.jobs.queue.connection import POLL_ANSWER
 
 KEYS = JobKeys("contract")
 NOBODY = "ab" * 16
@@ -165,14 +164,13 @@ def test_a_new_consumer_that_does_not_wait_is_given_what_is_there(connection: Re
 def test_receive_and_wait_end_with_their_timeout(connection: RedisConnection) -> None:
     before = time.monotonic()
     assert RolloutConsumer(connection, KEYS, "policy-0").receive(1, timeout=0.3) == []
-    assert CommandStream(connection, KEYS, "rollout-0").receive(timeout=0.3) == []
     assert WeightsKey(connection, KEYS).wait_newer(timeout=0.3) is None
-    assert time.monotonic() - before >= 0.9
+    assert time.monotonic() - before >= 0.6
 
 
 def test_polls_fail_fast_in_shutdown_and_commits_still_work(connection: RedisConnection) -> None:
     producer = RolloutProducer(connection, KEYS, max_backlog=1)
-    consumer, commands = RolloutConsumer(connection, KEYS, "policy-0"), CommandStream(connection, KEYS, "policy-0")
+    consumer = RolloutConsumer(connection, KEYS, "policy-0")
     producer.publish(entry(0))
     held = consumer.receive(1, timeout=5)
     refused: list[type[Exception]] = []
@@ -186,7 +184,6 @@ def test_polls_fail_fast_in_shutdown_and_commits_still_work(connection: RedisCon
     waits: list[Callable[[], object]] = [
         publish_into_a_full_stream,
         lambda: consumer.receive(1, timeout=None),
-        lambda: commands.receive(timeout=None),
         lambda: WeightsKey(connection, KEYS).wait_newer(timeout=None),
     ]
     threads = [started(wait) for wait in waits]
@@ -534,14 +531,13 @@ def test_every_key_of_a_job_ends_by_itself_and_use_renews_it(connection: RedisCo
         consumer.receive(1, timeout=5)
         RolloutConsumer(connection, KEYS, "policy-x", max_deliveries=1).claim_from(consumer.consumer)
         WeightsKey(connection, KEYS).publish(f"{sequence}", sequence, epoch=epoch)
-        CommandStream(connection, KEYS, "rollout-0").send("drain")
 
     def seconds_left() -> dict[str, int]:
         keys = connection.call("list", lambda c: c.do("KEYS", "*"), later())
         return {key.decode(): connection.call("ttl", lambda c, k=key: c.do("TTL", k), later()) for key in keys}
 
     use(0)
-    assert set(seconds_left()) == {*KEYS.fixed, KEYS.commands("rollout-0")}
+    assert set(seconds_left()) == set(KEYS.fixed)
     for key, seconds in seconds_left().items():
         assert KEY_LIFETIME - 60 <= seconds <= KEY_LIFETIME, key
         connection.call("age", lambda c, k=key: c.do("EXPIRE", k, 100), later())
@@ -550,33 +546,7 @@ def test_every_key_of_a_job_ends_by_itself_and_use_renews_it(connection: RedisCo
         assert seconds > 100, key
 
 
-# --- commands, weights, the rest --------------------------------------------------------------------------------
-
-
-def test_commands_reach_their_replica_once_and_in_order(connection: RedisConnection) -> None:
-    sender, receiver, other = (CommandStream(connection, KEYS, name) for name in ("r-0", "r-0", "r-1"))
-    sender.send("pause")
-    receiver.clear()
-    sender.send("drain", {"reason": "solved"})
-    sender.send("close")
-    received = receiver.receive(timeout=5)
-    assert [(command.name, command.fields) for command in received] == [
-        ("drain", {"reason": "solved"}),
-        ("close", {}),
-    ]
-    assert receiver.receive() == other.receive() == []
-    connection.call("junk", lambda c: c.do("XADD", KEYS.commands("r-0"), "*", "a", "b"), later())
-    sender.send("abort")
-    assert [command.name for command in receiver.receive(timeout=5)] == ["abort"]
-
-
-def test_a_command_sent_twice_by_a_retry_is_received_once(connection: RedisConnection) -> None:
-    sender, receiver = (CommandStream(connection, KEYS, "r-0") for _ in range(2))
-    sender.send("drain")
-    ((_, fields),) = connection.call("copy", lambda c: c.do("XRANGE", KEYS.commands("r-0"), "-", "+"), later())
-    connection.call("repeat", lambda c: c.do("XADD", KEYS.commands("r-0"), "*", *fields), later())
-    assert [command.name for command in receiver.receive(timeout=5)] == ["drain"]
-    assert receiver.receive() == []
+# --- weights, the rest ------------------------------------------------------------------------------------------
 
 
 def test_newest_weights_are_those_published_last(connection: RedisConnection) -> None:
@@ -651,5 +621,3 @@ def test_bad_arguments_are_config_errors(connection: RedisConnection) -> None:
         RolloutConsumer(connection, KEYS, "policy-0").receive(0)
     with pytest.raises(ConfigError, match="version"):
         WeightsKey(connection, KEYS).publish("{}", -1)
-    with pytest.raises(ConfigError, match="command"):
-        CommandStream(connection, KEYS, "rollout-0").send("")

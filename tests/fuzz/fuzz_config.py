@@ -10,9 +10,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from dray.config import MAX_MISTAKES, JobConfig, JobDraft, draft_job
-from dray.config.tables import TABLES
 from dray.errors import ConfigError
+from dray.jobs.config import TABLES, JobConfig
+from dray.jobs.job_file import MAX_MISTAKES, JobDraft, draft_job
 
 WHOLE = b"\xff"
 WHOLE_FILE = b"""

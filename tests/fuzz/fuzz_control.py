@@ -1,4 +1,4 @@
-"""What comes out of Redis: an entry, a command, weights, a reference, or a typed refusal.
+"""What comes out of Redis: an entry, weights, a reference, or a typed refusal.
 
 Input: fields, each with a byte for its name and one for the length of its value.
 """
@@ -7,15 +7,14 @@ import contextlib
 
 from fuzz.cursor import Cursor
 
-from dray.control import RolloutEntry, names
-from dray.control.client import paired
-from dray.control.commands import Command
 from dray.errors import ProtocolError
+from dray.jobs.queue import RolloutEntry, keys
+from dray.jobs.queue.redis_client import paired
 from dray.protocol import PayloadRef
 
 NAMES = (
-    names.PRODUCER, names.SEQUENCE, names.WEIGHT_VERSION, names.REPLICA, names.PROMPT, names.REFERENCE,
-    names.PAYLOAD, names.COMMAND_NAME, names.COMMAND_FIELDS, names.COMMAND_TOKEN, names.VERSION,
+    keys.PRODUCER, keys.SEQUENCE, keys.WEIGHT_VERSION, keys.REPLICA, keys.PROMPT, keys.REFERENCE,
+    keys.PAYLOAD, keys.VERSION,
 )  # fmt: skip
 _REFERENCE = b'{"p":"00112233445566778899aabbccddeeff","s":3,"q":41,"n":10,"e":["tcp:127.0.0.1:40001"]}'
 
@@ -26,23 +25,18 @@ def fields(values: dict[bytes, bytes]) -> bytes:
 
 
 _ENTRY = {
-    names.PRODUCER: b"0f" * 16,
-    names.SEQUENCE: b"7",
-    names.WEIGHT_VERSION: b"3",
-    names.REPLICA: b"rollout-0",
-    names.PROMPT: b"12",
+    keys.PRODUCER: b"0f" * 16,
+    keys.SEQUENCE: b"7",
+    keys.WEIGHT_VERSION: b"3",
+    keys.REPLICA: b"rollout-0",
+    keys.PROMPT: b"12",
 }
 SEEDS = [
-    fields({**_ENTRY, names.REFERENCE: _REFERENCE}),
-    fields({**_ENTRY, names.PAYLOAD: bytes(20)}),
-    fields({**_ENTRY, names.PAYLOAD: b"", names.SEQUENCE: b"18446744073709551616"}),
-    fields({**_ENTRY, names.REFERENCE: _REFERENCE, names.PROMPT: b" 1_0"}),
-    fields({**_ENTRY, names.REFERENCE: b"\xff", names.REPLICA: b"\xff"}),
-    fields(
-        {names.COMMAND_NAME: b"stop", names.COMMAND_FIELDS: b'{"reason": "enough"}', names.COMMAND_TOKEN: b"t"}
-    ),
-    fields({names.COMMAND_NAME: b"stop", names.COMMAND_FIELDS: b'{"a":' + b"[" * 240}),
-    fields({names.COMMAND_NAME: b"\xff", names.COMMAND_FIELDS: b'{"a": NaN, "b": [1e999]}'}),
+    fields({**_ENTRY, keys.REFERENCE: _REFERENCE}),
+    fields({**_ENTRY, keys.PAYLOAD: bytes(20)}),
+    fields({**_ENTRY, keys.PAYLOAD: b"", keys.SEQUENCE: b"18446744073709551616"}),
+    fields({**_ENTRY, keys.REFERENCE: _REFERENCE, keys.PROMPT: b" 1_0"}),
+    fields({**_ENTRY, keys.REFERENCE: b"\xff", keys.REPLICA: b"\xff"}),
 ]
 
 
@@ -55,12 +49,6 @@ def run(data: bytes) -> None:
         value = cursor.read(length)
         # A long run stands for one that is far longer, as deep JSON and long numbers need it.
         found[name] = value * 1000 if length == 255 else value
-    try:
-        command = Command.from_fields(found)
-    except ProtocolError:
-        pass
-    else:
-        assert all(isinstance(text, str) for pair in command.fields.items() for text in pair)
     try:
         entry = RolloutEntry.from_fields(found)
     except ProtocolError:

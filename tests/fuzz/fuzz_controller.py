@@ -9,9 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from dray.config import parse_job
-from dray.runtime.controller import Controller
-from dray.runtime.job import JobFolder, JobSpec
+from dray.jobs.controller.app import Controller
+from dray.jobs.folder import JobFolder, JobSpec
+from dray.jobs.job_file import parse_job
 
 _PATHS = ("/register", "/heartbeat", "/prompts", "/finish", "/unregister", "/stop", "/died", "/status")
 _WAITS = re.compile(rb'"(\\u0077|w)(\\u0061|a)(\\u0069|i)(\\u0074|t)"')

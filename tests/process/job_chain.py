@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from job_runner import JobRun, job_settings, running
 
-from dray.runtime.checkpoint import CheckpointState, find_checkpoint
+from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
 
 BATCH = 8
 VICTIMS = ("policy", "supervisor", "controller", "everything")
@@ -252,7 +252,7 @@ def _kill(job: JobRun, victim: str) -> None:
     elif victim == "everything":
         killed = [*job.processes(), supervisor]
     else:
-        killed = [job.only(f"dray.runtime.{victim}")]
+        killed = [job.only(f"dray.jobs.replica.{victim}")]
     for process in killed:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

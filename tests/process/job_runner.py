@@ -16,7 +16,7 @@ from waiting import wait_until
 from watched_runs import BOUND, WatchedRun, processes_where
 
 from dray.clock import Deadline
-from dray.runtime.process import DUMP_SIGNAL
+from dray.jobs.process import DUMP_SIGNAL
 
 CLASSES = """
 import json, os, signal, subprocess, sys, time
@@ -92,7 +92,7 @@ class Trainer:
         marker = self.output / "died-before-a-commit"
         if self.args.get("die_before_commit") and not marker.exists():
             marker.touch()
-            from dray.runtime.intake import Intake
+            from dray.jobs.replica.delivery import Intake
             Intake.commit = lambda intake: os.kill(os.getpid(), signal.SIGKILL)
     def load(self, folder):
         self.steps, self.seen, self.uids = json.loads((folder / "trainer.json").read_text())

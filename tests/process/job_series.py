@@ -192,7 +192,7 @@ def _kill(job: JobRun, plan: Plan) -> bool:
         job.process.wait(plan.kill_after)
     except subprocess.TimeoutExpired:
         role, _, index = plan.victim.partition("-")
-        victims = [each for each in job.processes(f"dray.runtime.{role}") if each.cmdline()[-1:] == [index]]
+        victims = [each for each in job.processes(f"dray.jobs.replica.{role}") if each.cmdline()[-1:] == [index]]
         for victim in victims:
             victim.kill()
         return bool(victims)

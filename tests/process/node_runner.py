@@ -17,8 +17,8 @@ from job_runner import CLASSES, JOB, STOP
 from watched_runs import BOUND, WatchedRun, processes_where
 
 from dray.clock import Deadline
-from dray.config import load_job
-from dray.launch.slurm.plan import Plan, RoleLayout
+from dray.jobs.job_file import load_job
+from dray.jobs.slurm.plan import Plan, RoleLayout
 
 SECRET = bytes.fromhex("5ec2e7" * 10) + b"xy"
 
@@ -57,7 +57,7 @@ class NodesRun(WatchedRun):
         """Start the processes of `nodes` (counted from 1, default all) for an attempt; `within` becomes them."""
         self.attempt = f"{part:03d}.{attempt}"
         for number in range(1, len(self.nodes) + 1) if nodes is None else nodes:
-            module = "dray.launch.slurm.head" if number == 1 else "dray.launch.slurm.node"
+            module = "dray.jobs.slurm.head" if number == 1 else "dray.jobs.slurm.node"
             self.log_folder.mkdir(parents=True, exist_ok=True)
             with (self.log_folder / f"n{number}.out").open("ab") as out:
                 self.tasks[number] = subprocess.Popen(

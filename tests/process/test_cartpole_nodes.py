@@ -7,7 +7,7 @@ import pytest
 from node_runner import nodes_running, two_machines
 from optional import require
 
-from dray.launch.slurm.plan import RoleLayout
+from dray.jobs.slurm.plan import RoleLayout
 
 require("torch", "gymnasium")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cartpole"

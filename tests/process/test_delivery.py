@@ -15,13 +15,13 @@ import pytest
 from job_runner import JobRun, job_settings, running
 
 from dray.clock import Deadline
-from dray.control import JobKeys, RedisAddress, RedisConnection, RolloutConsumer
+from dray.jobs.queue import JobKeys, RedisAddress, RedisConnection, RolloutConsumer
 
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
 
 def policy(job: JobRun, rank: int = 0) -> psutil.Process:
-    (found,) = [each for each in job.processes("dray.runtime.policy") if each.cmdline()[4] == str(rank)]
+    (found,) = [each for each in job.processes("dray.jobs.replica.policy") if each.cmdline()[4] == str(rank)]
     return found
 
 
@@ -83,7 +83,7 @@ def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tup
         for life in range(kills):
             wait_for_life(job, life)
             time.sleep(chance.uniform(0.0, 1.5))
-            victims = job.processes("dray.runtime.policy")
+            victims = job.processes("dray.jobs.replica.policy")
             victims[chance.randrange(len(victims))].kill()
             job.wait_for(f"the policy starts again, {life + 1} of {kills} times")
         wait_for_life(job, kills)
@@ -142,7 +142,7 @@ def test_r13_lost_rollouts_are_counted_and_training_goes_on(tmp_path: Path) -> N
     )
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        job.processes("dray.runtime.rollout")[0].kill()
+        job.processes("dray.jobs.replica.rollout")[0].kill()
         assert job.end() == 0, job.story()
         summary = job.summary()
         assert summary["lost"] >= 1

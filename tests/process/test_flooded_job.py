@@ -36,8 +36,8 @@ def test_job_is_solved_while_strangers_hold_more_connections_than_a_process_may_
         with descriptor_limit(SMALL_LIMIT):
             job = opened.enter_context(running(tmp_path, *job_settings("job.lane=auto"), stop_table=STOP))
         job.wait_until(lambda: job.step() > 0, "the first step")
-        processes = job.processes("dray.runtime")
-        controller = job.only("dray.runtime.controller")
+        processes = job.processes("dray.jobs")
+        controller = job.only("dray.jobs.controller.app")
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         limits = {each.rlimit(psutil.RLIMIT_NOFILE) for each in (psutil.Process(job.pid), *processes)}
         assert limits == {(hard, hard)}

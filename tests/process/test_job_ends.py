@@ -15,15 +15,15 @@ AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args
 GATE = """
 import sys
 from pathlib import Path
-for module in ("controller", "policy"):
+for module in ("dray.jobs.controller.app", "dray.jobs.replica.policy"):
     gate = Path(__file__).parent / module
-    if f"dray.runtime.{module}" in sys.orig_argv and gate.exists():
+    if module in sys.orig_argv and gate.exists():
         gate.read_text()
 """
 
 
 def hold_back(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let processes that run ``dray.runtime.<module>`` begin when the FIFO that is returned has a writer."""
+    """Let processes that run ``-m module`` begin when the FIFO that is returned has a writer."""
     gate = folder / "gates" / module
     gate.parent.mkdir()
     (gate.parent / "sitecustomize.py").write_text(GATE)
@@ -43,11 +43,11 @@ def said_at(job: JobRun, words: str) -> datetime:
 def test_z3_stall_clock_begins_with_the_controller_and_not_with_the_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = hold_back(tmp_path, "controller", monkeypatch)
+    gate = hold_back(tmp_path, "dray.jobs.controller.app", monkeypatch)
     os.mkfifo(tmp_path / "imports")
     (tmp_path / "slow.py").write_text(
         "import sys\n"
-        "if 'dray.runtime.check_entry_points' in sys.orig_argv:\n"
+        "if 'dray.jobs.replica.entry_points' in sys.orig_argv:\n"
         f"    open({str(tmp_path / 'imports')!r}).read()\n"
         "from small import Worker\n"
     )
@@ -86,7 +86,7 @@ def test_z7_policy_that_leaves_by_an_exit_code_of_its_own_is_restarted(tmp_path:
 def test_z8_policy_of_a_job_that_has_failed_is_not_restarted_and_ends_as_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold_back(tmp_path, "policy", monkeypatch)
+    hold_back(tmp_path, "dray.jobs.replica.policy", monkeypatch)
     for index in range(2):
         os.mkfifo(tmp_path / f"raise-{index}")
     (tmp_path / "raising.py").write_text(
@@ -101,7 +101,7 @@ def test_z8_policy_of_a_job_that_has_failed_is_not_restarted_and_ends_as_asked(
         job.wait_for("started controller and 4 replicas")
         # So that it learns at once that a policy replica is lost, and the job has failed before, as is recorded.
         job.process.send_signal(signal.SIGSTOP)
-        lost = job.processes("dray.runtime.policy")[0]
+        lost = job.processes("dray.jobs.replica.policy")[0]
         for index in range(2):
             (tmp_path / f"raise-{index}").write_text("")
         job.wait_until(lambda: "final: failed" in job.log("controller"), "the job to fail")

@@ -11,7 +11,7 @@ def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None
     settings = job_settings("stop.at_least=150", "policy.args.repeats=true")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        job.processes("dray.runtime.rollout")[0].kill()
+        job.processes("dray.jobs.replica.rollout")[0].kill()
         assert job.end() == 0, job.story()
         assert "ended early: killed by signal 9" in job.text
         assert "dead: killed by signal 9" in str(job.summary()["replicas"])
@@ -24,7 +24,7 @@ def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: P
     settings = job_settings("stop.at_least=1e9", "policy.args.repeats=true", "rollout.args.pause=0.2")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        stopped = job.processes("dray.runtime.rollout")[0]
+        stopped = job.processes("dray.jobs.replica.rollout")[0]
         stopped.suspend()
         job.wait_until(lambda: "dead: silent for" in job.log("controller"), "the controller to give it up", 20.0)
         assert "given out again" in job.log("controller")
@@ -40,7 +40,7 @@ def test_job_fails_at_once_when_replicas_die_before_the_controller_listens(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        f"if 'dray.runtime.{role}' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"if 'dray.jobs.replica.{role}' in sys.orig_argv:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with running(tmp_path, *job_settings("timeouts.start=600", "policy.restarts=1")) as job:
@@ -94,7 +94,7 @@ def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
 def test_r4_job_fails_when_its_policy_is_killed_once_too_often(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9", "policy.restarts=0")) as job:
         job.wait_for("  step ")
-        job.only("dray.runtime.policy").kill()
+        job.only("dray.jobs.replica.policy").kill()
         assert job.end(bound=15.0) == 1
         assert "failed: no policy replica is left" in job.text
 
@@ -107,7 +107,7 @@ def test_r7_job_fails_when_its_controller_is_killed_and_every_replica_ends_by_it
     settings = job_settings("stop.at_least=1e9", f"rollout.replicas={replicas}", "rollout.prompts_in_flight=64")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        job.only("dray.runtime.controller").kill()
+        job.only("dray.jobs.controller.app").kill()
         assert job.end(bound=15.0) == 1
         assert "the controller ended early: killed by signal 9" in job.text
         assert job.log("supervisor").count("ended with code 143 (ended as asked (SIGTERM)") == replicas + 1
@@ -122,8 +122,8 @@ def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: 
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
         job.wait_for("  step ")
         job.process.send_signal(signal.SIGSTOP)  # so that the supervisor does not end them
-        job.only("dray.runtime.controller").kill()
-        job.wait_until_gone(20.0, "dray.runtime")
+        job.only("dray.jobs.controller.app").kill()
+        job.wait_until_gone(20.0, "dray.jobs")
         job.process.send_signal(signal.SIGCONT)
         assert job.end(bound=15.0) == 1
         assert "the controller is lost" in job.log("policy-0")
@@ -153,7 +153,7 @@ def test_r12_children_and_grandchildren_end_with_a_killed_supervisor(tmp_path: P
         job.wait_for("  step ")
         assert len(job.processes("time.sleep(600)")) == 4
         # Controller and policy; each rollout replica with a child and a daemon that it has forked.
-        assert len(job.processes("dray.runtime")) == 2 + 2 * 3
+        assert len(job.processes("dray.jobs")) == 2 + 2 * 3
         job.process.kill()
         job.wait_until_gone(5.0)
         step = job.checkpoint()["step"]
@@ -172,7 +172,7 @@ def test_r12_grandchildren_of_a_replica_that_is_still_set_up_end_with_a_killed_s
     settings = ("rollout.worker=slow.py:Worker", "rollout.args.grandchild=true", "rollout.args.forking=true")
     with running(tmp_path, *job_settings(*settings)) as job:
         # Each replica, and below it two programs, a child and a daemon.
-        job.wait_until(lambda: len(job.processes("dray.runtime.rollout")) == 2 * 3, "forked children")
+        job.wait_until(lambda: len(job.processes("dray.jobs.replica.rollout")) == 2 * 3, "forked children")
         job.wait_until(lambda: len(job.processes("time.sleep(600)")) == 2 * 2, "programs")
         job.process.kill()
         job.wait_until_gone(5.0)

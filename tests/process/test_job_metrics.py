@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from job_runner import CLASSES, STOP, job_settings, running
 
-from dray.runtime.figures import FIGURES
+from dray.jobs.controller.metrics import FIGURES
 
 HOSTILE = {
     "step": 999.0,

@@ -6,7 +6,7 @@ from redis_refusals import REFUSALS, administrator
 from waiting import wait_until
 
 from dray.clock import Deadline
-from dray.control import KEY_LIFETIME, JobKeys, RedisConnection, start_redis
+from dray.jobs.queue import KEY_LIFETIME, JobKeys, RedisConnection, start_redis
 
 
 @pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])

@@ -16,12 +16,12 @@ import pytest
 from job_runner import CLASSES, JOB, job_settings, running
 
 from dray.clock import Stopwatch
-from dray.config import load_job
-from dray.control import start_redis
-from dray.runtime import messages
-from dray.runtime.address import advertise, bind
-from dray.runtime.controller_client import ControllerClient
-from dray.runtime.job import JobFolder, JobSpec
+from dray.jobs.controller.listener import advertise, bind
+from dray.jobs.folder import JobFolder, JobSpec
+from dray.jobs.job_file import load_job
+from dray.jobs.messages import models
+from dray.jobs.messages.controller_client import ControllerClient
+from dray.jobs.queue import start_redis
 
 FOREVER = "stop.at_least=1e9"
 
@@ -56,7 +56,7 @@ def test_r3_replicas_may_join_and_leave_while_the_job_runs(tmp_path: Path) -> No
     with running(tmp_path, *job_settings(FOREVER, "policy.args.repeats=true")) as job:
         job.wait_for("  step ")
         spec = str(job.output / ".run" / "job.json")
-        command = [sys.executable, "-m", "dray.runtime.rollout", spec, "7"]
+        command = [sys.executable, "-m", "dray.jobs.replica.rollout", spec, "7"]
         with (tmp_path / "joined.log").open("wb") as log, subprocess.Popen(command, stderr=log) as joined:
             try:
                 with job.controller() as client:
@@ -91,7 +91,7 @@ def test_r3_replicas_may_join_and_leave_while_the_job_runs(tmp_path: Path) -> No
 def test_r4_job_whose_replicas_are_all_killed_is_finalised_as_failed(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
         job.wait_for("  step ")
-        for process in (*job.processes("dray.runtime.rollout"), *job.processes("dray.runtime.policy")):
+        for process in (*job.processes("dray.jobs.replica.rollout"), *job.processes("dray.jobs.replica.policy")):
             process.kill()
         assert job.end(bound=15.0) == 1, job.story()
         assert "replica is left" in job.text
@@ -120,7 +120,7 @@ def test_r5_controller_without_replicas_waits_for_the_first_until_its_bound(tmp_
     spec = spec_of(tmp_path, *settings)
     with bind("127.0.0.1", 0) as listener:
         advertise(spec.folder, listener, spec.token)
-        command = [sys.executable, "-m", "dray.runtime.controller", str(spec.folder.spec), str(listener.fileno())]
+        command = [sys.executable, "-m", "dray.jobs.controller.app", str(spec.folder.spec), str(listener.fileno())]
         with (tmp_path / "controller.log").open("wb") as log:
             controller = subprocess.Popen(command, stderr=log, pass_fds=[listener.fileno()])
     try:
@@ -130,11 +130,11 @@ def test_r5_controller_without_replicas_waits_for_the_first_until_its_bound(tmp_
                 assert controller.poll() is None
             # Nor does one that comes and goes end it: the others are expected.
             one = {"name": "rollout-0", "incarnation": "a"}
-            client.post("/register", messages.Register(**one, role="rollout", pid=1), messages.Directive)  # type: ignore[arg-type]
-            client.post("/unregister", messages.Unregister(**one, reason="enough"), messages.Directive)
+            client.post("/register", models.Register(**one, role="rollout", pid=1), models.Directive)  # type: ignore[arg-type]
+            client.post("/unregister", models.Unregister(**one, reason="enough"), models.Directive)
             assert client.status().phase == "starting"
         assert controller.wait(20) == 1
-        outcome = messages.Status.model_validate_json(spec.folder.outcome.read_bytes())
+        outcome = models.Status.model_validate_json(spec.folder.outcome.read_bytes())
         assert outcome.outcome is not None
         assert outcome.outcome.reason == "not every replica registered within 6 s"
         assert outcome.phase == "failed"
@@ -153,7 +153,7 @@ def test_r6_replica_that_is_stuck_is_reported_with_who_waits_for_it(tmp_path: Pa
         assert "policy-0 is at 'training step 4' since" in line
         assert re.search(r"oldest payload [\d.]+ s \(rollout-\d\), no lease, ", line), line
         assert re.search(r"oldest unacknowledged reference [\d.]+ s \(policy-0\)$", line), line
-        assert "WARNING dray.runtime.controller: stall: rollout-" in job.log("controller")
+        assert "WARNING dray.jobs.controller.app: stall: rollout-" in job.log("controller")
         with job.controller() as client:
             stall = client.status().stall
             assert stall is not None
@@ -165,7 +165,7 @@ def test_r6_replica_that_is_stuck_is_reported_with_who_waits_for_it(tmp_path: Pa
 def test_r8_controller_that_hangs_ends_the_job_within_the_bounds(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
         job.wait_for("  step ")
-        job.only("dray.runtime.controller").suspend()
+        job.only("dray.jobs.controller.app").suspend()
         assert job.end(bound=25.0) == 1, job.story()
         assert job.text.count("ended early: the controller was gone") == 3
         assert "controller (pid" in job.text
@@ -176,7 +176,7 @@ def test_controller_that_the_supervisor_ends_because_it_hung_is_no_reason_of_its
     settings = job_settings(FOREVER, "controller.dead_after=20", "timeouts.shutdown=10")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        controller = job.only("dray.runtime.controller")
+        controller = job.only("dray.jobs.controller.app")
         controller.suspend()
         job.wait_for("the controller did not answer")
         job.wait_until(lambda: _has_pending(controller.pid, signal.SIGTERM), "SIGTERM to the controller")
@@ -219,7 +219,7 @@ def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, 
         advertise(spec.folder, listener, spec.token)
         thread = threading.Thread(target=drip)
         thread.start()
-        command = [sys.executable, "-m", "dray.runtime.rollout", str(spec.folder.spec), "0"]
+        command = [sys.executable, "-m", "dray.jobs.replica.rollout", str(spec.folder.spec), "0"]
         replica = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             began = Stopwatch()
@@ -271,7 +271,7 @@ def test_r10_finished_run_stays_finished_whatever_signal_comes_then(
     with running(tmp_path, *settings, "--set", "rollout.prompt_batch=1") as job:
         job.wait_until((job.output / ".run" / "outcome.json").exists, "the outcome")
         if whom == "controller":
-            job.only("dray.runtime.controller").send_signal(number)
+            job.only("dray.jobs.controller.app").send_signal(number)
         else:
             job.process.send_signal(number)
         assert job.end() == 0, job.story()
@@ -285,7 +285,7 @@ def test_r10_finished_run_stays_finished_whatever_signal_comes_then(
 def test_r10_run_is_finished_although_nobody_could_tell_the_controller(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("policy.args.save_pause=1.5")) as job:
         job.wait_until((job.output / "saving").exists, "the last checkpoint to begin")
-        job.only("dray.runtime.controller").kill()
+        job.only("dray.jobs.controller.app").kill()
         assert job.end(bound=30.0) == 0, job.story()
         assert "solved at step 20, says the checkpoint" in job.text
         assert job.summary()["solved"]
@@ -309,7 +309,7 @@ def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_goes_on
     )
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
-        replicas = [each for each in job.processes("dray.runtime.rollout") if each.ppid() == job.pid]
+        replicas = [each for each in job.processes("dray.jobs.replica.rollout") if each.ppid() == job.pid]
         assert len(replicas) == 2
 
         def living() -> list[psutil.Process]:

@@ -16,7 +16,7 @@ import json, socket, threading
 from dray import *
 from dray.errors import *
 from dray.clock import Deadline
-from dray.control import RedisAddress, RedisConnection
+from dray.jobs.queue import RedisAddress, RedisConnection
 from dray.name_resolution import MAX_QUERIES, resolve
 
 # The name server: it takes every question and answers none.
@@ -107,7 +107,7 @@ NAMES = """
 import json, logging
 from dray import *
 from dray.errors import *
-from dray.runtime.address import bind
+from dray.jobs.controller.listener import bind
 
 lines = []
 class Kept(logging.Handler):

@@ -55,7 +55,7 @@ def test_run_that_is_killed_before_its_first_checkpoint_is_started_again_and_no_
             job.wait_until(job.step, "a training step")
             # The policy first, which would write a checkpoint on losing the supervisor.
             job.process.send_signal(signal.SIGSTOP)
-            job.only("dray.runtime.policy").kill()
+            job.only("dray.jobs.replica.policy").kill()
             job.process.kill()
             job.wait_until_gone(30)
         settings = job_settings("stop.at_least=5")

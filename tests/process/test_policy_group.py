@@ -43,7 +43,7 @@ def test_r2_dead_rank_voids_the_step_and_the_group_begins_another_epoch(
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
         job.wait_for_checkpoint()
-        for process in job.processes("dray.runtime.policy"):
+        for process in job.processes("dray.jobs.replica.policy"):
             if process.cmdline()[4] == str(rank):
                 process.send_signal(number)
         assert job.end() == 0, job.story()

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dray.control import (
+from dray.jobs.queue import (
     JobKeys,
     RedisConnection,
     RedisServer,
@@ -17,10 +17,10 @@ from dray.control import (
     RolloutProducer,
     start_redis,
 )
+from dray.jobs.replica.base import Replica
+from dray.jobs.replica.heartbeat import Activity
+from dray.jobs.replica.ring_transfer import ReferenceOutlet
 from dray.ring import SharedRingBuffer
-from dray.runtime.by_reference import ReferenceOutlet
-from dray.runtime.heartbeat import Activity
-from dray.runtime.replica import Replica
 from dray.transport import PayloadServer
 
 KEYS = JobKeys("again")

@@ -21,7 +21,8 @@ from forked_child import run_in_child
 from waiting import ends_within, wait_until
 
 from dray.clock import Deadline
-from dray.control import (
+from dray.errors import ConfigError, ControlPlaneError
+from dray.jobs.queue import (
     JobKeys,
     RedisAddress,
     RedisConnection,
@@ -34,8 +35,7 @@ from dray.control import (
     WeightsKey,
     start_redis,
 )
-from dray.control import embedded as embedded_module
-from dray.errors import ConfigError, ControlPlaneError
+from dray.jobs.queue import redis_server as embedded_module
 
 KEYS = JobKeys("process")
 
@@ -200,7 +200,7 @@ def test_stopped_server_is_killed_within_the_bound(tmp_path: Path, caplog: pytes
 PARENT = """
 import os, signal, sys
 from pathlib import Path
-from dray.control import start_redis
+from dray.jobs.queue import start_redis
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
 server = start_redis(None, Path(sys.argv[1]))
 print(server.pid, flush=True)
@@ -297,7 +297,7 @@ FEW_DESCRIPTORS = """
 import resource, sys
 from pathlib import Path
 from dray.clock import Deadline
-from dray.control import RedisConnection, start_redis
+from dray.jobs.queue import RedisConnection, start_redis
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 with start_redis(None, Path(sys.argv[1])) as server, RedisConnection(server.address) as connection:
     found = connection.call("ask", lambda client: client.do("CONFIG", "GET", "maxclients"), Deadline.after(5))
@@ -332,7 +332,7 @@ def test_an_idle_connection_that_the_server_closes_is_made_again_without_an_outa
 def test_redis_restarted_empty_loses_no_ready_payload(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "dray.control")
+    caplog.set_level(logging.INFO, "dray.jobs.queue")
     with RedisConnection(server.address) as one, RedisConnection(server.address) as two:
         producer, consumer = RolloutProducer(one, KEYS), RolloutConsumer(two, KEYS, "policy-0")
         weights = WeightsKey(two, KEYS)
@@ -395,7 +395,7 @@ def test_every_payload_is_handed_out_once_through_three_restarts(server: RedisSe
 
 
 def test_calls_and_polls_sit_out_an_outage(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "dray.control")
+    caplog.set_level(logging.INFO, "dray.jobs.queue")
     received: list[int] = []
     with RedisConnection(server.address) as one, RedisConnection(server.address) as two:
         producer, consumer = RolloutProducer(one, KEYS), RolloutConsumer(two, KEYS, "policy-0")

@@ -13,8 +13,10 @@ from redis_refusals import REFUSALS, administrator, blocked_by_a_script, replica
 from waiting import ends_within, wait_until
 
 from dray.clock import Deadline
-from dray.config import parse_job
-from dray.control import (
+from dray.errors import ConfigError, ControlPlaneError
+from dray.jobs.job_file import parse_job
+from dray.jobs.launch.redis import job_redis
+from dray.jobs.queue import (
     JobKeys,
     RedisConnection,
     RedisServer,
@@ -26,10 +28,8 @@ from dray.control import (
     WeightsKey,
     start_redis,
 )
-from dray.control.client import RedisClient
-from dray.control.embedded import find_redis_binary
-from dray.errors import ConfigError, ControlPlaneError
-from dray.launch.job_redis import job_redis
+from dray.jobs.queue.redis_client import RedisClient
+from dray.jobs.queue.redis_server import find_redis_binary
 
 KEYS = JobKeys("refusals")
 
@@ -108,7 +108,7 @@ def test_any_other_answer_is_an_error_at_once(server: RedisServer, answer: str) 
 def test_a_refusal_is_waited_out_with_one_line_although_reads_are_answered(
     server: RedisServer, admin: RedisClient, caplog: pytest.LogCaptureFixture, code: str
 ) -> None:
-    caplog.set_level(logging.INFO, "dray.control")
+    caplog.set_level(logging.INFO, "dray.jobs.queue")
     with RedisConnection(server.address) as connection:
         producer, weights = RolloutProducer(connection, KEYS), WeightsKey(connection, KEYS)
         producer.publish(entry(0))
@@ -126,7 +126,7 @@ def test_a_refusal_is_waited_out_with_one_line_although_reads_are_answered(
         assert published == [True]
         assert connection.away_for == 0
         assert producer.backlog() == 2
-    messages = [record.getMessage() for record in caplog.records if record.name == "dray.control"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "dray.jobs.queue"]
     assert [message for message in messages if f"refuses ({code} " in message] == messages[:1]
     assert ["answers again after" in message for message in messages] == [False, True]
 

@@ -32,11 +32,11 @@ def test_producer_with_the_default_action_of_sigpipe_survives_the_end_of_its_rea
 
 PEERS = """
 import socket, threading
-from dray.control.client import NoSignalSocket
-from dray.runtime.controller_client import ControllerClient
-from dray.launch.slurm.link import Goodbye, Link
-from dray.runtime.group_channel import Channel, GroupLostError, Order
-from dray.runtime.process import StopFlag
+from dray.jobs.queue.redis_client import NoSignalSocket
+from dray.jobs.messages.controller_client import ControllerClient
+from dray.jobs.messages.channel import Goodbye, Link
+from dray.jobs.messages.channel import Channel, GroupLostError, Order
+from dray.jobs.process import StopFlag
 
 found = []
 mine, other = socket.socketpair()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from node_runner import SECRET, nodes_running, two_machines
 
-from dray.launch.slurm.network import choose_interface, interfaces
-from dray.launch.slurm.plan import RoleLayout
-from dray.runtime.job import write_json
+from dray.jobs.files import write_json
+from dray.jobs.slurm.network import choose_interface, interfaces
+from dray.jobs.slurm.plan import RoleLayout
 
 OUTSIDE = [each for each in interfaces() if not each.is_loopback]
 FOREVER = "stop.at_least=1e9"
@@ -94,7 +94,7 @@ def test_policy_on_one_node_starts_again_in_place(tmp_path: Path) -> None:
     with nodes_running(tmp_path, *settings, rollout=RoleLayout(1, 2)) as run:
         run.start()
         run.wait_for_steps(5)
-        for process in run.processes("dray.runtime.policy"):
+        for process in run.processes("dray.jobs.replica.policy"):
             process.kill()
         assert run.end() == [0, 0], run.story()
         assert "the policy starts again, 1 of 3 times" in run.log("n1.out")
@@ -229,7 +229,7 @@ def test_replica_of_another_node_may_hold_the_interpreter_and_may_not_be_stopped
         run.start()
         run.wait_for_steps(3)
         (run.output / "hold-0").touch()
-        (stopped,) = run.processes("dray.runtime.rollout", node=3)
+        (stopped,) = run.processes("dray.jobs.replica.rollout", node=3)
         stopped.suspend()
         assert run.end() == [0, 0, 0], run.story()
         assert (run.output / "rollout-0-hangs").exists()
@@ -281,9 +281,9 @@ def test_loopback_of_another_machine_is_refused(tmp_path: Path) -> None:
 def test_nodes_talk_over_the_interface_that_is_chosen_and_not_over_loopback(tmp_path: Path) -> None:
     with nodes_running(tmp_path, rollout=RoleLayout(1, 2), interface=None) as run:
         run.start()
-        run.wait_until(lambda: run.processes("dray.runtime.rollout"), "a rollout replica")
+        run.wait_until(lambda: run.processes("dray.jobs.replica.rollout"), "a rollout replica")
         chosen = choose_interface(None).address
-        assert run.processes("dray.runtime.rollout")[0].environ()["DRAY_ADDRESS"] == chosen
+        assert run.processes("dray.jobs.replica.rollout")[0].environ()["DRAY_ADDRESS"] == chosen
         for name in ("controller.json", "head.json", "job.json"):
             assert "127.0.0." not in (run.output / ".run" / name).read_text().replace('"host": "127.0.0.1"', "", 1)
         assert run.end() == [0, 0], run.story()
@@ -314,8 +314,8 @@ def test_job_on_a_single_node_is_as_on_this_machine(tmp_path: Path) -> None:
         tmp_path, rollout=RoleLayout(0, 2), interface=None, environment={"DRAY_TEST": "told"}
     ) as run:
         run.start()
-        run.wait_until(lambda: run.processes("dray.runtime.rollout"), "a rollout replica")
-        told = run.processes("dray.runtime.rollout")[0].environ()
+        run.wait_until(lambda: run.processes("dray.jobs.replica.rollout"), "a rollout replica")
+        told = run.processes("dray.jobs.replica.rollout")[0].environ()
         assert (told["DRAY_TEST"], told["DRAY_ADDRESS"]) == ("told", "127.0.0.1")
         assert told["DRAY_REPLICA_NODES"] == run.nodes[0]
         assert run.end() == [0], run.story()

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from user_mistakes import MISTAKES, Mistake, run_job, write_job
 
-from dray.config import load_job
 from dray.errors import ConfigError, error_lines
-from dray.payload import pack
-from dray.runtime.contract import Prompt, ReplicaContext, Trajectory
-from dray.runtime.entry_point import check_entry_points, load_entry_point
-from dray.runtime.exit_codes import ExitCode
-from dray.runtime.user_code import (
+from dray.jobs.api import Prompt, ReplicaContext, Trajectory
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.job_file import load_job
+from dray.jobs.replica.entry_points import check_entry_points, load_entry_point
+from dray.jobs.replica.user_code import (
     UserCodeError,
     call_user,
     carried,
@@ -26,6 +25,7 @@ from dray.runtime.user_code import (
     returned_metrics,
     save_into,
 )
+from dray.payload import pack
 
 BY_NAME = {mistake.name: mistake for mistake in MISTAKES}
 AS_JOBS = [

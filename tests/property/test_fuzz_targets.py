@@ -25,8 +25,8 @@ from fuzz.fuzzer import TARGETS, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dray.config import JobConfig
-from dray.control import names
+from dray.jobs.config import JobConfig
+from dray.jobs.queue import keys
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,7 +203,7 @@ def test_any_header_describes_arrays_within_the_image_or_is_refused(header: dict
         st.sampled_from([b"0f" * 16, b"7", b"-1", b"18446744073709551616", b"1_0", b"\xd9\xa3", b"1e3"])
         | values.map(lambda value: json.dumps(value).encode()[:200])
         | st.binary(max_size=40),
-    ).map(lambda changed: {names.PRODUCER: b"0f" * 16, names.REPLICA: b"r", names.PROMPT: b"1", **changed})
+    ).map(lambda changed: {keys.PRODUCER: b"0f" * 16, keys.REPLICA: b"r", keys.PROMPT: b"1", **changed})
 )
 def test_any_entry_or_command_is_one_or_a_protocol_error(found: dict[bytes, bytes]) -> None:
     fuzz_control.run(fuzz_control.fields(found))
@@ -268,8 +268,8 @@ scalars = (
     | texts.map(json.dumps)
     | st.integers(60, 20_000).map(lambda bits: hex(1 << bits))
 )
-keys = st.sampled_from([*KEYS, "rollout.args.x", "rollout.args.x.y", "policy.args.'a b'", '"a\\nb".c']) | texts
-assignments = st.builds("{} = {}".format, keys, scalars)
+settable = st.sampled_from([*KEYS, "rollout.args.x", "rollout.args.x.y", "policy.args.'a b'", '"a\\nb".c']) | texts
+assignments = st.builds("{} = {}".format, settable, scalars)
 
 
 @settings(deadline=None)

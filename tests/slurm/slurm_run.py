@@ -14,7 +14,7 @@ import psutil
 from cluster import ClusterFailed, SlurmCluster
 from watched_runs import WatchedRun, processes_where
 
-from dray.launch.slurm.run_record import RunRecord
+from dray.jobs.slurm.run_state import RunRecord
 
 CLASSES = '''
 import json

@@ -13,9 +13,9 @@ import pytest
 from cluster import SlurmCluster
 from slurm_run import GOAL, SlurmRun
 
-from dray.launch.slurm.plan import Plan
-from dray.launch.slurm.run_states import RunState
-from dray.runtime.exit_codes import ExitCode
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.slurm.plan import Plan
+from dray.jobs.slurm.run_state import RunState
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
@@ -137,7 +137,7 @@ def test_finished_job_whose_controller_is_ended_by_sigterm_runs_once_and_exits_w
         held_by.unlink()
         run.go()
         run.wait_until(lambda: run.checkpoint()["outcome"] == "solved", "the last checkpoint")
-        run.only("dray.runtime.controller").send_signal(signal.SIGTERM)
+        run.only("dray.jobs.controller.app").send_signal(signal.SIGTERM)
 
     ended = run.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), run.story()
@@ -282,11 +282,11 @@ def test_everything_of_a_container_job_runs_in_the_image(run: SlurmRun, tmp_path
     assert [end[:2] for end in run.ends()] == [(1, 1), (2, 1)]
     assert run.record().ends[0].reason == "cancelled"
     mounts = f"--container-mounts={run.output}:{run.output}"
-    steps = [line for line in noted.read_text().splitlines() if "dray.launch" in line]
-    assert {word for line in steps for word in line.split() if word.startswith("dray.launch")} == {
-        "dray.launch.slurm.state",
-        "dray.launch.slurm.head",
-        "dray.launch.slurm.node",
+    steps = [line for line in noted.read_text().splitlines() if "dray.jobs.slurm" in line]
+    assert {word for line in steps for word in line.split() if word.startswith("dray.jobs.slurm")} == {
+        "dray.jobs.slurm.batch_cli",
+        "dray.jobs.slurm.head",
+        "dray.jobs.slurm.node",
     }
     assert all("--container-image=registry#image" in line and mounts in line for line in steps)
 

@@ -24,7 +24,7 @@ from soak.plan import Plan
 from soak.report import Report
 from soak.supervisor import History, Supervisor
 
-from dray.control import start_redis
+from dray.jobs.queue import start_redis
 from dray.private_directory import PrivateDirectory
 
 _PRINT_EVERY = 15.0

@@ -18,8 +18,8 @@ from soak.member import FENCED, REDIS_SECONDS, DeadMembers, Member
 from soak.readers import ROLES, PendingDelivery, Reader, free
 
 from dray.clock import MONOTONIC
-from dray.control import Delivery, RedisUnavailableError, RolloutConsumer, RolloutEntry
 from dray.errors import DrayError, StaleSlotError
+from dray.jobs.queue import Delivery, RedisUnavailableError, RolloutConsumer, RolloutEntry
 from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
 

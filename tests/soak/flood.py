@@ -277,11 +277,11 @@ def _closed_by_controller(output: Path) -> float:
 def _name(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
-        module = next((word for word in words if word.startswith("dray.runtime.")), "")
+        module = next((word for word in words if word.startswith("dray.jobs.")), "")
         if module:
             index = next((word for word in words if word.isdecimal()), "")
-            name = module.removeprefix("dray.runtime.")
-            return name if name == "controller" else f"{name}-{index}"
+            room, _, name = module.removeprefix("dray.jobs.").partition(".")
+            return room if room == "controller" else f"{name}-{index}"
         if any("redis" in word for word in words):
             return "redis"
     return f"pid {process.pid}"

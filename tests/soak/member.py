@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dray.clock import Deadline
-from dray.control import JobKeys, RedisAddress, RedisConnection
+from dray.jobs.queue import JobKeys, RedisAddress, RedisConnection
 
 JOB = "soak"
 REDIS_VARIABLE = "DRAY_SOAK_REDIS"

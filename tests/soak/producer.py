@@ -19,8 +19,8 @@ from soak.member import REDIS_SECONDS, Member
 from soak.payloads import Content
 
 from dray.clock import MONOTONIC
-from dray.control import RedisUnavailableError, RolloutEntry, RolloutProducer, StreamLostError
 from dray.errors import BufferFullError
+from dray.jobs.queue import RedisUnavailableError, RolloutEntry, RolloutProducer, StreamLostError
 from dray.protocol import PayloadRef
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer

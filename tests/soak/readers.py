@@ -14,8 +14,8 @@ from soak.payloads import check_arrays, check_raw
 from soak.producer import RAW
 
 from dray.clock import MONOTONIC
-from dray.control import Delivery
 from dray.errors import DrayError, TransportError, TransportTimeout
+from dray.jobs.queue import Delivery
 from dray.payload import Arrays
 from dray.prefetch import BatchReader
 from dray.protocol import PayloadRef

@@ -24,7 +24,7 @@ from soak.network import Network
 from soak.plan import DEAD_AFTER, ConsumerPlan, Event, Fault, Plan, ProducerPlan
 from soak.processes import Process, ProcessRun, descendants
 
-from dray.control import JobKeys, RedisConnection, RedisServer, RolloutQueue
+from dray.jobs.queue import JobKeys, RedisConnection, RedisServer, RolloutQueue
 
 TICK = 0.05
 MEASURE_EVERY = 2.0

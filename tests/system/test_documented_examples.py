@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from dray.clock import Deadline
-from dray.control.embedded import start_redis
+from dray.jobs.queue.redis_server import start_redis
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("docs/**/*.md"))

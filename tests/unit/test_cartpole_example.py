@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from optional import imported_later, require
 
-from dray.runtime import PolicyGroup
+from dray.jobs import PolicyGroup
 
 require("gymnasium", reason="the example needs gymnasium")
 torch = imported_later("torch", reason="the example needs torch")

@@ -9,12 +9,12 @@ import pytest
 from forked_child import run_in_child
 
 from dray.forking import SignalHandlers, not_inherited, parent_only
-from dray.launch.signals import SignalInbox
-from dray.runtime.user_code import call_user
+from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.replica.user_code import call_user
 
 FORKS_AND_ENDS = """
 import multiprocessing, os, signal, threading, time
-from dray.runtime.process import begin_process, stop_on_signals
+from dray.jobs.process import begin_process, stop_on_signals
 begin_process("x")
 stop_on_signals(lambda number: os.write(1, f"the parent stops for {number.name}".encode()) and os._exit(7))
 context = multiprocessing.get_context("fork")
@@ -59,7 +59,7 @@ def test_signal_ends_a_forked_child_at_any_moment_and_reaches_the_replica_only_i
 
 def test_exception_that_ends_a_forked_child_is_not_an_error_of_drays_own() -> None:
     program = (
-        "import os\nfrom dray.runtime.process import begin_process\nbegin_process('x')\n"
+        "import os\nfrom dray.jobs.process import begin_process\nbegin_process('x')\n"
         "child = os.fork()\n"
         "if child == 0:\n    raise ValueError('the environment broke')\n"
         "os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"

@@ -5,8 +5,8 @@ import pytest
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, Unreachable
+from dray.jobs.controller.listener import bind
 from dray.name_resolution import listening_address, resolve
-from dray.runtime.address import bind
 
 
 def test_numeric_addresses_are_found_without_a_thread() -> None:

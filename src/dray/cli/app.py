@@ -12,7 +12,6 @@ import typer
 
 from dray import __version__
 from dray.cli.bench import bench
-from dray.cli.check import check
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
@@ -20,9 +19,53 @@ from dray.cli.new import new
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
-from dray.runtime.exit_codes import ExitCode
-from dray.runtime.process import exit_with_own_code_on_crash, printable_handler
-from dray.runtime.streams import flush_streams, open_missing_streams
+from dray.jobs.config import JobConfig
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.folder import short_path
+from dray.jobs.process import exit_with_own_code_on_crash, flush_streams, open_missing_streams, printable_handler
+from dray.text import printable
+
+# --- check -------------------------------------------------------------------------------------------------------
+
+
+def check(
+    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
+    settings: Settings = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
+    ] = None,
+) -> None:
+    """Check a job without starting it, and show every mistake at once: the same lines as `dray run`.
+
+    Checked are the job file, the classes that it names (imported in a process of their own, for at most
+    timeouts.start seconds), packages, the output folder, the controller's port and token file, memory for a ring,
+    and a configured Redis server (for at most timeouts.redis seconds). Nothing that is made for a check stays.
+
+    Exit code 0: no mistakes were found; 2: each mistake is a line on stderr.
+    """
+    require_extra("jobs")
+    # What a job needs is imported here, so that the other commands start fast.
+    from dray.jobs.launch.local import begin_checks, show_line, stop_checks
+    from dray.jobs.launch.preparation import check_job
+
+    begin_checks()
+    request = read_job(job, settings, output, None)
+    signals = check_job(request.draft, request.options.job_file, show_line)
+    if signals:
+        raise typer.Exit(stop_checks(request.draft, signals))
+    shown = printable(short_path(job.absolute()))
+    typer.echo(f"{shown}: no mistakes found; would start {started(request.config)}")
+
+
+def started(config: JobConfig) -> str:
+    """What a run of the job starts, in one phrase."""
+    redis = "" if config.redis.url is not None else "1 Redis server, "
+    rollouts, ranks = config.rollout.replicas, config.policy.replicas
+    return f"{redis}1 controller, {rollouts} rollout and {ranks} policy {'replica' if ranks == 1 else 'replicas'}"
+
+
+# --- app ---------------------------------------------------------------------------------------------------------
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,8 +116,8 @@ def run(
     """
     require_extra("jobs")
     # Everything that a job needs is imported here, so that the other commands start fast.
-    from dray.launch.local import run_job
-    from dray.launch.output import run_folder
+    from dray.jobs.launch.local import run_job
+    from dray.jobs.launch.output import run_folder
 
     request = read_job(job, settings, output, log_level)
     if resume:

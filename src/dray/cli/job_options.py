@@ -9,9 +9,10 @@ from typing import Annotated, Any, Self
 
 import typer
 
-from dray.config import JobConfig, JobDraft, draft_job
 from dray.errors import ConfigError
-from dray.launch.run_options import RunOptions
+from dray.jobs.config import JobConfig
+from dray.jobs.job_file import JobDraft, draft_job
+from dray.jobs.launch.run_options import RunOptions
 from dray.text import text_of
 
 Settings = Annotated[

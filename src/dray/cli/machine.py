@@ -66,7 +66,7 @@ class Machine:
 def examine() -> Machine:
     """Look at this machine."""
     # It brings the redis package in, which only a job needs.
-    from dray.control.embedded import server_remedies
+    from dray.jobs.queue.redis_server import server_remedies
 
     redis = _redis_server()
     return Machine(
@@ -114,7 +114,7 @@ def _version(candidates: Iterable[str]) -> str | None:
 
 
 def _redis_server() -> str | None:
-    from dray.control.embedded import find_redis_binary
+    from dray.jobs.queue.redis_server import find_redis_binary
 
     try:
         return str(find_redis_binary())

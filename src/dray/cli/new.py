@@ -13,9 +13,9 @@ from typing import Annotated, Final
 
 import typer
 
-from dray.config import JOB_NAME_FORM, is_job_name
 from dray.errors import ConfigError
-from dray.runtime.job import short_path
+from dray.jobs.config import JOB_NAME_FORM, is_job_name
+from dray.jobs.folder import short_path
 from dray.text import as_argument, printable
 
 FILES: Final = ("worker.py", "trainer.py", "job.toml", "README.md")

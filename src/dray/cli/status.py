@@ -11,12 +11,12 @@ import typer
 
 from dray.cli.extras import require_extra
 from dray.errors import ConfigError
-from dray.runtime.job import JobFolder
-from dray.runtime.private_file import read_private_file
+from dray.jobs.files import read_private_file
+from dray.jobs.folder import JobFolder
 from dray.text import MAX_LINE, printable
 
 if TYPE_CHECKING:
-    from dray.runtime.messages import MemberStatus, Status
+    from dray.jobs.messages.models import MemberStatus, Status
 
 ANSWER_BOUND = 5.0
 """Seconds within which the controller must answer."""
@@ -42,7 +42,7 @@ def status(
     Exit code 0: the controller has answered; 1: it has not, within 5 seconds; 2: no job of this user runs there.
     """
     require_extra("jobs")
-    from dray.runtime.controller_client import ControllerClient
+    from dray.jobs.messages.controller_client import ControllerClient
 
     folder = JobFolder(output if output is not None else find_running(Path("outputs")))
     url, token = read_address(folder)

@@ -84,9 +84,9 @@ def test_version_is_told_without_any_extra(tmp_path: Path) -> None:
 
 
 def test_module_that_no_extra_brings_is_an_internal_error(tmp_path: Path) -> None:
-    ended = dray_without(["dray.launch.local"], tmp_path, "run", "job.toml")
+    ended = dray_without(["dray.jobs.launch.local"], tmp_path, "run", "job.toml")
     assert ended.returncode == 14
-    assert "ModuleNotFoundError: import of dray.launch.local halted" in ended.stderr
+    assert "ModuleNotFoundError: import of dray.jobs.launch.local halted" in ended.stderr
     assert remedy(ModuleNotFoundError("a message alone")) is None
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from dray.cli import app, new
 from dray.cli.new import FILES, create_job
-from dray.config import is_job_name, load_job
 from dray.errors import ConfigError
-from dray.runtime.entry_point import check_entry_points
+from dray.jobs.config import is_job_name
+from dray.jobs.job_file import load_job
+from dray.jobs.replica.entry_points import check_entry_points
 
 
 def content(folder: Path) -> list[str]:

@@ -5,8 +5,9 @@ import pytest
 
 from dray.cli.status import find_running, read_address, status_lines
 from dray.errors import ConfigError
-from dray.runtime.job import JobFolder, write_json
-from dray.runtime.messages import Status
+from dray.jobs.files import write_json
+from dray.jobs.folder import JobFolder
+from dray.jobs.messages.models import Status
 
 URL = "http://127.0.0.1:9400"
 

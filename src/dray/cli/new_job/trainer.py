@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dray.runtime import ReplicaContext, Trajectory
+from dray.jobs import ReplicaContext, Trajectory
 
 
 class Trainer:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dray.runtime import Prompt, ReplicaContext
+from dray.jobs import Prompt, ReplicaContext
 
 GRAVITY, CART, POLE, LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02  # Barto, Sutton and Anderson 1983
 TRACK, MAX_ANGLE = 2.4, math.radians(12)  # an episode ends when the cart leaves the track or the pole falls

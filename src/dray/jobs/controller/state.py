@@ -1,0 +1,490 @@
+"""Who takes part in a job, and what that means for its phase: a state machine without I/O.
+
+Every method is an event; it changes the state, and leaves what is worth telling in `notices`, which the controller
+logs. Time comes from the clock that is handed in.
+
+The phases of a job and every transition between them:
+
+```
+            QUORUM              STOP                LAST_LEFT_FINISHED
+  STARTING ─────────► RUNNING ────────► DRAINING ─┬───────────────────────► DONE
+      │                                   ▲       │ LAST_LEFT_INTERRUPTED
+      │                                   │       ├───────────────────────► INTERRUPTED
+      │                                   │       │ LAST_LEFT_FAILED
+      └───────────────────────────────────┘       └───────────────────────► FAILED
+                      STOP
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dray.clock import MONOTONIC, Clock
+from dray.jobs.config import MAX_ROLLOUT_REPLICAS
+from dray.jobs.exit_codes import COMES_AGAIN, USER_CODES, ExitCode
+from dray.jobs.messages.models import MembershipError, MemberState, OutcomeKind, Phase, Role
+
+# --- lifecycle ---------------------------------------------------------------------------------------------------
+
+
+class JobEvent(StrEnum):
+    """What moves a job from one phase to another."""
+
+    QUORUM = "quorum"  # a replica of every kind that the job needs has registered
+    STOP = "stop"  # finished, interrupted, or unable to go on
+    LAST_LEFT_FINISHED = "last left, finished"
+    LAST_LEFT_INTERRUPTED = "last left, interrupted"
+    LAST_LEFT_FAILED = "last left, failed"
+
+
+TRANSITIONS: dict[tuple[Phase, JobEvent], Phase] = {
+    (Phase.STARTING, JobEvent.QUORUM): Phase.RUNNING,
+    (Phase.STARTING, JobEvent.STOP): Phase.DRAINING,
+    (Phase.RUNNING, JobEvent.STOP): Phase.DRAINING,
+    (Phase.DRAINING, JobEvent.LAST_LEFT_FINISHED): Phase.DONE,
+    (Phase.DRAINING, JobEvent.LAST_LEFT_INTERRUPTED): Phase.INTERRUPTED,
+    (Phase.DRAINING, JobEvent.LAST_LEFT_FAILED): Phase.FAILED,
+}
+
+
+class IllegalTransition(RuntimeError):
+    """An event came in a phase that has no transition for it; the phase is unchanged."""
+
+
+class Lifecycle:
+    """The phase of one job."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.STARTING
+
+    def apply(self, event: JobEvent) -> Phase:
+        """Move on by `event` and return the new phase; an illegal event raises and changes nothing."""
+        following = TRANSITIONS.get((self.phase, event))
+        if following is None:
+            raise IllegalTransition(f"{event.value!r} in phase {self.phase.value!r}")
+        self.phase = following
+        return following
+
+    def __repr__(self) -> str:
+        return f"<Lifecycle {self.phase.value}>"
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+# Which prompts are given out, to whom, and which are done. No I/O and no clock.
+#
+# ```
+#   new ──take──► held by a replica ──published──► in flight ──settled──► gone
+#                      │ release (its holder died)
+#                      └──► first in line again
+# ```
+
+
+class PromptLedger:
+    """Hands out prompt indices, at most `in_flight` of which are unsettled at a time.
+
+    A prompt is settled when its trajectory was trained on, or is known to be lost or discarded. The bound keeps
+    rollouts from running ahead of training: it limits both staleness and what waits in memory.
+    """
+
+    def __init__(self, in_flight: int, first: int = 0) -> None:
+        self._in_flight = in_flight
+        self._next = first
+        self._again: deque[int] = deque()
+        self._holders: dict[int, str] = {}
+        self._published: set[int] = set()
+        self.given_again = 0
+
+    def take(self, holder: str, count: int) -> list[int]:
+        """Up to `count` prompts for `holder`; prompts of dead holders come first.
+
+        A replica asks when it has nothing left to do: what it still holds was given in a reply that got lost, and
+        is given to it once more.
+        """
+        taken = sorted(index for index, by in self._holders.items() if by == holder)
+        while len(taken) < count:
+            if self._again:
+                index = self._again.popleft()
+            elif self.outstanding < self._in_flight:
+                index = self._next
+                self._next += 1
+            else:
+                break
+            self._holders[index] = holder
+            taken.append(index)
+        return taken
+
+    def published(self, holder: str, indices: Iterable[int]) -> None:
+        """`holder` has published the trajectories of `indices`; those it does not hold are ignored."""
+        for index in indices:
+            if self._holders.get(index) == holder:
+                del self._holders[index]
+                self._published.add(index)
+
+    def settled(self, indices: Iterable[int]) -> None:
+        """The trajectories of `indices` are trained on, lost or discarded; unknown ones are ignored."""
+        for index in indices:
+            self._published.discard(index)
+            self._holders.pop(index, None)
+            if index in self._again:
+                self._again.remove(index)
+
+    def release(self, holder: str) -> list[int]:
+        """Give again what `holder` still held; returns it."""
+        held = sorted(index for index, by in self._holders.items() if by == holder)
+        for index in held:
+            del self._holders[index]
+        self._again.extend(held)
+        self.given_again += len(held)
+        return held
+
+    def in_flight(self) -> list[int]:
+        """Prompts whose trajectories were published and are not settled."""
+        return sorted(self._published)
+
+    def unfinished(self) -> tuple[list[int], int]:
+        """The unsettled prompts, and the index of the next one."""
+        return sorted({*self._holders, *self._published, *self._again}), self._next
+
+    @property
+    def outstanding(self) -> int:
+        """Prompts given out, or to be given again, and not settled."""
+        return len(self._holders) + len(self._published) + len(self._again)
+
+    def statistics(self) -> dict[str, int]:
+        """Counts for the status page."""
+        return {
+            "next": self._next,
+            "held": len(self._holders),
+            "published": len(self._published),
+            "waiting_again": len(self._again),
+            "given_again": self.given_again,
+        }
+
+
+def prompt_seed(job_seed: int, index: int) -> int:
+    """The seed of prompt `index`: 31 bits that depend on the job's seed and the index alone."""
+    digest = hashlib.blake2b(f"{job_seed}:{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFF_FFFF
+
+
+# --- state -------------------------------------------------------------------------------------------------------
+
+FINISHED_OUTCOMES: frozenset[OutcomeKind] = frozenset(("solved", "finished", "max_steps"))
+"""The work is at its end: these stand, whatever happens afterwards."""
+
+LAST_LEFT: dict[OutcomeKind, JobEvent] = {
+    "solved": JobEvent.LAST_LEFT_FINISHED,
+    "finished": JobEvent.LAST_LEFT_FINISHED,
+    "max_steps": JobEvent.LAST_LEFT_FAILED,
+    "interrupted": JobEvent.LAST_LEFT_INTERRUPTED,
+    "failed": JobEvent.LAST_LEFT_FAILED,
+}
+"""What it means, by outcome, that the last member has left."""
+
+THE_JOB_HAS: dict[OutcomeKind, str] = {
+    "solved": "been solved",
+    "finished": "finished",
+    "max_steps": "used up its steps",
+    "interrupted": "been interrupted",
+    "failed": "failed",
+}
+"""What completes "the job has …", by outcome."""
+
+FIRST_POLICY = "policy-0"
+"""The policy replica that leads its group."""
+
+
+def final_phase(kind: OutcomeKind) -> Phase:
+    """The phase in which a job with this outcome ends."""
+    return TRANSITIONS[Phase.DRAINING, LAST_LEFT[kind]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job came to its end; `reason` is one sentence, `cause` the exit code of the replica that it failed
+    for."""
+
+    kind: OutcomeKind
+    reason: str
+    cause: int | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a replica reports; see `messages.ProgressReport`."""
+
+    doing: str = "starting"
+    seconds: float = 0.0
+    counters: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    waits_for: str = ""
+    ages: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    trimmed: int = 0
+
+
+@dataclass(slots=True)
+class Member:
+    """One life of a replica. A restarted replica has the same name and another incarnation.
+
+    `last_heard` is when it was heard of, `last_seen` when its supervisor last knew that its process ran.
+    Once it takes part no more, `reason` says why, `exit_code` with what its process ends, as far as that is known,
+    and `ended` when.
+    """
+
+    name: str
+    role: Role
+    incarnation: str
+    pid: int
+    last_heard: float
+    last_seen: float = -math.inf
+    state: MemberState = MemberState.ACTIVE
+    reason: str = ""
+    exit_code: int | None = None
+    ended: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+
+
+class Membership:
+    """The members of one job, its phase and its outcome.
+
+    Args:
+        expected: how many replicas of each role the job starts.
+        dead_after: seconds after which a member counts as dead that is silent and not seen to run.
+        start_timeout: seconds within which every expected replica must have registered, and those of a policy
+            group that is started again.
+        restartable: whether the supervisor starts the policy group again when one of it has died; then the job
+            goes on until `died` says that it does not, or one has left with what comes again.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[Role, int],
+        prompts: PromptLedger,
+        *,
+        dead_after: float,
+        start_timeout: float,
+        restartable: bool = False,
+        clock: Clock = MONOTONIC,
+    ) -> None:
+        self._started = dict(expected)
+        self._expected = dict(expected)
+        self._dead_after = dead_after
+        self._clock = clock
+        self._start_bound: float | None = clock.now() + start_timeout
+        self._start_timeout = start_timeout
+        self._restartable = restartable
+        self._restart_bound: float | None = None
+        self._lifecycle = Lifecycle()
+        self.prompts = prompts
+        self.members: dict[str, Member] = {}
+        self.outcome: Outcome | None = None
+        self.notices: list[str] = []
+
+    @property
+    def phase(self) -> Phase:
+        return self._lifecycle.phase
+
+    def active(self, role: Role | None = None) -> list[Member]:
+        """The members that take part, of `role` or of all."""
+        return [
+            member
+            for member in self.members.values()
+            if member.state is MemberState.ACTIVE and role in (None, member.role)
+        ]
+
+    def missing(self) -> list[str]:
+        """The names of the replicas that the job starts and that have never been members."""
+        return [
+            name
+            for role, count in self._expected.items()
+            for name in (f"{role.value}-{index}" for index in range(count))
+            if name not in self.members
+        ]
+
+    def register(self, name: str, role: Role, incarnation: str, pid: int) -> None:
+        """A replica has started. Registering again with the same incarnation changes nothing.
+
+        Raises:
+            MembershipError: the job takes no new members any more, or has no replica of this name and role.
+        """
+        self._check_name(name, role)
+        known = self.members.get(name)
+        if known is not None and known.incarnation == incarnation:
+            if known.state is not MemberState.ACTIVE:
+                raise MembershipError(f"{name} is {known.state.value}: {known.reason}")
+            return
+        if not self.phase.gives_work:
+            assert self.outcome is not None
+            raise MembershipError(
+                f"the job has {THE_JOB_HAS[self.outcome.kind]} and takes no new members: {self.outcome.reason}"
+            )
+        if known is not None and known.state is MemberState.ACTIVE:
+            self._end(known, MemberState.DEAD, "replaced by a new start of the same replica")
+        self.members[name] = Member(name, role, incarnation, pid, self._clock.now())
+        self.notices.append(f"{name} registered (pid {pid})")
+        if len(self.active(Role.POLICY)) >= self._expected.get(Role.POLICY, 0):
+            self._restart_bound = None
+        if self.phase is Phase.STARTING and all(self.active(each) for each in self._expected):
+            self._move(JobEvent.QUORUM)
+
+    def heard(self, name: str, incarnation: str, progress: Progress | None = None) -> None:
+        """A member gave a sign of life.
+
+        Raises:
+            MembershipError: it is not, or no longer, a member.
+        """
+        member = self._require(name, incarnation)
+        member.last_heard = self._clock.now()
+        if progress is not None:
+            if progress.trimmed and not member.progress.trimmed:
+                self.notices.append(f"{name} reported more than fits: {progress.trimmed} entries were trimmed")
+            member.progress = progress
+
+    def seen(self, name: str, pid: int, seconds: float) -> None:
+        """The process `pid` of a member was known to run, `seconds` ago: it is not dead, however silent it is.
+
+        User code that holds the interpreter keeps heartbeats from being sent.
+        """
+        member = self.members.get(name)
+        if member is not None and member.pid == pid:
+            member.last_seen = max(member.last_seen, self._clock.now() - seconds)
+
+    def left(
+        self, name: str, incarnation: str, reason: str, published: Iterable[int] = (), *, exit_code: int = 0
+    ) -> None:
+        """A member ends in order, and has `published` these prompts. Leaving twice changes nothing."""
+        member = self.members.get(name)
+        if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
+            return
+        self.prompts.published(name, published)
+        if member.role is Role.POLICY and exit_code in COMES_AGAIN:
+            self._restartable = False
+        self._end(member, MemberState.LEFT, reason, exit_code)
+        self._consequences()
+
+    def died(
+        self, name: str, role: Role, reason: str, *, pid: int = 0, final: bool = True, exit_code: int | None = None
+    ) -> None:
+        """The replica's process `pid`, 0 if that is not known, is gone, whether or not it ever registered. Unless
+        `final`, its group is being started again. A process that has registered since then stays a member.
+
+        Raises:
+            MembershipError: the job has no replica of this name and role.
+        """
+        self._check_name(name, role)
+        if role is Role.POLICY and final:
+            self._restartable = False
+            self._restart_bound = None
+        member = self.members.get(name)
+        if member is None:
+            member = self.members[name] = Member(name, role, "", pid, self._clock.now())
+        if member.state is MemberState.ACTIVE and pid in (0, member.pid):
+            self._end(member, MemberState.DEAD, reason, exit_code)
+        self._consequences()
+
+    def stop(self, outcome: Outcome) -> None:
+        """Give out no more work and let the members leave. The first outcome stands."""
+        if self.phase.gives_work:
+            self.outcome = outcome
+            self.notices.append(f"job stops: {outcome.reason}")
+            self._move(JobEvent.STOP)
+        self._consequences()
+
+    def reap(self) -> None:
+        """Declare dead who was neither heard nor seen for too long, and who never came."""
+        now = self._clock.now()
+        for member in self.active():
+            silence = now - max(member.last_heard, member.last_seen)
+            if silence >= self._dead_after:
+                self._end(member, MemberState.DEAD, f"silent for {silence:.1f} s")
+        if self._restart_bound is not None and now >= self._restart_bound:
+            self._restart_bound = None
+            self._restartable = False
+        if self._start_bound is not None and now >= self._start_bound:
+            self._start_bound = None
+            if self.phase is Phase.STARTING:
+                self.stop(Outcome("failed", f"not every replica registered within {self._start_timeout:g} s"))
+            for role in self._expected:
+                self._expected[role] = min(self._expected[role], self._registered(role))
+        self._consequences()
+
+    def _check_name(self, name: str, role: Role) -> None:
+        """Members are bounded: those that the job starts, and rollout replicas that are started by hand."""
+        most = MAX_ROLLOUT_REPLICAS if role is Role.ROLLOUT else self._started[role]
+        prefix, _, number = name.rpartition("-")
+        if prefix != role.value or not number.isdecimal() or str(int(number)) != number or int(number) >= most:
+            allowed = f"{role.value}-0 to {role.value}-{most - 1}"
+            raise MembershipError(f"the job has no {role.value} replica {name}: it must be one of {allowed}")
+
+    def _require(self, name: str, incarnation: str) -> Member:
+        member = self.members.get(name)
+        if member is None or member.incarnation != incarnation:
+            raise MembershipError(f"{name} is not registered")
+        if member.state is not MemberState.ACTIVE:
+            raise MembershipError(f"{name} is {member.state.value}: {member.reason}")
+        return member
+
+    def _registered(self, role: Role) -> int:
+        return sum(member.role is role for member in self.members.values())
+
+    def _end(self, member: Member, state: MemberState, reason: str, exit_code: int | None = None) -> None:
+        member.state = state
+        member.reason = reason
+        member.exit_code = exit_code
+        member.ended = self._clock.now()
+        self.notices.append(f"{member.name} {state.value}: {reason}")
+        if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
+            self._restart_bound = self._clock.now() + self._start_timeout
+        again = self.prompts.release(member.name)
+        if again and self.phase.gives_work:
+            self.notices.append(f"{len(again)} prompts of {member.name} are given out again")
+
+    def _consequences(self) -> None:
+        """What follows from who is left. Until all expected replicas have come, absence means nothing."""
+        for role, expected in self._expected.items():
+            if not self.phase.gives_work or self._registered(role) < expected:
+                continue
+            left = len(self.active(role))
+            if role is Role.POLICY and self._restart_bound is not None:
+                continue
+            if left == 0:
+                self._fail(f"no {role.value} replica is left", role)
+            elif role is Role.POLICY and left < expected:
+                self._fail(f"the policy group has lost {expected - left} of its {expected}", role)
+        if self.phase is Phase.DRAINING and not self.active():
+            assert self.outcome is not None
+            self._move(LAST_LEFT[self.outcome.kind])
+
+    def _fail(self, what: str, role: Role) -> None:
+        """End the job for what has become of the replicas of `role`; the reason names the first real cause."""
+        members = [each for each in self.members.values() if each.role is role]
+        gone = [each for each in members if each.state is not MemberState.ACTIVE]
+        cause = min(gone, key=lambda each: (_cause_rank(each.exit_code), each.ended), default=None)
+        if cause is None:
+            self.stop(Outcome("failed", what))
+        else:
+            self.stop(Outcome("failed", f"{what}: {cause.name}: {cause.reason}", cause.exit_code))
+
+    def _move(self, event: JobEvent) -> None:
+        before = self.phase
+        self.notices.append(f"phase {before.value} -> {self._lifecycle.apply(event).value} ({event.value})")
+
+
+_CONSEQUENCES = frozenset((ExitCode.OK, ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
+"""Of replicas that have ended for what became of others."""
+
+
+def _cause_rank(exit_code: int | None) -> int:
+    """How likely the end of a replica is what the others' ends follow from: lowest first."""
+    if exit_code in USER_CODES:
+        return 0
+    return 2 if exit_code in _CONSEQUENCES else 1

@@ -1,0 +1,1 @@
+"""`dray run`: the supervisor of a job, its processes, and what they leave behind."""

@@ -1,0 +1,106 @@
+"""A job on this machine: `dray run`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dray.errors import ConfigError
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.folder import JobFolder, short_path
+from dray.jobs.job_file import JobDraft
+from dray.jobs.launch.display import Display
+from dray.jobs.launch.job_processes import this_machine
+from dray.jobs.launch.output import is_begun, resume_line, start_again_line
+from dray.jobs.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
+from dray.jobs.launch.run_options import RunOptions
+from dray.jobs.launch.shutdown import stopped_early
+from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.launch.supervisor import supervise
+from dray.jobs.process import adopt_orphans, dump_stacks_on_signal
+from dray.jobs.replica.checkpoint import find_checkpoint
+from dray.resources import raise_descriptor_limit
+from dray.text import MAX_LINE, as_argument, printable
+
+
+def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines: Sequence[str] = ()) -> int:
+    """Run a job to its end and return the exit code of `dray run`. Main thread of the main interpreter only.
+
+    Args:
+        options: what the run was started with; kept in its output folder once it has begun.
+        lines: what to show first.
+
+    Raises:
+        ConfigError: before anything was started; every mistake is named.
+    """
+    begin_checks()
+    if draft.mistakes:
+        signals = check_job(draft, options.job_file, show_line, resume=resume)
+        return stop_checks(draft, signals)
+    raise_descriptor_limit()
+    config = draft.config
+    with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
+        checks = preparation(draft, options.job_file, inbox, say=display.say, resume=resume)
+        with checks as found:
+            if found.signals:
+                return stop_checks(draft, found.signals, found.folder, say=display.say)
+            if found.mistakes:
+                raise_mistakes([*found.mistakes, *redis_mistakes(draft, display.say)])
+            folder, state = found.folder, found.state
+            assert folder is not None
+            site = this_machine(config, folder, options)
+            if state is None or not state.outcome:
+                first = [start_again_line(folder)] if resume else []
+                for line in (*(first if state is None else [resume_line(folder, state)]), *lines):
+                    display.say(line)
+            code = supervise(config, options.job_file, site, state, inbox, display)
+            if code != ExitCode.OK:
+                display.say(how_to_resume(folder, options.job_file, config.job.max_steps))
+            return code
+
+
+def begin_checks() -> None:
+    """To be called first in the process of a command that checks a job."""
+    dump_stacks_on_signal()
+    adopt_orphans()
+
+
+def show_line(line: str) -> None:
+    """Show a line beside the results of a command."""
+    with suppress(OSError):  # stderr cannot be written
+        print(printable(line, MAX_LINE), file=sys.stderr, flush=True)
+
+
+def stop_checks(
+    draft: JobDraft,
+    signals: Sequence[signal.Signals],
+    folder: JobFolder | None = None,
+    *,
+    say: Callable[[str], None] = show_line,
+) -> int:
+    """Show that signals have ended the checks of a job; returns the exit code."""
+    name = draft.config.job.name if draft.knows("job.name") else ""
+    ending = stopped_early(folder, name, signals)
+    say(ending.reason)
+    return ending.exit_code
+
+
+def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:
+    """The command that resumes a run that did not finish, and its checkpoint's step, or why there is none."""
+    try:
+        found = find_checkpoint(folder.checkpoint)
+    except ConfigError as error:
+        return f"nothing to resume: {error}"
+    if found is None and not is_begun(folder.root):
+        return "nothing to resume: the run had not begun"
+    words = ["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)]
+    command = " ".join(map(as_argument, words))
+    if found is None:
+        return f"start again with: {command} (the run has no checkpoint)"
+    step = found[1].step
+    if step >= max_steps:
+        return f"nothing to resume: the checkpoint is of step {step}, the last one of job.max_steps"
+    return f"resume with: {command} (checkpoint of step {step})"

@@ -1,0 +1,401 @@
+"""Child processes of the supervisor, watched through pidfds: a pid of ours is never another process's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+from dray.clock import MONOTONIC
+from dray.jobs.controller.state import THE_JOB_HAS
+from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
+from dray.jobs.files import open_to_append
+from dray.jobs.folder import JobFolder
+from dray.jobs.messages.models import MemberState, OutcomeKind, Role
+from dray.jobs.process import PARENT_VARIABLE, ends_within, is_running
+from dray.system_calls import needed
+
+# --- children ----------------------------------------------------------------------------------------------------
+
+
+class JobProcess(Protocol):
+    """A process of the job as the supervisor sees it: a child of its own, or one of another node."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the job, e.g. ``"rollout-0"``."""
+        ...
+
+    @property
+    def role(self) -> Role | None:
+        """For a replica."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """Its number on its machine."""
+        ...
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        ...
+
+    @property
+    def running(self) -> bool:
+        """Whether `collect` has not given an exit code yet."""
+        ...
+
+    @property
+    def exit_code(self) -> int | None:
+        """As `subprocess` gives it."""
+        ...
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in one phrase."""
+        ...
+
+    def seconds_unseen(self) -> float:
+        """Seconds since the process was last known to run; one that is stopped does not."""
+        ...
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; one that has ended gets none."""
+        ...
+
+    def kill_group(self) -> None:
+        """Kill the process and what is in its group."""
+        ...
+
+    def collect(self) -> int | None:
+        """The exit code, once it has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EndRequest:
+    """The signal with which the supervisor has a process end, and why: what completes "because"."""
+
+    number: signal.Signals
+    why: str
+
+    def explains(self, code: int) -> bool:
+        """Whether a process that ends with exit code `code` does so on this request."""
+        return code in (-self.number, 128 + self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaEnd:
+    """Why the process of a replica has ended.
+
+    Attributes:
+        reason: one phrase.
+        early: whether it ended by itself, and not because it was done or the job was over.
+        killed: whether the supervisor has killed it.
+    """
+
+    reason: str
+    early: bool
+    killed: bool = False
+
+    def line(self, name: str) -> str:
+        """One sentence about the replica `name`."""
+        return f"{name} ended early: {self.reason}" if self.early else f"{name} {self.reason}"
+
+
+def replica_end(
+    code: int,
+    ending: str,
+    request: EndRequest | None,
+    member: tuple[MemberState, str] | None,
+    outcome: OutcomeKind | None,
+) -> ReplicaEnd:
+    """Why the process of a replica has ended, put together from all that is known of it.
+
+    Args:
+        code: its exit code, as `subprocess` gives it.
+        ending: what that says by itself, in one phrase.
+        request: the last one that the supervisor has sent it.
+        member: what the controller counts it as, and why, if it has registered.
+        outcome: of the job, if that is over.
+    """
+    over = None if outcome is None else f"the job had {THE_JOB_HAS[outcome]}"
+    state, reason = (None, "") if member is None else member
+    if request is not None and request.explains(code):
+        killed = request.number == signal.SIGKILL
+        how = "was killed" if killed else f"ended as asked ({request.number.name})"
+        return ReplicaEnd(f"{how}: {request.why}", early=False, killed=killed)
+    if code in USER_CODES and reason:
+        return ReplicaEnd(reason, early=True)
+    if code == ExitCode.NOT_A_MEMBER and state is MemberState.DEAD:
+        return ReplicaEnd(f"the controller had declared it dead ({reason})", early=True)
+    if code == ExitCode.NOT_A_MEMBER and state is None and over is not None:
+        return ReplicaEnd(f"tried to register after {over}, and ended", early=False)
+    if code == ExitCode.CONTROLLER_LOST and over is not None:
+        return ReplicaEnd(f"ended: {over} and the controller was gone", early=False)
+    if code == ExitCode.OK or (code == ExitCode.FAILED and over is not None):
+        if state is not MemberState.ACTIVE or over is not None:
+            return ReplicaEnd(ending, early=False)
+        return ReplicaEnd(f"its process left without unregistering (exit code {code})", early=True)
+    return ReplicaEnd(ending, early=True)
+
+
+class Child:
+    """One process of the job, in a process group of its own, with a log file.
+
+    Args:
+        name: unique in the job, e.g. ``"rollout-0"``.
+        module: what ``python -m`` runs.
+        arguments: of the command line; never a secret.
+        log: where its output goes; appended to.
+        role: for a replica.
+        environment: variables beside those of this process.
+
+    To be made in the main thread: the kernel signals a child when the *thread* that started it ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        role: Role | None = None,
+        pass_fds: Collection[int] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.log = log
+        self.exit_code: int | None = None
+        with os.fdopen(open_to_append(log, "job.output"), "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                pass_fds=tuple(pass_fds),
+                env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            )
+        self.pid = self._process.pid
+        self._seen = MONOTONIC.now()
+        try:
+            with needed("pidfd_open"):
+                self.pidfd = os.pidfd_open(self.pid)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    @property
+    def running(self) -> bool:
+        return self.exit_code is None
+
+    @property
+    def ending(self) -> str:
+        return "it runs" if self.exit_code is None else meaning(self.exit_code)
+
+    def seconds_unseen(self) -> float:
+        """Seconds since the process was last found to run; 0 unless it is stopped or has ended."""
+        now = MONOTONIC.now()
+        if self.running and is_running(self.pid):
+            self._seen = now
+        return now - self._seen
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process; one that has ended gets none."""
+        if self.running:
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill_group(self) -> None:
+        """Kill the process and every other one in its group."""
+        if self.running:
+            _kill_group(self.pid)
+
+    def collect(self, timeout: float = 0.0) -> int | None:
+        """The exit code if the process ends within `timeout` seconds, else None.
+
+        What is left of its process group is killed.
+        """
+        if self.exit_code is None and ends_within(self.pidfd, timeout):
+            # The group's number stays ours until the dead leader is waited for.
+            _kill_group(self.pid)
+            self.exit_code = self._process.wait()
+            os.close(self.pidfd)
+        return self.exit_code
+
+    def __repr__(self) -> str:
+        return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+# --- replicas ----------------------------------------------------------------------------------------------------
+
+Environment = Callable[[str], Mapping[str, str]]
+"""Gives the variables of a replica by its name."""
+
+
+def start_rank(
+    folder: JobFolder,
+    rank: int,
+    life: int,
+    sockets: Sequence[socket.socket],
+    environment: Environment,
+) -> Child:
+    """Start the process of one rank.
+
+    Args:
+        sockets: connections to all other ranks, in order, for the first one; for the others, the one to it.
+    """
+    name = f"{Role.POLICY.value}-{rank}"
+    descriptors = [each.fileno() for each in sockets]
+    return Child(
+        name,
+        f"dray.jobs.replica.{Role.POLICY.value}",
+        [str(folder.spec), str(rank), str(life), *map(str, descriptors)],
+        folder.logs / f"{name}.log",
+        role=Role.POLICY,
+        pass_fds=descriptors,
+        environment=environment(name),
+    )
+
+
+def start_rollout(folder: JobFolder, index: int, environment: Environment) -> Child:
+    """Start the process of a rollout replica."""
+    name = f"{Role.ROLLOUT.value}-{index}"
+    return Child(
+        name,
+        f"dray.jobs.replica.{Role.ROLLOUT.value}",
+        [str(folder.spec), str(index)],
+        folder.logs / f"{name}.log",
+        role=Role.ROLLOUT,
+        environment=environment(name),
+    )
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+# The policy replicas' processes: started together, and all of them again when one is lost.
+#
+# A step of the group is void when one of its ranks has died, and what the others hold of it with it: so none of
+# them
+# goes on. The next life begins an epoch of its own, goes on from the last checkpoint, and is given what the one
+# before had not committed.
+#
+# Whether the group is started again depends on the exit codes of its ranks alone, by the table `RESTARTED`.
+
+
+class Restarted(Enum):
+    """Whether a policy group is started again when one of its ranks has ended with a certain exit code."""
+
+    YES = "yes"
+    IN_A_GROUP_OF_SEVERAL = "in a group of several"
+    NO = "no"
+
+
+RESTARTED: Mapping[int, Restarted] = MappingProxyType(
+    {
+        ExitCode.OK: Restarted.NO,
+        ExitCode.FAILED: Restarted.YES,
+        ExitCode.CONFIGURATION: Restarted.NO,
+        # Alone, the class raises again. In a larger group it may have raised because another rank was gone.
+        ExitCode.USER_CODE: Restarted.IN_A_GROUP_OF_SEVERAL,
+        ExitCode.CONTROLLER_LOST: Restarted.NO,
+        ExitCode.NOT_A_MEMBER: Restarted.YES,
+        ExitCode.REDIS_LOST: Restarted.NO,
+        ExitCode.INTERNAL: Restarted.YES,
+        ExitCode.OLD_EPOCH: Restarted.YES,
+        ExitCode.GROUP_LOST: Restarted.YES,
+        ExitCode.USER_VALUE: Restarted.NO,
+        # It was asked to end, and has written a checkpoint: that ends the job, too.
+        ExitCode.SIGINT: Restarted.NO,
+        ExitCode.TIME_LIMIT: Restarted.NO,
+        ExitCode.SIGTERM: Restarted.NO,
+    }
+)
+"""Every `ExitCode`. Any other code, and being killed by a signal, is `Restarted.YES`."""
+
+
+class PolicyGroup:
+    """See the module. To be used in the main thread.
+
+    Args:
+        here: how many of the ranks, the first ones, are processes of this machine.
+        restarts: how often the group may be started again; only where all of them are.
+        environment: the variables of a replica, by its name.
+
+    Attributes:
+        children: the processes of this life.
+        life: how many lives there were before.
+    """
+
+    def __init__(self, folder: JobFolder, here: int, restarts: int, environment: Environment) -> None:
+        self._folder = folder
+        self._here = here
+        self._environment = environment
+        self.restarts = restarts
+        self.children: list[Child] = []
+        self.life = -1
+
+    def start(self, elsewhere: Sequence[socket.socket] = ()) -> list[Child]:
+        """Start all ranks of this machine, each connected with the first one.
+
+        Args:
+            elsewhere: connections to the ranks of other machines, in order; from here on the first rank has them.
+        """
+        self.life += 1
+        with ExitStack() as ends:
+            pairs = [socket.socketpair() for _ in range(1, self._here)]
+            for end in (*(end for pair in pairs for end in pair), *elsewhere):
+                ends.enter_context(end)
+            first, *others = ([*(pair[0] for pair in pairs), *elsewhere], *([pair[1]] for pair in pairs))
+            self.children = [
+                start_rank(self._folder, rank, self.life, sockets, self._environment)
+                for rank, sockets in enumerate([first, *others])
+            ]
+        return self.children
+
+    def may_start_again(self) -> bool:
+        """Whether the group is to be started again, now that one of it has ended."""
+        codes = [child.exit_code for child in self.children if child.exit_code is not None]
+        return self.life < self.restarts and is_restarted(codes, self._here)
+
+    def end(self) -> list[Child]:
+        """Kill the ranks that are still there; returns them."""
+        left = [child for child in self.children if child.running]
+        for child in left:
+            child.kill_group()
+        for child in left:
+            child.collect(5.0)
+        return left
+
+
+def is_restarted(codes: Iterable[int], replicas: int) -> bool:
+    """Whether a group is started again whose ranks ended with `codes`: no code forbids it, and one asks for it.
+
+    Args:
+        codes: as `subprocess` gives them, of the ranks that have ended.
+        replicas: how many ranks the group has.
+    """
+    verdicts = {RESTARTED.get(code, Restarted.YES) for code in codes}
+    if replicas == 1 and Restarted.IN_A_GROUP_OF_SEVERAL in verdicts:
+        return False
+    return bool(verdicts) and Restarted.NO not in verdicts

@@ -1,0 +1,213 @@
+"""How a job is brought to an end, and how it has ended.
+
+How children are brought to an end: one deadline for all of them, and ever firmer means. No I/O.
+
+Rollout replicas get a part of the deadline (`ROLLOUT_SHARE`): should one of them be what the policy waits for, its
+end leaves the policy time to write a checkpoint.
+
+| part of the deadline | in order | interrupted |
+|---|---|---|
+| at once | they were told by the controller | SIGTERM |
+| 40 % | SIGTERM | |
+| 70 % | the stacks of all threads into the log | the same |
+| 80 % | SIGKILL to the process group | the same |
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import assert_never
+
+from pydantic import ValidationError
+
+from dray.clock import MONOTONIC, Clock
+from dray.errors import ConfigError
+from dray.jobs.controller.state import FINISHED_OUTCOMES, final_phase
+from dray.jobs.exit_codes import USER_CODES, ExitCode
+from dray.jobs.files import read_own_file
+from dray.jobs.folder import JobFolder
+from dray.jobs.launch.signals import reason_of
+from dray.jobs.messages.models import MemberState, OutcomeReport, Phase, Status
+from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
+
+# --- teardown ----------------------------------------------------------------------------------------------------
+
+ROLLOUT_SHARE = 0.55
+
+
+class Means(Enum):
+    """What is done to a child that is still there; each once, in this order."""
+
+    TERMINATE = 0.4
+    DUMP_STACKS = 0.7
+    KILL = 0.8
+
+
+class Teardown:
+    """Which means are due, as time goes by.
+
+    Args:
+        bound: seconds within which everything must have ended.
+        at_once: ask at once, instead of leaving it to the controller first.
+    """
+
+    def __init__(self, bound: float, *, at_once: bool, clock: Clock = MONOTONIC) -> None:
+        self._clock = clock
+        self._began = clock.now()
+        self.bound = bound
+        self._due = {means: means.value * bound for means in Means}
+        if at_once:
+            self._due[Means.TERMINATE] = 0.0
+
+    def take_due(self) -> list[Means]:
+        """The means whose time has come since the last call."""
+        elapsed = self._clock.now() - self._began
+        due = [means for means, at in self._due.items() if elapsed >= at]
+        for means in due:
+            del self._due[means]
+        return due
+
+    def hurry(self) -> None:
+        """Kill now, unless that has been done."""
+        if Means.KILL in self._due:
+            self._due = {Means.KILL: 0.0}
+
+    @property
+    def seconds_to_next(self) -> float:
+        """Seconds until `take_due` has something; ``inf`` when everything was done."""
+        elapsed = self._clock.now() - self._began
+        return max(0.0, min(self._due.values(), default=math.inf) - elapsed)
+
+    @property
+    def is_over(self) -> bool:
+        """True when even those that were killed should long have ended."""
+        return not self._due and self._clock.now() - self._began >= 2 * self.bound
+
+
+# --- ending ------------------------------------------------------------------------------------------------------
+
+# How a job has ended: put together from what its processes left behind, whichever of them were killed.
+#
+# Once one of these says that the work is finished, it stands, whatever signal ended anybody afterwards: the status
+# that the controller wrote, and the checkpoint, which the policy writes before it tells the controller.
+
+_LOG = logging.getLogger("dray.jobs.launch.shutdown")
+_FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The job's last status with its outcome, as far as they are known, and what `dray run` says about it."""
+
+    status: Status | None
+    exit_code: int
+    reason: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether the status has the last figures of all replicas: the controller was there until they ended."""
+        status = self.status
+        if status is None or not status.phase.is_final:
+            return False
+        return all(member.state is not MemberState.ACTIVE for member in status.members)
+
+
+def recorded_status(folder: JobFolder) -> Status | None:
+    """What the controller wrote when the outcome was decided, and again when the phase was final."""
+    try:
+        return Status.model_validate_json(read_own_file(folder.outcome, "the outcome"))
+    except FileNotFoundError:
+        return None
+    except (ConfigError, ValidationError) as error:
+        _LOG.error("the controller's last status cannot be used: %s", error)
+        return None
+
+
+def newest_status(*statuses: Status | None) -> Status | None:
+    """The one of a job's statuses that was made last, if there is any."""
+    return max((each for each in statuses if each is not None), key=lambda each: each.seconds, default=None)
+
+
+def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
+    """The state of the job's checkpoint if that says that the work is finished."""
+    try:
+        found = find_checkpoint(folder.checkpoint)
+    except ConfigError as error:
+        _LOG.error("%s", error)
+        return None
+    return found[1] if found is not None and found[1].outcome in _FINISHED_CHECKPOINTS else None
+
+
+def ending(
+    job: str,
+    status: Status | None,
+    checkpoint: CheckpointState | None,
+    signals: Sequence[signal.Signals],
+    failure: str,
+    *,
+    controller_request: str = "",
+    on_slurm: bool = False,
+) -> Ending:
+    """How the job ended.
+
+    Args:
+        status: the newest there is.
+        checkpoint: of a finished job, if there is one.
+        signals: that the supervisor was sent.
+        failure: what it saw go wrong.
+        controller_request: why the supervisor asked a controller without an outcome to end, if it did.
+        on_slurm: whether the job is one of Slurm.
+    """
+    if controller_request and status is not None and _interrupted(status) and not signals:
+        # That the controller "received SIGTERM" is what the supervisor did, and no reason.
+        failed = OutcomeReport(kind="failed", reason=controller_request)
+        status = status.model_copy(update={"outcome": failed, "phase": Phase.FAILED})
+    outcome = None if status is None else status.outcome
+    if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
+        kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
+        reason = f"{kind} at step {checkpoint.step}, says the checkpoint"
+        outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
+        known = status or Status(job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], prompts={})
+        phase = final_phase(outcome.kind) if known.phase.is_final else known.phase
+        status = known.model_copy(update={"outcome": outcome, "phase": phase})
+    if outcome is not None and outcome.kind in FINISHED_OUTCOMES:
+        return Ending(status, exit_code_of(outcome), outcome.reason)
+    if signals:
+        return Ending(status, 128 + signals[0], reason_of(signals[0], on_slurm=on_slurm))
+    if outcome is not None:
+        return Ending(status, exit_code_of(outcome), outcome.reason)
+    return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+
+
+def stopped_early(folder: JobFolder | None, job: str, signals: Sequence[signal.Signals]) -> Ending:
+    """How a job ended that a signal stopped before it was started; the reason is one line.
+
+    Args:
+        folder: None if there is none yet.
+    """
+    on_slurm = folder is not None and folder.attempt is not None
+    checkpoint = None if folder is None else finished_checkpoint(folder)
+    found = ending(job, None, checkpoint, signals, "", on_slurm=on_slurm)
+    return replace(found, reason=f"stopped: {found.reason} before anything was started")
+
+
+def _interrupted(status: Status) -> bool:
+    return status.outcome is not None and status.outcome.kind == "interrupted"
+
+
+def exit_code_of(outcome: OutcomeReport) -> ExitCode:
+    """The exit code of a job that came to `outcome`, unless a signal ended it."""
+    match outcome.kind:
+        case "solved" | "finished":
+            return ExitCode.OK
+        case "max_steps" | "interrupted":
+            return ExitCode.FAILED
+        case "failed":
+            return ExitCode(outcome.cause) if outcome.cause in USER_CODES else ExitCode.FAILED
+        case _:
+            assert_never(outcome.kind)

@@ -1,0 +1,1 @@
+"""What the processes of a job exchange: wire models, messages between processes, calls of the controller."""

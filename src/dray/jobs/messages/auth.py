@@ -1,0 +1,348 @@
+"""Connections between the nodes of a job: how each end proves that it knows the job's secret."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import math
+import secrets
+import selectors
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from dray.admission import BACKLOG, MAX_ACCEPTED, UNPROVEN_SECONDS, AcceptPause, LineLimit, Unproven, accept
+from dray.clock import Deadline
+from dray.errors import AuthenticationError, ConfigError, DrayError, TransportError, TransportTimeout, Unreachable
+from dray.jobs.messages.models import Message
+
+# --- greeting ----------------------------------------------------------------------------------------------------
+
+# How the two ends of a connection between nodes show each other that they know the job's secret.
+#
+# ```
+# head                                         node
+#   nonce (32 bytes) ─────────────────────────►
+#   ◄───────── nonce, length, purpose, proof of the node
+#   proof of the head ────────────────────────►
+# ```
+#
+# A proof is an HMAC-SHA256 over both nonces and the purpose, under a key that follows from the secret. The secret
+# itself is never sent, and a proof is good for one connection. The purpose is JSON: from which node of which
+# attempt the connection comes, and for which policy rank, if it is for one. No I/O.
+
+NONCE = 32
+PROOF = 32
+_LENGTH = struct.Struct("!H")
+_LONGEST = 1024
+
+
+class Purpose(Message):
+    """What a connection is for: the orders to a node, or the channel of a policy rank there."""
+
+    node: Annotated[str, Field(min_length=1, max_length=255)]
+    attempt: Annotated[str, Field(min_length=1, max_length=64)]
+    rank: Annotated[int, Field(ge=1)] | None = None
+
+
+class Host:
+    """The head's end.
+
+    Attributes:
+        nonce: what it sends first.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = _key(secret)
+        self._received = bytearray()
+        self.nonce = secrets.token_bytes(NONCE)
+
+    def feed(self, chunk: bytes) -> tuple[Purpose, bytes] | None:
+        """Take what was received; once the node's words are complete, its purpose and the head's proof.
+
+        Raises:
+            AuthenticationError: the node does not know the secret, or says something else.
+        """
+        self._received += chunk
+        begin = NONCE + _LENGTH.size
+        if len(self._received) < begin:
+            return None
+        (length,) = _LENGTH.unpack_from(self._received, NONCE)
+        if length > _LONGEST:
+            raise AuthenticationError(f"the purpose of a connection has {length} bytes")
+        end = begin + length + PROOF
+        if len(self._received) < end:
+            return None
+        words = bytes(self._received)
+        theirs, text, proof = words[:NONCE], words[begin : begin + length], words[begin + length :]
+        if not hmac.compare_digest(_proof(self._key, b"node", self.nonce, theirs, text), proof):
+            raise AuthenticationError("the other end of a connection does not know the job's secret")
+        try:
+            purpose = Purpose.model_validate_json(text)
+        except ValidationError as error:
+            raise AuthenticationError("the other end of a connection is of another version") from error
+        return purpose, _proof(self._key, b"head", self.nonce, theirs, text)
+
+
+class Guest:
+    """The node's end."""
+
+    def __init__(self, secret: bytes, purpose: Purpose) -> None:
+        self._key = _key(secret)
+        self._text = purpose.model_dump_json().encode()
+        self._nonce = secrets.token_bytes(NONCE)
+
+    def answer(self, nonce: bytes) -> bytes:
+        """What the node sends when it has received the head's `nonce`."""
+        self._expected = _proof(self._key, b"head", nonce, self._nonce, self._text)
+        proof = _proof(self._key, b"node", nonce, self._nonce, self._text)
+        return self._nonce + _LENGTH.pack(len(self._text)) + self._text + proof
+
+    def check(self, proof: bytes) -> None:
+        """Check the head's proof.
+
+        Raises:
+            AuthenticationError: who listens there does not know the secret.
+        """
+        if not hmac.compare_digest(self._expected, proof):
+            raise AuthenticationError("who listens at the head's address does not know the job's secret")
+
+
+def _key(secret: bytes) -> bytes:
+    return hmac.digest(secret, b"dray connection between nodes", hashlib.sha256)
+
+
+def _proof(key: bytes, whose: bytes, nonce_of_head: bytes, nonce_of_node: bytes, text: bytes) -> bytes:
+    return hmac.digest(key, whose + nonce_of_head + nonce_of_node + text, hashlib.sha256)
+
+
+# --- connection --------------------------------------------------------------------------------------------------
+
+_PROBES = 3
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket at `host`, on any free port; it does not block.
+
+    Raises:
+        ConfigError: this machine has no such address.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.bind((host, 0))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError("slurm.interface", host, f"an address of this machine ({error.strerror})") from error
+    return listener
+
+
+def end_when_silent(connected: socket.socket, seconds: float) -> None:
+    """Let the connection fail when the other machine has not answered for `seconds`, whether or not anything is
+    sent. Small messages are sent at once."""
+    interval = max(1, math.floor(seconds / (_PROBES + 1)))
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
+
+
+def connect(
+    address: tuple[str, int], secret: bytes, purpose: Purpose, deadline: Deadline, silence: float
+) -> socket.socket:
+    """A connection to the head that has shown that it knows the secret; it does not block.
+
+    Args:
+        silence: seconds, as for `end_when_silent`.
+
+    Raises:
+        TransportError: nobody answers there in time.
+        AuthenticationError: somebody else does.
+    """
+    guest, endpoint = Guest(secret, purpose), f"tcp:{address[0]}:{address[1]}"
+    with ExitStack() as opened:
+        connected = opened.enter_context(_connect(address, deadline, endpoint))
+        end_when_silent(connected, silence)
+        try:
+            nonce = _receive(connected, NONCE, deadline, endpoint)
+            connected.settimeout(max(0.001, deadline.remaining))
+            connected.sendall(guest.answer(nonce), socket.MSG_NOSIGNAL)
+            guest.check(_receive(connected, PROOF, deadline, endpoint))
+            connected.setblocking(False)
+        except DrayError:
+            raise
+        except TimeoutError as error:
+            raise TransportTimeout(
+                "the head does not answer", endpoint=endpoint, elapsed=deadline.elapsed
+            ) from error
+        except OSError as error:
+            raise TransportError(f"the head is gone: {error.strerror}", endpoint=endpoint) from error
+        opened.pop_all()
+        return connected
+
+
+def _connect(address: tuple[str, int], deadline: Deadline, endpoint: str) -> socket.socket:
+    try:
+        return socket.create_connection(address, timeout=max(0.001, deadline.remaining))
+    except OSError as error:
+        message = f"the head cannot be reached: {error}"
+        raise Unreachable(message, endpoint=endpoint, elapsed=deadline.elapsed) from error
+
+
+def _receive(connected: socket.socket, count: int, deadline: Deadline, endpoint: str) -> bytes:
+    received = b""
+    while len(received) < count:
+        connected.settimeout(max(0.001, deadline.remaining))
+        chunk = connected.recv(count - len(received))
+        if not chunk:
+            raise TransportError("the head does not want this connection", endpoint=endpoint)
+        received += chunk
+    return received
+
+
+# --- door --------------------------------------------------------------------------------------------------------
+
+_CHUNK = 4096
+_LOG = logging.getLogger("dray.jobs.messages.auth")
+
+
+class _Greeted:
+    """A connection that has not shown yet that it knows the secret."""
+
+    def __init__(self, connected: socket.socket, secret: bytes) -> None:
+        self.connected = connected
+        self.host = Host(secret)
+
+
+class Door:
+    """A listening socket, and the connections that have not been let in. Nothing here waits.
+
+    Args:
+        host: an address of this machine.
+        silence: seconds, as for `end_when_silent`, for connections that were let in.
+        refusal: says why a connection is not wanted, or nothing.
+        welcome: is given those that are.
+
+    Raises:
+        ConfigError: this machine has no such address.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        secret: bytes,
+        silence: float,
+        refusal: Callable[[Purpose], str],
+        welcome: Callable[[Purpose, socket.socket], None],
+    ) -> None:
+        self._secret = secret
+        self._silence = silence
+        self._refusal = refusal
+        self._welcome = welcome
+        self._unproven: Unproven[_Greeted] = Unproven()
+        self._pause = AcceptPause(_LOG)
+        self._paused = False
+        self._lines = LineLimit()
+        self._selector: selectors.BaseSelector | None = None
+        self._listener: socket.socket | None = listen(host)
+
+    def open(self, selector: selectors.BaseSelector) -> tuple[str, int]:
+        """Let `selector` call what is here when somebody comes; returns where the door is."""
+        assert self._listener is not None
+        self._selector = selector
+        self._accept_when_readable()
+        host, port = self._listener.getsockname()
+        return host, port
+
+    def look(self) -> None:
+        """Drop connections that have taken too long, and accept again after a pause."""
+        for greeted in self._unproven.overdue():
+            self._close(greeted, f"it has not proven the secret within {UNPROVEN_SECONDS:g} s")
+        if self._paused and not self._pause.remaining and self._listener is not None:
+            self._accept_when_readable()
+
+    def close(self) -> None:
+        """Let nobody in any more. Twice is fine."""
+        if self._listener is not None:
+            if self._selector is not None and not self._paused:
+                self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+        for greeted in list(self._unproven):
+            self._drop(greeted, "the job ends")
+
+    def _accept_when_readable(self) -> None:
+        assert self._selector is not None
+        assert self._listener is not None
+        self._paused = False
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        assert self._selector is not None
+        for _ in range(MAX_ACCEPTED):
+            try:
+                connected = accept(self._listener)
+            except OSError as error:
+                self._pause.begin(error)
+                self._paused = True
+                self._selector.unregister(self._listener)
+                return
+            if connected is None:
+                return
+            self._add(connected)
+
+    def _add(self, connected: socket.socket) -> None:
+        assert self._selector is not None
+        connected.setblocking(False)
+        greeted = _Greeted(connected, self._secret)
+        displaced = self._unproven.add(greeted)
+        if displaced is not None:
+            self._close(displaced, "newer ones that have not proven the secret displaced it")
+        self._selector.register(connected, selectors.EVENT_READ, lambda: self._greet(greeted))
+        try:
+            connected.send(greeted.host.nonce, socket.MSG_NOSIGNAL)
+        except OSError as error:
+            self._drop(greeted, str(error))
+
+    def _greet(self, greeted: _Greeted) -> None:
+        try:
+            chunk = greeted.connected.recv(_CHUNK)
+            if not chunk:
+                self._drop(greeted, "it was closed")
+                return
+            answer = greeted.host.feed(chunk)
+            if answer is None:
+                return
+            purpose, proof = answer
+            if refusal := self._refusal(purpose):
+                self._drop(greeted, refusal)
+                return
+            end_when_silent(greeted.connected, self._silence)
+            greeted.connected.send(proof, socket.MSG_NOSIGNAL)
+        except (OSError, AuthenticationError) as error:
+            self._drop(greeted, str(error))
+            return
+        assert self._selector is not None
+        self._selector.unregister(greeted.connected)
+        self._unproven.discard(greeted)
+        self._welcome(purpose, greeted.connected)
+
+    def _drop(self, greeted: _Greeted, why: str) -> None:
+        if greeted in self._unproven:
+            self._unproven.discard(greeted)
+            self._close(greeted, why)
+
+    def _close(self, greeted: _Greeted, why: str) -> None:
+        assert self._selector is not None
+        self._lines.warn(_LOG, "a connection is not taken: %s", why)
+        self._selector.unregister(greeted.connected)
+        greeted.connected.close()

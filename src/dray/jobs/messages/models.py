@@ -1,0 +1,350 @@
+"""The bodies of the controller's requests and replies."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from itertools import islice
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dray.errors import ControlPlaneError
+from dray.text import printable
+
+
+class Phase(StrEnum):
+    """Where a job stands."""
+
+    STARTING = "starting"  # not every kind of replica has registered
+    RUNNING = "running"
+    DRAINING = "draining"  # no new work; replicas finish what is in flight and leave
+    DONE = "done"  # every member has left; the job was solved, or all its steps are done
+    INTERRUPTED = "interrupted"  # every member has left, because a signal ended the job
+    FAILED = "failed"  # every member has left; the job could not go on, or was not solved within its steps
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Phase.DONE, Phase.INTERRUPTED, Phase.FAILED)
+
+    @property
+    def gives_work(self) -> bool:
+        return self in (Phase.STARTING, Phase.RUNNING)
+
+
+OutcomeKind = Literal["solved", "finished", "max_steps", "interrupted", "failed"]
+
+
+class Role(StrEnum):
+    """What a replica does."""
+
+    ROLLOUT = "rollout"
+    POLICY = "policy"
+
+
+class MemberState(StrEnum):
+    """Whether a member takes part."""
+
+    ACTIVE = "active"
+    LEFT = "left"
+    DEAD = "dead"
+
+
+class MembershipError(ControlPlaneError):
+    """The controller does not, or no longer, know the caller as a member; the caller must end."""
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+Index = Annotated[int, Field(ge=0, lt=2**63)]
+Indices = Annotated[list[Index], Field(max_length=1 << 20)]
+MAX_SENTENCE = 2000
+"""Characters of a reason."""
+
+Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
+
+LONGEST_PROMPT_WAIT = 2.0
+"""Seconds a request for prompts may be held open when there are none."""
+
+
+MAX_MEMBERS = 2048
+"""Replicas that one message is about."""
+
+MAX_REPORTED = 1 << 16
+"""Prompts that one request reports."""
+
+MAX_FIGURES = 256
+"""dray's own figures in one report."""
+
+MAX_LABELS = 64
+"""Labels in one report."""
+
+MAX_FIGURE_NAME = 100
+"""Characters of the name of a figure or label."""
+
+MAX_WORDS = 200
+"""Characters of a label, of what a replica does, and of whom it waits for."""
+
+MAX_METRICS = 256
+"""Metrics of the user's trainer in one report."""
+
+MAX_METRIC_NAME = 200
+"""Characters of the name of one of them."""
+
+MAX_WARNINGS = 20
+"""Warnings in one report."""
+
+MAX_WARNING = 500
+"""Characters of one of them."""
+
+Reported = Annotated[list[Index], Field(max_length=MAX_REPORTED)]
+FigureName = Annotated[str, Field(max_length=MAX_FIGURE_NAME)]
+MetricName = Annotated[str, Field(max_length=MAX_METRIC_NAME)]
+Words = Annotated[str, Field(max_length=MAX_WORDS)]
+
+
+class Message(BaseModel):
+    """A body: no unknown fields. A metric may be NaN or infinite; strict JSON has only strings for these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", defer_build=True)
+
+
+class Caller(Message):
+    """Who asks: a name, and which life of it."""
+
+    name: Name
+    incarnation: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Register(Caller):
+    """``POST /register``: a replica has started."""
+
+    role: Role
+    pid: Annotated[int, Field(gt=0)]
+
+
+def trimmed_report(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `ProgressReport`, without what exceeds its bounds; `trimmed` is increased by that."""
+    trimming = Trimming()
+    fields = {
+        **given,
+        "doing": trimming.text(given.get("doing"), MAX_WORDS),
+        "waits_for": trimming.text(given.get("waits_for", ""), MAX_WORDS),
+        "counters": trimming.table(given.get("counters", {}), MAX_FIGURES, MAX_FIGURE_NAME),
+        "labels": trimming.table(given.get("labels", {}), MAX_LABELS, MAX_FIGURE_NAME, MAX_WORDS),
+        "metrics": trimming.table(given.get("metrics", {}), MAX_METRICS, MAX_METRIC_NAME),
+        "warnings": trimming.texts(given.get("warnings", []), MAX_WARNINGS, MAX_WARNING),
+    }
+    if not trimming.count:
+        return given
+    earlier = given.get("trimmed", 0)
+    return {**fields, "trimmed": earlier + trimming.count if isinstance(earlier, int) else earlier}
+
+
+class ProgressReport(Message):
+    """What a replica does, for how many seconds, dray's own figures as `counters`, and words about it as `labels`.
+
+    `waits_for` says whom it waits for, if it does; `ages` how old the oldest payload, lease and unacknowledged
+    reference are that it has, in seconds. `metrics` are the newest values of what the user's `train_step`
+    returned, under the user's names; `warnings` are lines that the user should see.
+
+    What exceeds the bounds is cut or dropped, when a report is made and when one is read; `trimmed` counts it.
+    """
+
+    doing: Words
+    seconds: float
+    counters: Annotated[dict[FigureName, float], Field(max_length=MAX_FIGURES)] = {}
+    labels: Annotated[dict[FigureName, Words], Field(max_length=MAX_LABELS)] = {}
+    waits_for: Words = ""
+    ages: dict[Literal["payload", "lease", "reference"], float] = {}
+    metrics: Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)] = {}
+    warnings: Annotated[list[Annotated[str, Field(max_length=MAX_WARNING)]], Field(max_length=MAX_WARNINGS)] = []
+    trimmed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trim(cls, given: Any) -> Any:
+        return trimmed_report(given) if isinstance(given, dict) else given
+
+    def count(self, name: str) -> int:
+        """The counter `name` as a whole number; 0 if there is none, or none that is finite."""
+        value = self.counters.get(name, 0)
+        return int(value) if math.isfinite(value) else 0
+
+
+class Heartbeat(Caller):
+    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded.
+
+    The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
+    """
+
+    progress: ProgressReport
+    settled: Reported = []
+    until_unread: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
+
+
+class TakePrompts(Caller):
+    """``POST /prompts``: asks for up to `want` prompts, and reports those published since the last time."""
+
+    want: Annotated[int, Field(ge=1, le=4096)]
+    wait: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
+    published: Reported = []
+
+
+class Finish(Caller):
+    """``POST /finish``: the policy ends the job."""
+
+    kind: OutcomeKind
+    reason: Sentence
+
+
+class Unregister(Caller):
+    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request, and
+    the exit code with which it is about to end."""
+
+    reason: Sentence
+    published: Reported = []
+    exit_code: Annotated[int, Field(ge=0, le=255)] = 0
+
+
+class Died(Message):
+    """``POST /died``: the supervisor saw a replica's process `pid` end, with `exit_code` as `subprocess` gives it,
+    and `reason` in case that the replica has given none; `final` unless the supervisor starts its group again.
+
+    It changes nothing for another process of the same name that has registered since."""
+
+    name: Name
+    role: Role
+    pid: Annotated[int, Field(ge=0)] = 0
+    reason: Sentence
+    final: bool = True
+    exit_code: Annotated[int, Field(ge=-255, le=255)] | None = None
+
+
+class Seen(Message):
+    """A replica whose process `pid` was known to run `seconds` ago."""
+
+    name: Name
+    pid: Annotated[int, Field(gt=0)]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Alive(Message):
+    """``POST /alive``: what the supervisor knows of replicas from which no heartbeat comes."""
+
+    seen: Annotated[list[Seen], Field(max_length=MAX_MEMBERS)]
+
+
+class Stop(Message):
+    """``POST /stop``: the supervisor was interrupted."""
+
+    reason: Sentence
+
+
+class Directive(Message):
+    """The answer to register and heartbeat: whether to go on, and how many policy replicas are there to read."""
+
+    phase: Phase
+    stop: bool
+    readers: int = 0
+
+
+class PromptList(Directive):
+    """The answer to prompts: pairs of index and seed; empty where there is no work just now."""
+
+    prompts: list[tuple[int, int]] = []
+
+
+class PromptsUnderWay(Message):
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the prompts that are not settled,
+    those among them whose trajectories were published, and the next prompt."""
+
+    unsettled: Indices
+    published: Indices
+    next: int
+
+
+class MemberStatus(Message):
+    """One member on the status page; `silence` in seconds."""
+
+    name: str
+    role: Role
+    state: MemberState
+    reason: str
+    pid: int
+    silence: float
+    progress: ProgressReport
+
+
+class OutcomeReport(Message):
+    """How the job came to its end; `cause` is the exit code of the replica that it failed for."""
+
+    kind: OutcomeKind
+    reason: str
+    cause: int | None = None
+
+
+class Stall(Message):
+    """Somebody waits for longer than `timeouts.stall`: the line about it, and how many there were so far."""
+
+    line: str
+    seconds: float
+    reports: int
+
+
+class Status(Message):
+    """``GET /status``."""
+
+    job: str
+    phase: Phase
+    seconds: float
+    outcome: OutcomeReport | None
+    members: list[MemberStatus]
+    prompts: dict[str, int]
+    stall: Stall | None = None
+
+
+class ErrorReply(Message):
+    """The body of every answer that is not 200."""
+
+    error: Literal["unauthorised", "not a member", "malformed", "too large"]
+    detail: str = ""
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+class Trimming:
+    """Cuts, and counts what was cut.
+
+    Attributes:
+        count: how many texts were cut, and how many entries were dropped.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def text(self, given: Any, most: int) -> Any:
+        """`given` with at most so many characters."""
+        if not isinstance(given, str) or len(given) <= most:
+            return given
+        self.count += 1
+        return printable(given, most)
+
+    def texts(self, given: Any, most: int, longest: int) -> Any:
+        """The first texts of the list `given`."""
+        if not isinstance(given, list):
+            return given
+        self.count += max(0, len(given) - most)
+        return [self.text(each, longest) for each in given[:most]]
+
+    def table(self, given: Any, most: int, longest_name: int, longest_text: int | None = None) -> Any:
+        """The first entries of the dictionary `given`, with bounded names, and texts where a bound is given."""
+        if not isinstance(given, dict):
+            return given
+        self.count += max(0, len(given) - most)
+        return {
+            self.text(name, longest_name): value if longest_text is None else self.text(value, longest_text)
+            for name, value in islice(given.items(), most)
+        }

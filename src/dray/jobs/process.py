@@ -1,0 +1,475 @@
+"""How a process of a job begins and ends: bound to its supervisor's life, with signals, stack dumps and a log.
+
+No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
+thread that watches the supervisor then kills everything below the child, and its process group. The child adopts
+whom its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
+not get away. When the child itself is killed, the supervisor adopts them.
+
+What user code forks is no process of the job: it handles signals and uncaught exceptions as Python does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeVar
+
+from dray.clock import MONOTONIC, Deadline, Stopwatch
+from dray.forking import SignalHandlers, call_in_children, not_inherited
+from dray.jobs.exit_codes import ExitCode
+from dray.resources import raise_descriptor_limit
+from dray.text import PrintableFormatter
+
+# --- process -----------------------------------------------------------------------------------------------------
+
+if TYPE_CHECKING:  # a process without the extra "jobs" prints that it lacks it
+    from dray.jobs.config import LogLevel
+
+PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
+"""Environment variable in which the supervisor tells its children its pid."""
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""Makes a process of the job write the stacks of all its threads to its log."""
+
+LEVELS: Final[Mapping[LogLevel, int]] = MappingProxyType(
+    {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+)
+"""The number of each level in `logging`."""
+
+_LAST_BOUND = 3.0
+_OTHERS_WRITE = 0o022
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LOG = logging.getLogger("dray.jobs.process")
+
+
+class StopFlag:
+    """Whether, why and with which exit code a process should end. The first reason stands.
+
+    Attributes:
+        disposable: true while the process has nothing to lose, and may be ended without being asked.
+    """
+
+    def __init__(self) -> None:
+        self.disposable = True
+        self.event = threading.Event()
+        self.reason = ""
+        self.exit_code: int | None = None
+        self._set_at: float | None = None
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def is_set(self) -> bool:
+        return self.event.is_set()
+
+    def set(self, reason: str, exit_code: int | None = None) -> None:
+        """Ask the process to end. `exit_code` ``None`` means that this is no failure."""
+        with self._lock:
+            if self.event.is_set():
+                return
+            self.reason = reason
+            self.exit_code = exit_code
+            self._set_at = MONOTONIC.now()
+            self.event.set()
+            callbacks = self._callbacks
+        _LOG.info("stopping: %s", reason)
+        for callback in callbacks:
+            callback()
+
+    @property
+    def since(self) -> float:
+        """Seconds since the flag was set; 0 before."""
+        with self._lock:
+            return 0.0 if self._set_at is None else MONOTONIC.now() - self._set_at
+
+    def on_set(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the flag is set, in the thread that sets it; now, if it is set."""
+        with self._lock:
+            if not self.event.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until the flag is set, at most `timeout` seconds; returns whether it is."""
+        return self.event.wait(timeout)
+
+
+def begin_process(name: str) -> None:
+    """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
+    faulthandler.enable()
+    dump_stacks_on_signal()
+    # Another user who could write to a file of the job, a checkpoint say, could run code in the next run.
+    os.umask(os.umask(_OTHERS_WRITE) | _OTHERS_WRITE)
+    log_to_stderr(name, logging.INFO)
+    raise_descriptor_limit()
+    logging.getLogger("httpcore").setLevel(logging.WARNING)
+    exit_with_own_code_on_crash()
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is not None:
+        _bind_to_parent(int(parent))
+
+
+def dump_stacks_on_signal() -> None:
+    """Write the stacks of all threads to stderr at `DUMP_SIGNAL`; a forked child does not."""
+    faulthandler.register(DUMP_SIGNAL, all_threads=True, chain=False)
+    call_in_children(_forget_dump_signal)
+
+
+def log_to_stderr(name: str, level: int) -> None:
+    """What is logged from `level` on goes to stderr, which is the process's log; `name` is that of the process."""
+    logging.basicConfig(level=level, handlers=[printable_handler(f"%(asctime)s {name} ")])
+
+
+def printable_handler(prefix: str = "", stream: IO[str] | None = None) -> logging.Handler:
+    """A handler that writes records to `stream`, by default stderr, with `prefix` in the form of `logging`."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(PrintableFormatter(f"{prefix}%(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+def set_log_level(level: LogLevel) -> None:
+    """Log from `level` on. "debug" adds the messages of dray; other libraries log from "info" on at most."""
+    number = LEVELS[level]
+    logging.getLogger("dray").setLevel(number)
+    logging.getLogger().setLevel(max(number, logging.INFO))
+
+
+def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
+    """Call `on_stop` for SIGTERM and SIGINT, from a thread of its own, even while the main thread is in C code."""
+    reader, writer = map(not_inherited, socket.socketpair())
+    writer.setblocking(False)
+    handlers = SignalHandlers((signal.SIGTERM, signal.SIGINT), writer)
+
+    def watch() -> None:
+        while True:
+            for byte in reader.recv(64):
+                if byte in handlers.numbers:
+                    on_stop(signal.Signals(byte))
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def finish_process() -> None:
+    """The exit code is decided: a signal that comes from here on must not change it; what hangs is killed."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit without tearing the interpreter down.
+
+    Everything of dray is closed by now. What is left is to take apart the user's libraries, which takes seconds
+    for some of them and can run into threads of theirs; the process goes as a whole instead, after its exit
+    handlers.
+    """
+    atexit._run_exitfuncs()
+    flush_streams()
+    exit_at_once(code)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Kill everything below this process and end it, without exit handlers.
+
+    The supervisor would kill what is left, but it may be gone, and its end the reason for this one.
+    """
+    kill_descendants(_LAST_BOUND)
+    os._exit(code)
+
+
+def exit_with_own_code_on_crash() -> None:
+    """Let an exception that nobody caught end the process with `ExitCode.INTERNAL`.
+
+    Python's own code for it is 1, which says that a job was not finished.
+    """
+    sys.excepthook = _crashed
+    call_in_children(_forget_crash_code)
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _LOG.critical("ends on an error of dray's own", exc_info=(kind, error, trace))
+    leave(ExitCode.SIGINT if issubclass(kind, KeyboardInterrupt) else ExitCode.INTERNAL)
+
+
+def _forget_dump_signal() -> None:
+    faulthandler.unregister(DUMP_SIGNAL)
+
+
+def _forget_crash_code() -> None:
+    if sys.excepthook is _crashed:
+        sys.excepthook = sys.__excepthook__
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of grandchildren whose own parent ends (`PR_SET_CHILD_SUBREAPER`)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _bind_to_parent(parent: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    adopt_orphans()
+    try:
+        descriptor = os.pidfd_open(parent)
+    except ProcessLookupError:
+        sys.exit(f"the supervisor (pid {parent}) is gone")
+    if os.getppid() != parent:
+        sys.exit(f"the supervisor (pid {parent}) is gone")
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll()
+        kill_descendants(_LAST_BOUND)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+# --- streams -----------------------------------------------------------------------------------------------------
+
+
+def open_missing_streams() -> None:
+    """Have descriptors 0 to 2 and `sys.stdout` and `sys.stderr` lead somewhere if the process was started without.
+
+    Otherwise the next file or socket that is opened would get the number of a stream, and what is printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8", errors="backslashreplace"))
+
+
+def discard(stream: IO[str]) -> None:
+    """Let what is still written to `stream`, and what it has buffered, go nowhere."""
+    with suppress(OSError, ValueError):  # it has no descriptor, or is closed
+        number = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.dup2(nowhere, number)
+        finally:
+            os.close(nowhere)
+
+
+def flush_streams() -> None:
+    """Write out what the standard streams have buffered, if that is possible.
+
+    Python flushes them at its end, too, and replaces the exit code where that fails.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            discard(stream)
+
+
+# --- descendants -------------------------------------------------------------------------------------------------
+
+_STOPPED = "Tt"
+_ENDED = "ZX"
+"""States of a process that has ended, and that its parent has not waited for yet."""
+
+
+def child_pids() -> set[int]:
+    """The pids of this process's children, ended ones included."""
+    own = os.getpid()
+    return {pid for pid, parent, _ in _processes() if parent == own}
+
+
+def descendant_pids() -> set[int]:
+    """The pids of this process's children, of theirs and so on, without those that have ended."""
+    children: dict[int, list[int]] = {}
+    ended = set()
+    for pid, parent, state in _processes():
+        children.setdefault(parent, []).append(pid)
+        if state in _ENDED:
+            ended.add(pid)
+    found: set[int] = set()
+    open_ends = [os.getpid()]
+    while open_ends:
+        for pid in children.get(open_ends.pop(), ()):
+            if pid not in found:
+                found.add(pid)
+                open_ends.append(pid)
+    return found - ended
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process, a child of this one, has neither ended nor been stopped by a signal or a debugger."""
+    try:
+        stat = Path("/proc", str(pid), "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return _parent_and_state(stat)[1] not in _ENDED + _STOPPED
+
+
+def kill_descendants(timeout: float) -> None:
+    """Kill every process below this one, and what they start meanwhile, within `timeout` seconds.
+
+    Complete if this process adopts orphans: a process whose parent is killed first stays below this one.
+    """
+    deadline = Deadline.after(timeout)
+    while (pids := descendant_pids()) and not deadline.expired:
+        _kill_and_wait(pids, deadline)
+
+
+def kill_orphans(known: Collection[int], timeout: float) -> int:
+    """Kill and collect children that this process did not start but was given when their parents ended.
+
+    Args:
+        known: children that are not meant.
+        timeout: seconds to wait for each round; killing one may orphan others.
+
+    Returns:
+        How many were alive and were killed; those that had ended already are collected, too, and not counted.
+    """
+    own, killed, all_ended = os.getpid(), 0, True
+    while all_ended and (
+        orphans := {pid: state for pid, parent, state in _processes() if parent == own and pid not in known}
+    ):
+        all_ended = _kill_and_wait(orphans, Deadline.after(timeout))
+        for pid, state in orphans.items():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended and state not in _ENDED:
+                killed += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    return killed
+
+
+def ends_within(pidfd: int, timeout: float) -> bool:
+    """Whether the process of `pidfd` has ended or does so within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def _kill_and_wait(pids: Collection[int], deadline: Deadline) -> bool:
+    """Kill all of them first, so that none has the time to start another, then wait; True if all have ended."""
+    descriptors = []
+    try:
+        for pid in pids:
+            try:
+                descriptors.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(descriptors[-1], signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return all(ends_within(descriptor, deadline.remaining) for descriptor in descriptors)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Pid, parent and state of every process."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                stat = Path(entry.path, "stat").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            yield int(entry.name), *_parent_and_state(stat)
+
+
+def _parent_and_state(stat: bytes) -> tuple[int, str]:
+    # The command, in parentheses, may hold anything; state and parent are the first fields after it.
+    state, parent = stat.rpartition(b")")[2].split()[:2]
+    return int(parent), state.decode()
+
+
+# --- place -------------------------------------------------------------------------------------------------------
+
+ADDRESS_VARIABLE = "DRAY_ADDRESS"
+"""The address of this node that the job's other nodes reach."""
+
+REPLICA_NODES_VARIABLE = "DRAY_REPLICA_NODES"
+"""The names of all nodes that belong to the replica, separated by spaces; its process runs on the first."""
+
+LOOPBACK = "127.0.0.1"
+
+
+def own_address() -> str:
+    """Where to listen, and what to advertise to the other processes of the job."""
+    return os.environ.get(ADDRESS_VARIABLE, LOOPBACK)
+
+
+def folder_is_local() -> bool:
+    """Whether the job's folder is on this machine: Unix sockets in a folder that nodes share are no good."""
+    return ADDRESS_VARIABLE not in os.environ
+
+
+# --- process -----------------------------------------------------------------------------------------------------
+
+_Opened = TypeVar("_Opened")
+
+
+class ShutdownStep:
+    """One step.
+
+    Args:
+        what: is done, e.g. ``"unregister"``.
+        waits_for: whom or what it waits for.
+        bound: seconds that it takes at most.
+    """
+
+    def __init__(self, what: str, waits_for: str, bound: float) -> None:
+        self._what = what
+        self._waits_for = waits_for
+        self._bound = bound
+        self._began: Stopwatch | None = None
+
+    def begin(self) -> None:
+        """Log that the step begins."""
+        self._began = Stopwatch()
+        _LOG.info("shutdown: %s, waiting for %s, at most %.1f s", self._what, self._waits_for, self._bound)
+
+    def end(self) -> None:
+        """Log how long it took, if it has begun."""
+        if self._began is not None:
+            _LOG.info("shutdown: %s took %.2f s", self._what, self._began.elapsed)
+
+
+@contextmanager
+def shutdown_step(what: str, waits_for: str, bound: float) -> Iterator[None]:
+    """The block is a step of the shutdown; parameters as for `ShutdownStep`."""
+    step = ShutdownStep(what, waits_for, bound)
+    step.begin()
+    try:
+        yield
+    finally:
+        step.end()
+
+
+def closed_by_step(stack: ExitStack, opened: AbstractContextManager[_Opened], step: ShutdownStep) -> _Opened:
+    """Enter `opened` in `stack`, whose end closes it as a step of the shutdown."""
+    stack.callback(step.end)
+    entered = stack.enter_context(opened)
+    stack.callback(step.begin)
+    return entered

@@ -1,0 +1,58 @@
+"""The queue of a job: Redis Streams that carry references and the newest weights.
+
+The rings of the producers are the truth; what lies in Redis is an index of them, and can be built again from them
+at any time. `redis` is imported in this package only.
+
+* `start_redis` finds or starts a server, `RedisConnection` talks to it.
+* `RolloutProducer` and `RolloutConsumer` carry references (or payloads inline) from rollout replicas to the policy
+  group; `RolloutQueue` observes them.
+* `WeightsKey` has the reference of the newest weights.
+"""
+
+from dray.jobs.queue.connection import (
+    BacklogFullError,
+    ControlPlaneStopped,
+    OldEpochError,
+    RedisConnection,
+    RedisUnavailableError,
+    StreamLostError,
+    delete_job,
+)
+from dray.jobs.queue.consumer import RolloutConsumer
+from dray.jobs.queue.keys import KEY_LIFETIME, JobKeys
+from dray.jobs.queue.producer import (
+    CommitOutcome,
+    Delivery,
+    QueueStatistics,
+    RolloutEntry,
+    RolloutProducer,
+    RolloutQueue,
+)
+from dray.jobs.queue.redis_client import RedisAddress
+from dray.jobs.queue.redis_server import REDIS_STOP_BOUND, RedisServer, start_redis
+from dray.jobs.queue.weights import PublishedWeights, WeightsKey
+
+__all__ = [
+    "KEY_LIFETIME",
+    "REDIS_STOP_BOUND",
+    "BacklogFullError",
+    "CommitOutcome",
+    "ControlPlaneStopped",
+    "Delivery",
+    "JobKeys",
+    "OldEpochError",
+    "PublishedWeights",
+    "QueueStatistics",
+    "RedisAddress",
+    "RedisConnection",
+    "RedisServer",
+    "RedisUnavailableError",
+    "RolloutConsumer",
+    "RolloutEntry",
+    "RolloutProducer",
+    "RolloutQueue",
+    "StreamLostError",
+    "WeightsKey",
+    "delete_job",
+    "start_redis",
+]

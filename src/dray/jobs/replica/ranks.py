@@ -1,0 +1,159 @@
+"""The policy group as its first rank sees it: what it tells the others, and what each of them reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dray.jobs.messages.channel import Answer, Channel, GroupLostError, Order
+from dray.jobs.queue import Delivery
+from dray.jobs.replica.checkpoint import trainer_folder
+
+# --- batch -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Batch:
+    """The payloads of one step, in equal parts. All `readers` of a part get the same payloads in the same order.
+
+    Rank r reads part r // readers, as reader r % readers.
+
+    Args:
+        size: payloads of all parts together.
+        parts: how many there are.
+    """
+
+    size: int
+    parts: int = 1
+    waited: float = 0.0
+    reading: float = 0.0
+    _read: list[list[Delivery]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._read = [[] for _ in range(self.parts)]
+
+    @property
+    def missing(self) -> int:
+        """How many payloads are yet to be read."""
+        return self.size - sum(map(len, self._read))
+
+    @property
+    def deliveries(self) -> list[Delivery]:
+        """Everything that was read."""
+        return [delivery for part in self._read for delivery in part]
+
+    def part(self, index: int) -> list[Delivery]:
+        """What was read of one part, in order."""
+        return self._read[index]
+
+    def deal(self, deliveries: Sequence[Delivery]) -> list[list[Delivery]]:
+        """Which part each of `deliveries`, at most `missing` of them, is to be read for."""
+        dealt: list[list[Delivery]] = [[] for _ in range(self.parts)]
+        room = self.size // self.parts
+        waiting = list(deliveries)
+        for read, part in zip(self._read, dealt, strict=True):
+            free = room - len(read)
+            part += waiting[:free]
+            del waiting[:free]
+        return dealt
+
+    def add(self, part: int, deliveries: Iterable[Delivery]) -> None:
+        """These were read for `part`, by all its ranks."""
+        self._read[part] += deliveries
+
+
+# --- ranks -------------------------------------------------------------------------------------------------------
+
+Failure = Literal["stale", "lost"]
+
+
+class Ranks:
+    """The ranks 1, 2, …, in order; none for a group of one.
+
+    All methods raise `GroupLostError` when one of them is gone.
+
+    Args:
+        readers: how many ranks read each payload.
+    """
+
+    def __init__(self, channels: Sequence[Channel], readers: int) -> None:
+        self._channels = tuple(channels)
+        self._readers = readers
+
+    @property
+    def parts(self) -> int:
+        """How many parts a batch is dealt in."""
+        return (len(self._channels) + 1) // self._readers
+
+    def share(self, text: str | None) -> str:
+        """Give `text` to all."""
+        if text is None:
+            raise ValueError("the first rank of a group has to share something")
+        self._tell(lambda _: Order(what="share", text=text))
+        return text
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Let all load their part of a checkpoint, if there is one."""
+
+        def order(rank: int) -> Order:
+            return Order(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
+
+        self._tell(order)
+
+    def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
+        """Let each rank read what its part was dealt."""
+
+        def order(rank: int) -> Order:
+            entries = [delivery.entry for delivery in dealt[rank // self._readers]]
+            return Order(
+                what="read",
+                references=[entry.reference or "" for entry in entries],
+                versions=[entry.weight_version for entry in entries],
+            )
+
+        self._tell(order)
+
+    def failures(self) -> dict[str, Failure]:
+        """What any of them could not read, by identity."""
+        failed: dict[str, Failure] = {}
+        for channel in self._channels:
+            failed |= channel.receive(Answer).failed
+        return failed
+
+    def train(self, batch: Batch) -> None:
+        """Let each rank train on its part of `batch`."""
+
+        def order(rank: int) -> Order:
+            part = batch.part(rank // self._readers)
+            return Order(what="train", identities=[delivery.entry.identity for delivery in part])
+
+        self._tell(order)
+
+    def weights(self) -> None:
+        """Let all join in `PolicyTrainer.weights`."""
+        self._tell(lambda _: Order(what="weights"))
+
+    def save(self, checkpoint: Path) -> None:
+        """Let each rank save its part of a checkpoint."""
+        self._tell(lambda rank: Order(what="save", text=str(trainer_folder(checkpoint, rank))))
+
+    def wait(self) -> None:
+        """Wait until all have done what they were told."""
+        for channel in self._channels:
+            channel.receive(Answer)
+
+    def end(self) -> None:
+        """The job is over."""
+        self._tell(lambda _: Order(what="end"))
+
+    def check(self) -> None:
+        """Make sure that all are there."""
+        for channel in self._channels:
+            if channel.lost:
+                raise GroupLostError(f"{channel.peer} is gone")
+
+    def _tell(self, order: Callable[[int], Order]) -> None:
+        for rank, channel in enumerate(self._channels, start=1):
+            channel.send(order(rank))

@@ -1,0 +1,218 @@
+"""Calls of the user's classes: what such a call raises or returns wrongly is named as the user's own mistake.
+
+Every call goes through `call_user`, and what it returns through `returned_arrays` and `carried`, or
+`returned_metrics`. Their errors are one printable line that names the class, the method, the part and what is
+allowed; the process then ends with the error's `exit_code`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from dray.errors import PayloadError
+from dray.forking import parent_only
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.messages.channel import GroupLostError
+from dray.text import printable, printable_value
+
+MAX_REASON: Final = 800
+"""Characters of the line about a user's mistake."""
+
+_NOT_THE_USERS = (f"{Path(__file__).parents[1]}{os.sep}", "<frozen ")
+"""What the file names of frames begin with that tell a user nothing."""
+
+_ARRAYS = "it must return a mapping of names to arrays"
+_METRICS = "it must return a mapping of metric names to numbers"
+
+
+class UserCodeError(Exception):
+    """A call of the user's class raised; the cause is its exception."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.USER_CODE
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, MAX_REASON))
+
+
+class UserValueError(UserCodeError):
+    """A call of the user's class returned what cannot be used, and would do so again."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.USER_VALUE
+
+
+def make_user_object(found: type[Any]) -> Any:
+    """An instance of the user's class.
+
+    Raises:
+        UserCodeError: its constructor raised.
+    """
+    with _user_code(found, f"{found.__name__}()"):
+        return found()
+
+
+def call_user(user: object, method: str, *arguments: object) -> Any:
+    """Call a method of the user's object and return what it returns.
+
+    Raises:
+        UserCodeError: it raised, or would leave the interpreter.
+        UserValueError: its code has not run, as what it returned is a coroutine or a generator.
+        GroupLostError: it waited for another policy replica, which is gone.
+    """
+    with _user_code(type(user), f"{type(user).__name__}.{method}()"):
+        found = getattr(user, method)(*arguments)
+    kind = _unstarted(found)
+    if kind:
+        raise UserValueError(f"{_call(user, method)} returned {kind}: it must not be async, nor use yield")
+    return found
+
+
+def returned_arrays(user: object, method: str, found: object) -> dict[str, Any]:
+    """The named arrays that `method` of `user` returned, whatever they hold.
+
+    Raises:
+        UserValueError: they are no mapping, or an empty one.
+    """
+    if not isinstance(found, Mapping):
+        raise UserValueError(f"{_call(user, method)} returned {_kind(found)}: {_ARRAYS}")
+    with _user_code(type(user), f"the mapping that {_call(user, method)} returned"):
+        arrays = dict(found)
+    if not arrays:
+        raise UserValueError(f"{_call(user, method)} returned an empty mapping: it must hold at least one array")
+    return arrays
+
+
+@contextmanager
+def carried(user: object, method: str) -> Iterator[None]:
+    """Where arrays that `method` of `user` returned are packed: what cannot be is the user's mistake.
+
+    Raises:
+        UserValueError: a name, dtype or value cannot be carried, or there is too much of it.
+    """
+    try:
+        yield
+    except PayloadError as error:
+        raise UserValueError(f"{_call(user, method)} returned what cannot be carried: {error}") from error
+
+
+def returned_metrics(user: object, method: str, found: object) -> dict[str, float]:
+    """The metrics that `method` of `user` returned, as floats; NaN and infinity are among them.
+
+    Raises:
+        UserValueError: they are no mapping of names to single numbers; the message names the metric.
+    """
+    call = _call(user, method)
+    if not isinstance(found, Mapping):
+        raise UserValueError(f"{call} returned {_kind(found)}: {_METRICS}")
+    with _user_code(type(user), f"the mapping that {call} returned"):
+        items = list(found.items())
+    metrics = {}
+    for name, value in items:
+        if not isinstance(name, str):
+            raise UserValueError(f"{call} returned the metric name {printable_value(name, 60)}: names are text")
+        number = _number(value)
+        if number is None:
+            metric = printable_value(name, 100)
+            raise UserValueError(f"{call} returned metric {metric} as {_described(value)}: it must be one number")
+        metrics[name] = number
+    return metrics
+
+
+def save_into(user: object, folder: Path) -> None:
+    """Have the user's trainer save into `folder`, which exists and is empty.
+
+    Raises:
+        UserCodeError: it raised.
+        UserValueError: the folder is gone.
+    """
+    call_user(user, "save", folder)
+    if not folder.is_dir():
+        raise UserValueError(f"{_call(user, 'save')} removed the folder that it was given: it must write into it")
+
+
+def described_error(error: BaseException, file: str | None) -> str:
+    """`error` in one line: type, text, and where in `file` or beside it, else anywhere, it was raised."""
+    text = printable(_text_of(error))
+    return f"{type(error).__name__}{': ' if text else ''}{text}{_place(error, file)}"
+
+
+def file_of(found: type[Any]) -> str | None:
+    """The file of the module that has the class, if there is one."""
+    return getattr(sys.modules.get(found.__module__), "__file__", None)
+
+
+@contextmanager
+def _user_code(found: type[Any], what: str) -> Iterator[None]:
+    try:
+        with parent_only():
+            yield
+    except GroupLostError:
+        raise
+    except BaseException as error:  # leaving the interpreter is one of its mistakes
+        raise UserCodeError(f"{what} raised {described_error(error, file_of(found))}") from error
+
+
+def _call(user: object, method: str) -> str:
+    """``Worker.rollout() of worker.py``."""
+    file = file_of(type(user))
+    return f"{type(user).__name__}.{method}()" + (f" of {Path(file).name}" if file else "")
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - the text of a foreign exception raises whatever it likes
+        return "(its text cannot be shown)"
+
+
+def _place(error: BaseException, file: str | None) -> str:
+    """The innermost line beside `file`, or of any but dray's and the importer's, that `error` came through."""
+    frames = [
+        (frame.f_code.co_filename, line, frame.f_code.co_name)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(_NOT_THE_USERS)
+    ]
+    own = [each for each in frames if file is not None and Path(each[0]).parent == Path(file).parent]
+    if not frames:
+        return ""
+    name, line, function = (own or frames)[-1]
+    where = "" if function == "<module>" else f" in {function}"
+    return f" ({printable(f'{Path(name).name}:{line}{where}', 200)})"
+
+
+def _unstarted(found: object) -> str:
+    """What `found` is called if it stands for code that has not run."""
+    if inspect.iscoroutine(found):
+        found.close()
+        return "a coroutine"
+    if inspect.isawaitable(found):
+        return "an awaitable"
+    return "a generator" if inspect.isgenerator(found) or inspect.isasyncgen(found) else ""
+
+
+def _kind(found: object) -> str:
+    return "None" if found is None else f"a {type(found).__name__}"
+
+
+def _described(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    if shape:
+        return f"an array of shape {printable_value(tuple(shape), 60)}"
+    return printable_value(value, 60)
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a float, if it is one number."""
+    if isinstance(value, str | bytes | bytearray):
+        return None
+    try:
+        # An array or tensor of one element is a number, whatever its shape.
+        return float(value.item() if hasattr(value, "item") else value)
+    except Exception:  # noqa: BLE001 - whatever a foreign object raises, it is no number
+        return None

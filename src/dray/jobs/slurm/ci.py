@@ -1,0 +1,324 @@
+"""`dray slurm ci`: test suites as one job on an exclusive node, followed until it has ended.
+
+    choices ──▶ Plan ──▶ ci.sh ──▶ sbatch … follow ci.log … ended ──▶ report.txt, junit.xml, exit code
+
+The batch script (`templates/ci.sh.j2`) runs the suites and records how each ended; everything that is said about
+them is worked out here, from what it left in the output folder.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from dray.clock import Deadline
+from dray.errors import ConfigError
+from dray.jobs.launch.output import make_run_folder
+from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.slurm import ci_report
+from dray.jobs.slurm.ci_report import BROKEN_OFF, JOB, SETUP, Report, SuiteResult, Verdict, read_ends
+from dray.jobs.slurm.scheduler import JobView, SlurmError, cancel, look, submit
+from dray.jobs.slurm.script import format_duration, parse_duration, render
+
+# --- ci follow ---------------------------------------------------------------------------------------------------
+
+POLL_SECONDS = 2.0
+SILENCE_SECONDS = 300.0
+"""slurmctld may be unreachable for as long, as when it restarts, before the wait is given up."""
+
+CANCEL_SECONDS = 120.0
+"""A job that is cancelled gets as long to end."""
+
+RECORD_SECONDS = 15.0
+"""What a node wrote last is seen here by then, on any file system that both share."""
+
+
+def follow(
+    number: int, output: Path, inbox: SignalInbox, say: Callable[[str], None]
+) -> tuple[JobView, signal.Signals | None]:
+    """Show the job's `ci.log` until it has ended; returns its last view, and the signal that interrupted.
+
+    The first signal cancels the job, a second one ends the wait.
+
+    Raises:
+        SlurmError: Slurm could not be asked for `SILENCE_SECONDS`, or does not cancel the job.
+    """
+    log = _Tail(output / "ci.log")
+    silence, given_up, interrupted, state = Deadline.after(SILENCE_SECONDS), Deadline.after(None), None, ""
+    while True:
+        try:
+            view: JobView | None = look(number)
+        except SlurmError:
+            view = _recorded(number, output)
+            if view is None and (silence.expired or given_up.expired):
+                raise
+        else:
+            silence = Deadline.after(SILENCE_SECONDS)
+        if view is not None:
+            if view.state != state:
+                state = view.state
+                say(f"job {number}: {state}{f', {view.reason}' if state == 'PENDING' else ''}\n")
+            if view.ended or given_up.expired:
+                break
+        say(log.take())
+        select.select([inbox], [], [], POLL_SECONDS)
+        for received in inbox.take():
+            if interrupted is not None:
+                given_up = Deadline.after(0.0)
+                continue
+            interrupted, given_up = received, Deadline.after(CANCEL_SECONDS)
+            say(f"{received.name}: cancelling job {number}\n")
+            cancel(number)
+    if interrupted is None and view.state in ("COMPLETED", "FAILED"):
+        _wait_for_record(output, inbox)
+    say(log.take())
+    return view, interrupted
+
+
+def _recorded(number: int, output: Path) -> JobView | None:
+    """The job as its script recorded its end, for a slurmctld that is away or has forgotten it by now."""
+    end = read_ends(output).get(JOB)
+    if end is None:
+        return None
+    state = "FAILED" if end.exit_code else "COMPLETED"
+    return JobView(number, state, "None", exit_code=end.exit_code, signal=0, restarts=0, nodes="")
+
+
+def _wait_for_record(output: Path, inbox: SignalInbox) -> None:
+    deadline = Deadline.after(RECORD_SECONDS)
+    while JOB not in read_ends(output) and not deadline.expired:
+        select.select([inbox], [], [], min(0.5, deadline.remaining))
+        if inbox.take():
+            return
+
+
+class _Tail:
+    """What a growing file has got since the last look; it may not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def take(self) -> str:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return ""
+        content = content[: content.rfind(b"\n") + 1]  # whole lines, and so whole characters
+        self._offset += len(content)
+        return content.decode("utf-8", errors="replace")
+
+
+# --- ci ----------------------------------------------------------------------------------------------------------
+
+MARGIN_SECONDS = 30 * 60
+"""What the job gets beyond the time of the tests: for starting, the setup and cleaning up."""
+
+GRACE_SECONDS = 10
+"""Between the stack dump of a suite that is out of time and its kill."""
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Tests that run in one process of pytest: a name for logs and reports, and the path given to pytest."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the user asked for; times as Slurm writes them, None where Slurm or dray chooses."""
+
+    project: Path
+    python: str
+    suites: Sequence[str] = ()
+    output_root: Path = Path("outputs/ci")
+    partition: str | None = None
+    account: str | None = None
+    gpus: int = 0
+    test_timeout: str = "01:00:00"
+    time: str | None = None
+    scratch: str | None = None
+    setup: str | None = None
+    container: str | None = None
+    container_mounts: Sequence[str] = ()
+    pytest_arguments: Sequence[str] = ()
+    extra_arguments: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job that can be submitted: its suites, the folder that it writes to, and its batch script."""
+
+    suites: Sequence[Suite]
+    output: Path
+    script: str
+
+
+def plan(choices: Choices, *, make: bool = False) -> Plan:
+    """Work everything out; nothing is written.
+
+    Args:
+        make: make the output folder, so that no other run that starts at the same time has it, too.
+
+    Raises:
+        ConfigError: something that was chosen cannot be.
+    """
+    project = choices.project.absolute()
+    suites = find_suites(project, choices.suites)
+    test_seconds = parse_duration("--test-timeout", choices.test_timeout)
+    time = choices.time or format_duration(test_seconds + MARGIN_SECONDS)
+    if parse_duration("--time", time) <= test_seconds:
+        raise ConfigError("--time", time, f"more than --test-timeout, which is {choices.test_timeout}")
+    _refuse_line_breaks(choices)
+    root = choices.output_root.absolute()
+    output = make_run_folder(lambda: _next_folder(root), new=True)[0] if make else _next_folder(root)
+    script = render(
+        "ci.sh.j2",
+        job_name="dray-ci",
+        job_name_in_ends=JOB,
+        setup_name=SETUP,
+        project=str(project),
+        output=str(output),
+        python=choices.python,
+        suites=suites,
+        partition=choices.partition,
+        account=choices.account,
+        gpus=choices.gpus,
+        time=time,
+        test_seconds=test_seconds,
+        grace_seconds=GRACE_SECONDS,
+        scratch=_in_double_quotes(choices.scratch) if choices.scratch else "${TMPDIR:-/tmp}",
+        setup=choices.setup,
+        container=choices.container,
+        container_mounts=_mounts(choices, project, output),
+        pytest_arguments=choices.pytest_arguments,
+        extra_arguments=choices.extra_arguments,
+    )
+    return Plan(suites, output, script)
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> int:
+    """Submit the job, show its log until it has ended, write the reports; returns the exit code.
+
+    A signal of `WATCHED` cancels the job; a second one ends the wait for its end.
+
+    Raises:
+        SlurmError: Slurm does not take the job, or could not be asked about it for minutes.
+    """
+    for name in ("logs", "junit"):
+        (plan.output / name).mkdir(parents=True, exist_ok=True)
+    script = plan.output / "ci.sh"
+    script.write_text(plan.script, encoding="utf-8")
+    with SignalInbox() as inbox:
+        number = submit(script)
+        say(f"job {number}: {', '.join(suite.name for suite in plan.suites)}; everything is in {plan.output}\n")
+        view, interrupted = follow(number, plan.output, inbox, say)
+    report = read_report(plan, view)
+    write_report(plan, report)
+    say("\n".join(["", *report.lines(), ""]))
+    return 128 + interrupted if interrupted else report.exit_code
+
+
+def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
+    """The suites: those chosen, or each folder in tests/ that holds tests.
+
+    Raises:
+        ConfigError: there are none, one is not there, or two would have the same name.
+    """
+    if not chosen:
+        folders = sorted({path.relative_to(project).parts[1] for path in project.glob("tests/*/**/test_*.py")})
+        chosen = [f"tests/{folder}" for folder in folders]
+    if not chosen:
+        allowed = "there must be tests in the folders of its tests/, or suites given by name"
+        raise ConfigError("suites", str(project), allowed, f"cannot be found in {project}")
+    for path in chosen:
+        if not (project / path.partition("::")[0]).exists():
+            raise ConfigError("suites", path, f"a path in {project}")
+    suites = [Suite(re.sub(r"[^\w.]+", "-", path.removeprefix("tests/")).strip("-"), path) for path in chosen]
+    name, times = Counter([JOB, SETUP, *(suite.name for suite in suites)]).most_common(1)[0]
+    if times > 1:
+        raise ConfigError("suites", name, "suites with names of their own")
+    return suites
+
+
+def read_report(plan: Plan, view: JobView) -> Report:
+    """What is in the output folder, put together."""
+    ends = read_ends(plan.output)
+    results = []
+    for suite in plan.suites:
+        element = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
+        counts = None if element is None else ci_report.count(element)
+        results.append(SuiteResult(suite.name, ends.get(suite.name), counts))
+    return Report(view.number, view.state, ends.get(SETUP), results)
+
+
+def write_report(plan: Plan, report: Report) -> None:
+    """Write `report.txt` and `junit.xml` into the output folder."""
+    (plan.output / "report.txt").write_text("\n".join([*report.lines(), ""]), encoding="utf-8")
+    elements = {}
+    for suite in report.suites:
+        element = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
+        whole = element is not None and suite.verdict not in BROKEN_OFF
+        elements[suite.name] = element = ElementTree.Element("testsuite") if element is None else element
+        if not whole and suite.verdict is not Verdict.EMPTY:
+            log = plan.output / "logs" / f"{suite.name}.log"
+            ci_report.add_error(element, suite.name, suite.verdict, log)
+    ci_report.write_merged(plan.output / "junit.xml", elements)
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _next_folder(root: Path) -> Path:
+    numbers = [int(path.name) for path in root.glob("[0-9]*") if path.name.isdecimal()]
+    return root / f"{max(numbers, default=0) + 1:03d}"
+
+
+def _refuse_line_breaks(choices: Choices) -> None:
+    """In lines that are comments to the shell a line break would end the comment."""
+    values = {
+        "--partition": choices.partition or "",
+        "--account": choices.account or "",
+        "--output-root": str(choices.output_root.absolute()),
+        **{f"--extra-sbatch-arg {argument!r}": argument for argument in choices.extra_arguments},
+    }
+    for key, value in values.items():
+        if "\n" in value or "\r" in value:
+            raise ConfigError(key.split()[0], value, "text without line breaks")
+    for argument in choices.extra_arguments:
+        if not argument.startswith("-"):
+            raise ConfigError(
+                "--extra-sbatch-arg", argument, 'an option of sbatch with its value, as in "--qos=high"'
+            )
+
+
+def _in_double_quotes(text: str) -> str:
+    """`text` for the inside of double quotes: `$NAME` and `${NAME}` are expanded there, nothing else is."""
+    parts, at = [], 0
+    for found in _VARIABLE.finditer(text):
+        parts += [re.sub(r'([\\"`$])', r"\\\1", text[at : found.start()]), found.group()]
+        at = found.end()
+    return "".join([*parts, re.sub(r'([\\"`$])', r"\\\1", text[at:])])
+
+
+def _mounts(choices: Choices, project: Path, output: Path) -> Sequence[str]:
+    """The mounts beyond project, output and scratch, if those can be mounts at all."""
+    if choices.container is None:
+        if choices.container_mounts:
+            raise ConfigError("--container-mount", list(choices.container_mounts), "used with --container only")
+        return ()
+    for path in (project, output):
+        if set(str(path)) & set(",:"):
+            raise ConfigError("--container", str(path), "mounts, which are paths without , and :")
+    return choices.container_mounts

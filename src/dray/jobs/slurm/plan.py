@@ -1,0 +1,211 @@
+"""The plan of a run on Slurm: all that its processes are told, written once, when the run is submitted.
+
+It holds the run's secret: its folder has mode 0700 and the file 0600. The names of nodes are not in it: they are
+known when the job runs, and every part of a run may have others (`NODES_VARIABLE`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dray.errors import ConfigError, DrayError, error_lines
+from dray.jobs.config import JobConfig
+from dray.jobs.exit_codes import ExitCode
+from dray.jobs.files import FOLDER_MODE, make_own_folder, read_private_file, write_json
+from dray.jobs.process import dump_stacks_on_signal, exit_with_own_code_on_crash
+from dray.resources import raise_descriptor_limit
+
+# --- plan --------------------------------------------------------------------------------------------------------
+
+NODES_VARIABLE = "DRAY_NODES"
+"""Environment variable with the names of the job's nodes, separated by spaces: first those of the policy."""
+
+NODE_VARIABLE = "SLURMD_NODENAME"
+"""Environment variable in which Slurm tells a task the name of its node."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleLayout:
+    """How the replicas of a role are spread over its nodes. A replica spans whole nodes or an even part of one.
+
+    Attributes:
+        nodes: how many the role has; 0: it shares the one node of the policy.
+        replicas_per_node: how many share a node; 1 where a replica spans nodes.
+        gpus_per_replica: on each of its nodes.
+        nodes_per_replica: 1 where replicas share a node.
+    """
+
+    nodes: int
+    replicas_per_node: int = 1
+    gpus_per_replica: int = 0
+    nodes_per_replica: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """See the module.
+
+    Attributes:
+        job_file: in the snapshot of the code, if there is one.
+        run_folder: the output folder of all parts of the run.
+        secret: of the controller, of connections between nodes and of payload transport.
+        interface: the network interface to use on every node; None: it is chosen.
+        retries: how many attempts may fail before the run does.
+        environment: variables for the processes of the job.
+    """
+
+    config: JobConfig
+    job_file: Path
+    run_folder: Path
+    secret: bytes = field(repr=False)
+    policy: RoleLayout
+    rollout: RoleLayout
+    interface: str | None
+    retries: int
+    environment: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        """Where the plan lies."""
+        return plan_path(self.run_folder)
+
+    @property
+    def node_count(self) -> int:
+        """How many nodes the job has in all."""
+        return self.policy.nodes + self.rollout.nodes
+
+    def write(self) -> Path:
+        """Write the plan where it belongs, for its owner only, whole or not at all; returns the place."""
+        folder = self.path.parent
+        self.run_folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_own_folder(folder, "plan", 0o700)
+        folder.chmod(0o700)
+        document = {
+            "config": self.config.model_dump(mode="json"),
+            "job_file": str(self.job_file),
+            "run_folder": str(self.run_folder),
+            "secret": self.secret.hex(),
+            "policy": asdict(self.policy),
+            "rollout": asdict(self.rollout),
+            "interface": self.interface,
+            "retries": self.retries,
+            "environment": dict(self.environment),
+        }
+        write_json(self.path, document, mode=0o600)
+        return self.path
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read what `write` wrote.
+
+        Raises:
+            ConfigError: there is no plan of this version there, or others than its owner may read it.
+        """
+        try:
+            document = json.loads(read_private_file(path, "plan"))
+            return cls(
+                config=JobConfig.model_validate(document["config"]),
+                job_file=Path(document["job_file"]),
+                run_folder=Path(document["run_folder"]),
+                secret=bytes.fromhex(document["secret"]),
+                policy=RoleLayout(**document["policy"]),
+                rollout=RoleLayout(**document["rollout"]),
+                interface=document["interface"],
+                retries=document["retries"],
+                environment=document["environment"],
+            )
+        except FileNotFoundError as error:
+            reason = str(error.strerror)
+            raise ConfigError("plan", str(path), reason, problem=f"{path} cannot be read") from error
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            # Nothing of what was read is shown: it may be the secret.
+            allowed = f"must be a plan of this version ({type(error).__name__})"
+            raise ConfigError("plan", str(path), allowed, problem=f"{path} cannot be used") from None
+
+
+def plan_path(run_folder: Path) -> Path:
+    """Where the plan of a run lies in its folder."""
+    return run_folder / ".slurm" / "plan.json"
+
+
+# --- command line ------------------------------------------------------------------------------------------------
+
+# What a process on a node is told: ``PLAN PART ATTEMPT`` on the command line, and in the environment where it is.
+#
+# Nothing secret is in either; the plan's file has that.
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a process on a node was told when it was started.
+
+    Attributes:
+        nodes: the names of all nodes of the job, the policy's first.
+        node: the name of the node on which the process runs.
+    """
+
+    plan: Plan
+    part: int
+    attempt: int
+    nodes: tuple[str, ...]
+    node: str
+
+    @property
+    def name(self) -> str:
+        """Part and attempt, as the name of their folder has them."""
+        return attempt_name(self.part, self.attempt)
+
+
+def attempt_name(part: int, attempt: int) -> str:
+    """The name of an attempt's folder, e.g. ``"003.1"``."""
+    return f"{part:03d}.{attempt}"
+
+
+def read_task(arguments: Sequence[str] = sys.argv, environment: Mapping[str, str] = os.environ) -> Task:
+    """What this process was told.
+
+    Raises:
+        ConfigError: something is missing, or does not fit the plan.
+    """
+    if len(arguments) != 4 or not all(each.isdecimal() for each in arguments[2:]):
+        raise ConfigError("command line", " ".join(arguments[1:]), "PLAN PART ATTEMPT")
+    plan = Plan.read(Path(arguments[1]))
+    nodes = tuple(environment.get(NODES_VARIABLE, "").split())
+    if len(nodes) != plan.node_count or len(set(nodes)) != len(nodes):
+        allowed = f"the names of {plan.node_count} nodes, separated by spaces, each once"
+        raise ConfigError(NODES_VARIABLE, " ".join(nodes), allowed)
+    node = environment.get(NODE_VARIABLE, "")
+    if node not in nodes:
+        raise ConfigError(NODE_VARIABLE, node, f"one of the job's nodes, which are {' '.join(nodes)}")
+    return Task(plan, int(arguments[2]), int(arguments[3]), nodes, node)
+
+
+# --- plan --------------------------------------------------------------------------------------------------------
+
+
+def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
+    """Call `run` with what this process was told, in the environment of the plan; returns the exit code.
+
+    An error of dray's is a line on stderr (a `ConfigError` one for each mistake), and `ExitCode.CONFIGURATION` or,
+    if it is of another kind, `failed`.
+    """
+    exit_with_own_code_on_crash()
+    dump_stacks_on_signal()
+    raise_descriptor_limit()
+    try:
+        task = read_task()
+        os.environ.update(task.plan.environment)
+        return run(task)
+    except ConfigError as error:
+        print(*error_lines(error), sep="\n", file=sys.stderr)
+        return ExitCode.CONFIGURATION
+    except DrayError as error:
+        print(*error_lines(error), sep="\n", file=sys.stderr)
+        return failed

@@ -1,0 +1,42 @@
+import os
+from pathlib import Path
+
+from dray.jobs.job_file import JobDraft, parse_job
+from dray.jobs.launch.preparation import check_entry_points
+from dray.jobs.launch.signals import SignalInbox
+
+# The import goes on when there is somebody who writes to the FIFO beside the file.
+CLASSES = """
+from pathlib import Path
+with (Path(__file__).parent / "gate").open() as gate:
+    gate.read()
+class Both:
+    def setup(self, context): ...
+    def load_weights(self, weights, version): ...
+    def rollout(self, prompt): ...
+    def train_step(self, trajectories): ...
+    def weights(self): ...
+    def save(self, folder): ...
+    def load(self, folder): ...
+"""
+
+
+def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(CLASSES)
+    os.mkfifo(tmp_path / "gate")
+    config = parse_job(
+        {
+            "job": {"name": "small", "max_steps": 10},
+            "rollout": {"worker": "slow.py:Both"},
+            "policy": {"trainer": "slow.py:Both", "batch_size": 8},
+        }
+    )
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        (tmp_path / "gate").write_text("")
+
+    with SignalInbox() as inbox:
+        assert check_entry_points(JobDraft(config), tmp_path / "job.toml", tmp_path, inbox, say=say) == []
+    assert said[0].startswith("importing slow.py:Both and slow.py:Both (2 s so far, at most 120 s)")

@@ -1,0 +1,110 @@
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from dray.clock import Deadline
+from dray.errors import AuthenticationError, TransportError
+from dray.jobs.messages.auth import Guest, Host, Purpose, connect, listen
+
+SECRET = bytes(range(32))
+PURPOSE = Purpose(node="n2", attempt="001.1", rank=3)
+
+
+def test_ends_that_know_the_secret_recognise_each_other() -> None:
+    host, guest = Host(SECRET), Guest(SECRET, PURPOSE)
+    found = host.feed(guest.answer(host.nonce))
+    assert found is not None
+    purpose, proof = found
+    assert purpose == PURPOSE
+    guest.check(proof)
+
+
+def test_words_may_come_byte_by_byte() -> None:
+    host, guest = Host(SECRET), Guest(SECRET, PURPOSE)
+    words = guest.answer(host.nonce)
+    assert all(host.feed(words[index : index + 1]) is None for index in range(len(words) - 1))
+    assert host.feed(words[-1:]) is not None
+
+
+def test_secret_is_not_in_what_is_sent() -> None:
+    host, guest = Host(SECRET), Guest(SECRET, PURPOSE)
+    words = guest.answer(host.nonce)
+    found = host.feed(words)
+    assert found is not None
+    assert SECRET not in host.nonce + words + found[1]
+
+
+def test_guest_without_the_secret_is_refused() -> None:
+    host = Host(SECRET)
+    with pytest.raises(AuthenticationError, match="does not know the job's secret"):
+        host.feed(Guest(b"another" * 5, PURPOSE).answer(host.nonce))
+
+
+def test_host_without_the_secret_is_refused() -> None:
+    host, guest = Host(b"another" * 5), Guest(SECRET, PURPOSE)
+    guest.answer(host.nonce)
+    with pytest.raises(AuthenticationError, match="does not know the job's secret"):
+        guest.check(bytes(32))
+
+
+def test_words_of_an_earlier_connection_are_refused() -> None:
+    earlier = Host(SECRET)
+    words = Guest(SECRET, PURPOSE).answer(earlier.nonce)
+    with pytest.raises(AuthenticationError):
+        Host(SECRET).feed(words)
+
+
+def test_proof_of_the_node_is_none_of_the_head() -> None:
+    guest = Guest(SECRET, PURPOSE)
+    words = guest.answer(bytes(32))
+    with pytest.raises(AuthenticationError):
+        guest.check(words[-32:])
+
+
+@pytest.mark.parametrize("change", [lambda words: words + b"x", lambda words: words[:40] + b"X" + words[41:]])
+def test_changed_words_are_refused(change: Callable[[bytes], bytes]) -> None:
+    host = Host(SECRET)
+    with pytest.raises(AuthenticationError):
+        host.feed(change(Guest(SECRET, PURPOSE).answer(host.nonce)))
+
+
+def test_purpose_that_is_too_long_is_refused_before_it_comes() -> None:
+    with pytest.raises(AuthenticationError, match="has 65535 bytes"):
+        Host(SECRET).feed(bytes(32) + b"\xff\xff")
+
+
+def test_head_that_says_nothing_is_given_up_in_time() -> None:
+    with closing(listen("127.0.0.1")) as listener:
+        deadline = Deadline.after(0.3)
+        with pytest.raises(TransportError, match="does not answer"):
+            connect(listener.getsockname(), SECRET, PURPOSE, deadline, 10.0)
+        assert deadline.elapsed < 3.0
+
+
+def test_connection_has_a_bound_on_silence() -> None:
+    with closing(listen("127.0.0.1")) as listener:
+        listener.setblocking(True)
+
+        def serve() -> None:
+            connected, _ = listener.accept()
+            with connected:
+                host = Host(SECRET)
+                connected.sendall(host.nonce)
+                found = None
+                while found is None:
+                    found = host.feed(connected.recv(64))
+                connected.sendall(found[1])
+                connected.recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with connect(listener.getsockname(), SECRET, PURPOSE, Deadline.after(10.0), 12.0) as connected:
+            assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
+            idle = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            between = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            assert idle + 3 * between <= 12
+        thread.join()

@@ -1,0 +1,72 @@
+from dataclasses import replace
+
+import pytest
+
+from dray.errors import ConfigError, ProtocolError
+from dray.jobs.queue import JobKeys, RolloutEntry
+from dray.jobs.queue.redis_client import paired
+
+REFERENCE = RolloutEntry("0f" * 16, 7, 3, "rollout-0", 12, reference='{"slot": 0}')
+INLINE = RolloutEntry("0f" * 16, 0, 0, "rollout-0", 0, payload=bytes(range(256)))
+
+
+def encoded(entry: RolloutEntry) -> dict[bytes, bytes]:
+    def as_bytes(part: object) -> bytes:
+        return part if isinstance(part, bytes) else str(part).encode()
+
+    return paired([as_bytes(part) for part in entry.to_fields()])
+
+
+@pytest.mark.parametrize(
+    "entry", [REFERENCE, INLINE, replace(INLINE, payload=b""), replace(REFERENCE, payload=b"a copy")]
+)
+def test_entry_survives_its_fields(entry: RolloutEntry) -> None:
+    assert RolloutEntry.from_fields(encoded(entry)) == entry
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"producer": "0F" * 16},
+        {"producer": "0f"},
+        {"sequence": -1},
+        {"sequence": 2**64},
+        {"weight_version": -1},
+        {"prompt": -1},
+        {"reference": None},
+    ],
+)
+def test_entry_out_of_range_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="entry"):
+        replace(REFERENCE, **change)
+
+
+@pytest.mark.parametrize(
+    "name", [b"producer", b"sequence", b"weight_version", b"replica", b"prompt", b"reference"]
+)
+def test_entry_with_a_missing_or_malformed_field_is_a_protocol_error(name: bytes) -> None:
+    fields = encoded(REFERENCE)
+    with pytest.raises(ProtocolError):
+        RolloutEntry.from_fields({key: value for key, value in fields.items() if key != name})
+    with pytest.raises(ProtocolError):
+        RolloutEntry.from_fields(fields | {name: b"\xff\xfe"})
+
+
+def test_repr_of_an_entry_leaves_the_payload_out() -> None:
+    assert "\\x" not in repr(INLINE)
+
+
+@pytest.mark.parametrize("job", ["", "a b", "a:b", "{a}", "x" * 65, "ä"])
+def test_job_name_that_cannot_be_part_of_a_key_is_refused(job: str) -> None:
+    with pytest.raises(ConfigError, match=r"job\.name"):
+        JobKeys(job)
+
+
+def test_all_keys_of_a_job_share_its_hash_slot_and_differ() -> None:
+    keys = JobKeys("cartpole-1")
+    everything = [
+        keys.rollouts, keys.index, keys.stream_epoch, keys.group_epoch, keys.counters, keys.room, keys.dead,
+        keys.weights,
+    ]  # fmt: skip
+    assert len(set(everything)) == len(everything)
+    assert all(key.startswith("dray:{cartpole-1}:") for key in everything)

@@ -1,0 +1,47 @@
+import random
+
+from dray.jobs.controller.state import PromptLedger
+from dray.jobs.replica.delivery import PromptOrder
+
+
+def test_lowest_prompts_that_are_not_settled_are_due() -> None:
+    order = PromptOrder([3, 5], 7)
+    assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 5, 7, 8]
+    order.settled([5, 9])
+    assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 7, 8, 10]
+    order.settled([3, 7, 8, 9])
+    assert order.last_due(1) == 10
+
+
+def test_no_payload_that_is_trained_on_in_order_is_too_old() -> None:
+    chance = random.Random(5)
+    for _ in range(200):
+        batch, most = chance.randint(1, 4), chance.randint(0, 3)
+        ledger, order = PromptLedger((most + 1) * batch), PromptOrder((), 0)
+        version = 0
+        made_by: dict[int, int] = {}
+        published: set[int] = set()
+        for _ in range(200):
+            action = chance.randrange(4)
+            if action == 0:
+                for index in ledger.take("a", chance.randint(1, 3)):
+                    made_by.setdefault(index, version)
+                ledger.published("a", made_by)
+            elif action == 1 and made_by and chance.random() < 0.2:
+                lost = chance.choice(list(made_by))
+                del made_by[lost]
+                published.discard(lost)
+                order.settled([lost])
+                ledger.settled([lost])
+            elif action == 2 and made_by.keys() - published:
+                published.add(chance.choice(sorted(made_by.keys() - published)))
+            else:
+                last = order.last_due(batch)
+                step = [index for index in sorted(published) if index <= last]
+                assert len(step) <= batch
+                if len(step) == batch:
+                    assert all(version - made_by.pop(index) <= most for index in step)
+                    published -= set(step)
+                    version += 1
+                    order.settled(step)
+                    ledger.settled(step)

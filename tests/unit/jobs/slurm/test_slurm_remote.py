@@ -1,0 +1,311 @@
+"""The head's end of connections between nodes, over real sockets."""
+
+import json
+import os
+import resource
+import select
+import selectors
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from waiting import wait_until
+
+from dray.admission import MAX_UNPROVEN, Unproven
+from dray.clock import Deadline, Stopwatch
+from dray.errors import AuthenticationError, TransportError
+from dray.jobs.folder import JobFolder, JobSpec
+from dray.jobs.job_file import parse_job
+from dray.jobs.messages import auth
+from dray.jobs.messages.auth import Purpose, connect
+from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
+from dray.jobs.messages.models import Role
+from dray.jobs.slurm import head as head_module
+from dray.jobs.slurm.head import OtherNodes
+from dray.jobs.slurm.placement import Placement
+
+SECRET = bytes(range(32))
+PLACED = [
+    Placement(Role.POLICY, 1, ("b",), ()),
+    Placement(Role.ROLLOUT, 0, ("c",), ()),
+    Placement(Role.ROLLOUT, 1, ("c",), ()),
+]
+CONFIG = parse_job(
+    {
+        "job": {"name": "small", "max_steps": 10},
+        "rollout": {"worker": "small.py:Worker"},
+        "policy": {"trainer": "small.py:Trainer", "batch_size": 8},
+    }
+)
+
+
+class Head:
+    """`OtherNodes`, and a loop as the supervisor has one."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / ".run").mkdir()
+        self.folder = JobFolder(folder, "001.1")
+        self.nodes = OtherNodes(self.folder, "001.1", SECRET, PLACED, "127.0.0.1", 10.0)
+        self.selector = selectors.DefaultSelector()
+        self.nodes.open(
+            self.selector, JobSpec(CONFIG, folder / "job.toml", self.folder, SECRET, "", "small-1", False, 0)
+        )
+        self.pool = ThreadPoolExecutor(8)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        document = json.loads(self.folder.head_address.read_text())
+        return document["host"], document["port"]
+
+    def guest(
+        self, node: str, rank: int | None = None, attempt: str = "001.1", secret: bytes = SECRET
+    ) -> Future[socket.socket]:
+        purpose = Purpose(node=node, attempt=attempt, rank=rank)
+        return self.pool.submit(connect, self.address, secret, purpose, Deadline.after(10.0), 10.0)
+
+    def until(self, condition: Callable[[], object], awaited: str) -> None:
+        wait_until(lambda: condition() or self._turn(), awaited, pause=0.0)
+
+    def _turn(self) -> None:
+        for key, _ in self.selector.select(0.05):
+            key.data()
+        self.nodes.look()
+
+    def taken(self, guest: Future[socket.socket]) -> socket.socket:
+        self.until(guest.done, "the guest")
+        return guest.result()
+
+    def link(self, node: str = "c") -> Link:
+        return Link(self.taken(self.guest(node)))
+
+
+@contextmanager
+def head_of(folder: Path) -> Iterator[Head]:
+    head = Head(folder)
+    try:
+        yield head
+    finally:
+        with head.selector, head.pool:
+            head.nodes.close()
+
+
+def test_address_is_for_the_owner_only_and_holds_no_secret(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        path = head.folder.head_address
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert SECRET.hex() not in path.read_text()
+
+
+def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        assert head.nodes.processes == []
+        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        head.until(lambda: head.nodes.processes, "the word that they run")
+        first, second = head.nodes.processes
+        assert (first.name, first.pid, first.running, first.collect()) == ("rollout-0", 70, True, None)
+        second.signal(signal.SIGTERM)
+        first.kill_group()
+        said = []
+        head.until(lambda: said.extend(link.receive()) or len(said) == 2, "both orders")
+        assert said == [SendSignal(name="rollout-1", number=signal.SIGTERM), Kill(name="rollout-0")]
+        link.send(Ended(name="rollout-0", code=10))
+        head.until(lambda: first.collect() is not None, "the word of its end")
+        assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
+
+
+def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        head.until(lambda: head.nodes.processes, "the word that they run")
+        first, second = head.nodes.processes
+        head.until(lambda: min(first.seconds_unseen(), second.seconds_unseen()) > 0.1, "some time")
+        link.send(Alive(names=["rollout-1", "policy-1"]))
+        head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the report that one runs")
+        link.send(Alive(names=["rollout-0"]))
+        head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the report that the other runs")
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "ending"),
+    [
+        (143, signal.SIGTERM, "its node c was told to end and sent it SIGTERM"),
+        (-signal.SIGKILL, signal.SIGKILL, "its node c was told to end and sent it SIGKILL"),
+        (10, signal.SIGTERM, "the user's class raised"),
+        (143, 0, "interrupted by SIGTERM"),
+    ],
+)
+def test_z8_replica_that_its_own_node_has_asked_to_end_is_not_called_interrupted(
+    tmp_path: Path, code: int, asked: int, ending: str
+) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        link.send(Started(pids={"rollout-0": 70}))
+        link.send(Ended(name="rollout-0", code=code, asked=asked))
+        head.until(lambda: [each.collect() for each in head.nodes.processes] == [code], "the word of its end")
+        assert [each.ending for each in head.nodes.processes] == [ending]
+
+
+def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        link.send(Ended(name="rollout-0", code=0))
+        link.close()
+        head.until(
+            lambda: (
+                len(head.nodes.processes) == 2 and all(each.collect() is not None for each in head.nodes.processes)
+            ),
+            "the end of both",
+        )
+        assert [each.ending for each in head.nodes.processes] == ["finished", "its node c is gone"]
+        with pytest.raises(TransportError, match="does not want"):
+            head.taken(head.guest("c"))
+
+
+def test_ranks_are_given_out_in_order_once_all_are_there(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        assert head.nodes.take_ranks() is None
+        with head.taken(head.guest("b", rank=1)) as ours:
+            (theirs,) = head.nodes.take_ranks() or []
+            with theirs:
+                ours.send(b"x")
+                theirs.settimeout(5.0)
+                assert theirs.recv(1) == b"x"
+        assert head.nodes.take_ranks() == []
+
+
+@pytest.mark.parametrize(
+    ("node", "rank", "attempt"),
+    [("a", None, "001.1"), ("c", None, "001.2"), ("c", 1, "001.1"), ("b", 2, "001.1")],
+)
+def test_connection_that_does_not_belong_to_the_attempt_is_refused(
+    tmp_path: Path, node: str, rank: int | None, attempt: str
+) -> None:
+    with head_of(tmp_path) as head, pytest.raises(TransportError, match="does not want"):
+        head.taken(head.guest(node, rank, attempt))
+
+
+def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, pytest.raises((TransportError, AuthenticationError)):
+        head.taken(head.guest("c", secret=b"another" * 5))
+
+
+def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "Unproven", partial(Unproven, seconds=0.3))
+    with head_of(tmp_path) as head:
+        strangers = [socket.create_connection(head.address) for _ in range(3)]
+        try:
+            head.link().close()
+            for stranger in strangers:
+                stranger.settimeout(0)
+                assert len(stranger.recv(32)) == 32
+            gone = []
+
+            def drop() -> bool:
+                for stranger in [each for each in strangers if each not in gone]:
+                    try:
+                        if stranger.recv(1) == b"":
+                            gone.append(stranger)
+                    except BlockingIOError:
+                        pass
+                return len(gone) == len(strangers)
+
+            head.until(drop, "the end of all connections")
+        finally:
+            for stranger in strangers:
+                stranger.close()
+
+
+def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path) -> None:
+    def is_open(stranger: socket.socket) -> bool:
+        stranger.settimeout(5.0)
+        assert len(stranger.recv(32)) == 32
+        stranger.settimeout(0)
+        try:
+            return stranger.recv(1) != b""
+        except BlockingIOError:
+            return True
+
+    with head_of(tmp_path) as head, ExitStack() as opened:
+        strangers = [
+            opened.enter_context(socket.create_connection(head.address)) for _ in range(MAX_UNPROVEN + 10)
+        ]
+        head.link().close()  # has come in after all of them, and pushed out one more
+        assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (MAX_UNPROVEN - 1)
+
+
+def test_strangers_make_few_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with head_of(tmp_path) as head:
+        for _ in range(20):
+            with socket.create_connection(head.address) as stranger:
+                stranger.settimeout(5.0)
+                head.until(lambda: select.select([stranger], [], [], 0)[0], "the nonce")
+                stranger.sendall(bytes(66) + bytes(32))
+                stranger.recv(32)
+                head.until(lambda: select.select([stranger], [], [], 0)[0], "the end of the connection")
+                assert stranger.recv(1) == b""
+        lines = [each.message for each in caplog.records if each.levelname == "WARNING"]
+        assert lines == ["a connection is not taken: the other end of a connection does not know the job's secret"]
+
+
+def test_head_without_descriptors_accepts_later_and_does_not_spin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failures() -> list[str]:
+        return [message for message in caplog.messages if "could not be accepted" in message]
+
+    with head_of(tmp_path) as head, socket.socket() as early:
+        address = head.address
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            early.connect(address)
+            head.until(failures, "the failure to accept")
+            assert head.selector.select(0) == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        head.until(lambda: select.select([early], [], [], 0)[0], "the nonce")
+        assert len(failures()) == 1
+        head.link().close()
+
+
+def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        link = head.link()
+
+        def leave() -> list[object]:
+            said: list[object] = []
+            with closing(link), selectors.DefaultSelector() as selector:
+                selector.register(link, selectors.EVENT_READ)
+                while not link.lost and selector.select(10.0):
+                    said += link.receive()
+            return said
+
+        left = head.pool.submit(leave)
+        ending = Stopwatch()
+        head.nodes.close()
+        assert ending.elapsed < head_module.GOODBYE_BOUND
+        assert left.result(10.0) == [Goodbye()]
+
+
+def test_node_that_does_not_answer_the_goodbye_is_left_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(head_module, "GOODBYE_BOUND", 0.2)
+    with head_of(tmp_path) as head, closing(head.link()):
+        head.nodes.close()
+        assert "did not say goodbye within 0.2 s: c" in caplog.text
+
+
+def test_door_is_closed_when_the_job_ends(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head:
+        head.nodes.refuse()
+        with pytest.raises(TransportError, match="cannot be reached"):
+            head.taken(head.guest("c"))
