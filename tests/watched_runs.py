@@ -12,7 +12,7 @@ import psutil
 from waiting import holds_within, wait_until
 
 from dray.jobs.folder import JobSpec
-from dray.jobs.launch.local import NAME as SUPERVISOR_LOG
+from dray.jobs.launch.output import LOG_NAME as SUPERVISOR_LOG
 from dray.jobs.messages.controller_client import ControllerClient
 from dray.jobs.process import DUMP_SIGNAL
 

@@ -334,7 +334,7 @@ def test_job_that_does_not_end_in_time_shows_the_stacks_of_all_its_processes(tmp
             job.end(bound=0.5)
     story = str(caught.value)
     # The hanging trainer, a rollout replica that waits for prompts, the controller's loop, and `dray run` itself.
-    for words in ("in train_step", "in _generate", 'runtime/controller.py", line', "in run_job"):
+    for words in ("in train_step", "in _generate", 'controller/app.py", line', "in run_job"):
         assert words in story, story
     assert job.processes() == []
 
