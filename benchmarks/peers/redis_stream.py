@@ -55,7 +55,7 @@ class StreamSender(_Opened):
             sequence=self._sequence,
             weight_version=0,
             replica="rollout-0",
-            prompt=self._sequence,
+            work_item=self._sequence,
             reference=reference,
             payload=payload,
         )

@@ -1,7 +1,7 @@
 """CartPole with PPO: the two classes that a dray job needs. `ranks.py` is for several trainers of one policy.
 
 A job has two kinds of process. Rollout replicas act: each runs a `CartPoleRollout`, which plays one episode per
-prompt with the newest weights it was given. Policy replicas learn: each runs a `CartPoleTrainer`, which turns a
+work item with the newest weights it was given. Policy replicas learn: each runs a `CartPoleTrainer`, which turns a
 batch of episodes into one update and hands out the new weights. dray moves the episodes one way and the weights
 the other way; neither class knows how.
 
@@ -29,14 +29,14 @@ from torch import nn
 from ranks import Ranks
 
 if TYPE_CHECKING:
-    from dray.jobs import Prompt, ReplicaContext, Trajectory
+    from dray.jobs import ReplicaContext, Trajectory, WorkItem
 
 ENVIRONMENT = "CartPole-v1"
 OBSERVATION_SIZE = 4
 ACTION_COUNT = 2
 
 
-# --- Acting: one episode per prompt ------------------------------------------------------------------------------
+# --- Acting: one episode per work item ---------------------------------------------------------------------------
 
 
 class CartPoleRollout:
@@ -59,8 +59,8 @@ class CartPoleRollout:
             for index in (0, 2, 4)
         ]
 
-    def rollout(self, prompt: "Prompt") -> dict[str, np.ndarray]:
-        """Play the episode of `prompt.seed` to its end, sampling the actions.
+    def rollout(self, work_item: "WorkItem") -> dict[str, np.ndarray]:
+        """Play the episode of `work_item.seed` to its end, sampling the actions.
 
         Returns, for an episode of T steps (1 <= T <= 500):
             observations      (T, 4) float32    what the policy saw before each action
@@ -76,8 +76,8 @@ class CartPoleRollout:
         actions: list[int] = []
         rewards: list[float] = []
         # The second number of the seed keeps the actions' stream apart from the environment's own.
-        noise = np.random.default_rng([prompt.seed, 1])
-        observation, _ = self.environment.reset(seed=prompt.seed)
+        noise = np.random.default_rng([work_item.seed, 1])
+        observation, _ = self.environment.reset(seed=work_item.seed)
         terminated = truncated = False
         while not (terminated or truncated):
             scores = self._logits(observation)

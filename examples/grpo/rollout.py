@@ -11,7 +11,7 @@ from sorting import END, LONGEST_COMPLETION, reward, training_prompt
 from transformer import complete
 
 if TYPE_CHECKING:
-    from dray.jobs import Prompt, ReplicaContext
+    from dray.jobs import ReplicaContext, WorkItem
 
 
 class SortingRollout:
@@ -27,8 +27,8 @@ class SortingRollout:
         del version
         self.policy.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
-    def rollout(self, prompt: "Prompt") -> dict[str, np.ndarray]:
-        """Complete the training prompt of `prompt.seed` as often as the group is large.
+    def rollout(self, work_item: "WorkItem") -> dict[str, np.ndarray]:
+        """Complete the training prompt of `work_item.seed` as often as the group is large.
 
         Returns, for a prompt of P tokens and a group of G completions, N tokens together:
             prompt     (P,) int64
@@ -37,13 +37,13 @@ class SortingRollout:
             log_probs  (N,) float32   log-probability of each of `tokens` when it was sampled
             rewards    (G,) float32
         """
-        tokens = training_prompt(prompt.seed)
+        tokens = training_prompt(work_item.seed)
         completions = complete(
             self.policy,
             torch.from_numpy(tokens).repeat(self.group_size, 1),
             end=END,
             limit=LONGEST_COMPLETION,
-            generator=torch.Generator().manual_seed(prompt.seed),
+            generator=torch.Generator().manual_seed(work_item.seed),
         )
         lengths = completions.lengths.numpy()
         there = np.arange(completions.tokens.shape[1]) < lengths[:, np.newaxis]

@@ -27,7 +27,7 @@ from dray.jobs.queue import (
     RolloutProducer,
     RolloutQueue,
     StreamLostError,
-    WeightsKey,
+    WeightsChannel,
     delete_job,
     start_redis,
 )
@@ -164,7 +164,7 @@ def test_a_new_consumer_that_does_not_wait_is_given_what_is_there(connection: Re
 def test_receive_and_wait_end_with_their_timeout(connection: RedisConnection) -> None:
     before = time.monotonic()
     assert RolloutConsumer(connection, KEYS, "policy-0").receive(1, timeout=0.3) == []
-    assert WeightsKey(connection, KEYS).wait_newer(timeout=0.3) is None
+    assert WeightsChannel(connection, KEYS).wait_newer(timeout=0.3) is None
     assert time.monotonic() - before >= 0.6
 
 
@@ -184,7 +184,7 @@ def test_polls_fail_fast_in_shutdown_and_commits_still_work(connection: RedisCon
     waits: list[Callable[[], object]] = [
         publish_into_a_full_stream,
         lambda: consumer.receive(1, timeout=None),
-        lambda: WeightsKey(connection, KEYS).wait_newer(timeout=None),
+        lambda: WeightsChannel(connection, KEYS).wait_newer(timeout=None),
     ]
     threads = [started(wait) for wait in waits]
     connection.stop()
@@ -213,9 +213,9 @@ def test_r9_poll_ends_soon_after_shutdown_although_its_server_is_stopped(server:
             assert time.monotonic() - before < POLL_ANSWER + 2.0
             # Nor does anything else wait for it from now on.
             with pytest.raises(RedisUnavailableError, match="not tried"):
-                WeightsKey(connection, KEYS).publish("{}", 1)
+                WeightsChannel(connection, KEYS).publish("{}", 1)
             with pytest.raises(RedisUnavailableError, match="not tried"):
-                WeightsKey(connection, KEYS).newest()
+                WeightsChannel(connection, KEYS).newest()
             assert time.monotonic() - before < POLL_ANSWER + 3.0
         finally:
             os.kill(server.pid, signal.SIGCONT)
@@ -316,12 +316,12 @@ def test_counters_are_raised_and_never_lowered(connection: RedisConnection) -> N
     assert queue.statistics().counters == {"trained": 7, "rolled_back": 3}
 
 
-def test_prompts_of_all_entries_are_listed(connection: RedisConnection) -> None:
+def test_work_items_of_all_entries_are_listed(connection: RedisConnection) -> None:
     producer = RolloutProducer(connection, KEYS)
-    assert producer.listed_prompts() == []
+    assert producer.listed_work_items() == []
     for sequence in (3, 8, 6):
         producer.publish(entry(sequence, payload=b"bytes"))
-    assert producer.listed_prompts() == [3, 1, 6]
+    assert producer.listed_work_items() == [3, 1, 6]
 
 
 def test_a_restarted_member_is_given_first_what_its_earlier_life_left(connection: RedisConnection) -> None:
@@ -530,7 +530,7 @@ def test_every_key_of_a_job_ends_by_itself_and_use_renews_it(connection: RedisCo
         consumer.commit(consumer.receive(1, timeout=5))
         consumer.receive(1, timeout=5)
         RolloutConsumer(connection, KEYS, "policy-x", max_deliveries=1).claim_from(consumer.consumer)
-        WeightsKey(connection, KEYS).publish(f"{sequence}", sequence, epoch=epoch)
+        WeightsChannel(connection, KEYS).publish(f"{sequence}", sequence, epoch=epoch)
 
     def seconds_left() -> dict[str, int]:
         keys = connection.call("list", lambda c: c.do("KEYS", "*"), later())
@@ -550,7 +550,7 @@ def test_every_key_of_a_job_ends_by_itself_and_use_renews_it(connection: RedisCo
 
 
 def test_newest_weights_are_those_published_last(connection: RedisConnection) -> None:
-    policy, replica = WeightsKey(connection, KEYS), WeightsKey(connection, KEYS)
+    policy, replica = WeightsChannel(connection, KEYS), WeightsChannel(connection, KEYS)
     assert replica.newest() is None
     assert policy.publish("first", 0)
     assert not policy.publish("first", 0)
@@ -570,7 +570,7 @@ def test_newest_weights_are_those_published_last(connection: RedisConnection) ->
 
 
 def test_weights_of_an_old_epoch_are_not_published(connection: RedisConnection) -> None:
-    key = WeightsKey(connection, KEYS)
+    key = WeightsChannel(connection, KEYS)
     group = RolloutConsumer(connection, KEYS, "policy-0")
     old = group.begin_epoch()
     assert key.publish("one", 1, epoch=old)
@@ -584,7 +584,7 @@ def test_weights_of_an_old_epoch_are_not_published(connection: RedisConnection) 
 
 
 def test_lost_weights_are_restored_by_the_policy_only(connection: RedisConnection) -> None:
-    policy, replica = WeightsKey(connection, KEYS), WeightsKey(connection, KEYS)
+    policy, replica = WeightsChannel(connection, KEYS), WeightsChannel(connection, KEYS)
     policy.publish("first", 4)
     assert not policy.restore()
     forget_everything(connection)
@@ -620,4 +620,4 @@ def test_bad_arguments_are_config_errors(connection: RedisConnection) -> None:
     with pytest.raises(ConfigError, match="count"):
         RolloutConsumer(connection, KEYS, "policy-0").receive(0)
     with pytest.raises(ConfigError, match="version"):
-        WeightsKey(connection, KEYS).publish("{}", -1)
+        WeightsChannel(connection, KEYS).publish("{}", -1)

@@ -71,7 +71,7 @@ def run(data: bytes) -> None:
     except ConfigError as error:
         _check(error)
         return
-    assert config.prompts_in_flight >= config.policy.batch_size
+    assert config.work_items_in_flight >= config.policy.batch_size
     # As a job's processes get it; see JobSpec.
     written = json.dumps(config.model_dump(mode="json"))
     assert JobConfig.model_validate(json.loads(written)) == config

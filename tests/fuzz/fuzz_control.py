@@ -13,7 +13,7 @@ from dray.jobs.queue.redis_client import paired
 from dray.protocol import PayloadRef
 
 NAMES = (
-    keys.PRODUCER, keys.SEQUENCE, keys.WEIGHT_VERSION, keys.REPLICA, keys.PROMPT, keys.REFERENCE,
+    keys.PRODUCER, keys.SEQUENCE, keys.WEIGHT_VERSION, keys.REPLICA, keys.WORK_ITEM, keys.REFERENCE,
     keys.PAYLOAD, keys.VERSION,
 )  # fmt: skip
 _REFERENCE = b'{"p":"00112233445566778899aabbccddeeff","s":3,"q":41,"n":10,"e":["tcp:127.0.0.1:40001"]}'
@@ -29,13 +29,13 @@ _ENTRY = {
     keys.SEQUENCE: b"7",
     keys.WEIGHT_VERSION: b"3",
     keys.REPLICA: b"rollout-0",
-    keys.PROMPT: b"12",
+    keys.WORK_ITEM: b"12",
 }
 SEEDS = [
     fields({**_ENTRY, keys.REFERENCE: _REFERENCE}),
     fields({**_ENTRY, keys.PAYLOAD: bytes(20)}),
     fields({**_ENTRY, keys.PAYLOAD: b"", keys.SEQUENCE: b"18446744073709551616"}),
-    fields({**_ENTRY, keys.REFERENCE: _REFERENCE, keys.PROMPT: b" 1_0"}),
+    fields({**_ENTRY, keys.REFERENCE: _REFERENCE, keys.WORK_ITEM: b" 1_0"}),
     fields({**_ENTRY, keys.REFERENCE: b"\xff", keys.REPLICA: b"\xff"}),
 ]
 

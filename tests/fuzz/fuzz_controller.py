@@ -13,7 +13,7 @@ from dray.jobs.controller.app import Controller
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
 
-_PATHS = ("/register", "/heartbeat", "/prompts", "/finish", "/unregister", "/stop", "/died", "/status")
+_PATHS = ("/register", "/heartbeat", "/work-items", "/finish", "/unregister", "/stop", "/died", "/status")
 _WAITS = re.compile(rb'"(\\u0077|w)(\\u0061|a)(\\u0069|i)(\\u0074|t)"')
 
 
@@ -31,7 +31,7 @@ SEEDS = [
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "counters": {"re ads\n": 1e300}}),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "metrics": {'a "b\\\n': float("nan")}}),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "warnings": ["\x1b[2J"] * 21}),
-    _REGISTERED + request("/prompts", **_CALLER, want=4, published=[1, 2**63 - 1]),
+    _REGISTERED + request("/work-items", **_CALLER, want=4, published=[1, 2**63 - 1]),
     _REGISTERED + request("/unregister", **_CALLER, reason="x" * 300),
     _REGISTERED + request("/finish", **_CALLER, kind="solved", reason=""),
     request("/died", name="policy-0", role="policy", reason="killed"),

@@ -44,7 +44,7 @@ class Worker:
         self.context, self.count = context, 0
     def load_weights(self, weights, version):
         assert float(weights["w"][0]) <= version
-    def rollout(self, prompt):
+    def rollout(self, work_item):
         time.sleep(0.001)
         self.count += 1
         identity = [self.context.index, os.getpid(), self.count]

@@ -46,15 +46,16 @@ class Worker:
     def load_weights(self, weights, version):
         assert float(weights["w"][0]) == version or self.args.get("restarts")
         self.version = version
-    def rollout(self, prompt):
+    def rollout(self, work_item):
         time.sleep(self.args.get("pause", 0.0))
-        if prompt.index >= self.args.get("hang_at", 1 << 60) and self.index in self.args.get("hanging", [0, 1]):
+        if work_item.index >= self.args.get("hang_at", 1 << 60) and self.index in self.args.get("hanging", [0, 1]):
             self.hangs.touch()
             time.sleep(600)
-        if prompt.index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
+        index = work_item.index
+        if index >= self.args.get("raise_at", 1 << 60) and self.index in self.args.get("raising", [0, 1]):
             raise ValueError("the environment broke")
-        return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32),
-                "prompt": np.array(prompt.index), "version": np.array(self.version),
+        return {"observations": np.full((8, 4), work_item.seed, np.float64), "rewards": np.ones(8, np.float32),
+                "work_item": np.array(work_item.index), "version": np.array(self.version),
                 "uid": np.frombuffer(os.urandom(8), np.uint64)}
 
 class Trainer:
@@ -69,7 +70,7 @@ class Trainer:
             assert int(each.arrays["version"]) == each.weight_version
             age = self.steps - each.weight_version
             assert 0 <= age <= self.args.get("oldest", 1 << 60) or self.args.get("restarts")
-        self.seen += [int(each.arrays["prompt"]) for each in trajectories]
+        self.seen += [int(each.arrays["work_item"]) for each in trajectories]
         assert len(set(self.seen)) == len(self.seen) or self.args.get("repeats")
         self.uids += [int(each.arrays["uid"][0]) for each in trajectories]
         assert len(set(self.uids)) == len(self.uids), "a payload has contributed twice"

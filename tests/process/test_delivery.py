@@ -138,7 +138,7 @@ def test_r17_paused_policy_is_replaced_once_it_counts_as_dead(tmp_path: Path) ->
 def test_r13_lost_rollouts_are_counted_and_training_goes_on(tmp_path: Path) -> None:
     # The policy is slow, so that every ring holds payloads that nobody has read.
     settings = job_settings(
-        "policy.args.repeats=true", "stop.at_least=12", "policy.args.pause=0.3", "rollout.prompts_in_flight=32"
+        "policy.args.repeats=true", "stop.at_least=12", "policy.args.pause=0.3", "rollout.work_items_in_flight=32"
     )
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
@@ -199,7 +199,7 @@ def test_payload_that_kills_the_policy_again_and_again_becomes_a_dead_letter(tmp
 
 
 def test_payload_that_the_stream_does_not_list_is_reclaimed(tmp_path: Path) -> None:
-    settings = job_settings("stop.at_least=1e9", "policy.args.pause=0.2", "rollout.prompts_in_flight=32")
+    settings = job_settings("stop.at_least=1e9", "policy.args.pause=0.2", "rollout.work_items_in_flight=32")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
         spec = job.spec()
@@ -235,7 +235,7 @@ def test_what_is_too_old_is_dropped_and_counted(tmp_path: Path) -> None:
         "policy.max_staleness=1",
         "policy.staleness=drop",
         "policy.args.oldest=1",
-        "rollout.prompts_in_flight=64",
+        "rollout.work_items_in_flight=64",
         "rollout.slots=64",
         "stop.at_least=20",
     )

@@ -24,16 +24,16 @@ class Worker(small.Worker):
         make = lambda: gymnasium.make("CartPole-v1")
         self.environments = gymnasium.vector.AsyncVectorEnv([make, make], context="fork")
         self.environments.reset(seed=0)
-    def rollout(self, prompt):
-        if prompt.index < 8:
+    def rollout(self, work_item):
+        if work_item.index < 8:
             self.fork_and_end()
-        if prompt.index == 4 and os.fork() == 0:
+        if work_item.index == 4 and os.fork() == 0:
             raise ValueError("a child that nobody ends")
-        if prompt.index == 6:
+        if work_item.index == 6:
             self.environments.close(terminate=True)
             self.make_environments()
         observations, *_ = self.environments.step(np.ones(2, np.int64))
-        return {**super().rollout(prompt), "states": observations}
+        return {**super().rollout(work_item), "states": observations}
     def fork_and_end(self):
         with self.context.Pool(2) as pool:  # leaving the block terminates its processes
             assert pool.map(abs, [-1, 2]) == [1, 2]

@@ -20,7 +20,7 @@ def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None
 
 @pytest.mark.measured
 def test_r3_stopped_rollout_replica_is_reaped_and_ends_when_it_wakes(tmp_path: Path) -> None:
-    # Rollouts are slow here, so that a replica holds prompts at any time.
+    # Rollouts are slow here, so that a replica holds work items at any time.
     settings = job_settings("stop.at_least=1e9", "policy.args.repeats=true", "rollout.args.pause=0.2")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
@@ -55,10 +55,10 @@ def test_job_is_solved_by_a_worker_that_holds_the_interpreter_longer_than_a_repl
     (tmp_path / "holding.py").write_text(
         "import ctypes, small\n"
         "class Worker(small.Worker):\n"
-        "    def rollout(self, prompt):\n"
-        "        if prompt.index == 0:\n"
+        "    def rollout(self, work_item):\n"
+        "        if work_item.index == 0:\n"
         "            ctypes.PyDLL(None).sleep(3)\n"
-        "        return super().rollout(prompt)\n"
+        "        return super().rollout(work_item)\n"
     )
     # The replica itself may not take the controller for lost either.
     limits = ("controller.dead_after=1", "timeouts.controller_lost=1", "timeouts.http=1", "timeouts.stall=1.5")
@@ -104,7 +104,7 @@ def test_r7_job_fails_when_its_controller_is_killed_and_every_replica_ends_by_it
     tmp_path: Path, replicas: int
 ) -> None:
     # More payloads than a policy trains on wait when the end comes.
-    settings = job_settings("stop.at_least=1e9", f"rollout.replicas={replicas}", "rollout.prompts_in_flight=64")
+    settings = job_settings("stop.at_least=1e9", f"rollout.replicas={replicas}", "rollout.work_items_in_flight=64")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
         job.only("dray.jobs.controller.app").kill()

@@ -73,7 +73,7 @@ def test_r3_replicas_may_join_and_leave_while_the_job_runs(tmp_path: Path) -> No
                 joined.kill()
         text = (tmp_path / "joined.log").read_text()
         order = (
-            "no more prompts",
+            "no more work items",
             "serve payloads until",
             "stop serving payloads",
             "last heartbeat",
@@ -102,12 +102,12 @@ def test_r4_finished_work_counts_although_a_replica_had_to_be_killed(tmp_path: P
     held_by = tmp_path / "held"
     os.mkfifo(held_by)
     settings = job_settings(
-        "rollout.args.hang_at=0", "rollout.args.hanging=[1]", "timeouts.shutdown=4", "rollout.prompt_batch=1",
-        "rollout.prompts_in_flight=1000", "policy.args.held_at=2", f'policy.args.held_by="{held_by}"',
+        "rollout.args.hang_at=0", "rollout.args.hanging=[1]", "timeouts.shutdown=4", "rollout.work_item_batch=1",
+        "rollout.work_items_in_flight=1000", "policy.args.held_at=2", f'policy.args.held_by="{held_by}"',
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
         with held_by.open("w"):
-            # The other one waits for room, and leaves prompts.
+            # The other one waits for room, and leaves work items.
             job.wait_until((job.output / "rollout-1-hangs").exists, "a hanging rollout")
         assert job.end() == 0, job.story()
         assert "rollout-1" in job.text
@@ -149,7 +149,7 @@ def test_r6_replica_that_is_stuck_is_reported_with_who_waits_for_it(tmp_path: Pa
         job.wait_for("stall: rollout-")
         job.wait_for("(policy-0)\n")
         line = next(line for line in job.text.splitlines() if "stall: rollout-" in line)
-        assert re.search(r"rollout-\d waits for the policy, for prompts, since [\d.]+ s", line), line
+        assert re.search(r"rollout-\d waits for the policy, for work items, since [\d.]+ s", line), line
         assert "policy-0 is at 'training step 4' since" in line
         assert re.search(r"oldest payload [\d.]+ s \(rollout-\d\), no lease, ", line), line
         assert re.search(r"oldest unacknowledged reference [\d.]+ s \(policy-0\)$", line), line
@@ -268,7 +268,7 @@ def test_r10_finished_run_stays_finished_whatever_signal_comes_then(
 ) -> None:
     # One rollout replica hangs, so that the job is finished for a while before its processes have ended.
     settings = job_settings("rollout.args.hang_at=20", "rollout.args.hanging=[1]", "timeouts.shutdown=4")
-    with running(tmp_path, *settings, "--set", "rollout.prompt_batch=1") as job:
+    with running(tmp_path, *settings, "--set", "rollout.work_item_batch=1") as job:
         job.wait_until((job.output / ".run" / "outcome.json").exists, "the outcome")
         if whom == "controller":
             job.only("dray.jobs.controller.app").send_signal(number)
@@ -333,7 +333,8 @@ def test_job_that_does_not_end_in_time_shows_the_stacks_of_all_its_processes(tmp
         with pytest.raises(AssertionError, match=r"did not end within 0\.5 s") as caught:
             job.end(bound=0.5)
     story = str(caught.value)
-    # The hanging trainer, a rollout replica that waits for prompts, the controller's loop, and `dray run` itself.
+    # The hanging trainer, a rollout replica without work items, the controller's loop, and `dray run`
+    # itself.
     for words in ("in train_step", "in _generate", 'controller/app.py", line', "in run_job"):
         assert words in story, story
     assert job.processes() == []

@@ -19,7 +19,7 @@ from dray.jobs.queue import (
 )
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.heartbeat import Activity
-from dray.jobs.replica.ring_transfer import ReferenceOutlet
+from dray.jobs.replica.ring_transfer import RingPublisher
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 
@@ -46,7 +46,7 @@ def ring() -> Iterator[SharedRingBuffer]:
 
 
 @pytest.fixture
-def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[ReferenceOutlet]:
+def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[RingPublisher]:
     replica = SimpleNamespace(
         name="rollout-0",
         redis=connection,
@@ -58,12 +58,12 @@ def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[Refe
         ),
     )
     with PayloadServer(ring, lane="shm", threads=1, drain_timeout=0.1) as server:
-        yield ReferenceOutlet(cast(Replica, replica), ring, server)
+        yield RingPublisher(cast(Replica, replica), ring, server)
 
 
-def put(outlet: ReferenceOutlet, count: int = 1) -> None:
+def put(outlet: RingPublisher, count: int = 1) -> None:
     for _ in range(count):
-        assert outlet.put({"rewards": np.ones(3, np.float32)}, prompt=0, weight_version=0)
+        assert outlet.put({"rewards": np.ones(3, np.float32)}, work_item=0, weight_version=0)
 
 
 def listed(connection: RedisConnection) -> list[int]:
@@ -73,7 +73,7 @@ def listed(connection: RedisConnection) -> list[int]:
 
 
 def test_r1_a_payload_that_others_have_passed_many_times_is_published_again(
-    outlet: ReferenceOutlet, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
+    outlet: RingPublisher, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
 ) -> None:
     put(outlet)
     for _ in range(5 * SLOTS):
@@ -86,7 +86,7 @@ def test_r1_a_payload_that_others_have_passed_many_times_is_published_again(
 
 
 def test_r1_a_payload_that_is_being_read_is_published_again(
-    outlet: ReferenceOutlet, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
+    outlet: RingPublisher, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
 ) -> None:
     put(outlet, 2)
     lease = ring.read_raw(ring.ready()[0].slot, 0)
@@ -97,7 +97,7 @@ def test_r1_a_payload_that_is_being_read_is_published_again(
 
 
 def test_r1_a_second_restart_while_payloads_are_published_again_begins_it_anew(
-    outlet: ReferenceOutlet, redis: RedisServer, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
+    outlet: RingPublisher, redis: RedisServer, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(outlet, 3)
     publish = RolloutProducer.publish

@@ -32,7 +32,7 @@ from dray.jobs.queue import (
     RolloutEntry,
     RolloutProducer,
     StreamLostError,
-    WeightsKey,
+    WeightsChannel,
     start_redis,
 )
 from dray.jobs.queue import redis_server as embedded_module
@@ -335,7 +335,7 @@ def test_redis_restarted_empty_loses_no_ready_payload(
     caplog.set_level(logging.INFO, "dray.jobs.queue")
     with RedisConnection(server.address) as one, RedisConnection(server.address) as two:
         producer, consumer = RolloutProducer(one, KEYS), RolloutConsumer(two, KEYS, "policy-0")
-        weights = WeightsKey(two, KEYS)
+        weights = WeightsChannel(two, KEYS)
         weights.publish("w", 1)
         for sequence in range(3):
             producer.publish(entry(sequence))
@@ -433,7 +433,7 @@ def test_redis_gone_for_good_is_an_error_that_says_for_how_long(tmp_path: Path) 
         with pytest.raises(RedisUnavailableError):
             producer.publish(entry(1), timeout=None)
         with pytest.raises(RedisUnavailableError):
-            WeightsKey(connection, KEYS).newest(timeout=0)
+            WeightsChannel(connection, KEYS).newest(timeout=0)
 
 
 def test_shutdown_ends_the_wait_for_an_absent_redis_at_once(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dray.jobs.queue import (
     RolloutEntry,
     RolloutProducer,
     StreamLostError,
-    WeightsKey,
+    WeightsChannel,
     start_redis,
 )
 from dray.jobs.queue.redis_client import RedisClient
@@ -110,7 +110,7 @@ def test_a_refusal_is_waited_out_with_one_line_although_reads_are_answered(
 ) -> None:
     caplog.set_level(logging.INFO, "dray.jobs.queue")
     with RedisConnection(server.address) as connection:
-        producer, weights = RolloutProducer(connection, KEYS), WeightsKey(connection, KEYS)
+        producer, weights = RolloutProducer(connection, KEYS), WeightsChannel(connection, KEYS)
         producer.publish(entry(0))
         published: list[bool] = []
         with REFUSALS[code](admin):

@@ -217,11 +217,11 @@ def test_replica_of_another_node_may_hold_the_interpreter_and_may_not_be_stopped
     (tmp_path / "holding.py").write_text(
         "import ctypes, small\n"
         "class Worker(small.Worker):\n"
-        "    def rollout(self, prompt):\n"
+        "    def rollout(self, work_item):\n"
         "        if self.hangs.with_name(f'hold-{self.index}').exists() and not self.hangs.exists():\n"
         "            self.hangs.touch()\n"
         "            ctypes.PyDLL(None).sleep(4)\n"
-        "        return super().rollout(prompt)\n"
+        "        return super().rollout(work_item)\n"
     )
     # Payloads that the stopped replica has published come with their references.
     settings = ("rollout.worker=holding.py:Worker", "rollout.inline_bytes=4096", "policy.args.repeats=true")

@@ -12,7 +12,7 @@ import pytest
 from user_mistakes import MISTAKES, Mistake, run_job, write_job
 
 from dray.errors import ConfigError, error_lines
-from dray.jobs.api import Prompt, ReplicaContext, Trajectory
+from dray.jobs.api import ReplicaContext, Trajectory, WorkItem
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.job_file import load_job
 from dray.jobs.replica.entry_points import check_entry_points, load_entry_point
@@ -99,7 +99,7 @@ def _use(mistake: Mistake, folder: Path) -> None:
     worker = make_user_object(load_entry_point("rollout.worker", config.rollout.worker, folder))
     call_user(worker, "setup", context)
     call_user(worker, "load_weights", weights, 0)
-    arrays = returned_arrays(worker, "rollout", call_user(worker, "rollout", Prompt(0, 0)))
+    arrays = returned_arrays(worker, "rollout", call_user(worker, "rollout", WorkItem(0, 0)))
     with carried(worker, "rollout"):
         pack(arrays)
     trajectories = [Trajectory({"rewards": np.ones(8, np.float32)}, 0)]

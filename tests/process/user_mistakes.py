@@ -21,7 +21,7 @@ import numpy as np
 class Worker:
     def setup(self, context): ...
     def load_weights(self, weights, version): ...
-    def rollout(self, prompt):
+    def rollout(self, work_item):
         return {"rewards": np.ones(8, np.float32)}
 
 class Trainer:
@@ -78,7 +78,7 @@ class Mistake:
 
 def rollout(what: str, *words: str, code: int = 17) -> Mistake:
     """`Worker.rollout` returns `what`."""
-    text = f"class BadWorker(Worker):\n    def rollout(self, prompt):\n        return {what}\n"
+    text = f"class BadWorker(Worker):\n    def rollout(self, work_item):\n        return {what}\n"
     return Mistake(f"rollout returns {what}", text, ("BadWorker.rollout() of mistaken.py", *words), code)
 
 
@@ -134,7 +134,7 @@ MISTAKES = [
     ),
     worker(
         "rollout returns a coroutine",
-        "async def later(self):\n    return {}\ndef rollout(self, prompt):\n    return self.later()\n",
+        "async def later(self):\n    return {}\ndef rollout(self, work_item):\n    return self.later()\n",
         "BadWorker.rollout() of mistaken.py returned a coroutine",
         "async",
         code=17,
@@ -166,19 +166,19 @@ MISTAKES = [
     # --- exceptions ---------------------------------------------------------------------------------------------
     worker(
         "rollout raises",
-        "def rollout(self, prompt):\n    raise ValueError('the environment broke')\n",
+        "def rollout(self, work_item):\n    raise ValueError('the environment broke')\n",
         "BadWorker.rollout() raised ValueError: the environment broke (mistaken.py:25 in rollout)",
         code=10,
     ),
     worker(
         "rollout raises text with escape sequences",
-        "def rollout(self, prompt):\n    raise ValueError('red \\x1b[31m\\nsupervisor INFO forged')\n",
+        "def rollout(self, work_item):\n    raise ValueError('red \\x1b[31m\\nsupervisor INFO forged')\n",
         "ValueError: red \\x1b[31m supervisor INFO forged (mistaken.py:25 in rollout)",
         code=10,
     ),
     worker(
         "rollout leaves the interpreter",
-        "def rollout(self, prompt):\n    raise SystemExit(3)\n",
+        "def rollout(self, work_item):\n    raise SystemExit(3)\n",
         "BadWorker.rollout() raised SystemExit: 3",
         code=10,
     ),
@@ -204,10 +204,12 @@ MISTAKES = [
         code=10,
     ),
     # --- signatures ---------------------------------------------------------------------------------------------
-    worker("rollout is async", "async def rollout(self, prompt): ...\n", "rollout() is an async function", code=2),
-    worker("rollout yields", "def rollout(self, prompt):\n    yield {}\n", "rollout() is a generator", code=2),
-    worker("rollout takes no prompt", "def rollout(self): ...\n", "rollout(self)", "(self, prompt)", code=2),
-    worker("self is forgotten", "def rollout(prompt): ...\n", "rollout(prompt)", "self", code=2),
+    worker(
+        "rollout is async", "async def rollout(self, work_item): ...\n", "rollout() is an async function", code=2
+    ),
+    worker("rollout yields", "def rollout(self, work_item):\n    yield {}\n", "rollout() is a generator", code=2),
+    worker("rollout takes no work item", "def rollout(self): ...\n", "rollout(self)", "(self, work_item)", code=2),
+    worker("self is forgotten", "def rollout(work_item): ...\n", "rollout(work_item)", "self", code=2),
     trainer("save takes two", "def save(self, folder, step): ...\n", "save(self, folder, step)", "'step'", code=2),
     trainer("setup is no method", "setup = None\n", "lacks setup", code=2),
     trainer("__init__ takes arguments", "def __init__(self, lr): ...\n", "without arguments", "'lr'", code=2),

@@ -47,7 +47,7 @@ TIMED = tuple(
 )
 AT_STEPS = (Fault.CLIENT_KILLED, Fault.CLIENT_STOPPED, Fault.INTERRUPT, Fault.SERVER_KILLED, Fault.SERVER_STOPPED)
 """Timed faults that may also come between two accesses to shared memory."""
-PROMPT = frozenset(
+WORK_ITEM = frozenset(
     {*ON_SEND, *ON_CONNECT, Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.CLIENT_FORKED, Fault.SERVER_RESTARTED}
 )
 """With these faults alone, every wait for consumers ends when it can, and not only with a late look."""

@@ -167,7 +167,7 @@ class Books:
     def check_late_looks(self, now: float, deaf: bool) -> None:
         """A thread has not waited for what consumers had done long before, unless no server was there."""
         late = self.ring.statistics().late_looks
-        if late > self._late_looks and not deaf and now - self.changed_at > PROMPT_SECONDS:
+        if late > self._late_looks and not deaf and now - self.changed_at > WORK_ITEM_SECONDS:
             self._fail(f"a wait ended {now - self.changed_at:.3f} s after a consumer had changed a word")
         self._late_looks = late
 
@@ -231,7 +231,7 @@ def _address(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
-PROMPT_SECONDS = 0.02
+WORK_ITEM_SECONDS = 0.02
 """A doorbell wakes its owner within that time, unless something is stopped."""
 
 

@@ -22,7 +22,7 @@ from dray.transport.server_loop import ServerLoop
 from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
 from dray.transport.service import Service
 from dray.transport.trace import Discard, TraceEvent
-from simulation.faults import PROMPT
+from simulation.faults import WORK_ITEM
 from simulation.ledger import Ledger
 from simulation.network import SimulatedKernel
 from simulation.poll import SimulatedPoller
@@ -213,7 +213,7 @@ class SimulatedServer:
             live = [lease for loop in self.loops for lease in loop.leases()]
             self.books.check(live, self.ring.words, self.ring.due)
             # A consumer of a stream may connect to another producer between an acknowledgement and its wait.
-            if self.kernel.plan.kinds <= PROMPT and not self.kernel.plan.stalls and self.stream is None:
+            if self.kernel.plan.kinds <= WORK_ITEM and not self.kernel.plan.stalls and self.stream is None:
                 self.books.check_late_looks(self.kernel.scheduler.now(), self.deaf)
             for loop in self.loops:
                 if loop.worker is not None and loop.worker.reading:

@@ -40,7 +40,7 @@ FAULTS = (
     Fault.CLIENT_KILLED, Fault.CLIENT_CLOSED, Fault.CLIENT_FORKED, Fault.INTERRUPT, Fault.CLOCK_JUMP,
     Fault.BARRIER_FAILS,
 )  # fmt: skip
-PROMPT_SECONDS = 2.0
+WORK_ITEM_SECONDS = 2.0
 """A barrier that has failed is made up for within a second."""
 
 _LANES = ((SHM,), (SHM,), (SHM, TCP))
@@ -462,7 +462,7 @@ class StreamRun(Run):
             for consumer in self.consumers:
                 consumer.spawn()
             self.troubles.start()
-            self.scheduler.run(self.scheduler.now() + self.rng.choice((2.0, 50.0, 200.0)), self._check_prompt)
+            self.scheduler.run(self.scheduler.now() + self.rng.choice((2.0, 50.0, 200.0)), self._check_work_item)
             self._calm()
         finally:
             self._end()
@@ -486,7 +486,7 @@ class StreamRun(Run):
         self._check_quiet()
         self._drain()
 
-    def _check_prompt(self) -> bool:
+    def _check_work_item(self) -> bool:
         """No payload waits for long while a consumer waits that has credit; called before time jumps."""
         now, stuck = self.scheduler.now(), {}
         waiting = {each.process.pid for each in self.consumers if each.waits and not each.stopped}
@@ -502,7 +502,7 @@ class StreamRun(Run):
                 if group.waiting and any(each.allowance > 0 for each in asking):
                     key = server.books.name, group.reader
                     stuck[key] = self._stuck.get(key, now)
-                    if now - stuck[key] > PROMPT_SECONDS and Fault.CLOCK_JUMP not in self.plan.kinds:
+                    if now - stuck[key] > WORK_ITEM_SECONDS and Fault.CLOCK_JUMP not in self.plan.kinds:
                         sequence = group.waiting[0].sequence
                         raise Violation(f"{server.name}: sequence {sequence} waits although a consumer has credit")
         self._stuck = stuck

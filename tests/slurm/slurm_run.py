@@ -35,10 +35,10 @@ class Worker:
     def load_weights(self, weights, version):
         pass
 
-    def rollout(self, prompt):
+    def rollout(self, work_item):
         if self.held_by.exists():
             self.held_by.read_text()  # a pipe, which says nothing until the test lets go of it
-        return {"observations": np.full((8, 4), prompt.seed, np.float64), "rewards": np.ones(8, np.float32)}
+        return {"observations": np.full((8, 4), work_item.seed, np.float64), "rewards": np.ones(8, np.float32)}
 
 
 class Trainer:

@@ -32,7 +32,7 @@ PACES = (0.2, 1.0, 1.0, 10.0)
 """How fast payloads come for a few seconds, by the plan's rate: the last one fills the ring."""
 ORPHAN_AFTER = 1.0
 RAW = 1
-"""`prompt` of an entry whose payload is raw bytes; 0 for an image."""
+"""`work_item` of an entry whose payload is raw bytes; 0 for an image."""
 
 
 class Producer:
@@ -98,7 +98,7 @@ class Producer:
             sequence=reference.sequence,
             weight_version=0,
             replica=self._member.spec["name"],
-            prompt=RAW if content.raw else 0,
+            work_item=RAW if content.raw else 0,
             reference=reference.to_json(),
         )
         self._entries[entry.sequence] = entry

@@ -37,7 +37,7 @@ class PendingDelivery:
 
     @property
     def raw(self) -> bool:
-        return self.delivery.entry.prompt == RAW
+        return self.delivery.entry.work_item == RAW
 
 
 Read = tuple[PendingDelivery, DrayError | None]

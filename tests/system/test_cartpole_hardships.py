@@ -30,9 +30,9 @@ class Worker(CartPoleRollout):
         make = lambda: gymnasium.make("CartPole-v1")
         self.environments = gymnasium.vector.AsyncVectorEnv([make, make], context="fork")
         self.environments.reset(seed=0)
-    def rollout(self, prompt):
+    def rollout(self, work_item):
         self.environments.step(np.ones(2, np.int64))
-        if prompt.index % 8 == 0:
+        if work_item.index % 8 == 0:
             self.environments.close(terminate=True)
             self.make_environments()
             with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -43,7 +43,7 @@ class Worker(CartPoleRollout):
                 time.sleep(600)
             except TimeoutError:
                 pass
-        return super().rollout(prompt)
+        return super().rollout(work_item)
 """
 
 

@@ -28,7 +28,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class WorkItem:
     index: int
     seed: int
 
@@ -77,12 +77,12 @@ def received(arrays: dict[str, np.ndarray]) -> Trajectory:
 
 
 def batch_of(worker: Any, seeds: range) -> list[Trajectory]:
-    return [received(worker.rollout(Prompt(seed, seed))) for seed in seeds]
+    return [received(worker.rollout(WorkItem(seed, seed))) for seed in seeds]
 
 
 def test_rollout_returns_fields_of_one_consistent_length(example: ModuleType) -> None:
     worker = worker_of(example, trainer_of(example))
-    arrays = worker.rollout(Prompt(0, 7))
+    arrays = worker.rollout(WorkItem(0, 7))
     length = len(arrays["rewards"])
     assert 1 <= length <= 500
     assert {name: (array.dtype.name, array.shape) for name, array in arrays.items()} == {
@@ -102,9 +102,9 @@ def test_rollout_returns_fields_of_one_consistent_length(example: ModuleType) ->
 
 def test_same_seed_and_weights_give_the_same_episode_and_another_seed_another(example: ModuleType) -> None:
     trainer = trainer_of(example)
-    first = worker_of(example, trainer).rollout(Prompt(0, 11))
-    second = worker_of(example, trainer).rollout(Prompt(1, 11))
-    other = worker_of(example, trainer).rollout(Prompt(2, 12))
+    first = worker_of(example, trainer).rollout(WorkItem(0, 11))
+    second = worker_of(example, trainer).rollout(WorkItem(1, 11))
+    other = worker_of(example, trainer).rollout(WorkItem(2, 12))
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
     assert not np.array_equal(first["last_observation"], other["last_observation"])
@@ -115,7 +115,7 @@ def test_log_probabilities_of_the_rollout_are_those_of_the_trainers_actor(exampl
     worker = worker_of(example, trainer)
     trainer.train_step(batch_of(worker, range(8)))  # a policy that is no longer uniform
     worker.load_weights(trainer.weights(), 1)
-    arrays = worker.rollout(Prompt(0, 3))
+    arrays = worker.rollout(WorkItem(0, 3))
     with torch.inference_mode():
         expected = torch.log_softmax(trainer.actor(torch.from_numpy(arrays["observations"])), dim=1).numpy()
     chosen = expected[np.arange(len(expected)), arrays["actions"]]
@@ -128,10 +128,10 @@ def test_loaded_weights_are_copies(example: ModuleType) -> None:
     weights = trainer.weights()
     worker = worker_of(example, trainer)
     worker.load_weights(weights, 1)
-    before = worker.rollout(Prompt(0, 5))
+    before = worker.rollout(WorkItem(0, 5))
     for array in weights.values():
         array[...] = np.nan
-    after = worker.rollout(Prompt(0, 5))
+    after = worker.rollout(WorkItem(0, 5))
     np.testing.assert_array_equal(before["log_probs"], after["log_probs"])
     assert all(np.isfinite(array).all() for array in trainer.weights().values())
 

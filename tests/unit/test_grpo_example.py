@@ -27,7 +27,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class WorkItem:
     index: int
     seed: int
 
@@ -76,7 +76,7 @@ def received(arrays: dict[str, np.ndarray]) -> Trajectory:
 
 
 def groups_of(worker: Any, seeds: range) -> list[Trajectory]:
-    return [received(worker.rollout(Prompt(seed, seed))) for seed in seeds]
+    return [received(worker.rollout(WorkItem(seed, seed))) for seed in seeds]
 
 
 # --- the task ----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_rollout_returns_a_group_of_completions_of_various_lengths_without_paddi
     example: SimpleNamespace,
 ) -> None:
     sorting = example.sorting
-    arrays = worker_of(example, trainer_of(example)).rollout(Prompt(0, 7))
+    arrays = worker_of(example, trainer_of(example)).rollout(WorkItem(0, 7))
     length, total = len(arrays["prompt"]), int(arrays["lengths"].sum())
     assert {name: (array.dtype.name, array.shape) for name, array in arrays.items()} == {
         "prompt": ("int64", (length,)),
@@ -201,9 +201,9 @@ def test_rollout_returns_a_group_of_completions_of_various_lengths_without_paddi
 
 def test_same_seed_and_weights_give_the_same_group_and_another_seed_another(example: SimpleNamespace) -> None:
     trainer = trainer_of(example)
-    first = worker_of(example, trainer).rollout(Prompt(0, 11))
-    second = worker_of(example, trainer).rollout(Prompt(1, 11))
-    other = worker_of(example, trainer).rollout(Prompt(2, 12))
+    first = worker_of(example, trainer).rollout(WorkItem(0, 11))
+    second = worker_of(example, trainer).rollout(WorkItem(1, 11))
+    other = worker_of(example, trainer).rollout(WorkItem(2, 12))
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
     assert not np.array_equal(first["tokens"], other["tokens"])
@@ -214,10 +214,10 @@ def test_loaded_weights_are_copies(example: SimpleNamespace) -> None:
     weights = trainer.weights()
     worker = worker_of(example, trainer)
     worker.load_weights(weights, 1)
-    before = worker.rollout(Prompt(0, 5))
+    before = worker.rollout(WorkItem(0, 5))
     for array in weights.values():
         array[...] = np.nan
-    after = worker.rollout(Prompt(0, 5))
+    after = worker.rollout(WorkItem(0, 5))
     np.testing.assert_array_equal(before["log_probs"], after["log_probs"])
     assert all(np.isfinite(array).all() for array in trainer.weights().values())
 

@@ -1,5 +1,5 @@
 """The job runtime: controller, rollout replicas and policy replicas; and what the user supplies to them."""
 
-from dray.jobs.api import PolicyGroup, PolicyTrainer, Prompt, ReplicaContext, RolloutWorker, Trajectory
+from dray.jobs.api import PolicyGroup, PolicyTrainer, ReplicaContext, RolloutWorker, Trajectory, WorkItem
 
-__all__ = ["PolicyGroup", "PolicyTrainer", "Prompt", "ReplicaContext", "RolloutWorker", "Trajectory"]
+__all__ = ["PolicyGroup", "PolicyTrainer", "ReplicaContext", "RolloutWorker", "Trajectory", "WorkItem"]

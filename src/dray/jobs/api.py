@@ -51,7 +51,7 @@ class ReplicaContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class WorkItem:
     """A unit of work: `index` counts up over the job, `seed` (31 bits) follows from it and the job's seed."""
 
     index: int
@@ -77,8 +77,8 @@ class RolloutWorker(Protocol):
         """Take over new weights; called before the first rollout, and never during one. Copy what is kept."""
         ...
 
-    def rollout(self, prompt: Prompt) -> Mapping[str, np.ndarray]:
-        """Work on one prompt; the arrays returned become one payload."""
+    def rollout(self, work_item: WorkItem) -> Mapping[str, np.ndarray]:
+        """Work on one work item; the arrays returned become one payload."""
         ...
 
 

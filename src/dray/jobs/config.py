@@ -17,7 +17,7 @@ from dray.transport.lanes import LANES
 
 JOB_NAME_FORM: Final = "1 to 63 letters, digits, '.', '_' or '-'"
 ENTRY_POINT_FORM: Final = '"file.py:Class" (the file beside the job file) or "package.module:Class"'
-LARGEST: Final = 2**63 - 1
+MAX_NUMBER: Final = 2**63 - 1
 """No integer in a job file is larger."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -44,8 +44,8 @@ def _text(default: Any = ..., *, pattern: str | None = None, allowed: str, shown
     return Field(default, pattern=pattern, min_length=1, description=allowed, repr=shown)
 
 
-def _count(default: Any = ..., *, least: int = 1, most: int = LARGEST) -> Any:
-    upper = "" if most == LARGEST else f" and at most {most}"
+def _count(default: Any = ..., *, least: int = 1, most: int = MAX_NUMBER) -> Any:
+    upper = "" if most == MAX_NUMBER else f" and at most {most}"
     return Field(default, ge=least, le=most, description=f"a whole number, at least {least}{upper}")
 
 
@@ -92,8 +92,8 @@ class RolloutTable(Table):
     slot_bytes: int = _count(1 << 20, least=64, most=MAX_SLOT_BYTES)
     server_threads: int = _count(1, most=4)
     inline_bytes: int = _count(4096, least=0, most=16384)
-    prompt_batch: int = _count(4, most=4096)
-    prompts_in_flight: int | None = _count(None)
+    work_item_batch: int = _count(4, most=4096)
+    work_items_in_flight: int | None = _count(None)
     args: dict[str, Any] = Field(default_factory=dict, description="a table, given to the worker's setup as it is")
 
 
@@ -200,9 +200,9 @@ class JobConfig(Table):
     slurm: SlurmTable | None = Field(default=None, description="the table [slurm]")
 
     @property
-    def prompts_in_flight(self) -> int:
-        """How many prompts may be given out and not yet trained on; bounds staleness and memory."""
-        configured = self.rollout.prompts_in_flight or 2 * self.policy.batch_size
+    def work_items_in_flight(self) -> int:
+        """How many work items may be given out and not yet trained on; bounds staleness and memory."""
+        configured = self.rollout.work_items_in_flight or 2 * self.policy.batch_size
         if not self.in_order:
             return configured
         assert self.policy.max_staleness is not None
@@ -210,7 +210,7 @@ class JobConfig(Table):
 
     @property
     def in_order(self) -> bool:
-        """Whether payloads are trained on in the order of their prompts, so that none becomes too old."""
+        """Whether payloads are trained on in the order of their work items, so that none becomes too old."""
         return self.policy.max_staleness is not None and self.policy.staleness == "admission"
 
     @property
@@ -269,14 +269,14 @@ def _enough_slots(config: JobConfig) -> Iterator[ConfigError]:
         yield ConfigError("rollout.slots", config.rollout.slots, allowed)
 
 
-@_rule(*_HELD, "rollout.prompts_in_flight", "policy.max_staleness", "policy.staleness")
-def _enough_prompts_in_flight(config: JobConfig) -> Iterator[ConfigError]:
+@_rule(*_HELD, "rollout.work_items_in_flight", "policy.max_staleness", "policy.staleness")
+def _enough_work_items_in_flight(config: JobConfig) -> Iterator[ConfigError]:
     held, what = config.payloads_held, _held_name(config)
     if config.job.payload_transfer == "ucxx":
         held, what = config.policy.batch_size, "policy.batch_size"
-    if config.prompts_in_flight < held:
+    if config.work_items_in_flight < held:
         allowed = f"must be at least {what}, which is {held}"
-        yield ConfigError("rollout.prompts_in_flight", config.prompts_in_flight, allowed)
+        yield ConfigError("rollout.work_items_in_flight", config.work_items_in_flight, allowed)
 
 
 @_rule("job.payload_transfer", "policy.replicas")

@@ -91,7 +91,7 @@ class JobSpec:
     redis_url: str = field(repr=False)
     job_id: str
     resume: bool
-    first_prompt: int
+    first_work_item: int
     chosen_token: str | None = field(default=None, repr=False)
 
     @property
@@ -112,7 +112,7 @@ class JobSpec:
             "redis_url": self.redis_url,
             "job_id": self.job_id,
             "resume": self.resume,
-            "first_prompt": self.first_prompt,
+            "first_work_item": self.first_work_item,
             "chosen_token": self.chosen_token,
         }
         write_json(self.folder.spec, document, mode=0o600)
@@ -134,7 +134,7 @@ class JobSpec:
             redis_url=document["redis_url"],
             job_id=document["job_id"],
             resume=document["resume"],
-            first_prompt=document["first_prompt"],
+            first_work_item=document["first_work_item"],
             chosen_token=document["chosen_token"],
         )
 

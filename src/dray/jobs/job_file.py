@@ -20,13 +20,13 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from dray.errors import ConfigError
-from dray.jobs.config import LARGEST, TABLES, JobConfig, Table, broken_rules
+from dray.jobs.config import MAX_NUMBER, TABLES, JobConfig, Table, broken_rules
 from dray.text import printable, printable_value, text_of
 
 MAX_MISTAKES: Final = 50
 """Mistakes of one job file that are reported."""
 
-_DEEPEST = 64
+_MAX_DEPTH = 64
 _REDIS = ["redis"]
 _URL_MARK = "://"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -157,15 +157,18 @@ def _toml(text: str) -> dict[str, Any]:
 def _unfit_values(value: Any, location: Sequence[str]) -> Iterator[tuple[_Location, ConfigError]]:
     """What does not reach the processes of a job as it is: they get the configuration as JSON."""
     here, key = tuple(location), _dotted(location)
-    if len(location) > _DEEPEST:
-        yield here, ConfigError(key, None, f"tables and lists go {_DEEPEST} deep at most", "is nested too deeply")
+    if len(location) > _MAX_DEPTH:
+        yield (
+            here,
+            ConfigError(key, None, f"tables and lists go {_MAX_DEPTH} deep at most", "is nested too deeply"),
+        )
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _unfit_values(inner, [*location, str(name)])
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _unfit_values(inner, [*location, str(index)])
-    elif isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
+    elif isinstance(value, int) and not -MAX_NUMBER - 1 <= value <= MAX_NUMBER:
         problem = f"is an integer of {value.bit_length()} bits"
         yield here, ConfigError(key, None, "integers have at most 64 bits", problem)
     elif len(location) <= 2:  # the keys of tables have types of their own

@@ -64,7 +64,7 @@ def test_lines_show_the_job_and_each_replica() -> None:
             "phase": "running",
             "seconds": 31.25,
             "outcome": {"kind": "interrupted", "reason": "Ctrl-C"},
-            "prompts": {},
+            "work_items": {},
             "stall": {"line": "policy-0\x1b[2J\nwaits", "seconds": 3.0, "reports": 1},
             "members": [
                 member("rollout-0", "active", "", 0.5, stuck),

@@ -41,7 +41,7 @@ def error_of(path: Path, *overrides: str) -> ConfigError:
 def test_smallest_job_file_gets_every_default(job_file: Path) -> None:
     config = load_job(job_file)
     assert (config.job.payload_transfer, config.job.lane, config.rollout.replicas) == ("ucxx", "auto", 2)
-    assert config.prompts_in_flight == 8
+    assert config.work_items_in_flight == 8
     assert config.stop is None
 
 
@@ -60,8 +60,8 @@ def test_rings_hold_what_waits_for_a_checkpoint(job_file: Path) -> None:
         "which is 68"
     )
     inline = ["policy.ack=checkpoint", "policy.checkpoint_every=3", "job.payload_transfer=redis"]
-    assert error_of(job_file, *inline).key == "rollout.prompts_in_flight"
-    assert load_job(job_file, [*inline, "rollout.prompts_in_flight=12"]).prompts_in_flight == 12
+    assert error_of(job_file, *inline).key == "rollout.work_items_in_flight"
+    assert load_job(job_file, [*inline, "rollout.work_items_in_flight=12"]).work_items_in_flight == 12
 
 
 def test_policy_groups_need_references(job_file: Path) -> None:
@@ -70,12 +70,12 @@ def test_policy_groups_need_references(job_file: Path) -> None:
 
 
 def test_admission_lets_as_many_batches_be_under_way_as_versions_may_pass(job_file: Path) -> None:
-    in_flight = ["rollout.prompts_in_flight=100"]
-    assert load_job(job_file, in_flight).prompts_in_flight == 100
-    assert load_job(job_file, [*in_flight, "policy.max_staleness=1"]).prompts_in_flight == 8
-    assert load_job(job_file, ["policy.max_staleness=9"]).prompts_in_flight == 8
+    in_flight = ["rollout.work_items_in_flight=100"]
+    assert load_job(job_file, in_flight).work_items_in_flight == 100
+    assert load_job(job_file, [*in_flight, "policy.max_staleness=1"]).work_items_in_flight == 8
+    assert load_job(job_file, ["policy.max_staleness=9"]).work_items_in_flight == 8
     dropping = load_job(job_file, [*in_flight, "policy.max_staleness=1", "policy.staleness=drop"])
-    assert (dropping.prompts_in_flight, dropping.in_order) == (100, False)
+    assert (dropping.work_items_in_flight, dropping.in_order) == (100, False)
 
 
 def test_configuration_cannot_be_changed(job_file: Path) -> None:
@@ -105,7 +105,7 @@ def test_configuration_cannot_be_changed(job_file: Path) -> None:
         ("rollout.worker=Worker", "rollout.worker", "file.py:Class"),
         ("rollout.args=3", "rollout.args", "a table"),
         ("rollout.slots=3", "rollout.slots", "at least policy.batch_size"),
-        ("rollout.prompts_in_flight=3", "rollout.prompts_in_flight", "at least policy.batch_size"),
+        ("rollout.work_items_in_flight=3", "rollout.work_items_in_flight", "at least policy.batch_size"),
         ("policy.batch_size=many", "policy.batch_size", "a whole number"),
         ("policy.replicas=65", "policy.replicas", "at most 64"),
         ("policy.readers=2", "policy.readers", "must divide policy.replicas, which is 1"),
@@ -175,10 +175,10 @@ def test_all_mistakes_of_a_job_file_are_named_at_once(job_file: Path) -> None:
 
 
 def test_all_broken_rules_between_keys_are_named_at_once(job_file: Path) -> None:
-    broken = ["rollout.slots=3", "rollout.prompts_in_flight=2", "policy.readers=2", "controller.dead_after=1"]
+    broken = ["rollout.slots=3", "rollout.work_items_in_flight=2", "policy.readers=2", "controller.dead_after=1"]
     with pytest.raises(ConfigError) as caught:
         load_job(job_file, broken)
-    keys = ["rollout.slots", "rollout.prompts_in_flight", "policy.readers", "controller.dead_after"]
+    keys = ["rollout.slots", "rollout.work_items_in_flight", "policy.readers", "controller.dead_after"]
     assert [each.key for each in caught.value.mistakes] == keys
 
 

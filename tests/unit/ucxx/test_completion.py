@@ -14,20 +14,20 @@ REFERENCE = ref(0)
 FORMS: dict[str, Any] = {
     "mapping": completion_for(REFERENCE),
     "reference": REFERENCE,
-    "text of a mapping": json.dumps({"prompt": 3, **completion_for(REFERENCE)}),
+    "text of a mapping": json.dumps({"work_item": 3, **completion_for(REFERENCE)}),
     "text of a reference": REFERENCE.to_json(),
 }
 
 
 def test_a_completion_survives_json_and_keys_beside_its_own() -> None:
-    completion = json.loads(json.dumps({**completion_for(ref(0)), "prompt": 3}))
+    completion = json.loads(json.dumps({**completion_for(ref(0)), "work_item": 3}))
     assert is_completion(completion)
     assert reference_of(completion) == ref(0)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_a_completion_is_one_also_as_the_attribute_of_an_object(form: str) -> None:
-    for value in (FORMS[form], SimpleNamespace(completion=FORMS[form], prompt="text")):
+    for value in (FORMS[form], SimpleNamespace(completion=FORMS[form], work_item="text")):
         assert is_completion(value)
         assert reference_of(value) == REFERENCE
 

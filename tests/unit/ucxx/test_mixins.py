@@ -177,11 +177,11 @@ def test_c10_prefetch_and_interception_agree_on_what_is_a_completion(packer: Pac
 
 
 FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
-    "mapping": lambda completion: {**completion, "prompt": "with a key of the framework's own"},
+    "mapping": lambda completion: {**completion, "work_item": "with a key of the framework's own"},
     "text": json.dumps,
     "reference": reference_of,
     "text of a reference": lambda completion: reference_of(completion).to_json(),
-    "object": lambda completion: SimpleNamespace(prompt="text", completion=completion),
+    "object": lambda completion: SimpleNamespace(work_item="text", completion=completion),
     "object with text": lambda completion: SimpleNamespace(completion=json.dumps(completion)),
 }
 

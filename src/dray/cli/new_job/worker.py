@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dray.jobs import Prompt, ReplicaContext
+from dray.jobs import ReplicaContext, WorkItem
 
 GRAVITY, CART, POLE, LENGTH, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02  # Barto, Sutton and Anderson 1983
 TRACK, MAX_ANGLE = 2.4, math.radians(12)  # an episode ends when the cart leaves the track or the pole falls
@@ -25,9 +25,9 @@ class Worker:
     def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
         self.policy = weights["policy"].copy()  # the arrays belong to dray: copy what is kept
 
-    def rollout(self, prompt: Prompt) -> dict[str, np.ndarray]:
+    def rollout(self, work_item: WorkItem) -> dict[str, np.ndarray]:
         # The seed belongs to the work item: the same episode can be played again.
-        random = np.random.default_rng(prompt.seed)
+        random = np.random.default_rng(work_item.seed)
         state = random.uniform(-0.05, 0.05, size=4)
         states: list[np.ndarray] = []
         actions: list[bool] = []

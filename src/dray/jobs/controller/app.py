@@ -1,7 +1,7 @@
 """The controller: an HTTP service that knows who takes part in a job and which phase it is in.
 
 One event loop owns all state, so a request sees the job at one moment. Decisions are in `membership` and
-`prompts`; here is only what reaches them from outside: requests, the clock, signals.
+`work_items`; here is only what reaches them from outside: requests, the clock, signals.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from dray.clock import MONOTONIC, Deadline, Stopwatch
 from dray.counters import Counters
 from dray.jobs.controller.listener import PROVEN, HttpServer
 from dray.jobs.controller.metrics import MEDIA_TYPE, JobMetrics
-from dray.jobs.controller.stall import StallWatch, gather
-from dray.jobs.controller.state import Membership, Outcome, Progress, PromptLedger, final_phase, prompt_seed
+from dray.jobs.controller.stall import StallWatch, job_snapshot
+from dray.jobs.controller.state import Membership, Outcome, Progress, WorkQueue, final_phase, work_item_seed
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
@@ -46,7 +46,7 @@ from dray.jobs.process import begin_process, finish_process, set_log_level, shut
 
 # --- controller --------------------------------------------------------------------------------------------------
 
-LARGEST_BODY = 4 << 20
+MAX_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2
 _LOG = logging.getLogger("dray.jobs.controller.app")
 _Body = TypeVar("_Body", bound=models.Message)
@@ -71,7 +71,7 @@ class Controller:
         self._record = record
         self.membership = Membership(
             {Role.ROLLOUT: config.rollout.replicas, Role.POLICY: config.policy.replicas},
-            PromptLedger(config.prompts_in_flight, spec.first_prompt),
+            WorkQueue(config.work_items_in_flight, spec.first_work_item),
             dead_after=config.controller.dead_after,
             start_timeout=config.timeouts.start,
             restartable=config.policy.restarts > 0,
@@ -92,7 +92,7 @@ class Controller:
     async def reap_once(self) -> None:
         """Let the time that has passed act on the job."""
         self.membership.reap()
-        if self._stall.look(gather(self.membership, MONOTONIC.now(), self._running.elapsed)):
+        if self._stall.look(job_snapshot(self.membership, MONOTONIC.now(), self._running.elapsed)):
             _LOG.warning("stall: %s", self._stall.line)
         await self._after_event()
 
@@ -111,7 +111,7 @@ class Controller:
             phase=membership.phase,
             seconds=self._running.elapsed,
             outcome=None if outcome is None else models.OutcomeReport(**asdict(outcome)),
-            prompts=membership.prompts.statistics(),
+            work_items=membership.work_items.statistics(),
             stall=self._stalled(),
             members=[
                 models.MemberStatus(
@@ -190,36 +190,36 @@ class Controller:
         report = body.progress
         progress = Progress(**dict(report))
         self.membership.heard(body.name, body.incarnation, progress)
-        self.membership.prompts.settled(body.settled)
+        self.membership.work_items.settled(body.settled)
         await self._after_event()
         deadline = Deadline.after(body.until_unread)
         while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
             await self._wait_for_change(deadline)
         return _reply(self._directive())
 
-    async def _prompts(self, request: Request) -> Response:
-        body = await _body(request, models.TakePrompts)
+    async def _work_items(self, request: Request) -> Response:
+        body = await _body(request, models.TakeWork)
         self.membership.heard(body.name, body.incarnation)
-        self.membership.prompts.published(body.name, body.published)
+        self.membership.work_items.published(body.name, body.published)
         deadline = Deadline.after(body.wait)
         taken: list[int] = []
         while self.membership.phase.gives_work:
-            taken = self.membership.prompts.take(body.name, body.want)
+            taken = self.membership.work_items.take(body.name, body.want)
             if taken or deadline.expired:
                 break
             await self._wait_for_change(deadline)
             self.membership.heard(body.name, body.incarnation)
         seed = self._spec.config.job.seed
         directive = self._directive()
-        prompts = [(index, prompt_seed(seed, index)) for index in taken]
-        return _reply(models.PromptList(**directive.model_dump(), prompts=prompts))
+        work_items = [(index, work_item_seed(seed, index)) for index in taken]
+        return _reply(models.WorkList(**directive.model_dump(), work_items=work_items))
 
     async def _under_way(self, request: Request) -> Response:
         body = await _body(request, models.Caller)
         self.membership.heard(body.name, body.incarnation)
-        prompts = self.membership.prompts
-        unsettled, following = prompts.unfinished()
-        return _reply(models.PromptsUnderWay(unsettled=unsettled, published=prompts.in_flight(), next=following))
+        work_items = self.membership.work_items
+        unsettled, following = work_items.unfinished()
+        return _reply(models.UnsettledWork(unsettled=unsettled, published=work_items.in_flight(), next=following))
 
     async def _finish(self, request: Request) -> Response:
         body = await _body(request, models.Finish)
@@ -278,20 +278,20 @@ class Controller:
                 _LOG.info("a client closed its connection before its request for %s was complete", path)
                 return Response(status_code=400)
             except _BodyTooLarge:
-                return _reply(models.ErrorReply(error="too large", detail=f"at most {LARGEST_BODY} bytes"), 413)
+                return _reply(models.ErrorReply(error="too large", detail=f"at most {MAX_BODY} bytes"), 413)
 
         return guarded
 
 
 class _BodyTooLarge(Exception):
-    """The body of a request exceeds `LARGEST_BODY`."""
+    """The body of a request exceeds `MAX_BODY`."""
 
 
 async def _body(request: Request, kind: type[_Body]) -> _Body:
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
-        if len(content) > LARGEST_BODY:
+        if len(content) > MAX_BODY:
             raise _BodyTooLarge
     return kind.model_validate_json(bytes(content))
 
@@ -401,13 +401,13 @@ ENDPOINTS = (
     Endpoint("GET", "/metrics", "The same as numbers, for Prometheus.", None, "text/plain"),
     Endpoint("POST", "/register", "A replica has started.", models.Register, models.Directive),
     Endpoint("POST", "/heartbeat", "A replica lives, with its progress.", models.Heartbeat, models.Directive),
-    Endpoint("POST", "/prompts", "A rollout replica asks for work.", models.TakePrompts, models.PromptList),
+    Endpoint("POST", "/work-items", "A rollout replica asks for work.", models.TakeWork, models.WorkList),
     Endpoint(
         "POST",
         "/under-way",
-        "The policy asks which prompts are unsettled.",
+        "The policy asks which work items are unsettled.",
         models.Caller,
-        models.PromptsUnderWay,
+        models.UnsettledWork,
     ),
     Endpoint("POST", "/finish", "The policy ends the job.", models.Finish, models.Directive),
     Endpoint("POST", "/unregister", "The last words of a replica.", models.Unregister, models.Directive),

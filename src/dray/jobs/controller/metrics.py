@@ -66,9 +66,11 @@ def _figure(role: Role, reported: str, name: str, words: str) -> Figure:
 PHASE = Family("dray_job_phase", "gauge", "1 for the phase of the job, 0 for the others.", ("phase",))
 MEMBERS = Family("dray_members", "gauge", "Replicas by role and state.", ("role", "state"))
 STALLED = Family("dray_stalled_seconds", "gauge", "The longest wait, if it exceeds timeouts.stall; otherwise 0.")
-PROMPTS = Family("dray_prompts", "gauge", "Prompts that are not settled, by state.", ("state",))
-NEXT_PROMPT = Family("dray_next_prompt", "gauge", "Index of the first prompt that was never given out.")
-GIVEN_AGAIN = Family("dray_prompts_given_again_total", "counter", "Prompts of lost replicas that were released.")
+WORK_ITEMS = Family("dray_work_items", "gauge", "Work items that are not settled, by state.", ("state",))
+NEXT_WORK_ITEM = Family("dray_next_work_item", "gauge", "Index of the first work item that was never given out.")
+GIVEN_AGAIN = Family(
+    "dray_work_items_given_again_total", "counter", "Work items of lost replicas that were released."
+)
 OLDEST = Family(
     "dray_oldest_seconds",
     "gauge",
@@ -131,7 +133,8 @@ FIGURES = (
 )
 
 FAMILIES = (
-    PHASE, MEMBERS, STALLED, PROMPTS, NEXT_PROMPT, GIVEN_AGAIN, OLDEST, UNPROVEN, REFUSED, USER_METRIC, TRIMMED,
+    PHASE, MEMBERS, STALLED, WORK_ITEMS, NEXT_WORK_ITEM, GIVEN_AGAIN, OLDEST, UNPROVEN, REFUSED, USER_METRIC,
+    TRIMMED,
     *FIGURES,
 )  # fmt: skip
 
@@ -158,7 +161,7 @@ class JobMetrics(Collector):
     def __init__(self, job: str, membership: Membership, stalled: float, connections: Mapping[str, float]) -> None:
         self._job = job
         self._phase = membership.phase
-        self._prompts = membership.prompts.statistics()
+        self._work_items = membership.work_items.statistics()
         self._stalled = stalled
         self._connections = connections
         # A report is replaced by the next one, and never changed.
@@ -198,10 +201,10 @@ class JobMetrics(Collector):
             [((role.value, state.value), counted.count((role, state))) for role in roles for state in MemberState],
         )
         yield STALLED, [((), self._stalled)]
-        prompts = self._prompts
-        yield PROMPTS, [((state,), prompts[state]) for state in _UNSETTLED]
-        yield NEXT_PROMPT, [((), prompts["next"])]
-        yield GIVEN_AGAIN, [((), prompts["given_again"])]
+        work_items = self._work_items
+        yield WORK_ITEMS, [((state,), work_items[state]) for state in _UNSETTLED]
+        yield NEXT_WORK_ITEM, [((), work_items["next"])]
+        yield GIVEN_AGAIN, [((), work_items["given_again"])]
         yield UNPROVEN, [((), self._connections[UNPROVEN_CLOSED])]
         yield REFUSED, [((), self._connections[ACCEPT_FAILURES])]
         active = [(name, report) for name, _, state, report in self._members if state is MemberState.ACTIVE]

@@ -21,7 +21,7 @@ _WAITING = "waiting for "
 
 
 @dataclass(frozen=True, slots=True)
-class Pastime:
+class MemberActivity:
     """What somebody does, for how many seconds.
 
     Attributes:
@@ -37,18 +37,18 @@ class Pastime:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class JobSnapshot:
     """A job at one moment.
 
     Attributes:
         ages: kind → (seconds, whose) of the oldest there is; kinds are those of `AGES`.
     """
 
-    pastimes: Sequence[Pastime]
+    pastimes: Sequence[MemberActivity]
     ages: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
 
-def longest_wait(facts: Facts, after: float) -> float:
+def longest_wait(facts: JobSnapshot, after: float) -> float:
     """Seconds of the longest wait that exceeds `after`; 0 if none does. A replica that is silent counts as one."""
     waits = [each.seconds for each in facts.pastimes if each.whom]
     silences = [each.silence for each in facts.pastimes]
@@ -56,7 +56,7 @@ def longest_wait(facts: Facts, after: float) -> float:
     return longest if longest > after else 0.0
 
 
-def stall_line(facts: Facts, after: float) -> str:
+def stall_line(facts: JobSnapshot, after: float) -> str:
     """Who waits for whom and for what, who does something else that long, and how old things are; one line."""
     shown = [each for each in facts.pastimes if max(each.seconds, each.silence) > after]
     # Waits first, the longest first: what they wait for is often found behind them.
@@ -88,7 +88,7 @@ class StallWatch:
         self.seconds = 0.0
         self.reports = 0
 
-    def look(self, facts: Facts) -> bool:
+    def look(self, facts: JobSnapshot) -> bool:
         """Take in how things are; true if `line` is to be reported now. `line` is empty while nothing stalls."""
         self.seconds = longest_wait(facts, self._after)
         if not self.seconds:
@@ -102,7 +102,7 @@ class StallWatch:
         return True
 
 
-def _sentence(each: Pastime) -> str:
+def _sentence(each: MemberActivity) -> str:
     if each.whom:
         words = (
             f"{each.who} waits for {each.whom}, for {each.what.removeprefix(_WAITING)}, since {each.seconds:.1f} s"
@@ -122,7 +122,7 @@ def _ages(ages: Mapping[str, tuple[float, str]]) -> str:
 # --- stall -------------------------------------------------------------------------------------------------------
 
 
-def gather(membership: Membership, now: float, elapsed: float) -> Facts:
+def job_snapshot(membership: Membership, now: float, elapsed: float) -> JobSnapshot:
     """The facts of this moment.
 
     Args:
@@ -131,7 +131,7 @@ def gather(membership: Membership, now: float, elapsed: float) -> Facts:
     """
     active = membership.active()
     pastimes = [
-        Pastime(
+        MemberActivity(
             member.name,
             member.progress.doing,
             member.progress.waits_for,
@@ -142,9 +142,9 @@ def gather(membership: Membership, now: float, elapsed: float) -> Facts:
     ]
     missing = membership.missing() if membership.phase is Phase.STARTING else []
     if missing:
-        pastimes.append(Pastime("the controller", "their registration", ", ".join(missing), elapsed))
+        pastimes.append(MemberActivity("the controller", "their registration", ", ".join(missing), elapsed))
     ages = {
         member.name: {kind: age + now - member.last_heard for kind, age in member.progress.ages.items()}
         for member in active
     }
-    return Facts(pastimes, oldest(ages))
+    return JobSnapshot(pastimes, oldest(ages))

@@ -75,9 +75,9 @@ class Lifecycle:
         return f"<Lifecycle {self.phase.value}>"
 
 
-# --- prompts -----------------------------------------------------------------------------------------------------
+# --- work items --------------------------------------------------------------------------------------------------
 
-# Which prompts are given out, to whom, and which are done. No I/O and no clock.
+# Which work items are given out, to whom, and which are done. No I/O and no clock.
 #
 # ```
 #   new ──take──► held by a replica ──published──► in flight ──settled──► gone
@@ -86,10 +86,10 @@ class Lifecycle:
 # ```
 
 
-class PromptLedger:
-    """Hands out prompt indices, at most `in_flight` of which are unsettled at a time.
+class WorkQueue:
+    """Hands out work item indices, at most `in_flight` of which are unsettled at a time.
 
-    A prompt is settled when its trajectory was trained on, or is known to be lost or discarded. The bound keeps
+    A work item is settled when its trajectory was trained on, or is known to be lost or discarded. The bound keeps
     rollouts from running ahead of training: it limits both staleness and what waits in memory.
     """
 
@@ -102,7 +102,7 @@ class PromptLedger:
         self.given_again = 0
 
     def take(self, holder: str, count: int) -> list[int]:
-        """Up to `count` prompts for `holder`; prompts of dead holders come first.
+        """Up to `count` work items for `holder`; work items of dead holders come first.
 
         A replica asks when it has nothing left to do: what it still holds was given in a reply that got lost, and
         is given to it once more.
@@ -145,16 +145,16 @@ class PromptLedger:
         return held
 
     def in_flight(self) -> list[int]:
-        """Prompts whose trajectories were published and are not settled."""
+        """Work items whose trajectories were published and are not settled."""
         return sorted(self._published)
 
     def unfinished(self) -> tuple[list[int], int]:
-        """The unsettled prompts, and the index of the next one."""
+        """The unsettled work items, and the index of the next one."""
         return sorted({*self._holders, *self._published, *self._again}), self._next
 
     @property
     def outstanding(self) -> int:
-        """Prompts given out, or to be given again, and not settled."""
+        """Work items given out, or to be given again, and not settled."""
         return len(self._holders) + len(self._published) + len(self._again)
 
     def statistics(self) -> dict[str, int]:
@@ -168,8 +168,8 @@ class PromptLedger:
         }
 
 
-def prompt_seed(job_seed: int, index: int) -> int:
-    """The seed of prompt `index`: 31 bits that depend on the job's seed and the index alone."""
+def work_item_seed(job_seed: int, index: int) -> int:
+    """The seed of work item `index`: 31 bits that depend on the job's seed and the index alone."""
     digest = hashlib.blake2b(f"{job_seed}:{index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
 
@@ -268,7 +268,7 @@ class Membership:
     def __init__(
         self,
         expected: Mapping[Role, int],
-        prompts: PromptLedger,
+        work_items: WorkQueue,
         *,
         dead_after: float,
         start_timeout: float,
@@ -284,7 +284,7 @@ class Membership:
         self._restartable = restartable
         self._restart_bound: float | None = None
         self._lifecycle = Lifecycle()
-        self.prompts = prompts
+        self.work_items = work_items
         self.members: dict[str, Member] = {}
         self.outcome: Outcome | None = None
         self.notices: list[str] = []
@@ -361,11 +361,11 @@ class Membership:
     def left(
         self, name: str, incarnation: str, reason: str, published: Iterable[int] = (), *, exit_code: int = 0
     ) -> None:
-        """A member ends in order, and has `published` these prompts. Leaving twice changes nothing."""
+        """A member ends in order, and has `published` these work items. Leaving twice changes nothing."""
         member = self.members.get(name)
         if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
             return
-        self.prompts.published(name, published)
+        self.work_items.published(name, published)
         if member.role is Role.POLICY and exit_code in COMES_AGAIN:
             self._restartable = False
         self._end(member, MemberState.LEFT, reason, exit_code)
@@ -444,9 +444,9 @@ class Membership:
         self.notices.append(f"{member.name} {state.value}: {reason}")
         if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
             self._restart_bound = self._clock.now() + self._start_timeout
-        again = self.prompts.release(member.name)
+        again = self.work_items.release(member.name)
         if again and self.phase.gives_work:
-            self.notices.append(f"{len(again)} prompts of {member.name} are given out again")
+            self.notices.append(f"{len(again)} work items of {member.name} are given out again")
 
     def _consequences(self) -> None:
         """What follows from who is left. Until all expected replicas have come, absence means nothing."""

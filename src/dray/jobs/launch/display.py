@@ -51,7 +51,7 @@ class Figures:
 
     Attributes:
         mean_return: None where payloads have no rewards.
-        transfer: how payloads come, see `Inlet.transfer`.
+        transfer: how payloads come, see `TrajectoryReader.transfer`.
         lane: that they are read over; empty if over none.
         metrics: what the user's trainer returned.
     """

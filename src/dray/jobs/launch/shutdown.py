@@ -40,7 +40,7 @@ from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
 ROLLOUT_SHARE = 0.55
 
 
-class Means(Enum):
+class KillStage(Enum):
     """What is done to a child that is still there; each once, in this order."""
 
     TERMINATE = 0.4
@@ -48,7 +48,7 @@ class Means(Enum):
     KILL = 0.8
 
 
-class Teardown:
+class ShutdownEscalation:
     """Which means are due, as time goes by.
 
     Args:
@@ -60,11 +60,11 @@ class Teardown:
         self._clock = clock
         self._began = clock.now()
         self.bound = bound
-        self._due = {means: means.value * bound for means in Means}
+        self._due = {means: means.value * bound for means in KillStage}
         if at_once:
-            self._due[Means.TERMINATE] = 0.0
+            self._due[KillStage.TERMINATE] = 0.0
 
-    def take_due(self) -> list[Means]:
+    def take_due(self) -> list[KillStage]:
         """The means whose time has come since the last call."""
         elapsed = self._clock.now() - self._began
         due = [means for means, at in self._due.items() if elapsed >= at]
@@ -74,8 +74,8 @@ class Teardown:
 
     def hurry(self) -> None:
         """Kill now, unless that has been done."""
-        if Means.KILL in self._due:
-            self._due = {Means.KILL: 0.0}
+        if KillStage.KILL in self._due:
+            self._due = {KillStage.KILL: 0.0}
 
     @property
     def seconds_to_next(self) -> float:
@@ -172,7 +172,9 @@ def ending(
         kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
         reason = f"{kind} at step {checkpoint.step}, says the checkpoint"
         outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
-        known = status or Status(job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], prompts={})
+        known = status or Status(
+            job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], work_items={}
+        )
         phase = final_phase(outcome.kind) if known.phase.is_final else known.phase
         status = known.model_copy(update={"outcome": outcome, "phase": phase})
     if outcome is not None and outcome.kind in FINISHED_OUTCOMES:

@@ -30,8 +30,8 @@ from dray.jobs.launch.report import write_report
 from dray.jobs.launch.shutdown import (
     ROLLOUT_SHARE,
     Ending,
-    Means,
-    Teardown,
+    KillStage,
+    ShutdownEscalation,
     ending,
     finished_checkpoint,
     newest_status,
@@ -152,7 +152,7 @@ class Supervisor:
         self._job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
         self._began = Stopwatch()
         self._signals: list[signal.Signals] = []
-        self._teardowns: list[tuple[Callable[[], Sequence[JobProcess]], Teardown]] = []
+        self._teardowns: list[tuple[Callable[[], Sequence[JobProcess]], ShutdownEscalation]] = []
         self._asked = False
         self._end_began: Stopwatch | None = None
         self._status: models.Status | None = None
@@ -245,7 +245,7 @@ class Supervisor:
             redis_url=redis_url,
             job_id=self._job_id,
             resume=self._state is not None,
-            first_prompt=self._state.next_prompt if self._state is not None else 0,
+            first_work_item=self._state.next_work_item if self._state is not None else 0,
             chosen_token=self._site.token,
         )
         spec.write()
@@ -385,8 +385,8 @@ class Supervisor:
             self._end_began = Stopwatch()
             self._elsewhere.refuse()
             self._teardowns = [
-                (self._crew.rollouts, Teardown(bound * ROLLOUT_SHARE, at_once=at_once)),
-                (self._crew.others, Teardown(bound, at_once=at_once)),
+                (self._crew.rollouts, ShutdownEscalation(bound * ROLLOUT_SHARE, at_once=at_once)),
+                (self._crew.others, ShutdownEscalation(bound, at_once=at_once)),
             ]
             names = ", ".join(process.name for process in self._crew.processes if process.running)
             asked = "they are asked by signal" if at_once else "they know it from the controller"
@@ -475,12 +475,12 @@ class Supervisor:
                     if process.running:
                         self._apply(means, process)
 
-    def _apply(self, means: Means, child: JobProcess) -> None:
+    def _apply(self, means: KillStage, child: JobProcess) -> None:
         _LOG.info("shutdown: %s: %s", child.name, means.name.lower().replace("_", " "))
-        if means is Means.TERMINATE:
+        if means is KillStage.TERMINATE:
             if child is not self._crew.controller:
                 self._request_end(child, signal.SIGTERM, self._why_it_ends())
-        elif means is Means.DUMP_STACKS:
+        elif means is KillStage.DUMP_STACKS:
             child.signal(DUMP_SIGNAL)
         else:
             hurried = len(self._signals) > 1

@@ -39,10 +39,10 @@ from dray.jobs.messages.models import Message
 NONCE = 32
 PROOF = 32
 _LENGTH = struct.Struct("!H")
-_LONGEST = 1024
+_MAX_PURPOSE = 1024
 
 
-class Purpose(Message):
+class ConnectionInfo(Message):
     """What a connection is for: the orders to a node, or the channel of a policy rank there."""
 
     node: Annotated[str, Field(min_length=1, max_length=255)]
@@ -50,7 +50,7 @@ class Purpose(Message):
     rank: Annotated[int, Field(ge=1)] | None = None
 
 
-class Host:
+class ServerAuth:
     """The head's end.
 
     Attributes:
@@ -62,7 +62,7 @@ class Host:
         self._received = bytearray()
         self.nonce = secrets.token_bytes(NONCE)
 
-    def feed(self, chunk: bytes) -> tuple[Purpose, bytes] | None:
+    def feed(self, chunk: bytes) -> tuple[ConnectionInfo, bytes] | None:
         """Take what was received; once the node's words are complete, its purpose and the head's proof.
 
         Raises:
@@ -73,7 +73,7 @@ class Host:
         if len(self._received) < begin:
             return None
         (length,) = _LENGTH.unpack_from(self._received, NONCE)
-        if length > _LONGEST:
+        if length > _MAX_PURPOSE:
             raise AuthenticationError(f"the purpose of a connection has {length} bytes")
         end = begin + length + PROOF
         if len(self._received) < end:
@@ -83,16 +83,16 @@ class Host:
         if not hmac.compare_digest(_proof(self._key, b"node", self.nonce, theirs, text), proof):
             raise AuthenticationError("the other end of a connection does not know the job's secret")
         try:
-            purpose = Purpose.model_validate_json(text)
+            purpose = ConnectionInfo.model_validate_json(text)
         except ValidationError as error:
             raise AuthenticationError("the other end of a connection is of another version") from error
         return purpose, _proof(self._key, b"head", self.nonce, theirs, text)
 
 
-class Guest:
+class ClientAuth:
     """The node's end."""
 
-    def __init__(self, secret: bytes, purpose: Purpose) -> None:
+    def __init__(self, secret: bytes, purpose: ConnectionInfo) -> None:
         self._key = _key(secret)
         self._text = purpose.model_dump_json().encode()
         self._nonce = secrets.token_bytes(NONCE)
@@ -156,7 +156,7 @@ def end_when_silent(connected: socket.socket, seconds: float) -> None:
 
 
 def connect(
-    address: tuple[str, int], secret: bytes, purpose: Purpose, deadline: Deadline, silence: float
+    address: tuple[str, int], secret: bytes, purpose: ConnectionInfo, deadline: Deadline, silence: float
 ) -> socket.socket:
     """A connection to the head that has shown that it knows the secret; it does not block.
 
@@ -167,7 +167,7 @@ def connect(
         TransportError: nobody answers there in time.
         AuthenticationError: somebody else does.
     """
-    guest, endpoint = Guest(secret, purpose), f"tcp:{address[0]}:{address[1]}"
+    guest, endpoint = ClientAuth(secret, purpose), f"tcp:{address[0]}:{address[1]}"
     with ExitStack() as opened:
         connected = opened.enter_context(_connect(address, deadline, endpoint))
         end_when_silent(connected, silence)
@@ -219,7 +219,7 @@ class _Greeted:
 
     def __init__(self, connected: socket.socket, secret: bytes) -> None:
         self.connected = connected
-        self.host = Host(secret)
+        self.host = ServerAuth(secret)
 
 
 class Door:
@@ -240,8 +240,8 @@ class Door:
         host: str,
         secret: bytes,
         silence: float,
-        refusal: Callable[[Purpose], str],
-        welcome: Callable[[Purpose, socket.socket], None],
+        refusal: Callable[[ConnectionInfo], str],
+        welcome: Callable[[ConnectionInfo, socket.socket], None],
     ) -> None:
         self._secret = secret
         self._silence = silence

@@ -78,7 +78,7 @@ def framed(message: Message) -> bytes:
 # as the kernel closes the sockets of a process that has ended. Between machines it is a TCP connection, which also
 # ends when the other machine is silent.
 
-_LARGEST = 256 << 20
+_MAX_RANK_MESSAGE = 256 << 20
 _CHUNK = 1 << 16
 _M = TypeVar("_M", bound=Message)
 
@@ -87,7 +87,7 @@ class GroupLostError(ControlPlaneError):
     """Another rank of the policy group is gone: the step is void, and this replica must end."""
 
 
-class Order(Message):
+class RankCommand(Message):
     """What the first rank tells the others, in this order:
 
     | what | |
@@ -108,7 +108,7 @@ class Order(Message):
     identities: list[str] = []
 
 
-class Answer(Message):
+class RankReply(Message):
     """What a rank answers; `failed` maps the identity of a payload to ``"stale"`` or ``"lost"``."""
 
     failed: dict[str, Literal["stale", "lost"]] = {}
@@ -128,7 +128,7 @@ class Channel:
         self._socket = not_inherited(connected)
         connected.setblocking(False)
         self._grace = grace
-        self._frames = Frames(_LARGEST)
+        self._frames = Frames(_MAX_RANK_MESSAGE)
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closed = False
         self._lock = threading.Lock()

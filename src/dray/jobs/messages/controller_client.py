@@ -31,7 +31,7 @@ KEEP_ALIVE = 30.0
 """Seconds for which the controller keeps an idle connection; clients give one up well before."""
 
 _FIRST_WAIT = 0.05
-_LONGEST_WAIT = 1.0
+_MAX_WAIT = 1.0
 _LATE = 0.5
 """A call that ends so many seconds after its deadline was not waiting: its process did not run."""
 
@@ -199,7 +199,7 @@ class ControllerClient:
                     if response.status < 500:
                         return _parsed(response, reply, self.url + path)
                 await self._pause(wait)
-                wait = min(2 * wait, _LONGEST_WAIT)
+                wait = min(2 * wait, _MAX_WAIT)
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next attempt; the first of a hurry comes at once."""

@@ -64,15 +64,15 @@ MAX_SENTENCE = 2000
 
 Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
 
-LONGEST_PROMPT_WAIT = 2.0
-"""Seconds a request for prompts may be held open when there are none."""
+MAX_WORK_WAIT = 2.0
+"""Seconds a request for work items may be held open when there are none."""
 
 
 MAX_MEMBERS = 2048
 """Replicas that one message is about."""
 
 MAX_REPORTED = 1 << 16
-"""Prompts that one request reports."""
+"""Work items that one request reports."""
 
 MAX_FIGURES = 256
 """dray's own figures in one report."""
@@ -174,21 +174,21 @@ class ProgressReport(Message):
 
 
 class Heartbeat(Caller):
-    """``POST /heartbeat``: alive, with progress; `settled` are prompts trained on, lost or discarded.
+    """``POST /heartbeat``: alive, with progress; `settled` are work items trained on, lost or discarded.
 
     The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
     """
 
     progress: ProgressReport
     settled: Reported = []
-    until_unread: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
+    until_unread: Annotated[float, Field(ge=0, le=MAX_WORK_WAIT)] = 0.0
 
 
-class TakePrompts(Caller):
-    """``POST /prompts``: asks for up to `want` prompts, and reports those published since the last time."""
+class TakeWork(Caller):
+    """``POST /work-items``: asks for up to `want` work items, and reports those published since the last time."""
 
     want: Annotated[int, Field(ge=1, le=4096)]
-    wait: Annotated[float, Field(ge=0, le=LONGEST_PROMPT_WAIT)] = 0.0
+    wait: Annotated[float, Field(ge=0, le=MAX_WORK_WAIT)] = 0.0
     published: Reported = []
 
 
@@ -200,8 +200,8 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last thing a replica says, with the prompts published since its last request, and
-    the exit code with which it is about to end."""
+    """``POST /unregister``: the last request of a replica, with the work items published since the one before,
+    and the exit code with which it is about to end."""
 
     reason: Sentence
     published: Reported = []
@@ -250,15 +250,15 @@ class Directive(Message):
     readers: int = 0
 
 
-class PromptList(Directive):
-    """The answer to prompts: pairs of index and seed; empty where there is no work just now."""
+class WorkList(Directive):
+    """The answer to work items: pairs of index and seed; empty where there is no work just now."""
 
-    prompts: list[tuple[int, int]] = []
+    work_items: list[tuple[int, int]] = []
 
 
-class PromptsUnderWay(Message):
-    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the prompts that are not settled,
-    those among them whose trajectories were published, and the next prompt."""
+class UnsettledWork(Message):
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the work items that are not settled,
+    those among them whose trajectories were published, and the next work item."""
 
     unsettled: Indices
     published: Indices
@@ -301,7 +301,7 @@ class Status(Message):
     seconds: float
     outcome: OutcomeReport | None
     members: list[MemberStatus]
-    prompts: dict[str, int]
+    work_items: dict[str, int]
     stall: Stall | None = None
 
 

@@ -6,7 +6,7 @@ at any time. `redis` is imported in this package only.
 * `start_redis` finds or starts a server, `RedisConnection` talks to it.
 * `RolloutProducer` and `RolloutConsumer` carry references (or payloads inline) from rollout replicas to the policy
   group; `RolloutQueue` observes them.
-* `WeightsKey` has the reference of the newest weights.
+* `WeightsChannel` has the reference of the newest weights.
 """
 
 from dray.jobs.queue.connection import (
@@ -30,7 +30,7 @@ from dray.jobs.queue.producer import (
 )
 from dray.jobs.queue.redis_client import RedisAddress
 from dray.jobs.queue.redis_server import REDIS_STOP_BOUND, RedisServer, start_redis
-from dray.jobs.queue.weights import PublishedWeights, WeightsKey
+from dray.jobs.queue.weights import PublishedWeights, WeightsChannel
 
 __all__ = [
     "KEY_LIFETIME",
@@ -52,7 +52,7 @@ __all__ = [
     "RolloutProducer",
     "RolloutQueue",
     "StreamLostError",
-    "WeightsKey",
+    "WeightsChannel",
     "delete_job",
     "start_redis",
 ]

@@ -160,7 +160,7 @@ while Redis is stopped."""
 _REFUSED = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
 _TRANSIENT = (RedisConnectionError, RedisTimeoutError)
 _FIRST_WAIT = 0.02
-_LONGEST_WAIT = 0.5
+_MAX_WAIT = 0.5
 
 T = TypeVar("T")
 
@@ -257,7 +257,7 @@ class RedisConnection:
                         elapsed=deadline.elapsed,
                     ) from cause
                 self.shutdown.wait(min(wait, deadline.remaining, self.patience - away))
-                wait = min(2 * wait, _LONGEST_WAIT)
+                wait = min(2 * wait, _MAX_WAIT)
             else:
                 self._note_back(reads_only=reads_only)
                 return result

@@ -14,7 +14,7 @@ key (``{job}`` with its braces)          type    what it holds
 ======================================  ======  ==================================================================
 
 Fields of an entry of ``rollouts``: ``producer`` (32 hex digits), ``sequence``, ``weight_version``, ``replica``,
-``prompt``, and either ``reference`` (JSON of a `PayloadRef`) or ``payload`` (bytes). A dead letter has the same
+``work_item``, and either ``reference`` (JSON of a `PayloadRef`) or ``payload`` (bytes). A dead letter has the same
 fields but for ``payload``, whose length stands in ``payload_bytes``, and adds ``consumer``, ``deliveries`` and
 ``reason``. A command has ``name``, ``fields`` (JSON object of strings) and ``token`` (random, tells a repeated
 send). Weights have ``reference`` and ``version``.
@@ -41,7 +41,7 @@ PRODUCER = b"producer"
 SEQUENCE = b"sequence"
 WEIGHT_VERSION = b"weight_version"
 REPLICA = b"replica"
-PROMPT = b"prompt"
+WORK_ITEM = b"work_item"
 REFERENCE = b"reference"
 PAYLOAD = b"payload"
 # Fields of a command.

@@ -28,7 +28,7 @@ from dray.jobs.queue.redis_client import RedisClient, paired
 # --- entry -------------------------------------------------------------------------------------------------------
 
 _PRODUCER = re.compile(r"[0-9a-f]{32}")
-_LARGEST = 2**64 - 1
+_MAX_NUMBER = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class RolloutEntry:
         sequence: 0 … 2**64 - 1.
         weight_version: version of the weights that the payload was made with.
         replica: name of the rollout replica.
-        prompt: index of the prompt.
+        work item: index of the work item.
         reference: JSON of the `PayloadRef`.
         payload: the packed payload itself; with a reference, a copy that spares readers the way to the producer.
 
@@ -55,16 +55,16 @@ class RolloutEntry:
     sequence: int
     weight_version: int
     replica: str
-    prompt: int
+    work_item: int
     reference: str | None = None
     payload: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not _PRODUCER.fullmatch(self.producer):
             raise ConfigError("entry.producer", self.producer, "32 hexadecimal digits in lower case")
-        for name in ("sequence", "weight_version", "prompt"):
+        for name in ("sequence", "weight_version", "work_item"):
             value = getattr(self, name)
-            if not 0 <= value <= _LARGEST:
+            if not 0 <= value <= _MAX_NUMBER:
                 raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**64 - 1")
         if self.reference is None and self.payload is None:
             raise ConfigError("entry", None, "must have a reference, a payload, or both", "is empty")
@@ -81,7 +81,7 @@ class RolloutEntry:
             keys.SEQUENCE, self.sequence,
             keys.WEIGHT_VERSION, self.weight_version,
             keys.REPLICA, self.replica,
-            keys.PROMPT, self.prompt,
+            keys.WORK_ITEM, self.work_item,
         ]  # fmt: skip
         if self.reference is not None:
             fields += [keys.REFERENCE, self.reference]
@@ -103,7 +103,7 @@ class RolloutEntry:
                 sequence=int(fields[keys.SEQUENCE]),
                 weight_version=int(fields[keys.WEIGHT_VERSION]),
                 replica=fields[keys.REPLICA].decode(),
-                prompt=int(fields[keys.PROMPT]),
+                work_item=int(fields[keys.WORK_ITEM]),
                 reference=None if reference is None else reference.decode(),
                 payload=fields.get(keys.PAYLOAD),
             )
@@ -251,19 +251,19 @@ class RolloutQueue:
             counters={name.decode(): int(value) for name, value in paired(counters).items()},
         )
 
-    def listed_prompts(self, timeout: float | None = 30.0) -> list[int]:
-        """The prompt of every entry of the stream.
+    def listed_work_items(self, timeout: float | None = 30.0) -> list[int]:
+        """The work item of every entry of the stream.
 
         Raises:
             ControlPlaneError: Redis does not answer, or refuses.
         """
-        prompts = self._connection.call(
-            "list prompts",
-            lambda client: scripts.LISTED_PROMPTS.run(client, [self._keys.rollouts], []),
+        work_items = self._connection.call(
+            "list work items",
+            lambda client: scripts.LISTED_WORK_ITEMS.run(client, [self._keys.rollouts], []),
             self._deadline(timeout),
             reads_only=True,
         )
-        return [int(prompt) for prompt in prompts if prompt.isdigit()]
+        return [int(work_item) for work_item in work_items if work_item.isdigit()]
 
     def raise_counters(self, least: Mapping[str, int], timeout: float | None = 30.0) -> None:
         """Put counters that are lower, as after a restart of Redis, at what the caller knows.

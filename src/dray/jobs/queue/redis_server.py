@@ -46,7 +46,7 @@ from dray.jobs.queue.consumer import RolloutConsumer
 from dray.jobs.queue.keys import JobKeys
 from dray.jobs.queue.producer import RolloutEntry, RolloutProducer
 from dray.jobs.queue.redis_client import RedisAddress, RedisClient
-from dray.jobs.queue.weights import WeightsKey
+from dray.jobs.queue.weights import WeightsChannel
 from dray.private_directory import PrivateDirectory
 
 # --- idle clients ------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def try_server(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -
 def _do_once(connection: RedisConnection, keys: JobKeys, deadline: Deadline) -> None:
     entry = RolloutEntry("0" * 32, 0, 0, _TRIAL, 0, payload=b"")
     producer, consumer = RolloutProducer(connection, keys), RolloutConsumer(connection, keys, _TRIAL)
-    weights = WeightsKey(connection, keys)
+    weights = WeightsChannel(connection, keys)
     # A server that knows the scripts from an earlier job is asked for EVALSHA only.
     connection.call("run a script", lambda client: client.do("EVAL", "return 1", 0), deadline, reads_only=True)
     producer.attach(deadline.timeout)

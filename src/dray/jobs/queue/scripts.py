@@ -280,16 +280,16 @@ return found
     reads_only=True,
 )
 
-LISTED_PROMPTS = Script(
+LISTED_WORK_ITEMS = Script(
     """
--- KEYS: rollouts   Returns the prompt of every entry.
-local prompts = {}
+-- KEYS: rollouts   Returns the work item of every entry.
+local work items = {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
   for field = 1, #entry[2], 2 do
-    if entry[2][field] == 'prompt' then prompts[#prompts + 1] = entry[2][field + 1] end
+    if entry[2][field] == 'work_item' then work items[#work items + 1] = entry[2][field + 1] end
   end
 end
-return prompts
+return work items
 """,
     reads_only=True,
 )

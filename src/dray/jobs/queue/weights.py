@@ -28,7 +28,7 @@ class PublishedWeights:
     publication: str
 
 
-class WeightsKey:
+class WeightsChannel:
     """The reference of the newest weights: the policy publishes, everybody reads.
 
     Newest is what was published last. A policy that restarts from a checkpoint publishes an older version, and it
@@ -153,4 +153,4 @@ class WeightsKey:
             ) from error
 
     def __repr__(self) -> str:
-        return f"<WeightsKey at {self._connection.address}>"
+        return f"<WeightsChannel at {self._connection.address}>"

@@ -52,7 +52,7 @@ class Replica:
         bounds: of the waits of its end.
         leaving_reason: what the controller is told when the replica leaves; by default why it was to stop.
         exit_code: with which it will end, as far as that is known.
-        published: prompts whose trajectories were handed on and that the controller was not told of yet.
+        published: work items whose trajectories were handed on and that the controller was not told of yet.
     """
 
     def __init__(self, spec: JobSpec, role: Role, index: int, stop: StopFlag) -> None:

@@ -41,7 +41,7 @@ class CheckpointState:
 
     step: int
     weight_version: int
-    next_prompt: int
+    next_work_item: int
     outcome: str = ""
     contributed: int = 0
     committed: int = 0

@@ -23,7 +23,7 @@ from dray.jobs.messages import models
 from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.jobs.replica.transfer import Inlet
+from dray.jobs.replica.transfer import TrajectoryReader
 
 # --- intake ------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,9 @@ class Intake:
         committed: payloads whose commit is confirmed, over all lives of the group.
     """
 
-    def __init__(self, replica: Replica, inlet: Inlet, state: CheckpointState, recorded: int = 0) -> None:
+    def __init__(
+        self, replica: Replica, inlet: TrajectoryReader, state: CheckpointState, recorded: int = 0
+    ) -> None:
         config = replica.spec.config
         self._replica = replica
         self._inlet = inlet
@@ -62,9 +64,9 @@ class Intake:
         )
         self._backlog: list[Delivery] = []
         self._trained: list[Delivery] = []
-        self._order: PromptOrder | None = None
+        self._order: StalenessWindow | None = None
         self._in_order = config.in_order
-        # A prompt whose replica has died is given out again by then.
+        # A work item whose replica has died is given out again by then.
         self._patience = 2 * config.controller.dead_after
         self._overdue = self._starving = Deadline.after(self._patience)
         self._next_claim = Deadline.after(_CLAIM_INTERVAL)
@@ -128,7 +130,7 @@ class Intake:
 
     def _look_after_starving(self, received: Sequence[Delivery]) -> None:
         # Redis was restarted empty, or another client has removed entries, and a producer has died before it could
-        # publish again: its payloads are gone, and their prompts would count as under way for ever.
+        # publish again: its payloads are gone, and their work items would count as under way for ever.
         if received:
             self._starving = Deadline.after(self._patience)
         elif self._starving.expired and not self._replica.stop.is_set:
@@ -137,13 +139,13 @@ class Intake:
             self._settle_ended()
 
     def _settle_ended(self) -> None:
-        """Settle prompts that were handed on, and are not in the stream: those of which no end was reported."""
+        """Settle work items that were handed on, and are not in the stream: those of which no end was reported."""
         body = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
-        prompts = self._replica.client.post("/under-way", body, models.PromptsUnderWay)
-        self._order = self._order or PromptOrder(prompts.unsettled, prompts.next)
-        if prompts.published:
-            listed = set(self._queue.listed_prompts(self._timeout))
-            self._settle(index for index in prompts.published if index not in listed)
+        work_items = self._replica.client.post("/under-way", body, models.UnsettledWork)
+        self._order = self._order or StalenessWindow(work_items.unsettled, work_items.next)
+        if work_items.published:
+            listed = set(self._queue.listed_work_items(self._timeout))
+            self._settle(index for index in work_items.published if index not in listed)
 
     # --- from receiving to the end of each payload ------------------------------------------------------------
 
@@ -176,14 +178,14 @@ class Intake:
         """Up to `count` of `found` that this step may take, and the rest."""
         if not self._in_order or self._order is None:
             return found[:count], found[count:]
-        found = sorted(found, key=lambda each: each.entry.prompt)
+        found = sorted(found, key=lambda each: each.entry.work_item)
         last = self._order.last_due(self._policy.batch_size)
-        due = [each for each in found if each.entry.prompt <= last][:count]
+        due = [each for each in found if each.entry.work_item <= last][:count]
         if due:
             self._overdue = Deadline.after(self._patience)
         elif len(found) >= count and self._overdue.expired:
             # Nobody knows what became of the one that is waited for: should it come after all, it is too old.
-            _LOG.warning("payloads of prompts up to %d have not come for %g s", last, self._patience)
+            _LOG.warning("payloads of work items up to %d have not come for %g s", last, self._patience)
             due = found[:count]
         return due, found[len(due) :]
 
@@ -223,9 +225,9 @@ class Intake:
         self._trained.clear()
 
     def settled(self, deliveries: Sequence[Delivery]) -> None:
-        """Tell the controller that these are trained on, after their weights were published: who is given a prompt
-        from then on acts with them."""
-        self._settle(each.entry.prompt for each in deliveries)
+        """Report that these are trained on, after their weights were published: a replica that is given a work
+        item from then on acts with them."""
+        self._settle(each.entry.work_item for each in deliveries)
 
     def check_epoch(self) -> None:
         """Make sure that the group does not go on without this replica.
@@ -287,10 +289,10 @@ class Intake:
 
     def _forget(self, entries: Sequence[RolloutEntry]) -> None:
         self._inlet.consume(entries)
-        self._settle(each.prompt for each in entries)
+        self._settle(each.work_item for each in entries)
 
-    def _settle(self, prompts: Iterable[int]) -> None:
-        indices = list(prompts)
+    def _settle(self, work_items: Iterable[int]) -> None:
+        indices = list(work_items)
         if self._order is not None:
             self._order.settled(indices)
         self._replica.heartbeat.settled(indices)
@@ -298,17 +300,18 @@ class Intake:
 
 # --- delivery ----------------------------------------------------------------------------------------------------
 
-# Which prompts' payloads a training step has to take so that none of them becomes too old. No I/O and no clock.
+# Which work items' payloads a training step has to take so that none of them becomes too old. No I/O and no clock.
 #
-# With at most (s + 1) batches of prompts under way, and each step taking those with the lowest indices, no payload
-# is
-# trained on by weights more than s versions newer than those it was made with: prompt i is given out when all but
+# With at most (s + 1) batches of work items under way, and each step taking those with the lowest indices, no
+# payload is
+# trained on by weights more than s versions newer than those it was made with: work item i is given out when all
+# but
 # (s + 1) batches of those before it are settled and the weights trained on them are published, and it is trained
 # on when all before it are.
 
 
-class PromptOrder:
-    """The prompts that are not settled.
+class StalenessWindow:
+    """The work items that are not settled.
 
     Args:
         unsettled: those given out already.

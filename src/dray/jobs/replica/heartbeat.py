@@ -217,7 +217,7 @@ class Heartbeat:
         self._thread.start()
 
     def settled(self, indices: Iterable[int]) -> None:
-        """Report, at once, prompts whose trajectories are trained on, lost or discarded."""
+        """Report, at once, work items whose trajectories are trained on, lost or discarded."""
         with self._lock:
             self._settled.extend(indices)
         self._wake.set()

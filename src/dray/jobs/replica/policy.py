@@ -23,7 +23,7 @@ from dray.jobs.api import PolicyGroup, PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
 from dray.jobs.messages import models
-from dray.jobs.messages.channel import Channel, GroupLostError, Order
+from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand
 from dray.jobs.messages.models import OutcomeKind, Role
 from dray.jobs.process import leave, shutdown_step
 from dray.jobs.queue import Delivery, RedisUnavailableError
@@ -38,11 +38,11 @@ from dray.jobs.replica.checkpoint import (
 from dray.jobs.replica.delivery import Intake
 from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
-from dray.jobs.replica.rank_worker import Following
+from dray.jobs.replica.rank_worker import RankWorker
 from dray.jobs.replica.ranks import Batch, Failure, Ranks
 from dray.jobs.replica.ring_transfer import rank_client
-from dray.jobs.replica.transfer import Inlet, WeightsOutlet
-from dray.jobs.replica.transfer_choice import open_inlet
+from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher
+from dray.jobs.replica.transfer_choice import open_policy_ends
 from dray.jobs.replica.user_code import (
     UserCodeError,
     call_user,
@@ -97,8 +97,8 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
         if ranks is None:
             client = opened.enter_context(rank_client(replica))
             replica.stop.disposable = False
-            return Following(replica, trainer, channels[0], client).run()
-        inlet, weights = opened.enter_context(open_inlet(replica))
+            return RankWorker(replica, trainer, channels[0], client).run()
+        inlet, weights = opened.enter_context(open_policy_ends(replica))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
 
@@ -109,7 +109,7 @@ def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __:
 
 
 def _shared_by(channel: Channel, _text: str | None) -> str:
-    order = channel.receive(Order)
+    order = channel.receive(RankCommand)
     if order.what != "share":
         raise GroupLostError(f"{channel.peer} shares nothing, but this rank waits for it")
     return order.text
@@ -123,8 +123,8 @@ class Training:
         replica: Replica,
         trainer: PolicyTrainer,
         ranks: Ranks,
-        inlet: Inlet,
-        weights: WeightsOutlet,
+        inlet: TrajectoryReader,
+        weights: WeightsPublisher,
         log: MetricsLog,
     ) -> None:
         self._replica = replica
@@ -137,7 +137,7 @@ class Training:
         self._began = MONOTONIC.now()
         self._step = 0
         self._version = 0
-        self._next_prompt = replica.spec.first_prompt
+        self._next_work_item = replica.spec.first_work_item
         self._saved_step = -1
         self._oldest = 0
         self._earlier: Mapping[str, float] = {}
@@ -154,7 +154,7 @@ class Training:
             GroupLostError: another rank is gone.
         """
         found = self._find(may_load=may_load)
-        state = CheckpointState(0, 0, self._next_prompt) if found is None else found[1]
+        state = CheckpointState(0, 0, self._next_work_item) if found is None else found[1]
         self._resume(state)
         self._intake = Intake(self._replica, self._inlet, state, self._log.committed if may_load else 0)
         self._replica.stop.disposable = False
@@ -190,7 +190,7 @@ class Training:
     def _resume(self, state: CheckpointState) -> None:
         """Take up the figures of the training that led to `state`."""
         self._step = state.step
-        self._next_prompt = max(self._next_prompt, state.next_prompt)
+        self._next_work_item = max(self._next_work_item, state.next_work_item)
         # No version is given out twice: an earlier life may have published some after its last checkpoint.
         newest = self._weights.newest_version()
         self._version = state.weight_version if newest is None else max(state.weight_version, newest + 1)
@@ -263,13 +263,13 @@ class Training:
         failed |= self._ranks.failures()
         for part, given in enumerate(dealt):
             batch.add(part, [each for each in given if each.entry.identity not in failed])
-        self._next_prompt = max(self._next_prompt, *(each.entry.prompt + 1 for each in deliveries))
+        self._next_work_item = max(self._next_work_item, *(each.entry.work_item + 1 for each in deliveries))
         lost = [each for each in deliveries if each.entry.identity in failed]
         for each in lost:
             kind = failed[each.entry.identity]
             self._arrays.pop(each.entry.identity, None)
             self._replica.activity.counters.add(kind)
-            _LOG.warning("rollout of prompt %d by %s is %s", each.entry.prompt, each.entry.replica, kind)
+            _LOG.warning("rollout of work item %d by %s is %s", each.entry.work_item, each.entry.replica, kind)
         self._intake.lost(lost)
 
     def _train(self, batch: Batch) -> str:
@@ -393,7 +393,7 @@ class Training:
         state = CheckpointState(
             step=self._step,
             weight_version=self._version,
-            next_prompt=self._next_prompt,
+            next_work_item=self._next_work_item,
             outcome=outcome,
             contributed=self._intake.contributed,
             committed=self._intake.committed,

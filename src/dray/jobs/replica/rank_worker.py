@@ -8,7 +8,7 @@ from dray.errors import OutOfResources, StaleSlotError
 from dray.jobs.api import PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import FOLDER_MODE
-from dray.jobs.messages.channel import Answer, Channel, GroupLostError, Order
+from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.ranks import Failure
 from dray.jobs.replica.user_code import UserCodeError, call_user, save_into
@@ -16,7 +16,7 @@ from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
 
 
-class Following:
+class RankWorker:
     """Carries out the orders of the first rank until it says that the job is over.
 
     It does not end by itself when the job does: it would be missing in the first rank's last step.
@@ -38,7 +38,7 @@ class Following:
         activity = self._replica.activity
         while True:
             activity.waits("its orders", self._channel.peer)
-            order = self._channel.receive(Order)
+            order = self._channel.receive(RankCommand)
             if order.what == "end":
                 return ExitCode.OK
             activity.doing(f"{order.what}, as told by {self._channel.peer}")
@@ -51,7 +51,7 @@ class Following:
             if answer is not None:
                 self._channel.send(answer)
 
-    def _carry_out(self, order: Order) -> Answer | None:
+    def _carry_out(self, order: RankCommand) -> RankReply | None:
         if order.what == "begin":
             if order.text:
                 call_user(self._trainer, "load", Path(order.text))
@@ -67,10 +67,10 @@ class Following:
             folder = Path(order.text)
             folder.mkdir(FOLDER_MODE)
             save_into(self._trainer, folder)
-            return Answer()
+            return RankReply()
         raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")
 
-    def _read(self, order: Order) -> Answer:
+    def _read(self, order: RankCommand) -> RankReply:
         references = [PayloadRef.from_json(text) for text in order.references]
         versions = {each.identity: version for each, version in zip(references, order.versions, strict=True)}
         failed: dict[str, Failure] = {}
@@ -86,11 +86,11 @@ class Following:
                 failed[identity] = "stale" if isinstance(error, StaleSlotError) else "lost"
             else:
                 self._read_so_far[identity] = Trajectory(result.payload, versions[reference.identity])
-        return Answer(failed=failed)
+        return RankReply(failed=failed)
 
-    def _train(self, identities: list[str]) -> Answer:
+    def _train(self, identities: list[str]) -> RankReply:
         trajectories = [self._read_so_far[identity] for identity in identities]
         self._read_so_far.clear()
         call_user(self._trainer, "train_step", trajectories)
         self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
-        return Answer()
+        return RankReply()

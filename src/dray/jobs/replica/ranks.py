@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dray.jobs.messages.channel import Answer, Channel, GroupLostError, Order
+from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.checkpoint import trainer_folder
 
@@ -91,23 +91,23 @@ class Ranks:
         """Give `text` to all."""
         if text is None:
             raise ValueError("the first rank of a group has to share something")
-        self._tell(lambda _: Order(what="share", text=text))
+        self._tell(lambda _: RankCommand(what="share", text=text))
         return text
 
     def begin(self, checkpoint: Path | None) -> None:
         """Let all load their part of a checkpoint, if there is one."""
 
-        def order(rank: int) -> Order:
-            return Order(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
+        def order(rank: int) -> RankCommand:
+            return RankCommand(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
 
         self._tell(order)
 
     def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank read what its part was dealt."""
 
-        def order(rank: int) -> Order:
+        def order(rank: int) -> RankCommand:
             entries = [delivery.entry for delivery in dealt[rank // self._readers]]
-            return Order(
+            return RankCommand(
                 what="read",
                 references=[entry.reference or "" for entry in entries],
                 versions=[entry.weight_version for entry in entries],
@@ -119,34 +119,34 @@ class Ranks:
         """What any of them could not read, by identity."""
         failed: dict[str, Failure] = {}
         for channel in self._channels:
-            failed |= channel.receive(Answer).failed
+            failed |= channel.receive(RankReply).failed
         return failed
 
     def train(self, batch: Batch) -> None:
         """Let each rank train on its part of `batch`."""
 
-        def order(rank: int) -> Order:
+        def order(rank: int) -> RankCommand:
             part = batch.part(rank // self._readers)
-            return Order(what="train", identities=[delivery.entry.identity for delivery in part])
+            return RankCommand(what="train", identities=[delivery.entry.identity for delivery in part])
 
         self._tell(order)
 
     def weights(self) -> None:
         """Let all join in `PolicyTrainer.weights`."""
-        self._tell(lambda _: Order(what="weights"))
+        self._tell(lambda _: RankCommand(what="weights"))
 
     def save(self, checkpoint: Path) -> None:
         """Let each rank save its part of a checkpoint."""
-        self._tell(lambda rank: Order(what="save", text=str(trainer_folder(checkpoint, rank))))
+        self._tell(lambda rank: RankCommand(what="save", text=str(trainer_folder(checkpoint, rank))))
 
     def wait(self) -> None:
         """Wait until all have done what they were told."""
         for channel in self._channels:
-            channel.receive(Answer)
+            channel.receive(RankReply)
 
     def end(self) -> None:
         """The job is over."""
-        self._tell(lambda _: Order(what="end"))
+        self._tell(lambda _: RankCommand(what="end"))
 
     def check(self) -> None:
         """Make sure that all are there."""
@@ -154,6 +154,6 @@ class Ranks:
             if channel.lost:
                 raise GroupLostError(f"{channel.peer} is gone")
 
-    def _tell(self, order: Callable[[int], Order]) -> None:
+    def _tell(self, order: Callable[[int], RankCommand]) -> None:
         for rank, channel in enumerate(self._channels, start=1):
             channel.send(order(rank))

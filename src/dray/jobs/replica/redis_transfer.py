@@ -19,7 +19,7 @@ from dray.jobs.queue import (
     RolloutEntry,
     RolloutProducer,
     StreamLostError,
-    WeightsKey,
+    WeightsChannel,
 )
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.transfer import Arrays
@@ -33,22 +33,22 @@ MAX_PAYLOAD: Final = 380 << 20
 
 
 @contextmanager
-def inline_outlet(replica: Replica) -> Iterator[tuple[InlineOutlet, InlineWeightsInlet]]:
+def redis_rollout_ends(replica: Replica) -> Iterator[tuple[RedisPublisher, RedisWeightsSubscriber]]:
     """The ends of a rollout replica."""
-    yield InlineOutlet(replica), InlineWeightsInlet(replica)
+    yield RedisPublisher(replica), RedisWeightsSubscriber(replica)
 
 
 @contextmanager
-def inline_inlet(replica: Replica) -> Iterator[tuple[InlineInlet, InlineWeightsOutlet]]:
+def redis_policy_ends(replica: Replica) -> Iterator[tuple[RedisReader, RedisWeightsPublisher]]:
     """The ends of a policy replica."""
-    yield InlineInlet(), InlineWeightsOutlet(replica)
+    yield RedisReader(), RedisWeightsPublisher(replica)
 
 
-class InlineOutlet:
-    """See `Outlet`. A copy of what may be unsettled is kept, to publish it again after a loss."""
+class RedisPublisher:
+    """See `TrajectoryPublisher`. A copy of what may be unsettled is kept, to publish it again after a loss."""
 
     def __init__(self, replica: Replica) -> None:
-        bound = replica.spec.config.prompts_in_flight
+        bound = replica.spec.config.work_items_in_flight
         self._replica = replica
         self._queue = RolloutProducer(replica.redis, replica.keys, max_backlog=bound)
         self._producer = secrets.token_hex(16)
@@ -56,14 +56,14 @@ class InlineOutlet:
         self._recent: deque[RolloutEntry] = deque(maxlen=bound)
         self._next_check = Deadline.after(_CHECK_INTERVAL)
 
-    def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
+    def put(self, arrays: Arrays, *, work_item: int, weight_version: int) -> bool:
         image = bytes(_packed(arrays))
         entry = RolloutEntry(
             producer=self._producer,
             sequence=self._sequence,
             weight_version=weight_version,
             replica=self._replica.name,
-            prompt=prompt,
+            work_item=work_item,
             payload=image,
         )
         while not self._replica.stop.is_set:
@@ -94,8 +94,8 @@ class InlineOutlet:
         return 0
 
 
-class InlineInlet:
-    """See `Inlet`."""
+class RedisReader:
+    """See `TrajectoryReader`."""
 
     transfer = "inline"
     lane = ""
@@ -127,11 +127,11 @@ class InlineInlet:
         return {"bytes": self._bytes, "retries": 0, "unfreed": 0}
 
 
-class InlineWeightsOutlet:
-    """See `WeightsOutlet`. The reference is the packed image itself, in base64."""
+class RedisWeightsPublisher:
+    """See `WeightsPublisher`. The reference is the packed image itself, in base64."""
 
     def __init__(self, replica: Replica) -> None:
-        self._key = WeightsKey(replica.redis, replica.keys)
+        self._key = WeightsChannel(replica.redis, replica.keys)
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
         self._key.publish(base64.standard_b64encode(_packed(weights)).decode("ascii"), version, epoch=epoch)
@@ -144,12 +144,12 @@ class InlineWeightsOutlet:
         return None if newest is None else newest.version
 
 
-class InlineWeightsInlet:
-    """See `WeightsInlet`."""
+class RedisWeightsSubscriber:
+    """See `WeightsSubscriber`."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._key = WeightsKey(replica.redis, replica.keys)
+        self._key = WeightsChannel(replica.redis, replica.keys)
         self._last: PublishedWeights | None = None
 
     def newer(self, timeout: float) -> tuple[int, Arrays] | None:

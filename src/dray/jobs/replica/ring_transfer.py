@@ -20,7 +20,14 @@ from dray.errors import (
     TransportError,
 )
 from dray.jobs.process import folder_is_local, own_address
-from dray.jobs.queue import Delivery, PublishedWeights, RolloutEntry, RolloutProducer, StreamLostError, WeightsKey
+from dray.jobs.queue import (
+    Delivery,
+    PublishedWeights,
+    RolloutEntry,
+    RolloutProducer,
+    StreamLostError,
+    WeightsChannel,
+)
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.heartbeat import AgeKind
 from dray.jobs.replica.transfer import Arrays
@@ -69,11 +76,11 @@ _LOOK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
 _FREE_PAUSE = 2.0
 _PAGE = 4096
-_LONGEST_SOCKET_FOLDER = 80
+_MAX_SOCKET_FOLDER = 80
 
 
 @contextmanager
-def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, ReferenceWeightsInlet]]:
+def ring_rollout_ends(replica: Replica) -> Iterator[tuple[RingPublisher, RingWeightsSubscriber]]:
     """The ends of a rollout replica."""
     config = replica.spec.config.rollout
     with ExitStack() as opened:
@@ -81,11 +88,11 @@ def reference_outlet(replica: Replica) -> Iterator[tuple[ReferenceOutlet, Refere
         ring = opened.enter_context(SharedRingBuffer(config.slots, config.slot_bytes, readers=readers))
         server = opened.enter_context(_server(replica, ring))
         client = opened.enter_context(_client(replica))
-        yield ReferenceOutlet(replica, ring, server), ReferenceWeightsInlet(replica, client)
+        yield RingPublisher(replica, ring, server), RingWeightsSubscriber(replica, client)
 
 
 @contextmanager
-def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, ReferenceWeightsOutlet]]:
+def ring_policy_ends(replica: Replica) -> Iterator[tuple[RingReader, RingWeightsPublisher]]:
     """The ends of a policy replica."""
     with ExitStack() as opened:
         readers = replica.spec.config.policy.readers
@@ -104,8 +111,8 @@ def reference_inlet(replica: Replica) -> Iterator[tuple[ReferenceInlet, Referenc
         ended.callback(freeing.join)
         opened.enter_context(freeing)
         yield (
-            ReferenceInlet(replica, clients[0], freeing),
-            opened.enter_context(ReferenceWeightsOutlet(replica)),
+            RingReader(replica, clients[0], freeing),
+            opened.enter_context(RingWeightsPublisher(replica)),
         )
 
 
@@ -119,7 +126,7 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
     lane = config.job.lane
     sockets = replica.spec.folder.run / "sockets"
     # A Unix socket's path is short by law, and has no control characters in a reference: else the default place.
-    fits = folder_is_local() and len(str(sockets)) <= _LONGEST_SOCKET_FOLDER and not has_control(str(sockets))
+    fits = folder_is_local() and len(str(sockets)) <= _MAX_SOCKET_FOLDER and not has_control(str(sockets))
     directory: Path | None = sockets if fits else None
     return PayloadServer(
         ring,
@@ -137,8 +144,8 @@ def _client(replica: Replica, reader: int = 0) -> PayloadClient:
     return PayloadClient(lane=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)
 
 
-class ReferenceOutlet:
-    """See `Outlet`. Entries of payloads that are in the ring are kept, to publish them again after a loss."""
+class RingPublisher:
+    """A `TrajectoryPublisher`. It keeps the entries of payloads in the ring, to publish them after a loss."""
 
     def __init__(self, replica: Replica, ring: SharedRingBuffer, server: PayloadServer) -> None:
         self._replica = replica
@@ -150,7 +157,7 @@ class ReferenceOutlet:
         self._next_look = Deadline.after(_LOOK_INTERVAL)
         replica.activity.show_ages(self._ages)
 
-    def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
+    def put(self, arrays: Arrays, *, work_item: int, weight_version: int) -> bool:
         reference = self._claim(arrays)
         if reference is None:
             return False
@@ -159,7 +166,7 @@ class ReferenceOutlet:
             sequence=reference.sequence,
             weight_version=weight_version,
             replica=self._replica.name,
-            prompt=prompt,
+            work_item=work_item,
             reference=reference.to_json(),
             payload=self._small(reference),
         )
@@ -218,10 +225,12 @@ class ReferenceOutlet:
         for sequence in self._orphans.orphans([entry.sequence for entry in ended], MONOTONIC.now()):
             consumed = [self._ring.consume(ready[sequence], sequence, each) for each in range(self._ring.readers)]
             if any(consumed):
-                prompt = self._entries[sequence].prompt
-                _LOG.warning("payload of prompt %d is an orphan, which the stream does not list: freed", prompt)
+                work_item = self._entries[sequence].work_item
+                _LOG.warning(
+                    "payload of work item %d is an orphan, which the stream does not list: freed", work_item
+                )
                 self._replica.activity.counters.add("reclaimed")
-                self._replica.heartbeat.settled([prompt])
+                self._replica.heartbeat.settled([work_item])
 
     def _again(self) -> list[RolloutEntry]:
         waiting = [self._entries[sequence] for sequence in self._waiting()]
@@ -247,8 +256,8 @@ class ReferenceOutlet:
         return None
 
 
-class ReferenceInlet:
-    """See `Inlet`."""
+class RingReader:
+    """See `TrajectoryReader`."""
 
     def __init__(self, replica: Replica, client: PayloadClient, freeing: FreeingThreads) -> None:
         self._replica = replica
@@ -306,12 +315,12 @@ class ReferenceInlet:
         return "+".join(lane for lane in LANES if reads.get(lane))
 
 
-class ReferenceWeightsOutlet:
-    """See `WeightsOutlet`. The ring is made for the first weights, when their size is known."""
+class RingWeightsPublisher:
+    """See `WeightsPublisher`. The ring is made for the first weights, when their size is known."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._key = WeightsKey(replica.redis, replica.keys)
+        self._key = WeightsChannel(replica.redis, replica.keys)
         self._opened = ExitStack()
         self._server: PayloadServer | None = None
         self._first_nbytes = 0
@@ -345,20 +354,20 @@ class ReferenceWeightsOutlet:
         ring = self._opened.enter_context(SharedRingBuffer(slots, self._slot_bytes, retain="newest"))
         return self._opened.enter_context(_server(self._replica, ring))
 
-    def __enter__(self) -> ReferenceWeightsOutlet:
+    def __enter__(self) -> RingWeightsPublisher:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
 
-class ReferenceWeightsInlet:
-    """See `WeightsInlet`."""
+class RingWeightsSubscriber:
+    """See `WeightsSubscriber`."""
 
     def __init__(self, replica: Replica, client: PayloadClient) -> None:
         self._replica = replica
         self._client = client
-        self._key = WeightsKey(replica.redis, replica.keys)
+        self._key = WeightsChannel(replica.redis, replica.keys)
         self._last: PublishedWeights | None = None
 
     def newer(self, timeout: float) -> tuple[int, Arrays] | None:

@@ -17,10 +17,10 @@ from dray.jobs.queue import Delivery, RolloutEntry
 Arrays = Mapping[str, np.ndarray]
 
 
-class Outlet(Protocol):
+class TrajectoryPublisher(Protocol):
     """The rollout replica's end of the way of trajectories."""
 
-    def put(self, arrays: Arrays, *, prompt: int, weight_version: int) -> bool:
+    def put(self, arrays: Arrays, *, work_item: int, weight_version: int) -> bool:
         """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on.
 
         Raises:
@@ -37,7 +37,7 @@ class Outlet(Protocol):
         ...
 
 
-class Inlet(Protocol):
+class TrajectoryReader(Protocol):
     """The policy replica's end of the way of trajectories."""
 
     def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
@@ -69,7 +69,7 @@ class Inlet(Protocol):
         ...
 
 
-class WeightsOutlet(Protocol):
+class WeightsPublisher(Protocol):
     """The policy replica's end of the way of weights."""
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
@@ -89,7 +89,7 @@ class WeightsOutlet(Protocol):
         ...
 
 
-class WeightsInlet(Protocol):
+class WeightsSubscriber(Protocol):
     """The rollout replica's end of the way of weights."""
 
     def newer(self, timeout: float) -> tuple[int, Arrays] | None:
@@ -97,5 +97,5 @@ class WeightsInlet(Protocol):
         ...
 
 
-OutletContext = AbstractContextManager[tuple[Outlet, WeightsInlet]]
-InletContext = AbstractContextManager[tuple[Inlet, WeightsOutlet]]
+RolloutEnds = AbstractContextManager[tuple[TrajectoryPublisher, WeightsSubscriber]]
+PolicyEnds = AbstractContextManager[tuple[TrajectoryReader, WeightsPublisher]]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dray.jobs.replica.base import Replica
-from dray.jobs.replica.redis_transfer import inline_inlet, inline_outlet
-from dray.jobs.replica.ring_transfer import reference_inlet, reference_outlet
-from dray.jobs.replica.transfer import InletContext, OutletContext
+from dray.jobs.replica.redis_transfer import redis_policy_ends, redis_rollout_ends
+from dray.jobs.replica.ring_transfer import ring_policy_ends, ring_rollout_ends
+from dray.jobs.replica.transfer import PolicyEnds, RolloutEnds
 
 
-def open_outlet(replica: Replica) -> OutletContext:
+def open_rollout_ends(replica: Replica) -> RolloutEnds:
     """The ends of a rollout replica."""
     if replica.spec.config.job.payload_transfer == "redis":
-        return inline_outlet(replica)
-    return reference_outlet(replica)
+        return redis_rollout_ends(replica)
+    return ring_rollout_ends(replica)
 
 
-def open_inlet(replica: Replica) -> InletContext:
+def open_policy_ends(replica: Replica) -> PolicyEnds:
     """The ends of the policy replica."""
     if replica.spec.config.job.payload_transfer == "redis":
-        return inline_inlet(replica)
-    return reference_inlet(replica)
+        return redis_policy_ends(replica)
+    return ring_policy_ends(replica)

@@ -34,7 +34,7 @@ from dray.jobs.launch.processes import EndRequest, JobProcess
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.supervisor import supervise
-from dray.jobs.messages.auth import Door, Purpose
+from dray.jobs.messages.auth import ConnectionInfo, Door
 from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.jobs.messages.models import Role
 from dray.jobs.process import LOOPBACK, adopt_orphans, log_to_stderr
@@ -229,7 +229,7 @@ class OtherNodes:
 
     # --- connections ------------------------------------------------------------------------------------------
 
-    def _welcome(self, purpose: Purpose, connected: socket.socket) -> None:
+    def _welcome(self, purpose: ConnectionInfo, connected: socket.socket) -> None:
         assert self._selector is not None
         if purpose.rank is not None:
             self._ranks[purpose.rank] = connected
@@ -240,7 +240,7 @@ class OtherNodes:
         self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(purpose.node, link))
         _LOG.info("node %s has connected", purpose.node)
 
-    def _refusal(self, purpose: Purpose) -> str:
+    def _refusal(self, purpose: ConnectionInfo) -> str:
         """Why a connection for `purpose` is not wanted, or nothing."""
         if purpose.attempt != self._attempt:
             return f"it is from attempt {purpose.attempt}, and this one is {self._attempt}"

@@ -26,9 +26,9 @@ from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.processes import Child, start_rank, start_rollout
-from dray.jobs.launch.shutdown import Means, Teardown
+from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.launch.signals import SignalInbox
-from dray.jobs.messages.auth import Purpose, connect
+from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.jobs.messages.models import Role
 from dray.jobs.process import (
@@ -104,7 +104,7 @@ class NodeSupervisor:
         self._signals: list[signal.Signals] = []
         self._children: dict[str, Child] = {}
         self._asked: dict[str, signal.Signals] = {}
-        self._teardown: Teardown | None = None
+        self._teardown: ShutdownEscalation | None = None
         self._next_report = Deadline.after(0)
         self._dismissed = False
 
@@ -171,7 +171,7 @@ class NodeSupervisor:
         raise ControlPlaneError(f"there is no head: {what}", elapsed=deadline.elapsed)
 
     def _connect(self, address: _HeadAddress, rank: int | None, deadline: Deadline) -> socket.socket:
-        purpose = Purpose(node=self._task.node, attempt=self._task.name, rank=rank)
+        purpose = ConnectionInfo(node=self._task.node, attempt=self._task.name, rank=rank)
         bound = deadline.capped_at(self._timeouts.http)
         return connect((address.host, address.port), self._task.plan.secret, purpose, bound, self._silence)
 
@@ -277,7 +277,7 @@ class NodeSupervisor:
         why = "the job is over" if self._dismissed else "the head is gone" if self._link.lost else "told by signal"
         running = [child.name for child in self._children.values() if child.running]
         _LOG.info("ends: %s; %s", why, f"waiting for {', '.join(running)}" if running else "nothing runs")
-        self._teardown = Teardown(self._timeouts.shutdown, at_once=True)
+        self._teardown = ShutdownEscalation(self._timeouts.shutdown, at_once=True)
         if self._dismissed:
             self._teardown.hurry()
 
@@ -291,9 +291,9 @@ class NodeSupervisor:
                 if not child.running:
                     continue
                 _LOG.info("shutdown: %s: %s", child.name, means.name.lower().replace("_", " "))
-                if means is Means.DUMP_STACKS:
+                if means is KillStage.DUMP_STACKS:
                     child.signal(DUMP_SIGNAL)
-                elif means is Means.TERMINATE:
+                elif means is KillStage.TERMINATE:
                     self._asked[child.name] = signal.SIGTERM
                     child.signal(signal.SIGTERM)
                 else:

@@ -24,7 +24,7 @@ from dray.jobs.slurm.scheduler import has_ended
 from dray.jobs.slurm.submit import submitted_job
 from dray.text import MAX_LINE, printable
 
-DEEPEST = 3
+MAX_DEPTH = 3
 """How many folders below the one that is named runs are looked for: ``outputs/<job name>/<number>``."""
 
 LAST_LINES = 8
@@ -99,7 +99,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise ConfigError("FOLDER", str(place), "must be a folder of runs that were submitted, or of one")
-        found |= set(_runs_below(place.absolute(), DEEPEST))
+        found |= set(_runs_below(place.absolute(), MAX_DEPTH))
     return sorted(found)
 
 

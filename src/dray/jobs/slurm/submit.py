@@ -47,8 +47,8 @@ from dray.jobs.slurm.script import batch_script
 # own, virtual environments, caches), `__pycache__`, `outputs/` and the run's folder. A link to a file becomes a
 # copy of the file, a link to a folder a link to that same folder: data sets are often linked so.
 
-LARGEST_BYTES = 256 << 20
-LARGEST_COUNT = 10_000
+MAX_SNAPSHOT_BYTES = 256 << 20
+MAX_SNAPSHOT_FILES = 10_000
 _LEFT_OUT = frozenset(("__pycache__", "outputs"))
 
 
@@ -56,7 +56,7 @@ def take_snapshot(job_file: Path, target: Path, run_folder: Path) -> Path:
     """Copy the folder of `job_file` to `target`, in the place of what is there; returns the job file in it.
 
     Raises:
-        ConfigError: there is more than `LARGEST_BYTES` or `LARGEST_COUNT` files: that is not only code.
+        ConfigError: there is more than `MAX_SNAPSHOT_BYTES` or `MAX_SNAPSHOT_FILES` files: that is not only code.
     """
     source = job_file.parent.resolve()
     found = _within_bounds(source, _entries(source, run_folder.resolve()))
@@ -96,9 +96,9 @@ def _within_bounds(source: Path, entries: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             files += 1
             size += path.stat().st_size
-        if files > LARGEST_COUNT or size > LARGEST_BYTES:
+        if files > MAX_SNAPSHOT_FILES or size > MAX_SNAPSHOT_BYTES:
             allowed = (
-                f"{source} has more than {LARGEST_COUNT} files, or than {LARGEST_BYTES >> 20} MiB in them: "
+                f"{source} has more than {MAX_SNAPSHOT_FILES} files, or than {MAX_SNAPSHOT_BYTES >> 20} MiB: "
                 "keep data elsewhere, link its folder, or set it to false"
             )
             raise ConfigError("slurm.snapshot", True, allowed)

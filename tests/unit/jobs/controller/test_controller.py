@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dray.jobs.controller.app import LARGEST_BODY, Controller, record_status
+from dray.jobs.controller.app import MAX_BODY, Controller, record_status
 from dray.jobs.controller.state import Outcome, Progress
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
@@ -37,7 +37,7 @@ def spec(tmp_path: Path) -> JobSpec:
     config = parse_job(
         {
             "job": {"name": "small", "max_steps": 3, "seed": 5},
-            "rollout": {"worker": "a.py:A", "replicas": 1, "prompts_in_flight": 4},
+            "rollout": {"worker": "a.py:A", "replicas": 1, "work_items_in_flight": 4},
             "policy": {"trainer": "a.py:B", "batch_size": 2},
         }
     )
@@ -132,16 +132,16 @@ def test_controller_answers_while_it_writes_the_metrics_of_many_replicas(spec: J
 def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
-        answer = (await call("/prompts", {**ROLLOUT, "want": 3})).json()
-        assert [index for index, _ in answer["prompts"]] == [0, 1, 2]
-        answer = (await call("/prompts", {**ROLLOUT, "want": 3, "published": [0, 1, 2]})).json()
-        assert [index for index, _ in answer["prompts"]] == [3]
+        answer = (await call("/work-items", {**ROLLOUT, "want": 3})).json()
+        assert [index for index, _ in answer["work_items"]] == [0, 1, 2]
+        answer = (await call("/work-items", {**ROLLOUT, "want": 3, "published": [0, 1, 2]})).json()
+        assert [index for index, _ in answer["work_items"]] == [3]
         await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [0, 1]})
-        answer = (await call("/prompts", {**ROLLOUT, "want": 3, "published": [3]})).json()
-        assert [index for index, _ in answer["prompts"]] == [4, 5]
+        answer = (await call("/work-items", {**ROLLOUT, "want": 3, "published": [3]})).json()
+        assert [index for index, _ in answer["work_items"]] == [4, 5]
         answer = (await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})).json()
         assert answer == {"phase": "draining", "stop": True, "readers": 1}
-        assert (await call("/prompts", {**ROLLOUT, "want": 3})).json()["stop"]
+        assert (await call("/work-items", {**ROLLOUT, "want": 3})).json()["stop"]
         await call("/unregister", {**ROLLOUT, "reason": "done"})
         assert not controller.final.is_set()
         assert (await call("/unregister", {**POLICY, "reason": "done"})).json()["phase"] == "done"
@@ -150,11 +150,11 @@ def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
     ask(spec, story)
 
 
-def test_policy_that_begins_learns_which_prompts_are_under_way(spec: JobSpec) -> None:
+def test_policy_that_begins_learns_which_work_items_are_under_way(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
         await start(call)
-        await call("/prompts", {**ROLLOUT, "want": 3})
-        await call("/prompts", {**ROLLOUT, "want": 1, "published": [0, 2]})
+        await call("/work-items", {**ROLLOUT, "want": 3})
+        await call("/work-items", {**ROLLOUT, "want": 1, "published": [0, 2]})
         await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
         answer = (await call("/under-way", POLICY)).json()
         assert answer == {"unsettled": [0, 1], "published": [0], "next": 3}
@@ -194,31 +194,31 @@ def test_reason_with_which_a_replica_leaves_is_in_the_status_and_the_outcome(
     ask(spec, story)
 
 
-def test_request_for_prompts_waits_until_there_are_some(spec: JobSpec) -> None:
+def test_request_for_work_items_waits_until_there_are_some(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
-        await call("/prompts", {**ROLLOUT, "want": 4})
+        await call("/work-items", {**ROLLOUT, "want": 4})
         waiting = asyncio.ensure_future(
-            call("/prompts", {**ROLLOUT, "want": 4, "wait": 2.0, "published": [0, 1, 2, 3]})
+            call("/work-items", {**ROLLOUT, "want": 4, "wait": 2.0, "published": [0, 1, 2, 3]})
         )
-        while not controller.membership.prompts.statistics()["published"]:
+        while not controller.membership.work_items.statistics()["published"]:
             await asyncio.sleep(0)
         await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
-        assert [index for index, _ in (await waiting).json()["prompts"]] == [4]
+        assert [index for index, _ in (await waiting).json()["work_items"]] == [4]
 
     ask(spec, story)
 
 
-def test_request_for_prompts_is_answered_at_once_when_the_job_stops(spec: JobSpec) -> None:
+def test_request_for_work_items_is_answered_at_once_when_the_job_stops(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
         await start(call)
-        await call("/prompts", {**ROLLOUT, "want": 4})
+        await call("/work-items", {**ROLLOUT, "want": 4})
         waiting = asyncio.ensure_future(
-            call("/prompts", {**ROLLOUT, "want": 4, "wait": 2.0, "published": [0, 1, 2, 3]})
+            call("/work-items", {**ROLLOUT, "want": 4, "wait": 2.0, "published": [0, 1, 2, 3]})
         )
         await asyncio.sleep(0)
         await call("/stop", {"reason": "interrupted by SIGINT"})
-        assert (await waiting).json() == {"phase": "draining", "stop": True, "readers": 1, "prompts": []}
+        assert (await waiting).json() == {"phase": "draining", "stop": True, "readers": 1, "work_items": []}
 
     ask(spec, story)
 
@@ -260,7 +260,7 @@ def test_everything_but_the_health_probe_needs_the_token(spec: JobSpec) -> None:
         assert (await call("/healthz")).status_code == 200
         for path in ("/status", "/metrics"):
             assert (await call(path)).status_code == 401
-        for path in ("/register", "/heartbeat", "/prompts", "/finish", "/unregister", "/stop", "/died"):
+        for path in ("/register", "/heartbeat", "/work-items", "/finish", "/unregister", "/stop", "/died"):
             answer = await call(path, {**ROLLOUT, "role": "rollout", "pid": 1})
             assert (answer.status_code, answer.json()["error"]) == (401, "unauthorised")
 
@@ -271,7 +271,7 @@ def test_everything_but_the_health_probe_needs_the_token(spec: JobSpec) -> None:
 
 def test_stranger_is_refused_and_a_dead_member_too(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
-        assert (await call("/prompts", {**ROLLOUT, "want": 1})).status_code == 409
+        assert (await call("/work-items", {**ROLLOUT, "want": 1})).status_code == 409
         await start(call)
         await call("/died", {"name": "rollout-0", "role": "rollout", "reason": "killed by signal 9"})
         answer = await call("/heartbeat", {**ROLLOUT, "progress": PROGRESS})
@@ -303,7 +303,7 @@ def test_malformed_body_is_refused_and_changes_nothing(spec: JobSpec, body: Any)
 
 def test_body_that_is_too_large_is_refused(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
-        assert (await call("/register", {"name": "x" * LARGEST_BODY})).status_code == 413
+        assert (await call("/register", {"name": "x" * MAX_BODY})).status_code == 413
 
     ask(spec, story)
 
@@ -353,14 +353,14 @@ def test_draining_replica_hears_at_once_that_nobody_is_left_to_read(spec: JobSpe
     ask(spec, story)
 
 
-def test_prompts_that_a_replica_has_published_are_not_given_again_when_it_leaves(spec: JobSpec) -> None:
+def test_work_items_that_a_replica_has_published_are_not_given_again_when_it_leaves(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
-        assert len((await call("/prompts", {**ROLLOUT, "want": 3})).json()["prompts"]) == 3
+        assert len((await call("/work-items", {**ROLLOUT, "want": 3})).json()["work_items"]) == 3
         await call("/register", {"name": "rollout-1", "incarnation": "c", "role": "rollout", "pid": 3})
         await call("/unregister", {**ROLLOUT, "reason": "done", "published": [0, 1]})
-        answer = (await call("/prompts", {"name": "rollout-1", "incarnation": "c", "want": 2})).json()
-        assert [index for index, _ in answer["prompts"]] == [2, 3]
+        answer = (await call("/work-items", {"name": "rollout-1", "incarnation": "c", "want": 2})).json()
+        assert [index for index, _ in answer["work_items"]] == [2, 3]
 
     ask(spec, story)
 

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.jobs.controller.metrics import FAMILIES, FIGURES, JobMetrics
-from dray.jobs.controller.state import Membership, Progress, PromptLedger
+from dray.jobs.controller.state import Membership, Progress, WorkQueue
 from dray.jobs.messages.models import Role
 
 CONNECTIONS = {UNPROVEN_CLOSED: 7, ACCEPT_FAILURES: 2}
@@ -27,9 +27,7 @@ HOSTILE = {
 
 def members(**progress: Progress) -> Membership:
     """A membership with these replicas; ``policy_0`` stands for ``policy-0``."""
-    membership = Membership(
-        {Role.ROLLOUT: 1, Role.POLICY: 1}, PromptLedger(4, 5), dead_after=3.0, start_timeout=3.0
-    )
+    membership = Membership({Role.ROLLOUT: 1, Role.POLICY: 1}, WorkQueue(4, 5), dead_after=3.0, start_timeout=3.0)
     for key, value in progress.items():
         name = key.replace("_", "-")
         membership.register(name, Role(name.partition("-")[0]), "a", 1)
@@ -82,22 +80,22 @@ def test_every_sample_names_the_job_and_figures_the_replica() -> None:
         assert found[figure.name] == {labels(replica=f"{figure.role.value}-0"): 3.0}
 
 
-def test_job_is_described_by_its_phase_members_prompts_and_stall() -> None:
+def test_job_is_described_by_its_phase_members_work_items_and_stall() -> None:
     membership = members(policy_0=Progress(), rollout_0=Progress(ages={"payload": 1.5}))
-    membership.prompts.take("rollout-0", 3)
+    membership.work_items.take("rollout-0", 3)
     found = read(membership, stalled=31.5)
     assert found["dray_job_phase"][labels(phase="running")] == 1.0
     assert sum(found["dray_job_phase"].values()) == 1.0
     assert found["dray_members"][labels(role="rollout", state="active")] == 1.0
     assert found["dray_members"][labels(role="policy", state="dead")] == 0.0
     assert found["dray_stalled_seconds"] == {labels(): 31.5}
-    assert found["dray_prompts"][labels(state="held")] == 3.0
-    assert found["dray_next_prompt"] == {labels(): 8.0}
+    assert found["dray_work_items"][labels(state="held")] == 3.0
+    assert found["dray_next_work_item"] == {labels(): 8.0}
     assert found["dray_oldest_seconds"] == {labels(replica="rollout-0", kind="payload"): 1.5}
     assert found["dray_unproven_connections_closed_total"] == {labels(): 7.0}
     assert found["dray_accept_failures_total"] == {labels(): 2.0}
     membership.died("rollout-0", Role.ROLLOUT, "killed")
-    assert read(membership)["dray_prompts_given_again_total"] == {labels(): 3.0}
+    assert read(membership)["dray_work_items_given_again_total"] == {labels(): 3.0}
 
 
 def test_metrics_of_the_trainer_are_one_family_and_change_no_figure() -> None:

@@ -45,7 +45,7 @@ def test_served_document_describes_every_endpoint(spec: JobSpec) -> None:
     described = {(method.upper(), path) for path, methods in served["paths"].items() for method in methods}
     assert described == {(each.method, each.path) for each in ENDPOINTS}
     assert "security" not in served["paths"]["/healthz"]["get"]
-    assert set(served["paths"]["/prompts"]["post"]["responses"]) == {"200", "401", "409", "413", "422"}
+    assert set(served["paths"]["/work-items"]["post"]["responses"]) == {"200", "401", "409", "413", "422"}
 
 
 def test_every_schema_that_the_document_names_is_in_it() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from dray.jobs.controller.state import Membership, Outcome, Progress, PromptLedger, final_phase
+from dray.jobs.controller.state import Membership, Outcome, Progress, WorkQueue, final_phase
 from dray.jobs.messages.models import MembershipError, MemberState, OutcomeKind, Phase, Role
 
 
@@ -20,7 +20,7 @@ def clock() -> ManualClock:
 @pytest.fixture
 def job(clock: ManualClock) -> Membership:
     expected = {Role.ROLLOUT: 2, Role.POLICY: 1}
-    return Membership(expected, PromptLedger(8), dead_after=10, start_timeout=60, clock=clock)
+    return Membership(expected, WorkQueue(8), dead_after=10, start_timeout=60, clock=clock)
 
 
 def start(job: Membership) -> None:
@@ -57,9 +57,9 @@ def test_start_bound_fails_a_job_whose_replicas_never_come(job: Membership, cloc
     assert "registered" in job.outcome.reason
 
 
-def test_silent_replica_is_reaped_and_its_prompts_are_given_again(job: Membership, clock: ManualClock) -> None:
+def test_silent_replica_is_reaped_and_its_work_items_are_given_again(job: Membership, clock: ManualClock) -> None:
     start(job)
-    assert job.prompts.take("rollout-0", 2) == [0, 1]
+    assert job.work_items.take("rollout-0", 2) == [0, 1]
     clock.time += 6
     job.heard("rollout-1", "b", Progress("rollout", 1.0))
     job.heard("policy-0", "c")
@@ -67,7 +67,7 @@ def test_silent_replica_is_reaped_and_its_prompts_are_given_again(job: Membershi
     job.reap()
     assert job.members["rollout-0"].state is MemberState.DEAD
     assert job.phase is Phase.RUNNING
-    assert job.prompts.take("rollout-1", 2) == [0, 1]
+    assert job.work_items.take("rollout-1", 2) == [0, 1]
 
 
 def test_silent_replica_whose_process_runs_is_alive_until_that_is_not_known_any_more(
@@ -105,10 +105,10 @@ def test_reaped_replica_that_wakes_is_refused(job: Membership, clock: ManualCloc
 
 def test_restarted_replica_takes_the_place_of_its_predecessor(job: Membership) -> None:
     start(job)
-    job.prompts.take("rollout-0", 1)
+    job.work_items.take("rollout-0", 1)
     job.register("rollout-0", Role.ROLLOUT, "a2", 9)
     assert job.members["rollout-0"].pid == 9
-    assert job.prompts.take("rollout-0", 1) == [0]
+    assert job.work_items.take("rollout-0", 1) == [0]
     with pytest.raises(MembershipError):
         job.heard("rollout-0", "a")
 
@@ -213,7 +213,7 @@ def test_solved_job_is_done_when_the_last_has_left_and_stays_done(job: Membershi
     assert job.outcome.kind == "solved"
 
 
-def test_draining_job_takes_no_new_member_and_gives_no_prompt_again(job: Membership) -> None:
+def test_draining_job_takes_no_new_member_and_gives_no_work_item_again(job: Membership) -> None:
     start(job)
     job.stop(Outcome("interrupted", "SIGINT"))
     with pytest.raises(MembershipError, match="the job has been interrupted and takes no new members: SIGINT"):
@@ -245,7 +245,7 @@ def test_notices_tell_every_change(job: Membership) -> None:
 
 def restartable(clock: ManualClock, ranks: int = 1) -> Membership:
     expected = {Role.ROLLOUT: 2, Role.POLICY: ranks}
-    job = Membership(expected, PromptLedger(8), dead_after=10, start_timeout=60, restartable=True, clock=clock)
+    job = Membership(expected, WorkQueue(8), dead_after=10, start_timeout=60, restartable=True, clock=clock)
     start(job)
     return job
 

@@ -1,8 +1,8 @@
-from dray.jobs.controller.state import PromptLedger, prompt_seed
+from dray.jobs.controller.state import WorkQueue, work_item_seed
 
 
-def test_no_more_prompts_are_given_than_may_be_in_flight() -> None:
-    ledger = PromptLedger(in_flight=3)
+def test_no_more_work_items_are_given_than_may_be_in_flight() -> None:
+    ledger = WorkQueue(in_flight=3)
     assert ledger.take("a", 2) == [0, 1]
     assert ledger.take("b", 2) == [2]
     ledger.published("a", [0, 1])
@@ -11,8 +11,8 @@ def test_no_more_prompts_are_given_than_may_be_in_flight() -> None:
     assert ledger.take("a", 2) == [3]
 
 
-def test_prompts_of_a_dead_holder_are_given_first_and_published_ones_are_not() -> None:
-    ledger = PromptLedger(in_flight=4, first=10)
+def test_work_items_of_a_dead_holder_are_given_first_and_published_ones_are_not() -> None:
+    ledger = WorkQueue(in_flight=4, first=10)
     ledger.take("a", 3)
     ledger.take("b", 1)
     ledger.published("a", [10])
@@ -24,22 +24,22 @@ def test_prompts_of_a_dead_holder_are_given_first_and_published_ones_are_not() -
 
 
 def test_published_by_someone_who_does_not_hold_it_is_ignored() -> None:
-    ledger = PromptLedger(in_flight=1)
+    ledger = WorkQueue(in_flight=1)
     ledger.take("a", 1)
     ledger.published("b", [0])
     assert ledger.release("a") == [0]
 
 
-def test_prompts_whose_reply_was_lost_are_given_to_the_same_holder_once_more() -> None:
-    ledger = PromptLedger(in_flight=8)
+def test_work_items_whose_reply_was_lost_are_given_to_the_same_holder_once_more() -> None:
+    ledger = WorkQueue(in_flight=8)
     assert ledger.take("a", 2) == [0, 1]
     assert ledger.take("a", 2) == [0, 1]
     ledger.published("a", [0])
     assert ledger.take("a", 2) == [1, 2]
 
 
-def test_prompt_that_settled_is_not_given_again() -> None:
-    ledger = PromptLedger(in_flight=2)
+def test_work_item_that_settled_is_not_given_again() -> None:
+    ledger = WorkQueue(in_flight=2)
     ledger.take("a", 2)
     ledger.release("a")
     ledger.settled([0])
@@ -47,7 +47,7 @@ def test_prompt_that_settled_is_not_given_again() -> None:
 
 
 def test_seeds_differ_by_index_and_by_job_and_stay_the_same() -> None:
-    seeds = {prompt_seed(job, index) for job in range(3) for index in range(100)}
+    seeds = {work_item_seed(job, index) for job in range(3) for index in range(100)}
     assert len(seeds) == 300
-    assert prompt_seed(0, 0) == prompt_seed(0, 0)
+    assert work_item_seed(0, 0) == work_item_seed(0, 0)
     assert all(0 <= seed < 2**31 for seed in seeds)

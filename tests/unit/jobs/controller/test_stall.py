@@ -1,10 +1,18 @@
-from dray.jobs.controller.stall import Facts, Pastime, StallWatch, gather, longest_wait, oldest, stall_line
-from dray.jobs.controller.state import Membership, Progress, PromptLedger
+from dray.jobs.controller.stall import (
+    JobSnapshot,
+    MemberActivity,
+    StallWatch,
+    job_snapshot,
+    longest_wait,
+    oldest,
+    stall_line,
+)
+from dray.jobs.controller.state import Membership, Progress, WorkQueue
 from dray.jobs.messages.models import Role
 
-POLICY = Pastime("policy-0", "waiting for 8 of 8 payloads", "the rollout replicas", 31.2)
-STUCK = Pastime("rollout-0", "generating", "", 30.9)
-BUSY = Pastime("rollout-1", "generating", "", 0.2)
+POLICY = MemberActivity("policy-0", "waiting for 8 of 8 payloads", "the rollout replicas", 31.2)
+STUCK = MemberActivity("rollout-0", "generating", "", 30.9)
+BUSY = MemberActivity("rollout-1", "generating", "", 0.2)
 
 
 class ManualClock:
@@ -16,7 +24,7 @@ class ManualClock:
 
 def test_one_line_says_who_waits_for_whom_for_what_and_how_old_things_are() -> None:
     ages = {"payload": (3.0, "rollout-1"), "reference": (29.5, "policy-0")}
-    assert stall_line(Facts([STUCK, BUSY, POLICY], ages), 30.0) == (
+    assert stall_line(JobSnapshot([STUCK, BUSY, POLICY], ages), 30.0) == (
         "policy-0 waits for the rollout replicas, for 8 of 8 payloads, since 31.2 s; "
         "rollout-0 is at 'generating' since 30.9 s; "
         "oldest payload 3.0 s (rollout-1), no lease, oldest unacknowledged reference 29.5 s (policy-0)"
@@ -24,29 +32,31 @@ def test_one_line_says_who_waits_for_whom_for_what_and_how_old_things_are() -> N
 
 
 def test_long_work_that_nobody_waits_for_is_no_stall() -> None:
-    assert longest_wait(Facts([STUCK, BUSY]), 30.0) == 0
-    assert longest_wait(Facts([STUCK, POLICY]), 30.0) == 31.2
-    assert longest_wait(Facts([STUCK, POLICY]), 31.2) == 0
+    assert longest_wait(JobSnapshot([STUCK, BUSY]), 30.0) == 0
+    assert longest_wait(JobSnapshot([STUCK, POLICY]), 30.0) == 31.2
+    assert longest_wait(JobSnapshot([STUCK, POLICY]), 31.2) == 0
 
 
 def test_silence_is_a_wait_and_is_named() -> None:
-    silent = Pastime("rollout-0", "generating", "", 40.0, 39.0)
-    assert longest_wait(Facts([silent]), 30.0) == 39.0
-    assert "rollout-0 is at 'generating' since 40.0 s and silent since 39.0 s" in stall_line(Facts([silent]), 30.0)
+    silent = MemberActivity("rollout-0", "generating", "", 40.0, 39.0)
+    assert longest_wait(JobSnapshot([silent]), 30.0) == 39.0
+    assert "rollout-0 is at 'generating' since 40.0 s and silent since 39.0 s" in stall_line(
+        JobSnapshot([silent]), 30.0
+    )
 
 
 def test_stall_is_reported_when_it_begins_and_each_time_it_has_doubled() -> None:
     watch = StallWatch(10.0)
     reported = []
     for second in range(1, 100):
-        wait = Pastime("policy-0", "waiting for the commit", "Redis", float(second))
-        if watch.look(Facts([wait])):
+        wait = MemberActivity("policy-0", "waiting for the commit", "Redis", float(second))
+        if watch.look(JobSnapshot([wait])):
             reported.append(second)
         assert bool(watch.line) == (second > 10)
     assert reported == [11, 23, 47, 95]
-    assert not watch.look(Facts([BUSY]))
+    assert not watch.look(JobSnapshot([BUSY]))
     assert (watch.line, watch.seconds) == ("", 0.0)
-    assert watch.look(Facts([POLICY]))
+    assert watch.look(JobSnapshot([POLICY]))
     assert watch.reports == 5
 
 
@@ -58,19 +68,19 @@ def test_oldest_of_each_kind_is_found() -> None:
 def test_facts_are_those_of_the_members_now() -> None:
     clock = ManualClock()
     expected = {Role.ROLLOUT: 2, Role.POLICY: 1}
-    job = Membership(expected, PromptLedger(8), dead_after=10, start_timeout=60, clock=clock)
+    job = Membership(expected, WorkQueue(8), dead_after=10, start_timeout=60, clock=clock)
     job.register("rollout-0", Role.ROLLOUT, "a", 1)
     job.heard(
         "rollout-0", "a", Progress("waiting for the first weights", 5.0, {}, {}, "the policy", {"payload": 2.0})
     )
     clock.time += 3
-    facts = gather(job, clock.now(), 40.0)
+    facts = job_snapshot(job, clock.now(), 40.0)
     assert list(facts.pastimes) == [
-        Pastime("rollout-0", "waiting for the first weights", "the policy", 8.0, 3.0),
-        Pastime("the controller", "their registration", "rollout-1, policy-0", 40.0),
+        MemberActivity("rollout-0", "waiting for the first weights", "the policy", 8.0, 3.0),
+        MemberActivity("the controller", "their registration", "rollout-1, policy-0", 40.0),
     ]
     assert facts.ages == {"payload": (5.0, "rollout-0")}
     job.register("rollout-1", Role.ROLLOUT, "b", 2)
     job.register("policy-0", Role.POLICY, "c", 3)
     job.left("rollout-0", "a", "done")
-    assert [each.who for each in gather(job, clock.now(), 41.0).pastimes] == ["rollout-1", "policy-0"]
+    assert [each.who for each in job_snapshot(job, clock.now(), 41.0).pastimes] == ["rollout-1", "policy-0"]

@@ -43,7 +43,7 @@ def status(seconds: float, step: int, nbytes: int, **changes: Any) -> Status:
         phase=Phase.RUNNING,
         seconds=seconds,
         outcome=None,
-        prompts={},
+        work_items={},
         members=[
             member("policy-0", Role.POLICY, MemberState.ACTIVE, policy),
             member("rollout-0", Role.ROLLOUT, MemberState.DEAD, dead),

@@ -14,7 +14,7 @@ def status(kind: str | None, cause: int | None = None) -> Status:
     outcome = None
     if kind is not None:
         outcome = OutcomeReport.model_validate({"kind": kind, "reason": "because", "cause": cause})
-    return Status(job="small", phase=Phase.DRAINING, seconds=1.0, outcome=outcome, members=[], prompts={})
+    return Status(job="small", phase=Phase.DRAINING, seconds=1.0, outcome=outcome, members=[], work_items={})
 
 
 SOLVED = CheckpointState(7, 7, 70, "solved")

@@ -30,7 +30,7 @@ CLASSES = """
 class Worker:
     def setup(self, context): ...
     def load_weights(self, weights, version): ...
-    def rollout(self, prompt): ...
+    def rollout(self, work_item): ...
 class Trainer:
     def setup(self, context): ...
     def train_step(self, trajectories): ...
@@ -182,7 +182,7 @@ def test_folder_of_sockets_that_cannot_be_used_is_named(
 
 
 def test_classes_that_do_not_fit_are_named_both(job_file: Path, made: Path) -> None:
-    (made / "wrong.py").write_text(CLASSES.replace("(self, prompt)", "(self)").replace("def save", "def store"))
+    (made / "wrong.py").write_text(CLASSES.replace("(self, work_item)", "(self)").replace("def save", "def store"))
     folder = made.name
     lines = mistakes(
         job_file,
@@ -191,7 +191,7 @@ def test_classes_that_do_not_fit_are_named_both(job_file: Path, made: Path) -> N
         imports=True,
     )
     assert [line.partition(" = ")[0] for line in lines] == ["rollout.worker", "policy.trainer"]
-    assert "rollout(self) cannot be called with (self, prompt)" in lines[0]
+    assert "rollout(self) cannot be called with (self, work_item)" in lines[0]
     assert "it lacks save" in lines[1]
 
 

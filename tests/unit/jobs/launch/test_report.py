@@ -33,7 +33,7 @@ def status_of(policy: ProgressReport) -> Status:
     member = MemberStatus(
         name="policy-0", role=Role.POLICY, state=MemberState.LEFT, reason="", pid=1, silence=0.0, progress=policy
     )
-    return Status(job="small", phase=Phase.DONE, seconds=3.0, outcome=None, members=[member], prompts={})
+    return Status(job="small", phase=Phase.DONE, seconds=3.0, outcome=None, members=[member], work_items={})
 
 
 def with_metrics(

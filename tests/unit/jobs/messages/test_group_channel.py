@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dray.jobs.messages.channel import Answer, Channel, GroupLostError, Order
+from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
 from dray.jobs.process import StopFlag
 from dray.jobs.queue import Delivery, RolloutEntry
 from dray.jobs.replica.ranks import Batch, Ranks
@@ -27,10 +27,13 @@ def delivery(sequence: int) -> Delivery:
 
 def test_messages_arrive_whole_and_in_order(pair: Pair) -> None:
     first, second, _ = pair
-    orders = [Order(what="share", text="x" * 300_000), Order(what="read", references=["a", "b"], versions=[1, 2])]
+    orders = [
+        RankCommand(what="share", text="x" * 300_000),
+        RankCommand(what="read", references=["a", "b"], versions=[1, 2]),
+    ]
     sender = threading.Thread(target=lambda: [second.send(order) for order in orders])
     sender.start()
-    assert [first.receive(Order), first.receive(Order)] == orders
+    assert [first.receive(RankCommand), first.receive(RankCommand)] == orders
     sender.join()
 
 
@@ -39,29 +42,29 @@ def test_end_of_the_peer_is_noticed_while_waiting_for_it(pair: Pair) -> None:
     assert not first.lost
     threading.Timer(0.05, second.close).start()
     with pytest.raises(GroupLostError, match="policy-1 is gone"):
-        first.receive(Answer)
+        first.receive(RankReply)
     assert first.lost
     with pytest.raises(GroupLostError, match="takes no messages"):
-        first.send(Answer())
+        first.send(RankReply())
 
 
 def test_peer_has_a_bounded_time_once_the_process_is_to_end(pair: Pair) -> None:
     first, _, stop = pair
     threading.Timer(0.05, stop.set, ("enough",)).start()
     with pytest.raises(GroupLostError, match="did not answer before the end"):
-        first.receive(Answer)
+        first.receive(RankReply)
 
 
 def test_what_is_no_message_ends_the_conversation(pair: Pair) -> None:
     first, second, stop = pair
-    second.send(Order(what="end"))
+    second.send(RankCommand(what="end"))
     with pytest.raises(GroupLostError, match="something else"):
-        first.receive(Answer)
+        first.receive(RankReply)
     one, other = socket.socketpair()
     with other, Channel(one, "policy-1", stop, 0.2) as channel:
         other.sendall(b"\xff\xff\xff\xff")
         with pytest.raises(GroupLostError, match="4294967295 bytes"):
-            channel.receive(Answer)
+            channel.receive(RankReply)
 
 
 def test_readers_of_one_part_are_told_the_same_and_failures_of_all_count() -> None:
@@ -74,11 +77,11 @@ def test_readers_of_one_part_are_told_the_same_and_failures_of_all_count() -> No
     batch = Batch(4, parts=2)
     dealt = batch.deal([delivery(sequence) for sequence in range(4)])
     ranks.read(dealt)
-    told = [other.receive(Order) for other in others]
+    told = [other.receive(RankCommand) for other in others]
     assert [each.references for each in told] == [["ref 0", "ref 1"], ["ref 2", "ref 3"], ["ref 2", "ref 3"]]
     assert told[0].versions == [4, 4]
     for other, failed in zip(others, ({"a:1": "lost"}, {}, {"a:2": "stale"}), strict=True):
-        other.send(Answer.model_validate({"failed": failed}))
+        other.send(RankReply.model_validate({"failed": failed}))
     assert ranks.failures() == {"a:1": "lost", "a:2": "stale"}
     others[1].close()
     with pytest.raises(GroupLostError, match="policy-2 is gone"):

@@ -7,14 +7,14 @@ import pytest
 
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, TransportError
-from dray.jobs.messages.auth import Guest, Host, Purpose, connect, listen
+from dray.jobs.messages.auth import ClientAuth, ConnectionInfo, ServerAuth, connect, listen
 
 SECRET = bytes(range(32))
-PURPOSE = Purpose(node="n2", attempt="001.1", rank=3)
+PURPOSE = ConnectionInfo(node="n2", attempt="001.1", rank=3)
 
 
 def test_ends_that_know_the_secret_recognise_each_other() -> None:
-    host, guest = Host(SECRET), Guest(SECRET, PURPOSE)
+    host, guest = ServerAuth(SECRET), ClientAuth(SECRET, PURPOSE)
     found = host.feed(guest.answer(host.nonce))
     assert found is not None
     purpose, proof = found
@@ -23,14 +23,14 @@ def test_ends_that_know_the_secret_recognise_each_other() -> None:
 
 
 def test_words_may_come_byte_by_byte() -> None:
-    host, guest = Host(SECRET), Guest(SECRET, PURPOSE)
+    host, guest = ServerAuth(SECRET), ClientAuth(SECRET, PURPOSE)
     words = guest.answer(host.nonce)
     assert all(host.feed(words[index : index + 1]) is None for index in range(len(words) - 1))
     assert host.feed(words[-1:]) is not None
 
 
 def test_secret_is_not_in_what_is_sent() -> None:
-    host, guest = Host(SECRET), Guest(SECRET, PURPOSE)
+    host, guest = ServerAuth(SECRET), ClientAuth(SECRET, PURPOSE)
     words = guest.answer(host.nonce)
     found = host.feed(words)
     assert found is not None
@@ -38,27 +38,27 @@ def test_secret_is_not_in_what_is_sent() -> None:
 
 
 def test_guest_without_the_secret_is_refused() -> None:
-    host = Host(SECRET)
+    host = ServerAuth(SECRET)
     with pytest.raises(AuthenticationError, match="does not know the job's secret"):
-        host.feed(Guest(b"another" * 5, PURPOSE).answer(host.nonce))
+        host.feed(ClientAuth(b"another" * 5, PURPOSE).answer(host.nonce))
 
 
 def test_host_without_the_secret_is_refused() -> None:
-    host, guest = Host(b"another" * 5), Guest(SECRET, PURPOSE)
+    host, guest = ServerAuth(b"another" * 5), ClientAuth(SECRET, PURPOSE)
     guest.answer(host.nonce)
     with pytest.raises(AuthenticationError, match="does not know the job's secret"):
         guest.check(bytes(32))
 
 
 def test_words_of_an_earlier_connection_are_refused() -> None:
-    earlier = Host(SECRET)
-    words = Guest(SECRET, PURPOSE).answer(earlier.nonce)
+    earlier = ServerAuth(SECRET)
+    words = ClientAuth(SECRET, PURPOSE).answer(earlier.nonce)
     with pytest.raises(AuthenticationError):
-        Host(SECRET).feed(words)
+        ServerAuth(SECRET).feed(words)
 
 
 def test_proof_of_the_node_is_none_of_the_head() -> None:
-    guest = Guest(SECRET, PURPOSE)
+    guest = ClientAuth(SECRET, PURPOSE)
     words = guest.answer(bytes(32))
     with pytest.raises(AuthenticationError):
         guest.check(words[-32:])
@@ -66,14 +66,14 @@ def test_proof_of_the_node_is_none_of_the_head() -> None:
 
 @pytest.mark.parametrize("change", [lambda words: words + b"x", lambda words: words[:40] + b"X" + words[41:]])
 def test_changed_words_are_refused(change: Callable[[bytes], bytes]) -> None:
-    host = Host(SECRET)
+    host = ServerAuth(SECRET)
     with pytest.raises(AuthenticationError):
-        host.feed(change(Guest(SECRET, PURPOSE).answer(host.nonce)))
+        host.feed(change(ClientAuth(SECRET, PURPOSE).answer(host.nonce)))
 
 
 def test_purpose_that_is_too_long_is_refused_before_it_comes() -> None:
     with pytest.raises(AuthenticationError, match="has 65535 bytes"):
-        Host(SECRET).feed(bytes(32) + b"\xff\xff")
+        ServerAuth(SECRET).feed(bytes(32) + b"\xff\xff")
 
 
 def test_head_that_says_nothing_is_given_up_in_time() -> None:
@@ -91,7 +91,7 @@ def test_connection_has_a_bound_on_silence() -> None:
         def serve() -> None:
             connected, _ = listener.accept()
             with connected:
-                host = Host(SECRET)
+                host = ServerAuth(SECRET)
                 connected.sendall(host.nonce)
                 found = None
                 while found is None:

@@ -32,7 +32,7 @@ def test_entry_survives_its_fields(entry: RolloutEntry) -> None:
         {"sequence": -1},
         {"sequence": 2**64},
         {"weight_version": -1},
-        {"prompt": -1},
+        {"work_item": -1},
         {"reference": None},
     ],
 )
@@ -42,7 +42,7 @@ def test_entry_out_of_range_is_refused(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [b"producer", b"sequence", b"weight_version", b"replica", b"prompt", b"reference"]
+    "name", [b"producer", b"sequence", b"weight_version", b"replica", b"work_item", b"reference"]
 )
 def test_entry_with_a_missing_or_malformed_field_is_a_protocol_error(name: bytes) -> None:
     fields = encoded(REFERENCE)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dray.jobs.controller.app import LARGEST_BODY
+from dray.jobs.controller.app import MAX_BODY
 from dray.jobs.messages.models import (
     MAX_FIGURES,
     MAX_LABELS,
@@ -93,7 +93,7 @@ def test_largest_heartbeat_fits_what_the_controller_accepts() -> None:
     heartbeat = Heartbeat(
         name="policy-0", incarnation="a" * 64, progress=activity.report(), settled=[2**63 - 1] * MAX_REPORTED
     )
-    assert len(heartbeat.model_dump_json().encode()) < LARGEST_BODY
+    assert len(heartbeat.model_dump_json().encode()) < MAX_BODY
 
 
 def test_report_of_any_metrics_is_bounded_and_strict_json() -> None:

@@ -17,7 +17,7 @@ from dray.jobs.replica.checkpoint import (
 
 
 def save(folder: Path, step: int) -> None:
-    state = CheckpointState(step=step, weight_version=step, next_prompt=8 * step)
+    state = CheckpointState(step=step, weight_version=step, next_work_item=8 * step)
     save_checkpoint(folder, state, lambda trainer: (trainer / "weights").write_text(str(step)) and None)
 
 
@@ -120,8 +120,8 @@ def test_what_a_killed_save_has_left_is_swept_and_the_checkpoint_stays(tmp_path:
     "text",
     [
         *("", "{}", "[]", json.dumps({"step": 1, "unknown": 2})),
-        json.dumps({"step": 1, "weight_version": 1, "next_prompt": 8, "totals": {"bytes": "many"}}),
-        json.dumps({"step": 1, "weight_version": 1, "next_prompt": 8, "totals": [1]}),
+        json.dumps({"step": 1, "weight_version": 1, "next_work_item": 8, "totals": {"bytes": "many"}}),
+        json.dumps({"step": 1, "weight_version": 1, "next_work_item": 8, "totals": [1]}),
     ],
 )
 def test_damaged_state_is_a_config_error(tmp_path: Path, text: str) -> None:

@@ -55,7 +55,7 @@ GOOD = """
 class Worker:
     def setup(self, context): ...
     def load_weights(self, weights, version=None): ...
-    def rollout(self, *prompts): ...
+    def rollout(self, *work_items): ...
 class Trainer:
     def __init__(self, rate=0.1, **more): ...
     @classmethod
@@ -88,16 +88,24 @@ def test_class_without_the_needed_methods_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("good", "bad", "words"),
     [
-        ("def rollout(self, *prompts)", "def rollout(self)", "rollout(self) cannot be called with (self, prompt)"),
-        ("def rollout(self, *prompts)", "def rollout(prompt)", "rollout(prompt) cannot be called with"),
-        ("def rollout(self, *prompts)", "async def rollout(self, prompt)", "rollout() is an async function"),
-        ("def rollout(self, *prompts): ...", "def rollout(self, prompt): yield 1", "rollout() is a generator"),
         (
-            "def rollout(self, *prompts): ...",
-            "async def rollout(self, prompt): yield 1",
+            "def rollout(self, *work_items)",
+            "def rollout(self)",
+            "rollout(self) cannot be called with (self, work_item)",
+        ),
+        ("def rollout(self, *work_items)", "def rollout(work_item)", "rollout(work_item) cannot be called with"),
+        ("def rollout(self, *work_items)", "async def rollout(self, work_item)", "rollout() is an async function"),
+        (
+            "def rollout(self, *work_items): ...",
+            "def rollout(self, work_item): yield 1",
             "rollout() is a generator",
         ),
-        ("def rollout(self, *prompts): ...", "rollout = 3", "it lacks rollout"),
+        (
+            "def rollout(self, *work_items): ...",
+            "async def rollout(self, work_item): yield 1",
+            "rollout() is a generator",
+        ),
+        ("def rollout(self, *work_items): ...", "rollout = 3", "it lacks rollout"),
         ("version=None", "*, version", "load_weights(self, weights, *, version) cannot be called with"),
         ("def weights(self)", "def weights(self, step: int) -> None", "weights(self, step) cannot be called with"),
         ("def setup(cls, context)", "def setup(cls)", "setup() cannot be called with (context)"),
@@ -118,7 +126,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, good: str, bad: str, words: 
 
 
 def test_mistakes_of_both_classes_are_named_at_once(tmp_path: Path) -> None:
-    broken = GOOD.replace("*prompts", "").replace("def weights(self)", "async def weights(self)")
+    broken = GOOD.replace("*work_items", "").replace("def weights(self)", "async def weights(self)")
     worker, trainer = mistakes(tmp_path, broken)
     assert worker.startswith("rollout.worker = ")
     assert trainer.startswith("policy.trainer = ")

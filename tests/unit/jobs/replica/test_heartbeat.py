@@ -95,12 +95,12 @@ def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec:
         assert 3 <= len(beats) <= 8
 
 
-def test_prompts_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_replica(spec: JobSpec) -> None:
+def test_work_items_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_replica(spec: JobSpec) -> None:
     stop, several = StopFlag(), range(10**15, 10**15 + 3 * models.MAX_REPORTED + 1)
     with served(spec) as (controller, client):
         rollout = register(client, Role.ROLLOUT)
         reported: list[int] = []
-        controller.membership.prompts.settled = reported.extend  # type: ignore[method-assign]
+        controller.membership.work_items.settled = reported.extend  # type: ignore[method-assign]
         with Heartbeat(
             client,
             **rollout,

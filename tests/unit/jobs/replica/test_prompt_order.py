@@ -1,11 +1,11 @@
 import random
 
-from dray.jobs.controller.state import PromptLedger
-from dray.jobs.replica.delivery import PromptOrder
+from dray.jobs.controller.state import WorkQueue
+from dray.jobs.replica.delivery import StalenessWindow
 
 
-def test_lowest_prompts_that_are_not_settled_are_due() -> None:
-    order = PromptOrder([3, 5], 7)
+def test_lowest_work_items_that_are_not_settled_are_due() -> None:
+    order = StalenessWindow([3, 5], 7)
     assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 5, 7, 8]
     order.settled([5, 9])
     assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 7, 8, 10]
@@ -17,7 +17,7 @@ def test_no_payload_that_is_trained_on_in_order_is_too_old() -> None:
     chance = random.Random(5)
     for _ in range(200):
         batch, most = chance.randint(1, 4), chance.randint(0, 3)
-        ledger, order = PromptLedger((most + 1) * batch), PromptOrder((), 0)
+        ledger, order = WorkQueue((most + 1) * batch), StalenessWindow((), 0)
         version = 0
         made_by: dict[int, int] = {}
         published: set[int] = set()

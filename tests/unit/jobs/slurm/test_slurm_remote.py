@@ -22,7 +22,7 @@ from dray.errors import AuthenticationError, TransportError
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
 from dray.jobs.messages import auth
-from dray.jobs.messages.auth import Purpose, connect
+from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.jobs.messages.models import Role
 from dray.jobs.slurm import head as head_module
@@ -65,7 +65,7 @@ class Head:
     def guest(
         self, node: str, rank: int | None = None, attempt: str = "001.1", secret: bytes = SECRET
     ) -> Future[socket.socket]:
-        purpose = Purpose(node=node, attempt=attempt, rank=rank)
+        purpose = ConnectionInfo(node=node, attempt=attempt, rank=rank)
         return self.pool.submit(connect, self.address, secret, purpose, Deadline.after(10.0), 10.0)
 
     def until(self, condition: Callable[[], object], awaited: str) -> None:

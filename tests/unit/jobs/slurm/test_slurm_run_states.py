@@ -62,7 +62,7 @@ def plan(tmp_path: Path) -> Plan:
 def write_checkpoint(plan: Plan, step: int, outcome: str = "") -> None:
     folder = plan.run_folder / "checkpoint"
     folder.mkdir(exist_ok=True)
-    state = {"step": step, "weight_version": step, "next_prompt": 8 * step, "outcome": outcome}
+    state = {"step": step, "weight_version": step, "next_work_item": 8 * step, "outcome": outcome}
     (folder / "state.json").write_text(json.dumps(state))
 
 

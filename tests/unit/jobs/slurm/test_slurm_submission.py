@@ -302,7 +302,7 @@ def test_snapshot_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
 
 
 def test_folder_with_more_than_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "LARGEST_COUNT", 1)
+    monkeypatch.setattr(submission, "MAX_SNAPSHOT_FILES", 1)
     with pytest.raises(ConfigError, match="keep data elsewhere") as caught:
         submission.take_snapshot(make_job_file(tmp_path), tmp_path / "copy", tmp_path / "out")
     assert caught.value.key == "slurm.snapshot"
