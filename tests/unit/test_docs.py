@@ -25,7 +25,7 @@ from dray.jobs.launch import shutdown
 from dray.jobs.launch.processes import RESTARTED
 from dray.jobs.launch.signals import WATCHED
 from dray.jobs.queue import keys
-from dray.jobs.replica import heartbeat
+from dray.jobs.replica import delivery, heartbeat
 from dray.jobs.slurm import run_state
 from dray.protocol import frames, handshake
 from dray.ring import OnFull, RingStatistics, attachment, direct, layout, membarrier, slot_state
@@ -115,6 +115,10 @@ def test_contributing_names_modules_and_what_is_in_them() -> None:
 def test_diagram_of_slot_states_is_that_of_the_table() -> None:
     (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("ring.md"), re.DOTALL)
     assert diagram == slot_state.diagram()
+
+
+def test_diagram_of_a_payloads_life_is_that_of_the_table() -> None:
+    assert delivery.diagram() in re.findall(r"```mermaid\n(.*?)\n```", page("runtime.md"), re.DOTALL)
 
 
 def test_diagram_of_run_states_is_that_of_the_table() -> None:

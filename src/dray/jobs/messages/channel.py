@@ -94,8 +94,8 @@ class RankCommand(Message):
     |---|---|
     | share | while the trainers are set up: `text` is what the first rank's gave to `PolicyGroup.share` |
     | begin | load from the folder `text`, which is this rank's; nothing if it is empty |
-    | read | read the payloads of `references`; answered with those that failed |
-    | train | train on the payloads `identities`, in this order; answered when done |
+    | read | read those of `references` that were not read ahead; answered with those that failed |
+    | train | train on the payloads `identities`, and meanwhile read `references` ahead; answered when done |
     | weights | join in `PolicyTrainer.weights` |
     | save | save into the folder `text`, which is this rank's; answered when done |
     | end | the job is over |
