@@ -8,7 +8,7 @@ from typing import Final
 
 EXTRAS: Final = MappingProxyType(
     {
-        "jobs": ("typer", "rich", "pydantic", "redis", "httpcore", "prometheus_client", "starlette", "uvicorn"),
+        "jobs": ("typer", "rich", "pydantic", "redis", "httpcore", "prometheus_client", "fastapi", "uvicorn"),
         "slurm": ("jinja2",),
         "ucxx": ("ucxx",),
         "torch": ("torch",),

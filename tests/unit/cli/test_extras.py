@@ -91,16 +91,16 @@ def test_module_that_no_extra_brings_is_an_internal_error(tmp_path: Path) -> Non
 
 
 def test_submodule_counts_as_its_package() -> None:
-    line = remedy(ModuleNotFoundError("No module named 'starlette.routing'", name="starlette.routing"))
-    assert line == "this command needs starlette, which is not installed: pip install 'dray-rl[jobs]'"
+    line = remedy(ModuleNotFoundError("No module named 'fastapi.routing'", name="fastapi.routing"))
+    assert line == "this command needs fastapi, which is not installed: pip install 'dray-rl[jobs]'"
 
 
 def test_missing_package_is_known_by_the_name_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     require_extra("jobs")
-    monkeypatch.setitem(sys.modules, "starlette", None)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ModuleNotFoundError) as caught:
         require_extra("jobs")
-    assert caught.value.name == "starlette"
+    assert caught.value.name == "fastapi"
 
 
 def distributions(requirements: list[str]) -> set[str]:
