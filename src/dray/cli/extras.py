@@ -9,7 +9,7 @@ from typing import Final
 EXTRAS: Final = MappingProxyType(
     {
         "jobs": ("typer", "rich", "pydantic", "redis", "httpcore", "prometheus_client", "fastapi", "uvicorn"),
-        "slurm": ("jinja2",),
+        "slurm": ("jinja2", "junitparser"),
         "ucxx": ("ucxx",),
         "torch": ("torch",),
         "demo": ("gymnasium", "matplotlib"),

@@ -54,6 +54,7 @@ def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "sub
         ("httpcore", "jobs", ["status", "."]),
         ("uvicorn", "jobs", ["slurm", "submit", "job.toml"]),
         ("jinja2", "slurm", ["slurm", "submit", "--dry-run", "job.toml"]),
+        ("junitparser", "slurm", ["slurm", "ci", "--dry-run"]),
     ],
 )
 def test_command_without_its_extra_names_package_and_extra_in_one_line(
