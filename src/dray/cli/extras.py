@@ -8,7 +8,17 @@ from typing import Final
 
 EXTRAS: Final = MappingProxyType(
     {
-        "jobs": ("typer", "rich", "pydantic", "redis", "httpcore", "prometheus_client", "fastapi", "uvicorn"),
+        "jobs": (
+            "typer",
+            "rich",
+            "pydantic",
+            "redis",
+            "httpcore",
+            "prometheus_client",
+            "fastapi",
+            "uvicorn",
+            "psutil",
+        ),
         "slurm": ("jinja2", "junitparser"),
         "ucxx": ("ucxx",),
         "torch": ("torch",),

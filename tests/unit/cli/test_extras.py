@@ -49,7 +49,7 @@ def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "sub
     ("missing", "extra", "command"),
     [
         *((package, "jobs", ["run", "job.toml"]) for package in EXTRAS["jobs"]),
-        *((package, "jobs", ["--help"]) for package in ("pydantic", "typer")),
+        *((package, "jobs", ["--help"]) for package in ("psutil", "pydantic", "typer")),
         ("httpcore", "jobs", ["check", "job.toml"]),
         ("httpcore", "jobs", ["status", "."]),
         ("uvicorn", "jobs", ["slurm", "submit", "job.toml"]),
