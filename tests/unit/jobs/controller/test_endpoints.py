@@ -1,4 +1,5 @@
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,12 @@ def spec(tmp_path: Path) -> JobSpec:
     return JobSpec(config, tmp_path / "job.toml", JobFolder(tmp_path), b"s" * 32, "unix:///x", "small-1", False, 0)
 
 
-def answer(spec: JobSpec, method: str, path: str, token: str | None) -> httpx.Response:
+def answer(spec: JobSpec, method: str, path: str, token: str | None, content: bytes = b"{}") -> httpx.Response:
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(Controller(spec).application)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://job", headers=headers) as client:
-            return await client.request(method, path, content="{}")
+            return await client.request(method, path, content=content)
 
     return asyncio.run(ask())
 
@@ -56,6 +57,15 @@ def test_every_endpoint_but_the_health_probe_asks_for_the_token(spec: JobSpec, d
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/docs/oauth2-redirect"])
 def test_no_page_that_loads_scripts_is_served(spec: JobSpec, path: str) -> None:
     assert answer(spec, "GET", path, spec.token).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[", b"[" * 100_000, b"\xff", b"1" * 5000, b'{"reason": "\\udfff"}', b"null"]
+)
+def test_body_that_is_no_json_object_is_malformed(spec: JobSpec, content: bytes) -> None:
+    refused = answer(spec, "POST", "/stop", spec.token, content)
+    assert (refused.status_code, refused.json()["error"]) == (422, "malformed")
+    assert json.loads(refused.json()["detail"])
 
 
 def test_request_with_a_wrong_token_is_refused_before_its_body_is_read(spec: JobSpec) -> None:
