@@ -18,7 +18,6 @@ from dray import PayloadServer
 from dray.cli.slurm import slurm
 from dray.jobs import config
 from dray.jobs.controller import state
-from dray.jobs.controller.app import ENDPOINTS
 from dray.jobs.controller.metrics import FAMILIES
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.launch import shutdown
@@ -340,17 +339,6 @@ def test_timeouts_on_the_runtime_page_are_those_of_the_code() -> None:
             assert kind.model_fields[key].default == float(bound), what
             seen.add(name)
     assert {f"timeouts.{key}" for key in config.TimeoutsTable.model_fields} <= seen
-
-
-def test_bodies_on_the_runtime_page_are_those_of_the_models() -> None:
-    listed = {row[0]: row[1:] for row in rows(page("runtime.md")) if row[0].startswith("`POST") and len(row) == 3}
-    expected = {}
-    for each in ENDPOINTS:
-        if each.body is not None:
-            assert isinstance(each.reply, type)
-            fields = [", ".join(model.model_fields) for model in (each.body, each.reply)]
-            expected[f"`{each.method} {each.path}`"] = fields
-    assert listed == expected
 
 
 def test_metric_families_on_the_runtime_page_are_those_of_the_code() -> None:

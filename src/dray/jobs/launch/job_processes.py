@@ -11,12 +11,12 @@ from typing import Protocol
 
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import advertise
+from dray.jobs.descendants import kill_orphans
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.launch.processes import Child, Environment, JobProcess, PolicyGroup, start_rollout
 from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.launch.token_file import token_from_file
 from dray.jobs.messages.models import Role
-from dray.jobs.process import kill_orphans
 from dray.text import path_of
 
 # --- site --------------------------------------------------------------------------------------------------------

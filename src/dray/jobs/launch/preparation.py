@@ -24,6 +24,7 @@ from dray.errors import ConfigError, MissingDependencyError
 from dray.identifiers import PRODUCER_ID_BYTES
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import bind
+from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.exit_codes import meaning
 from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import MAX_MISTAKES, JobDraft
@@ -32,7 +33,6 @@ from dray.jobs.launch.processes import Child
 from dray.jobs.launch.redis import answering_server
 from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.token_file import check_token_file
-from dray.jobs.process import child_pids, kill_orphans
 from dray.jobs.queue import JobKeys, RedisAddress
 from dray.jobs.queue.redis_server import find_redis_binary
 from dray.jobs.replica.checkpoint import CheckpointState

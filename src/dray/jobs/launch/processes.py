@@ -17,11 +17,12 @@ from typing import Protocol
 
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import THE_JOB_HAS
+from dray.jobs.descendants import ends_within, is_running
 from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
 from dray.jobs.files import open_to_append
 from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
-from dray.jobs.process import PARENT_VARIABLE, ends_within, is_running
+from dray.jobs.process import PARENT_VARIABLE
 from dray.system_calls import needed
 
 # --- children ----------------------------------------------------------------------------------------------------

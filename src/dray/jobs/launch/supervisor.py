@@ -19,6 +19,7 @@ from dray.errors import ControlPlaneError
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import bind
 from dray.jobs.controller.state import THE_JOB_HAS
+from dray.jobs.descendants import child_pids
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobSpec, short_path
 from dray.jobs.launch.display import Display
@@ -41,7 +42,7 @@ from dray.jobs.launch.signals import SignalInbox, reason_of
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MemberState, Role
-from dray.jobs.process import DUMP_SIGNAL, ShutdownStep, adopt_orphans, child_pids, closed_by_step
+from dray.jobs.process import DUMP_SIGNAL, ShutdownStep, adopt_orphans, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.text import printable

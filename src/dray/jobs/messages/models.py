@@ -107,7 +107,7 @@ Words = Annotated[str, Field(max_length=MAX_WORDS)]
 class Message(BaseModel):
     """A body: no unknown fields. A metric may be NaN or infinite; strict JSON has only strings for these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Caller(Message):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError, TransportError
+from dray.jobs.descendants import child_pids, is_running, kill_orphans
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
@@ -31,15 +32,7 @@ from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.jobs.messages.models import Role
-from dray.jobs.process import (
-    DUMP_SIGNAL,
-    adopt_orphans,
-    child_pids,
-    is_running,
-    kill_orphans,
-    log_to_stderr,
-    set_log_level,
-)
+from dray.jobs.process import DUMP_SIGNAL, adopt_orphans, log_to_stderr, set_log_level
 from dray.jobs.slurm.network import Interface, boot_id, choose_interface
 from dray.jobs.slurm.placement import Placement, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
