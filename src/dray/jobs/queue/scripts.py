@@ -283,13 +283,13 @@ return found
 LISTED_WORK_ITEMS = Script(
     """
 -- KEYS: rollouts   Returns the work item of every entry.
-local work items = {}
+local work_items = {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
   for field = 1, #entry[2], 2 do
-    if entry[2][field] == 'work_item' then work items[#work items + 1] = entry[2][field + 1] end
+    if entry[2][field] == 'work_item' then work_items[#work_items + 1] = entry[2][field + 1] end
   end
 end
-return work items
+return work_items
 """,
     reads_only=True,
 )
