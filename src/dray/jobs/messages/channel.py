@@ -94,7 +94,7 @@ class RankCommand(Message):
     |---|---|
     | share | while the trainers are set up: `text` is what the first rank's gave to `PolicyGroup.share` |
     | begin | load from the folder `text`, which is this rank's; nothing if it is empty |
-    | read | read the payloads of `references`; answered with those that failed |
+    | read | read the payloads of `references`, whose other lists are as long; answered with those that failed |
     | train | train on the payloads `identities`, in this order; answered when done |
     | weights | join in `PolicyTrainer.weights` |
     | save | save into the folder `text`, which is this rank's; answered when done |
@@ -105,6 +105,8 @@ class RankCommand(Message):
     text: str = ""
     references: list[str] = []
     versions: list[Annotated[int, Field(ge=0)]] = []
+    work_items: list[Annotated[int, Field(ge=0)]] = []
+    metadata: list[str] = []
     identities: list[str] = []
 
 

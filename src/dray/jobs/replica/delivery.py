@@ -20,6 +20,7 @@ from typing import Literal
 from dray.clock import Deadline
 from dray.jobs.files import read_private_file, write_json
 from dray.jobs.messages import models
+from dray.jobs.messages.work_item_parts import PartlySettled, PayloadPart
 from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -66,6 +67,8 @@ class Intake:
         self._trained: list[Delivery] = []
         self._order: StalenessWindow | None = None
         self._in_order = config.in_order
+        self._payloads_each = config.payloads_of_work_item
+        self._given_up = 0
         # A work item whose replica has died is given out again by then.
         self._patience = 2 * config.controller.dead_after
         self._overdue = self._starving = Deadline.after(self._patience)
@@ -140,12 +143,22 @@ class Intake:
 
     def _settle_ended(self) -> None:
         """Settle work items that were handed on, and are not in the stream: those of which no end was reported."""
-        body = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
-        work_items = self._replica.client.post("/under-way", body, models.UnsettledWork)
-        self._order = self._order or StalenessWindow(work_items.unsettled, work_items.next)
+        work_items = self._compare_order()
         if work_items.published:
             listed = set(self._queue.listed_work_items(self._timeout))
             self._settle(index for index in work_items.published if index not in listed)
+
+    def _compare_order(self) -> models.UnsettledWork:
+        """Ask the controller what is unsettled: it alone knows which work items were given up."""
+        self._given_up = self._replica.heartbeat.given_up
+        body = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
+        work_items = self._replica.client.post("/under-way", body, models.UnsettledWork)
+        if self._order is None:
+            self._order = StalenessWindow(work_items.unsettled, work_items.next, self._payloads_each)
+            self._order.settled_payloads(work_items.settled_parts)
+        else:
+            self._order.compare(work_items.unsettled, work_items.next)
+        return work_items
 
     # --- from receiving to the end of each payload ------------------------------------------------------------
 
@@ -160,6 +173,8 @@ class Intake:
             # An earlier life that was paused in the middle of a call may have been given something since.
             self._backlog += self._queue.claim_others(self._timeout)
             self._next_claim = Deadline.after(_CLAIM_INTERVAL)
+        if self._in_order and self._given_up != self._replica.heartbeat.given_up:
+            self._compare_order()
         due, later = self._split_due(self._backlog, count)
         if not due:
             received = self._queue.receive(count, timeout)
@@ -179,6 +194,7 @@ class Intake:
         if not self._in_order or self._order is None:
             return found[:count], found[count:]
         found = sorted(found, key=lambda each: each.entry.work_item)
+        self._order.found((each.entry.work_item, each.entry.part, each.entry.parts) for each in found)
         last = self._order.last_due(self._policy.batch_size)
         due = [each for each in found if each.entry.work_item <= last][:count]
         if due:
@@ -227,7 +243,7 @@ class Intake:
     def settled(self, deliveries: Sequence[Delivery]) -> None:
         """Report that these are trained on, after their weights were published: a replica that is given a work
         item from then on acts with them."""
-        self._settle(each.entry.work_item for each in deliveries)
+        self._settle_payloads([each.entry for each in deliveries])
 
     def check_epoch(self) -> None:
         """Make sure that the group does not go on without this replica.
@@ -289,7 +305,13 @@ class Intake:
 
     def _forget(self, entries: Sequence[RolloutEntry]) -> None:
         self._inlet.consume(entries)
-        self._settle(each.work_item for each in entries)
+        self._settle_payloads(entries)
+
+    def _settle_payloads(self, entries: Sequence[RolloutEntry]) -> None:
+        payloads = [(each.work_item, each.part, each.parts) for each in entries]
+        if self._order is not None:
+            self._order.settled_payloads(payloads)
+        self._replica.heartbeat.settled_payloads(payloads)
 
     def _settle(self, work_items: Iterable[int]) -> None:
         indices = list(work_items)
@@ -316,23 +338,52 @@ class StalenessWindow:
     Args:
         unsettled: those given out already.
         following: index of the first one that was not given out.
+        payloads_each: how many payloads a work item has at least.
     """
 
-    def __init__(self, unsettled: Iterable[int], following: int) -> None:
+    def __init__(self, unsettled: Iterable[int], following: int, payloads_each: int = 1) -> None:
         self._unsettled = set(unsettled)
         self._following = following
+        self._payloads_each = payloads_each
+        self._parts = PartlySettled()
 
     def last_due(self, count: int) -> int:
-        """The highest index among the `count` lowest that are not settled."""
-        given = sorted(self._unsettled)
-        if len(given) >= count:
-            return given[count - 1]
-        return self._following + count - len(given) - 1
+        """The index of the last of the lowest unsettled work items that have `count` unsettled payloads
+        together."""
+        for index in sorted(self._unsettled):
+            count -= self._parts.remaining(index, self._payloads_each)
+            if count <= 0:
+                return index
+        return self._following - (-count // self._payloads_each) - 1
+
+    def found(self, payloads: Iterable[PayloadPart]) -> None:
+        """These payloads have come, and say how many their work items have."""
+        for index, _, parts in payloads:
+            if parts > 1 and (index in self._unsettled or index >= self._following):
+                self._parts.found(index, parts)
 
     def settled(self, indices: Iterable[int]) -> None:
         """These are trained on, or never will be; those that were not given out as far as known are now."""
         for index in indices:
-            if index >= self._following:
-                self._unsettled.update(range(self._following, index))
-                self._following = index + 1
+            self._give_out(index + 1)
             self._unsettled.discard(index)
+            self._parts.forget(index)
+
+    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        """These payloads are trained on, or never will be; a work item is settled with the last of its own."""
+        for payload in payloads:
+            self._give_out(payload[0] + 1)
+            if payload[0] in self._unsettled and self._parts.settle(payload):
+                self.settled([payload[0]])
+
+    def compare(self, unsettled: Iterable[int], following: int) -> None:
+        """The controller knows of no others that are `unsettled`, among those before `following`."""
+        self._give_out(following)
+        known = set(unsettled)
+        gone = {index for index in self._unsettled if index < following} - known
+        self.settled(gone)
+
+    def _give_out(self, following: int) -> None:
+        """All before `following` were given out."""
+        self._unsettled.update(range(self._following, following))
+        self._following = max(self._following, following)

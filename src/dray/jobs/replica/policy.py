@@ -41,6 +41,7 @@ from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, St
 from dray.jobs.replica.rank_worker import RankWorker
 from dray.jobs.replica.ranks import Batch, Failure, Ranks
 from dray.jobs.replica.ring_transfer import rank_client
+from dray.jobs.replica.rollout_result import decoded_metadata
 from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher
 from dray.jobs.replica.transfer_choice import open_policy_ends
 from dray.jobs.replica.user_code import (
@@ -259,7 +260,8 @@ class Training:
                 failed[entry.identity] = "stale" if isinstance(arrays, StaleSlotError) else "lost"
                 _LOG.warning("payload %s: %s", entry.identity, arrays)
             else:
-                self._arrays[entry.identity] = Trajectory(arrays, entry.weight_version)
+                metadata = decoded_metadata(entry.metadata)
+                self._arrays[entry.identity] = Trajectory(arrays, entry.weight_version, entry.work_item, metadata)
         failed |= self._ranks.failures()
         for part, given in enumerate(dealt):
             batch.add(part, [each for each in given if each.entry.identity not in failed])

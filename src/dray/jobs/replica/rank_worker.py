@@ -11,6 +11,7 @@ from dray.jobs.files import FOLDER_MODE
 from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.ranks import Failure
+from dray.jobs.replica.rollout_result import decoded_metadata
 from dray.jobs.replica.user_code import UserCodeError, call_user, save_into
 from dray.protocol import PayloadRef
 from dray.transport import PayloadClient
@@ -72,7 +73,8 @@ class RankWorker:
 
     def _read(self, order: RankCommand) -> RankReply:
         references = [PayloadRef.from_json(text) for text in order.references]
-        versions = {each.identity: version for each, version in zip(references, order.versions, strict=True)}
+        about = zip(order.versions, order.work_items, order.metadata, strict=True)
+        known = {each.identity: rest for each, rest in zip(references, about, strict=True)}
         failed: dict[str, Failure] = {}
         results = self._client.read_many(
             references, timeout=self._replica.spec.config.timeouts.read, consume=False, return_errors=True
@@ -85,7 +87,10 @@ class RankWorker:
             if error is not None:
                 failed[identity] = "stale" if isinstance(error, StaleSlotError) else "lost"
             else:
-                self._read_so_far[identity] = Trajectory(result.payload, versions[reference.identity])
+                version, work_item, metadata = known[reference.identity]
+                self._read_so_far[identity] = Trajectory(
+                    result.payload, version, work_item, decoded_metadata(metadata)
+                )
         return RankReply(failed=failed)
 
     def _train(self, identities: list[str]) -> RankReply:

@@ -111,6 +111,8 @@ class Ranks:
                 what="read",
                 references=[entry.reference or "" for entry in entries],
                 versions=[entry.weight_version for entry in entries],
+                work_items=[entry.work_item for entry in entries],
+                metadata=[entry.metadata for entry in entries],
             )
 
         self._tell(order)
