@@ -317,6 +317,30 @@ def _enough_work_items_in_flight(config: JobConfig) -> Iterator[ConfigError]:
         yield ConfigError("rollout.work_items_in_flight", config.work_items_in_flight, allowed)
 
 
+@_rule(
+    "job.payload_transfer",
+    "rollout.slots",
+    "rollout.concurrency",
+    "rollout.work_items_in_flight",
+    "rollout.payloads_per_work_item",
+    "policy.batch_size",
+    "policy.max_staleness",
+    "policy.staleness",
+)
+def _slots_for_all_in_flight(config: JobConfig) -> Iterator[ConfigError]:
+    # Rollouts end in any order: payloads of later work items must not take the room of those that are trained on
+    # first.
+    if config.job.payload_transfer != "ucxx" or config.rollout.concurrency == 1 or not config.in_order:
+        return
+    needed = config.work_items_in_flight * config.payloads_of_work_item
+    if config.rollout.slots < needed:
+        allowed = (
+            f"must be at least {needed}, for all payloads in flight, with rollout.concurrency above 1 and "
+            'policy.staleness = "admission"'
+        )
+        yield ConfigError("rollout.slots", config.rollout.slots, allowed)
+
+
 @_rule("job.payload_transfer", "policy.replicas")
 def _group_by_reference(config: JobConfig) -> Iterator[ConfigError]:
     replicas = config.policy.replicas
