@@ -69,25 +69,75 @@ def test_job_is_solved_by_a_worker_that_holds_the_interpreter_longer_than_a_repl
         assert "stall: " in job.text
 
 
-def test_worker_that_raises_ends_its_replica_and_not_the_job(tmp_path: Path) -> None:
+RAISED = r"Worker\.rollout\(\) raised ValueError: the environment broke \(small\.py:\d+ in rollout\)"
+
+
+def test_rollout_that_raises_costs_an_attempt_and_is_done_by_another_replica(tmp_path: Path) -> None:
     settings = job_settings("rollout.args.raise_at=40", "rollout.args.raising=[1]", "stop.at_least=50")
     with running(tmp_path, *settings) as job:
         assert job.end() == 0, job.story()
-        said = r"Worker\.rollout\(\) raised ValueError: the environment broke \(small\.py:\d+ in rollout\)"
-        assert re.search(rf"rollout-1 ended early: {said}; see .*rollout-1\.log", job.text), job.text
+        warning = rf"rollout-1: {RAISED}; work item \d+ has failed \(attempt 1 of 3\)"
+        assert len(re.findall(warning, job.text)) == 1, job.text
         assert "Traceback" in job.log("rollout-1")
-        assert re.fullmatch(f"left: {said}", job.summary()["replicas"]["rollout-1"])
+        assert "ended early" not in job.text
+        found = job.summary()["work_items"]
+        assert found["failed_attempts"] > 0
+        assert found["given_up"] == 0
 
 
-def test_job_fails_when_every_worker_has_raised(tmp_path: Path) -> None:
+def test_work_items_of_which_every_attempt_raises_are_given_up_and_the_job_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "poisoned.py").write_text(
+        "import small\n"
+        "class Worker(small.Worker):\n"
+        "    def rollout(self, work_item):\n"
+        "        if work_item.index % 10 == 3:\n"
+        "            raise ValueError('the environment broke')\n"
+        "        return super().rollout(work_item)\n"
+    )
+    settings = job_settings("rollout.worker=poisoned.py:Worker", "policy.max_staleness=2", "stop.at_least=15")
+    with running(tmp_path, *settings) as job:
+        assert job.end() == 0, job.story()
+        found = job.summary()["work_items"]
+        assert found["given_up"] >= 12
+        assert found["failed_attempts"] >= 3 * found["given_up"]
+        assert "work item 3 is given up after 3 attempts: rollout-" in job.log("controller")
+        assert job.summary()["payloads"] == 15 * 8
+        assert job.summary()["delivery"]["too_old"] == 0
+
+
+def test_job_fails_with_the_users_error_when_every_rollout_raises(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("rollout.args.raise_at=40", "stop.at_least=1e9")) as job:
         assert job.end() == 10
-        reason = (
-            r"no rollout replica is left: rollout-\d: Worker\.rollout\(\) raised ValueError: the environment broke"
-        )
+        reason = rf"16 work items in a row were given up: rollout-\d: {RAISED}"
         assert re.search(f"failed: {reason}", job.text), job.text
         assert re.match(reason, job.summary()["exit_reason"])
         assert job.checkpoint()["step"] > 0
+
+
+def test_rollout_that_hangs_is_a_failed_attempt_and_its_replica_is_started_again(tmp_path: Path) -> None:
+    settings = job_settings(
+        "rollout.args.hang_at=20", "rollout.args.hanging=[1]", "rollout.timeout=1", "rollout.restarts=1",
+        "stop.at_least=60", "policy.args.repeats=true", "policy.args.pause=0.1",
+    )  # fmt: skip
+    with running(tmp_path, *settings) as job:
+        said = r"Worker\.rollout\(\) of small\.py took longer than rollout\.timeout = 1 s for work item \d+"
+        job.wait_for("restarting rollout-1 (restart 1 of 1)")
+        assert re.search(rf"rollout-1 ended early: {said}; see .*rollout-1\.log", job.text), job.text
+        assert job.end() == 0, job.story()
+        assert "in rollout" in job.log("rollout-1")
+        assert job.summary()["work_items"]["failed_attempts"] >= 1
+
+
+def test_replica_that_is_killed_is_started_again_even_if_it_is_the_only_one(tmp_path: Path) -> None:
+    settings = job_settings(
+        "rollout.replicas=1", "rollout.restarts=2", "stop.at_least=40", "policy.args.repeats=true"
+    )
+    with running(tmp_path, *settings) as job:
+        job.wait_for("  step ")
+        job.only("dray.jobs.replica.rollout").kill()
+        job.wait_for("restarting rollout-0 (restart 1 of 2)")
+        assert job.end() == 0, job.story()
+        assert job.summary()["replicas"]["rollout-0"].startswith("left: ")
 
 
 @pytest.mark.measured

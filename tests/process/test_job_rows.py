@@ -294,13 +294,13 @@ def test_r10_run_is_finished_although_nobody_could_tell_the_controller(tmp_path:
 def test_r11_policy_that_hangs_when_the_job_has_failed_is_killed_within_the_bound(tmp_path: Path) -> None:
     settings = job_settings(FOREVER, "policy.args.hang_at=3", "rollout.args.raise_at=36", "timeouts.shutdown=3")
     with running(tmp_path, *settings) as job:
-        job.wait_for("rollout-1 ended early")
-        job.wait_for("rollout-0 ended early")
+        job.wait_for("started controller")
+        job.wait_until(lambda: "phase running -> draining" in job.log("controller"), "the end of the job to begin")
         assert job.end(bound=15.0) == 10, job.story()
         assert "policy-0 (pid" in job.text
         assert "did not end in time and was killed" in job.text
         assert "in train_step" in job.log("policy-0")
-        assert "failed: no rollout replica is left" in job.text
+        assert "failed: 16 work items in a row were given up: rollout-" in job.text
 
 
 def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_goes_on(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_job_that_does_not_end_in_time_shows_the_stacks_of_all_its_processes(tmp
     story = str(caught.value)
     # The hanging trainer, a rollout replica without work items, the controller's loop, and `dray run`
     # itself.
-    for words in ("in train_step", "in _generate", 'controller/app.py", line', "in run_job"):
+    for words in ("in train_step", 'replica/rollout.py", line', 'controller/app.py", line', "in run_job"):
         assert words in story, story
     assert job.processes() == []
 

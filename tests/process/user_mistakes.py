@@ -112,6 +112,8 @@ MISTAKES = [
     # --- values that cannot be used -----------------------------------------------------------------------------
     rollout("None", "returned None", "a mapping of names to arrays"),
     rollout("[np.ones(3)]", "returned a list", "a mapping of names to arrays"),
+    rollout("[]", "returned an empty list", "at least one mapping"),
+    rollout("[{'x': np.ones(3)}, None]", "a list whose item 1 is None", "a mapping of names to arrays"),
     rollout("3.5", "returned a float", "a mapping of names to arrays"),
     rollout("{}", "returned an empty mapping", "at least one array"),
     rollout("{3: np.ones(3)}", "name 3", "text"),
@@ -204,8 +206,22 @@ MISTAKES = [
         code=10,
     ),
     # --- signatures ---------------------------------------------------------------------------------------------
+    worker("setup is async", "async def setup(self, context): ...\n", "setup() is an async function", code=2),
     worker(
-        "rollout is async", "async def rollout(self, work_item): ...\n", "rollout() is an async function", code=2
+        "load_weights is async and rollout is not",
+        "async def load_weights(self, weights, version): ...\n",
+        "load_weights() is an async function, and rollout() is not",
+        code=2,
+    ),
+    replace(
+        worker(
+            "several work items at once in a plain worker",
+            "pass\n",
+            "rollout.concurrency = 8",
+            "must be 1",
+            code=2,
+        ),
+        settings=("rollout.concurrency=8",),
     ),
     worker("rollout yields", "def rollout(self, work_item):\n    yield {}\n", "rollout() is a generator", code=2),
     worker("rollout takes no work item", "def rollout(self): ...\n", "rollout(self)", "(self, work_item)", code=2),

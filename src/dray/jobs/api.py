@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,15 +52,41 @@ class ReplicaContext:
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """A unit of work: `index` counts up over the job, `seed` (31 bits) follows from it and the job's seed."""
+    """A unit of work.
+
+    `index` counts up over the job, `seed` (31 bits) follows from it and the job's seed. `row` is a row of the
+    job's data set, ``[work] items`` of the job file: the same one for this index in every replica, in every
+    attempt and after a resume. It is None without ``[work]``.
+    """
 
     index: int
     seed: int
+    row: Any = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One payload as a worker returns it: named arrays, with metadata beside them.
+
+    `metadata` is a mapping that JSON can carry, of at most 16 KiB as JSON. It travels with the reference to the
+    payload, not in it, and the trainer gets it as `Trajectory.metadata`. A worker without metadata returns the
+    arrays alone.
+    """
+
+    arrays: Mapping[str, Any]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+RolloutResult = Mapping[str, Any] | Rollout
+"""What stands for one payload in the value that `RolloutWorker.rollout` returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A payload as the trainer gets it: the worker's arrays, and the version of the weights that acted.
+    """A payload as the trainer gets it.
+
+    `arrays` are the worker's, `weight_version` is the version of the weights with which its rollout began,
+    `work_item` is the index of its work item, and `metadata` is what the worker returned with it.
 
     The arrays are valid during `train_step`. Those of 64 KiB or more may lie in the memory of the process that
     made them, and are read-only then: copy what is kept or changed. ``policy.in_place = false`` copies all.
@@ -68,21 +94,49 @@ class Trajectory:
 
     arrays: Mapping[str, np.ndarray]
     weight_version: int
+    work_item: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RolloutWorker(Protocol):
-    """Generates trajectories. Named in the job file as ``rollout.worker``; made without arguments."""
+    """Generates trajectories. Named in the job file as ``rollout.worker``; made without arguments.
+
+    A worker whose `rollout` is an ``async def`` is asynchronous: ``rollout.concurrency`` work items are in flight
+    in each replica at the same time, as tasks of one asyncio event loop in the main thread. Nothing else of dray
+    runs in that loop, so a rollout that blocks it delays the other rollouts of the replica and nothing more.
+    """
 
     def setup(self, context: ReplicaContext) -> None:
-        """Called once, before anything else."""
+        """Called once, before anything else. For an asynchronous worker, the event loop does not run yet."""
         ...
 
-    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        """Take over new weights; called before the first rollout, and never during one. Copy what is kept."""
+    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> Awaitable[None] | None:
+        """Take over new weights; called before the first rollout. The arrays are valid during the call: copy them.
+
+        It is never called during a rollout of a synchronous worker. An asynchronous worker gets new weights while
+        rollouts are in flight, as an inference engine takes them: between two steps of the event loop if this is a
+        plain method, and concurrently with the rollouts if it is an ``async def``. There is one call at a time.
+        """
         ...
 
-    def rollout(self, work_item: WorkItem) -> Mapping[str, np.ndarray]:
-        """Work on one work item; the arrays returned become one payload."""
+    def rollout(
+        self, work_item: WorkItem
+    ) -> RolloutResult | Sequence[RolloutResult] | Awaitable[RolloutResult | Sequence[RolloutResult]]:
+        """Work on one work item and return its payload, or a list or tuple of its payloads, at least one.
+
+        A payload is a mapping of names to arrays, or a `Rollout`, which adds metadata. Every payload has the
+        version of the weights that were loaded when the rollout began.
+
+        An exception fails this attempt at the work item, not the replica. The work item is given out again, to
+        another replica if one asks for work, up to ``rollout.max_attempts`` attempts in all; then it is given up
+        and counted. After ``rollout.max_failures`` given-up work items in a row, the job fails with the last
+        exception. A return value that cannot be carried ends the replica, as another attempt would return it
+        again.
+
+        A rollout that takes longer than ``rollout.timeout`` is a failed attempt, too. In an asynchronous worker
+        its task is cancelled; a replica with a synchronous worker ends. When the replica is to end, a synchronous
+        rollout is waited for, and asynchronous ones are cancelled.
+        """
         ...
 
 
@@ -100,7 +154,8 @@ class PolicyTrainer(Protocol):
     def train_step(self, trajectories: Sequence[Trajectory]) -> Mapping[str, float]:
         """Do one step on ``policy.batch_size`` trajectories, or this rank's part of them, and return its metrics.
 
-        Copy what is kept.
+        A trajectory is one payload: work items with several payloads have several trajectories, which may come in
+        different steps. The arrays are valid during the call: copy what is kept.
         """
         ...
 

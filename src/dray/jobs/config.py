@@ -44,12 +44,18 @@ def _text(default: Any = ..., *, pattern: str | None = None, allowed: str, shown
     return Field(default, pattern=pattern, min_length=1, description=allowed, repr=shown)
 
 
+WORK_ITEMS_FORM: Final = (
+    '"file.jsonl" (beside the job file, one JSON object per line), "file.py:iterable" or "package.module:iterable"'
+)
+_WORK_ITEMS = r"^(.+\.jsonl|[^:\s]+:[A-Za-z_][A-Za-z0-9_]*)$"
+
+
 def _count(default: Any = ..., *, least: int = 1, most: int = MAX_NUMBER) -> Any:
     upper = "" if most == MAX_NUMBER else f" and at most {most}"
     return Field(default, ge=least, le=most, description=f"a whole number, at least {least}{upper}")
 
 
-def _seconds(default: float) -> Any:
+def _seconds(default: float | None) -> Any:
     return Field(default, gt=0, le=86_400, description="a number of seconds, above 0 and at most 86400")
 
 
@@ -94,6 +100,12 @@ class RolloutTable(Table):
     inline_bytes: int = _count(4096, least=0, most=16384)
     work_item_batch: int = _count(4, most=4096)
     work_items_in_flight: int | None = _count(None)
+    payloads_per_work_item: int | None = _count(None, most=1 << 20)
+    concurrency: int = _count(1, most=4096)
+    timeout: float | None = _seconds(None)
+    max_attempts: int = _count(3, most=1000)
+    max_failures: int = _count(16)
+    restarts: int = _count(0, least=0, most=1000)
     args: dict[str, Any] = Field(default_factory=dict, description="a table, given to the worker's setup as it is")
 
 
@@ -135,6 +147,13 @@ class ControllerTable(Table):
     token_file: str | None = _text(None, allowed="a file for its owner only, or one that does not exist yet")
     heartbeat_interval: float = _seconds(1.0)
     dead_after: float = _seconds(15.0)
+
+
+class WorkTable(Table):
+    """`[work]`: the data set whose rows the work items carry."""
+
+    items: str = _text(pattern=_WORK_ITEMS, allowed=WORK_ITEMS_FORM)
+    shuffle: bool = Field(default=False, description="true or false")
 
 
 class StopTable(Table):
@@ -196,6 +215,7 @@ class JobConfig(Table):
     policy: PolicyTable = Field(description="the table [policy]")
     redis: RedisTable = Field(default=RedisTable(), description="the table [redis]")
     controller: ControllerTable = Field(default=ControllerTable(), description="the table [controller]")
+    work: WorkTable | None = Field(default=None, description="the table [work]")
     stop: StopTable | None = Field(default=None, description="the table [stop]")
     timeouts: TimeoutsTable = Field(default=TimeoutsTable(), description="the table [timeouts]")
     slurm: SlurmTable | None = Field(default=None, description="the table [slurm]")
@@ -203,11 +223,19 @@ class JobConfig(Table):
     @property
     def work_items_in_flight(self) -> int:
         """How many work items may be given out and not yet trained on; bounds staleness and memory."""
-        configured = self.rollout.work_items_in_flight or 2 * self.policy.batch_size
+        each = self.payloads_of_work_item
+        configured = self.rollout.work_items_in_flight or -(-2 * self.policy.batch_size // each)
         if not self.in_order:
             return configured
         assert self.policy.max_staleness is not None
-        return min(configured, (self.policy.max_staleness + 1) * self.policy.batch_size)
+        # As many as are certain to have payloads for these batches and no more, but enough for one batch.
+        most = (self.policy.max_staleness + 1) * self.policy.batch_size // each
+        return min(configured, max(most, -(-self.policy.batch_size // each)))
+
+    @property
+    def payloads_of_work_item(self) -> int:
+        """How many payloads a work item has at least."""
+        return self.rollout.payloads_per_work_item or 1
 
     @property
     def in_order(self) -> bool:
@@ -227,6 +255,7 @@ TABLES: Final[dict[str, type[Table]]] = {
     "policy": PolicyTable,
     "redis": RedisTable,
     "controller": ControllerTable,
+    "work": WorkTable,
     "stop": StopTable,
     "timeouts": TimeoutsTable,
     "slurm": SlurmTable,
@@ -270,14 +299,47 @@ def _enough_slots(config: JobConfig) -> Iterator[ConfigError]:
         yield ConfigError("rollout.slots", config.rollout.slots, allowed)
 
 
-@_rule(*_HELD, "rollout.work_items_in_flight", "policy.max_staleness", "policy.staleness")
+@_rule(
+    *_HELD,
+    "rollout.work_items_in_flight",
+    "rollout.payloads_per_work_item",
+    "policy.max_staleness",
+    "policy.staleness",
+)
 def _enough_work_items_in_flight(config: JobConfig) -> Iterator[ConfigError]:
     held, what = config.payloads_held, _held_name(config)
     if config.job.payload_transfer == "ucxx":
         held, what = config.policy.batch_size, "policy.batch_size"
-    if config.work_items_in_flight < held:
+    each = config.payloads_of_work_item
+    if config.work_items_in_flight * each < held:
         allowed = f"must be at least {what}, which is {held}"
+        if each > 1:
+            allowed += f", divided by rollout.payloads_per_work_item, which is {each}"
         yield ConfigError("rollout.work_items_in_flight", config.work_items_in_flight, allowed)
+
+
+@_rule(
+    "job.payload_transfer",
+    "rollout.slots",
+    "rollout.concurrency",
+    "rollout.work_items_in_flight",
+    "rollout.payloads_per_work_item",
+    "policy.batch_size",
+    "policy.max_staleness",
+    "policy.staleness",
+)
+def _slots_for_all_in_flight(config: JobConfig) -> Iterator[ConfigError]:
+    # Rollouts end in any order: payloads of later work items must not take the room of those that are trained on
+    # first.
+    if config.job.payload_transfer != "ucxx" or config.rollout.concurrency == 1 or not config.in_order:
+        return
+    needed = config.work_items_in_flight * config.payloads_of_work_item
+    if config.rollout.slots < needed:
+        allowed = (
+            f"must be at least {needed}, for all payloads in flight, with rollout.concurrency above 1 and "
+            'policy.staleness = "admission"'
+        )
+        yield ConfigError("rollout.slots", config.rollout.slots, allowed)
 
 
 @_rule("job.payload_transfer", "policy.replicas")

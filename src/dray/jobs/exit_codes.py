@@ -48,6 +48,20 @@ USER_CODES: Final = frozenset((ExitCode.USER_CODE, ExitCode.USER_VALUE))
 COMES_AGAIN: Final = frozenset((ExitCode.USER_VALUE,))
 """What another attempt would come to as well: with these neither a policy group nor a run is started again."""
 
+NOT_RESTARTED: Final = frozenset(
+    (
+        ExitCode.OK,
+        ExitCode.CONFIGURATION,
+        ExitCode.CONTROLLER_LOST,
+        ExitCode.REDIS_LOST,
+        ExitCode.USER_VALUE,
+        ExitCode.SIGINT,
+        ExitCode.TIME_LIMIT,
+        ExitCode.SIGTERM,
+    )
+)
+"""A rollout replica that ends with one of these is not started again."""
+
 JOB_FAILURES: Final = USER_CODES | {ExitCode.FAILED}
 """Of a job that has ended by itself and did not finish."""
 

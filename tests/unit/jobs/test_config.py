@@ -326,6 +326,36 @@ def test_rules_between_keys_that_are_right_are_checked_beside_other_mistakes(job
     assert sorted(each.key for each in caught.value.mistakes) == sorted(keys)
 
 
+def test_fewer_work_items_are_in_flight_if_each_has_several_payloads(job_file: Path) -> None:
+    several = ["policy.batch_size=8", "rollout.payloads_per_work_item=3"]
+    assert load_job(job_file, several).work_items_in_flight == 6
+    assert load_job(job_file, [*several, "policy.max_staleness=0"]).work_items_in_flight == 3
+    assert load_job(job_file, [*several, "policy.max_staleness=1"]).work_items_in_flight == 5
+    load_job(job_file, [*several, "rollout.work_items_in_flight=3"])
+    with pytest.raises(ConfigError, match=r"divided by rollout\.payloads_per_work_item, which is 3"):
+        load_job(job_file, [*several, "rollout.work_items_in_flight=2"])
+
+
+def test_slots_are_enough_for_all_rollouts_that_may_end_before_the_first(job_file: Path) -> None:
+    settings = ["policy.batch_size=8", "rollout.slots=15", "policy.max_staleness=1"]
+    load_job(job_file, settings)
+    with pytest.raises(ConfigError, match=r"rollout\.slots = 15 .* at least 16, for all payloads in flight"):
+        load_job(job_file, [*settings, "rollout.concurrency=2"])
+
+
+@pytest.mark.parametrize("items", ["items.jsonl", "data sets/items.jsonl", "data.py:ROWS", "package.data:rows"])
+def test_data_set_is_a_file_of_lines_or_an_iterable(job_file: Path, items: str) -> None:
+    work = load_job(job_file, [f'work.items="{items}"', "work.shuffle=true"]).work
+    assert work is not None
+    assert (work.items, work.shuffle) == (items, True)
+
+
+@pytest.mark.parametrize("items", ["items.json", "items", ".jsonl", "data.py:", "a b.py:ROWS"])
+def test_data_set_of_another_form_is_refused(job_file: Path, items: str) -> None:
+    with pytest.raises(ConfigError, match=r'work\.items = .* must be "file\.jsonl"'):
+        load_job(job_file, [f'work.items="{items}"'])
+
+
 class Recorder:
     """A configuration that records which keys are read."""
 
@@ -355,6 +385,7 @@ def test_rule_reads_the_keys_that_it_names_and_no_others(
         ["policy.ack=checkpoint", "policy.checkpoint_every=2"],
         ["job.payload_transfer=redis"],
         ["policy.max_staleness=1"],
+        ["policy.max_staleness=1", "rollout.concurrency=2"],
         ["policy.replicas=4", "policy.readers=2"],
     ):
         recorder = Recorder(load_job(job_file, settings), read)

@@ -33,7 +33,8 @@ from dray.counters import Counters
 from dray.jobs.controller.listener import PROVEN, HttpServer
 from dray.jobs.controller.metrics import MEDIA_TYPE, JobMetrics
 from dray.jobs.controller.stall import StallWatch, job_snapshot
-from dray.jobs.controller.state import Membership, Outcome, Progress, WorkQueue, final_phase, work_item_seed
+from dray.jobs.controller.state import Membership, Outcome, Progress, final_phase
+from dray.jobs.controller.work_queue import WorkQueue, work_item_seed
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
@@ -75,10 +76,12 @@ class Controller:
         self._record = record
         self.membership = Membership(
             {Role.ROLLOUT: config.rollout.replicas, Role.POLICY: config.policy.replicas},
-            WorkQueue(config.work_items_in_flight, spec.first_work_item),
+            WorkQueue(config.work_items_in_flight, spec.first_work_item, max_attempts=config.rollout.max_attempts),
             dead_after=config.controller.dead_after,
             start_timeout=config.timeouts.start,
             restartable=config.policy.restarts > 0,
+            rollout_restarts=config.rollout.restarts,
+            max_failures=config.rollout.max_failures,
         )
         self.connections = Counters(UNPROVEN_CLOSED, ACCEPT_FAILURES)
         self.final = asyncio.Event()
@@ -200,7 +203,12 @@ class Controller:
 
     def _directive(self) -> models.Directive:
         phase = self.membership.phase
-        return models.Directive(phase=phase, stop=not phase.gives_work, readers=self._readers)
+        return models.Directive(
+            phase=phase,
+            stop=not phase.gives_work,
+            readers=self._readers,
+            given_up=self.membership.work_items.given_up,
+        )
 
     async def _healthz(self) -> str:
         return "ok\n"
@@ -229,6 +237,7 @@ class Controller:
         progress = Progress(**dict(report))
         self.membership.heard(body.name, body.incarnation, progress)
         self.membership.work_items.settled(body.settled)
+        self.membership.work_items.settled_parts(body.settled_parts)
         await self._after_event()
         deadline = Deadline.after(body.until_unread)
         while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
@@ -238,10 +247,14 @@ class Controller:
     async def _work_items(self, body: models.TakeWork) -> models.WorkList:
         self.membership.heard(body.name, body.incarnation)
         self.membership.work_items.published(body.name, body.published)
+        if body.failed:
+            self.membership.failed(body.name, body.failed)
+            await self._after_event()
         deadline = Deadline.after(body.wait)
         taken: list[int] = []
         while self.membership.phase.gives_work:
-            taken = self.membership.work_items.take(body.name, body.want)
+            others = [each.name for each in self.membership.active(Role.ROLLOUT) if each.name != body.name]
+            taken = self.membership.work_items.take(body.name, body.want, working=body.working, others=others)
             if taken or deadline.expired:
                 break
             await self._wait_for_change(deadline)
@@ -249,13 +262,19 @@ class Controller:
         seed = self._spec.config.job.seed
         directive = self._directive()
         work_items = [(index, work_item_seed(seed, index)) for index in taken]
-        return models.WorkList(**directive.model_dump(), work_items=work_items)
+        attempts = [self.membership.work_items.attempt(index) for index in taken]
+        return models.WorkList(**directive.model_dump(), work_items=work_items, attempts=attempts)
 
     async def _under_way(self, body: models.Caller) -> models.UnsettledWork:
         self.membership.heard(body.name, body.incarnation)
         work_items = self.membership.work_items
         unsettled, following = work_items.unfinished()
-        return models.UnsettledWork(unsettled=unsettled, published=work_items.in_flight(), next=following)
+        return models.UnsettledWork(
+            unsettled=unsettled,
+            published=work_items.in_flight(),
+            next=following,
+            settled_parts=work_items.partly_settled(),
+        )
 
     async def _finish(self, body: models.Finish) -> models.Directive:
         self.membership.heard(body.name, body.incarnation)
@@ -264,7 +283,14 @@ class Controller:
         return self._directive()
 
     async def _unregister(self, body: models.Unregister) -> models.Directive:
-        self.membership.left(body.name, body.incarnation, body.reason, body.published, exit_code=body.exit_code)
+        self.membership.left(
+            body.name,
+            body.incarnation,
+            body.reason,
+            body.published,
+            failed=body.failed,
+            exit_code=body.exit_code,
+        )
         await self._after_event()
         return self._directive()
 

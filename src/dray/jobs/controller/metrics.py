@@ -71,6 +71,10 @@ NEXT_WORK_ITEM = Family("dray_next_work_item", "gauge", "Index of the first work
 GIVEN_AGAIN = Family(
     "dray_work_items_given_again_total", "counter", "Work items of lost replicas that were released."
 )
+FAILED_ATTEMPTS = Family("dray_failed_attempts_total", "counter", "Rollouts that raised or took too long.")
+GIVEN_UP = Family(
+    "dray_work_items_given_up_total", "counter", "Work items of which rollout.max_attempts attempts failed."
+)
 OLDEST = Family(
     "dray_oldest_seconds",
     "gauge",
@@ -133,8 +137,8 @@ FIGURES = (
 )
 
 FAMILIES = (
-    PHASE, MEMBERS, STALLED, WORK_ITEMS, NEXT_WORK_ITEM, GIVEN_AGAIN, OLDEST, UNPROVEN, REFUSED, USER_METRIC,
-    TRIMMED,
+    PHASE, MEMBERS, STALLED, WORK_ITEMS, NEXT_WORK_ITEM, GIVEN_AGAIN, FAILED_ATTEMPTS, GIVEN_UP, OLDEST, UNPROVEN,
+    REFUSED, USER_METRIC, TRIMMED,
     *FIGURES,
 )  # fmt: skip
 
@@ -205,6 +209,8 @@ class JobMetrics(Collector):
         yield WORK_ITEMS, [((state,), work_items[state]) for state in _UNSETTLED]
         yield NEXT_WORK_ITEM, [((), work_items["next"])]
         yield GIVEN_AGAIN, [((), work_items["given_again"])]
+        yield FAILED_ATTEMPTS, [((), work_items["failed_attempts"])]
+        yield GIVEN_UP, [((), work_items["given_up"])]
         yield UNPROVEN, [((), self._connections[UNPROVEN_CLOSED])]
         yield REFUSED, [((), self._connections[ACCEPT_FAILURES])]
         active = [(name, report) for name, _, state, report in self._members if state is MemberState.ACTIVE]

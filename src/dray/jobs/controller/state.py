@@ -18,17 +18,16 @@ The phases of a job and every transition between them:
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dray.clock import MONOTONIC, Clock
 from dray.jobs.config import MAX_ROLLOUT_REPLICAS
-from dray.jobs.exit_codes import COMES_AGAIN, USER_CODES, ExitCode
-from dray.jobs.messages.models import MembershipError, MemberState, OutcomeKind, Phase, Role
+from dray.jobs.controller.work_queue import WorkQueue
+from dray.jobs.exit_codes import COMES_AGAIN, NOT_RESTARTED, USER_CODES, ExitCode
+from dray.jobs.messages.models import FailedAttempt, MembershipError, MemberState, OutcomeKind, Phase, Role
 
 # --- lifecycle ---------------------------------------------------------------------------------------------------
 
@@ -73,105 +72,6 @@ class Lifecycle:
 
     def __repr__(self) -> str:
         return f"<Lifecycle {self.phase.value}>"
-
-
-# --- work items --------------------------------------------------------------------------------------------------
-
-# Which work items are given out, to whom, and which are done. No I/O and no clock.
-#
-# ```
-#   new ──take──► held by a replica ──published──► in flight ──settled──► gone
-#                      │ release (its holder died)
-#                      └──► first in line again
-# ```
-
-
-class WorkQueue:
-    """Hands out work item indices, at most `in_flight` of which are unsettled at a time.
-
-    A work item is settled when its trajectory was trained on, or is known to be lost or discarded. The bound keeps
-    rollouts from running ahead of training: it limits both staleness and what waits in memory.
-    """
-
-    def __init__(self, in_flight: int, first: int = 0) -> None:
-        self._in_flight = in_flight
-        self._next = first
-        self._again: deque[int] = deque()
-        self._holders: dict[int, str] = {}
-        self._published: set[int] = set()
-        self.given_again = 0
-
-    def take(self, holder: str, count: int) -> list[int]:
-        """Up to `count` work items for `holder`; work items of dead holders come first.
-
-        A replica asks when it has nothing left to do: what it still holds was given in a reply that got lost, and
-        is given to it once more.
-        """
-        taken = sorted(index for index, by in self._holders.items() if by == holder)
-        while len(taken) < count:
-            if self._again:
-                index = self._again.popleft()
-            elif self.outstanding < self._in_flight:
-                index = self._next
-                self._next += 1
-            else:
-                break
-            self._holders[index] = holder
-            taken.append(index)
-        return taken
-
-    def published(self, holder: str, indices: Iterable[int]) -> None:
-        """`holder` has published the trajectories of `indices`; those it does not hold are ignored."""
-        for index in indices:
-            if self._holders.get(index) == holder:
-                del self._holders[index]
-                self._published.add(index)
-
-    def settled(self, indices: Iterable[int]) -> None:
-        """The trajectories of `indices` are trained on, lost or discarded; unknown ones are ignored."""
-        for index in indices:
-            self._published.discard(index)
-            self._holders.pop(index, None)
-            if index in self._again:
-                self._again.remove(index)
-
-    def release(self, holder: str) -> list[int]:
-        """Give again what `holder` still held; returns it."""
-        held = sorted(index for index, by in self._holders.items() if by == holder)
-        for index in held:
-            del self._holders[index]
-        self._again.extend(held)
-        self.given_again += len(held)
-        return held
-
-    def in_flight(self) -> list[int]:
-        """Work items whose trajectories were published and are not settled."""
-        return sorted(self._published)
-
-    def unfinished(self) -> tuple[list[int], int]:
-        """The unsettled work items, and the index of the next one."""
-        return sorted({*self._holders, *self._published, *self._again}), self._next
-
-    @property
-    def outstanding(self) -> int:
-        """Work items given out, or to be given again, and not settled."""
-        return len(self._holders) + len(self._published) + len(self._again)
-
-    def statistics(self) -> dict[str, int]:
-        """Counts for the status page."""
-        return {
-            "next": self._next,
-            "held": len(self._holders),
-            "published": len(self._published),
-            "waiting_again": len(self._again),
-            "given_again": self.given_again,
-        }
-
-
-def work_item_seed(job_seed: int, index: int) -> int:
-    """The seed of work item `index`: 31 bits that depend on the job's seed and the index alone."""
-    digest = hashlib.blake2b(f"{job_seed}:{index}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") & 0x7FFF_FFFF
 
 
 # --- state -------------------------------------------------------------------------------------------------------
@@ -263,6 +163,8 @@ class Membership:
             group that is started again.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
             goes on until `died` says that it does not, or one has left with what comes again.
+        rollout_restarts: how often the supervisor starts each rollout replica of the job again.
+        max_failures: work items given up in a row after which the job fails.
     """
 
     def __init__(
@@ -273,6 +175,8 @@ class Membership:
         dead_after: float,
         start_timeout: float,
         restartable: bool = False,
+        rollout_restarts: int = 0,
+        max_failures: int = 16,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._started = dict(expected)
@@ -283,6 +187,10 @@ class Membership:
         self._start_timeout = start_timeout
         self._restartable = restartable
         self._restart_bound: float | None = None
+        rollouts = range(expected.get(Role.ROLLOUT, 0))
+        self._rollout_restarts = {f"{Role.ROLLOUT.value}-{index}": rollout_restarts for index in rollouts}
+        self._returning: dict[str, float] = {}
+        self._max_failures = max_failures
         self._lifecycle = Lifecycle()
         self.work_items = work_items
         self.members: dict[str, Member] = {}
@@ -329,6 +237,7 @@ class Membership:
             )
         if known is not None and known.state is MemberState.ACTIVE:
             self._end(known, MemberState.DEAD, "replaced by a new start of the same replica")
+        self._returning.pop(name, None)
         self.members[name] = Member(name, role, incarnation, pid, self._clock.now())
         self.notices.append(f"{name} registered (pid {pid})")
         if len(self.active(Role.POLICY)) >= self._expected.get(Role.POLICY, 0):
@@ -359,13 +268,22 @@ class Membership:
             member.last_seen = max(member.last_seen, self._clock.now() - seconds)
 
     def left(
-        self, name: str, incarnation: str, reason: str, published: Iterable[int] = (), *, exit_code: int = 0
+        self,
+        name: str,
+        incarnation: str,
+        reason: str,
+        published: Iterable[int] = (),
+        *,
+        failed: Iterable[FailedAttempt] = (),
+        exit_code: int = 0,
     ) -> None:
-        """A member ends in order, and has `published` these work items. Leaving twice changes nothing."""
+        """A member ends in order, has `published` these work items, and has `failed` at others. Leaving twice
+        changes nothing."""
         member = self.members.get(name)
         if member is None or member.incarnation != incarnation or member.state is not MemberState.ACTIVE:
             return
         self.work_items.published(name, published)
+        self.failed(name, failed)
         if member.role is Role.POLICY and exit_code in COMES_AGAIN:
             self._restartable = False
         self._end(member, MemberState.LEFT, reason, exit_code)
@@ -384,12 +302,26 @@ class Membership:
         if role is Role.POLICY and final:
             self._restartable = False
             self._restart_bound = None
+        if final:
+            self._returning.pop(name, None)
         member = self.members.get(name)
         if member is None:
             member = self.members[name] = Member(name, role, "", pid, self._clock.now())
         if member.state is MemberState.ACTIVE and pid in (0, member.pid):
-            self._end(member, MemberState.DEAD, reason, exit_code)
+            self._end(member, MemberState.DEAD, reason, exit_code, final=final)
         self._consequences()
+
+    def failed(self, name: str, attempts: Iterable[FailedAttempt]) -> None:
+        """These attempts of a replica have failed. Enough work items given up in a row end the job."""
+        for each in attempts:
+            if not self.work_items.failed(name, each.index, each.attempt):
+                continue
+            times = "1 attempt" if each.attempt == 1 else f"{each.attempt} attempts"
+            self.notices.append(f"work item {each.index} is given up after {times}: {name}: {each.error}")
+            count = self.work_items.given_up_in_a_row
+            if count >= self._max_failures:
+                what = f"{count} work items in a row were given up" if count > 1 else "a work item was given up"
+                self.stop(Outcome("failed", f"{what}: {name}: {each.error}", ExitCode.USER_CODE))
 
     def stop(self, outcome: Outcome) -> None:
         """Give out no more work and let the members leave. The first outcome stands."""
@@ -409,6 +341,7 @@ class Membership:
         if self._restart_bound is not None and now >= self._restart_bound:
             self._restart_bound = None
             self._restartable = False
+        self._returning = {name: bound for name, bound in self._returning.items() if now < bound}
         if self._start_bound is not None and now >= self._start_bound:
             self._start_bound = None
             if self.phase is Phase.STARTING:
@@ -436,7 +369,15 @@ class Membership:
     def _registered(self, role: Role) -> int:
         return sum(member.role is role for member in self.members.values())
 
-    def _end(self, member: Member, state: MemberState, reason: str, exit_code: int | None = None) -> None:
+    def _end(
+        self,
+        member: Member,
+        state: MemberState,
+        reason: str,
+        exit_code: int | None = None,
+        *,
+        final: bool = False,
+    ) -> None:
         member.state = state
         member.reason = reason
         member.exit_code = exit_code
@@ -444,6 +385,10 @@ class Membership:
         self.notices.append(f"{member.name} {state.value}: {reason}")
         if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
             self._restart_bound = self._clock.now() + self._start_timeout
+        left = self._rollout_restarts.get(member.name, 0)
+        if left and not final and self.phase.gives_work and exit_code not in NOT_RESTARTED:
+            self._rollout_restarts[member.name] = left - 1
+            self._returning[member.name] = self._clock.now() + self._start_timeout
         again = self.work_items.release(member.name)
         if again and self.phase.gives_work:
             self.notices.append(f"{len(again)} work items of {member.name} are given out again")
@@ -455,6 +400,8 @@ class Membership:
                 continue
             left = len(self.active(role))
             if role is Role.POLICY and self._restart_bound is not None:
+                continue
+            if role is Role.ROLLOUT and self._returning:
                 continue
             if left == 0:
                 self._fail(f"no {role.value} replica is left", role)

@@ -12,6 +12,7 @@ from typing import Protocol
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import advertise
 from dray.jobs.descendants import kill_orphans
+from dray.jobs.exit_codes import NOT_RESTARTED
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.launch.processes import Child, Environment, JobProcess, PolicyGroup, start_rollout
 from dray.jobs.launch.run_options import RunOptions
@@ -138,6 +139,27 @@ def chosen_token(config: JobConfig) -> str | None:
     return None if path is None else token_from_file(path_of(path))
 
 
+class RolloutRestarts:
+    """How often each rollout replica was started again.
+
+    Args:
+        most: how often each of them may be.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._counts: dict[str, int] = {}
+
+    def allowed(self, name: str, exit_code: int | None) -> bool:
+        """Whether the replica is to be started again, now that it has ended with `exit_code`."""
+        return exit_code not in NOT_RESTARTED and self._counts.get(name, 0) < self._most
+
+    def count(self, name: str) -> str:
+        """The replica is started again; returns a line that says so."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return f"restarting {name} (restart {self._counts[name]} of {self._most})"
+
+
 # --- job processes -----------------------------------------------------------------------------------------------
 
 
@@ -154,6 +176,7 @@ class Crew:
         self._folder = site.folder
         self._elsewhere = site.elsewhere
         self._rollouts: list[Child] = []
+        self._restarts = RolloutRestarts(config.rollout.restarts)
         self._strangers: frozenset[int] = frozenset()
         self.controller: Child | None = None
         self.policy = PolicyGroup(site.folder, site.ranks, config.policy.restarts, site.environment)
@@ -205,6 +228,16 @@ class Crew:
         for index in self._site.rollouts:
             self._rollouts.append(start_rollout(self._folder, index, self._site.environment))
         return self._rollouts
+
+    def restarts_rollout(self, process: JobProcess) -> bool:
+        """Whether a process that has ended is a rollout replica of this machine that is to be started again."""
+        return process in self._rollouts and self._restarts.allowed(process.name, process.exit_code)
+
+    def restart_rollout(self, process: JobProcess) -> tuple[Child, str]:
+        """Start a rollout replica again; returns the new process, and a line about it."""
+        place = next(place for place, each in enumerate(self._rollouts) if each is process)
+        self._rollouts[place] = start_rollout(self._folder, self._site.rollouts[place], self._site.environment)
+        return self._rollouts[place], self._restarts.count(process.name)
 
     def keep(self, pids: frozenset[int]) -> None:
         """Children of this process that are none of the job's, and not to be killed as orphans."""

@@ -67,16 +67,18 @@ def check_entry_points(
     config, report = draft.config, folder / "entry_points.json"
     worker = config.rollout.worker if draft.knows("rollout.worker") else ""
     trainer = config.policy.trainer if draft.knows("policy.trainer") else ""
-    if not worker and not trainer:
+    items = config.work.items if config.work is not None and draft.knows("work.items") else ""
+    concurrency = config.rollout.concurrency if draft.knows("rollout.concurrency") else 1
+    if not worker and not trainer and not items:
         return []
-    named = [each for each in (worker, trainer) if each]
+    named = [each for each in (worker, trainer, items) if each]
     # They may name files: arguments of a process are bytes, as paths are.
-    classes = [os.fsdecode(bytes_of(each)) for each in (worker, trainer)]
+    worker_text, trainer_text, items_text = (os.fsdecode(bytes_of(each)) for each in (worker, trainer, items))
     strangers = child_pids()
     child = Child(
         "check",
-        "dray.jobs.replica.entry_points",
-        [str(job_file.parent), *classes, str(report)],
+        "dray.jobs.replica.user_check",
+        [str(job_file.parent), worker_text, trainer_text, str(concurrency), items_text, str(report)],
         folder / "check.log",
     )
     deadline = Deadline.after(config.timeouts.start)
@@ -104,7 +106,7 @@ def check_entry_points(
     try:
         mistakes = json.loads(report.read_text(encoding="utf-8"))["mistakes"]
     except (OSError, ValueError) as error:
-        keys = [key for key, text in (("rollout.worker", worker), ("policy.trainer", trainer)) if text]
+        keys = [key for key, text in _user_keys(worker, trainer, items) if text]
         why = f"importing them took longer than timeouts.start = {config.timeouts.start:g} s"
         if not deadline.expired:
             why = f"importing them ended the process ({meaning(child.exit_code or 0)})"
@@ -112,6 +114,10 @@ def check_entry_points(
     if mistakes:
         raise ConfigError.of([ConfigError(**each) for each in mistakes])
     return []
+
+
+def _user_keys(worker: str, trainer: str, items: str) -> tuple[tuple[str, str], ...]:
+    return (("rollout.worker", worker), ("policy.trainer", trainer), ("work.items", items))
 
 
 # --- preparation -------------------------------------------------------------------------------------------------

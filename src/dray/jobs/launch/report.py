@@ -133,6 +133,10 @@ def _counters(status: Status | None) -> dict[str, Any]:
             "reclaimed": sum(each.count("reclaimed") for each in rollouts.values()),
             "abandoned": sum(each.count("abandoned") for each in rollouts.values()),
         },
+        "work_items": {
+            name: status.work_items.get(name, 0) if status is not None else 0
+            for name in ("given_again", "failed_attempts", "given_up")
+        },
         "weight_payloads_fetched": {
             name: progress.count("weight_payloads") for name, progress in sorted(rollouts.items())
         },

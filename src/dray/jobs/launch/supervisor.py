@@ -328,12 +328,10 @@ class Supervisor:
         self._log_end(child, end.reason)
         if request is not None and request.number == signal.SIGTERM and request.explains(code):
             self._asked_members[child.name, child.pid] = end.reason
-        again = (
-            not self._teardowns
-            and not self._signals
-            and outcome is None
-            and child in self._crew.policy.children
-            and self._crew.policy.may_start_again()
+        goes_on = not self._teardowns and not self._signals and outcome is None
+        again = goes_on and (
+            (child in self._crew.policy.children and self._crew.policy.may_start_again())
+            or self._crew.restarts_rollout(child)
         )
         # A process is named when it is killed.
         told = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
@@ -348,7 +346,9 @@ class Supervisor:
             )
         )
         again = again and not (answer is not None and answer.stop)
-        if again:
+        if again and child.role is Role.ROLLOUT:
+            self._restart_rollout(child)
+        elif again:
             self._start_policy_again()
         elif child.role is Role.POLICY or not self._replicas_run:
             self._end()
@@ -364,6 +364,11 @@ class Supervisor:
         for child in policy.start():
             self._selector.register(child.pidfd, selectors.EVENT_READ)
         self._say(f"the policy starts again, {policy.life} of {policy.restarts} times")
+
+    def _restart_rollout(self, ended: JobProcess) -> None:
+        child, line = self._crew.restart_rollout(ended)
+        self._selector.register(child.pidfd, selectors.EVENT_READ)
+        self._say(line)
 
     def _end_silent(self) -> None:
         """A policy replica that counts as dead, but is still there, goes: another life may begin then."""

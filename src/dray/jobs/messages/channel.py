@@ -105,6 +105,8 @@ class RankCommand(Message):
     text: str = ""
     references: list[str] = []
     versions: list[Annotated[int, Field(ge=0)]] = []
+    work_items: list[Annotated[int, Field(ge=0)]] = []
+    metadata: list[str] = []
     identities: list[str] = []
 
 

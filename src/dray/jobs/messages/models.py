@@ -98,7 +98,14 @@ MAX_WARNINGS = 20
 MAX_WARNING = 500
 """Characters of one of them."""
 
+MAX_FAILED = 1024
+"""Failed attempts that one request reports."""
+
+MAX_ERROR = 1000
+"""Characters of the error of a failed rollout."""
+
 Reported = Annotated[list[Index], Field(max_length=MAX_REPORTED)]
+ReportedParts = Annotated[list[tuple[Index, Index, Index]], Field(max_length=MAX_REPORTED)]
 FigureName = Annotated[str, Field(max_length=MAX_FIGURE_NAME)]
 MetricName = Annotated[str, Field(max_length=MAX_METRIC_NAME)]
 Words = Annotated[str, Field(max_length=MAX_WORDS)]
@@ -176,20 +183,41 @@ class ProgressReport(Message):
 class Heartbeat(Caller):
     """``POST /heartbeat``: alive, with progress; `settled` are work items trained on, lost or discarded.
 
+    `settled_parts` are the same for payloads of work items with several: the index of the work item, the number of
+    the payload, and how many payloads there are.
+
     The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
     """
 
     progress: ProgressReport
     settled: Reported = []
+    settled_parts: ReportedParts = []
     until_unread: Annotated[float, Field(ge=0, le=MAX_WORK_WAIT)] = 0.0
 
 
+class FailedAttempt(Message):
+    """A rollout of work item `index` failed with `error`, one line; `attempt` is the number that it was given
+    with."""
+
+    index: Index
+    attempt: Annotated[int, Field(ge=1)]
+    error: Annotated[str, Field(max_length=MAX_ERROR)]
+
+
+FailedAttempts = Annotated[list[FailedAttempt], Field(max_length=MAX_FAILED)]
+
+
 class TakeWork(Caller):
-    """``POST /work-items``: asks for up to `want` work items, and reports those published since the last time."""
+    """``POST /work-items``: asks for up to `want` work items, and reports those published since the last time.
+
+    `failed` are the attempts that failed since then, and `working` the work items that the caller still works on.
+    """
 
     want: Annotated[int, Field(ge=1, le=4096)]
     wait: Annotated[float, Field(ge=0, le=MAX_WORK_WAIT)] = 0.0
     published: Reported = []
+    failed: FailedAttempts = []
+    working: Reported = []
 
 
 class Finish(Caller):
@@ -200,17 +228,19 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last request of a replica, with the work items published since the one before,
-    and the exit code with which it is about to end."""
+    """``POST /unregister``: the last request of a replica, with the work items published and the attempts failed
+    since the one before, and the exit code with which it is about to end."""
 
     reason: Sentence
     published: Reported = []
+    failed: FailedAttempts = []
     exit_code: Annotated[int, Field(ge=0, le=255)] = 0
 
 
 class Died(Message):
     """``POST /died``: the supervisor saw a replica's process `pid` end, with `exit_code` as `subprocess` gives it,
-    and `reason` in case that the replica has given none; `final` unless the supervisor starts its group again.
+    and `reason` in case that the replica has given none; `final` unless the supervisor starts the replica, or its
+    group, again.
 
     It changes nothing for another process of the same name that has registered since."""
 
@@ -243,26 +273,36 @@ class Stop(Message):
 
 
 class Directive(Message):
-    """The answer to register and heartbeat: whether to go on, and how many policy replicas are there to read."""
+    """The answer to register and heartbeat: whether to go on, how many policy replicas are there to read, and how
+    many work items were given up so far."""
 
     phase: Phase
     stop: bool
     readers: int = 0
+    given_up: int = 0
 
 
 class WorkList(Directive):
-    """The answer to work items: pairs of index and seed; empty where there is no work just now."""
+    """The answer to work items: pairs of index and seed; empty where there is no work just now.
+
+    `attempts` says of each, in the same order, which attempt at it this is, from 1.
+    """
 
     work_items: list[tuple[int, int]] = []
+    attempts: list[int] = []
 
 
 class UnsettledWork(Message):
     """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the work items that are not settled,
-    those among them whose trajectories were published, and the next work item."""
+    those among them whose trajectories were published, and the next work item.
+
+    `settled_parts` are the settled payloads of unsettled work items, as in `Heartbeat`.
+    """
 
     unsettled: Indices
     published: Indices
     next: int
+    settled_parts: Annotated[list[tuple[Index, Index, Index]], Field(max_length=1 << 20)] = []
 
 
 class MemberStatus(Message):

@@ -14,8 +14,10 @@ key (``{job}`` with its braces)          type    what it holds
 ======================================  ======  ==================================================================
 
 Fields of an entry of ``rollouts``: ``producer`` (32 hex digits), ``sequence``, ``weight_version``, ``replica``,
-``work_item``, and either ``reference`` (JSON of a `PayloadRef`) or ``payload`` (bytes). A dead letter has the same
-fields but for ``payload``, whose length stands in ``payload_bytes``, and adds ``consumer``, ``deliveries`` and
+``work_item``, and either ``reference`` (JSON of a `PayloadRef`) or ``payload`` (bytes). An entry of a work item
+with several payloads has ``part`` and ``parts``, too, and one with metadata ``metadata`` (a JSON object). A dead
+letter has the same fields but for ``payload``, whose length stands in ``payload_bytes``, and adds ``consumer``,
+``deliveries`` and
 ``reason``. A command has ``name``, ``fields`` (JSON object of strings) and ``token`` (random, tells a repeated
 send). Weights have ``reference`` and ``version``.
 
@@ -42,6 +44,9 @@ SEQUENCE = b"sequence"
 WEIGHT_VERSION = b"weight_version"
 REPLICA = b"replica"
 WORK_ITEM = b"work_item"
+PART = b"part"
+PARTS = b"parts"
+METADATA = b"metadata"
 REFERENCE = b"reference"
 PAYLOAD = b"payload"
 # Fields of a command.

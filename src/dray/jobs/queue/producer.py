@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import secrets
@@ -45,9 +46,12 @@ class RolloutEntry:
         sequence: 0 … 2**64 - 1.
         weight_version: version of the weights that the payload was made with.
         replica: name of the rollout replica.
-        work item: index of the work item.
+        work_item: index of the work item.
         reference: JSON of the `PayloadRef`.
         payload: the packed payload itself; with a reference, a copy that spares readers the way to the producer.
+        part: which of the payloads of its work item this is, from 0.
+        parts: how many payloads the work item has.
+        metadata: a JSON object, for the trainer; empty for none.
 
     Attributes:
         id: the payload's identity; slot and size are 0 where no reference has them.
@@ -63,6 +67,9 @@ class RolloutEntry:
     work_item: int
     reference: str | None = None
     payload: bytes | None = field(default=None, repr=False)
+    part: int = 0
+    parts: int = 1
+    metadata: str = field(default="", repr=False)
     id: PayloadId = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +79,8 @@ class RolloutEntry:
             value = getattr(self, name)
             if not 0 <= value <= _MAX_NUMBER:
                 raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**64 - 1")
+        if not 0 <= self.part < self.parts <= _MAX_NUMBER:
+            raise ConfigError("entry.part", self.part, f"a number below entry.parts, which is {self.parts}")
         if self.reference is None and self.payload is None:
             raise ConfigError("entry", None, "must have a reference, a payload, or both", "is empty")
         slot = nbytes = 0
@@ -95,6 +104,10 @@ class RolloutEntry:
             keys.REPLICA, self.replica,
             keys.WORK_ITEM, self.work_item,
         ]  # fmt: skip
+        if self.parts > 1:
+            fields += [keys.PART, self.part, keys.PARTS, self.parts]
+        if self.metadata:
+            fields += [keys.METADATA, self.metadata]
         if self.reference is not None:
             fields += [keys.REFERENCE, self.reference]
         if self.payload is not None:
@@ -118,11 +131,24 @@ class RolloutEntry:
                 work_item=int(fields[keys.WORK_ITEM]),
                 reference=None if reference is None else reference.decode(),
                 payload=fields.get(keys.PAYLOAD),
+                part=int(fields.get(keys.PART, 0)),
+                parts=int(fields.get(keys.PARTS, 1)),
+                metadata=_checked_metadata(fields.get(keys.METADATA, b"")),
             )
         except KeyError as error:
             raise ProtocolError(f"an entry of the rollout stream has no field {error}") from error
         except ValueError as error:  # one of this class's own among them
             raise ProtocolError(f"an entry of the rollout stream is malformed: {error}") from error
+
+
+def _checked_metadata(text: bytes) -> str:
+    """`text`, which must be empty or a JSON object."""
+    try:
+        if text and not isinstance(json.loads(text), dict):
+            raise ValueError("its metadata is no JSON object")
+    except RecursionError as error:
+        raise ValueError("its metadata is nested too deeply") from error
+    return text.decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ class Replica:
         leaving_reason: what the controller is told when the replica leaves; by default why it was to stop.
         exit_code: with which it will end, as far as that is known.
         published: work items whose trajectories were handed on and that the controller was not told of yet.
+        failed_attempts: failed attempts at work items that the controller was not told of yet.
     """
 
     def __init__(self, spec: JobSpec, role: Role, index: int, stop: StopFlag) -> None:
@@ -67,6 +68,7 @@ class Replica:
         self.leaving_reason = ""
         self.exit_code = ExitCode.OK
         self.published: list[int] = []
+        self.failed_attempts: list[models.FailedAttempt] = []
         self._left = False
         self._resources = ExitStack()
 
@@ -152,7 +154,8 @@ class Replica:
             incarnation=self.incarnation,
             reason=printable(self.leaving_reason or self.stop.reason or "done", MAX_SENTENCE),
             exit_code=self.exit_code,
-            published=self.published,
+            published=self.published[: models.MAX_REPORTED],
+            failed=self.failed_attempts[: models.MAX_FAILED],
         )
         try:
             with shutdown_step("unregister", "the controller", UNREGISTER_BOUND):

@@ -24,8 +24,10 @@ from dray.identifiers import PayloadId
 from dray.jobs.config import PolicyTable
 from dray.jobs.files import read_private_file, write_json
 from dray.jobs.messages.models import UnsettledWork
+from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.queue import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
+from dray.jobs.replica.staleness import StalenessWindow
 
 _LOG = logging.getLogger("dray.jobs.replica.delivery")
 _CLAIM_INTERVAL = 2.0
@@ -161,40 +163,6 @@ class PayloadTracker:
         return {state: states.count(state) for state in PayloadState}
 
 
-class StalenessWindow:
-    """Which work items' payloads a training step has to use so that none becomes too old. No I/O and no clock.
-
-    With at most (s + 1) batches of work items under way, and each step using those with the lowest indices, no
-    payload is trained on by weights more than s versions newer than those it was made with: work item i is given
-    out when all but (s + 1) batches of those before it are settled and the weights trained on them are published,
-    and it is trained on when all before it are.
-
-    Args:
-        unsettled: the work items that were given out and are not settled.
-        following: index of the first one that was not given out.
-    """
-
-    def __init__(self, unsettled: Iterable[int], following: int) -> None:
-        self._unsettled = set(unsettled)
-        self._following = following
-
-    def last_due(self, count: int, in_use: Collection[int] = ()) -> int:
-        """The highest index among the `count` lowest that are neither settled nor `in_use` by an earlier step."""
-        given = sorted(self._unsettled.difference(in_use))
-        if len(given) >= count:
-            return given[count - 1]
-        beyond = sum(index >= self._following for index in in_use)
-        return self._following + beyond + count - len(given) - 1
-
-    def settled(self, indices: Iterable[int]) -> None:
-        """These are trained on, or never will be; those that were not given out as far as known are now."""
-        for index in indices:
-            if index >= self._following:
-                self._unsettled.update(range(self._following, index))
-                self._following = index + 1
-            self._unsettled.discard(index)
-
-
 # --- acting on it ------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +203,15 @@ class WorkReports(Protocol):
         """These are trained on, or never will be."""
         ...
 
+    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        """These payloads are trained on, or never will be."""
+        ...
+
+    @property
+    def given_up(self) -> int:
+        """How many work items were given up so far: after failed rollouts, no payload of them comes."""
+        ...
+
 
 class Deliveries:
     """What the policy group is given, and what becomes of it. Used by the first rank only; thread-safe.
@@ -250,6 +227,7 @@ class Deliveries:
         count: adds to a counter of the replica: `discarded`, `too_old` or `dead_letters`.
         ending: whether the replica must end.
         in_order: payloads are used in the order of their work items.
+        payloads_each: how many payloads a work item has at least.
         patience: seconds after which a payload that did not come is not waited for.
         timeout: seconds for one call of the queue.
 
@@ -272,6 +250,7 @@ class Deliveries:
         count: Callable[[str, int], None],
         ending: Callable[[], bool],
         in_order: bool,
+        payloads_each: int,
         patience: float,
         timeout: float,
         clock: Clock = MONOTONIC,
@@ -286,13 +265,14 @@ class Deliveries:
         self._count = count
         self._ending = ending
         self._in_order = in_order
+        self._payloads_each = payloads_each
+        self._given_up = 0
         self._patience = patience
         self._timeout = timeout
         self._clock = clock
         self.payloads = PayloadTracker()
         self._window: StalenessWindow | None = None
         self._window_lock = threading.Lock()
-        self._in_use: set[int] = set()  # work items of a step that has begun, until they are settled
         self._overdue = self._starving = Deadline.after(patience, clock)
         self._next_claim = Deadline.after(_CLAIM_INTERVAL, clock)
         self._next_statistics = Deadline.after(0, clock)
@@ -353,12 +333,22 @@ class Deliveries:
 
     def _settle_ended(self) -> None:
         """Settle work items that were published and are not in the stream: those of which no end was reported."""
-        known = self._work.unsettled()
-        with self._window_lock:
-            self._window = self._window or StalenessWindow(known.unsettled, known.next)
+        known = self._compare_window()
         if known.published:
             listed = set(self._queue.listed_work_items(self._timeout))
             self._settle(index for index in known.published if index not in listed)
+
+    def _compare_window(self) -> UnsettledWork:
+        """Ask the controller what is unsettled: it alone knows which work items were given up."""
+        self._given_up = self._work.given_up
+        known = self._work.unsettled()
+        with self._window_lock:
+            if self._window is None:
+                self._window = StalenessWindow(known.unsettled, known.next, self._payloads_each)
+                self._window.settled_payloads(known.settled_parts)
+            else:
+                self._window.compare(known.unsettled, known.next)
+        return known
 
     # --- receiving --------------------------------------------------------------------------------------------
 
@@ -373,6 +363,8 @@ class Deliveries:
             # An earlier life that was paused in the middle of a call may have been given something since.
             self.payloads.receive(self._queue.claim_others(self._timeout))
             self._next_claim = Deadline.after(_CLAIM_INTERVAL, self._clock)
+        if self._in_order and self._given_up != self._work.given_up:
+            self._compare_window()
         due = self._due(count)
         if not due:
             received = self._queue.receive(count, timeout)
@@ -394,7 +386,8 @@ class Deliveries:
             return found[:count]
         found.sort(key=lambda each: each.entry.work_item)
         with self._window_lock:
-            last = self._window.last_due(self._policy.batch_size, self._in_use)
+            self._window.found(_parts(found))
+            last = self._window.last_due(self._policy.batch_size)
         due = [each for each in found if each.entry.work_item <= last][:count]
         if due:
             self._overdue = Deadline.after(self._patience, self._clock)
@@ -433,7 +426,8 @@ class Deliveries:
         """A training step on these begins."""
         self.payloads.apply(PayloadEvent.BEGIN, _ids(deliveries))
         with self._window_lock:
-            self._in_use.update(each.entry.work_item for each in deliveries)
+            if self._window is not None:
+                self._window.begin(_parts(deliveries))
 
     def trained(self, deliveries: Sequence[Delivery]) -> None:
         """The weights are trained on these; commit them now unless that waits for the checkpoint.
@@ -467,7 +461,7 @@ class Deliveries:
     def settled(self, deliveries: Sequence[Delivery]) -> None:
         """Report that these are trained on, after their weights were published: a replica that is given a work
         item from then on acts with them."""
-        self._settle(each.entry.work_item for each in deliveries)
+        self._settle_payloads([each.entry for each in deliveries])
 
     def freed(self, waiting: Collection[PayloadId]) -> None:
         """Of the payloads that are done with, all but those in `waiting` are freed."""
@@ -539,13 +533,19 @@ class Deliveries:
 
     def _end(self, entries: Sequence[RolloutEntry], counter: str) -> None:
         self._free(entries)
-        self._settle(each.work_item for each in entries)
+        self._settle_payloads(entries)
         self._count(counter, len(entries))
+
+    def _settle_payloads(self, entries: Sequence[RolloutEntry]) -> None:
+        payloads = [(each.work_item, each.part, each.parts) for each in entries]
+        with self._window_lock:
+            if self._window is not None:
+                self._window.settled_payloads(payloads)
+        self._work.settled_payloads(payloads)
 
     def _settle(self, work_items: Iterable[int]) -> None:
         indices = list(work_items)
         with self._window_lock:
-            self._in_use.difference_update(indices)
             if self._window is not None:
                 self._window.settled(indices)
         self._work.settled(indices)
@@ -553,3 +553,7 @@ class Deliveries:
 
 def _ids(deliveries: Iterable[Delivery]) -> list[PayloadId]:
     return [each.entry.id for each in deliveries]
+
+
+def _parts(deliveries: Iterable[Delivery]) -> list[PayloadPart]:
+    return [(each.entry.work_item, each.entry.part, each.entry.parts) for each in deliveries]

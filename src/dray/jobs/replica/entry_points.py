@@ -15,10 +15,8 @@ from dray.errors import ConfigError
 from dray.forking import parent_only
 from dray.jobs.api import PolicyTrainer, RolloutWorker
 from dray.jobs.config import ENTRY_POINT_FORM
-from dray.jobs.files import write_json
-from dray.jobs.process import begin_process
-from dray.jobs.replica.user_code import described_error
-from dray.text import path_of, printable, text_of
+from dray.jobs.replica.user_code import described_error, is_async
+from dray.text import path_of, printable
 
 # --- entry point -------------------------------------------------------------------------------------------------
 
@@ -32,27 +30,48 @@ def load_entry_point(key: str, text: str, folder: Path) -> type[Any]:
     Raises:
         ConfigError: the module cannot be found or imported, or has no such class.
     """
-    module_name, _, class_name = text.partition(":")
-    if module_name.endswith(".py"):
-        module = _file(key, text, folder / path_of(module_name))
-    else:
-        module = _module(key, text, module_name)
+    module, class_name = _load_module(key, text, folder, ENTRY_POINT_FORM)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = sorted(
             name for name, value in vars(module).items() if isinstance(value, type) and name[0] != "_"
         )
         names = ", ".join(classes) or "none"
-        raise _unusable(key, text, f"{module_name} has no class {class_name}, but {names}")
+        raise _unusable(key, text, f"{text.partition(':')[0]} has no class {class_name}, but {names}")
     return found
 
 
-def check_entry_points(worker: str | None, trainer: str | None, folder: Path) -> None:
+def load_object(key: str, text: str, folder: Path, form: str) -> Any:
+    """Import whatever `text` names; a file is looked for in `folder`.
+
+    Args:
+        key: the job file's key, for the error.
+        form: what the key allows, for the error.
+
+    Raises:
+        ConfigError: the module cannot be found or imported, or has nothing of that name.
+    """
+    module, name = _load_module(key, text, folder, form)
+    if not hasattr(module, name):
+        raise _unusable(key, text, f"{text.partition(':')[0]} has no {name}; must be {form}")
+    return getattr(module, name)
+
+
+def _load_module(key: str, text: str, folder: Path, form: str) -> tuple[ModuleType, str]:
+    """The module that `text` names, and the name in it."""
+    module_name, _, name = text.partition(":")
+    if module_name.endswith(".py"):
+        return _file(key, text, folder / path_of(module_name), form), name
+    return _module(key, text, module_name), name
+
+
+def check_entry_points(worker: str | None, trainer: str | None, folder: Path, *, concurrency: int = 1) -> None:
     """Import both classes and see that they can be made, and called, as the runtime does it.
 
     Args:
         worker: None if it is not known: then the other one alone is checked.
         trainer: the same.
+        concurrency: `rollout.concurrency`, which a worker with a plain `rollout` cannot have above 1.
 
     Raises:
         ConfigError: one cannot be imported, or does not fit; every mistake of both is named.
@@ -70,6 +89,12 @@ def check_entry_points(worker: str | None, trainer: str | None, folder: Path) ->
             mistakes.append(error)
         else:
             mistakes += [_unusable(key, text, reason) for reason in misfits(found, contract)]
+            if contract is RolloutWorker and concurrency > 1 and not mistakes and not is_async(found, "rollout"):
+                allowed = (
+                    f"must be 1, as {found.__name__}.rollout() is a plain function, which works on one work item "
+                    "at a time: make it an async function, or set rollout.replicas"
+                )
+                mistakes.append(ConfigError("rollout.concurrency", concurrency, allowed))
     if mistakes:
         raise ConfigError.of(mistakes)
 
@@ -83,11 +108,26 @@ def misfits(found: type[Any], contract: type[Any]) -> Iterator[str]:
     yield from _constructor_misfits(found)
     methods = {name: each for name, each in vars(contract).items() if inspect.isfunction(each) and name[0] != "_"}
     missing = [name for name in methods if not callable(getattr(found, name, None))]
+    asynchronous = contract is RolloutWorker and is_async(found, "rollout")
     if missing:
         yield f"it lacks {', '.join(missing)}; the methods must be {', '.join(methods)}"
     for name, wanted in methods.items():
         if name not in missing:
+            if is_async(found, name) and not (asynchronous and name in _MAY_BE_ASYNC):
+                yield _async_misfit(contract, name)
             yield from _method_misfits(found, name, list(inspect.signature(wanted).parameters))
+
+
+_MAY_BE_ASYNC = ("rollout", "load_weights")
+"""Methods of an asynchronous worker that dray awaits."""
+
+
+def _async_misfit(contract: type[Any], name: str) -> str:
+    if contract is RolloutWorker and name in _MAY_BE_ASYNC:
+        return (
+            f"{name}() is an async function, and rollout() is not: make both async, or {name}() a plain function"
+        )
+    return f"{name}() is an async function, and dray does not await it: make it a plain function"
 
 
 def _constructor_misfits(found: type[Any]) -> Iterator[str]:
@@ -102,9 +142,7 @@ def _constructor_misfits(found: type[Any]) -> Iterator[str]:
 def _method_misfits(found: type[Any], name: str, parameters: list[str]) -> Iterator[str]:
     """Those of one method, which is called with `parameters`, `self` among them, by position."""
     method, static = getattr(found, name), inspect.getattr_static(found, name)
-    if inspect.iscoroutinefunction(method):
-        yield f"{name}() is an async function, and dray does not await it: make it a plain function"
-    elif inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+    if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
         yield f"{name}() is a generator, as it uses yield: return the value instead"
     takes_self = inspect.isfunction(static)
     if not takes_self and not isinstance(static, staticmethod | classmethod):
@@ -134,13 +172,13 @@ def _refusal(signature: inspect.Signature, count: int) -> str:
     return ""
 
 
-def _file(key: str, text: str, path: Path) -> ModuleType:
+def _file(key: str, text: str, path: Path, form: str) -> ModuleType:
     name = f"dray_job_{path.stem}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded
     if not path.is_file():
-        raise _unusable(key, text, f"there is no file {path}; must be {ENTRY_POINT_FORM}")
+        raise _unusable(key, text, f"there is no file {path}; must be {form}")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -168,29 +206,3 @@ def _module(key: str, text: str, name: str) -> ModuleType:
 
 def _unusable(key: str, text: str, reason: str) -> ConfigError:
     return ConfigError(key, text, printable(reason, 1000), f"= {text!r} cannot be used")
-
-
-# --- entry points ------------------------------------------------------------------------------------------------
-
-# A process that imports the user's classes and tells whether that works: ``FOLDER WORKER TRAINER REPORT``.
-#
-# One of the classes may be empty text: it is not checked. The process ends before the job starts, so that nothing
-# of the user's code stays in the supervisor.
-
-
-def main() -> int:
-    """Write to REPORT what is wrong: the parts of each mistake of a `ConfigError`."""
-    begin_process("check")
-    folder, worker, trainer, report = sys.argv[1:]
-    mistakes: tuple[ConfigError, ...] = ()
-    try:
-        check_entry_points(text_of(worker) or None, text_of(trainer) or None, Path(folder))
-    except ConfigError as error:
-        mistakes = error.mistakes
-    parts = [{name: getattr(each, name) for name in ("key", "value", "allowed", "problem")} for each in mistakes]
-    write_json(Path(report), {"mistakes": parts})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,6 +30,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MembershipError
+from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.process import StopFlag, exit_at_once
 from dray.text import printable
 
@@ -180,6 +181,7 @@ class Heartbeat:
     Attributes:
         over_at: since when the job ends, on the clock of this process: the controller has said so, or does not
             answer while the replica is to end. `unread` is set as well if the controller is gone.
+        given_up: how many work items of the job were given up so far.
     """
 
     def __init__(
@@ -196,6 +198,7 @@ class Heartbeat:
         bounds: EndBounds,
     ) -> None:
         self.over_at: float | None = None
+        self.given_up = 0
         self.job_over = threading.Event()
         self.unread = threading.Event()
         self._watching_readers = False
@@ -211,6 +214,7 @@ class Heartbeat:
         self._bounds = bounds
         self._lock = threading.Lock()
         self._settled: list[int] = []
+        self._settled_parts: list[PayloadPart] = []
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -220,6 +224,15 @@ class Heartbeat:
         """Report, at once, work items whose trajectories are trained on, lost or discarded."""
         with self._lock:
             self._settled.extend(indices)
+        self._wake.set()
+
+    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        """Report, at once, payloads that are trained on, lost or discarded: each settles its part of a work
+        item."""
+        found = list(payloads)
+        with self._lock:
+            self._settled.extend(index for index, _, parts in found if parts == 1)
+            self._settled_parts.extend(each for each in found if each[2] > 1)
         self._wake.set()
 
     def beat_now(self) -> None:
@@ -264,7 +277,9 @@ class Heartbeat:
                 _LOG.warning("no answer from the controller for %.1f s: %s", silence, error)
             except ControlPlaneError as error:
                 return self._fatal(str(error), ExitCode.INTERNAL)
-            if (last and not self._settled) or (self._silent and self._closed.is_set()):
+            if (last and not self._settled and not self._settled_parts) or (
+                self._silent and self._closed.is_set()
+            ):
                 return None
             if not self._until_unread:
                 began = MONOTONIC.now()
@@ -294,13 +309,18 @@ class Heartbeat:
         with self._lock:
             # What is more comes with the next one, at once.
             settled, self._settled = self._settled[: models.MAX_REPORTED], self._settled[models.MAX_REPORTED :]
-            if self._settled:
+            parts, self._settled_parts = (
+                self._settled_parts[: models.MAX_REPORTED],
+                self._settled_parts[models.MAX_REPORTED :],
+            )
+            if self._settled or self._settled_parts:
                 self._wake.set()
         body = models.Heartbeat(
             name=self._name,
             incarnation=self._incarnation,
             progress=self._activity.report(),
             settled=settled,
+            settled_parts=parts,
             until_unread=self._until_unread,
         )
         try:
@@ -308,7 +328,9 @@ class Heartbeat:
         except ControllerLostError:
             with self._lock:
                 self._settled[:0] = settled
+                self._settled_parts[:0] = parts
             raise
+        self.given_up = answer.given_up
         if answer.stop:
             if not self.job_over.is_set():
                 self.over_at = MONOTONIC.now()

@@ -25,6 +25,7 @@ from dray.jobs.folder import finite
 from dray.jobs.messages import models
 from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand
 from dray.jobs.messages.models import OutcomeKind, Role
+from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.process import leave, shutdown_step
 from dray.jobs.queue import RedisUnavailableError, RolloutConsumer
 from dray.jobs.replica.base import Replica, run_replica, stop_code
@@ -127,6 +128,13 @@ class _Controller:
 
     def settled(self, work_items: Iterable[int]) -> None:
         self._replica.heartbeat.settled(work_items)
+
+    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        self._replica.heartbeat.settled_payloads(payloads)
+
+    @property
+    def given_up(self) -> int:
+        return self._replica.heartbeat.given_up
 
 
 class Training:
@@ -249,6 +257,7 @@ class Training:
             count=replica.activity.counters.add,
             ending=lambda: replica.stop.is_set,
             in_order=config.in_order,
+            payloads_each=config.payloads_of_work_item,
             patience=2 * config.controller.dead_after,  # a work item whose replica has died is given out by then
             timeout=config.timeouts.redis,
         )

@@ -13,6 +13,7 @@ from dray.jobs.files import FOLDER_MODE
 from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.ranks import Failure
+from dray.jobs.replica.rollout_result import decoded_metadata
 from dray.jobs.replica.user_code import UserCodeError, call_user, save_into
 from dray.payload import Arrays
 from dray.prefetch import BatchReader, Fetched
@@ -32,7 +33,7 @@ class RankWorker:
         self._reader = reader
         self._timeout = replica.spec.config.timeouts.read
         self._found: dict[str, Arrays | DrayError] = {}  # what was read, by the payload's key
-        self._versions: dict[str, int] = {}
+        self._about: dict[str, tuple[int, int, str]] = {}  # version of the weights, work item, metadata
 
     def run(self) -> ExitCode:
         """The exit code with which the replica ends.
@@ -93,12 +94,13 @@ class RankWorker:
         return RankReply(failed=failed)
 
     def _train(self, order: RankCommand) -> RankReply:
-        trajectories = [
-            Trajectory(cast(Arrays, self._found[identity]), self._versions[identity])
-            for identity in order.identities
-        ]
+        trajectories = []
+        for identity in order.identities:
+            version, work_item, metadata = self._about[identity]
+            arrays = cast(Arrays, self._found[identity])
+            trajectories.append(Trajectory(arrays, version, work_item, decoded_metadata(metadata)))
         self._found.clear()
-        self._versions.clear()
+        self._about.clear()
         self._reader.start(self._references(order), timeout=self._timeout)
         call_user(self._trainer, "train_step", trajectories)
         self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
@@ -106,8 +108,8 @@ class RankWorker:
 
     def _references(self, order: RankCommand) -> list[PayloadRef]:
         references = [PayloadRef.from_json(text) for text in order.references]
-        for each, version in zip(references, order.versions, strict=True):
-            self._versions[each.id.key] = version
+        about = zip(order.versions, order.work_items, order.metadata, strict=True)
+        self._about |= {each.id.key: rest for each, rest in zip(references, about, strict=True)}
         return references
 
     def _keep(self, results: Iterable[Fetched]) -> None:

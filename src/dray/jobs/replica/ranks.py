@@ -169,6 +169,8 @@ class Ranks:
         return {
             "references": [entry.reference or "" for entry in entries],
             "versions": [entry.weight_version for entry in entries],
+            "work_items": [entry.work_item for entry in entries],
+            "metadata": [entry.metadata for entry in entries],
         }
 
     def _tell(self, order: Callable[[int], RankCommand]) -> None:

@@ -13,6 +13,7 @@ from dray.jobs.api import Trajectory
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.ranks import Batch, Failure
+from dray.jobs.replica.rollout_result import decoded_metadata
 from dray.jobs.replica.transfer import Arrays
 from dray.resources import Closing
 
@@ -172,7 +173,8 @@ class ReadAhead(Closing):
                 failed[entry.identity] = "stale" if isinstance(arrays, StaleSlotError) else "lost"
                 _LOG.warning("payload %s: %s", entry.id, arrays)
             else:
-                batch.trajectories[entry.id] = Trajectory(arrays, entry.weight_version)
+                metadata = decoded_metadata(entry.metadata)
+                batch.trajectories[entry.id] = Trajectory(arrays, entry.weight_version, entry.work_item, metadata)
         good = [[each for each in given if each.entry.identity not in failed] for given in dealt]
         self._deliveries.read(each for given in good for each in given)
         with self._changed:

@@ -49,7 +49,7 @@ class RedisPublisher:
     """See `TrajectoryPublisher`. A copy of what may be unsettled is kept, to publish it again after a loss."""
 
     def __init__(self, replica: Replica) -> None:
-        bound = replica.spec.config.work_items_in_flight
+        bound = replica.spec.config.work_items_in_flight * replica.spec.config.payloads_of_work_item
         self._replica = replica
         self._queue = RolloutProducer(replica.redis, replica.keys, max_backlog=bound)
         self._producer = secrets.token_hex(16)
@@ -57,7 +57,16 @@ class RedisPublisher:
         self._recent: deque[RolloutEntry] = deque(maxlen=bound)
         self._next_check = Deadline.after(_CHECK_INTERVAL)
 
-    def put(self, arrays: Arrays, *, work_item: int, weight_version: int) -> bool:
+    def put(
+        self,
+        arrays: Arrays,
+        *,
+        work_item: int,
+        weight_version: int,
+        part: int = 0,
+        parts: int = 1,
+        metadata: str = "",
+    ) -> bool:
         image = bytes(_packed(arrays))
         entry = RolloutEntry(
             producer=self._producer,
@@ -65,6 +74,9 @@ class RedisPublisher:
             weight_version=weight_version,
             replica=self._replica.name,
             work_item=work_item,
+            part=part,
+            parts=parts,
+            metadata=metadata,
             payload=image,
         )
         while not self._replica.stop.is_set:

@@ -188,7 +188,16 @@ class RingPublisher:
         self._next_look = Deadline.after(_LOOK_INTERVAL)
         replica.activity.show_ages(self._ages)
 
-    def put(self, arrays: Arrays, *, work_item: int, weight_version: int) -> bool:
+    def put(
+        self,
+        arrays: Arrays,
+        *,
+        work_item: int,
+        weight_version: int,
+        part: int = 0,
+        parts: int = 1,
+        metadata: str = "",
+    ) -> bool:
         reference = self._claim(arrays)
         if reference is None:
             return False
@@ -198,6 +207,9 @@ class RingPublisher:
             weight_version=weight_version,
             replica=self._replica.name,
             work_item=work_item,
+            part=part,
+            parts=parts,
+            metadata=metadata,
             reference=reference.to_json(),
             payload=self._small(reference),
         )
@@ -256,12 +268,12 @@ class RingPublisher:
         for sequence in self._orphans.orphans([entry.sequence for entry in ended], MONOTONIC.now()):
             consumed = [self._ring.consume(ready[sequence], sequence, each) for each in range(self._ring.readers)]
             if any(consumed):
-                work_item = self._entries[sequence].work_item
+                entry = self._entries[sequence]
                 _LOG.warning(
-                    "payload of work item %d is an orphan, which the stream does not list: freed", work_item
+                    "payload of work item %d is an orphan, which the stream does not list: freed", entry.work_item
                 )
                 self._replica.activity.counters.add("reclaimed")
-                self._replica.heartbeat.settled([work_item])
+                self._replica.heartbeat.settled_payloads([(entry.work_item, entry.part, entry.parts)])
 
     def _again(self) -> list[RolloutEntry]:
         waiting = [self._entries[sequence] for sequence in self._waiting()]

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from dray.clock import MONOTONIC
-from dray.jobs.api import RolloutWorker, WorkItem
+from dray.jobs.api import RolloutWorker
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.messages import models
 from dray.jobs.messages.models import Role
-from dray.jobs.process import ShutdownStep, closed_by_step, leave, shutdown_step
+from dray.jobs.process import ShutdownStep, closed_by_step, exit_at_once, leave, shutdown_step
+from dray.jobs.replica.async_rollouts import AsyncRollouts
 from dray.jobs.replica.base import Replica, run_replica, stop_code
 from dray.jobs.replica.entry_points import load_entry_point
+from dray.jobs.replica.rollout_result import returned_payloads
 from dray.jobs.replica.transfer import TrajectoryPublisher, WeightsSubscriber
 from dray.jobs.replica.transfer_choice import open_rollout_ends
-from dray.jobs.replica.user_code import UserCodeError, call_user, carried, make_user_object, returned_arrays
+from dray.jobs.replica.user_code import (
+    UserCodeError,
+    UserValueError,
+    call_name,
+    call_user,
+    carried,
+    is_async,
+    make_user_object,
+)
+from dray.jobs.replica.work_source import Assignment, WorkSource
 
 _LOG = logging.getLogger("dray.jobs.replica.rollout")
 _SLICE = 0.5
@@ -29,79 +42,146 @@ def work(replica: Replica) -> ExitCode:
     worker: RolloutWorker = make_user_object(worker_class)
     call_user(worker, "setup", replica.context(dict(config.args)))
     with ExitStack() as opened:
+        source = opened.enter_context(WorkSource(replica))
         closing = ShutdownStep("stop serving payloads", "transfers in flight", replica.bounds.close)
         outlet, weights = closed_by_step(opened, open_rollout_ends(replica), closing)
         replica.stop.disposable = False
         try:
-            _generate(replica, worker, outlet, weights)
+            if is_async(worker, "rollout"):
+                AsyncRollouts(replica, worker, source, outlet, weights).run()
+            else:
+                SyncRollouts(replica, worker, source, outlet, weights).run()
         except UserCodeError as error:
             replica.stop.set(str(error), error.exit_code)
-            _drain(replica, outlet)
+            drain(replica, outlet)
             raise
-        _drain(replica, outlet)
+        drain(replica, outlet)
     return stop_code(replica.stop, ExitCode.OK)
 
 
-def _generate(
-    replica: Replica, worker: RolloutWorker, outlet: TrajectoryPublisher, weights: WeightsSubscriber
-) -> None:
-    activity, stop = replica.activity, replica.stop
-    version = _load_weights(replica, worker, weights, None)
-    while not stop.is_set:
-        activity.waits("work_items", "the policy")
-        answer = replica.client.post(
-            "/work-items",
-            models.TakeWork(
-                name=replica.name,
-                incarnation=replica.incarnation,
-                want=replica.spec.config.rollout.work_item_batch,
-                wait=_SLICE,
-                published=replica.published,
-            ),
-            models.WorkList,
-        )
-        replica.published = []
-        if answer.stop:
-            replica.heartbeat.job_over.set()
-            stop.set(f"the job is {answer.phase.value}")
-        if not answer.work_items:
-            outlet.refresh()
-        for index, seed in answer.work_items:
-            version = _load_weights(replica, worker, weights, version)
-            if stop.is_set:
+class SyncRollouts:
+    """The loop of a worker whose `rollout` is a plain function: one work item at a time, in the main thread."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        worker: RolloutWorker,
+        source: WorkSource,
+        outlet: TrajectoryPublisher,
+        weights: WeightsSubscriber,
+    ) -> None:
+        self._replica = replica
+        self._config = replica.spec.config.rollout
+        self._worker = worker
+        self._source = source
+        self._outlet = outlet
+        self._weights = weights
+        self._version: int | None = None
+
+    def run(self) -> None:
+        """Until the replica must stop.
+
+        Raises:
+            UserCodeError: another method than `rollout` raised, or a method returned what cannot be used.
+        """
+        activity, stop = self._replica.activity, self._replica.stop
+        self._load_weights()
+        while not stop.is_set:
+            activity.waits("work items", "the policy")
+            assignments = self._source.take(self._config.work_item_batch, _SLICE)
+            if not assignments:
+                self._outlet.refresh()
+            for assignment in assignments:
+                self._load_weights()
+                if stop.is_set:
+                    return
+                self._attempt(assignment)
+
+    def _attempt(self, assignment: Assignment) -> None:
+        activity = self._replica.activity
+        activity.doing("generating")
+        began = MONOTONIC.now()
+        try:
+            with self._limited(assignment):
+                found = call_user(self._worker, "rollout", assignment.item)
+            payloads = returned_payloads(self._worker, found, self._config.payloads_per_work_item)
+        except UserValueError:
+            raise
+        except UserCodeError as error:
+            self._source.failed(assignment, error)
+            return
+        activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
+        activity.waits("room to hand on a trajectory", "the policy")
+        for part, payload in enumerate(payloads):
+            with carried(self._worker, "rollout"):
+                handed_on = self._outlet.put(
+                    payload.arrays,
+                    work_item=assignment.item.index,
+                    weight_version=self._version or 0,
+                    part=part,
+                    parts=len(payloads),
+                    metadata=payload.metadata,
+                )
+            if not handed_on:
                 return
-            activity.doing("generating")
-            began = MONOTONIC.now()
-            found = call_user(worker, "rollout", WorkItem(index, seed))
-            arrays = returned_arrays(worker, "rollout", found)
-            activity.counters.add_all({"rollouts": 1, "rollout_seconds": MONOTONIC.now() - began})
-            activity.waits("room to hand on a trajectory", "the policy")
-            with carried(worker, "rollout"):
-                handed_on = outlet.put(arrays, work_item=index, weight_version=version)
-            if handed_on:
-                replica.published.append(index)
+        self._source.published(assignment)
+
+    @contextmanager
+    def _limited(self, assignment: Assignment) -> Iterator[None]:
+        """End the replica if the block takes longer than `rollout.timeout`: a thread cannot be interrupted."""
+        if self._config.timeout is None:
+            yield
+            return
+        decided = threading.Lock()
+
+        def expire() -> None:
+            if decided.acquire(blocking=False):
+                self._end_hung(assignment)
+
+        timer = threading.Timer(self._config.timeout, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if not decided.acquire(blocking=False):
+                timer.join(self._replica.spec.config.timeouts.shutdown)  # it ends the process
+
+    def _end_hung(self, assignment: Assignment) -> None:
+        replica = self._replica
+        what = (
+            f"{call_name(self._worker, 'rollout')} took longer than rollout.timeout = {self._config.timeout:g} s"
+        )
+        error = UserCodeError(f"{what} for work item {assignment.item.index}")
+        _LOG.error("%s; the stacks follow", error)
+        faulthandler.dump_traceback(all_threads=True)
+        self._source.failed(assignment, error)
+        replica.stop.set(str(error), error.exit_code)
+        drain(replica, self._outlet)
+        replica.leave_at_once(error)
+        exit_at_once(error.exit_code)
+
+    def _load_weights(self) -> None:
+        """Take over newer weights; the first ones are waited for."""
+        newest = None
+        if self._version is None:
+            self._replica.activity.waits("the first weights", "the policy")
+            while newest is None and not self._replica.stop.is_set:
+                newest = self._weights.newer(_SLICE)
+        else:
+            newest = self._weights.newer(0.0)
+        if newest is None:
+            return
+        call_user(self._worker, "load_weights", newest[1], newest[0])
+        self._version = newest[0]
+        self._replica.activity.show("weight_version", newest[0])
 
 
-def _load_weights(replica: Replica, worker: RolloutWorker, weights: WeightsSubscriber, version: int | None) -> int:
-    """Take over newer weights; the first ones (`version` ``None``) are waited for. Returns the acting version."""
-    newest = None
-    if version is None:
-        replica.activity.waits("the first weights", "the policy")
-        while newest is None and not replica.stop.is_set:
-            newest = weights.newer(_SLICE)
-    else:
-        newest = weights.newer(0.0)
-    if newest is None:
-        return version or 0
-    call_user(worker, "load_weights", newest[1], newest[0])
-    replica.activity.show("weight_version", newest[0])
-    return newest[0]
-
-
-def _drain(replica: Replica, outlet: TrajectoryPublisher) -> None:
+def drain(replica: Replica, outlet: TrajectoryPublisher) -> None:
     """While the job goes on, its policy still reads what this replica has published."""
     stop, bound = replica.stop, replica.bounds.leave
-    _LOG.info("shutdown: took no more work items and finished the rollout at hand, which took %.2f s", stop.since)
+    _LOG.info("shutdown: took no more work items; the rollouts at hand have ended after %.2f s", stop.since)
     replica.activity.waits("the end of its payloads", "the policy")
     replica.heartbeat.watch_readers()
     with shutdown_step("serve payloads until they are consumed or nobody is left", "the policy", bound):

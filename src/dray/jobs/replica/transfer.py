@@ -21,8 +21,23 @@ Arrays = Mapping[str, np.ndarray]
 class TrajectoryPublisher(Protocol):
     """The rollout replica's end of the way of trajectories."""
 
-    def put(self, arrays: Arrays, *, work_item: int, weight_version: int) -> bool:
+    def put(
+        self,
+        arrays: Arrays,
+        *,
+        work_item: int,
+        weight_version: int,
+        part: int = 0,
+        parts: int = 1,
+        metadata: str = "",
+    ) -> bool:
         """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on.
+
+        One call at a time.
+
+        Args:
+            part: which of the `parts` payloads of the work item it is.
+            metadata: a JSON object; empty for none.
 
         Raises:
             PayloadError: `arrays` cannot be carried; where there are too many bytes, the message names the key.

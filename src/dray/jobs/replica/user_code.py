@@ -1,12 +1,14 @@
 """Calls of the user's classes: what such a call raises or returns wrongly is named as the user's own mistake.
 
-Every call goes through `call_user`, and what it returns through `returned_arrays` and `carried`, or
+Every call goes through `call_user` or `await_user`, and what it returns through `returned_arrays` and `carried`,
+or
 `returned_metrics`. Their errors are one printable line that names the class, the method, the part and what is
 allowed; the process then ends with the error's `exit_code`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import sys
@@ -69,22 +71,51 @@ def call_user(user: object, method: str, *arguments: object) -> Any:
         found = getattr(user, method)(*arguments)
     kind = _unstarted(found)
     if kind:
-        raise UserValueError(f"{_call(user, method)} returned {kind}: it must not be async, nor use yield")
+        raise UserValueError(f"{call_name(user, method)} returned {kind}: it must not be async, nor use yield")
     return found
 
 
-def returned_arrays(user: object, method: str, found: object) -> dict[str, Any]:
+async def await_user(user: object, method: str, *arguments: object) -> Any:
+    """Call a method of the user's object, which may be async, and return what it returns.
+
+    Cancelling the calling task cancels the method.
+
+    Raises:
+        UserCodeError: it raised, or would leave the interpreter.
+        UserValueError: its code has not run, as what it returned is a generator.
+    """
+    with _user_code(type(user), f"{type(user).__name__}.{method}()"):
+        found = getattr(user, method)(*arguments)
+        if inspect.isawaitable(found):
+            found = await found
+    kind = _unstarted(found)
+    if kind:
+        raise UserValueError(f"{call_name(user, method)} returned {kind}: it must not use yield")
+    return found
+
+
+def is_async(found: object, method: str) -> bool:
+    """Whether `method` of the user's class or object is an async function."""
+    return inspect.iscoroutinefunction(getattr(found, method, None))
+
+
+def returned_arrays(user: object, method: str, found: object, where: str = "") -> dict[str, Any]:
     """The named arrays that `method` of `user` returned, whatever they hold.
+
+    Args:
+        where: what they were found in, for errors, such as ``"a list whose item 0 is "``.
 
     Raises:
         UserValueError: they are no mapping, or an empty one.
     """
     if not isinstance(found, Mapping):
-        raise UserValueError(f"{_call(user, method)} returned {_kind(found)}: {_ARRAYS}")
-    with _user_code(type(user), f"the mapping that {_call(user, method)} returned"):
+        raise UserValueError(f"{call_name(user, method)} returned {where}{_kind(found)}: {_ARRAYS}")
+    with _user_code(type(user), f"the mapping that {call_name(user, method)} returned"):
         arrays = dict(found)
     if not arrays:
-        raise UserValueError(f"{_call(user, method)} returned an empty mapping: it must hold at least one array")
+        raise UserValueError(
+            f"{call_name(user, method)} returned {where}an empty mapping: it must hold at least one array"
+        )
     return arrays
 
 
@@ -98,7 +129,7 @@ def carried(user: object, method: str) -> Iterator[None]:
     try:
         yield
     except PayloadError as error:
-        raise UserValueError(f"{_call(user, method)} returned what cannot be carried: {error}") from error
+        raise UserValueError(f"{call_name(user, method)} returned what cannot be carried: {error}") from error
 
 
 def returned_metrics(user: object, method: str, found: object) -> dict[str, float]:
@@ -107,7 +138,7 @@ def returned_metrics(user: object, method: str, found: object) -> dict[str, floa
     Raises:
         UserValueError: they are no mapping of names to single numbers; the message names the metric.
     """
-    call = _call(user, method)
+    call = call_name(user, method)
     if not isinstance(found, Mapping):
         raise UserValueError(f"{call} returned {_kind(found)}: {_METRICS}")
     with _user_code(type(user), f"the mapping that {call} returned"):
@@ -133,7 +164,9 @@ def save_into(user: object, folder: Path) -> None:
     """
     call_user(user, "save", folder)
     if not folder.is_dir():
-        raise UserValueError(f"{_call(user, 'save')} removed the folder that it was given: it must write into it")
+        raise UserValueError(
+            f"{call_name(user, 'save')} removed the folder that it was given: it must write into it"
+        )
 
 
 def described_error(error: BaseException, file: str | None) -> str:
@@ -152,14 +185,25 @@ def _user_code(found: type[Any], what: str) -> Iterator[None]:
     try:
         with parent_only():
             yield
-    except GroupLostError:
+    except (GroupLostError, GeneratorExit):
         raise
     except BaseException as error:  # leaving the interpreter is one of its mistakes
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
         raise UserCodeError(f"{what} raised {described_error(error, file_of(found))}") from error
 
 
-def _call(user: object, method: str) -> str:
-    """``Worker.rollout() of worker.py``."""
+def _is_cancelled() -> bool:
+    """Whether dray has cancelled the task that runs, and not the user's code itself."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs
+        return False
+    return task is not None and task.cancelling() > 0
+
+
+def call_name(user: object, method: str) -> str:
+    """What errors call a method of the user's object: ``Worker.rollout() of worker.py``."""
     file = file_of(type(user))
     return f"{type(user).__name__}.{method}()" + (f" of {Path(file).name}" if file else "")
 

@@ -140,7 +140,7 @@ def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
         answer = (await call("/work-items", {**ROLLOUT, "want": 3, "published": [3]})).json()
         assert [index for index, _ in answer["work_items"]] == [4, 5]
         answer = (await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})).json()
-        assert answer == {"phase": "draining", "stop": True, "readers": 1}
+        assert answer == {"phase": "draining", "stop": True, "readers": 1, "given_up": 0}
         assert (await call("/work-items", {**ROLLOUT, "want": 3})).json()["stop"]
         await call("/unregister", {**ROLLOUT, "reason": "done"})
         assert not controller.final.is_set()
@@ -157,7 +157,7 @@ def test_policy_that_begins_learns_which_work_items_are_under_way(spec: JobSpec)
         await call("/work-items", {**ROLLOUT, "want": 1, "published": [0, 2]})
         await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
         answer = (await call("/under-way", POLICY)).json()
-        assert answer == {"unsettled": [0, 1], "published": [0], "next": 3}
+        assert answer == {"unsettled": [0, 1], "published": [0], "next": 3, "settled_parts": []}
         assert (await call("/under-way", {**POLICY, "incarnation": "z"})).status_code == 409
 
     ask(spec, story)
@@ -168,7 +168,12 @@ def test_job_waits_for_a_policy_that_is_started_again_and_no_longer(spec: JobSpe
         await start(call)
         died = {"name": "policy-0", "role": "policy", "reason": "killed by signal 9"}
         assert (await call("/died", {**died, "final": False})).json()["phase"] == "running"
-        assert (await call("/died", died)).json() == {"phase": "draining", "stop": True, "readers": 0}
+        assert (await call("/died", died)).json() == {
+            "phase": "draining",
+            "stop": True,
+            "readers": 0,
+            "given_up": 0,
+        }
 
     ask(spec, story)
 
@@ -218,7 +223,8 @@ def test_request_for_work_items_is_answered_at_once_when_the_job_stops(spec: Job
         )
         await asyncio.sleep(0)
         await call("/stop", {"reason": "interrupted by SIGINT"})
-        assert (await waiting).json() == {"phase": "draining", "stop": True, "readers": 1, "work_items": []}
+        answer = (await waiting).json()
+        assert (answer["phase"], answer["stop"], answer["work_items"]) == ("draining", True, [])
 
     ask(spec, story)
 
@@ -345,7 +351,12 @@ def test_draining_replica_hears_at_once_that_nobody_is_left_to_read(spec: JobSpe
         await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})
         assert not (await asyncio.wait({asked}, timeout=0.05))[0]
         await call("/unregister", {**POLICY, "reason": "done"})
-        assert (await asyncio.wait_for(asked, 1.0)).json() == {"phase": "draining", "stop": True, "readers": 0}
+        assert (await asyncio.wait_for(asked, 1.0)).json() == {
+            "phase": "draining",
+            "stop": True,
+            "readers": 0,
+            "given_up": 0,
+        }
         # And when a policy replica stays, the wait has its bound.
         answer = await call("/heartbeat", {**draining, "until_unread": 0.05})
         assert answer.json()["readers"] == 0

@@ -7,7 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
 from dray.jobs.controller.metrics import FAMILIES, FIGURES, JobMetrics
-from dray.jobs.controller.state import Membership, Progress, WorkQueue
+from dray.jobs.controller.state import Membership, Progress
+from dray.jobs.controller.work_queue import WorkQueue
 from dray.jobs.messages.models import Role
 
 CONNECTIONS = {UNPROVEN_CLOSED: 7, ACCEPT_FAILURES: 2}

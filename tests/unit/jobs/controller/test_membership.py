@@ -1,7 +1,8 @@
 import pytest
 
-from dray.jobs.controller.state import Membership, Outcome, Progress, WorkQueue, final_phase
-from dray.jobs.messages.models import MembershipError, MemberState, OutcomeKind, Phase, Role
+from dray.jobs.controller.state import Membership, Outcome, Progress, final_phase
+from dray.jobs.controller.work_queue import WorkQueue
+from dray.jobs.messages.models import FailedAttempt, MembershipError, MemberState, OutcomeKind, Phase, Role
 
 
 class ManualClock:
@@ -289,3 +290,64 @@ def test_group_that_has_lost_one_and_is_not_started_again_fails_the_job(clock: M
     job.register("policy-1", Role.POLICY, "e", 5)
     job.died("policy-1", Role.POLICY, "killed by signal 9")
     assert job.outcome == Outcome("failed", "the policy group has lost 1 of its 2: policy-1: killed by signal 9")
+
+
+def with_rollout_restarts(clock: ManualClock) -> Membership:
+    expected = {Role.ROLLOUT: 1, Role.POLICY: 1}
+    job = Membership(expected, WorkQueue(8), dead_after=10, start_timeout=60, rollout_restarts=1, clock=clock)
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    job.register("policy-0", Role.POLICY, "c", 3)
+    return job
+
+
+def test_job_goes_on_while_its_only_rollout_replica_is_started_again(clock: ManualClock) -> None:
+    job = with_rollout_restarts(clock)
+    job.died("rollout-0", Role.ROLLOUT, "killed by signal 9", pid=1, final=False, exit_code=-9)
+    assert job.phase is Phase.RUNNING
+    job.register("rollout-0", Role.ROLLOUT, "b", 2)
+    job.died("rollout-0", Role.ROLLOUT, "killed by signal 9", pid=2, exit_code=-9)
+    assert job.outcome == Outcome("failed", "no rollout replica is left: rollout-0: killed by signal 9", -9)
+
+
+@pytest.mark.parametrize("exit_code", [0, 2, 17])
+def test_rollout_replica_that_ends_with_what_comes_again_is_not_waited_for(
+    clock: ManualClock, exit_code: int
+) -> None:
+    job = with_rollout_restarts(clock)
+    job.left("rollout-0", "a", "because", exit_code=exit_code)
+    assert job.outcome == Outcome("failed", "no rollout replica is left: rollout-0: because", exit_code)
+
+
+def test_job_does_not_wait_without_end_for_a_rollout_replica(clock: ManualClock) -> None:
+    job = with_rollout_restarts(clock)
+    job.left("rollout-0", "a", "Worker.setup() raised ValueError", exit_code=10)
+    for _ in range(12):
+        assert job.phase is Phase.RUNNING
+        clock.time += 5
+        job.heard("policy-0", "c")
+        job.reap()
+    reason = "no rollout replica is left: rollout-0: Worker.setup() raised ValueError"
+    assert job.outcome == Outcome("failed", reason, 10)
+
+
+def fail_next(job: Membership, count: int) -> None:
+    for _ in range(count):
+        (index,) = job.work_items.take("rollout-0", 1)
+        job.failed(
+            "rollout-0", [FailedAttempt(index=index, attempt=job.work_items.attempt(index), error="it broke")]
+        )
+
+
+def test_job_fails_when_work_items_in_a_row_are_given_up(clock: ManualClock) -> None:
+    queue = WorkQueue(8, max_attempts=2)
+    expected = {Role.ROLLOUT: 1, Role.POLICY: 1}
+    job = Membership(expected, queue, dead_after=10, start_timeout=60, max_failures=2, clock=clock)
+    job.register("rollout-0", Role.ROLLOUT, "a", 1)
+    job.register("policy-0", Role.POLICY, "c", 3)
+    fail_next(job, 2)
+    assert "work item 0 is given up after 2 attempts: rollout-0: it broke" in job.notices
+    queue.published("rollout-0", queue.take("rollout-0", 1))
+    fail_next(job, 3)
+    assert job.phase is Phase.RUNNING
+    fail_next(job, 1)
+    assert job.outcome == Outcome("failed", "2 work items in a row were given up: rollout-0: it broke", 10)

@@ -7,7 +7,8 @@ from dray.jobs.controller.stall import (
     oldest,
     stall_line,
 )
-from dray.jobs.controller.state import Membership, Progress, WorkQueue
+from dray.jobs.controller.state import Membership, Progress
+from dray.jobs.controller.work_queue import WorkQueue
 from dray.jobs.messages.models import Role
 
 POLICY = MemberActivity("policy-0", "waiting for 8 of 8 payloads", "the rollout replicas", 31.2)

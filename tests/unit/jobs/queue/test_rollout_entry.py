@@ -18,7 +18,14 @@ def encoded(entry: RolloutEntry) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize(
-    "entry", [REFERENCE, INLINE, replace(INLINE, payload=b""), replace(REFERENCE, payload=b"a copy")]
+    "entry",
+    [
+        REFERENCE,
+        INLINE,
+        replace(INLINE, payload=b""),
+        replace(REFERENCE, payload=b"a copy"),
+        replace(REFERENCE, part=2, parts=3, metadata='{"a":"\u00e4"}'),
+    ],
 )
 def test_entry_survives_its_fields(entry: RolloutEntry) -> None:
     assert RolloutEntry.from_fields(encoded(entry)) == entry
@@ -34,6 +41,9 @@ def test_entry_survives_its_fields(entry: RolloutEntry) -> None:
         {"weight_version": -1},
         {"work_item": -1},
         {"reference": None},
+        {"part": -1},
+        {"part": 1},
+        {"part": 3, "parts": 3},
     ],
 )
 def test_entry_out_of_range_is_refused(change: dict[str, object]) -> None:
@@ -50,6 +60,16 @@ def test_entry_with_a_missing_or_malformed_field_is_a_protocol_error(name: bytes
         RolloutEntry.from_fields({key: value for key, value in fields.items() if key != name})
     with pytest.raises(ProtocolError):
         RolloutEntry.from_fields(fields | {name: b"\xff\xfe"})
+
+
+def test_entry_of_the_only_payload_of_a_work_item_has_no_fields_for_parts_and_metadata() -> None:
+    assert not encoded(REFERENCE).keys() & {b"part", b"parts", b"metadata"}
+
+
+@pytest.mark.parametrize("metadata", [b"[1]", b"{", b"\xff", b"[" * 100_000])
+def test_entry_whose_metadata_is_no_json_object_is_a_protocol_error(metadata: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        RolloutEntry.from_fields(encoded(REFERENCE) | {b"metadata": metadata})
 
 
 def test_repr_of_an_entry_leaves_the_payload_out() -> None:

@@ -9,6 +9,7 @@ from prefetch_fixtures import ManualClock
 
 from dray.jobs.config import PolicyTable
 from dray.jobs.messages.models import UnsettledWork
+from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.queue import CommitOutcome, Delivery, OldEpochError, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.jobs.replica.delivery import Deliveries, PayloadState
@@ -101,8 +102,13 @@ class Controller:
     def unsettled(self) -> UnsettledWork:
         return self.known
 
+    given_up = 0
+
     def settled(self, work_items: Iterable[int]) -> None:
         self.reported += work_items
+
+    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        self.reported += [index for index, _, _ in payloads]
 
 
 class Group:
@@ -127,6 +133,7 @@ class Group:
             epoch_file=folder / "epoch.json",
             count=self.count,
             ending=lambda: False,
+            payloads_each=1,
             in_order=table.max_staleness is not None and table.staleness == "admission",
             patience=40.0,
             timeout=1.0,

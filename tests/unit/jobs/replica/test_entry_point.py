@@ -80,6 +80,19 @@ def test_methods_that_can_be_called_as_dray_does_are_enough(tmp_path: Path) -> N
     check_entry_points("job.py:Worker", "job.py:Trainer", tmp_path)
 
 
+def test_worker_may_be_asynchronous_and_have_several_work_items_in_flight(tmp_path: Path) -> None:
+    text = GOOD.replace("def rollout", "async def rollout").replace("def load_weights", "async def load_weights")
+    (tmp_path / "job.py").write_text(text)
+    check_entry_points("job.py:Worker", "job.py:Trainer", tmp_path, concurrency=8)
+
+
+def test_worker_with_a_plain_rollout_has_one_work_item_in_flight(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"rollout\(\) is a plain function") as caught:
+        check_entry_points("job.py:Worker", "job.py:Trainer", tmp_path, concurrency=8)
+    assert (caught.value.key, caught.value.value) == ("rollout.concurrency", 8)
+
+
 def test_class_without_the_needed_methods_is_refused(tmp_path: Path) -> None:
     (found,) = mistakes(tmp_path, GOOD, "job.py:Worker")
     assert "'job.py:Worker' cannot be used: it lacks train_step, weights, save, load; the methods must be" in found
@@ -94,7 +107,13 @@ def test_class_without_the_needed_methods_is_refused(tmp_path: Path) -> None:
             "rollout(self) cannot be called with (self, work_item)",
         ),
         ("def rollout(self, *work_items)", "def rollout(work_item)", "rollout(work_item) cannot be called with"),
-        ("def rollout(self, *work_items)", "async def rollout(self, work_item)", "rollout() is an async function"),
+        (
+            "def load_weights(self",
+            "async def load_weights(self",
+            "load_weights() is an async function, and rollout() is not: make both async",
+        ),
+        ("def setup(self", "async def setup(self", "setup() is an async function, and dray does not await it"),
+        ("def weights(self)", "async def weights(self)", "weights() is an async function"),
         (
             "def rollout(self, *work_items): ...",
             "def rollout(self, work_item): yield 1",

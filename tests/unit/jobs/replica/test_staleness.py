@@ -1,7 +1,7 @@
 import random
 
-from dray.jobs.controller.state import WorkQueue
-from dray.jobs.replica.delivery import StalenessWindow
+from dray.jobs.controller.work_queue import WorkQueue
+from dray.jobs.replica.staleness import StalenessWindow
 
 
 def test_lowest_work_items_that_are_not_settled_are_due() -> None:
@@ -11,6 +11,27 @@ def test_lowest_work_items_that_are_not_settled_are_due() -> None:
     assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 7, 8, 10]
     order.settled([3, 7, 8, 9])
     assert order.last_due(1) == 10
+
+
+def test_work_items_with_several_payloads_are_due_until_there_are_enough() -> None:
+    order = StalenessWindow([0, 1, 2], 3)
+    order.found([(0, 0, 3), (1, 2, 3)])
+    assert [order.last_due(count) for count in (3, 4, 6, 7, 8)] == [0, 1, 1, 2, 3]
+    order.settled_payloads([(0, 0, 3), (0, 1, 3)])
+    assert [order.last_due(count) for count in (1, 2, 4, 5)] == [0, 1, 1, 2]
+    order.settled_payloads([(0, 2, 3)])
+    assert order.last_due(1) == 1
+
+
+def test_number_of_payloads_that_is_known_beforehand_counts_for_work_items_that_have_not_come() -> None:
+    order = StalenessWindow([0], 1, 4)
+    assert [order.last_due(count) for count in (4, 5, 8, 9)] == [0, 1, 1, 2]
+
+
+def test_work_items_that_were_given_up_are_not_waited_for() -> None:
+    order = StalenessWindow([0, 1], 2)
+    order.compare([1, 3], 4)
+    assert [order.last_due(count) for count in (1, 2, 3)] == [1, 3, 4]
 
 
 def test_no_payload_that_is_trained_on_in_order_is_too_old() -> None:

@@ -1,0 +1,77 @@
+import json
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dray.jobs import Rollout
+from dray.jobs.replica.rollout_result import MAX_METADATA, decoded_metadata, returned_payloads
+from dray.jobs.replica.user_code import UserValueError
+
+
+class Worker: ...
+
+
+ONE = {"x": np.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("found", "count"),
+    [
+        (ONE, 1),
+        (MappingProxyType(ONE), 1),
+        ([ONE], 1),
+        ((ONE, ONE), 2),
+        ([Rollout(ONE), ONE], 2),
+        (Rollout(ONE), 1),
+    ],
+)
+def test_rollout_returns_one_payload_or_several(found: object, count: int) -> None:
+    payloads = returned_payloads(Worker(), found, None)
+    assert [list(each.arrays) for each in payloads] == [["x"]] * count
+    assert [each.metadata for each in payloads] == [""] * count
+
+
+def test_metadata_comes_as_it_was_given() -> None:
+    metadata = {"prompt": "\u00e4", "turns": [1, 2.5, None, True], "nested": {"a": {}}}
+    (payload,) = returned_payloads(Worker(), Rollout(ONE, metadata=metadata), None)
+    assert decoded_metadata(payload.metadata) == metadata
+    assert decoded_metadata("") == {}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([], "returned an empty list: it must hold at least one mapping"),
+        ((), "returned an empty tuple"),
+        ([ONE, None], "returned a list whose item 1 is None: it must return a mapping of names to arrays"),
+        ((ONE, {}), "returned a tuple whose item 1 is an empty mapping"),
+        ([np.ones(3)], "returned a list whose item 0 is a ndarray"),
+        (Rollout(np.ones(3)), "returned a Rollout whose arrays are a ndarray"),  # type: ignore[arg-type]
+        ([Rollout({})], "returned a list whose item 0 is a Rollout whose arrays are an empty mapping"),
+        (Rollout(ONE, metadata=[1]), "metadata that cannot be carried: it must be a mapping"),  # type: ignore[arg-type]
+        (Rollout(ONE, metadata={1: 2}), "metadata that cannot be carried"),  # type: ignore[dict-item]
+        (Rollout(ONE, metadata={"a": np.ones(2)}), "metadata that cannot be carried (Object of type ndarray"),
+        (Rollout(ONE, metadata={"a": float("nan")}), "metadata that cannot be carried"),
+    ],
+)
+def test_what_rollout_returns_wrongly_is_named(found: object, words: str) -> None:
+    with pytest.raises(UserValueError) as caught:
+        returned_payloads(Worker(), found, None)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("Worker.rollout()")
+
+
+def test_metadata_is_bounded() -> None:
+    room = MAX_METADATA - len(json.dumps({"a": ""}, separators=(",", ":")))
+    returned_payloads(Worker(), Rollout(ONE, metadata={"a": "x" * room}), None)
+    with pytest.raises(UserValueError, match="16,385 bytes of metadata: at most 16,384 are allowed"):
+        returned_payloads(Worker(), Rollout(ONE, metadata={"a": "x" * (room + 1)}), None)
+
+
+@pytest.mark.parametrize("found", [ONE, [ONE], [ONE] * 3])
+def test_number_of_payloads_is_that_of_the_job_file(found: Any) -> None:
+    assert len(returned_payloads(Worker(), [ONE, ONE], 2)) == 2
+    with pytest.raises(UserValueError, match=r"payloads?: rollout\.payloads_per_work_item is 2"):
+        returned_payloads(Worker(), found, 2)
