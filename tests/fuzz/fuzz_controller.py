@@ -25,7 +25,7 @@ _CALLER = {"name": "rollout-0", "incarnation": "a"}
 _PROGRESS = {"doing": "step", "seconds": 1.5, "counters": {"reads": 3}, "labels": {"lane": "shm"}}
 _REGISTERED = request("/register", **_CALLER, role="rollout", pid=7) + b"\0"
 SEEDS = [
-    _REGISTERED + request("/heartbeat", **_CALLER, progress=_PROGRESS, settled=[0, 5]),
+    _REGISTERED + request("/heartbeat", **_CALLER, progress=_PROGRESS, finished=[0, 5]),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "seconds": float("nan")}),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "counters": {"reads": float("inf")}}),
     _REGISTERED + request("/heartbeat", **_CALLER, progress={**_PROGRESS, "counters": {"re ads\n": 1e300}}),

@@ -50,7 +50,7 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         assert "the policy starts again, 1 of 3 times" in job.text
         log = job.log("policy-0")
         assert "begins epoch 2" in log
-        assert "goes on from step" in log
+        assert "resuming from step" in log
         found = account(job)
         assert job.checkpoint()["step"] == 30
         assert len(job.contributed()) == 30 * 8
@@ -113,7 +113,7 @@ def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path:
             trained = other.statistics().counters["trained"]
             assert 8 <= len(held) <= 16, "a step is under way, and the payloads of the next one are read"
             paused.resume()
-            job.wait_for("policy-0 ended early: the policy group goes on under a newer epoch")
+            job.wait_for("policy-0 ended early: the policy group has a newer epoch")
             counters = other.statistics().counters
         assert counters["trained"] == trained
         assert job.end() == 0, job.story()
@@ -163,7 +163,7 @@ def test_what_a_checkpoint_has_is_committed_and_not_trained_on_again(tmp_path: P
     with running(tmp_path, *settings) as job:
         assert job.end() == 0, job.story()
         assert "policy-0 ended early: killed by signal 9" in job.text
-        assert "goes on from step 2 of" in job.log("policy-0")
+        assert "resuming from step 2 of" in job.log("policy-0")
         assert "16 payloads that the checkpoint has are committed" in job.log("policy-0")
         found = account(job)
         assert (found["rolled_back"], len(job.contributed())) == (0, 80)

@@ -87,7 +87,7 @@ def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
         assert job.end() == 0, job.story()
         assert job.summary()["steps"] == goal
         assert job.summary()["steps_of_this_run"] == 10
-        assert f"goes on from step {state['step']}" in job.log("policy-0")
+        assert f"resuming from step {state['step']}" in job.log("policy-0")
         steps = [json.loads(line)["step"] for line in (job.output / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, goal + 1))
     with running(tmp_path, "--resume", *job_settings(f"stop.at_least={goal}")) as job:

@@ -81,7 +81,7 @@ def test_lost_policy_node_ends_the_attempt_and_the_next_goes_on_from_the_checkpo
         assert "policy-1 ended early: its node" in run.log("n1.out")
         run.start(attempt=2)
         assert run.end() == [0, 0, 0], run.story()
-        assert "goes on from step" in run.log("policy-0.log")
+        assert "resuming from step" in run.log("policy-0.log")
         assert run.summary()["solved"]
         assert (run.output / "latest").resolve().name == "001.2"
 
@@ -111,7 +111,7 @@ def test_time_limit_leaves_a_checkpoint_that_the_next_part_goes_on_from(tmp_path
         assert 5 <= step < 100
         run.start(part=2)
         assert run.end() == [0, 0, 0], run.story()
-        assert f"goes on from step {step}" in run.log("policy-0.log")
+        assert f"resuming from step {step}" in run.log("policy-0.log")
         run.start(part=3, nodes=[1])
         run.tasks = {1: run.tasks[1]}
         assert run.end(bound=30.0) == [0], run.story()

@@ -63,7 +63,7 @@ def test_job_writes_a_checkpoint_before_its_time_limit_and_goes_on_in_another_pa
     assert run.record().remaining_retries == 2
     assert run.steps() == list(range(1, GOAL + 1))
     assert run.summary()["steps_of_this_run"] == GOAL - saved
-    assert f"goes on from step {saved}" in run.log("policy-0.log")
+    assert f"resuming from step {saved}" in run.log("policy-0.log")
 
 
 def test_job_goes_on_when_a_rollout_node_is_killed(run: SlurmRun) -> None:

@@ -33,11 +33,11 @@ class PolicyGroup:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaContext:
-    """What a replica is told at `setup`.
+    """What a replica gets at `setup`.
 
     `args` is the job file's table `[rollout.args]` or `[policy.args]`; `seed` differs between replicas, but for
     those of one policy group; `name` is unique in the job, e.g. ``"rollout-0"``; `output` is the job's output
-    folder; `group` says with whom a policy replica learns; `address` is that of this machine, at which the job's
+    folder; `group` is its place among the policy replicas; `address` is that of this machine, at which the job's
     others reach it.
     """
 
@@ -168,5 +168,5 @@ class PolicyTrainer(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; called after `setup`."""
+        """Continue from what `save` wrote; called after `setup`."""
         ...

@@ -1,6 +1,6 @@
-"""What a job file may say: its tables, their keys, and the rules between them.
+"""What a job file may contain: its tables, their keys, and the rules between them.
 
-Every key has a sentence that says what is allowed; `docs/reference/configuration.md` has the same sentences.
+Every key has a sentence with what is allowed; `docs/reference/configuration.md` has the same sentences.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ _HELD = ("job.payload_transfer", "policy.ack", "policy.batch_size", "policy.chec
 
 @_rule(*_HELD, "rollout.slots")
 def _enough_slots(config: JobConfig) -> Iterator[ConfigError]:
-    # Payloads keep their slots until they are committed: with fewer, one replica alone could not go on.
+    # Payloads keep their slots until they are committed: with fewer, one replica alone could not continue.
     if config.job.payload_transfer == "ucxx" and config.rollout.slots < config.payloads_held:
         allowed = f"must be at least {_held_name(config)}, which is {config.payloads_held}"
         yield ConfigError("rollout.slots", config.rollout.slots, allowed)

@@ -166,7 +166,7 @@ def make_own_folder(path: Path, key: str, mode: int = FOLDER_MODE) -> None:
 
 
 def make_own_folders(root: Path, path: Path, key: str) -> None:
-    """The same for every folder on the way from `root`, which is there, to `path`."""
+    """The same permanentlyy folder on the way from `root`, which is there, to `path`."""
     for part in path.relative_to(root).parts:
         root /= part
         make_own_folder(root, key)

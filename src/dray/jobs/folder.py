@@ -1,4 +1,4 @@
-"""What every process of a job is told, and where in the output folder things lie."""
+"""The description of a job that every process reads, and the layout of the output folder."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class JobFolder:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """A job as its processes see it. Holds the secret: lives in memory and in one file of mode 0600.
+    """A job as its processes see it. Holds the secret: it is kept in memory and in one file of mode 0600.
 
     Attributes:
         chosen_token: the controller's token if the user has chosen one.

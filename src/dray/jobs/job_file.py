@@ -38,7 +38,7 @@ class JobDraft:
     """A job file as far as it can be used, and what is wrong with it.
 
     Attributes:
-        config: what the file says. In the place of a value with a mistake it has the default; a required key
+        config: the content of the file. In the place of a value with a mistake it has the default; a required key
             without a value is not there at all.
         mistakes: every mistake of the file.
         unusable: the keys with mistakes, and the required ones without a value, such as ``"policy.batch_size"``.
@@ -49,7 +49,7 @@ class JobDraft:
     unusable: frozenset[str] = frozenset()
 
     def knows(self, *keys: str) -> bool:
-        """Whether `config` has what the file says under all these keys."""
+        """Whether `config` has the values of the file under all these keys."""
         return self.unusable.isdisjoint(keys)
 
     def checked(self) -> JobConfig:
@@ -142,7 +142,7 @@ def _keys_at(location: _Location) -> Iterator[str]:
 
 
 class _NotToml(Exception):
-    """A text is not TOML; says why."""
+    """A text is not TOML; the message has the reason."""
 
 
 def _toml(text: str) -> dict[str, Any]:

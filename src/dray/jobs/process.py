@@ -1,4 +1,4 @@
-"""How a process of a job begins and ends: bound to its supervisor's life, with signals, stack dumps and a log.
+"""How a process of a job begins and ends: it ends with its supervisor, with signals, stack dumps and a log.
 
 No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
 thread that watches the supervisor then kills everything below the child, and its process group. The child adopts
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # a process without the extra "jobs" prints that it lacks it
     from dray.jobs.config import LogLevel
 
 PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
-"""Environment variable in which the supervisor tells its children its pid."""
+"""Environment variable in which the supervisor gives its children its pid."""
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a process of the job write the stacks of all its threads to its log."""
@@ -113,7 +113,7 @@ def begin_process(name: str) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""
     faulthandler.enable()
     dump_stacks_on_signal()
-    # Another user who could write to a file of the job, a checkpoint say, could run code in the next run.
+    # Another user who could write to a file of the job, such as a checkpoint, could run code in the next run.
     os.umask(os.umask(_OTHERS_WRITE) | _OTHERS_WRITE)
     log_to_stderr(name, logging.INFO)
     raise_descriptor_limit()
@@ -192,16 +192,16 @@ def exit_at_once(code: int) -> NoReturn:
 
 
 def exit_with_own_code_on_crash() -> None:
-    """Let an exception that nobody caught end the process with `ExitCode.INTERNAL`.
+    """Let an uncaught exception end the process with `ExitCode.INTERNAL`.
 
-    Python's own code for it is 1, which says that a job was not finished.
+    Python's own code for it is 1, which means that a job was not finished.
     """
     sys.excepthook = _crashed
     call_in_children(_forget_crash_code)
 
 
 def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _LOG.critical("ends on an error of dray's own", exc_info=(kind, error, trace))
+    _LOG.critical("internal error", exc_info=(kind, error, trace))
     leave(ExitCode.SIGINT if issubclass(kind, KeyboardInterrupt) else ExitCode.INTERNAL)
 
 

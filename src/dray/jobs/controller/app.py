@@ -99,7 +99,7 @@ class Controller:
     async def reap_once(self) -> None:
         """Let the time that has passed act on the job."""
         self.membership.reap()
-        if self._stall.look(job_snapshot(self.membership, MONOTONIC.now(), self._running.elapsed)):
+        if self._stall.update(job_snapshot(self.membership, MONOTONIC.now(), self._running.elapsed)):
             _LOG.warning("stall: %s", self._stall.line)
         await self._after_event()
 
@@ -127,7 +127,7 @@ class Controller:
                     state=member.state,
                     reason=member.reason,
                     pid=member.pid,
-                    silence=now - member.last_heard,
+                    silence=now - member.last_request,
                     progress=models.ProgressReport(**asdict(member.progress)),
                 )
                 for member in membership.members.values()
@@ -170,7 +170,7 @@ class Controller:
         application.add_exception_handler(400, _malformed)  # FastAPI's for a body that is not JSON
         application.add_exception_handler(413, _too_large)
         get = partial(application.add_api_route, methods=["GET"])
-        get(_HEALTH, self._healthz, summary="Whether the controller lives.", response_class=PlainTextResponse)
+        get(_HEALTH, self._healthz, summary="Whether the controller is alive.", response_class=PlainTextResponse)
         get = partial(get, responses={401: REFUSALS[401]}, openapi_extra=_SECURITY)
         get("/openapi.json", self._openapi, summary="This interface as an OpenAPI document.")
         get("/status", self._status, summary="Phase, outcome, replicas with their progress, stalls.")
@@ -182,9 +182,9 @@ class Controller:
         )
         post = partial(application.add_api_route, methods=["POST"], responses=REFUSALS, openapi_extra=_SECURITY)
         post("/register", self._register, summary="A replica has started.")
-        post("/heartbeat", self._heartbeat, summary="A replica lives, with its progress.")
+        post("/heartbeat", self._heartbeat, summary="A replica is alive; its progress.")
         post("/work-items", self._work_items, summary="A rollout replica asks for work.")
-        post("/under-way", self._under_way, summary="The policy asks which work items are unsettled.")
+        post("/under-way", self._under_way, summary="The policy asks which work items are unfinished.")
         post("/finish", self._finish, summary="The policy ends the job.")
         post("/unregister", self._unregister, summary="The last words of a replica.")
         post("/alive", self._alive, summary="The supervisor sees silent replicas run.")
@@ -235,9 +235,9 @@ class Controller:
     async def _heartbeat(self, body: models.Heartbeat) -> models.Directive:
         report = body.progress
         progress = Progress(**dict(report))
-        self.membership.heard(body.name, body.incarnation, progress)
-        self.membership.work_items.settled(body.settled)
-        self.membership.work_items.settled_parts(body.settled_parts)
+        self.membership.note_request(body.name, body.incarnation, progress)
+        self.membership.work_items.finished(body.finished)
+        self.membership.work_items.finished_parts(body.finished_parts)
         await self._after_event()
         deadline = Deadline.after(body.until_unread)
         while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
@@ -245,7 +245,7 @@ class Controller:
         return self._directive()
 
     async def _work_items(self, body: models.TakeWork) -> models.WorkList:
-        self.membership.heard(body.name, body.incarnation)
+        self.membership.note_request(body.name, body.incarnation)
         self.membership.work_items.published(body.name, body.published)
         if body.failed:
             self.membership.failed(body.name, body.failed)
@@ -254,30 +254,30 @@ class Controller:
         taken: list[int] = []
         while self.membership.phase.gives_work:
             others = [each.name for each in self.membership.active(Role.ROLLOUT) if each.name != body.name]
-            taken = self.membership.work_items.take(body.name, body.want, working=body.working, others=others)
+            taken = self.membership.work_items.assign(body.name, body.want, working=body.working, others=others)
             if taken or deadline.expired:
                 break
             await self._wait_for_change(deadline)
-            self.membership.heard(body.name, body.incarnation)
+            self.membership.note_request(body.name, body.incarnation)
         seed = self._spec.config.job.seed
         directive = self._directive()
         work_items = [(index, work_item_seed(seed, index)) for index in taken]
         attempts = [self.membership.work_items.attempt(index) for index in taken]
         return models.WorkList(**directive.model_dump(), work_items=work_items, attempts=attempts)
 
-    async def _under_way(self, body: models.Caller) -> models.UnsettledWork:
-        self.membership.heard(body.name, body.incarnation)
+    async def _under_way(self, body: models.Caller) -> models.UnfinishedWork:
+        self.membership.note_request(body.name, body.incarnation)
         work_items = self.membership.work_items
-        unsettled, following = work_items.unfinished()
-        return models.UnsettledWork(
-            unsettled=unsettled,
+        unfinished, following = work_items.unfinished()
+        return models.UnfinishedWork(
+            unfinished=unfinished,
             published=work_items.in_flight(),
             next=following,
-            settled_parts=work_items.partly_settled(),
+            finished_parts=work_items.partly_finished(),
         )
 
     async def _finish(self, body: models.Finish) -> models.Directive:
-        self.membership.heard(body.name, body.incarnation)
+        self.membership.note_request(body.name, body.incarnation)
         self.membership.stop(Outcome(body.kind, body.reason))
         await self._after_event()
         return self._directive()

@@ -66,7 +66,7 @@ def _figure(role: Role, reported: str, name: str, words: str) -> Figure:
 PHASE = Family("dray_job_phase", "gauge", "1 for the phase of the job, 0 for the others.", ("phase",))
 MEMBERS = Family("dray_members", "gauge", "Replicas by role and state.", ("role", "state"))
 STALLED = Family("dray_stalled_seconds", "gauge", "The longest wait, if it exceeds timeouts.stall; otherwise 0.")
-WORK_ITEMS = Family("dray_work_items", "gauge", "Work items that are not settled, by state.", ("state",))
+WORK_ITEMS = Family("dray_work_items", "gauge", "Work items that are not finished, by state.", ("state",))
 NEXT_WORK_ITEM = Family("dray_next_work_item", "gauge", "Index of the first work item that was never given out.")
 GIVEN_AGAIN = Family(
     "dray_work_items_given_again_total", "counter", "Work items of lost replicas that were released."
@@ -146,7 +146,7 @@ FAMILIES = (
 # --- controller metrics ------------------------------------------------------------------------------------------
 
 _Samples = Iterable[tuple[tuple[str, ...], float]]
-_UNSETTLED = ("held", "published", "waiting_again")
+_UNFINISHED = ("held", "published", "waiting_again")
 
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
@@ -206,7 +206,7 @@ class JobMetrics(Collector):
         )
         yield STALLED, [((), self._stalled)]
         work_items = self._work_items
-        yield WORK_ITEMS, [((state,), work_items[state]) for state in _UNSETTLED]
+        yield WORK_ITEMS, [((state,), work_items[state]) for state in _UNFINISHED]
         yield NEXT_WORK_ITEM, [((), work_items["next"])]
         yield GIVEN_AGAIN, [((), work_items["given_again"])]
         yield FAILED_ATTEMPTS, [((), work_items["failed_attempts"])]

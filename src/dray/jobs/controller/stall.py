@@ -1,7 +1,7 @@
-"""Who waits for whom, when somebody has been waiting too long: one line, made of facts. No I/O and no clock.
+"""Which member waits for which, when a wait has lasted too long: one line. No I/O and no clock.
 
 A stall begins when a wait exceeds `timeouts.stall`. It is reported then, and whenever it has lasted twice as long
-as at its last report; it ends when nobody waits that long any more.
+as at its last report; it ends when no member waits that long any more.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dray.jobs.messages.models import Phase
 # --- stall -------------------------------------------------------------------------------------------------------
 
 AGES = {"payload": "payload", "lease": "lease", "reference": "unacknowledged reference"}
-"""What replicas tell the age of the oldest of, and its name in the line."""
+"""What replicas report the age of the oldest of, and its name in the line."""
 
 _WAITING = "waiting for "
 
 
 @dataclass(frozen=True, slots=True)
 class MemberActivity:
-    """What somebody does, for how many seconds.
+    """What a member does, for how many seconds.
 
     Attributes:
         whom: it waits for; empty while it works.
-        silence: seconds since it was last heard of.
+        silence: seconds since its last request.
     """
 
     who: str
@@ -44,21 +44,21 @@ class JobSnapshot:
         ages: kind → (seconds, whose) of the oldest there is; kinds are those of `AGES`.
     """
 
-    pastimes: Sequence[MemberActivity]
+    activities: Sequence[MemberActivity]
     ages: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
 
 def longest_wait(facts: JobSnapshot, after: float) -> float:
     """Seconds of the longest wait that exceeds `after`; 0 if none does. A replica that is silent counts as one."""
-    waits = [each.seconds for each in facts.pastimes if each.whom]
-    silences = [each.silence for each in facts.pastimes]
+    waits = [each.seconds for each in facts.activities if each.whom]
+    silences = [each.silence for each in facts.activities]
     longest = max([*waits, *silences], default=0.0)
     return longest if longest > after else 0.0
 
 
 def stall_line(facts: JobSnapshot, after: float) -> str:
-    """Who waits for whom and for what, who does something else that long, and how old things are; one line."""
-    shown = [each for each in facts.pastimes if max(each.seconds, each.silence) > after]
+    """One line: which member waits for which and for what, and how old the oldest payload and lease are."""
+    shown = [each for each in facts.activities if max(each.seconds, each.silence) > after]
     # Waits first, the longest first: what they wait for is often found behind them.
     shown.sort(key=lambda each: (not each.whom, -each.seconds, each.who))
     return "; ".join([*map(_sentence, shown), _ages(facts.ages)])
@@ -88,7 +88,7 @@ class StallWatch:
         self.seconds = 0.0
         self.reports = 0
 
-    def look(self, facts: JobSnapshot) -> bool:
+    def update(self, facts: JobSnapshot) -> bool:
         """Take in how things are; true if `line` is to be reported now. `line` is empty while nothing stalls."""
         self.seconds = longest_wait(facts, self._after)
         if not self.seconds:
@@ -130,21 +130,21 @@ def job_snapshot(membership: Membership, now: float, elapsed: float) -> JobSnaps
         elapsed: seconds since the controller began.
     """
     active = membership.active()
-    pastimes = [
+    activities = [
         MemberActivity(
             member.name,
             member.progress.doing,
             member.progress.waits_for,
-            member.progress.seconds + now - member.last_heard,
-            now - member.last_heard,
+            member.progress.seconds + now - member.last_request,
+            now - member.last_request,
         )
         for member in active
     ]
     missing = membership.missing() if membership.phase is Phase.STARTING else []
     if missing:
-        pastimes.append(MemberActivity("the controller", "their registration", ", ".join(missing), elapsed))
+        activities.append(MemberActivity("the controller", "their registration", ", ".join(missing), elapsed))
     ages = {
-        member.name: {kind: age + now - member.last_heard for kind, age in member.progress.ages.items()}
+        member.name: {kind: age + now - member.last_request for kind, age in member.progress.ages.items()}
         for member in active
     }
-    return JobSnapshot(pastimes, oldest(ages))
+    return JobSnapshot(activities, oldest(ages))

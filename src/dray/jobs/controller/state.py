@@ -1,6 +1,6 @@
 """Who takes part in a job, and what that means for its phase: a state machine without I/O.
 
-Every method is an event; it changes the state, and leaves what is worth telling in `notices`, which the controller
+Every method is an event; it changes the state, and leaves lines in `notices`, which the controller
 logs. Time comes from the clock that is handed in.
 
 The phases of a job and every transition between them:
@@ -36,7 +36,7 @@ class JobEvent(StrEnum):
     """What moves a job from one phase to another."""
 
     QUORUM = "quorum"  # a replica of every kind that the job needs has registered
-    STOP = "stop"  # finished, interrupted, or unable to go on
+    STOP = "stop"  # finished, interrupted, or unable to continue
     LAST_LEFT_FINISHED = "last left, finished"
     LAST_LEFT_INTERRUPTED = "last left, interrupted"
     LAST_LEFT_FAILED = "last left, failed"
@@ -133,18 +133,18 @@ class Progress:
 
 @dataclass(slots=True)
 class Member:
-    """One life of a replica. A restarted replica has the same name and another incarnation.
+    """One process of a replica. A restarted replica has the same name and another incarnation.
 
-    `last_heard` is when it was heard of, `last_seen` when its supervisor last knew that its process ran.
-    Once it takes part no more, `reason` says why, `exit_code` with what its process ends, as far as that is known,
-    and `ended` when.
+    `last_request` is when its last request came, `last_seen` when its supervisor last knew that its process ran.
+    Once it takes part no more, `reason` is the cause, `exit_code` that of its process if it is known, and `ended`
+    the time.
     """
 
     name: str
     role: Role
     incarnation: str
     pid: int
-    last_heard: float
+    last_request: float
     last_seen: float = -math.inf
     state: MemberState = MemberState.ACTIVE
     reason: str = ""
@@ -160,9 +160,9 @@ class Membership:
         expected: how many replicas of each role the job starts.
         dead_after: seconds after which a member counts as dead that is silent and not seen to run.
         start_timeout: seconds within which every expected replica must have registered, and those of a policy
-            group that is started again.
+            group that is restarted.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
-            goes on until `died` says that it does not, or one has left with what comes again.
+            continues until `died` reports its end, or one has left with what comes again.
         rollout_restarts: how often the supervisor starts each rollout replica of the job again.
         max_failures: work items given up in a row after which the job fails.
     """
@@ -245,14 +245,14 @@ class Membership:
         if self.phase is Phase.STARTING and all(self.active(each) for each in self._expected):
             self._move(JobEvent.QUORUM)
 
-    def heard(self, name: str, incarnation: str, progress: Progress | None = None) -> None:
-        """A member gave a sign of life.
+    def note_request(self, name: str, incarnation: str, progress: Progress | None = None) -> None:
+        """A member has sent a request.
 
         Raises:
             MembershipError: it is not, or no longer, a member.
         """
         member = self._require(name, incarnation)
-        member.last_heard = self._clock.now()
+        member.last_request = self._clock.now()
         if progress is not None:
             if progress.trimmed and not member.progress.trimmed:
                 self.notices.append(f"{name} reported more than fits: {progress.trimmed} entries were trimmed")
@@ -293,7 +293,7 @@ class Membership:
         self, name: str, role: Role, reason: str, *, pid: int = 0, final: bool = True, exit_code: int | None = None
     ) -> None:
         """The replica's process `pid`, 0 if that is not known, is gone, whether or not it ever registered. Unless
-        `final`, its group is being started again. A process that has registered since then stays a member.
+        `final`, its group is being restarted. A process that has registered since then stays a member.
 
         Raises:
             MembershipError: the job has no replica of this name and role.
@@ -332,10 +332,10 @@ class Membership:
         self._consequences()
 
     def reap(self) -> None:
-        """Declare dead who was neither heard nor seen for too long, and who never came."""
+        """Declare dead who sent no request and was not seen for too long, and who never came."""
         now = self._clock.now()
         for member in self.active():
-            silence = now - max(member.last_heard, member.last_seen)
+            silence = now - max(member.last_request, member.last_seen)
             if silence >= self._dead_after:
                 self._end(member, MemberState.DEAD, f"silent for {silence:.1f} s")
         if self._restart_bound is not None and now >= self._restart_bound:
@@ -412,7 +412,7 @@ class Membership:
             self._move(LAST_LEFT[self.outcome.kind])
 
     def _fail(self, what: str, role: Role) -> None:
-        """End the job for what has become of the replicas of `role`; the reason names the first real cause."""
+        """End the job as replicas of `role` have ended; the reason names the first real cause."""
         members = [each for each in self.members.values() if each.role is role]
         gone = [each for each in members if each.state is not MemberState.ACTIVE]
         cause = min(gone, key=lambda each: (_cause_rank(each.exit_code), each.ended), default=None)
@@ -427,7 +427,7 @@ class Membership:
 
 
 _CONSEQUENCES = frozenset((ExitCode.OK, ExitCode.NOT_A_MEMBER, ExitCode.OLD_EPOCH, ExitCode.GROUP_LOST))
-"""Of replicas that have ended for what became of others."""
+"""Of replicas that have ended because others had."""
 
 
 def _cause_rank(exit_code: int | None) -> int:

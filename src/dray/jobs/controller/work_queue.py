@@ -1,7 +1,7 @@
 """Which work items are given out, to whom, and which are done. No I/O and no clock.
 
 ```
-  new ──take──► held by a replica ──published──► in flight ──settled──► gone
+  new ──take──► held by a replica ──published──► in flight ──finished──► gone
                      │ release (its holder died),                        ▲
                      │ failed (the attempt raised)                       │
                      ├──► first in line again                            │
@@ -15,13 +15,13 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from dray.jobs.messages.work_item_parts import PartlySettled, PayloadPart
+from dray.jobs.messages.work_item_parts import PartlyFinished, PayloadPart
 
 
 class WorkQueue:
-    """Hands out work item indices, at most `in_flight` of which are unsettled at a time.
+    """Hands out work item indices, at most `in_flight` of which are unfinished at a time.
 
-    A work item is settled when all its trajectories were trained on, or are known to be lost or discarded, and
+    A work item is finished when all its trajectories were trained on, or are known to be lost or discarded, and
     when it was given up. The bound keeps rollouts from running ahead of training: it limits both staleness and
     what waits in memory.
 
@@ -42,7 +42,7 @@ class WorkQueue:
         self._again: deque[int] = deque()
         self._holders: dict[int, str] = {}
         self._published: set[int] = set()
-        self._parts = PartlySettled()
+        self._parts = PartlyFinished()
         self._attempts: dict[int, int] = {}
         self._failed_by: dict[int, set[str]] = {}
         self.given_again = 0
@@ -50,7 +50,7 @@ class WorkQueue:
         self.given_up = 0
         self.given_up_in_a_row = 0
 
-    def take(
+    def assign(
         self, holder: str, count: int, *, working: Collection[int] = (), others: Collection[str] = ()
     ) -> list[int]:
         """Up to `count` work items for `holder`; those that are given again come first.
@@ -104,7 +104,7 @@ class WorkQueue:
         self.given_up_in_a_row += 1
         return True
 
-    def settled(self, indices: Iterable[int]) -> None:
+    def finished(self, indices: Iterable[int]) -> None:
         """All trajectories of `indices` are trained on, lost or discarded; unknown ones are ignored."""
         for index in indices:
             self._published.discard(index)
@@ -113,18 +113,18 @@ class WorkQueue:
                 self._again.remove(index)
             self._forget(index)
 
-    def settled_parts(self, payloads: Iterable[PayloadPart]) -> None:
-        """These trajectories are trained on, lost or discarded; a work item is settled with the last of its
+    def finished_parts(self, payloads: Iterable[PayloadPart]) -> None:
+        """These trajectories are trained on, lost or discarded; a work item is finished with the last of its
         own."""
         for payload in payloads:
             index = payload[0]
             known = index in self._published or index in self._holders or index in self._again
-            if known and self._parts.settle(payload):
-                self.settled([index])
+            if known and self._parts.finish(payload):
+                self.finished([index])
 
-    def partly_settled(self) -> list[PayloadPart]:
-        """The settled payloads of work items that are not settled."""
-        return self._parts.settled()
+    def partly_finished(self) -> list[PayloadPart]:
+        """The finished payloads of work items that are not finished."""
+        return self._parts.finished()
 
     def release(self, holder: str) -> list[int]:
         """Give again what `holder` still held; returns it."""
@@ -145,16 +145,16 @@ class WorkQueue:
         self._parts.forget(index)
 
     def in_flight(self) -> list[int]:
-        """Work items whose trajectories were published and are not settled."""
+        """Work items whose trajectories were published and are not finished."""
         return sorted(self._published)
 
     def unfinished(self) -> tuple[list[int], int]:
-        """The unsettled work items, and the index of the next one."""
+        """The unfinished work items, and the index of the next one."""
         return sorted({*self._holders, *self._published, *self._again}), self._next
 
     @property
     def outstanding(self) -> int:
-        """Work items given out, or to be given again, and not settled."""
+        """Work items given out, or to be given again, and not finished."""
         return len(self._holders) + len(self._published) + len(self._again)
 
     def statistics(self) -> dict[str, int]:

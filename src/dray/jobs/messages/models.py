@@ -181,17 +181,17 @@ class ProgressReport(Message):
 
 
 class Heartbeat(Caller):
-    """``POST /heartbeat``: alive, with progress; `settled` are work items trained on, lost or discarded.
+    """``POST /heartbeat``: alive, with progress; `finished` are work items trained on, lost or discarded.
 
-    `settled_parts` are the same for payloads of work items with several: the index of the work item, the number of
-    the payload, and how many payloads there are.
+    `finished_parts` are the same for payloads of work items with several: index of the work item, number of the
+    payload, and how many payloads there are.
 
     The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
     """
 
     progress: ProgressReport
-    settled: Reported = []
-    settled_parts: ReportedParts = []
+    finished: Reported = []
+    finished_parts: ReportedParts = []
     until_unread: Annotated[float, Field(ge=0, le=MAX_WORK_WAIT)] = 0.0
 
 
@@ -292,17 +292,17 @@ class WorkList(Directive):
     attempts: list[int] = []
 
 
-class UnsettledWork(Message):
-    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: the work items that are not settled,
+class UnfinishedWork(Message):
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: work items that are not finished,
     those among them whose trajectories were published, and the next work item.
 
-    `settled_parts` are the settled payloads of unsettled work items, as in `Heartbeat`.
+    `finished_parts` are the finished payloads of unfinished work items, as in `Heartbeat`.
     """
 
-    unsettled: Indices
+    unfinished: Indices
     published: Indices
     next: int
-    settled_parts: Annotated[list[tuple[Index, Index, Index]], Field(max_length=1 << 20)] = []
+    finished_parts: Annotated[list[tuple[Index, Index, Index]], Field(max_length=1 << 20)] = []
 
 
 class MemberStatus(Message):

@@ -1,4 +1,4 @@
-"""Which payloads of a work item are settled, for work items with several. No I/O."""
+"""Which payloads of a work item are finished, for work items with several. No I/O."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ PayloadPart = tuple[int, int, int]
 are."""
 
 
-class PartlySettled:
-    """The work items of which some payloads are settled, or whose number of payloads is known.
+class PartlyFinished:
+    """The work items of which some payloads are finished, or whose number of payloads is known.
 
     A work item that is worked on again may have another number of payloads: the newest one counts.
     """
 
     def __init__(self) -> None:
-        self._settled: dict[int, set[int]] = {}
+        self._finished: dict[int, set[int]] = {}
         self._parts: dict[int, int] = {}
 
     def found(self, index: int, parts: int) -> None:
         """A payload of the work item says that there are `parts` of them."""
         self._parts[index] = parts
 
-    def settle(self, payload: PayloadPart) -> bool:
-        """A payload is settled; returns whether its whole work item is, which is forgotten then."""
+    def finish(self, payload: PayloadPart) -> bool:
+        """A payload is finished; returns whether its whole work item is, which is forgotten then."""
         index, part, parts = payload
         self._parts[index] = parts
-        settled = self._settled.setdefault(index, set())
-        settled.add(part)
-        if len(settled) < parts:
+        finished = self._finished.setdefault(index, set())
+        finished.add(part)
+        if len(finished) < parts:
             return False
         self.forget(index)
         return True
 
     def forget(self, index: int) -> None:
-        """The work item is settled, whatever is known of its payloads."""
-        self._settled.pop(index, None)
+        """The work item is finished, whatever is known of its payloads."""
+        self._finished.pop(index, None)
         self._parts.pop(index, None)
 
     def remaining(self, index: int, otherwise: int) -> int:
-        """How many payloads of the work item are not settled; `otherwise` if its number of payloads is not
+        """How many payloads of the work item are not finished; `otherwise` if its number of payloads is not
         known."""
         if index not in self._parts:
             return otherwise
-        return max(1, self._parts[index] - len(self._settled.get(index, ())))
+        return max(1, self._parts[index] - len(self._finished.get(index, ())))
 
-    def settled(self) -> list[PayloadPart]:
-        """The settled payloads of work items that are not settled as a whole."""
+    def finished(self) -> list[PayloadPart]:
+        """The finished payloads of work items that are not finished as a whole."""
         return [
-            (index, part, self._parts[index]) for index, found in self._settled.items() for part in sorted(found)
+            (index, part, self._parts[index]) for index, found in self._finished.items() for part in sorted(found)
         ]

@@ -3,7 +3,7 @@
 A command that meets a lost connection, or a server that cannot serve at the moment (`answers.TEMPORARY_CODES`),
 is made again, with growing waits, until its deadline; so every operation given to `RedisConnection.call` must be
 safe to repeat. An outage is logged once when it begins and once when it ends; one that lasts longer than
-`patience` counts as for good, and every wait ends with it.
+`patience` counts as a loss, and every wait ends with it.
 
 A server that refuses may have handed its place to another one: the connections to it are closed, and the next
 attempt resolves the server's name again. A server that has become a replica refuses writes and answers reads, so
@@ -47,7 +47,7 @@ from dray.jobs.queue.redis_client import RedisAddress, RedisClient
 
 
 class RedisUnavailableError(ControlPlaneError):
-    """Redis has not answered until the deadline, or has refused; the message says for how long.
+    """Redis has not answered until the deadline, or has refused; the message has for how long.
 
     Args:
         answer: what the server answered; empty if it did not.
@@ -76,7 +76,7 @@ class BacklogFullError(ControlPlaneError):
 
 
 class OldEpochError(ControlPlaneError):
-    """The policy group goes on under a newer epoch; nothing was committed, and this replica must exit."""
+    """The policy group has a newer epoch; nothing was committed, and this replica must exit."""
 
 
 class ControlPlaneStopped(ControlPlaneError):
@@ -104,7 +104,7 @@ TEMPORARY_CODES: Final = frozenset(
         "BUSY",  # a script blocks the server
     )
 )
-"""Codes of answers that say: not now."""
+"""Codes of answers that mean: not now."""
 
 # A class comes before its own base class.
 _CODES: Final[Mapping[type[RedisError], str]] = MappingProxyType(
@@ -136,7 +136,7 @@ def error_code(error: RedisError) -> str:
 
 
 def is_temporary(error: RedisError) -> bool:
-    """Whether `error` is an answer that says: not now."""
+    """Whether `error` is an answer that means: not now."""
     return error_code(error) in TEMPORARY_CODES
 
 
@@ -174,8 +174,8 @@ class RedisConnection:
             it is not asked again.
         answer_timeout: seconds that one command may take to answer; a call may outlive its deadline by this much
             when the server is stopped.
-        patience: seconds of outage, in which Redis does not answer or refuses, after which it counts as gone for
-            good; no wait outlives it, and polls sit out anything shorter.
+        patience: seconds of outage, in which Redis does not answer or refuses, after which it counts as
+            lost; no wait outlives it, and polls sit out anything shorter.
     """
 
     def __init__(
@@ -201,8 +201,8 @@ class RedisConnection:
     def call(
         self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline, *, reads_only: bool = False
     ) -> T:
-        """Run `operation`, again after each lost connection and each answer that says "not now", until it
-        succeeds, `deadline` is over or the outage has lasted for `patience`.
+        """Run `operation`, again after each lost connection and each answer that means "not now", until it
+        succeeds, `deadline` has passed or the outage has lasted for `patience`.
 
         Args:
             what: the operation in words, for messages.
@@ -247,8 +247,8 @@ class RedisConnection:
                         f"{what}: Redis {state}: {answer}", endpoint=str(self.address)
                     ) from cause
                 away = self._note_away(answer, refused=refused, reads_only=reads_only)
-                for_good = away >= self.patience
-                if for_good or deadline.expired or self.shutdown.is_set() or self._closed:
+                is_lost = away >= self.patience
+                if is_lost or deadline.expired or self.shutdown.is_set() or self._closed:
                     state = "has refused" if refused else "has not answered"
                     raise RedisUnavailableError(
                         f"{what}: Redis {state} for {away:.1f} s: {answer}",

@@ -74,7 +74,7 @@ class DeliveryLedger:
         """As `end`, for what may never have been held here."""
         with self._lock:
             for identity in identities:
-                self._let_go(identity)
+                self._forget(identity)
                 self._ended[identity] = None
             while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
@@ -83,9 +83,9 @@ class DeliveryLedger:
         """These are another consumer's now."""
         with self._lock:
             for delivery in deliveries:
-                self._let_go(delivery.entry.identity)
+                self._forget(delivery.entry.identity)
 
-    def _let_go(self, identity: str) -> None:
+    def _forget(self, identity: str) -> None:
         self._held.pop(identity, None)
         self._since.pop(identity, None)
 
@@ -148,8 +148,8 @@ class RolloutConsumer(RolloutQueue):
         self._max_deliveries = max_deliveries
         self._ledger = DeliveryLedger(remembered)
         self._lock = threading.Lock()
-        self._buried: list[RolloutEntry] = []
-        # Entries may be pending for this consumer without being held: those of an earlier life of it, and those
+        self._dead_letters: list[RolloutEntry] = []
+        # Entries may be pending for this consumer without being held: those of an earlier process of it, and those
         # whose delivery was lost on the way.
         self._may_have_unseen = True
         self._found: list[Delivery] = []
@@ -164,11 +164,11 @@ class RolloutConsumer(RolloutQueue):
             timeout: seconds to wait for the first one; None: until shutdown.
 
         Returns:
-            The deliveries; none when the time is over, at once when shutdown has begun, and during an outage that
-            is shorter than the connection's patience.
+            The deliveries; none when the time has passed, when shutdown has begun, and during an outage that is
+            shorter than the connection's patience.
 
         Raises:
-            ControlPlaneError: Redis is gone for good, or refuses.
+            ControlPlaneError: Redis is lost, or refuses.
         """
         if count < 1:
             raise ConfigError("count", count, "at least 1")
@@ -191,7 +191,7 @@ class RolloutConsumer(RolloutQueue):
         Safe to repeat. After it, the payloads may be freed (`CONSUME`) but for those that were refused.
 
         Raises:
-            OldEpochError: the group goes on under another epoch; nothing was committed.
+            OldEpochError: the group has a newer epoch; nothing was committed.
             ControlPlaneError: Redis does not answer, or refuses.
         """
         return self._finish("trained", list(deliveries), timeout)
@@ -203,8 +203,8 @@ class RolloutConsumer(RolloutQueue):
         *,
         counter: Literal["trained", "repeated"] = "trained",
     ) -> list[RolloutEntry]:
-        """End payloads that weights were trained on in an earlier life of the group, whoever holds them; as
-        `commit`.
+        """End payloads that weights were trained on in an earlier epoch of the group, whichever consumer
+        holds them; as `commit`.
 
         What comes of them later, published again, is not handed out.
 
@@ -276,8 +276,8 @@ class RolloutConsumer(RolloutQueue):
         """The entries that became dead letters at this consumer's hands since the last call, so that the caller
         can free their payloads."""
         with self._lock:
-            buried, self._buried = self._buried, []
-        return buried
+            found, self._dead_letters = self._dead_letters, []
+        return found
 
     def begin_epoch(self, after: int = 0, timeout: float | None = 30.0) -> int:
         """Begin a new epoch of the policy group: commits under an older one are refused from now on.
@@ -321,10 +321,10 @@ class RolloutConsumer(RolloutQueue):
         )
 
     def check_epoch(self, timeout: float | None = 30.0) -> None:
-        """Make sure that the group does not go on without this member.
+        """Make sure that the group has no newer epoch.
 
         Raises:
-            OldEpochError: it goes on under another epoch.
+            OldEpochError: it has a newer one.
             ControlPlaneError: Redis does not answer, or refuses.
         """
         self._end_pairs("trained", [], timeout)
@@ -392,24 +392,27 @@ class RolloutConsumer(RolloutQueue):
     def _claim(
         self, client: RedisClient, source: str, limit: int, reason: str, ids: Sequence[bytes]
     ) -> list[tuple[bytes, int, list[bytes]]]:
-        """Moves entries to this consumer, or buries them; returns (id, deliveries, fields) of those that moved."""
+        """Moves entries to this consumer, or makes them dead letters.
+
+        Returns (id, deliveries, fields) of those that moved.
+        """
         if not ids:
             return []
         keys = [self._keys.rollouts, self._keys.index, self._keys.counters, self._keys.dead, self._keys.room]
         moved = scripts.CLAIM.run(client, keys, [GROUP, source, self.consumer, limit, reason, *ids])
         for entry_id, deliveries, dead, fields in moved:
             if dead:
-                self._note_buried(entry_id, deliveries, reason, fields)
+                self._note_dead_letter(entry_id, deliveries, reason, fields)
         return [(entry_id, deliveries, fields) for entry_id, deliveries, dead, fields in moved if not dead]
 
-    def _note_buried(self, entry_id: bytes, deliveries: int, reason: str, fields: list[bytes]) -> None:
+    def _note_dead_letter(self, entry_id: bytes, deliveries: int, reason: str, fields: list[bytes]) -> None:
         logger.warning("entry %s is a dead letter after %d deliveries: %s", entry_id.decode(), deliveries, reason)
         try:
             entry = RolloutEntry.from_fields(paired(fields))
         except ProtocolError:
-            return  # nothing in it says which payload to free
+            return  # it does not name a payload that could be freed
         with self._lock:
-            self._buried.append(entry)
+            self._dead_letters.append(entry)
 
     def _accept(self, client: RedisClient, delivered: list[tuple[bytes, int, Any]]) -> list[Delivery]:
         """The new ones among what the server has given to this consumer; ends those that were ended before."""
@@ -426,8 +429,8 @@ class RolloutConsumer(RolloutQueue):
                 logger.warning("%s", error)
                 malformed.append(entry_id)
         current, repeated = self._ledger.split_ended(deliveries)
-        bury = partial(self._claim, source=self.consumer, limit=1, reason="malformed", ids=malformed)
-        self._healing(bury)(client)
+        end_malformed = partial(self._claim, source=self.consumer, limit=1, reason="malformed", ids=malformed)
+        self._healing(end_malformed)(client)
         if repeated:
             pairs = [(delivery.entry.identity, delivery.consumer) for delivery in repeated]
             self._run_finish(client, "repeated", pairs, "")
@@ -449,7 +452,7 @@ class RolloutConsumer(RolloutQueue):
         return outcome
 
     def _end_pairs(self, counter: str, pairs: list[tuple[str, str]], timeout: float | None) -> list[int]:
-        """What the script says about each (identity, consumer)."""
+        """The answer of the script for each (identity, consumer)."""
         epoch: int | str = "" if self._epoch is None else self._epoch
 
         def finish(client: RedisClient) -> Any:
@@ -464,7 +467,7 @@ class RolloutConsumer(RolloutQueue):
         )
         if status == b"old":
             raise OldEpochError(
-                f"the policy group goes on under epoch {int(answer)}; {self.consumer} still has epoch {epoch}"
+                f"the policy group has epoch {int(answer)}; {self.consumer} still has epoch {epoch}"
             )
         if status != b"done":
             raise ControlPlaneError(f"the epoch of the policy group of job {self._keys.job} keeps being lost")

@@ -5,7 +5,7 @@ key (``{job}`` with its braces)          type    what it holds
 ======================================  ======  ==================================================================
 ``dray:{job}:rollouts``                 stream  one entry per payload that no commit has ended; group ``policy``
 ``dray:{job}:rollouts:index``           hash    ``producer:sequence`` → id of the entry, while the entry is there
-``dray:{job}:rollouts:epoch``           string  random token of this life of the stream; absent or changed: lost
+``dray:{job}:rollouts:epoch``           string  random token of the stream; absent or changed: lost
 ``dray:{job}:rollouts:group_epoch``     string  integer, rises when the policy group restarts; fences commits
 ``dray:{job}:rollouts:counters``        hash    published, trained, and others: see `QueueStatistics`
 ``dray:{job}:rollouts:room``            stream  newest end of entries (one entry); wakes publishers that wait
@@ -18,7 +18,7 @@ Fields of an entry of ``rollouts``: ``producer`` (32 hex digits), ``sequence``, 
 with several payloads has ``part`` and ``parts``, too, and one with metadata ``metadata`` (a JSON object). A dead
 letter has the same fields but for ``payload``, whose length stands in ``payload_bytes``, and adds ``consumer``,
 ``deliveries`` and
-``reason``. A command has ``name``, ``fields`` (JSON object of strings) and ``token`` (random, tells a repeated
+``reason``. A command has ``name``, ``fields`` (JSON object of strings) and ``token`` (random, marks a repeated
 send). Weights have ``reference`` and ``version``.
 
 Every key ends `KEY_LIFETIME` seconds after the last change that the job made through it.

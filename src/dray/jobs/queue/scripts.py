@@ -174,7 +174,7 @@ CLAIM = Script(f"""
 -- ARGV: group, from, to, deliveries after which an entry is a dead letter (0: never), reason, then id, …
 -- Returns per entry: id, deliveries, 1 if it is a dead letter now, its fields.
 local limit = tonumber(ARGV[4])
-local moved, buried = {{}}, 0
+local moved, dead = {{}}, 0
 for i = 6, #ARGV do
   local id = ARGV[i]
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)
@@ -199,7 +199,7 @@ for i = 6, #ARGV do
       redis.call('XACK', KEYS[1], ARGV[1], id)
       redis.call('XDEL', KEYS[1], id)
       redis.call('HDEL', KEYS[2], producer .. ':' .. sequence)
-      buried = buried + 1
+      dead = dead + 1
       moved[#moved + 1] = {{id, count, 1, entry[2]}}
     else
       redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, id)
@@ -207,9 +207,9 @@ for i = 6, #ARGV do
     end
   end
 end
-if buried > 0 then
-  redis.call('HINCRBY', KEYS[3], 'dead_letters', buried)
-  redis.call('XADD', KEYS[5], 'MAXLEN', 1, '*', 'ended', buried)
+if dead > 0 then
+  redis.call('HINCRBY', KEYS[3], 'dead_letters', dead)
+  redis.call('XADD', KEYS[5], 'MAXLEN', 1, '*', 'ended', dead)
 end
 return moved
 """)

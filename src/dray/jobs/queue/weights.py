@@ -29,7 +29,7 @@ class PublishedWeights:
 
 
 class WeightsChannel:
-    """The reference of the newest weights: the policy publishes, everybody reads.
+    """The reference of the newest weights: the policy publishes, every rollout replica reads.
 
     Newest is what was published last. A policy that restarts from a checkpoint publishes an older version, and it
     is the newest then.
@@ -57,7 +57,7 @@ class WeightsChannel:
             False if it was so already.
 
         Raises:
-            OldEpochError: the group goes on under another epoch; nothing was published.
+            OldEpochError: the group has a newer epoch; nothing was published.
             ControlPlaneError: Redis does not answer, or refuses.
         """
         if version < 0:
@@ -97,11 +97,11 @@ class WeightsChannel:
             timeout: seconds to wait; None: until shutdown.
 
         Returns:
-            The weights; None when the time is over or shutdown has begun, and during an outage that is shorter
+            The weights; None when the time has passed or shutdown has begun, and during an outage that is shorter
             than the connection's patience.
 
         Raises:
-            ControlPlaneError: Redis is gone for good, or refuses.
+            ControlPlaneError: Redis is lost, or refuses.
         """
         deadline = Deadline.after(timeout, self._connection.clock)
         after = "0-0" if than is None else than.publication
@@ -132,7 +132,7 @@ class WeightsChannel:
             Deadline.after(timeout, self._connection.clock),
         )
         if published < 0:
-            raise OldEpochError(f"weights {version} are of epoch {epoch}, but the policy group has gone on")
+            raise OldEpochError(f"weights {version} are of epoch {epoch}, but the policy group has a newer one")
         return bool(published)
 
     def _read(self, client: RedisClient) -> Any:

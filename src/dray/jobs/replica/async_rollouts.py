@@ -23,13 +23,13 @@ from dray.jobs.replica.work_source import Assignment, WorkSource
 
 _LOG = logging.getLogger("dray.jobs.replica.async_rollouts")
 _SLICE = 0.5
-"""Seconds after which the controller, Redis and the stop flag are looked at again."""
+"""Seconds after which the controller, Redis and the stop flag are checked again."""
 
 _T = TypeVar("_T")
 
 
 class HungRolloutError(UserCodeError):
-    """A rollout goes on although it was cancelled: its place in the replica is not to be had again."""
+    """A rollout did not end when it was cancelled: its place in the replica is not free again."""
 
 
 class AsyncRollouts:
@@ -40,14 +40,14 @@ class AsyncRollouts:
         replica: Replica,
         worker: RolloutWorker,
         source: WorkSource,
-        outlet: TrajectoryPublisher,
+        publisher: TrajectoryPublisher,
         weights: WeightsSubscriber,
     ) -> None:
         self._replica = replica
         self._config = replica.spec.config.rollout
         self._worker = worker
         self._source = source
-        self._outlet = outlet
+        self._publisher = publisher
         self._weights = weights
         self._version = 0
         self._rollouts: dict[asyncio.Task[None], int] = {}
@@ -62,7 +62,7 @@ class AsyncRollouts:
         Raises:
             UserCodeError: another method than `rollout` raised, a method returned what cannot be used, or a
             rollout
-                goes on although it was cancelled.
+                did not end when it was cancelled.
         """
         loop = asyncio.new_event_loop()
         try:
@@ -119,9 +119,9 @@ class AsyncRollouts:
             free = concurrency - len(self._rollouts)
             assignments: list[Assignment] = []
             if free:
-                assignments = await self._take(min(free, self._config.work_item_batch))
+                assignments = await self._request(min(free, self._config.work_item_batch))
                 if not assignments:
-                    await self._in_thread(self._handing_on, self._outlet.refresh)
+                    await self._in_thread(self._handing_on, self._publisher.refresh)
             else:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_SLICE):
@@ -135,9 +135,9 @@ class AsyncRollouts:
             for assignment in assignments:
                 self._begin(assignment)
 
-    async def _take(self, want: int) -> list[Assignment]:
+    async def _request(self, want: int) -> list[Assignment]:
         working = list(self._rollouts.values())
-        return await self._in_thread(self._control, lambda: self._source.take(want, _SLICE, working))
+        return await self._in_thread(self._control, lambda: self._source.request(want, _SLICE, working))
 
     def _begin(self, assignment: Assignment) -> None:
         task = asyncio.get_running_loop().create_task(self._attempt(assignment))
@@ -179,7 +179,7 @@ class AsyncRollouts:
         part, parts = place
 
         def put() -> bool:
-            return self._outlet.put(
+            return self._publisher.put(
                 payload.arrays,
                 work_item=assignment.item.index,
                 weight_version=version,
@@ -212,7 +212,7 @@ class AsyncRollouts:
             self._source.failed(assignment, error)
             raise HungRolloutError(f"{error}, and did not end within {grace:g} s after it was cancelled")
         if not call.cancelled():
-            call.exception()  # whatever it is: the attempt is over
+            call.exception()  # whatever it is: the attempt has ended
         raise error
 
     async def _ends_within(self, call: asyncio.Task[object], timeout: float) -> bool:
@@ -236,7 +236,7 @@ class AsyncRollouts:
         return True
 
     def _show(self) -> None:
-        """Tell what the replica does, if that has changed."""
+        """Show what the replica does, if that has changed."""
         activity, generates = self._replica.activity, self._generating > 0
         if generates and not self._shows_generating:
             activity.doing("generating")

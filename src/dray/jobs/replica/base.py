@@ -47,13 +47,13 @@ class Replica:
     """A replica's place in the job. As a context manager it registers, and unregisters last.
 
     Attributes:
-        stop: set when the replica must end; every wait looks at it.
+        stop: set when the replica must end; every wait ends with it.
         activity: what the replica does, for the status page.
         bounds: of the waits of its end.
-        leaving_reason: what the controller is told when the replica leaves; by default why it was to stop.
+        leaving_reason: the reason that the controller gets when the replica leaves; by default why it was to stop.
         exit_code: with which it will end, as far as that is known.
-        published: work items whose trajectories were handed on and that the controller was not told of yet.
-        failed_attempts: failed attempts at work items that the controller was not told of yet.
+        published: work items whose trajectories were handed on and that were not reported to the controller yet.
+        failed_attempts: failed attempts at work items that were not reported to the controller yet.
     """
 
     def __init__(self, spec: JobSpec, role: Role, index: int, stop: StopFlag) -> None:
@@ -85,7 +85,7 @@ class Replica:
             )
             self.stop.on_set(self.client.hurry)
             body = models.Register(name=self.name, incarnation=self.incarnation, role=self.role, pid=os.getpid())
-            # The controller itself may be starting: it has the same time for that as everybody.
+            # The controller itself may be starting: it has the same time for that as every replica.
             self.client.post("/register", body, models.Directive, config.timeouts.start)
             starting.callback(self._unregister)
             heartbeat = Heartbeat(
@@ -132,12 +132,12 @@ class Replica:
         )
 
     def failed(self, error: BaseException) -> None:
-        """`error` ends this replica: that is what the controller will be told."""
+        """`error` ends this replica: the controller gets it as the reason."""
         self.leaving_reason = reason_of(error)
         self.exit_code = exit_code_of(error, self.stop)
 
     def leave_at_once(self, error: BaseException) -> None:
-        """Tell the controller that `error` ends this replica before others notice that it is gone.
+        """Report to the controller that `error` ends this replica before others notice that it is gone.
 
         What they end with is a consequence then, and known to be one.
         """
@@ -173,7 +173,7 @@ def run_replica(role: Role, work: Callable[[Replica], ExitCode]) -> ExitCode:
     stop = StopFlag()
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.disposable:  # perhaps in the middle of a long import, which looks at nothing
+        if stop.disposable:  # perhaps in the middle of a long import, which checks nothing
             exit_at_once(128 + number)
         stop.set(f"received {number.name}", ExitCode(128 + number))
 
@@ -209,7 +209,7 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
 _EXPECTED: tuple[type[Exception], ...] = (UserCodeError, *_EXIT_CODES)
 
 _WHATEVER_WAS_ASKED = frozenset((ExitCode.CONFIGURATION, ExitCode.OLD_EPOCH))
-"""These are told even if the replica was to stop for another reason."""
+"""These are reported even if the replica was to stop for another reason."""
 
 
 def exit_code_of(error: BaseException, stop: StopFlag) -> ExitCode:

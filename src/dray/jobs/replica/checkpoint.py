@@ -27,16 +27,16 @@ class CheckpointState:
     """How far the job was.
 
     Args:
-        outcome: empty unless the job was over: ``"solved"`` or ``"finished"``.
+        outcome: empty unless the job had ended: ``"solved"`` or ``"finished"``.
         contributed: payloads that the weights were trained on.
         committed: payloads whose commit was confirmed, those of weights that were lost in a crash included.
         unconfirmed: ``producer:sequence`` of each payload that the weights were trained on and whose commit was
-            not confirmed; whoever goes on from here commits these and does not train on them.
+            not confirmed; a policy that resumes from here commits these and does not train on them.
         unfreed: likewise of each payload that was committed and whose producer has not confirmed that it is freed:
             published again, after Redis was restarted empty, it would be taken for a new one.
         ranks: how many policy replicas have written their part.
         totals: further figures of the training that led to these weights, such as ``bytes`` and ``seconds``; they
-            go on from here when the policy is restarted or the run is resumed.
+            continue from here when the policy is restarted or the run is resumed.
     """
 
     step: int
@@ -118,7 +118,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, CheckpointState] | None:
             totals = {name: float(value) for name, value in fields.get("totals", {}).items()}
             return place, CheckpointState(**{**fields, **lists, "totals": totals})
         except (ValueError, TypeError, AttributeError) as error:
-            allowed, problem = f"must be a checkpoint of dray ({error})", f"cannot go on from {place}"
+            allowed, problem = f"must be a checkpoint of dray ({error})", f"cannot resume from {place}"
             raise ConfigError(_KEY, str(place), allowed, problem) from error
     return None
 

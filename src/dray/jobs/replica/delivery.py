@@ -1,8 +1,8 @@
-"""The life of a payload in a job, from its receipt by the policy group to the reuse of its slot.
+"""The life cycle of a payload in a job, from its receipt by the policy group to the reuse of its slot.
 
 `PayloadTracker` is the state machine: one table, no I/O and no clock. `Deliveries` acts on it: it receives
-references from the queue, ends each of them in a commit or a discard under the epoch of this life of the group,
-and then has the payload freed at its producer. A life of the group that was replaced has its commits refused.
+references from the queue, ends each of them in a commit or a discard under the group's epoch, and
+then has the payload freed at its producer. A group that was replaced has an older epoch: its commits are refused.
 
 With ``policy.ack = "step"`` a payload is committed after the step that trained on it, with ``"checkpoint"`` when a
 checkpoint has that step.
@@ -23,7 +23,7 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.identifiers import PayloadId
 from dray.jobs.config import PolicyTable
 from dray.jobs.files import read_private_file, write_json
-from dray.jobs.messages.models import UnsettledWork
+from dray.jobs.messages.models import UnfinishedWork
 from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.queue import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -34,11 +34,11 @@ _CLAIM_INTERVAL = 2.0
 _STATISTICS_INTERVAL = 1.0
 
 
-# --- the life of a payload ---------------------------------------------------------------------------------------
+# --- the life cycle of a payload ---------------------------------------------------------------------------------
 
 
 class PayloadState(StrEnum):
-    """Where a payload is in its life."""
+    """Where a payload is in its life cycle."""
 
     RECEIVED = "received"  # its reference is here
     READ = "read"  # its arrays are, too, for the next training step
@@ -62,7 +62,7 @@ class PayloadEvent(StrEnum):
     TRAIN = "train"
     COMMIT = "commit"
     REFUSE = "refuse"
-    BURY = "bury"
+    GIVE_UP = "give up"
     FREE = "free"
 
 
@@ -72,7 +72,7 @@ TRANSITIONS: Final[Mapping[tuple[PayloadState, PayloadEvent], PayloadState]] = {
     (_S.RECEIVED, _E.READ): _S.READ,
     (_S.RECEIVED, _E.FAIL): _S.LOST,
     (_S.RECEIVED, _E.AGE): _S.TOO_OLD,
-    (_S.RECEIVED, _E.BURY): _S.DEAD_LETTER,
+    (_S.RECEIVED, _E.GIVE_UP): _S.DEAD_LETTER,
     (_S.READ, _E.FAIL): _S.LOST,  # another rank could not read it
     (_S.READ, _E.BEGIN): _S.TRAINING,
     (_S.TRAINING, _E.TRAIN): _S.TRAINED,
@@ -138,19 +138,19 @@ class PayloadTracker:
         """
         with self._lock:
             for each in ids:
-                life = self._tracked.get(each)
-                after = None if life is None else TRANSITIONS.get((life.state, event))
-                if life is None or after is None:
-                    state = "unknown" if life is None else life.state.value
+                tracked = self._tracked.get(each)
+                after = None if tracked is None else TRANSITIONS.get((tracked.state, event))
+                if tracked is None or after is None:
+                    state = "unknown" if tracked is None else tracked.state.value
                     raise IllegalPayloadTransition(f"payload {each} is {state}: it cannot {event.value}")
-                life.state = after
+                tracked.state = after
                 if after in (PayloadState.FREED, PayloadState.TAKEN):
                     del self._tracked[each]
 
     def within(self, *states: PayloadState) -> list[Delivery]:
         """The payloads in one of these states, in the order of their receipt."""
         with self._lock:
-            return [life.delivery for life in self._tracked.values() if life.state in states]
+            return [tracked.delivery for tracked in self._tracked.values() if tracked.state in states]
 
     def work_items(self, *states: PayloadState) -> set[int]:
         """The work items of the payloads in one of these states."""
@@ -159,7 +159,7 @@ class PayloadTracker:
     def count(self) -> dict[PayloadState, int]:
         """How many payloads are in each state."""
         with self._lock:
-            states = [life.state for life in self._tracked.values()]
+            states = [tracked.state for tracked in self._tracked.values()]
         return {state: states.count(state) for state in PayloadState}
 
 
@@ -193,17 +193,17 @@ class ReferenceQueue(Protocol):
 
 
 class WorkReports(Protocol):
-    """What the controller is asked about work items, and what it is told about them."""
+    """What the controller is asked about work items, and what is reported to it."""
 
-    def unsettled(self) -> UnsettledWork:
-        """The work items that are given out and not settled, by the controller's knowledge."""
+    def unfinished(self) -> UnfinishedWork:
+        """The work items that are given out and not finished, by the controller's knowledge."""
         ...
 
-    def settled(self, work_items: Iterable[int]) -> None:
+    def finished(self, work_items: Iterable[int]) -> None:
         """These are trained on, or never will be."""
         ...
 
-    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+    def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
         """These payloads are trained on, or never will be."""
         ...
 
@@ -214,10 +214,10 @@ class WorkReports(Protocol):
 
 
 class Deliveries:
-    """What the policy group is given, and what becomes of it. Used by the first rank only; thread-safe.
+    """The payloads that the policy group is given, from receipt to end. Used by the first rank only; thread-safe.
 
     Args:
-        queue: where references come from; its consumer is this life's alone.
+        queue: where references come from; its consumer has this epoch alone.
         free: has payloads freed at their producers, without waiting for it.
         work: the controller's side of work items.
         policy: the table of the job file.
@@ -233,7 +233,7 @@ class Deliveries:
 
     Attributes:
         contributed: payloads that the weights are trained on.
-        committed: payloads whose commit is confirmed, over all lives of the group.
+        committed: payloads whose commit is confirmed, over all epochs of the group.
         rolled_back: those of `committed` that the weights of the checkpoint do not have.
     """
 
@@ -280,10 +280,10 @@ class Deliveries:
         self.committed = state.committed
         self.rolled_back = 0
 
-    # --- the beginning of a life ------------------------------------------------------------------------------
+    # --- the beginning of an epoch -----------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Begin an epoch, claim what earlier lives of the group held, and commit what the weights already have.
+        """Begin an epoch, claim what was held in earlier epochs, and commit what the weights already have.
 
         Raises:
             ControlPlaneError: Redis or the controller does not answer, or refuses.
@@ -296,8 +296,8 @@ class Deliveries:
         self._free([*trained, *repeated])
         claimed = self.payloads.receive(self._queue.claim_others(self._timeout))
         self._count_rolled_back()
-        self._settle_ended()
-        self._bury()
+        self._finish_ended()
+        self._end_dead_letters()
         if trained or claimed:
             words = "%d payloads that the checkpoint has are committed; %d others are delivered again"
             _LOG.info(words, len(trained), len(claimed))
@@ -331,23 +331,23 @@ class Deliveries:
         if self.committed or self.rolled_back:
             self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
 
-    def _settle_ended(self) -> None:
-        """Settle work items that were published and are not in the stream: those of which no end was reported."""
+    def _finish_ended(self) -> None:
+        """Finish work items that were published and are not in the stream: those of which no end was reported."""
         known = self._compare_window()
         if known.published:
             listed = set(self._queue.listed_work_items(self._timeout))
-            self._settle(index for index in known.published if index not in listed)
+            self._finish(index for index in known.published if index not in listed)
 
-    def _compare_window(self) -> UnsettledWork:
-        """Ask the controller what is unsettled: it alone knows which work items were given up."""
+    def _compare_window(self) -> UnfinishedWork:
+        """Ask the controller what is unfinished: it alone knows which work items were given up."""
         self._given_up = self._work.given_up
-        known = self._work.unsettled()
+        known = self._work.unfinished()
         with self._window_lock:
             if self._window is None:
-                self._window = StalenessWindow(known.unsettled, known.next, self._payloads_each)
-                self._window.settled_payloads(known.settled_parts)
+                self._window = StalenessWindow(known.unfinished, known.next, self._payloads_each)
+                self._window.finished_payloads(known.finished_parts)
             else:
-                self._window.compare(known.unsettled, known.next)
+                self._window.compare(known.unfinished, known.next)
         return known
 
     # --- receiving --------------------------------------------------------------------------------------------
@@ -356,11 +356,11 @@ class Deliveries:
         """Up to `count` payloads that a step of weights of `version` may use, as soon as there is one.
 
         Raises:
-            OldEpochError: the group goes on without this replica.
-            ControlPlaneError: Redis is gone for good, or refuses.
+            OldEpochError: the group has a newer epoch.
+            ControlPlaneError: Redis is lost, or refuses.
         """
         if self._next_claim.expired and not self._ending():
-            # An earlier life that was paused in the middle of a call may have been given something since.
+            # A process of an earlier epoch that was paused in a call may have been given something since.
             self.payloads.receive(self._queue.claim_others(self._timeout))
             self._next_claim = Deadline.after(_CLAIM_INTERVAL, self._clock)
         if self._in_order and self._given_up != self._work.given_up:
@@ -370,8 +370,8 @@ class Deliveries:
             received = self._queue.receive(count, timeout)
             self.payloads.receive(received)
             due = self._due(count)
-            self._look_after_starving(received)
-        self._bury()
+            self._check_for_lost_entries(received)
+        self._end_dead_letters()
         most = self._policy.max_staleness
         if most is None:
             return due
@@ -392,21 +392,21 @@ class Deliveries:
         if due:
             self._overdue = Deadline.after(self._patience, self._clock)
         elif len(found) >= count and self._overdue.expired:
-            # What became of the one that is missing is unknown: should it come after all, it is too old.
+            # The one that is missing may never come: if it comes after all, it is too old.
             words = "no payload for work items <= %d in the last %g s; training on newer ones"
             _LOG.warning(words, last, self._patience)
             due = found[:count]
         return due
 
-    def _look_after_starving(self, received: Sequence[Delivery]) -> None:
+    def _check_for_lost_entries(self, received: Sequence[Delivery]) -> None:
         # Redis was restarted empty, or another client has removed entries, and a producer has died before it could
-        # publish again: its payloads are gone, and their work items would count as under way for ever.
+        # publish again: its payloads are gone, and their work items would count as under way permanently.
         if received:
             self._starving = Deadline.after(self._patience, self._clock)
         elif self._starving.expired and not self._ending():
             self._starving = Deadline.after(self._patience, self._clock)
             self._queue.drop_trimmed(self._timeout)
-            self._settle_ended()
+            self._finish_ended()
 
     # --- from reading to the end of each payload --------------------------------------------------------------
 
@@ -458,10 +458,10 @@ class Deliveries:
         self.committed += len(ended)
         self._free([each.entry for each in ended])
 
-    def settled(self, deliveries: Sequence[Delivery]) -> None:
+    def finished(self, deliveries: Sequence[Delivery]) -> None:
         """Report that these are trained on, after their weights were published: a replica that is given a work
         item from then on acts with them."""
-        self._settle_payloads([each.entry for each in deliveries])
+        self._finish_payloads([each.entry for each in deliveries])
 
     def freed(self, waiting: Collection[PayloadId]) -> None:
         """Of the payloads that are done with, all but those in `waiting` are freed."""
@@ -469,10 +469,10 @@ class Deliveries:
         self.payloads.apply(PayloadEvent.FREE, [each for each in ended if each not in waiting])
 
     def check_epoch(self) -> None:
-        """Make sure that the group does not go on without this replica.
+        """Make sure that the group has no newer epoch.
 
         Raises:
-            OldEpochError: it does.
+            OldEpochError: it has one.
             ControlPlaneError: Redis does not answer, or refuses.
         """
         self._queue.check_epoch(self._timeout)
@@ -484,7 +484,7 @@ class Deliveries:
 
     @property
     def epoch(self) -> int | None:
-        """The epoch of this life."""
+        """The epoch of the group."""
         return self._queue.epoch
 
     @property
@@ -523,32 +523,32 @@ class Deliveries:
         self.payloads.apply(event, _ids(deliveries))
         self._end([each.entry for each in deliveries], counter)
 
-    def _bury(self) -> None:
+    def _end_dead_letters(self) -> None:
         letters = self._queue.take_dead_letters()
         if letters:
-            # Not given to this consumer: their life here begins and ends with this.
+            # They were not given to this consumer: they are tracked from here to their end.
             self.payloads.receive(Delivery(each, "", 0, "") for each in letters)
-            self.payloads.apply(PayloadEvent.BURY, [each.id for each in letters])
+            self.payloads.apply(PayloadEvent.GIVE_UP, [each.id for each in letters])
             self._end(letters, "dead_letters")
 
     def _end(self, entries: Sequence[RolloutEntry], counter: str) -> None:
         self._free(entries)
-        self._settle_payloads(entries)
+        self._finish_payloads(entries)
         self._count(counter, len(entries))
 
-    def _settle_payloads(self, entries: Sequence[RolloutEntry]) -> None:
+    def _finish_payloads(self, entries: Sequence[RolloutEntry]) -> None:
         payloads = [(each.work_item, each.part, each.parts) for each in entries]
         with self._window_lock:
             if self._window is not None:
-                self._window.settled_payloads(payloads)
-        self._work.settled_payloads(payloads)
+                self._window.finished_payloads(payloads)
+        self._work.finished_payloads(payloads)
 
-    def _settle(self, work_items: Iterable[int]) -> None:
+    def _finish(self, work_items: Iterable[int]) -> None:
         indices = list(work_items)
         with self._window_lock:
             if self._window is not None:
-                self._window.settled(indices)
-        self._work.settled(indices)
+                self._window.finished(indices)
+        self._work.finished(indices)
 
 
 def _ids(deliveries: Iterable[Delivery]) -> list[PayloadId]:

@@ -1,4 +1,4 @@
-"""What a replica tells the controller while it works, and what it learns from the answers.
+"""What a replica reports to the controller while it works, and what follows from the answers.
 
 How long the waits of a replica's end may take: parts of `timeouts.shutdown`, in one table.
 
@@ -41,7 +41,7 @@ SERVE_PART = 0.18
 TRANSFERS_PART, MAX_TRANSFERS = 0.04, 2.0
 THREADS_PART, MAX_THREADS = 0.03, 5.0
 LEAVE_PART = 0.5
-"""For payloads to be consumed, of a replica that leaves while the job goes on."""
+"""For payloads to be consumed, of a replica that leaves before the job ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class EndBounds:
     Attributes:
         answer: for one answer of the controller.
         serve: for payloads to be consumed, since it is known that the job ends.
-        leave: for payloads to be consumed while the job goes on.
+        leave: for payloads to be consumed before the job ends.
         transfers: for transfers in flight when the server is closed.
         threads: for the server's threads after that.
     """
@@ -115,14 +115,14 @@ class Activity:
             self._doing, self._waits_for, self._since = what, "", MONOTONIC.now()
 
     def waits(self, what: str, whom: str) -> None:
-        """From now on the replica waits for `whom`, for `what`; the same wait again goes on, it does not begin."""
+        """From now on the replica waits for `whom`, for `what`; the same wait again does not begin anew."""
         doing = f"waiting for {what}"
         with self._lock:
             if (doing, whom) != (self._doing, self._waits_for):
                 self._doing, self._waits_for, self._since = doing, whom, MONOTONIC.now()
 
     def show_ages(self, ages: Callable[[], Mapping[AgeKind, float | None]]) -> None:
-        """Report what `ages` says: seconds of the oldest payload, lease and unacknowledged reference."""
+        """Report the result of `ages`: seconds of the oldest payload, lease and unacknowledged reference."""
         with self._lock:
             self._ages = ages
 
@@ -173,13 +173,13 @@ class Activity:
 class Heartbeat:
     """A thread that reports the replica's progress, in intervals and when asked to at once.
 
-    It sets `stop` when the controller says that the job is over (then `job_over` is set, too, and `unread` once no
+    It sets `stop` when the controller answers that the job ends (then `job_over` is set, too, and `unread` once no
     policy replica is left to read payloads), when it no longer counts the replica as a member, and when it has not
     answered for `lost_after` seconds. In the last two cases it ends the process by itself if the main thread does
     not do so within `grace` seconds.
 
     Attributes:
-        over_at: since when the job ends, on the clock of this process: the controller has said so, or does not
+        over_at: since when the job ends, on the clock of this process: the controller has answered so, or does not
             answer while the replica is to end. `unread` is set as well if the controller is gone.
         given_up: how many work items of the job were given up so far.
     """
@@ -213,26 +213,26 @@ class Heartbeat:
         self._grace = grace
         self._bounds = bounds
         self._lock = threading.Lock()
-        self._settled: list[int] = []
-        self._settled_parts: list[PayloadPart] = []
+        self._finished: list[int] = []
+        self._finished_parts: list[PayloadPart] = []
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def settled(self, indices: Iterable[int]) -> None:
+    def finished(self, indices: Iterable[int]) -> None:
         """Report, at once, work items whose trajectories are trained on, lost or discarded."""
         with self._lock:
-            self._settled.extend(indices)
+            self._finished.extend(indices)
         self._wake.set()
 
-    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
-        """Report, at once, payloads that are trained on, lost or discarded: each settles its part of a work
+    def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        """Report, at once, payloads that are trained on, lost or discarded: each finishes its part of a work
         item."""
         found = list(payloads)
         with self._lock:
-            self._settled.extend(index for index, _, parts in found if parts == 1)
-            self._settled_parts.extend(each for each in found if each[2] > 1)
+            self._finished.extend(index for index, _, parts in found if parts == 1)
+            self._finished_parts.extend(each for each in found if each[2] > 1)
         self._wake.set()
 
     def beat_now(self) -> None:
@@ -277,7 +277,7 @@ class Heartbeat:
                 _LOG.warning("no answer from the controller for %.1f s: %s", silence, error)
             except ControlPlaneError as error:
                 return self._fatal(str(error), ExitCode.INTERNAL)
-            if (last and not self._settled and not self._settled_parts) or (
+            if (last and not self._finished and not self._finished_parts) or (
                 self._silent and self._closed.is_set()
             ):
                 return None
@@ -308,27 +308,27 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._lock:
             # What is more comes with the next one, at once.
-            settled, self._settled = self._settled[: models.MAX_REPORTED], self._settled[models.MAX_REPORTED :]
-            parts, self._settled_parts = (
-                self._settled_parts[: models.MAX_REPORTED],
-                self._settled_parts[models.MAX_REPORTED :],
+            finished, self._finished = self._finished[: models.MAX_REPORTED], self._finished[models.MAX_REPORTED :]
+            parts, self._finished_parts = (
+                self._finished_parts[: models.MAX_REPORTED],
+                self._finished_parts[models.MAX_REPORTED :],
             )
-            if self._settled or self._settled_parts:
+            if self._finished or self._finished_parts:
                 self._wake.set()
         body = models.Heartbeat(
             name=self._name,
             incarnation=self._incarnation,
             progress=self._activity.report(),
-            settled=settled,
-            settled_parts=parts,
+            finished=finished,
+            finished_parts=parts,
             until_unread=self._until_unread,
         )
         try:
             answer = self._client.post("/heartbeat", body, models.Directive, self._attempt)
         except ControllerLostError:
             with self._lock:
-                self._settled[:0] = settled
-                self._settled_parts[:0] = parts
+                self._finished[:0] = finished
+                self._finished_parts[:0] = parts
             raise
         self.given_up = answer.given_up
         if answer.stop:

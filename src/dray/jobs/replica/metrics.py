@@ -148,7 +148,7 @@ class StopCondition:
 
     Args:
         stop: the table of the job file; without one no step solves the job.
-        patience: steps without the metric after which `remark` says so.
+        patience: steps without the metric after which `remark` reports it.
     """
 
     def __init__(self, stop: StopTable | None, patience: int) -> None:
@@ -161,7 +161,7 @@ class StopCondition:
 
     @property
     def never_returned(self) -> str:
-        """What there is to say at the end about a metric that no step has returned; otherwise empty."""
+        """The remark at the end about a metric that no step has returned; otherwise empty."""
         if self._stop is None or self._seen or not self._judged:
             return ""
         return f"no step returned stop.metric = {self._stop.metric!r}"

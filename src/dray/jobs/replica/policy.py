@@ -1,6 +1,6 @@
 """The policy replica: collects a batch of payloads, runs the user's trainer, commits, publishes new weights.
 
-Of several policy replicas the first does all this, and tells the others what to read and when to train: see
+Of several policy replicas the first does all this, and commands the others to read and to train: see
 `policy_rank`.
 """
 
@@ -62,14 +62,14 @@ _COUNTERS = (
     "waited_seconds", "read_seconds", "train_seconds", "stale", "lost", "discarded", "too_old", "dead_letters",
 )  # fmt: skip
 _TOTALS = (*_COUNTERS, "seconds", "staleness_max", "bytes", "retries")
-"""Figures that go on from a checkpoint; the first ones are counters of the activity."""
+"""Figures that continue from a checkpoint; the first ones are counters of the activity."""
 
 
-def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
+def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
     """Everything between registering and unregistering.
 
     Args:
-        life: how many times the policy group was started before.
+        restarts: how many times the policy group was started before.
         descriptors: sockets to the other ranks, for rank 0; for the others, the one to rank 0.
     """
     config = replica.spec.config
@@ -99,9 +99,11 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
             reader = opened.enter_context(rank_reader(replica))
             replica.stop.disposable = False
             return RankWorker(replica, trainer, channels[0], reader).run()
-        inlet, weights = opened.enter_context(open_policy_ends(replica))
+        trajectories, weights = opened.enter_context(open_policy_ends(replica))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
-        return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
+        return Training(replica, trainer, ranks, trajectories, weights, log).run(
+            may_load=replica.spec.resume or restarts > 0
+        )
 
 
 def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __: object) -> None:
@@ -112,7 +114,7 @@ def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __:
 def _shared_by(channel: Channel, _text: str | None) -> str:
     order = channel.receive(RankCommand)
     if order.what != "share":
-        raise GroupLostError(f"{channel.peer} shares nothing, but this rank waits for it")
+        raise GroupLostError(f"{channel.peer} sent another command while this rank waited for a shared text")
     return order.text
 
 
@@ -122,15 +124,15 @@ class _Controller:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
 
-    def unsettled(self) -> models.UnsettledWork:
+    def unfinished(self) -> models.UnfinishedWork:
         caller = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
-        return self._replica.client.post("/under-way", caller, models.UnsettledWork)
+        return self._replica.client.post("/under-way", caller, models.UnfinishedWork)
 
-    def settled(self, work_items: Iterable[int]) -> None:
-        self._replica.heartbeat.settled(work_items)
+    def finished(self, work_items: Iterable[int]) -> None:
+        self._replica.heartbeat.finished(work_items)
 
-    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
-        self._replica.heartbeat.settled_payloads(payloads)
+    def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+        self._replica.heartbeat.finished_payloads(payloads)
 
     @property
     def given_up(self) -> int:
@@ -145,7 +147,7 @@ class Training:
         replica: Replica,
         trainer: PolicyTrainer,
         ranks: Ranks,
-        inlet: TrajectoryReader,
+        reader: TrajectoryReader,
         weights: WeightsPublisher,
         log: MetricsLog,
     ) -> None:
@@ -153,7 +155,7 @@ class Training:
         self._config = replica.spec.config
         self._trainer = trainer
         self._ranks = ranks
-        self._inlet = inlet
+        self._reader = reader
         self._weights = weights
         self._log = log
         self._began = MONOTONIC.now()
@@ -170,10 +172,10 @@ class Training:
         self._not_finite: set[str] = set()
 
     def run(self, *, may_load: bool) -> ExitCode:
-        """Train until the job is solved, `max_steps` is over, or the replica must stop.
+        """Train until the job is solved, `max_steps` are done, or the replica must stop.
 
         Raises:
-            OldEpochError: the group goes on without this replica.
+            OldEpochError: the group has a newer epoch.
             GroupLostError: another rank is gone.
         """
         found = self._find(may_load=may_load)
@@ -192,7 +194,7 @@ class Training:
             self._save()
             raise
         except StopMetricError as error:
-            # In order, and with a checkpoint: `--resume` goes on from here with the right name.
+            # In order, and with a checkpoint: `--resume` continues from here with the right name.
             self._mistake, solved = str(error), ""
             _LOG.error("%s", error)
         return self._end(solved)
@@ -204,7 +206,7 @@ class Training:
         if found is not None:
             place, state = found
             call_user(self._trainer, "load", trainer_folder(place, 0))
-            _LOG.info("goes on from step %d of %s", state.step, place)
+            _LOG.info("resuming from step %d of checkpoint %s", state.step, place)
             self._saved_step = state.step
         return found
 
@@ -212,7 +214,7 @@ class Training:
         """Take up the figures of the training that led to `state`."""
         self._step = state.step
         self._next_work_item = max(self._next_work_item, state.next_work_item)
-        # No version is given out twice: an earlier life may have published some after its last checkpoint.
+        # No version is given out twice: an earlier epoch may have published some after its last checkpoint.
         newest = self._weights.newest_version()
         self._version = state.weight_version if newest is None else max(state.weight_version, newest + 1)
         self._earlier = {name: state.totals.get(name, 0.0) for name in _TOTALS}
@@ -226,8 +228,8 @@ class Training:
             activity.show(name, float(value))
 
     def _read_statistics(self) -> dict[str, float]:
-        """The inlet's statistics, which go on from those of the checkpoint."""
-        return {name: value + self._earlier.get(name, 0.0) for name, value in self._inlet.statistics().items()}
+        """The reader's statistics, which continue from those of the checkpoint."""
+        return {name: value + self._earlier.get(name, 0.0) for name, value in self._reader.statistics().items()}
 
     def _totals(self) -> dict[str, float]:
         """What a checkpoint keeps of the figures, by the names in `_TOTALS`."""
@@ -236,19 +238,19 @@ class Training:
         return {name: own[name] if name in own else counters[name] for name in _TOTALS}
 
     def _open_deliveries(self, state: CheckpointState, recorded: int) -> Deliveries:
-        """Begin this life of the group, in which a payload is committed or refused from now on."""
+        """Begin an epoch of the group, in which a payload is committed or refused from now on."""
         replica, config = self._replica, self._config
         queue = RolloutConsumer(
             replica.redis,
             replica.keys,
-            # A name for this life alone: an earlier one that wakes is given nothing that would be taken for ours.
+            # A name for this epoch alone: an earlier one that wakes is given nothing that would be taken for ours.
             f"{replica.name}.{replica.incarnation}",
             max_deliveries=config.policy.max_deliveries,
             remembered=max(65536, config.rollout.slots * config.rollout.replicas),
         )
         deliveries = Deliveries(
             queue,
-            self._inlet.consume,
+            self._reader.consume,
             _Controller(replica),
             config.policy,
             state,
@@ -270,7 +272,7 @@ class Training:
         stop, solved = self._replica.stop, ""
         with ReadAhead(
             self._deliveries,
-            self._inlet.read,
+            self._reader.read,
             batch_size=self._config.policy.batch_size,
             parts=self._ranks.parts,
             version=self._version,
@@ -326,7 +328,7 @@ class Training:
         trained = MONOTONIC.now()
         self._step += 1
         ages = [self._version - delivery.entry.weight_version for delivery in batch.deliveries]
-        # With the weights, whatever becomes of the commit: a checkpoint stores both.
+        # With the weights, whether or not it is committed: a checkpoint stores both.
         self._version += 1
         # The payloads are freed below, and with them the arrays of the batch.
         trajectories.clear()
@@ -338,10 +340,10 @@ class Training:
             self._record(batch, metrics, mean_return, ages, trained - began)
             raise
         self._record(batch, metrics, mean_return, ages, trained - began)
-        self._deliveries.freed(frozenset(self._inlet.unfreed()))
+        self._deliveries.freed(frozenset(self._reader.unfreed()))
         self._show_stream()
         self._publish_weights()
-        self._deliveries.settled(batch.deliveries)
+        self._deliveries.finished(batch.deliveries)
         solved = self._stop_condition.judge(self._step, metrics, mean_return)
         if self._stop_condition.remark:
             activity.warn(self._stop_condition.remark)
@@ -352,7 +354,7 @@ class Training:
             found = call_user(self._trainer, "train_step", trajectories)
             return returned_metrics(self._trainer, "train_step", found)
         except UserCodeError as error:
-            # What is said to have gone wrong is often only that another rank is gone.
+            # The error is often only a consequence: another rank is gone.
             try:
                 self._ranks.check()
             except GroupLostError as lost:
@@ -390,8 +392,8 @@ class Training:
         own = {} if mean_return is None else {MEAN_RETURN: mean_return}
         for name, value in {**shown, **own, **statistics}.items():
             activity.show(name, float(value))
-        activity.show("transfer", self._inlet.transfer)
-        activity.show("lane", self._inlet.lane)
+        activity.show("transfer", self._reader.transfer)
+        activity.show("lane", self._reader.lane)
         activity.show_metrics(metrics)
         self._warn_of_not_finite({f"the metric {name!r} of train_step": value for name, value in metrics.items()})
         self._warn_of_not_finite({f"{name}, the mean sum of rewards,": value for name, value in own.items()})
@@ -429,7 +431,9 @@ class Training:
         try:
             self._deliveries.check_epoch()
         except RedisUnavailableError as error:
-            _LOG.warning("writes a checkpoint without knowing whether another group goes on: %s", error)
+            _LOG.warning(
+                "writing a checkpoint although it is unknown whether the group has a newer epoch: %s", error
+            )
         state = CheckpointState(
             step=self._step,
             weight_version=self._version,
@@ -438,7 +442,7 @@ class Training:
             contributed=self._deliveries.contributed,
             committed=self._deliveries.committed,
             unconfirmed=self._deliveries.unconfirmed,
-            unfreed=tuple(each.key for each in self._inlet.unfreed()),
+            unfreed=tuple(each.key for each in self._reader.unfreed()),
             ranks=self._config.policy.replicas,
             totals=self._totals(),
         )
@@ -512,9 +516,9 @@ def _mean_return(trajectories: list[Trajectory]) -> float | None:
 
 
 def main() -> int:
-    """``python -m dray.jobs.replica.policy SPEC INDEX [LIFE DESCRIPTOR …]``"""
-    life, *descriptors = map(int, sys.argv[3:] or ["0"])
-    return run_replica(Role.POLICY, partial(work, life, descriptors))
+    """``python -m dray.jobs.replica.policy SPEC INDEX [RESTARTS DESCRIPTOR …]``"""
+    restarts, *descriptors = map(int, sys.argv[3:] or ["0"])
+    return run_replica(Role.POLICY, partial(work, restarts, descriptors))
 
 
 if __name__ == "__main__":

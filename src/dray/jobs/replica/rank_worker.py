@@ -1,4 +1,4 @@
-"""A policy replica that is not the first of its group: it reads, trains and saves when the first rank says so."""
+"""A policy replica that is not the first of its group: it reads, trains and saves as the first rank commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dray.protocol import PayloadRef
 
 
 class RankWorker:
-    """Carries out the orders of the first rank until it says that the job is over.
+    """Carries out the commands of the first rank until the job ends.
 
     It does not end by itself when the job does: it would be missing in the first rank's last step.
     """
@@ -43,11 +43,11 @@ class RankWorker:
         """
         activity = self._replica.activity
         while True:
-            activity.waits("its orders", self._channel.peer)
+            activity.waits("a command", self._channel.peer)
             order = self._channel.receive(RankCommand)
             if order.what == "end":
                 return ExitCode.OK
-            activity.doing(f"{order.what}, as told by {self._channel.peer}")
+            activity.doing(f"{order.what}, commanded by {self._channel.peer}")
             try:
                 answer = self._carry_out(order)
             except UserCodeError as error:

@@ -1,4 +1,4 @@
-"""The policy group as its first rank sees it: what it tells the others, and what each of them reads."""
+"""The policy group as its first rank sees it: what it sends to the others, and what each of them reads."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Ranks:
         """Give `text` to all."""
         if text is None:
             raise ValueError("the first rank of a group has to share something")
-        self._tell(lambda _: RankCommand(what="share", text=text))
+        self._send(lambda _: RankCommand(what="share", text=text))
         return text
 
     def begin(self, checkpoint: Path | None) -> None:
@@ -119,11 +119,11 @@ class Ranks:
         def order(rank: int) -> RankCommand:
             return RankCommand(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
 
-        self._tell(order)
+        self._send(order)
 
     def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank read what its part was dealt, and has not been read ahead."""
-        self._tell(lambda rank: RankCommand(what="read", **self._references(dealt, rank)))
+        self._send(lambda rank: RankCommand(what="read", **self._references(dealt, rank)))
 
     def failures(self) -> dict[str, Failure]:
         """What any of them could not read, by identity."""
@@ -139,24 +139,24 @@ class Ranks:
             identities = [delivery.entry.identity for delivery in batch.part(rank // self._readers)]
             return RankCommand(what="train", identities=identities, **self._references(ahead, rank))
 
-        self._tell(order)
+        self._send(order)
 
     def weights(self) -> None:
         """Let all join in `PolicyTrainer.weights`."""
-        self._tell(lambda _: RankCommand(what="weights"))
+        self._send(lambda _: RankCommand(what="weights"))
 
     def save(self, checkpoint: Path) -> None:
         """Let each rank save its part of a checkpoint."""
-        self._tell(lambda rank: RankCommand(what="save", text=str(trainer_folder(checkpoint, rank))))
+        self._send(lambda rank: RankCommand(what="save", text=str(trainer_folder(checkpoint, rank))))
 
     def wait(self) -> None:
-        """Wait until all have done what they were told."""
+        """Wait until all have carried out the last command."""
         for channel in self._channels:
             channel.receive(RankReply)
 
     def end(self) -> None:
-        """The job is over."""
-        self._tell(lambda _: RankCommand(what="end"))
+        """The job has ended."""
+        self._send(lambda _: RankCommand(what="end"))
 
     def check(self) -> None:
         """Make sure that all are there."""
@@ -173,6 +173,6 @@ class Ranks:
             "metadata": [entry.metadata for entry in entries],
         }
 
-    def _tell(self, order: Callable[[int], RankCommand]) -> None:
+    def _send(self, order: Callable[[int], RankCommand]) -> None:
         for rank, channel in enumerate(self._channels, start=1):
             channel.send(order(rank))

@@ -114,11 +114,11 @@ class ReadAhead(Closing):
         """These payloads of the batch could not be read by all ranks: others take their places.
 
         Args:
-            failed: what became of each, by its key.
+            failed: the failure of each, by its key.
 
         Raises:
-            OldEpochError: the group goes on without this replica.
-            ControlPlaneError: Redis is gone for good, or refuses.
+            OldEpochError: the group has a newer epoch.
+            ControlPlaneError: Redis is lost, or refuses.
         """
         with self._changed:
             lost = self._batch.remove(failed)

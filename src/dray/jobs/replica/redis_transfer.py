@@ -46,7 +46,7 @@ def redis_policy_ends(replica: Replica) -> Iterator[tuple[RedisReader, RedisWeig
 
 
 class RedisPublisher:
-    """See `TrajectoryPublisher`. A copy of what may be unsettled is kept, to publish it again after a loss."""
+    """See `TrajectoryPublisher`. A copy of what may be unfinished is kept, to publish it again after a loss."""
 
     def __init__(self, replica: Replica) -> None:
         bound = replica.spec.config.work_items_in_flight * replica.spec.config.payloads_of_work_item

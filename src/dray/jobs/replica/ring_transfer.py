@@ -43,11 +43,11 @@ from dray.transport.lanes import LANES
 
 # --- orphans -----------------------------------------------------------------------------------------------------
 
-# Payloads in a ring that nobody will ask for: which are known to be, and not only on their way to be freed.
+# Payloads in a ring that no consumer will ask for, and that are not only on their way to be freed.
 #
 # The stream no longer lists a payload from its commit on, and a moment later it is freed. One that is still READY,
 # and
-# not listed, some seconds after it was first seen so is an orphan: whoever was to free it is gone. No I/O.
+# not listed, some seconds after it was first seen so is an orphan: its consumer is gone. No I/O.
 
 
 class OrphanWatch:
@@ -74,7 +74,7 @@ class OrphanWatch:
 
 _LOG = logging.getLogger("dray.jobs.replica.ring_transfer")
 _SLICE = 0.5
-_LOOK_INTERVAL = 2.0
+_CHECK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
 _FREE_PAUSE = 2.0
 _PAGE = 4096
@@ -185,7 +185,7 @@ class RingPublisher:
         self._queue = RolloutProducer(replica.redis, replica.keys)
         self._entries: dict[int, RolloutEntry] = {}
         self._orphans = OrphanWatch(_ORPHANED_AFTER)
-        self._next_look = Deadline.after(_LOOK_INTERVAL)
+        self._next_check = Deadline.after(_CHECK_INTERVAL)
         replica.activity.show_ages(self._ages)
 
     def put(
@@ -257,9 +257,9 @@ class RingPublisher:
     def _reclaim(self) -> None:
         """Every few seconds: free payloads that no consumer will ask for, and publish again those whose entries
         another client has removed."""
-        if not self._next_look.expired or self._replica.stop.is_set:
+        if not self._next_check.expired or self._replica.stop.is_set:
             return
-        self._next_look = Deadline.after(_LOOK_INTERVAL)
+        self._next_check = Deadline.after(_CHECK_INTERVAL)
         ready = {each.sequence: each.slot for each in self._ring.ready() if each.sequence in self._entries}
         try:
             ended = self._queue.publish_trimmed([self._entries[sequence] for sequence in ready])
@@ -273,7 +273,7 @@ class RingPublisher:
                     "payload of work item %d is an orphan, which the stream does not list: freed", entry.work_item
                 )
                 self._replica.activity.counters.add("reclaimed")
-                self._replica.heartbeat.settled_payloads([(entry.work_item, entry.part, entry.parts)])
+                self._replica.heartbeat.finished_payloads([(entry.work_item, entry.part, entry.parts)])
 
     def _again(self) -> list[RolloutEntry]:
         waiting = [self._entries[sequence] for sequence in self._waiting()]
@@ -281,7 +281,7 @@ class RingPublisher:
         return waiting
 
     def _waiting(self) -> list[int]:
-        """Sequence numbers of the payloads that somebody may still want: a reader may die, and another come."""
+        """Sequence numbers of the payloads that a reader may still ask for: one may die, and another come."""
         return [each.sequence for each in self._ring.ready(leased=True) if each.sequence in self._entries]
 
     def _claim(self, arrays: Arrays) -> PayloadRef | None:
@@ -425,7 +425,7 @@ class RingWeightsSubscriber:
             try:
                 arrays = self._client.read(reference, timeout=deadline.remaining, consume=False)
             except (StaleSlotError, ProducerLostError, TransportError) as error:
-                # Newer ones were published meanwhile, or are about to be: also by the next life of a policy that
+                # Newer ones were published meanwhile, or are about to be: also by the successor of a policy that
                 # has died.
                 if not isinstance(error, StaleSlotError):
                     _LOG.warning("weights %d cannot be fetched: %s", found.version, error)

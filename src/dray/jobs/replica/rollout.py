@@ -44,18 +44,18 @@ def work(replica: Replica) -> ExitCode:
     with ExitStack() as opened:
         source = opened.enter_context(WorkSource(replica))
         closing = ShutdownStep("stop serving payloads", "transfers in flight", replica.bounds.close)
-        outlet, weights = closed_by_step(opened, open_rollout_ends(replica), closing)
+        publisher, weights = closed_by_step(opened, open_rollout_ends(replica), closing)
         replica.stop.disposable = False
         try:
             if is_async(worker, "rollout"):
-                AsyncRollouts(replica, worker, source, outlet, weights).run()
+                AsyncRollouts(replica, worker, source, publisher, weights).run()
             else:
-                SyncRollouts(replica, worker, source, outlet, weights).run()
+                SyncRollouts(replica, worker, source, publisher, weights).run()
         except UserCodeError as error:
             replica.stop.set(str(error), error.exit_code)
-            drain(replica, outlet)
+            drain(replica, publisher)
             raise
-        drain(replica, outlet)
+        drain(replica, publisher)
     return stop_code(replica.stop, ExitCode.OK)
 
 
@@ -67,14 +67,14 @@ class SyncRollouts:
         replica: Replica,
         worker: RolloutWorker,
         source: WorkSource,
-        outlet: TrajectoryPublisher,
+        publisher: TrajectoryPublisher,
         weights: WeightsSubscriber,
     ) -> None:
         self._replica = replica
         self._config = replica.spec.config.rollout
         self._worker = worker
         self._source = source
-        self._outlet = outlet
+        self._publisher = publisher
         self._weights = weights
         self._version: int | None = None
 
@@ -88,9 +88,9 @@ class SyncRollouts:
         self._load_weights()
         while not stop.is_set:
             activity.waits("work items", "the policy")
-            assignments = self._source.take(self._config.work_item_batch, _SLICE)
+            assignments = self._source.request(self._config.work_item_batch, _SLICE)
             if not assignments:
-                self._outlet.refresh()
+                self._publisher.refresh()
             for assignment in assignments:
                 self._load_weights()
                 if stop.is_set:
@@ -114,7 +114,7 @@ class SyncRollouts:
         activity.waits("room to hand on a trajectory", "the policy")
         for part, payload in enumerate(payloads):
             with carried(self._worker, "rollout"):
-                handed_on = self._outlet.put(
+                handed_on = self._publisher.put(
                     payload.arrays,
                     work_item=assignment.item.index,
                     weight_version=self._version or 0,
@@ -158,7 +158,7 @@ class SyncRollouts:
         faulthandler.dump_traceback(all_threads=True)
         self._source.failed(assignment, error)
         replica.stop.set(str(error), error.exit_code)
-        drain(replica, self._outlet)
+        drain(replica, self._publisher)
         replica.leave_at_once(error)
         exit_at_once(error.exit_code)
 
@@ -178,16 +178,16 @@ class SyncRollouts:
         self._replica.activity.show("weight_version", newest[0])
 
 
-def drain(replica: Replica, outlet: TrajectoryPublisher) -> None:
-    """While the job goes on, its policy still reads what this replica has published."""
+def drain(replica: Replica, publisher: TrajectoryPublisher) -> None:
+    """Before the job ends, its policy still reads what this replica has published."""
     stop, bound = replica.stop, replica.bounds.leave
     _LOG.info("shutdown: took no more work items; the rollouts at hand have ended after %.2f s", stop.since)
     replica.activity.waits("the end of its payloads", "the policy")
     replica.heartbeat.watch_readers()
-    with shutdown_step("serve payloads until they are consumed or nobody is left", "the policy", bound):
-        left = outlet.drain(bound)
+    with shutdown_step("serve payloads until they are consumed or no policy replica is left", "the policy", bound):
+        left = publisher.drain(bound)
     if left:
-        # When the job is over nobody wants them; before that, they are lost to it.
+        # When the job has ended they are not needed; before that, they are lost to it.
         level = logging.INFO if replica.heartbeat.job_over.is_set() else logging.WARNING
         _LOG.log(level, "%d payloads were not consumed before the end", left)
         replica.activity.counters.add("abandoned", left)

@@ -49,7 +49,7 @@ class Rows(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the file; twice is fine."""
+        """Close the file; twice is fine."""
         ...
 
 
@@ -180,7 +180,7 @@ class WorkItemRows(Closing):
         return self._rows.row(number)
 
     def close(self) -> None:
-        """Let go of the file; twice is fine."""
+        """Close the file; twice is fine."""
         if self._rows is not None:
             self._rows.close()
 

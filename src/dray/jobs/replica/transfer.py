@@ -101,7 +101,7 @@ class WeightsPublisher(Protocol):
         ...
 
     def newest_version(self) -> int | None:
-        """The version that was published last, by whichever life of the policy; None if there is none."""
+        """The version that was published last, in whichever epoch of the policy group; None if there is none."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A process that imports what is the user's and tells whether that works.
+"""A process that imports what is the user's and reports whether that works.
 
 ``FOLDER WORKER TRAINER CONCURRENCY ITEMS REPORT``. The classes and the items may be empty text: they are not
 checked. The process ends before the job starts, so that nothing of the user's code stays in the supervisor.

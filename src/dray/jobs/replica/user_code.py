@@ -28,7 +28,7 @@ MAX_REASON: Final = 800
 """Characters of the line about a user's mistake."""
 
 _NOT_THE_USERS = (f"{Path(__file__).parents[1]}{os.sep}", "<frozen ")
-"""What the file names of frames begin with that tell a user nothing."""
+"""What the file names of frames begin with that are of no use to a user."""
 
 _ARRAYS = "it must return a mapping of names to arrays"
 _METRICS = "it must return a mapping of metric names to numbers"

@@ -34,7 +34,7 @@ class Assignment:
 
 
 class WorkSource(Closing):
-    """Asks the controller for work items, and tells it what became of those before. Thread-safe."""
+    """Asks the controller for work items, and reports the ends of those before. Thread-safe."""
 
     def __init__(self, replica: Replica) -> None:
         config = replica.spec.config
@@ -44,7 +44,7 @@ class WorkSource(Closing):
         self._lock = threading.Lock()
         self._errors: set[str] = set()
 
-    def take(self, want: int, wait: float, working: Collection[int] = ()) -> list[Assignment]:
+    def request(self, want: int, wait: float, working: Collection[int] = ()) -> list[Assignment]:
         """Up to `want` work items, waiting at most `wait` seconds for one; sets the stop flag at the job's end.
 
         Args:
@@ -83,7 +83,7 @@ class WorkSource(Closing):
         ]
 
     def close(self) -> None:
-        """Let go of the data set; twice is fine."""
+        """Close the data set; twice is fine."""
         self._rows.close()
 
     def published(self, assignment: Assignment) -> None:

@@ -119,7 +119,7 @@ def test_controller_answers_while_it_writes_the_metrics_of_many_replicas(spec: J
         metrics = {f"metric {number}": 1.0 for number in range(256)}
         for number in range(200):
             controller.membership.register(f"rollout-{number}", Role.ROLLOUT, "a", 1)
-            controller.membership.heard(f"rollout-{number}", "a", Progress(metrics=metrics))
+            controller.membership.note_request(f"rollout-{number}", "a", Progress(metrics=metrics))
         written = asyncio.create_task(call("/metrics"))
         for _ in range(5):
             assert (await call("/heartbeat", {**POLICY, "progress": PROGRESS})).status_code == 200
@@ -136,7 +136,7 @@ def test_replicas_register_work_and_leave(spec: JobSpec) -> None:
         assert [index for index, _ in answer["work_items"]] == [0, 1, 2]
         answer = (await call("/work-items", {**ROLLOUT, "want": 3, "published": [0, 1, 2]})).json()
         assert [index for index, _ in answer["work_items"]] == [3]
-        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [0, 1]})
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "finished": [0, 1]})
         answer = (await call("/work-items", {**ROLLOUT, "want": 3, "published": [3]})).json()
         assert [index for index, _ in answer["work_items"]] == [4, 5]
         answer = (await call("/finish", {**POLICY, "kind": "solved", "reason": "score 5"})).json()
@@ -155,9 +155,9 @@ def test_policy_that_begins_learns_which_work_items_are_under_way(spec: JobSpec)
         await start(call)
         await call("/work-items", {**ROLLOUT, "want": 3})
         await call("/work-items", {**ROLLOUT, "want": 1, "published": [0, 2]})
-        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "finished": [2]})
         answer = (await call("/under-way", POLICY)).json()
-        assert answer == {"unsettled": [0, 1], "published": [0], "next": 3, "settled_parts": []}
+        assert answer == {"unfinished": [0, 1], "published": [0], "next": 3, "finished_parts": []}
         assert (await call("/under-way", {**POLICY, "incarnation": "z"})).status_code == 409
 
     ask(spec, story)
@@ -208,7 +208,7 @@ def test_request_for_work_items_waits_until_there_are_some(spec: JobSpec) -> Non
         )
         while not controller.membership.work_items.statistics()["published"]:
             await asyncio.sleep(0)
-        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "settled": [2]})
+        await call("/heartbeat", {**POLICY, "progress": PROGRESS, "finished": [2]})
         assert [index for index, _ in (await waiting).json()["work_items"]] == [4]
 
     ask(spec, story)
@@ -398,7 +398,7 @@ def test_recorded_status_is_strict_json_and_read_as_it_was(spec: JobSpec) -> Non
     controller = Controller(spec)
     controller.membership.register("policy-0", Role.POLICY, "b", 2)
     report = Progress(counters={"mean_return": float("inf")}, metrics={"loss": float("-inf")}, warnings=["x"])
-    controller.membership.heard("policy-0", "b", report)
+    controller.membership.note_request("policy-0", "b", report)
     status = controller.status()
     spec.folder.run.mkdir()
     record_status(spec.folder, status)

@@ -32,7 +32,7 @@ def members(**progress: Progress) -> Membership:
     for key, value in progress.items():
         name = key.replace("_", "-")
         membership.register(name, Role(name.partition("-")[0]), "a", 1)
-        membership.heard(name, "a", value)
+        membership.note_request(name, "a", value)
     return membership
 
 
@@ -83,7 +83,7 @@ def test_every_sample_names_the_job_and_figures_the_replica() -> None:
 
 def test_job_is_described_by_its_phase_members_work_items_and_stall() -> None:
     membership = members(policy_0=Progress(), rollout_0=Progress(ages={"payload": 1.5}))
-    membership.work_items.take("rollout-0", 3)
+    membership.work_items.assign("rollout-0", 3)
     found = read(membership, stalled=31.5)
     assert found["dray_job_phase"][labels(phase="running")] == 1.0
     assert sum(found["dray_job_phase"].values()) == 1.0

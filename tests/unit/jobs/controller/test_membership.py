@@ -60,15 +60,15 @@ def test_start_bound_fails_a_job_whose_replicas_never_come(job: Membership, cloc
 
 def test_silent_replica_is_reaped_and_its_work_items_are_given_again(job: Membership, clock: ManualClock) -> None:
     start(job)
-    assert job.work_items.take("rollout-0", 2) == [0, 1]
+    assert job.work_items.assign("rollout-0", 2) == [0, 1]
     clock.time += 6
-    job.heard("rollout-1", "b", Progress("rollout", 1.0))
-    job.heard("policy-0", "c")
+    job.note_request("rollout-1", "b", Progress("rollout", 1.0))
+    job.note_request("policy-0", "c")
     clock.time += 6
     job.reap()
     assert job.members["rollout-0"].state is MemberState.DEAD
     assert job.phase is Phase.RUNNING
-    assert job.work_items.take("rollout-1", 2) == [0, 1]
+    assert job.work_items.assign("rollout-1", 2) == [0, 1]
 
 
 def test_silent_replica_whose_process_runs_is_alive_until_that_is_not_known_any_more(
@@ -79,16 +79,16 @@ def test_silent_replica_whose_process_runs_is_alive_until_that_is_not_known_any_
         clock.time += 9
         job.seen("rollout-0", 1, 0.0)
         job.seen("rollout-1", 1, 0.0)  # another process
-        job.heard("policy-0", "c")
+        job.note_request("policy-0", "c")
         job.reap()
     states = {name: member.state for name, member in job.members.items()}
     active, dead = MemberState.ACTIVE, MemberState.DEAD
     assert states == {"rollout-0": active, "rollout-1": dead, "policy-0": active}
     # For reports of stalls it is silent all the same.
-    assert clock.time - job.members["rollout-0"].last_heard == 36
+    assert clock.time - job.members["rollout-0"].last_request == 36
     clock.time += 4
     job.seen("rollout-0", 1, 4.0)
-    job.heard("policy-0", "c")
+    job.note_request("policy-0", "c")
     clock.time += 6
     job.reap()
     assert job.members["rollout-0"].reason == "silent for 10.0 s"
@@ -99,19 +99,19 @@ def test_reaped_replica_that_wakes_is_refused(job: Membership, clock: ManualCloc
     clock.time += 11
     job.reap()
     with pytest.raises(MembershipError, match="silent"):
-        job.heard("rollout-0", "a")
+        job.note_request("rollout-0", "a")
     with pytest.raises(MembershipError):
         job.register("rollout-0", Role.ROLLOUT, "a", 1)
 
 
 def test_restarted_replica_takes_the_place_of_its_predecessor(job: Membership) -> None:
     start(job)
-    job.work_items.take("rollout-0", 1)
+    job.work_items.assign("rollout-0", 1)
     job.register("rollout-0", Role.ROLLOUT, "a2", 9)
     assert job.members["rollout-0"].pid == 9
-    assert job.work_items.take("rollout-0", 1) == [0]
+    assert job.work_items.assign("rollout-0", 1) == [0]
     with pytest.raises(MembershipError):
-        job.heard("rollout-0", "a")
+        job.note_request("rollout-0", "a")
 
 
 def test_job_without_policy_fails(job: Membership) -> None:
@@ -189,8 +189,8 @@ def test_rollout_that_never_came_is_not_waited_for_for_ever(job: Membership, clo
     job.register("policy-0", Role.POLICY, "c", 3)
     for _ in range(8):
         clock.time += 8
-        job.heard("rollout-0", "a")
-        job.heard("policy-0", "c")
+        job.note_request("rollout-0", "a")
+        job.note_request("policy-0", "c")
         job.reap()
     assert job.phase is Phase.RUNNING
     job.left("rollout-0", "a", "worker raised")
@@ -257,7 +257,7 @@ def test_job_goes_on_while_its_policy_is_started_again(clock: ManualClock) -> No
     assert job.phase is Phase.RUNNING
     job.register("policy-0", Role.POLICY, "d", 9)
     clock.time += 9
-    job.heard("policy-0", "d")
+    job.note_request("policy-0", "d")
     job.left("policy-0", "d", "train_step raised ValueError", exit_code=10)
     assert job.phase is Phase.RUNNING
     job.died("policy-0", Role.POLICY, "the user's class raised")
@@ -280,7 +280,7 @@ def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> Non
     for _ in range(12):
         clock.time += 5
         for name, incarnation in (("rollout-0", "a"), ("rollout-1", "b")):
-            job.heard(name, incarnation)
+            job.note_request(name, incarnation)
         job.reap()
     assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
@@ -324,7 +324,7 @@ def test_job_does_not_wait_without_end_for_a_rollout_replica(clock: ManualClock)
     for _ in range(12):
         assert job.phase is Phase.RUNNING
         clock.time += 5
-        job.heard("policy-0", "c")
+        job.note_request("policy-0", "c")
         job.reap()
     reason = "no rollout replica is left: rollout-0: Worker.setup() raised ValueError"
     assert job.outcome == Outcome("failed", reason, 10)
@@ -332,7 +332,7 @@ def test_job_does_not_wait_without_end_for_a_rollout_replica(clock: ManualClock)
 
 def fail_next(job: Membership, count: int) -> None:
     for _ in range(count):
-        (index,) = job.work_items.take("rollout-0", 1)
+        (index,) = job.work_items.assign("rollout-0", 1)
         job.failed(
             "rollout-0", [FailedAttempt(index=index, attempt=job.work_items.attempt(index), error="it broke")]
         )
@@ -346,7 +346,7 @@ def test_job_fails_when_work_items_in_a_row_are_given_up(clock: ManualClock) -> 
     job.register("policy-0", Role.POLICY, "c", 3)
     fail_next(job, 2)
     assert "work item 0 is given up after 2 attempts: rollout-0: it broke" in job.notices
-    queue.published("rollout-0", queue.take("rollout-0", 1))
+    queue.published("rollout-0", queue.assign("rollout-0", 1))
     fail_next(job, 3)
     assert job.phase is Phase.RUNNING
     fail_next(job, 1)

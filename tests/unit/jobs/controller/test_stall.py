@@ -51,13 +51,13 @@ def test_stall_is_reported_when_it_begins_and_each_time_it_has_doubled() -> None
     reported = []
     for second in range(1, 100):
         wait = MemberActivity("policy-0", "waiting for the commit", "Redis", float(second))
-        if watch.look(JobSnapshot([wait])):
+        if watch.update(JobSnapshot([wait])):
             reported.append(second)
         assert bool(watch.line) == (second > 10)
     assert reported == [11, 23, 47, 95]
-    assert not watch.look(JobSnapshot([BUSY]))
+    assert not watch.update(JobSnapshot([BUSY]))
     assert (watch.line, watch.seconds) == ("", 0.0)
-    assert watch.look(JobSnapshot([POLICY]))
+    assert watch.update(JobSnapshot([POLICY]))
     assert watch.reports == 5
 
 
@@ -71,12 +71,12 @@ def test_facts_are_those_of_the_members_now() -> None:
     expected = {Role.ROLLOUT: 2, Role.POLICY: 1}
     job = Membership(expected, WorkQueue(8), dead_after=10, start_timeout=60, clock=clock)
     job.register("rollout-0", Role.ROLLOUT, "a", 1)
-    job.heard(
+    job.note_request(
         "rollout-0", "a", Progress("waiting for the first weights", 5.0, {}, {}, "the policy", {"payload": 2.0})
     )
     clock.time += 3
     facts = job_snapshot(job, clock.now(), 40.0)
-    assert list(facts.pastimes) == [
+    assert list(facts.activities) == [
         MemberActivity("rollout-0", "waiting for the first weights", "the policy", 8.0, 3.0),
         MemberActivity("the controller", "their registration", "rollout-1, policy-0", 40.0),
     ]
@@ -84,4 +84,4 @@ def test_facts_are_those_of_the_members_now() -> None:
     job.register("rollout-1", Role.ROLLOUT, "b", 2)
     job.register("policy-0", Role.POLICY, "c", 3)
     job.left("rollout-0", "a", "done")
-    assert [each.who for each in job_snapshot(job, clock.now(), 41.0).pastimes] == ["rollout-1", "policy-0"]
+    assert [each.who for each in job_snapshot(job, clock.now(), 41.0).activities] == ["rollout-1", "policy-0"]

@@ -91,7 +91,7 @@ def test_largest_heartbeat_fits_what_the_controller_accepts() -> None:
         activity.waits(wide * 1000, wide * 1000)
     activity.show_metrics({f"{number}{wide * 1000}": 1 / 3 for number in range(2 * MAX_METRICS)})
     heartbeat = Heartbeat(
-        name="policy-0", incarnation="a" * 64, progress=activity.report(), settled=[2**63 - 1] * MAX_REPORTED
+        name="policy-0", incarnation="a" * 64, progress=activity.report(), finished=[2**63 - 1] * MAX_REPORTED
     )
     assert len(heartbeat.model_dump_json().encode()) < MAX_BODY
 

@@ -8,7 +8,7 @@ import pytest
 from prefetch_fixtures import ManualClock
 
 from dray.jobs.config import PolicyTable
-from dray.jobs.messages.models import UnsettledWork
+from dray.jobs.messages.models import UnfinishedWork
 from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.queue import CommitOutcome, Delivery, OldEpochError, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -95,19 +95,19 @@ class MemoryQueue:
 class Controller:
     """Keeps what was reported."""
 
-    def __init__(self, known: UnsettledWork) -> None:
+    def __init__(self, known: UnfinishedWork) -> None:
         self.known = known
         self.reported: list[int] = []
 
-    def unsettled(self) -> UnsettledWork:
+    def unfinished(self) -> UnfinishedWork:
         return self.known
 
     given_up = 0
 
-    def settled(self, work_items: Iterable[int]) -> None:
+    def finished(self, work_items: Iterable[int]) -> None:
         self.reported += work_items
 
-    def settled_payloads(self, payloads: Iterable[PayloadPart]) -> None:
+    def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
         self.reported += [index for index, _, _ in payloads]
 
 
@@ -121,7 +121,7 @@ class Group:
         self.freed: list[int] = []
         self.counted: dict[str, int] = {}
         self.clock = ManualClock()
-        self.controller = Controller(known or UnsettledWork(unsettled=[], published=[], next=0))
+        self.controller = Controller(known or UnfinishedWork(unfinished=[], published=[], next=0))
         table = PolicyTable(trainer="job.py:Trainer", batch_size=2, **policy)
         self.deliveries = Deliveries(
             self.queue,
@@ -149,7 +149,7 @@ class Group:
         self.deliveries.read(received)
         self.deliveries.begin(received)
         self.deliveries.trained(received)
-        self.deliveries.settled(received)
+        self.deliveries.finished(received)
         return received
 
 
@@ -157,7 +157,7 @@ def sequences(deliveries: Iterable[Delivery]) -> list[int]:
     return [each.entry.sequence for each in deliveries]
 
 
-def test_payload_is_committed_after_its_step_and_then_freed_and_settled(tmp_path: Path) -> None:
+def test_payload_is_committed_after_its_step_and_then_freed_and_finished(tmp_path: Path) -> None:
     group = Group(tmp_path)
     group.deliveries.open()
     group.queue.waiting = [entry(0), entry(1)]
@@ -202,7 +202,7 @@ def test_payload_that_another_consumer_has_is_left_to_it(tmp_path: Path, caplog:
     assert group.deliveries.payloads.count()[PayloadState.TRAINED] == 0
 
 
-def test_lost_too_old_and_dead_payloads_are_counted_freed_and_settled(tmp_path: Path) -> None:
+def test_lost_too_old_and_dead_payloads_are_counted_freed_and_finished(tmp_path: Path) -> None:
     group = Group(tmp_path, max_staleness=1, staleness="drop")
     group.deliveries.open()
     group.queue.waiting = [entry(0, version=5), entry(1, version=3), entry(2, version=5)]
@@ -243,7 +243,7 @@ def test_payloads_of_the_next_step_are_due_while_a_step_is_under_way(tmp_path: P
     assert sequences(second) == [2, 3]
     group.deliveries.read(second)
     group.deliveries.trained(first)
-    group.deliveries.settled(first)
+    group.deliveries.finished(first)
     group.deliveries.begin(second)
     assert sequences(group.deliveries.receive(2, 2, 0.0)) == [4]
 
@@ -258,8 +258,8 @@ def test_payload_that_does_not_come_is_given_up_after_a_while(tmp_path: Path) ->
     assert sequences(group.deliveries.receive(2, 0, 0.0)) == [4, 5]
 
 
-def test_work_items_whose_payloads_are_gone_are_settled_at_the_beginning(tmp_path: Path) -> None:
-    group = Group(tmp_path, known=UnsettledWork(unsettled=[1, 2, 3], published=[1, 2], next=4))
+def test_work_items_whose_payloads_are_gone_are_finished_at_the_beginning(tmp_path: Path) -> None:
+    group = Group(tmp_path, known=UnfinishedWork(unfinished=[1, 2, 3], published=[1, 2], next=4))
     group.queue.waiting = [entry(2)]
     group.deliveries.open()
     assert group.controller.reported == [1]

@@ -78,8 +78,8 @@ def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec:
     with served(spec) as (controller, client):
         rollout, _ = register(client, Role.ROLLOUT), register(client, Role.POLICY)
         beats: list[float] = []
-        heard = controller.membership.heard
-        controller.membership.heard = lambda *given: (beats.append(time.monotonic()), heard(*given))[1]  # type: ignore[method-assign]
+        note = controller.membership.note_request
+        controller.membership.note_request = lambda *given: (beats.append(time.monotonic()), note(*given))[1]  # type: ignore[method-assign]
         with Heartbeat(
             client,
             **rollout,
@@ -100,7 +100,7 @@ def test_work_items_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_
     with served(spec) as (controller, client):
         rollout = register(client, Role.ROLLOUT)
         reported: list[int] = []
-        controller.membership.work_items.settled = reported.extend  # type: ignore[method-assign]
+        controller.membership.work_items.finished = reported.extend  # type: ignore[method-assign]
         with Heartbeat(
             client,
             **rollout,
@@ -111,7 +111,7 @@ def test_work_items_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_
             grace=600,
             bounds=BOUNDS,
         ) as heartbeat:
-            heartbeat.settled(several)
+            heartbeat.finished(several)
     assert reported == list(several)
     assert not stop.is_set
 

@@ -21,7 +21,7 @@ WAYS = {
     PayloadState.COMMITTED: [PayloadEvent.READ, PayloadEvent.BEGIN, PayloadEvent.TRAIN, PayloadEvent.COMMIT],
     PayloadState.LOST: [PayloadEvent.FAIL],
     PayloadState.TOO_OLD: [PayloadEvent.AGE],
-    PayloadState.DEAD_LETTER: [PayloadEvent.BURY],
+    PayloadState.DEAD_LETTER: [PayloadEvent.GIVE_UP],
 }
 """The events that lead to each state in which a payload is known."""
 

@@ -4,12 +4,12 @@ from dray.jobs.controller.work_queue import WorkQueue
 from dray.jobs.replica.staleness import StalenessWindow
 
 
-def test_lowest_work_items_that_are_not_settled_are_due() -> None:
+def test_lowest_work_items_that_are_not_finished_are_due() -> None:
     order = StalenessWindow([3, 5], 7)
     assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 5, 7, 8]
-    order.settled([5, 9])
+    order.finished([5, 9])
     assert [order.last_due(count) for count in (1, 2, 3, 4)] == [3, 7, 8, 10]
-    order.settled([3, 7, 8, 9])
+    order.finished([3, 7, 8, 9])
     assert order.last_due(1) == 10
 
 
@@ -17,9 +17,9 @@ def test_work_items_with_several_payloads_are_due_until_there_are_enough() -> No
     order = StalenessWindow([0, 1, 2], 3)
     order.found([(0, 0, 3), (1, 2, 3)])
     assert [order.last_due(count) for count in (3, 4, 6, 7, 8)] == [0, 1, 1, 2, 3]
-    order.settled_payloads([(0, 0, 3), (0, 1, 3)])
+    order.finished_payloads([(0, 0, 3), (0, 1, 3)])
     assert [order.last_due(count) for count in (1, 2, 4, 5)] == [0, 1, 1, 2]
-    order.settled_payloads([(0, 2, 3)])
+    order.finished_payloads([(0, 2, 3)])
     assert order.last_due(1) == 1
 
 
@@ -45,15 +45,15 @@ def test_no_payload_that_is_trained_on_in_order_is_too_old() -> None:
         for _ in range(200):
             action = chance.randrange(4)
             if action == 0:
-                for index in ledger.take("a", chance.randint(1, 3)):
+                for index in ledger.assign("a", chance.randint(1, 3)):
                     made_by.setdefault(index, version)
                 ledger.published("a", made_by)
             elif action == 1 and made_by and chance.random() < 0.2:
                 lost = chance.choice(list(made_by))
                 del made_by[lost]
                 published.discard(lost)
-                order.settled([lost])
-                ledger.settled([lost])
+                order.finished([lost])
+                ledger.finished([lost])
             elif action == 2 and made_by.keys() - published:
                 published.add(chance.choice(sorted(made_by.keys() - published)))
             else:
@@ -64,5 +64,5 @@ def test_no_payload_that_is_trained_on_in_order_is_too_old() -> None:
                     assert all(version - made_by.pop(index) <= most for index in step)
                     published -= set(step)
                     version += 1
-                    order.settled(step)
-                    ledger.settled(step)
+                    order.finished(step)
+                    ledger.finished(step)
