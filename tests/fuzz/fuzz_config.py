@@ -71,7 +71,7 @@ def run(data: bytes) -> None:
     except ConfigError as error:
         _check(error)
         return
-    assert config.work_items_in_flight >= config.policy.batch_size
+    assert config.work_items_in_flight * config.payloads_of_work_item >= config.policy.batch_size
     # As a job's processes get it; see JobSpec.
     written = json.dumps(config.model_dump(mode="json"))
     assert JobConfig.model_validate(json.loads(written)) == config
@@ -83,7 +83,7 @@ def _check_draft(draft: JobDraft) -> None:
     for name, table in TABLES.items():
         found = getattr(draft.config, name, None)
         for key in table.model_fields:
-            if draft.knows(f"{name}.{key}") and (found is not None or name not in ("stop", "slurm")):
+            if draft.knows(f"{name}.{key}") and (found is not None or name not in ("work", "stop", "slurm")):
                 getattr(found, key)
 
 
