@@ -18,9 +18,8 @@ from dray.jobs.launch.output import is_begun, resume_line, start_again_line
 from dray.jobs.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
 from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.launch.shutdown import stopped_early
-from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.supervisor import supervise
-from dray.jobs.process import adopt_orphans, dump_stacks_on_signal
+from dray.jobs.process import SignalInbox, adopt_orphans, dump_stacks_on_signal
 from dray.jobs.replica.checkpoint import find_checkpoint
 from dray.resources import raise_descriptor_limit
 from dray.text import MAX_LINE, as_argument, printable

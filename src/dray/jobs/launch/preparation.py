@@ -30,9 +30,8 @@ from dray.jobs.job_file import MAX_MISTAKES, JobDraft
 from dray.jobs.launch.output import open_output
 from dray.jobs.launch.processes import Child
 from dray.jobs.launch.redis import answering_server
-from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.token_file import check_token_file
-from dray.jobs.process import child_pids, kill_orphans
+from dray.jobs.process import SignalInbox, child_pids, kill_orphans
 from dray.jobs.queue import JobKeys, RedisAddress
 from dray.jobs.queue.redis_server import find_redis_binary
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -88,7 +87,7 @@ def check_entry_points(
             selector.register(child.pidfd, selectors.EVENT_READ)
             while child.collect() is None and not signals and not deadline.expired:
                 selector.select(min(deadline.remaining, notice - deadline.elapsed))
-                signals += inbox.take()
+                signals += inbox.receive()
                 if deadline.elapsed >= notice:
                     notice *= 2
                     say(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,8 +20,7 @@ from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
 from dray.jobs.files import open_to_append
 from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
-from dray.jobs.process import PARENT_VARIABLE, ends_within, is_running
-from dray.system_calls import needed
+from dray.jobs.process import PARENT_VARIABLE, ChildProcess, is_running
 
 # --- children ----------------------------------------------------------------------------------------------------
 
@@ -150,8 +148,8 @@ def replica_end(
     return ReplicaEnd(ending, early=True)
 
 
-class Child:
-    """One process of the job, in a process group of its own, with a log file.
+class Child(ChildProcess):
+    """One process of the job on this machine, with a log file.
 
     Args:
         name: unique in the job, e.g. ``"rollout-0"``.
@@ -160,8 +158,6 @@ class Child:
         log: where its output goes; appended to.
         role: for a replica.
         environment: variables beside those of this process.
-
-    To be made in the main thread: the kernel signals a child when the *thread* that started it ends.
     """
 
     def __init__(
@@ -178,30 +174,19 @@ class Child:
         self.name = name
         self.role = role
         self.log = log
-        self.exit_code: int | None = None
         with os.fdopen(open_to_append(log, "job.output"), "ab") as output:
-            self._process = subprocess.Popen(
+            super().__init__(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                process_group=0,
-                pass_fds=tuple(pass_fds),
-                env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+                output.fileno(),
+                pass_fds=pass_fds,
+                environment={
+                    **os.environ,
+                    **environment,
+                    PARENT_VARIABLE: str(os.getpid()),
+                    "PYTHONUNBUFFERED": "1",
+                },
             )
-        self.pid = self._process.pid
         self._seen = MONOTONIC.now()
-        try:
-            with needed("pidfd_open"):
-                self.pidfd = os.pidfd_open(self.pid)
-        except BaseException:
-            self._process.kill()
-            self._process.wait()
-            raise
-
-    @property
-    def running(self) -> bool:
-        return self.exit_code is None
 
     @property
     def ending(self) -> str:
@@ -214,37 +199,8 @@ class Child:
             self._seen = now
         return now - self._seen
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process; one that has ended gets none."""
-        if self.running:
-            signal.pidfd_send_signal(self.pidfd, number)
-
-    def kill_group(self) -> None:
-        """Kill the process and every other one in its group."""
-        if self.running:
-            _kill_group(self.pid)
-
-    def collect(self, timeout: float = 0.0) -> int | None:
-        """The exit code if the process ends within `timeout` seconds, else None.
-
-        What is left of its process group is killed.
-        """
-        if self.exit_code is None and ends_within(self.pidfd, timeout):
-            # The group's number stays ours until the dead leader is waited for.
-            _kill_group(self.pid)
-            self.exit_code = self._process.wait()
-            os.close(self.pidfd)
-        return self.exit_code
-
     def __repr__(self) -> str:
         return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 # --- replicas ----------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from dray.jobs.controller.state import FINISHED_OUTCOMES, final_phase
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.files import read_own_file
 from dray.jobs.folder import JobFolder
-from dray.jobs.launch.signals import reason_of
 from dray.jobs.messages.models import MemberState, OutcomeReport, Phase, Status
 from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
 
@@ -97,6 +96,9 @@ class ShutdownEscalation:
 # that the controller wrote, and the checkpoint, which the policy writes before it tells the controller.
 
 _LOG = logging.getLogger("dray.jobs.launch.shutdown")
+TIME_LIMIT_SIGNAL = signal.SIGUSR2
+"""Tells the supervisor of a job on Slurm that the time limit is near."""
+
 _FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
 
 
@@ -184,6 +186,12 @@ def ending(
     if outcome is not None:
         return Ending(status, exit_code_of(outcome), outcome.reason)
     return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+
+
+def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
+    """Why a job ends that was sent this signal."""
+    limit = on_slurm and number == TIME_LIMIT_SIGNAL
+    return "the time limit is near" if limit else f"interrupted by {number.name}"
 
 
 def stopped_early(folder: JobFolder | None, job: str, signals: Sequence[signal.Signals]) -> Ending:

@@ -35,13 +35,13 @@ from dray.jobs.launch.shutdown import (
     ending,
     finished_checkpoint,
     newest_status,
+    reason_of,
     recorded_status,
 )
-from dray.jobs.launch.signals import SignalInbox, reason_of
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MemberState, Role
-from dray.jobs.process import DUMP_SIGNAL, ShutdownStep, adopt_orphans, child_pids, closed_by_step
+from dray.jobs.process import DUMP_SIGNAL, ShutdownStep, SignalInbox, adopt_orphans, child_pids, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.text import printable
@@ -299,7 +299,7 @@ class Supervisor:
         """Wait for children, other machines and signals at most `timeout` seconds."""
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._inbox:
-                self._signals.extend(self._inbox.take())
+                self._signals.extend(self._inbox.receive())
             elif key.data is not None:
                 key.data()
 

@@ -26,14 +26,12 @@ import platform
 import random
 import resource
 import secrets
-import select
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self
+from typing import Final, Self
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
@@ -41,6 +39,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, ControlPlaneError
+from dray.jobs.process import ChildProcess
 from dray.jobs.queue.connection import RedisConnection, RedisUnavailableError
 from dray.jobs.queue.consumer import RolloutConsumer
 from dray.jobs.queue.keys import JobKeys
@@ -260,7 +259,7 @@ def start_redis(
         return RedisServer(address, source="configured")
     if threading.current_thread() is not threading.main_thread():
         raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
-    child = _Child(find_redis_binary(), directory, host if tcp else None)
+    child = _ServerProcess(find_redis_binary(), directory, host if tcp else None)
     try:
         child.start(Deadline.after(timeout, clock))
     except BaseException:
@@ -308,7 +307,7 @@ class RedisServer:
     """
 
     def __init__(
-        self, address: RedisAddress, *, source: str, child: _Child | None = None, clock: Clock = MONOTONIC
+        self, address: RedisAddress, *, source: str, child: _ServerProcess | None = None, clock: Clock = MONOTONIC
     ) -> None:
         self.address = address
         self.source = source
@@ -383,7 +382,7 @@ def _checked_address(url: str, keys: JobKeys, timeout: float, clock: Clock) -> R
     return address
 
 
-class _Child:
+class _ServerProcess:
     """A server process, its socket directory and its log."""
 
     def __init__(self, binary: Path, directory: Path, host: str | None) -> None:
@@ -399,8 +398,7 @@ class _Child:
         self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password, _USER)
         self._max_clients = _max_clients()
         self._reaper: IdleClientReaper | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._process: ChildProcess | None = None
         self._as_asked = True
 
     @property
@@ -409,7 +407,7 @@ class _Child:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and not self._ended(0)
+        return self._process is not None and not self._process.has_ended()
 
     def start(self, deadline: Deadline) -> None:
         if self._private.closed:
@@ -426,7 +424,7 @@ class _Child:
                     self.tcp_address = RedisAddress.of_port(self._host, port, self._password, _USER)
                     self._reaper = self._reaper or IdleClientReaper(self.address, self._max_clients)
                 return
-            self._reap()
+            self._forget_process()
         self._as_asked = False
         raise ControlPlaneError(f"{self.binary} ended before it answered; see {self._log}: {self._last_line()}")
 
@@ -434,17 +432,17 @@ class _Child:
         """End the process: ask, wait until the deadline, kill."""
         if self._process is None:
             return
-        if self._ended(0):
+        if self._process.has_ended():
             self._as_asked = False
-        elif not (self._ask_to_end(deadline) and self._ended(deadline.remaining)):
+        elif not (self._ask_to_end(deadline) and self._process.has_ended(deadline.remaining)):
             self._as_asked = False
             logger.warning(
                 "Redis at %s (pid %d) does not end as asked; killing it", self.address, self._process.pid
             )
-            self._process.kill()
-            if not self._ended(_KILL_BOUND):
-                raise ControlPlaneError(f"Redis (pid {self._process.pid}) does not end although it was killed")
-        self._reap()
+            self._process.kill_group()
+            if not self._process.has_ended(_KILL_BOUND):
+                raise ControlPlaneError(f"Redis (pid {self._process.pid}) is still alive after SIGKILL")
+        self._forget_process()
 
     def close(self, deadline: Deadline) -> None:
         try:
@@ -459,23 +457,14 @@ class _Child:
     def _spawn(self, port: int) -> None:
         command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self.binary)]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-                pass_fds=[self._private.lock],
-            )
-        try:
-            self._pidfd = os.pidfd_open(self._process.pid)
-        except OSError:
-            self._process.kill()
-            self._reap()
-            raise
-        stdin = self._process.stdin
-        assert stdin is not None
-        _send_and_close(stdin, self._configuration(port).encode())
+            content = self._configuration(port).encode()
+            self._process = ChildProcess(command, log.fileno(), content=content, pass_fds=[self._private.lock])
+
+    def _forget_process(self) -> None:
+        """Collect the process, which has ended."""
+        assert self._process is not None
+        self._process.collect()
+        self._process = None
 
     def _configuration(self, port: int) -> str:
         lines = [
@@ -506,7 +495,7 @@ class _Child:
                 try:
                     client.do("PING")
                 except (RedisConnectionError, RedisTimeoutError) as error:
-                    if self._ended(min(_RETRY_WAIT, deadline.remaining)):
+                    if self._process.has_ended(min(_RETRY_WAIT, deadline.remaining)):
                         return False
                     if deadline.expired:
                         self._as_asked = False
@@ -539,24 +528,6 @@ class _Child:
             client.close()
         return False
 
-    def _ended(self, seconds: float) -> bool:
-        """Whether the process has ended or does so within `seconds`."""
-        if self._pidfd < 0:
-            return True
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        return bool(poller.poll(1000 * seconds))
-
-    def _reap(self) -> None:
-        assert self._process is not None
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-        self._process = None
-
     def _last_line(self) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "(empty)"
@@ -565,14 +536,6 @@ class _Child:
 def _max_clients() -> int:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return MAX_CLIENTS if limit == resource.RLIM_INFINITY else max(1, min(MAX_CLIENTS, limit - _OWN_DESCRIPTORS))
-
-
-def _send_and_close(stream: IO[bytes], content: bytes) -> None:
-    try:
-        with stream:
-            stream.write(content)
-    except BrokenPipeError:
-        pass  # the child has ended; whoever waits for its answer learns it
 
 
 def _quoted(text: str) -> str:

@@ -32,12 +32,11 @@ from dray.jobs.launch.output import open_output, resume_line
 from dray.jobs.launch.preparation import check_entry_points
 from dray.jobs.launch.processes import EndRequest, JobProcess
 from dray.jobs.launch.shutdown import stopped_early
-from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.messages.auth import ConnectionInfo, Door
 from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.jobs.messages.models import Role
-from dray.jobs.process import LOOPBACK, adopt_orphans, log_to_stderr
+from dray.jobs.process import LOOPBACK, SignalInbox, adopt_orphans, log_to_stderr
 from dray.jobs.queue import RedisAddress
 from dray.jobs.slurm.network import Interface, boot_id, choose_interface
 from dray.jobs.slurm.placement import Placement, environment, placements

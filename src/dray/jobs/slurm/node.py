@@ -27,12 +27,12 @@ from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.processes import Child, start_rank, start_rollout
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
-from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
 from dray.jobs.messages.models import Role
 from dray.jobs.process import (
     DUMP_SIGNAL,
+    SignalInbox,
     adopt_orphans,
     child_pids,
     is_running,
@@ -246,7 +246,7 @@ class NodeSupervisor:
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._inbox:
-                self._signals.extend(self._inbox.take())
+                self._signals.extend(self._inbox.receive())
 
     def _hear(self) -> None:
         """Do what the head says."""
