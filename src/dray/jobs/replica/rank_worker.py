@@ -1,4 +1,4 @@
-"""A policy replica that is not the first of its group: it reads, trains and saves when the first rank says so."""
+"""A policy replica that is not the first of its group: it carries out the commands of the first rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dray.errors import OutOfResources, StaleSlotError
 from dray.jobs.api import PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import FOLDER_MODE
-from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
+from dray.jobs.messages.channel import GroupLostError, MessageChannel
+from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.ranks import Failure
 from dray.jobs.replica.user_code import UserCodeError, call_user, save_into
@@ -17,12 +18,14 @@ from dray.transport import PayloadClient
 
 
 class RankWorker:
-    """Carries out the orders of the first rank until it says that the job is over.
+    """Carries out the commands of the first rank until the command to end.
 
     It does not end by itself when the job does: it would be missing in the first rank's last step.
     """
 
-    def __init__(self, replica: Replica, trainer: PolicyTrainer, channel: Channel, client: PayloadClient) -> None:
+    def __init__(
+        self, replica: Replica, trainer: PolicyTrainer, channel: MessageChannel, client: PayloadClient
+    ) -> None:
         self._replica = replica
         self._trainer = trainer
         self._channel = channel
@@ -37,42 +40,42 @@ class RankWorker:
         """
         activity = self._replica.activity
         while True:
-            activity.waits("its orders", self._channel.peer)
-            order = self._channel.receive(RankCommand)
-            if order.what == "end":
+            activity.waits("its commands", self._channel.peer)
+            command = self._channel.receive(RankCommand)
+            if command.what == "end":
                 return ExitCode.OK
-            activity.doing(f"{order.what}, as told by {self._channel.peer}")
+            activity.doing(f"{command.what}, commanded by {self._channel.peer}")
             try:
-                answer = self._carry_out(order)
+                reply = self._carry_out(command)
             except UserCodeError as error:
                 if self._channel.lost:
                     raise GroupLostError(f"{self._channel.peer} is gone") from error
                 raise
-            if answer is not None:
-                self._channel.send(answer)
+            if reply is not None:
+                self._channel.send(reply)
 
-    def _carry_out(self, order: RankCommand) -> RankReply | None:
-        if order.what == "begin":
-            if order.text:
-                call_user(self._trainer, "load", Path(order.text))
+    def _carry_out(self, command: RankCommand) -> RankReply | None:
+        if command.what == "begin":
+            if command.text:
+                call_user(self._trainer, "load", Path(command.text))
             return None
-        if order.what == "read":
-            return self._read(order)
-        if order.what == "train":
-            return self._train(order.identities)
-        if order.what == "weights":
+        if command.what == "read":
+            return self._read(command)
+        if command.what == "train":
+            return self._train(command.identities)
+        if command.what == "weights":
             call_user(self._trainer, "weights")
             return None
-        if order.what == "save":
-            folder = Path(order.text)
+        if command.what == "save":
+            folder = Path(command.text)
             folder.mkdir(FOLDER_MODE)
             save_into(self._trainer, folder)
             return RankReply()
         raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")
 
-    def _read(self, order: RankCommand) -> RankReply:
-        references = [PayloadRef.from_json(text) for text in order.references]
-        versions = {each.identity: version for each, version in zip(references, order.versions, strict=True)}
+    def _read(self, command: RankCommand) -> RankReply:
+        references = [PayloadRef.from_json(text) for text in command.references]
+        versions = {each.identity: version for each, version in zip(references, command.versions, strict=True)}
         failed: dict[str, Failure] = {}
         results = self._client.read_many(
             references, timeout=self._replica.spec.config.timeouts.read, consume=False, return_errors=True

@@ -1,4 +1,4 @@
-"""The policy group as its first rank sees it: what it tells the others, and what each of them reads."""
+"""The policy group as its first rank sees it: its commands to the others, and what each of them reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
+from dray.jobs.messages.channel import GroupLostError, MessageChannel
+from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.checkpoint import trainer_folder
 
@@ -78,7 +79,7 @@ class Ranks:
         readers: how many ranks read each payload.
     """
 
-    def __init__(self, channels: Sequence[Channel], readers: int) -> None:
+    def __init__(self, channels: Sequence[MessageChannel], readers: int) -> None:
         self._channels = tuple(channels)
         self._readers = readers
 
@@ -91,21 +92,21 @@ class Ranks:
         """Give `text` to all."""
         if text is None:
             raise ValueError("the first rank of a group has to share something")
-        self._tell(lambda _: RankCommand(what="share", text=text))
+        self._send(lambda _: RankCommand(what="share", text=text))
         return text
 
     def begin(self, checkpoint: Path | None) -> None:
         """Let all load their part of a checkpoint, if there is one."""
 
-        def order(rank: int) -> RankCommand:
+        def command(rank: int) -> RankCommand:
             return RankCommand(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
 
-        self._tell(order)
+        self._send(command)
 
     def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank read what its part was dealt."""
 
-        def order(rank: int) -> RankCommand:
+        def command(rank: int) -> RankCommand:
             entries = [delivery.entry for delivery in dealt[rank // self._readers]]
             return RankCommand(
                 what="read",
@@ -113,7 +114,7 @@ class Ranks:
                 versions=[entry.weight_version for entry in entries],
             )
 
-        self._tell(order)
+        self._send(command)
 
     def failures(self) -> dict[str, Failure]:
         """What any of them could not read, by identity."""
@@ -125,28 +126,28 @@ class Ranks:
     def train(self, batch: Batch) -> None:
         """Let each rank train on its part of `batch`."""
 
-        def order(rank: int) -> RankCommand:
+        def command(rank: int) -> RankCommand:
             part = batch.part(rank // self._readers)
             return RankCommand(what="train", identities=[delivery.entry.identity for delivery in part])
 
-        self._tell(order)
+        self._send(command)
 
     def weights(self) -> None:
         """Let all join in `PolicyTrainer.weights`."""
-        self._tell(lambda _: RankCommand(what="weights"))
+        self._send(lambda _: RankCommand(what="weights"))
 
     def save(self, checkpoint: Path) -> None:
         """Let each rank save its part of a checkpoint."""
-        self._tell(lambda rank: RankCommand(what="save", text=str(trainer_folder(checkpoint, rank))))
+        self._send(lambda rank: RankCommand(what="save", text=str(trainer_folder(checkpoint, rank))))
 
     def wait(self) -> None:
-        """Wait until all have done what they were told."""
+        """Wait until all have answered their commands."""
         for channel in self._channels:
             channel.receive(RankReply)
 
     def end(self) -> None:
         """The job is over."""
-        self._tell(lambda _: RankCommand(what="end"))
+        self._send(lambda _: RankCommand(what="end"))
 
     def check(self) -> None:
         """Make sure that all are there."""
@@ -154,6 +155,6 @@ class Ranks:
             if channel.lost:
                 raise GroupLostError(f"{channel.peer} is gone")
 
-    def _tell(self, order: Callable[[int], RankCommand]) -> None:
+    def _send(self, command: Callable[[int], RankCommand]) -> None:
         for rank, channel in enumerate(self._channels, start=1):
-            channel.send(order(rank))
+            channel.send(command(rank))

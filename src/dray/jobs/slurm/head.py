@@ -33,9 +33,17 @@ from dray.jobs.launch.preparation import check_entry_points
 from dray.jobs.launch.processes import EndRequest, JobProcess
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
-from dray.jobs.messages.auth import ConnectionInfo, Door
-from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
-from dray.jobs.messages.models import Role
+from dray.jobs.messages.auth import ConnectionInfo, NodeListener
+from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.models import (
+    KillReplica,
+    ReplicaEnded,
+    ReplicasRunning,
+    ReplicasStarted,
+    Role,
+    SendSignal,
+    Shutdown,
+)
 from dray.jobs.process import LOOPBACK, SignalInbox, adopt_orphans, log_to_stderr
 from dray.jobs.queue import RedisAddress
 from dray.jobs.slurm.network import Interface, boot_id, choose_interface
@@ -46,7 +54,7 @@ from dray.transport.lanes import LANES
 
 # --- remote ------------------------------------------------------------------------------------------------------
 
-GOODBYE_BOUND = 5.0
+SHUTDOWN_TIMEOUT = 5.0
 """Seconds that the head waits for the other nodes when the job is over."""
 
 _LOG = logging.getLogger("dray.jobs.slurm.head")
@@ -55,14 +63,14 @@ _LOG = logging.getLogger("dray.jobs.slurm.head")
 class RemoteReplica:
     """A replica on another node; see `dray.jobs.launch.processes.JobProcess`."""
 
-    def __init__(self, placed: Placement, pid: int, log: Path, link: Link) -> None:
+    def __init__(self, placed: Placement, pid: int, log: Path, channel: MessageChannel) -> None:
         self.name = placed.name
         self.role = placed.role
         self.pid = pid
         self.log = log
         self.exit_code: int | None = None
         self._node = placed.node
-        self._link = link
+        self._channel = channel
         self._code: int | None = None
         self._with_node = False
         self._request: EndRequest | None = None
@@ -91,24 +99,24 @@ class RemoteReplica:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process; one that has ended gets none."""
         if self._code is None:
-            self._link.send(SendSignal(name=self.name, number=number))
+            self._channel.post(SendSignal(name=self.name, number=number))
 
     def kill_group(self) -> None:
         """Kill the process and every other one in its group."""
         if self._code is None:
-            self._link.send(Kill(name=self.name))
+            self._channel.post(KillReplica(name=self.name))
 
     def collect(self) -> int | None:
         """The exit code, once its node has told it or is gone."""
         self.exit_code = self._code
         return self.exit_code
 
-    def ended(self, said: Ended) -> None:
+    def ended(self, said: ReplicaEnded) -> None:
         """Its node says how it ended."""
         if self._code is None:
             self._code = said.code
-            if said.asked:
-                request = EndRequest(signal.Signals(said.asked), f"its node {self._node} was told to end")
+            if said.request:
+                request = EndRequest(signal.Signals(said.request), f"its node {self._node} was told to end")
                 self._request = request if request.explains(said.code) else None
 
     def lost(self) -> None:
@@ -146,10 +154,10 @@ class OtherNodes:
             each.index: None for each in self._placed.values() if each.role is Role.POLICY
         }
         self._replicas: dict[str, RemoteReplica] = {}
-        self._links: dict[str, Link] = {}
+        self._channels: dict[str, MessageChannel] = {}
         self._known: set[str] = set()
         self._selector: selectors.BaseSelector | None = None
-        self._door = Door(host, secret, silence, self._refusal, self._welcome)
+        self._listener = NodeListener(host, secret, silence, self._refusal, self._welcome)
 
     @property
     def expected(self) -> int:
@@ -164,7 +172,7 @@ class OtherNodes:
     def open(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
         """Listen, and tell the other nodes where, in a file of the job's folder."""
         self._selector = selector
-        host, port = self._door.open(selector)
+        host, port = self._listener.open(selector)
         address = {
             "host": host,
             "port": port,
@@ -176,9 +184,9 @@ class OtherNodes:
 
     def look(self) -> None:
         """Drop connections that take too long to show what they are; note nodes that take no orders any more."""
-        for node in [node for node, link in self._links.items() if link.lost]:
+        for node in [node for node, channel in self._channels.items() if channel.lost]:
             self._lose(node)
-        self._door.look()
+        self._listener.apply_timeouts()
 
     def take_ranks(self) -> list[socket.socket] | None:
         """See `dray.jobs.launch.job_processes.Elsewhere`."""
@@ -191,30 +199,30 @@ class OtherNodes:
 
     def refuse(self) -> None:
         """See `dray.jobs.launch.job_processes.Elsewhere`."""
-        self._door.close()
+        self._listener.close()
 
     def close(self) -> None:
         """Say goodbye, and wait until the other nodes have ended what was left there."""
         self.refuse()
-        deadline = Deadline.after(GOODBYE_BOUND)
+        deadline = Deadline.after(SHUTDOWN_TIMEOUT)
         with selectors.DefaultSelector() as selector:
-            for link in self._links.values():
-                link.send(Goodbye())
-                link.finish_sending()
-                if not link.lost:
-                    selector.register(link, selectors.EVENT_READ, link)
+            for channel in self._channels.values():
+                channel.post(Shutdown())
+                channel.finish_sending()
+                if not channel.lost:
+                    selector.register(channel, selectors.EVENT_READ, channel)
             while selector.get_map() and not deadline.expired:
                 for key, _ in selector.select(deadline.remaining):
-                    link = key.data
-                    link.receive()
-                    if link.lost:
-                        selector.unregister(link)
-        left = [node for node, link in self._links.items() if not link.lost]
+                    channel = key.data
+                    channel.poll()
+                    if channel.lost:
+                        selector.unregister(channel)
+        left = [node for node, channel in self._channels.items() if not channel.lost]
         if left:
-            _LOG.warning("did not say goodbye within %g s: %s", GOODBYE_BOUND, ", ".join(left))
-        for link in self._links.values():
-            link.close()
-        self._links = {}
+            _LOG.warning("did not confirm shutdown within %g s: %s", SHUTDOWN_TIMEOUT, ", ".join(left))
+        for channel in self._channels.values():
+            channel.close()
+        self._channels = {}
         for connected in self._ranks.values():
             if connected is not None:
                 connected.close()
@@ -235,8 +243,8 @@ class OtherNodes:
             _LOG.info("node %s has connected policy-%d", purpose.node, purpose.rank)
             return
         self._known.add(purpose.node)
-        link = self._links[purpose.node] = Link(connected)
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(purpose.node, link))
+        channel = self._channels[purpose.node] = MessageChannel(connected, purpose.node)
+        self._selector.register(channel, selectors.EVENT_READ, lambda: self._hear(purpose.node, channel))
         _LOG.info("node %s has connected", purpose.node)
 
     def _refusal(self, purpose: ConnectionInfo) -> str:
@@ -251,28 +259,28 @@ class OtherNodes:
             return f"no replica runs on node {purpose.node}"
         return f"node {purpose.node} has been here before" if purpose.node in self._known else ""
 
-    def _hear(self, node: str, link: Link) -> None:
-        for said in link.receive():
-            if isinstance(said, Started):
+    def _hear(self, node: str, channel: MessageChannel) -> None:
+        for said in channel.poll():
+            if isinstance(said, ReplicasStarted):
                 for name, pid in said.pids.items():
                     if name in self._placed and self._placed[name].node == node:
                         log = self._folder.logs / f"{name}.log"
-                        self._replicas[name] = RemoteReplica(self._placed[name], pid, log, link)
-            elif isinstance(said, Alive):
+                        self._replicas[name] = RemoteReplica(self._placed[name], pid, log, channel)
+            elif isinstance(said, ReplicasRunning):
                 for name in said.names:
                     if name in self._replicas and self._placed[name].node == node:
                         self._replicas[name].seen()
-            elif isinstance(said, Ended) and said.name in self._replicas:
+            elif isinstance(said, ReplicaEnded) and said.name in self._replicas:
                 self._replicas[said.name].ended(said)
-        if link.lost:
+        if channel.lost:
             self._lose(node)
 
     def _lose(self, node: str) -> None:
         """A node is gone."""
         assert self._selector is not None
-        link = self._links.pop(node)
-        self._selector.unregister(link)
-        link.close()
+        channel = self._channels.pop(node)
+        self._selector.unregister(channel)
+        channel.close()
         _LOG.info("node %s is gone", node)
         for name, replica in self._replicas.items():
             if self._placed[name].node == node:

@@ -28,8 +28,16 @@ from dray.jobs.launch.output import KEY
 from dray.jobs.launch.processes import Child, start_rank, start_rollout
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.messages.auth import ConnectionInfo, connect
-from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
-from dray.jobs.messages.models import Role
+from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.models import (
+    KillReplica,
+    ReplicaEnded,
+    ReplicasRunning,
+    ReplicasStarted,
+    Role,
+    SendSignal,
+    Shutdown,
+)
 from dray.jobs.process import (
     DUMP_SIGNAL,
     SignalInbox,
@@ -127,8 +135,8 @@ class NodeSupervisor:
             if found is None:
                 return 128 + self._signals[0]
             address, connected = found
-            self._link = Link(connected)
-            resources.callback(self._link.close)
+            self._channel = MessageChannel(connected, "the head")
+            resources.callback(self._channel.close)
             resources.callback(kill_orphans, strangers, 1.0)
             resources.callback(self._kill_rest)
             self._strangers = strangers
@@ -194,9 +202,9 @@ class NodeSupervisor:
             child = self._start_replica(placed, places, address)
             self._children[child.name] = child
             self._selector.register(child.pidfd, selectors.EVENT_READ)
-        self._selector.register(self._link, selectors.EVENT_READ)
+        self._selector.register(self._channel, selectors.EVENT_READ)
         self._hearing = True
-        self._link.send(Started(pids={name: child.pid for name, child in self._children.items()}))
+        self._channel.post(ReplicasStarted(pids={name: child.pid for name, child in self._children.items()}))
         _LOG.info("started %s, at %s on %s", ", ".join(self._children), interface.address, interface.name)
 
     def _start_replica(self, placed: Placement, places: dict[str, dict[str, str]], address: _HeadAddress) -> Child:
@@ -232,16 +240,16 @@ class NodeSupervisor:
         """Tell the head in intervals which replicas run; those that are stopped do not."""
         if not self._next_report.expired:
             return
-        if self._link.lost:
+        if self._channel.lost:
             self._next_report = Deadline.after(None)
             return
         self._next_report = Deadline.after(min(ALIVE_INTERVAL, self._silence / 6))
         names = [child.name for child in self._children.values() if child.running and is_running(child.pid)]
-        self._link.send(Alive(names=names))
+        self._channel.post(ReplicasRunning(names=names))
 
     @property
     def _over(self) -> bool:
-        return bool(self._signals) or self._dismissed or self._link.lost
+        return bool(self._signals) or self._dismissed or self._channel.lost
 
     def _wait(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -250,16 +258,16 @@ class NodeSupervisor:
 
     def _hear(self) -> None:
         """Do what the head says."""
-        for said in [] if self._link.lost else self._link.receive():
+        for said in [] if self._channel.lost else self._channel.poll():
             if isinstance(said, SendSignal) and said.name in self._children:
                 self._children[said.name].signal(signal.Signals(said.number))
-            elif isinstance(said, Kill) and said.name in self._children:
+            elif isinstance(said, KillReplica) and said.name in self._children:
                 self._children[said.name].kill_group()
-            elif isinstance(said, Goodbye):
+            elif isinstance(said, Shutdown):
                 self._dismissed = True
-        if self._link.lost and self._hearing:
+        if self._channel.lost and self._hearing:
             self._hearing = False
-            self._selector.unregister(self._link)
+            self._selector.unregister(self._channel)
 
     def _ended(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
@@ -269,12 +277,18 @@ class NodeSupervisor:
         killed = kill_orphans(known, 1.0)
         left = f"; {killed} processes that it left behind were killed" if killed else ""
         _LOG.info("%s ended with code %d (%s)%s", child.name, code, meaning(code), left)
-        if not self._link.lost:
-            self._link.send(Ended(name=child.name, code=code, asked=self._asked.get(child.name, 0)))
+        if not self._channel.lost:
+            self._channel.post(ReplicaEnded(name=child.name, code=code, request=self._asked.get(child.name, 0)))
 
     def _end(self) -> None:
         """Begin to end what is there: at once when the job is over, else with time to end in order."""
-        why = "the job is over" if self._dismissed else "the head is gone" if self._link.lost else "told by signal"
+        why = (
+            "the job is over"
+            if self._dismissed
+            else "the head is gone"
+            if self._channel.lost
+            else "told by signal"
+        )
         running = [child.name for child in self._children.values() if child.running]
         _LOG.info("ends: %s; %s", why, f"waiting for {', '.join(running)}" if running else "nothing runs")
         self._teardown = ShutdownEscalation(self._timeouts.shutdown, at_once=True)

@@ -23,8 +23,16 @@ from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
 from dray.jobs.messages import auth
 from dray.jobs.messages.auth import ConnectionInfo, connect
-from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
-from dray.jobs.messages.models import Role
+from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.models import (
+    KillReplica,
+    ReplicaEnded,
+    ReplicasRunning,
+    ReplicasStarted,
+    Role,
+    SendSignal,
+    Shutdown,
+)
 from dray.jobs.slurm import head as head_module
 from dray.jobs.slurm.head import OtherNodes
 from dray.jobs.slurm.placement import Placement
@@ -80,8 +88,8 @@ class Head:
         self.until(guest.done, "the guest")
         return guest.result()
 
-    def link(self, node: str = "c") -> Link:
-        return Link(self.taken(self.guest(node)))
+    def link(self, node: str = "c") -> MessageChannel:
+        return MessageChannel(self.taken(self.guest(node)), "the head")
 
 
 @contextmanager
@@ -104,29 +112,29 @@ def test_address_is_for_the_owner_only_and_holds_no_secret(tmp_path: Path) -> No
 def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
         assert head.nodes.processes == []
-        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        link.post(ReplicasStarted(pids={"rollout-0": 70, "rollout-1": 71}))
         head.until(lambda: head.nodes.processes, "the word that they run")
         first, second = head.nodes.processes
         assert (first.name, first.pid, first.running, first.collect()) == ("rollout-0", 70, True, None)
         second.signal(signal.SIGTERM)
         first.kill_group()
         said = []
-        head.until(lambda: said.extend(link.receive()) or len(said) == 2, "both orders")
-        assert said == [SendSignal(name="rollout-1", number=signal.SIGTERM), Kill(name="rollout-0")]
-        link.send(Ended(name="rollout-0", code=10))
+        head.until(lambda: said.extend(link.poll()) or len(said) == 2, "both orders")
+        assert said == [SendSignal(name="rollout-1", number=signal.SIGTERM), KillReplica(name="rollout-0")]
+        link.post(ReplicaEnded(name="rollout-0", code=10))
         head.until(lambda: first.collect() is not None, "the word of its end")
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
 
 
 def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
+        link.post(ReplicasStarted(pids={"rollout-0": 70, "rollout-1": 71}))
         head.until(lambda: head.nodes.processes, "the word that they run")
         first, second = head.nodes.processes
         head.until(lambda: min(first.seconds_unseen(), second.seconds_unseen()) > 0.1, "some time")
-        link.send(Alive(names=["rollout-1", "policy-1"]))
+        link.post(ReplicasRunning(names=["rollout-1", "policy-1"]))
         head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the report that one runs")
-        link.send(Alive(names=["rollout-0"]))
+        link.post(ReplicasRunning(names=["rollout-0"]))
         head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the report that the other runs")
 
 
@@ -143,16 +151,16 @@ def test_z8_replica_that_its_own_node_has_asked_to_end_is_not_called_interrupted
     tmp_path: Path, code: int, asked: int, ending: str
 ) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        link.send(Started(pids={"rollout-0": 70}))
-        link.send(Ended(name="rollout-0", code=code, asked=asked))
+        link.post(ReplicasStarted(pids={"rollout-0": 70}))
+        link.post(ReplicaEnded(name="rollout-0", code=code, request=asked))
         head.until(lambda: [each.collect() for each in head.nodes.processes] == [code], "the word of its end")
         assert [each.ending for each in head.nodes.processes] == [ending]
 
 
 def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
-        link.send(Ended(name="rollout-0", code=0))
+        link.post(ReplicasStarted(pids={"rollout-0": 70, "rollout-1": 71}))
+        link.post(ReplicaEnded(name="rollout-0", code=0))
         link.close()
         head.until(
             lambda: (
@@ -161,7 +169,7 @@ def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
             "the end of both",
         )
         assert [each.ending for each in head.nodes.processes] == ["finished", "its node c is gone"]
-        with pytest.raises(TransportError, match="does not want"):
+        with pytest.raises(TransportError, match="rejected the connection"):
             head.taken(head.guest("c"))
 
 
@@ -184,7 +192,7 @@ def test_ranks_are_given_out_in_order_once_all_are_there(tmp_path: Path) -> None
 def test_connection_that_does_not_belong_to_the_attempt_is_refused(
     tmp_path: Path, node: str, rank: int | None, attempt: str
 ) -> None:
-    with head_of(tmp_path) as head, pytest.raises(TransportError, match="does not want"):
+    with head_of(tmp_path) as head, pytest.raises(TransportError, match="rejected the connection"):
         head.taken(head.guest(node, rank, attempt))
 
 
@@ -250,7 +258,7 @@ def test_strangers_make_few_lines(tmp_path: Path, caplog: pytest.LogCaptureFixtu
                 head.until(lambda: select.select([stranger], [], [], 0)[0], "the end of the connection")
                 assert stranger.recv(1) == b""
         lines = [each.message for each in caplog.records if each.levelname == "WARNING"]
-        assert lines == ["a connection is not taken: the other end of a connection does not know the job's secret"]
+        assert lines == ["rejected a connection: the other end of a connection does not know the job's secret"]
 
 
 def test_head_without_descriptors_accepts_later_and_does_not_spin(
@@ -285,23 +293,23 @@ def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:
             with closing(link), selectors.DefaultSelector() as selector:
                 selector.register(link, selectors.EVENT_READ)
                 while not link.lost and selector.select(10.0):
-                    said += link.receive()
+                    said += link.poll()
             return said
 
         left = head.pool.submit(leave)
         ending = Stopwatch()
         head.nodes.close()
-        assert ending.elapsed < head_module.GOODBYE_BOUND
-        assert left.result(10.0) == [Goodbye()]
+        assert ending.elapsed < head_module.SHUTDOWN_TIMEOUT
+        assert left.result(10.0) == [Shutdown()]
 
 
 def test_node_that_does_not_answer_the_goodbye_is_left_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(head_module, "GOODBYE_BOUND", 0.2)
+    monkeypatch.setattr(head_module, "SHUTDOWN_TIMEOUT", 0.2)
     with head_of(tmp_path) as head, closing(head.link()):
         head.nodes.close()
-        assert "did not say goodbye within 0.2 s: c" in caplog.text
+        assert "did not confirm shutdown within 0.2 s: c" in caplog.text
 
 
 def test_door_is_closed_when_the_job_ends(tmp_path: Path) -> None:
