@@ -23,14 +23,13 @@ from dray.clock import Deadline
 from dray.errors import ConfigError, MissingDependencyError
 from dray.identifiers import PRODUCER_ID_BYTES
 from dray.jobs.config import JobConfig
-from dray.jobs.controller.listener import bind
+from dray.jobs.controller.listener import bind, check_token_file
 from dray.jobs.exit_codes import meaning
 from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import MAX_MISTAKES, JobDraft
 from dray.jobs.launch.output import open_output
 from dray.jobs.launch.processes import Child
 from dray.jobs.launch.redis import answering_server
-from dray.jobs.launch.token_file import check_token_file
 from dray.jobs.process import SignalInbox, child_pids, kill_orphans
 from dray.jobs.queue import JobKeys, RedisAddress
 from dray.jobs.queue.redis_server import find_redis_binary

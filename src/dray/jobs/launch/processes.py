@@ -1,13 +1,11 @@
-"""Child processes of the supervisor, watched through pidfds: a pid of ours is never another process's."""
+"""A process of the job as its supervisor sees it, why it has ended, and whether that restarts the policy group."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,7 +16,6 @@ from dray.clock import MONOTONIC
 from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
 from dray.jobs.files import open_to_append
-from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
 from dray.jobs.process import PARENT_VARIABLE, ChildProcess, is_running
 
@@ -50,7 +47,7 @@ class JobProcess(Protocol):
 
     @property
     def running(self) -> bool:
-        """Whether `collect` has not given an exit code yet."""
+        """Whether its host has not collected its exit code yet."""
         ...
 
     @property
@@ -73,10 +70,6 @@ class JobProcess(Protocol):
 
     def kill_group(self) -> None:
         """Kill the process and what is in its group."""
-        ...
-
-    def collect(self) -> int | None:
-        """The exit code, once it has ended."""
         ...
 
 
@@ -203,60 +196,9 @@ class Child(ChildProcess):
         return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
 
 
-# --- replicas ----------------------------------------------------------------------------------------------------
+# --- restart -----------------------------------------------------------------------------------------------------
 
-Environment = Callable[[str], Mapping[str, str]]
-"""Gives the variables of a replica by its name."""
-
-
-def start_rank(
-    folder: JobFolder,
-    rank: int,
-    life: int,
-    sockets: Sequence[socket.socket],
-    environment: Environment,
-) -> Child:
-    """Start the process of one rank.
-
-    Args:
-        sockets: connections to all other ranks, in order, for the first one; for the others, the one to it.
-    """
-    name = f"{Role.POLICY.value}-{rank}"
-    descriptors = [each.fileno() for each in sockets]
-    return Child(
-        name,
-        f"dray.jobs.replica.{Role.POLICY.value}",
-        [str(folder.spec), str(rank), str(life), *map(str, descriptors)],
-        folder.logs / f"{name}.log",
-        role=Role.POLICY,
-        pass_fds=descriptors,
-        environment=environment(name),
-    )
-
-
-def start_rollout(folder: JobFolder, index: int, environment: Environment) -> Child:
-    """Start the process of a rollout replica."""
-    name = f"{Role.ROLLOUT.value}-{index}"
-    return Child(
-        name,
-        f"dray.jobs.replica.{Role.ROLLOUT.value}",
-        [str(folder.spec), str(index)],
-        folder.logs / f"{name}.log",
-        role=Role.ROLLOUT,
-        environment=environment(name),
-    )
-
-
-# --- processes ---------------------------------------------------------------------------------------------------
-
-# The policy replicas' processes: started together, and all of them again when one is lost.
-#
-# A step of the group is void when one of its ranks has died, and what the others hold of it with it: so none of
-# them
-# goes on. The next life begins an epoch of its own, goes on from the last checkpoint, and is given what the one
-# before had not committed.
-#
-# Whether the group is started again depends on the exit codes of its ranks alone, by the table `RESTARTED`.
+# Whether the policy group is restarted depends on the exit codes of its ranks alone, by the table `RESTARTED`.
 
 
 class Restarted(Enum):
@@ -288,60 +230,6 @@ RESTARTED: Mapping[int, Restarted] = MappingProxyType(
     }
 )
 """Every `ExitCode`. Any other code, and being killed by a signal, is `Restarted.YES`."""
-
-
-class PolicyGroup:
-    """See the module. To be used in the main thread.
-
-    Args:
-        here: how many of the ranks, the first ones, are processes of this machine.
-        restarts: how often the group may be started again; only where all of them are.
-        environment: the variables of a replica, by its name.
-
-    Attributes:
-        children: the processes of this life.
-        life: how many lives there were before.
-    """
-
-    def __init__(self, folder: JobFolder, here: int, restarts: int, environment: Environment) -> None:
-        self._folder = folder
-        self._here = here
-        self._environment = environment
-        self.restarts = restarts
-        self.children: list[Child] = []
-        self.life = -1
-
-    def start(self, elsewhere: Sequence[socket.socket] = ()) -> list[Child]:
-        """Start all ranks of this machine, each connected with the first one.
-
-        Args:
-            elsewhere: connections to the ranks of other machines, in order; from here on the first rank has them.
-        """
-        self.life += 1
-        with ExitStack() as ends:
-            pairs = [socket.socketpair() for _ in range(1, self._here)]
-            for end in (*(end for pair in pairs for end in pair), *elsewhere):
-                ends.enter_context(end)
-            first, *others = ([*(pair[0] for pair in pairs), *elsewhere], *([pair[1]] for pair in pairs))
-            self.children = [
-                start_rank(self._folder, rank, self.life, sockets, self._environment)
-                for rank, sockets in enumerate([first, *others])
-            ]
-        return self.children
-
-    def may_start_again(self) -> bool:
-        """Whether the group is to be started again, now that one of it has ended."""
-        codes = [child.exit_code for child in self.children if child.exit_code is not None]
-        return self.life < self.restarts and is_restarted(codes, self._here)
-
-    def end(self) -> list[Child]:
-        """Kill the ranks that are still there; returns them."""
-        left = [child for child in self.children if child.running]
-        for child in left:
-            child.kill_group()
-        for child in left:
-            child.collect(5.0)
-        return left
 
 
 def is_restarted(codes: Iterable[int], replicas: int) -> bool:

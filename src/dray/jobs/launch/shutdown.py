@@ -34,7 +34,7 @@ from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import MemberState, OutcomeReport, Phase, Status
 from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
 
-# --- teardown ----------------------------------------------------------------------------------------------------
+# --- escalation --------------------------------------------------------------------------------------------------
 
 ROLLOUT_SHARE = 0.55
 
@@ -63,8 +63,8 @@ class ShutdownEscalation:
         if at_once:
             self._due[KillStage.TERMINATE] = 0.0
 
-    def take_due(self) -> list[KillStage]:
-        """The means whose time has come since the last call."""
+    def due_stages(self) -> list[KillStage]:
+        """The stages whose time has come since the last call."""
         elapsed = self._clock.now() - self._began
         due = [means for means, at in self._due.items() if elapsed >= at]
         for means in due:
@@ -78,7 +78,7 @@ class ShutdownEscalation:
 
     @property
     def seconds_to_next(self) -> float:
-        """Seconds until `take_due` has something; ``inf`` when everything was done."""
+        """Seconds until `due_stages` has something; ``inf`` when everything was done."""
         elapsed = self._clock.now() - self._began
         return max(0.0, min(self._due.values(), default=math.inf) - elapsed)
 

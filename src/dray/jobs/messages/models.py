@@ -343,11 +343,19 @@ class RankReply(Message):
     failed: dict[str, Literal["stale", "lost"]] = {}
 
 
-class ReplicasStarted(Message):
-    """From a node: the pids of its replicas, by name."""
+class StartReplica(Message):
+    """From the head: start a replica that the plan places on the node."""
+
+    what: Literal["start"] = "start"
+    name: Name
+
+
+class ReplicaStarted(Message):
+    """From a node: a replica was started, with this pid."""
 
     what: Literal["started"] = "started"
-    pids: dict[Name, Annotated[int, Field(gt=0)]]
+    name: Name
+    pid: Annotated[int, Field(gt=0)]
 
 
 class ReplicasRunning(Message):
@@ -391,7 +399,7 @@ class Shutdown(Message):
 
 
 RankMessage = RankCommand | RankReply
-NodeMessage = ReplicasStarted | ReplicasRunning | ReplicaEnded | SendSignal | KillReplica | Shutdown
+NodeMessage = StartReplica | ReplicaStarted | ReplicasRunning | ReplicaEnded | SendSignal | KillReplica | Shutdown
 ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what")]
 
 
