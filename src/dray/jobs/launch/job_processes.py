@@ -13,9 +13,8 @@ from typing import Protocol
 from dray.clock import Deadline
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import advertise, token_from_file
-from dray.jobs.folder import JobFolder, JobSpec
+from dray.jobs.folder import JobFolder, JobSpec, RunOptions
 from dray.jobs.launch.processes import Child, JobProcess, is_restarted
-from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.messages.models import Role
 from dray.jobs.process import adopt_orphans, child_pids, kill_orphans
 from dray.resources import Closing
@@ -138,8 +137,11 @@ class LocalHost:
 
     @property
     def processes(self) -> Sequence[Child]:
-        """Those that were started; the newest of each name."""
-        return list(self._processes.values())
+        """Those that were started; the newest of each name. Replicas come before the controller.
+
+        Where several have ended, the ends of replicas are reported first: that of the controller ends the job.
+        """
+        return sorted(self._processes.values(), key=lambda child: child.role is None)
 
     def start(self, role: Role, index: int, *, life: int = 0, connections: Sequence[socket.socket] = ()) -> Child:
         """Start a replica; see `SupervisorHost` for the arguments."""
@@ -341,7 +343,8 @@ class JobProcesses(Closing):
     def __init__(self, config: JobConfig, placement: JobPlacement, local: SupervisorHost) -> None:
         self._placement = placement
         self._local = local
-        self.hosts: Sequence[Host] = [local, *dict.fromkeys(host for host, _, _ in placement.remote)]
+        self._others = list(dict.fromkeys(host for host, _, _ in placement.remote))
+        self.hosts: Sequence[Host] = [*self._others, local]
         self.controller: JobProcess | None = None
         self.policy = PolicyGroup(local, placement.ranks, config.policy.restarts)
         self.remote = len(placement.remote)
@@ -405,7 +408,7 @@ class JobProcesses(Closing):
         deadline = Deadline.after(HOST_SHUTDOWN_TIMEOUT)
         with ExitStack() as closing:
             closing.callback(self._local.close, deadline)
-            for host in self.hosts[1:]:
+            for host in self._others:
                 host.request_shutdown()
-            for host in self.hosts[1:]:
+            for host in self._others:
                 host.close(deadline)

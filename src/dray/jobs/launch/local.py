@@ -10,13 +10,12 @@ from pathlib import Path
 
 from dray.errors import ConfigError
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.folder import JobFolder, short_path
+from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
 from dray.jobs.launch.job_processes import on_this_machine
 from dray.jobs.launch.output import is_begun, resume_line, start_again_line
 from dray.jobs.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
-from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.process import SignalInbox, adopt_orphans, dump_stacks_on_signal

@@ -29,10 +29,9 @@ from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import MAX_MISTAKES, JobDraft
 from dray.jobs.launch.output import open_output
 from dray.jobs.launch.processes import Child
-from dray.jobs.launch.redis import answering_server
 from dray.jobs.process import SignalInbox, child_pids, kill_orphans
 from dray.jobs.queue import JobKeys, RedisAddress
-from dray.jobs.queue.redis_server import find_redis_binary
+from dray.jobs.queue.redis_server import answering_server, find_redis_binary
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.private_directory import PrivateDirectory
 from dray.ring.layout import SegmentLayout

@@ -7,7 +7,7 @@ end leaves the policy time to write a checkpoint.
 
 | part of the deadline | in order | interrupted |
 |---|---|---|
-| at once | they were told by the controller | SIGTERM |
+| at once | the controller has notified them | SIGTERM |
 | 40 % | SIGTERM | |
 | 70 % | the stacks of all threads into the log | the same |
 | 80 % | SIGKILL to the process group | the same |
@@ -92,8 +92,8 @@ class ShutdownEscalation:
 
 # How a job has ended: put together from what its processes left behind, whichever of them were killed.
 #
-# Once one of these says that the work is finished, it stands, whatever signal ended anybody afterwards: the status
-# that the controller wrote, and the checkpoint, which the policy writes before it tells the controller.
+# The work is finished if one of these states it, whatever signal ended a process afterwards: the status that the
+# controller wrote, and the checkpoint, which the policy writes before it notifies the controller.
 
 _LOG = logging.getLogger("dray.jobs.launch.shutdown")
 TIME_LIMIT_SIGNAL = signal.SIGUSR2
@@ -104,7 +104,7 @@ _FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The job's last status with its outcome, as far as they are known, and what `dray run` says about it."""
+    """The job's last status with its outcome, as far as they are known, and what `dray run` reports about it."""
 
     status: Status | None
     exit_code: int
@@ -136,7 +136,7 @@ def newest_status(*statuses: Status | None) -> Status | None:
 
 
 def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
-    """The state of the job's checkpoint if that says that the work is finished."""
+    """The state of the job's checkpoint if according to that the work is finished."""
     try:
         found = find_checkpoint(folder.checkpoint)
     except ConfigError as error:
@@ -172,7 +172,7 @@ def ending(
     outcome = None if status is None else status.outcome
     if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
         kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
-        reason = f"{kind} at step {checkpoint.step}, says the checkpoint"
+        reason = f"{kind} at step {checkpoint.step} (according to the checkpoint)"
         outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
         known = status or Status(
             job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], work_items={}

@@ -23,7 +23,6 @@ from dray.jobs.launch.job_processes import JobPlacement, JobProcesses, LocalHost
 from dray.jobs.launch.output import attempt_folder, supervisor_log
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
 from dray.jobs.launch.processes import JobProcess, replica_end
-from dray.jobs.launch.redis import job_redis
 from dray.jobs.launch.report import write_report
 from dray.jobs.launch.shutdown import (
     ROLLOUT_SHARE,
@@ -41,6 +40,7 @@ from dray.jobs.messages.controller_client import ControllerClient, ControllerLos
 from dray.jobs.messages.models import MemberState, Role
 from dray.jobs.process import ShutdownStep, SignalInbox, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
+from dray.jobs.queue.redis_server import job_redis
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.text import printable
 
@@ -294,7 +294,7 @@ class JobSupervisor(ProcessSupervisor):
             self._end(at_once=early)
             return
         if code in USER_CODES and not self._answered:
-            self._controller_silent = False  # the replica has told it why, so it answers
+            self._controller_silent = False  # the replica has reported the reason to it, so it answers
         status = self._newest_status()
         outcome = None if status is None or status.outcome is None else status.outcome.kind
         request = self.requests.get(process)
@@ -310,8 +310,8 @@ class JobSupervisor(ProcessSupervisor):
             and self._job.policy.may_restart()
         )
         # A process is named when it is killed.
-        told = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
-        if not told:
+        reported = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
+        if not reported:
             self._say(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
         assert process.role is not None
         # A member that has left in order is not affected by it.
@@ -339,7 +339,7 @@ class JobSupervisor(ProcessSupervisor):
     def _restart_policy(self) -> None:
         policy = self._job.policy
         policy.restart()
-        self._say(f"the policy starts again, {policy.life} of {policy.restarts} times")
+        self._say(f"restarting the policy group (restart {policy.life} of {policy.restarts})")
 
     def _kill_silent(self) -> None:
         """A policy replica that counts as dead, but is still there, goes: another life may begin then."""
@@ -371,7 +371,7 @@ class JobSupervisor(ProcessSupervisor):
         controller = self._job.controller
         if controller is not None and self._answered and not self._replicas_run:
             # The last replica has unregistered, or is not going to: nothing is left to wait for. A controller that
-            # is starting hears first what became of them.
+            # is starting is notified of their ends first.
             if not self._controller_request and not self._has_outcome():
                 self._controller_request = self._failure or "no replica was left"
             controller.signal(signal.SIGTERM)

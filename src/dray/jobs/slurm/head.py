@@ -2,7 +2,7 @@
 
 ``python -m dray.jobs.slurm.head PLAN PART ATTEMPT``
 
-It is what `dray run` is on one machine, and goes on from the checkpoint in the run's folder if there is one. Its
+It is what `dray run` is on one machine, and resumes from the checkpoint in the run's folder if there is one. Its
 exit codes are the same. SIGUSR2 tells it that the time limit is near: it ends the job as SIGTERM does, with a code
 of its own.
 """
@@ -111,7 +111,7 @@ class RemoteReplica:
         if self.reported_code is None:
             self.reported_code = report.code
             if report.request:
-                why = f"its node {self._host.node} was told to end"
+                why = f"its node {self._host.node} was asked to end"
                 request = EndRequest(signal.Signals(report.request), why)
                 self._request = request if request.explains(report.code) else None
 

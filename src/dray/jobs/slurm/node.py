@@ -3,7 +3,7 @@
 ``python -m dray.jobs.slurm.node PLAN PART ATTEMPT``
 
 Nothing outlives its owner: when the head is gone, or a signal comes, the replicas are asked to end, and killed if
-they do not within `timeouts.shutdown`; when this process is killed, the kernel tells them.
+they do not within `timeouts.shutdown`; when this process is killed, the kernel notifies them.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from dray.jobs.slurm.placement import Placement, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
 from dray.name_resolution import is_loopback
 
-LOOK_INTERVAL = 0.25
-"""Seconds between two looks for the head's address: a file system that nodes share tells nobody that one came."""
+ADDRESS_POLL_INTERVAL = 0.25
+"""Seconds between two checks for the head's address: a file system that nodes share reports no new files."""
 
-ALIVE_INTERVAL = 1.0
+REPORT_INTERVAL = 1.0
 """Seconds between two reports to the head of which replicas run."""
 
 _LOG = logging.getLogger("dray.jobs.slurm.node")
@@ -168,7 +168,7 @@ class NodeAgent(ProcessSupervisor):
                     why = error
             elif why is not None:
                 break  # it has taken its address back
-            self._wait(min(LOOK_INTERVAL, deadline.remaining))
+            self._wait(min(ADDRESS_POLL_INTERVAL, deadline.remaining))
             if self.signals:
                 return None
         what = f"it has not written {self._folder.head_address}" if why is None else str(why)
@@ -241,7 +241,7 @@ class NodeAgent(ProcessSupervisor):
     def _react(self) -> None:
         if not self._channel.lost and self._next_report.expired:
             # Those that are stopped do not run.
-            self._next_report = Deadline.after(min(ALIVE_INTERVAL, self._silence / 6))
+            self._next_report = Deadline.after(min(REPORT_INTERVAL, self._silence / 6))
             names = [each.name for each in self._host.processes if each.running and is_running(each.pid)]
             self._channel.post(ReplicasRunning(names=names))
         if self._job_has_ended and not self._is_ending:

@@ -160,7 +160,7 @@ def test_agent_that_receives_a_signal_tells_the_head_that_it_has_ended_its_repli
         head.until_both_run()
         signal.raise_signal(signal.SIGTERM)
         head.until(lambda: len(head.ended) == 2, "the reports of their ends")
-        assert [each.ending for each in head.ended] == ["its node b was told to end and sent it SIGTERM"] * 2
+        assert [each.ending for each in head.ended] == ["its node b was asked to end and sent it SIGTERM"] * 2
 
     assert node.run(head) == 128 + signal.SIGTERM
     assert node.host["rollout-0"].received == [signal.SIGTERM]

@@ -180,8 +180,8 @@ def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_pat
 @pytest.mark.parametrize(
     ("code", "asked", "ending"),
     [
-        (143, signal.SIGTERM, "its node c was told to end and sent it SIGTERM"),
-        (-signal.SIGKILL, signal.SIGKILL, "its node c was told to end and sent it SIGKILL"),
+        (143, signal.SIGTERM, "its node c was asked to end and sent it SIGTERM"),
+        (-signal.SIGKILL, signal.SIGKILL, "its node c was asked to end and sent it SIGKILL"),
         (10, signal.SIGTERM, "the user's class raised"),
         (143, 0, "interrupted by SIGTERM"),
     ],
