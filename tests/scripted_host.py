@@ -15,7 +15,7 @@ from dray.jobs.messages.models import Role
 
 
 @dataclass(eq=False)
-class ScriptedProcess:
+class ScriptedProcess(JobProcess):
     """A process that does with a signal what the test has decided."""
 
     name: str
@@ -26,10 +26,6 @@ class ScriptedProcess:
     exit_code: int | None = None
     ended_with: int | None = None
     received: list[signal.Signals] = field(default_factory=list)
-
-    @property
-    def running(self) -> bool:
-        return self.exit_code is None
 
     @property
     def ending(self) -> str:

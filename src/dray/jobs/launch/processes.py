@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import signal
 import sys
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import THE_JOB_HAS
@@ -19,58 +19,52 @@ from dray.jobs.files import open_to_append
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
 from dray.jobs.process import PARENT_VARIABLE, ChildProcess, is_running
 
-# --- children ----------------------------------------------------------------------------------------------------
+# --- job processes -----------------------------------------------------------------------------------------------
 
 
-class JobProcess(Protocol):
-    """A process of the job as the supervisor sees it: a child of its own, or one of another node."""
+class JobProcess(abc.ABC):
+    """A process of the job as its supervisor sees it: a `Child`, or one of another node.
 
-    @property
-    def name(self) -> str:
-        """Unique in the job, e.g. ``"rollout-0"``."""
-        ...
+    Attributes:
+        name: unique in the job, e.g. ``"rollout-0"``.
+        role: of a replica; None for the controller.
+        pid: its number on its machine.
+        log: where its output goes.
+        exit_code: as `subprocess` gives it; None until its host has collected it.
+    """
 
-    @property
-    def role(self) -> Role | None:
-        """For a replica."""
-        ...
-
-    @property
-    def pid(self) -> int:
-        """Its number on its machine."""
-        ...
-
-    @property
-    def log(self) -> Path:
-        """Where its output goes."""
-        ...
+    name: str
+    role: Role | None
+    pid: int
+    log: Path
+    exit_code: int | None
+    _seen: float
 
     @property
     def running(self) -> bool:
         """Whether its host has not collected its exit code yet."""
-        ...
-
-    @property
-    def exit_code(self) -> int | None:
-        """As `subprocess` gives it."""
-        ...
+        return self.exit_code is None
 
     @property
     def ending(self) -> str:
         """How it ended, in one phrase."""
-        ...
+        return "it runs" if self.exit_code is None else meaning(self.exit_code)
 
     def seconds_unseen(self) -> float:
         """Seconds since the process was last known to run; one that is stopped does not."""
-        ...
+        return MONOTONIC.now() - self._seen
 
+    @abc.abstractmethod
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; one that has ended gets none."""
-        ...
+        """Send a signal, unless the process has ended."""
 
+    @abc.abstractmethod
     def kill_group(self) -> None:
         """Kill the process and what is in its group."""
-        ...
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else self.exit_code
+        return f"<{type(self).__name__} {self.name} pid {self.pid} {state}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +135,7 @@ def replica_end(
     return ReplicaEnd(ending, early=True)
 
 
-class Child(ChildProcess):
+class Child(ChildProcess, JobProcess):
     """One process of the job on this machine, with a log file.
 
     Args:
@@ -181,19 +175,12 @@ class Child(ChildProcess):
             )
         self._seen = MONOTONIC.now()
 
-    @property
-    def ending(self) -> str:
-        return "it runs" if self.exit_code is None else meaning(self.exit_code)
-
     def seconds_unseen(self) -> float:
         """Seconds since the process was last found to run; 0 unless it is stopped or has ended."""
-        now = MONOTONIC.now()
         if self.running and is_running(self.pid):
-            self._seen = now
-        return now - self._seen
-
-    def __repr__(self) -> str:
-        return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
+            self._seen = MONOTONIC.now()
+            return 0.0
+        return super().seconds_unseen()
 
 
 # --- restart -----------------------------------------------------------------------------------------------------

@@ -398,6 +398,16 @@ class Shutdown(Message):
     what: Literal["shutdown"] = "shutdown"
 
 
+class HeadAddress(Message):
+    """Where the head of an attempt listens for other nodes; a file in the job's folder."""
+
+    host: str
+    port: int
+    attempt: str
+    job_id: str
+    boot_id: str
+
+
 RankMessage = RankCommand | RankReply
 NodeMessage = StartReplica | ReplicaStarted | ReplicasRunning | ReplicaEnded | SendSignal | KillReplica | Shutdown
 ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what")]

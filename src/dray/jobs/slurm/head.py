@@ -23,7 +23,7 @@ from pathlib import Path
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig
-from dray.jobs.exit_codes import ExitCode, meaning
+from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
@@ -38,6 +38,7 @@ from dray.jobs.messages.auth import ConnectionInfo, NodeListener
 from dray.jobs.messages.channel import MessageChannel
 from dray.jobs.messages.models import (
     ChannelMessage,
+    HeadAddress,
     KillReplica,
     ReplicaEnded,
     ReplicasRunning,
@@ -61,8 +62,12 @@ from dray.transport.lanes import LANES
 _LOG = logging.getLogger("dray.jobs.slurm.head")
 
 
-class RemoteReplica:
-    """A replica on another node, as a `dray.jobs.launch.processes.JobProcess`."""
+class RemoteReplica(JobProcess):
+    """A replica on another node.
+
+    Attributes:
+        reported_code: the exit code that its node has reported.
+    """
 
     def __init__(self, name: str, role: Role, pid: int, log: Path, host: RemoteHost) -> None:
         self.name = name
@@ -72,33 +77,20 @@ class RemoteReplica:
         self.exit_code: int | None = None
         self.reported_code: int | None = None
         self._host = host
-        self._with_node = False
-        self._request: EndRequest | None = None
-        self._seen = MONOTONIC.now()
-
-    @property
-    def running(self) -> bool:
-        return self.exit_code is None
+        self._reason = ""
+        self.note_running()
 
     @property
     def ending(self) -> str:
-        if self._with_node:
-            return f"its node {self._host.node} is gone"
-        if self._request is not None:
-            return f"{self._request.why} and sent it {self._request.number.name}"
-        return "it runs" if self.exit_code is None else meaning(self.exit_code)
-
-    def seconds_unseen(self) -> float:
-        """Seconds since its node last reported that the process runs."""
-        return MONOTONIC.now() - self._seen
+        return self._reason or super().ending
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process; one that has ended gets none."""
+        """Send a signal, unless the process has ended."""
         if self.reported_code is None:
             self._host.post(SendSignal(name=self.name, number=number))
 
     def kill_group(self) -> None:
-        """Kill the process and every other one in its group."""
+        """Kill the process and what is in its group."""
         if self.reported_code is None:
             self._host.post(KillReplica(name=self.name))
 
@@ -111,17 +103,14 @@ class RemoteReplica:
         if self.reported_code is None:
             self.reported_code = report.code
             if report.request:
-                why = f"its node {self._host.node} was asked to end"
-                request = EndRequest(signal.Signals(report.request), why)
-                self._request = request if request.explains(report.code) else None
+                number = signal.Signals(report.request)
+                if EndRequest(number, "").explains(report.code):
+                    self._reason = f"its node {self._host.node} was asked to end and sent it {number.name}"
 
     def note_lost(self) -> None:
         """Its node is gone, and the process with it, or about to be."""
         if self.reported_code is None:
-            self.reported_code, self._with_node = -signal.SIGKILL, True
-
-    def __repr__(self) -> str:
-        return f"<RemoteReplica {self.name} on {self._host.node} {'running' if self.running else self.exit_code}>"
+            self.reported_code, self._reason = -signal.SIGKILL, f"its node {self._host.node} is gone"
 
 
 class RemoteHost:
@@ -257,14 +246,8 @@ class NodeConnections(Closing):
         """Listen, and publish the address to the other nodes in a file of the job's folder."""
         self._selector = selector
         host, port = self._listener.open(selector)
-        address = {
-            "host": host,
-            "port": port,
-            "attempt": self._attempt,
-            "job_id": spec.job_id,
-            "boot_id": boot_id(),
-        }
-        write_json(self._folder.head_address, address, mode=0o600)
+        address = HeadAddress(host=host, port=port, attempt=self._attempt, job_id=spec.job_id, boot_id=boot_id())
+        write_json(self._folder.head_address, address.model_dump(), mode=0o600)
 
     def apply_timeouts(self) -> None:
         """Reject connections that have not proven in time what they are for."""

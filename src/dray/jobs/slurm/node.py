@@ -8,7 +8,6 @@ they do not within `timeouts.shutdown`; when this process is killed, the kernel 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError, TransportError
@@ -32,6 +33,7 @@ from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import MessageChannel
 from dray.jobs.messages.models import (
+    HeadAddress,
     KillReplica,
     ReplicaEnded,
     ReplicasRunning,
@@ -56,41 +58,25 @@ REPORT_INTERVAL = 1.0
 _LOG = logging.getLogger("dray.jobs.slurm.node")
 
 
-class _HeadAddress:
-    """Where the head listens, as it has written it into the job's folder."""
+def read_head_address(path: Path, attempt: str) -> HeadAddress | None:
+    """Where the head of this `attempt` listens, if it has written that.
 
-    def __init__(self, document: dict[str, object]) -> None:
-        self.host = str(document["host"])
-        self.port = int(str(document["port"]))
-        self.attempt = document["attempt"]
-        self.job_id = document["job_id"]
-        self.boot_id = document["boot_id"]
-
-    @classmethod
-    def read(cls, path: Path, attempt: str) -> _HeadAddress | None:
-        """The address of the head of this `attempt`, if it is there.
-
-        Raises:
-            ConfigError: another user may have written it.
-        """
-        try:
-            list(path.parent.iterdir())  # NFS may take a file for missing until its folder was looked at
-            found = cls(json.loads(read_private_file(path, "the head's address")))
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError):  # not yet, or no more, or of another version
-            return None
-        return found if found.attempt == attempt else None
-
-    def check(self) -> None:
-        """Make sure that this machine reaches the address.
-
-        Raises:
-            ConfigError: it is loopback, and that of another machine.
-        """
-        if is_loopback(self.host) and self.boot_id != boot_id():
-            allowed = "an interface that nodes reach each other by: the head listens on its own loopback"
-            raise ConfigError("slurm.interface", self.host, allowed)
+    Raises:
+        ConfigError: another user may have written it, or it is loopback, and that of another machine.
+    """
+    try:
+        list(path.parent.iterdir())  # NFS may take a file for missing until its folder was listed
+        found = HeadAddress.model_validate_json(read_private_file(path, "the head's address"))
+    except ConfigError:
+        raise
+    except (OSError, ValidationError):  # not yet, or no more, or of another version
+        return None
+    if found.attempt != attempt:
+        return None
+    if is_loopback(found.host) and found.boot_id != boot_id():
+        allowed = "an interface that nodes reach each other by: the head listens on its own loopback"
+        raise ConfigError("slurm.interface", found.host, allowed)
+    return found
 
 
 class NodeAgent(ProcessSupervisor):
@@ -147,7 +133,7 @@ class NodeAgent(ProcessSupervisor):
 
     # --- start ------------------------------------------------------------------------------------------------
 
-    def _connect_to_head(self) -> tuple[_HeadAddress, socket.socket] | None:
+    def _connect_to_head(self) -> tuple[HeadAddress, socket.socket] | None:
         """The head's address and a connection to it; None when a signal came.
 
         Raises:
@@ -159,9 +145,8 @@ class NodeAgent(ProcessSupervisor):
         deadline = Deadline.after(2 * self._timeouts.start)
         why: TransportError | None = None
         while not deadline.expired:
-            address = _HeadAddress.read(self._folder.head_address, self._task.name)
+            address = read_head_address(self._folder.head_address, self._task.name)
             if address is not None:
-                address.check()
                 try:
                     return address, self._connect(address, None, deadline)
                 except TransportError as error:  # the network may come up while tasks start
@@ -174,7 +159,7 @@ class NodeAgent(ProcessSupervisor):
         what = f"it has not written {self._folder.head_address}" if why is None else str(why)
         raise ControlPlaneError(f"there is no head: {what}", elapsed=deadline.elapsed)
 
-    def _connect(self, address: _HeadAddress, rank: int | None, deadline: Deadline) -> socket.socket:
+    def _connect(self, address: HeadAddress, rank: int | None, deadline: Deadline) -> socket.socket:
         purpose = ConnectionInfo(node=self._task.node, attempt=self._task.name, rank=rank)
         bound = deadline.capped_at(self._timeouts.http)
         return connect((address.host, address.port), self._task.plan.secret, purpose, bound, self._silence)
