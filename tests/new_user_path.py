@@ -15,7 +15,7 @@ MISTAKES = {
     "rollout.slots": ("job.toml", "slots = 64", "slots = 8", "must be at least policy.batch_size, which is 16"),
     "rollout.worker": (
         "worker.py",
-        "rollout(self, work item: WorkItem)",
+        "rollout(self, work_item: WorkItem)",
         "rollout(self)",
         "rollout(self) cannot be called",
     ),

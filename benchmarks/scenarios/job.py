@@ -16,7 +16,7 @@ from benchmarks.scenario import Progress, Scenario, Skipped
 
 NAME = "job"
 _ROOT = Path(__file__).parents[2]
-_NEEDED = ("torch", "gymnasium", "starlette", "uvicorn", "httpcore")
+_NEEDED = ("torch", "gymnasium", "fastapi", "uvicorn", "httpcore")
 _SECONDS = 570.0
 
 

@@ -28,5 +28,10 @@ class PayloadId(NamedTuple):
     slot: int
     nbytes: int
 
+    @property
+    def key(self) -> str:
+        """``producer:sequence``, as Redis and files have it."""
+        return f"{self.producer.hex()}:{self.sequence}"
+
     def __str__(self) -> str:
         return f"{self.producer.hex()[:8]}/{self.sequence}"

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from direct_fixtures import NBYTES, as_json, attached_to, is_stale, producing, put
 from stress.run import Plan, run
@@ -14,7 +15,7 @@ from transport_fixtures import Child, pattern
 from waiting import wait_until
 
 from dray import PayloadClient
-from dray.errors import BufferFullError
+from dray.errors import BufferFullError, ConfigError
 from dray.ring import membarrier
 from dray.transport.lanes.base import Network
 from dray.transport.polling import CloseEvent
@@ -44,6 +45,32 @@ def test_d1_consumers_that_lease_while_slots_are_reused_see_their_payload_or_sta
     account = run(Plan("d1", leases=2_000, seconds=30.0, consumers=2, **ring))
     assert account.problems == []
     assert account.counts["DIRECT"] >= 2_000
+
+
+# --- read_many in place ------------------------------------------------------------------------------------------
+
+
+def test_large_payloads_that_are_read_in_place_keep_their_slots_until_their_last_array_is_gone() -> None:
+    with producing(slots=3, slot_bytes=1 << 20) as server, attached_to(server) as client:
+        large = [server.put({"x": np.full(100_000, number)}) for number in range(2)]
+        small = server.put({"x": np.arange(3)})
+        results = list(client.read_many([*large, small], consume=False, in_place=True))
+        assert [int(each.payload["x"][-1]) for each in results] == [0, 1, 2]
+        assert [each.payload["x"].flags.writeable for each in results] == [False, False, True]
+        assert server.statistics().ring.leases == 2
+        kept = results[0].payload["x"][5:6]
+        assert client.consume([*large, small]) == 3
+        del results
+        wait_until(lambda: server.statistics().ring.leases == 1, "the end of the other lease")
+        assert server.put({"x": np.zeros(100_000)}).slot != large[0].slot
+        assert int(kept[0]) == 0
+        del kept
+        wait_until(lambda: server.statistics().ring.leases == 0, "the end of the last lease")
+
+
+def test_payloads_are_read_in_place_only_without_being_consumed() -> None:
+    with producing() as server, attached_to(server) as client, pytest.raises(ConfigError, match="in_place"):
+        client.read_many([put(server, 1)], in_place=True)
 
 
 # --- D5 ----------------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ class Trainer:
         marker = self.output / "died-before-a-commit"
         if self.args.get("die_before_commit") and not marker.exists():
             marker.touch()
-            from dray.jobs.replica.delivery import Intake
-            Intake.commit = lambda intake: os.kill(os.getpid(), signal.SIGKILL)
+            from dray.jobs.replica.delivery import Deliveries
+            Deliveries.commit = lambda deliveries: os.kill(os.getpid(), signal.SIGKILL)
     def load(self, folder):
         self.steps, self.seen, self.uids = json.loads((folder / "trainer.json").read_text())
 """

@@ -111,7 +111,7 @@ def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path:
             other.begin_epoch()
             held = other.claim_others()
             trained = other.statistics().counters["trained"]
-            assert len(held) == 8, "a step is under way"
+            assert 8 <= len(held) <= 16, "a step is under way, and the payloads of the next one are read"
             paused.resume()
             job.wait_for("policy-0 ended early: the policy group goes on under a newer epoch")
             counters = other.statistics().counters

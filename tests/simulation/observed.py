@@ -133,6 +133,7 @@ class ObservedClient(PayloadClient):
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
+        in_place: bool = False,
     ) -> Generator[ReadResult[Any], None, None]:
         refs = list(refs)
         actor = self._scheduler.actor

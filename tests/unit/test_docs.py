@@ -18,14 +18,13 @@ from dray import PayloadServer
 from dray.cli.slurm import slurm
 from dray.jobs import config
 from dray.jobs.controller import state
-from dray.jobs.controller.app import ENDPOINTS
 from dray.jobs.controller.metrics import FAMILIES
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.launch import shutdown
 from dray.jobs.launch.processes import RESTARTED
 from dray.jobs.process import WATCHED
 from dray.jobs.queue import keys
-from dray.jobs.replica import heartbeat
+from dray.jobs.replica import delivery, heartbeat
 from dray.jobs.slurm import run_state
 from dray.protocol import frames, handshake
 from dray.ring import OnFull, RingStatistics, attachment, direct, layout, membarrier, slot_state
@@ -115,6 +114,10 @@ def test_contributing_names_modules_and_what_is_in_them() -> None:
 def test_diagram_of_slot_states_is_that_of_the_table() -> None:
     (diagram,) = re.findall(r"```mermaid\n(.*?)\n```", page("ring.md"), re.DOTALL)
     assert diagram == slot_state.diagram()
+
+
+def test_diagram_of_a_payloads_life_is_that_of_the_table() -> None:
+    assert delivery.diagram() in re.findall(r"```mermaid\n(.*?)\n```", page("runtime.md"), re.DOTALL)
 
 
 def test_diagram_of_run_states_is_that_of_the_table() -> None:
@@ -336,17 +339,6 @@ def test_timeouts_on_the_runtime_page_are_those_of_the_code() -> None:
             assert kind.model_fields[key].default == float(bound), what
             seen.add(name)
     assert {f"timeouts.{key}" for key in config.TimeoutsTable.model_fields} <= seen
-
-
-def test_bodies_on_the_runtime_page_are_those_of_the_models() -> None:
-    listed = {row[0]: row[1:] for row in rows(page("runtime.md")) if row[0].startswith("`POST") and len(row) == 3}
-    expected = {}
-    for each in ENDPOINTS:
-        if each.body is not None:
-            assert isinstance(each.reply, type)
-            fields = [", ".join(model.model_fields) for model in (each.body, each.reply)]
-            expected[f"`{each.method} {each.path}`"] = fields
-    assert listed == expected
 
 
 def test_metric_families_on_the_runtime_page_are_those_of_the_code() -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 from dray import __version__
 from dray.cli.extras import remedy
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.process import flush_streams, open_missing_streams
+from dray.jobs.standard_streams import flush_streams, open_missing_streams
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from dray.errors import ConfigError, DrayError, MissingDependencyError, error_li
 from dray.jobs.config import JobConfig
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import short_path
-from dray.jobs.process import exit_with_own_code_on_crash, flush_streams, open_missing_streams, printable_handler
+from dray.jobs.process import exit_with_own_code_on_crash, printable_handler
+from dray.jobs.standard_streams import flush_streams, open_missing_streams
 from dray.text import printable
 
 # --- check -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,18 @@ from typing import Final
 
 EXTRAS: Final = MappingProxyType(
     {
-        "jobs": ("typer", "rich", "pydantic", "redis", "httpcore", "prometheus_client", "starlette", "uvicorn"),
-        "slurm": ("jinja2",),
+        "jobs": (
+            "typer",
+            "rich",
+            "pydantic",
+            "redis",
+            "httpcore",
+            "prometheus_client",
+            "fastapi",
+            "uvicorn",
+            "psutil",
+        ),
+        "slurm": ("jinja2", "junitparser"),
         "ucxx": ("ucxx",),
         "torch": ("torch",),
         "demo": ("gymnasium", "matplotlib"),

@@ -60,7 +60,11 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A payload as the trainer gets it: the worker's arrays, and the version of the weights that acted."""
+    """A payload as the trainer gets it: the worker's arrays, and the version of the weights that acted.
+
+    The arrays are valid during `train_step`. Those of 64 KiB or more may lie in the memory of the process that
+    made them, and are read-only then: copy what is kept or changed. ``policy.in_place = false`` copies all.
+    """
 
     arrays: Mapping[str, np.ndarray]
     weight_version: int

@@ -109,6 +109,7 @@ class PolicyTable(Table):
     max_deliveries: int = _count(3)
     max_staleness: int | None = _count(None, least=0)
     staleness: Literal["admission", "drop"] = Field(default="admission", description='"admission" or "drop"')
+    in_place: bool = Field(default=True, description="true or false")
     restarts: int = _count(3, least=0, most=1000)
     args: dict[str, Any] = Field(
         default_factory=dict, description="a table, given to the trainer's setup as it is"

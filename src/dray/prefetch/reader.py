@@ -57,6 +57,7 @@ class BatchReader(Closing):
         attempts: reads of one reference in one round.
         rounds: rounds of a batch.
         read_timeout: seconds that one read of a payload, or of a group of a batch's payloads, may take.
+        consume: free payloads that `collect` and `result` hand out; False leaves that to the caller.
         clock, threading: sources of the time, and of locks and threads.
 
     Raises:
@@ -71,6 +72,7 @@ class BatchReader(Closing):
         attempts: int = MAX_READS,
         rounds: int = MAX_ROUNDS,
         read_timeout: float | None = None,
+        consume: bool = True,
         clock: Clock = MONOTONIC,
         threading: Threading = threading,
     ) -> None:
@@ -84,6 +86,7 @@ class BatchReader(Closing):
         max_seconds = math.inf if read_timeout is None else read_timeout
         self._source = source
         self._rounds = rounds
+        self._consume = consume
         self._clock = clock
         self._counters = Counters("reads", "reads_again", "failed", "late", "freed", "unfreed", "refused_starts")
         self._threads = ReadThreads(
@@ -214,7 +217,7 @@ class BatchReader(Closing):
                 return None if isinstance(found, BatchFetch) else found
             fetched, first = self._buffers.result(ref)
             self._threads.locked_changed()
-            if first and not isinstance(fetched.outcome, DrayError):
+            if first and self._consume and not isinstance(fetched.outcome, DrayError):
                 self._freeing.add([ref])
             return fetched
 
@@ -281,7 +284,8 @@ class BatchReader(Closing):
 
     def _collect(self) -> list[Fetched]:
         results, handed_out = self._buffers.collect()
-        self._freeing.add(handed_out)
+        if self._consume:
+            self._freeing.add(handed_out)
         self._advance()
         self._threads.locked_changed()
         return results

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dray.errors import ProtocolError
-from dray.identifiers import PRODUCER_ID_BYTES
+from dray.identifiers import PRODUCER_ID_BYTES, PayloadId
 
 MAX_REF_BYTES = 512
 MAX_SLOT = 2**32 - 1
@@ -57,6 +57,11 @@ class PayloadRef:
     def identity(self) -> tuple[bytes, int]:
         """(producer, sequence): unique for every payload ever committed."""
         return self.producer, self.sequence
+
+    @property
+    def id(self) -> PayloadId:
+        """The payload's identity, as streams and jobs have it."""
+        return PayloadId(self.producer, self.sequence, self.slot, self.nbytes)
 
     def to_json(self) -> str:
         """One line of JSON, at most 512 bytes.

@@ -198,6 +198,7 @@ class PayloadClient(Closing):
         timeout: float | None = 30.0,
         consume: bool = True,
         return_errors: bool = False,
+        in_place: bool = False,
     ) -> Generator[ReadResult[Arrays], None, None]:
         """Read a batch, pipelined for each producer; yields a `ReadResult` per reference, in their order.
 
@@ -210,11 +211,18 @@ class PayloadClient(Closing):
             consume: as in `read`.
             return_errors: yield the error of a payload that cannot be read as a result, and continue. Otherwise
                 the first error is raised.
+            in_place: only with ``consume=False``. Payloads of 64 KiB or more whose producers are on this host
+                come without a copy where that is possible, as read-only arrays in their slots. The slot of one
+                stays leased until its last array is gone.
 
         Raises:
             DrayError: a payload cannot be read; the types are those of `read`.
         """
-        return self._read_many(_unpack, refs, timeout, consume=consume, return_errors=return_errors)
+        if in_place and consume:
+            raise ConfigError("in_place", in_place, "False unless consume is False")
+        return self._read_many(
+            _unpack, refs, timeout, consume=consume, return_errors=return_errors, in_place=in_place
+        )
 
     def read_many_bytes(
         self,
@@ -440,6 +448,7 @@ class PayloadClient(Closing):
         *,
         consume: bool,
         return_errors: bool,
+        in_place: bool = False,
     ) -> Generator[ReadResult[T], None, None]:
         self._check_process()
         batch = Batch(
@@ -448,6 +457,7 @@ class PayloadClient(Closing):
             refs,
             reader=self._reader,
             consume=consume,
+            in_place=in_place,
             timeout=timeout,
             clock=self._clock,
         )

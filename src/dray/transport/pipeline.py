@@ -22,7 +22,7 @@ from dray.transport.connection import Connection, ReceivedPayload
 from dray.transport.connections import ConnectionHolder, Connections
 from dray.transport.direct_reads import DirectReads
 from dray.transport.pool import Holder, Keeper
-from dray.transport.receive_buffers import Bytes
+from dray.transport.receive_buffers import MIN_POOLED_BYTES, Bytes
 
 MAX_OPEN: Final = 16
 """Pipelines of one batch that have a connection at a time. On the ucx lane each has a UCX worker."""
@@ -110,6 +110,7 @@ class Batch:
         refs: what to read.
         reader: the client's reader id.
         consume: payloads that are handed out end as consumed.
+        in_place: large payloads that are leased directly are handed out in their slots.
         timeout: seconds for the whole batch; None for no limit.
 
     Attributes:
@@ -126,6 +127,7 @@ class Batch:
         *,
         reader: int,
         consume: bool,
+        in_place: bool,
         timeout: float | None,
         clock: Clock,
     ) -> None:
@@ -134,6 +136,7 @@ class Batch:
         self.handed_out: DirectLease | None = None
         self._direct = direct
         self._consume = consume
+        self._in_place = in_place
         self._clock = clock
         self._spent = 0.0
         self._timeout = math.inf if timeout is None else timeout
@@ -175,6 +178,8 @@ class Batch:
                 if lease is not None:
                     if pipeline is not None:
                         pipeline.waiting.popleft()
+                    if self._in_place and lease.nbytes >= MIN_POOLED_BYTES:
+                        return None, direct.in_place(lease)
                     return lease, direct.copy(lease)
         if pipeline is None:
             self._group(self.refs[taken:])

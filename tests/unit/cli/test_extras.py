@@ -49,11 +49,12 @@ def dray_without(packages: Sequence[str], folder: Path, *arguments: str) -> "sub
     ("missing", "extra", "command"),
     [
         *((package, "jobs", ["run", "job.toml"]) for package in EXTRAS["jobs"]),
-        *((package, "jobs", ["--help"]) for package in ("pydantic", "typer")),
+        *((package, "jobs", ["--help"]) for package in ("psutil", "pydantic", "typer")),
         ("httpcore", "jobs", ["check", "job.toml"]),
         ("httpcore", "jobs", ["status", "."]),
         ("uvicorn", "jobs", ["slurm", "submit", "job.toml"]),
         ("jinja2", "slurm", ["slurm", "submit", "--dry-run", "job.toml"]),
+        ("junitparser", "slurm", ["slurm", "ci", "--dry-run"]),
     ],
 )
 def test_command_without_its_extra_names_package_and_extra_in_one_line(
@@ -91,16 +92,16 @@ def test_module_that_no_extra_brings_is_an_internal_error(tmp_path: Path) -> Non
 
 
 def test_submodule_counts_as_its_package() -> None:
-    line = remedy(ModuleNotFoundError("No module named 'starlette.routing'", name="starlette.routing"))
-    assert line == "this command needs starlette, which is not installed: pip install 'dray-rl[jobs]'"
+    line = remedy(ModuleNotFoundError("No module named 'fastapi.routing'", name="fastapi.routing"))
+    assert line == "this command needs fastapi, which is not installed: pip install 'dray-rl[jobs]'"
 
 
 def test_missing_package_is_known_by_the_name_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     require_extra("jobs")
-    monkeypatch.setitem(sys.modules, "starlette", None)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ModuleNotFoundError) as caught:
         require_extra("jobs")
-    assert caught.value.name == "starlette"
+    assert caught.value.name == "fastapi"
 
 
 def distributions(requirements: list[str]) -> set[str]:

@@ -3,12 +3,12 @@ import signal
 import subprocess
 import sys
 
-from dray.jobs.process import child_pids, descendant_pids, is_running, kill_orphans
+from dray.jobs.descendants import child_pids, descendant_pids, is_running, kill_orphans
 
 # A child in a session of its own, which has a child that becomes an orphan at once, in another session.
 FORKING = """
 import os, sys, time
-from dray.jobs.process import descendant_pids, kill_descendants
+from dray.jobs.descendants import descendant_pids, kill_descendants
 from dray.jobs.process import adopt_orphans
 
 adopt_orphans()
@@ -31,7 +31,7 @@ print("left:", len(descendant_pids()), flush=True)
 # A child that is killed leaves two to this process: one that runs, and one that has ended and was not waited for.
 LEAVING = """
 import os, signal, time
-from dray.jobs.process import child_pids, kill_orphans
+from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.process import adopt_orphans
 
 adopt_orphans()

@@ -9,7 +9,7 @@ import pytest
 
 CLOSED = """
 import os, sys
-from dray.jobs.process import open_missing_streams
+from dray.jobs.standard_streams import open_missing_streams
 open_missing_streams()
 with open("file", "w") as file:
     assert file.fileno() > 2
@@ -21,7 +21,7 @@ sys.exit(7)
 
 FLUSHED = """
 import sys
-from dray.jobs.process import flush_streams
+from dray.jobs.standard_streams import flush_streams
 print("lost")
 print("lost", end="", file=sys.stderr)
 flush_streams()

@@ -14,19 +14,17 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from pydantic import ValidationError
-from pydantic.json_schema import models_json_schema
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.datastructures import Headers
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 
 from dray import __version__
 from dray.admission import ACCEPT_FAILURES, UNPROVEN_CLOSED
@@ -44,12 +42,18 @@ from dray.jobs.messages.controller_client import KEEP_ALIVE
 from dray.jobs.messages.models import MembershipError, Phase, Role
 from dray.jobs.process import begin_process, finish_process, set_log_level, shutdown_step
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 # --- controller --------------------------------------------------------------------------------------------------
 
 MAX_BODY = 4 << 20
 HTTP_CLOSE_BOUND = 2
 _LOG = logging.getLogger("dray.jobs.controller.app")
-_Body = TypeVar("_Body", bound=models.Message)
+_HEALTH = "/healthz"
+_NOT_JSON = {"type": "json_invalid", "loc": ["body"], "msg": "JSON decode error"}
+_SECURITY: dict[str, Any] = {"security": [{"token": []}]}
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 class Controller:
@@ -79,7 +83,7 @@ class Controller:
         self.connections = Counters(UNPROVEN_CLOSED, ACCEPT_FAILURES)
         self.final = asyncio.Event()
         self._stall = StallWatch(config.timeouts.stall)
-        self.application = Starlette(routes=[self._route(endpoint) for endpoint in ENDPOINTS])
+        self.application = self._application()
 
     async def reap_until_final(self) -> None:
         """Let time act on the job, until its phase is final."""
@@ -145,11 +149,45 @@ class Controller:
         async with self._changed:
             self._changed.notify_all()
 
-    def _route(self, endpoint: Endpoint) -> Route:
-        answer = getattr(self, f"_{endpoint.name}")
-        return Route(
-            endpoint.path, self._guarded(answer) if endpoint.guarded else answer, methods=[endpoint.method]
+    def _application(self) -> FastAPI:
+        application = FastAPI(
+            title="dray controller",
+            version=__version__,
+            openapi_url=None,  # it would be served without the token
+            docs_url=None,
+            redoc_url=None,
+            separate_input_output_schemas=False,
+            strict_content_type=False,
+            generate_unique_id_function=lambda route: route.name.lstrip("_"),
+            telemetry=_NO_TELEMETRY,  # the environment must not decide where the figures of a job are sent
         )
+        application.add_middleware(_TokenRequired, token=self._spec.token)
+        application.add_exception_handler(MembershipError, _not_a_member)
+        application.add_exception_handler(RequestValidationError, _malformed)
+        application.add_exception_handler(400, _malformed)  # FastAPI's for a body that is not JSON
+        application.add_exception_handler(413, _too_large)
+        get = partial(application.add_api_route, methods=["GET"])
+        get(_HEALTH, self._healthz, summary="Whether the controller lives.", response_class=PlainTextResponse)
+        get = partial(get, responses={401: REFUSALS[401]}, openapi_extra=_SECURITY)
+        get("/openapi.json", self._openapi, summary="This interface as an OpenAPI document.")
+        get("/status", self._status, summary="Phase, outcome, replicas with their progress, stalls.")
+        get(
+            "/metrics",
+            self._metrics,
+            summary="The same as numbers, for Prometheus.",
+            response_class=PlainTextResponse,
+        )
+        post = partial(application.add_api_route, methods=["POST"], responses=REFUSALS, openapi_extra=_SECURITY)
+        post("/register", self._register, summary="A replica has started.")
+        post("/heartbeat", self._heartbeat, summary="A replica lives, with its progress.")
+        post("/work-items", self._work_items, summary="A rollout replica asks for work.")
+        post("/under-way", self._under_way, summary="The policy asks which work items are unsettled.")
+        post("/finish", self._finish, summary="The policy ends the job.")
+        post("/unregister", self._unregister, summary="The last words of a replica.")
+        post("/alive", self._alive, summary="The supervisor sees silent replicas run.")
+        post("/died", self._died, summary="The supervisor saw a process end.")
+        post("/stop", self._stop, summary="The supervisor ends the job early.")
+        return application
 
     @property
     def _readers(self) -> int:
@@ -164,29 +202,29 @@ class Controller:
         phase = self.membership.phase
         return models.Directive(phase=phase, stop=not phase.gives_work, readers=self._readers)
 
-    async def _healthz(self, _: Request) -> Response:
-        return PlainTextResponse("ok\n")
+    async def _healthz(self) -> str:
+        return "ok\n"
 
-    async def _openapi(self, _: Request) -> Response:
-        return JSONResponse(openapi())
+    async def _openapi(self) -> dict[str, Any]:
+        document = self.application.openapi()
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        return document
 
-    async def _status(self, _: Request) -> Response:
-        return _reply(self.status())
+    async def _status(self) -> models.Status:
+        return self.status()
 
-    async def _metrics(self, _: Request) -> Response:
+    async def _metrics(self) -> Response:
         membership, stalled = self.membership, self._stall.seconds
         metrics = JobMetrics(self._spec.config.job.name, membership, stalled, self.connections.snapshot())
         # Requests are answered meanwhile.
         return Response(await asyncio.to_thread(metrics.text), media_type=MEDIA_TYPE)
 
-    async def _register(self, request: Request) -> Response:
-        body = await _body(request, models.Register)
+    async def _register(self, body: models.Register) -> models.Directive:
         self.membership.register(body.name, body.role, body.incarnation, body.pid)
         await self._after_event()
-        return _reply(self._directive())
+        return self._directive()
 
-    async def _heartbeat(self, request: Request) -> Response:
-        body = await _body(request, models.Heartbeat)
+    async def _heartbeat(self, body: models.Heartbeat) -> models.Directive:
         report = body.progress
         progress = Progress(**dict(report))
         self.membership.heard(body.name, body.incarnation, progress)
@@ -195,10 +233,9 @@ class Controller:
         deadline = Deadline.after(body.until_unread)
         while (self._readers or self.membership.phase.gives_work) and not deadline.expired:
             await self._wait_for_change(deadline)
-        return _reply(self._directive())
+        return self._directive()
 
-    async def _work_items(self, request: Request) -> Response:
-        body = await _body(request, models.TakeWork)
+    async def _work_items(self, body: models.TakeWork) -> models.WorkList:
         self.membership.heard(body.name, body.incarnation)
         self.membership.work_items.published(body.name, body.published)
         deadline = Deadline.after(body.wait)
@@ -212,96 +249,103 @@ class Controller:
         seed = self._spec.config.job.seed
         directive = self._directive()
         work_items = [(index, work_item_seed(seed, index)) for index in taken]
-        return _reply(models.WorkList(**directive.model_dump(), work_items=work_items))
+        return models.WorkList(**directive.model_dump(), work_items=work_items)
 
-    async def _under_way(self, request: Request) -> Response:
-        body = await _body(request, models.Caller)
+    async def _under_way(self, body: models.Caller) -> models.UnsettledWork:
         self.membership.heard(body.name, body.incarnation)
         work_items = self.membership.work_items
         unsettled, following = work_items.unfinished()
-        return _reply(models.UnsettledWork(unsettled=unsettled, published=work_items.in_flight(), next=following))
+        return models.UnsettledWork(unsettled=unsettled, published=work_items.in_flight(), next=following)
 
-    async def _finish(self, request: Request) -> Response:
-        body = await _body(request, models.Finish)
+    async def _finish(self, body: models.Finish) -> models.Directive:
         self.membership.heard(body.name, body.incarnation)
         self.membership.stop(Outcome(body.kind, body.reason))
         await self._after_event()
-        return _reply(self._directive())
+        return self._directive()
 
-    async def _unregister(self, request: Request) -> Response:
-        body = await _body(request, models.Unregister)
+    async def _unregister(self, body: models.Unregister) -> models.Directive:
         self.membership.left(body.name, body.incarnation, body.reason, body.published, exit_code=body.exit_code)
         await self._after_event()
-        return _reply(self._directive())
+        return self._directive()
 
-    async def _alive(self, request: Request) -> Response:
-        body = await _body(request, models.Alive)
+    async def _alive(self, body: models.Alive) -> models.Directive:
         for each in body.seen:
             self.membership.seen(each.name, each.pid, each.seconds)
-        return _reply(self._directive())
+        return self._directive()
 
-    async def _stop(self, request: Request) -> Response:
-        body = await _body(request, models.Stop)
+    async def _stop(self, body: models.Stop) -> models.Directive:
         self.membership.stop(Outcome("interrupted", body.reason))
         await self._after_event()
-        return _reply(self._directive())
+        return self._directive()
 
-    async def _died(self, request: Request) -> Response:
-        body = await _body(request, models.Died)
+    async def _died(self, body: models.Died) -> models.Directive:
         self.membership.died(
             body.name, body.role, body.reason, pid=body.pid, final=body.final, exit_code=body.exit_code
         )
         await self._after_event()
-        return _reply(self._directive())
-
-    def _guarded(
-        self, answer: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
-        """`answer`, for callers that show the job's token; its refusals become replies."""
-        expected = f"Bearer {self._spec.token}".encode()
-
-        async def guarded(request: Request) -> Response:
-            if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
-                return _reply(models.ErrorReply(error="unauthorised"), 401, {"Connection": "close"})
-            request.scope.get("state", {}).get(PROVEN, _unbounded)()
-            try:
-                return await answer(request)
-            except MembershipError as error:
-                return _reply(models.ErrorReply(error="not a member", detail=str(error)), 409)
-            except ValidationError as error:
-                detail = json.dumps(
-                    error.errors(include_url=False, include_input=False, include_context=False)[:3]
-                )
-                return _reply(models.ErrorReply(error="malformed", detail=detail), 422)
-            except ClientDisconnect:
-                path = request.url.path
-                _LOG.info("a client closed its connection before its request for %s was complete", path)
-                return Response(status_code=400)
-            except _BodyTooLarge:
-                return _reply(models.ErrorReply(error="too large", detail=f"at most {MAX_BODY} bytes"), 413)
-
-        return guarded
+        return self._directive()
 
 
-class _BodyTooLarge(Exception):
-    """The body of a request exceeds `MAX_BODY`."""
+class _TokenRequired:
+    """ASGI middleware that lets requests with the job's token pass; their bodies have at most `MAX_BODY` bytes."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != _HEALTH:
+            shown = Headers(scope=scope).get("authorization", "").encode()
+            if not hmac.compare_digest(shown, self._expected):
+                refusal = _refusal(401, models.ErrorReply(error="unauthorised"), {"Connection": "close"})
+                return await refusal(scope, receive, send)
+            if PROVEN in scope.get("state", {}):  # else it is not served by an `HttpServer`
+                scope["state"][PROVEN]()
+        return await self._app(scope, _bounded(receive, scope), send)
 
 
-async def _body(request: Request, kind: type[_Body]) -> _Body:
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > MAX_BODY:
-            raise _BodyTooLarge
-    return kind.model_validate_json(bytes(content))
+def _bounded(receive: Receive, scope: Scope) -> Receive:
+    left = MAX_BODY
+
+    async def receive_bounded() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise HTTPException(413)
+        if message["type"] == "http.disconnect":
+            path = scope["path"]
+            _LOG.info("a client closed its connection before its request for %s was complete", path)
+        return message
+
+    return receive_bounded
 
 
-def _reply(message: models.Message, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(message.model_dump_json(), status, headers, media_type=JSON)
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"model": models.ErrorReply, "description": "the token is missing or wrong"},
+    409: {"model": models.ErrorReply, "description": "the caller is not, or no longer, a member"},
+    413: {"model": models.ErrorReply, "description": "the body is too large"},
+    422: {"model": models.ErrorReply, "description": "the body is malformed"},
+}
+"""Status codes other than 200, all with an `ErrorReply`."""
 
 
-def _unbounded() -> None:
-    """The application is not served by an `HttpServer`, so that nothing bounds its connections."""
+def _refusal(status: int, reply: models.ErrorReply, headers: dict[str, str] | None = None) -> Response:
+    return Response(reply.model_dump_json(), status, headers, media_type="application/json")
+
+
+async def _not_a_member(_: Request, error: Exception) -> Response:
+    return _refusal(409, models.ErrorReply(error="not a member", detail=str(error)))
+
+
+async def _malformed(_: Request, error: Exception) -> Response:
+    found = error.errors()[:3] if isinstance(error, RequestValidationError) else [_NOT_JSON]
+    detail = json.dumps([{key: each[key] for key in ("type", "loc", "msg")} for each in found])
+    return _refusal(422, models.ErrorReply(error="malformed", detail=detail))
+
+
+async def _too_large(_request: Request, _error: Exception) -> Response:
+    return _refusal(413, models.ErrorReply(error="too large", detail=f"at most {MAX_BODY} bytes"))
 
 
 def record_status(folder: JobFolder, status: models.Status) -> None:
@@ -361,109 +405,6 @@ def main() -> int:
     with socket.socket(fileno=int(sys.argv[2])) as listener:
         outcome = asyncio.run(serve(spec, listener))
     return ExitCode.OK if final_phase(outcome.kind) is Phase.DONE else ExitCode.FAILED
-
-
-# --- app ---------------------------------------------------------------------------------------------------------
-
-JSON = "application/json"
-_SCHEMAS = "#/components/schemas/"
-_TOKEN = "token"
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One thing that can be asked of the controller.
-
-    Attributes:
-        path: unique; the controller's method for it has the same name.
-        summary: one sentence.
-        body: what the request holds, if it is a POST.
-        reply: what is answered with status 200; a model, or the media type of a text.
-        guarded: only for callers that show the job's token.
-    """
-
-    method: Literal["GET", "POST"]
-    path: str
-    summary: str
-    body: type[models.Message] | None
-    reply: type[models.Message] | str
-    guarded: bool = True
-
-    @property
-    def name(self) -> str:
-        return self.path.strip("/").partition(".")[0].replace("-", "_")
-
-
-ENDPOINTS = (
-    Endpoint("GET", "/healthz", "Whether the controller lives.", None, "text/plain", guarded=False),
-    Endpoint("GET", "/openapi.json", "This interface as an OpenAPI document.", None, JSON),
-    Endpoint("GET", "/status", "Phase, outcome, replicas with their progress, stalls.", None, models.Status),
-    Endpoint("GET", "/metrics", "The same as numbers, for Prometheus.", None, "text/plain"),
-    Endpoint("POST", "/register", "A replica has started.", models.Register, models.Directive),
-    Endpoint("POST", "/heartbeat", "A replica lives, with its progress.", models.Heartbeat, models.Directive),
-    Endpoint("POST", "/work-items", "A rollout replica asks for work.", models.TakeWork, models.WorkList),
-    Endpoint(
-        "POST",
-        "/under-way",
-        "The policy asks which work items are unsettled.",
-        models.Caller,
-        models.UnsettledWork,
-    ),
-    Endpoint("POST", "/finish", "The policy ends the job.", models.Finish, models.Directive),
-    Endpoint("POST", "/unregister", "The last words of a replica.", models.Unregister, models.Directive),
-    Endpoint("POST", "/alive", "The supervisor sees silent replicas run.", models.Alive, models.Directive),
-    Endpoint("POST", "/died", "The supervisor saw a process end.", models.Died, models.Directive),
-    Endpoint("POST", "/stop", "The supervisor ends the job early.", models.Stop, models.Directive),
-)
-
-REFUSALS = {
-    401: "the token is missing or wrong",
-    409: "the caller is not, or no longer, a member",
-    413: "the body is too large",
-    422: "the body is malformed",
-}
-"""Status codes other than 200, all with an `ErrorReply`."""
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI 3.1 document of `ENDPOINTS`."""
-    bodies = {models.ErrorReply: None} | {
-        body: None for each in ENDPOINTS for body in (each.body, each.reply) if isinstance(body, type)
-    }
-    _, definitions = models_json_schema(
-        [(body, "serialization") for body in bodies], ref_template=_SCHEMAS + "{model}"
-    )
-    paths: dict[str, dict[str, Any]] = {}
-    for endpoint in ENDPOINTS:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "dray controller", "version": __version__},
-        "paths": paths,
-        "components": {
-            "schemas": definitions["$defs"],
-            "securitySchemes": {_TOKEN: {"type": "http", "scheme": "bearer"}},
-        },
-    }
-
-
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    responses = {"200": {"description": "done", "content": _content(endpoint.reply)}}
-    operation: dict[str, Any] = {"operationId": endpoint.name, "summary": endpoint.summary, "responses": responses}
-    if endpoint.guarded:
-        operation["security"] = [{_TOKEN: []}]
-        for status, words in REFUSALS.items():
-            if endpoint.body is not None or status == 401:
-                responses[str(status)] = {"description": words, "content": _content(models.ErrorReply)}
-    if endpoint.body is not None:
-        operation["requestBody"] = {"required": True, "content": _content(endpoint.body)}
-    return operation
-
-
-def _content(what: type[models.Message] | str) -> dict[str, Any]:
-    if isinstance(what, str):
-        return {what: {"schema": {"type": "object" if what == JSON else "string"}}}
-    return {JSON: {"schema": {"$ref": _SCHEMAS + what.__name__}}}
 
 
 if __name__ == "__main__":

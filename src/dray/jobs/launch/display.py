@@ -27,8 +27,8 @@ from rich.text import Text
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import FIRST_POLICY
 from dray.jobs.messages.models import MemberStatus, ProgressReport, Status
-from dray.jobs.process import discard
 from dray.jobs.replica.metrics import MEAN_RETURN
+from dray.jobs.standard_streams import discard
 from dray.text import MAX_LINE, printable
 
 PLAIN_INTERVAL = 5.0

@@ -13,10 +13,11 @@ from typing import Protocol
 from dray.clock import Deadline
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import advertise, token_from_file
+from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.folder import JobFolder, JobSpec, RunOptions
 from dray.jobs.launch.processes import Child, JobProcess, is_restarted
 from dray.jobs.messages.models import Role
-from dray.jobs.process import adopt_orphans, child_pids, kill_orphans
+from dray.jobs.process import adopt_orphans
 from dray.resources import Closing
 from dray.text import path_of
 

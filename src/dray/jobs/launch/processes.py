@@ -14,10 +14,11 @@ from types import MappingProxyType
 
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import THE_JOB_HAS
+from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
 from dray.jobs.files import open_to_append
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
-from dray.jobs.process import PARENT_VARIABLE, ChildProcess, is_running
+from dray.jobs.process import PARENT_VARIABLE, ChildProcess
 
 # --- job processes -----------------------------------------------------------------------------------------------
 

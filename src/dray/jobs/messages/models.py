@@ -107,7 +107,7 @@ Words = Annotated[str, Field(max_length=MAX_WORDS)]
 class Message(BaseModel):
     """A body: no unknown fields. A metric may be NaN or infinite; strict JSON has only strings for these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Caller(Message):
@@ -322,8 +322,8 @@ class RankCommand(Message):
     |---|---|
     | share | while the trainers are set up: `text` is what rank 0 gave to `PolicyGroup.share` |
     | begin | load from the folder `text`, which is this rank's; nothing if it is empty |
-    | read | read the payloads of `references`; answered with those that failed |
-    | train | train on the payloads `identities`, in this order; answered when done |
+    | read | read those of `references` that were not read ahead; answered with those that failed |
+    | train | train on the payloads `identities`, and meanwhile read `references` ahead; answered when done |
     | weights | join in `PolicyTrainer.weights` |
     | save | save into the folder `text`, which is this rank's; answered when done |
     | end | the job has ended |

@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, ProtocolError
+from dray.identifiers import PayloadId
 from dray.jobs.queue import keys, scripts
 from dray.jobs.queue.connection import (
     BacklogFullError,
@@ -24,6 +25,7 @@ from dray.jobs.queue.connection import (
 )
 from dray.jobs.queue.keys import GROUP, JobKeys
 from dray.jobs.queue.redis_client import RedisClient, paired
+from dray.protocol import PayloadRef
 
 # --- entry -------------------------------------------------------------------------------------------------------
 
@@ -47,6 +49,9 @@ class RolloutEntry:
         reference: JSON of the `PayloadRef`.
         payload: the packed payload itself; with a reference, a copy that spares readers the way to the producer.
 
+    Attributes:
+        id: the payload's identity; slot and size are 0 where no reference has them.
+
     Raises:
         ConfigError: a field is out of its range, or there is neither reference nor payload.
     """
@@ -58,6 +63,7 @@ class RolloutEntry:
     work_item: int
     reference: str | None = None
     payload: bytes | None = field(default=None, repr=False)
+    id: PayloadId = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not _PRODUCER.fullmatch(self.producer):
@@ -68,11 +74,17 @@ class RolloutEntry:
                 raise ConfigError(f"entry.{name}", value, "an integer from 0 to 2**64 - 1")
         if self.reference is None and self.payload is None:
             raise ConfigError("entry", None, "must have a reference, a payload, or both", "is empty")
+        slot = nbytes = 0
+        if self.reference is not None:
+            with contextlib.suppress(ProtocolError):  # reading the payload fails with it
+                found = PayloadRef.from_json(self.reference)
+                slot, nbytes = found.slot, found.nbytes
+        object.__setattr__(self, "id", PayloadId(bytes.fromhex(self.producer), self.sequence, slot, nbytes))
 
     @property
     def identity(self) -> str:
         """``producer:sequence``."""
-        return f"{self.producer}:{self.sequence}"
+        return self.id.key
 
     def to_fields(self) -> list[bytes | str | int]:
         """Names and values for XADD, one after the other."""

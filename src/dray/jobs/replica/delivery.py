@@ -1,76 +1,301 @@
-"""The policy group's end of the rollout stream: what it is given, and what becomes of each payload.
+"""The life of a payload in a job, from its receipt by the policy group to the reuse of its slot.
 
-::
+`PayloadTracker` is the state machine: one table, no I/O and no clock. `Deliveries` acts on it: it receives
+references from the queue, ends each of them in a commit or a discard under the epoch of this life of the group,
+and then has the payload freed at its producer. A life of the group that was replaced has its commits refused.
 
-    received ──► read ──► trained ──► committed ──► freed
-       │           └─► lost                            "step": committed after the step
-       └─► too old, dead letter                        "checkpoint": committed when the checkpoint has it
-
-Everything ends in a commit or a discard under the epoch of this life of the group, then the payload is freed at
-its producer. A life that was replaced has its commit refused.
+With ``policy.ack = "step"`` a payload is committed after the step that trained on it, with ``"checkpoint"`` when a
+checkpoint has that step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Literal
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Literal, Protocol
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Clock, Deadline
+from dray.identifiers import PayloadId
+from dray.jobs.config import PolicyTable
 from dray.jobs.files import read_private_file, write_json
-from dray.jobs.messages import models
-from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
-from dray.jobs.replica.base import Replica
+from dray.jobs.messages.models import UnsettledWork
+from dray.jobs.queue import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.jobs.replica.transfer import TrajectoryReader
-
-# --- intake ------------------------------------------------------------------------------------------------------
 
 _LOG = logging.getLogger("dray.jobs.replica.delivery")
 _CLAIM_INTERVAL = 2.0
-_LOOK_INTERVAL = 1.0
+_STATISTICS_INTERVAL = 1.0
 
 
-class Intake:
-    """See the module. Used by the first rank of the policy group only.
+# --- the life of a payload ---------------------------------------------------------------------------------------
+
+
+class PayloadState(StrEnum):
+    """Where a payload is in its life."""
+
+    RECEIVED = "received"  # its reference is here
+    READ = "read"  # its arrays are, too, for the next training step
+    TRAINING = "training"  # the step that uses it has begun
+    TRAINED = "trained"  # the weights have it; its commit is not confirmed
+    COMMITTED = "committed"
+    LOST = "lost"  # it cannot be read any more
+    TOO_OLD = "too old"  # made by weights that are too many versions behind
+    DEAD_LETTER = "dead letter"  # given out too often without an end
+    TAKEN = "taken"  # another consumer has it: that one ends it
+    FREED = "freed"  # its slot may be reused
+
+
+class PayloadEvent(StrEnum):
+    """What happens to a payload."""
+
+    READ = "read"
+    FAIL = "fail"
+    AGE = "age"
+    BEGIN = "begin"
+    TRAIN = "train"
+    COMMIT = "commit"
+    REFUSE = "refuse"
+    BURY = "bury"
+    FREE = "free"
+
+
+_S, _E = PayloadState, PayloadEvent
+
+TRANSITIONS: Final[Mapping[tuple[PayloadState, PayloadEvent], PayloadState]] = {
+    (_S.RECEIVED, _E.READ): _S.READ,
+    (_S.RECEIVED, _E.FAIL): _S.LOST,
+    (_S.RECEIVED, _E.AGE): _S.TOO_OLD,
+    (_S.RECEIVED, _E.BURY): _S.DEAD_LETTER,
+    (_S.READ, _E.FAIL): _S.LOST,  # another rank could not read it
+    (_S.READ, _E.BEGIN): _S.TRAINING,
+    (_S.TRAINING, _E.TRAIN): _S.TRAINED,
+    (_S.TRAINED, _E.COMMIT): _S.COMMITTED,
+    (_S.TRAINED, _E.REFUSE): _S.TAKEN,
+    (_S.COMMITTED, _E.FREE): _S.FREED,
+    (_S.LOST, _E.FREE): _S.FREED,
+    (_S.TOO_OLD, _E.FREE): _S.FREED,
+    (_S.DEAD_LETTER, _E.FREE): _S.FREED,
+}
+"""What each event does. An event that is not here for a state is an internal error."""
+
+ENDED: Final = (_S.COMMITTED, _S.LOST, _S.TOO_OLD, _S.DEAD_LETTER)
+"""The states of a payload that only waits for its producer to free it."""
+
+
+class IllegalPayloadTransition(Exception):
+    """An event came for a payload in a state that does not allow it."""
+
+
+def diagram() -> str:
+    """The table as a Mermaid diagram."""
+    lines = ["stateDiagram-v2", "    [*] --> received"]
+    named = {state: state.value.replace(" ", "_") for state in PayloadState}
+    lines += [f"    {named[before]} --> {named[after]}: {event}" for (before, event), after in TRANSITIONS.items()]
+    return "\n".join([*lines, "    freed --> [*]", "    taken --> [*]"])
+
+
+@dataclass(slots=True)
+class TrackedPayload:
+    """One payload."""
+
+    delivery: Delivery
+    state: PayloadState = PayloadState.RECEIVED
+
+    @property
+    def work_item(self) -> int:
+        return self.delivery.entry.work_item
+
+
+class PayloadTracker:
+    """The payloads of a policy group that are not freed; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tracked: dict[PayloadId, TrackedPayload] = {}
+
+    def receive(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
+        """These were given to this consumer; returns those that were not here yet."""
+        fresh = []
+        with self._lock:
+            for delivery in deliveries:
+                if delivery.entry.id not in self._tracked:
+                    self._tracked[delivery.entry.id] = TrackedPayload(delivery)
+                    fresh.append(delivery)
+        return fresh
+
+    def apply(self, event: PayloadEvent, ids: Iterable[PayloadId]) -> None:
+        """Something happened to these payloads. One that is freed, or another consumer's, is forgotten.
+
+        Raises:
+            IllegalPayloadTransition: the table does not have this event for the state of one of them.
+        """
+        with self._lock:
+            for each in ids:
+                life = self._tracked.get(each)
+                after = None if life is None else TRANSITIONS.get((life.state, event))
+                if life is None or after is None:
+                    state = "unknown" if life is None else life.state.value
+                    raise IllegalPayloadTransition(f"payload {each} is {state}: it cannot {event.value}")
+                life.state = after
+                if after in (PayloadState.FREED, PayloadState.TAKEN):
+                    del self._tracked[each]
+
+    def within(self, *states: PayloadState) -> list[Delivery]:
+        """The payloads in one of these states, in the order of their receipt."""
+        with self._lock:
+            return [life.delivery for life in self._tracked.values() if life.state in states]
+
+    def work_items(self, *states: PayloadState) -> set[int]:
+        """The work items of the payloads in one of these states."""
+        return {delivery.entry.work_item for delivery in self.within(*states)}
+
+    def count(self) -> dict[PayloadState, int]:
+        """How many payloads are in each state."""
+        with self._lock:
+            states = [life.state for life in self._tracked.values()]
+        return {state: states.count(state) for state in PayloadState}
+
+
+class StalenessWindow:
+    """Which work items' payloads a training step has to use so that none becomes too old. No I/O and no clock.
+
+    With at most (s + 1) batches of work items under way, and each step using those with the lowest indices, no
+    payload is trained on by weights more than s versions newer than those it was made with: work item i is given
+    out when all but (s + 1) batches of those before it are settled and the weights trained on them are published,
+    and it is trained on when all before it are.
 
     Args:
+        unsettled: the work items that were given out and are not settled.
+        following: index of the first one that was not given out.
+    """
+
+    def __init__(self, unsettled: Iterable[int], following: int) -> None:
+        self._unsettled = set(unsettled)
+        self._following = following
+
+    def last_due(self, count: int, in_use: Collection[int] = ()) -> int:
+        """The highest index among the `count` lowest that are neither settled nor `in_use` by an earlier step."""
+        given = sorted(self._unsettled.difference(in_use))
+        if len(given) >= count:
+            return given[count - 1]
+        beyond = sum(index >= self._following for index in in_use)
+        return self._following + beyond + count - len(given) - 1
+
+    def settled(self, indices: Iterable[int]) -> None:
+        """These are trained on, or never will be; those that were not given out as far as known are now."""
+        for index in indices:
+            if index >= self._following:
+                self._unsettled.update(range(self._following, index))
+                self._following = index + 1
+            self._unsettled.discard(index)
+
+
+# --- acting on it ------------------------------------------------------------------------------------------------
+
+
+class ReferenceQueue(Protocol):
+    """The part of `dray.jobs.queue.RolloutConsumer` that is used."""
+
+    @property
+    def epoch(self) -> int | None: ...
+    @property
+    def oldest_held(self) -> float | None: ...
+    def attach(self, timeout: float | None) -> object: ...
+    def begin_epoch(self, after: int, timeout: float | None) -> int: ...
+    def check_epoch(self, timeout: float | None) -> None: ...
+    def receive(self, count: int, timeout: float | None) -> list[Delivery]: ...
+    def claim_others(self, timeout: float | None) -> list[Delivery]: ...
+    def commit(self, deliveries: Iterable[Delivery], timeout: float | None) -> CommitOutcome: ...
+    def commit_trained(
+        self, identities: Collection[str], timeout: float | None, *, counter: Literal["trained", "repeated"]
+    ) -> list[RolloutEntry]: ...
+    def discard(
+        self, deliveries: Iterable[Delivery], timeout: float | None, *, counter: Literal["discarded", "too_old"]
+    ) -> CommitOutcome: ...
+    def take_dead_letters(self) -> list[RolloutEntry]: ...
+    def drop_trimmed(self, timeout: float | None, *, held: bool = False) -> int: ...
+    def listed_work_items(self, timeout: float | None) -> Collection[int]: ...
+    def raise_counters(self, values: Mapping[str, int], timeout: float | None) -> None: ...
+    def statistics(self, timeout: float | None) -> QueueStatistics: ...
+
+
+class WorkReports(Protocol):
+    """What the controller is asked about work items, and what it is told about them."""
+
+    def unsettled(self) -> UnsettledWork:
+        """The work items that are given out and not settled, by the controller's knowledge."""
+        ...
+
+    def settled(self, work_items: Iterable[int]) -> None:
+        """These are trained on, or never will be."""
+        ...
+
+
+class Deliveries:
+    """What the policy group is given, and what becomes of it. Used by the first rank only; thread-safe.
+
+    Args:
+        queue: where references come from; its consumer is this life's alone.
+        free: has payloads freed at their producers, without waiting for it.
+        work: the controller's side of work items.
+        policy: the table of the job file.
         state: the checkpoint that the weights come from.
         recorded: payloads that were committed before, according to the lines of the metrics.
+        epoch_file: where the group's epoch is kept beside Redis.
+        count: adds to a counter of the replica: `discarded`, `too_old` or `dead_letters`.
+        ending: whether the replica must end.
+        in_order: payloads are used in the order of their work items.
+        patience: seconds after which a payload that did not come is not waited for.
+        timeout: seconds for one call of the queue.
 
     Attributes:
         contributed: payloads that the weights are trained on.
         committed: payloads whose commit is confirmed, over all lives of the group.
+        rolled_back: those of `committed` that the weights of the checkpoint do not have.
     """
 
     def __init__(
-        self, replica: Replica, inlet: TrajectoryReader, state: CheckpointState, recorded: int = 0
+        self,
+        queue: ReferenceQueue,
+        free: Callable[[Sequence[RolloutEntry]], None],
+        work: WorkReports,
+        policy: PolicyTable,
+        state: CheckpointState,
+        *,
+        recorded: int,
+        epoch_file: Path,
+        count: Callable[[str, int], None],
+        ending: Callable[[], bool],
+        in_order: bool,
+        patience: float,
+        timeout: float,
+        clock: Clock = MONOTONIC,
     ) -> None:
-        config = replica.spec.config
-        self._replica = replica
-        self._inlet = inlet
+        self._queue = queue
+        self._free = free
+        self._work = work
+        self._policy = policy
         self._state = state
         self._recorded = recorded
-        self._policy = config.policy
-        self._timeout = config.timeouts.redis
-        # A name for this life alone: an earlier one that wakes is given nothing that would be taken for ours.
-        self._queue = RolloutConsumer(
-            replica.redis,
-            replica.keys,
-            f"{replica.name}.{replica.incarnation}",
-            max_deliveries=config.policy.max_deliveries,
-            remembered=max(65536, config.rollout.slots * config.rollout.replicas),
-        )
-        self._backlog: list[Delivery] = []
-        self._trained: list[Delivery] = []
-        self._order: StalenessWindow | None = None
-        self._in_order = config.in_order
-        # A work item whose replica has died is given out again by then.
-        self._patience = 2 * config.controller.dead_after
-        self._overdue = self._starving = Deadline.after(self._patience)
-        self._next_claim = Deadline.after(_CLAIM_INTERVAL)
-        self._next_look = Deadline.after(0)
+        self._epoch_file = epoch_file
+        self._count = count
+        self._ending = ending
+        self._in_order = in_order
+        self._patience = patience
+        self._timeout = timeout
+        self._clock = clock
+        self.payloads = PayloadTracker()
+        self._window: StalenessWindow | None = None
+        self._window_lock = threading.Lock()
+        self._in_use: set[int] = set()  # work items of a step that has begun, until they are settled
+        self._overdue = self._starving = Deadline.after(patience, clock)
+        self._next_claim = Deadline.after(_CLAIM_INTERVAL, clock)
+        self._next_statistics = Deadline.after(0, clock)
         self.contributed = state.contributed
         self.committed = state.committed
         self.rolled_back = 0
@@ -78,7 +303,7 @@ class Intake:
     # --- the beginning of a life ------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Begin an epoch, take over what earlier lives held, and commit what the weights were trained on already.
+        """Begin an epoch, claim what earlier lives of the group held, and commit what the weights already have.
 
         Raises:
             ControlPlaneError: Redis or the controller does not answer, or refuses.
@@ -86,29 +311,27 @@ class Intake:
         self._queue.attach(self._timeout)
         self._begin_epoch()
         # First, so that none of them comes again: what a checkpoint has must not be trained on twice.
-        trained = self._queue.commit_trained(self._state.unconfirmed, self._timeout)
+        trained = self._queue.commit_trained(self._state.unconfirmed, self._timeout, counter="trained")
         repeated = self._queue.commit_trained(self._state.unfreed, self._timeout, counter="repeated")
-        self._inlet.consume([*trained, *repeated])
-        self._backlog = self._queue.claim_others(self._timeout)
+        self._free([*trained, *repeated])
+        claimed = self.payloads.receive(self._queue.claim_others(self._timeout))
         self._count_rolled_back()
         self._settle_ended()
         self._bury()
-        if trained or self._backlog:
-            words = "%d payloads that the checkpoint has are committed; %d others of an earlier life come again"
-            _LOG.info(words, len(trained), len(self._backlog))
+        if trained or claimed:
+            words = "%d payloads that the checkpoint has are committed; %d others are delivered again"
+            _LOG.info(words, len(trained), len(claimed))
 
     def _begin_epoch(self) -> None:
         # The number is kept beside Redis, too: one that was restarted empty must not give out the same one again.
-        place = self._replica.spec.folder.group_epoch
-        known = json.loads(read_private_file(place, "the epoch")) if place.exists() else {}
+        known = json.loads(read_private_file(self._epoch_file, "the epoch")) if self._epoch_file.exists() else {}
         self._recorded = max(self._recorded, known.get("committed", 0))
         epoch = self._queue.begin_epoch(known.get("epoch", 0), self._timeout)
         self._write_epoch(epoch)
         _LOG.info("the policy group begins epoch %d", epoch)
 
     def _write_epoch(self, epoch: int | None) -> None:
-        place = self._replica.spec.folder.group_epoch
-        write_json(place, {"epoch": epoch, "committed": self._recorded}, mode=0o600)
+        write_json(self._epoch_file, {"epoch": epoch, "committed": self._recorded}, mode=0o600)
 
     def _count_rolled_back(self) -> None:
         counters = self._queue.statistics(self._timeout).counters
@@ -119,83 +342,98 @@ class Intake:
         new = self.rolled_back - max(counters.get("rolled_back", 0), kept - self.contributed)
         if new > 0:
             _LOG.warning("%d payloads were trained on after the last checkpoint: they are rolled back", new)
-        # Before anything else is committed: the server's counter goes on from that of earlier runs.
+        # Before anything else is committed: the server's counter continues from that of earlier runs.
         self._raise_counters()
         self._recorded = self.committed
-        self._write_epoch(self.epoch)
+        self._write_epoch(self._queue.epoch)
 
     def _raise_counters(self) -> None:
         if self.committed or self.rolled_back:
             self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
 
-    def _look_after_starving(self, received: Sequence[Delivery]) -> None:
-        # Redis was restarted empty, or another client has removed entries, and a producer has died before it could
-        # publish again: its payloads are gone, and their work items would count as under way for ever.
-        if received:
-            self._starving = Deadline.after(self._patience)
-        elif self._starving.expired and not self._replica.stop.is_set:
-            self._starving = Deadline.after(self._patience)
-            self._queue.drop_trimmed(self._timeout)
-            self._settle_ended()
-
     def _settle_ended(self) -> None:
-        """Settle work items that were handed on, and are not in the stream: those of which no end was reported."""
-        body = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
-        work_items = self._replica.client.post("/under-way", body, models.UnsettledWork)
-        self._order = self._order or StalenessWindow(work_items.unsettled, work_items.next)
-        if work_items.published:
+        """Settle work items that were published and are not in the stream: those of which no end was reported."""
+        known = self._work.unsettled()
+        with self._window_lock:
+            self._window = self._window or StalenessWindow(known.unsettled, known.next)
+        if known.published:
             listed = set(self._queue.listed_work_items(self._timeout))
-            self._settle(index for index in work_items.published if index not in listed)
+            self._settle(index for index in known.published if index not in listed)
 
-    # --- from receiving to the end of each payload ------------------------------------------------------------
+    # --- receiving --------------------------------------------------------------------------------------------
 
     def receive(self, count: int, version: int, timeout: float) -> list[Delivery]:
-        """Up to `count` payloads that may be trained on by weights of `version`, as soon as there is one.
+        """Up to `count` payloads that a step of weights of `version` may use, as soon as there is one.
 
         Raises:
             OldEpochError: the group goes on without this replica.
             ControlPlaneError: Redis is gone for good, or refuses.
         """
-        if self._next_claim.expired and not self._replica.stop.is_set:
+        if self._next_claim.expired and not self._ending():
             # An earlier life that was paused in the middle of a call may have been given something since.
-            self._backlog += self._queue.claim_others(self._timeout)
-            self._next_claim = Deadline.after(_CLAIM_INTERVAL)
-        due, later = self._split_due(self._backlog, count)
+            self.payloads.receive(self._queue.claim_others(self._timeout))
+            self._next_claim = Deadline.after(_CLAIM_INTERVAL, self._clock)
+        due = self._due(count)
         if not due:
             received = self._queue.receive(count, timeout)
-            due, later = self._split_due([*later, *received], count)
+            self.payloads.receive(received)
+            due = self._due(count)
             self._look_after_starving(received)
-        self._backlog = later
         self._bury()
         most = self._policy.max_staleness
         if most is None:
             return due
         old = [each for each in due if version - each.entry.weight_version > most]
-        self._discard(old, "too_old")
+        self._discard(old, PayloadEvent.AGE)
         return [each for each in due if version - each.entry.weight_version <= most]
 
-    def _split_due(self, found: list[Delivery], count: int) -> tuple[list[Delivery], list[Delivery]]:
-        """Up to `count` of `found` that this step may take, and the rest."""
-        if not self._in_order or self._order is None:
-            return found[:count], found[count:]
-        found = sorted(found, key=lambda each: each.entry.work_item)
-        last = self._order.last_due(self._policy.batch_size)
+    def _due(self, count: int) -> list[Delivery]:
+        """Up to `count` of the payloads that were received which the next step may use."""
+        found = self.payloads.within(PayloadState.RECEIVED)
+        if not self._in_order or self._window is None:
+            return found[:count]
+        found.sort(key=lambda each: each.entry.work_item)
+        with self._window_lock:
+            last = self._window.last_due(self._policy.batch_size, self._in_use)
         due = [each for each in found if each.entry.work_item <= last][:count]
         if due:
-            self._overdue = Deadline.after(self._patience)
+            self._overdue = Deadline.after(self._patience, self._clock)
         elif len(found) >= count and self._overdue.expired:
-            # Nobody knows what became of the one that is waited for: should it come after all, it is too old.
-            _LOG.warning("payloads of work items up to %d have not come for %g s", last, self._patience)
+            # What became of the one that is missing is unknown: should it come after all, it is too old.
+            words = "no payload for work items <= %d in the last %g s; training on newer ones"
+            _LOG.warning(words, last, self._patience)
             due = found[:count]
-        return due, found[len(due) :]
+        return due
+
+    def _look_after_starving(self, received: Sequence[Delivery]) -> None:
+        # Redis was restarted empty, or another client has removed entries, and a producer has died before it could
+        # publish again: its payloads are gone, and their work items would count as under way for ever.
+        if received:
+            self._starving = Deadline.after(self._patience, self._clock)
+        elif self._starving.expired and not self._ending():
+            self._starving = Deadline.after(self._patience, self._clock)
+            self._queue.drop_trimmed(self._timeout)
+            self._settle_ended()
+
+    # --- from reading to the end of each payload --------------------------------------------------------------
+
+    def read(self, deliveries: Iterable[Delivery]) -> None:
+        """The arrays of these are here, for the next step."""
+        self.payloads.apply(PayloadEvent.READ, _ids(deliveries))
 
     def lost(self, deliveries: Sequence[Delivery]) -> None:
-        """These cannot be had any more.
+        """These cannot be read any more.
 
         Raises:
             OldEpochError, ControlPlaneError: as `receive`.
         """
-        self._discard(deliveries, "discarded")
+        self._discard(deliveries, PayloadEvent.FAIL)
+
+    def begin(self, deliveries: Sequence[Delivery]) -> None:
+        """A training step on these begins."""
+        self.payloads.apply(PayloadEvent.BEGIN, _ids(deliveries))
+        with self._window_lock:
+            self._in_use.update(each.entry.work_item for each in deliveries)
 
     def trained(self, deliveries: Sequence[Delivery]) -> None:
         """The weights are trained on these; commit them now unless that waits for the checkpoint.
@@ -203,7 +441,7 @@ class Intake:
         Raises:
             OldEpochError, ControlPlaneError: as `receive`; they stay unconfirmed.
         """
-        self._trained += deliveries
+        self.payloads.apply(PayloadEvent.TRAIN, _ids(deliveries))
         self.contributed += len(deliveries)
         if self._policy.ack == "step":
             self.commit()
@@ -214,20 +452,27 @@ class Intake:
         Raises:
             OldEpochError, ControlPlaneError: as `receive`; they stay unconfirmed.
         """
-        if not self._trained:
+        trained = self.payloads.within(PayloadState.TRAINED)
+        if not trained:
             return
-        outcome = self._queue.commit(self._trained, self._timeout)
+        outcome = self._queue.commit(trained, self._timeout)
         for each in outcome.refused:
-            _LOG.error("payload %s is another consumer's under the same epoch", each.entry.identity)
+            _LOG.error("payload %s is another consumer's under the same epoch", each.entry.id)
         ended = outcome.ended + outcome.unknown
+        self.payloads.apply(PayloadEvent.REFUSE, _ids(outcome.refused))
+        self.payloads.apply(PayloadEvent.COMMIT, _ids(ended))
         self.committed += len(ended)
-        self._inlet.consume([each.entry for each in ended])
-        self._trained.clear()
+        self._free([each.entry for each in ended])
 
     def settled(self, deliveries: Sequence[Delivery]) -> None:
         """Report that these are trained on, after their weights were published: a replica that is given a work
         item from then on acts with them."""
         self._settle(each.entry.work_item for each in deliveries)
+
+    def freed(self, waiting: Collection[PayloadId]) -> None:
+        """Of the payloads that are done with, all but those in `waiting` are freed."""
+        ended = _ids(self.payloads.within(*ENDED))
+        self.payloads.apply(PayloadEvent.FREE, [each for each in ended if each not in waiting])
 
     def check_epoch(self) -> None:
         """Make sure that the group does not go on without this replica.
@@ -250,8 +495,8 @@ class Intake:
 
     @property
     def unconfirmed(self) -> tuple[str, ...]:
-        """What a checkpoint of the weights as they are must say is trained on and not committed."""
-        return tuple(each.entry.identity for each in self._trained)
+        """What a checkpoint of the weights as they are must have as trained on and not committed."""
+        return tuple(each.entry.identity for each in self.payloads.within(PayloadState.TRAINED))
 
     def statistics(self, *, now: bool = False) -> dict[str, float]:
         """The stream's counters, at most once a second unless `now`, for the last time; empty in between.
@@ -259,9 +504,9 @@ class Intake:
         Raises:
             ControlPlaneError: Redis does not answer, or refuses.
         """
-        if not (now or self._next_look.expired):
+        if not (now or self._next_statistics.expired):
             return {}
-        self._next_look = Deadline.after(_LOOK_INTERVAL)
+        self._next_statistics = Deadline.after(_STATISTICS_INTERVAL, self._clock)
         if now:  # the last time: what was removed from the stream comes no more
             self._queue.drop_trimmed(self._timeout, held=True)
         self._raise_counters()  # a server that was restarted empty has forgotten them
@@ -274,65 +519,37 @@ class Intake:
             "stream_oldest_seconds": found.oldest_age or 0.0,
         }
 
-    def _discard(self, deliveries: Sequence[Delivery], counter: Literal["discarded", "too_old"]) -> None:
+    def _discard(
+        self, deliveries: Sequence[Delivery], event: Literal[PayloadEvent.FAIL, PayloadEvent.AGE]
+    ) -> None:
         if not deliveries:
             return
+        counter: Literal["discarded", "too_old"] = "discarded" if event is PayloadEvent.FAIL else "too_old"
         self._queue.discard(deliveries, self._timeout, counter=counter)
-        self._forget([each.entry for each in deliveries])
-        self._replica.activity.counters.add(counter, len(deliveries))
+        self.payloads.apply(event, _ids(deliveries))
+        self._end([each.entry for each in deliveries], counter)
 
     def _bury(self) -> None:
         letters = self._queue.take_dead_letters()
         if letters:
-            self._forget(letters)
-            self._replica.activity.counters.add("dead_letters", len(letters))
+            # Not given to this consumer: their life here begins and ends with this.
+            self.payloads.receive(Delivery(each, "", 0, "") for each in letters)
+            self.payloads.apply(PayloadEvent.BURY, [each.id for each in letters])
+            self._end(letters, "dead_letters")
 
-    def _forget(self, entries: Sequence[RolloutEntry]) -> None:
-        self._inlet.consume(entries)
+    def _end(self, entries: Sequence[RolloutEntry], counter: str) -> None:
+        self._free(entries)
         self._settle(each.work_item for each in entries)
+        self._count(counter, len(entries))
 
     def _settle(self, work_items: Iterable[int]) -> None:
         indices = list(work_items)
-        if self._order is not None:
-            self._order.settled(indices)
-        self._replica.heartbeat.settled(indices)
+        with self._window_lock:
+            self._in_use.difference_update(indices)
+            if self._window is not None:
+                self._window.settled(indices)
+        self._work.settled(indices)
 
 
-# --- delivery ----------------------------------------------------------------------------------------------------
-
-# Which work items' payloads a training step has to take so that none of them becomes too old. No I/O and no clock.
-#
-# With at most (s + 1) batches of work items under way, and each step taking those with the lowest indices, no
-# payload is
-# trained on by weights more than s versions newer than those it was made with: work item i is given out when all
-# but
-# (s + 1) batches of those before it are settled and the weights trained on them are published, and it is trained
-# on when all before it are.
-
-
-class StalenessWindow:
-    """The work items that are not settled.
-
-    Args:
-        unsettled: those given out already.
-        following: index of the first one that was not given out.
-    """
-
-    def __init__(self, unsettled: Iterable[int], following: int) -> None:
-        self._unsettled = set(unsettled)
-        self._following = following
-
-    def last_due(self, count: int) -> int:
-        """The highest index among the `count` lowest that are not settled."""
-        given = sorted(self._unsettled)
-        if len(given) >= count:
-            return given[count - 1]
-        return self._following + count - len(given) - 1
-
-    def settled(self, indices: Iterable[int]) -> None:
-        """These are trained on, or never will be; those that were not given out as far as known are now."""
-        for index in indices:
-            if index >= self._following:
-                self._unsettled.update(range(self._following, index))
-                self._following = index + 1
-            self._unsettled.discard(index)
+def _ids(deliveries: Iterable[Delivery]) -> list[PayloadId]:
+    return [each.entry.id for each in deliveries]

@@ -10,7 +10,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dray.clock import MONOTONIC, Stopwatch
-from dray.errors import ControlPlaneError, DrayError, OutOfResources, StaleSlotError
+from dray.errors import ControlPlaneError
 from dray.jobs.api import PolicyGroup, PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
@@ -26,7 +26,7 @@ from dray.jobs.messages import models
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import OutcomeKind, RankCommand, Role
 from dray.jobs.process import leave, shutdown_step
-from dray.jobs.queue import Delivery, RedisUnavailableError
+from dray.jobs.queue import RedisUnavailableError, RolloutConsumer
 from dray.jobs.replica.base import Replica, run_replica, stop_code
 from dray.jobs.replica.checkpoint import (
     CheckpointState,
@@ -35,12 +35,13 @@ from dray.jobs.replica.checkpoint import (
     save_checkpoint,
     trainer_folder,
 )
-from dray.jobs.replica.delivery import Intake
+from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
 from dray.jobs.replica.rank_worker import RankWorker
-from dray.jobs.replica.ranks import Batch, Failure, Ranks
-from dray.jobs.replica.ring_transfer import rank_client
+from dray.jobs.replica.ranks import Batch, Ranks
+from dray.jobs.replica.read_ahead import ReadAhead
+from dray.jobs.replica.ring_transfer import rank_reader
 from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher
 from dray.jobs.replica.transfer_choice import open_policy_ends
 from dray.jobs.replica.user_code import (
@@ -56,7 +57,6 @@ from dray.payload.trajectory import REWARDS
 from dray.text import printable
 
 _LOG = logging.getLogger("dray.jobs.replica.policy")
-_SLICE = 0.5
 _COUNTERS = (
     "waited_seconds", "read_seconds", "train_seconds", "stale", "lost", "discarded", "too_old", "dead_letters",
 )  # fmt: skip
@@ -95,9 +95,9 @@ def work(life: int, descriptors: Sequence[int], replica: Replica) -> ExitCode:
         trainer: PolicyTrainer = make_user_object(trainer_class)
         call_user(trainer, "setup", replica.context(dict(config.policy.args), group))
         if ranks is None:
-            client = opened.enter_context(rank_client(replica))
+            reader = opened.enter_context(rank_reader(replica))
             replica.stop.disposable = False
-            return RankWorker(replica, trainer, channels[0], client).run()
+            return RankWorker(replica, trainer, channels[0], reader).run()
         inlet, weights = opened.enter_context(open_policy_ends(replica))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         return Training(replica, trainer, ranks, inlet, weights, log).run(may_load=replica.spec.resume or life > 0)
@@ -113,6 +113,20 @@ def _shared_by(channel: MessageChannel, _text: str | None) -> str:
     if order.what != "share":
         raise GroupLostError(f"{channel.peer} shares nothing, but this rank waits for it")
     return order.text
+
+
+class _Controller:
+    """The controller, as far as work items go."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    def unsettled(self) -> models.UnsettledWork:
+        caller = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
+        return self._replica.client.post("/under-way", caller, models.UnsettledWork)
+
+    def settled(self, work_items: Iterable[int]) -> None:
+        self._replica.heartbeat.settled(work_items)
 
 
 class Training:
@@ -141,7 +155,8 @@ class Training:
         self._saved_step = -1
         self._oldest = 0
         self._earlier: Mapping[str, float] = {}
-        self._arrays: dict[str, Trajectory] = {}
+        self._deliveries: Deliveries
+        self._ahead: ReadAhead
         self._stop_condition = StopCondition(self._config.stop, self._config.policy.checkpoint_every)
         self._mistake = ""
         self._not_finite: set[str] = set()
@@ -156,13 +171,11 @@ class Training:
         found = self._find(may_load=may_load)
         state = CheckpointState(0, 0, self._next_work_item) if found is None else found[1]
         self._resume(state)
-        self._intake = Intake(self._replica, self._inlet, state, self._log.committed if may_load else 0)
-        self._replica.stop.disposable = False
-        self._intake.open()
+        self._deliveries = self._open_deliveries(state, self._log.committed if may_load else 0)
         if found is not None:
-            record_committed(*found, self._intake.committed)
+            record_committed(*found, self._deliveries.committed)
         self._log.cut(self._step)
-        self._replica.activity.show_ages(lambda: {"reference": self._intake.oldest_held})
+        self._replica.activity.show_ages(lambda: {"reference": self._deliveries.oldest_held})
         self._publish_weights()
         try:
             solved = self._train_until_stopped()
@@ -214,72 +227,89 @@ class Training:
         counters = self._replica.activity.counters
         return {name: own[name] if name in own else counters[name] for name in _TOTALS}
 
+    def _open_deliveries(self, state: CheckpointState, recorded: int) -> Deliveries:
+        """Begin this life of the group, in which a payload is committed or refused from now on."""
+        replica, config = self._replica, self._config
+        queue = RolloutConsumer(
+            replica.redis,
+            replica.keys,
+            # A name for this life alone: an earlier one that wakes is given nothing that would be taken for ours.
+            f"{replica.name}.{replica.incarnation}",
+            max_deliveries=config.policy.max_deliveries,
+            remembered=max(65536, config.rollout.slots * config.rollout.replicas),
+        )
+        deliveries = Deliveries(
+            queue,
+            self._inlet.consume,
+            _Controller(replica),
+            config.policy,
+            state,
+            recorded=recorded,
+            epoch_file=replica.spec.folder.group_epoch,
+            count=replica.activity.counters.add,
+            ending=lambda: replica.stop.is_set,
+            in_order=config.in_order,
+            patience=2 * config.controller.dead_after,  # a work item whose replica has died is given out by then
+            timeout=config.timeouts.redis,
+        )
+        replica.stop.disposable = False
+        deliveries.open()
+        return deliveries
+
     def _train_until_stopped(self) -> str:
         """Why the job is solved, or nothing."""
         stop, solved = self._replica.stop, ""
-        while not solved and not stop.is_set and self._step < self._config.job.max_steps:
-            batch = self._collect()
-            if batch is None:
-                break
-            solved = self._train(batch)
-            if not solved and self._step % self._config.policy.checkpoint_every == 0:
-                self._save()
+        with ReadAhead(
+            self._deliveries,
+            self._inlet.read,
+            batch_size=self._config.policy.batch_size,
+            parts=self._ranks.parts,
+            version=self._version,
+            count=self._replica.activity.counters.add,
+            ending=lambda: stop.is_set,
+        ) as self._ahead:
+            stop.on_set(self._ahead.wake)
+            while not solved and not stop.is_set and self._step < self._config.job.max_steps:
+                batch = self._collect()
+                if batch is None:
+                    break
+                solved = self._train(batch)
+                if not solved and self._step % self._config.policy.checkpoint_every == 0:
+                    self._save()
         return solved
 
     def _collect(self) -> Batch | None:
-        """Receive and read until there is a whole batch; None when stopped before."""
-        size = self._config.policy.batch_size
-        batch = Batch(size, self._ranks.parts)
-        activity = self._replica.activity
-        while batch.missing:
-            if self._replica.stop.is_set:
-                return None
-            activity.waits(f"{batch.missing} of {size} payloads", "the rollout replicas")
-            began = MONOTONIC.now()
-            deliveries = self._intake.receive(batch.missing, self._version, _SLICE)
-            received = MONOTONIC.now()
-            if deliveries:
-                activity.doing(f"reading {len(deliveries)} payloads")
-                self._read(deliveries, batch)
-                batch.reading += MONOTONIC.now() - received
-            elif not self._replica.stop.is_set:
-                self._weights.restore()
-            batch.waited += received - began
-        return batch
+        """The next batch, read by all ranks; None when stopped before."""
+        size, activity = self._config.policy.batch_size, self._replica.activity
 
-    def _read(self, deliveries: list[Delivery], batch: Batch) -> None:
-        dealt = batch.deal(deliveries)
-        self._ranks.read(dealt)
-        failed: dict[str, Failure] = {}
-        for delivery, arrays in self._inlet.read(dealt[0]):
-            entry = delivery.entry
-            if isinstance(arrays, OutOfResources):
-                raise arrays  # of this process: the payload is there, and is delivered again
-            if isinstance(arrays, DrayError):
-                failed[entry.identity] = "stale" if isinstance(arrays, StaleSlotError) else "lost"
-                _LOG.warning("payload %s: %s", entry.identity, arrays)
-            else:
-                self._arrays[entry.identity] = Trajectory(arrays, entry.weight_version)
-        failed |= self._ranks.failures()
-        for part, given in enumerate(dealt):
-            batch.add(part, [each for each in given if each.entry.identity not in failed])
-        self._next_work_item = max(self._next_work_item, *(each.entry.work_item + 1 for each in deliveries))
-        lost = [each for each in deliveries if each.entry.identity in failed]
-        for each in lost:
-            kind = failed[each.entry.identity]
-            self._arrays.pop(each.entry.identity, None)
-            self._replica.activity.counters.add(kind)
-            _LOG.warning("rollout of work item %d by %s is %s", each.entry.work_item, each.entry.replica, kind)
-        self._intake.lost(lost)
+        def show(missing: int) -> None:
+            activity.waits(f"{missing} of {size} payloads", "the rollout replicas")
+
+        def restore() -> None:
+            if not self._replica.stop.is_set:
+                self._weights.restore()
+
+        while (batch := self._ahead.wait(show, restore)) is not None:
+            reading = Stopwatch()
+            activity.doing(f"reading {size} payloads")
+            self._ranks.read(batch.by_part())
+            failed = self._ranks.failures()
+            batch.reading += reading.elapsed
+            if not failed:
+                self._ahead.begin()
+                return batch
+            self._ahead.drop(failed)
+        return None
 
     def _train(self, batch: Batch) -> str:
         """One step, its commit and its new weights; returns why the job is solved, or nothing."""
         activity = self._replica.activity
         activity.doing(f"training step {self._step + 1}")
         began = MONOTONIC.now()
-        trajectories = [self._arrays.pop(each.entry.identity) for each in batch.part(0)]
+        trajectories = [batch.trajectories.pop(each.entry.id) for each in batch.part(0)]
+        self._next_work_item = max(self._next_work_item, *(each.entry.work_item + 1 for each in batch.deliveries))
         mean_return = _mean_return(trajectories)
-        self._ranks.train(batch)
+        self._ranks.train(batch, self._ahead.known())
         metrics = self._train_step(trajectories)
         if self._config.policy.replicas > 1:
             activity.waits("the end of their training step", "the other policy replicas")
@@ -293,15 +323,16 @@ class Training:
         trajectories.clear()
         activity.waits("the commit", "Redis")
         try:
-            self._intake.trained(batch.deliveries)
+            self._deliveries.trained(batch.deliveries)
         except RedisUnavailableError:
             # The checkpoint that follows has this step, and so must its line.
             self._record(batch, metrics, mean_return, ages, trained - began)
             raise
         self._record(batch, metrics, mean_return, ages, trained - began)
+        self._deliveries.freed(frozenset(self._inlet.unfreed()))
         self._show_stream()
         self._publish_weights()
-        self._intake.settled(batch.deliveries)
+        self._deliveries.settled(batch.deliveries)
         solved = self._stop_condition.judge(self._step, metrics, mean_return)
         if self._stop_condition.remark:
             activity.warn(self._stop_condition.remark)
@@ -324,7 +355,7 @@ class Training:
         self._ranks.weights()
         arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
         with carried(self._trainer, "weights"):
-            self._weights.publish(arrays, self._version, self._intake.epoch)
+            self._weights.publish(arrays, self._version, self._deliveries.epoch)
 
     def _record(
         self,
@@ -359,7 +390,7 @@ class Training:
             "step": self._step,
             "seconds": round(MONOTONIC.now() - self._began, 3),
             "payloads": int(activity.counters["payloads"]),
-            "committed": self._intake.committed,
+            "committed": self._deliveries.committed,
             "bytes": int(statistics.get("bytes", 0)),
             "staleness_mean": staleness,
             "staleness_max": max(ages),
@@ -387,7 +418,7 @@ class Training:
             return
         self._replica.activity.doing("writing a checkpoint")
         try:
-            self._intake.check_epoch()
+            self._deliveries.check_epoch()
         except RedisUnavailableError as error:
             _LOG.warning("writes a checkpoint without knowing whether another group goes on: %s", error)
         state = CheckpointState(
@@ -395,10 +426,10 @@ class Training:
             weight_version=self._version,
             next_work_item=self._next_work_item,
             outcome=outcome,
-            contributed=self._intake.contributed,
-            committed=self._intake.committed,
-            unconfirmed=self._intake.unconfirmed,
-            unfreed=tuple(self._inlet.unfreed()),
+            contributed=self._deliveries.contributed,
+            committed=self._deliveries.committed,
+            unconfirmed=self._deliveries.unconfirmed,
+            unfreed=tuple(each.key for each in self._inlet.unfreed()),
             ranks=self._config.policy.replicas,
             totals=self._totals(),
         )
@@ -407,7 +438,7 @@ class Training:
         save_checkpoint(self._replica.spec.folder.checkpoint, state, self._save_trainers)
         self._saved_step = self._step
         _LOG.info("checkpoint of step %d written in %.2f s", self._step, writing.elapsed)
-        self._intake.commit()
+        self._deliveries.commit()
 
     def _save_trainers(self, folder: Path) -> None:
         self._ranks.save(folder.parent)
@@ -415,7 +446,7 @@ class Training:
         self._ranks.wait()
 
     def _show_stream(self, *, now: bool = False) -> None:
-        for name, value in self._intake.statistics(now=now).items():
+        for name, value in self._deliveries.statistics(now=now).items():
             self._replica.activity.show(name, float(value))
 
     def _show_last(self) -> None:

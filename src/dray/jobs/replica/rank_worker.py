@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
-from dray.errors import OutOfResources, StaleSlotError
+from dray.errors import DrayError, OutOfResources, StaleSlotError
 from dray.jobs.api import PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import FOLDER_MODE
@@ -13,8 +15,9 @@ from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.replica.base import Replica
 from dray.jobs.replica.ranks import Failure
 from dray.jobs.replica.user_code import UserCodeError, call_user, save_into
+from dray.payload import Arrays
+from dray.prefetch import BatchReader, Fetched
 from dray.protocol import PayloadRef
-from dray.transport import PayloadClient
 
 
 class RankWorker:
@@ -24,13 +27,15 @@ class RankWorker:
     """
 
     def __init__(
-        self, replica: Replica, trainer: PolicyTrainer, channel: MessageChannel, client: PayloadClient
+        self, replica: Replica, trainer: PolicyTrainer, channel: MessageChannel, reader: BatchReader
     ) -> None:
         self._replica = replica
         self._trainer = trainer
         self._channel = channel
-        self._client = client
-        self._read_so_far: dict[str, Trajectory] = {}
+        self._reader = reader
+        self._timeout = replica.spec.config.timeouts.read
+        self._found: dict[str, Arrays | DrayError] = {}  # what was read, by the payload's key
+        self._versions: dict[str, int] = {}
 
     def run(self) -> ExitCode:
         """The exit code with which the replica ends.
@@ -62,7 +67,7 @@ class RankWorker:
         if command.what == "read":
             return self._read(command)
         if command.what == "train":
-            return self._train(command.identities)
+            return self._train(command)
         if command.what == "weights":
             call_user(self._trainer, "weights")
             return None
@@ -74,26 +79,40 @@ class RankWorker:
         raise GroupLostError(f"{self._channel.peer} shared more than this rank asked for")
 
     def _read(self, command: RankCommand) -> RankReply:
-        references = [PayloadRef.from_json(text) for text in command.references]
-        versions = {each.identity: version for each, version in zip(references, command.versions, strict=True)}
+        """Read what was not read ahead."""
+        self._reader.wait()
+        self._keep(each for each in self._reader.collect() if not isinstance(each.outcome, DrayError))
+        references = self._references(command)
+        missing = [each for each in references if each.id.key not in self._found]
+        self._keep(self._reader.fetch_all(missing, timeout=self._timeout, consume=False))
         failed: dict[str, Failure] = {}
-        results = self._client.read_many(
-            references, timeout=self._replica.spec.config.timeouts.read, consume=False, return_errors=True
-        )
-        for result in results:
-            reference, error = result.ref, result.error
-            identity = f"{reference.producer.hex()}:{reference.sequence}"
-            if isinstance(error, OutOfResources):
-                raise error  # of this process: the payload is there, and is delivered again
-            if error is not None:
-                failed[identity] = "stale" if isinstance(error, StaleSlotError) else "lost"
-            else:
-                self._read_so_far[identity] = Trajectory(result.payload, versions[reference.identity])
+        for each in references:
+            found = self._found[each.id.key]
+            if isinstance(found, OutOfResources):
+                raise found  # of this process: the payload is there, and is delivered again
+            if isinstance(found, DrayError):
+                failed[each.id.key] = "stale" if isinstance(found, StaleSlotError) else "lost"
+                del self._found[each.id.key]
         return RankReply(failed=failed)
 
-    def _train(self, identities: list[str]) -> RankReply:
-        trajectories = [self._read_so_far[identity] for identity in identities]
-        self._read_so_far.clear()
+    def _train(self, command: RankCommand) -> RankReply:
+        trajectories = [
+            Trajectory(cast(Arrays, self._found[identity]), self._versions[identity])
+            for identity in command.identities
+        ]
+        self._found.clear()
+        self._versions.clear()
+        self._reader.start(self._references(command), timeout=self._timeout)
         call_user(self._trainer, "train_step", trajectories)
         self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
         return RankReply()
+
+    def _references(self, command: RankCommand) -> list[PayloadRef]:
+        references = [PayloadRef.from_json(text) for text in command.references]
+        for each, version in zip(references, command.versions, strict=True):
+            self._versions[each.id.key] = version
+        return references
+
+    def _keep(self, results: Iterable[Fetched]) -> None:
+        for each in results:
+            self._found[each.ref.id.key] = each.outcome

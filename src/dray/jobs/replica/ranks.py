@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from dray.identifiers import PayloadId
+from dray.jobs.api import Trajectory
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.queue import Delivery
@@ -24,12 +26,17 @@ class Batch:
     Args:
         size: payloads of all parts together.
         parts: how many there are.
+
+    Attributes:
+        waited, reading: seconds that the step has waited for payloads to come, and for their bytes.
+        trajectories: what the first rank has read of its part.
     """
 
     size: int
     parts: int = 1
     waited: float = 0.0
     reading: float = 0.0
+    trajectories: dict[PayloadId, Trajectory] = field(default_factory=dict)
     _read: list[list[Delivery]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +55,18 @@ class Batch:
     def part(self, index: int) -> list[Delivery]:
         """What was read of one part, in order."""
         return self._read[index]
+
+    def by_part(self) -> list[list[Delivery]]:
+        """What was read, by part."""
+        return [list(part) for part in self._read]
+
+    def remove(self, keys: Collection[str]) -> list[Delivery]:
+        """Give back the places of the payloads with these keys; returns those."""
+        removed = [each for each in self.deliveries if each.entry.identity in keys]
+        self._read = [[each for each in part if each.entry.identity not in keys] for part in self._read]
+        for each in removed:
+            self.trajectories.pop(each.entry.id, None)
+        return removed
 
     def deal(self, deliveries: Sequence[Delivery]) -> list[list[Delivery]]:
         """Which part each of `deliveries`, at most `missing` of them, is to be read for."""
@@ -104,17 +123,8 @@ class Ranks:
         self._send(command)
 
     def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
-        """Let each rank read what its part was dealt."""
-
-        def command(rank: int) -> RankCommand:
-            entries = [delivery.entry for delivery in dealt[rank // self._readers]]
-            return RankCommand(
-                what="read",
-                references=[entry.reference or "" for entry in entries],
-                versions=[entry.weight_version for entry in entries],
-            )
-
-        self._send(command)
+        """Let each rank read what its part was dealt, and has not been read ahead."""
+        self._send(lambda rank: RankCommand(what="read", **self._references(dealt, rank)))
 
     def failures(self) -> dict[str, Failure]:
         """What any of them could not read, by identity."""
@@ -123,12 +133,12 @@ class Ranks:
             failed |= channel.receive(RankReply).failed
         return failed
 
-    def train(self, batch: Batch) -> None:
-        """Let each rank train on its part of `batch`."""
+    def train(self, batch: Batch, ahead: Sequence[Sequence[Delivery]]) -> None:
+        """Let each rank train on its part of `batch`, and meanwhile read what is known of the one after it."""
 
         def command(rank: int) -> RankCommand:
-            part = batch.part(rank // self._readers)
-            return RankCommand(what="train", identities=[delivery.entry.identity for delivery in part])
+            identities = [delivery.entry.identity for delivery in batch.part(rank // self._readers)]
+            return RankCommand(what="train", identities=identities, **self._references(ahead, rank))
 
         self._send(command)
 
@@ -154,6 +164,13 @@ class Ranks:
         for channel in self._channels:
             if channel.lost:
                 raise GroupLostError(f"{channel.peer} is gone")
+
+    def _references(self, dealt: Sequence[Sequence[Delivery]], rank: int) -> dict[str, Any]:
+        entries = [delivery.entry for delivery in dealt[rank // self._readers]]
+        return {
+            "references": [entry.reference or "" for entry in entries],
+            "versions": [entry.weight_version for entry in entries],
+        }
 
     def _send(self, command: Callable[[int], RankCommand]) -> None:
         for rank, channel in enumerate(self._channels, start=1):

@@ -11,6 +11,7 @@ from typing import Final
 
 from dray.clock import Deadline
 from dray.errors import DrayError, PayloadFormatError, PayloadTooLargeError
+from dray.identifiers import PayloadId
 from dray.jobs.queue import (
     BacklogFullError,
     ControlPlaneStopped,
@@ -120,7 +121,7 @@ class RedisReader:
     def consume(self, entries: Sequence[RolloutEntry]) -> None:
         """The commit has removed the entries, and the payloads with them."""
 
-    def unfreed(self) -> list[str]:
+    def unfreed(self) -> list[PayloadId]:
         return []
 
     def statistics(self) -> Mapping[str, float]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from dray.clock import MONOTONIC, Deadline
 from dray.counters import Counters
@@ -19,6 +20,7 @@ from dray.errors import (
     StaleSlotError,
     TransportError,
 )
+from dray.identifiers import PayloadId
 from dray.jobs.process import folder_is_local, own_address
 from dray.jobs.queue import (
     Delivery,
@@ -32,11 +34,11 @@ from dray.jobs.replica.base import Replica
 from dray.jobs.replica.heartbeat import AgeKind
 from dray.jobs.replica.transfer import Arrays
 from dray.payload import plan, unpack
-from dray.prefetch import FreeingThreads
+from dray.prefetch import BatchReader, FreeingThreads
 from dray.protocol import PayloadRef
 from dray.protocol.ref import has_control
 from dray.ring import SharedRingBuffer
-from dray.transport import PayloadClient, PayloadServer
+from dray.transport import PayloadClient, PayloadServer, ReadResult
 from dray.transport.lanes import LANES
 
 # --- orphans -----------------------------------------------------------------------------------------------------
@@ -110,15 +112,43 @@ def ring_policy_ends(replica: Replica) -> Iterator[tuple[RingReader, RingWeights
         ended.callback(lambda: replica.activity.show("unfreed", float(freeing.unfreed)))
         ended.callback(freeing.join)
         opened.enter_context(freeing)
+        batches = opened.enter_context(_batch_reader(replica, clients[0]))
         yield (
-            RingReader(replica, clients[0], freeing),
+            RingReader(replica, clients[0], batches, freeing),
             opened.enter_context(RingWeightsPublisher(replica)),
         )
 
 
-def rank_client(replica: Replica) -> PayloadClient:
+def rank_reader(replica: Replica) -> BatchReader:
     """What a policy replica that is not the first of its group reads with."""
-    return _client(replica, replica.index % replica.spec.config.policy.readers)
+    client = _client(replica, replica.index % replica.spec.config.policy.readers)
+    return _batch_reader(replica, client)
+
+
+def _batch_reader(replica: Replica, client: PayloadClient) -> BatchReader:
+    config = replica.spec.config
+    source = _InPlace(client) if config.policy.in_place else client
+    return BatchReader(source, read_timeout=config.timeouts.read, consume=False)
+
+
+class _InPlace:
+    """A client as a `dray.prefetch.Source`: large payloads of this machine are read in place.
+
+    The slot of such a payload stays leased until its last array is gone.
+    """
+
+    def __init__(self, client: PayloadClient) -> None:
+        self._client = client
+        self.read = client.read
+        self.consume = client.consume
+        self.close = client.close
+
+    def read_many(
+        self, refs: Iterable[PayloadRef], *, timeout: float | None, consume: bool, return_errors: bool
+    ) -> Iterator[ReadResult[Any]]:
+        return self._client.read_many(
+            refs, timeout=timeout, consume=consume, return_errors=return_errors, in_place=not consume
+        )
 
 
 def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
@@ -134,6 +164,7 @@ def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
         host=own_address(),
         threads=config.rollout.server_threads,
         secret=replica.spec.secret,
+        max_leases=max(8, ring.slots),
         drain_timeout=replica.bounds.transfers,
         join_timeout=replica.bounds.threads,
         directory=directory,
@@ -259,14 +290,17 @@ class RingPublisher:
 class RingReader:
     """See `TrajectoryReader`."""
 
-    def __init__(self, replica: Replica, client: PayloadClient, freeing: FreeingThreads) -> None:
+    def __init__(
+        self, replica: Replica, client: PayloadClient, batches: BatchReader, freeing: FreeingThreads
+    ) -> None:
         self._replica = replica
         self._client = client
+        self._batches = batches
         self._freeing = freeing
         self._carried = 0  # bytes that came in the entries themselves
 
     def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
-        waiting: dict[tuple[bytes, int], Delivery] = {}
+        waiting: dict[PayloadId, Delivery] = {}
         references: list[PayloadRef] = []
         for delivery in deliveries:
             try:
@@ -280,10 +314,10 @@ class RingReader:
                 yield delivery, error
             else:
                 references.append(reference)
-                waiting[reference.identity] = delivery
+                waiting[reference.id] = delivery
         timeout = self._replica.spec.config.timeouts.read
-        for result in self._client.read_many(references, timeout=timeout, consume=False, return_errors=True):
-            yield waiting[result.ref.identity], result.outcome
+        for found in self._batches.fetch_all(references, timeout=timeout, consume=False):
+            yield waiting[found.ref.id], found.outcome
 
     def consume(self, entries: Sequence[RolloutEntry]) -> None:
         references = []
@@ -294,8 +328,8 @@ class RingReader:
                 _LOG.warning("payload %s cannot be freed: %s", entry.identity, error)
         self._freeing.add(references)
 
-    def unfreed(self) -> list[str]:
-        return [f"{each.producer.hex()}:{each.sequence}" for each in self._freeing.waiting()]
+    def unfreed(self) -> list[PayloadId]:
+        return [each.id for each in self._freeing.waiting()]
 
     def statistics(self) -> Mapping[str, float]:
         statistics = self._client.statistics()

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from dray.errors import DrayError
+from dray.identifiers import PayloadId
 from dray.jobs.queue import Delivery, RolloutEntry
 
 Arrays = Mapping[str, np.ndarray]
@@ -48,8 +49,8 @@ class TrajectoryReader(Protocol):
         """Have payloads freed at their producers, for all their readers; does not wait for it."""
         ...
 
-    def unfreed(self) -> list[str]:
-        """``producer:sequence`` of what `consume` was told and no producer has confirmed."""
+    def unfreed(self) -> list[PayloadId]:
+        """What `consume` was given and no producer has confirmed."""
         ...
 
     def statistics(self) -> Mapping[str, float]:

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+
+from junitparser import TestSuite
 
 from dray.clock import Deadline
 from dray.errors import ConfigError
@@ -257,8 +258,8 @@ def read_report(plan: Plan, view: JobView) -> Report:
     ends = read_ends(plan.output)
     results = []
     for suite in plan.suites:
-        element = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
-        counts = None if element is None else ci_report.count(element)
+        found = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
+        counts = None if found is None else ci_report.count(found)
         results.append(SuiteResult(suite.name, ends.get(suite.name), counts))
     return Report(view.number, view.state, ends.get(SETUP), results)
 
@@ -266,15 +267,15 @@ def read_report(plan: Plan, view: JobView) -> Report:
 def write_report(plan: Plan, report: Report) -> None:
     """Write `report.txt` and `junit.xml` into the output folder."""
     (plan.output / "report.txt").write_text("\n".join([*report.lines(), ""]), encoding="utf-8")
-    elements = {}
+    merged = {}
     for suite in report.suites:
-        element = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
-        whole = element is not None and suite.verdict not in BROKEN_OFF
-        elements[suite.name] = element = ElementTree.Element("testsuite") if element is None else element
+        found = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
+        whole = found is not None and suite.verdict not in BROKEN_OFF
+        merged[suite.name] = TestSuite() if found is None else found
         if not whole and suite.verdict is not Verdict.EMPTY:
             log = plan.output / "logs" / f"{suite.name}.log"
-            ci_report.add_error(element, suite.name, suite.verdict, log)
-    ci_report.write_merged(plan.output / "junit.xml", elements)
+            ci_report.add_error(merged[suite.name], suite.name, suite.verdict, log)
+    ci_report.write_merged(plan.output / "junit.xml", merged)
 
 
 # --- values -----------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from xml.etree import ElementTree
+
+from junitparser import Error, JUnitXml, JUnitXmlError, TestCase, TestSuite
 
 # --- ci junit ----------------------------------------------------------------------------------------------------
 
@@ -39,48 +41,43 @@ class Counts:
         return ", ".join(f"{count} {name}" for name, count in named if count) or "none"
 
 
-def read_suite(path: Path) -> ElementTree.Element | None:
-    """The `<testsuite>` of a report; None where there is no whole report, as after a crash."""
+def read_suite(path: Path) -> TestSuite | None:
+    """The first suite of a report; None where there is no whole report, as after a crash."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (FileNotFoundError, ElementTree.ParseError):
+        return next(iter(JUnitXml.fromstring(path.read_bytes())), None)
+    except (FileNotFoundError, SyntaxError, JUnitXmlError):  # XML parsers have subclasses of SyntaxError
         return None
-    return root if root.tag == "testsuite" else root.find("testsuite")
 
 
-def count(suite: ElementTree.Element) -> Counts:
-    """The tests of a `<testsuite>`."""
-    passed = failed = errors = skipped = 0
-    for case in suite.iter("testcase"):
-        reason = case.find("skipped")
-        if case.find("failure") is not None:
-            failed += 1
-        elif case.find("error") is not None:
-            errors += 1
-        elif reason is not None and reason.get("type") != "pytest.xfail":
-            skipped += 1
-        else:
-            passed += 1
-    return Counts(passed, failed, errors, skipped)
+def count(suite: TestSuite) -> Counts:
+    """The tests of a suite."""
+    return Counts(**Counter(map(_outcome, suite)))
 
 
-def add_error(suite: ElementTree.Element, name: str, what: str, log: Path) -> None:
-    """Add to a `<testsuite>` that its process went wrong as a whole, with the end of its log."""
-    for attribute in ("tests", "errors"):
-        suite.set(attribute, str(int(suite.get(attribute, "0")) + 1))
-    case = ElementTree.SubElement(suite, "testcase", classname=name, name="the suite as a whole")
-    error = ElementTree.SubElement(case, "error", message=what)
+def _outcome(case: TestCase) -> str:
+    if case.is_failure:
+        return "failed"
+    if case.is_error:
+        return "errors"
+    return "skipped" if any(each.type != "pytest.xfail" for each in case.result) else "passed"
+
+
+def add_error(suite: TestSuite, name: str, what: str, log: Path) -> None:
+    """Add to a suite that its process went wrong as a whole, with the end of its log."""
+    case, error = TestCase("the suite as a whole", name), Error(what)
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     error.text = _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text[-_LOG_CHARACTERS:])
+    case.result = [error]
+    suite.add_testcase(case)
 
 
-def write_merged(path: Path, suites: dict[str, ElementTree.Element]) -> None:
-    """Write one report with a `<testsuite>` for each name, in order."""
-    root = ElementTree.Element("testsuites")
+def write_merged(path: Path, suites: Mapping[str, TestSuite]) -> None:
+    """Write one report with a suite for each name, in order."""
+    report = JUnitXml()
     for name, suite in suites.items():
-        suite.set("name", name)
-        root.append(suite)
-    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+        suite.name = name
+        report.add_testsuite(suite)
+    report.write(str(path))
 
 
 # --- ci report ---------------------------------------------------------------------------------------------------

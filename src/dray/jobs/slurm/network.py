@@ -7,13 +7,13 @@ other machine reaches it.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import socket
-import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from dray.errors import ConfigError
 from dray.name_resolution import is_loopback
@@ -21,12 +21,6 @@ from dray.name_resolution import is_loopback
 _SYS = Path("/sys/class")
 _ROUTES = Path("/proc/net/route")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SIOCGIFFLAGS = 0x8913
-_SIOCGIFADDR = 0x8915
-_IFF_UP = 0x1
-_NAME = struct.Struct("15sx16x")
-_FLAGS = struct.Struct("16xH14x")
-_ADDRESS = struct.Struct("16x4x4s8x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +76,12 @@ def chosen(
 
 def interfaces() -> list[Interface]:
     """The interfaces of this machine that are up and have an IPv4 address."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
-        for _, name in socket.if_nameindex():
-            try:
-                request = _NAME.pack(name.encode())
-                (flags,) = _FLAGS.unpack(fcntl.ioctl(query, _SIOCGIFFLAGS, request))
-                (address,) = _ADDRESS.unpack(fcntl.ioctl(query, _SIOCGIFADDR, request))
-            except OSError:  # it has no IPv4 address, or is gone by now
-                continue
-            if flags & _IFF_UP:
-                found.append(Interface(name, socket.inet_ntoa(address)))
-    return found
+    up = {name for name, state in psutil.net_if_stats().items() if "up" in state.flags.split(",")}
+    found = {
+        name: next((each.address for each in addresses if each.family == socket.AF_INET), None)
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    return [Interface(name, address) for name, address in found.items() if name in up and address is not None]
 
 
 def rdma_interfaces(sys: Path = _SYS) -> set[str]:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError, TransportError
+from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
@@ -43,7 +44,7 @@ from dray.jobs.messages.models import (
     Shutdown,
     StartReplica,
 )
-from dray.jobs.process import SignalInbox, is_running, log_to_stderr, set_log_level
+from dray.jobs.process import SignalInbox, log_to_stderr, set_log_level
 from dray.jobs.slurm.network import boot_id, choose_interface
 from dray.jobs.slurm.placement import Placement, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
