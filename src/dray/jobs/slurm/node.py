@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dray.clock import Deadline
+from dray.clock import Deadline, retry_pauses
 from dray.errors import ConfigError, ControlPlaneError, TransportError
 from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import ExitCode, meaning
@@ -49,9 +49,6 @@ from dray.jobs.slurm.network import boot_id, choose_interface
 from dray.jobs.slurm.placement import Placement, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
 from dray.name_resolution import is_loopback
-
-ADDRESS_POLL_INTERVAL = 0.25
-"""Seconds between two checks for the head's address: a file system that nodes share reports no new files."""
 
 REPORT_INTERVAL = 1.0
 """Seconds between two reports to the head of which replicas run."""
@@ -145,7 +142,9 @@ class NodeAgent(ProcessSupervisor):
         # The head imports the user's classes before it listens; it has `timeouts.start` for that.
         deadline = Deadline.after(2 * self._timeouts.start)
         why: TransportError | None = None
+        pauses = retry_pauses()
         while not deadline.expired:
+            # A file system that nodes share reports no new files.
             address = read_head_address(self._folder.head_address, self._task.name)
             if address is not None:
                 try:
@@ -154,7 +153,7 @@ class NodeAgent(ProcessSupervisor):
                     why = error
             elif why is not None:
                 break  # it has taken its address back
-            self._wait(min(ADDRESS_POLL_INTERVAL, deadline.remaining))
+            self._wait(min(next(pauses), deadline.remaining))
             if self.signals:
                 return None
         what = f"it has not written {self._folder.head_address}" if why is None else str(why)
