@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -106,3 +107,15 @@ class Deadline:
 
     def __repr__(self) -> str:
         return f"<Deadline {self.remaining:.3f} s left>"
+
+
+MIN_RETRY_PAUSE = 0.05
+MAX_RETRY_PAUSE = 0.5
+
+
+def retry_pauses() -> Iterator[float]:
+    """The seconds before each further attempt of a call that may succeed later; they double, up to a limit."""
+    pause = MIN_RETRY_PAUSE
+    while True:
+        yield pause
+        pause = min(2 * pause, MAX_RETRY_PAUSE)

@@ -47,7 +47,7 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         psutil.Process(policy(job).pid).kill()
         assert job.end() == 0, job.story()
         assert "policy-0 ended early: killed by signal 9" in job.text
-        assert "the policy starts again, 1 of 3 times" in job.text
+        assert "restarting the policy group (restart 1 of 3)" in job.text
         log = job.log("policy-0")
         assert "begins epoch 2" in log
         assert "resuming from step" in log
@@ -85,7 +85,7 @@ def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tup
             time.sleep(chance.uniform(0.0, 1.5))
             victims = job.processes("dray.jobs.replica.policy")
             victims[chance.randrange(len(victims))].kill()
-            job.wait_for(f"the policy starts again, {life + 1} of {kills} times")
+            job.wait_for(f"restarting the policy group (restart {life + 1} of {kills})")
         wait_for_life(job, kills)
         step = job.step()
         job.wait_until(lambda: job.step() not in range(step + 10), "further steps", 40.0)
@@ -118,7 +118,7 @@ def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path:
         assert counters["trained"] == trained
         assert job.end() == 0, job.story()
         assert "still has epoch 1" in job.log("policy-0")
-        assert "the policy starts again, 1 of 3 times" in job.text
+        assert "restarting the policy group (restart 1 of 3)" in job.text
         account(job)
 
 
@@ -194,7 +194,7 @@ def test_payload_that_kills_the_policy_again_and_again_becomes_a_dead_letter(tmp
         found = account(job)
         assert 1 <= found["dead_letters"] <= 8
         assert "is a dead letter after 2 deliveries" in job.log("policy-0")
-        assert "the policy starts again, 2 of 3 times" in job.text
+        assert "restarting the policy group (restart 2 of 3)" in job.text
         assert "3 of 3" not in job.text
 
 

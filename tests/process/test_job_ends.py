@@ -79,7 +79,7 @@ def test_z7_policy_that_leaves_by_an_exit_code_of_its_own_is_restarted(tmp_path:
         assert job.end() == 0, job.story()
         assert "policy-0 ended early: exit code 5" in job.text
         assert "policy-0 ended early: exit code 7" in job.text
-        assert "the policy starts again, 2 of 3 times" in job.text
+        assert "restarting the policy group (restart 2 of 3)" in job.text
         assert job.checkpoint()["step"] == 3
 
 

@@ -287,7 +287,7 @@ def test_r10_run_is_finished_although_nobody_could_tell_the_controller(tmp_path:
         job.wait_until((job.output / "saving").exists, "the last checkpoint to begin")
         job.only("dray.jobs.controller.app").kill()
         assert job.end(bound=30.0) == 0, job.story()
-        assert "solved at step 20, says the checkpoint" in job.text
+        assert "solved at step 20 (according to the checkpoint)" in job.text
         assert job.summary()["solved"]
 
 

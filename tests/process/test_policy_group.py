@@ -47,7 +47,7 @@ def test_r2_dead_rank_voids_the_step_and_the_group_begins_another_epoch(
             if process.cmdline()[4] == str(rank):
                 process.send_signal(number)
         assert job.end() == 0, job.story()
-        assert "the policy starts again, 1 of 3 times" in job.text
+        assert "restarting the policy group (restart 1 of 3)" in job.text
         assert "begins epoch 2" in job.log("policy-0")
         assert "resuming from step" in job.log("policy-0")
         parts = [job.contributed(rank) for rank in range(2)]

@@ -15,7 +15,6 @@ from waiting import ends_within, wait_until
 from dray.clock import Deadline
 from dray.errors import ConfigError, ControlPlaneError
 from dray.jobs.job_file import parse_job
-from dray.jobs.launch.redis import job_redis
 from dray.jobs.queue import (
     JobKeys,
     RedisConnection,
@@ -29,7 +28,7 @@ from dray.jobs.queue import (
     start_redis,
 )
 from dray.jobs.queue.redis_client import RedisClient
-from dray.jobs.queue.redis_server import find_redis_binary
+from dray.jobs.queue.redis_server import find_redis_binary, job_redis
 
 KEYS = JobKeys("refusals")
 

@@ -34,26 +34,25 @@ PEERS = """
 import socket, threading
 from dray.jobs.queue.redis_client import NoSignalSocket
 from dray.jobs.messages.controller_client import ControllerClient
-from dray.jobs.messages.channel import Goodbye, Link
-from dray.jobs.messages.channel import Channel, GroupLostError, Order
+from dray.jobs.messages.channel import GroupLostError, MessageChannel
+from dray.jobs.messages.models import RankCommand, Shutdown
 from dray.jobs.process import StopFlag
 
 found = []
 mine, other = socket.socketpair()
-with Channel(mine, "rank 1", StopFlag(), 5.0) as channel:
+with MessageChannel(mine, "rank 1", StopFlag(), 5.0) as channel:
     other.close()
     try:
-        channel.send(Order(what="end"))
+        channel.send(RankCommand(what="end"))
     except GroupLostError:
-        found.append("group channel")
+        found.append("rank")
 mine, other = socket.socketpair()
-mine.setblocking(False)
-link = Link(mine)
+node = MessageChannel(mine, "node")
 other.close()
-link.send(Goodbye())
-if link.lost:
-    found.append("link")
-link.close()
+node.post(Shutdown())
+if node.lost:
+    found.append("node")
+node.close()
 mine, other = socket.socketpair()
 with NoSignalSocket.of(mine) as connected:
     other.close()
@@ -75,4 +74,4 @@ send(found)
 
 def test_sends_to_peers_of_the_runtime_that_are_gone_are_errors() -> None:
     with Child(DEFAULT + PEERS) as child:
-        assert child.receive() == ["group channel", "link", "redis", "controller"]
+        assert child.receive() == ["rank", "node", "redis", "controller"]

@@ -97,7 +97,7 @@ def test_policy_on_one_node_starts_again_in_place(tmp_path: Path) -> None:
         for process in run.processes("dray.jobs.replica.policy"):
             process.kill()
         assert run.end() == [0, 0], run.story()
-        assert "the policy starts again, 1 of 3 times" in run.log("n1.out")
+        assert "restarting the policy group (restart 1 of 3)" in run.log("n1.out")
 
 
 def test_time_limit_leaves_a_checkpoint_that_the_next_part_goes_on_from(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: i
         assert "killed" not in run.log("n1.out")
         if number == 2:
             assert "rollout-0 ended early: its node" in run.log("n1.out")
-            assert "was told to end and sent it SIGTERM" in run.log("n1.out")
+            assert "was asked to end and sent it SIGTERM" in run.log("n1.out")
 
 
 def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> None:

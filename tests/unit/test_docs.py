@@ -22,7 +22,7 @@ from dray.jobs.controller.metrics import FAMILIES
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.launch import shutdown
 from dray.jobs.launch.processes import RESTARTED
-from dray.jobs.launch.signals import WATCHED
+from dray.jobs.process import WATCHED
 from dray.jobs.queue import keys
 from dray.jobs.replica import delivery, heartbeat
 from dray.jobs.slurm import run_state

@@ -9,7 +9,7 @@ import pytest
 from forked_child import run_in_child
 
 from dray.forking import SignalHandlers, not_inherited, parent_only
-from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.process import SignalInbox
 from dray.jobs.replica.user_code import call_user
 
 FORKS_AND_ENDS = """
@@ -73,9 +73,9 @@ def test_exception_that_ends_a_forked_child_is_not_an_error_of_drays_own() -> No
 def test_signal_to_a_forked_child_of_the_supervisor_is_no_signal_to_the_supervisor() -> None:
     with SignalInbox((signal.SIGTERM,)) as inbox:
         assert run_in_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == f"status {int(signal.SIGTERM)}"
-        assert inbox.take() == []
+        assert inbox.receive() == []
         os.kill(os.getpid(), signal.SIGTERM)
-        assert inbox.take() == [signal.SIGTERM]
+        assert inbox.receive() == [signal.SIGTERM]
 
 
 def test_handler_that_user_code_has_set_stays_and_children_have_it() -> None:

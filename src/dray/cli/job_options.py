@@ -11,8 +11,8 @@ import typer
 
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig
+from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import JobDraft, draft_job
-from dray.jobs.launch.run_options import RunOptions
 from dray.text import text_of
 
 Settings = Annotated[

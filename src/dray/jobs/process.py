@@ -18,19 +18,21 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import MappingProxyType, TracebackType
 from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from dray.clock import MONOTONIC, Stopwatch
 from dray.forking import SignalHandlers, call_in_children, not_inherited
-from dray.jobs.descendants import kill_descendants
+from dray.jobs.descendants import ends_within, kill_descendants
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.standard_streams import flush_streams
-from dray.resources import raise_descriptor_limit
+from dray.resources import Closing, raise_descriptor_limit
+from dray.system_calls import needed
 from dray.text import PrintableFormatter
 
 # --- process -----------------------------------------------------------------------------------------------------
@@ -246,6 +248,139 @@ def _prctl(option: int, value: int) -> None:
     if libc.prctl(option, value, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+"""Each of them ends a job in order, with a checkpoint."""
+
+
+class SignalInbox(Closing):
+    """Until it is closed, signals that would end the process are collected instead. Main thread only.
+
+    A signal that the process was started to ignore, as SIGHUP under ``nohup``, stays ignored.
+
+    Args:
+        watched: these signals.
+    """
+
+    def __init__(self, watched: Collection[signal.Signals] = WATCHED) -> None:
+        self._watched = frozenset(each for each in watched if signal.getsignal(each) is not signal.SIG_IGN)
+        self._reader, self._writer = map(not_inherited, socket.socketpair())
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._handlers = SignalHandlers(self._watched, self._writer)
+        self._closed = False
+
+    def fileno(self) -> int:
+        """Readable when a signal has come."""
+        return self._reader.fileno()
+
+    def receive(self) -> list[signal.Signals]:
+        """The watched signals that came since the last call."""
+        try:
+            content = self._reader.recv(256)
+        except BlockingIOError:
+            return []
+        return [signal.Signals(byte) for byte in content if byte in self._watched]
+
+    def close(self) -> None:
+        """Restore the signal handlers of before. Twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._handlers.restore()
+            self._reader.close()
+            self._writer.close()
+
+
+# --- child process -----------------------------------------------------------------------------------------------
+
+
+class ChildProcess:
+    """A child in a process group of its own, watched through a pidfd: its pid never means another process.
+
+    Args:
+        command: the program and its arguments; never a secret.
+        output: descriptor of the file for its standard output and standard error.
+        content: what it reads from its standard input, which then ends.
+        pass_fds: descriptors that it inherits under the same numbers.
+        environment: all of its variables; None: those of this process.
+
+    Attributes:
+        pidfd: readable once the process has ended; closed by `collect`.
+        exit_code: as `subprocess` gives it; None until `collect` has found that the process has ended.
+
+    To be made in the main thread: the kernel signals a child when the *thread* that started it ends.
+
+    Raises:
+        OSError: the program cannot be started.
+        ConfigError: a sandbox refuses `pidfd_open`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        output: int,
+        *,
+        content: bytes = b"",
+        pass_fds: Collection[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.exit_code: int | None = None
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if content else subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,
+            pass_fds=tuple(pass_fds),
+            env=environment,
+        )
+        self.pid = self._process.pid
+        try:
+            with needed("pidfd_open"):
+                self.pidfd = os.pidfd_open(self.pid)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+        finally:
+            if self._process.stdin is not None:
+                with suppress(BrokenPipeError), self._process.stdin as stdin:  # its end is noticed by its pidfd
+                    stdin.write(content)
+
+    @property
+    def running(self) -> bool:
+        """Whether `collect` has not given an exit code yet."""
+        return self.exit_code is None
+
+    def has_ended(self, timeout: float = 0.0) -> bool:
+        """Whether the process has ended or does so within `timeout` seconds."""
+        return self.exit_code is not None or ends_within(self.pidfd, timeout)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, unless it has ended."""
+        if self.running:
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill_group(self) -> None:
+        """Kill the process and every other one in its group."""
+        if self.running:
+            # The group's number stays in use until the dead leader is waited for.
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def collect(self, timeout: float = 0.0) -> int | None:
+        """The exit code if the process ends within `timeout` seconds, else None.
+
+        What is left of its process group is killed.
+        """
+        if self.exit_code is None and self.has_ended(timeout):
+            self.kill_group()
+            self.exit_code = self._process.wait()
+            os.close(self.pidfd)
+        return self.exit_code
 
 
 # --- place -------------------------------------------------------------------------------------------------------

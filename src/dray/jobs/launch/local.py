@@ -10,17 +10,15 @@ from pathlib import Path
 
 from dray.errors import ConfigError
 from dray.jobs.exit_codes import ExitCode
-from dray.jobs.folder import JobFolder, short_path
+from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import this_machine
+from dray.jobs.launch.job_processes import on_this_machine
 from dray.jobs.launch.output import is_begun, resume_line, start_again_line
 from dray.jobs.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
-from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.launch.shutdown import stopped_early
-from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.supervisor import supervise
-from dray.jobs.process import adopt_orphans, dump_stacks_on_signal
+from dray.jobs.process import SignalInbox, adopt_orphans, dump_stacks_on_signal
 from dray.jobs.replica.checkpoint import find_checkpoint
 from dray.resources import raise_descriptor_limit
 from dray.text import MAX_LINE, as_argument, printable
@@ -51,12 +49,12 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
                 raise_mistakes([*found.mistakes, *redis_mistakes(draft, display.say)])
             folder, state = found.folder, found.state
             assert folder is not None
-            site = this_machine(config, folder, options)
+            placement = on_this_machine(config, folder, options)
             if state is None or not state.outcome:
                 first = [start_again_line(folder)] if resume else []
                 for line in (*(first if state is None else [resume_line(folder, state)]), *lines):
                     display.say(line)
-            code = supervise(config, options.job_file, site, state, inbox, display)
+            code = supervise(config, options.job_file, placement, state, inbox, display)
             if code != ExitCode.OK:
                 display.say(how_to_resume(folder, options.job_file, config.job.max_steps))
             return code

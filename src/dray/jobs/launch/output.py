@@ -15,8 +15,7 @@ from pathlib import Path
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig, LogLevel
 from dray.jobs.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append
-from dray.jobs.folder import JobFolder, short_path
-from dray.jobs.launch import run_options
+from dray.jobs.folder import OPTIONS_NAME, JobFolder, short_path
 from dray.jobs.process import LEVELS, printable_handler
 from dray.jobs.replica.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial
 from dray.system_calls import needed
@@ -219,7 +218,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 def is_begun(root: Path) -> bool:
     """Whether a run has started its processes in the folder."""
-    return _is_there(root / run_options.FILE_NAME) or has_metrics(root)
+    return _is_there(root / OPTIONS_NAME) or has_metrics(root)
 
 
 def has_metrics(root: Path) -> bool:

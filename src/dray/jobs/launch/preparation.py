@@ -23,18 +23,16 @@ from dray.clock import Deadline
 from dray.errors import ConfigError, MissingDependencyError
 from dray.identifiers import PRODUCER_ID_BYTES
 from dray.jobs.config import JobConfig
-from dray.jobs.controller.listener import bind
+from dray.jobs.controller.listener import bind, check_token_file
 from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.exit_codes import meaning
 from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import MAX_MISTAKES, JobDraft
 from dray.jobs.launch.output import open_output
 from dray.jobs.launch.processes import Child
-from dray.jobs.launch.redis import answering_server
-from dray.jobs.launch.signals import SignalInbox
-from dray.jobs.launch.token_file import check_token_file
+from dray.jobs.process import SignalInbox
 from dray.jobs.queue import JobKeys, RedisAddress
-from dray.jobs.queue.redis_server import find_redis_binary
+from dray.jobs.queue.redis_server import answering_server, find_redis_binary
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.private_directory import PrivateDirectory
 from dray.ring.layout import SegmentLayout
@@ -90,7 +88,7 @@ def check_entry_points(
             selector.register(child.pidfd, selectors.EVENT_READ)
             while child.collect() is None and not signals and not deadline.expired:
                 selector.select(min(deadline.remaining, notice - deadline.elapsed))
-                signals += inbox.take()
+                signals += inbox.receive()
                 if deadline.elapsed >= notice:
                     notice *= 2
                     say(

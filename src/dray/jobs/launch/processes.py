@@ -1,86 +1,71 @@
-"""Child processes of the supervisor, watched through pidfds: a pid of ours is never another process's."""
+"""A process of the job as its supervisor sees it, why it has ended, and whether that restarts the policy group."""
 
 from __future__ import annotations
 
+import abc
 import os
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import THE_JOB_HAS
-from dray.jobs.descendants import ends_within, is_running
+from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
 from dray.jobs.files import open_to_append
-from dray.jobs.folder import JobFolder
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
-from dray.jobs.process import PARENT_VARIABLE
-from dray.system_calls import needed
+from dray.jobs.process import PARENT_VARIABLE, ChildProcess
 
-# --- children ----------------------------------------------------------------------------------------------------
+# --- job processes -----------------------------------------------------------------------------------------------
 
 
-class JobProcess(Protocol):
-    """A process of the job as the supervisor sees it: a child of its own, or one of another node."""
+class JobProcess(abc.ABC):
+    """A process of the job as its supervisor sees it: a `Child`, or one of another node.
 
-    @property
-    def name(self) -> str:
-        """Unique in the job, e.g. ``"rollout-0"``."""
-        ...
+    Attributes:
+        name: unique in the job, e.g. ``"rollout-0"``.
+        role: of a replica; None for the controller.
+        pid: its number on its machine.
+        log: where its output goes.
+        exit_code: as `subprocess` gives it; None until its host has collected it.
+    """
 
-    @property
-    def role(self) -> Role | None:
-        """For a replica."""
-        ...
-
-    @property
-    def pid(self) -> int:
-        """Its number on its machine."""
-        ...
-
-    @property
-    def log(self) -> Path:
-        """Where its output goes."""
-        ...
+    name: str
+    role: Role | None
+    pid: int
+    log: Path
+    exit_code: int | None
+    _seen: float
 
     @property
     def running(self) -> bool:
-        """Whether `collect` has not given an exit code yet."""
-        ...
-
-    @property
-    def exit_code(self) -> int | None:
-        """As `subprocess` gives it."""
-        ...
+        """Whether its host has not collected its exit code yet."""
+        return self.exit_code is None
 
     @property
     def ending(self) -> str:
         """How it ended, in one phrase."""
-        ...
+        return "it runs" if self.exit_code is None else meaning(self.exit_code)
 
     def seconds_unseen(self) -> float:
         """Seconds since the process was last known to run; one that is stopped does not."""
-        ...
+        return MONOTONIC.now() - self._seen
 
+    @abc.abstractmethod
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; one that has ended gets none."""
-        ...
+        """Send a signal, unless the process has ended."""
 
+    @abc.abstractmethod
     def kill_group(self) -> None:
         """Kill the process and what is in its group."""
-        ...
 
-    def collect(self) -> int | None:
-        """The exit code, once it has ended."""
-        ...
+    def __repr__(self) -> str:
+        state = "running" if self.running else self.exit_code
+        return f"<{type(self).__name__} {self.name} pid {self.pid} {state}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +136,8 @@ def replica_end(
     return ReplicaEnd(ending, early=True)
 
 
-class Child:
-    """One process of the job, in a process group of its own, with a log file.
+class Child(ChildProcess, JobProcess):
+    """One process of the job on this machine, with a log file.
 
     Args:
         name: unique in the job, e.g. ``"rollout-0"``.
@@ -161,8 +146,6 @@ class Child:
         log: where its output goes; appended to.
         role: for a replica.
         environment: variables beside those of this process.
-
-    To be made in the main thread: the kernel signals a child when the *thread* that started it ends.
     """
 
     def __init__(
@@ -179,129 +162,31 @@ class Child:
         self.name = name
         self.role = role
         self.log = log
-        self.exit_code: int | None = None
         with os.fdopen(open_to_append(log, "job.output"), "ab") as output:
-            self._process = subprocess.Popen(
+            super().__init__(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                process_group=0,
-                pass_fds=tuple(pass_fds),
-                env={**os.environ, **environment, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+                output.fileno(),
+                pass_fds=pass_fds,
+                environment={
+                    **os.environ,
+                    **environment,
+                    PARENT_VARIABLE: str(os.getpid()),
+                    "PYTHONUNBUFFERED": "1",
+                },
             )
-        self.pid = self._process.pid
         self._seen = MONOTONIC.now()
-        try:
-            with needed("pidfd_open"):
-                self.pidfd = os.pidfd_open(self.pid)
-        except BaseException:
-            self._process.kill()
-            self._process.wait()
-            raise
-
-    @property
-    def running(self) -> bool:
-        return self.exit_code is None
-
-    @property
-    def ending(self) -> str:
-        return "it runs" if self.exit_code is None else meaning(self.exit_code)
 
     def seconds_unseen(self) -> float:
         """Seconds since the process was last found to run; 0 unless it is stopped or has ended."""
-        now = MONOTONIC.now()
         if self.running and is_running(self.pid):
-            self._seen = now
-        return now - self._seen
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process; one that has ended gets none."""
-        if self.running:
-            signal.pidfd_send_signal(self.pidfd, number)
-
-    def kill_group(self) -> None:
-        """Kill the process and every other one in its group."""
-        if self.running:
-            _kill_group(self.pid)
-
-    def collect(self, timeout: float = 0.0) -> int | None:
-        """The exit code if the process ends within `timeout` seconds, else None.
-
-        What is left of its process group is killed.
-        """
-        if self.exit_code is None and ends_within(self.pidfd, timeout):
-            # The group's number stays ours until the dead leader is waited for.
-            _kill_group(self.pid)
-            self.exit_code = self._process.wait()
-            os.close(self.pidfd)
-        return self.exit_code
-
-    def __repr__(self) -> str:
-        return f"<Child {self.name} pid {self.pid} {'running' if self.running else self.exit_code}>"
+            self._seen = MONOTONIC.now()
+            return 0.0
+        return super().seconds_unseen()
 
 
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+# --- restart -----------------------------------------------------------------------------------------------------
 
-
-# --- replicas ----------------------------------------------------------------------------------------------------
-
-Environment = Callable[[str], Mapping[str, str]]
-"""Gives the variables of a replica by its name."""
-
-
-def start_rank(
-    folder: JobFolder,
-    rank: int,
-    life: int,
-    sockets: Sequence[socket.socket],
-    environment: Environment,
-) -> Child:
-    """Start the process of one rank.
-
-    Args:
-        sockets: connections to all other ranks, in order, for the first one; for the others, the one to it.
-    """
-    name = f"{Role.POLICY.value}-{rank}"
-    descriptors = [each.fileno() for each in sockets]
-    return Child(
-        name,
-        f"dray.jobs.replica.{Role.POLICY.value}",
-        [str(folder.spec), str(rank), str(life), *map(str, descriptors)],
-        folder.logs / f"{name}.log",
-        role=Role.POLICY,
-        pass_fds=descriptors,
-        environment=environment(name),
-    )
-
-
-def start_rollout(folder: JobFolder, index: int, environment: Environment) -> Child:
-    """Start the process of a rollout replica."""
-    name = f"{Role.ROLLOUT.value}-{index}"
-    return Child(
-        name,
-        f"dray.jobs.replica.{Role.ROLLOUT.value}",
-        [str(folder.spec), str(index)],
-        folder.logs / f"{name}.log",
-        role=Role.ROLLOUT,
-        environment=environment(name),
-    )
-
-
-# --- processes ---------------------------------------------------------------------------------------------------
-
-# The policy replicas' processes: started together, and all of them again when one is lost.
-#
-# A step of the group is void when one of its ranks has died, and what the others hold of it with it: so none of
-# them
-# goes on. The next life begins an epoch of its own, goes on from the last checkpoint, and is given what the one
-# before had not committed.
-#
-# Whether the group is started again depends on the exit codes of its ranks alone, by the table `RESTARTED`.
+# Whether the policy group is restarted depends on the exit codes of its ranks alone, by the table `RESTARTED`.
 
 
 class Restarted(Enum):
@@ -333,60 +218,6 @@ RESTARTED: Mapping[int, Restarted] = MappingProxyType(
     }
 )
 """Every `ExitCode`. Any other code, and being killed by a signal, is `Restarted.YES`."""
-
-
-class PolicyGroup:
-    """See the module. To be used in the main thread.
-
-    Args:
-        here: how many of the ranks, the first ones, are processes of this machine.
-        restarts: how often the group may be started again; only where all of them are.
-        environment: the variables of a replica, by its name.
-
-    Attributes:
-        children: the processes of this life.
-        life: how many lives there were before.
-    """
-
-    def __init__(self, folder: JobFolder, here: int, restarts: int, environment: Environment) -> None:
-        self._folder = folder
-        self._here = here
-        self._environment = environment
-        self.restarts = restarts
-        self.children: list[Child] = []
-        self.life = -1
-
-    def start(self, elsewhere: Sequence[socket.socket] = ()) -> list[Child]:
-        """Start all ranks of this machine, each connected with the first one.
-
-        Args:
-            elsewhere: connections to the ranks of other machines, in order; from here on the first rank has them.
-        """
-        self.life += 1
-        with ExitStack() as ends:
-            pairs = [socket.socketpair() for _ in range(1, self._here)]
-            for end in (*(end for pair in pairs for end in pair), *elsewhere):
-                ends.enter_context(end)
-            first, *others = ([*(pair[0] for pair in pairs), *elsewhere], *([pair[1]] for pair in pairs))
-            self.children = [
-                start_rank(self._folder, rank, self.life, sockets, self._environment)
-                for rank, sockets in enumerate([first, *others])
-            ]
-        return self.children
-
-    def may_start_again(self) -> bool:
-        """Whether the group is to be started again, now that one of it has ended."""
-        codes = [child.exit_code for child in self.children if child.exit_code is not None]
-        return self.life < self.restarts and is_restarted(codes, self._here)
-
-    def end(self) -> list[Child]:
-        """Kill the ranks that are still there; returns them."""
-        left = [child for child in self.children if child.running]
-        for child in left:
-            child.kill_group()
-        for child in left:
-            child.collect(5.0)
-        return left
 
 
 def is_restarted(codes: Iterable[int], replicas: int) -> bool:

@@ -7,7 +7,7 @@ end leaves the policy time to write a checkpoint.
 
 | part of the deadline | in order | interrupted |
 |---|---|---|
-| at once | they were told by the controller | SIGTERM |
+| at once | the controller has notified them | SIGTERM |
 | 40 % | SIGTERM | |
 | 70 % | the stacks of all threads into the log | the same |
 | 80 % | SIGKILL to the process group | the same |
@@ -31,11 +31,10 @@ from dray.jobs.controller.state import FINISHED_OUTCOMES, final_phase
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.files import read_own_file
 from dray.jobs.folder import JobFolder
-from dray.jobs.launch.signals import reason_of
 from dray.jobs.messages.models import MemberState, OutcomeReport, Phase, Status
 from dray.jobs.replica.checkpoint import CheckpointState, find_checkpoint
 
-# --- teardown ----------------------------------------------------------------------------------------------------
+# --- escalation --------------------------------------------------------------------------------------------------
 
 ROLLOUT_SHARE = 0.55
 
@@ -64,8 +63,8 @@ class ShutdownEscalation:
         if at_once:
             self._due[KillStage.TERMINATE] = 0.0
 
-    def take_due(self) -> list[KillStage]:
-        """The means whose time has come since the last call."""
+    def due_stages(self) -> list[KillStage]:
+        """The stages whose time has come since the last call."""
         elapsed = self._clock.now() - self._began
         due = [means for means, at in self._due.items() if elapsed >= at]
         for means in due:
@@ -79,7 +78,7 @@ class ShutdownEscalation:
 
     @property
     def seconds_to_next(self) -> float:
-        """Seconds until `take_due` has something; ``inf`` when everything was done."""
+        """Seconds until `due_stages` has something; ``inf`` when everything was done."""
         elapsed = self._clock.now() - self._began
         return max(0.0, min(self._due.values(), default=math.inf) - elapsed)
 
@@ -93,16 +92,19 @@ class ShutdownEscalation:
 
 # How a job has ended: put together from what its processes left behind, whichever of them were killed.
 #
-# Once one of these says that the work is finished, it stands, whatever signal ended anybody afterwards: the status
-# that the controller wrote, and the checkpoint, which the policy writes before it tells the controller.
+# The work is finished if one of these states it, whatever signal ended a process afterwards: the status that the
+# controller wrote, and the checkpoint, which the policy writes before it notifies the controller.
 
 _LOG = logging.getLogger("dray.jobs.launch.shutdown")
+TIME_LIMIT_SIGNAL = signal.SIGUSR2
+"""Tells the supervisor of a job on Slurm that the time limit is near."""
+
 _FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The job's last status with its outcome, as far as they are known, and what `dray run` says about it."""
+    """The job's last status with its outcome, as far as they are known, and what `dray run` reports about it."""
 
     status: Status | None
     exit_code: int
@@ -134,7 +136,7 @@ def newest_status(*statuses: Status | None) -> Status | None:
 
 
 def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
-    """The state of the job's checkpoint if that says that the work is finished."""
+    """The state of the job's checkpoint if according to that the work is finished."""
     try:
         found = find_checkpoint(folder.checkpoint)
     except ConfigError as error:
@@ -170,7 +172,7 @@ def ending(
     outcome = None if status is None else status.outcome
     if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
         kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
-        reason = f"{kind} at step {checkpoint.step}, says the checkpoint"
+        reason = f"{kind} at step {checkpoint.step} (according to the checkpoint)"
         outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
         known = status or Status(
             job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], work_items={}
@@ -184,6 +186,12 @@ def ending(
     if outcome is not None:
         return Ending(status, exit_code_of(outcome), outcome.reason)
     return Ending(status, ExitCode.FAILED, failure or "the job ended without an outcome")
+
+
+def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
+    """Why a job ends that was sent this signal."""
+    limit = on_slurm and number == TIME_LIMIT_SIGNAL
+    return "the time limit is near" if limit else f"interrupted by {number.name}"
 
 
 def stopped_early(folder: JobFolder | None, job: str, signals: Sequence[signal.Signals]) -> Ending:

@@ -20,8 +20,9 @@ from dray.admission import BACKLOG, MAX_ACCEPTED, UNPROVEN_SECONDS, AcceptPause,
 from dray.clock import Deadline
 from dray.errors import AuthenticationError, ConfigError, DrayError, TransportError, TransportTimeout, Unreachable
 from dray.jobs.messages.models import Message
+from dray.resources import Closing
 
-# --- greeting ----------------------------------------------------------------------------------------------------
+# --- handshake ---------------------------------------------------------------------------------------------------
 
 # How the two ends of a connection between nodes show each other that they know the job's secret.
 #
@@ -63,10 +64,10 @@ class ServerAuth:
         self.nonce = secrets.token_bytes(NONCE)
 
     def feed(self, chunk: bytes) -> tuple[ConnectionInfo, bytes] | None:
-        """Take what was received; once the node's words are complete, its purpose and the head's proof.
+        """Take what was received; once the node's message is complete, its purpose and the head's proof.
 
         Raises:
-            AuthenticationError: the node does not know the secret, or says something else.
+            AuthenticationError: the node does not know the secret, or is of another version.
         """
         self._received += chunk
         begin = NONCE + _LENGTH.size
@@ -78,8 +79,8 @@ class ServerAuth:
         end = begin + length + PROOF
         if len(self._received) < end:
             return None
-        words = bytes(self._received)
-        theirs, text, proof = words[:NONCE], words[begin : begin + length], words[begin + length :]
+        received = bytes(self._received)
+        theirs, text, proof = received[:NONCE], received[begin : begin + length], received[begin + length :]
         if not hmac.compare_digest(_proof(self._key, b"node", self.nonce, theirs, text), proof):
             raise AuthenticationError("the other end of a connection does not know the job's secret")
         try:
@@ -107,10 +108,10 @@ class ClientAuth:
         """Check the head's proof.
 
         Raises:
-            AuthenticationError: who listens there does not know the secret.
+            AuthenticationError: the listener there does not know the secret.
         """
         if not hmac.compare_digest(self._expected, proof):
-            raise AuthenticationError("who listens at the head's address does not know the job's secret")
+            raise AuthenticationError("the listener at the head's address does not know the job's secret")
 
 
 def _key(secret: bytes) -> bytes:
@@ -164,18 +165,18 @@ def connect(
         silence: seconds, as for `end_when_silent`.
 
     Raises:
-        TransportError: nobody answers there in time.
-        AuthenticationError: somebody else does.
+        TransportError: there is no answer in time.
+        AuthenticationError: the listener there does not know the secret.
     """
-    guest, endpoint = ClientAuth(secret, purpose), f"tcp:{address[0]}:{address[1]}"
+    client, endpoint = ClientAuth(secret, purpose), f"tcp:{address[0]}:{address[1]}"
     with ExitStack() as opened:
         connected = opened.enter_context(_connect(address, deadline, endpoint))
         end_when_silent(connected, silence)
         try:
             nonce = _receive(connected, NONCE, deadline, endpoint)
             connected.settimeout(max(0.001, deadline.remaining))
-            connected.sendall(guest.answer(nonce), socket.MSG_NOSIGNAL)
-            guest.check(_receive(connected, PROOF, deadline, endpoint))
+            connected.sendall(client.answer(nonce), socket.MSG_NOSIGNAL)
+            client.check(_receive(connected, PROOF, deadline, endpoint))
             connected.setblocking(False)
         except DrayError:
             raise
@@ -203,33 +204,33 @@ def _receive(connected: socket.socket, count: int, deadline: Deadline, endpoint:
         connected.settimeout(max(0.001, deadline.remaining))
         chunk = connected.recv(count - len(received))
         if not chunk:
-            raise TransportError("the head does not want this connection", endpoint=endpoint)
+            raise TransportError("the head node rejected the connection", endpoint=endpoint)
         received += chunk
     return received
 
 
-# --- door --------------------------------------------------------------------------------------------------------
+# --- listener ----------------------------------------------------------------------------------------------------
 
 _CHUNK = 4096
 _LOG = logging.getLogger("dray.jobs.messages.auth")
 
 
-class _Greeted:
-    """A connection that has not shown yet that it knows the secret."""
+class _PendingConnection:
+    """A connection that has not proven yet that it knows the secret."""
 
     def __init__(self, connected: socket.socket, secret: bytes) -> None:
         self.connected = connected
-        self.host = ServerAuth(secret)
+        self.auth = ServerAuth(secret)
 
 
-class Door:
-    """A listening socket, and the connections that have not been let in. Nothing here waits.
+class NodeListener(Closing):
+    """A listening socket, and the connections that have not proven the secret. No method waits.
 
     Args:
         host: an address of this machine.
-        silence: seconds, as for `end_when_silent`, for connections that were let in.
-        refusal: says why a connection is not wanted, or nothing.
-        welcome: is given those that are.
+        silence: seconds, as for `end_when_silent`, for connections that were accepted.
+        reason_to_reject: why a connection is rejected; empty if it is not.
+        on_accepted: is called with those that are not.
 
     Raises:
         ConfigError: this machine has no such address.
@@ -240,14 +241,14 @@ class Door:
         host: str,
         secret: bytes,
         silence: float,
-        refusal: Callable[[ConnectionInfo], str],
-        welcome: Callable[[ConnectionInfo, socket.socket], None],
+        reason_to_reject: Callable[[ConnectionInfo], str],
+        on_accepted: Callable[[ConnectionInfo, socket.socket], None],
     ) -> None:
         self._secret = secret
         self._silence = silence
-        self._refusal = refusal
-        self._welcome = welcome
-        self._unproven: Unproven[_Greeted] = Unproven()
+        self._reason_to_reject = reason_to_reject
+        self._on_accepted = on_accepted
+        self._unproven: Unproven[_PendingConnection] = Unproven()
         self._pause = AcceptPause(_LOG)
         self._paused = False
         self._lines = LineLimit()
@@ -255,29 +256,29 @@ class Door:
         self._listener: socket.socket | None = listen(host)
 
     def open(self, selector: selectors.BaseSelector) -> tuple[str, int]:
-        """Let `selector` call what is here when somebody comes; returns where the door is."""
+        """Register with `selector`, whose keys have a function to call as their data; returns the address."""
         assert self._listener is not None
         self._selector = selector
         self._accept_when_readable()
         host, port = self._listener.getsockname()
         return host, port
 
-    def look(self) -> None:
+    def apply_timeouts(self) -> None:
         """Drop connections that have taken too long, and accept again after a pause."""
-        for greeted in self._unproven.overdue():
-            self._close(greeted, f"it has not proven the secret within {UNPROVEN_SECONDS:g} s")
+        for pending in self._unproven.overdue():
+            self._reject(pending, f"it has not proven the secret within {UNPROVEN_SECONDS:g} s")
         if self._paused and not self._pause.remaining and self._listener is not None:
             self._accept_when_readable()
 
     def close(self) -> None:
-        """Let nobody in any more. Twice is fine."""
+        """Accept no connection any more. Twice is fine."""
         if self._listener is not None:
             if self._selector is not None and not self._paused:
                 self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
-        for greeted in list(self._unproven):
-            self._drop(greeted, "the job ends")
+        for pending in list(self._unproven):
+            self._drop(pending, "the job ends")
 
     def _accept_when_readable(self) -> None:
         assert self._selector is not None
@@ -303,46 +304,46 @@ class Door:
     def _add(self, connected: socket.socket) -> None:
         assert self._selector is not None
         connected.setblocking(False)
-        greeted = _Greeted(connected, self._secret)
-        displaced = self._unproven.add(greeted)
+        pending = _PendingConnection(connected, self._secret)
+        displaced = self._unproven.add(pending)
         if displaced is not None:
-            self._close(displaced, "newer ones that have not proven the secret displaced it")
-        self._selector.register(connected, selectors.EVENT_READ, lambda: self._greet(greeted))
+            self._reject(displaced, "newer ones that have not proven the secret displaced it")
+        self._selector.register(connected, selectors.EVENT_READ, lambda: self._receive_proof(pending))
         try:
-            connected.send(greeted.host.nonce, socket.MSG_NOSIGNAL)
+            connected.send(pending.auth.nonce, socket.MSG_NOSIGNAL)
         except OSError as error:
-            self._drop(greeted, str(error))
+            self._drop(pending, str(error))
 
-    def _greet(self, greeted: _Greeted) -> None:
+    def _receive_proof(self, pending: _PendingConnection) -> None:
         try:
-            chunk = greeted.connected.recv(_CHUNK)
+            chunk = pending.connected.recv(_CHUNK)
             if not chunk:
-                self._drop(greeted, "it was closed")
+                self._drop(pending, "it was closed")
                 return
-            answer = greeted.host.feed(chunk)
+            answer = pending.auth.feed(chunk)
             if answer is None:
                 return
             purpose, proof = answer
-            if refusal := self._refusal(purpose):
-                self._drop(greeted, refusal)
+            if reason := self._reason_to_reject(purpose):
+                self._drop(pending, reason)
                 return
-            end_when_silent(greeted.connected, self._silence)
-            greeted.connected.send(proof, socket.MSG_NOSIGNAL)
+            end_when_silent(pending.connected, self._silence)
+            pending.connected.send(proof, socket.MSG_NOSIGNAL)
         except (OSError, AuthenticationError) as error:
-            self._drop(greeted, str(error))
+            self._drop(pending, str(error))
             return
         assert self._selector is not None
-        self._selector.unregister(greeted.connected)
-        self._unproven.discard(greeted)
-        self._welcome(purpose, greeted.connected)
+        self._selector.unregister(pending.connected)
+        self._unproven.discard(pending)
+        self._on_accepted(purpose, pending.connected)
 
-    def _drop(self, greeted: _Greeted, why: str) -> None:
-        if greeted in self._unproven:
-            self._unproven.discard(greeted)
-            self._close(greeted, why)
+    def _drop(self, pending: _PendingConnection, why: str) -> None:
+        if pending in self._unproven:
+            self._unproven.discard(pending)
+            self._reject(pending, why)
 
-    def _close(self, greeted: _Greeted, why: str) -> None:
+    def _reject(self, pending: _PendingConnection, why: str) -> None:
         assert self._selector is not None
-        self._lines.warn(_LOG, "a connection is not taken: %s", why)
-        self._selector.unregister(greeted.connected)
-        greeted.connected.close()
+        self._lines.warn(_LOG, "rejected a connection: %s", why)
+        self._selector.unregister(pending.connected)
+        pending.connected.close()

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 import httpcore
 from pydantic import ValidationError
 
-from dray.clock import Deadline
+from dray.clock import Deadline, retry_pauses
 from dray.errors import ControlPlaneError
 from dray.forking import descriptor_not_inherited, not_inherited
 from dray.jobs.files import read_private_file
@@ -30,8 +30,6 @@ from dray.jobs.messages.models import MembershipError
 KEEP_ALIVE = 30.0
 """Seconds for which the controller keeps an idle connection; clients give one up well before."""
 
-_FIRST_WAIT = 0.05
-_MAX_WAIT = 1.0
 _LATE = 0.5
 """A call that ends so many seconds after its deadline was not waiting: its process did not run."""
 
@@ -182,7 +180,7 @@ class ControllerClient:
     async def _attempts(
         self, method: str, path: str, body: bytes | None, reply: type[_Reply], deadline: Deadline
     ) -> _Reply:
-        wait = _FIRST_WAIT
+        pauses = retry_pauses()
         async with self._bounded(deadline):
             while True:
                 try:
@@ -198,8 +196,7 @@ class ControllerClient:
                     self._refused = False
                     if response.status < 500:
                         return _parsed(response, reply, self.url + path)
-                await self._pause(wait)
-                wait = min(2 * wait, _MAX_WAIT)
+                await self._pause(next(pauses))
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next attempt; the first of a hurry comes at once."""

@@ -1,4 +1,4 @@
-"""The bodies of the controller's requests and replies."""
+"""The messages of a job's processes: bodies of the controller's requests and replies, and those over channels."""
 
 from __future__ import annotations
 
@@ -350,6 +350,109 @@ class ErrorReply(Message):
 
     error: Literal["unauthorised", "not a member", "malformed", "too large"]
     detail: str = ""
+
+
+# --- messages over channels --------------------------------------------------------------------------------------
+
+
+class RankCommand(Message):
+    """A command of rank 0 of a policy group to the other ranks; they come in this order:
+
+    | what | |
+    |---|---|
+    | share | while the trainers are set up: `text` is what rank 0 gave to `PolicyGroup.share` |
+    | begin | load from the folder `text`, which is this rank's; nothing if it is empty |
+    | read | read those of `references` that were not read ahead; answered with those that failed |
+    | train | train on the payloads `identities`, and meanwhile read `references` ahead; answered when done |
+    | weights | join in `PolicyTrainer.weights` |
+    | save | save into the folder `text`, which is this rank's; answered when done |
+    | end | the job has ended |
+    """
+
+    what: Literal["share", "begin", "read", "train", "weights", "save", "end"]
+    text: str = ""
+    references: list[str] = []
+    versions: list[Annotated[int, Field(ge=0)]] = []
+    work_items: list[Annotated[int, Field(ge=0)]] = []
+    metadata: list[str] = []
+    identities: list[str] = []
+
+
+class RankReply(Message):
+    """The answer of a rank; `failed` maps the identity of a payload to ``"stale"`` or ``"lost"``."""
+
+    what: Literal["reply"] = "reply"
+    failed: dict[str, Literal["stale", "lost"]] = {}
+
+
+class StartReplica(Message):
+    """From the head: start a replica that the plan places on the node."""
+
+    what: Literal["start"] = "start"
+    name: Name
+
+
+class ReplicaStarted(Message):
+    """From a node: a replica was started, with this pid."""
+
+    what: Literal["started"] = "started"
+    name: Name
+    pid: Annotated[int, Field(gt=0)]
+
+
+class ReplicasRunning(Message):
+    """From a node, in intervals: the replicas whose processes run, and are not stopped."""
+
+    what: Literal["running"] = "running"
+    names: Annotated[list[Name], Field(max_length=MAX_MEMBERS)]
+
+
+class ReplicaEnded(Message):
+    """From a node: how a replica ended, with the exit code as `subprocess` gives it.
+
+    `request` is the number of the signal with which the node itself has had it end, or 0.
+    """
+
+    what: Literal["ended"] = "ended"
+    name: Name
+    code: int
+    request: Annotated[int, Field(ge=0, le=64)] = 0
+
+
+class SendSignal(Message):
+    """From the head: send a replica a signal."""
+
+    what: Literal["signal"] = "signal"
+    name: Name
+    number: Annotated[int, Field(ge=1, le=64)]
+
+
+class KillReplica(Message):
+    """From the head: kill a replica, and what is in its process group."""
+
+    what: Literal["kill"] = "kill"
+    name: Name
+
+
+class Shutdown(Message):
+    """From the head: the job has ended; the node kills what is left and confirms by closing the connection."""
+
+    what: Literal["shutdown"] = "shutdown"
+
+
+class HeadAddress(Message):
+    """Where the head of an attempt listens for other nodes; a file in the job's folder."""
+
+    host: str
+    port: int
+    attempt: str
+    job_id: str
+    boot_id: str
+
+
+RankMessage = RankCommand | RankReply
+NodeMessage = StartReplica | ReplicaStarted | ReplicasRunning | ReplicaEnded | SendSignal | KillReplica | Shutdown
+ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what")]
 
 
 # --- models ------------------------------------------------------------------------------------------------------

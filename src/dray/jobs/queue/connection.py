@@ -38,7 +38,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from dray.clock import MONOTONIC, Clock, Deadline
+from dray.clock import MONOTONIC, Clock, Deadline, retry_pauses
 from dray.errors import ControlPlaneError
 from dray.jobs.queue.keys import JobKeys
 from dray.jobs.queue.redis_client import RedisAddress, RedisClient
@@ -159,8 +159,6 @@ while Redis is stopped."""
 
 _REFUSED = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
 _TRANSIENT = (RedisConnectionError, RedisTimeoutError)
-_FIRST_WAIT = 0.02
-_MAX_WAIT = 0.5
 
 T = TypeVar("T")
 
@@ -223,7 +221,7 @@ class RedisConnection:
         deadline: Deadline,
         reads_only: bool,
     ) -> T:
-        wait = _FIRST_WAIT
+        pauses = retry_pauses()
         while True:
             if self._closed:
                 raise ControlPlaneError(f"{what}: the connection to Redis is closed", endpoint=str(self.address))
@@ -256,8 +254,7 @@ class RedisConnection:
                         endpoint=str(self.address),
                         elapsed=deadline.elapsed,
                     ) from cause
-                self.shutdown.wait(min(wait, deadline.remaining, self.patience - away))
-                wait = min(2 * wait, _MAX_WAIT)
+                self.shutdown.wait(min(next(pauses), deadline.remaining, self.patience - away))
             else:
                 self._note_back(reads_only=reads_only)
                 return result

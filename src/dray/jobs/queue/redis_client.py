@@ -1,10 +1,12 @@
-"""A thin, typed face of redis-py: commands in, RESP2 replies out, no retries of its own."""
+"""A thin, typed face of redis-py: commands in, RESP2 replies out, no retries of its own; and idle clients."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -12,9 +14,10 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from dray.clock import Deadline
+from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, TransportError
 from dray.name_resolution import resolve
 
@@ -197,3 +200,74 @@ class RedisClient:
 def paired(flat: list[Any]) -> dict[Any, Any]:
     """The mapping that Redis sends as a flat list of keys and values."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+# --- idle clients ------------------------------------------------------------------------------------------------
+
+# Keeps a server that was started for a job reachable: connections that never authenticate do not fill it.
+#
+# A Redis server counts every connection, authenticated or not, and refuses new ones once it has `maxclients`.
+# Until
+# it authenticates, a client is the server's user `default`, which is switched off; the job's clients are another
+# user. A thread watches the number of connections, over one that it opens before the server's address is known,
+# and closes those of `default` when half of `maxclients` are open.
+
+_LOG = logging.getLogger("dray.jobs.queue")
+
+STRANGERS = "default"
+"""The server's user that a client is until it authenticates."""
+
+_INTERVAL = 0.5
+_ANSWER_TIMEOUT = 1.0
+_REPORT_INTERVAL = 60.0
+
+
+class IdleClientReaper:
+    """The thread that closes them. `close` ends it, and may be called twice.
+
+    Args:
+        address: of the server, where the job's user is named.
+        max_clients: how many clients the server admits.
+    """
+
+    def __init__(self, address: RedisAddress, max_clients: int, clock: Clock = MONOTONIC) -> None:
+        self._address = address
+        self._threshold = max(1, max_clients // 2)
+        self._clock = clock
+        self._client = RedisClient(address, _ANSWER_TIMEOUT)
+        self._closing = threading.Event()
+        self._closed_clients = 0
+        self._next_report = Deadline.after(0, clock)
+        self._reap()
+        self._thread = threading.Thread(target=self._run, name="redis-idle-clients", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread: at once if the server has ended, otherwise with the answer to its last command."""
+        self._closing.set()
+        self._thread.join()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._closing.wait(_INTERVAL):
+            self._reap()
+
+    def _reap(self) -> None:
+        try:
+            if _connected(self._client.do("INFO", "clients")) > self._threshold:
+                self._closed_clients += self._client.do("CLIENT", "KILL", "USER", STRANGERS)
+        except RedisError:
+            return  # it is asked again soon; the processes that wait for it report that it is away
+        if self._closed_clients and self._next_report.expired:
+            _LOG.warning(
+                "Redis at %s: closed %d connections that had not authenticated",
+                self._address,
+                self._closed_clients,
+            )
+            self._closed_clients = 0
+            self._next_report = Deadline.after(_REPORT_INTERVAL, self._clock)
+
+
+def _connected(information: bytes) -> int:
+    fields = dict(line.split(b":", 1) for line in information.splitlines() if b":" in line)
+    return int(fields[b"connected_clients"])

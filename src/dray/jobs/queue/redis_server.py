@@ -26,99 +26,32 @@ import platform
 import random
 import resource
 import secrets
-import select
 import shutil
-import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self
+from typing import Final, Self
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import ConfigError, ControlPlaneError
-from dray.jobs.queue.connection import RedisConnection, RedisUnavailableError
+from dray.jobs.config import JobConfig
+from dray.jobs.process import LOOPBACK, ChildProcess
+from dray.jobs.queue.connection import RedisConnection, RedisUnavailableError, delete_job
 from dray.jobs.queue.consumer import RolloutConsumer
-from dray.jobs.queue.keys import JobKeys
+from dray.jobs.queue.keys import KEY_LIFETIME, JobKeys
 from dray.jobs.queue.producer import RolloutEntry, RolloutProducer
-from dray.jobs.queue.redis_client import RedisAddress, RedisClient
+from dray.jobs.queue.redis_client import STRANGERS, IdleClientReaper, RedisAddress, RedisClient
 from dray.jobs.queue.weights import WeightsChannel
 from dray.private_directory import PrivateDirectory
 
-# --- idle clients ------------------------------------------------------------------------------------------------
-
-# Keeps a server that was started for a job reachable: connections that never authenticate do not fill it.
-#
-# A Redis server counts every connection, authenticated or not, and refuses new ones once it has `maxclients`.
-# Until
-# it authenticates, a client is the server's user `default`, which is switched off; the job's clients are another
-# user. A thread watches the number of connections, over one that it opens before the server's address is known,
-# and closes those of `default` when half of `maxclients` are open.
-
 logger = logging.getLogger("dray.jobs.queue")
-
-STRANGERS = "default"
-"""The server's user that a client is until it authenticates."""
-
-_INTERVAL = 0.5
-_ANSWER_TIMEOUT = 1.0
-_REPORT_INTERVAL = 60.0
-
-
-class IdleClientReaper:
-    """The thread that closes them. `close` ends it, and may be called twice.
-
-    Args:
-        address: of the server, where the job's user is named.
-        max_clients: how many clients the server admits.
-    """
-
-    def __init__(self, address: RedisAddress, max_clients: int, clock: Clock = MONOTONIC) -> None:
-        self._address = address
-        self._threshold = max(1, max_clients // 2)
-        self._clock = clock
-        self._client = RedisClient(address, _ANSWER_TIMEOUT)
-        self._closing = threading.Event()
-        self._closed_clients = 0
-        self._next_report = Deadline.after(0, clock)
-        self._reap()
-        self._thread = threading.Thread(target=self._run, name="redis-idle-clients", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread: at once if the server has ended, otherwise with the answer to its last command."""
-        self._closing.set()
-        self._thread.join()
-        self._client.close()
-
-    def _run(self) -> None:
-        while not self._closing.wait(_INTERVAL):
-            self._reap()
-
-    def _reap(self) -> None:
-        try:
-            if _connected(self._client.do("INFO", "clients")) > self._threshold:
-                self._closed_clients += self._client.do("CLIENT", "KILL", "USER", STRANGERS)
-        except RedisError:
-            return  # it is asked again soon; the processes that wait for it report that it is away
-        if self._closed_clients and self._next_report.expired:
-            logger.warning(
-                "Redis at %s: closed %d connections that had not authenticated",
-                self._address,
-                self._closed_clients,
-            )
-            self._closed_clients = 0
-            self._next_report = Deadline.after(_REPORT_INTERVAL, self._clock)
-
-
-def _connected(information: bytes) -> int:
-    fields = dict(line.split(b":", 1) for line in information.splitlines() if b":" in line)
-    return int(fields[b"connected_clients"])
-
 
 # --- server trial ------------------------------------------------------------------------------------------------
 
@@ -260,7 +193,7 @@ def start_redis(
         return RedisServer(address, source="configured")
     if threading.current_thread() is not threading.main_thread():
         raise ControlPlaneError("a Redis server is started from the main thread: it ends with its starter")
-    child = _Child(find_redis_binary(), directory, host if tcp else None)
+    child = _ServerProcess(find_redis_binary(), directory, host if tcp else None)
     try:
         child.start(Deadline.after(timeout, clock))
     except BaseException:
@@ -308,7 +241,7 @@ class RedisServer:
     """
 
     def __init__(
-        self, address: RedisAddress, *, source: str, child: _Child | None = None, clock: Clock = MONOTONIC
+        self, address: RedisAddress, *, source: str, child: _ServerProcess | None = None, clock: Clock = MONOTONIC
     ) -> None:
         self.address = address
         self.source = source
@@ -383,7 +316,7 @@ def _checked_address(url: str, keys: JobKeys, timeout: float, clock: Clock) -> R
     return address
 
 
-class _Child:
+class _ServerProcess:
     """A server process, its socket directory and its log."""
 
     def __init__(self, binary: Path, directory: Path, host: str | None) -> None:
@@ -399,8 +332,7 @@ class _Child:
         self.address = RedisAddress.of_socket(str(self._private.path / _SOCKET), self._password, _USER)
         self._max_clients = _max_clients()
         self._reaper: IdleClientReaper | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._process: ChildProcess | None = None
         self._as_asked = True
 
     @property
@@ -409,7 +341,7 @@ class _Child:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and not self._ended(0)
+        return self._process is not None and not self._process.has_ended()
 
     def start(self, deadline: Deadline) -> None:
         if self._private.closed:
@@ -426,7 +358,7 @@ class _Child:
                     self.tcp_address = RedisAddress.of_port(self._host, port, self._password, _USER)
                     self._reaper = self._reaper or IdleClientReaper(self.address, self._max_clients)
                 return
-            self._reap()
+            self._forget_process()
         self._as_asked = False
         raise ControlPlaneError(f"{self.binary} ended before it answered; see {self._log}: {self._last_line()}")
 
@@ -434,17 +366,17 @@ class _Child:
         """End the process: ask, wait until the deadline, kill."""
         if self._process is None:
             return
-        if self._ended(0):
+        if self._process.has_ended():
             self._as_asked = False
-        elif not (self._ask_to_end(deadline) and self._ended(deadline.remaining)):
+        elif not (self._ask_to_end(deadline) and self._process.has_ended(deadline.remaining)):
             self._as_asked = False
             logger.warning(
                 "Redis at %s (pid %d) does not end as asked; killing it", self.address, self._process.pid
             )
-            self._process.kill()
-            if not self._ended(_KILL_BOUND):
-                raise ControlPlaneError(f"Redis (pid {self._process.pid}) does not end although it was killed")
-        self._reap()
+            self._process.kill_group()
+            if not self._process.has_ended(_KILL_BOUND):
+                raise ControlPlaneError(f"Redis (pid {self._process.pid}) is still alive after SIGKILL")
+        self._forget_process()
 
     def close(self, deadline: Deadline) -> None:
         try:
@@ -459,23 +391,14 @@ class _Child:
     def _spawn(self, port: int) -> None:
         command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self.binary)]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-                pass_fds=[self._private.lock],
-            )
-        try:
-            self._pidfd = os.pidfd_open(self._process.pid)
-        except OSError:
-            self._process.kill()
-            self._reap()
-            raise
-        stdin = self._process.stdin
-        assert stdin is not None
-        _send_and_close(stdin, self._configuration(port).encode())
+            content = self._configuration(port).encode()
+            self._process = ChildProcess(command, log.fileno(), content=content, pass_fds=[self._private.lock])
+
+    def _forget_process(self) -> None:
+        """Collect the process, which has ended."""
+        assert self._process is not None
+        self._process.collect()
+        self._process = None
 
     def _configuration(self, port: int) -> str:
         lines = [
@@ -506,7 +429,7 @@ class _Child:
                 try:
                     client.do("PING")
                 except (RedisConnectionError, RedisTimeoutError) as error:
-                    if self._ended(min(_RETRY_WAIT, deadline.remaining)):
+                    if self._process.has_ended(min(_RETRY_WAIT, deadline.remaining)):
                         return False
                     if deadline.expired:
                         self._as_asked = False
@@ -539,24 +462,6 @@ class _Child:
             client.close()
         return False
 
-    def _ended(self, seconds: float) -> bool:
-        """Whether the process has ended or does so within `seconds`."""
-        if self._pidfd < 0:
-            return True
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        return bool(poller.poll(1000 * seconds))
-
-    def _reap(self) -> None:
-        assert self._process is not None
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-        self._process = None
-
     def _last_line(self) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "(empty)"
@@ -567,15 +472,98 @@ def _max_clients() -> int:
     return MAX_CLIENTS if limit == resource.RLIM_INFINITY else max(1, min(MAX_CLIENTS, limit - _OWN_DESCRIPTORS))
 
 
-def _send_and_close(stream: IO[bytes], content: bytes) -> None:
-    try:
-        with stream:
-            stream.write(content)
-    except BrokenPipeError:
-        pass  # the child has ended; the caller's wait for its answer shows it
-
-
 def _quoted(text: str) -> str:
     """`text` as one argument in Redis's configuration syntax, whatever bytes it has."""
     plain = set(range(0x20, 0x7F)) - set(b'"\\')
     return '"' + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'
+
+
+# --- redis of a job ----------------------------------------------------------------------------------------------
+
+_NO_LOGS = Path()
+"""A server that was configured has its logs elsewhere."""
+
+_SOON = 1.0
+"""Seconds within which a configured server answers without a word about it."""
+
+
+@contextmanager
+def job_redis(
+    config: JobConfig,
+    job_id: str,
+    place: Path,
+    host: str | None,
+    say: Callable[[str], None],
+    complain: Callable[[str], None],
+) -> Iterator[RedisServer]:
+    """The configured server, waited for with a bound, or one that is started. The job's keys go with it.
+
+    Args:
+        place: folder for the log of a server that is started.
+        host: an address at which a server that is started listens for other machines; None: at none.
+        say: shows a line.
+        complain: notes a line for the end of the run.
+
+    Raises:
+        ConfigError: the configured server does not answer within `timeouts.redis`, or is of no use to the job.
+        ControlPlaneError: none can be started.
+    """
+    keys = JobKeys(job_id)
+    with _start(config, keys, place, host, say) as server:
+        try:
+            yield server
+        finally:
+            if server.source == "configured":
+                _forget_keys(server.address, keys, complain)
+
+
+def _start(
+    config: JobConfig, keys: JobKeys, place: Path, host: str | None, say: Callable[[str], None]
+) -> RedisServer:
+    if config.redis.url is not None:
+        return answering_server(config, keys, say)
+    with _quiet():
+        return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=config.timeouts.redis)
+
+
+def answering_server(config: JobConfig, keys: JobKeys, say: Callable[[str], None]) -> RedisServer:
+    """The configured server, which has answered and has been tried.
+
+    Args:
+        keys: what it is tried with; nothing of them is left.
+        say: shows a line.
+
+    Raises:
+        ConfigError: it does not answer within `timeouts.redis`, or is of no use to a job.
+    """
+    url, timeout = config.redis.url, config.timeouts.redis
+    deadline = Deadline.after(timeout)
+    with _quiet():  # that it does not answer is said once
+        try:
+            return start_redis(url, _NO_LOGS, keys=keys, timeout=min(_SOON, timeout))
+        except ConfigError as error:
+            cause = error.__cause__
+            if not isinstance(cause, RedisUnavailableError) or deadline.remaining < _SOON:
+                raise
+            state = f"refuses ({cause.answer})" if cause.answer else "does not answer"
+            say(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
+        return start_redis(url, _NO_LOGS, keys=keys, timeout=deadline.remaining)
+
+
+def _forget_keys(address: RedisAddress, keys: JobKeys, complain: Callable[[str], None]) -> None:
+    """A server that outlives the job keeps nothing of it."""
+    with RedisConnection(address, answer_timeout=1.0) as connection:
+        try:
+            delete_job(connection, keys, timeout=2.0)
+        except ControlPlaneError as error:
+            complain(f"the job's keys stay in Redis for at most {KEY_LIFETIME / 3600:g} hours: {error}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -23,8 +23,8 @@ from dray.jobs.api import PolicyGroup, PolicyTrainer, Trajectory
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
 from dray.jobs.messages import models
-from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand
-from dray.jobs.messages.models import OutcomeKind, Role
+from dray.jobs.messages.channel import GroupLostError, MessageChannel
+from dray.jobs.messages.models import OutcomeKind, RankCommand, Role
 from dray.jobs.messages.work_item_parts import PayloadPart
 from dray.jobs.process import leave, shutdown_step
 from dray.jobs.queue import RedisUnavailableError, RolloutConsumer
@@ -78,7 +78,7 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
         peers = [f"policy-{rank}" for rank in (range(1, config.policy.replicas) if first else (0,))]
         channels = [
             opened.enter_context(
-                Channel(socket.socket(fileno=descriptor), peer, replica.stop, config.timeouts.shutdown / 2)
+                MessageChannel(socket.socket(fileno=descriptor), peer, replica.stop, config.timeouts.shutdown / 2)
             )
             for descriptor, peer in zip(descriptors, peers, strict=True)
         ]
@@ -111,7 +111,7 @@ def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __:
         replica.leave_at_once(error)
 
 
-def _shared_by(channel: Channel, _text: str | None) -> str:
+def _shared_by(channel: MessageChannel, _text: str | None) -> str:
     order = channel.receive(RankCommand)
     if order.what != "share":
         raise GroupLostError(f"{channel.peer} sent another command while this rank waited for a shared text")

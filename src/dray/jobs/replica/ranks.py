@@ -1,4 +1,4 @@
-"""The policy group as its first rank sees it: what it sends to the others, and what each of them reads."""
+"""The policy group as its first rank sees it: its commands to the others, and what each of them reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from dray.identifiers import PayloadId
 from dray.jobs.api import Trajectory
-from dray.jobs.messages.channel import Channel, GroupLostError, RankCommand, RankReply
+from dray.jobs.messages.channel import GroupLostError, MessageChannel
+from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.checkpoint import trainer_folder
 
@@ -97,7 +98,7 @@ class Ranks:
         readers: how many ranks read each payload.
     """
 
-    def __init__(self, channels: Sequence[Channel], readers: int) -> None:
+    def __init__(self, channels: Sequence[MessageChannel], readers: int) -> None:
         self._channels = tuple(channels)
         self._readers = readers
 
@@ -116,10 +117,10 @@ class Ranks:
     def begin(self, checkpoint: Path | None) -> None:
         """Let all load their part of a checkpoint, if there is one."""
 
-        def order(rank: int) -> RankCommand:
+        def command(rank: int) -> RankCommand:
             return RankCommand(what="begin", text=str(trainer_folder(checkpoint, rank)) if checkpoint else "")
 
-        self._send(order)
+        self._send(command)
 
     def read(self, dealt: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank read what its part was dealt, and has not been read ahead."""
@@ -135,11 +136,11 @@ class Ranks:
     def train(self, batch: Batch, ahead: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank train on its part of `batch`, and meanwhile read what is known of the one after it."""
 
-        def order(rank: int) -> RankCommand:
+        def command(rank: int) -> RankCommand:
             identities = [delivery.entry.identity for delivery in batch.part(rank // self._readers)]
             return RankCommand(what="train", identities=identities, **self._references(ahead, rank))
 
-        self._send(order)
+        self._send(command)
 
     def weights(self) -> None:
         """Let all join in `PolicyTrainer.weights`."""
@@ -150,12 +151,12 @@ class Ranks:
         self._send(lambda rank: RankCommand(what="save", text=str(trainer_folder(checkpoint, rank))))
 
     def wait(self) -> None:
-        """Wait until all have carried out the last command."""
+        """Wait until all have answered their commands."""
         for channel in self._channels:
             channel.receive(RankReply)
 
     def end(self) -> None:
-        """The job has ended."""
+        """The job is over."""
         self._send(lambda _: RankCommand(what="end"))
 
     def check(self) -> None:
@@ -173,6 +174,6 @@ class Ranks:
             "metadata": [entry.metadata for entry in entries],
         }
 
-    def _send(self, order: Callable[[int], RankCommand]) -> None:
+    def _send(self, command: Callable[[int], RankCommand]) -> None:
         for rank, channel in enumerate(self._channels, start=1):
-            channel.send(order(rank))
+            channel.send(command(rank))

@@ -127,7 +127,7 @@ def refuse_folder_in_use(root: Path, patience: float = 0.0) -> None:
 
 def _end_unseen(record: RunRecord, retries: int, *, finished: bool, cancelled: bool) -> RunRecord:
     if finished:
-        return record.end(RunEvent.FINISH, retries, None, "finished, says the checkpoint")
+        return record.end(RunEvent.FINISH, retries, None, "finished (according to the checkpoint)")
     if cancelled:
         return record.end(RunEvent.CANCEL, retries, None, "cancelled")
     event = RunEvent.MOVE if record.remaining_retries else RunEvent.GIVE_UP

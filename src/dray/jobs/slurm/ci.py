@@ -21,7 +21,7 @@ from junitparser import TestSuite
 from dray.clock import Deadline
 from dray.errors import ConfigError
 from dray.jobs.launch.output import make_run_folder
-from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.process import SignalInbox
 from dray.jobs.slurm import ci_report
 from dray.jobs.slurm.ci_report import BROKEN_OFF, JOB, SETUP, Report, SuiteResult, Verdict, read_ends
 from dray.jobs.slurm.scheduler import JobView, SlurmError, cancel, look, submit
@@ -69,7 +69,7 @@ def follow(
                 break
         say(log.take())
         select.select([inbox], [], [], POLL_SECONDS)
-        for received in inbox.take():
+        for received in inbox.receive():
             if interrupted is not None:
                 given_up = Deadline.after(0.0)
                 continue
@@ -95,7 +95,7 @@ def _wait_for_record(output: Path, inbox: SignalInbox) -> None:
     deadline = Deadline.after(RECORD_SECONDS)
     while JOB not in read_ends(output) and not deadline.expired:
         select.select([inbox], [], [], min(0.5, deadline.remaining))
-        if inbox.take():
+        if inbox.receive():
             return
 
 

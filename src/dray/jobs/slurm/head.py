@@ -2,7 +2,7 @@
 
 ``python -m dray.jobs.slurm.head PLAN PART ATTEMPT``
 
-It is what `dray run` is on one machine, and goes on from the checkpoint in the run's folder if there is one. Its
+It is what `dray run` is on one machine, and resumes from the checkpoint in the run's folder if there is one. Its
 exit codes are the same. SIGUSR2 tells it that the time limit is near: it ends the job as SIGTERM does, with a code
 of its own.
 """
@@ -11,124 +11,222 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from dray.clock import MONOTONIC, Deadline
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig
-from dray.jobs.exit_codes import ExitCode, meaning
+from dray.jobs.exit_codes import ExitCode
 from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import Elsewhere, Nowhere, Site, chosen_token
+from dray.jobs.launch.job_processes import JobPlacement, chosen_token, replica_name
 from dray.jobs.launch.output import open_output, resume_line
 from dray.jobs.launch.preparation import check_entry_points
 from dray.jobs.launch.processes import EndRequest, JobProcess
 from dray.jobs.launch.shutdown import stopped_early
-from dray.jobs.launch.signals import SignalInbox
 from dray.jobs.launch.supervisor import supervise
-from dray.jobs.messages.auth import ConnectionInfo, Door
-from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
-from dray.jobs.messages.models import Role
-from dray.jobs.process import LOOPBACK, adopt_orphans, log_to_stderr
+from dray.jobs.messages.auth import ConnectionInfo, NodeListener
+from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.models import (
+    ChannelMessage,
+    HeadAddress,
+    KillReplica,
+    ReplicaEnded,
+    ReplicasRunning,
+    ReplicaStarted,
+    Role,
+    SendSignal,
+    Shutdown,
+    StartReplica,
+)
+from dray.jobs.process import LOOPBACK, SignalInbox, adopt_orphans, log_to_stderr
 from dray.jobs.queue import RedisAddress
 from dray.jobs.slurm.network import Interface, boot_id, choose_interface
 from dray.jobs.slurm.placement import Placement, environment, placements
 from dray.jobs.slurm.plan import NODE_VARIABLE, Plan, Task, run_task
 from dray.name_resolution import is_loopback
+from dray.resources import Closing
 from dray.transport.lanes import LANES
 
 # --- remote ------------------------------------------------------------------------------------------------------
 
-GOODBYE_BOUND = 5.0
-"""Seconds that the head waits for the other nodes when the job is over."""
-
 _LOG = logging.getLogger("dray.jobs.slurm.head")
 
 
-class RemoteReplica:
-    """A replica on another node; see `dray.jobs.launch.processes.JobProcess`."""
+class RemoteReplica(JobProcess):
+    """A replica on another node.
 
-    def __init__(self, placed: Placement, pid: int, log: Path, link: Link) -> None:
-        self.name = placed.name
-        self.role = placed.role
+    Attributes:
+        reported_code: the exit code that its node has reported.
+    """
+
+    def __init__(self, name: str, role: Role, pid: int, log: Path, host: RemoteHost) -> None:
+        self.name = name
+        self.role = role
         self.pid = pid
         self.log = log
         self.exit_code: int | None = None
-        self._node = placed.node
-        self._link = link
-        self._code: int | None = None
-        self._with_node = False
-        self._request: EndRequest | None = None
-        self._seen = MONOTONIC.now()
-
-    @property
-    def running(self) -> bool:
-        return self.exit_code is None
+        self.reported_code: int | None = None
+        self._host = host
+        self._reason = ""
+        self.note_running()
 
     @property
     def ending(self) -> str:
-        if self._with_node:
-            return f"its node {self._node} is gone"
-        if self._request is not None:
-            return f"{self._request.why} and sent it {self._request.number.name}"
-        return "it runs" if self.exit_code is None else meaning(self.exit_code)
-
-    def seconds_unseen(self) -> float:
-        """Seconds since its node last said that the process runs."""
-        return MONOTONIC.now() - self._seen
-
-    def seen(self) -> None:
-        """Its node says that the process runs."""
-        self._seen = MONOTONIC.now()
+        return self._reason or super().ending
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process; one that has ended gets none."""
-        if self._code is None:
-            self._link.send(SendSignal(name=self.name, number=number))
+        """Send a signal, unless the process has ended."""
+        if self.reported_code is None:
+            self._host.post(SendSignal(name=self.name, number=number))
 
     def kill_group(self) -> None:
-        """Kill the process and every other one in its group."""
-        if self._code is None:
-            self._link.send(Kill(name=self.name))
+        """Kill the process and what is in its group."""
+        if self.reported_code is None:
+            self._host.post(KillReplica(name=self.name))
 
-    def collect(self) -> int | None:
-        """The exit code, once its node has told it or is gone."""
-        self.exit_code = self._code
-        return self.exit_code
+    def note_running(self) -> None:
+        """Its node reports that the process runs."""
+        self._seen = MONOTONIC.now()
 
-    def ended(self, said: Ended) -> None:
-        """Its node says how it ended."""
-        if self._code is None:
-            self._code = said.code
-            if said.asked:
-                request = EndRequest(signal.Signals(said.asked), f"its node {self._node} was told to end")
-                self._request = request if request.explains(said.code) else None
+    def note_end(self, report: ReplicaEnded) -> None:
+        """Its node reports how it has ended."""
+        if self.reported_code is None:
+            self.reported_code = report.code
+            if report.request:
+                number = signal.Signals(report.request)
+                if EndRequest(number, "").explains(report.code):
+                    self._reason = f"its node {self._host.node} was asked to end and sent it {number.name}"
 
-    def lost(self) -> None:
+    def note_lost(self) -> None:
         """Its node is gone, and the process with it, or about to be."""
-        if self._code is None:
-            self._code, self._with_node = -signal.SIGKILL, True
-
-    def __repr__(self) -> str:
-        return f"<RemoteReplica {self.name} on {self._node} {'running' if self.running else self.exit_code}>"
+        if self.reported_code is None:
+            self.reported_code, self._reason = -signal.SIGKILL, f"its node {self._host.node} is gone"
 
 
-class OtherNodes:
-    """The nodes beside the head's; see `dray.jobs.launch.job_processes.Elsewhere`. As a context manager it closes.
+class RemoteHost:
+    """A node beside the head's, behind a message channel: a `dray.jobs.launch.job_processes.Host`.
+
+    Args:
+        logs: folder with the logs of its replicas.
+
+    Attributes:
+        connected: whether the node has connected; it does so once.
+    """
+
+    def __init__(self, node: str, logs: Path) -> None:
+        self.node = node
+        self.connected = False
+        self._logs = logs
+        self._roles: dict[str, Role] = {}
+        self._replicas: dict[str, RemoteReplica] = {}
+        self._channel: MessageChannel | None = None
+
+    @property
+    def processes(self) -> Sequence[JobProcess]:
+        """Those that the node has started; the newest of each name."""
+        return list(self._replicas.values())
+
+    def start(self, role: Role, index: int) -> None:
+        """Have the node start a replica, now or as soon as it is connected."""
+        name = replica_name(role, index)
+        self._roles[name] = role
+        self.post(StartReplica(name=name))
+
+    def attach(self, channel: MessageChannel, selector: selectors.BaseSelector) -> None:
+        """The node has connected."""
+        self.connected, self._channel, self._selector = True, channel, selector
+        selector.register(channel, selectors.EVENT_READ, self._receive)
+        for name in self._roles:
+            channel.post(StartReplica(name=name))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the node has been connected and is not any more."""
+        return self.connected and self._channel is None
+
+    def post(self, message: ChannelMessage) -> None:
+        """Send the node a message if it is connected."""
+        if self._channel is not None:
+            self._channel.post(message)
+
+    def collect(self) -> Iterator[JobProcess]:
+        """The replicas whose end the node has reported since the last call; all of them if the node is gone."""
+        if self._channel is not None and self._channel.lost:
+            self._receive()
+        for replica in list(self._replicas.values()):
+            if replica.running and replica.reported_code is not None:
+                replica.exit_code = replica.reported_code
+                yield replica
+
+    def request_shutdown(self) -> None:
+        """Have the node kill what is left there. Does not wait."""
+        if self._channel is not None:
+            self._channel.post(Shutdown())
+            self._channel.finish_sending()
+
+    def close(self, deadline: Deadline) -> None:
+        """Wait until the node confirms the shutdown by closing its connection. Twice is fine."""
+        if self._channel is None:
+            return
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        self._channel.poll()
+        while not self._channel.lost and not deadline.expired:
+            poll.poll(1000 * deadline.remaining)
+            self._channel.poll()
+        if not self._channel.lost:
+            _LOG.warning("node %s did not confirm shutdown within %.1f s", self.node, deadline.elapsed)
+        self._detach()
+
+    def _receive(self) -> None:
+        assert self._channel is not None
+        for message in self._channel.poll():
+            match message:
+                case ReplicaStarted(name=name) if name in self._roles:
+                    log = self._logs / f"{name}.log"
+                    self._replicas[name] = RemoteReplica(name, self._roles[name], message.pid, log, self)
+                case ReplicasRunning(names=names):
+                    for name in names:
+                        if name in self._replicas:
+                            self._replicas[name].note_running()
+                case ReplicaEnded(name=name) if name in self._replicas:
+                    self._replicas[name].note_end(message)
+                case _:  # a replica that is not placed there
+                    _LOG.warning("node %s sent a message of no use: %r", self.node, message.what)
+        if self._channel.lost:
+            _LOG.info("node %s is gone", self.node)
+            self._detach()
+            for replica in self._replicas.values():
+                replica.note_lost()
+
+    def _detach(self) -> None:
+        assert self._channel is not None
+        self._selector.unregister(self._channel)
+        self._channel.close()
+        self._channel = None
+
+
+class NodeConnections(Closing):
+    """Where the other nodes connect: a `dray.jobs.launch.job_processes.HostListener`.
 
     Args:
         attempt: the name of the attempt, which connections must show.
         placed: the replicas on other nodes.
-        host: the head's address.
+        address: the head's address.
         silence: seconds without an answer after which another machine counts as gone.
+
+    Attributes:
+        hosts: the other nodes, by name.
     """
 
     def __init__(
@@ -137,147 +235,67 @@ class OtherNodes:
         attempt: str,
         secret: bytes,
         placed: Iterable[Placement],
-        host: str,
+        address: str,
         silence: float,
     ) -> None:
         self._folder = folder
         self._attempt = attempt
-        self._placed = {each.name: each for each in placed}
-        self._ranks: dict[int, socket.socket | None] = {
-            each.index: None for each in self._placed.values() if each.role is Role.POLICY
-        }
-        self._replicas: dict[str, RemoteReplica] = {}
-        self._links: dict[str, Link] = {}
-        self._known: set[str] = set()
+        placed = list(placed)
+        self.hosts = {each.node: RemoteHost(each.node, folder.logs) for each in placed}
+        self._rank_nodes = {each.index: each.node for each in placed if each.role is Role.POLICY}
+        self._ranks: dict[int, socket.socket] = {}
         self._selector: selectors.BaseSelector | None = None
-        self._door = Door(host, secret, silence, self._refusal, self._welcome)
-
-    @property
-    def expected(self) -> int:
-        """How many replicas run there."""
-        return len(self._placed)
-
-    @property
-    def processes(self) -> Sequence[JobProcess]:
-        """Those that have been started there."""
-        return list(self._replicas.values())
+        self._listener = NodeListener(address, secret, silence, self._reason_to_reject, self._on_accepted)
 
     def open(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
-        """Listen, and tell the other nodes where, in a file of the job's folder."""
+        """Listen, and publish the address to the other nodes in a file of the job's folder."""
         self._selector = selector
-        host, port = self._door.open(selector)
-        address = {
-            "host": host,
-            "port": port,
-            "attempt": self._attempt,
-            "job_id": spec.job_id,
-            "boot_id": boot_id(),
-        }
-        write_json(self._folder.head_address, address, mode=0o600)
+        host, port = self._listener.open(selector)
+        address = HeadAddress(host=host, port=port, attempt=self._attempt, job_id=spec.job_id, boot_id=boot_id())
+        write_json(self._folder.head_address, address.model_dump(), mode=0o600)
 
-    def look(self) -> None:
-        """Drop connections that take too long to show what they are; note nodes that take no orders any more."""
-        for node in [node for node, link in self._links.items() if link.lost]:
-            self._lose(node)
-        self._door.look()
+    def apply_timeouts(self) -> None:
+        """Reject connections that have not proven in time what they are for."""
+        self._listener.apply_timeouts()
 
-    def take_ranks(self) -> list[socket.socket] | None:
-        """See `dray.jobs.launch.job_processes.Elsewhere`."""
-        connected = [self._ranks[rank] for rank in sorted(self._ranks)]
-        taken = [each for each in connected if each is not None]
-        if len(taken) < len(connected):
+    def rank_connections(self) -> list[socket.socket] | None:
+        """Connections to the ranks on other nodes, in order, now the caller's; None while one is missing."""
+        if len(self._ranks) < len(self._rank_nodes):
             return None
-        self._ranks = {}
-        return taken
+        found = [self._ranks[rank] for rank in sorted(self._ranks)]
+        self._ranks, self._rank_nodes = {}, {}
+        return found
 
-    def refuse(self) -> None:
-        """See `dray.jobs.launch.job_processes.Elsewhere`."""
-        self._door.close()
+    def stop_accepting(self) -> None:
+        """Accept no connection any more."""
+        self._listener.close()
 
     def close(self) -> None:
-        """Say goodbye, and wait until the other nodes have ended what was left there."""
-        self.refuse()
-        deadline = Deadline.after(GOODBYE_BOUND)
-        with selectors.DefaultSelector() as selector:
-            for link in self._links.values():
-                link.send(Goodbye())
-                link.finish_sending()
-                if not link.lost:
-                    selector.register(link, selectors.EVENT_READ, link)
-            while selector.get_map() and not deadline.expired:
-                for key, _ in selector.select(deadline.remaining):
-                    link = key.data
-                    link.receive()
-                    if link.lost:
-                        selector.unregister(link)
-        left = [node for node, link in self._links.items() if not link.lost]
-        if left:
-            _LOG.warning("did not say goodbye within %g s: %s", GOODBYE_BOUND, ", ".join(left))
-        for link in self._links.values():
-            link.close()
-        self._links = {}
+        """Accept no connection any more, and close those of ranks that were not handed on. Twice is fine."""
+        self._listener.close()
         for connected in self._ranks.values():
-            if connected is not None:
-                connected.close()
+            connected.close()
         self._ranks = {}
 
-    def __enter__(self) -> OtherNodes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    # --- connections ------------------------------------------------------------------------------------------
-
-    def _welcome(self, purpose: ConnectionInfo, connected: socket.socket) -> None:
+    def _on_accepted(self, purpose: ConnectionInfo, connected: socket.socket) -> None:
         assert self._selector is not None
         if purpose.rank is not None:
             self._ranks[purpose.rank] = connected
             _LOG.info("node %s has connected policy-%d", purpose.node, purpose.rank)
-            return
-        self._known.add(purpose.node)
-        link = self._links[purpose.node] = Link(connected)
-        self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(purpose.node, link))
-        _LOG.info("node %s has connected", purpose.node)
+        else:
+            channel = MessageChannel(connected, f"node {purpose.node}")
+            self.hosts[purpose.node].attach(channel, self._selector)
+            _LOG.info("node %s has connected", purpose.node)
 
-    def _refusal(self, purpose: ConnectionInfo) -> str:
-        """Why a connection for `purpose` is not wanted, or nothing."""
+    def _reason_to_reject(self, purpose: ConnectionInfo) -> str:
         if purpose.attempt != self._attempt:
             return f"it is from attempt {purpose.attempt}, and this one is {self._attempt}"
         if purpose.rank is not None:
-            placed = self._placed.get(f"{Role.POLICY.value}-{purpose.rank}")
-            wanted = placed is not None and placed.node == purpose.node and purpose.rank in self._ranks
-            return "" if wanted and self._ranks[purpose.rank] is None else f"no rank {purpose.rank} is missing"
-        if purpose.node not in {each.node for each in self._placed.values()}:
+            wanted = self._rank_nodes.get(purpose.rank) == purpose.node and purpose.rank not in self._ranks
+            return "" if wanted else f"no rank {purpose.rank} is missing"
+        if purpose.node not in self.hosts:
             return f"no replica runs on node {purpose.node}"
-        return f"node {purpose.node} has been here before" if purpose.node in self._known else ""
-
-    def _hear(self, node: str, link: Link) -> None:
-        for said in link.receive():
-            if isinstance(said, Started):
-                for name, pid in said.pids.items():
-                    if name in self._placed and self._placed[name].node == node:
-                        log = self._folder.logs / f"{name}.log"
-                        self._replicas[name] = RemoteReplica(self._placed[name], pid, log, link)
-            elif isinstance(said, Alive):
-                for name in said.names:
-                    if name in self._replicas and self._placed[name].node == node:
-                        self._replicas[name].seen()
-            elif isinstance(said, Ended) and said.name in self._replicas:
-                self._replicas[said.name].ended(said)
-        if link.lost:
-            self._lose(node)
-
-    def _lose(self, node: str) -> None:
-        """A node is gone."""
-        assert self._selector is not None
-        link = self._links.pop(node)
-        self._selector.unregister(link)
-        link.close()
-        _LOG.info("node %s is gone", node)
-        for name, replica in self._replicas.items():
-            if self._placed[name].node == node:
-                replica.lost()
+        return f"node {purpose.node} has connected before" if self.hosts[purpose.node].connected else ""
 
 
 # --- head --------------------------------------------------------------------------------------------------------
@@ -293,7 +311,7 @@ def run_head(task: Task) -> int:
     if task.node != task.nodes[0]:
         raise ConfigError(NODE_VARIABLE, task.node, f"the first of the job's nodes, which is {task.nodes[0]}")
     config = attempt_config(task.plan)
-    # A job on one node needs nobody to reach it.
+    # A job on one node is reached from that node only.
     alone = len(task.nodes) == 1 and task.plan.interface is None
     interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.interface)
     if len(task.nodes) > 1:
@@ -303,7 +321,7 @@ def run_head(task: Task) -> int:
         title = f"dray: job {config.job.name}"
         display = opened.enter_context(Display(title, config.job.max_steps, timestamps=True))
         folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))
-        site = _site(task, config, folder, interface, opened)
+        placement = _placement(task, config, folder, interface, opened)
         if state is not None and not state.outcome:
             display.say(resume_line(folder, state))
         display.say(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
@@ -315,7 +333,7 @@ def run_head(task: Task) -> int:
                 ending = stopped_early(folder, config.job.name, signals)
                 display.say(ending.reason)
                 return ending.exit_code
-        return supervise(config, task.plan.job_file, site, state, inbox, display)
+        return supervise(config, task.plan.job_file, placement, state, inbox, display)
 
 
 def attempt_config(plan: Plan) -> JobConfig:
@@ -349,28 +367,31 @@ def check_between_nodes(config: JobConfig, interface: Interface) -> None:
         raise ConfigError("redis.url", str(address), "the address of a server that every node of the job reaches")
 
 
-def _site(task: Task, config: JobConfig, folder: JobFolder, interface: Interface, opened: ExitStack) -> Site:
+def _placement(
+    task: Task, config: JobConfig, folder: JobFolder, interface: Interface, opened: ExitStack
+) -> JobPlacement:
     placed = placements(task.plan, task.nodes)
     here = {each.name: each for each in placed if each.node == task.node}
     away = [each for each in placed if each.node != task.node]
-    elsewhere: Elsewhere = Nowhere()
+    nodes = None
     if away:
         silence = config.controller.dead_after
-        elsewhere = opened.enter_context(
-            OtherNodes(folder, task.name, task.plan.secret, away, interface.address, silence)
+        nodes = opened.enter_context(
+            NodeConnections(folder, task.name, task.plan.secret, away, interface.address, silence)
         )
     rollouts = [each.index for each in here.values() if each.role is Role.ROLLOUT]
     variables = {name: environment(each, interface, os.environ) for name, each in here.items()}
-    return Site(
+    return JobPlacement(
         folder=folder,
-        host=interface.address,
+        address=interface.address,
         ranks=len(here) - len(rollouts),
         rollouts=range(len(rollouts)),
-        redis_host=interface.address if away else None,
+        redis_host=None if nodes is None else interface.address,
+        remote=[] if nodes is None else [(nodes.hosts[each.node], each.role, each.index) for each in away],
+        listener=nodes,
         secret=task.plan.secret,
         token=chosen_token(config),
         environment=variables.__getitem__,
-        elsewhere=elsewhere,
     )
 
 

@@ -4,7 +4,7 @@
 <run folder>/
   slurm.json        what is known about the run, see `run_record`
   slurm-<job>.out   the output of the batch script
-  options.json      what the run was submitted with, see `run_options`
+  options.json      what the run was submitted with, see `RunOptions`
   parts/001.1/logs/ one log per process of part 1, attempt 1, and so on; `latest` leads to the newest
   .slurm/           for its owner only
     job.sh          the batch script
@@ -28,9 +28,9 @@ from typing import Any
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig, SlurmTable
 from dray.jobs.files import open_own_folder, read_own_file, write_whole
+from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.output import KEY, RESUME_NEEDS, choose_folder, has_metrics, make_run_folder, remove_empty
-from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.slurm import scheduler
 from dray.jobs.slurm.batch_cli import cancel_marker, read_settled, refuse_folder_in_use
 from dray.jobs.slurm.placement import layout_of, placements, rollout_nodes_of

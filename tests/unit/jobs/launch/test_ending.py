@@ -33,9 +33,9 @@ SOLVED = CheckpointState(7, 7, 70, "solved")
         ("interrupted", None, [signal.SIGQUIT], 131, "interrupted by SIGQUIT"),
         (None, None, [signal.SIGHUP], 129, "interrupted by SIGHUP"),
         (None, None, [], 1, "it broke"),
-        ("failed", SOLVED, [], 0, "solved at step 7, says the checkpoint"),
-        ("interrupted", SOLVED, [signal.SIGTERM], 0, "solved at step 7, says the checkpoint"),
-        (None, SOLVED, [], 0, "solved at step 7, says the checkpoint"),
+        ("failed", SOLVED, [], 0, "solved at step 7 (according to the checkpoint)"),
+        ("interrupted", SOLVED, [signal.SIGTERM], 0, "solved at step 7 (according to the checkpoint)"),
+        (None, SOLVED, [], 0, "solved at step 7 (according to the checkpoint)"),
     ],
 )
 def test_finished_work_stands_and_nothing_else_is_called_finished(
@@ -68,7 +68,7 @@ def test_controller_that_the_supervisor_asked_to_end_gives_no_reason_for_it() ->
     # A signal, finished work and another outcome say more.
     for kind, checkpoint, signals, reason in (
         ("interrupted", None, [signal.SIGINT], "interrupted by SIGINT"),
-        ("interrupted", SOLVED, [], "solved at step 7, says the checkpoint"),
+        ("interrupted", SOLVED, [], "solved at step 7 (according to the checkpoint)"),
         ("failed", None, [], "because"),
         ("solved", None, [], "because"),
     ):

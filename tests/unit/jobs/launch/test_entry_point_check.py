@@ -3,7 +3,7 @@ from pathlib import Path
 
 from dray.jobs.job_file import JobDraft, parse_job
 from dray.jobs.launch.preparation import check_entry_points
-from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.process import SignalInbox
 
 # The import goes on when there is somebody who writes to the FIFO beside the file.
 CLASSES = """

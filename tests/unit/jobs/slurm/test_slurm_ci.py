@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from dray.cli.slurm import ci as ci_command
 from dray.errors import ConfigError
-from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.process import SignalInbox
 from dray.jobs.slurm import ci as following
 from dray.jobs.slurm import ci_report
 from dray.jobs.slurm.ci import Choices, Plan, find_suites, plan, read_report, write_report

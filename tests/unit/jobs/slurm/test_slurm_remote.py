@@ -17,16 +17,25 @@ import pytest
 from waiting import wait_until
 
 from dray.admission import MAX_UNPROVEN, Unproven
-from dray.clock import Deadline, Stopwatch
+from dray.clock import Deadline
 from dray.errors import AuthenticationError, TransportError
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import parse_job
+from dray.jobs.launch.processes import JobProcess
 from dray.jobs.messages import auth
 from dray.jobs.messages.auth import ConnectionInfo, connect
-from dray.jobs.messages.channel import Alive, Ended, Goodbye, Kill, Link, SendSignal, Started
-from dray.jobs.messages.models import Role
-from dray.jobs.slurm import head as head_module
-from dray.jobs.slurm.head import OtherNodes
+from dray.jobs.messages.channel import MessageChannel
+from dray.jobs.messages.models import (
+    KillReplica,
+    ReplicaEnded,
+    ReplicasRunning,
+    ReplicaStarted,
+    Role,
+    SendSignal,
+    Shutdown,
+    StartReplica,
+)
+from dray.jobs.slurm.head import NodeConnections
 from dray.jobs.slurm.placement import Placement
 
 SECRET = bytes(range(32))
@@ -45,17 +54,21 @@ CONFIG = parse_job(
 
 
 class Head:
-    """`OtherNodes`, and a loop as the supervisor has one."""
+    """`NodeConnections`, and a loop as the supervisor has one."""
 
     def __init__(self, folder: Path) -> None:
         (folder / ".run").mkdir()
         self.folder = JobFolder(folder, "001.1")
-        self.nodes = OtherNodes(self.folder, "001.1", SECRET, PLACED, "127.0.0.1", 10.0)
+        self.nodes = NodeConnections(self.folder, "001.1", SECRET, PLACED, "127.0.0.1", 10.0)
+        self.host = self.nodes.hosts["c"]
         self.selector = selectors.DefaultSelector()
         self.nodes.open(
             self.selector, JobSpec(CONFIG, folder / "job.toml", self.folder, SECRET, "", "small-1", False, 0)
         )
+        for index in (0, 1):
+            self.host.start(Role.ROLLOUT, index)
         self.pool = ThreadPoolExecutor(8)
+        self.ended: list[JobProcess] = []
 
     @property
     def address(self) -> tuple[str, int]:
@@ -74,14 +87,15 @@ class Head:
     def _turn(self) -> None:
         for key, _ in self.selector.select(0.05):
             key.data()
-        self.nodes.look()
+        self.nodes.apply_timeouts()
+        self.ended += self.host.collect()
 
     def taken(self, guest: Future[socket.socket]) -> socket.socket:
         self.until(guest.done, "the guest")
         return guest.result()
 
-    def link(self, node: str = "c") -> Link:
-        return Link(self.taken(self.guest(node)))
+    def link(self, node: str = "c") -> MessageChannel:
+        return MessageChannel(self.taken(self.guest(node)), "the head")
 
 
 @contextmanager
@@ -92,6 +106,7 @@ def head_of(folder: Path) -> Iterator[Head]:
     finally:
         with head.selector, head.pool:
             head.nodes.close()
+            head.host.close(Deadline.after(0))
 
 
 def test_address_is_for_the_owner_only_and_holds_no_secret(tmp_path: Path) -> None:
@@ -101,40 +116,72 @@ def test_address_is_for_the_owner_only_and_holds_no_secret(tmp_path: Path) -> No
         assert SECRET.hex() not in path.read_text()
 
 
-def test_replicas_of_a_node_run_from_its_word_to_its_word(tmp_path: Path) -> None:
+def started(link: MessageChannel, **pids: int) -> None:
+    for name, pid in pids.items():
+        link.post(ReplicaStarted(name=name.replace("_", "-"), pid=pid))
+
+
+def test_node_is_told_what_to_start_once_it_has_connected_and_afterwards(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        assert head.nodes.processes == []
-        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
-        head.until(lambda: head.nodes.processes, "the word that they run")
-        first, second = head.nodes.processes
-        assert (first.name, first.pid, first.running, first.collect()) == ("rollout-0", 70, True, None)
+        head.host.start(Role.ROLLOUT, 7)
+        received: list[object] = []
+        head.until(lambda: received.extend(link.poll()) or len(received) == 3, "all commands")
+        assert received == [StartReplica(name=f"rollout-{index}") for index in (0, 1, 7)]
+
+
+def test_replicas_of_a_node_run_from_the_report_of_their_start_to_that_of_their_end(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        assert head.host.processes == []
+        started(link, rollout_0=70, rollout_1=71)
+        head.until(lambda: len(head.host.processes) == 2, "the reports of their start")
+        first, second = head.host.processes
+        assert (first.name, first.pid, first.running, head.ended) == ("rollout-0", 70, True, [])
         second.signal(signal.SIGTERM)
         first.kill_group()
-        said = []
-        head.until(lambda: said.extend(link.receive()) or len(said) == 2, "both orders")
-        assert said == [SendSignal(name="rollout-1", number=signal.SIGTERM), Kill(name="rollout-0")]
-        link.send(Ended(name="rollout-0", code=10))
-        head.until(lambda: first.collect() is not None, "the word of its end")
+        received: list[object] = []
+        head.until(lambda: received.extend(link.poll()) or len(received) == 4, "all commands")
+        assert received[2:] == [SendSignal(name="rollout-1", number=signal.SIGTERM), KillReplica(name="rollout-0")]
+        link.post(ReplicaEnded(name="rollout-0", code=10))
+        head.until(lambda: head.ended, "the report of its end")
+        assert head.ended == [first]
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
+
+
+def test_replica_that_was_started_again_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        started(link, rollout_0=70)
+        link.post(ReplicaEnded(name="rollout-0", code=10))
+        head.until(lambda: head.ended, "the report of its end")
+        head.host.start(Role.ROLLOUT, 0)
+        started(link, rollout_0=72)
+        head.until(lambda: [each.pid for each in head.host.processes] == [72], "the report of the new one")
+        assert [each.running for each in head.host.processes] == [True]
+
+
+def test_replica_that_was_not_asked_for_is_none_of_the_job(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.link()) as link:
+        started(link, rollout_5=75, rollout_0=70)
+        head.until(lambda: head.host.processes, "the report of the start")
+        assert [each.name for each in head.host.processes] == ["rollout-0"]
 
 
 def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
-        head.until(lambda: head.nodes.processes, "the word that they run")
-        first, second = head.nodes.processes
+        started(link, rollout_0=70, rollout_1=71)
+        head.until(lambda: len(head.host.processes) == 2, "the reports of their start")
+        first, second = head.host.processes
         head.until(lambda: min(first.seconds_unseen(), second.seconds_unseen()) > 0.1, "some time")
-        link.send(Alive(names=["rollout-1", "policy-1"]))
+        link.post(ReplicasRunning(names=["rollout-1", "policy-1"]))
         head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the report that one runs")
-        link.send(Alive(names=["rollout-0"]))
+        link.post(ReplicasRunning(names=["rollout-0"]))
         head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the report that the other runs")
 
 
 @pytest.mark.parametrize(
     ("code", "asked", "ending"),
     [
-        (143, signal.SIGTERM, "its node c was told to end and sent it SIGTERM"),
-        (-signal.SIGKILL, signal.SIGKILL, "its node c was told to end and sent it SIGKILL"),
+        (143, signal.SIGTERM, "its node c was asked to end and sent it SIGTERM"),
+        (-signal.SIGKILL, signal.SIGKILL, "its node c was asked to end and sent it SIGKILL"),
         (10, signal.SIGTERM, "the user's class raised"),
         (143, 0, "interrupted by SIGTERM"),
     ],
@@ -143,38 +190,33 @@ def test_z8_replica_that_its_own_node_has_asked_to_end_is_not_called_interrupted
     tmp_path: Path, code: int, asked: int, ending: str
 ) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        link.send(Started(pids={"rollout-0": 70}))
-        link.send(Ended(name="rollout-0", code=code, asked=asked))
-        head.until(lambda: [each.collect() for each in head.nodes.processes] == [code], "the word of its end")
-        assert [each.ending for each in head.nodes.processes] == [ending]
+        started(link, rollout_0=70)
+        link.post(ReplicaEnded(name="rollout-0", code=code, request=asked))
+        head.until(lambda: [each.exit_code for each in head.ended] == [code], "the report of its end")
+        assert [each.ending for each in head.host.processes] == [ending]
 
 
 def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
-        link.send(Started(pids={"rollout-0": 70, "rollout-1": 71}))
-        link.send(Ended(name="rollout-0", code=0))
+        started(link, rollout_0=70, rollout_1=71)
+        link.post(ReplicaEnded(name="rollout-0", code=0))
         link.close()
-        head.until(
-            lambda: (
-                len(head.nodes.processes) == 2 and all(each.collect() is not None for each in head.nodes.processes)
-            ),
-            "the end of both",
-        )
-        assert [each.ending for each in head.nodes.processes] == ["finished", "its node c is gone"]
-        with pytest.raises(TransportError, match="does not want"):
+        head.until(lambda: len(head.ended) == 2, "the end of both")
+        assert [each.ending for each in head.host.processes] == ["finished", "its node c is gone"]
+        with pytest.raises(TransportError, match="rejected the connection"):
             head.taken(head.guest("c"))
 
 
 def test_ranks_are_given_out_in_order_once_all_are_there(tmp_path: Path) -> None:
     with head_of(tmp_path) as head:
-        assert head.nodes.take_ranks() is None
+        assert head.nodes.rank_connections() is None
         with head.taken(head.guest("b", rank=1)) as ours:
-            (theirs,) = head.nodes.take_ranks() or []
+            (theirs,) = head.nodes.rank_connections() or []
             with theirs:
                 ours.send(b"x")
                 theirs.settimeout(5.0)
                 assert theirs.recv(1) == b"x"
-        assert head.nodes.take_ranks() == []
+        assert head.nodes.rank_connections() == []
 
 
 @pytest.mark.parametrize(
@@ -184,7 +226,7 @@ def test_ranks_are_given_out_in_order_once_all_are_there(tmp_path: Path) -> None
 def test_connection_that_does_not_belong_to_the_attempt_is_refused(
     tmp_path: Path, node: str, rank: int | None, attempt: str
 ) -> None:
-    with head_of(tmp_path) as head, pytest.raises(TransportError, match="does not want"):
+    with head_of(tmp_path) as head, pytest.raises(TransportError, match="rejected the connection"):
         head.taken(head.guest(node, rank, attempt))
 
 
@@ -250,7 +292,7 @@ def test_strangers_make_few_lines(tmp_path: Path, caplog: pytest.LogCaptureFixtu
                 head.until(lambda: select.select([stranger], [], [], 0)[0], "the end of the connection")
                 assert stranger.recv(1) == b""
         lines = [each.message for each in caplog.records if each.levelname == "WARNING"]
-        assert lines == ["a connection is not taken: the other end of a connection does not know the job's secret"]
+        assert lines == ["rejected a connection: the other end of a connection does not know the job's secret"]
 
 
 def test_head_without_descriptors_accepts_later_and_does_not_spin(
@@ -276,36 +318,38 @@ def test_head_without_descriptors_accepts_later_and_does_not_spin(
         head.link().close()
 
 
-def test_goodbye_is_said_and_waited_for(tmp_path: Path) -> None:
+def test_shutdown_is_requested_and_its_confirmation_awaited(tmp_path: Path) -> None:
     with head_of(tmp_path) as head:
         link = head.link()
 
         def leave() -> list[object]:
-            said: list[object] = []
+            received: list[object] = []
             with closing(link), selectors.DefaultSelector() as selector:
                 selector.register(link, selectors.EVENT_READ)
                 while not link.lost and selector.select(10.0):
-                    said += link.receive()
-            return said
+                    received += link.poll()
+            return received
 
         left = head.pool.submit(leave)
-        ending = Stopwatch()
-        head.nodes.close()
-        assert ending.elapsed < head_module.GOODBYE_BOUND
-        assert left.result(10.0) == [Goodbye()]
+        deadline = Deadline.after(30.0)
+        head.host.request_shutdown()
+        head.host.close(deadline)
+        assert not deadline.expired
+        assert left.result(10.0)[2:] == [Shutdown()]
 
 
-def test_node_that_does_not_answer_the_goodbye_is_left_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_node_that_does_not_confirm_its_shutdown_is_left_in_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(head_module, "GOODBYE_BOUND", 0.2)
     with head_of(tmp_path) as head, closing(head.link()):
-        head.nodes.close()
-        assert "did not say goodbye within 0.2 s: c" in caplog.text
+        head.host.request_shutdown()
+        head.host.close(Deadline.after(0.2))
+        head.host.close(Deadline.after(0.2))
+        assert "node c did not confirm shutdown within 0.2 s" in caplog.text
 
 
-def test_door_is_closed_when_the_job_ends(tmp_path: Path) -> None:
+def test_nodes_are_not_accepted_once_the_job_ends(tmp_path: Path) -> None:
     with head_of(tmp_path) as head:
-        head.nodes.refuse()
+        head.nodes.stop_accepting()
         with pytest.raises(TransportError, match="cannot be reached"):
             head.taken(head.guest("c"))

@@ -13,8 +13,8 @@ import pytest
 
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig
+from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import parse_job
-from dray.jobs.launch.run_options import RunOptions
 from dray.jobs.slurm import submit as submission
 from dray.jobs.slurm.plan import Plan, plan_path
 from dray.jobs.slurm.run_state import RunRecord, RunState

@@ -7,7 +7,7 @@ import pytest
 
 from dray.cli.job_options import read_job
 from dray.errors import ConfigError
-from dray.jobs.launch.run_options import RunOptions
+from dray.jobs.folder import RunOptions
 
 JOB = """
 [job]

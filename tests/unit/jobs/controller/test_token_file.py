@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import ConfigError
-from dray.jobs.launch.token_file import token_from_file
+from dray.jobs.controller.listener import token_from_file
 
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> Path:

@@ -3,15 +3,15 @@ import signal
 import subprocess
 import sys
 
-from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.process import SignalInbox
 
 PROGRAM = """
 import os, signal
-from dray.jobs.launch.signals import SignalInbox
+from dray.jobs.process import SignalInbox
 with SignalInbox() as inbox:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
-    print(*(number.name for number in inbox.take()))
+    print(*(number.name for number in inbox.receive()))
 """
 
 
@@ -32,7 +32,7 @@ def test_signal_that_is_ignored_is_so_afterwards_too() -> None:
     try:
         with SignalInbox() as inbox:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert inbox.take() == []
+            assert inbox.receive() == []
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
