@@ -1,4 +1,4 @@
-"""Redis with the payload inline: what a job with ``payload_transfer = "redis"`` does."""
+"""Redis with the payload inline: what a job with ``transfer = "inline"`` does."""
 
 from __future__ import annotations
 

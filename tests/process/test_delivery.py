@@ -69,7 +69,7 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         ("policy.checkpoint_every=2", "policy.ack=checkpoint"),
         ("policy.checkpoint_every=1", "policy.max_staleness=1"),
         ("policy.checkpoint_every=3", "policy.replicas=2", "policy.readers=2"),
-        ("policy.checkpoint_every=3", "job.payload_transfer=redis"),
+        ("policy.checkpoint_every=3", "job.transfer=inline"),
     ],
 )
 def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ def way_settings(way: str) -> list[str]:
         pytest.importorskip("ucxx")
     travel = f"job.lane={way}"
     if way == "redis":
-        travel = "job.payload_transfer=redis"
+        travel = "job.transfer=inline"
     elif way == "inline":
         travel = "rollout.inline_bytes=4096"
     # Nobody dies here: on a machine that gives a process its turn late, none may be taken for dead either.

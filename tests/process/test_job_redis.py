@@ -9,11 +9,11 @@ from dray.clock import Deadline
 from dray.jobs.queue import KEY_LIFETIME, JobKeys, RedisConnection, start_redis
 
 
-@pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("transfer", ["reference", pytest.param("inline", marks=pytest.mark.endurance)])
 def test_r1_job_goes_on_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
     with start_redis(None, tmp_path / "redis") as server:
         settings = job_settings(
-            f"redis.url={server.url}", f"job.payload_transfer={transfer}", "stop.at_least=120", "timeouts.redis=20"
+            f"redis.url={server.url}", f"job.transfer={transfer}", "stop.at_least=120", "timeouts.redis=20"
         )
         with running(tmp_path, *settings) as job:
             job.wait_for("  step ")
@@ -32,13 +32,13 @@ return redis.call('XTRIM', KEYS[1], 'MAXLEN', 0)
 """As another client may, but at a moment when some entries were given to no consumer yet."""
 
 
-@pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("transfer", ["reference", pytest.param("inline", marks=pytest.mark.endurance)])
 def test_job_goes_on_through_refusals_and_removed_entries_and_leaves_nothing(
     tmp_path: Path, transfer: str
 ) -> None:
     with start_redis(None, tmp_path / "redis") as server, administrator(server.address) as admin:
         settings = job_settings(
-            f"redis.url={server.url}", f"job.payload_transfer={transfer}", "stop.at_least=60", "timeouts.redis=20"
+            f"redis.url={server.url}", f"job.transfer={transfer}", "stop.at_least=60", "timeouts.redis=20"
         )
         with running(tmp_path, *settings) as job:
             job.wait_for("  step ")

@@ -16,7 +16,6 @@ from dray.jobs.api import ReplicaContext, Trajectory, WorkItem
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.job_file import load_job
 from dray.jobs.replica.entry_points import check_entry_points, load_entry_point
-from dray.jobs.replica.rollout_result import returned_payloads
 from dray.jobs.replica.user_code import (
     UserCodeError,
     call_user,
@@ -24,6 +23,7 @@ from dray.jobs.replica.user_code import (
     make_user_object,
     returned_arrays,
     returned_metrics,
+    returned_payloads,
     save_into,
 )
 from dray.payload import pack

@@ -63,7 +63,7 @@ SETTINGS = ("rollout.worker=several.py:Worker", "policy.trainer=several.py:Train
     [
         (),
         ("rollout.worker=several.py:AsyncWorker", "rollout.concurrency=4"),
-        ("job.payload_transfer=redis",),
+        ("job.transfer=inline",),
         ("policy.ack=checkpoint", "policy.checkpoint_every=2"),
         (
             "policy.max_staleness=1",

@@ -131,8 +131,8 @@ MISTAKES = [
         "{'x': np.ones(131072)}", "a payload of 1,048,704 bytes", "rollout.slot_bytes = 4096", "at least 1048704"
     ),
     replace(
-        rollout("{'x': np.zeros(50_000_000)}", "400,000,128 bytes", 'job.payload_transfer = "ucxx"'),
-        settings=("job.payload_transfer=redis",),
+        rollout("{'x': np.zeros(50_000_000)}", "400,000,128 bytes", 'job.transfer = "reference"'),
+        settings=("job.transfer=inline",),
     ),
     worker(
         "rollout returns a coroutine",

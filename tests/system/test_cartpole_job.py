@@ -7,9 +7,9 @@ from optional import require
 require("torch", "gymnasium")
 
 
-@pytest.mark.parametrize("transfer", ["ucxx", pytest.param("redis", marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("transfer", ["reference", pytest.param("inline", marks=pytest.mark.endurance)])
 def test_cartpole_job_trains_for_a_few_steps(tmp_path: Path, transfer: str) -> None:
-    settings = ["job.max_steps=3", f"job.payload_transfer={transfer}"]
+    settings = ["job.max_steps=3", f"job.transfer={transfer}"]
     output = tmp_path / "out"
     ended = run_example("cartpole", output, *settings, bound=110)
     assert ended.returncode == 1, ended.stdout + ended.stderr

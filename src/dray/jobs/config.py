@@ -80,7 +80,7 @@ class JobTable(Table):
         description="a file name of letters, digits, '.', '_' or '-' that ends in .png, or \"\" for no plot",
     )
     max_steps: int = _count()
-    payload_transfer: Literal["ucxx", "redis"] = Field(default="ucxx", description='"ucxx" or "redis"')
+    transfer: Literal["reference", "inline"] = Field(default="reference", description='"reference" or "inline"')
     lane: Annotated[str, AfterValidator(_lane)] = Field(default="auto", description=_LANE_NAMES)
     log_level: LogLevel = Field(default="info", description='"debug", "info", "warning" or "error"')
 
@@ -288,13 +288,13 @@ def _rule(*keys: str) -> Callable[[Rule], Rule]:
     return add
 
 
-_HELD = ("job.payload_transfer", "policy.ack", "policy.batch_size", "policy.checkpoint_every")
+_HELD = ("job.transfer", "policy.ack", "policy.batch_size", "policy.checkpoint_every")
 
 
 @_rule(*_HELD, "rollout.slots")
 def _enough_slots(config: JobConfig) -> Iterator[ConfigError]:
     # Payloads keep their slots until they are committed: with fewer, one replica alone could not continue.
-    if config.job.payload_transfer == "ucxx" and config.rollout.slots < config.payloads_held:
+    if config.job.transfer == "reference" and config.rollout.slots < config.payloads_held:
         allowed = f"must be at least {_held_name(config)}, which is {config.payloads_held}"
         yield ConfigError("rollout.slots", config.rollout.slots, allowed)
 
@@ -308,7 +308,7 @@ def _enough_slots(config: JobConfig) -> Iterator[ConfigError]:
 )
 def _enough_work_items_in_flight(config: JobConfig) -> Iterator[ConfigError]:
     held, what = config.payloads_held, _held_name(config)
-    if config.job.payload_transfer == "ucxx":
+    if config.job.transfer == "reference":
         held, what = config.policy.batch_size, "policy.batch_size"
     each = config.payloads_of_work_item
     if config.work_items_in_flight * each < held:
@@ -319,7 +319,7 @@ def _enough_work_items_in_flight(config: JobConfig) -> Iterator[ConfigError]:
 
 
 @_rule(
-    "job.payload_transfer",
+    "job.transfer",
     "rollout.slots",
     "rollout.concurrency",
     "rollout.work_items_in_flight",
@@ -331,7 +331,7 @@ def _enough_work_items_in_flight(config: JobConfig) -> Iterator[ConfigError]:
 def _slots_for_all_in_flight(config: JobConfig) -> Iterator[ConfigError]:
     # Rollouts end in any order: payloads of later work items must not take the room of those that are trained on
     # first.
-    if config.job.payload_transfer != "ucxx" or config.rollout.concurrency == 1 or not config.in_order:
+    if config.job.transfer != "reference" or config.rollout.concurrency == 1 or not config.in_order:
         return
     needed = config.work_items_in_flight * config.payloads_of_work_item
     if config.rollout.slots < needed:
@@ -342,11 +342,11 @@ def _slots_for_all_in_flight(config: JobConfig) -> Iterator[ConfigError]:
         yield ConfigError("rollout.slots", config.rollout.slots, allowed)
 
 
-@_rule("job.payload_transfer", "policy.replicas")
+@_rule("job.transfer", "policy.replicas")
 def _group_by_reference(config: JobConfig) -> Iterator[ConfigError]:
     replicas = config.policy.replicas
-    if replicas > 1 and config.job.payload_transfer == "redis":
-        yield ConfigError("policy.replicas", replicas, 'must be 1 with job.payload_transfer = "redis"')
+    if replicas > 1 and config.job.transfer == "inline":
+        yield ConfigError("policy.replicas", replicas, 'must be 1 with job.transfer = "inline"')
 
 
 @_rule("policy.replicas", "policy.readers")

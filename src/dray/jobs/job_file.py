@@ -27,6 +27,8 @@ MAX_MISTAKES: Final = 50
 """Mistakes of one job file that are reported."""
 
 _MAX_DEPTH = 64
+_RENAMED = (("job", "payload_transfer", "transfer", {"ucxx": "reference", "redis": "inline"}),)
+"""Table, earlier name of a key, its name, and the names of its values."""
 _REDIS = ["redis"]
 _URL_MARK = "://"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -38,6 +40,7 @@ class JobDraft:
     """A job file as far as it can be used, and what is wrong with it.
 
     Attributes:
+        notes: lines about keys that have another name now.
         config: the content of the file. In the place of a value with a mistake it has the default; a required key
             without a value is not there at all.
         mistakes: every mistake of the file.
@@ -47,6 +50,7 @@ class JobDraft:
     config: JobConfig
     mistakes: tuple[ConfigError, ...] = ()
     unusable: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def knows(self, *keys: str) -> bool:
         """Whether `config` has the values of the file under all these keys."""
@@ -103,6 +107,7 @@ def parse_job(document: Mapping[str, Any]) -> JobConfig:
 
 def _drafted(document: Mapping[str, Any], mistakes: list[ConfigError]) -> JobDraft:
     """Check `document`, of which `mistakes` are known already."""
+    document, notes = _with_new_names(document)
     unfit = dict(_unfit_values(document, []))
     mistakes += unfit.values()
     wrong = set(unfit)
@@ -116,7 +121,21 @@ def _drafted(document: Mapping[str, Any], mistakes: list[ConfigError]) -> JobDra
         config = _usable(document, wrong)
     unusable = frozenset(key for location in wrong for key in _keys_at(location))
     mistakes += broken_rules(config, unusable)
-    return JobDraft(config, tuple(mistakes), unusable)
+    return JobDraft(config, tuple(mistakes), unusable, notes)
+
+
+def _with_new_names(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """`document` with the names that keys have now, and a line about each that had an earlier one."""
+    notes = []
+    for table, old, new, values in _RENAMED:
+        found = document.get(table)
+        if isinstance(found, Mapping) and old in found and new not in found:
+            value = found[old]
+            renamed = {**found, new: values.get(value, value) if isinstance(value, str) else value}
+            del renamed[old]
+            document = {**document, table: renamed}
+            notes.append(f"{table}.{old} is read as {table}.{new}, its new name: {table}.{new} = {renamed[new]!r}")
+    return document, tuple(notes)
 
 
 def _usable(document: Mapping[str, Any], wrong: Collection[_Location]) -> JobConfig:

@@ -40,7 +40,7 @@ def error_of(path: Path, *overrides: str) -> ConfigError:
 
 def test_smallest_job_file_gets_every_default(job_file: Path) -> None:
     config = load_job(job_file)
-    assert (config.job.payload_transfer, config.job.lane, config.rollout.replicas) == ("ucxx", "auto", 2)
+    assert (config.job.transfer, config.job.lane, config.rollout.replicas) == ("reference", "auto", 2)
     assert config.work_items_in_flight == 8
     assert config.stop is None
 
@@ -59,13 +59,13 @@ def test_rings_hold_what_waits_for_a_checkpoint(job_file: Path) -> None:
     assert error_of(job_file, "policy.ack=checkpoint", "policy.checkpoint_every=17").allowed.endswith(
         "which is 68"
     )
-    inline = ["policy.ack=checkpoint", "policy.checkpoint_every=3", "job.payload_transfer=redis"]
+    inline = ["policy.ack=checkpoint", "policy.checkpoint_every=3", "job.transfer=inline"]
     assert error_of(job_file, *inline).key == "rollout.work_items_in_flight"
     assert load_job(job_file, [*inline, "rollout.work_items_in_flight=12"]).work_items_in_flight == 12
 
 
 def test_policy_groups_need_references(job_file: Path) -> None:
-    error = error_of(job_file, "policy.replicas=2", "job.payload_transfer=redis")
+    error = error_of(job_file, "policy.replicas=2", "job.transfer=inline")
     assert (error.key, error.value) == ("policy.replicas", 2)
 
 
@@ -99,7 +99,7 @@ def test_configuration_cannot_be_changed(job_file: Path) -> None:
             "job.plot",
             "a file name of letters, digits, '.', '_' or '-' that ends in .png, or",
         ),
-        ("job.payload_transfer=nccl", "job.payload_transfer", '"ucxx" or "redis"'),
+        ("job.transfer=nccl", "job.transfer", '"reference" or "inline"'),
         ("job.max_steps=0", "job.max_steps", "at least 1"),
         ("rollout.replicas=-2", "rollout.replicas", "at least 1"),
         ("rollout.worker=Worker", "rollout.worker", "file.py:Class"),
@@ -383,7 +383,7 @@ def test_rule_reads_the_keys_that_it_names_and_no_others(
     for settings in (
         [],
         ["policy.ack=checkpoint", "policy.checkpoint_every=2"],
-        ["job.payload_transfer=redis"],
+        ["job.transfer=inline"],
         ["policy.max_staleness=1"],
         ["policy.max_staleness=1", "rollout.concurrency=2"],
         ["policy.replicas=4", "policy.readers=2"],
@@ -391,3 +391,16 @@ def test_rule_reads_the_keys_that_it_names_and_no_others(
         recorder = Recorder(load_job(job_file, settings), read)
         assert list(rule(recorder)) == []  # type: ignore[arg-type]
     assert read == keys
+
+
+@pytest.mark.parametrize(("old", "new"), [("ucxx", "reference"), ("redis", "inline")])
+def test_earlier_name_of_a_key_is_read_with_a_note(job_file: Path, old: str, new: str) -> None:
+    draft = draft_job(job_file, [f"job.payload_transfer={old}"])
+    assert draft.checked().job.transfer == new
+    assert draft.notes == (f"job.payload_transfer is read as job.transfer, its new name: job.transfer = {new!r}",)
+    assert draft_job(job_file).notes == ()
+
+
+def test_key_under_both_names_is_a_mistake(job_file: Path) -> None:
+    error = error_of(job_file, "job.payload_transfer=redis", "job.transfer=inline")
+    assert error.key == "job.payload_transfer"

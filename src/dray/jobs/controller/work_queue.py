@@ -15,7 +15,7 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from dray.jobs.messages.work_item_parts import PartlyFinished, PayloadPart
+from dray.jobs.messages.models import PartlyFinished, PayloadPart
 
 
 class WorkQueue:

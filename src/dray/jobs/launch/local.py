@@ -52,7 +52,7 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
             placement = on_this_machine(config, folder, options)
             if state is None or not state.outcome:
                 first = [start_again_line(folder)] if resume else []
-                for line in (*(first if state is None else [resume_line(folder, state)]), *lines):
+                for line in (*(first if state is None else [resume_line(folder, state)]), *draft.notes, *lines):
                     display.say(line)
             code = supervise(config, options.job_file, placement, state, inbox, display)
             if code != ExitCode.OK:

@@ -239,7 +239,7 @@ def raise_mistakes(mistakes: list[ConfigError]) -> None:
 
 def _lane(config: JobConfig) -> None:
     lane = LANES.get(config.job.lane)
-    if lane is None or config.job.payload_transfer != "ucxx":
+    if lane is None or config.job.transfer != "reference":
         return
     try:
         lane.check()
@@ -248,7 +248,7 @@ def _lane(config: JobConfig) -> None:
 
 
 def _ring(config: JobConfig) -> None:
-    if config.job.payload_transfer != "ucxx":
+    if config.job.transfer != "reference":
         return
     layout = SegmentLayout(config.rollout.slots, config.rollout.slot_bytes)
     try:
@@ -281,8 +281,8 @@ def _socket_folder(_: JobConfig) -> None:
 
 
 _CHECKS: Final[tuple[tuple[tuple[str, ...], Callable[[JobConfig], None]], ...]] = (
-    (("job.lane", "job.payload_transfer"), _lane),
-    (("job.payload_transfer", "rollout.slots", "rollout.slot_bytes"), _ring),
+    (("job.lane", "job.transfer"), _lane),
+    (("job.transfer", "rollout.slots", "rollout.slot_bytes"), _ring),
     (("redis.url",), _redis),
     (("controller.host", "controller.port"), _controller),
     (("controller.token_file",), _token_file),

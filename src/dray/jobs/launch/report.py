@@ -70,7 +70,6 @@ def write_report(
         "steps_of_this_run": last - first_step,
         "seconds": round(seconds, 2),
         "figures_age": age,
-        "payload_transfer": config.job.payload_transfer,
         **_counters(status),
         "metrics": _last_metrics(steps),
     }

@@ -16,10 +16,17 @@ from typing import TypeVar
 from dray.clock import MONOTONIC
 from dray.jobs.api import RolloutWorker
 from dray.jobs.replica.base import Replica
-from dray.jobs.replica.rollout_result import ReturnedPayload, returned_payloads
 from dray.jobs.replica.transfer import Arrays, TrajectoryPublisher, WeightsSubscriber
-from dray.jobs.replica.user_code import UserCodeError, UserValueError, await_user, call_name, carried
-from dray.jobs.replica.work_source import Assignment, WorkSource
+from dray.jobs.replica.user_code import (
+    ReturnedPayload,
+    UserCodeError,
+    UserValueError,
+    await_user,
+    call_name,
+    carried,
+    returned_payloads,
+)
+from dray.jobs.replica.work import Assignment, WorkSource
 
 _LOG = logging.getLogger("dray.jobs.replica.async_rollouts")
 _SLICE = 0.5

@@ -23,8 +23,7 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.identifiers import PayloadId
 from dray.jobs.config import PolicyTable
 from dray.jobs.files import read_private_file, write_json
-from dray.jobs.messages.models import UnfinishedWork
-from dray.jobs.messages.work_item_parts import PayloadPart
+from dray.jobs.messages.models import PayloadPart, UnfinishedWork
 from dray.jobs.queue import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.jobs.replica.staleness import StalenessWindow

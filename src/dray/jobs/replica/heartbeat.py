@@ -29,8 +29,7 @@ from dray.errors import ControlPlaneError
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
-from dray.jobs.messages.models import MembershipError
-from dray.jobs.messages.work_item_parts import PayloadPart
+from dray.jobs.messages.models import MembershipError, PayloadPart
 from dray.jobs.process import StopFlag, exit_at_once
 from dray.text import printable
 

@@ -24,8 +24,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
 from dray.jobs.messages import models
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
-from dray.jobs.messages.models import OutcomeKind, RankCommand, Role
-from dray.jobs.messages.work_item_parts import PayloadPart
+from dray.jobs.messages.models import OutcomeKind, PayloadPart, RankCommand, Role
 from dray.jobs.process import leave, shutdown_step
 from dray.jobs.queue import RedisUnavailableError, RolloutConsumer
 from dray.jobs.replica.base import Replica, run_replica, stop_code
@@ -39,12 +38,11 @@ from dray.jobs.replica.checkpoint import (
 from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
-from dray.jobs.replica.rank_worker import RankWorker
-from dray.jobs.replica.ranks import Batch, Ranks
+from dray.jobs.replica.ranks import Batch, Ranks, RankWorker
 from dray.jobs.replica.read_ahead import ReadAhead
-from dray.jobs.replica.ring_transfer import rank_reader
-from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher
-from dray.jobs.replica.transfer_choice import open_policy_ends
+from dray.jobs.replica.redis_transfer import redis_policy_ends
+from dray.jobs.replica.ring_transfer import rank_reader, ring_policy_ends
+from dray.jobs.replica.transfer import PolicyEnds, TrajectoryReader, WeightsPublisher
 from dray.jobs.replica.user_code import (
     UserCodeError,
     call_user,
@@ -99,7 +97,9 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
             reader = opened.enter_context(rank_reader(replica))
             replica.stop.disposable = False
             return RankWorker(replica, trainer, channels[0], reader).run()
-        trajectories, weights = opened.enter_context(open_policy_ends(replica))
+        inline = config.job.transfer == "inline"
+        ends: PolicyEnds = redis_policy_ends(replica) if inline else ring_policy_ends(replica)
+        trajectories, weights = opened.enter_context(ends)
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         return Training(replica, trainer, ranks, trajectories, weights, log).run(
             may_load=replica.spec.resume or restarts > 0

@@ -1,4 +1,4 @@
-"""``payload_transfer = "redis"``: payloads and weights lie in Redis itself, for comparison with references."""
+"""``transfer = "inline"``: payloads and weights lie in Redis itself, for comparison with references."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _packed(arrays: Arrays) -> bytearray:
     if planned.nbytes > MAX_PAYLOAD:
         raise PayloadTooLargeError(
             f"{planned.nbytes:,} bytes, where Redis takes at most {MAX_PAYLOAD:,}: "
-            'job.payload_transfer = "ucxx" has no such bound'
+            'job.transfer = "reference" has no such bound'
         )
     image = bytearray(planned.nbytes)
     planned.write(image)

@@ -1,4 +1,4 @@
-"""``payload_transfer = "ucxx"``: payloads and weights stay in rings, references to them travel through Redis."""
+"""``transfer = "reference"``: payloads and weights stay in rings, references to them travel through Redis."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from dray.jobs.process import ShutdownStep, closed_by_step, exit_at_once, leave,
 from dray.jobs.replica.async_rollouts import AsyncRollouts
 from dray.jobs.replica.base import Replica, run_replica, stop_code
 from dray.jobs.replica.entry_points import load_entry_point
-from dray.jobs.replica.rollout_result import returned_payloads
-from dray.jobs.replica.transfer import TrajectoryPublisher, WeightsSubscriber
-from dray.jobs.replica.transfer_choice import open_rollout_ends
+from dray.jobs.replica.redis_transfer import redis_rollout_ends
+from dray.jobs.replica.ring_transfer import ring_rollout_ends
+from dray.jobs.replica.transfer import RolloutEnds, TrajectoryPublisher, WeightsSubscriber
 from dray.jobs.replica.user_code import (
     UserCodeError,
     UserValueError,
@@ -27,8 +27,9 @@ from dray.jobs.replica.user_code import (
     carried,
     is_async,
     make_user_object,
+    returned_payloads,
 )
-from dray.jobs.replica.work_source import Assignment, WorkSource
+from dray.jobs.replica.work import Assignment, WorkSource
 
 _LOG = logging.getLogger("dray.jobs.replica.rollout")
 _SLICE = 0.5
@@ -44,7 +45,7 @@ def work(replica: Replica) -> ExitCode:
     with ExitStack() as opened:
         source = opened.enter_context(WorkSource(replica))
         closing = ShutdownStep("stop serving payloads", "transfers in flight", replica.bounds.close)
-        publisher, weights = closed_by_step(opened, open_rollout_ends(replica), closing)
+        publisher, weights = closed_by_step(opened, _ends(replica), closing)
         replica.stop.disposable = False
         try:
             if is_async(worker, "rollout"):
@@ -176,6 +177,11 @@ class SyncRollouts:
         call_user(self._worker, "load_weights", newest[1], newest[0])
         self._version = newest[0]
         self._replica.activity.show("weight_version", newest[0])
+
+
+def _ends(replica: Replica) -> RolloutEnds:
+    inline = replica.spec.config.job.transfer == "inline"
+    return redis_rollout_ends(replica) if inline else ring_rollout_ends(replica)
 
 
 def drain(replica: Replica, publisher: TrajectoryPublisher) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from dray.jobs.messages.work_item_parts import PartlyFinished, PayloadPart
+from dray.jobs.messages.models import PartlyFinished, PayloadPart
 
 
 class StalenessWindow:

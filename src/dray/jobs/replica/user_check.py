@@ -13,7 +13,7 @@ from dray.errors import ConfigError
 from dray.jobs.files import write_json
 from dray.jobs.process import begin_process
 from dray.jobs.replica.entry_points import check_entry_points
-from dray.jobs.replica.rows import check_rows
+from dray.jobs.replica.work import check_rows
 from dray.text import text_of
 
 

@@ -356,7 +356,7 @@ def check_between_nodes(config: JobConfig, interface: Interface) -> None:
         ConfigError: the lane, or a configured Redis server, is for one machine only.
     """
     lane = LANES.get(config.job.lane)
-    if lane is not None and lane.local and config.job.payload_transfer == "ucxx":
+    if lane is not None and lane.local and config.job.transfer == "reference":
         between = ", ".join(each.name for each in LANES.values() if not each.local)
         raise ConfigError("job.lane", lane.name, f'a lane between nodes: "auto" or one of {between}')
     if config.redis.url is None:

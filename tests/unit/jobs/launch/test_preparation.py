@@ -89,7 +89,7 @@ def test_lane_whose_package_is_missing_is_named(job_file: Path, monkeypatch: pyt
     monkeypatch.setattr(ucx_worker, "UCXX_AVAILABLE", False)
     (line,) = mistakes(job_file, "job.lane=ucx")
     assert line.startswith("job.lane = 'ucx' cannot be used: the ucx lane needs the package ucxx, which is not")
-    assert mistakes(job_file, "job.lane=ucx", "job.payload_transfer=redis") == []
+    assert mistakes(job_file, "job.lane=ucx", "job.transfer=inline") == []
 
 
 def test_ring_that_this_machine_cannot_provide_is_named(job_file: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 from prefetch_fixtures import ManualClock
 
 from dray.jobs.config import PolicyTable
-from dray.jobs.messages.models import UnfinishedWork
-from dray.jobs.messages.work_item_parts import PayloadPart
+from dray.jobs.messages.models import PayloadPart, UnfinishedWork
 from dray.jobs.queue import CommitOutcome, Delivery, OldEpochError, QueueStatistics, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
 from dray.jobs.replica.delivery import Deliveries, PayloadState

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dray.jobs import Rollout
-from dray.jobs.replica.rollout_result import MAX_METADATA, decoded_metadata, returned_payloads
-from dray.jobs.replica.user_code import UserValueError
+from dray.jobs.replica.user_code import MAX_METADATA, UserValueError, decoded_metadata, returned_payloads
 
 
 class Worker: ...
