@@ -69,7 +69,7 @@ class ScriptedHost:
         return list(self._newest.values())
 
     def start(
-        self, role: Role, index: int, *, life: int = 0, connections: Sequence[socket.socket] = ()
+        self, role: Role, index: int, *, restarts: int = 0, connections: Sequence[socket.socket] = ()
     ) -> ScriptedProcess:
         return self._add(replica_name(role, index), role)
 

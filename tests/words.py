@@ -36,12 +36,14 @@ class Rule(NamedTuple):
         instead: what to write instead.
         allowed: where it is right.
         split: identifiers are split into words before the search.
+        except_in: beginnings of the names of files in which the rule does not apply.
     """
 
     pattern: re.Pattern[str]
     instead: str
     allowed: tuple[re.Pattern[str], ...]
     split: bool
+    except_in: tuple[str, ...] = ()
 
 
 class Finding(NamedTuple):
@@ -68,22 +70,26 @@ def read_list(file: Path = LIST) -> WordList:
     return WordList(tuple(files), tuple(map(re.compile, table["ignore"])), tuple(found))
 
 
-def make_rule(find: str, write: str, split: bool, allow: tuple[str, ...] = ()) -> Rule:
+def make_rule(
+    find: str, write: str, split: bool, allow: tuple[str, ...] = (), except_in: tuple[str, ...] = ()
+) -> Rule:
     """One rule from its entry in the list."""
 
     def compiled(pattern: str, bound: str = "") -> re.Pattern[str]:
         spaced = pattern.replace(" ", BREAK)
         return re.compile(f"{bound}(?:{spaced}){bound}", re.IGNORECASE) if split else re.compile(pattern)
 
-    return Rule(compiled(find, r"\b"), write, tuple(compiled(each) for each in allow), split)
+    return Rule(compiled(find, r"\b"), write, tuple(compiled(each) for each in allow), split, tuple(except_in))
 
 
-def findings(text: str, listed: WordList) -> Iterator[Finding]:
-    """The banned words in a text, rule by rule."""
+def findings(text: str, listed: WordList, name: str = "") -> Iterator[Finding]:
+    """The banned words in a text, rule by rule; `name` is that of its file."""
     for pattern in listed.ignore:
         text = pattern.sub("", text)
     words = PARTS_OF_IDENTIFIERS.sub(" ", text)
     for rule in listed.rules:
+        if name and name.startswith(rule.except_in):
+            continue
         searched = words if rule.split else text
         allowed = [found.span() for pattern in rule.allowed for found in pattern.finditer(searched)]
         for found in rule.pattern.finditer(searched):
@@ -101,7 +107,7 @@ def main(arguments: list[str]) -> int:
     listed, total = read_list(), 0
     for path in [each.resolve() for each in options.files] or listed.files:
         name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
-        found = sorted(findings(f"{path.name}\n{path.read_text(encoding='utf-8')}", listed))
+        found = sorted(findings(f"{path.name}\n{path.read_text(encoding='utf-8')}", listed, name))
         total += len(found)
         if options.count and found:
             print(f"{len(found):5} {name}")

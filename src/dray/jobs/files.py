@@ -1,7 +1,7 @@
 """Files and folders that a job trusts because no other user can have written them, and how it writes its own.
 
-The last part of a path is never followed if it is a link, neither to read nor to write. A folder that passes
-`open_own_folder` is one in which no other user can put such a link.
+If the last part of a path is a symbolic link it is never followed, neither to read nor to write. A folder that
+passes `open_own_folder` is one in which no other user can put such a symbolic link.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _MAX_BYTES = 64 << 20
 _OTHERS = 0o077
 _OTHERS_WRITE = 0o022
 _NO_FILE = frozenset((errno.ELOOP, errno.EISDIR, errno.ENXIO))
-"""What the open of a link, a folder, or a socket or pipe that has no reader is refused with."""
+"""What the open of a symbolic link, a folder, or a socket or pipe that has no reader is refused with."""
 
 
 def read_private_file(path: Path, key: str) -> bytes:
-    """The content of the file at `path`, which is no link, belongs to this user and is closed to all others.
+    """The content of the file at `path`: no symbolic link, of this user, and closed to all others.
 
     Args:
         key: what names the file to the user, for the error.
@@ -45,7 +45,7 @@ def read_private_file(path: Path, key: str) -> bytes:
 
 
 def read_own_file(path: Path, key: str) -> bytes:
-    """The content of the file at `path`, which is no link, belongs to this user, and to which no other may write.
+    """The content of the file at `path`: no symbolic link, of this user, and not writable by others.
 
     Args:
         key: what names the file to the user, for the error.
@@ -58,7 +58,7 @@ def read_own_file(path: Path, key: str) -> bytes:
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = FILE_MODE) -> None:
-    """Put `content` at `path`, whole or not at all, even across a crash of the machine. A link there is replaced.
+    """Put `content` at `path`, whole or not at all, even across a crash. A symbolic link there is replaced.
 
     Raises:
         OutputError: it cannot be written; what was at `path` is still there.
@@ -105,7 +105,7 @@ def open_to_append(path: Path, key: str) -> int:
 
     Raises:
         OutputError: it cannot be opened.
-        ConfigError: there is a link, something that is no regular file, or a file of another user.
+        ConfigError: there is a symbolic link, something that is no regular file, or a file of another user.
     """
     # Without O_NONBLOCK the open of a named pipe waits for a reader.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -114,7 +114,7 @@ def open_to_append(path: Path, key: str) -> int:
             descriptor = os.open(path, flags, FILE_MODE)
         except OSError as error:
             if error.errno in _NO_FILE:
-                raise ConfigError(key, str(path), "a regular file, not a link") from error
+                raise ConfigError(key, str(path), "a regular file, not a symbolic link") from error
             raise
     try:
         _check_file(os.fstat(descriptor), path, key, 0)
@@ -175,7 +175,7 @@ def make_own_folders(root: Path, path: Path, key: str) -> None:
 def check_own_tree(root: Path, key: str) -> None:
     """Make sure that the folder `root` and all in it belong to this user, and that no other may write there.
 
-    Links in it are not followed: they are this user's own.
+    Symbolic links in it are not followed: they are this user's own.
 
     Args:
         key: what names the folder to the user, for the error.
@@ -199,7 +199,7 @@ def _read(path: Path, key: str, forbidden: int) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise ConfigError(key, str(path), f"a regular file that its owner can read ({reason})") from error
     try:
         found = os.fstat(descriptor)
@@ -221,7 +221,7 @@ def _check_file(found: os.stat_result, path: Path, key: str, forbidden: int) -> 
 
 def _check_folder(found: os.stat_result, path: Path, key: str) -> None:
     if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(key, str(path), "a folder, not a link or a file")
+        raise ConfigError(key, str(path), "a folder, not a symbolic link or a file")
     _check_owner(found, path, key, "a folder")
     _check_mode(found, path, key, _OTHERS_WRITE)
 

@@ -30,7 +30,7 @@ class JobFolder:
 
     @property
     def latest(self) -> Path:
-        """A link to the folder of the newest attempt."""
+        """A symbolic link to the folder of the newest attempt."""
         return self.root / "latest"
 
     @property
@@ -215,7 +215,7 @@ class RunOptions:
         )
 
     def kept_lines(self, kept: RunOptions) -> Iterator[str]:
-        """What to tell the user about the options of `kept` that apply beside these."""
+        """The lines about the options of `kept` that apply beside these."""
         settings = _without(kept.settings, map(_key, self.settings))
         shown = [_shown(_key(each), each.partition("=")[2].strip()) for each in settings]
         shown += [_shown(f"slurm.{key}", value) for key, value in kept.slurm.items() if key not in self.slurm]

@@ -42,7 +42,7 @@ def test_file_that_others_may_read_or_write_is_refused_with_its_mode(tmp_path: P
 
 def test_link_to_a_private_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(private(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="it is a link"):
+    with pytest.raises(ConfigError, match="it is a symbolic link"):
         read_private_file(tmp_path / "link", "key")
 
 
@@ -66,7 +66,7 @@ def test_file_that_others_may_read_is_trusted_and_one_that_they_may_write_is_not
         with pytest.raises(ConfigError, match=rf"no other user may write to \(chmod go-w\); its mode is {mode:o}"):
             read_own_file(private(tmp_path / "file", mode=mode), "key")
     (tmp_path / "link").symlink_to(private(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="it is a link"):
+    with pytest.raises(ConfigError, match="it is a symbolic link"):
         read_own_file(tmp_path / "link", "key")
 
 
@@ -126,7 +126,7 @@ def test_folder_in_the_place_of_one_to_make_must_be_closed_to_the_writes_of_othe
     make_own_folder(tmp_path / "logs", "key")
     make_own_folder(tmp_path / "logs", "key")
     (tmp_path / "link").symlink_to(tmp_path / "logs")
-    with pytest.raises(ConfigError, match="a folder, not a link"):
+    with pytest.raises(ConfigError, match="a folder, not a symbolic link"):
         make_own_folders(tmp_path, tmp_path / "link" / "deeper", "key")
     (tmp_path / "logs").chmod(0o775)
     for refused in (

@@ -171,10 +171,10 @@ class Display:
         self.freeze()
 
     def freeze(self) -> None:
-        """Leave the picture as it is; what is said from now on comes below it."""
+        """Leave the picture as it is; later lines come below it."""
         self._show(self._stop)
 
-    def say(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         """One line that stays."""
         self._show(lambda: self._print(text))
 
@@ -197,7 +197,7 @@ class Display:
             with suppress(Exception):
                 self._stop()  # gives the standard streams back, which a live display redirects
             known = isinstance(error, OSError)
-            _LOG.warning("the display has failed (%s): the job goes on without it", error, exc_info=not known)
+            _LOG.warning("the display has failed (%s): the job continues without it", error, exc_info=not known)
 
     def _start(self) -> None:
         if self._console.is_terminal:

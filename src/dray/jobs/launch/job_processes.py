@@ -74,12 +74,12 @@ class SupervisorHost(Host, Protocol):
     """The host of the supervisor itself."""
 
     def start(
-        self, role: Role, index: int, *, life: int = 0, connections: Sequence[socket.socket] = ()
+        self, role: Role, index: int, *, restarts: int = 0, connections: Sequence[socket.socket] = ()
     ) -> JobProcess:
         """Start a replica.
 
         Args:
-            life: of a policy rank: how many times its group was started before.
+            restarts: of a policy rank: how often its group was restarted before.
             connections: of a policy rank: to all other ranks, in order, for the first one; else the one to it.
         """
         ...
@@ -152,10 +152,12 @@ class LocalHost:
         """
         return sorted(self._processes.values(), key=lambda child: child.role is None)
 
-    def start(self, role: Role, index: int, *, life: int = 0, connections: Sequence[socket.socket] = ()) -> Child:
+    def start(
+        self, role: Role, index: int, *, restarts: int = 0, connections: Sequence[socket.socket] = ()
+    ) -> Child:
         """Start a replica; see `SupervisorHost` for the arguments."""
         name, descriptors = replica_name(role, index), [each.fileno() for each in connections]
-        rank = [str(life), *map(str, descriptors)] if role is Role.POLICY else []
+        rank = [str(restarts), *map(str, descriptors)] if role is Role.POLICY else []
         return self._add(
             Child(
                 name,
@@ -294,15 +296,15 @@ class PolicyGroup:
     """The ranks of the policy on this machine: started together, and all of them again when one is lost.
 
     If a rank dies, the step is discarded, and what the others hold of it with it: so none of them continues. The
-    next life begins an epoch of its own, resumes from the last checkpoint, and is given what was not committed.
+    restarted group begins a new epoch, resumes from the last checkpoint, and is given what was not committed.
 
     Args:
         ranks: how many of the ranks, the first ones, are processes of this machine.
         restarts: how often the group may be restarted; only where all ranks are on this machine.
 
     Attributes:
-        children: the processes of this life.
-        life: how many lives there were before.
+        children: the processes of the group.
+        restarted: how often the group was restarted; -1 before it was started.
     """
 
     def __init__(self, host: SupervisorHost, ranks: int, restarts: int) -> None:
@@ -310,7 +312,7 @@ class PolicyGroup:
         self._ranks = ranks
         self.restarts = restarts
         self.children: list[JobProcess] = []
-        self.life = -1
+        self.restarted = -1
 
     def start(self, remote: Sequence[socket.socket] = ()) -> None:
         """Start all ranks of this machine, each connected with the first one.
@@ -318,21 +320,21 @@ class PolicyGroup:
         Args:
             remote: connections to the ranks of other machines, in order; from here on the first rank has them.
         """
-        self.life += 1
+        self.restarted += 1
         with ExitStack() as ends:
             pairs = [socket.socketpair() for _ in range(1, self._ranks)]
             for end in (*(end for pair in pairs for end in pair), *remote):
                 ends.enter_context(end)
             first, *others = ([*(pair[0] for pair in pairs), *remote], *([pair[1]] for pair in pairs))
             self.children = [
-                self._host.start(Role.POLICY, rank, life=self.life, connections=connections)
+                self._host.start(Role.POLICY, rank, restarts=self.restarted, connections=connections)
                 for rank, connections in enumerate([first, *others])
             ]
 
     def may_restart(self) -> bool:
         """Whether the group is to be restarted, now that one of its ranks has ended."""
         codes = [child.exit_code for child in self.children if child.exit_code is not None]
-        return self.life < self.restarts and is_restarted(codes, self._ranks)
+        return self.restarted < self.restarts and is_restarted(codes, self._ranks)
 
     def restart(self) -> None:
         """Kill the ranks that are left, and start all again."""

@@ -14,7 +14,7 @@ from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
 from dray.jobs.launch.job_processes import on_this_machine
-from dray.jobs.launch.output import is_begun, resume_line, start_again_line
+from dray.jobs.launch.output import from_the_beginning_line, is_begun, resume_line
 from dray.jobs.launch.preparation import check_job, preparation, raise_mistakes, redis_mistakes
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
@@ -41,22 +41,22 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
     raise_descriptor_limit()
     config = draft.config
     with SignalInbox() as inbox, Display(f"dray: job {config.job.name}", config.job.max_steps) as display:
-        checks = preparation(draft, options.job_file, inbox, say=display.say, resume=resume)
+        checks = preparation(draft, options.job_file, inbox, show_line=display.show_line, resume=resume)
         with checks as found:
             if found.signals:
-                return stop_checks(draft, found.signals, found.folder, say=display.say)
+                return stop_checks(draft, found.signals, found.folder, show_line=display.show_line)
             if found.mistakes:
-                raise_mistakes([*found.mistakes, *redis_mistakes(draft, display.say)])
+                raise_mistakes([*found.mistakes, *redis_mistakes(draft, display.show_line)])
             folder, state = found.folder, found.state
             assert folder is not None
             placement = on_this_machine(config, folder, options)
             if state is None or not state.outcome:
-                first = [start_again_line(folder)] if resume else []
+                first = [from_the_beginning_line(folder)] if resume else []
                 for line in (*(first if state is None else [resume_line(folder, state)]), *draft.notes, *lines):
-                    display.say(line)
+                    display.show_line(line)
             code = supervise(config, options.job_file, placement, state, inbox, display)
             if code != ExitCode.OK:
-                display.say(how_to_resume(folder, options.job_file, config.job.max_steps))
+                display.show_line(how_to_resume(folder, options.job_file, config.job.max_steps))
             return code
 
 
@@ -77,12 +77,12 @@ def stop_checks(
     signals: Sequence[signal.Signals],
     folder: JobFolder | None = None,
     *,
-    say: Callable[[str], None] = show_line,
+    show_line: Callable[[str], None] = show_line,
 ) -> int:
     """Show that signals have ended the checks of a job; returns the exit code."""
     name = draft.config.job.name if draft.knows("job.name") else ""
     ending = stopped_early(folder, name, signals)
-    say(ending.reason)
+    show_line(ending.reason)
     return ending.exit_code
 
 
@@ -97,7 +97,7 @@ def how_to_resume(folder: JobFolder, job_file: Path, max_steps: int) -> str:
     words = ["dray", "run", "--resume", short_path(job_file), "--output", short_path(folder.root)]
     command = " ".join(map(as_argument, words))
     if found is None:
-        return f"start again with: {command} (the run has no checkpoint)"
+        return f"restart with: {command} (the run has no checkpoint)"
     step = found[1].step
     if step >= max_steps:
         return f"nothing to resume: the checkpoint is of step {step}, the last one of job.max_steps"

@@ -38,7 +38,7 @@ def open_output(
     A folder that was made here, and in which nothing was left, is removed again.
 
     Args:
-        resume: whether to go on from a checkpoint, or from the beginning if an earlier run of the folder has ended
+        resume: whether to resume from a checkpoint, or from the beginning if an earlier run of the folder ended
             before its first one; None: whether there is one.
         attempt: the name of the attempt of a run that takes several.
 
@@ -51,7 +51,7 @@ def open_output(
         _sweep(folder)
         found = None if resume is False else find_checkpoint(folder.checkpoint)
         if resume and found is None and not is_begun(root):
-            raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot go on in {root}")
+            raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot resume in {root}")
         if found is not None:
             check_checkpoint(found[0])
             if found[1].ranks != config.policy.replicas:
@@ -81,30 +81,30 @@ def resume_line(folder: JobFolder, state: CheckpointState) -> str:
     return f"resuming from checkpoint {short_path(folder.checkpoint)}, step {state.step}"
 
 
-def start_again_line(folder: JobFolder) -> str:
+def from_the_beginning_line(folder: JobFolder) -> str:
     """That a run is started from the beginning in the folder of one that had no checkpoint, in one line."""
     return f"no checkpoint in {short_path(folder.root)}: starting from the beginning"
 
 
 def attempt_folder(folder: JobFolder) -> Path:
-    """Make the folder of logs of an attempt, and let the link `latest` lead to its attempt; returns it.
+    """Make the folder of logs of an attempt, and let the symbolic link `latest` lead to it; returns it.
 
     Raises:
         ConfigError: there is something in its place that another user may have put there.
     """
     make_own_folders(folder.root, folder.logs, KEY)
     if folder.attempt is not None:
-        link = folder.latest.with_name(f".{folder.latest.name}.{os.getpid()}")
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.logs.parent.relative_to(folder.root))
-        link.replace(folder.latest)
+        newer = folder.latest.with_name(f".{folder.latest.name}.{os.getpid()}")
+        newer.unlink(missing_ok=True)
+        newer.symlink_to(folder.logs.parent.relative_to(folder.root))
+        newer.replace(folder.latest)
     return folder.logs
 
 
 def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
     """Lock the folder until `descriptor`, which is of it, is closed.
 
-    Some file systems that nodes share know no locks of folders: there nothing tells.
+    Some file systems that nodes share have no locks of folders: there it cannot be found out.
 
     Args:
         patience: seconds to wait for another process to give up its lock.
@@ -155,12 +155,12 @@ def choose_folder(
 
     Args:
         used: whether a folder is an earlier run's.
-        resumable: whether a run can go on in one of the numbered folders. The newest one that meets the first
+        resumable: whether a run can resume in one of the numbered folders. The newest one that meets the first
             condition is chosen, else the newest one that meets the next.
         needs: what one must be or have for that, for the error.
 
     Raises:
-        ConfigError: the configured folder is an earlier run's, or there is none to go on in.
+        ConfigError: the configured folder is an earlier run's, or there is none to resume in.
     """
     if config.job.output is not None:
         root = path_of(config.job.output).absolute()
@@ -176,7 +176,7 @@ def choose_folder(
         for number in reversed(numbers):
             if condition(root := base / f"{number:03d}"):
                 return root
-    raise ConfigError("--resume", str(base), needs, f"cannot go on in {base}")
+    raise ConfigError("--resume", str(base), needs, f"cannot resume in {base}")
 
 
 def make_run_folder(choose: Callable[[], Path], *, new: bool) -> tuple[Path, list[Path]]:

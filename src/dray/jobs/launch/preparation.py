@@ -47,14 +47,14 @@ NOTICE_AFTER = 2.0
 
 
 def check_entry_points(
-    draft: JobDraft, job_file: Path, folder: Path, inbox: SignalInbox, *, say: Callable[[str], None]
+    draft: JobDraft, job_file: Path, folder: Path, inbox: SignalInbox, *, show_line: Callable[[str], None]
 ) -> list[signal.Signals]:
     """Import the user's classes in a process of their own, so that nothing of them stays in this one.
 
     Args:
         draft: classes that it does not know are not checked.
         folder: for this user only; the report and the output of the process go there.
-        say: shows a line to the user.
+        show_line: shows a line to the user.
 
     Returns:
         Signals that came meanwhile; with them nothing is known.
@@ -91,7 +91,7 @@ def check_entry_points(
                 signals += inbox.receive()
                 if deadline.elapsed >= notice:
                     notice *= 2
-                    say(
+                    show_line(
                         f"importing {' and '.join(named)} "
                         f"({deadline.elapsed:.0f} s so far, at most {config.timeouts.start:g} s)"
                     )
@@ -145,14 +145,14 @@ class Preparation:
 
 @contextmanager
 def preparation(
-    draft: JobDraft, job_file: Path, inbox: SignalInbox, *, say: Callable[[str], None], resume: bool = False
+    draft: JobDraft, job_file: Path, inbox: SignalInbox, *, show_line: Callable[[str], None], resume: bool = False
 ) -> Iterator[Preparation]:
     """Everything about a job that can be checked before it starts; the run's folder is held until the end.
 
     A configured Redis server is not asked; `redis_mistakes` does that. To be used in the main thread.
 
     Args:
-        say: shows a line to the user.
+        show_line: shows a line to the user.
     """
     found = Preparation(list(draft.mistakes))
     with ExitStack() as opened:
@@ -170,7 +170,7 @@ def preparation(
                         found.mistakes += error.mistakes
             try:
                 place = found.folder.run if found.folder is not None else _temporary_folder(opened)
-                found.signals += check_entry_points(draft, job_file, place, inbox, say=say)
+                found.signals += check_entry_points(draft, job_file, place, inbox, show_line=show_line)
             except ConfigError as error:
                 found.mistakes += error.mistakes
         yield found
@@ -190,28 +190,28 @@ def _knows_folder(draft: JobDraft, *, resume: bool) -> bool:
     return draft.config.job.output is not None or draft.knows("job.name")
 
 
-def redis_mistakes(draft: JobDraft, say: Callable[[str], None]) -> tuple[ConfigError, ...]:
+def redis_mistakes(draft: JobDraft, show_line: Callable[[str], None]) -> tuple[ConfigError, ...]:
     """What is wrong with a configured Redis server. Waits for it, at most `timeouts.redis` seconds.
 
     Args:
-        say: shows a line to the user.
+        show_line: shows a line to the user.
     """
     if draft.config.redis.url is None or not draft.knows("redis.url"):
         return ()
     try:
-        answering_server(draft.config, JobKeys(f"check-{secrets.token_hex(4)}"), say)
+        answering_server(draft.config, JobKeys(f"check-{secrets.token_hex(4)}"), show_line)
     except ConfigError as error:
         return error.mistakes
     return ()
 
 
 def check_job(
-    draft: JobDraft, job_file: Path, say: Callable[[str], None], *, resume: bool = False
+    draft: JobDraft, job_file: Path, show_line: Callable[[str], None], *, resume: bool = False
 ) -> list[signal.Signals]:
     """Check a job and start nothing of it. Main thread only.
 
     Args:
-        say: shows a line to the user.
+        show_line: shows a line to the user.
         resume: whether an earlier run would be resumed.
 
     Returns:
@@ -220,10 +220,10 @@ def check_job(
     Raises:
         ConfigError: every mistake is named.
     """
-    with SignalInbox() as inbox, preparation(draft, job_file, inbox, say=say, resume=resume) as found:
+    with SignalInbox() as inbox, preparation(draft, job_file, inbox, show_line=show_line, resume=resume) as found:
         pass
     if not found.signals:
-        raise_mistakes([*found.mistakes, *redis_mistakes(draft, say)])
+        raise_mistakes([*found.mistakes, *redis_mistakes(draft, show_line)])
     return found.signals
 
 

@@ -49,12 +49,12 @@ class ProcessSupervisor(abc.ABC):
     def watch(self) -> None:
         """Return when there is nothing left to watch, or what is left is still alive although it was killed."""
         while self._is_needed():
-            if self._is_ending and all(escalation.is_over for _, escalation in self._escalations):
+            if self._is_ending and all(escalation.has_ended for _, escalation in self._escalations):
                 left = ", ".join(f"{each.name} (pid {each.pid})" for each in self.processes if each.running)
                 self._report(f"{left} is still alive after SIGKILL")
                 return
             due = [escalation.seconds_to_next for _, escalation in self._escalations]
-            # A process that was killed is waited for until its escalation is over.
+            # A process that was killed is waited for until its escalation has ended.
             self._wait(min(self._seconds_to_next(), *due, _MAX_WAIT_AT_END if due else math.inf))
             for host in self._hosts:
                 for process in host.collect():

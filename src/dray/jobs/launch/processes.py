@@ -86,7 +86,7 @@ class ReplicaEnd:
 
     Attributes:
         reason: one phrase.
-        early: whether it ended by itself, and not because it was done or the job was over.
+        early: whether it ended by itself, and not because it was done or the job had ended.
         killed: whether the supervisor has killed it.
     """
 
@@ -110,10 +110,10 @@ def replica_end(
 
     Args:
         code: its exit code, as `subprocess` gives it.
-        ending: what that says by itself, in one phrase.
+        ending: the meaning of the exit code, in one phrase.
         request: the last one that the supervisor has sent it.
         member: what the controller counts it as, and why, if it has registered.
-        outcome: of the job, if that is over.
+        outcome: of the job, if that has ended.
     """
     over = None if outcome is None else f"the job had {THE_JOB_HAS[outcome]}"
     state, reason = (None, "") if member is None else member
@@ -190,7 +190,7 @@ class Child(ChildProcess, JobProcess):
 
 
 class Restarted(Enum):
-    """Whether a policy group is started again when one of its ranks has ended with a certain exit code."""
+    """Whether a policy group is restarted when one of its ranks has ended with a certain exit code."""
 
     YES = "yes"
     IN_A_GROUP_OF_SEVERAL = "in a group of several"
@@ -221,7 +221,7 @@ RESTARTED: Mapping[int, Restarted] = MappingProxyType(
 
 
 def is_restarted(codes: Iterable[int], replicas: int) -> bool:
-    """Whether a group is started again whose ranks ended with `codes`: no code forbids it, and one asks for it.
+    """Whether a group is restarted whose ranks ended with `codes`: no code forbids it, and one asks for it.
 
     Args:
         codes: as `subprocess` gives them, of the ranks that have ended.

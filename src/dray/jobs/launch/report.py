@@ -55,7 +55,7 @@ def write_report(
         status: the job's last status, if there was one.
         seconds: how long the run took.
         reason: why it ended.
-        first_step: the step that the run went on from.
+        first_step: the step that the run resumed from.
         age: seconds since the controller last answered, where it was gone before it could write the last status.
     """
     age = None if age is None else round(age, 2)
@@ -208,7 +208,7 @@ def _label(name: str) -> str:
 
 
 def _rates(steps: list[dict[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """MB/s of each step. Seconds and bytes go on where a run was resumed."""
+    """MB/s of each step. Seconds and bytes continue where a run was resumed."""
     seconds = np.diff([0.0, *(line["seconds"] for line in steps)])
     nbytes = np.diff([0.0, *(line["bytes"] for line in steps)])
     rates: np.ndarray[Any, np.dtype[np.float64]] = nbytes / np.where(seconds > 0, seconds, np.inf) / 1e6

@@ -83,7 +83,7 @@ class ShutdownEscalation:
         return max(0.0, min(self._due.values(), default=math.inf) - elapsed)
 
     @property
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         """True when even those that were killed should long have ended."""
         return not self._due and self._clock.now() - self._began >= 2 * self.bound
 
@@ -97,7 +97,7 @@ class ShutdownEscalation:
 
 _LOG = logging.getLogger("dray.jobs.launch.shutdown")
 TIME_LIMIT_SIGNAL = signal.SIGUSR2
-"""Tells the supervisor of a job on Slurm that the time limit is near."""
+"""Notifies the supervisor of a job on Slurm that the time limit is near."""
 
 _FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
 

@@ -126,11 +126,11 @@ def supervise(
     """
     folder = placement.folder
     if state is not None and state.outcome:
-        display.say(f"{state.outcome} already, at step {state.step}: nothing is left to do in {folder.root}")
+        display.show_line(f"{state.outcome} already, at step {state.step}: nothing is left to do in {folder.root}")
         return ExitCode.OK
 
     def report(text: str) -> None:
-        display.say(text)
+        display.show_line(text)
         _LOG.info("%s", text)
 
     began, later = Stopwatch(), list[str]()
@@ -217,7 +217,7 @@ class JobSupervisor(ProcessSupervisor):
         self._job = processes
         self._client = controller
         self._reports = Reports(controller)
-        self._say = report
+        self._show_line = report
         self._show = show
         self._next_status = Deadline.after(0)
         self._answered_at = Stopwatch()
@@ -262,14 +262,14 @@ class JobSupervisor(ProcessSupervisor):
         return self._next_status.remaining
 
     def _report(self, line: str) -> None:
-        self._say(line)
+        self._show_line(line)
 
     def _react(self) -> None:
         self._job.apply_timeouts()
         if self.signals and not self._interrupted:
             self._interrupted = True
             name, bound = self.signals[0].name, self._config.timeouts.shutdown
-            self._say(f"{name}: ending the job, at most {bound:g} s")
+            self._show_line(f"{name}: ending the job, at most {bound:g} s")
             reason = reason_of(self.signals[0], on_slurm=self._folder.attempt is not None)
             self._send(models.Stop(reason=reason))
             self._end(at_once=True)
@@ -314,7 +314,7 @@ class JobSupervisor(ProcessSupervisor):
         # A process is named when it is killed.
         reported = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
         if not reported:
-            self._say(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
+            self._show_line(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
         assert process.role is not None
         # A member that has left in order is not affected by it.
         reason = printable(end.reason, models.MAX_SENTENCE)
@@ -330,7 +330,7 @@ class JobSupervisor(ProcessSupervisor):
         )
         again = again and not (answer is not None and answer.stop)
         if again and process.role is Role.ROLLOUT:
-            self._say(self._job.restart(process))
+            self._show_line(self._job.restart(process))
         elif again:
             self._restart_policy()
         elif process.role is Role.POLICY or not self._replicas_run:
@@ -343,10 +343,10 @@ class JobSupervisor(ProcessSupervisor):
     def _restart_policy(self) -> None:
         policy = self._job.policy
         policy.restart()
-        self._say(f"restarting the policy group (restart {policy.life} of {policy.restarts})")
+        self._show_line(f"restarting the policy group (restart {policy.restarted} of {policy.restarts})")
 
     def _kill_silent(self) -> None:
-        """A policy replica that counts as dead, but is still there, goes: another life may begin then."""
+        """A policy replica that counts as dead, but is still there, is killed: the group may be restarted then."""
         members = self._status.members if self._status is not None else []
         dead = {(member.name, member.pid): member for member in members if member.state is MemberState.DEAD}
         for process in self._job.others():
@@ -354,7 +354,7 @@ class JobSupervisor(ProcessSupervisor):
             request = self.requests.get(process)
             killed = request is not None and request.number == signal.SIGKILL
             if member is not None and process.running and not killed and not self._is_ending:
-                self._say(f"{process.name} is {member.reason} and is killed")
+                self._show_line(f"{process.name} is {member.reason} and is killed")
                 why = f"the controller had declared it dead ({member.reason})"
                 self._request_end(process, signal.SIGKILL, why)
 
@@ -405,7 +405,7 @@ class JobSupervisor(ProcessSupervisor):
         super()._apply(stage, process)
         if stage is KillStage.KILL:
             how = "was killed" if len(self.signals) > 1 else "did not end in time and was killed"
-            self._say(f"{process.name} (pid {process.pid}) {how}; see {short_path(process.log)}")
+            self._show_line(f"{process.name} (pid {process.pid}) {how}; see {short_path(process.log)}")
 
     def _has_outcome(self) -> bool:
         """Whether the controller is known to have an outcome of the job."""
@@ -427,25 +427,25 @@ class JobSupervisor(ProcessSupervisor):
 
     def _ask(self, call: Callable[[], _Answer]) -> _Answer | None:
         """One call that may fail: a controller that does not answer costs its time limit once."""
-        if not self._controller_runs or self._controller_silent or self._is_over():
+        if not self._controller_runs or self._controller_silent or self._has_ended():
             return None
         try:
             return call()
         except ControlPlaneError as error:
-            if self._is_over():  # it has ended in order meanwhile
+            if self._has_ended():  # it has ended in order meanwhile
                 return None
             self._controller_silent = True
             self._failure = self._failure or str(error)
-            self._say(str(error))
+            self._show_line(str(error))
             return None
 
-    def _is_over(self) -> bool:
+    def _has_ended(self) -> bool:
         """Whether the controller has recorded the last phase: it listens no more."""
         recorded = recorded_status(self._folder)
         return recorded is not None and recorded.phase.is_final
 
     def _report_running(self, status: models.Status) -> None:
-        """Tell the controller of silent replicas whose processes run."""
+        """Report silent replicas whose processes run to the controller."""
         seen = _seen_alive(status, self._job.replicas, self._config.controller.dead_after)
         if seen:
             self._ask(lambda: self._client.post("/alive", models.Alive(seen=seen), models.Directive))
@@ -458,7 +458,7 @@ class JobSupervisor(ProcessSupervisor):
             if self._answered_at.elapsed > stall:
                 self._silences += 1
                 waited = f"{self._answered_at.elapsed:.1f} s"
-                self._say(f"stall: dray run waits for the controller, for its status, since {waited}")
+                self._show_line(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
         self._answered, self._controller_silent = True, False
         self._answered_at, self._silences = Stopwatch(), 0
@@ -472,7 +472,7 @@ class JobSupervisor(ProcessSupervisor):
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports
-            self._say(f"stall: {stalled.line}")
+            self._show_line(f"stall: {stalled.line}")
         self._show(self._status)
 
 

@@ -21,7 +21,7 @@ class Phase(StrEnum):
     DRAINING = "draining"  # no new work; replicas finish what is in flight and leave
     DONE = "done"  # every member has left; the job was solved, or all its steps are done
     INTERRUPTED = "interrupted"  # every member has left, because a signal ended the job
-    FAILED = "failed"  # every member has left; the job could not go on, or was not solved within its steps
+    FAILED = "failed"  # every member has left; the job could not continue, or was not solved within its steps
 
     @property
     def is_final(self) -> bool:
@@ -118,7 +118,7 @@ class Message(BaseModel):
 
 
 class Caller(Message):
-    """Who asks: a name, and which life of it."""
+    """The caller: its name, and which process of that name it is."""
 
     name: Name
     incarnation: Annotated[str, Field(min_length=1, max_length=64)]
@@ -152,8 +152,8 @@ def trimmed_report(given: dict[str, Any]) -> dict[str, Any]:
 class ProgressReport(Message):
     """What a replica does, for how many seconds, dray's own figures as `counters`, and words about it as `labels`.
 
-    `waits_for` says whom it waits for, if it does; `ages` how old the oldest payload, lease and unacknowledged
-    reference are that it has, in seconds. `metrics` are the newest values of what the user's `train_step`
+    `waits_for` is the member that it waits for, if any; `ages` are those of the oldest payload, lease and
+    unacknowledged reference it has, in seconds. `metrics` are the newest values of what the user's `train_step`
     returned, under the user's names; `warnings` are lines that the user should see.
 
     What exceeds the bounds is cut or dropped, when a report is made and when one is read; `trimmed` counts it.
@@ -186,7 +186,7 @@ class Heartbeat(Caller):
     `finished_parts` are the same for payloads of work items with several: index of the work item, number of the
     payload, and how many payloads there are.
 
-    The answer is held back for up to `until_unread` seconds while the job goes on or policy replicas are there.
+    The answer is held back for up to `until_unread` seconds until the job ends and no policy replica is left.
     """
 
     progress: ProgressReport
@@ -273,7 +273,7 @@ class Stop(Message):
 
 
 class Directive(Message):
-    """The answer to register and heartbeat: whether to go on, how many policy replicas are there to read, and how
+    """The answer to register and heartbeat: whether to stop, how many policy replicas are there to read, and how
     many work items were given up so far."""
 
     phase: Phase
@@ -285,7 +285,7 @@ class Directive(Message):
 class WorkList(Directive):
     """The answer to work items: pairs of index and seed; empty where there is no work just now.
 
-    `attempts` says of each, in the same order, which attempt at it this is, from 1.
+    `attempts` has the number of the attempt at each, in the same order, from 1.
     """
 
     work_items: list[tuple[int, int]] = []
@@ -326,7 +326,7 @@ class OutcomeReport(Message):
 
 
 class Stall(Message):
-    """Somebody waits for longer than `timeouts.stall`: the line about it, and how many there were so far."""
+    """A member waits for longer than `timeouts.stall`: the line about it, and how many there were so far."""
 
     line: str
     seconds: float
@@ -511,7 +511,7 @@ class PartlyFinished:
         self._parts: dict[int, int] = {}
 
     def found(self, index: int, parts: int) -> None:
-        """A payload of the work item says that there are `parts` of them."""
+        """A payload of the work item has `parts` as their number."""
         self._parts[index] = parts
 
     def finish(self, payload: PayloadPart) -> bool:

@@ -484,7 +484,7 @@ _NO_LOGS = Path()
 """A server that was configured has its logs elsewhere."""
 
 _SOON = 1.0
-"""Seconds within which a configured server answers without a word about it."""
+"""Seconds within which a configured server answers before a line is shown about it."""
 
 
 @contextmanager
@@ -493,7 +493,7 @@ def job_redis(
     job_id: str,
     place: Path,
     host: str | None,
-    say: Callable[[str], None],
+    show_line: Callable[[str], None],
     complain: Callable[[str], None],
 ) -> Iterator[RedisServer]:
     """The configured server, waited for with a bound, or one that is started. The job's keys go with it.
@@ -501,7 +501,7 @@ def job_redis(
     Args:
         place: folder for the log of a server that is started.
         host: an address at which a server that is started listens for other machines; None: at none.
-        say: shows a line.
+        show_line: shows a line.
         complain: notes a line for the end of the run.
 
     Raises:
@@ -509,7 +509,7 @@ def job_redis(
         ControlPlaneError: none can be started.
     """
     keys = JobKeys(job_id)
-    with _start(config, keys, place, host, say) as server:
+    with _start(config, keys, place, host, show_line) as server:
         try:
             yield server
         finally:
@@ -518,27 +518,27 @@ def job_redis(
 
 
 def _start(
-    config: JobConfig, keys: JobKeys, place: Path, host: str | None, say: Callable[[str], None]
+    config: JobConfig, keys: JobKeys, place: Path, host: str | None, show_line: Callable[[str], None]
 ) -> RedisServer:
     if config.redis.url is not None:
-        return answering_server(config, keys, say)
+        return answering_server(config, keys, show_line)
     with _quiet():
         return start_redis(None, place, tcp=host is not None, host=host or LOOPBACK, timeout=config.timeouts.redis)
 
 
-def answering_server(config: JobConfig, keys: JobKeys, say: Callable[[str], None]) -> RedisServer:
+def answering_server(config: JobConfig, keys: JobKeys, show_line: Callable[[str], None]) -> RedisServer:
     """The configured server, which has answered and has been tried.
 
     Args:
         keys: what it is tried with; nothing of them is left.
-        say: shows a line.
+        show_line: shows a line.
 
     Raises:
         ConfigError: it does not answer within `timeouts.redis`, or is of no use to a job.
     """
     url, timeout = config.redis.url, config.timeouts.redis
     deadline = Deadline.after(timeout)
-    with _quiet():  # that it does not answer is said once
+    with _quiet():  # that it does not answer is logged once
         try:
             return start_redis(url, _NO_LOGS, keys=keys, timeout=min(_SOON, timeout))
         except ConfigError as error:
@@ -546,7 +546,7 @@ def answering_server(config: JobConfig, keys: JobKeys, say: Callable[[str], None
             if not isinstance(cause, RedisUnavailableError) or deadline.remaining < _SOON:
                 raise
             state = f"refuses ({cause.answer})" if cause.answer else "does not answer"
-            say(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
+            show_line(f"{error.value} {state}; waiting for it, at most {timeout:g} s")
         return start_redis(url, _NO_LOGS, keys=keys, timeout=deadline.remaining)
 
 

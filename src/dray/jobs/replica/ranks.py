@@ -164,7 +164,7 @@ class Ranks:
             channel.receive(RankReply)
 
     def end(self) -> None:
-        """The job is over."""
+        """The job has ended."""
         self._send(lambda _: RankCommand(what="end"))
 
     def check(self) -> None:

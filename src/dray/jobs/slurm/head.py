@@ -3,8 +3,8 @@
 ``python -m dray.jobs.slurm.head PLAN PART ATTEMPT``
 
 It is what `dray run` is on one machine, and resumes from the checkpoint in the run's folder if there is one. Its
-exit codes are the same. SIGUSR2 tells it that the time limit is near: it ends the job as SIGTERM does, with a code
-of its own.
+exit codes are the same. SIGUSR2 means that the time limit is near: it ends the job as SIGTERM does, with a code of
+its own.
 """
 
 from __future__ import annotations
@@ -323,15 +323,15 @@ def run_head(task: Task) -> int:
         folder, state = opened.enter_context(open_output(config, resume=None, attempt=task.name))
         placement = _placement(task, config, folder, interface, opened)
         if state is not None and not state.outcome:
-            display.say(resume_line(folder, state))
-        display.say(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
+            display.show_line(resume_line(folder, state))
+        display.show_line(f"node {task.node}, at {interface.address} on {interface.name}: attempt {task.name}")
         if state is None or not state.outcome:
             adopt_orphans()
             draft, file = JobDraft(config), task.plan.job_file
-            signals = check_entry_points(draft, file, folder.run, inbox, say=display.say)
+            signals = check_entry_points(draft, file, folder.run, inbox, show_line=display.show_line)
             if signals:
                 ending = stopped_early(folder, config.job.name, signals)
-                display.say(ending.reason)
+                display.show_line(ending.reason)
                 return ending.exit_code
         return supervise(config, task.plan.job_file, placement, state, inbox, display)
 

@@ -1,4 +1,4 @@
-"""The plan of a run on Slurm: all that its processes are told, written once, when the run is submitted.
+"""The plan of a run on Slurm: what its processes read, written once, when the run is submitted.
 
 It holds the run's secret: its folder has mode 0700 and the file 0600. The names of nodes are not in it: they are
 known when the job runs, and every part of a run may have others (`NODES_VARIABLE`).
@@ -26,7 +26,7 @@ NODES_VARIABLE = "DRAY_NODES"
 """Environment variable with the names of the job's nodes, separated by spaces: first those of the policy."""
 
 NODE_VARIABLE = "SLURMD_NODENAME"
-"""Environment variable in which Slurm tells a task the name of its node."""
+"""Environment variable in which Slurm gives a task the name of its node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +137,14 @@ def plan_path(run_folder: Path) -> Path:
 
 # --- command line ------------------------------------------------------------------------------------------------
 
-# What a process on a node is told: ``PLAN PART ATTEMPT`` on the command line, and in the environment where it is.
+# The arguments of a process on a node: ``PLAN PART ATTEMPT`` on the command line; its place is in the environment.
 #
 # Nothing secret is in either; the plan's file has that.
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a process on a node was told when it was started.
+    """The arguments of a process on a node.
 
     Attributes:
         nodes: the names of all nodes of the job, the policy's first.
@@ -169,7 +169,7 @@ def attempt_name(part: int, attempt: int) -> str:
 
 
 def read_task(arguments: Sequence[str] = sys.argv, environment: Mapping[str, str] = os.environ) -> Task:
-    """What this process was told.
+    """The arguments of this process.
 
     Raises:
         ConfigError: something is missing, or does not fit the plan.
@@ -191,9 +191,9 @@ def read_task(arguments: Sequence[str] = sys.argv, environment: Mapping[str, str
 
 
 def run_task(run: Callable[[Task], int], *, failed: ExitCode) -> int:
-    """Call `run` with what this process was told, in the environment of the plan; returns the exit code.
+    """Call `run` with the arguments of this process, in the environment of the plan; returns the exit code.
 
-    An error of dray's is a line on stderr (a `ConfigError` one for each mistake), and `ExitCode.CONFIGURATION` or,
+    A `DrayError` is a line on stderr (a `ConfigError` one for each mistake), and `ExitCode.CONFIGURATION` or,
     if it is of another kind, `failed`.
     """
     exit_with_own_code_on_crash()

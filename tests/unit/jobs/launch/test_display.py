@@ -76,7 +76,7 @@ def test_plain_output_is_a_line_now_and_then() -> None:
         display.update(status(0, 0, 0))
         for second in range(1, 5):
             display.update(status(second, second, 0))
-        display.say("a long line that is not wrapped, however narrow the console may be")
+        display.show_line("a long line that is not wrapped, however narrow the console may be")
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 2
@@ -87,7 +87,7 @@ def test_what_is_said_about_a_mistake_is_shown_to_its_end() -> None:
     console = Console(file=io.StringIO())
     said = f"rollout-0 ended early: {'a long reason ' * 100}; see out/logs/rollout-0.log"
     with Display("small", 100, console) as display:
-        display.say(said)
+        display.show_line(said)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == f"{said}\n"
 
@@ -145,7 +145,7 @@ def test_text_that_the_encoding_of_the_output_does_not_have_is_escaped() -> None
         Display("small", 100, Console(file=file, width=150)) as display,
     ):
         display.update(status(3, 12, 0, metrics={"größe": 1.0}))
-        display.say("大")
+        display.show_line("大")
         lines = output.getvalue().splitlines()
     assert lines[0].endswith(b"metrics gr\\xf6\\xdfe=1")
     assert lines[1:] == [b"\\u5927"]
@@ -200,9 +200,9 @@ def test_terminal_shows_figures_and_every_replica() -> None:
 def picture_of(display: Display) -> None:
     """All that a display is asked to do."""
     display.update(status(3, 12, 1000, warnings=["loss is nan"]))
-    display.say("a line")
+    display.show_line("a line")
     display.freeze()
-    display.say("another line")
+    display.show_line("another line")
 
 
 def test_terminal_that_is_gone_ends_the_display_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +213,8 @@ def test_terminal_that_is_gone_ends_the_display_and_nothing_else(caplog: pytest.
         picture_of(display)
     (record,) = caplog.records
     assert (
-        record.getMessage() == "the display has failed ([Errno 5] Input/output error): the job goes on without it"
+        record.getMessage()
+        == "the display has failed ([Errno 5] Input/output error): the job continues without it"
     )
 
 

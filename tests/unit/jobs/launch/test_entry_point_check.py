@@ -33,10 +33,12 @@ def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
     )
     said: list[str] = []
 
-    def say(line: str) -> None:
+    def show_line(line: str) -> None:
         said.append(line)
         (tmp_path / "gate").write_text("")
 
     with SignalInbox() as inbox:
-        assert check_entry_points(JobDraft(config), tmp_path / "job.toml", tmp_path, inbox, say=say) == []
+        assert (
+            check_entry_points(JobDraft(config), tmp_path / "job.toml", tmp_path, inbox, show_line=show_line) == []
+        )
     assert said[0].startswith("importing slow.py:Both and slow.py:Both (2 s so far, at most 120 s)")

@@ -162,7 +162,7 @@ def test_link_in_the_place_of_a_folder_of_logs_is_refused(tmp_path: Path) -> Non
     (tmp_path / "elsewhere").mkdir()
     with open_output(config(str(tmp_path / "out")), resume=False) as (folder, _):
         folder.logs.symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(ConfigError, match=r"out/logs.* not a link"):
+        with pytest.raises(ConfigError, match=r"out/logs.* not a symbolic link"):
             attempt_folder(folder)
 
 

@@ -52,7 +52,7 @@ def test_run_without_a_checkpoint_says_how_it_is_started_again(tmp_path: Path) -
     (tmp_path / "options.json").write_text("")
     line = how_to_resume(JobFolder(tmp_path), tmp_path / "job.toml", 10)
     command = f"dray run --resume {tmp_path}/job.toml --output {tmp_path}"
-    assert line == f"start again with: {command} (the run has no checkpoint)"
+    assert line == f"restart with: {command} (the run has no checkpoint)"
 
 
 def test_run_that_started_nothing_says_that_nothing_can_be_resumed(tmp_path: Path) -> None:

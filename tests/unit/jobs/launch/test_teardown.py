@@ -21,9 +21,9 @@ def test_means_become_firmer_as_the_deadline_comes_closer() -> None:
     clock.time += 4.0
     assert teardown.due_stages() == [KillStage.DUMP_STACKS, KillStage.KILL]
     assert teardown.seconds_to_next == math.inf
-    assert not teardown.is_over
+    assert not teardown.has_ended
     clock.time += 12.0
-    assert teardown.is_over
+    assert teardown.has_ended
 
 
 def test_interrupted_job_is_asked_at_once() -> None:

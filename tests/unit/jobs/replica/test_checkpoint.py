@@ -146,7 +146,7 @@ def test_state_that_another_user_may_have_written_is_refused(tmp_path: Path) -> 
         find_checkpoint(folder)
     (folder / "state.json").rename(tmp_path / "elsewhere")
     (folder / "state.json").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="it is a link"):
+    with pytest.raises(ConfigError, match="it is a symbolic link"):
         find_checkpoint(folder)
 
 
@@ -159,7 +159,7 @@ def test_checkpoint_is_trusted_unless_others_may_write_what_its_trainer_saved(tm
         check_checkpoint(folder)
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="not a link"):
+    with pytest.raises(ConfigError, match="not a symbolic link"):
         check_checkpoint(folder)
 
 
