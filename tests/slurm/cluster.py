@@ -6,8 +6,8 @@
         cluster.kill_node("n2")
         assert cluster.wait_for_end(job)["JobState"] == "COMPLETED"
 
-The machine's own Slurm and munge, if there are any, are neither used nor disturbed. The daemons are nobody's
-children (they daemonize): a test may kill and revive nodes without leaving a child process behind.
+The machine's own Slurm and munge, if there are any, are not used. The daemons daemonize, so a test may kill and
+revive nodes without leaving a child process behind.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ ENDED = frozenset(
         "PREEMPTED",
     }
 )
-"""States of a job that nothing more comes of."""
+"""States of a job that has ended."""
 
 _COMMAND_BOUND = 30.0
 _POLL_SECONDS = 0.1
-# Variables by which a surrounding job, or the user, would have a say in this cluster.
+# Variables of a surrounding job or the user, which would affect the commands for this cluster.
 _FOREIGN = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SCANCEL|SQUEUE|SINFO|MUNGE)_")
 
 
 class ClusterFailed(Exception):
-    """Slurm did not do what a test needs: a command failed, or a state cannot come any more."""
+    """A Slurm command failed, or a job can no longer reach the awaited state."""
 
 
 def missing_commands() -> list[str]:
-    """What a cluster needs and this machine has not."""
+    """The commands that a cluster needs and this machine does not have."""
     return [name for name in COMMANDS if _found(name) is None]
 
 
 class SlurmCluster:
-    """A running cluster of the nodes `nodes` in one partition; see the module's text."""
+    """A running cluster with the nodes `nodes` in one partition."""
 
     nodes = NODES
     partition = PARTITION
@@ -74,15 +74,15 @@ class SlurmCluster:
             "PATH": os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")),
             "SLURM_CONF": str(self.configuration),
         }
-        """For every command that is to speak with this cluster."""
+        """The environment of every command for this cluster."""
 
     # --- start and stop -----------------------------------------------------------------------------------------
 
     @classmethod
     @contextmanager
     def started(cls) -> Iterator[SlurmCluster]:
-        """A cluster whose nodes are idle; nothing of it is there afterwards."""
-        # A short path, as munge's socket and those of job steps lie under it.
+        """A cluster whose nodes are idle; its processes and files are removed afterwards."""
+        # A short path, because sockets of munge and of job steps are in it.
         folder = Path(tempfile.mkdtemp(prefix="dray-slurm-", dir="/tmp"))
         folder.chmod(0o755)  # munge's clients reach the socket from outside
         cluster = cls(folder)
@@ -129,7 +129,7 @@ class SlurmCluster:
         return [process for daemon in found for process in (daemon, *_descendants(daemon))]
 
     def _daemon(self, pid_file: Path) -> psutil.Process | None:
-        """The process that has written `pid_file`, if it still runs and the number is not another's by now."""
+        """The process that wrote `pid_file`, if it is still running and its number was not reused."""
         try:
             process = psutil.Process(int(pid_file.read_text()))
             ours = process.environ().get("SLURM_CONF") == str(self.configuration)
@@ -140,10 +140,10 @@ class SlurmCluster:
     # --- commands -----------------------------------------------------------------------------------------------
 
     def command(self, *command: str | Path, check: bool = True) -> str:
-        """What `command` prints, with this cluster as its Slurm.
+        """The output of a command for this cluster.
 
         Raises:
-            ClusterFailed: it did not end in time, or with an exit code other than 0 while `check` is set.
+            ClusterFailed: it exceeded its time limit, or its exit code is not 0 and `check` is set.
         """
         name, *rest = map(str, command)
         try:
@@ -170,19 +170,19 @@ class SlurmCluster:
     # --- jobs ---------------------------------------------------------------------------------------------------
 
     def job(self, number: int) -> dict[str, str]:
-        """What `scontrol show job` says: `JobState`, `Restarts`, `Reason`, `ExitCode`, `BatchHost`, `NodeList`."""
+        """Fields of `scontrol show job`: `JobState`, `Restarts`, `Reason`, `ExitCode`, `BatchHost`, `NodeList`."""
         return _fields(self.command("scontrol", "--oneliner", "show", "job", str(number)))
 
     def jobs(self) -> list[int]:
-        """The jobs that wait or run."""
+        """The numbers of the waiting and running jobs."""
         return [int(line) for line in self.command("squeue", "--noheader", "--format=%A").split()]
 
     def wait_for_job(self, number: int, *states: str, bound: float = BOUND, restarts: int = 0) -> dict[str, str]:
-        """Wait until the job is in one of `states`, requeued at least `restarts` times; returns what `job` does.
+        """Wait until the job is in one of `states`, requeued at least `restarts` times; returns its fields.
 
         Raises:
-            AssertionError: it is not within `bound` seconds.
-            ClusterFailed: it has ended otherwise.
+            AssertionError: it is not in such a state within `bound` seconds.
+            ClusterFailed: it has ended in another state.
         """
         found: dict[str, str] = {}
 
@@ -190,7 +190,7 @@ class SlurmCluster:
             nonlocal found
             found = self.job(number)
             state = found["JobState"]
-            # One on its way to being requeued looks ended, but Slurm still has it in its queue.
+            # A job that is being requeued is in such a state for a moment, but still in the queue.
             if state in ENDED and number in self.jobs():
                 return False
             if state in states and int(found["Restarts"]) >= restarts:
@@ -203,7 +203,7 @@ class SlurmCluster:
         return found
 
     def wait_for_end(self, number: int, bound: float = BOUND) -> dict[str, str]:
-        """Wait until the job has ended, whatever its state; one that is requeued has not."""
+        """Wait until the job has ended in any state; a requeued job has not ended."""
         return self.wait_for_job(number, *ENDED, bound=bound)
 
     def nodes_of(self, number: int) -> list[str]:
@@ -219,7 +219,7 @@ class SlurmCluster:
     # --- nodes --------------------------------------------------------------------------------------------------
 
     def node(self, name: str) -> dict[str, str]:
-        """What `scontrol show node` says: `State` (`IDLE`, `ALLOCATED`, `DOWN`, with marks like `*`), `Reason`."""
+        """Fields of `scontrol show node`: `State` (`IDLE`, `ALLOCATED`, `DOWN`, with marks like `*`), `Reason`."""
         return _fields(self.command("scontrol", "--oneliner", "show", "node", name))
 
     def wait_for_node(self, name: str, state: str, bound: float = BOUND) -> None:
@@ -227,7 +227,7 @@ class SlurmCluster:
         self.wait_until(lambda: self.node(name)["State"] == state, f"node {name} in {state}", bound)
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
-        """What runs of jobs on `node`, or on any: step daemons, batch scripts, tasks, and what these started."""
+        """The processes of jobs on `node`, or on all nodes: step daemons, batch scripts, tasks and descendants."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             if self._runs_on(process, node):
@@ -235,11 +235,11 @@ class SlurmCluster:
         return [process for process in found.values() if _runs(process)]
 
     def kill_node(self, name: str, *, reported: bool = True, parents_first: bool = False) -> None:
-        """Kill the node's slurmd and every process of a job on it with SIGKILL, as a machine that loses power.
+        """Kill the node's slurmd and every job process on it with SIGKILL, as in a power failure.
 
-        With `parents_first` one after the other, so that Slurm ends the steps that were started on the node.
-
-        Slurm is told that the node is down; with `reported=False` it finds out itself, after `NODE_TIMEOUT`.
+        Args:
+            reported: report to Slurm that the node is down; otherwise Slurm detects it after `NODE_TIMEOUT`.
+            parents_first: kill one after the other, so that Slurm ends the steps that were started on the node.
         """
         daemon = self._daemon(self.folder / f"{name}.pid")
         assert daemon is not None, f"{name} has been killed already"
@@ -247,8 +247,8 @@ class SlurmCluster:
 
         def gone() -> bool:
             left = self.processes(name)
-            # At once, as far as can be: a process of srun's cancels the step when it sees its parent die. It is
-            # stopped, but the kernel continues what becomes an orphan: what was started last is killed first.
+            # A helper process of srun cancels the step when its parent dies, so all processes are stopped first.
+            # The kernel continues a stopped process that becomes an orphan, so the youngest is killed first.
             if not parents_first:
                 _signal(left, signal.SIGSTOP)
             _kill(sorted(left, key=_started, reverse=not parents_first))
@@ -265,7 +265,7 @@ class SlurmCluster:
 
         def back() -> bool:
             state = self.node(name)["State"]
-            if state.startswith("DOWN") and "*" not in state:  # it answers, but Slurm was told that it is down
+            if state.startswith("DOWN") and "*" not in state:  # it answers, but was reported as down
                 self.command("scontrol", "update", f"nodename={name}", "state=resume", check=False)
             return state in usable
 
@@ -290,7 +290,7 @@ class SlurmCluster:
     # --- waiting ------------------------------------------------------------------------------------------------
 
     def wait_until(self, condition: Callable[[], object], awaited: str, bound: float = BOUND) -> None:
-        """Ask `condition` again and again; the one place where the cluster is polled."""
+        """Poll `condition` until it holds; the only place where the cluster is polled."""
         wait_until(condition, awaited, bound, pause=_POLL_SECONDS, story=self.story)
 
     def story(self) -> str:
@@ -303,7 +303,7 @@ def _found(name: str) -> str | None:
 
 
 def _fields(line: str) -> dict[str, str]:
-    """`Name=value` pairs; a value that holds blanks is cut at the first."""
+    """`Name=value` pairs; a value ends at its first blank."""
     return dict(part.split("=", 1) for part in line.split() if "=" in part)
 
 
@@ -322,7 +322,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _started(process: psutil.Process) -> tuple[float, int]:
-    """When a process was started; it is known from when the process was found."""
+    """A sort key: the start time of a process, which psutil recorded when it found the process."""
     return process.create_time(), process.pid
 
 

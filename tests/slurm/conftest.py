@@ -1,4 +1,4 @@
-"""One virtual cluster for the session; every test begins and ends with all nodes idle."""
+"""One virtual cluster for the session; all nodes are idle before and after each test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _running_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def cluster(_running_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
-    """The cluster: its jobs end with the test, and killed nodes come back."""
+    """The cluster; after the test, its jobs are cancelled and killed nodes revived."""
     yield _running_cluster
     _running_cluster.cancel_all()
     for name in _running_cluster.dead_nodes():

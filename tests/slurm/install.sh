@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure that this machine has what tests/slurm needs; installs it where apt and the right to use it are there.
+# Installs the packages that tests/slurm needs, if commands are missing, with apt as root or by sudo.
 set -eu
 
 PATH=$PATH:/usr/sbin:/sbin
@@ -13,8 +13,8 @@ missing() {
 
 [ -n "$(missing)" ] || exit 0
 if ! command -v apt-get >/dev/null; then
-  echo "tests/slurm needs commands that are not here: $(missing)" >&2
-  echo "This machine has no apt-get; Debian and Ubuntu have them in the packages $packages." >&2
+  echo "tests/slurm needs commands that are not installed: $(missing)" >&2
+  echo "This machine has no apt-get; on Debian and Ubuntu they are in the packages $packages." >&2
   exit 1
 fi
 if [ "$(id -u)" -eq 0 ]; then
@@ -22,13 +22,13 @@ if [ "$(id -u)" -eq 0 ]; then
 elif sudo -n true 2>/dev/null; then
   as_root="sudo"
 else
-  echo "tests/slurm needs commands that are not here: $(missing)" >&2
+  echo "tests/slurm needs commands that are not installed: $(missing)" >&2
   echo "Install them as root: apt-get install $packages" >&2
   exit 1
 fi
 
 echo "installing $packages"
-# The packages would start daemons of their own, which the tests have no use for.
+# Keeps the packages from starting their daemons, which the tests do not use.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
   printf '#!/bin/sh\nexit 101\n' | $as_root tee "$policy" >/dev/null

@@ -1,4 +1,4 @@
-"""What the daemons of the virtual cluster are told: Slurm's own configuration files."""
+"""The configuration files of the virtual cluster's daemons."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ GPUS_PER_NODE = 2
 CPUS_PER_NODE = 4
 
 KILL_WAIT = 5
-"""Seconds between SIGTERM and SIGKILL for a job that is cancelled or beyond its time."""
+"""Seconds between SIGTERM and SIGKILL for a job that is cancelled or has exceeded its time limit."""
 
 NODE_TIMEOUT = 10
 """Seconds after which a node that does not answer counts as down."""
 
-# Munge's credentials live this long, and a job that is requeued waits for as long: it takes 120 s by default.
+# Validity of munge's credentials, and so the time that a requeued job waits; 120 s by default.
 CREDENTIAL_SECONDS = 6
 
-# Nothing of these is opened: Slurm wants device files for what it numbers in CUDA_VISIBLE_DEVICES.
+# Slurm needs a device file for each number in CUDA_VISIBLE_DEVICES. They are not opened.
 _GPU_FILES = ("/dev/null", "/dev/zero")
 
 _CONFIGURATION = """\
@@ -69,7 +69,7 @@ _NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} C
 
 
 def write_configuration(folder: Path) -> Path:
-    """Write what a cluster in `folder` needs, with ports that are free now; returns the path of `slurm.conf`."""
+    """Write the configuration of a cluster in `folder`, with free ports; returns the path of `slurm.conf`."""
     controller_port, *node_ports = _free_ports(1 + len(NODES))
     text = _CONFIGURATION.format(
         folder=folder,
@@ -92,7 +92,7 @@ def write_configuration(folder: Path) -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at, outside the range from which the kernel takes those of clients."""
+    """Free ports outside the range from which the kernel chooses those of clients."""
     lowest_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = random.SystemRandom().sample(range(lowest_of_clients // 2, lowest_of_clients), 50 * count)
     found: list[int] = []

@@ -1,4 +1,4 @@
-"""A run that `dray slurm submit` hands to the virtual cluster, as a user would, and what is there to see of it."""
+"""A run that `dray slurm submit` submits to the virtual cluster, and its files and processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import time
 import numpy as np
 
 
-def tell_place(context):
-    (context.output / f"{context.name}.place").write_text(json.dumps(dict(os.environ)))
+def write_environment(context):
+    (context.output / f"{context.name}.environment").write_text(json.dumps(dict(os.environ)))
 
 
 class Worker:
     def setup(self, context):
-        tell_place(context)
+        write_environment(context)
         self.held_by = context.output / f"{context.name}-held"
 
     def load_weights(self, weights, version):
@@ -37,15 +37,15 @@ class Worker:
 
     def rollout(self, work_item):
         if self.held_by.exists():
-            self.held_by.read_text()  # a pipe, which says nothing until the test lets go of it
+            self.held_by.read_text()  # a pipe: reading ends when the test closes it
         return {"observations": np.full((8, 4), work_item.seed, np.float64), "rewards": np.ones(8, np.float32)}
 
 
 class Trainer:
-    """Slow until there is a file `go`: the job still runs when a test does something to it."""
+    """Slow until there is a file `go`, so that the job is still running when a test interferes."""
 
     def setup(self, context):
-        tell_place(context)
+        write_environment(context)
         self.steps, self.args, self.output = 0, context.args, context.output
 
     def train_step(self, trajectories):
@@ -101,7 +101,7 @@ BOUND = 90.0
 
 
 class SlurmRun(WatchedRun):
-    """A run of `job_file`, by default of the small job above, in `folder`, which is made."""
+    """A run of `job_file`, by default of the small job above, in `folder`, which is created."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, job_file: Path | None = None) -> None:
         self.cluster = cluster
@@ -117,7 +117,7 @@ class SlurmRun(WatchedRun):
         self.job = 0
 
     def dray(self, *arguments: str, check: bool = True) -> str:
-        """What `dray slurm` prints."""
+        """The output of `dray slurm`."""
         done = subprocess.run(
             [sys.executable, "-m", "dray.cli.app", "slurm", *arguments],
             cwd=self.folder,
@@ -137,10 +137,10 @@ class SlurmRun(WatchedRun):
         return self.job
 
     def go(self) -> None:
-        """From now on steps are short."""
+        """Make the remaining steps short."""
         (self.output / "go").touch()
 
-    # --- what there is to see ---------------------------------------------------------------------------------
+    # --- files and processes ----------------------------------------------------------------------------------
 
     def record(self) -> RunRecord:
         return RunRecord.read(self.output)
@@ -150,15 +150,15 @@ class SlurmRun(WatchedRun):
         return [(end.part, end.attempt, end.exit_code) for end in self.record().ends]
 
     def steps(self) -> list[int]:
-        """The step of every whole line of the metrics."""
+        """The step of every complete line of the metrics."""
         return [line["step"] for line in self.metrics()]
 
     def environment(self, replica: str) -> dict[str, str]:
-        """The environment that the replica has seen."""
-        return dict(json.loads((self.output / f"{replica}.place").read_text()))
+        """The environment variables of the replica."""
+        return dict(json.loads((self.output / f"{replica}.environment").read_text()))
 
     def checkpoint(self) -> dict[str, Any]:
-        """What its file says; that of step 0 before there is one."""
+        """The content of the checkpoint's file; step 0 before there is one."""
         there = (self.output / "checkpoint" / "state.json").exists()
         return super().checkpoint() if there else {"step": 0, "outcome": ""}
 
@@ -168,12 +168,12 @@ class SlurmRun(WatchedRun):
         return (place / "logs" / name).read_text()
 
     def logs(self) -> list[Path]:
-        """Also what Slurm and the batch script have written."""
+        """The logs of the run, those of Slurm and the batch script included."""
         places = ("slurm-*.out", "slurm.json", "parts/*/logs/*")
         return [log for place in places for log in self.output.glob(place)]
 
     def processes(self, name: str = "dray") -> list[psutil.Process]:
-        """What runs of this run, on any node: who has its folder in the command line."""
+        """The processes of this run on all nodes: those with its folder in the command line."""
 
         def ours(process: psutil.Process) -> bool:
             return process.pid != os.getpid() and str(self.output) in " ".join(process.cmdline())
@@ -183,7 +183,7 @@ class SlurmRun(WatchedRun):
     # --- waiting ----------------------------------------------------------------------------------------------
 
     def wait_until(self, condition: Callable[[], object], awaited: str, bound: float = BOUND) -> None:
-        """Wait for what files and processes of the run show; that the job ends without it is an error."""
+        """Wait until `condition` holds; it is an error if the job ends before."""
 
         def holds() -> object:
             return condition() or self.job not in self.cluster.jobs()
@@ -195,7 +195,7 @@ class SlurmRun(WatchedRun):
         assert condition(), f"the job ended without {awaited}\n{self.story()}"
 
     def wait_for_steps(self, count: int) -> None:
-        """Wait until there are as many lines of metrics."""
+        """Wait until there are `count` lines of metrics."""
         self.wait_until(lambda: len(self.steps()) >= count, f"{count} steps")
 
     def wait_for_checkpoint(self) -> int:
@@ -204,7 +204,7 @@ class SlurmRun(WatchedRun):
         return int(self.checkpoint()["step"])
 
     def end(self, bound: float = BOUND) -> dict[str, str]:
-        """Wait for the end of the job; nothing of the run may be left. Returns what Slurm says of the job."""
+        """Wait until the job and all processes of the run have ended; returns Slurm's fields of the job."""
         try:
             ended = self.cluster.wait_for_end(self.job, bound)
             self.cluster.wait_until(

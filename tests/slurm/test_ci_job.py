@@ -1,4 +1,4 @@
-"""`dray slurm ci` on a virtual node: the command as a user gives it, and the batch script that it renders."""
+"""`dray slurm ci` on a virtual node: the command and its batch script."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ EMPTY = "import pytest\npytestmark = pytest.mark.long\ndef test_long(): pass\n"
 
 @dataclass(frozen=True)
 class Project:
-    """A project with a folder of tests for each suite, and somewhere for the node's temporary files."""
+    """A project with a folder of tests for each suite, and a folder for the node's temporary files."""
 
     folder: Path
     scratch: Path
@@ -103,7 +103,7 @@ class Project:
         )
 
     def ci(self, *options: str) -> tuple[int, str]:
-        """Exit code and output of `dray slurm ci`; nothing of it is left on any node."""
+        """Exit code and output of `dray slurm ci`; checks that nothing is left on any node."""
         with self.command(*options) as process:
             try:
                 printed, _ = process.communicate(timeout=120)
@@ -146,7 +146,7 @@ def test_green_suites_pass_and_leave_logs_and_reports(cluster: SlurmCluster, tmp
     assert project.verdicts() == {"empty": "empty", "gpu": "passed", "green": "passed"}
     assert "COMPLETED): passed" in printed
     assert "1 passed, 1 skipped" in project.log("green")
-    # The whole log has those of the suites, and the user has seen it all.
+    # ci.log contains the logs of the suites, and all of it was shown.
     whole = (project.output / "ci.log").read_text()
     assert all(project.log(suite) in whole for suite in ("empty", "gpu", "green"))
     assert whole in "".join(line + "\n" for line in printed.splitlines() if not line.startswith("job "))
@@ -160,13 +160,15 @@ def test_green_suites_pass_and_leave_logs_and_reports(cluster: SlurmCluster, tmp
 def test_tests_of_this_project_run_on_a_node(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = replace(project_of(tmp_path, cluster, green=GREEN), environment={})  # these need plugins
 
-    code, printed = project.ci("tests/unit/wire", "tests/process/test_segment_process.py", f"--project={CHECKOUT}")
+    code, printed = project.ci(
+        "tests/unit/protocol", "tests/process/test_segment_process.py", f"--project={CHECKOUT}"
+    )
 
     assert code == 0, printed
-    assert project.verdicts() == {"unit-wire": "passed", "process-test_segment_process.py": "passed"}
+    assert project.verdicts() == {"unit-protocol": "passed", "process-test_segment_process.py": "passed"}
 
 
-def test_a_planted_failure_is_the_exit_code_and_the_other_suites_run(
+def test_exit_code_is_that_of_a_failed_suite_and_the_other_suites_run(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     project = project_of(tmp_path, cluster, alpha=RED, green=GREEN)
@@ -182,7 +184,9 @@ def test_a_planted_failure_is_the_exit_code_and_the_other_suites_run(
     assert "(1 + 1) == 3" in str(failure.text)
 
 
-def test_a_planted_hang_is_ended_after_its_stacks_are_in_the_log(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_suite_that_hangs_is_ended_after_its_stacks_are_in_the_log(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
     project = project_of(tmp_path, cluster, green=GREEN, hang=HANG, late=GREEN)
 
     code, printed = project.ci("--test-timeout=00:00:40")
@@ -199,19 +203,17 @@ def test_a_planted_hang_is_ended_after_its_stacks_are_in_the_log(cluster: SlurmC
     assert error.get("message") == "not run"
 
 
-def test_a_hang_that_survives_the_dump_is_killed_with_what_it_started(
-    cluster: SlurmCluster, tmp_path: Path
-) -> None:
+def test_a_suite_that_ignores_sigabrt_is_killed_with_its_children(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = project_of(tmp_path, cluster, deaf=DEAF)
 
     code, printed = project.ci("--test-timeout=00:00:25")
 
     assert code == 124, printed
     assert project.verdicts() == {"deaf": "out of time"}
-    assert re.search(r"left running, and killed now: process \d+, sleep 601", printed)
+    assert re.search(r"killing a process that was left running: \d+, sleep 601", printed)
 
 
-def test_a_suite_of_which_everything_is_skipped_has_not_passed(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_suite_whose_tests_are_all_skipped_has_not_passed(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = project_of(tmp_path, cluster, green=GREEN, hardware=SKIPPED)
 
     code, printed = project.ci()
@@ -231,7 +233,7 @@ def test_a_suite_that_kills_its_process_has_crashed(cluster: SlurmCluster, tmp_p
     assert [error.get("message") for error in project.junit()["crash"].iter("error")] == ["crashed"]
 
 
-def test_the_setup_runs_first_and_nothing_runs_after_one_that_fails(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_the_setup_runs_first_and_no_suite_runs_after_its_failure(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = project_of(tmp_path, cluster, green=GREEN)
 
     code, printed = project.ci("--setup", 'echo "in $PWD with $TMPDIR"; exit 9')
@@ -259,7 +261,7 @@ def test_interrupting_the_command_cancels_the_job(cluster: SlurmCluster, tmp_pat
 
 
 def test_a_container_gets_project_output_and_scratch(cluster: SlurmCluster, tmp_path: Path) -> None:
-    # This Slurm has no pyxis: in its place stands an srun that notes the container's options and leaves them out.
+    # This Slurm has no pyxis: a replacement of srun records the container's options and removes them.
     project = project_of(tmp_path, cluster, green=GREEN)
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -289,7 +291,7 @@ def test_a_container_gets_project_output_and_scratch(cluster: SlurmCluster, tmp_
     assert inside[3] == ["/data", "/data"]
 
 
-def test_a_dry_run_shows_the_script_and_makes_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_script_and_creates_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = project_of(tmp_path, cluster, green=GREEN)
 
     code, printed = project.ci("--dry-run", "--partition=short", "--time=02:00:00")
@@ -301,7 +303,7 @@ def test_a_dry_run_shows_the_script_and_makes_nothing(cluster: SlurmCluster, tmp
     assert not project.output.exists()
 
 
-def test_what_slurm_says_against_a_job_is_the_error(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_error_of_a_rejected_job_is_that_of_slurm(cluster: SlurmCluster, tmp_path: Path) -> None:
     project = project_of(tmp_path, cluster, green=GREEN)
 
     code, printed = project.ci("--partition=none-such")

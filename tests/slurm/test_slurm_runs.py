@@ -1,4 +1,4 @@
-"""Runs on the virtual cluster: the real script, the real Slurm, real processes on three nodes."""
+"""Runs on the virtual cluster: the batch script under Slurm, with processes on three nodes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_cartpole_is_solved_by_a_policy_on_one_node_and_rollouts_on_two_others(
     }
 
 
-def test_job_writes_a_checkpoint_before_its_time_limit_and_goes_on_in_another_part(run: SlurmRun) -> None:
+def test_job_writes_a_checkpoint_before_its_time_limit_and_continues_in_another_part(run: SlurmRun) -> None:
     # Slurm sends its signal up to a minute early: after 30 to 90 seconds here.
     run.submit("--time=00:02:00", "--pre-timeout=30")
     run.wait_until(lambda: run.record().state is RunState.REQUEUED, "requeueing", 150.0)
@@ -66,7 +66,7 @@ def test_job_writes_a_checkpoint_before_its_time_limit_and_goes_on_in_another_pa
     assert f"resuming from step {saved}" in run.log("policy-0.log")
 
 
-def test_job_goes_on_when_a_rollout_node_is_killed(run: SlurmRun) -> None:
+def test_job_continues_when_a_rollout_node_is_killed(run: SlurmRun) -> None:
     run.submit()
     run.wait_for_steps(3)
     run.cluster.kill_node("n3")
@@ -81,9 +81,7 @@ def test_job_goes_on_when_a_rollout_node_is_killed(run: SlurmRun) -> None:
 
 
 @pytest.mark.parametrize("parents_first", [False, True], ids=["at once", "parents first"])
-def test_job_goes_on_from_its_checkpoint_when_the_node_of_policy_and_script_is_killed(
-    run: SlurmRun, parents_first: bool
-) -> None:
+def test_job_resumes_when_the_node_of_policy_and_script_is_killed(run: SlurmRun, parents_first: bool) -> None:
     run.submit("--nodes=2")
     saved = run.wait_for_checkpoint()
     run.cluster.kill_node("n1", parents_first=parents_first)
@@ -97,7 +95,7 @@ def test_job_goes_on_from_its_checkpoint_when_the_node_of_policy_and_script_is_k
     assert "n1" not in run.cluster.nodes_of(run.job)
 
 
-def test_policy_that_spans_two_nodes_starts_again_from_its_checkpoint_when_one_is_killed(run: SlurmRun) -> None:
+def test_policy_that_spans_two_nodes_resumes_when_one_is_killed(run: SlurmRun) -> None:
     two = ["--set=policy.replicas=2", "--set=policy.readers=2", "--policy-nodes=2"]
     run.submit(*two, "--set=rollout.replicas=2", "--nodes=3")
     saved = run.wait_for_checkpoint()
@@ -112,7 +110,7 @@ def test_policy_that_spans_two_nodes_starts_again_from_its_checkpoint_when_one_i
     assert GOAL - run.summary()["steps_of_this_run"] >= saved > 0
 
 
-def test_failing_job_is_tried_n_times_more_and_then_failed(run: SlurmRun) -> None:
+def test_failing_job_is_retried_n_times_and_then_failed(run: SlurmRun) -> None:
     run.submit("--retries=2", "--set=policy.args.raises=true", "--set=policy.restarts=0")
 
     ended = run.end(150.0)
@@ -127,10 +125,10 @@ def test_failing_job_is_tried_n_times_more_and_then_failed(run: SlurmRun) -> Non
     assert "head.out: " in run.dray("status", str(run.output))
 
 
-def test_finished_job_whose_controller_is_ended_by_sigterm_runs_once_and_exits_with_zero(run: SlurmRun) -> None:
+def test_finished_job_whose_controller_gets_sigterm_runs_once_and_exits_with_zero(run: SlurmRun) -> None:
     run.submit()
     run.wait_for_steps(1)
-    # The controller waits for a replica to leave, which is held until it has had its signal.
+    # The controller waits for a replica to leave; the replica is blocked until the controller has its signal.
     held_by = run.output / "rollout-1-held"
     os.mkfifo(held_by)
     with held_by.open("w"):
@@ -151,7 +149,7 @@ def test_finished_run_is_not_run_again_by_a_second_job(run: SlurmRun) -> None:
     assert run.end()["JobState"] == "COMPLETED", run.story()
     steps = run.steps()
 
-    assert "finished already" in run.dray("submit", str(run.job_file), "--output", str(run.output), "--resume")
+    assert "has already finished" in run.dray("submit", str(run.job_file), "--output", str(run.output), "--resume")
     run.job = int(run.cluster.command("sbatch", "--parsable", run.output / ".slurm" / "job.sh"))
     ended = run.end()
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
@@ -159,7 +157,7 @@ def test_finished_run_is_not_run_again_by_a_second_job(run: SlurmRun) -> None:
     assert run.steps() == steps
 
 
-def test_cancelled_job_is_not_retried_and_goes_on_when_it_is_submitted_again(run: SlurmRun) -> None:
+def test_cancelled_job_is_not_retried_and_can_be_resumed(run: SlurmRun) -> None:
     run.submit()
     run.wait_for_steps(3)
     run.cluster.command("scancel", str(run.job))
@@ -175,18 +173,18 @@ def test_cancelled_job_is_not_retried_and_goes_on_when_it_is_submitted_again(run
     run.go()
     assert run.end()["JobState"] == "COMPLETED", run.story()
     assert [end[:2] for end in run.ends()] == [(1, 1), (2, 1)]
-    # Redis is sent SIGTERM together with the policy, whose last step may have no line of its own.
+    # Redis gets SIGTERM together with the policy, whose last step may have no line in the metrics.
     assert set(range(1, GOAL + 1)) - set(run.steps()) <= {saved}
     assert run.steps() == sorted(set(run.steps()))
 
 
-def test_cancelled_job_leaves_no_secret_where_slurm_kills_its_head(run: SlurmRun) -> None:
-    """A rollout replica does not end, so the head waits for it longer than Slurm waits for the head."""
+def test_cancelled_job_leaves_no_secret_if_slurm_kills_its_head(run: SlurmRun) -> None:
+    """A rollout replica does not end, so the head waits longer for it than Slurm waits before SIGKILL."""
     run.submit("--set=timeouts.shutdown=15")
     run.wait_for_steps(1)
     held_by = run.output / "rollout-1-held"
     os.mkfifo(held_by)
-    with held_by.open("w"):  # the replica reads it by now
+    with held_by.open("w"):  # opening succeeds once the replica reads it
         run.cluster.command("scancel", str(run.job))
         assert run.end()["JobState"] == "CANCELLED", run.story()
 
@@ -197,10 +195,12 @@ def test_cancelled_job_leaves_no_secret_where_slurm_kills_its_head(run: SlurmRun
     assert any(STAMP.match(line) for line in run.log("head.out").splitlines())
 
 
-def test_run_that_is_cancelled_while_it_waits_is_cancelled_and_one_that_never_could_begin_is_refused(
+def test_waiting_run_can_be_cancelled_and_too_many_nodes_are_refused(
     run: SlurmRun,
 ) -> None:
-    with pytest.raises(AssertionError, match="--nodes = 5 is not allowed: at most 3, all that the default"):
+    with pytest.raises(
+        AssertionError, match="--nodes = 5 is not allowed: must be at most 3, the number of nodes of the default"
+    ):
         run.submit("--nodes=5", "--set=rollout.replicas=4")
     run.submit("--nodes=1", "--sbatch-arg=--hold")
     assert "state submitted  in Slurm pending" in run.dray("status", str(run.output))
@@ -209,7 +209,7 @@ def test_run_that_is_cancelled_while_it_waits_is_cancelled_and_one_that_never_co
     assert "state cancelled  in Slurm -" in run.dray("status", str(run.output))
 
 
-def test_job_that_slurm_requeues_goes_on_and_loses_no_retry(run: SlurmRun) -> None:
+def test_job_that_slurm_requeues_continues_and_uses_no_retry(run: SlurmRun) -> None:
     run.submit()
     saved = run.wait_for_checkpoint()
     run.cluster.command("scontrol", "requeue", str(run.job))
@@ -221,10 +221,10 @@ def test_job_that_slurm_requeues_goes_on_and_loses_no_retry(run: SlurmRun) -> No
     assert GOAL - run.summary()["steps_of_this_run"] >= saved
 
 
-def test_code_that_is_edited_after_the_submission_does_not_reach_the_job(run: SlurmRun) -> None:
+def test_edits_after_the_submission_do_not_affect_the_job(run: SlurmRun) -> None:
     run.submit("--nodes=1", "--sbatch-arg=--hold")
     (run.folder / "small.py").write_text("raise RuntimeError('edited')\n")
-    with pytest.raises(AssertionError, match="must be a run whose job is over"):
+    with pytest.raises(AssertionError, match="must be a run without a waiting or running job"):
         run.submit("--resume")
     run.cluster.command("scontrol", "release", str(run.job))
     run.wait_for_steps(1)
@@ -254,13 +254,13 @@ def test_replicas_have_their_share_of_a_node_and_none_shows_the_secret(run: Slur
 
 
 def test_everything_of_a_container_job_runs_in_the_image(run: SlurmRun, tmp_path: Path) -> None:
-    # There is no pyxis here: in the place of srun is a script that notes its options and drops those of pyxis.
-    real, noted = run.cluster.command("which", "srun").strip(), tmp_path / "noted"
+    # This Slurm has no pyxis: a replacement of srun records its options and removes those of pyxis.
+    real, recorded = run.cluster.command("which", "srun").strip(), tmp_path / "recorded"
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "srun").write_text(
         f"""#!/bin/bash
-        echo "$@" >>{noted}
+        echo "$@" >>{recorded}
         for each; do shift; [[ $each == --container-* ]] || set -- "$@" "$each"; done
         exec {real} "$@"
         """
@@ -282,7 +282,7 @@ def test_everything_of_a_container_job_runs_in_the_image(run: SlurmRun, tmp_path
     assert [end[:2] for end in run.ends()] == [(1, 1), (2, 1)]
     assert run.record().ends[0].reason == "cancelled"
     mounts = f"--container-mounts={run.output}:{run.output}"
-    steps = [line for line in noted.read_text().splitlines() if "dray.jobs.slurm" in line]
+    steps = [line for line in recorded.read_text().splitlines() if "dray.jobs.slurm" in line]
     assert {word for line in steps for word in line.split() if word.startswith("dray.jobs.slurm")} == {
         "dray.jobs.slurm.batch_cli",
         "dray.jobs.slurm.head",
@@ -291,7 +291,7 @@ def test_everything_of_a_container_job_runs_in_the_image(run: SlurmRun, tmp_path
     assert all("--container-image=registry#image" in line and mounts in line for line in steps)
 
 
-def test_status_follows_a_run_until_it_is_over(run: SlurmRun) -> None:
+def test_status_follows_a_run_until_it_has_ended(run: SlurmRun) -> None:
     run.submit("--nodes=1")
     with subprocess.Popen(
         [sys.executable, "-m", "dray.cli.app", "slurm", "status", "--watch", "--interval=0.5"],

@@ -1,4 +1,4 @@
-"""The cluster that the tests of this folder run on does what they rely on."""
+"""The virtual cluster behaves as the tests of this folder need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_job_runs_on_three_nodes_and_each_task_sees_its_own(cluster: SlurmClus
     assert cluster.processes() == []
 
 
-def test_a_killed_node_takes_its_processes_along_and_comes_back(cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_a_killed_node_loses_its_processes_and_can_be_revived(cluster: SlurmCluster, tmp_path: Path) -> None:
     step = "srun --overlap --nodes=1 --ntasks=1 --nodelist={} bash -c 'setsid sleep 600 & sleep 600' &"
     script = batch_script(tmp_path, step.format("n1"), step.format("n2"), "wait")
     job = cluster.submit(script, "--nodes=2", "--no-kill", "--no-requeue")
@@ -74,7 +74,7 @@ def test_a_requeued_job_runs_again_within_seconds(cluster: SlurmCluster, tmp_pat
     assert "start 1\n" in Path(f"{script}.out").read_text()
 
 
-def test_waiting_for_a_state_that_cannot_come_any_more_fails_at_once(
+def test_waiting_for_a_state_that_can_no_longer_be_reached_fails_at_once(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     job = cluster.submit(batch_script(tmp_path, "exit 3"))

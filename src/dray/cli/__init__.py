@@ -1,1 +1,1 @@
-"""."""
+"""The `dray` command."""

@@ -1,6 +1,6 @@
-"""The program `dray`: the command line, or one line that names the extra that is missing.
+"""The program `dray`: runs the command line, or prints one line that names the missing extra.
 
-`import dray` needs three packages; the command line needs those of the extra `jobs` as well.
+`import dray` needs three packages; the command line also needs those of the extra `jobs`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dray.jobs.standard_streams import flush_streams, open_missing_streams
 
 
 def main() -> None:
-    """The entry point of the program. Without the extra only `dray --version` works; all else exits with 2."""
+    """The entry point of the program. Without the extra, every command but `dray --version` exits with 2."""
     try:
         from dray.cli.app import main as command_line
     except ModuleNotFoundError as error:
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _end(line: str, stream: TextIO, code: ExitCode) -> NoReturn:
-    with suppress(OSError):  # the stream cannot be written: the exit code is what is left to say it
+    with suppress(OSError):  # a stream that cannot be written: the exit code has to do
         print(line, file=stream)
     flush_streams()
     sys.exit(int(code))

@@ -34,19 +34,19 @@ def check(
     settings: Settings = None,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
+        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
     ] = None,
 ) -> None:
-    """Check a job without starting it, and show every mistake at once: the same lines as `dray run`.
+    """Check a job without starting it, and print one line for each mistake, as `dray run` does.
 
-    Checked are the job file, the classes that it names (imported in a process of their own, for at most
+    The command checks the job file, the classes that it names (imported in a separate process, for at most
     timeouts.start seconds), packages, the output folder, the controller's port and token file, memory for a ring,
-    and a configured Redis server (for at most timeouts.redis seconds). Nothing that is made for a check stays.
+    and a configured Redis server (for at most timeouts.redis seconds). It removes everything that it creates.
 
-    Exit code 0: no mistakes were found; 2: each mistake is a line on stderr.
+    Exit code 0: no mistakes were found; 2: stderr has one line for each mistake.
     """
     require_extra("jobs")
-    # What a job needs is imported here, so that the other commands start fast.
+    # Imported here, so that the other commands start fast.
     from dray.jobs.launch.local import begin_checks, show_line, stop_checks
     from dray.jobs.launch.preparation import check_job
 
@@ -60,7 +60,7 @@ def check(
 
 
 def started(config: JobConfig) -> str:
-    """What a run of the job starts, in one phrase."""
+    """The processes that a run of the job starts, in one phrase."""
     redis = "" if config.redis.url is not None else "1 Redis server, "
     rollouts, ranks = config.rollout.replicas, config.policy.replicas
     return f"{redis}1 controller, {rollouts} rollout and {ranks} policy {'replica' if ranks == 1 else 'replicas'}"
@@ -71,8 +71,8 @@ def started(config: JobConfig) -> str:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Payload transport for disaggregated reinforcement learning, and jobs that run on it. "
-    "`dray new NAME` creates a job to begin with.",
+    help="Payload transport for disaggregated reinforcement learning, and jobs that use it. "
+    "`dray new NAME` creates an example job.",
 )
 
 
@@ -88,7 +88,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the command as a whole."""
+    """The options of `dray` itself."""
 
 
 def run(
@@ -97,26 +97,26 @@ def run(
     log_level: LogLevelOption = None,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
+        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
             help="Continue from the checkpoint in the output folder, with the options of the start of the run; "
-            "options given now take their place.",
+            "options given now override them.",
         ),
     ] = False,
 ) -> None:
-    """Run a job on this machine and show its progress; before that, check it as `dray check` does.
+    """Check a job as `dray check` does, run it on this machine, and show its progress.
 
     Ctrl-C ends the job within timeouts.shutdown seconds (8 by default), with a checkpoint; a second one kills it.
 
-    Exit code 0: solved, or all steps done; 1: not solved; 2: mistakes, and nothing was started; 10 or 17: a class
-    of the user raised, or returned what cannot be used; 130: Ctrl-C.
+    Exit code 0: solved, or all steps done; 1: not solved; 2: mistakes, and nothing was started; 10: the worker or
+    trainer class raised; 17: it returned an unusable value; 130: Ctrl-C.
     """
     require_extra("jobs")
-    # Everything that a job needs is imported here, so that the other commands start fast.
+    # Imported here, so that the other commands start fast.
     from dray.jobs.launch.local import run_job
     from dray.jobs.launch.output import run_folder
 
@@ -136,16 +136,16 @@ app.add_typer(slurm, name="slurm")
 
 
 def main() -> None:
-    """The entry point of the `dray` command: errors of dray's own become lines and an exit code.
+    """The entry point of the `dray` command. Prints a `DrayError` as lines on stderr and exits with its code.
 
-    So does a package that is missing because an extra was not installed. Standard streams that are closed or
-    cannot be written change nothing about what the command does, nor its exit code.
+    A package that is missing because an extra was not installed is reported in the same way. Standard streams that
+    are closed or cannot be written change neither what the command does nor its exit code.
     """
     open_missing_streams()
     exit_with_own_code_on_crash()
     logging.basicConfig(level=logging.WARNING, handlers=[printable_handler()])
     try:
-        # Called as a `Typer`, it would put an exception hook of its own in the place of ours.
+        # Calling the `Typer` itself would replace the exception hook installed above.
         typer.main.get_command(app)()
     except (ConfigError, MissingDependencyError) as error:
         _fail(error, ExitCode.CONFIGURATION)
@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def _fail(error: DrayError | str, code: ExitCode) -> NoReturn:
-    with suppress(OSError):  # stderr cannot be written: the exit code is what is left to say it
+    with suppress(OSError):  # stderr cannot be written: the exit code has to do
         for line in [f"error: {error}"] if isinstance(error, str) else error_lines(error):
             print(line, file=sys.stderr)
     sys.exit(int(code))

@@ -1,4 +1,4 @@
-"""`dray bench`: what dray costs on this machine. The benchmarks are part of the repository, not of the package."""
+"""`dray bench`: measures dray on this machine. The benchmarks are part of the repository, not of the package."""
 
 from __future__ import annotations
 
@@ -11,69 +11,78 @@ import typer
 from dray.errors import ConfigError
 
 CHECKOUT = Path(__file__).parents[3]
-"""The repository's folder, where this module lies in a checkout."""
+"""The repository's folder, if this module is in a checkout."""
 
 
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Take minutes: fewer sizes, rounds and operations.")
+        bool, typer.Option("--quick", help="Measure fewer sizes, rounds and operations; takes minutes.")
     ] = False,
     only: Annotated[
-        str | None, typer.Option(metavar="P1,P4", help="Only the rows of these targets; by default all.")
+        str | None, typer.Option(metavar="P1,P4", help="Measure only the rows of these targets. Default: all.")
     ] = None,
     sizes: Annotated[
-        str | None, typer.Option(metavar="1KiB,1MiB", help="Only these payload sizes; by default all.")
+        str | None, typer.Option(metavar="1KiB,1MiB", help="Measure only these payload sizes. Default: all.")
     ] = None,
-    details: Annotated[bool, typer.Option("--details", help="Show every row, not only the targets.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="Show all rows, not only the targets.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything to this file, too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write all results to this file.")
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw rate over payload size.")
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Plot throughput over payload size into this file."),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Show what moved since the run that wrote this file.")
+        Path | None, typer.Option(metavar="FILE", help="Compare with the results in this file, written by --json.")
     ] = None,
     load: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure nothing; take what --json wrote to this file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure nothing; show the results in this file, written by --json."),
     ] = None,
     docs: Annotated[
-        bool, typer.Option("--docs", help="Write figures and plot into docs/reference/performance.md and .png.")
+        bool, typer.Option("--docs", help="Update docs/reference/performance.md and its plot.")
     ] = False,
     install_peers: Annotated[
-        bool, typer.Option("--install-peers", help="Make the environments that peers need, and measure nothing.")
+        bool,
+        typer.Option(
+            "--install-peers", help="Create the environments for the compared libraries; measure nothing."
+        ),
     ] = False,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="How often everything is repeated; by default 7, with --quick 3.")
+        int | None, typer.Option(min=1, help="Number of rounds. Default: 7, with --quick 3.")
     ] = None,
     operations: Annotated[
         int | None,
-        typer.Option(min=4, help="Limit of operations of a kind in a round; by default 1000, with --quick 200."),
+        typer.Option(
+            min=4, help="Maximum number of operations of each kind in a round. Default: 1000, with --quick 200."
+        ),
     ] = None,
     idle_seconds: Annotated[
         float | None,
         typer.Option(
             min=0.1,
             metavar="SECONDS",
-            help="Seconds for which idle connections are watched; by default 10, with --quick 2.",
+            help="Seconds for which idle connections are measured. Default: 10, with --quick 2.",
         ),
     ] = None,
     memory_reads: Annotated[
         int | None,
-        typer.Option(min=100, help="Reads over which memory is watched; by default 1000000, with --quick 20000."),
+        typer.Option(
+            min=100, help="Number of reads during which memory is measured. Default: 1000000, with --quick 20000."
+        ),
     ] = None,
     job_steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps of the CartPole job; by default until it is solved.")
+        int | None, typer.Option(min=1, help="Training steps of the CartPole job. Default: until it is solved.")
     ] = None,
 ) -> None:
-    """Measure dray beside the limits of this machine and beside what people use instead.
+    """Measure dray, the limits of this machine, and other libraries for the same task.
 
-    Works in a checkout of the repository. Nothing passes or fails: exit code 0 says that it was measured.
+    Needs a checkout of the repository. Results do not affect the exit code: it is 0 once everything was measured.
     """
     if not (CHECKOUT / "benchmarks" / "run.py").is_file():
-        needs = "it needs a checkout of dray, where the folder benchmarks/ is"
+        needs = "it needs a checkout of dray with the folder benchmarks/"
         raise ConfigError("dray bench", None, needs, "cannot run in this installation")
-    # The benchmarks import each other from the repository's folder, wherever the command is given.
+    # The benchmarks import each other from the repository's folder, whatever the working directory is.
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))
     from benchmarks.run import Choices, WrongChoice, run

@@ -1,4 +1,4 @@
-"""`dray doctor`: tests the lanes on this machine and prints facts about it."""
+"""`dray doctor`: tests the lanes on this machine and prints facts about the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dray.transport.lanes import LANES
 
 if TYPE_CHECKING:
     from dray.cli.lane_check import LaneReport
-    from dray.cli.machine import Machine
+    from dray.cli.machine import MachineFacts
 
 _FEW_OPEN_FILES = 1024
 
@@ -26,28 +26,27 @@ def doctor(
         list[str] | None,
         typer.Option(
             metavar="LANE",
-            help="A lane that must work besides shm and tcp, such as ucx; otherwise the exit code is 1. May be "
-            "given several times.",
+            help="A lane that must work besides shm and tcp, for example ucx. Repeatable.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time limit for the test of each lane, in seconds.")
+        float, typer.Option(metavar="SECONDS", help="Time limit for each lane's test, in seconds.")
     ] = 20.0,
 ) -> None:
     """Test each lane on this machine with a transfer between two processes.
 
     Exit code 0: shm, tcp and every lane named with --require work; 1: one of them does not.
     """
-    # Imported here, because the help of commands does not need them.
+    # Imported here, so that the help is shown fast.
     from dray.cli.lane_check import check_lane
-    from dray.cli.machine import examine
+    from dray.cli.machine import inspect_machine
 
     needed = needed_lanes(require or [])
     if not timeout > 0:
-        raise ConfigError("--timeout", timeout, "more than 0 seconds")
+        raise ConfigError("--timeout", timeout, "must be more than 0 seconds")
     reports = [check_lane(lane, timeout) for lane in LANES]
-    machine = examine()
+    machine = inspect_machine()
     works = all(report.works for report in reports if report.lane in needed)
     if as_json:
         typer.echo(json.dumps(as_document(reports, machine, works), indent=2))
@@ -64,12 +63,12 @@ def needed_lanes(required: Sequence[str]) -> frozenset[str]:
     """
     for lane in required:
         if lane not in LANES:
-            raise ConfigError("--require", lane, f"one of {', '.join(LANES)}")
+            raise ConfigError("--require", lane, f"must be one of {', '.join(LANES)}")
     return frozenset(lane.name for lane in LANES.values() if not lane.extra) | frozenset(required)
 
 
-def as_document(reports: Sequence[LaneReport], machine: Machine, works: bool) -> dict[str, Any]:
-    """Everything as plain JSON values."""
+def as_document(reports: Sequence[LaneReport], machine: MachineFacts, works: bool) -> dict[str, Any]:
+    """Reports, facts and remarks as plain JSON values."""
     return {
         "ok": works,
         "lanes": {report.lane: dataclasses.asdict(report) for report in reports},
@@ -78,8 +77,8 @@ def as_document(reports: Sequence[LaneReport], machine: Machine, works: bool) ->
     }
 
 
-def facts(machine: Machine) -> Iterator[tuple[str, str]]:
-    """(name, value) of each fact about the machine."""
+def facts(machine: MachineFacts) -> Iterator[tuple[str, str]]:
+    """The name and value of each fact about the machine."""
     yield "system", f"{machine.system}, {machine.cpus} processors"
     yield "python", machine.python
     for name, found in machine.versions.items():
@@ -97,7 +96,7 @@ def facts(machine: Machine) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def remarks(machine: Machine) -> Iterator[str]:
+def remarks(machine: MachineFacts) -> Iterator[str]:
     """Settings that work now but may cause failures later."""
     if machine.rdma_devices and machine.memlock is not None:
         yield (
@@ -107,10 +106,10 @@ def remarks(machine: Machine) -> Iterator[str]:
     if machine.refused_calls:
         yield f"the system calls {', '.join(machine.refused_calls)} are refused: they {ALLOW}"
     if machine.open_files is not None and machine.open_files < _FEW_OPEN_FILES:
-        yield f"at most {machine.open_files} open files limit the number of connections: raise it (ulimit -n 4096)"
+        yield f"only {machine.open_files} files may be open, which limits connections: raise it (ulimit -n 4096)"
 
 
-def lines(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str]) -> Iterator[str]:
+def lines(reports: Sequence[LaneReport], machine: MachineFacts, needed: frozenset[str]) -> Iterator[str]:
     """The report as plain lines."""
     for report in reports:
         yield f"{report.lane}: {verdict(report, needed)}: {finding(report)}"
@@ -128,11 +127,11 @@ def verdict(report: LaneReport, needed: frozenset[str]) -> str:
 
 
 def finding(report: LaneReport) -> str:
-    """What the test of a lane found, and what to do."""
+    """The finding of a lane's test, and the remedy if there is one."""
     return printable(f"{report.detail}; {report.remedy}" if report.remedy else report.detail, MAX_LINE)
 
 
-def _show(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str]) -> None:
+def _show(reports: Sequence[LaneReport], machine: MachineFacts, needed: frozenset[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -143,7 +142,7 @@ def _show(reports: Sequence[LaneReport], machine: Machine, needed: frozenset[str
             typer.echo(line)
         return
     lanes = Table(title="Lanes", title_justify="left")
-    for column in ("lane", "verdict", "what was found"):
+    for column in ("lane", "verdict", "finding"):
         lanes.add_column(column)
     for report in reports:
         style = "green" if report.works else "red" if report.lane in needed else "yellow"

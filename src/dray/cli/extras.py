@@ -1,4 +1,4 @@
-"""Which extra brings a package that a command needs, for the one line that an installation without it gets."""
+"""The extras of the package, and the line that a command prints if the package of an extra is missing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ EXTRAS: Final = MappingProxyType(
         "demo": ("gymnasium", "matplotlib"),
     }
 )
-"""The packages of each extra that are imported, by the names under which they are."""
+"""The modules that dray imports from each extra."""
 
 
 def require_extra(extra: str) -> None:
-    """Make sure that the packages of `extra` are installed, without importing them.
+    """Check that the packages of `extra` are installed, without importing them.
 
     Raises:
-        ModuleNotFoundError: for the first that is missing, with its `name`.
+        ModuleNotFoundError: a package is missing; `name` has the first.
     """
     for package in EXTRAS[extra]:
         if importlib.util.find_spec(package) is None:
@@ -40,7 +40,7 @@ def require_extra(extra: str) -> None:
 
 
 def remedy(error: ModuleNotFoundError) -> str | None:
-    """One line that names the missing package and the extra to install; None where no extra brings it."""
+    """One line that names the missing package and the extra to install; None if no extra has it."""
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:

@@ -1,4 +1,4 @@
-"""Options with which every command that takes a job file changes it."""
+"""The options by which a command changes the job file, the same for every command that reads one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="TABLE.KEY=VALUE",
-        help="Override a key of the job file, for example policy.batch_size=32; may be given several times.",
+        help="Override a key of the job file, for example policy.batch_size=32. Repeatable.",
     ),
 ]
 LogLevelOption = Annotated[
@@ -28,20 +28,19 @@ LogLevelOption = Annotated[
     typer.Option(
         "--log-level",
         metavar="debug|info|warning|error",
-        help="How much the processes of the job log, the supervisor included; by default job.log_level of the job "
-        "file, else info.",
+        help="Log level of the job's processes, the supervisor included. Default: job.log_level, else info.",
     ),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """A job as a command asks for it.
+    """The job file of a command, with the command's options.
 
     Attributes:
-        draft: what the job file and the options say together, with the mistakes in it.
-        options: what was given on the command line, and kept from the start of the run if it is resumed.
-        lines: what to tell the user about options that were kept.
+        draft: the job file with the options applied, and the mistakes in it.
+        options: the options of the command line; in a resumed run, also those that the run was started with.
+        lines: messages to the user about options that were kept.
     """
 
     draft: JobDraft
@@ -50,15 +49,15 @@ class JobRequest:
 
     @property
     def config(self) -> JobConfig:
-        """What the job file and the options say together.
+        """The job file with the options applied.
 
         Raises:
-            ConfigError: a key or a value is not allowed; every mistake is named.
+            ConfigError: a key or a value is not allowed; the error has every mistake.
         """
         return self.draft.checked()
 
     def resumed(self, root: Path) -> Self:
-        """The same for the run in the folder `root`, with the options that it was started with under those given.
+        """This request for the run in the folder `root`: options given now override those of its start.
 
         Raises:
             ConfigError: the options of the run, or its job file, cannot be trusted or read.
@@ -78,10 +77,10 @@ def read_job(
     log_level: str | None,
     slurm: Mapping[str, Any] | None = None,
 ) -> JobRequest:
-    """What a job file says with the options of a command; `output` and `log_level` have the last word.
+    """Read a job file and apply the options of a command; `output` and `log_level` override `settings`.
 
     Args:
-        slurm: options for keys of [slurm]; None for those that were not given. They are noted and not applied.
+        slurm: options for keys of [slurm], None for those that were not given. They are recorded, not applied.
 
     Raises:
         ConfigError: the file cannot be read, or the name of the folder is not allowed.
@@ -90,7 +89,7 @@ def read_job(
     draft = draft_job(job, given)
     if output is not None:
         if not output:
-            raise ConfigError("--output", output, "the name of a folder")
+            raise ConfigError("--output", output, "must be the name of a folder")
         draft = _with_output(draft, text_of(output))
     options = RunOptions(
         job_file=job.absolute(),

@@ -1,6 +1,6 @@
 """Tests a lane on this machine: one process reads a payload from another, and every byte is compared.
 
-Both are children of this process, so that a crash in a transport library is a result and not the end of the test.
+Both are children of this process, so that a crash in a transport library is a result and does not end the test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dray.transport.lanes import LANES
 MACHINES = ("x86_64", "aarch64")
 
 _MAX_ANSWER_BYTES = 64 * 1024
-_END_SECONDS = 5.0
+_END_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class LaneReport:
         lane: its name.
         works: a payload arrived complete.
         detail: what was read, or the reason of the failure.
-        remedy: what to do; empty if nothing is to be done, or nothing is known.
+        remedy: what to do; empty if nothing is needed, or no remedy is known.
         nbytes: size of the payload that was read.
-        seconds: duration of the read, with connecting; None if the lane does not work.
+        seconds: duration of connecting and reading; None if the lane does not work.
     """
 
     lane: str
@@ -56,22 +56,24 @@ def check_lane(lane: str, timeout: float) -> LaneReport:
     deadline = Deadline.after(timeout)
     try:
         with ExitStack() as children:
-            server = children.enter_context(_Child("serve", lane))
+            server = children.enter_context(_LaneProcess("serve", lane))
             offer = server.answer(deadline)
-            reader = children.enter_context(_Child("read", lane))
+            reader = children.enter_context(_LaneProcess("read", lane))
             reader.send(offer["ref"])
             answer = reader.answer(deadline)
     except _Failure as failure:
         return LaneReport(lane, False, str(failure), _remedy(lane, failure.about))
     if answer["digest"] != offer["digest"]:
-        return LaneReport(lane, False, f"the {offer['nbytes']} bytes that were read differ from what was put")
+        return LaneReport(
+            lane, False, f"the {offer['nbytes']} bytes that were read differ from those that were written"
+        )
     nbytes, seconds = int(offer["nbytes"]), float(answer["seconds"])
     detail = f"{nbytes:,} bytes read by another process in {seconds * 1e3:.1f} ms, each compared"
     return LaneReport(lane, True, detail, "", nbytes, seconds)
 
 
 def _missing(lane: str) -> LaneReport | None:
-    """The result if the lane cannot be tested here, else None."""
+    """The report of a lane that cannot be tested here, else None."""
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         here = f"{platform.system()} on {platform.machine()}"
         return LaneReport(lane, False, f"dray runs on Linux, x86-64 or aarch64; this is {here}")
@@ -93,15 +95,15 @@ def _remedy(lane: str, about: str) -> str:
 
 
 class _Failure(DrayError):
-    """A child has failed; the message has the reason."""
+    """A process of the test has failed; the message has the reason."""
 
     def __init__(self, message: str, about: str = "") -> None:
         super().__init__(message)
         self.about = about
 
 
-class _Child(Closing):
-    """One of the two processes; it ends with its ``with`` block."""
+class _LaneProcess(Closing):
+    """One of the two processes of a lane's test; it ends with its ``with`` block."""
 
     def __init__(self, role: str, lane: str) -> None:
         self._role = "serving" if role == "serve" else "reading"
@@ -115,7 +117,7 @@ class _Child(Closing):
         )
 
     def send(self, line: str) -> None:
-        """Send a line to the child; if the child has ended, its answer has the reason."""
+        """Send a line to the process; if it has ended, `answer` raises with the reason."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line.encode() + b"\n")
@@ -123,10 +125,10 @@ class _Child(Closing):
             return
 
     def answer(self, deadline: Deadline) -> dict[str, Any]:
-        """The child's answer.
+        """The answer of the process.
 
         Raises:
-            _Failure: the answer is an error, or does not come before the deadline.
+            _Failure: the answer is an error, or has not arrived by the deadline.
         """
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
@@ -138,14 +140,14 @@ class _Child(Closing):
                 raise _Failure(f"the {self._role} process did not answer for {deadline.elapsed:.0f} s")
             received = os.read(descriptor, 4096)
             if not received:
-                raise _Failure(self._death(deadline))
+                raise _Failure(self._describe_end(deadline))
             line += received
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise _Failure(f"the {self._role} process: {answer['error']}", answer["about"])
         return answer
 
-    def _death(self, deadline: Deadline) -> str:
+    def _describe_end(self, deadline: Deadline) -> str:
         try:
             code = self._process.wait(deadline.remaining)
         except subprocess.TimeoutExpired:
@@ -159,9 +161,9 @@ class _Child(Closing):
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.close()  # the server ends then
+        process.stdin.close()  # this ends the server
         try:
-            process.wait(_END_SECONDS)
+            process.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""What `dray doctor` tells about the machine: versions, devices and limits."""
+"""The facts about the machine that `dray doctor` prints: versions, devices and limits."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "safetensors": ("safetensors",),
 }
-_VERSION_SECONDS = 5.0
+_VERSION_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MachineFacts:
     """Facts about this machine and this environment.
 
     Attributes:
-        system: kernel, its version, the processor's kind.
-        cpus: processors this process may use.
+        system: the kernel, its version and the processor architecture.
+        cpus: number of processors that this process may use.
         python: the interpreter's version.
-        versions: package → version, None where it is not installed. None of them was imported to find out.
+        versions: package → version, None if it is not installed. No package is imported for this.
         redis_server: the Redis server that a job would start, None if there is none.
-        redis_version: what it says about itself; empty if it does not.
-        redis_remedies: what makes a server available where there is none.
-        rdma_devices: names of the RDMA devices, with their ports' states.
-        memlock: bytes a process may lock in memory, which RDMA needs; None for no limit.
-        open_files: descriptors a process may have; None for no limit.
+        redis_version: the version that it prints; empty if it prints none.
+        redis_remedies: how to install a server.
+        rdma_devices: names of the RDMA devices, with the states of their ports.
+        memlock: limit of locked memory, which RDMA needs, in bytes; None for no limit.
+        open_files: limit of open descriptors of a process; None for no limit.
         refused_calls: system calls that dray needs and that a sandbox refuses to this process.
         direct_problem: why processes of this machine cannot lease payloads directly; empty if they can.
-        ucx_variables: UCX's variables in the environment.
+        ucx_variables: the environment variables whose names begin with UCX_.
     """
 
     system: str
@@ -63,13 +63,13 @@ class Machine:
     ucx_variables: dict[str, str]
 
 
-def examine() -> Machine:
-    """Look at this machine."""
-    # It brings the redis package in, which only a job needs.
+def inspect_machine() -> MachineFacts:
+    """The facts about this machine and environment."""
+    # Imported here: it imports the redis package, which only a job needs.
     from dray.jobs.queue.redis_server import server_remedies
 
     redis = _redis_server()
-    return Machine(
+    return MachineFacts(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         python=platform.python_version(),
@@ -124,13 +124,13 @@ def _redis_server() -> str | None:
 
 def _redis_version(binary: str) -> str:
     try:
-        said = subprocess.run(
-            [binary, "--version"], capture_output=True, text=True, timeout=_VERSION_SECONDS, check=True
+        done = subprocess.run(
+            [binary, "--version"], capture_output=True, text=True, timeout=_VERSION_TIMEOUT, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    words = [word.removeprefix("v=") for word in said.stdout.split() if word.startswith("v=")]
-    return words[0] if words else said.stdout.strip()
+    words = [word.removeprefix("v=") for word in done.stdout.split() if word.startswith("v=")]
+    return words[0] if words else done.stdout.strip()
 
 
 def _limit(which: int) -> int | None:

@@ -1,4 +1,4 @@
-"""`dray new`: the files of a small job that runs as it is, for a user to replace its parts."""
+"""`dray new`: creates the files of a small complete job, whose parts the user replaces."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def new(
     name: Annotated[
         Path,
         typer.Argument(
-            help="The folder to create, or an empty one. Its last part becomes the name of the job.",
+            help="The folder to create; it may exist if it is empty. Its last part becomes the name of the job.",
             show_default=False,
         ),
     ],
 ) -> None:
-    """Create a folder with a small job that runs as it is: worker.py, trainer.py, job.toml and README.md.
+    """Create a folder with a small complete job: worker.py, trainer.py, job.toml and README.md.
 
-    The job learns to balance a pole on a cart, with NumPy alone and within seconds.
+    The job learns to balance a pole on a cart within seconds, with NumPy alone.
 
     Exit code 0: the folder was created; 2: it exists and is not empty, or its name is not allowed.
     """
@@ -46,16 +46,16 @@ def new(
 
 
 def create_job(folder: Path) -> None:
-    """Create `folder` with the files of a job of the same name: all of them, or nothing.
+    """Create `folder` with all files of a job of the same name, or nothing.
 
     Raises:
-        ConfigError: the folder has something in it, its name is not one of a job, or it cannot be created.
+        ConfigError: the folder is not empty, its name is no job name, or it cannot be created.
     """
     if not is_job_name(folder.name):
         raise ConfigError(
             _KEY, folder.name or str(folder), f"must be {JOB_NAME_FORM}, the first a letter or digit"
         )
-    # Renamed in one step when it is complete; the name begins with a dot, which no name of a job does.
+    # Renamed in one step when it is complete. No job name begins with a dot.
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         _check_free(folder)
@@ -64,7 +64,7 @@ def create_job(folder: Path) -> None:
             text = (_TEMPLATES / each).read_text(encoding="utf-8")
             content = text if each.endswith(".py") else Template(text).substitute(name=folder.name)
             (partial / each).write_text(content, encoding="utf-8")
-        os.rename(partial, folder)  # noqa: PTH104 - replaces an empty folder, and no other
+        os.rename(partial, folder)  # noqa: PTH104 - replaces only an empty folder
     except OSError as error:
         if error.errno in _IN_USE:
             raise _in_use(folder) from error
@@ -75,9 +75,11 @@ def create_job(folder: Path) -> None:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise `ConfigError` unless there is nothing at `folder`, or an empty folder."""
+    """Raise `ConfigError` unless `folder` does not exist or is empty."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(_KEY, str(folder), "must be a new folder or an empty one; a file or a link is there")
+        raise ConfigError(
+            _KEY, str(folder), "must be a new folder or an empty one; a file or a symbolic link is there"
+        )
     if folder.is_dir() and any(folder.iterdir()):
         raise _in_use(folder)
 

@@ -1,4 +1,4 @@
-"""`dray slurm`: everything that has to do with the scheduler Slurm."""
+"""`dray slurm`: jobs and tests on a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -25,38 +25,40 @@ if TYPE_CHECKING:
 
 
 def submit(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML, the same as for dray run.", show_default=False)],
+    job: Annotated[Path, typer.Argument(help="The job file, TOML, as for dray run.", show_default=False)],
     settings: Settings = None,
     log_level: LogLevelOption = None,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Output folder; by default a new one under outputs/<job name>/."),
+        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Continue a run that failed, was cancelled or lost, with the options that it was submitted with; "
-            "options given now take their place.",
+            help="Resume a run that failed, was cancelled or lost, with the options that it was submitted with; "
+            "options given now override them.",
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
     partition: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Partition; by default the one of slurm.partition, else Slurm's."),
+        typer.Option(metavar="NAME", help="Partition. Default: slurm.partition, else Slurm's default."),
     ] = None,
     account: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Account; by default that of slurm.account, else Slurm's.")
+        str | None, typer.Option(metavar="NAME", help="Account. Default: slurm.account, else Slurm's default.")
     ] = None,
     time: Annotated[
         str | None,
-        typer.Option(metavar="HH:MM:SS", help="Time limit of one part; by default slurm.time, else 01:00:00."),
+        typer.Option(
+            metavar="HH:MM:SS", help="Time limit of each part of the run. Default: slurm.time, else 01:00:00."
+        ),
     ] = None,
     pre_timeout: Annotated[
         int | None,
         typer.Option(
             metavar="SECONDS",
-            help="Seconds before the time limit at which a part writes a checkpoint and is requeued; by default "
+            help="Seconds before the time limit at which a part writes a checkpoint and is requeued. Default: "
             "slurm.pre_timeout, else 120.",
         ),
     ] = None,
@@ -64,48 +66,62 @@ def submit(
         int | None,
         typer.Option(
             min=1,
-            help="Nodes in all; those that the policy does not take are for rollouts. By default "
-            "slurm.policy_nodes and slurm.rollout_nodes.",
+            help="Total number of nodes, those of the policy included; the others are for rollouts. Default: "
+            "slurm.policy_nodes plus slurm.rollout_nodes.",
         ),
     ] = None,
     policy_nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes of the policy; by default slurm.policy_nodes, else 1.")
+        int | None, typer.Option(min=1, help="Nodes of the policy. Default: slurm.policy_nodes, else 1.")
     ] = None,
     gpus_per_node: Annotated[
         int | None,
         typer.Option(
-            min=0, help="GPUs of a node, divided among its replicas; by default slurm.gpus_per_node, else 0."
+            min=0, help="GPUs of each node, divided among its replicas. Default: slurm.gpus_per_node, else 0."
         ),
     ] = None,
     interface: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Network interface; by default one with RDMA.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Network interface between nodes. Default: slurm.interface, else one with RDMA, else that of the "
+            "default route.",
+        ),
     ] = None,
     retries: Annotated[
         int | None,
-        typer.Option(min=0, help="How often a failed attempt is repeated; by default slurm.retries, else 2."),
+        typer.Option(min=0, help="How many failed attempts are retried. Default: slurm.retries, else 2."),
     ] = None,
     sbatch_arg: Annotated[
-        list[str] | None, typer.Option(metavar="ARG", help='Handed to sbatch, e.g. "--qos=high".')
+        list[str] | None,
+        typer.Option(metavar="ARG", help='Additional option of sbatch, for example "--qos=high". Repeatable.'),
     ] = None,
     container: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Run in this image (pyxis and enroot).")
+        str | None,
+        typer.Option(
+            metavar="IMAGE",
+            help="Container image of the job (pyxis and enroot). Default: slurm.container_image, else none.",
+        ),
     ] = None,
     container_mount: Annotated[
-        list[str] | None, typer.Option(metavar="FROM:TO", help="Besides the run's folder.")
+        list[str] | None,
+        typer.Option(
+            metavar="FROM:TO", help="Additional mount of the container, besides the run folder. Repeatable."
+        ),
     ] = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable of the job's environment.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Environment variable of the job's processes. Repeatable."),
     ] = None,
     snapshot: Annotated[
         bool | None,
         typer.Option(
             "--snapshot/--no-snapshot",
-            help="Run a copy of the code, made now; by default slurm.snapshot, else a copy.",
+            help="Run a copy of the code, made at submission. Default: slurm.snapshot, else a copy.",
         ),
     ] = None,
 ) -> None:
-    """Submit a job to Slurm, with what the table slurm of the job file says, and these options."""
-    # Not needed to show the help of this or another command.
+    """Submit a job to Slurm, with the table slurm of the job file and these options."""
+    # Imported here, so that the help is shown fast.
     from dray.jobs.exit_codes import ExitCode
     from dray.jobs.slurm import submit as submission
 
@@ -131,11 +147,11 @@ def submit(
     table = dict(request.options.slurm)
     config = submission.with_options(request.config, table, table.pop("nodes", None))
     if not dry_run and (config.slurm is None or config.slurm.container_image is None):
-        require_extra("jobs")  # the nodes run this very installation
+        require_extra("jobs")  # the nodes run this installation
     prepared = submission.prepare(config, job, resume=resume, make=not dry_run)
     place = prepared.plan.run_folder
     if prepared.record is None:
-        typer.echo(f"finished already: nothing is left to do in {place}")
+        typer.echo(f"run in {place} has already finished: no job was submitted")
         raise typer.Exit(ExitCode.OK)
     if dry_run:
         typer.echo(prepared.script, nl=False)
@@ -156,17 +172,17 @@ def submit(
 def status(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders of runs, or folders with such folders; by default outputs/."),
+        typer.Argument(help="Run folders, or folders that contain run folders. Default: outputs/."),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Repeat until every run has ended.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until Slurm has no job of the runs.")] = False,
     interval: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0.1, help="Seconds between two queries with --watch; each asks Slurm once."
+            metavar="SECONDS", min=0.1, help="Seconds between queries with --watch; each query runs squeue once."
         ),
     ] = 10.0,
 ) -> None:
-    """Show runs that were submitted: state, step, return, throughput, and the log of what failed."""
+    """Show submitted runs: state, step, return, throughput, and the end of a failed run's log."""
     from rich.console import Console
     from rich.live import Live
 
@@ -174,29 +190,29 @@ def status(
     live = Live(console=console, auto_refresh=False) if watch and console.is_terminal else None
     with live or nullcontext():
         while True:
-            views = _look(folders or [Path("outputs")])
+            views = _find_views(folders or [Path("outputs")])
             _show(views, console, live)
-            if not watch or all(view.is_over for view in views):
+            if not watch or not any(view.in_slurm for view in views):
                 return
             select.select([], [], [], interval)
 
 
 def _show(views: list[RunView], console: Console, live: Live | None) -> None:
-    from dray.jobs.slurm.status import picture, plain_lines
+    from dray.jobs.slurm.status import plain_lines, status_table
 
     if live is not None:
-        live.update(picture(views), refresh=True)
+        live.update(status_table(views), refresh=True)
     elif not views:
-        console.print("no runs that were submitted to Slurm are here")
+        console.print("found no runs that were submitted to Slurm")
     elif console.is_terminal:
-        console.print(picture(views))
+        console.print(status_table(views))
     else:
         for line in plain_lines(views):
             typer.echo(line)
         sys.stdout.flush()
 
 
-def _look(places: list[Path]) -> list[RunView]:
+def _find_views(places: list[Path]) -> list[RunView]:
     from dray.jobs.slurm.scheduler import known_jobs
     from dray.jobs.slurm.status import find_runs, view_run
 
@@ -206,7 +222,7 @@ def _look(places: list[Path]) -> list[RunView]:
 
 
 def _variables(given: list[str]) -> dict[str, str]:
-    """``NAME=VALUE`` of each; the name is checked with the rest of [slurm].
+    """The variables given as ``NAME=VALUE``; their names are checked with the rest of [slurm].
 
     Raises:
         ConfigError: there is no ``=``.
@@ -215,7 +231,7 @@ def _variables(given: list[str]) -> dict[str, str]:
     for each in given:
         name, equals, value = each.partition("=")
         if not equals:
-            raise ConfigError("--env", each, "NAME=VALUE")
+            raise ConfigError("--env", each, "must be NAME=VALUE")
         found[name] = value
     return found
 
@@ -226,50 +242,79 @@ def _variables(given: list[str]) -> dict[str, str]:
 def ci(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(help="Paths as for pytest, a process for each; by default every folder of tests/."),
+        typer.Argument(
+            help="Paths as for pytest, each run in a separate process. Default: each folder in tests/ with tests."
+        ),
     ] = None,
     project: Annotated[
-        Path, typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="The project that is tested.")
+        Path, typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="Folder of the project to test.")
     ] = Path(),
     output_root: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Logs and reports go to a numbered folder in it.")
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder in which a numbered folder for logs and reports is created."),
     ] = Path("outputs/ci"),
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="By default Slurm's.")] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs of the node.")] = 0,
+    partition: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Partition. Default: Slurm's default.")
+    ] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="Account. Default: Slurm's default.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Number of GPUs of the node.")] = 0,
     test_timeout: Annotated[
-        str, typer.Option(metavar="HH:MM:SS", help="For all suites together; then stacks, then an end.")
+        str,
+        typer.Option(
+            metavar="HH:MM:SS",
+            help="Time limit for all suites. On expiry, stack traces are dumped and the run is killed.",
+        ),
     ] = "01:00:00",
     time: Annotated[
-        str | None, typer.Option(metavar="HH:MM:SS", help="Limit of the job; by default 30 minutes more.")
+        str | None,
+        typer.Option(metavar="HH:MM:SS", help="Time limit of the job. Default: --test-timeout plus 30 minutes."),
     ] = None,
     scratch: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="On the node, may name $VARIABLES; by default TMPDIR there."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the node for temporary files; $NAME is replaced by the node's variable. Default: "
+            "TMPDIR of the node, else /tmp.",
+        ),
     ] = None,
     container: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="Run in this image (pyxis and enroot).")
+        str | None,
+        typer.Option(metavar="IMAGE", help="Container image for the suites (pyxis and enroot). Default: none."),
     ] = None,
     container_mount: Annotated[
-        list[str] | None, typer.Option(metavar="FROM:TO", help="Besides project, output and scratch.")
+        list[str] | None,
+        typer.Option(
+            metavar="FROM:TO",
+            help="Additional mount of the container, besides project, output and scratch. Repeatable.",
+        ),
     ] = None,
     python: Annotated[
-        str | None, typer.Option(metavar="PATH", help="By default this one; in a container python3.")
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Python that runs pytest. Default: the one that runs dray; in a container python3.",
+        ),
     ] = None,
     setup: Annotated[
-        str | None, typer.Option(metavar="COMMAND", help="Runs in the project before the suites.")
+        str | None,
+        typer.Option(
+            metavar="COMMAND", help="Shell command, run in the project before the suites. Default: none."
+        ),
     ] = None,
-    pytest_arg: Annotated[list[str] | None, typer.Option(metavar="ARG", help="Handed to pytest.")] = None,
+    pytest_arg: Annotated[
+        list[str] | None, typer.Option(metavar="ARG", help="Additional argument of pytest. Repeatable.")
+    ] = None,
     extra_sbatch_arg: Annotated[
-        list[str] | None, typer.Option(metavar="ARG", help='Handed to sbatch, e.g. "--qos=high".')
+        list[str] | None,
+        typer.Option(metavar="ARG", help='Additional option of sbatch, for example "--qos=high". Repeatable.'),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the batch script and submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
 ) -> None:
-    """Run the project's tests on one exclusive node of a Slurm cluster and wait for them.
+    """Run the project's tests on one exclusive node of a Slurm cluster and wait until they have ended.
 
-    The exit code is that of the first suite that did not pass; 5 if a suite, or everything, was skipped.
+    The exit code is that of the first suite that did not pass; 5 if a suite was skipped or no test ran.
     """
-    # Not needed to show the help of this or another command.
+    # Imported here, so that the help is shown fast.
     from dray.jobs.slurm.ci import Choices, plan, run
 
     planned = plan(
@@ -295,17 +340,17 @@ def ci(
     if dry_run:
         typer.echo(planned.script, nl=False)
         return
-    raise typer.Exit(run(planned, _show_ci))
+    raise typer.Exit(run(planned, _print_now))
 
 
-def _show_ci(text: str) -> None:
+def _print_now(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 # --- slurm -------------------------------------------------------------------------------------------------------
 
-slurm = typer.Typer(no_args_is_help=True, help="Jobs and tests on a cluster that Slurm schedules.")
+slurm = typer.Typer(no_args_is_help=True, help="Jobs and tests on a Slurm cluster.")
 slurm.command()(submit)
 slurm.command()(status)
 slurm.command()(ci)

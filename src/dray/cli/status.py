@@ -1,4 +1,4 @@
-"""`dray status`: what a running job does, asked of its controller."""
+"""`dray status`: the state of a running job, as its controller reports it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ ANSWER_BOUND = 5.0
 """Seconds within which the controller must answer."""
 
 _RUNNING = "*/*/.run/controller.json"
-_ALLOWED = "the output folder of a job that is running"
+_ALLOWED = "must be the output folder of a running job"
 
 
 def status(
     output: Annotated[
         Path | None,
         typer.Argument(
-            help="Output folder of a running job; by default that of the one job that runs under outputs/."
+            help="Output folder of a running job. Default: that of the only job running under outputs/."
         ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON object: the answer of GET /status, and the controller's URL."),
+        typer.Option(
+            "--json", help="Print one JSON object: the response to GET /status, and the controller's URL."
+        ),
     ] = False,
 ) -> None:
-    """Show what a running job does: phase, step, replicas, and where its controller listens.
+    """Show the state of a running job: phase, step, replicas, and the controller's URL.
 
-    Exit code 0: the controller has answered; 1: it has not, within 5 seconds; 2: no job of this user runs there.
+    Exit code 0: the controller has answered; 1: it has not answered within 5 seconds; 2: no job of this user is
+    running there.
     """
     require_extra("jobs")
     from dray.jobs.messages.controller_client import ControllerClient
@@ -56,10 +59,10 @@ def status(
 
 
 def find_running(place: Path) -> Path:
-    """The output folder of the one job that runs under `place`, with the folders' default names.
+    """The output folder of the only job running in a folder ``<job name>/<number>`` of `place`.
 
     Raises:
-        ConfigError: none runs there, or more than one.
+        ConfigError: no job is running there, or more than one.
     """
     found = sorted(path.parent.parent for path in place.glob(_RUNNING))
     if len(found) != 1:
@@ -69,10 +72,10 @@ def find_running(place: Path) -> Path:
 
 
 def read_address(folder: JobFolder) -> tuple[str, str]:
-    """URL and token of the controller of the job that runs in `folder`.
+    """URL and token of the controller of the job running in `folder`.
 
     Raises:
-        ConfigError: no job of this user runs there.
+        ConfigError: no job of this user is running there.
     """
     path = folder.controller_address
     try:
@@ -83,11 +86,13 @@ def read_address(folder: JobFolder) -> tuple[str, str]:
         document = json.loads(text)
         return str(document["url"]), str(document["token"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError("OUTPUT", str(path), f"the address of a controller of this version ({error})") from error
+        raise ConfigError(
+            "OUTPUT", str(path), f"must be the address of a controller of this version ({error})"
+        ) from error
 
 
 def status_lines(answer: Status, url: str) -> Iterator[str]:
-    """The status as plain lines."""
+    """The status as lines of text: one for the job, one for each replica."""
     steps = [member.progress.counters["step"] for member in answer.members if "step" in member.progress.counters]
     step = f", step {max(steps):.0f}" if steps else ""
     yield f"job {answer.job}: {answer.phase.value} for {answer.seconds:.1f} s{step}; controller at {url}"
@@ -103,5 +108,5 @@ def status_lines(answer: Status, url: str) -> Iterator[str]:
 def _activity(member: MemberStatus) -> str:
     if member.state.value != "active":
         return member.reason
-    waits = f", waits for {member.progress.waits_for}" if member.progress.waits_for else ""
-    return f"{member.progress.doing} for {member.progress.seconds + member.silence:.1f} s{waits}"
+    waiting = f", waiting for {member.progress.waits_for}" if member.progress.waits_for else ""
+    return f"{member.progress.doing} for {member.progress.seconds + member.silence:.1f} s{waiting}"

@@ -59,22 +59,22 @@ def test_every_mistake_of_a_job_file_is_a_line(tmp_path: Path, command: str) -> 
     (tmp_path / "job.toml").write_text(JOB)
     ended = dray(command, str(tmp_path / "job.toml"), "--set", "job.sede=3", "--set", "job.lane=rdma")
     assert (ended.returncode, ended.stdout) == (2, "")
-    # On a busy machine there are others, about imports that take long.
+    # On a busy machine there are further lines, about slow imports.
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     keys = ["error: job.lane", "error: job.sede", "error: policy.trainer", "error: rollout.worker"]
     assert sorted(line.split(" = ")[0] for line in lines) == keys
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)
-def test_output_that_is_no_name_of_a_folder_is_one_line(tmp_path: Path, command: list[str]) -> None:
+def test_output_that_is_no_folder_name_is_one_line(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "job.toml").write_text(JOB)
     ended = dray(*command, str(tmp_path / "job.toml"), "--output", "")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "error: --output = '' is not allowed: the name of a folder\n"
+    assert ended.stderr == "error: --output = '' is not allowed: must be the name of a folder\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_A_JOB_FILE)
-def test_output_is_taken_as_it_stands_and_has_the_last_word(tmp_path: Path, command: list[str]) -> None:
+def test_output_option_is_not_parsed_and_overrides_settings(tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "job.toml").write_text(JOB)
     used = tmp_path / 'it\'s "odd" \\ \x7f, 100 %'
     used.mkdir()
@@ -84,7 +84,7 @@ def test_output_is_taken_as_it_stands_and_has_the_last_word(tmp_path: Path, comm
     assert f"error: job.output = {str(used)!r} is not allowed: must be a folder without an" in ended.stderr
 
 
-def test_error_of_our_own_is_not_taken_for_a_job_that_failed() -> None:
+def test_internal_error_has_its_own_exit_code() -> None:
     program = (
         "import sys, dray.cli.app as app\n"
         "def read_job(*_): raise RuntimeError('impossible')\n"

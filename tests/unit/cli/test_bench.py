@@ -1,4 +1,4 @@
-"""`dray bench` and what its figures are made of."""
+"""`dray bench`, and how its figures are computed."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def figure(*rounds: float) -> Figure:
 
 
 class Unwatched:
-    """A progress that nobody watches."""
+    """A progress that shows nothing."""
 
     def step(self, doing):
         pass
@@ -42,7 +42,7 @@ def row(rounds, limit=None, unit="s", target=None, subject="shm", scenario="read
     return Row(scenario, subject, 1024, figure(*rounds), unit, "limit" if limit else "", held, target)
 
 
-def test_outside_a_checkout_the_command_says_so(monkeypatch, tmp_path):
+def test_outside_a_checkout_the_error_names_the_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
     outcome = CliRunner().invoke(app.app, ["bench", "--quick"])
     assert isinstance(outcome.exception, ConfigError)

@@ -8,13 +8,13 @@ from dray import __version__
 from dray.cli.doctor import as_document, facts, lines, needed_lanes, remarks
 from dray.cli.lane_check import LaneReport
 from dray.cli.lane_proof import digest
-from dray.cli.machine import Machine, examine, rdma_devices
+from dray.cli.machine import MachineFacts, inspect_machine, rdma_devices
 from dray.errors import ConfigError
 
 WORKS = LaneReport("shm", True, "1,048,768 bytes read", "", 1048768, 0.002)
 MISSING = LaneReport("ucx", False, "the ucxx package is not installed", "pip install 'dray-rl[ucxx]'")
 
-MACHINE = Machine(
+MACHINE = MachineFacts(
     system="Linux 6.1 x86_64",
     cpus=2,
     python="3.11.7",
@@ -37,19 +37,19 @@ def test_shm_and_tcp_are_needed_everywhere_and_ucx_where_it_is_required():
 
 
 def test_an_unknown_required_lane_is_named_with_those_that_exist():
-    with pytest.raises(ConfigError, match="--require = 'rdma' is not allowed: one of shm, ucx, tcp"):
+    with pytest.raises(ConfigError, match="--require = 'rdma' is not allowed: must be one of shm, ucx, tcp"):
         needed_lanes(["rdma"])
 
 
-def test_a_missing_lane_says_why_and_what_to_install():
-    told = list(lines([WORKS, MISSING], MACHINE, frozenset({"shm", "tcp"})))
-    assert told[0].startswith("shm: works: ")
-    assert told[1] == "ucx: not available: the ucxx package is not installed; pip install 'dray-rl[ucxx]'"
+def test_line_of_a_missing_lane_has_the_reason_and_the_remedy():
+    printed = list(lines([WORKS, MISSING], MACHINE, frozenset({"shm", "tcp"})))
+    assert printed[0].startswith("shm: works: ")
+    assert printed[1] == "ucx: not available: the ucxx package is not installed; pip install 'dray-rl[ucxx]'"
 
 
 def test_a_missing_lane_that_is_needed_does_not_work():
-    told = list(lines([MISSING], MACHINE, frozenset({"ucx"})))
-    assert told[0].startswith("ucx: does not work: ")
+    printed = list(lines([MISSING], MACHINE, frozenset({"ucx"})))
+    assert printed[0].startswith("ucx: does not work: ")
 
 
 def test_the_json_form_holds_lanes_machine_and_verdict():
@@ -60,7 +60,7 @@ def test_the_json_form_holds_lanes_machine_and_verdict():
     assert document["machine"]["versions"] == {"dray": "0.1.0", "torch": None}
 
 
-def test_system_calls_that_are_refused_are_a_fact_and_a_remark_that_says_what_to_allow():
+def test_refused_system_calls_are_a_fact_and_a_remark_with_the_remedy():
     refused = replace(MACHINE, refused_calls=("memfd_create", "flock"))
     assert dict(facts(refused))["system calls"] == "refused: memfd_create, flock"
     (remark,) = remarks(refused)
@@ -78,11 +78,11 @@ def test_facts_name_the_reason_if_payloads_cannot_be_leased_directly():
 
 
 def test_facts_name_what_is_absent():
-    told = dict(facts(MACHINE))
-    assert told["torch"] == "not installed"
-    assert told["redis server"] == "none: pip install 'dray-rl[embedded]'"
-    assert told["RDMA devices"] == "none"
-    assert told["UCX_TLS"] == "tcp"
+    printed = dict(facts(MACHINE))
+    assert printed["torch"] == "not installed"
+    assert printed["redis server"] == "none: pip install 'dray-rl[embedded]'"
+    assert printed["RDMA devices"] == "none"
+    assert printed["UCX_TLS"] == "tcp"
 
 
 def test_rdma_with_a_limit_on_locked_memory_is_remarked_on():
@@ -106,8 +106,8 @@ def test_rdma_devices_are_listed_with_their_ports(tmp_path):
     assert rdma_devices(tmp_path / "absent") == ()
 
 
-def test_examining_this_machine_finds_its_versions():
-    machine = examine()
+def test_facts_about_this_machine_have_its_versions():
+    machine = inspect_machine()
     assert machine.versions["dray"] == __version__
     assert machine.versions["numpy"] == np.__version__
     assert machine.cpus >= 1

@@ -78,7 +78,7 @@ def test_command_that_needs_no_other_extra_works_with_that_of_the_command_line(
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_version_is_told_without_any_extra(tmp_path: Path) -> None:
+def test_version_is_printed_without_any_extra(tmp_path: Path) -> None:
     everything = [package for packages in EXTRAS.values() for package in packages]
     ended = dray_without(everything, tmp_path, "--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"dray {__version__}\n", "")
@@ -113,6 +113,6 @@ def test_extras_are_those_of_the_package() -> None:
     for extra, packages in EXTRAS.items():
         asked = distributions(project["optional-dependencies"][extra]) - {"dray-rl"}
         asked -= distributions(project["dependencies"])  # an extra may raise their bounds
-        # The name of a distribution may say for which CUDA it is built.
+        # The name of a distribution may end with the CUDA version that it is built for.
         names = {re.sub(r"-cu\d+$", "", each).replace("-", "_") for each in asked}
         assert names - {"libucx"} == set(packages), extra  # the library below ucxx, which nothing imports

@@ -106,14 +106,14 @@ def test_command_names_what_it_has_created_and_refuses_to_do_it_again(
     assert capsys.readouterr() == ("", f"{line}README.md, job.toml, trainer.py, worker.py\n")
 
 
-def test_file_or_link_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_or_symlink_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "other").mkdir()
-    (tmp_path / "link").symlink_to("other")
-    for name in ("file", "link"):
-        with pytest.raises(ConfigError, match="a file or a link is there"):
+    (tmp_path / "symlink").symlink_to("other")
+    for name in ("file", "symlink"):
+        with pytest.raises(ConfigError, match="a file or a symbolic link is there"):
             create_job(tmp_path / name)
-    assert content(tmp_path) == ["file", "link", "other"]
+    assert content(tmp_path) == ["file", "other", "symlink"]
 
 
 def test_folder_that_cannot_be_created_is_named_with_the_reason(tmp_path: Path) -> None:

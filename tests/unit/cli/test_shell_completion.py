@@ -43,7 +43,7 @@ def test_other_shells_are_offered_commands_with_their_help(
     asked = {"_TYPER_COMPLETE_ARGS": "dray sta", "_DRAY_COMPLETE": f"complete_{shell}", **more}
     printed = completed("dray sta", asked, tmp_path)
     assert "status" in printed
-    assert "Show what a running job does" in printed
+    assert "Show the state of a running job" in printed
 
 
 def test_bash_installs_completion_in_the_files_that_the_page_names(tmp_path: Path) -> None:

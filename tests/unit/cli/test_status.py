@@ -26,7 +26,7 @@ def test_address_is_that_of_the_job_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_running_job_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the output folder of a job that is running") as caught:
+    with pytest.raises(ConfigError, match="the output folder of a running job") as caught:
         read_address(JobFolder(tmp_path))
     assert (caught.value.key, caught.value.value) == ("OUTPUT", str(tmp_path))
 
@@ -78,6 +78,6 @@ def test_lines_show_the_job_and_each_replica() -> None:
         "outcome: interrupted, Ctrl-C",
         "stall: policy-0\\x1b[2J waits",
         "policy-0   active  training for 1.2 s",
-        "rollout-0  active  acting for 2.5 s, waits for the policy",
+        "rollout-0  active  acting for 2.5 s, waiting for the policy",
         "rollout-1  dead  killed",
     ]

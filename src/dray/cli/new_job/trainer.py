@@ -1,7 +1,7 @@
 """Learns from episodes by policy gradient (REINFORCE), with NumPy alone.
 
-Put your own model here. The policy replica makes one `Trainer` and calls `setup` once, `load` if the run is
-resumed, and `train_step` for each batch of `policy.batch_size` payloads; then `weights`, which go to the workers.
+Put your own model here. The policy replica creates one `Trainer` and calls `setup` once, `load` if the run is
+resumed, and for each batch of `policy.batch_size` payloads `train_step`, then `weights`, which the workers get.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Trainer:
         return {"policy": self.policy}
 
     def save(self, folder: Path) -> None:
-        # dray keeps a checkpoint as a whole or not at all; `dray run --resume` continues from it.
+        # dray keeps only complete checkpoints; `dray run --resume` continues from the newest.
         np.savez(folder / "trainer.npz", policy=self.policy, recent=self.recent)
 
     def load(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Plays episodes: a pole stands on a cart, and a push to the left or right in each step must keep it upright.
 
-Put your own environment and policy here. A rollout replica makes one `Worker` and calls `setup` once,
+Put your own environment and policy here. A rollout replica creates one `Worker` and calls `setup` once,
 `load_weights` whenever the trainer has published new weights, and `rollout` for each work item.
 """
 
@@ -23,10 +23,10 @@ class Worker:
         self.max_steps = int(context.args["max_steps"])
 
     def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        self.policy = weights["policy"].copy()  # the arrays belong to dray: copy what is kept
+        self.policy = weights["policy"].copy()  # dray reuses the arrays: copy what is kept
 
     def rollout(self, work_item: WorkItem) -> dict[str, np.ndarray]:
-        # The seed belongs to the work item: the same episode can be played again.
+        # The seed belongs to the work item, so a retry plays the same episode.
         random = np.random.default_rng(work_item.seed)
         state = random.uniform(-0.05, 0.05, size=4)
         states: list[np.ndarray] = []

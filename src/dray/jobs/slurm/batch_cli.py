@@ -1,7 +1,8 @@
-"""The two questions of the batch script: what is to be done now, and what follows from how it ended.
+"""The decisions of the batch script: whether to start an attempt, and what to do after its end.
 
-``begin PLAN`` prints ``start PART ATTEMPT``, or ``done``, ``failed``, ``cancelled`` where nothing is to be run.
-``end PLAN --exit-code N`` prints ``again``, ``requeue``, ``done``, ``failed`` or ``cancelled``.
+``begin PLAN`` prints ``start PART ATTEMPT``, or ``done``, ``failed`` or ``cancelled`` if nothing is to be run.
+``end PLAN --exit-code N`` prints ``again`` (another attempt in this job), ``requeue``, ``done``, ``failed`` or
+``cancelled``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from dray.jobs.replica.checkpoint import find_checkpoint
 from dray.jobs.slurm.plan import Plan
 from dray.jobs.slurm.run_state import TRANSITIONS, RunEvent, RunRecord, RunState, event_of_end
 
-LOCK_PATIENCE = 120.0
-"""Seconds that a file system may keep the lock of a node that was lost."""
+LOCK_TIMEOUT = 120.0
+"""Seconds to wait for the folder's lock, which a file system may keep after its node was lost."""
 
-_NEXT = {
+_ANSWERS = {
     RunState.RETRYING: "again",
     RunState.REQUEUED: "requeue",
     RunState.FINISHED: "done",
@@ -36,19 +37,19 @@ _NEXT = {
 
 
 def begin(plan: Plan, job_id: str) -> str:
-    """Start an attempt, unless nothing is to be done; returns what the batch script is told.
+    """Record the start of an attempt, if one is to be run; returns the line for the batch script.
 
     Raises:
-        ConfigError: another job runs this very run.
+        ConfigError: another job is running this run.
     """
     root = plan.run_folder
     folder = JobFolder(root)
-    refuse_folder_in_use(root, LOCK_PATIENCE)
-    record = read_settled(root, plan.retries)
-    goes_on = not record.state.is_final or (record.state is RunState.CANCELLED and record.job_id == job_id)
-    if not goes_on:
+    refuse_folder_in_use(root, LOCK_TIMEOUT)
+    record = read_stopped_run(root, plan.retries)
+    continues = not record.state.is_final or (record.state is RunState.CANCELLED and record.job_id == job_id)
+    if not continues:
         record.write(root)
-        return _NEXT[record.state]
+        return _ANSWERS[record.state]
     cancel_marker(root).unlink(missing_ok=True)
     record = record.begin(job_id, checkpoint_step(folder))
     attempt_folder(record.folder(root))
@@ -57,20 +58,20 @@ def begin(plan: Plan, job_id: str) -> str:
 
 
 def end(plan: Plan, exit_code: int, *, signal: str = "", nodes_lost: bool = False) -> str:
-    """Record how the attempt has ended; returns what the batch script is told.
+    """Record the end of the attempt; returns the word for the batch script.
 
     Args:
-        exit_code: of the head, as a shell sees it.
-        signal: that the batch script was sent: ``"TERM"``, ``"USR1"`` or empty.
-        nodes_lost: the allocation no longer has all its nodes.
+        exit_code: exit code of the head process, as the shell reports it.
+        signal: the signal that the batch script received: ``"TERM"``, ``"USR1"`` or empty.
+        nodes_lost: the job no longer has all its nodes.
     """
     root = plan.run_folder
     folder = JobFolder(root)
     record = RunRecord.read(root)
-    if record.state.is_final:  # cancelled after all was over
-        return _NEXT[record.state]
+    if record.state.is_final:  # cancelled after the run had ended
+        return _ANSWERS[record.state]
     if record.state is not RunState.RUNNING:  # cancelled between two attempts
-        record = record.move(RunEvent.CANCEL)
+        record = record.apply(RunEvent.CANCEL)
     else:
         step = checkpoint_step(folder)
         event = event_of_end(
@@ -79,30 +80,30 @@ def end(plan: Plan, exit_code: int, *, signal: str = "", nodes_lost: bool = Fals
             signal=signal,
             nodes_lost=nodes_lost,
             progressed=step > record.step,
-            # All steps are done, and it is not solved: another attempt would have nothing to do.
+            # If all steps are done and the job is not solved, another attempt would have nothing to do.
             remaining_retries=record.remaining_retries if step < plan.config.job.max_steps else 0,
         )
         record = record.end(event, plan.retries, exit_code, _reason(plan, record, event, exit_code))
     record.write(root)
-    return _NEXT[record.state]
+    return _ANSWERS[record.state]
 
 
-def read_settled(root: Path, retries: int) -> RunRecord:
-    """The record of a run of which nothing runs: with the end of an attempt that nobody recorded, if it lacks one.
+def read_stopped_run(root: Path, retries: int) -> RunRecord:
+    """The record of a run that has no process; if the end of its last attempt is missing, it is added.
 
-    The node of the batch script was lost then, or the job was killed.
+    It is missing if the node of the batch script was lost or the job was killed.
     """
     record = RunRecord.read(root)
     finished = finished_checkpoint(JobFolder(root)) is not None
     if record.state is RunState.RUNNING:
-        return _end_unseen(record, retries, finished=finished, cancelled=cancel_marker(root).exists())
+        return _add_missing_end(record, retries, finished=finished, cancelled=cancel_marker(root).exists())
     if finished and RunEvent.FINISH in TRANSITIONS[record.state]:
-        return record.move(RunEvent.FINISH)
+        return record.apply(RunEvent.FINISH)
     return record
 
 
 def cancel_marker(run_folder: Path) -> Path:
-    """An empty file that the batch script makes when it is sent SIGTERM, before it does anything else."""
+    """The empty file that the batch script creates first of all when it receives SIGTERM."""
     return run_folder / ".slurm" / "cancelled"
 
 
@@ -112,30 +113,30 @@ def checkpoint_step(folder: JobFolder) -> int:
     return 0 if found is None else found[1].step
 
 
-def refuse_folder_in_use(root: Path, patience: float = 0.0) -> None:
-    """See `open_output`, which locks the folder while a head runs; waits at most `patience` seconds for its end.
+def refuse_folder_in_use(root: Path, timeout: float = 0.0) -> None:
+    """Wait at most `timeout` seconds until no head process has locked the folder (`open_output`).
 
     Raises:
-        ConfigError: a head runs in it, or another user may write to it.
+        ConfigError: a head process still uses the folder, or another user may write to it.
     """
     descriptor = open_own_folder(root, KEY)
     try:
-        lock_folder(descriptor, root, patience)
+        lock_folder(descriptor, root, timeout)
     finally:
         os.close(descriptor)
 
 
-def _end_unseen(record: RunRecord, retries: int, *, finished: bool, cancelled: bool) -> RunRecord:
+def _add_missing_end(record: RunRecord, retries: int, *, finished: bool, cancelled: bool) -> RunRecord:
     if finished:
         return record.end(RunEvent.FINISH, retries, None, "finished (according to the checkpoint)")
     if cancelled:
         return record.end(RunEvent.CANCEL, retries, None, "cancelled")
-    event = RunEvent.MOVE if record.remaining_retries else RunEvent.GIVE_UP
-    return record.end(event, retries, None, "lost: its node, or the job, ended without a word")
+    event = RunEvent.REQUEUE if record.remaining_retries else RunEvent.GIVE_UP
+    return record.end(event, retries, None, "lost: its node or its job ended before it could record its end")
 
 
 def _reason(plan: Plan, record: RunRecord, event: RunEvent, exit_code: int) -> str:
-    """A sentence for people: the head's own, if it came to say one."""
+    """Why the attempt ended, for users: the reason that the head process wrote, if it wrote one."""
     if event is RunEvent.CANCEL:
         return "cancelled"
     folder = record.folder(plan.run_folder)
@@ -145,11 +146,11 @@ def _reason(plan: Plan, record: RunRecord, event: RunEvent, exit_code: int) -> s
     if summary.exists() and summary.stat().st_mtime >= place.stat().st_mtime:
         return str(json.loads(read_own_file(summary, KEY))["exit_reason"])
     status = 128 - exit_code if exit_code > 128 else exit_code
-    return f"the head: {meaning(status)}; see {place.relative_to(plan.run_folder)}/logs/head.out"
+    return f"head process: {meaning(status)}; see {place.relative_to(plan.run_folder)}/logs/head.out"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module."""
+    """Run one of the two commands; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dray.jobs.slurm.batch_cli", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("begin", "end"):

@@ -1,9 +1,9 @@
-"""`dray slurm ci`: test suites as one job on an exclusive node, followed until it has ended.
+"""`dray slurm ci`: runs test suites as one job on an exclusive node, and follows the job until it has ended.
 
-    choices ──▶ Plan ──▶ ci.sh ──▶ sbatch … follow ci.log … ended ──▶ report.txt, junit.xml, exit code
+    Choices ──▶ SuitePlan ──▶ ci.sh ──▶ sbatch … follow ci.log … ended ──▶ report.txt, junit.xml, exit code
 
-The batch script (`templates/ci.sh.j2`) runs the suites and records how each ended; everything that is said about
-them is worked out here, from what it left in the output folder.
+The batch script (`templates/ci.sh.j2`) runs the suites and records how each ended; the reports are made from its
+files in the output folder.
 """
 
 from __future__ import annotations
@@ -23,67 +23,67 @@ from dray.errors import ConfigError
 from dray.jobs.launch.output import make_run_folder
 from dray.jobs.process import SignalInbox
 from dray.jobs.slurm import ci_report
-from dray.jobs.slurm.ci_report import BROKEN_OFF, JOB, SETUP, Report, SuiteResult, Verdict, read_ends
-from dray.jobs.slurm.scheduler import JobView, SlurmError, cancel, look, submit
+from dray.jobs.slurm.ci_report import INCOMPLETE, JOB, SETUP, JobReport, SuiteResult, SuiteVerdict, read_ends
+from dray.jobs.slurm.scheduler import JobView, SlurmError, cancel, query_job, submit
 from dray.jobs.slurm.script import format_duration, parse_duration, render
 
 # --- ci follow ---------------------------------------------------------------------------------------------------
 
 POLL_SECONDS = 2.0
-SILENCE_SECONDS = 300.0
-"""slurmctld may be unreachable for as long, as when it restarts, before the wait is given up."""
+UNREACHABLE_SECONDS = 300.0
+"""Seconds without an answer of slurmctld, for example during its restart, after which following ends."""
 
 CANCEL_SECONDS = 120.0
-"""A job that is cancelled gets as long to end."""
+"""Seconds that a cancelled job has to end."""
 
 RECORD_SECONDS = 15.0
-"""What a node wrote last is seen here by then, on any file system that both share."""
+"""Seconds after which the last output of a node is visible here, on any shared file system."""
 
 
 def follow(
-    number: int, output: Path, inbox: SignalInbox, say: Callable[[str], None]
+    number: int, output: Path, inbox: SignalInbox, show: Callable[[str], None]
 ) -> tuple[JobView, signal.Signals | None]:
-    """Show the job's `ci.log` until it has ended; returns its last view, and the signal that interrupted.
+    """Show the job's `ci.log` until the job has ended; returns its last view, and the signal that interrupted.
 
     The first signal cancels the job, a second one ends the wait.
 
     Raises:
-        SlurmError: Slurm could not be asked for `SILENCE_SECONDS`, or does not cancel the job.
+        SlurmError: Slurm has not answered for `UNREACHABLE_SECONDS`, or does not cancel the job.
     """
     log = _Tail(output / "ci.log")
-    silence, given_up, interrupted, state = Deadline.after(SILENCE_SECONDS), Deadline.after(None), None, ""
+    unreachable, given_up, interrupted, state = Deadline.after(UNREACHABLE_SECONDS), Deadline.after(None), None, ""
     while True:
         try:
-            view: JobView | None = look(number)
+            view: JobView | None = query_job(number)
         except SlurmError:
             view = _recorded(number, output)
-            if view is None and (silence.expired or given_up.expired):
+            if view is None and (unreachable.expired or given_up.expired):
                 raise
         else:
-            silence = Deadline.after(SILENCE_SECONDS)
+            unreachable = Deadline.after(UNREACHABLE_SECONDS)
         if view is not None:
             if view.state != state:
                 state = view.state
-                say(f"job {number}: {state}{f', {view.reason}' if state == 'PENDING' else ''}\n")
+                show(f"job {number}: {state}{f', {view.reason}' if state == 'PENDING' else ''}\n")
             if view.ended or given_up.expired:
                 break
-        say(log.take())
+        show(log.read_new())
         select.select([inbox], [], [], POLL_SECONDS)
         for received in inbox.receive():
             if interrupted is not None:
                 given_up = Deadline.after(0.0)
                 continue
             interrupted, given_up = received, Deadline.after(CANCEL_SECONDS)
-            say(f"{received.name}: cancelling job {number}\n")
+            show(f"{received.name}: cancelling job {number}\n")
             cancel(number)
     if interrupted is None and view.state in ("COMPLETED", "FAILED"):
         _wait_for_record(output, inbox)
-    say(log.take())
+    show(log.read_new())
     return view, interrupted
 
 
 def _recorded(number: int, output: Path) -> JobView | None:
-    """The job as its script recorded its end, for a slurmctld that is away or has forgotten it by now."""
+    """The ended job as its script recorded it, for a slurmctld that is down or no longer has the job."""
     end = read_ends(output).get(JOB)
     if end is None:
         return None
@@ -100,12 +100,13 @@ def _wait_for_record(output: Path, inbox: SignalInbox) -> None:
 
 
 class _Tail:
-    """What a growing file has got since the last look; it may not be there yet."""
+    """Reads a growing file, which may not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
-    def take(self) -> str:
+    def read_new(self) -> str:
+        """The lines that were added since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -120,17 +121,17 @@ class _Tail:
 # --- ci ----------------------------------------------------------------------------------------------------------
 
 MARGIN_SECONDS = 30 * 60
-"""What the job gets beyond the time of the tests: for starting, the setup and cleaning up."""
+"""Seconds that the job has beyond the tests' time limit, for its start, the setup and the cleanup."""
 
 GRACE_SECONDS = 10
-"""Between the stack dump of a suite that is out of time and its kill."""
+"""Seconds between the stack dump of a suite that has exceeded its time limit and SIGKILL."""
 
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Tests that run in one process of pytest: a name for logs and reports, and the path given to pytest."""
+    """Tests that run in one pytest process: the name in logs and reports, and the path given to pytest."""
 
     name: str
     path: str
@@ -138,7 +139,7 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the user asked for; times as Slurm writes them, None where Slurm or dray chooses."""
+    """The options of the command; times as Slurm writes them, None for the default."""
 
     project: Path
     python: str
@@ -158,29 +159,29 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A job that can be submitted: its suites, the folder that it writes to, and its batch script."""
+class SuitePlan:
+    """A job to submit: its suites, its output folder, and its batch script."""
 
     suites: Sequence[Suite]
     output: Path
     script: str
 
 
-def plan(choices: Choices, *, make: bool = False) -> Plan:
-    """Work everything out; nothing is written.
+def plan(choices: Choices, *, make: bool = False) -> SuitePlan:
+    """The job for the options of the command.
 
     Args:
-        make: make the output folder, so that no other run that starts at the same time has it, too.
+        make: create the output folder now, so that a run that starts at the same time gets another one.
 
     Raises:
-        ConfigError: something that was chosen cannot be.
+        ConfigError: an option is not allowed.
     """
     project = choices.project.absolute()
     suites = find_suites(project, choices.suites)
     test_seconds = parse_duration("--test-timeout", choices.test_timeout)
     time = choices.time or format_duration(test_seconds + MARGIN_SECONDS)
     if parse_duration("--time", time) <= test_seconds:
-        raise ConfigError("--time", time, f"more than --test-timeout, which is {choices.test_timeout}")
+        raise ConfigError("--time", time, f"must be more than --test-timeout, which is {choices.test_timeout}")
     _refuse_line_breaks(choices)
     root = choices.output_root.absolute()
     output = make_run_folder(lambda: _next_folder(root), new=True)[0] if make else _next_folder(root)
@@ -206,16 +207,16 @@ def plan(choices: Choices, *, make: bool = False) -> Plan:
         pytest_arguments=choices.pytest_arguments,
         extra_arguments=choices.extra_arguments,
     )
-    return Plan(suites, output, script)
+    return SuitePlan(suites, output, script)
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> int:
-    """Submit the job, show its log until it has ended, write the reports; returns the exit code.
+def run(plan: SuitePlan, show: Callable[[str], None]) -> int:
+    """Submit the job, show its log until it has ended, and write the reports; returns the exit code.
 
-    A signal of `WATCHED` cancels the job; a second one ends the wait for its end.
+    A signal of `WATCHED` cancels the job; a second one ends the wait.
 
     Raises:
-        SlurmError: Slurm does not take the job, or could not be asked about it for minutes.
+        SlurmError: Slurm rejected the job, or has not answered for `UNREACHABLE_SECONDS`.
     """
     for name in ("logs", "junit"):
         (plan.output / name).mkdir(parents=True, exist_ok=True)
@@ -223,56 +224,58 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
     script.write_text(plan.script, encoding="utf-8")
     with SignalInbox() as inbox:
         number = submit(script)
-        say(f"job {number}: {', '.join(suite.name for suite in plan.suites)}; everything is in {plan.output}\n")
-        view, interrupted = follow(number, plan.output, inbox, say)
+        show(
+            f"job {number}: {', '.join(suite.name for suite in plan.suites)}; the output folder is {plan.output}\n"
+        )
+        view, interrupted = follow(number, plan.output, inbox, show)
     report = read_report(plan, view)
     write_report(plan, report)
-    say("\n".join(["", *report.lines(), ""]))
+    show("\n".join(["", *report.lines(), ""]))
     return 128 + interrupted if interrupted else report.exit_code
 
 
 def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
-    """The suites: those chosen, or each folder in tests/ that holds tests.
+    """The chosen suites, or each folder in tests/ that contains tests.
 
     Raises:
-        ConfigError: there are none, one is not there, or two would have the same name.
+        ConfigError: there are none, one does not exist, or two would have the same name.
     """
     if not chosen:
         folders = sorted({path.relative_to(project).parts[1] for path in project.glob("tests/*/**/test_*.py")})
         chosen = [f"tests/{folder}" for folder in folders]
     if not chosen:
-        allowed = "there must be tests in the folders of its tests/, or suites given by name"
-        raise ConfigError("suites", str(project), allowed, f"cannot be found in {project}")
+        allowed = "must be named, or be folders in tests/ that contain tests"
+        raise ConfigError("suites", str(project), allowed, f"not found in {project}")
     for path in chosen:
         if not (project / path.partition("::")[0]).exists():
-            raise ConfigError("suites", path, f"a path in {project}")
+            raise ConfigError("suites", path, f"must be a path in {project}")
     suites = [Suite(re.sub(r"[^\w.]+", "-", path.removeprefix("tests/")).strip("-"), path) for path in chosen]
     name, times = Counter([JOB, SETUP, *(suite.name for suite in suites)]).most_common(1)[0]
     if times > 1:
-        raise ConfigError("suites", name, "suites with names of their own")
+        raise ConfigError("suites", name, "must have different names, none of them job or setup")
     return suites
 
 
-def read_report(plan: Plan, view: JobView) -> Report:
-    """What is in the output folder, put together."""
+def read_report(plan: SuitePlan, view: JobView) -> JobReport:
+    """The report of a job, from the files in its output folder."""
     ends = read_ends(plan.output)
     results = []
     for suite in plan.suites:
         found = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
         counts = None if found is None else ci_report.count(found)
         results.append(SuiteResult(suite.name, ends.get(suite.name), counts))
-    return Report(view.number, view.state, ends.get(SETUP), results)
+    return JobReport(view.number, view.state, ends.get(SETUP), results)
 
 
-def write_report(plan: Plan, report: Report) -> None:
+def write_report(plan: SuitePlan, report: JobReport) -> None:
     """Write `report.txt` and `junit.xml` into the output folder."""
     (plan.output / "report.txt").write_text("\n".join([*report.lines(), ""]), encoding="utf-8")
     merged = {}
     for suite in report.suites:
         found = ci_report.read_suite(plan.output / "junit" / f"{suite.name}.xml")
-        whole = found is not None and suite.verdict not in BROKEN_OFF
+        complete = found is not None and suite.verdict not in INCOMPLETE
         merged[suite.name] = TestSuite() if found is None else found
-        if not whole and suite.verdict is not Verdict.EMPTY:
+        if not complete and suite.verdict is not SuiteVerdict.EMPTY:
             log = plan.output / "logs" / f"{suite.name}.log"
             ci_report.add_error(merged[suite.name], suite.name, suite.verdict, log)
     ci_report.write_merged(plan.output / "junit.xml", merged)
@@ -287,7 +290,7 @@ def _next_folder(root: Path) -> Path:
 
 
 def _refuse_line_breaks(choices: Choices) -> None:
-    """In lines that are comments to the shell a line break would end the comment."""
+    """Raise `ConfigError` for a line break in a `#SBATCH` line, where it would end the comment."""
     values = {
         "--partition": choices.partition or "",
         "--account": choices.account or "",
@@ -296,16 +299,16 @@ def _refuse_line_breaks(choices: Choices) -> None:
     }
     for key, value in values.items():
         if "\n" in value or "\r" in value:
-            raise ConfigError(key.split()[0], value, "text without line breaks")
+            raise ConfigError(key.split()[0], value, "must be text without line breaks")
     for argument in choices.extra_arguments:
         if not argument.startswith("-"):
             raise ConfigError(
-                "--extra-sbatch-arg", argument, 'an option of sbatch with its value, as in "--qos=high"'
+                "--extra-sbatch-arg", argument, 'must be an option of sbatch with its value, as in "--qos=high"'
             )
 
 
 def _in_double_quotes(text: str) -> str:
-    """`text` for the inside of double quotes: `$NAME` and `${NAME}` are expanded there, nothing else is."""
+    """`text` escaped for double quotes, so that the shell expands only `$NAME` and `${NAME}` in it."""
     parts, at = [], 0
     for found in _VARIABLE.finditer(text):
         parts += [re.sub(r'([\\"`$])', r"\\\1", text[at : found.start()]), found.group()]
@@ -314,12 +317,20 @@ def _in_double_quotes(text: str) -> str:
 
 
 def _mounts(choices: Choices, project: Path, output: Path) -> Sequence[str]:
-    """The mounts beyond project, output and scratch, if those can be mounts at all."""
+    """The mounts besides project, output and scratch.
+
+    Raises:
+        ConfigError: there are mounts but no container, or a path cannot be mounted.
+    """
     if choices.container is None:
         if choices.container_mounts:
-            raise ConfigError("--container-mount", list(choices.container_mounts), "used with --container only")
+            raise ConfigError(
+                "--container-mount", list(choices.container_mounts), "must be used together with --container"
+            )
         return ()
     for path in (project, output):
         if set(str(path)) & set(",:"):
-            raise ConfigError("--container", str(path), "mounts, which are paths without , and :")
+            raise ConfigError(
+                "--container", str(path), "must be used with mounted paths that contain neither , nor :"
+            )
     return choices.container_mounts

@@ -1,4 +1,4 @@
-"""The report of `dray slurm ci`: JUnit files of the suites, and what became of each of them."""
+"""The report of `dray slurm ci`: the verdict on each suite, and the merged JUnit file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from junitparser import Error, JUnitXml, JUnitXmlError, TestCase, TestSuite
 
 # --- ci junit ----------------------------------------------------------------------------------------------------
 
-# What XML 1.0 cannot hold, not even escaped: most control characters, lone surrogates, two non-characters.
+# Characters that XML 1.0 excludes, even escaped: most control characters, lone surrogates, two non-characters.
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _LOG_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many tests ended in which way; those that were expected to fail, and did, have passed."""
+    """The numbers of tests by result; expected failures count as passed."""
 
     passed: int = 0
     failed: int = 0
@@ -42,7 +42,7 @@ class Counts:
 
 
 def read_suite(path: Path) -> TestSuite | None:
-    """The first suite of a report; None where there is no whole report, as after a crash."""
+    """The first suite of a JUnit file; None if the file is missing or incomplete, as after a crash."""
     try:
         return next(iter(JUnitXml.fromstring(path.read_bytes())), None)
     except (FileNotFoundError, SyntaxError, JUnitXmlError):  # XML parsers have subclasses of SyntaxError
@@ -50,7 +50,7 @@ def read_suite(path: Path) -> TestSuite | None:
 
 
 def count(suite: TestSuite) -> Counts:
-    """The tests of a suite."""
+    """The numbers of a suite's tests by result."""
     return Counts(**Counter(map(_outcome, suite)))
 
 
@@ -63,8 +63,8 @@ def _outcome(case: TestCase) -> str:
 
 
 def add_error(suite: TestSuite, name: str, what: str, log: Path) -> None:
-    """Add to a suite that its process went wrong as a whole, with the end of its log."""
-    case, error = TestCase("the suite as a whole", name), Error(what)
+    """Add to a suite an error about its process, with the end of its log."""
+    case, error = TestCase("process of the suite", name), Error(what)
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     error.text = _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text[-_LOG_CHARACTERS:])
     case.result = [error]
@@ -72,7 +72,7 @@ def add_error(suite: TestSuite, name: str, what: str, log: Path) -> None:
 
 
 def write_merged(path: Path, suites: Mapping[str, TestSuite]) -> None:
-    """Write one report with a suite for each name, in order."""
+    """Write one JUnit file with all suites, in order."""
     report = JUnitXml()
     for name, suite in suites.items():
         suite.name = name
@@ -82,37 +82,35 @@ def write_merged(path: Path, suites: Mapping[str, TestSuite]) -> None:
 
 # --- ci report ---------------------------------------------------------------------------------------------------
 
-# What became of the suites of a CI job, judged from their exit codes and JUnit reports.
-#
-# A suite has passed only if a test of it ran and none failed. One in which every test was skipped is "skipped".
+# A suite has passed only if at least one test ran and none failed.
 
 JOB = "job"
-"""The name under which the batch script records its own end."""
+"""The name of the batch script in `ends.tsv`."""
 
 SETUP = "setup"
-"""The name of the command that runs before the suites."""
+"""The name of the setup command in `ends.tsv`."""
 
 OUT_OF_TIME = 124
-"""Exit code of `timeout` when the time was over."""
+"""Exit code of the command `timeout` after a timeout."""
 
 NOTHING_TESTED = 5
-"""Exit code of a run that tested nothing; pytest's own for "no tests"."""
+"""Exit code of a run without tests, the same as pytest's."""
 
 _ENDED_BY_SLURM = {"TIMEOUT": OUT_OF_TIME, "DEADLINE": OUT_OF_TIME, "CANCELLED": 143}
 
 
-class Verdict(StrEnum):
-    """What became of one suite.
+class SuiteVerdict(StrEnum):
+    """The result of one suite.
 
     | verdict | meaning |
     |---|---|
     | passed | at least one test ran, and none failed |
-    | skipped | every test was skipped: nothing was tested |
-    | empty | the markers select no test of it |
+    | skipped | every test was skipped |
+    | empty | the markers select no test of the suite |
     | failed | tests failed, or pytest could not run them |
-    | out of time | it was ended by `--test-timeout`; its log has the stacks |
-    | crashed | its process was ended by a signal, or left no report |
-    | not run | the job ended, or the time was over, before its turn or in the middle of it |
+    | out of time | `--test-timeout` expired; the log has the stack traces |
+    | crashed | a signal ended the process, or there is no JUnit file |
+    | not run | the job ended, or the time limit was reached, before or during the suite |
     """
 
     PASSED = "passed"
@@ -124,16 +122,16 @@ class Verdict(StrEnum):
     NOT_RUN = "not run"
 
 
-GOOD = frozenset({Verdict.PASSED, Verdict.EMPTY})
-"""Verdicts that leave the exit code of the whole 0, as long as some suite has passed."""
+GOOD = frozenset({SuiteVerdict.PASSED, SuiteVerdict.EMPTY})
+"""Verdicts with which the exit code is 0, if at least one suite has passed."""
 
-BROKEN_OFF = frozenset({Verdict.CRASHED, Verdict.OUT_OF_TIME, Verdict.NOT_RUN})
-"""Verdicts on the suite as a whole, whatever its tests were until then."""
+INCOMPLETE = frozenset({SuiteVerdict.CRASHED, SuiteVerdict.OUT_OF_TIME, SuiteVerdict.NOT_RUN})
+"""Verdicts on suites whose process did not complete, whatever the results of its tests are."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a suite's process ended, as the batch script recorded it."""
+    """The end of a process, as the batch script recorded it."""
 
     exit_code: int
     seconds: int
@@ -141,26 +139,26 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """One suite: how it ended (None: the job did not get there), its tests (None: no report), the verdict."""
+    """The result of a suite: its end (None: not recorded), its tests (None: no JUnit file), the verdict."""
 
     name: str
     end: End | None
     counts: Counts | None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> SuiteVerdict:
         return judge(self.end, self.counts)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """A whole job.
+class JobReport:
+    """The report of a job.
 
     Attributes:
-        job: its number.
-        state: the last one that Slurm told, e.g. ``"COMPLETED"``.
-        setup: how the command before the suites ended; None if there was none.
-        suites: in the order in which they were to run.
+        job: Slurm's number of the job.
+        state: Slurm's last state of the job, e.g. ``"COMPLETED"``.
+        setup: the end of the setup command; None if there was none.
+        suites: the results of the suites, in their order.
     """
 
     job: int
@@ -170,18 +168,18 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if something was tested and nothing is wrong; else that of the first suite that is not good.
+        """0 if a suite has passed and every other is good, else the exit code of the first suite that is not good.
 
-        A suite that was skipped counts only if no other is worse; it and a job in which nothing passed give
-        `NOTHING_TESTED`. Where there is no exit code, it is that of what Slurm did with the job.
+        It is `NOTHING_TESTED` if no suite is worse than skipped, and one was skipped or none passed. For a suite
+        without an exit code, the job's state decides.
         """
         if self.setup is not None and self.setup.exit_code != 0:
             return self.setup.exit_code
         for suite in self.suites:
-            if suite.verdict not in GOOD and suite.verdict is not Verdict.SKIPPED:
+            if suite.verdict not in GOOD and suite.verdict is not SuiteVerdict.SKIPPED:
                 return self._code_of(suite)
         verdicts = {suite.verdict for suite in self.suites}
-        tested = Verdict.PASSED in verdicts and Verdict.SKIPPED not in verdicts
+        tested = SuiteVerdict.PASSED in verdicts and SuiteVerdict.SKIPPED not in verdicts
         return 0 if tested else NOTHING_TESTED
 
     def _code_of(self, suite: SuiteResult) -> int:
@@ -190,7 +188,7 @@ class Report:
         return suite.end.exit_code or 1  # 0 without a report
 
     def lines(self) -> Iterator[str]:
-        """A table, and one line on the whole."""
+        """The table of suites, and a line with the conclusion."""
         width = max([len("suite"), *(len(suite.name) for suite in self.suites)])
         yield f"{'suite':{width}}  {'verdict':11}  {'exit':>4}  {'seconds':>7}  tests"
         for suite in self.suites:
@@ -203,7 +201,7 @@ class Report:
 
     @property
     def conclusion(self) -> str:
-        """The whole in one phrase; "passed" if and only if the exit code is 0."""
+        """The result of the job in one phrase: "passed" if and only if the exit code is 0."""
         if self.exit_code == 0:
             return "passed"
         if self.setup is not None and self.setup.exit_code != 0:
@@ -212,26 +210,26 @@ class Report:
         return f"{', '.join(wrong) or 'nothing was tested'}; exit code {self.exit_code}"
 
 
-def judge(end: End | None, counts: Counts | None) -> Verdict:
-    """The verdict on a suite from its end and the tests in its report."""
+def judge(end: End | None, counts: Counts | None) -> SuiteVerdict:
+    """The verdict on a suite, from its end and the tests in its JUnit file."""
     if end is None:
-        return Verdict.NOT_RUN
+        return SuiteVerdict.NOT_RUN
     if end.exit_code == OUT_OF_TIME:
-        return Verdict.OUT_OF_TIME
+        return SuiteVerdict.OUT_OF_TIME
     if end.exit_code == NOTHING_TESTED:
-        # Modules that are skipped as a whole have no tests for pytest, but are in its report.
-        return Verdict.SKIPPED if counts is not None and counts.skipped else Verdict.EMPTY
+        # A module that is skipped as a whole counts as no test for pytest, but is in its JUnit file.
+        return SuiteVerdict.SKIPPED if counts is not None and counts.skipped else SuiteVerdict.EMPTY
     if end.exit_code >= 128 or (end.exit_code == 0 and counts is None):
-        return Verdict.CRASHED
+        return SuiteVerdict.CRASHED
     if end.exit_code != 0 or counts is None or counts.wrong:
-        return Verdict.FAILED
-    return Verdict.PASSED if counts.passed else Verdict.SKIPPED
+        return SuiteVerdict.FAILED
+    return SuiteVerdict.PASSED if counts.passed else SuiteVerdict.SKIPPED
 
 
 def read_ends(output: Path) -> Mapping[str, End]:
-    """What the batch script recorded in the output folder until now, by name."""
+    """The ends that the batch script has recorded in the output folder so far, by name."""
     try:
-        lines = (output / "ends.tsv").read_text(encoding="utf-8").split("\n")[:-1]  # whole lines only
+        lines = (output / "ends.tsv").read_text(encoding="utf-8").split("\n")[:-1]  # complete lines only
     except FileNotFoundError:
         return {}
     fields = [line.split("\t") for line in lines]

@@ -1,8 +1,7 @@
-"""Which network interface, and so which address of a node, the job's processes talk over.
+"""Chooses the network interface, and with it the address, that a node's processes use.
 
-In this order: the configured interface; one with an RDMA device; that of the default route; any that is up and is
-not loopback. Only interfaces with an IPv4 address count. Loopback is used only if it is configured by name: no
-other machine reaches it.
+The order is: the configured interface; one with an RDMA device; that of the default route; any other that is up.
+Only interfaces with an IPv4 address are used, and loopback only if it is configured: no other machine reaches it.
 """
 
 from __future__ import annotations
@@ -39,38 +38,36 @@ def choose_interface(configured: str | None) -> Interface:
     """The interface of this machine to use.
 
     Raises:
-        ConfigError: there is none, or not the one that is `configured`.
+        ConfigError: there is none, or the `configured` one does not exist.
     """
-    return chosen(configured, interfaces(), rdma_interfaces(), default_route())
+    return select_interface(configured, interfaces(), rdma_interfaces(), default_route())
 
 
-def chosen(
+def select_interface(
     configured: str | None, available: Sequence[Interface], rdma: Collection[str], route: str | None
 ) -> Interface:
     """The decision of `choose_interface`, without I/O.
 
     Args:
-        available: in the kernel's order.
+        available: the interfaces of the machine, in the kernel's order.
         rdma: names of the interfaces that have an RDMA device.
-        route: the name of the default route's.
+        route: the name of the default route's interface.
 
     Raises:
-        ConfigError: as `choose_interface`.
+        ConfigError: see `choose_interface`.
     """
     if configured is not None:
         for each in available:
             if each.name == configured:
                 return each
         names = ", ".join(each.name for each in available) or "none"
-        allowed = f"an interface that is up and has an IPv4 address; on this node those are: {names}"
+        allowed = f"must be an interface that is up and has an IPv4 address; this node has: {names}"
         raise ConfigError("slurm.interface", configured, allowed)
     outside = [each for each in available if not each.is_loopback]
     if not outside:
-        allowed = (
-            "must name one; this node has no other interface than loopback that is up and has an IPv4 address"
-        )
+        allowed = "must name an interface; this node has none but loopback that is up and has an IPv4 address"
         raise ConfigError("slurm.interface", None, allowed, "is not set")
-    # Sorting keeps the kernel's order among equals.
+    # min keeps the kernel's order among equals.
     return min(outside, key=lambda each: (each.name not in rdma, each.name != route))
 
 
@@ -104,5 +101,5 @@ def default_route(table: Path = _ROUTES) -> str | None:
 
 
 def boot_id() -> str:
-    """What tells this machine's kernel, since it was started, from every other one."""
+    """The kernel's identifier of this boot of this machine."""
     return _BOOT_ID.read_text().strip()

@@ -1,4 +1,4 @@
-"""How the replicas of a run are spread over nodes, and what each is told about its place. No I/O."""
+"""The distribution of a run's replicas over nodes, and the environment variables of each replica. No I/O."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from dray.jobs.slurm.plan import Plan, RoleLayout
 
 # --- layout ------------------------------------------------------------------------------------------------------
 
-# How many replicas share a node, or how many nodes a replica has: arithmetic, no I/O.
-#
 # The nodes of an allocation are counted from 0, those of the policy first:
 #
 # ```
@@ -24,20 +22,19 @@ from dray.jobs.slurm.plan import Plan, RoleLayout
 #                        policy replicas
 # ```
 #
-# A replica has whole nodes or an even part of one. With `rollout_nodes = 0` everything shares the policy's one
-# node. `placement` says where each replica is in a layout.
+# A replica has whole nodes or an equal share of one. With `rollout_nodes = 0` all replicas share one node.
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """The nodes of a job."""
+class NodeLayout:
+    """How the replicas of both roles are spread over the nodes of a job."""
 
     policy: RoleLayout
     rollout: RoleLayout
 
 
-def layout_of(config: JobConfig) -> Layout:
-    """The layout that a job file asks for.
+def configured_layout(config: JobConfig) -> NodeLayout:
+    """The layout that a job file configures.
 
     Raises:
         ConfigError: see `make_layout`.
@@ -54,37 +51,39 @@ def layout_of(config: JobConfig) -> Layout:
 
 def make_layout(
     *, policy_replicas: int, rollout_replicas: int, policy_nodes: int, rollout_nodes: int, gpus_per_node: int
-) -> Layout:
+) -> NodeLayout:
     """The layout of a job.
 
     Raises:
-        ConfigError: the replicas do not fit the nodes, or the GPUs not the replicas; says what would.
+        ConfigError: the replicas cannot be spread evenly over the nodes, or the GPUs over the replicas.
     """
     if rollout_nodes == 0:
         return _on_one_node(policy_replicas, rollout_replicas, policy_nodes, gpus_per_node)
-    return Layout(
+    return NodeLayout(
         policy=_spread(Role.POLICY, policy_replicas, policy_nodes, gpus_per_node),
         rollout=_spread(Role.ROLLOUT, rollout_replicas, rollout_nodes, gpus_per_node),
     )
 
 
 def rollout_nodes_of(nodes: int, policy_nodes: int) -> int:
-    """How many of `nodes` are left for rollout replicas.
+    """The number of `nodes` that are left for rollout replicas.
 
     Raises:
-        ConfigError: not even the policy fits.
+        ConfigError: there are fewer nodes than the policy has.
     """
     if nodes < policy_nodes:
         raise ConfigError("--nodes", nodes, f"must be at least slurm.policy_nodes, which is {policy_nodes}")
     return nodes - policy_nodes
 
 
-def _on_one_node(policy_replicas: int, rollout_replicas: int, policy_nodes: int, gpus: int) -> Layout:
+def _on_one_node(policy_replicas: int, rollout_replicas: int, policy_nodes: int, gpus: int) -> NodeLayout:
     if policy_nodes != 1:
-        allowed = f"must be at least 1, as slurm.policy_nodes is {policy_nodes}: only one node is shared by both"
+        allowed = (
+            f"must be at least 1, as slurm.policy_nodes is {policy_nodes}: both roles can share only one node"
+        )
         raise ConfigError("slurm.rollout_nodes", 0, allowed)
     share = _share_of(gpus, policy_replicas + rollout_replicas)
-    return Layout(RoleLayout(1, policy_replicas, share), RoleLayout(0, rollout_replicas, share))
+    return NodeLayout(RoleLayout(1, policy_replicas, share), RoleLayout(0, rollout_replicas, share))
 
 
 def _spread(role: Role, replicas: int, nodes: int, gpus: int) -> RoleLayout:
@@ -95,13 +94,15 @@ def _spread(role: Role, replicas: int, nodes: int, gpus: int) -> RoleLayout:
         return RoleLayout(nodes, gpus_per_replica=gpus, nodes_per_replica=nodes // replicas)
     some = ", ".join(str(count) for count in range(1, replicas) if replicas % count == 0)
     what = f"{some} or a multiple of {replicas}"
-    allowed = f"must be {what}, as {role.value}.replicas is {replicas}: a replica has whole nodes, or an even part"
+    allowed = (
+        f"must be {what}, as {role.value}.replicas is {replicas}: a replica has whole nodes or an equal share"
+    )
     raise ConfigError(f"slurm.{role.value}_nodes", nodes, allowed)
 
 
 def _share_of(gpus: int, replicas: int) -> int:
     if gpus % replicas:
-        allowed = f"must be 0 or a multiple of {replicas}, the replicas that share a node"
+        allowed = f"must be 0 or a multiple of {replicas}, the number of replicas that share a node"
         raise ConfigError("slurm.gpus_per_node", gpus, allowed)
     return gpus // replicas
 
@@ -110,16 +111,16 @@ def _share_of(gpus: int, replicas: int) -> int:
 
 DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Collective libraries choose an interface by themselves, which need not be the one of the job."""
+"""Variables of the collective libraries, which would otherwise choose an interface themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one replica runs.
+    """The place of one replica.
 
     Attributes:
         nodes: the names of its nodes; its process runs on the first.
-        gpus: their numbers among those of each of its nodes.
+        gpus: the numbers of its GPUs, the same on each of its nodes.
     """
 
     role: Role
@@ -133,18 +134,18 @@ class Placement:
 
     @property
     def node(self) -> str:
-        """Where its process runs."""
+        """The node on which its process runs."""
         return self.nodes[0]
 
 
 def placements(plan: Plan, nodes: Sequence[str]) -> list[Placement]:
-    """The place of every replica, policy first.
+    """The place of every replica, those of the policy first.
 
     Args:
         nodes: the names of the job's nodes, those of the policy first.
 
     Raises:
-        ConfigError: the plan does not say where each of the replicas runs.
+        ConfigError: the plan's layout does not have a place for every replica.
     """
     policy, rollout = plan.policy, plan.rollout
     beside = policy.replicas_per_node * policy.gpus_per_replica if rollout.nodes == 0 else 0
@@ -161,7 +162,7 @@ def _of_role(role: Role, layout: RoleLayout, count: int, nodes: Sequence[str], f
     else:
         fits = count == layout.replicas_per_node * len(nodes)
     if not fits:
-        allowed = f"a layout with a place for each of {count} replicas on {len(nodes)} nodes"
+        allowed = f"must be a layout with a place for each of {count} replicas on {len(nodes)} nodes"
         raise ConfigError(f"plan.{role.value}", layout, allowed)
     found = []
     for index in range(count):
@@ -174,23 +175,23 @@ def _of_role(role: Role, layout: RoleLayout, count: int, nodes: Sequence[str], f
 
 
 def environment(placed: Placement, interface: Interface, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a replica's process that its place decides.
+    """The environment variables of a replica's process that depend on its place.
 
     Args:
-        interface: of its node.
+        interface: the network interface of its node.
         inherited: the variables of the process that starts it.
 
     Raises:
-        ConfigError: the node does not have as many GPUs as the plan says.
+        ConfigError: the node has fewer GPUs than the plan.
     """
     variables = {ADDRESS_VARIABLE: interface.address, REPLICA_NODES_VARIABLE: " ".join(placed.nodes)}
     variables |= {name: interface.name for name in _INTERFACE_VARIABLES if name not in inherited}
     if placed.gpus:
-        # Slurm may have given the task some of the node's only.
+        # Slurm may have given only some of the node's GPUs to the task.
         given = inherited.get(DEVICES_VARIABLE)
         devices = [str(gpu) for gpu in range(placed.gpus[-1] + 1)] if given is None else given.split(",")
         if len(devices) <= placed.gpus[-1]:
-            allowed = f"at least {placed.gpus[-1] + 1} devices on {placed.node}, as slurm.gpus_per_node says"
+            allowed = f"must have at least {placed.gpus[-1] + 1} devices on {placed.node} (slurm.gpus_per_node)"
             raise ConfigError(DEVICES_VARIABLE, given, allowed)
         variables[DEVICES_VARIABLE] = ",".join(devices[gpu] for gpu in placed.gpus)
     return variables

@@ -1,4 +1,4 @@
-"""The states of a run on Slurm, and the record of them in its folder."""
+"""The states of a run on Slurm, and the record of a run in its folder."""
 
 from __future__ import annotations
 
@@ -19,41 +19,38 @@ from dray.jobs.slurm.plan import attempt_name
 
 # --- run states --------------------------------------------------------------------------------------------------
 
-# The states of a run on Slurm, and the table of what may happen in each. No I/O and no clock.
-#
 # A run consists of parts, and a part of attempts. A part ends with the allocation: at the time limit, or because a
-# node was lost or Slurm took the nodes away. An attempt ends when its processes do; one that fails is made again.
-# `TRANSITIONS` is the whole truth, and `diagram` draws it.
+# node was lost or Slurm revoked the nodes. An attempt ends when its processes end; a failed one is retried.
 
 
 class RunState(StrEnum):
-    """Where a run stands."""
+    """The state of a run."""
 
-    SUBMITTED = "submitted"  # Slurm has a job for it, or soon will; nothing has run
-    RUNNING = "running"  # an attempt runs, or was cut off without a word
-    RETRYING = "retrying"  # an attempt has failed; the next one begins in the same allocation
+    SUBMITTED = "submitted"  # Slurm has a job for it, or will soon have; nothing has run
+    RUNNING = "running"  # an attempt is running, or ended without recording its end
+    RETRYING = "retrying"  # an attempt has failed; the next begins in the same allocation
     REQUEUED = "requeued"  # waits for Slurm to allocate nodes for the next part
-    FINISHED = "finished"  # solved, or all steps done; never run again
-    FAILED = "failed"  # out of retries
-    CANCELLED = "cancelled"  # by its user, or the nodes were taken away
+    FINISHED = "finished"  # solved, or all steps done; never runs again
+    FAILED = "failed"  # no retries are left
+    CANCELLED = "cancelled"  # by its user, or Slurm revoked the nodes
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more happens unless somebody asks for it."""
+        """Whether the run stays in this state unless it is submitted again or Slurm requeues its job."""
         return self in (RunState.FINISHED, RunState.FAILED, RunState.CANCELLED)
 
 
 class RunEvent(StrEnum):
-    """What moves a run from one state to another."""
+    """What changes the state of a run."""
 
-    BEGIN = "begin"  # the batch script runs, and starts an attempt
-    FINISH = "finish"  # the work is done, says the head's exit code or the checkpoint
-    TIME_LIMIT = "time limit"  # ended in order, with a checkpoint, shortly before the limit
-    FAIL = "fail"  # any other end, with a retry and all nodes left
-    MOVE = "move"  # any other end, with a retry left; a node is gone, or the time is over
-    GIVE_UP = "give up"  # any other end, without a retry left, or one that would come again
+    BEGIN = "begin"  # the batch script starts an attempt
+    FINISH = "finish"  # the work is done, according to the head's exit code or the checkpoint
+    TIME_LIMIT = "time limit"  # the attempt ended with a new checkpoint shortly before the limit
+    FAIL = "fail"  # any other end, if a retry and all nodes are left
+    REQUEUE = "requeue"  # any other end, if a retry is left and a node was lost or the limit reached
+    GIVE_UP = "give up"  # any other end, if no retry is left or a retry would end in the same way
     CANCEL = "cancel"  # scancel
-    RESUME = "resume"  # submitted again, with fresh retries
+    RESUME = "resume"  # submitted again, with all retries
 
 
 TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProxyType(
@@ -71,7 +68,7 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
                 RunEvent.FINISH: RunState.FINISHED,
                 RunEvent.TIME_LIMIT: RunState.REQUEUED,
                 RunEvent.FAIL: RunState.RETRYING,
-                RunEvent.MOVE: RunState.REQUEUED,
+                RunEvent.REQUEUE: RunState.REQUEUED,
                 RunEvent.GIVE_UP: RunState.FAILED,
                 RunEvent.CANCEL: RunState.CANCELLED,
             }
@@ -94,7 +91,7 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
         ),
         RunState.FINISHED: MappingProxyType({}),
         RunState.FAILED: MappingProxyType({RunEvent.RESUME: RunState.SUBMITTED}),
-        # Slurm starts a cancelled job again only if it took the nodes away itself: preemption looks like scancel.
+        # Slurm restarts a cancelled job only after preemption, which a job cannot distinguish from scancel.
         RunState.CANCELLED: MappingProxyType(
             {
                 RunEvent.BEGIN: RunState.RUNNING,
@@ -106,15 +103,19 @@ TRANSITIONS: Final[Mapping[RunState, Mapping[RunEvent, RunState]]] = MappingProx
 )
 
 
-class IllegalTransition(RuntimeError):
-    """An event came in a state that has no transition for it; the state is unchanged."""
+class IllegalRunTransition(RuntimeError):
+    """An event occurred in a state that has no transition for it; the state is unchanged."""
 
 
 def after(state: RunState, event: RunEvent) -> RunState:
-    """The state that follows; an illegal event raises."""
+    """The state after an event.
+
+    Raises:
+        IllegalRunTransition: `state` has no transition for `event`.
+    """
     following = TRANSITIONS[state].get(event)
     if following is None:
-        raise IllegalTransition(f"{event.value!r} in state {state.value!r}")
+        raise IllegalRunTransition(f"{event.value!r} in state {state.value!r}")
     return following
 
 
@@ -127,15 +128,15 @@ def event_of_end(
     progressed: bool,
     remaining_retries: int,
 ) -> RunEvent:
-    """What the end of an attempt means for the run.
+    """The event that the end of an attempt is for the run.
 
     Args:
-        exit_code: of the head, as a shell sees it.
-        finished: the checkpoint says that the work is done, which stands whoever was killed afterwards.
-        signal: ``"TERM"`` or ``"USR1"`` if the batch script was sent that, else empty.
-        nodes_lost: the allocation no longer has all its nodes.
-        progressed: the checkpoint is of a later step than when the part began. A part that came no further would
-            not do so the next time either: it counts as failed.
+        exit_code: exit code of the head process, as the shell reports it.
+        finished: according to the checkpoint, the work is done, whatever failed afterwards.
+        signal: the signal that the batch script received: ``"TERM"``, ``"USR1"`` or empty.
+        nodes_lost: the job no longer has all its nodes.
+        progressed: the checkpoint is of a later step than the one from which the part began. A part without
+            progress counts as failed, because the next one would make none either.
     """
     if finished or exit_code == ExitCode.OK:
         return RunEvent.FINISH
@@ -145,11 +146,13 @@ def event_of_end(
         return RunEvent.TIME_LIMIT
     if remaining_retries == 0 or exit_code in COMES_AGAIN:
         return RunEvent.GIVE_UP
-    return RunEvent.MOVE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
+    return (
+        RunEvent.REQUEUE if nodes_lost or signal == "USR1" or exit_code == ExitCode.TIME_LIMIT else RunEvent.FAIL
+    )
 
 
 def diagram() -> str:
-    """The table as a mermaid state diagram."""
+    """`TRANSITIONS` as a mermaid state diagram."""
     lines = ["stateDiagram-v2", f"    [*] --> {RunState.SUBMITTED.name}: submit"]
     for state, events in TRANSITIONS.items():
         following: dict[RunState, list[str]] = {}
@@ -162,14 +165,14 @@ def diagram() -> str:
 
 # --- run record --------------------------------------------------------------------------------------------------
 
-# What is known about a run on Slurm: `slurm.json` in its folder, small, and read by people as well.
+# `slurm.json` in the folder of a run:
 #
 # ```
 # state               one of `RunState`
-# part, attempt       the newest; 0, 0 before anything has run
-# remaining_retries   attempts that may still fail; all of them again after a part that ended at its time limit
-# job_id              of Slurm, once the run's first part has begun
-# step                of the checkpoint from which the part began
+# part, attempt       the newest; 0, 0 before the first
+# remaining_retries   attempts that may still fail; reset after a part that ended at its time limit
+# job_id              Slurm's number of the job, once the first part has begun
+# step                step of the checkpoint from which the part began
 # began               when the newest attempt began
 # ends                of each attempt: part, attempt, job_id, began, ended, exit_code (none if it was lost), reason
 # ```
@@ -193,7 +196,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """See the module. Every method returns another record."""
+    """The content of `slurm.json`, immutable: methods that change it return a new record."""
 
     state: RunState
     remaining_retries: int
@@ -206,10 +209,10 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_folder: Path) -> RunRecord:
-        """Read what `write` wrote.
+        """The record in a run's folder.
 
         Raises:
-            ConfigError: it is not there, or damaged.
+            ConfigError: there is none, or it is damaged.
         """
         path = run_folder / FILE_NAME
         try:
@@ -217,7 +220,7 @@ class RunRecord:
             ends = tuple(AttemptEnd(**end) for end in document["ends"])
             return cls(**{**document, "state": RunState(document["state"]), "ends": ends})
         except FileNotFoundError as error:
-            allowed, problem = "must be that of a run that was submitted", f"{run_folder} cannot be used"
+            allowed, problem = "must be the folder of a submitted run", f"{run_folder} cannot be used"
             raise ConfigError("run folder", str(run_folder), allowed, problem) from error
         except ConfigError:
             raise
@@ -226,7 +229,7 @@ class RunRecord:
             raise ConfigError(FILE_NAME, str(path), allowed, problem) from error
 
     def write(self, run_folder: Path) -> None:
-        """Write to the run's folder, whole or not at all."""
+        """Replace the record in the run's folder atomically."""
         write_json(run_folder / FILE_NAME, asdict(self))
 
     def folder(self, run_folder: Path) -> JobFolder:
@@ -234,7 +237,7 @@ class RunRecord:
         return JobFolder(run_folder, attempt_name(self.part, self.attempt) if self.part else None)
 
     def begin(self, job_id: str, step: int) -> RunRecord:
-        """An attempt begins in the Slurm job `job_id`, from a checkpoint of `step`."""
+        """The record after the start of an attempt in the Slurm job `job_id`, from a checkpoint of `step`."""
         new_part = self.state in _NEW_PART
         return replace(
             self,
@@ -247,8 +250,8 @@ class RunRecord:
         )
 
     def end(self, event: RunEvent, retries: int, exit_code: int | None, reason: str) -> RunRecord:
-        """The newest attempt has ended by `event`; of `retries` there are all again if a part ended in order."""
-        used = event in (RunEvent.FAIL, RunEvent.MOVE)
+        """The record after the newest attempt ended by `event`; a time limit resets the retries to `retries`."""
+        used = event in (RunEvent.FAIL, RunEvent.REQUEUE)
         ending = AttemptEnd(self.part, self.attempt, self.job_id, self.began, now(), exit_code, reason)
         return replace(
             self,
@@ -257,15 +260,15 @@ class RunRecord:
             ends=(*self.ends, ending),
         )
 
-    def move(self, event: RunEvent) -> RunRecord:
-        """Something has happened between attempts."""
+    def apply(self, event: RunEvent) -> RunRecord:
+        """The record after an event between two attempts."""
         return replace(self, state=after(self.state, event))
 
     def resume(self, retries: int) -> RunRecord:
-        """The run is submitted again."""
+        """The record after another submission of the run."""
         return replace(self, state=after(self.state, RunEvent.RESUME), remaining_retries=retries)
 
 
 def now() -> str:
-    """The time of day, as ISO 8601 in UTC."""
+    """The present time in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Slurm's commands for one job: submit it, look at it, cancel it. Each is bounded."""
+"""Slurm's commands to submit, query and cancel jobs, each with a time limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from dray.errors import DrayError
 
 COMMAND_SECONDS = 60.0
-"""A command of Slurm that takes longer counts as failed; a busy slurmctld answers within seconds."""
+"""Time limit of a Slurm command; a busy slurmctld answers within seconds."""
 
 ENDED_STATES = frozenset(
     {
@@ -26,11 +26,11 @@ ENDED_STATES = frozenset(
         "TIMEOUT",
     }
 )
-"""States of a job that Slurm does nothing more for, unless it is being requeued."""
+"""States of a job that has ended, unless it is being requeued."""
 
 
 class SlurmError(DrayError):
-    """A command of Slurm failed, is missing, or did not answer in time; the message has what it said."""
+    """A Slurm command failed, is not installed, or exceeded its time limit; the message has its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class JobView:
 
     Attributes:
         number: the job id.
-        state: Slurm's word, e.g. ``"RUNNING"``.
-        reason: why it waits or has ended so, e.g. ``"Resources"``; ``"None"`` if there is none.
-        exit_code: of the batch script; 0 while it runs.
-        signal: that ended the batch script, or 0.
-        restarts: how often it was requeued.
-        nodes: Slurm's list of its nodes, e.g. ``"n[1-3]"``; ``""`` while it has none.
+        state: Slurm's name of the state, e.g. ``"RUNNING"``.
+        reason: the reason of the state, e.g. ``"Resources"``; ``"None"`` if there is none.
+        exit_code: exit code of the batch script; 0 while it runs.
+        signal: the signal that ended the batch script, or 0.
+        restarts: how many times the job was requeued.
+        nodes: Slurm's list of the job's nodes, e.g. ``"n[1-3]"``; ``""`` while it has none.
     """
 
     number: int
@@ -57,12 +57,12 @@ class JobView:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """Whether the job has ended."""
         return self.state in ENDED_STATES
 
     @classmethod
     def parse(cls, line: str) -> JobView:
-        """A job from the one line that ``scontrol --oneliner show job`` prints for it."""
+        """The job in a line of ``scontrol --oneliner show job``."""
         fields = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", line))
         exit_code, _, signal = fields["ExitCode"].partition(":")
         nodes = fields.get("NodeList", "")
@@ -78,33 +78,33 @@ class JobView:
 
 
 def submit(script: Path) -> int:
-    """Submit a batch script that holds its own options; returns the job's number.
+    """Submit a batch script that contains its options; returns the job's number.
 
     Raises:
-        SlurmError: Slurm did not take it; the message says why.
+        SlurmError: Slurm rejected it; the message has the reason.
     """
     printed = run_command("sbatch", "--parsable", str(script))
     return int(printed.strip().partition(";")[0])  # "number;cluster" where there are several clusters
 
 
-def look(number: int) -> JobView:
-    """The job as it is now.
+def query_job(number: int) -> JobView:
+    """The present state of a job.
 
     Raises:
-        SlurmError: Slurm does not know it, or cannot be asked.
+        SlurmError: Slurm has no such job, or does not answer.
     """
     return JobView.parse(run_command("scontrol", "--oneliner", "show", "job", str(number)))
 
 
 def partition_nodes(partition: str | None) -> int | None:
-    """How many nodes a partition has, in whatever state they are; None if Slurm does not say.
+    """The number of a partition's nodes, whatever their states are; None if it is not known.
 
     Args:
-        partition: one name, several with commas between them for the largest, or None for the default one.
+        partition: a name; several, separated by commas, for the largest of these; None for the default partition.
     """
     try:
         lines = run_command("sinfo", "--noheader", "--Node", "--format=%P|%N").splitlines()
-    except SlurmError:  # sbatch says what is wrong
+    except SlurmError:  # sbatch will report what is wrong
         return None
     nodes: dict[str, set[str]] = {}
     for line in lines:
@@ -116,12 +116,12 @@ def partition_nodes(partition: str | None) -> int | None:
 
 
 def known_jobs() -> dict[str, str]:
-    """The user's jobs by number, each with its state, and the reason if it waits, e.g. ``"pending (Priority)"``.
+    """The states of the user's jobs by number, with the reason of a waiting one, e.g. ``"pending (Priority)"``.
 
-    A job that has ended is among them for as long as Slurm remembers it (`MinJobAge`, 300 s by default).
+    They include jobs that ended less than `MinJobAge` (300 s by default) ago.
 
     Raises:
-        SlurmError: Slurm cannot be asked.
+        SlurmError: Slurm does not answer.
     """
     columns = ("--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r")
     found = {}
@@ -137,24 +137,24 @@ def waiting_or_running() -> dict[str, str]:
 
 
 def has_ended(state: str) -> bool:
-    """Whether a state of `known_jobs` is one that Slurm does nothing more for."""
+    """Whether a state from `known_jobs` is that of a job that has ended."""
     return state.upper() in ENDED_STATES
 
 
 def cancel(number: int) -> None:
-    """Have the job ended: SIGTERM, later SIGKILL. One that has ended already stays as it is.
+    """Cancel a job: Slurm sends it SIGTERM, later SIGKILL. A job that has ended is left as it is.
 
     Raises:
-        SlurmError: Slurm refused, or cannot be asked.
+        SlurmError: Slurm refused, or does not answer.
     """
     run_command("scancel", str(number))
 
 
 def run_command(name: str, *arguments: str, seconds: float = COMMAND_SECONDS) -> str:
-    """What a command of Slurm prints.
+    """The output of a Slurm command.
 
     Raises:
-        SlurmError: it is not installed, did not end within `seconds`, or ended with an exit code other than 0.
+        SlurmError: the command is not installed, did not end within `seconds`, or its exit code is not 0.
     """
     try:
         done = subprocess.run(
@@ -163,13 +163,13 @@ def run_command(name: str, *arguments: str, seconds: float = COMMAND_SECONDS) ->
             capture_output=True,
             text=True,
             timeout=seconds,
-            start_new_session=True,  # Ctrl-C is for the caller to handle: a submission is not to end half-way
+            start_new_session=True,  # Ctrl-C must not interrupt a submission half-way
         )
     except FileNotFoundError:
-        raise SlurmError(f"{name} is not installed here; dray slurm works where Slurm's commands do") from None
+        raise SlurmError(f"{name} is not installed here; `dray slurm` needs Slurm's commands") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{name} did not end within {seconds:g} s") from None
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise SlurmError(f"{name} failed: {said or f'exit code {done.returncode}'}")
+        output = " ".join((done.stderr or done.stdout).split())
+        raise SlurmError(f"{name} failed: {output or f'exit code {done.returncode}'}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""The batch script of a run, from its template."""
+"""The batch script of a run, rendered from its template."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dray.jobs.slurm.plan import Plan
 # --- durations ---------------------------------------------------------------------------------------------------
 
 _FORM = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<hours>\d{1,4}):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
-ALLOWED = 'a time longer than nothing as "HH:MM:SS" or "D-HH:MM:SS"'
+ALLOWED = 'must be a time above 0 as "HH:MM:SS" or "D-HH:MM:SS"'
 
 
 def parse_duration(key: str, text: str) -> int:
-    """The seconds that ``"HH:MM:SS"`` or ``"D-HH:MM:SS"`` stands for.
+    """The seconds of a time ``"HH:MM:SS"`` or ``"D-HH:MM:SS"``.
 
     Raises:
-        ConfigError: it is not of that form, or nothing; it names `key`.
+        ConfigError: `text` does not have that form, or is 0; the error names `key`.
     """
     found = _FORM.fullmatch(text)
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
@@ -32,7 +32,7 @@ def parse_duration(key: str, text: str) -> int:
 
 
 def format_duration(seconds: int) -> str:
-    """`seconds` as Slurm's options take them, e.g. ``"01:30:00"`` or ``"1-00:00:00"``."""
+    """`seconds` in the form of Slurm's options, e.g. ``"01:30:00"`` or ``"1-00:00:00"``."""
     days, rest = divmod(seconds, 24 * 3600)
     clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days}-{clock}" if days else clock
@@ -42,13 +42,13 @@ def format_duration(seconds: int) -> str:
 
 
 def render(name: str, **values: Any) -> str:
-    """The batch script that the template `name` in the folder templates/ gives.
+    """The batch script rendered from the template `name` in the folder templates/.
 
     Raises:
         ModuleNotFoundError: Jinja2 is not installed.
-        jinja2.UndefinedError: the template names a value that is not given.
+        jinja2.UndefinedError: `values` lacks a value of the template.
     """
-    import jinja2  # here, as nothing but the commands for Slurm needs it
+    import jinja2  # here, because only the Slurm commands need it
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
@@ -63,32 +63,34 @@ def render(name: str, **values: Any) -> str:
 
 
 def shell_word(value: object) -> str:
-    """`value` as one word of the shell, whatever it contains; sbatch reads `#SBATCH` lines by the same rules."""
+    """`value` quoted as one word of the shell; `#SBATCH` lines have the same quoting."""
     return shlex.quote(str(value))
 
 
 # --- script ------------------------------------------------------------------------------------------------------
 
 GUARD_INTERVAL = 15
-"""Seconds between two looks at whether the node of the batch script is still one of the job's."""
+"""Seconds between two checks that the batch script's node still belongs to the job."""
 
 END_MARGIN = 15
-"""Seconds that the other nodes get beyond `timeouts.shutdown`, once the head has ended."""
+"""Seconds that the other nodes have beyond `timeouts.shutdown` after the head process has ended."""
 
 _FORBIDDEN = frozenset("\\\"'")
 
 
 def batch_script(plan: Plan) -> str:
-    """The script, which needs nothing but itself: ``sbatch FILE`` submits it.
+    """The complete batch script of a run: ``sbatch FILE`` submits it.
 
     Raises:
-        ConfigError: the time limit leaves no time to run, or the folder's name cannot be written in the script.
+        ConfigError: the time limit leaves no time to run, or the folder's name contains quotes or backslashes.
     """
     table = plan.config.slurm or SlurmTable()
     _check_times(table, plan.config.timeouts.shutdown)
     folder = str(plan.run_folder)
     if not folder.isprintable() or _FORBIDDEN & set(folder):
-        raise ConfigError("job.output", folder, "for Slurm, a folder without quotes and backslashes in its name")
+        raise ConfigError(
+            "job.output", folder, "must be, for Slurm, a folder without quotes and backslashes in its name"
+        )
     return render(
         "job.sh.j2",
         job_name=f"dray-{plan.config.job.name}",
@@ -98,7 +100,7 @@ def batch_script(plan: Plan) -> str:
         pre_timeout=table.pre_timeout,
         run_folder=folder,
         plan=plan.path,
-        # Of an image nothing is known but that it has dray.
+        # All that is known of an image is that its python3 has dray.
         python="python3" if table.container_image else sys.executable,
         partition=table.partition,
         account=table.account,
@@ -108,14 +110,14 @@ def batch_script(plan: Plan) -> str:
         container_mounts=[f"{folder}:{folder}", *table.container_mounts],
         environment=plan.environment,
         guard_interval=GUARD_INTERVAL,
-        end_bound=int(plan.config.timeouts.shutdown) + END_MARGIN,
+        end_timeout=int(plan.config.timeouts.shutdown) + END_MARGIN,
     )
 
 
 def _check_times(table: SlurmTable, shutdown: float) -> None:
     limit = parse_duration("slurm.time", table.time)
     if not shutdown < table.pre_timeout:
-        allowed = f"must be more than timeouts.shutdown, which is {shutdown:g}"
+        allowed = f"must be more than timeouts.shutdown, which is {shutdown:g} s"
         raise ConfigError("slurm.pre_timeout", table.pre_timeout, allowed)
     if not table.pre_timeout < limit:
         allowed = f"must be less than slurm.time, which is {limit} s"

@@ -1,4 +1,4 @@
-"""`dray slurm status`: what is known about runs, from their folders and from Slurm's queue. Nothing is changed."""
+"""`dray slurm status`: the states of runs, read from their folders and from Slurm's queue."""
 
 from __future__ import annotations
 
@@ -25,22 +25,26 @@ from dray.jobs.slurm.submit import submitted_job
 from dray.text import MAX_LINE, printable
 
 MAX_DEPTH = 3
-"""How many folders below the one that is named runs are looked for: ``outputs/<job name>/<number>``."""
+"""Depth of the search for runs in a folder: ``outputs/<job name>/<number>``."""
 
-LAST_LINES = 8
-"""Lines of a log that are shown of a run that failed."""
+LOG_LINES = 8
+"""Lines of the log that are shown for a failed run."""
 
 RATE_STEPS = 20
-"""Steps over which the throughput is taken."""
+"""Steps over which the throughput is averaged."""
 
 COLUMNS = ("job", "run", "state", "in Slurm", "part", "step", "return", "MB/s", "restarts", "retries left")
 _TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """The newest lines of `metrics.jsonl`: step, dray's mean return (None where payloads have no rewards, or it is
-    not finite), and payload bytes per second in MB/s."""
+class RunProgress:
+    """The progress of a run, from `metrics.jsonl`.
+
+    Attributes:
+        mean_return: None if payloads have no rewards, or it is not finite.
+        rate: payload throughput in MB/s.
+    """
 
     step: int = 0
     mean_return: float | None = None
@@ -49,11 +53,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """One run, as the table shows it.
+    """One row of the table.
 
     Attributes:
-        in_slurm: what Slurm says of its job; empty if it neither waits nor runs.
-        restarts: how many attempts have ended before the newest.
+        in_slurm: Slurm's state of the job; empty if it is neither waiting nor running.
+        restarts: number of attempts before the newest.
         remarks: lines below the table.
     """
 
@@ -62,19 +66,14 @@ class RunView:
     state: str
     in_slurm: str
     part: str
-    progress: Progress
+    progress: RunProgress
     max_steps: int
     restarts: int
     remaining_retries: int
     remarks: tuple[str, ...]
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more comes of it by itself."""
-        return not self.in_slurm
-
     def cells(self) -> tuple[str, ...]:
-        """What stands in `COLUMNS`."""
+        """The values of `COLUMNS`."""
         return (
             self.job_id or "-",
             short_path(self.folder),
@@ -98,24 +97,24 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     found = set()
     for place in places:
         if not place.is_dir():
-            raise ConfigError("FOLDER", str(place), "must be a folder of runs that were submitted, or of one")
+            raise ConfigError("FOLDER", str(place), "must be a run folder, or a folder that contains run folders")
         found |= set(_runs_below(place.absolute(), MAX_DEPTH))
     return sorted(found)
 
 
 def view_run(folder: Path, jobs: Mapping[str, str]) -> RunView:
-    """A run as it is now.
+    """The present state of a run.
 
     Args:
-        jobs: what Slurm knows of the user's jobs, see `known_jobs`.
+        jobs: the states of the user's jobs in Slurm, from `known_jobs`.
 
     Raises:
-        ConfigError: its files are damaged.
+        ConfigError: the run's files are damaged.
     """
     record = RunRecord.read(folder)
     job_id = record.job_id if record.state is RunState.RUNNING else submitted_job(folder) or record.job_id
     in_slurm = jobs.get(job_id, "")
-    # The job of a run that waits has no script yet that would note its end.
+    # A job that is cancelled while it waits has no script yet that could record this.
     cancelled = in_slurm == "cancelled" or cancel_marker(folder).exists()
     in_slurm = "" if has_ended(in_slurm) else in_slurm
     state = shown_state(record.state, in_slurm, cancelled=cancelled)
@@ -135,7 +134,7 @@ def view_run(folder: Path, jobs: Mapping[str, str]) -> RunView:
 
 
 def shown_state(state: RunState, in_slurm: str, *, cancelled: bool) -> str:
-    """The state in words: one that needs a job in Slurm, where there is none, was cut off."""
+    """The state to show, which depends on whether Slurm still has a job of a run that is not final."""
     if state.is_final or in_slurm:
         return state.value
     if cancelled:
@@ -143,8 +142,8 @@ def shown_state(state: RunState, in_slurm: str, *, cancelled: bool) -> str:
     return "lost" if state is RunState.RUNNING else f"{state.value}; Slurm no longer has its job"
 
 
-def read_progress(metrics: Path) -> Progress:
-    """How far the run is; a last line that is being written, or was cut off, is left out."""
+def read_progress(metrics: Path) -> RunProgress:
+    """The progress of a run; an incomplete last line is ignored."""
     lines = []
     for text in _tail(metrics, RATE_STEPS + 1):
         try:
@@ -152,26 +151,26 @@ def read_progress(metrics: Path) -> Progress:
         except ValueError:
             continue
     if not lines:
-        return Progress()
+        return RunProgress()
     last = lines[-1]
-    return Progress(last["step"], last.get(MEAN_RETURN), _rate(lines))
+    return RunProgress(last["step"], last.get(MEAN_RETURN), _rate(lines))
 
 
-def picture(views: Sequence[RunView]) -> RenderableType:
-    """The table, and below it what is to be said about single runs."""
+def status_table(views: Sequence[RunView]) -> RenderableType:
+    """The table of runs, with their remarks below it."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in COLUMNS:
         table.add_column(name, no_wrap=True)
     for view in views:
         table.add_row(*(Text(printable(cell, MAX_LINE)) for cell in view.cells()))
-    said = [
+    remarks = [
         Text(printable(f"{short_path(view.folder)}: {line}", MAX_LINE)) for view in views for line in view.remarks
     ]
-    return Group(table, *said)
+    return Group(table, *remarks)
 
 
 def plain_lines(views: Sequence[RunView]) -> Iterator[str]:
-    """The same for something that is not a terminal: one line for each run, and its remarks."""
+    """The same as plain text: one line for each run, followed by its remarks."""
     for view in views:
         yield "  ".join(
             f"{name} {printable(cell, MAX_LINE)}" for name, cell in zip(COLUMNS, view.cells(), strict=True)
@@ -179,14 +178,14 @@ def plain_lines(views: Sequence[RunView]) -> Iterator[str]:
         yield from (f"  {printable(line, MAX_LINE)}" for line in view.remarks)
 
 
-def _runs_below(folder: Path, deeper: int) -> Iterator[Path]:
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / FILE_NAME).is_file():
         if folder.stat().st_uid == os.getuid():
             yield folder
-    elif deeper:
+    elif depth:
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK):
-                yield from _runs_below(path, deeper - 1)
+                yield from _runs_below(path, depth - 1)
 
 
 def _remarks(folder: Path, record: RunRecord, state: str) -> Iterator[str]:
@@ -195,11 +194,11 @@ def _remarks(folder: Path, record: RunRecord, state: str) -> Iterator[str]:
         yield f"part {last.part}, attempt {last.attempt} ended {last.ended}: {last.reason}"
     if record.part and state in (RunState.FAILED, RunState.RETRYING, "lost"):
         log = record.folder(folder).logs / "head.out"
-        yield from (f"{log.name}: {line}" for line in _tail(log, LAST_LINES))
+        yield from (f"{log.name}: {line}" for line in _tail(log, LOG_LINES))
 
 
 def _rate(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Over `lines`. Seconds and bytes go on where a run was resumed."""
+    """The throughput over `lines`; their seconds and bytes are cumulative, also over restarts."""
     first, last = lines[0], lines[-1]
     seconds = last["seconds"] - first["seconds"]
     return float((last["bytes"] - first["bytes"]) / seconds / 1e6) if seconds > 0 else math.nan

@@ -1,16 +1,16 @@
-"""`dray slurm submit`: makes a run's folder, with all that its parts need, and hands the batch script to Slurm.
+"""`dray slurm submit`: creates the folder of a run, with the files that its parts need, and submits the script.
 
 ```
 <run folder>/
-  slurm.json        what is known about the run, see `run_record`
+  slurm.json        the state of the run, see `RunRecord`
   slurm-<job>.out   the output of the batch script
-  options.json      what the run was submitted with, see `RunOptions`
-  parts/001.1/logs/ one log per process of part 1, attempt 1, and so on; `latest` leads to the newest
+  options.json      the options of the submission, see `RunOptions`
+  parts/001.1/logs/ one log per process of part 1, attempt 1; `latest` is a symbolic link to the newest
   .slurm/           for its owner only
     job.sh          the batch script
-    plan.json       what the processes are told, with the run's secret
+    plan.json       the input of the processes, with the run's secret
     code/           the snapshot
-    job_id          of the newest submission
+    job_id          Slurm's number of the newest submission
 ```
 """
 
@@ -32,20 +32,19 @@ from dray.jobs.folder import RunOptions
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.output import KEY, RESUME_NEEDS, choose_folder, has_metrics, make_run_folder, remove_empty
 from dray.jobs.slurm import scheduler
-from dray.jobs.slurm.batch_cli import cancel_marker, read_settled, refuse_folder_in_use
-from dray.jobs.slurm.placement import layout_of, placements, rollout_nodes_of
+from dray.jobs.slurm.batch_cli import cancel_marker, read_stopped_run, refuse_folder_in_use
+from dray.jobs.slurm.placement import configured_layout, placements, rollout_nodes_of
 from dray.jobs.slurm.plan import Plan
 from dray.jobs.slurm.run_state import FILE_NAME, RunRecord, RunState
 from dray.jobs.slurm.script import batch_script
 
 # --- snapshot ----------------------------------------------------------------------------------------------------
 
-# A copy of the code beside the job file, so that what is edited after a submission does not reach the job.
+# A copy of the job file's folder, so that later edits of the code do not affect the job.
 #
-# Copied is the folder of the job file, with what is below it. Left out are hidden files and folders (a
-# repository's
-# own, virtual environments, caches), `__pycache__`, `outputs/` and the run's folder. A link to a file becomes a
-# copy of the file, a link to a folder a link to that same folder: data sets are often linked so.
+# Hidden files and folders (repositories, virtual environments, caches), `__pycache__`, `outputs/` and the run's
+# folder are left out. Of a symbolic link to a file, the file is copied; a symbolic link to a folder stays one,
+# because such a folder is often a data set.
 
 MAX_SNAPSHOT_BYTES = 256 << 20
 MAX_SNAPSHOT_FILES = 10_000
@@ -53,13 +52,13 @@ _LEFT_OUT = frozenset(("__pycache__", "outputs"))
 
 
 def take_snapshot(job_file: Path, target: Path, run_folder: Path) -> Path:
-    """Copy the folder of `job_file` to `target`, in the place of what is there; returns the job file in it.
+    """Copy the folder of `job_file` to `target`, which is replaced; returns the job file in the copy.
 
     Raises:
-        ConfigError: there is more than `MAX_SNAPSHOT_BYTES` or `MAX_SNAPSHOT_FILES` files: that is not only code.
+        ConfigError: the folder has more than `MAX_SNAPSHOT_BYTES` or `MAX_SNAPSHOT_FILES`, so more than code.
     """
     source = job_file.parent.resolve()
-    found = _within_bounds(source, _entries(source, run_folder.resolve()))
+    found = _within_limits(source, _entries(source, run_folder.resolve()))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -77,7 +76,7 @@ def take_snapshot(job_file: Path, target: Path, run_folder: Path) -> Path:
 
 
 def _entries(folder: Path, run_folder: Path) -> Iterator[Path]:
-    """What is copied, a folder before its content."""
+    """The files and folders to copy, each folder before its content."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in _LEFT_OUT or path.resolve() == run_folder:
             continue
@@ -85,11 +84,11 @@ def _entries(folder: Path, run_folder: Path) -> Iterator[Path]:
             yield path
             if not path.is_symlink():
                 yield from _entries(path, run_folder)
-        elif path.is_file():  # no sockets, pipes or links that lead nowhere
+        elif path.is_file():  # no sockets, pipes or dangling symlinks
             yield path
 
 
-def _within_bounds(source: Path, entries: Iterable[Path]) -> list[Path]:
+def _within_limits(source: Path, entries: Iterable[Path]) -> list[Path]:
     found, files, size = [], 0, 0
     for path in entries:
         found.append(path)
@@ -98,8 +97,8 @@ def _within_bounds(source: Path, entries: Iterable[Path]) -> list[Path]:
             size += path.stat().st_size
         if files > MAX_SNAPSHOT_FILES or size > MAX_SNAPSHOT_BYTES:
             allowed = (
-                f"{source} has more than {MAX_SNAPSHOT_FILES} files, or than {MAX_SNAPSHOT_BYTES >> 20} MiB: "
-                "keep data elsewhere, link its folder, or set it to false"
+                f"{source} has more than {MAX_SNAPSHOT_FILES} files or {MAX_SNAPSHOT_BYTES >> 20} MiB: move "
+                "data to another folder, to which a symbolic link may point, or set slurm.snapshot to false"
             )
             raise ConfigError("slurm.snapshot", True, allowed)
     return found
@@ -107,26 +106,26 @@ def _within_bounds(source: Path, entries: Iterable[Path]) -> list[Path]:
 
 # --- submit ------------------------------------------------------------------------------------------------------
 
-_ELSEWHERE = ("-p", "--partition", "-M", "--cluster")
+_PARTITION_OPTIONS = ("-p", "--partition", "-M", "--cluster")
 """Options of sbatch that choose another partition or cluster than `slurm.partition` does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What is to be submitted, decided and checked; nothing is written yet.
+    """A checked submission, before its files are written.
 
     Attributes:
-        record: of the run as it will be; None if it has finished, and nothing is left to do.
-        made: the folders that were made for the run, innermost first.
+        record: the record that the run will have; None if the run has finished.
+        new_folders: the folders that were created for the run, innermost first.
     """
 
     plan: Plan
     script: str
     record: RunRecord | None
-    made: Sequence[Path] = ()
+    new_folders: Sequence[Path] = ()
 
     def layout_lines(self) -> Iterator[str]:
-        """What runs where, one line for each node."""
+        """One line for each node, with the processes on it."""
         names = [str(number) for number in range(self.plan.node_count)]
         placed = placements(self.plan, names)
         for name in names:
@@ -140,11 +139,11 @@ class Submission:
 
 
 def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | None = None) -> JobConfig:
-    """`config` with keys of `[slurm]` replaced: lists and tables are added to, the others take the new value.
+    """`config` with `options` applied to `[slurm]`: lists and tables are extended, other values are replaced.
 
     Args:
-        options: what is None is left as it is.
-        nodes: how many there are in all; those that the policy does not take are for rollouts.
+        options: values by key; None leaves a key unchanged.
+        nodes: total number of nodes; those beyond `policy_nodes` are for rollouts.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -166,16 +165,16 @@ def with_options(config: JobConfig, options: Mapping[str, Any], nodes: int | Non
 
 
 def prepare(config: JobConfig, job_file: Path, *, resume: bool, make: bool = False) -> Submission:
-    """Decide everything about a submission.
+    """The checked submission of a job.
 
     Args:
-        make: make the run's folder, so that no other run that starts at the same time has it, too.
+        make: create the run's folder now, so that a run that starts at the same time gets another one.
 
     Raises:
-        ConfigError: something does not fit, or the folder is another run's.
+        ConfigError: a value is not allowed, or the folder belongs to another run.
     """
     table = config.slurm or SlurmTable()
-    layout = layout_of(config)
+    layout = configured_layout(config)
     made: Sequence[Path] = ()
     if make and not resume:
         root, made = make_run_folder(lambda: run_folder(config, resume=False), new=config.job.output is None)
@@ -203,19 +202,19 @@ def prepare(config: JobConfig, job_file: Path, *, resume: bool, make: bool = Fal
 def submit(submission: Submission, job_file: Path, options: RunOptions | None = None) -> int:
     """Write the run's folder and submit its script; returns Slurm's number of the job.
 
-    A folder of a run that Slurm does not take is removed again, if it was made here.
+    If the submission fails, the folder is removed if it was created for this submission.
 
     Args:
-        options: what the run was submitted with; kept in its folder.
+        options: the options of the submission, which are kept in the folder.
 
     Raises:
-        ConfigError: the code cannot be copied, or the cluster does not have as many nodes.
-        SlurmError: Slurm does not take it.
+        ConfigError: the code cannot be copied, or the cluster has too few nodes.
+        SlurmError: Slurm rejected the job.
     """
     assert submission.record is not None
     plan, root = submission.plan, submission.plan.run_folder
     _check_node_count(plan)
-    made = submission.made or make_run_folder(lambda: root, new=False)[1]
+    made = submission.new_folders or make_run_folder(lambda: root, new=False)[1]
     is_new = bool(made)
     os.close(open_own_folder(root, KEY))
     previous = RunRecord.read(root) if _was_submitted(root) else None
@@ -226,7 +225,7 @@ def submit(submission: Submission, job_file: Path, options: RunOptions | None = 
         script = plan.path.with_name("job.sh")
         write_whole(script, submission.script.encode())
         cancel_marker(root).unlink(missing_ok=True)
-        # Before Slurm has it: the job may begin at once.
+        # Written before the submission, because the job may begin at once.
         submission.record.write(root)
         number = scheduler.submit(script)
     except BaseException:
@@ -251,15 +250,15 @@ def submitted_job(run_folder: Path) -> str:
 
 
 def run_folder(config: JobConfig, *, resume: bool) -> Path:
-    """The folder that the run is to have, absolute; it need not be there.
+    """The absolute path of the run's folder, which need not exist.
 
     Raises:
-        ConfigError: it is an earlier run's and this is another one, or there is no run to go on with.
+        ConfigError: the folder has an earlier run, or there is no run to resume.
     """
-    needs = "must have the folder of a run that was submitted before"
+    needs = "must contain the folder of a submitted run"
     root = choose_folder(config, resume=resume, used=_is_used, resumable=(_was_submitted,), needs=needs)
     if resume and not _is_used(root):
-        raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot go on in {root}")
+        raise ConfigError("--resume", str(root), RESUME_NEEDS, f"cannot resume the run in {root}")
     return root
 
 
@@ -272,32 +271,34 @@ def _is_used(root: Path) -> bool:
 
 
 def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
-    """The run's record as it is to be, None if the run has finished.
+    """The record that the run will have, None if the run has finished.
 
     Raises:
-        ConfigError: a job of this run waits or runs.
+        ConfigError: a job of this run is waiting or running.
     """
     if not resume or not _was_submitted(root):
         return RunRecord(RunState.SUBMITTED, retries)
     if RunRecord.read(root).state is RunState.FINISHED:
         return None
     if (number := submitted_job(root)) in scheduler.waiting_or_running():
-        allowed = f"must be a run whose job is over; scancel {number} ends this one's"
-        raise ConfigError("--resume", str(root), allowed, f"cannot go on in {root}")
+        allowed = f"must be a run without a waiting or running job; `scancel {number}` ends job {number}"
+        raise ConfigError("--resume", str(root), allowed, f"cannot resume the run in {root}")
     refuse_folder_in_use(root)
-    record = read_settled(root, retries)
+    record = read_stopped_run(root, retries)
     return None if record.state is RunState.FINISHED else record.resume(retries)
 
 
 def _check_node_count(plan: Plan) -> None:
-    """Refuse a job that would wait for ever, for more nodes than its partition has."""
+    """Raise `ConfigError` if the job needs more nodes than its partition has: it would never begin."""
     table = plan.config.slurm or SlurmTable()
-    if "SBATCH_PARTITION" in os.environ or any(each.startswith(_ELSEWHERE) for each in table.sbatch_args):
+    if "SBATCH_PARTITION" in os.environ or any(each.startswith(_PARTITION_OPTIONS) for each in table.sbatch_args):
         return
     count = scheduler.partition_nodes(table.partition)
     if count is not None and plan.node_count > count:
         partition = f"partition {table.partition}" if table.partition else "the default partition"
-        raise ConfigError("--nodes", plan.node_count, f"at most {count}, all that {partition} has")
+        raise ConfigError(
+            "--nodes", plan.node_count, f"must be at most {count}, the number of nodes of {partition}"
+        )
 
 
 def _code_folder(root: Path) -> Path:

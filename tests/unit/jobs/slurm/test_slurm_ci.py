@@ -18,8 +18,8 @@ from dray.errors import ConfigError
 from dray.jobs.process import SignalInbox
 from dray.jobs.slurm import ci as following
 from dray.jobs.slurm import ci_report
-from dray.jobs.slurm.ci import Choices, Plan, find_suites, plan, read_report, write_report
-from dray.jobs.slurm.ci_report import Counts, End, Report, SuiteResult, Verdict, judge, read_ends
+from dray.jobs.slurm.ci import Choices, SuitePlan, find_suites, plan, read_report, write_report
+from dray.jobs.slurm.ci_report import Counts, End, JobReport, SuiteResult, SuiteVerdict, judge, read_ends
 from dray.jobs.slurm.scheduler import JobView, SlurmError, submit
 from dray.jobs.slurm.script import format_duration, parse_duration
 
@@ -36,7 +36,7 @@ def choices(tmp_path: Path) -> Choices:
     return Choices(project=project, python="python3", output_root=project / "out")
 
 
-# --- suites and what may be chosen ------------------------------------------------------------------------------
+# --- suites and options ------------------------------------------------------------------------------------------
 
 
 def test_suites_are_the_folders_that_hold_tests(choices: Choices) -> None:
@@ -46,7 +46,7 @@ def test_suites_are_the_folders_that_hold_tests(choices: Choices) -> None:
     ]
 
 
-def test_chosen_suites_have_names_that_files_can_have(choices: Choices) -> None:
+def test_names_of_chosen_suites_are_valid_file_names(choices: Choices) -> None:
     chosen = ["tests/unit/test_x.py::test_one[a/b]", "tests/system/deep"]
     assert [suite.name for suite in find_suites(choices.project, chosen)] == [
         "unit-test_x.py-test_one-a-b",
@@ -57,19 +57,21 @@ def test_chosen_suites_have_names_that_files_can_have(choices: Choices) -> None:
 @pytest.mark.parametrize(
     ("chosen", "allowed"),
     [
-        (["tests/none"], "a path in"),
-        (["tests/unit", "tests/unit/"], "names of their own"),
-        (["job"], "names of their own"),
+        (["tests/none"], "must be a path in"),
+        (["tests/unit", "tests/unit/"], "must have different names"),
+        (["job"], "must have different names"),
     ],
 )
-def test_suites_that_cannot_be_are_refused(choices: Choices, chosen: list[str], allowed: str) -> None:
+def test_suites_that_do_not_exist_or_share_a_name_are_refused(
+    choices: Choices, chosen: list[str], allowed: str
+) -> None:
     (choices.project / "job").mkdir()
     with pytest.raises(ConfigError, match=allowed):
         find_suites(choices.project, chosen)
 
 
 def test_a_project_without_tests_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"suites cannot be found in .*: there must be tests"):
+    with pytest.raises(ConfigError, match=r"suites not found in .*: must be named, or be folders in tests/"):
         plan(Choices(project=tmp_path, python="python3"))
 
 
@@ -85,13 +87,13 @@ def test_a_project_without_tests_is_refused(tmp_path: Path) -> None:
         ("--container-mount", {"container_mounts": ["/a:/b"]}),
     ],
 )
-def test_choices_that_cannot_be_are_refused_by_name(choices: Choices, key: str, changed: dict[str, str]) -> None:
+def test_error_about_an_option_names_the_option(choices: Choices, key: str, changed: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(replace(choices, **changed))
     assert refused.value.key == key
 
 
-def test_the_job_gets_half_an_hour_more_than_its_tests(choices: Choices) -> None:
+def test_time_limit_of_the_job_is_that_of_the_tests_plus_30_minutes(choices: Choices) -> None:
     assert "#SBATCH --time=1-01:29:59\n" in plan(replace(choices, test_timeout="1-00:59:59")).script
 
 
@@ -107,7 +109,7 @@ def test_runs_that_are_planned_before_either_begins_have_different_folders(choic
     assert [plan(choices, make=True).output.name for _ in range(2)] == ["001", "002"]
 
 
-def test_every_run_has_a_folder_of_its_own(choices: Choices) -> None:
+def test_a_new_run_gets_the_next_folder(choices: Choices) -> None:
     assert plan(choices).output.name == "001"
     (choices.output_root / "017").mkdir(parents=True)
     assert plan(choices).output.name == "018"
@@ -136,7 +138,7 @@ def test_the_script_passes_shellcheck(choices: Choices, changed: dict[str, str])
     assert (checked.returncode, checked.stdout) == (0, "")
 
 
-def test_values_reach_the_shell_as_they_are(choices: Choices) -> None:
+def test_values_are_quoted_for_the_shell(choices: Choices) -> None:
     made = plan(replace(choices, **FULL))
     lines = made.script.splitlines()
     assert shlex.split(next(line for line in lines if line.startswith("run_suite unit"))) == [
@@ -154,7 +156,7 @@ def test_values_reach_the_shell_as_they_are(choices: Choices) -> None:
     assert "--comment=it's # not a comment" in options
 
 
-def test_scratch_names_variables_of_the_node_and_runs_nothing(choices: Choices) -> None:
+def test_variables_in_scratch_are_expanded_and_commands_are_not_run(choices: Choices) -> None:
     script = plan(replace(choices, **FULL)).script
     (line,) = re.findall(r'mktemp -d (".*")\) \|\| exit 1', script)
     shown = subprocess.run(["bash", "-c", f"echo {line}"], capture_output=True, text=True, env={"USER": "me"})
@@ -169,25 +171,25 @@ GOOD, SKIPS, BAD = Counts(passed=3, skipped=1), Counts(skipped=4), Counts(passed
 @pytest.mark.parametrize(
     ("end", "counts", "verdict"),
     [
-        (End(0, 1), GOOD, Verdict.PASSED),
-        (End(0, 1), SKIPS, Verdict.SKIPPED),
-        (End(5, 1), SKIPS, Verdict.SKIPPED),
-        (End(5, 1), Counts(), Verdict.EMPTY),
-        (End(5, 1), None, Verdict.EMPTY),
-        (End(1, 1), BAD, Verdict.FAILED),
-        (End(0, 1), BAD, Verdict.FAILED),
-        (End(4, 1), None, Verdict.FAILED),
-        (End(124, 1), None, Verdict.OUT_OF_TIME),
-        (End(124, 1), GOOD, Verdict.OUT_OF_TIME),
-        (End(139, 1), None, Verdict.CRASHED),
-        (End(0, 1), None, Verdict.CRASHED),
-        (End(0, 1), Counts(), Verdict.SKIPPED),
-        (None, None, Verdict.NOT_RUN),
-        (None, GOOD, Verdict.NOT_RUN),
+        (End(0, 1), GOOD, SuiteVerdict.PASSED),
+        (End(0, 1), SKIPS, SuiteVerdict.SKIPPED),
+        (End(5, 1), SKIPS, SuiteVerdict.SKIPPED),
+        (End(5, 1), Counts(), SuiteVerdict.EMPTY),
+        (End(5, 1), None, SuiteVerdict.EMPTY),
+        (End(1, 1), BAD, SuiteVerdict.FAILED),
+        (End(0, 1), BAD, SuiteVerdict.FAILED),
+        (End(4, 1), None, SuiteVerdict.FAILED),
+        (End(124, 1), None, SuiteVerdict.OUT_OF_TIME),
+        (End(124, 1), GOOD, SuiteVerdict.OUT_OF_TIME),
+        (End(139, 1), None, SuiteVerdict.CRASHED),
+        (End(0, 1), None, SuiteVerdict.CRASHED),
+        (End(0, 1), Counts(), SuiteVerdict.SKIPPED),
+        (None, None, SuiteVerdict.NOT_RUN),
+        (None, GOOD, SuiteVerdict.NOT_RUN),
     ],
 )
-def test_a_suite_is_judged_by_how_it_ended_and_by_its_tests(
-    end: End | None, counts: Counts | None, verdict: Verdict
+def test_verdict_on_a_suite_depends_on_its_exit_code_and_its_tests(
+    end: End | None, counts: Counts | None, verdict: SuiteVerdict
 ) -> None:
     assert judge(end, counts) is verdict
 
@@ -215,7 +217,7 @@ LOST, SILENT = SuiteResult("e", None, None), SuiteResult("f", End(0, 1), None)
 def test_the_exit_code_is_that_of_the_first_suite_that_is_not_good(
     state: str, setup: End | None, suites: list[SuiteResult], code: int
 ) -> None:
-    report = Report(7, state, setup, suites)
+    report = JobReport(7, state, setup, suites)
     assert report.exit_code == code
     assert (report.conclusion == "passed") == (code == 0)
 
@@ -229,7 +231,7 @@ JUNIT = """<testsuites><testsuite name="pytest">
 </testsuite></testsuites>"""
 
 
-def test_tests_are_counted_and_expected_failures_have_run(tmp_path: Path) -> None:
+def test_tests_are_counted_and_expected_failures_have_passed(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text(JUNIT)
     suite = ci_report.read_suite(tmp_path / "a.xml")
     assert suite is not None
@@ -237,13 +239,13 @@ def test_tests_are_counted_and_expected_failures_have_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", JUNIT[:80], None])
-def test_half_a_report_is_none(tmp_path: Path, text: str | None) -> None:
+def test_missing_or_incomplete_junit_file_is_ignored(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "a.xml").write_text(text)
     assert ci_report.read_suite(tmp_path / "a.xml") is None
 
 
-def test_half_a_line_of_the_record_is_not_read(tmp_path: Path) -> None:
+def test_incomplete_line_of_the_record_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "ends.tsv").write_text("unit\t0\t12\nsystem\t1")
     assert read_ends(tmp_path) == {"unit": End(0, 12)}
     assert read_ends(tmp_path / "none") == {}
@@ -256,7 +258,7 @@ def test_a_crash_is_an_error_with_the_end_of_the_log_in_the_merged_report(tmp_pa
     (tmp_path / "ends.tsv").write_text("unit\t139\t12\njob\t139\t13\n")
     suites = find_suites(Path(__file__).parents[4], ["tests/unit", "tests/fault"])
     (tmp_path / "junit" / "fault.xml").write_text(JUNIT)
-    made = Plan(suites, tmp_path, "")
+    made = SuitePlan(suites, tmp_path, "")
     view = JobView.parse(
         "JobId=4 JobName=dray-ci JobState=FAILED Reason=NonZeroExitCode ExitCode=139:0 Restarts=0"
     )
@@ -270,7 +272,7 @@ def test_a_crash_is_an_error_with_the_end_of_the_log_in_the_merged_report(tmp_pa
     assert "job 4 (FAILED): unit crashed, fault not run; exit code 139" in (tmp_path / "report.txt").read_text()
 
 
-def test_a_job_is_read_from_what_scontrol_shows() -> None:
+def test_a_job_is_read_from_the_output_of_scontrol() -> None:
     line = (
         "JobId=12 JobName=a b UserId=x(1) JobState=RUNNING Reason=None Dependency=(null) Requeue=0 Restarts=2 "
         "ExitCode=0:15 NodeList=n[1-3] BatchHost=n1 Comment=JobState=FAILED"
@@ -284,23 +286,23 @@ def test_a_job_is_read_from_what_scontrol_shows() -> None:
 
 def test_verdicts_of_the_page_are_those_of_the_code() -> None:
     listed = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    assert [verdict for verdict in listed if verdict in set(Verdict)] == list(Verdict)
+    assert [verdict for verdict in listed if verdict in set(SuiteVerdict)] == list(SuiteVerdict)
 
 
 # --- following --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def forgetful_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A `scontrol` that knows no job, as some time after its end."""
+def slurm_without_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `scontrol` that has no job any more, as some time after its end."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Invalid job id specified' >&2\nexit 1\n")
     (tmp_path / "bin" / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
 
-@pytest.mark.usefixtures("forgetful_slurm")
-def test_a_job_that_slurm_has_forgotten_has_ended_as_its_script_recorded(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("slurm_without_jobs")
+def test_end_of_a_job_that_slurm_no_longer_has_is_read_from_the_record(tmp_path: Path) -> None:
     (tmp_path / "ends.tsv").write_text("unit\t3\t1\njob\t3\t2\n")
     (tmp_path / "ci.log").write_text("first\nlast\nhalf a li")
     shown: list[str] = []
@@ -310,16 +312,16 @@ def test_a_job_that_slurm_has_forgotten_has_ended_as_its_script_recorded(tmp_pat
     assert "".join(shown) == "job 4: FAILED\nfirst\nlast\n"
 
 
-@pytest.mark.usefixtures("forgetful_slurm")
-def test_a_slurm_that_says_nothing_for_minutes_is_an_error(
+@pytest.mark.usefixtures("slurm_without_jobs")
+def test_a_slurm_that_does_not_answer_for_minutes_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(following, "UNREACHABLE_SECONDS", 0.0)
     with SignalInbox() as inbox, pytest.raises(SlurmError, match="scontrol failed: Invalid job id specified"):
         following.follow(4, tmp_path, inbox, str)
 
 
-def test_a_machine_without_slurm_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_slurm_command_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="sbatch is not installed here"):
         submit(tmp_path / "ci.sh")

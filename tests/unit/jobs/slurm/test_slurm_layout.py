@@ -1,4 +1,4 @@
-"""The arithmetic of nodes, replicas and GPUs, and where replicas are placed by it."""
+"""The distribution of replicas and GPUs over nodes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from dray.errors import ConfigError
 from dray.jobs.job_file import parse_job
-from dray.jobs.slurm.placement import Placement, layout_of, placements, rollout_nodes_of
+from dray.jobs.slurm.placement import Placement, configured_layout, placements, rollout_nodes_of
 from dray.jobs.slurm.plan import Plan
 
 
 def placed(policy: tuple[int, int], rollout: tuple[int, int], gpus: int = 0) -> list[Placement]:
-    """Where replicas are, of (replicas, nodes) of each role; nodes are called 0, 1, ...."""
+    """The places of replicas, from (replicas, nodes) of each role; the nodes are named 0, 1, …."""
     table = {"policy_nodes": policy[1], "rollout_nodes": rollout[1], "gpus_per_node": gpus}
     config = parse_job(
         {
@@ -25,7 +25,7 @@ def placed(policy: tuple[int, int], rollout: tuple[int, int], gpus: int = 0) -> 
             "slurm": table,
         }
     )
-    layout = layout_of(config)
+    layout = configured_layout(config)
     folder = Path("run")
     plan = Plan(config, folder / "job.toml", folder, b"", layout.policy, layout.rollout, None, 2, {})
     assert plan.node_count == policy[1] + rollout[1]
@@ -55,23 +55,25 @@ def test_without_rollout_nodes_everything_shares_the_node_of_the_policy() -> Non
     ]
 
 
-def test_impossible_layout_says_which_node_counts_fit() -> None:
+def test_error_about_an_impossible_layout_names_possible_node_counts() -> None:
     with pytest.raises(ConfigError, match=r"must be 1, 2, 3 or a multiple of 6, as rollout\.replicas") as caught:
         placed((1, 1), (6, 4))
     assert (caught.value.key, caught.value.value) == ("slurm.rollout_nodes", 4)
 
 
 def test_gpus_that_cannot_be_shared_evenly_are_refused() -> None:
-    with pytest.raises(ConfigError, match="must be 0 or a multiple of 3, the replicas that share a node"):
+    with pytest.raises(
+        ConfigError, match="must be 0 or a multiple of 3, the number of replicas that share a node"
+    ):
         placed((1, 1), (3, 1), gpus=4)
 
 
 def test_several_policy_nodes_are_not_shared_with_rollouts() -> None:
-    with pytest.raises(ConfigError, match="only one node is shared by both"):
+    with pytest.raises(ConfigError, match="both roles can share only one node"):
         placed((2, 2), (2, 0))
 
 
-def test_number_of_all_nodes_leaves_the_rest_to_rollouts() -> None:
+def test_nodes_beyond_those_of_the_policy_are_for_rollouts() -> None:
     assert rollout_nodes_of(5, 2) == 3
     assert rollout_nodes_of(1, 1) == 0
     with pytest.raises(ConfigError, match=r"must be at least slurm\.policy_nodes, which is 2"):

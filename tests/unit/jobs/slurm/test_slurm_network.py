@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dray.errors import ConfigError
-from dray.jobs.slurm.network import Interface, chosen, default_route, interfaces, rdma_interfaces
+from dray.jobs.slurm.network import Interface, default_route, interfaces, rdma_interfaces, select_interface
 
 LO = Interface("lo", "127.0.0.1")
 ETH = Interface("eth0", "10.0.0.5")
@@ -31,17 +31,17 @@ vpn0\t00000000\t0100000A\t0001\t0\t0\t50\t00000080\t0\t0\t0
 def test_interface_is_the_configured_one_then_rdma_then_the_default_routes(
     configured: str | None, rdma: set[str], route: str | None, expected: Interface
 ) -> None:
-    assert chosen(configured, ALL, rdma, route) == expected
+    assert select_interface(configured, ALL, rdma, route) == expected
 
 
 def test_loopback_is_used_only_if_it_is_named() -> None:
-    with pytest.raises(ConfigError, match="no other interface than loopback"):
-        chosen(None, [LO], set(), "lo")
+    with pytest.raises(ConfigError, match="this node has none but loopback"):
+        select_interface(None, [LO], set(), "lo")
 
 
 def test_configured_interface_that_a_node_lacks_is_an_error_that_names_those_it_has() -> None:
-    with pytest.raises(ConfigError, match="those are: lo, docker0, eth0, ib0"):
-        chosen("ib1", ALL, set(), None)
+    with pytest.raises(ConfigError, match="this node has: lo, docker0, eth0, ib0"):
+        select_interface("ib1", ALL, set(), None)
 
 
 def test_interfaces_of_this_machine_are_found_with_their_addresses() -> None:

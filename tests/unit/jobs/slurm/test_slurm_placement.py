@@ -54,7 +54,7 @@ def test_layout_without_a_place_for_each_replica_is_refused(rollout: RoleLayout)
         placements(plan(RoleLayout(1), rollout), nodes)
 
 
-def test_replica_is_told_its_address_its_nodes_and_the_interface_for_collectives() -> None:
+def test_environment_has_address_nodes_and_the_interface_for_collectives() -> None:
     found = environment(Placement(Role.POLICY, 0, ("a", "b"), ()), IB, {"NCCL_SOCKET_IFNAME": "eth1"})
     assert found == {"DRAY_ADDRESS": "10.0.0.7", "DRAY_REPLICA_NODES": "a b", "GLOO_SOCKET_IFNAME": "ib0"}
 

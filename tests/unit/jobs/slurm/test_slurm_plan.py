@@ -36,7 +36,7 @@ def test_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert plan.node_count == 2
 
 
-def test_plan_lies_where_only_its_owner_can_read_it(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_plan(tmp_path: Path) -> None:
     (tmp_path / "out" / ".slurm").mkdir(parents=True, mode=0o755)
     path = a_plan(tmp_path).write()
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
@@ -49,7 +49,7 @@ def test_plan_that_others_can_read_is_refused(tmp_path: Path) -> None:
         Plan.read(path)
 
 
-def test_plan_shows_its_secret_nowhere(tmp_path: Path) -> None:
+def test_secret_is_neither_in_the_repr_of_a_plan_nor_in_errors(tmp_path: Path) -> None:
     plan = replace(a_plan(tmp_path), secret=bytes.fromhex("ab" * 32))
     assert "ab" * 32 not in repr(plan)
     assert repr(plan.secret) not in repr(plan)

@@ -1,4 +1,4 @@
-"""The state machine of a run on Slurm, and what the batch script is told of it."""
+"""The state machine of a run on Slurm, and the decisions for the batch script."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.job_file import parse_job
 from dray.jobs.launch.output import open_output
 from dray.jobs.slurm.batch_cli import begin, cancel_marker, end, main
-from dray.jobs.slurm.placement import layout_of
+from dray.jobs.slurm.placement import configured_layout
 from dray.jobs.slurm.plan import Plan
 from dray.jobs.slurm.run_state import (
     TRANSITIONS,
-    IllegalTransition,
+    IllegalRunTransition,
     RunEvent,
     RunRecord,
     RunState,
@@ -34,7 +34,7 @@ MAX_STEPS = 100
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    """Of a run that was just submitted, with two retries."""
+    """The plan of a run that was just submitted, with two retries."""
     document = {
         "job": {"name": "small", "max_steps": MAX_STEPS, "output": str(tmp_path / "run")},
         "rollout": {"worker": "small.py:Worker"},
@@ -42,7 +42,7 @@ def plan(tmp_path: Path) -> Plan:
         "slurm": {},
     }
     config = parse_job(document)
-    layout = layout_of(config)
+    layout = configured_layout(config)
     made = Plan(
         config=config,
         job_file=tmp_path / "job.toml",
@@ -77,7 +77,7 @@ def ends(plan: Plan) -> list[tuple[int, int, int | None, str]]:
 # --- the table ------------------------------------------------------------------------------------------------
 
 
-def test_finished_run_has_no_way_on_and_every_other_one_that_does_not_run_can_be_resumed() -> None:
+def test_every_run_that_is_neither_finished_nor_running_can_be_resumed() -> None:
     assert TRANSITIONS[RunState.FINISHED] == {}
     resumable = {
         state for state, events in TRANSITIONS.items() if events.get(RunEvent.RESUME) is RunState.SUBMITTED
@@ -92,11 +92,11 @@ def test_only_begin_leads_to_running() -> None:
 
 @pytest.mark.parametrize("state", RunState)
 @pytest.mark.parametrize("event", RunEvent)
-def test_what_the_table_does_not_have_raises(state: RunState, event: RunEvent) -> None:
+def test_event_without_a_transition_raises(state: RunState, event: RunEvent) -> None:
     if event in TRANSITIONS[state]:
         assert after(state, event) is TRANSITIONS[state][event]
     else:
-        with pytest.raises(IllegalTransition):
+        with pytest.raises(IllegalRunTransition):
             after(state, event)
 
 
@@ -126,11 +126,11 @@ END: dict[str, Any] = {
         (143, {"signal": "TERM"}, RunEvent.CANCEL),
         (ExitCode.TIME_LIMIT, {"signal": "USR1"}, RunEvent.TIME_LIMIT),
         (ExitCode.TIME_LIMIT, {"signal": "USR1", "remaining_retries": 0}, RunEvent.TIME_LIMIT),
-        (ExitCode.TIME_LIMIT, {"signal": "USR1", "progressed": False}, RunEvent.MOVE),
+        (ExitCode.TIME_LIMIT, {"signal": "USR1", "progressed": False}, RunEvent.REQUEUE),
         (ExitCode.TIME_LIMIT, {"signal": "USR1", "progressed": False, "remaining_retries": 0}, RunEvent.GIVE_UP),
         (1, {}, RunEvent.FAIL),
-        (1, {"signal": "USR1"}, RunEvent.MOVE),
-        (137, {"nodes_lost": True}, RunEvent.MOVE),
+        (1, {"signal": "USR1"}, RunEvent.REQUEUE),
+        (137, {"nodes_lost": True}, RunEvent.REQUEUE),
         (137, {"nodes_lost": True, "remaining_retries": 0}, RunEvent.GIVE_UP),
         (1, {"remaining_retries": 0}, RunEvent.GIVE_UP),
         (ExitCode.USER_CODE, {}, RunEvent.FAIL),
@@ -143,10 +143,10 @@ def test_end_of_an_attempt(code: int, changed: dict[str, Any], event: RunEvent) 
     assert event_of_end(code, **{**END, **changed}) is event
 
 
-# --- what the script is told ----------------------------------------------------------------------------------
+# --- decisions for the batch script -----------------------------------------------------------------------------
 
 
-def test_failed_attempt_is_made_again_until_no_retry_is_left(plan: Plan) -> None:
+def test_failed_attempt_is_retried_until_no_retry_is_left(plan: Plan) -> None:
     answers = []
     for _ in range(3):
         answers.append(begin(plan, "7"))
@@ -157,13 +157,13 @@ def test_failed_attempt_is_made_again_until_no_retry_is_left(plan: Plan) -> None
     assert [each[:3] for each in ends(plan)] == [(1, 1, 14), (1, 2, 14), (1, 3, 14)]
 
 
-def test_attempt_whose_class_returns_what_cannot_be_used_is_not_made_again(plan: Plan) -> None:
+def test_attempt_whose_class_returns_an_unusable_value_is_not_retried(plan: Plan) -> None:
     assert [begin(plan, "7"), end(plan, ExitCode.USER_VALUE)] == ["start 1 1", "failed"]
     assert record(plan).state is RunState.FAILED
     assert begin(plan, "7") == "failed"
 
 
-def test_part_that_ends_at_its_time_limit_uses_no_retry_and_gives_all_back(plan: Plan) -> None:
+def test_part_that_ends_at_its_time_limit_resets_the_retries(plan: Plan) -> None:
     begin(plan, "7")
     end(plan, 1)
     begin(plan, "7")
@@ -176,18 +176,18 @@ def test_part_that_ends_at_its_time_limit_uses_no_retry_and_gives_all_back(plan:
     assert ends(plan)[-1][3] == "time limit near"
 
 
-def test_part_that_comes_no_further_before_its_limit_uses_a_retry(plan: Plan) -> None:
+def test_part_without_progress_before_its_limit_uses_a_retry(plan: Plan) -> None:
     write_checkpoint(plan, 30)
     for part, answer in ((1, "requeue"), (2, "requeue"), (3, "failed")):
         assert begin(plan, "7") == f"start {part} 1"
         assert end(plan, ExitCode.TIME_LIMIT, signal="USR1") == answer
 
 
-def test_run_whose_node_was_lost_goes_on_in_another_part_for_a_retry(plan: Plan) -> None:
+def test_run_whose_node_was_lost_uses_a_retry_for_another_part(plan: Plan) -> None:
     begin(plan, "7")
     assert begin(plan, "7") == "start 2 1"
     assert record(plan).remaining_retries == 1
-    assert ends(plan) == [(1, 1, None, "lost: its node, or the job, ended without a word")]
+    assert ends(plan) == [(1, 1, None, "lost: its node or its job ended before it could record its end")]
     assert end(plan, 137, nodes_lost=True) == "requeue"
     begin(plan, "7")
     assert begin(plan, "7") == "failed"
@@ -206,14 +206,14 @@ def test_run_that_was_killed_after_its_last_checkpoint_counts_as_finished(plan: 
     assert end(plan, 143) == "done"
 
 
-def test_requeued_run_whose_checkpoint_says_finished_is_not_started(plan: Plan) -> None:
+def test_requeued_run_with_a_finished_checkpoint_is_not_started(plan: Plan) -> None:
     begin(plan, "7")
     write_checkpoint(plan, 40, "solved")
     assert begin(plan, "7") == "done"
     assert record(plan).state is RunState.FINISHED
 
 
-def test_lost_run_without_a_retry_counts_as_finished_if_its_checkpoint_says_so(plan: Plan) -> None:
+def test_lost_run_without_a_retry_counts_as_finished_if_its_checkpoint_is_finished(plan: Plan) -> None:
     for _ in range(plan.retries):
         begin(plan, "7")
         end(plan, 1)
@@ -224,14 +224,14 @@ def test_lost_run_without_a_retry_counts_as_finished_if_its_checkpoint_says_so(p
 
 
 @pytest.mark.parametrize("event", [RunEvent.CANCEL, RunEvent.FAIL])
-def test_run_whose_checkpoint_says_finished_is_done_in_whatever_state_it_was(plan: Plan, event: RunEvent) -> None:
+def test_run_with_a_finished_checkpoint_is_done_in_every_state(plan: Plan, event: RunEvent) -> None:
     begin(plan, "7")
     end(plan, 1, signal="TERM" if event is RunEvent.CANCEL else "")
     write_checkpoint(plan, 40, "solved")
     assert begin(plan, "7") == "done"
 
 
-def test_run_that_has_done_all_steps_without_being_solved_is_not_tried_again(plan: Plan) -> None:
+def test_run_that_has_done_all_steps_without_being_solved_is_not_retried(plan: Plan) -> None:
     begin(plan, "7")
     write_checkpoint(plan, MAX_STEPS)
     assert end(plan, 1) == "failed"
@@ -243,7 +243,7 @@ def test_cancelled_run_is_not_begun_by_another_job(plan: Plan) -> None:
     assert begin(plan, "8") == "cancelled"
 
 
-def test_run_whose_nodes_were_taken_away_goes_on_when_slurm_starts_its_job_again(plan: Plan) -> None:
+def test_preempted_run_continues_when_slurm_restarts_its_job(plan: Plan) -> None:
     begin(plan, "7")
     cancel_marker(plan.run_folder).touch()
     assert end(plan, 143, signal="TERM") == "cancelled"
@@ -252,7 +252,7 @@ def test_run_whose_nodes_were_taken_away_goes_on_when_slurm_starts_its_job_again
     assert not cancel_marker(plan.run_folder).exists()
 
 
-def test_run_that_was_cancelled_before_anybody_could_record_it_is_not_taken_for_lost(plan: Plan) -> None:
+def test_cancelled_run_without_a_recorded_end_is_not_lost(plan: Plan) -> None:
     begin(plan, "7")
     cancel_marker(plan.run_folder).touch()
     assert begin(plan, "8") == "cancelled"
@@ -273,7 +273,7 @@ def test_signal_after_the_end_changes_nothing(plan: Plan) -> None:
     assert record(plan).state is RunState.FINISHED
 
 
-def test_every_attempt_has_a_folder_and_latest_leads_to_the_newest(plan: Plan) -> None:
+def test_every_attempt_has_a_folder_and_latest_points_to_the_newest(plan: Plan) -> None:
     begin(plan, "7")
     end(plan, 1)
     begin(plan, "7")
@@ -283,21 +283,21 @@ def test_every_attempt_has_a_folder_and_latest_leads_to_the_newest(plan: Plan) -
     assert (plan.run_folder / "parts" / "001.1" / "logs").is_dir()
 
 
-def test_reason_of_an_end_is_what_the_head_said_of_this_attempt(plan: Plan) -> None:
+def test_reason_of_an_end_is_the_one_that_the_head_wrote_in_this_attempt(plan: Plan) -> None:
     summary = plan.run_folder / "summary.json"
     summary.write_text(json.dumps({"exit_reason": "of an attempt before"}))
     os.utime(summary, (1e9, 1e9))
     begin(plan, "7")
     end(plan, 137)
-    assert ends(plan)[0][3] == "the head: killed by signal 9; see parts/001.1/logs/head.out"
+    assert ends(plan)[0][3] == "head process: killed by signal 9; see parts/001.1/logs/head.out"
     begin(plan, "7")
     summary.write_text(json.dumps({"exit_reason": "no replica is left"}))
     end(plan, 1)
     assert ends(plan)[1][3] == "no replica is left"
 
 
-def test_run_in_whose_folder_a_head_works_is_not_begun(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dray.jobs.slurm.batch_cli.LOCK_PATIENCE", 0.05)
+def test_run_whose_folder_is_in_use_is_not_begun(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dray.jobs.slurm.batch_cli.LOCK_TIMEOUT", 0.05)
     before = record(plan)
     with open_output(plan.config, resume=False):
         with pytest.raises(ConfigError, match="must be a folder that no running job uses"):

@@ -1,4 +1,4 @@
-"""What `dray slurm submit` decides and writes, without a Slurm: script, snapshot, folder."""
+"""The script, snapshot and folder that `dray slurm submit` writes, without Slurm."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_job_file(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "table", [None, {"rollout_nodes": 0, "policy_nodes": 1}, EVERYTHING], ids=["0", "1", "all"]
 )
-def test_script_has_nothing_that_shellcheck_minds(tmp_path: Path, table: Mapping[str, Any] | None) -> None:
+def test_script_passes_shellcheck(tmp_path: Path, table: Mapping[str, Any] | None) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     folder = tmp_path / "a folder, 100 % odd; $HOME & more"
@@ -77,7 +77,7 @@ def test_script_has_nothing_that_shellcheck_minds(tmp_path: Path, table: Mapping
     assert (checked.stdout, checked.stderr, checked.returncode) == ("", "", 0)
 
 
-def test_options_stand_in_the_script_so_that_it_can_be_submitted_as_it_is(tmp_path: Path) -> None:
+def test_script_contains_its_sbatch_options(tmp_path: Path) -> None:
     lines = script(tmp_path, EVERYTHING).splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     assert {
@@ -96,7 +96,7 @@ def test_options_stand_in_the_script_so_that_it_can_be_submitted_as_it_is(tmp_pa
     assert "policy_nodes=2" in lines
 
 
-def test_environment_reaches_the_job_as_it_stands(tmp_path: Path) -> None:
+def test_environment_is_quoted_for_the_shell(tmp_path: Path) -> None:
     exports = [line for line in script(tmp_path, EVERYTHING).splitlines() if line.startswith("export WORDS=")]
     shown = subprocess.run(
         ["bash", "-c", f"{exports[0]}; printenv WORDS"], capture_output=True, text=True, timeout=60
@@ -119,7 +119,7 @@ def test_secret_is_in_the_plan_and_not_in_the_script(tmp_path: Path) -> None:
         ({"rollout_nodes": 3}, "slurm.rollout_nodes"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_written(
+def test_impossible_values_are_refused_before_anything_is_written(
     tmp_path: Path, table: dict[str, Any], key: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -128,7 +128,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_that_cannot_be_written_in_a_script_is_refused(tmp_path: Path) -> None:
+def test_folder_with_quotes_in_its_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a folder without quotes and backslashes"):
         script(tmp_path / "it's")
 
@@ -136,7 +136,7 @@ def test_folder_that_cannot_be_written_in_a_script_is_refused(tmp_path: Path) ->
 # --- options --------------------------------------------------------------------------------------------------
 
 
-def test_options_take_the_place_of_keys_and_lists_and_tables_grow(tmp_path: Path) -> None:
+def test_options_replace_keys_and_extend_lists_and_tables(tmp_path: Path) -> None:
     config = job(tmp_path, {"partition": "cpu", "sbatch_args": ["--qos=a"], "environment": {"A": "1", "B": "1"}})
     options = {"partition": "gpu", "account": None, "sbatch_args": ["--qos=b"], "environment": {"B": "2"}}
     table = with_options(config, options).slurm
@@ -145,7 +145,7 @@ def test_options_take_the_place_of_keys_and_lists_and_tables_grow(tmp_path: Path
     assert table.environment == {"A": "1", "B": "2"}
 
 
-def test_number_of_all_nodes_counts_the_policys(tmp_path: Path) -> None:
+def test_total_number_of_nodes_includes_those_of_the_policy(tmp_path: Path) -> None:
     table = with_options(job(tmp_path), {"policy_nodes": 2}, nodes=6).slurm
     assert table is not None
     assert (table.policy_nodes, table.rollout_nodes) == (2, 4)
@@ -209,7 +209,7 @@ def test_submissions_that_are_prepared_before_either_is_made_have_different_fold
         submit(prepared, make_job_file(tmp_path))
 
 
-def test_what_slurm_does_not_take_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_submission_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job_file = make_job_file(tmp_path)
     prepared = prepare(job(tmp_path), job_file, resume=False)
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch there
@@ -239,9 +239,12 @@ def test_job_runs_the_copy_of_the_code_and_its_options_are_kept(
 @pytest.mark.parametrize(
     ("table", "allowed"),
     [
-        ({"rollout_nodes": 2}, "at most 2, all that the default partition has"),
-        ({"rollout_nodes": 4, "partition": "big"}, "at most 3, all that partition big has"),
-        ({"rollout_nodes": 4, "partition": "small,big"}, "at most 3, all that partition small,big has"),
+        ({"rollout_nodes": 2}, "must be at most 2, the number of nodes of the default partition"),
+        ({"rollout_nodes": 4, "partition": "big"}, "must be at most 3, the number of nodes of partition big"),
+        (
+            {"rollout_nodes": 4, "partition": "small,big"},
+            "must be at most 3, the number of nodes of partition small,big",
+        ),
         ({"rollout_nodes": 2, "partition": "big"}, None),
         ({"rollout_nodes": 8, "partition": "unknown"}, None),
         ({"rollout_nodes": 8, "sbatch_args": ["--partition=elsewhere"]}, None),
@@ -293,7 +296,7 @@ def test_snapshot_has_code_and_neither_outputs_nor_hidden_files(tmp_path: Path) 
     assert not (copied.parent / "shared.py").is_symlink()
 
 
-def test_snapshot_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+def test_snapshot_replaces_an_earlier_one(tmp_path: Path) -> None:
     job_file = make_job_file(tmp_path)
     submission.take_snapshot(job_file, tmp_path / "copy", tmp_path / "out")
     (job_file.parent / "small.py").unlink()
@@ -301,9 +304,9 @@ def test_snapshot_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     assert [path.name for path in copied.parent.iterdir()] == ["job.toml"]
 
 
-def test_folder_with_more_than_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission, "MAX_SNAPSHOT_FILES", 1)
-    with pytest.raises(ConfigError, match="keep data elsewhere") as caught:
+    with pytest.raises(ConfigError, match="move data to another folder") as caught:
         submission.take_snapshot(make_job_file(tmp_path), tmp_path / "copy", tmp_path / "out")
     assert caught.value.key == "slurm.snapshot"
     assert not (tmp_path / "copy").exists()
