@@ -108,5 +108,5 @@ def status_lines(answer: Status, url: str) -> Iterator[str]:
 def _activity(member: MemberStatus) -> str:
     if member.state.value != "active":
         return member.reason
-    waiting = f", waiting for {member.progress.waits_for}" if member.progress.waits_for else ""
+    waiting = f", waits for {member.progress.waits_for}" if member.progress.waits_for else ""
     return f"{member.progress.doing} for {member.progress.seconds + member.silence:.1f} s{waiting}"

@@ -78,6 +78,6 @@ def test_lines_show_the_job_and_each_replica() -> None:
         "outcome: interrupted, Ctrl-C",
         "stall: policy-0\\x1b[2J waits",
         "policy-0   active  training for 1.2 s",
-        "rollout-0  active  acting for 2.5 s, waiting for the policy",
+        "rollout-0  active  acting for 2.5 s, waits for the policy",
         "rollout-1  dead  killed",
     ]
