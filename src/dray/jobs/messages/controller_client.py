@@ -14,7 +14,6 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpcore
@@ -26,6 +25,7 @@ from dray.forking import descriptor_not_inherited, not_inherited
 from dray.jobs.files import read_private_file
 from dray.jobs.messages import models
 from dray.jobs.messages.models import MembershipError
+from dray.resources import Closing
 
 KEEP_ALIVE = 30.0
 """Seconds for which the controller keeps an idle connection; clients give one up well before."""
@@ -68,7 +68,7 @@ class ControllerLostError(ControlPlaneError):
     retryable = True
 
 
-class ControllerClient:
+class ControllerClient(Closing):
     """Calls to one controller, safe to use from several threads.
 
     Args:
@@ -138,14 +138,6 @@ class ControllerClient:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _run_loop(self) -> None:
         # Where user code has restored SIGPIPE, a controller that is gone must not end the process.

@@ -16,8 +16,8 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, TracebackType
-from typing import Any, Final, Self, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
 from redis.exceptions import (
     AskError,
@@ -42,6 +42,7 @@ from dray.clock import MONOTONIC, Clock, Deadline, retry_pauses
 from dray.errors import ControlPlaneError
 from dray.jobs.queue.keys import JobKeys
 from dray.jobs.queue.redis_client import RedisAddress, RedisClient
+from dray.resources import Closing
 
 # --- errors ------------------------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ _TRANSIENT = (RedisConnectionError, RedisTimeoutError)
 T = TypeVar("T")
 
 
-class RedisConnection:
+class RedisConnection(Closing):
     """A thread-safe connection pool to one Redis server.
 
     Args:
@@ -300,14 +301,6 @@ class RedisConnection:
             self._closed = True
         self._client.close()
         self._polls.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "away" if self._away_since is not None else "open"

@@ -32,8 +32,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
@@ -50,6 +49,7 @@ from dray.jobs.queue.producer import RolloutEntry, RolloutProducer
 from dray.jobs.queue.redis_client import STRANGERS, IdleClientReaper, RedisAddress, RedisClient
 from dray.jobs.queue.weights import WeightsChannel
 from dray.private_directory import PrivateDirectory
+from dray.resources import Closing
 
 logger = logging.getLogger("dray.jobs.queue")
 
@@ -232,7 +232,7 @@ def server_remedies() -> str:
     return ", or ".join(ways)
 
 
-class RedisServer:
+class RedisServer(Closing):
     """A Redis server that the job uses, and ends if it was started for the job. Made by `start_redis`.
 
     Args:
@@ -292,14 +292,6 @@ class RedisServer:
             if self._child is None or self._owner != os.getpid():
                 return
             self._child.close(Deadline.after(_STOP_BOUND, self._clock))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "configured" if self._child is None else f"pid {self.pid}" if self.pid else "stopped"

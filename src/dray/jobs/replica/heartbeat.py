@@ -20,8 +20,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from dray.clock import MONOTONIC, Deadline
 from dray.counters import Counters
@@ -31,6 +30,7 @@ from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MembershipError, PayloadPart
 from dray.jobs.process import StopFlag, exit_at_once
+from dray.resources import Closing
 from dray.text import printable
 
 # --- end bounds --------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class Activity:
             )
 
 
-class Heartbeat:
+class Heartbeat(Closing):
     """A thread that reports the replica's progress, in intervals and when asked to at once.
 
     It sets `stop` when the controller answers that the job ends (then `job_over` is set, too, and `unread` once no
@@ -248,14 +248,6 @@ class Heartbeat:
         self._closed.set()
         self._wake.set()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _run(self) -> None:
         silence = 0.0

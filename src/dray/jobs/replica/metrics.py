@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from io import TextIOWrapper
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dray.errors import ConfigError
 from dray.jobs.config import StopTable
 from dray.jobs.files import open_to_append, output_errors, write_whole
+from dray.resources import Closing
 from dray.text import printable
 
 # --- metrics log -------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ from dray.text import printable
 # the file before a checkpoint has its step.
 
 
-class MetricsLog:
+class MetricsLog(Closing):
     """The file as the first policy replica writes it.
 
     Attributes:
@@ -81,14 +81,6 @@ class MetricsLog:
         if self._file is not None:
             with contextlib.suppress(OSError):  # `write` has raised it before
                 self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from dray.payload import plan, unpack
 from dray.prefetch import BatchReader, FreeingThreads
 from dray.protocol import PayloadRef
 from dray.protocol.ref import has_control
+from dray.resources import Closing
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer, ReadResult
 from dray.transport.lanes import LANES
@@ -361,7 +362,7 @@ class RingReader:
         return "+".join(lane for lane in LANES if reads.get(lane))
 
 
-class RingWeightsPublisher:
+class RingWeightsPublisher(Closing):
     """See `WeightsPublisher`. The ring is made for the first weights, when their size is known."""
 
     def __init__(self, replica: Replica) -> None:
@@ -400,10 +401,8 @@ class RingWeightsPublisher:
         ring = self._opened.enter_context(SharedRingBuffer(slots, self._slot_bytes, retain="newest"))
         return self._opened.enter_context(_server(self._replica, ring))
 
-    def __enter__(self) -> RingWeightsPublisher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the server and the ring. Twice is fine."""
         self._opened.close()
 
 
