@@ -501,9 +501,13 @@ def test_ready_tells_how_many_payloads_need_no_wait(route: Route) -> None:
     with route.producer() as producer, route.consumer() as consumer:
         assert consumer.ready == 0
         put_numbers(producer, 1)
-        with contextlib.suppress(StreamTimeout):
-            consumer.batch(2, timeout=0.2)
-        assert consumer.ready == 1
+
+        def is_ready() -> bool:
+            with contextlib.suppress(StreamTimeout):
+                consumer.batch(2, timeout=0.2)
+            return consumer.ready == 1
+
+        wait_until(is_ready, "the payload")
         assert number(consumer.get(SECONDS)) == 0
 
 

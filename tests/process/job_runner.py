@@ -231,6 +231,11 @@ class JobRun(WatchedRun):
     def logs(self) -> list[Path]:
         return list(self.output.glob("logs/*.log"))
 
+    @property
+    def lines(self) -> list[str]:
+        """What was shown, without the lines that come only where the import of the classes takes long."""
+        return [line for line in self.text.splitlines() if not line.startswith("importing ")]
+
     def story(self) -> str:
         return f"{self.text}\n{super().story()}"
 

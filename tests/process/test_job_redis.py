@@ -72,6 +72,6 @@ def test_a_server_that_is_of_no_use_ends_the_run_with_one_line_before_anything_s
             assert job.end(bound=30.0) == 2, job.story()
     assert "READONLY You can't write against a read only replica" in job.text
     assert "must be the URL of a server that answers and lets a job read and write streams" in job.text
-    assert job.text.count("\n") == 1
+    assert len(job.lines) == 1
     assert not job.output.exists()
     assert server.address.options()["password"] not in job.text

@@ -67,7 +67,7 @@ def test_z12_running_job_is_reached_logs_at_its_level_and_says_how_it_goes_on(tm
     with running(tmp_path, "--resume", *job_settings(f"stop.at_least={step + 1}")) as job:
         assert job.end() == 0, job.story()
         kept = f'policy.checkpoint_every=5, controller.token_file="{token_file}", job.seed=7, job.log_level='
-        assert job.text.splitlines()[:2] == [
+        assert job.lines[:2] == [
             f"resuming from checkpoint out/checkpoint, step {step}",
             f"options kept from the start of the run: {kept}warning",
         ]
