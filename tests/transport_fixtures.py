@@ -26,7 +26,7 @@ from dray.transport.polling import CloseEvent
 
 LANES = ("shm", "tcp", "ucx")
 SIZES = (0, 1, 63, 4096, 65_537, 1 << 20, (16 << 20) + 3, 64 << 20)
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 
 
 def pattern(seed: int, nbytes: int) -> bytes:

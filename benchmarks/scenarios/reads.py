@@ -12,7 +12,7 @@ from benchmarks.exchanges.memory import ForeignCopy, PrivateCopy
 from benchmarks.exchanges.sockets import SocketExchange
 from benchmarks.exchanges.ucx import UcxExchange
 from benchmarks.figures import Figure, Row, Target
-from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
+from benchmarks.plan import KIB, MAX_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
 from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
@@ -77,7 +77,7 @@ def _targets_at(nbytes: int, plan: Plan) -> Iterator[str]:
     asked for, because the plot shows every size."""
     for target in TARGETS:
         small, large = target in ("P4", "P6"), target in ("P2", "P3", "P5")
-        if nbytes > LARGEST_COPIED or not plan.wants(target):
+        if nbytes > MAX_COPIED or not plan.wants(target):
             continue
         judged = not (small and nbytes > KIB) and not (large and nbytes < MIB)
         if judged or not plan.targets:

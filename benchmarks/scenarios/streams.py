@@ -23,7 +23,7 @@ _SLOTS = 4
 _BLOCK_SECONDS, _QUICK_BLOCK_SECONDS = 2.0, 0.5
 _PROCESS_BYTES = 16 * MIB
 """Memory that a producer may take, its slots included, before the scenario is skipped for want of memory."""
-_MOST_GROWTH = 1.1
+_MAX_TIME_RATIO = 1.1
 
 _MEMORY, _DESCRIPTORS = "private memory", "descriptors"
 
@@ -149,7 +149,7 @@ def _held_rows(held: Mapping[int, _Held]) -> Iterator[Row]:
                     unit,
                     f"the same of {some}" if judged else "",
                     figures[some] if judged else None,
-                    Target("P16", "at most", _MOST_GROWTH, "time ratio") if judged else None,
+                    Target("P16", "at most", _MAX_TIME_RATIO, "time ratio") if judged else None,
                 )
 
 

@@ -21,8 +21,8 @@ END = VOCABULARY.index(".")  # ends every completion
 GENERATED_TOKENS = END + 1  # the digits and END; the "=" that ends a prompt is only ever read
 
 DIGITS = range(2, 6)  # how many digits a problem can have
-LONGEST_COMPLETION = DIGITS[-1] + 1
-LONGEST_SEQUENCE = DIGITS[-1] + 1 + LONGEST_COMPLETION
+MAX_COMPLETION = DIGITS[-1] + 1
+MAX_SEQUENCE = DIGITS[-1] + 1 + MAX_COMPLETION
 
 
 def encode(text: str) -> Tokens:

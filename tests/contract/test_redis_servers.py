@@ -221,7 +221,7 @@ def test_r9_poll_ends_soon_after_shutdown_although_its_server_is_stopped(server:
             os.kill(server.pid, signal.SIGCONT)
 
 
-def test_publish_waits_for_room_and_goes_on_after_a_commit(connection: RedisConnection) -> None:
+def test_publish_waits_for_room_and_continues_after_a_commit(connection: RedisConnection) -> None:
     producer, consumer = (
         RolloutProducer(connection, KEYS, max_backlog=2),
         RolloutConsumer(connection, KEYS, "policy-0"),
@@ -324,7 +324,7 @@ def test_work_items_of_all_entries_are_listed(connection: RedisConnection) -> No
     assert producer.listed_work_items() == [3, 1, 6]
 
 
-def test_a_restarted_member_is_given_first_what_its_earlier_life_left(connection: RedisConnection) -> None:
+def test_a_restarted_member_is_given_first_what_its_earlier_process_left(connection: RedisConnection) -> None:
     producer = RolloutProducer(connection, KEYS)
     for sequence in range(3):
         producer.publish(entry(sequence))
@@ -412,7 +412,7 @@ def test_a_waiting_consumer_survives_the_loss_of_the_stream(connection: RedisCon
     assert received == [1]
 
 
-def test_an_orphan_is_told_from_what_the_stream_lists(connection: RedisConnection) -> None:
+def test_an_orphan_is_distinguished_from_what_the_stream_lists(connection: RedisConnection) -> None:
     producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
     with pytest.raises(StreamLostError):
         producer.publish_trimmed([entry(0)])

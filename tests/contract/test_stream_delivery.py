@@ -497,7 +497,7 @@ def test_a_batch_has_fewer_payloads_when_the_producers_put_no_more(route: Route)
         closed()
 
 
-def test_ready_tells_how_many_payloads_need_no_wait(route: Route) -> None:
+def test_ready_reports_how_many_payloads_need_no_wait(route: Route) -> None:
     with route.producer() as producer, route.consumer() as consumer:
         assert consumer.ready == 0
         put_numbers(producer, 1)

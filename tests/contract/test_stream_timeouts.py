@@ -72,7 +72,7 @@ def polled(call: Callable[[], Payload]) -> Payload:
     return found[0]
 
 
-def test_a_payload_whose_bytes_come_late_is_got_by_a_later_call_and_by_nobody_else(route: Route) -> None:
+def test_a_payload_whose_bytes_come_late_is_got_by_a_later_call_and_by_no_other_consumer(route: Route) -> None:
     with producer_elsewhere(route, 2) as pid, route.consumer(ack="manual") as consumer:
         first = consumer.get(SECONDS)
         wait_for_hand_out(consumer)
@@ -188,7 +188,7 @@ def test_a_producer_that_dies_while_its_payload_is_read_is_counted(route: Route)
         assert consumer.statistics().lost == 1
 
 
-def test_a_host_that_does_not_answer_delays_nobody() -> None:
+def test_a_host_that_does_not_answer_delays_no_other_producer() -> None:
     route = Route("tcp")
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,

@@ -25,7 +25,7 @@ def policy(job: JobRun, rank: int = 0) -> psutil.Process:
     return found
 
 
-def wait_for_life(job: JobRun, number: int) -> None:
+def wait_for_epoch(job: JobRun, number: int) -> None:
     log = job.output / "logs" / "policy-0.log"
     job.wait_until(lambda: log.exists() and log.read_text().count("begins epoch") > number, f"life {number}")
 
@@ -72,7 +72,7 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         ("policy.checkpoint_every=3", "job.transfer=inline"),
     ],
 )
-def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_r2_policy_may_die_repeatedly_at_any_time(tmp_path: Path, more: tuple[str, ...]) -> None:
     chance = random.Random(str(more))
     kills = 8
     settings = job_settings(
@@ -81,12 +81,12 @@ def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tup
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
         for life in range(kills):
-            wait_for_life(job, life)
+            wait_for_epoch(job, life)
             time.sleep(chance.uniform(0.0, 1.5))
             victims = job.processes("dray.jobs.replica.policy")
             victims[chance.randrange(len(victims))].kill()
             job.wait_for(f"restarting the policy group (restart {life + 1} of {kills})")
-        wait_for_life(job, kills)
+        wait_for_epoch(job, kills)
         step = job.step()
         job.wait_until(lambda: job.step() not in range(step + 10), "further steps", 40.0)
         job.process.send_signal(signal.SIGINT)
@@ -135,7 +135,7 @@ def test_r17_paused_policy_is_replaced_once_it_counts_as_dead(tmp_path: Path) ->
         account(job)
 
 
-def test_r13_lost_rollouts_are_counted_and_training_goes_on(tmp_path: Path) -> None:
+def test_r13_lost_rollouts_are_counted_and_training_continues(tmp_path: Path) -> None:
     # The policy is slow, so that every ring holds payloads that nobody has read.
     settings = job_settings(
         "policy.args.repeats=true", "stop.at_least=12", "policy.args.pause=0.3", "rollout.work_items_in_flight=32"
@@ -184,7 +184,7 @@ def test_what_a_checkpoint_has_counts_as_trained_although_redis_ended_before_its
         assert job.checkpoint()["committed"] + len(job.checkpoint()["unconfirmed"]) == delivery["trained"]
 
 
-def test_payload_that_kills_the_policy_again_and_again_becomes_a_dead_letter(tmp_path: Path) -> None:
+def test_payload_that_kills_the_policy_repeatedly_becomes_a_dead_letter(tmp_path: Path) -> None:
     settings = job_settings(
         *AGAIN, "policy.args.poison=20", "policy.max_deliveries=2", "policy.checkpoint_every=1",
         "stop.at_least=12",

@@ -33,7 +33,7 @@ def hold_back(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> Pat
     return gate
 
 
-def said_at(job: JobRun, words: str) -> datetime:
+def reported_at(job: JobRun, words: str) -> datetime:
     """When the supervisor has logged the first line with `words`, which it shows before it logs it."""
     job.wait_until(lambda: words in job.log("supervisor"), f"{words!r} in the supervisor's log")
     line = next(line for line in job.log("supervisor").splitlines() if words in line)
@@ -59,7 +59,7 @@ def test_z3_stall_clock_begins_with_the_controller_and_not_with_the_imports(
         job.wait_for("stall: dray run waits for the controller")
         gate.unlink()
         waited = float(re.findall(r"for its status, since ([\d.]+) s", job.text)[0])
-        passed = said_at(job, "stall:") - said_at(job, "started controller")
+        passed = reported_at(job, "stall:") - reported_at(job, "started controller")
         assert waited < passed.total_seconds() + 1.0, job.text
 
 

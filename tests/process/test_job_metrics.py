@@ -31,7 +31,7 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=pytest.fail)
 
 
-def test_misspelt_stop_metric_ends_the_job_and_the_right_one_goes_on_from_there(tmp_path: Path) -> None:
+def test_misspelt_stop_metric_ends_the_job_and_a_run_with_the_right_one_resumes_from_there(tmp_path: Path) -> None:
     settings = job_settings("job.transfer=inline", "job.max_steps=200")
     misspelt = STOP.replace('"score"', '"scoer"')
     with running(tmp_path, *settings, stop_table=misspelt, classes=HOSTILE_CLASSES) as job:

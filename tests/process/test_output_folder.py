@@ -47,7 +47,7 @@ def test_folder_that_is_read_only_is_refused_with_one_line(tmp_path: Path) -> No
     assert f"job.output = '{tmp_path}/out' is not allowed: must be a folder that can be written (Read-only" in said
 
 
-def test_run_that_is_killed_before_its_first_checkpoint_is_started_again_and_no_other_user_may_write_to_any_of_it(
+def test_run_that_is_killed_before_its_first_checkpoint_is_restarted_and_no_other_user_may_write_to_any_of_it(
     tmp_path: Path,
 ) -> None:
     with umask(0):

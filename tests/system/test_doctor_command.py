@@ -64,7 +64,7 @@ def test_the_ucx_lane_works_where_ucxx_is_installed(here):
     assert found["lanes"]["ucx"]["works"], found["lanes"]["ucx"]
 
 
-def test_without_ucxx_the_lane_is_missing_and_the_report_says_what_to_install():
+def test_without_ucxx_the_lane_is_missing_and_the_report_states_what_to_install():
     code, found = report(start=("-c", WITHOUT_UCXX))
     assert code == 0
     assert found["lanes"]["shm"]["works"]

@@ -40,7 +40,7 @@ def test_file_that_others_may_read_or_write_is_refused_with_its_mode(tmp_path: P
     assert (caught.value.key, caught.value.value) == ("controller.token_file", str(tmp_path / "file"))
 
 
-def test_link_to_a_private_file_is_refused(tmp_path: Path) -> None:
+def test_symbolic_link_to_a_private_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(private(tmp_path / "file"))
     with pytest.raises(ConfigError, match="it is a symbolic link"):
         read_private_file(tmp_path / "link", "key")
@@ -70,7 +70,7 @@ def test_file_that_others_may_read_is_trusted_and_one_that_they_may_write_is_not
         read_own_file(tmp_path / "link", "key")
 
 
-def test_file_is_written_in_the_place_of_a_link_and_not_through_it(tmp_path: Path) -> None:
+def test_file_is_written_in_the_place_of_a_symbolic_link_and_not_through_it(tmp_path: Path) -> None:
     victim = private(tmp_path / "victim")
     (tmp_path / "file").symlink_to(victim)
     write_whole(tmp_path / "file", b"new")
@@ -109,7 +109,7 @@ def test_log_is_appended_to(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"onetwo"
 
 
-def test_log_is_neither_a_link_nor_a_folder_nor_a_pipe(tmp_path: Path) -> None:
+def test_log_is_neither_a_symbolic_link_nor_a_folder_nor_a_pipe(tmp_path: Path) -> None:
     victim = private(tmp_path / "victim")
     (tmp_path / "link").symlink_to(victim)
     (tmp_path / "dangling").symlink_to(tmp_path / "missing")

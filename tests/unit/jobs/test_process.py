@@ -19,7 +19,7 @@ def test_first_reason_to_stop_stands_and_callbacks_run_once() -> None:
     assert (stop.reason, stop.exit_code, stop.is_set, called) == ("SIGTERM", 143, True, ["before", "after"])
 
 
-def test_stop_wakes_who_waits() -> None:
+def test_stop_wakes_waiters() -> None:
     stop = StopFlag()
     timer = threading.Timer(0.05, stop.set, ["enough"])
     timer.start()

@@ -207,7 +207,7 @@ def test_credit_that_comes_before_the_barrier_is_seen_after_it() -> None:
     assert not consumer.words.pending
 
 
-def test_after_a_barrier_that_has_failed_the_credit_is_looked_at_again() -> None:
+def test_after_a_barrier_that_has_failed_the_credit_is_checked_again() -> None:
     stream = Stream()
     consumer = stream.consumer(direct=True)
     stream.ring.barriers_fail = True

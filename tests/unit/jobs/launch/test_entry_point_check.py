@@ -21,7 +21,7 @@ class Both:
 """
 
 
-def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
+def test_z3_long_import_is_reported_while_it_lasts(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(CLASSES)
     os.mkfifo(tmp_path / "gate")
     config = parse_job(

@@ -56,7 +56,7 @@ SILENT = (MemberState.DEAD, "silent for 3.2 s")
         (ExitCode.SIGTERM, None, LEFT, None, "r ended early: interrupted by SIGTERM"),
     ],
 )
-def test_z8_end_is_told_by_what_the_supervisor_did_and_what_the_controller_knows(
+def test_z8_end_is_derived_from_what_the_supervisor_did_and_what_the_controller_knows(
     code: int,
     request_: EndRequest | None,
     member: tuple[MemberState, str] | None,

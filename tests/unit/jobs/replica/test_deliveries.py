@@ -215,7 +215,7 @@ def test_lost_too_old_and_dead_payloads_are_counted_freed_and_finished(tmp_path:
     assert group.queue.ended == [("too_old", 1), ("discarded", 2)]
 
 
-def test_life_that_was_replaced_commits_nothing(tmp_path: Path) -> None:
+def test_epoch_that_was_replaced_commits_nothing(tmp_path: Path) -> None:
     group = Group(tmp_path)
     group.deliveries.open()
     group.queue.waiting = [entry(0)]

@@ -121,7 +121,7 @@ def started(link: MessageChannel, **pids: int) -> None:
         link.post(ReplicaStarted(name=name.replace("_", "-"), pid=pid))
 
 
-def test_node_is_told_what_to_start_once_it_has_connected_and_afterwards(tmp_path: Path) -> None:
+def test_node_receives_what_to_start_once_it_has_connected_and_afterwards(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
         head.host.start(Role.ROLLOUT, 7)
         received: list[object] = []
@@ -147,7 +147,7 @@ def test_replicas_of_a_node_run_from_the_report_of_their_start_to_that_of_their_
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
 
 
-def test_replica_that_was_started_again_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+def test_replica_that_was_restarted_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
         started(link, rollout_0=70)
         link.post(ReplicaEnded(name="rollout-0", code=10))
@@ -165,7 +165,7 @@ def test_replica_that_was_not_asked_for_is_none_of_the_job(tmp_path: Path) -> No
         assert [each.name for each in head.host.processes] == ["rollout-0"]
 
 
-def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_path: Path) -> None:
+def test_replica_of_a_node_is_seen_as_long_as_the_node_reports_that_it_runs(tmp_path: Path) -> None:
     with head_of(tmp_path) as head, closing(head.link()) as link:
         started(link, rollout_0=70, rollout_1=71)
         head.until(lambda: len(head.host.processes) == 2, "the reports of their start")
@@ -235,7 +235,7 @@ def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
         head.taken(head.guest("c", secret=b"another" * 5))
 
 
-def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
+def test_strangers_that_send_nothing_keep_no_node_out_and_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "Unproven", partial(Unproven, seconds=0.3))
