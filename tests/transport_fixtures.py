@@ -159,7 +159,7 @@ def pattern(seed, nbytes):
         out = self.process.stdout
         assert out is not None
         readable, _, _ = select.select([out], [], [], seconds)
-        assert readable, f"the child said nothing for {seconds} s"
+        assert readable, f"the child wrote nothing for {seconds} s"
         line = out.readline()
         assert line, "the child ended"
         return json.loads(line)
@@ -229,7 +229,7 @@ while (wanted := receive()) is not None:
         send(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))
 server.close()
 """
-"""Serves a ring; puts ``[seed, nbytes]`` and says the reference, forks, says its statistics."""
+"""Serves a ring; puts ``[seed, nbytes]`` and prints the reference, forks, prints its statistics."""
 
 READER = """
 ref = PayloadRef.from_json(json.dumps(arguments["ref"]))

@@ -3,7 +3,7 @@
 The consumer's process asks the producer's for payloads by credits, so that as many are on their way as the
 measurement wants: one for the time of each, a window of them for the throughput. Both read the same clock
 (CLOCK_MONOTONIC is one per host): a payload's time begins when its producer has an array, and ends when its
-consumer has looked at the first and the last number of one.
+consumer has read the first and the last number of one.
 """
 
 from __future__ import annotations

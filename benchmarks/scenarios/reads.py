@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import NamedTuple, cast
 
-from benchmarks.exchange import Exchange, measure_in_turn
+from benchmarks.exchange import ByteExchange, measure_in_turn
 from benchmarks.exchanges.lanes import LaneRead
 from benchmarks.exchanges.memory import ForeignCopy, PrivateCopy
 from benchmarks.exchanges.sockets import SocketExchange
@@ -29,7 +29,7 @@ UCX = "bare UCX exchange"
 class _Part(NamedTuple):
     """An exchange, and the targets whose rows need it."""
 
-    make: Callable[[], Exchange]
+    make: Callable[[], ByteExchange]
     targets: frozenset[str]
 
 
@@ -84,7 +84,7 @@ def _targets_at(nbytes: int, plan: Plan) -> Iterator[str]:
             yield target
 
 
-def _measure(exchanges: list[Exchange], nbytes: int, plan: Plan, progress: Progress) -> dict[str, Figure]:
+def _measure(exchanges: list[ByteExchange], nbytes: int, plan: Plan, progress: Progress) -> dict[str, Figure]:
     operations, batch = plan.operations(nbytes), plan.batch(nbytes)
     figures: dict[str, Figure] = {}
     try:

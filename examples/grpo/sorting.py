@@ -5,8 +5,8 @@ A problem is a few different digits in any order. The right completion has them 
     prompt       7 2 9 4 =
     completion   2 4 7 9 .
 
-Whether a completion is right can be checked by a program, so nobody has to be asked and no answer is ever shown to
-the policy: the reward is all it learns from.
+Whether a completion is right can be checked by a program: no person judges it, and no answer is ever shown to the
+policy, which learns from the reward alone.
 """
 
 from collections.abc import Sequence

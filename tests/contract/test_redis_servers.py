@@ -34,7 +34,7 @@ from dray.jobs.queue import (
 from dray.jobs.queue.connection import POLL_ANSWER
 
 KEYS = JobKeys("contract")
-NOBODY = "ab" * 16
+UNKNOWN_PRODUCER = "ab" * 16
 
 
 @pytest.fixture(params=["bundled", "path", "tcp"])
@@ -65,7 +65,7 @@ def connection(server: RedisServer) -> Iterator[RedisConnection]:
         yield opened
 
 
-def entry(sequence: int, producer: str = NOBODY, payload: bytes | None = None) -> RolloutEntry:
+def entry(sequence: int, producer: str = UNKNOWN_PRODUCER, payload: bytes | None = None) -> RolloutEntry:
     reference = f'{{"slot": {sequence}}}' if payload is None else None
     return RolloutEntry(producer, sequence, 3, "rollout-0", sequence % 7, reference=reference, payload=payload)
 
@@ -296,7 +296,7 @@ def test_what_older_consumers_held_is_claimed_and_what_weights_hold_is_committed
     new.begin_epoch()
     # A member that was paused while it waited may still be given entries: those are claimed like the others.
     assert len(old.receive(1, timeout=5)) == 1
-    assert [each.sequence for each in new.commit_trained([*trained, f"{NOBODY}:77"])] == [0, 1]
+    assert [each.sequence for each in new.commit_trained([*trained, f"{UNKNOWN_PRODUCER}:77"])] == [0, 1]
     assert new.commit_trained(trained) == []
     claimed = new.claim_others()
     assert [(each.entry.sequence, each.consumer, each.deliveries) for each in claimed] == [(2, "policy-0.b", 2)]

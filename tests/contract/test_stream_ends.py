@@ -179,7 +179,7 @@ def test_a_producer_that_gives_up_notifies_its_consumers_of_what_is_lost(
 def test_ids_of_an_unknown_producer_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dray.streams.consumer.FIND_SECONDS", 0.1)
     unknown = PayloadId(bytes(16), 1, 0, 64)
-    with Consumer("nobody", scope="nobody", ack="manual") as consumer:
+    with Consumer("unknown", scope="unknown", ack="manual") as consumer:
         consumer.acknowledge(unknown)  # by name, a producer that is not there is gone
     monkeypatch.setattr("dray.streams.inbox.FIRST_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -1,4 +1,4 @@
-"""A call with a time limit, and a payload that takes longer: nothing is lost, and nobody else waits."""
+"""A call with a time limit, and a payload that takes longer: nothing is lost, and no other consumer waits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def producer_elsewhere(route: Route, count: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[Callable[[], None]]:
-    """The process stands still in the block, or until it is told to go on."""
+    """The process stands still in the block, or until it is resumed."""
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
 
@@ -63,12 +63,12 @@ def polled(call: Callable[[], Payload]) -> Payload:
     """What a call without a wait returns as soon as it returns something."""
     found: list[Payload] = []
 
-    def look() -> bool:
+    def poll() -> bool:
         with contextlib.suppress(StreamTimeout):
             found.append(call())
         return bool(found)
 
-    wait_until(look, "a call that has something")
+    wait_until(poll, "a call that has something")
     return found[0]
 
 
@@ -126,14 +126,14 @@ def test_newest_without_a_wait_gets_the_version(route: Route) -> None:
                 publisher.publish({"w": [version] * 1000})
                 found: list[int] = []
 
-                def look(found: list[int] = found, version: int = version) -> bool:
+                def poll(found: list[int] = found, version: int = version) -> bool:
                     with contextlib.suppress(StreamTimeout):
                         weights = subscriber.newest(after=version - 1, timeout=0)
                         assert set(weights["w"].tolist()) == {weights.version}
                         found.append(weights.version)
                     return bool(found)
 
-                wait_until(look, "the version")
+                wait_until(poll, "the version")
                 assert found == [version]
 
 

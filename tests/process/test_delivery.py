@@ -1,4 +1,4 @@
-"""What becomes of payloads when the policy, its group, a rollout replica or Redis fails: rows R1, R2, R13 and
+"""What happens to payloads when the policy, its group, a rollout replica or Redis fails: rows R1, R2, R13 and
 R17.
 """
 
@@ -27,7 +27,7 @@ def policy(job: JobRun, rank: int = 0) -> psutil.Process:
 
 def wait_for_epoch(job: JobRun, number: int) -> None:
     log = job.output / "logs" / "policy-0.log"
-    job.wait_until(lambda: log.exists() and log.read_text().count("begins epoch") > number, f"life {number}")
+    job.wait_until(lambda: log.exists() and log.read_text().count("begins epoch") > number, f"epoch {number}")
 
 
 def account(job: JobRun) -> dict[str, int]:
@@ -80,12 +80,12 @@ def test_r2_policy_may_die_repeatedly_at_any_time(tmp_path: Path, more: tuple[st
         "policy.args.pause=0.02",
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
-        for life in range(kills):
-            wait_for_epoch(job, life)
+        for number in range(kills):
+            wait_for_epoch(job, number)
             time.sleep(chance.uniform(0.0, 1.5))
             victims = job.processes("dray.jobs.replica.policy")
             victims[chance.randrange(len(victims))].kill()
-            job.wait_for(f"restarting the policy group (restart {life + 1} of {kills})")
+            job.wait_for(f"restarting the policy group (restart {number + 1} of {kills})")
         wait_for_epoch(job, kills)
         step = job.step()
         job.wait_until(lambda: job.step() not in range(step + 10), "further steps", 40.0)
@@ -105,7 +105,7 @@ def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path:
         paused.suspend()
         spec = job.spec()
         with RedisConnection(RedisAddress(spec.redis_url)) as connection:
-            # What another life of the group does, up to here.
+            # What another epoch of the group does, up to here.
             other = RolloutConsumer(connection, JobKeys(spec.job_id), "policy-0.other")
             other.attach()
             other.begin_epoch()
@@ -136,7 +136,7 @@ def test_r17_paused_policy_is_replaced_once_it_counts_as_dead(tmp_path: Path) ->
 
 
 def test_r13_lost_rollouts_are_counted_and_training_continues(tmp_path: Path) -> None:
-    # The policy is slow, so that every ring holds payloads that nobody has read.
+    # The policy is slow, so that every ring holds payloads that no replica has read.
     settings = job_settings(
         "policy.args.repeats=true", "stop.at_least=12", "policy.args.pause=0.3", "rollout.work_items_in_flight=32"
     )

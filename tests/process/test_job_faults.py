@@ -120,9 +120,9 @@ def test_rollout_that_hangs_is_a_failed_attempt_and_its_replica_is_restarted(tmp
         "stop.at_least=60", "policy.args.repeats=true", "policy.args.pause=0.1",
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
-        said = r"Worker\.rollout\(\) of small\.py took longer than rollout\.timeout = 1 s for work item \d+"
+        reason = r"Worker\.rollout\(\) of small\.py took longer than rollout\.timeout = 1 s for work item \d+"
         job.wait_for("restarting rollout-1 (restart 1 of 1)")
-        assert re.search(rf"rollout-1 ended early: {said}; see .*rollout-1\.log", job.text), job.text
+        assert re.search(rf"rollout-1 ended early: {reason}; see .*rollout-1\.log", job.text), job.text
         assert job.end() == 0, job.story()
         assert "in rollout" in job.log("rollout-1")
         assert job.summary()["work_items"]["failed_attempts"] >= 1

@@ -18,7 +18,7 @@ def way_settings(way: str) -> list[str]:
         travel = "job.transfer=inline"
     elif way == "inline":
         travel = "rollout.inline_bytes=4096"
-    # Nobody dies here: on a machine that gives a process its turn late, none may be taken for dead either.
+    # No process dies here: on a machine that gives a process its turn late, none may be taken for dead either.
     return job_settings(travel, "job.plot=returns.png", "controller.dead_after=30", "timeouts.controller_lost=30")
 
 

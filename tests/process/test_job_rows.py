@@ -201,7 +201,7 @@ def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, 
     over = threading.Event()
 
     def drip() -> None:
-        """Takes connections, says nothing or too little, and then a byte now and then."""
+        """Takes connections, sends nothing or too little, and then a byte now and then."""
         while not over.is_set():
             try:
                 connection, _ = listener.accept()
@@ -353,7 +353,7 @@ def test_r14_class_that_leaves_the_interpreter_is_distinguished_from_one_that_is
 def test_r15_port_is_held_from_before_it_is_advertised_until_the_end(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
         job.wait_until((job.output / ".run" / "controller.json").exists, "the controller's address")
-        # The controller may not even have begun to run: whoever connects now waits in the listener's queue.
+        # The controller may not even have begun to run: a client that connects now waits in the listener's queue.
         with job.controller() as client:
             assert client.status().phase in ("starting", "running")
             port = int(client.url.rpartition(":")[2])

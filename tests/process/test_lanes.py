@@ -183,7 +183,7 @@ connection.stat(deadline)
 assert held.data().tobytes() == pattern(1, ref.nbytes)
 send(took)
 """
-"""Lets UCX make one step at a time, 0.1 s apart, while a payload is on its way; says the seconds that it took."""
+"""Lets UCX make one step at a time, 0.1 s apart, while a payload is on its way; sends the seconds that it took."""
 
 
 def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut_on_ucx() -> None:

@@ -1,4 +1,4 @@
-"""A Redis server that refuses: for a while, in which dray waits, or for good, which it says at the start."""
+"""A Redis server that refuses: for a while, in which dray waits, or permanently, which it reports at the start."""
 
 import logging
 import subprocess
@@ -146,7 +146,7 @@ def test_a_permanent_refusal_is_an_error_that_states_for_how_long_and_with_which
 def test_a_server_that_has_handed_its_place_over_is_resolved_again(
     server: RedisServer, admin: RedisClient, tmp_path: Path
 ) -> None:
-    """Both servers know the same user; what names the place is a link that leads to one of them."""
+    """Both servers know the same user; the address is a symbolic link to one of their sockets."""
     place = tmp_path / "s"
     place.symlink_to(server.address.options()["path"])
     with start_redis(None, tmp_path / "other") as other, administrator(other.address) as successor:
@@ -186,7 +186,7 @@ def test_an_answer_that_quotes_the_password_is_shown_without_it_also_in_the_trac
     assert password not in "".join(traceback.format_exception(caught.value))
 
 
-# --- for good ---------------------------------------------------------------------------------------------------
+# --- permanently ------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_refuses_writes_is_of_no_use_and_the_error_states_why(

@@ -311,12 +311,12 @@ def test_node_without_a_head_gives_up(tmp_path: Path) -> None:
 
 def test_job_on_a_single_node_is_as_on_this_machine(tmp_path: Path) -> None:
     with nodes_running(
-        tmp_path, rollout=RoleLayout(0, 2), interface=None, environment={"DRAY_TEST": "told"}
+        tmp_path, rollout=RoleLayout(0, 2), interface=None, environment={"DRAY_TEST": "set"}
     ) as run:
         run.start()
         run.wait_until(lambda: run.processes("dray.jobs.replica.rollout"), "a rollout replica")
-        told = run.processes("dray.jobs.replica.rollout")[0].environ()
-        assert (told["DRAY_TEST"], told["DRAY_ADDRESS"]) == ("told", "127.0.0.1")
-        assert told["DRAY_REPLICA_NODES"] == run.nodes[0]
+        environment = run.processes("dray.jobs.replica.rollout")[0].environ()
+        assert (environment["DRAY_TEST"], environment["DRAY_ADDRESS"]) == ("set", "127.0.0.1")
+        assert environment["DRAY_REPLICA_NODES"] == run.nodes[0]
         assert run.end() == [0], run.story()
         assert run.summary()["solved"]

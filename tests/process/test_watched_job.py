@@ -1,4 +1,4 @@
-"""A running job as its user sees it from outside: its page's examples, its logs, and how it goes on."""
+"""A running job as its user sees it from outside: its page's examples, its logs, and how it is resumed."""
 
 import json
 import re
@@ -50,8 +50,8 @@ def test_z12_running_job_is_reached_logs_at_its_level_and_prints_how_it_is_resum
         assert '"openapi":' in answers
         (program,) = examples("python")
         assert "running ['" in printed([sys.executable, "-c", program], job.output)
-        told = json.loads(printed([sys.executable, "-m", "dray.cli.app", "status", "out", "--json"], tmp_path))
-        assert (told["job"], told["phase"]) == ("small", "running")
+        shown = json.loads(printed([sys.executable, "-m", "dray.cli.app", "status", "out", "--json"], tmp_path))
+        assert (shown["job"], shown["phase"]) == ("small", "running")
         assert json.loads((job.output / ".run" / "controller.json").read_text())["token"] == token
         assert [line for line in command_lines(job) if token in line] == []
 

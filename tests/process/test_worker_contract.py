@@ -80,7 +80,7 @@ def test_every_payload_of_a_work_item_is_trained_on_once(tmp_path: Path, setting
         assert job.end() == 0, job.story()
         parts = parts_of(job.output)
         assert len(parts) == len(set(parts)) == 30 * 8
-        # All payloads of early work items were trained on: nothing is kept back for good.
+        # All payloads of early work items were trained on: nothing is kept back permanently.
         last = max(index for index, _, _ in parts)
         counts = {index: sum(each[0] == index for each in parts) for index in range(last // 2)}
         assert counts == {index: count for index, _, count in parts if index < last // 2}

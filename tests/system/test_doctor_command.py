@@ -103,10 +103,10 @@ def test_a_runtime_directory_that_cannot_be_used_breaks_the_shm_lane_only(tmp_pa
 def test_plain_lines_where_there_is_no_terminal():
     done = run_doctor()
     assert done.returncode == 0
-    told = done.stdout.splitlines()
-    assert told[0].startswith("shm: works: ")
-    assert any(line.startswith("redis server: ") for line in told)
-    assert not any("│" in line for line in told)
+    printed = done.stdout.splitlines()
+    assert printed[0].startswith("shm: works: ")
+    assert any(line.startswith("redis server: ") for line in printed)
+    assert not any("│" in line for line in printed)
 
 
 @pytest.mark.parametrize("arguments", [("--require", "rdma"), ("--timeout", "0")])

@@ -139,7 +139,7 @@ def test_wheel_asks_for_three_packages_and_names_each_extra(built: Built) -> Non
 @pytest.mark.timeout(240)
 def test_long_description_has_no_relative_hyperlink_and_names_files_that_are_shipped(built: Built) -> None:
     text = str(built.metadata.get_payload())
-    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not re.match(r"https?://|#", link)] == []
+    assert [target for target in re.findall(r"\]\(([^)]*)\)", text) if not re.match(r"https?://|#", target)] == []
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\]\((?!\w+:|#)([^)#]+)", readme))
     assert "CHANGELOG.md" in linked

@@ -98,7 +98,7 @@ def test_tokens_and_text_are_the_same_thing(example: SimpleNamespace) -> None:
         ("2479.", 1.0),
         ("2497.", 0.5 * 3 / 5),  # two digits exchanged
         ("2479", 0.5 * 4 / 5),  # does not stop
-        ("2479.0", 0.5 * 5 / 6),  # goes on after the end
+        ("2479.0", 0.5 * 5 / 6),  # continues after the end
         ("247.", 0.5 * 3 / 5),
         ("24799.", 0.5 * 4 / 6),
         (".", 0.0),

@@ -1,4 +1,4 @@
-"""docs/reference/memory-layout.md says where everything lies in a segment and in the memory of direct leases."""
+"""docs/reference/memory-layout.md describes the layout of a segment and of the memory of direct leases."""
 
 import fcntl
 import os

@@ -14,7 +14,7 @@ def test_first_reason_to_stop_stands_and_callbacks_run_once() -> None:
     stop.on_set(lambda: called.append("before"))
     assert not stop.wait(0)
     stop.set("SIGTERM", 143)
-    stop.set("the job is over")
+    stop.set("the job has ended")
     stop.on_set(lambda: called.append("after"))
     assert (stop.reason, stop.exit_code, stop.is_set, called) == ("SIGTERM", 143, True, ["before", "after"])
 

@@ -1,4 +1,4 @@
-"""The options of a run, kept in its folder and applied when it goes on."""
+"""The options of a run, kept in its folder and applied when it is resumed."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ def test_step_reports_what_it_does_and_waits_for_and_how_long_it_took(caplog: py
 def test_what_is_closed_by_a_step_is_closed_within_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dray.jobs.process")
     seen: list[int] = []
-    step = ShutdownStep("close", "nobody", 1.0)
+    step = ShutdownStep("close", "the server", 1.0)
     with contextlib.ExitStack() as stack:
 
         @contextlib.contextmanager

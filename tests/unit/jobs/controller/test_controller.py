@@ -28,7 +28,7 @@ PROGRESS = {
     "waits_for": "",
     "ages": {"payload": 1.5},
     "metrics": {"loss": 0.5},
-    "warnings": ["policy-0 has something to say"],
+    "warnings": ["policy-0 has a warning"],
 }
 
 
@@ -244,7 +244,7 @@ def test_status_and_metrics_show_what_replicas_do(spec: JobSpec) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_metric_that_is_no_number_any_more_is_reported_like_others(spec: JobSpec, value: float) -> None:
-    """A loss that diverges is the user's to look at; it must not cost the replica its place."""
+    """A loss that diverges is a matter for the user; it must not cost the replica its place."""
 
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
@@ -331,7 +331,7 @@ def test_client_that_hangs_up_within_its_request_costs_one_line(
             return events.pop(0)
 
         async def send(_: Any) -> None:
-            """Nobody is there."""
+            """No client receives it."""
 
         caplog.clear()
         await controller.application(scope, receive, send)

@@ -65,7 +65,7 @@ def test_controller_that_the_supervisor_asked_to_end_gives_no_reason_for_it() ->
     assert (found.exit_code, found.reason) == (1, asked)
     assert found.status is not None
     assert found.status.phase is Phase.FAILED
-    # A signal, finished work and another outcome say more.
+    # A signal, finished work and another outcome take precedence.
     for kind, checkpoint, signals, reason in (
         ("interrupted", None, [signal.SIGINT], "interrupted by SIGINT"),
         ("interrupted", SOLVED, [], "solved at step 7 (according to the checkpoint)"),

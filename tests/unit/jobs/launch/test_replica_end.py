@@ -1,4 +1,4 @@
-"""What `dray run` says about the end of a replica is what it knows, not only what the exit code is."""
+"""What `dray run` prints about the end of a replica is what it knows, not only what the exit code is."""
 
 import signal
 

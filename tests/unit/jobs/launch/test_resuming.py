@@ -1,4 +1,4 @@
-"""What a run that did not finish says about how it goes on."""
+"""What a run that did not finish prints about how it is resumed."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""The life of a payload in a job, as the table of it has it."""
+"""The life cycle of a payload in a job, as its table describes it."""
 
 import pytest
 
