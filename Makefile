@@ -105,7 +105,7 @@ fuzz: .venv/fuzz.stamp ## parsers and sessions against inputs that follow the co
 jobs: .venv/dev.stamp ## short jobs in a row, a replica killed in half of them (JOBS=200, JOBS_ARGS="--seed 7")
 	PYTHONPATH=tests $(BIN)/python tests/process/job_series.py --jobs $(JOBS) $(JOBS_ARGS)
 
-chain: .venv/dev.stamp ## one job that is killed and resumed again and again (KILLS=10, CHAIN_ARGS="--seed 7")
+chain: .venv/dev.stamp ## one job that is killed and resumed repeatedly (KILLS=10, CHAIN_ARGS="--seed 7")
 	PYTHONPATH=tests $(BIN)/python tests/process/job_chain.py --kills $(KILLS) $(CHAIN_ARGS)
 
 endurance: .venv/dev.stamp ## the long tests, CartPole over ten other seeds and GRPO over five among them
@@ -130,7 +130,7 @@ pythons: .venv/dev.stamp ## the quick tests with each Python that is found, 3.11
 wheel: .venv/dev.stamp ## the source distribution and the wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
-docs: .venv/dev.stamp ## the pages of docs/ and the API as a site in site/, every link checked
+docs: .venv/dev.stamp ## the pages of docs/ and the API as HTML in site/, every hyperlink checked
 	$(BIN)/python tests/docs_site.py
 
 clean: ## remove .venv, caches and build products; outputs/ stays

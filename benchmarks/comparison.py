@@ -17,7 +17,7 @@ from benchmarks.tables import Sheet
 from benchmarks.texts import size_text, value_text
 
 LEAST = 0.05
-"""The smallest relative change that is told."""
+"""The smallest relative change that is reported."""
 
 Verdict = Literal["better", "worse", "same", "new", "gone"]
 
@@ -51,8 +51,8 @@ def changes_sheet(changes: Sequence[Change]) -> Sheet:
         row = change.after or change.before
         if row is None or change.verdict in ("same", "gone"):
             continue
-        before = _told(change.before) if change.before is not None else ""
-        after = _told(change.after) if change.after is not None else ""
+        before = _row_text(change.before) if change.before is not None else ""
+        after = _row_text(change.after) if change.after is not None else ""
         factor = "" if change.factor is None else f"{change.factor:.2f} ×"
         lines.append((size_text(row.nbytes), row.subject, before, after, factor, change.verdict))
     same = sum(change.verdict == "same" for change in changes)
@@ -85,7 +85,7 @@ def _middle(values: Sequence[float]) -> float:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def _told(row: Row) -> str:
+def _row_text(row: Row) -> str:
     ratio = row.ratio
     value = value_text(row.figure.p50, row.unit)
     if ratio is None:

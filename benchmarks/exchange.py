@@ -11,7 +11,7 @@ from typing import Protocol
 from benchmarks.figures import Figure
 
 
-class Exchange(Protocol):
+class ByteExchange(Protocol):
     """One way in which bytes get from another process into this one, or a part of such a way.
 
     Attributes:
@@ -41,7 +41,7 @@ class Exchange(Protocol):
         ...
 
 
-def measure(exchange: Exchange, operations: int, batch: int, *, whole: bool = False) -> list[float]:
+def measure(exchange: ByteExchange, operations: int, batch: int, *, whole: bool = False) -> list[float]:
     """Time `operations` operations, one by one; seconds each. With `whole` one operation gets a whole batch, and
     there is one time for each batch."""
     times: list[float] = []
@@ -67,7 +67,7 @@ def timed(once: Callable[[], None], count: int) -> list[float]:
 
 
 def measure_in_turn(
-    exchanges: Sequence[Exchange], rounds: int, operations: int, batch: int
+    exchanges: Sequence[ByteExchange], rounds: int, operations: int, batch: int
 ) -> Iterator[dict[str, Figure] | None]:
     """Measure all exchanges, one block each per round, the first one of a round moving on by one.
 

@@ -14,15 +14,15 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 ALL_SIZES = (*(KIB << exponent for exponent in range(0, 17, 2)), 256 * MIB, GIB)
 QUICK_SIZES = (KIB, 16 * KIB, 64 * KIB, MIB, 16 * MIB)
-LARGEST_COPIED = 64 * MIB
+MAX_COPIED = 64 * MIB
 """Beyond it only reads in place are measured: everything else moves at the speed of memory or of the kernel."""
 
 _UNITS = {"": 1, "b": 1, "kib": KIB, "k": KIB, "mib": MIB, "m": MIB, "gib": GIB, "g": GIB}
-_LEAST_SIZE = KIB
-_MOST_SIZE = GIB
+_MIN_SIZE = KIB
+_MAX_SIZE = GIB
 _FEWEST = 4
 _BATCH_BYTES = 64 * MIB
-_MOST_IN_BATCH = 256
+_MAX_IN_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Plan:
 
     def batch(self, nbytes: int) -> int:
         """Payloads that are written together before they are read; it bounds the memory."""
-        return min(max(_BATCH_BYTES // nbytes, 2), _MOST_IN_BATCH, self.operations(nbytes))
+        return min(max(_BATCH_BYTES // nbytes, 2), _MAX_IN_BATCH, self.operations(nbytes))
 
 
 QUICK = Plan(
@@ -87,7 +87,7 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*([a-z]*)\s*", part.lower())
         nbytes = int(found[1]) * _UNITS.get(found[2], 0) if found else 0
-        if not _LEAST_SIZE <= nbytes <= _MOST_SIZE:
+        if not _MIN_SIZE <= nbytes <= _MAX_SIZE:
             raise ValueError(f"{part.strip()!r} is not a size from 1KiB to 1GiB")
         sizes.append(nbytes)
     return tuple(sorted(set(sizes)))

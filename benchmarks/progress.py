@@ -55,7 +55,7 @@ class ShownProgress:
         self._begun = True
 
     def end(self) -> None:
-        """The scenario is over."""
+        """The scenario has ended."""
         assert self._current is not None
         if self._tasks:
             task = self._tasks[self._current.name]

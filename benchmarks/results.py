@@ -15,7 +15,7 @@ SCHEMA = 2
 
 
 class UnreadableResults(Exception):
-    """A file does not hold results of this schema; the text says why."""
+    """A file does not hold results of this schema; the text states why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class Skipped:
 
 
 class Progress(Protocol):
-    """Where a scenario says how far it is."""
+    """Where a scenario reports how far it is."""
 
     def step(self, doing: str) -> None:
         """One of the scenario's steps begins: `doing` is what it does."""

@@ -1,4 +1,4 @@
-"""The far end of a measurement: a process that does what lines of JSON on its standard input say.
+"""The far end of a measurement: a process that carries out commands, lines of JSON on its standard input.
 
 It answers each with one line on its standard output, and ends when its input does. Only the standard library is
 needed, so that it runs in any environment.
@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 _PR_SET_PDEATHSIG = 1
 
 FAILED = "failed"
-"""The key of an answer that says why a command failed; the process ends after it."""
+"""The key of an answer that states why a command failed; the process ends after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Reply:
     """A service's answer to a command.
 
     Attributes:
-        values: what to tell the near end.
-        then: what to do once it has been told, before the next command.
+        values: what the near end gets.
+        then: what to do once these are sent, before the next command.
     """
 
     values: Mapping[str, Any]
@@ -55,7 +55,7 @@ def end_with_parent() -> None:
 
 
 def serve(service: Service) -> None:
-    """Do what standard input says until it ends."""
+    """Carry out the commands on standard input until it ends."""
     # UCX logs to descriptor 1, which becomes standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -78,7 +78,7 @@ def _folder(item: pytest.Item) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """What exists now stays until the end: no collection of garbage looks at it again."""
+    """What exists now stays until the end: no later garbage collection scans it."""
     gc.collect()
     gc.freeze()
 
@@ -127,7 +127,7 @@ def lane(request: pytest.FixtureRequest) -> str:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldResources:
     """What this process holds at one moment."""
 
     threads: frozenset[threading.Thread]
@@ -136,11 +136,11 @@ class Held:
     mappings: frozenset[str]  # address, inode and name of shared memory
 
     @classmethod
-    def now(cls) -> "Held":
+    def now(cls) -> "HeldResources":
         return cls(frozenset(threading.enumerate()), _children(), _descriptors(), _mappings())
 
-    def __sub__(self, before: "Held") -> "Held":
-        return Held(
+    def __sub__(self, before: "HeldResources") -> "HeldResources":
+        return HeldResources(
             self.threads - before.threads,
             self.children - before.children,
             self.descriptors - before.descriptors,
@@ -171,16 +171,16 @@ def _ucx_context() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = Held.now()
+    before = HeldResources.now()
     yield
     if not request.node.stash.get(_PASSED, False):
-        return  # what a failed test leaves behind says nothing more
-    left = Held.now() - before
+        return  # what a failed test leaves behind proves nothing more
+    left = HeldResources.now() - before
     if left:
         # Exceptions that a test has caught hold their frames, and through them its objects, until collected.
         gc.collect()
         _let_end(left, Deadline.after(GRACE_SECONDS))
-        left = Held.now() - before
+        left = HeldResources.now() - before
     if left:
         pytest.fail(f"the test passed, but left behind:\n{left}", pytrace=False)
 
@@ -193,7 +193,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
-def _let_end(left: Held, deadline: Deadline) -> None:
+def _let_end(left: HeldResources, deadline: Deadline) -> None:
     for thread in left.threads:
         thread.join(deadline.timeout)
     for pid in left.children:
@@ -236,4 +236,4 @@ def _command(pid: int) -> str:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
-    return command or "ended, but nobody waited for it"
+    return command or "ended, but was not waited for"

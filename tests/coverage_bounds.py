@@ -1,7 +1,7 @@
 """Coverage by package, at the end of a whole run; too little of it fails the run.
 
 `make test` asks for coverage when it runs every test, and `tests/conftest.py` registers this plugin then. What is
-measured is said in `pyproject.toml`.
+measured is set in `pyproject.toml`.
 """
 
 import collections
@@ -38,7 +38,7 @@ class CoverageBounds:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            return  # an interrupted run has measured too little to say anything
+            return  # an interrupted run has measured too little for a result
         self._rows = _percentages()
         if session.exitstatus == pytest.ExitCode.OK and self._too_little:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

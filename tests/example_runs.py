@@ -18,7 +18,7 @@ def run_example(name: str, output: Path, *settings: str, bound: float) -> subpro
 
 
 def summary_of(output: Path) -> dict[str, Any]:
-    """What `summary.json` says."""
+    """What `summary.json` contains."""
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     return summary
 

@@ -81,7 +81,7 @@ def proof(secret, role, client_nonce, server_nonce, producer, lane=TCP, version=
 
 
 class Ring:
-    """What CHALLENGE says of the ring."""
+    """What CHALLENGE contains about the ring."""
 
     def __init__(self, producer, slots, slot_bytes, max_leases, readers, offers_direct):
         self.producer, self.slots, self.slot_bytes = producer, slots, slot_bytes
@@ -367,7 +367,7 @@ class Client:
         except WrongSize:
             return result | {"status": "ERROR"}
         except Ask:
-            if attachment.ended():  # only the endpoints can tell what is left
+            if attachment.ended():  # only the endpoints know what is left
                 attachment.detach()
                 self.attachment = None
                 self.disconnect()

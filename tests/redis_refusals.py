@@ -1,5 +1,5 @@
 """Ways in which a running Redis server refuses for a while, as in a fail-over or when it is full. Real ones: the
-server is told to become a replica, to want a replica, to be full, or to run a script that does not end."""
+server is ordered to become a replica, to want a replica, to be full, or to run a script that does not end."""
 
 import argparse
 import contextlib
@@ -106,7 +106,7 @@ REFUSALS: Mapping[str, Callable[[RedisClient], AbstractContextManager[None]]] = 
 
 @contextmanager
 def administrator(address: RedisAddress) -> Iterator[RedisClient]:
-    """A client that is not told of refusals: it makes them."""
+    """A client that gets no refusals: it makes them."""
     client = RedisClient(address, 20.0)
     try:
         yield client
@@ -159,7 +159,7 @@ def run_through_refusals(
 
 def main() -> int:
     """``python tests/redis_refusals.py``: CartPole, through five refusals of three seconds."""
-    parser = argparse.ArgumentParser(description="Solve CartPole while its Redis server refuses again and again.")
+    parser = argparse.ArgumentParser(description="Solve CartPole while its Redis server refuses repeatedly.")
     parser.add_argument("--refusals", type=int, default=5, help="how often the server refuses; by default 5")
     parser.add_argument("--seconds", type=float, default=3.0, help="for how long each time; by default 3")
     parser.add_argument("--between", type=float, default=0.5, help="seconds before each of them; by default 0.5")

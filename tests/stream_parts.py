@@ -46,7 +46,7 @@ class ConsumerEnd:
 
     Attributes:
         announced: what it was given, in order.
-        lost: what it was told that it has lost.
+        lost: what it was notified that it has lost.
         ended: the payloads that are lost, once the stream has ended.
         aborted: the producer has aborted the connection.
         words: what it shares with the producer, for a consumer on the same host.

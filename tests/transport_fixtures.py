@@ -26,7 +26,7 @@ from dray.transport.polling import CloseEvent
 
 LANES = ("shm", "tcp", "ucx")
 SIZES = (0, 1, 63, 4096, 65_537, 1 << 20, (16 << 20) + 3, 64 << 20)
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 
 
 def pattern(seed: int, nbytes: int) -> bytes:
@@ -159,7 +159,7 @@ def pattern(seed, nbytes):
         out = self.process.stdout
         assert out is not None
         readable, _, _ = select.select([out], [], [], seconds)
-        assert readable, f"the child said nothing for {seconds} s"
+        assert readable, f"the child wrote nothing for {seconds} s"
         line = out.readline()
         assert line, "the child ended"
         return json.loads(line)
@@ -229,7 +229,7 @@ while (wanted := receive()) is not None:
         send(json.loads(server.put_bytes(pattern(seed, nbytes), timeout=20).to_json()))
 server.close()
 """
-"""Serves a ring; puts ``[seed, nbytes]`` and says the reference, forks, says its statistics."""
+"""Serves a ring; puts ``[seed, nbytes]`` and prints the reference, forks, prints its statistics."""
 
 READER = """
 ref = PayloadRef.from_json(json.dumps(arguments["ref"]))

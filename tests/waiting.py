@@ -16,12 +16,12 @@ def wait_until(
     pause: float = 0.002,
     story: Callable[[], object] | None = None,
 ) -> None:
-    """Look at `condition` again and again until it holds: for what no event tells of.
+    """Check `condition` repeatedly until it holds: for what no event reports.
 
     Args:
         awaited: what is waited for, in words.
-        pause: seconds between two looks.
-        story: asked for more to say when it was in vain.
+        pause: seconds between two checks.
+        story: returns text to add to the error when `seconds` have passed.
 
     Raises:
         AssertionError: `seconds` have passed.

@@ -39,7 +39,7 @@ class WatchedRun:
         return found
 
     def story(self) -> str:
-        """What it has said."""
+        """What it has printed and logged."""
         return ends_of(self.logs(), self.output)
 
     # --- files --------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class WatchedRun:
         return int(lines[-1]["step"]) if lines else 0
 
     def spec(self) -> JobSpec:
-        """What its processes were told, while it runs."""
+        """The specification that its processes have, while it runs."""
         return JobSpec.read(self.output / ".run" / "job.json")
 
     @contextmanager

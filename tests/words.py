@@ -2,15 +2,15 @@
 
     python tests/words.py [--count] [FILE ...]
 
-`tests/banned-words.toml` has the files that are checked, regular expressions for text to ignore, and two lists of
-rules:
+`tests/banned-words.toml` has the files that are checked, `files` without `except`, and two lists of rules:
 
 - A rule in `words` is searched in plain words, whatever their case. Identifiers are split first, so `nobody` is
   found in `test_nobody_waits` and in `NobodyWaits`. A space in a rule also matches a line break.
 - A rule in `names` is searched in the text as it is, upper and lower case distinguished.
 
 `find` is a regular expression for whole words, `write` is the replacement that is printed, and `allow` has regular
-expressions for places where the word is right. Line 0 of a finding is the name of the file.
+expressions for places where the word is right. `except_in` has beginnings of the names of files in which a rule
+does not apply. Line 0 of a finding is the name of the file.
 """
 
 import argparse
@@ -55,19 +55,19 @@ class Finding(NamedTuple):
 
 
 class WordList(NamedTuple):
-    """The list: which files are checked, what is ignored in them, and the rules."""
+    """The list: which files are checked, and the rules."""
 
     files: tuple[Path, ...]
-    ignore: tuple[re.Pattern[str], ...]
     rules: tuple[Rule, ...]
 
 
 def read_list(file: Path = LIST) -> WordList:
     """The list in a file."""
     table = tomllib.loads(file.read_text(encoding="utf-8"))
-    files = sorted({path for pattern in table["files"] for path in ROOT.glob(pattern)})
+    matched = {path for pattern in table["files"] for path in ROOT.glob(pattern)}
+    files = sorted(matched - {ROOT / name for name in table["except"]})
     found = [make_rule(**entry, split=kind == "words") for kind in ("words", "names") for entry in table[kind]]
-    return WordList(tuple(files), tuple(map(re.compile, table["ignore"])), tuple(found))
+    return WordList(tuple(files), tuple(found))
 
 
 def make_rule(
@@ -84,8 +84,6 @@ def make_rule(
 
 def findings(text: str, listed: WordList, name: str = "") -> Iterator[Finding]:
     """The banned words in a text, rule by rule; `name` is that of its file."""
-    for pattern in listed.ignore:
-        text = pattern.sub("", text)
     words = PARTS_OF_IDENTIFIERS.sub(" ", text)
     for rule in listed.rules:
         if name and name.startswith(rule.except_in):

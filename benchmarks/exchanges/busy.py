@@ -20,7 +20,7 @@ _AWAKE_SECONDS = 1e-3
 
 
 class BusyService(PayloadService):
-    """Puts and serves payloads, and runs a loop while it is told to.
+    """Puts and serves payloads, and runs a loop on request.
 
     Args:
         descriptor: of the `SharedCount` of the loop's turns.
@@ -90,7 +90,7 @@ class BusyRead(LaneRead):
         return timed(self.once, count)
 
     def read_beside(self, count: int, switch_interval: float) -> tuple[list[float], Stretch, Stretch]:
-        """Read `count` payloads while the loop goes on; then compute for as long, without reads.
+        """Read `count` payloads while the loop runs; then compute for as long, without reads.
 
         The producer's loop thus has the machine to itself to the same extent in both stretches.
 

@@ -13,7 +13,7 @@ from dray import PayloadClient, PayloadRef
 
 
 class HoldingService:
-    """Clients that hold payloads in place, and a loop of pure Python that runs while it is told to."""
+    """Clients that hold payloads in place, and a loop of pure Python that runs on request."""
 
     def __init__(self) -> None:
         self._opened = ExitStack()

@@ -19,7 +19,7 @@ How = Literal["read", "lease", "lease_bytes", "read_many", "read_many_bytes"]
 
 
 class PayloadService:
-    """Puts payloads into a ring when it is told to, and serves them on one lane."""
+    """Puts payloads into a ring on request, and serves them on one lane."""
 
     def __init__(self) -> None:
         self._opened = ExitStack()

@@ -86,7 +86,7 @@ class ForeignCopy:
 
 
 class PrivateCopy:
-    """Copy warm memory of this process: the same two arrays again and again."""
+    """Copy warm memory of this process: the same two arrays repeatedly."""
 
     name = "bare copy, private"
 

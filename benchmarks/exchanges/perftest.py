@@ -76,7 +76,7 @@ def _free_port() -> int:
 
 
 def _wait_listening(port: int, serving: subprocess.Popen[bytes]) -> None:
-    """The program serves one client only, so nobody may try the port: the kernel's table tells."""
+    """The program serves one client only, so the port is read from the kernel's table and not tried."""
     wanted = f":{port:04X} 00000000:0000 0A "
     deadline = Deadline.after(_START_SECONDS)
     while serving.poll() is None and not deadline.expired:

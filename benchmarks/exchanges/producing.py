@@ -44,7 +44,7 @@ class ProducingService:
         def produce() -> None:
             try:
                 while True:
-                    # A line that is shorter than PIPE_BUF is written as a whole, whoever else writes.
+                    # A line that is shorter than PIPE_BUF is written as a whole, whatever other processes write.
                     os.write(self._references, server.put(arrays).to_json().encode() + b"\n")
             except (BufferClosedError, BrokenPipeError):
                 return

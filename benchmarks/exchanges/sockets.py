@@ -22,7 +22,7 @@ Family = Literal["unix", "tcp"]
 
 
 def prepare_socket(sock: socket.socket, family: Family) -> None:
-    """Blocking, but not for ever; the kernel keeps the time, so that it costs no further call."""
+    """Blocking, with a time limit; the kernel keeps the time, so that it costs no further call."""
     bound = _TIMEVAL.pack(int(ANSWER_SECONDS), 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)

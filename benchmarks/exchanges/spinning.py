@@ -38,7 +38,7 @@ class SharedCount:
 
 
 class Spinner:
-    """A thread that runs pure Python and never waits, as an environment's loop does, while it is told to.
+    """A thread that runs pure Python and never waits, as an environment's loop does, between `spin` and `rest`.
 
     Args:
         turns: counts how often its loop went round; what else the process does takes turns away.
@@ -56,7 +56,7 @@ class Spinner:
         self._spins.set()
 
     def rest(self) -> None:
-        """Stop with the turn that goes on."""
+        """Stop at the end of the current turn."""
         self._spins.clear()
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class UcxEnd:
     def step(self) -> None:
         """Make progress, or wait for something to make progress with."""
         if not self.worker.progress_once() and not self._poll(ANSWER_SECONDS * 1000):
-            raise TimeoutError("UCX said nothing")
+            raise TimeoutError("UCX made no progress")
 
     def _sleep(self, timeout: float) -> Any:
         return not self.worker.arm() or self._descriptor.poll(timeout)

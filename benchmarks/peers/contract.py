@@ -3,7 +3,7 @@
 The consumer's process asks the producer's for payloads by credits, so that as many are on their way as the
 measurement wants: one for the time of each, a window of them for the throughput. Both read the same clock
 (CLOCK_MONOTONIC is one per host): a payload's time begins when its producer has an array, and ends when its
-consumer has looked at the first and the last number of one.
+consumer has read the first and the last number of one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Check = Callable[[Array], None]
 _CREDIT = b"c"
 _READY = b"ready"
 _PACKET = 1 << 17
-_MOST_TIMES = 10_000
+_MAX_TIMES = 10_000
 _ANSWER_SECONDS = 60.0
 _END_SECONDS = 10.0
 
@@ -147,7 +147,7 @@ class PairedService:
         """When each payload began, and when it was there; seconds."""
         assert self._receiver is not None
         receive, control = self._receiver.receive, self._sockets[0]
-        count = min(count, _MOST_TIMES)
+        count = min(count, _MAX_TIMES)
         ended: list[float] = []
 
         def check(array: Array) -> None:

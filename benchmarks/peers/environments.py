@@ -16,7 +16,7 @@ _SECONDS = 1800.0
 
 
 class NotInstalled(Exception):
-    """A peer cannot run here; the text says why."""
+    """A peer cannot run here; the text states why."""
 
 
 def place(environment: str) -> Path:
@@ -42,11 +42,11 @@ def interpreter(peer: Peer) -> Path:
     return python
 
 
-def install(say: Callable[[str], None]) -> dict[str, str]:
+def install(report: Callable[[str], None]) -> dict[str, str]:
     """Make the environments that are missing; needs an index of packages.
 
     Args:
-        say: told what is being done.
+        report: called with a line about each environment.
 
     Returns:
         Why an environment could not be made, for those that could not.
@@ -57,7 +57,7 @@ def install(say: Callable[[str], None]) -> dict[str, str]:
         try:
             found = interpreter(peer)
         except NotInstalled:
-            say(f"{environment}: installing {', '.join(requirements)} into {place(environment)}")
+            report(f"{environment}: installing {', '.join(requirements)} into {place(environment)}")
             try:
                 _make(environment, requirements)
             except subprocess.CalledProcessError as error:
@@ -65,7 +65,7 @@ def install(say: Callable[[str], None]) -> dict[str, str]:
             except subprocess.TimeoutExpired:
                 failed[environment] = f"pip did not end within {_SECONDS:.0f} s"
         else:
-            say(f"{environment}: {found}")
+            report(f"{environment}: {found}")
     return failed
 
 

@@ -1,6 +1,6 @@
 """What Ray runs in: a network namespace that has nothing but loopback, and a home folder of its own.
 
-At its start Ray asks a cloud's metadata address and a name server, whatever its settings say. `isolated` gives a
+At its start Ray asks a cloud's metadata address and a name server, whatever its settings are. `isolated` gives a
 process both; it calls `join_loopback` before it imports Ray.
 """
 
@@ -31,7 +31,7 @@ _PROBE_SECONDS = 20.0
 
 
 class NotIsolated(RuntimeError):
-    """A process that is about to start Ray could reach other hosts; the text says how."""
+    """A process that is about to start Ray could reach other hosts; the text states how."""
 
 
 @dataclass(frozen=True, slots=True)

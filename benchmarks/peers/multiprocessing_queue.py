@@ -60,7 +60,7 @@ class SpawnedProcess:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise TimeoutError("the producer goes on")
+            raise TimeoutError("the producer is still running")
         return int(self._process.exitcode)
 
     def kill(self) -> None:

@@ -75,7 +75,7 @@ class RayService:
             self._sequence += 1
             array[0] = array[-1] = self._sequence
             began.append(time.monotonic())
-            waiting.append(self._actor.take.remote(array, self._sequence))
+            waiting.append(self._actor.receive.remote(array, self._sequence))
         ended += self._ray.get(list(waiting), timeout=_SECONDS)
         return began, ended
 
@@ -83,7 +83,7 @@ class RayService:
 class _Consumer:
     """Ray makes an actor of it in a process of its own."""
 
-    def take(self, array: np.ndarray[Any, Any], sequence: int) -> float:
+    def receive(self, array: np.ndarray[Any, Any], sequence: int) -> float:
         if array[0] != sequence or array[-1] != sequence:
             raise ValueError(f"payload {sequence} is another one")
         return time.monotonic()

@@ -13,18 +13,18 @@ from benchmarks.partner import Partner, PartnerError
 from benchmarks.peers.catalog import IN_PLACE, OTHERS, PEERS, REDIS, Peer
 from benchmarks.peers.environments import NotInstalled, interpreter
 from benchmarks.peers.isolation import NotIsolated, isolated
-from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
+from benchmarks.plan import KIB, MAX_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import Progress, Scenario, Skipped
 
 NAME = "beside"
 LATENCY, THROUGHPUT = "p50", "throughput"
 
-_MOST_TIME = 0.8
+_MAX_TIME_RATIO = 0.8
 _LEAST_RATES = {16 * KIB: 1.2, MIB: 2.0}
 """The throughput that is asked for from each size on, as a multiple of the best peer's."""
 
 _IN_FLIGHT = 128 * MIB
-_MOST_IN_FLIGHT = 8
+_MAX_IN_FLIGHT = 8
 _WARM_UP = 4
 _BLOCK_SECONDS = 0.4
 _FEWEST = 4
@@ -85,7 +85,7 @@ def _groups(plan: Plan) -> list[list[Peer]]:
 
 
 def _sizes(plan: Plan) -> list[int]:
-    return [nbytes for nbytes in plan.sizes if nbytes <= LARGEST_COPIED]
+    return [nbytes for nbytes in plan.sizes if nbytes <= MAX_COPIED]
 
 
 def _measure(
@@ -98,7 +98,7 @@ def _measure(
     """Open all, measure a block of each in every round; returns those that failed."""
     failed: dict[Peer, str] = {}
     counts: dict[Peer, int] = {}
-    window = max(2, min(_MOST_IN_FLIGHT, _IN_FLIGHT // nbytes))
+    window = max(2, min(_MAX_IN_FLIGHT, _IN_FLIGHT // nbytes))
     progress.step(f"{size_name(nbytes)}, warm-up of {', '.join(peer.name for peer in partners)}")
     for peer, partner in partners.items():
         try:
@@ -156,7 +156,7 @@ def _rows(found: Mapping[Peer, _Found], nbytes: int) -> Iterator[Row]:
 def _target(what: str, nbytes: int) -> Target | None:
     """What is asked of a stream that is read in place."""
     if what == LATENCY:
-        return Target("P15", "at most", _MOST_TIME, "time ratio")
+        return Target("P15", "at most", _MAX_TIME_RATIO, "time ratio")
     asked = [bound for least, bound in _LEAST_RATES.items() if nbytes >= least]
     return Target("P15", "at least", asked[-1], "rate ratio") if asked else None
 

@@ -1,4 +1,4 @@
-"""What direct leases cost the owner of a ring: barriers beside consumers that run, and looks at lease words.
+"""What direct leases cost the owner of a ring: barriers beside consumers that run, and reads of lease words.
 
 The rows have no target of their own. They belong to what a producer notices of its readers: P12.
 """
@@ -27,13 +27,13 @@ CONSUMERS, LEASES = 64, 8
 """Consumers that have all their leases in use, and how many these are."""
 
 _ROOM = 64
-"""Slots that nobody holds."""
+"""Slots that no consumer holds."""
 _PASSED = 500
 """Barriers of one block at least: as many as the ring's own 99th percentile is made of."""
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
-    """Measure the barriers, then the looks."""
+    """Measure the barriers, then the reads of lease words."""
     if why := direct_problem():
         yield Skipped("what direct leases cost the owner of a ring", why)
         return
@@ -46,7 +46,7 @@ class _Owner:
 
     Args:
         held: slots for payloads that consumers hold.
-        overwrite: a claim drops the oldest payload that nobody holds.
+        overwrite: a claim drops the oldest payload that no consumer holds.
         opened: closes it.
     """
 
@@ -147,7 +147,7 @@ def _pass_beside(partners: list[Partner], owner: _Owner, operations: int, passed
 
 def _looks(plan: Plan, progress: Progress) -> Iterator[Row]:
     """Claims and looks in a ring whose consumers have all their leases in use, beside one where none is."""
-    lives = max(1, plan.most_operations // (_ROOM // 2))
+    cycles = max(1, plan.most_operations // (_ROOM // 2))
     held, calm = f"{CONSUMERS} consumers with {LEASES} leases each", "no lease"
     claims: dict[str, list[list[float]]] = {calm: [], held: []}
     looks: dict[str, list[list[float]]] = {calm: [], held: []}
@@ -160,7 +160,7 @@ def _looks(plan: Plan, progress: Progress) -> Iterator[Row]:
             progress.step(f"observations, round {index + 1} of {plan.rounds}")
             for each, owner in owners.items():
                 claimed, looked = [], []
-                for _ in range(lives):
+                for _ in range(cycles):
                     claimed += timed(owner.claim, _ROOM // 2)
                     owner.consume()
                     looked += timed(owner.ring.observe, 1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.exchanges.payloads import six_fields
 from benchmarks.figures import Figure, Row, Target
-from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
+from benchmarks.plan import KIB, MAX_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import Progress, Scenario, Skipped
 from dray import SharedRingBuffer
 from dray.payload.codec import plan as plan_image
@@ -69,7 +69,7 @@ def _target(nbytes: int) -> Target | None:
 
 
 def _sizes(plan: Plan) -> list[int]:
-    return [nbytes for nbytes in plan.sizes if nbytes <= LARGEST_COPIED]
+    return [nbytes for nbytes in plan.sizes if nbytes <= MAX_COPIED]
 
 
 SCENARIO = Scenario(NAME, "Packing into a slot", ("P9",), lambda plan: len(_sizes(plan)), run)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import NamedTuple, cast
 
-from benchmarks.exchange import Exchange, measure_in_turn
+from benchmarks.exchange import ByteExchange, measure_in_turn
 from benchmarks.exchanges.lanes import LaneRead
 from benchmarks.exchanges.memory import ForeignCopy, PrivateCopy
 from benchmarks.exchanges.sockets import SocketExchange
 from benchmarks.exchanges.ucx import UcxExchange
 from benchmarks.figures import Figure, Row, Target
-from benchmarks.plan import KIB, LARGEST_COPIED, MIB, Plan, size_name
+from benchmarks.plan import KIB, MAX_COPIED, MIB, Plan, size_name
 from benchmarks.scenario import UCX_MISSING, Progress, Scenario, Skipped
 from dray.transport.lanes.ucx_worker import UCXX_AVAILABLE
 
@@ -29,7 +29,7 @@ UCX = "bare UCX exchange"
 class _Part(NamedTuple):
     """An exchange, and the targets whose rows need it."""
 
-    make: Callable[[], Exchange]
+    make: Callable[[], ByteExchange]
     targets: frozenset[str]
 
 
@@ -77,14 +77,14 @@ def _targets_at(nbytes: int, plan: Plan) -> Iterator[str]:
     asked for, because the plot shows every size."""
     for target in TARGETS:
         small, large = target in ("P4", "P6"), target in ("P2", "P3", "P5")
-        if nbytes > LARGEST_COPIED or not plan.wants(target):
+        if nbytes > MAX_COPIED or not plan.wants(target):
             continue
         judged = not (small and nbytes > KIB) and not (large and nbytes < MIB)
         if judged or not plan.targets:
             yield target
 
 
-def _measure(exchanges: list[Exchange], nbytes: int, plan: Plan, progress: Progress) -> dict[str, Figure]:
+def _measure(exchanges: list[ByteExchange], nbytes: int, plan: Plan, progress: Progress) -> dict[str, Figure]:
     operations, batch = plan.operations(nbytes), plan.batch(nbytes)
     figures: dict[str, Figure] = {}
     try:

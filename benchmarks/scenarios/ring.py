@@ -1,4 +1,4 @@
-"""One life of a slot (claim, commit, lease, consume) in rings of 10 to 100,000 slots: target P10."""
+"""One life cycle of a slot (claim, commit, lease, consume) in rings of 10 to 100,000 slots: target P10."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
 
 
 def _cycle(ring: SharedRingBuffer, count: int) -> float:
-    """Seconds for `count` lives of a slot."""
+    """Seconds for `count` life cycles of a slot."""
     began = time.perf_counter()
     for _ in range(count):
         with ring.claim(PAYLOAD_BYTES, 0) as slot:

@@ -23,13 +23,13 @@ _SLOTS = 4
 _BLOCK_SECONDS, _QUICK_BLOCK_SECONDS = 2.0, 0.5
 _PROCESS_BYTES = 16 * MIB
 """Memory that a producer may take, its slots included, before the scenario is skipped for want of memory."""
-_MOST_GROWTH = 1.1
+_MAX_TIME_RATIO = 1.1
 
 _MEMORY, _DESCRIPTORS = "private memory", "descriptors"
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _ProcessResources:
     """What each producer takes when there are so many."""
 
     producer: Mapping[str, float]
@@ -57,9 +57,9 @@ class _Side:
         found = self.consumer.ask("read", seconds=seconds, nbytes=_NBYTES)
         return found["rate"], found["payloads"]
 
-    def held(self) -> _Held:
+    def held(self) -> _ProcessResources:
         producers, consumer = self.producers.ask("memory"), self.consumer.ask("memory")
-        return _Held(
+        return _ProcessResources(
             {
                 _MEMORY: statistics.median(producers["private"]),
                 _DESCRIPTORS: statistics.median(producers["descriptors"]),
@@ -90,7 +90,7 @@ def run(plan: Plan, progress: Progress) -> Iterator[Row | Skipped]:
 def _measure(plan: Plan, progress: Progress) -> list[Row]:
     counts = _counts(plan)
     seconds = _QUICK_BLOCK_SECONDS if plan.quick else _BLOCK_SECONDS
-    held: dict[int, _Held] = {}
+    held: dict[int, _ProcessResources] = {}
     rates: dict[str, list[float]] = {}
     payloads: dict[str, int] = {}
     with ExitStack() as opened:
@@ -126,7 +126,7 @@ def _open(name: str, opened: ExitStack) -> _Side:
     return _Side(name, producers, consumer, consumer.ask("memory"))
 
 
-def _held_rows(held: Mapping[int, _Held]) -> Iterator[Row]:
+def _held_rows(held: Mapping[int, _ProcessResources]) -> Iterator[Row]:
     """With the most producers, each may take hardly more than with a part of them."""
     *_, some, most = held
     units: dict[str, Unit] = {_MEMORY: "B", _DESCRIPTORS: "descriptors"}
@@ -149,7 +149,7 @@ def _held_rows(held: Mapping[int, _Held]) -> Iterator[Row]:
                     unit,
                     f"the same of {some}" if judged else "",
                     figures[some] if judged else None,
-                    Target("P16", "at most", _MOST_GROWTH, "time ratio") if judged else None,
+                    Target("P16", "at most", _MAX_TIME_RATIO, "time ratio") if judged else None,
                 )
 
 

@@ -41,7 +41,7 @@ class SumWorker:
         self.engine = Engine()
 
     def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        # Rollouts may be in flight: what they have begun with the old weights goes on with the new ones.
+        # Rollouts may be in flight: what they have begun with the old weights continues with the new ones.
         self.engine.weights = np.array(weights["w"])
 
     async def rollout(self, work_item: WorkItem) -> list[Rollout]:

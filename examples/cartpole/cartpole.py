@@ -205,7 +205,7 @@ class CartPoleTrainer:
         partial.replace(folder / "trainer.pt")
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Only tensors and plain values are read: nothing is executed."""
+        """Resume from what `save` wrote. Only tensors and plain values are read: nothing is executed."""
         state = torch.load(folder / "trainer.pt", weights_only=True)
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
@@ -302,7 +302,7 @@ def generalised_advantage(
     """Advantages of one episode by GAE (Schulman et al. 2016, arXiv:1506.02438).
 
     `rewards` has shape (T,), `values` (T + 1,): the last value is that of the observation after the last action.
-    It counts unless the episode `terminated`: an episode cut off by the clock would have gone on.
+    It counts unless the episode `terminated`: an episode cut off by the clock would have continued.
     Returns (T,) float32.
     """
     following = values[1:].copy()

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """R completions with their prompts, N generated tokens together: row by row, the last two say what they were.
+    """R completions with their prompts, N generated tokens together: row by row, the last two identify them.
 
     Only the model needs rows of equal length: they are padded behind to the T tokens of the longest.
     """

@@ -7,8 +7,8 @@ from sorting import (
     END,
     GENERATED_TOKENS,
     HELD_OUT,
-    LONGEST_COMPLETION,
-    LONGEST_SEQUENCE,
+    MAX_COMPLETION,
+    MAX_SEQUENCE,
     VOCABULARY,
     answer,
     encode,
@@ -18,14 +18,14 @@ from transformer import Shape, Transformer, complete
 
 def new_policy() -> Transformer:
     """A policy that has learnt nothing yet; torch's seed decides where it begins. It has 102 347 parameters."""
-    return Transformer(Shape(len(VOCABULARY), GENERATED_TOKENS, LONGEST_SEQUENCE))
+    return Transformer(Shape(len(VOCABULARY), GENERATED_TOKENS, MAX_SEQUENCE))
 
 
 def held_out_accuracy(policy: Transformer) -> float:
     """The share of the held-out prompts whose most likely completion is right to the last token."""
     right = 0
     for prompts in _by_length(HELD_OUT):
-        completions = complete(policy, torch.from_numpy(prompts), END, LONGEST_COMPLETION)
+        completions = complete(policy, torch.from_numpy(prompts), END, MAX_COMPLETION)
         rows = zip(prompts, completions.tokens.numpy(), completions.lengths, strict=True)
         right += sum(np.array_equal(tokens[:length], answer(prompt)) for prompt, tokens, length in rows)
     return right / len(HELD_OUT)

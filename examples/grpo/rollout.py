@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from policy import new_policy
-from sorting import END, LONGEST_COMPLETION, reward, training_prompt
+from sorting import END, MAX_COMPLETION, reward, training_prompt
 from transformer import complete
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SortingRollout:
             self.policy,
             torch.from_numpy(tokens).repeat(self.group_size, 1),
             end=END,
-            limit=LONGEST_COMPLETION,
+            limit=MAX_COMPLETION,
             generator=torch.Generator().manual_seed(work_item.seed),
         )
         lengths = completions.lengths.numpy()

@@ -5,8 +5,8 @@ A problem is a few different digits in any order. The right completion has them 
     prompt       7 2 9 4 =
     completion   2 4 7 9 .
 
-Whether a completion is right can be checked by a program, so nobody has to be asked and no answer is ever shown to
-the policy: the reward is all it learns from.
+Whether a completion is right can be checked by a program: no person judges it, and no answer is ever shown to the
+policy, which learns from the reward alone.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ END = VOCABULARY.index(".")  # ends every completion
 GENERATED_TOKENS = END + 1  # the digits and END; the "=" that ends a prompt is only ever read
 
 DIGITS = range(2, 6)  # how many digits a problem can have
-LONGEST_COMPLETION = DIGITS[-1] + 1
-LONGEST_SEQUENCE = DIGITS[-1] + 1 + LONGEST_COMPLETION
+MAX_COMPLETION = DIGITS[-1] + 1
+MAX_SEQUENCE = DIGITS[-1] + 1 + MAX_COMPLETION
 
 
 def encode(text: str) -> Tokens:

@@ -24,7 +24,7 @@ class GRPOSettings:
 
     learning_rate: float = 2e-3
     clip: float = 0.2
-    entropy_bonus: float = 0.1  # with a tenth of it, some seeds settle early on completions that are half right
+    entropy_bonus: float = 0.1  # with a tenth of it, some seeds converge early to completions that are half right
     max_gradient_norm: float = 1.0
     evaluate_every: int = 10  # steps
 
@@ -81,7 +81,7 @@ class GRPOTrainer:
         partial.replace(folder / "trainer.pt")
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Only tensors and plain values are read: nothing is executed."""
+        """Resume from what `save` wrote. Only tensors and plain values are read: nothing is executed."""
         state = torch.load(folder / "trainer.pt", weights_only=True)
         self.policy.load_state_dict(state["policy"])
         self.optimiser.load_state_dict(state["optimiser"])

@@ -34,7 +34,7 @@ from dray.jobs.queue import (
 from dray.jobs.queue.connection import POLL_ANSWER
 
 KEYS = JobKeys("contract")
-NOBODY = "ab" * 16
+UNKNOWN_PRODUCER = "ab" * 16
 
 
 @pytest.fixture(params=["bundled", "path", "tcp"])
@@ -65,7 +65,7 @@ def connection(server: RedisServer) -> Iterator[RedisConnection]:
         yield opened
 
 
-def entry(sequence: int, producer: str = NOBODY, payload: bytes | None = None) -> RolloutEntry:
+def entry(sequence: int, producer: str = UNKNOWN_PRODUCER, payload: bytes | None = None) -> RolloutEntry:
     reference = f'{{"slot": {sequence}}}' if payload is None else None
     return RolloutEntry(producer, sequence, 3, "rollout-0", sequence % 7, reference=reference, payload=payload)
 
@@ -221,7 +221,7 @@ def test_r9_poll_ends_soon_after_shutdown_although_its_server_is_stopped(server:
             os.kill(server.pid, signal.SIGCONT)
 
 
-def test_publish_waits_for_room_and_goes_on_after_a_commit(connection: RedisConnection) -> None:
+def test_publish_waits_for_room_and_continues_after_a_commit(connection: RedisConnection) -> None:
     producer, consumer = (
         RolloutProducer(connection, KEYS, max_backlog=2),
         RolloutConsumer(connection, KEYS, "policy-0"),
@@ -296,7 +296,7 @@ def test_what_older_consumers_held_is_claimed_and_what_weights_hold_is_committed
     new.begin_epoch()
     # A member that was paused while it waited may still be given entries: those are claimed like the others.
     assert len(old.receive(1, timeout=5)) == 1
-    assert [each.sequence for each in new.commit_trained([*trained, f"{NOBODY}:77"])] == [0, 1]
+    assert [each.sequence for each in new.commit_trained([*trained, f"{UNKNOWN_PRODUCER}:77"])] == [0, 1]
     assert new.commit_trained(trained) == []
     claimed = new.claim_others()
     assert [(each.entry.sequence, each.consumer, each.deliveries) for each in claimed] == [(2, "policy-0.b", 2)]
@@ -324,7 +324,7 @@ def test_work_items_of_all_entries_are_listed(connection: RedisConnection) -> No
     assert producer.listed_work_items() == [3, 1, 6]
 
 
-def test_a_restarted_member_is_given_first_what_its_earlier_life_left(connection: RedisConnection) -> None:
+def test_a_restarted_member_is_given_first_what_its_earlier_process_left(connection: RedisConnection) -> None:
     producer = RolloutProducer(connection, KEYS)
     for sequence in range(3):
         producer.publish(entry(sequence))
@@ -412,7 +412,7 @@ def test_a_waiting_consumer_survives_the_loss_of_the_stream(connection: RedisCon
     assert received == [1]
 
 
-def test_an_orphan_is_told_from_what_the_stream_lists(connection: RedisConnection) -> None:
+def test_an_orphan_is_distinguished_from_what_the_stream_lists(connection: RedisConnection) -> None:
     producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
     with pytest.raises(StreamLostError):
         producer.publish_trimmed([entry(0)])

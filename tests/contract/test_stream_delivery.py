@@ -269,7 +269,7 @@ def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route:
                 producer.put(number=number, timeout=0.1)
                 number += 1
 
-    def take(consumer: Consumer, count: int) -> list[bytes]:
+    def read_ids(consumer: Consumer, count: int) -> list[bytes]:
         found = []
         for payload in itertools.islice(consumer, count):
             found.append(payload.id.producer)
@@ -282,14 +282,14 @@ def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route:
         opened.callback(ended.set)
         if route.by_name:
             consumer = opened.enter_context(route.consumer(prefetch=prefetch))
-            assert set(take(consumer, 20)) == {first.id}
+            assert set(read_ids(consumer, 20)) == {first.id}
         others = [opened.enter_context(route.producer(slots=4)) for _ in range(2)]
         if not route.by_name:
             consumer = opened.enter_context(route.consumer(prefetch=prefetch))
         for each in others:
             opened.enter_context(in_thread(lambda each=each: put_on(each)))
             opened.callback(ended.set)
-        found = take(consumer, 200)
+        found = read_ids(consumer, 200)
         shares = [found[50:].count(each.id) for each in (first, *others)]
         assert min(shares) >= 5, shares
         ended.set()
@@ -497,7 +497,7 @@ def test_a_batch_has_fewer_payloads_when_the_producers_put_no_more(route: Route)
         closed()
 
 
-def test_ready_tells_how_many_payloads_need_no_wait(route: Route) -> None:
+def test_ready_reports_how_many_payloads_need_no_wait(route: Route) -> None:
     with route.producer() as producer, route.consumer() as consumer:
         assert consumer.ready == 0
         put_numbers(producer, 1)

@@ -162,7 +162,7 @@ def test_what_a_slow_program_has_not_begun_goes_to_one_that_waits_and_to_no_othe
 # --- lost producers ---------------------------------------------------------------------------------------------
 
 
-def test_a_producer_that_gives_up_tells_its_consumers_what_is_lost(
+def test_a_producer_that_gives_up_notifies_its_consumers_of_what_is_lost(
     route: Route, caplog: pytest.LogCaptureFixture
 ) -> None:
     producer = route.producer()
@@ -176,10 +176,10 @@ def test_a_producer_that_gives_up_tells_its_consumers_what_is_lost(
     assert "payloads are lost" in caplog.text
 
 
-def test_ids_of_a_producer_that_nobody_knows_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_an_unknown_producer_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dray.streams.consumer.FIND_SECONDS", 0.1)
     unknown = PayloadId(bytes(16), 1, 0, 64)
-    with Consumer("nobody", scope="nobody", ack="manual") as consumer:
+    with Consumer("unknown", scope="unknown", ack="manual") as consumer:
         consumer.acknowledge(unknown)  # by name, a producer that is not there is gone
     monkeypatch.setattr("dray.streams.inbox.FIRST_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:

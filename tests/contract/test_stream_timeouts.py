@@ -1,4 +1,4 @@
-"""A call with a time limit, and a payload that takes longer: nothing is lost, and nobody else waits."""
+"""A call with a time limit, and a payload that takes longer: nothing is lost, and no other consumer waits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def producer_elsewhere(route: Route, count: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[Callable[[], None]]:
-    """The process stands still in the block, or until it is told to go on."""
+    """The process stands still in the block, or until it is resumed."""
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
 
@@ -63,16 +63,16 @@ def polled(call: Callable[[], Payload]) -> Payload:
     """What a call without a wait returns as soon as it returns something."""
     found: list[Payload] = []
 
-    def look() -> bool:
+    def poll() -> bool:
         with contextlib.suppress(StreamTimeout):
             found.append(call())
         return bool(found)
 
-    wait_until(look, "a call that has something")
+    wait_until(poll, "a call that has something")
     return found[0]
 
 
-def test_a_payload_whose_bytes_come_late_is_got_by_a_later_call_and_by_nobody_else(route: Route) -> None:
+def test_a_payload_whose_bytes_come_late_is_got_by_a_later_call_and_by_no_other_consumer(route: Route) -> None:
     with producer_elsewhere(route, 2) as pid, route.consumer(ack="manual") as consumer:
         first = consumer.get(SECONDS)
         wait_for_hand_out(consumer)
@@ -126,14 +126,14 @@ def test_newest_without_a_wait_gets_the_version(route: Route) -> None:
                 publisher.publish({"w": [version] * 1000})
                 found: list[int] = []
 
-                def look(found: list[int] = found, version: int = version) -> bool:
+                def poll(found: list[int] = found, version: int = version) -> bool:
                     with contextlib.suppress(StreamTimeout):
                         weights = subscriber.newest(after=version - 1, timeout=0)
                         assert set(weights["w"].tolist()) == {weights.version}
                         found.append(weights.version)
                     return bool(found)
 
-                wait_until(look, "the version")
+                wait_until(poll, "the version")
                 assert found == [version]
 
 
@@ -188,7 +188,7 @@ def test_a_producer_that_dies_while_its_payload_is_read_is_counted(route: Route)
         assert consumer.statistics().lost == 1
 
 
-def test_a_host_that_does_not_answer_delays_nobody() -> None:
+def test_a_host_that_does_not_answer_delays_no_other_producer() -> None:
     route = Route("tcp")
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,

@@ -1,4 +1,4 @@
-"""One training that is killed again and again, and resumed each time: `python tests/process/job_chain.py`.
+"""One training that is killed repeatedly, and resumed each time: `python tests/process/job_chain.py`.
 
 What is killed, and when, follows from a seed: the policy, the supervisor, the controller, or every process. The
 user's classes keep ledgers of their own, in files that survive a SIGKILL: every payload that a worker makes, and
@@ -84,7 +84,7 @@ class Kill:
 
 @dataclass
 class Ledger:
-    """What the trainer's own notes say.
+    """What the trainer's own notes contain.
 
     Attributes:
         steps: those that the last weights have learnt from, each with its payloads.

@@ -1,4 +1,4 @@
-"""Runs `dray run` on a small job without torch, as a user would, and looks at what it leaves on the machine."""
+"""Runs `dray run` on a small job without torch, as a user would, and checks what it leaves on the machine."""
 
 from __future__ import annotations
 
@@ -172,10 +172,10 @@ class JobRun(WatchedRun):
         deadline = Deadline.after(BOUND)
         assert self.process.stdout is not None
         while words not in self.text:
-            said = select.select([self.process.stdout], [], [], deadline.remaining)[0]
-            assert said, f"{BOUND:g} s passed while waiting for {words!r}\n{self.story()}"
+            readable = select.select([self.process.stdout], [], [], deadline.remaining)[0]
+            assert readable, f"{BOUND:g} s passed while waiting for {words!r}\n{self.story()}"
             chunk = os.read(self.process.stdout.fileno(), 65536).decode()
-            assert chunk, f"the job ended without saying {words!r}\n{self.story()}"
+            assert chunk, f"the job ended without printing {words!r}\n{self.story()}"
             self.text += chunk
 
     def end(self, bound: float = BOUND) -> int:
@@ -205,8 +205,8 @@ class JobRun(WatchedRun):
         """What runs of the job, grandchildren included; `name` is part of the command line."""
 
         def ours(process: psutil.Process) -> bool:
-            told = process.environ().get("DRAY_SUPERVISOR_PID")
-            return told == str(self.pid) or process.ppid() == self.pid
+            supervisor = process.environ().get("DRAY_SUPERVISOR_PID")
+            return supervisor == str(self.pid) or process.ppid() == self.pid
 
         return processes_where(ours, name)
 

@@ -26,7 +26,7 @@ from job_runner import JobRun, job_settings, running
 from watched_runs import BOUND, processes_where
 
 TOKEN = "DRAY_JOB_SERIES"
-"""Environment variable by which processes of the series are known, whoever started them."""
+"""Environment variable by which processes of the series are known, whatever process started them."""
 
 CLASSES = """
 import json, os, time
@@ -55,7 +55,7 @@ class Worker:
 class Trainer:
     def setup(self, context):
         self.context, self.steps = context, 0
-        note(context.output, "trained.jsonl", "another life")
+        note(context.output, "trained.jsonl", "another process")
     def train_step(self, trajectories):
         for each in trajectories:
             identity = each.arrays["identity"].tolist()
@@ -116,7 +116,7 @@ class Plan:
             f"job.lane={self.lane}",
             f"rollout.args.pause={self.worker_pause}",
             f"policy.args.pause={self.trainer_pause}",
-            # Nobody is stopped here: on a machine that gives a process its turn late, none is taken for dead.
+            # No process is stopped here: on a machine that gives a process its turn late, none is taken for dead.
             "controller.dead_after=20",
             "timeouts.controller_lost=20",
         )
@@ -127,10 +127,10 @@ def _names(folder: Path) -> set[str]:
 
 
 def run_series(jobs: int, seed: int, *, first: int = 0, show: Callable[[str], None] | None = None) -> Counter[str]:
-    """Run jobs `first` … `first + jobs - 1` of the series of `seed`; returns what became of jobs and payloads.
+    """Run jobs `first` … `first + jobs - 1` of the series of `seed`; returns the outcomes of jobs and payloads.
 
     Raises:
-        AssertionError: one of them did not end as it must; the message names it and tells its story.
+        AssertionError: one of them did not end as it must; the message has its name and its output.
     """
     accounts: Counter[str] = Counter()
     root = Path(tempfile.mkdtemp(prefix="dray-series-", dir="/tmp"))
@@ -206,7 +206,7 @@ def _check_nothing_runs(job: JobRun) -> None:
 
 
 def _account(job: JobRun, plan: Plan, killed: bool) -> Counter[str]:
-    """What became of every payload of a job that is over."""
+    """The outcome of every payload of a job that has ended."""
     made = _ledger(job, "made.jsonl")
     trained = [identity for step in _steps(job) for identity in step]
     twice = [identity for identity, count in Counter(map(tuple, trained)).items() if count > 1]
@@ -227,11 +227,11 @@ def _account(job: JobRun, plan: Plan, killed: bool) -> Counter[str]:
             continue
         counters = summary["counters"].get(name, {})
         published, abandoned = (int(counters.get(key, 0)) for key in ("payloads", "abandoned"))
-        accounts["not handed on: the job was over"] += own_made - published
+        accounts["not handed on: the job had ended"] += own_made - published
         accounts["handed on and not wanted any more"] += abandoned
         unknown = published - own_trained - abandoned
         if policy_killed:
-            # Of the batch at hand nobody can say any more whether it was trained on.
+            # Whether the batch at hand was trained on is unknown.
             assert abs(unknown) <= plan.batch, f"{name}: {unknown} payloads unaccounted\n{job.story()}"
             accounts["in the hands of a killed policy replica"] += max(0, unknown)
         else:

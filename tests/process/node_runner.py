@@ -96,9 +96,9 @@ class NodesRun(WatchedRun):
         """What runs of the job, or of one node; `name` is part of the command line."""
 
         def ours(process: psutil.Process) -> bool:
-            told = process.environ()
-            here = node is None or told.get("SLURMD_NODENAME") == self.nodes[node - 1]
-            return here and told.get("DRAY_NODES") == " ".join(self.nodes)
+            environment = process.environ()
+            here = node is None or environment.get("SLURMD_NODENAME") == self.nodes[node - 1]
+            return here and environment.get("DRAY_NODES") == " ".join(self.nodes)
 
         return processes_where(ours, name)
 
@@ -176,7 +176,7 @@ class Machine:
         return subprocess.run([*self.command, *command], capture_output=True, timeout=10.0).returncode == 0
 
     def cut(self) -> None:
-        """Take the cable away: nothing comes through any more, and nobody is told."""
+        """Take the cable away: nothing comes through any more, and no process is notified."""
         assert self.run("ip", "link", "set", self.interface, "down")
 
     def close(self) -> None:

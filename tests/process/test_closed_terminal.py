@@ -11,7 +11,7 @@ ON_TERMINAL = ("sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1')
 WITHOUT_STREAMS = ("sh", "-c", 'trap "" HUP; exec "$@" <&- >&- 2>&-', "sh")
 
 
-def test_job_whose_terminal_closes_leaves_a_checkpoint_and_goes_on_from_it_without_streams_and_under_nohup(
+def test_job_whose_terminal_closes_leaves_a_checkpoint_and_resumes_from_it_without_streams_and_under_nohup(
     tmp_path: Path,
 ) -> None:
     terminal, end = os.openpty()

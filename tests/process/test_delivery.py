@@ -1,4 +1,4 @@
-"""What becomes of payloads when the policy, its group, a rollout replica or Redis fails: rows R1, R2, R13 and
+"""What happens to payloads when the policy, its group, a rollout replica or Redis fails: rows R1, R2, R13 and
 R17.
 """
 
@@ -25,9 +25,9 @@ def policy(job: JobRun, rank: int = 0) -> psutil.Process:
     return found
 
 
-def wait_for_life(job: JobRun, number: int) -> None:
+def wait_for_epoch(job: JobRun, number: int) -> None:
     log = job.output / "logs" / "policy-0.log"
-    job.wait_until(lambda: log.exists() and log.read_text().count("begins epoch") > number, f"life {number}")
+    job.wait_until(lambda: log.exists() and log.read_text().count("begins epoch") > number, f"epoch {number}")
 
 
 def account(job: JobRun) -> dict[str, int]:
@@ -72,7 +72,7 @@ def test_r2_policy_that_dies_is_followed_by_one_that_trains_on_what_it_had_not_c
         ("policy.checkpoint_every=3", "job.transfer=inline"),
     ],
 )
-def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_r2_policy_may_die_repeatedly_at_any_time(tmp_path: Path, more: tuple[str, ...]) -> None:
     chance = random.Random(str(more))
     kills = 8
     settings = job_settings(
@@ -80,13 +80,13 @@ def test_r2_policy_may_die_again_and_again_at_any_time(tmp_path: Path, more: tup
         "policy.args.pause=0.02",
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
-        for life in range(kills):
-            wait_for_life(job, life)
+        for number in range(kills):
+            wait_for_epoch(job, number)
             time.sleep(chance.uniform(0.0, 1.5))
             victims = job.processes("dray.jobs.replica.policy")
             victims[chance.randrange(len(victims))].kill()
-            job.wait_for(f"restarting the policy group (restart {life + 1} of {kills})")
-        wait_for_life(job, kills)
+            job.wait_for(f"restarting the policy group (restart {number + 1} of {kills})")
+        wait_for_epoch(job, kills)
         step = job.step()
         job.wait_until(lambda: job.step() not in range(step + 10), "further steps", 40.0)
         job.process.send_signal(signal.SIGINT)
@@ -105,7 +105,7 @@ def test_r17_paused_policy_that_wakes_has_its_commit_refused_and_exits(tmp_path:
         paused.suspend()
         spec = job.spec()
         with RedisConnection(RedisAddress(spec.redis_url)) as connection:
-            # What another life of the group does, up to here.
+            # What another epoch of the group does, up to here.
             other = RolloutConsumer(connection, JobKeys(spec.job_id), "policy-0.other")
             other.attach()
             other.begin_epoch()
@@ -135,8 +135,8 @@ def test_r17_paused_policy_is_replaced_once_it_counts_as_dead(tmp_path: Path) ->
         account(job)
 
 
-def test_r13_lost_rollouts_are_counted_and_training_goes_on(tmp_path: Path) -> None:
-    # The policy is slow, so that every ring holds payloads that nobody has read.
+def test_r13_lost_rollouts_are_counted_and_training_continues(tmp_path: Path) -> None:
+    # The policy is slow, so that every ring holds payloads that no replica has read.
     settings = job_settings(
         "policy.args.repeats=true", "stop.at_least=12", "policy.args.pause=0.3", "rollout.work_items_in_flight=32"
     )
@@ -184,7 +184,7 @@ def test_what_a_checkpoint_has_counts_as_trained_although_redis_ended_before_its
         assert job.checkpoint()["committed"] + len(job.checkpoint()["unconfirmed"]) == delivery["trained"]
 
 
-def test_payload_that_kills_the_policy_again_and_again_becomes_a_dead_letter(tmp_path: Path) -> None:
+def test_payload_that_kills_the_policy_repeatedly_becomes_a_dead_letter(tmp_path: Path) -> None:
     settings = job_settings(
         *AGAIN, "policy.args.poison=20", "policy.max_deliveries=2", "policy.checkpoint_every=1",
         "stop.at_least=12",

@@ -28,7 +28,7 @@ class Worker(small.Worker):
         if work_item.index < 8:
             self.fork_and_end()
         if work_item.index == 4 and os.fork() == 0:
-            raise ValueError("a child that nobody ends")
+            raise ValueError("a child that no process ends")
         if work_item.index == 6:
             self.environments.close(terminate=True)
             self.make_environments()
@@ -59,4 +59,4 @@ def test_job_is_solved_by_a_worker_with_a_pool_a_vector_environment_and_alarms(t
         assert job.end() == 0, job.story()
         assert "ended early" not in job.text
         assert "solved" in job.text
-        assert "a child that nobody ends" in job.log("rollout-0")
+        assert "a child that no process ends" in job.log("rollout-0")

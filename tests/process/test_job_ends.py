@@ -1,4 +1,4 @@
-"""What a job and its processes end as, and what `dray run` says and does then."""
+"""What a job and its processes end as, and what `dray run` prints and does then."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from job_runner import JobRun, job_settings, running
 
 AGAIN = ("policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true")
 
-# What starts a process of the job waits, before anything of dray is imported, until somebody opens its FIFO.
+# What starts a process of the job waits, before anything of dray is imported, until its FIFO is opened.
 GATE = """
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def hold_back(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> Pat
     return gate
 
 
-def said_at(job: JobRun, words: str) -> datetime:
+def reported_at(job: JobRun, words: str) -> datetime:
     """When the supervisor has logged the first line with `words`, which it shows before it logs it."""
     job.wait_until(lambda: words in job.log("supervisor"), f"{words!r} in the supervisor's log")
     line = next(line for line in job.log("supervisor").splitlines() if words in line)
@@ -59,7 +59,7 @@ def test_z3_stall_clock_begins_with_the_controller_and_not_with_the_imports(
         job.wait_for("stall: dray run waits for the controller")
         gate.unlink()
         waited = float(re.findall(r"for its status, since ([\d.]+) s", job.text)[0])
-        passed = said_at(job, "stall:") - said_at(job, "started controller")
+        passed = reported_at(job, "stall:") - reported_at(job, "started controller")
         assert waited < passed.total_seconds() + 1.0, job.text
 
 
@@ -109,6 +109,6 @@ def test_z8_policy_of_a_job_that_has_failed_is_not_restarted_and_ends_as_asked(
         job.process.send_signal(signal.SIGCONT)
         assert job.end() != 0, job.story()
         assert "ended early: killed by signal 9" in job.text
-        assert "starts again" not in job.text
+        assert "restarting " not in job.text
         assert re.search(r"policy-\d ended as asked \(SIGTERM\): the job had failed\n", job.text), job.text
         assert "interrupted by SIGTERM" not in job.text

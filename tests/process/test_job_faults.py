@@ -7,7 +7,7 @@ import pytest
 from job_runner import job_settings, running
 
 
-def test_r3_job_goes_on_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
+def test_r3_job_continues_when_a_rollout_replica_is_killed(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=150", "policy.args.repeats=true")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")
@@ -85,7 +85,7 @@ def test_rollout_that_raises_costs_an_attempt_and_is_done_by_another_replica(tmp
         assert found["given_up"] == 0
 
 
-def test_work_items_of_which_every_attempt_raises_are_given_up_and_the_job_goes_on(tmp_path: Path) -> None:
+def test_work_items_of_which_every_attempt_raises_are_given_up_and_the_job_continues(tmp_path: Path) -> None:
     (tmp_path / "poisoned.py").write_text(
         "import small\n"
         "class Worker(small.Worker):\n"
@@ -114,21 +114,21 @@ def test_job_fails_with_the_users_error_when_every_rollout_raises(tmp_path: Path
         assert job.checkpoint()["step"] > 0
 
 
-def test_rollout_that_hangs_is_a_failed_attempt_and_its_replica_is_started_again(tmp_path: Path) -> None:
+def test_rollout_that_hangs_is_a_failed_attempt_and_its_replica_is_restarted(tmp_path: Path) -> None:
     settings = job_settings(
         "rollout.args.hang_at=20", "rollout.args.hanging=[1]", "rollout.timeout=1", "rollout.restarts=1",
         "stop.at_least=60", "policy.args.repeats=true", "policy.args.pause=0.1",
     )  # fmt: skip
     with running(tmp_path, *settings) as job:
-        said = r"Worker\.rollout\(\) of small\.py took longer than rollout\.timeout = 1 s for work item \d+"
+        reason = r"Worker\.rollout\(\) of small\.py took longer than rollout\.timeout = 1 s for work item \d+"
         job.wait_for("restarting rollout-1 (restart 1 of 1)")
-        assert re.search(rf"rollout-1 ended early: {said}; see .*rollout-1\.log", job.text), job.text
+        assert re.search(rf"rollout-1 ended early: {reason}; see .*rollout-1\.log", job.text), job.text
         assert job.end() == 0, job.story()
         assert "in rollout" in job.log("rollout-1")
         assert job.summary()["work_items"]["failed_attempts"] >= 1
 
 
-def test_replica_that_is_killed_is_started_again_even_if_it_is_the_only_one(tmp_path: Path) -> None:
+def test_replica_that_is_killed_is_restarted_even_if_it_is_the_only_one(tmp_path: Path) -> None:
     settings = job_settings(
         "rollout.replicas=1", "rollout.restarts=2", "stop.at_least=40", "policy.args.repeats=true"
     )
@@ -182,7 +182,7 @@ def test_r7_replicas_notice_by_themselves_that_the_controller_is_gone(tmp_path: 
 
 
 @pytest.mark.measured
-def test_r1_job_fails_when_redis_is_gone_for_good(tmp_path: Path) -> None:
+def test_r1_job_fails_when_redis_does_not_come_back(tmp_path: Path) -> None:
     settings = job_settings("stop.at_least=1e9", "timeouts.redis=2")
     with running(tmp_path, *settings) as job:
         job.wait_for("  step ")

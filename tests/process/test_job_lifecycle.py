@@ -18,7 +18,7 @@ def way_settings(way: str) -> list[str]:
         travel = "job.transfer=inline"
     elif way == "inline":
         travel = "rollout.inline_bytes=4096"
-    # Nobody dies here: on a machine that gives a process its turn late, none may be taken for dead either.
+    # No process dies here: on a machine that gives a process its turn late, none may be taken for dead either.
     return job_settings(travel, "job.plot=returns.png", "controller.dead_after=30", "timeouts.controller_lost=30")
 
 
@@ -67,7 +67,7 @@ def test_job_without_a_stop_table_finishes_with_its_steps(tmp_path: Path) -> Non
     ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.endurance), (signal.SIGTERM, 143)]
 )
 @pytest.mark.measured
-def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
+def test_r16_interrupted_job_leaves_a_checkpoint_and_resumes_from_it(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
@@ -95,7 +95,7 @@ def test_r16_interrupted_job_leaves_a_checkpoint_and_goes_on_from_it(
         assert "solved already" in job.text
 
 
-def test_sigquit_and_sigusr2_leave_a_checkpoint_and_a_run_goes_on_with_its_figures(tmp_path: Path) -> None:
+def test_sigquit_and_sigusr2_leave_a_checkpoint_and_a_run_resumes_with_its_figures(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("stop.at_least=1e9")) as job:
         job.wait_until(job.step, "a training step")
         job.process.send_signal(signal.SIGQUIT)

@@ -31,7 +31,7 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=pytest.fail)
 
 
-def test_misspelt_stop_metric_ends_the_job_and_the_right_one_goes_on_from_there(tmp_path: Path) -> None:
+def test_misspelt_stop_metric_ends_the_job_and_a_run_with_the_right_one_resumes_from_there(tmp_path: Path) -> None:
     settings = job_settings("job.transfer=inline", "job.max_steps=200")
     misspelt = STOP.replace('"score"', '"scoer"')
     with running(tmp_path, *settings, stop_table=misspelt, classes=HOSTILE_CLASSES) as job:
@@ -43,7 +43,7 @@ def test_misspelt_stop_metric_ends_the_job_and_the_right_one_goes_on_from_there(
         assert "(did you mean 'score'?)" in job.text
         assert reason in job.log("policy-0")
         assert summary["exit_reason"].startswith(reason)
-        assert job.checkpoint()["step"] == 1, "the right name goes on from here"
+        assert job.checkpoint()["step"] == 1, "the run with the right name resumes from here"
 
     with running(tmp_path, "--resume", *settings, classes=HOSTILE_CLASSES) as job:
         assert job.end() == 0, job.story()

@@ -10,7 +10,7 @@ from dray.jobs.queue import KEY_LIFETIME, JobKeys, RedisConnection, start_redis
 
 
 @pytest.mark.parametrize("transfer", ["reference", pytest.param("inline", marks=pytest.mark.endurance)])
-def test_r1_job_goes_on_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
+def test_r1_job_continues_when_a_configured_redis_is_restarted_empty(tmp_path: Path, transfer: str) -> None:
     with start_redis(None, tmp_path / "redis") as server:
         settings = job_settings(
             f"redis.url={server.url}", f"job.transfer={transfer}", "stop.at_least=120", "timeouts.redis=20"
@@ -33,7 +33,7 @@ return redis.call('XTRIM', KEYS[1], 'MAXLEN', 0)
 
 
 @pytest.mark.parametrize("transfer", ["reference", pytest.param("inline", marks=pytest.mark.endurance)])
-def test_job_goes_on_through_refusals_and_removed_entries_and_leaves_nothing(
+def test_job_continues_through_refusals_and_removed_entries_and_leaves_nothing(
     tmp_path: Path, transfer: str
 ) -> None:
     with start_redis(None, tmp_path / "redis") as server, administrator(server.address) as admin:

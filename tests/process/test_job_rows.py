@@ -88,7 +88,7 @@ def test_r3_replicas_may_join_and_leave_while_the_job_runs(tmp_path: Path) -> No
         assert job.summary()["lost"] == 0
 
 
-def test_r4_job_whose_replicas_are_all_killed_is_finalised_as_failed(tmp_path: Path) -> None:
+def test_r4_job_whose_replicas_are_all_killed_ends_as_failed(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
         job.wait_for("  step ")
         for process in (*job.processes("dray.jobs.replica.rollout"), *job.processes("dray.jobs.replica.policy")):
@@ -143,7 +143,7 @@ def test_r5_controller_without_replicas_waits_for_the_first_until_its_bound(tmp_
         controller.wait()
 
 
-def test_r6_replica_that_is_stuck_is_reported_with_who_waits_for_it(tmp_path: Path) -> None:
+def test_r6_replica_that_is_stuck_is_reported_with_the_replicas_that_wait_for_it(tmp_path: Path) -> None:
     settings = job_settings(FOREVER, "policy.args.hang_at=3", "timeouts.stall=1.5")
     with running(tmp_path, *settings) as job:
         job.wait_for("stall: rollout-")
@@ -201,7 +201,7 @@ def test_r8_replica_gives_up_a_peer_that_hangs_within_its_bound(tmp_path: Path, 
     over = threading.Event()
 
     def drip() -> None:
-        """Takes connections, says nothing or too little, and then a byte now and then."""
+        """Takes connections, sends nothing or too little, and then a byte now and then."""
         while not over.is_set():
             try:
                 connection, _ = listener.accept()
@@ -282,7 +282,7 @@ def test_r10_finished_run_stays_finished_whatever_signal_comes_then(
         assert "started" not in job.text
 
 
-def test_r10_run_is_finished_although_nobody_could_tell_the_controller(tmp_path: Path) -> None:
+def test_r10_run_is_finished_although_the_controller_could_not_be_notified(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings("policy.args.save_pause=1.5")) as job:
         job.wait_until((job.output / "saving").exists, "the last checkpoint to begin")
         job.only("dray.jobs.controller.app").kill()
@@ -303,7 +303,7 @@ def test_r11_policy_that_hangs_when_the_job_has_failed_is_killed_within_the_boun
         assert "failed: 16 work items in a row were given up: rollout-" in job.text
 
 
-def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_goes_on(tmp_path: Path) -> None:
+def test_r12_what_a_killed_replica_leaves_behind_is_killed_while_the_job_continues(tmp_path: Path) -> None:
     settings = job_settings(
         FOREVER, "policy.args.repeats=true", "rollout.args.grandchild=true", "rollout.args.forking=true"
     )
@@ -340,7 +340,7 @@ def test_job_that_does_not_end_in_time_shows_the_stacks_of_all_its_processes(tmp
     assert job.processes() == []
 
 
-def test_r14_class_that_leaves_the_interpreter_is_told_apart_from_one_that_is_done(tmp_path: Path) -> None:
+def test_r14_class_that_leaves_the_interpreter_is_distinguished_from_one_that_is_done(tmp_path: Path) -> None:
     (tmp_path / "leaving.py").write_text(
         "import small, sys\nclass Trainer(small.Trainer):\n    def train_step(self, trajectories): sys.exit(0)\n"
     )
@@ -353,7 +353,7 @@ def test_r14_class_that_leaves_the_interpreter_is_told_apart_from_one_that_is_do
 def test_r15_port_is_held_from_before_it_is_advertised_until_the_end(tmp_path: Path) -> None:
     with running(tmp_path, *job_settings(FOREVER)) as job:
         job.wait_until((job.output / ".run" / "controller.json").exists, "the controller's address")
-        # The controller may not even have begun to run: whoever connects now waits in the listener's queue.
+        # The controller may not even have begun to run: a client that connects now waits in the listener's queue.
         with job.controller() as client:
             assert client.status().phase in ("starting", "running")
             port = int(client.url.rpartition(":")[2])

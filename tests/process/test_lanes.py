@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from transport_fixtures import (
-    MOST_BYTES,
+    MAX_BYTES,
     READER,
     SERVER,
     SIZES,
@@ -39,7 +39,7 @@ def server_on(lane: str, slots: int = 3, slot_bytes: int = 1 << 20, **options: A
 
 
 def test_payloads_of_every_size_arrive_byte_by_byte(lane: Any) -> None:
-    with server_on(lane, slot_bytes=MOST_BYTES) as server, PayloadClient(lane=lane) as client:
+    with server_on(lane, slot_bytes=MAX_BYTES) as server, PayloadClient(lane=lane) as client:
         server.receive()
         for seed, nbytes in enumerate(SIZES):
             ref = reference(server.ask([seed, nbytes]))
@@ -69,7 +69,7 @@ def test_w1_a_reader_that_dies_before_its_ack_loses_nothing(lane: Any, stage: st
         assert server.wait_consumed(ref, timeout=5)
 
 
-def test_w5_a_stopped_reader_holds_up_nobody(lane: Any) -> None:
+def test_w5_a_stopped_reader_holds_up_no_other_reader(lane: Any) -> None:
     nbytes = 8 << 20
     with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(pattern(1, nbytes))
@@ -87,7 +87,7 @@ def test_w5_a_stopped_reader_holds_up_nobody(lane: Any) -> None:
         assert server.wait_consumed(ref, timeout=5)
 
 
-def test_w5_a_reader_stopped_within_a_payload_holds_up_nobody(lane: Any) -> None:
+def test_w5_a_reader_stopped_within_a_payload_holds_up_no_other_reader(lane: Any) -> None:
     nbytes = 32 << 20
     with serving(lane, slots=2, slot_bytes=nbytes) as server, PayloadClient(lane=lane) as client:
         ref = server.put_bytes(pattern(1, nbytes))
@@ -183,7 +183,7 @@ connection.stat(deadline)
 assert held.data().tobytes() == pattern(1, ref.nbytes)
 send(took)
 """
-"""Lets UCX make one step at a time, 0.1 s apart, while a payload is on its way; says the seconds that it took."""
+"""Lets UCX make one step at a time, 0.1 s apart, while a payload is on its way; sends the seconds that it took."""
 
 
 def test_transfer_that_takes_longer_than_the_lease_timeout_is_not_cut_on_ucx() -> None:

@@ -32,22 +32,24 @@ def run_command(folder: Path, *prefix: str) -> tuple[int, str]:
 def test_folder_of_another_user_is_refused_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     os.chown(tmp_path / "out", 12345, -1)
-    code, said = run_command(tmp_path)
-    assert (code, len(said.splitlines())) == (2, 1)
-    assert f"job.output = '{tmp_path}/out'" in said
-    assert "its owner is 12345" in said
+    code, printed = run_command(tmp_path)
+    assert (code, len(printed.splitlines())) == (2, 1)
+    assert f"job.output = '{tmp_path}/out'" in printed
+    assert "its owner is 12345" in printed
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_folder_that_is_read_only_is_refused_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     mount = f'mount --bind "{tmp_path}/out" "{tmp_path}/out"', f'mount -o remount,ro,bind "{tmp_path}/out"'
-    code, said = run_command(tmp_path, *lone_mount(*mount))
-    assert (code, len(said.splitlines())) == (2, 1)
-    assert f"job.output = '{tmp_path}/out' is not allowed: must be a folder that can be written (Read-only" in said
+    code, printed = run_command(tmp_path, *lone_mount(*mount))
+    assert (code, len(printed.splitlines())) == (2, 1)
+    assert (
+        f"job.output = '{tmp_path}/out' is not allowed: must be a folder that can be written (Read-only" in printed
+    )
 
 
-def test_run_that_is_killed_before_its_first_checkpoint_is_started_again_and_no_other_user_may_write_to_any_of_it(
+def test_run_that_is_killed_before_its_first_checkpoint_is_restarted_and_no_other_user_may_write_to_any_of_it(
     tmp_path: Path,
 ) -> None:
     with umask(0):

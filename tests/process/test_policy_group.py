@@ -34,7 +34,7 @@ def test_ranks_of_a_group_train_on_their_part_and_the_step_is_committed_once(
     ],
 )
 @pytest.mark.measured
-def test_r2_dead_rank_voids_the_step_and_the_group_begins_another_epoch(
+def test_r2_step_of_a_dead_rank_is_discarded_and_the_group_begins_another_epoch(
     tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:
     settings = job_settings(
@@ -57,7 +57,7 @@ def test_r2_dead_rank_voids_the_step_and_the_group_begins_another_epoch(
         assert found["trained"] - found["rolled_back"] == 200
 
 
-def test_group_goes_on_from_its_checkpoint_and_with_as_many_ranks_only(tmp_path: Path) -> None:
+def test_group_resumes_from_its_checkpoint_and_with_as_many_ranks_only(tmp_path: Path) -> None:
     group = ("policy.replicas=2", "policy.readers=2")
     with running(tmp_path, *job_settings(*group, "stop.at_least=1e9")) as job:
         job.wait_for("  step ")

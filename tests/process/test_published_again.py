@@ -1,4 +1,4 @@
-"""R1: after Redis was restarted empty, a rollout replica publishes again every payload that somebody may want."""
+"""R1: after Redis was restarted empty, a rollout replica publishes again every payload still needed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +46,7 @@ def ring() -> Iterator[SharedRingBuffer]:
 
 
 @pytest.fixture
-def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[RingPublisher]:
+def publisher(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[RingPublisher]:
     replica = SimpleNamespace(
         name="rollout-0",
         redis=connection,
@@ -61,9 +61,9 @@ def outlet(ring: SharedRingBuffer, connection: RedisConnection) -> Iterator[Ring
         yield RingPublisher(cast(Replica, replica), ring, server)
 
 
-def put(outlet: RingPublisher, count: int = 1) -> None:
+def put(publisher: RingPublisher, count: int = 1) -> None:
     for _ in range(count):
-        assert outlet.put({"rewards": np.ones(3, np.float32)}, work_item=0, weight_version=0)
+        assert publisher.put({"rewards": np.ones(3, np.float32)}, work_item=0, weight_version=0)
 
 
 def listed(connection: RedisConnection) -> list[int]:
@@ -73,33 +73,33 @@ def listed(connection: RedisConnection) -> list[int]:
 
 
 def test_r1_a_payload_that_others_have_passed_many_times_is_published_again(
-    outlet: RingPublisher, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
+    publisher: RingPublisher, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
 ) -> None:
-    put(outlet)
+    put(publisher)
     for _ in range(5 * SLOTS):
-        put(outlet)
+        put(publisher)
         newest = ring.ready()[-1]
         ring.consume(newest.slot, newest.sequence)
     redis.restart()
-    outlet.refresh()
+    publisher.refresh()
     assert listed(connection) == [0]
 
 
 def test_r1_a_payload_that_is_being_read_is_published_again(
-    outlet: RingPublisher, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
+    publisher: RingPublisher, ring: SharedRingBuffer, redis: RedisServer, connection: RedisConnection
 ) -> None:
-    put(outlet, 2)
+    put(publisher, 2)
     lease = ring.read_raw(ring.ready()[0].slot, 0)
     redis.restart()
-    outlet.refresh()
-    lease.release()  # its reader has died, and another must be told of it
+    publisher.refresh()
+    lease.release()  # its reader has died, and another reader must receive it
     assert listed(connection) == [0, 1]
 
 
 def test_r1_a_second_restart_while_payloads_are_published_again_begins_it_anew(
-    outlet: RingPublisher, redis: RedisServer, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
+    publisher: RingPublisher, redis: RedisServer, connection: RedisConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(outlet, 3)
+    put(publisher, 3)
     publish = RolloutProducer.publish
     calls: list[int] = []
 
@@ -111,6 +111,6 @@ def test_r1_a_second_restart_while_payloads_are_published_again_begins_it_anew(
 
     monkeypatch.setattr(RolloutProducer, "publish", publish_and_restart_once)
     redis.restart()
-    outlet.refresh()
+    publisher.refresh()
     assert calls == [0, 1, 0, 1, 2]
     assert listed(connection) == [0, 1, 2]

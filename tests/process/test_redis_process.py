@@ -85,7 +85,7 @@ def test_password_is_in_no_command_line_environment_log_or_repr(server: RedisSer
     assert password in server.url
 
 
-def test_nobody_gets_in_without_the_password(tmp_path: Path) -> None:
+def test_no_client_gets_in_without_the_password(tmp_path: Path) -> None:
     with start_redis(None, tmp_path, tcp=True) as server:
         assert server.tcp_address is not None
         options = server.tcp_address.options()
@@ -422,7 +422,7 @@ def test_calls_and_polls_sit_out_an_outage(server: RedisServer, caplog: pytest.L
     assert len(messages) <= 2, "one per outage and connection"
 
 
-def test_redis_gone_for_good_is_an_error_that_says_for_how_long(tmp_path: Path) -> None:
+def test_redis_that_does_not_come_back_is_an_error_that_states_for_how_long(tmp_path: Path) -> None:
     server = start_redis(None, tmp_path)
     with RedisConnection(server.address, patience=0.5) as connection:
         producer, consumer = RolloutProducer(connection, KEYS), RolloutConsumer(connection, KEYS, "policy-0")
@@ -466,7 +466,7 @@ def test_stopped_redis_is_noticed_by_its_answer_timeout(server: RedisServer) -> 
         assert producer.backlog() == 2, "what was sent twice is there once"
 
 
-def test_a_closed_connection_says_so(server: RedisServer) -> None:
+def test_a_closed_connection_reports_it(server: RedisServer) -> None:
     connection = RedisConnection(server.address)
     producer = RolloutProducer(connection, KEYS)
     producer.publish(entry(0))

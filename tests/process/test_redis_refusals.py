@@ -1,4 +1,4 @@
-"""A Redis server that refuses: for a while, in which dray waits, or for good, which it says at the start."""
+"""A Redis server that refuses: for a while, in which dray waits, or permanently, which it reports at the start."""
 
 import logging
 import subprocess
@@ -73,7 +73,7 @@ def entry(sequence: int) -> RolloutEntry:
         ("ERR Error running script (call to f_ab): @user_script:1: @user_script: 1: -OOM command not", "OOM"),
     ],
 )
-def test_an_answer_that_says_not_now_is_waited_out_until_the_deadline(
+def test_an_answer_that_means_not_now_is_waited_out_until_the_deadline(
     server: RedisServer, answer: str, code: str
 ) -> None:
     with RedisConnection(server.address) as connection, pytest.raises(RedisUnavailableError) as caught:
@@ -130,7 +130,7 @@ def test_a_refusal_is_waited_out_with_one_line_although_reads_are_answered(
     assert ["answers again after" in message for message in messages] == [False, True]
 
 
-def test_a_refusal_for_good_is_an_error_that_says_for_how_long_and_with_which_answer(
+def test_a_permanent_refusal_is_an_error_that_states_for_how_long_and_with_which_answer(
     server: RedisServer, admin: RedisClient
 ) -> None:
     with RedisConnection(server.address, patience=0.3) as connection:
@@ -146,7 +146,7 @@ def test_a_refusal_for_good_is_an_error_that_says_for_how_long_and_with_which_an
 def test_a_server_that_has_handed_its_place_over_is_resolved_again(
     server: RedisServer, admin: RedisClient, tmp_path: Path
 ) -> None:
-    """Both servers know the same user; what names the place is a link that leads to one of them."""
+    """Both servers know the same user; the address is a symbolic link to one of their sockets."""
     place = tmp_path / "s"
     place.symlink_to(server.address.options()["path"])
     with start_redis(None, tmp_path / "other") as other, administrator(other.address) as successor:
@@ -186,10 +186,10 @@ def test_an_answer_that_quotes_the_password_is_shown_without_it_also_in_the_trac
     assert password not in "".join(traceback.format_exception(caught.value))
 
 
-# --- for good ---------------------------------------------------------------------------------------------------
+# --- permanently ------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_refuses_writes_is_of_no_use_and_the_error_says_why(
+def test_a_server_that_refuses_writes_is_of_no_use_and_the_error_states_why(
     server: RedisServer, admin: RedisClient, tmp_path: Path
 ) -> None:
     for code in ("READONLY", "NOREPLICAS", "OOM"):
@@ -222,7 +222,7 @@ def test_a_server_of_a_cluster_without_slots_is_of_no_use(tmp_path: Path) -> Non
     assert "CLUSTERDOWN" in str(error)
 
 
-def test_a_job_waits_at_its_start_for_a_server_that_refuses_and_says_so(
+def test_a_job_waits_at_its_start_for_a_server_that_refuses_and_reports_it(
     server: RedisServer, admin: RedisClient, tmp_path: Path
 ) -> None:
     tables = {

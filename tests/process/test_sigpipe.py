@@ -23,7 +23,7 @@ def test_producer_with_the_default_action_of_sigpipe_survives_the_end_of_its_rea
             try:
                 connection = Connection.open(refs[0].endpoints[0], refs[0].producer, None, deadline)
             except DrayError:
-                break  # the producer is gone, as the next statement says
+                break  # the producer is gone, as the next statement checks
             # Answers are on their way, and wait for room on tcp, when their reader ends.
             connection.ask(refs * 60, 0, deadline)
             connection.close()

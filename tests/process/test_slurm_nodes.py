@@ -32,7 +32,7 @@ def test_job_on_three_nodes_is_solved(tmp_path: Path) -> None:
         assert "redis://:" not in text
 
 
-def test_job_goes_on_when_a_rollout_node_dies(tmp_path: Path) -> None:
+def test_job_continues_when_a_rollout_node_dies(tmp_path: Path) -> None:
     settings = ("stop.at_least=100", "policy.args.pause=0.02", "policy.args.repeats=true")
     with nodes_running(tmp_path, *settings) as run:
         run.start()
@@ -66,7 +66,7 @@ def test_policy_on_two_nodes_trains_in_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.measured
-def test_lost_policy_node_ends_the_attempt_and_the_next_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+def test_lost_policy_node_ends_the_attempt_and_the_next_resumes_from_the_checkpoint(tmp_path: Path) -> None:
     settings = (
         "policy.replicas=2", "policy.readers=2", "policy.checkpoint_every=3", "stop.at_least=100",
         "policy.args.pause=0.05", "policy.args.restarts=true", "rollout.args.restarts=true",
@@ -86,7 +86,7 @@ def test_lost_policy_node_ends_the_attempt_and_the_next_goes_on_from_the_checkpo
         assert (run.output / "latest").resolve().name == "001.2"
 
 
-def test_policy_on_one_node_starts_again_in_place(tmp_path: Path) -> None:
+def test_policy_on_one_node_is_restarted_in_place(tmp_path: Path) -> None:
     settings = (
         "policy.checkpoint_every=3", "stop.at_least=100", "policy.args.pause=0.05",
         "policy.args.restarts=true", "rollout.args.restarts=true", "policy.args.repeats=true",
@@ -100,7 +100,7 @@ def test_policy_on_one_node_starts_again_in_place(tmp_path: Path) -> None:
         assert "restarting the policy group (restart 1 of 3)" in run.log("n1.out")
 
 
-def test_time_limit_leaves_a_checkpoint_that_the_next_part_goes_on_from(tmp_path: Path) -> None:
+def test_time_limit_leaves_a_checkpoint_that_the_next_part_resumes_from(tmp_path: Path) -> None:
     with nodes_running(tmp_path, "stop.at_least=100", "policy.args.pause=0.05") as run:
         run.start()
         run.wait_for_steps(5)
@@ -166,7 +166,7 @@ def test_sigterm_to_a_node_ends_what_is_there_in_order(tmp_path: Path, number: i
             assert "was asked to end and sent it SIGTERM" in run.log("n1.out")
 
 
-def test_node_behind_a_dead_network_is_gone_on_both_sides(tmp_path: Path) -> None:
+def test_node_behind_a_dead_network_is_lost_on_both_sides(tmp_path: Path) -> None:
     with (
         two_machines() as (near, far),
         nodes_running(tmp_path, FOREVER, "policy.args.repeats=true", interface=near.interface) as run,
@@ -311,12 +311,12 @@ def test_node_without_a_head_gives_up(tmp_path: Path) -> None:
 
 def test_job_on_a_single_node_is_as_on_this_machine(tmp_path: Path) -> None:
     with nodes_running(
-        tmp_path, rollout=RoleLayout(0, 2), interface=None, environment={"DRAY_TEST": "told"}
+        tmp_path, rollout=RoleLayout(0, 2), interface=None, environment={"DRAY_TEST": "set"}
     ) as run:
         run.start()
         run.wait_until(lambda: run.processes("dray.jobs.replica.rollout"), "a rollout replica")
-        told = run.processes("dray.jobs.replica.rollout")[0].environ()
-        assert (told["DRAY_TEST"], told["DRAY_ADDRESS"]) == ("told", "127.0.0.1")
-        assert told["DRAY_REPLICA_NODES"] == run.nodes[0]
+        environment = run.processes("dray.jobs.replica.rollout")[0].environ()
+        assert (environment["DRAY_TEST"], environment["DRAY_ADDRESS"]) == ("set", "127.0.0.1")
+        assert environment["DRAY_REPLICA_NODES"] == run.nodes[0]
         assert run.end() == [0], run.story()
         assert run.summary()["solved"]

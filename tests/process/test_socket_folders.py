@@ -20,10 +20,10 @@ def test_w12_sockets_of_dead_owners_are_swept_at_the_next_start_and_those_of_oth
     with (
         Child(SERVER, slots=2, slot_bytes=1000, options=options) as dies,
         Child(SERVER, slots=2, slot_bytes=1000, options=options) as stopped,
-        Child(SERVER, slots=2, slot_bytes=1000, options=options) as lives,
+        Child(SERVER, slots=2, slot_bytes=1000, options=options) as running,
     ):
-        left, kept, served = (socket_of(server.receive()) for server in (dies, stopped, lives))
-        ref = reference(lives.ask([1, 1000]))
+        left, kept, served = (socket_of(server.receive()) for server in (dies, stopped, running))
+        ref = reference(running.ask([1, 1000]))
         dies.kill()
         stopped.stop()
         assert left.exists()

@@ -145,7 +145,7 @@ def test_folders_of_streams_whose_processes_were_killed_are_removed(name: str) -
             assert not Registry(name, name).folder.exists()
 
 
-def test_an_entry_lives_on_when_a_forked_child_of_its_process_ends(name: str) -> None:
+def test_an_entry_stays_when_a_forked_child_of_its_process_ends(name: str) -> None:
     with Producer(name, scope=name) as producer:
         with forked(lambda _: None) as (pid, _):
             os.waitpid(pid, 0)

@@ -52,18 +52,18 @@ def _imports() -> Iterator[None]:
 @pytest.mark.parametrize("mistake", [BY_NAME[name] for name in AS_JOBS], ids=lambda mistake: mistake.name)
 def test_job_names_the_mistake_in_terminal_summary_and_exit_code(mistake: Mistake, tmp_path: Path) -> None:
     run = run_job(mistake, tmp_path)
-    assert run.exit_code == mistake.exit_code, run.said
-    assert [words for words in mistake.words if words not in run.said] == [], run.said
-    assert "Traceback" not in run.said
-    assert "internal error" not in run.said
-    assert all(line.isprintable() for line in run.said.splitlines())
+    assert run.exit_code == mistake.exit_code, run.text
+    assert [words for words in mistake.words if words not in run.text] == [], run.text
+    assert "Traceback" not in run.text
+    assert "internal error" not in run.text
+    assert all(line.isprintable() for line in run.text.splitlines())
     if run.exit_code == ExitCode.CONFIGURATION:
         assert not run.output.exists()
         return
-    early = re.search(r"^(\S+) ended early: (\w+\.\w+\(\) .+); see .+\.log$", run.said, re.MULTILINE)
-    warned = re.search(r"^(\S+): (\w+\.\w+\(\) .+); work item \d+ has failed", run.said, re.MULTILINE)
+    early = re.search(r"^(\S+) ended early: (\w+\.\w+\(\) .+); see .+\.log$", run.text, re.MULTILINE)
+    warned = re.search(r"^(\S+): (\w+\.\w+\(\) .+); work item \d+ has failed", run.text, re.MULTILINE)
     named = early or warned
-    assert named is not None, run.said
+    assert named is not None, run.text
     replica, reason = named.groups()
     assert reason in (run.output / "logs" / f"{replica}.log").read_text()
     summary = json.loads((run.output / "summary.json").read_text())
@@ -71,8 +71,8 @@ def test_job_names_the_mistake_in_terminal_summary_and_exit_code(mistake: Mistak
     assert summary["exit_reason"].endswith(f": {replica}: {reason}")
     if early is not None:
         assert summary["replicas"][replica] == f"left: {reason}"
-    assert f"failed: {summary['exit_reason']}, after " in run.said
-    assert "starts again" not in run.said
+    assert f"failed: {summary['exit_reason']}, after " in run.text
+    assert "restarting " not in run.text
 
 
 @pytest.mark.parametrize(

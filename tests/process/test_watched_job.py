@@ -1,4 +1,4 @@
-"""A running job as its user sees it from outside: its page's examples, its logs, and how it goes on."""
+"""A running job as its user sees it from outside: its page's examples, its logs, and how it is resumed."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def command_lines(job: JobRun) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_z12_running_job_is_reached_logs_at_its_level_and_says_how_it_goes_on(tmp_path: Path) -> None:
+def test_z12_running_job_is_reached_logs_at_its_level_and_prints_how_it_is_resumed(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     settings = job_settings(
         "stop.at_least=1e9", "policy.checkpoint_every=5", f'controller.token_file="{token_file}"', "job.seed=7"
@@ -50,8 +50,8 @@ def test_z12_running_job_is_reached_logs_at_its_level_and_says_how_it_goes_on(tm
         assert '"openapi":' in answers
         (program,) = examples("python")
         assert "running ['" in printed([sys.executable, "-c", program], job.output)
-        told = json.loads(printed([sys.executable, "-m", "dray.cli.app", "status", "out", "--json"], tmp_path))
-        assert (told["job"], told["phase"]) == ("small", "running")
+        shown = json.loads(printed([sys.executable, "-m", "dray.cli.app", "status", "out", "--json"], tmp_path))
+        assert (shown["job"], shown["phase"]) == ("small", "running")
         assert json.loads((job.output / ".run" / "controller.json").read_text())["token"] == token
         assert [line for line in command_lines(job) if token in line] == []
 
@@ -87,7 +87,7 @@ def test_z12_file_of_the_token_that_others_can_read_is_refused_before_anything_s
     assert not job.output.exists()
 
 
-def test_z10_job_that_is_interrupted_before_its_first_checkpoint_says_that_nothing_can_be_resumed(
+def test_z10_job_that_is_interrupted_before_its_first_checkpoint_reports_that_nothing_can_be_resumed(
     tmp_path: Path,
 ) -> None:
     with running(tmp_path) as job:

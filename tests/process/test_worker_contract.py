@@ -80,7 +80,7 @@ def test_every_payload_of_a_work_item_is_trained_on_once(tmp_path: Path, setting
         assert job.end() == 0, job.story()
         parts = parts_of(job.output)
         assert len(parts) == len(set(parts)) == 30 * 8
-        # All payloads of early work items were trained on: nothing is kept back for good.
+        # All payloads of early work items were trained on: nothing is kept back permanently.
         last = max(index for index, _, _ in parts)
         counts = {index: sum(each[0] == index for each in parts) for index in range(last // 2)}
         assert counts == {index: count for index, _, count in parts if index < last // 2}
@@ -95,7 +95,7 @@ def test_ranks_of_a_policy_group_get_work_items_and_metadata(tmp_path: Path) -> 
         assert parts_of(job.output) == parts_of(job.output, 1) != []
 
 
-def test_policy_that_is_killed_goes_on_with_the_rest_of_each_work_item(
+def test_policy_that_is_killed_continues_with_the_rest_of_each_work_item(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "several.py").write_text(SEVERAL)
@@ -146,7 +146,7 @@ def test_asynchronous_rollout_that_takes_too_long_is_cancelled_and_fails_alone(t
         assert "ended early" not in job.text
 
 
-def test_replica_ends_whose_rollout_goes_on_although_it_was_cancelled(tmp_path: Path) -> None:
+def test_replica_ends_whose_rollout_continues_although_it_was_cancelled(tmp_path: Path) -> None:
     (tmp_path / "rollouts.py").write_text(ROLLOUTS)
     settings = (
         "rollout.worker=rollouts.py:Hanging", "rollout.concurrency=4", "rollout.timeout=0.5",

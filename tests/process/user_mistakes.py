@@ -1,7 +1,7 @@
 """What users get wrong, as a table: each row a job that `dray run` must name the mistake of.
 
 ``python tests/process/user_mistakes.py [WORDS …]`` runs the rows whose names have one of WORDS in them, or all of
-them, as a user would, and prints for each the exit code and what the terminal said.
+them, as a user would, and prints for each the exit code and what the terminal showed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Mistake:
 
     Args:
         text: of the class, or of lines that stand before it; empty for a mistake of the job file.
-        words: must all be in what the terminal says.
+        words: must all be in what the terminal shows.
         settings: of the command line.
     """
 
@@ -271,7 +271,7 @@ class Run:
     """What a user has seen of a run."""
 
     exit_code: int
-    said: str
+    text: str
     output: Path
 
 
@@ -292,7 +292,7 @@ def run_job(mistake: Mistake, folder: Path) -> Run:
 
 
 def main(chosen: list[str]) -> int:
-    """Run the mistakes, and say which were not named as they must be."""
+    """Run the mistakes, and print which were not named as they must be."""
     wrong = []
     for mistake in MISTAKES:
         if chosen and not any(words in mistake.name for words in chosen):
@@ -300,9 +300,9 @@ def main(chosen: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
             run = run_job(mistake, Path(folder))
-            missing = [words for words in mistake.words if words not in run.said]
+            missing = [words for words in mistake.words if words not in run.text]
             print(f"== {mistake.name}: exit code {run.exit_code}, {time.monotonic() - began:.1f} s")
-            print(run.said.replace(folder, "…").rstrip(), flush=True)
+            print(run.text.replace(folder, "…").rstrip(), flush=True)
             if missing or run.exit_code != mistake.exit_code:
                 wrong.append(mistake.name)
                 print(f"   MUST BE: exit code {mistake.exit_code}, with {missing or 'these words'}", flush=True)

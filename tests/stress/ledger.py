@@ -36,7 +36,7 @@ class Count(enum.IntEnum):
     GUESSED = enum.auto()  # payloads that it asked for before they were announced, and got
     WRONG_BYTES = enum.auto()  # when the lease had begun
     CHANGED_BYTES = enum.auto()  # right at first, then wrong under the lease
-    GIVEN_AGAIN = enum.auto()  # leased although this reader had consumed it, or had been told that it is stale
+    GIVEN_AGAIN = enum.auto()  # leased although this reader had consumed it, or had been notified that it is stale
     LOST = enum.auto()  # stale although this reader has not consumed it and nothing may be dropped
     OTHER_ERRORS = enum.auto()
     FORKS = enum.auto()

@@ -66,7 +66,7 @@ def _produce(server: PayloadServer, ledger: Ledger) -> int:
 
 
 def _observe(server: PayloadServer, ledger: Ledger, ended: threading.Event) -> None:
-    """Ask for what only a look at the consumers' words answers, from another thread than the one that puts."""
+    """Ask for what can only be read from the consumers' words, from another thread than the one that puts."""
     rng = random.Random(7)
     while not ended.wait(0.01):
         server.statistics()

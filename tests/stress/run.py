@@ -164,7 +164,7 @@ class _Run:
         return account
 
     def _inflict(self, consumers: list[subprocess.Popen[str]], until: float) -> None:
-        """Let faults happen until the run has its leases, or its time is over."""
+        """Let faults happen until the run has its leases, or its time has passed."""
         plan, rng, ledger = self._plan, self._rng, self._ledger
         rate = plan.kills + plan.stops
         while ledger.total(Count.LEASES) < plan.leases and time.monotonic() < until:

@@ -163,7 +163,7 @@ def test_ray_is_not_started_where_it_could_reach_other_hosts(tmp_path):
 
 
 @pytest.mark.endurance
-def test_the_job_tells_its_time_inside_reads(tmp_path):
+def test_the_job_reports_its_time_inside_reads(tmp_path):
     shown, document, _ = measured(tmp_path, "P14")
     assert [row["scenario"] for row in document["rows"]] == ["job", "job"]
     assert all(0 <= row["p50"] < 100 for row in document["rows"])

@@ -77,5 +77,5 @@ def test_cartpole_is_solved_with_64_descriptors_for_each_process(folder: Path) -
 @pytest.mark.endurance
 @pytest.mark.timeout(BOUND + 30)
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">/dev/full"])
-def test_cartpole_is_solved_whatever_becomes_of_the_standard_streams(folder: Path, streams: str) -> None:
+def test_cartpole_is_solved_whatever_happens_to_the_standard_streams(folder: Path, streams: str) -> None:
     check_solved(folder, streams)

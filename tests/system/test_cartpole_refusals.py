@@ -1,4 +1,4 @@
-"""CartPole is solved although its Redis server refuses for three seconds again and again."""
+"""CartPole is solved although its Redis server repeatedly refuses for three seconds."""
 
 import subprocess
 import sys

@@ -51,7 +51,7 @@ def client_of(server: PayloadServer, **options: Any) -> Iterator[Any]:
         yield client
 
 
-def take(client: Any, ref: PayloadRef, *, consume: bool = True) -> Any:
+def read_one(client: Any, ref: PayloadRef, *, consume: bool = True) -> Any:
     (result,) = client.read([as_json(ref)], consume=consume)
     return result
 
@@ -109,11 +109,11 @@ def test_another_process_reads_every_payload_of_a_ring_that_wraps(direct: bool) 
 
 def test_leases_need_no_connection_and_an_attachment_outlives_it() -> None:
     with serving("shm") as server, client_of(server) as client:
-        assert take(client, server.put({"a": [1]}))["direct"]
+        assert read_one(client, server.put({"a": [1]}))["direct"]
         client.disconnect()
         wait_until(lambda: server.statistics().open_connections == 0, "the connection to be closed")
         for number in range(10):
-            result = take(client, server.put({"a": [number]}))
+            result = read_one(client, server.put({"a": [number]}))
             assert (result["direct"], result["tensors"]["a"]["values"]) == (True, (number,))
         assert server.statistics().counters.connections == 1
 
@@ -126,12 +126,12 @@ def test_a_payload_for_two_readers_is_consumed_by_both_whichever_way_they_read()
         client_of(server, reader=1) as third,
     ):
         ref = server.put({"a": [1]})
-        assert take(first, ref)["status"] == "OK"
-        assert take(first, ref) == {"status": "STALE", "direct": True}
+        assert read_one(first, ref)["status"] == "OK"
+        assert read_one(first, ref) == {"status": "STALE", "direct": True}
         assert not server.wait_consumed(ref, timeout=0)
         (consumed,) = second.consume([as_json(ref)])
         assert (consumed["status"], consumed["direct"]) == ("OK", False)
-        assert take(third, ref) == {"status": "STALE", "direct": True}
+        assert read_one(third, ref) == {"status": "STALE", "direct": True}
         assert server.wait_consumed(ref, timeout=5)
 
 
@@ -144,24 +144,27 @@ def test_a_reader_id_that_the_ring_does_not_have_gets_no_attachment() -> None:
 def test_a_process_under_another_kernel_gets_no_attachment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol_client, "kernel_digest", lambda: bytes(32))
     with serving("shm") as server, client_of(server) as client:
-        assert take(client, server.put({"a": [1]}))["direct"] is False
+        assert read_one(client, server.put({"a": [1]}))["direct"] is False
         assert ring_of(server).statistics().attachments == 0
 
 
 def test_a_process_gets_a_limited_number_of_attachments() -> None:
     with serving("shm") as server, contextlib.ExitStack() as opened:
         clients = [opened.enter_context(client_of(server)) for _ in range(17)]
-        found = [take(client, server.put({"a": [1]}))["direct"] for client in clients]
+        found = [read_one(client, server.put({"a": [1]}))["direct"] for client in clients]
         assert found == [True] * 16 + [False]
 
 
 def test_a_wrong_size_is_an_error_and_what_never_was_is_stale() -> None:
     with serving("shm") as server, client_of(server) as client:
         ref = server.put({"a": [1, 2, 3]})
-        assert take(client, dataclasses.replace(ref, nbytes=ref.nbytes + 1)) == {"status": "ERROR", "direct": True}
+        assert read_one(client, dataclasses.replace(ref, nbytes=ref.nbytes + 1)) == {
+            "status": "ERROR",
+            "direct": True,
+        }
         for wrong in ({"slot": 4}, {"sequence": 1}, {"sequence": 1 << 62}, {"sequence": (1 << 63) - 1}):
-            assert take(client, dataclasses.replace(ref, **wrong)) == {"status": "STALE", "direct": True}
-        assert take(client, ref)["status"] == "OK"
+            assert read_one(client, dataclasses.replace(ref, **wrong)) == {"status": "STALE", "direct": True}
+        assert read_one(client, ref)["status"] == "OK"
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -186,13 +189,13 @@ def test_an_overwritten_payload_is_stale_and_a_leased_one_is_not_overwritten() -
         word = attachment.lease(held.slot, held.sequence, held.nbytes)
         new = server.put({"a": [3]})
         assert new.slot == dropped.slot
-        assert take(client, dropped) == {"status": "STALE", "direct": True}
+        assert read_one(client, dropped) == {"status": "STALE", "direct": True}
         view = attachment.segment.payload(held.slot, held.nbytes)
         assert protocol_client.tensors(view)["a"]["values"] == (0,)
         view.release()
         attachment.end(word, held.slot, held.sequence, consumed=True)
-        assert take(client, kept)["tensors"]["a"]["values"] == (2,)
-        assert take(client, new)["tensors"]["a"]["values"] == (3,)
+        assert read_one(client, kept)["tensors"]["a"]["values"] == (2,)
+        assert read_one(client, new)["tensors"]["a"]["values"] == (3,)
 
 
 def test_a_newest_value_can_be_read_again_and_an_older_one_is_stale() -> None:
@@ -202,10 +205,10 @@ def test_a_newest_value_can_be_read_again_and_an_older_one_is_stale() -> None:
         client_of(server) as client,
     ):
         old = server.put({"a": [1]})
-        assert [take(client, old)["status"] for _ in range(3)] == ["OK"] * 3
+        assert [read_one(client, old)["status"] for _ in range(3)] == ["OK"] * 3
         new = server.put({"a": [2]})
-        assert take(client, old) == {"status": "STALE", "direct": True}
-        assert take(client, new)["tensors"]["a"]["values"] == (2,)
+        assert read_one(client, old) == {"status": "STALE", "direct": True}
+        assert read_one(client, new)["tensors"]["a"]["values"] == (2,)
         assert not any(client.attachment.board)
 
 
@@ -218,19 +221,19 @@ def test_while_a_drop_is_undecided_the_server_is_asked() -> None:
         direct = ring_of(server).direct()
         for ref in (read, taken):
             direct.suspect(ref.slot, ref.sequence)
-        assert (take(client, read)["status"], take(client, taken)["direct"]) == ("OK", False)
+        assert (read_one(client, read)["status"], read_one(client, taken)["direct"]) == ("OK", False)
         assert server.wait_consumed(taken, timeout=5)
-        assert take(client, taken) == {"status": "STALE", "direct": True}
+        assert read_one(client, taken) == {"status": "STALE", "direct": True}
 
 
 def test_with_all_lease_words_in_use_the_server_is_asked() -> None:
     with serving("shm", slots=8, max_leases=2) as server, client_of(server) as client:
         refs = [server.put({"a": [number]}) for number in range(4)]
         words = [client.attachment.lease(ref.slot, ref.sequence, ref.nbytes) for ref in refs[:2]]
-        assert take(client, refs[2])["direct"] is False
+        assert read_one(client, refs[2])["direct"] is False
         for word, ref in zip(words, refs, strict=False):
             client.attachment.end(word, ref.slot, ref.sequence, consumed=True)
-        assert take(client, refs[3])["direct"] is True
+        assert read_one(client, refs[3])["direct"] is True
         assert all(server.wait_consumed(ref, timeout=5) for ref in refs)
 
 
@@ -333,7 +336,7 @@ def test_after_the_end_of_the_producer_leases_stay_valid_and_none_begins(killed:
 
 def test_a_forked_child_of_the_client_has_none_of_its_memory() -> None:
     with serving("shm") as server, client_of(server) as client:
-        assert take(client, server.put({"a": [1]}))["direct"]
+        assert read_one(client, server.put({"a": [1]}))["direct"]
         child = os.fork()
         if not child:
             maps = Path("/proc/self/maps").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ def test_an_owner_that_ignores_lease_words_is_found_out(capfd: pytest.CaptureFix
     assert "CHANGED_BYTES: payload" in capfd.readouterr().err
 
 
-def test_payloads_are_told_from_each_other_by_every_part() -> None:
+def test_payloads_are_distinguished_from_each_other_by_every_part() -> None:
     sizes = [nbytes_of(sequence) for sequence in range(5_000)]
     assert (min(sizes) >= MIN_BYTES, max(sizes) <= MAX_BYTES, len(set(sizes)) > 900) == (True, True, True)
     for sequence, nbytes in enumerate(sizes):

@@ -64,7 +64,7 @@ def test_the_ucx_lane_works_where_ucxx_is_installed(here):
     assert found["lanes"]["ucx"]["works"], found["lanes"]["ucx"]
 
 
-def test_without_ucxx_the_lane_is_missing_and_the_report_says_what_to_install():
+def test_without_ucxx_the_lane_is_missing_and_the_report_states_what_to_install():
     code, found = report(start=("-c", WITHOUT_UCXX))
     assert code == 0
     assert found["lanes"]["shm"]["works"]
@@ -103,10 +103,10 @@ def test_a_runtime_directory_that_cannot_be_used_breaks_the_shm_lane_only(tmp_pa
 def test_plain_lines_where_there_is_no_terminal():
     done = run_doctor()
     assert done.returncode == 0
-    told = done.stdout.splitlines()
-    assert told[0].startswith("shm: works: ")
-    assert any(line.startswith("redis server: ") for line in told)
-    assert not any("│" in line for line in told)
+    printed = done.stdout.splitlines()
+    assert printed[0].startswith("shm: works: ")
+    assert any(line.startswith("redis server: ") for line in printed)
+    assert not any("│" in line for line in printed)
 
 
 @pytest.mark.parametrize("arguments", [("--require", "rdma"), ("--timeout", "0")])

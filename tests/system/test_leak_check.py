@@ -77,5 +77,5 @@ def test_every_kind_of_leak_fails_its_test_and_a_clean_test_passes(tmp_path: Pat
     assert leaked == {"test_thread", "test_child", "test_zombie", "test_descriptor", "test_segment"}, ended.stdout
     assert {"test_clean", "test_ending_thread", "test_caught_error_that_holds_a_socket_pair"} <= passed
     assert ("FAILED", "test_that_fails_is_not_blamed_twice") in outcomes
-    for words in ("thread left-behind", "sleep 60", "nobody waited for it", "/dev/null", "/memfd:dray"):
+    for words in ("thread left-behind", "sleep 60", "was not waited for", "/dev/null", "/memfd:dray"):
         assert words in ended.stdout

@@ -137,9 +137,9 @@ def test_wheel_asks_for_three_packages_and_names_each_extra(built: Built) -> Non
 
 
 @pytest.mark.timeout(240)
-def test_long_description_has_no_relative_link_and_names_files_that_are_shipped(built: Built) -> None:
+def test_long_description_has_no_relative_hyperlink_and_names_files_that_are_shipped(built: Built) -> None:
     text = str(built.metadata.get_payload())
-    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not re.match(r"https?://|#", link)] == []
+    assert [target for target in re.findall(r"\]\(([^)]*)\)", text) if not re.match(r"https?://|#", target)] == []
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\]\((?!\w+:|#)([^)#]+)", readme))
     assert "CHANGELOG.md" in linked
@@ -187,7 +187,7 @@ def test_import_of_the_data_plane_leaves_asyncio_to_the_first_use(built: Built, 
     assert ended(tmp_path, built.python, "-I", "-c", program) == (0, "True False\n", "")
 
 
-def test_script_tells_how_long_the_import_takes_beside_that_of_numpy(tmp_path: Path) -> None:
+def test_script_reports_how_long_the_import_takes_beside_that_of_numpy(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "import_time.py")
     code, printed, complaints = ended(tmp_path, sys.executable, script, "--rounds", "1")
     assert (code, complaints) == (0, "")

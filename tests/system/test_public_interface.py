@@ -448,7 +448,7 @@ def test_a_closed_server_or_client_raises() -> None:
             server.put_bytes(b"x")
 
 
-def test_a_timeout_that_is_over_is_a_timeout() -> None:
+def test_a_timeout_that_has_passed_is_a_timeout() -> None:
     with serving("tcp") as server, PayloadClient() as client:
         ref = server.put_bytes(b"x")
         for timeout in (0, -1):

@@ -71,7 +71,7 @@ def test_payloads_of_every_size_are_recognised_and_one_wrong_byte_is_noticed() -
 
 
 class Story:
-    """Journals that a test writes: one producer, and consumers. Time goes on by a second with each line."""
+    """Journals that a test writes: one producer, and consumers. Each line is a second later than the last."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -156,7 +156,7 @@ def test_evaluation_waits_until_training_returns_are_promising(example: ModuleTy
     assert "evaluation_return" not in trainer.train_step(batch_of(worker, range(4)))
 
 
-def test_training_goes_on_identically_after_save_and_load(example: ModuleType, tmp_path: Path) -> None:
+def test_training_continues_identically_after_save_and_load(example: ModuleType, tmp_path: Path) -> None:
     trainer = trainer_of(example, seed=1)
     worker = worker_of(example, trainer)
     first, second = batch_of(worker, range(8)), batch_of(worker, range(8, 16))

@@ -116,7 +116,7 @@ def test_diagram_of_slot_states_is_that_of_the_table() -> None:
     assert diagram == slot_state.diagram()
 
 
-def test_diagram_of_a_payloads_life_is_that_of_the_table() -> None:
+def test_diagram_of_a_payloads_life_cycle_is_that_of_the_table() -> None:
     assert delivery.diagram() in re.findall(r"```mermaid\n(.*?)\n```", page("runtime.md"), re.DOTALL)
 
 
@@ -384,7 +384,7 @@ def test_every_dependency_is_justified_and_pinned() -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(path: Path) -> None:
+def test_hyperlinks_lead_somewhere(path: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
         place = path.parent / target if target else path
         assert place.exists(), target
@@ -399,7 +399,7 @@ def test_named_files_exist(path: Path) -> None:
         assert list(ROOT.glob(name.rstrip("/"))), name
 
 
-def test_every_page_is_in_the_navigation_of_the_site_and_in_the_index_of_its_folder() -> None:
+def test_every_page_is_in_the_navigation_of_the_documentation_and_in_the_index_of_its_folder() -> None:
     project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in sorted(ROOT.glob("docs/**/*.md"))]
     assert sorted(navigated(project["nav"])) == pages

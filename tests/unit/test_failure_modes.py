@@ -50,7 +50,7 @@ def test_every_row_is_there_in_order() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_row_says_what_happens_and_names_tests_that_exist(row: str) -> None:
+def test_row_states_what_happens_and_names_tests_that_exist(row: str) -> None:
     text = documented()[row]
     named = re.findall(r"^- `(tests/[\w/]+\.py)::(\w+)`$", text, re.MULTILINE)
     assert len(named) == len(re.findall(r"^- ", text, re.MULTILINE)) >= 1

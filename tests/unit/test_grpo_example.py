@@ -98,7 +98,7 @@ def test_tokens_and_text_are_the_same_thing(example: SimpleNamespace) -> None:
         ("2479.", 1.0),
         ("2497.", 0.5 * 3 / 5),  # two digits exchanged
         ("2479", 0.5 * 4 / 5),  # does not stop
-        ("2479.0", 0.5 * 5 / 6),  # goes on after the end
+        ("2479.0", 0.5 * 5 / 6),  # continues after the end
         ("247.", 0.5 * 3 / 5),
         ("24799.", 0.5 * 4 / 6),
         (".", 0.0),
@@ -195,7 +195,7 @@ def test_rollout_returns_a_group_of_completions_of_various_lengths_without_paddi
     completions = np.split(arrays["tokens"], arrays["lengths"].cumsum()[:-1])
     for completion, reward in zip(completions, arrays["rewards"], strict=True):
         assert sorting.END not in completion[:-1]
-        assert completion[-1] == sorting.END or len(completion) == sorting.LONGEST_COMPLETION
+        assert completion[-1] == sorting.END or len(completion) == sorting.MAX_COMPLETION
         assert reward == pytest.approx(sorting.reward(arrays["prompt"], completion))
 
 
@@ -314,7 +314,7 @@ def test_accuracy_is_measured_before_the_first_step_and_every_few_steps(example:
     assert first["completions"] == 8 * GROUP_SIZE
 
 
-def test_training_goes_on_identically_after_save_and_load(example: SimpleNamespace, tmp_path: Path) -> None:
+def test_training_continues_identically_after_save_and_load(example: SimpleNamespace, tmp_path: Path) -> None:
     trainer = trainer_of(example, seed=1)
     worker = worker_of(example, trainer)
     first, second = groups_of(worker, range(8)), groups_of(worker, range(8, 16))

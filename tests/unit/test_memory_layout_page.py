@@ -1,4 +1,4 @@
-"""docs/reference/memory-layout.md says where everything lies in a segment and in the memory of direct leases."""
+"""docs/reference/memory-layout.md describes the layout of a segment and of the memory of direct leases."""
 
 import fcntl
 import os
@@ -54,7 +54,7 @@ def test_fields_of_a_slot_header_lie_at_the_offsets_of_the_code() -> None:
         assert at[name] == getattr(layout, f"{name.upper()}_OFFSET")
 
 
-def test_fields_of_the_segment_header_hold_what_the_page_says() -> None:
+def test_fields_of_the_segment_header_hold_what_the_page_states() -> None:
     made = layout.SegmentLayout(slots=5, slot_bytes=10_000)
     header = made.pack_segment_header(bytes(range(16)))
     expected = {
@@ -216,7 +216,7 @@ def test_a_consumer_that_finds_no_generation_after_the_close_finds_the_closed_wo
     assert not any(words)
 
 
-def test_the_word_of_a_reader_on_the_board_is_where_the_page_says(ring: SharedRingBuffer) -> None:
+def test_the_word_of_a_reader_on_the_board_is_where_the_page_places_it(ring: SharedRingBuffer) -> None:
     owner = ring.direct()
     for slot, sequence in [put(ring) for _ in range(SLOTS)]:
         for reader in range(READERS):
@@ -227,7 +227,7 @@ def test_the_word_of_a_reader_on_the_board_is_where_the_page_says(ring: SharedRi
     assert "The word *s* · readers + *r* belongs to" in PAGE
 
 
-def test_lease_words_and_the_end_word_are_where_the_page_says(ring: SharedRingBuffer) -> None:
+def test_lease_words_and_the_end_word_are_where_the_page_places_them(ring: SharedRingBuffer) -> None:
     slot, _ = put(ring)
     page = attached(ring).page.words
     for word in range(LEASES):

@@ -257,7 +257,7 @@ class _Check:
             self._problem("used by two at once", text, uses, source)
 
     def _has_reason(self, group: str, source: Source | None, payload: Identity, use: Use) -> bool:
-        """A consumer was given the payload, and has ended or was stopped before the journal could say so."""
+        """A consumer was given the payload, and has ended or was stopped before the journal could record it."""
         put = 0
         if source is not None:
             number, _ = source.put.get(payload[1], (-1, 0))
@@ -336,7 +336,7 @@ def _was_taken_back(use: Use) -> bool:
 
 
 def _opening(member: Member) -> tuple[str, bool]:
-    """The id of a producer that lives through several rounds, and whether it overwrites."""
+    """The id of a producer that runs through several rounds, and whether it overwrites."""
     kind, _, fields = next(read(member.journal))
     assert kind == "B"
     return fields[0], fields[2] == "1"

@@ -1,7 +1,7 @@
-"""A consumer's process: it takes payloads in every way that there is, until it is told to end.
+"""A consumer's process: it takes payloads in every way that there is, until it is asked to end.
 
-A session is the life of one `Consumer`. A session ends at random: by ``break``, by an exception in the loop body,
-by `close` in another thread, by the end of the stream, or by SIGTERM. Then the next one begins.
+A session is the lifetime of one `Consumer`. It ends at random: by ``break``, by an exception in the loop body, by
+`close` in another thread, by the end of the stream, or by SIGTERM. Then the next one begins.
 """
 
 from __future__ import annotations

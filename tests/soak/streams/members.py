@@ -134,7 +134,7 @@ class Member:
 
 
 def _be(plan: ProducerPlan | ConsumerPlan, member: Member, control: socket.socket | None) -> None:
-    """The life of a forked child."""
+    """What a forked child does, from its start to its end."""
     code = 1
     try:
         os.setpgid(0, 0)  # the terminal's Ctrl-C is for the supervisor

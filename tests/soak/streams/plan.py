@@ -100,7 +100,7 @@ class ProducerPlan:
         groups: its groups.
         seed: of what it puts.
         listen: an address for consumers elsewhere.
-        steady: it lives through all rounds, and pauses between them.
+        steady: it runs through all rounds, and pauses between them.
     """
 
     key: int
@@ -122,7 +122,7 @@ class ConsumerPlan:
         scope: where the name is known.
         group: its group.
         seed: of what it does.
-        steady: it lives through all rounds, with one consumer.
+        steady: it runs through all rounds, with one consumer.
     """
 
     key: int

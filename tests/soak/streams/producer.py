@@ -1,4 +1,4 @@
-"""A producer's process: it puts payloads until it is told to end, then closes and waits for consumers."""
+"""A producer's process: it puts payloads until it is asked to end, then closes and waits for consumers."""
 
 from __future__ import annotations
 

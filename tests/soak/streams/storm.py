@@ -103,7 +103,7 @@ class Storm:
         left = leftovers(self._runtime, {member.pid for member in self.steady})
         account.problems += [f"left behind: {each}" for each in left]
         account.problems += [
-            f"{member.name}, which lives through all rounds, has ended" for member in self.steady if member.reap()
+            f"{member.name}, which runs through all rounds, has ended" for member in self.steady if member.reap()
         ]
         if not account.problems:
             one.remove_files()
@@ -120,13 +120,13 @@ class Storm:
         return problems + _wait(self.steady, END_SECONDS)
 
     def _pause(self) -> str:
-        """Let the steady producer drain, while consumers live; what is wrong."""
+        """Let the steady producer drain, while consumers are alive; what is wrong."""
         producer = self.steady[0]
         assert producer.control is not None
         producer.control.sendall(PAUSE)
         if not select.select([producer.control], [], [], DRAIN_SECONDS + END_SECONDS)[0]:
             producer.signal(signal.SIGUSR2)
-            return f"{producer.name}, which lives through all rounds, does not pause; see {producer.log}"
+            return f"{producer.name}, which runs through all rounds, does not pause; see {producer.log}"
         answer = producer.control.recv(1)
         return "" if answer == PAUSED else f"{producer.name}: {answer!r} payloads were not consumed at its pause"
 
@@ -169,7 +169,7 @@ class _Round:
 
     def finish(self, pause: Callable[[], str]) -> list[str]:
         """End the producers, then the consumers; what is wrong with that."""
-        while self._due:  # processes that were stopped go on, those that died have successors
+        while self._due:  # stopped processes are resumed, dead ones have successors
             heapq.heappop(self._due)[2]()
         for member in self.members:
             member.resume()

@@ -40,10 +40,10 @@ def test_file_that_others_may_read_or_write_is_refused_with_its_mode(tmp_path: P
     assert (caught.value.key, caught.value.value) == ("controller.token_file", str(tmp_path / "file"))
 
 
-def test_link_to_a_private_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(private(tmp_path / "file"))
+def test_symbolic_link_to_a_private_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "symlink").symlink_to(private(tmp_path / "file"))
     with pytest.raises(ConfigError, match="it is a symbolic link"):
-        read_private_file(tmp_path / "link", "key")
+        read_private_file(tmp_path / "symlink", "key")
 
 
 def test_folder_and_named_pipe_are_refused_at_once(tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_file_that_others_may_read_is_trusted_and_one_that_they_may_write_is_not
     for mode in (0o664, 0o646):
         with pytest.raises(ConfigError, match=rf"no other user may write to \(chmod go-w\); its mode is {mode:o}"):
             read_own_file(private(tmp_path / "file", mode=mode), "key")
-    (tmp_path / "link").symlink_to(private(tmp_path / "file"))
+    (tmp_path / "symlink").symlink_to(private(tmp_path / "file"))
     with pytest.raises(ConfigError, match="it is a symbolic link"):
-        read_own_file(tmp_path / "link", "key")
+        read_own_file(tmp_path / "symlink", "key")
 
 
-def test_file_is_written_in_the_place_of_a_link_and_not_through_it(tmp_path: Path) -> None:
+def test_file_is_written_in_the_place_of_a_symbolic_link_and_not_through_it(tmp_path: Path) -> None:
     victim = private(tmp_path / "victim")
     (tmp_path / "file").symlink_to(victim)
     write_whole(tmp_path / "file", b"new")
@@ -109,12 +109,12 @@ def test_log_is_appended_to(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"onetwo"
 
 
-def test_log_is_neither_a_link_nor_a_folder_nor_a_pipe(tmp_path: Path) -> None:
+def test_log_is_neither_a_symbolic_link_nor_a_folder_nor_a_pipe(tmp_path: Path) -> None:
     victim = private(tmp_path / "victim")
-    (tmp_path / "link").symlink_to(victim)
+    (tmp_path / "symlink").symlink_to(victim)
     (tmp_path / "dangling").symlink_to(tmp_path / "missing")
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "link", tmp_path / "dangling", tmp_path, tmp_path / "pipe"):
+    for path in (tmp_path / "symlink", tmp_path / "dangling", tmp_path, tmp_path / "pipe"):
         with pytest.raises(ConfigError, match="a regular file"):
             open_to_append(path, "key")
     assert not (tmp_path / "missing").exists()
@@ -125,9 +125,9 @@ def test_log_is_neither_a_link_nor_a_folder_nor_a_pipe(tmp_path: Path) -> None:
 def test_folder_in_the_place_of_one_to_make_must_be_closed_to_the_writes_of_others(tmp_path: Path) -> None:
     make_own_folder(tmp_path / "logs", "key")
     make_own_folder(tmp_path / "logs", "key")
-    (tmp_path / "link").symlink_to(tmp_path / "logs")
+    (tmp_path / "symlink").symlink_to(tmp_path / "logs")
     with pytest.raises(ConfigError, match="a folder, not a symbolic link"):
-        make_own_folders(tmp_path, tmp_path / "link" / "deeper", "key")
+        make_own_folders(tmp_path, tmp_path / "symlink" / "deeper", "key")
     (tmp_path / "logs").chmod(0o775)
     for refused in (
         lambda: make_own_folder(tmp_path / "logs", "key"),

@@ -14,12 +14,12 @@ def test_first_reason_to_stop_stands_and_callbacks_run_once() -> None:
     stop.on_set(lambda: called.append("before"))
     assert not stop.wait(0)
     stop.set("SIGTERM", 143)
-    stop.set("the job is over")
+    stop.set("the job has ended")
     stop.on_set(lambda: called.append("after"))
     assert (stop.reason, stop.exit_code, stop.is_set, called) == ("SIGTERM", 143, True, ["before", "after"])
 
 
-def test_stop_wakes_who_waits() -> None:
+def test_stop_wakes_waiters() -> None:
     stop = StopFlag()
     timer = threading.Timer(0.05, stop.set, ["enough"])
     timer.start()

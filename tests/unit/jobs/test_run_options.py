@@ -1,4 +1,4 @@
-"""The options of a run, kept in its folder and applied when it goes on."""
+"""The options of a run, kept in its folder and applied when it is resumed."""
 
 import json
 from pathlib import Path
@@ -83,12 +83,12 @@ def test_kept_options_apply_under_those_given_again(job_file: Path, root: Path) 
     assert (third.config.job.seed, third.config.job.max_steps, third.config.job.log_level) == (7, 30, "error")
 
 
-def test_run_without_kept_options_goes_on_with_those_given(job_file: Path, root: Path) -> None:
+def test_run_without_kept_options_resumes_with_those_given(job_file: Path, root: Path) -> None:
     again = read_job(job_file, ["job.seed=7"], None, None).resumed(root)
     assert (again.config.job.seed, again.config.job.output, again.lines) == (7, str(root), ())
 
 
-def test_job_file_as_it_is_now_applies_and_a_line_says_that_it_changed(job_file: Path, root: Path) -> None:
+def test_job_file_as_it_is_now_applies_and_a_line_reports_that_it_changed(job_file: Path, root: Path) -> None:
     read_job(job_file, None, None, None).options.write(root)
     job_file.write_text(JOB.replace("max_steps = 10", "max_steps = 11"))
     again = read_job(job_file, None, None, None).resumed(root)

@@ -5,7 +5,7 @@ import pytest
 from dray.jobs.process import ShutdownStep, closed_by_step, shutdown_step
 
 
-def test_step_says_what_it_does_and_waits_for_and_how_long_it_took(caplog: pytest.LogCaptureFixture) -> None:
+def test_step_reports_what_it_does_and_waits_for_and_how_long_it_took(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dray.jobs.process")
     with pytest.raises(ValueError, match="half-way"):
         with shutdown_step("unregister", "the controller", 2.0):
@@ -17,7 +17,7 @@ def test_step_says_what_it_does_and_waits_for_and_how_long_it_took(caplog: pytes
 def test_what_is_closed_by_a_step_is_closed_within_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dray.jobs.process")
     seen: list[int] = []
-    step = ShutdownStep("close", "nobody", 1.0)
+    step = ShutdownStep("close", "the server", 1.0)
     with contextlib.ExitStack() as stack:
 
         @contextlib.contextmanager

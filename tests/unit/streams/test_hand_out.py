@@ -207,12 +207,12 @@ def test_credit_that_comes_before_the_barrier_is_seen_after_it() -> None:
     assert not consumer.words.pending
 
 
-def test_after_a_barrier_that_has_failed_the_credit_is_looked_at_again() -> None:
+def test_after_a_barrier_that_has_failed_the_credit_is_checked_again() -> None:
     stream = Stream()
     consumer = stream.consumer(direct=True)
     stream.ring.barriers_fail = True
     stream.add(0)
-    consumer.raise_credit(1)  # too late for the second look; pending was not seen
+    consumer.raise_credit(1)  # too late for the second check; pending was not seen
     assert stream.delivery.remaining == RECHECK_SECONDS
     stream.later(RECHECK_SECONDS)
     assert consumer.sequences == [0]

@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(registry: Registry, content: bytes) -> str:
-    """An entry with that content, whose process lives."""
+    """An entry with that content, whose process is alive."""
     entry = registry.add("p", {})
     (registry.folder / f"{entry}.json").write_bytes(content)
     return entry

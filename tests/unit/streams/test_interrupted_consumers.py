@@ -1,4 +1,4 @@
-"""A signal handler that raises at any moment of a consumer's call: no payload stays with the consumer for ever."""
+"""A signal handler that raises at any moment of a consumer's call: the consumer keeps no payload."""
 
 from __future__ import annotations
 

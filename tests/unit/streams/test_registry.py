@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_entry_lives_as_long_as_its_registry_and_its_folder_goes_with_the_last_one() -> None:
+def test_an_entry_exists_as_long_as_its_registry_and_its_folder_goes_with_the_last_one() -> None:
     with Registry("s") as one, Registry("s") as other:
         entry = one.add("p", {"endpoints": []})
         other.add("c", {})

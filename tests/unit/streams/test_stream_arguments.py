@@ -153,7 +153,7 @@ def test_a_dataset_shows_its_stream() -> None:
 # --- after the end ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_closed_says_so_and_closes_twice() -> None:
+def test_what_is_closed_raises_an_error_that_states_it_and_closes_twice() -> None:
     publisher, subscriber, consumer = Publisher(NAME), Subscriber(NAME), Consumer(NAME)
     for each in (publisher, subscriber, consumer):
         each.close()

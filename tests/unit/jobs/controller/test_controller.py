@@ -28,7 +28,7 @@ PROGRESS = {
     "waits_for": "",
     "ages": {"payload": 1.5},
     "metrics": {"loss": 0.5},
-    "warnings": ["policy-0 has something to say"],
+    "warnings": ["policy-0 has a warning"],
 }
 
 
@@ -163,7 +163,7 @@ def test_policy_that_begins_learns_which_work_items_are_under_way(spec: JobSpec)
     ask(spec, story)
 
 
-def test_job_waits_for_a_policy_that_is_started_again_and_no_longer(spec: JobSpec) -> None:
+def test_job_waits_for_a_policy_that_is_restarted_and_no_longer(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
         await start(call)
         died = {"name": "policy-0", "role": "policy", "reason": "killed by signal 9"}
@@ -229,7 +229,7 @@ def test_request_for_work_items_is_answered_at_once_when_the_job_stops(spec: Job
     ask(spec, story)
 
 
-def test_status_and_metrics_tell_what_replicas_do(spec: JobSpec) -> None:
+def test_status_and_metrics_show_what_replicas_do(spec: JobSpec) -> None:
     async def story(_: Controller, call: Call) -> None:
         await start(call)
         await call("/heartbeat", {**ROLLOUT, "progress": PROGRESS})
@@ -244,7 +244,7 @@ def test_status_and_metrics_tell_what_replicas_do(spec: JobSpec) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_metric_that_is_no_number_any_more_is_reported_like_others(spec: JobSpec, value: float) -> None:
-    """A loss that diverges is the user's to look at; it must not cost the replica its place."""
+    """A loss that diverges is a matter for the user; it must not cost the replica its place."""
 
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
@@ -331,7 +331,7 @@ def test_client_that_hangs_up_within_its_request_costs_one_line(
             return events.pop(0)
 
         async def send(_: Any) -> None:
-            """Nobody is there."""
+            """No client receives it."""
 
         caplog.clear()
         await controller.application(scope, receive, send)
@@ -343,7 +343,7 @@ def test_client_that_hangs_up_within_its_request_costs_one_line(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_draining_replica_hears_at_once_that_nobody_is_left_to_read(spec: JobSpec) -> None:
+def test_draining_replica_is_notified_at_once_that_no_reader_is_left(spec: JobSpec) -> None:
     async def story(controller: Controller, call: Call) -> None:
         await start(call)
         draining = {**ROLLOUT, "progress": PROGRESS, "until_unread": 2.0}

@@ -37,7 +37,7 @@ def test_job_runs_once_one_replica_of_each_role_is_there(job: Membership) -> Non
     assert job.phase is Phase.RUNNING
 
 
-def test_nothing_is_finalised_before_the_first_replica_registered(job: Membership, clock: ManualClock) -> None:
+def test_job_does_not_end_before_its_first_replica_has_registered(job: Membership, clock: ManualClock) -> None:
     for _ in range(5):
         clock.time += 10
         job.reap()
@@ -134,7 +134,7 @@ def test_late_report_of_the_end_of_an_earlier_process_changes_nothing_for_its_su
     assert job.phase is Phase.DRAINING
 
 
-def test_job_goes_on_without_one_rollout_replica_and_fails_without_any(job: Membership) -> None:
+def test_job_continues_without_one_rollout_replica_and_fails_without_any(job: Membership) -> None:
     start(job)
     job.died("rollout-0", Role.ROLLOUT, "killed by signal 9")
     assert job.phase is Phase.RUNNING
@@ -184,7 +184,7 @@ def test_replica_that_dies_before_registering_counts_as_gone(job: Membership) ->
     assert job.phase is Phase.DRAINING
 
 
-def test_rollout_that_never_came_is_not_waited_for_for_ever(job: Membership, clock: ManualClock) -> None:
+def test_wait_for_a_rollout_replica_that_never_came_is_bounded(job: Membership, clock: ManualClock) -> None:
     job.register("rollout-0", Role.ROLLOUT, "a", 1)
     job.register("policy-0", Role.POLICY, "c", 3)
     for _ in range(8):
@@ -238,7 +238,7 @@ def test_z9_last_phase_of_a_job_is_that_of_its_outcome(job: Membership, kind: Ou
         job.register("rollout-0", Role.ROLLOUT, "a", 1)
 
 
-def test_notices_tell_every_change(job: Membership) -> None:
+def test_notices_report_every_change(job: Membership) -> None:
     start(job)
     assert job.notices[0] == "rollout-0 registered (pid 1)"
     assert "phase starting -> running (quorum)" in job.notices
@@ -251,7 +251,7 @@ def restartable(clock: ManualClock, ranks: int = 1) -> Membership:
     return job
 
 
-def test_job_goes_on_while_its_policy_is_started_again(clock: ManualClock) -> None:
+def test_job_continues_while_its_policy_is_restarted(clock: ManualClock) -> None:
     job = restartable(clock)
     job.died("policy-0", Role.POLICY, "killed by signal 9", final=False)
     assert job.phase is Phase.RUNNING
@@ -285,7 +285,7 @@ def test_job_does_not_wait_without_end_for_its_policy(clock: ManualClock) -> Non
     assert job.outcome == Outcome("failed", "no policy replica is left: policy-0: killed by signal 9")
 
 
-def test_group_that_has_lost_one_and_is_not_started_again_fails_the_job(clock: ManualClock) -> None:
+def test_group_that_has_lost_one_and_is_not_restarted_fails_the_job(clock: ManualClock) -> None:
     job = restartable(clock, ranks=2)
     job.register("policy-1", Role.POLICY, "e", 5)
     job.died("policy-1", Role.POLICY, "killed by signal 9")
@@ -300,7 +300,7 @@ def with_rollout_restarts(clock: ManualClock) -> Membership:
     return job
 
 
-def test_job_goes_on_while_its_only_rollout_replica_is_started_again(clock: ManualClock) -> None:
+def test_job_continues_while_its_only_rollout_replica_is_restarted(clock: ManualClock) -> None:
     job = with_rollout_restarts(clock)
     job.died("rollout-0", Role.ROLLOUT, "killed by signal 9", pid=1, final=False, exit_code=-9)
     assert job.phase is Phase.RUNNING

@@ -23,7 +23,7 @@ class ManualClock:
         return self.time
 
 
-def test_one_line_says_who_waits_for_whom_for_what_and_how_old_things_are() -> None:
+def test_one_line_states_which_replica_waits_for_which_and_for_what_and_how_old_things_are() -> None:
     ages = {"payload": (3.0, "rollout-1"), "reference": (29.5, "policy-0")}
     assert stall_line(JobSnapshot([STUCK, BUSY, POLICY], ages), 30.0) == (
         "policy-0 waits for the rollout replicas, for 8 of 8 payloads, since 31.2 s; "
@@ -32,7 +32,7 @@ def test_one_line_says_who_waits_for_whom_for_what_and_how_old_things_are() -> N
     )
 
 
-def test_long_work_that_nobody_waits_for_is_no_stall() -> None:
+def test_long_work_that_no_replica_waits_for_is_no_stall() -> None:
     assert longest_wait(JobSnapshot([STUCK, BUSY]), 30.0) == 0
     assert longest_wait(JobSnapshot([STUCK, POLICY]), 30.0) == 31.2
     assert longest_wait(JobSnapshot([STUCK, POLICY]), 31.2) == 0

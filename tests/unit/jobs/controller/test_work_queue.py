@@ -23,7 +23,7 @@ def test_work_items_of_a_dead_holder_are_given_first_and_published_ones_are_not(
     assert ledger.outstanding == 0
 
 
-def test_published_by_someone_who_does_not_hold_it_is_ignored() -> None:
+def test_published_by_a_replica_that_does_not_hold_it_is_ignored() -> None:
     ledger = WorkQueue(in_flight=1)
     ledger.assign("a", 1)
     ledger.published("b", [0])

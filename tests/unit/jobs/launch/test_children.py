@@ -62,7 +62,7 @@ def test_child_is_unseen_while_it_is_stopped(tmp_path: Path) -> None:
     assert started.seconds_unseen() > 0.0
 
 
-def test_killed_child_tells_its_signal(tmp_path: Path) -> None:
+def test_killed_child_reports_its_signal(tmp_path: Path) -> None:
     started = child(tmp_path, "import time; time.sleep(600)")
     assert started.collect(0.05) is None
     started.kill_group()

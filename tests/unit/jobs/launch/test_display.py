@@ -83,13 +83,13 @@ def test_plain_output_is_a_line_now_and_then() -> None:
     assert "step 1/100" in lines[0]
 
 
-def test_what_is_said_about_a_mistake_is_shown_to_its_end() -> None:
+def test_line_about_a_mistake_is_shown_to_its_end() -> None:
     console = Console(file=io.StringIO())
-    said = f"rollout-0 ended early: {'a long reason ' * 100}; see out/logs/rollout-0.log"
+    line = f"rollout-0 ended early: {'a long reason ' * 100}; see out/logs/rollout-0.log"
     with Display("small", 100, console) as display:
-        display.show_line(said)
+        display.show_line(line)
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == f"{said}\n"
+    assert console.file.getvalue() == f"{line}\n"
 
 
 def shown(*statuses: Status, terminal: bool) -> str:

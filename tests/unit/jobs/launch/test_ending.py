@@ -65,7 +65,7 @@ def test_controller_that_the_supervisor_asked_to_end_gives_no_reason_for_it() ->
     assert (found.exit_code, found.reason) == (1, asked)
     assert found.status is not None
     assert found.status.phase is Phase.FAILED
-    # A signal, finished work and another outcome say more.
+    # A signal, finished work and another outcome take precedence.
     for kind, checkpoint, signals, reason in (
         ("interrupted", None, [signal.SIGINT], "interrupted by SIGINT"),
         ("interrupted", SOLVED, [], "solved at step 7 (according to the checkpoint)"),
@@ -75,7 +75,7 @@ def test_controller_that_the_supervisor_asked_to_end_gives_no_reason_for_it() ->
         assert ending("small", status(kind), checkpoint, signals, "", controller_request=asked).reason == reason
 
 
-def test_newest_status_counts_whoever_has_it() -> None:
+def test_newest_status_counts_wherever_it_is_from() -> None:
     recorded = status("solved")
     newer = recorded.model_copy(update={"seconds": recorded.seconds + 1})
     assert newest_status(recorded, newer) is newest_status(newer, recorded) is newer
@@ -115,7 +115,7 @@ def test_job_that_fails_for_a_mistake_in_the_users_class_has_the_exit_code_of_th
     assert ending("small", status("solved", cause), None, [], "").exit_code == ExitCode.OK
 
 
-def test_ending_without_any_status_is_told_from_the_checkpoint() -> None:
+def test_ending_without_any_status_is_derived_from_the_checkpoint() -> None:
     found = ending("small", None, SOLVED, [], "the controller ended early")
     assert found.exit_code == ExitCode.OK
     assert ending("small", None, None, [], "").reason == "the job ended without an outcome"

@@ -5,7 +5,7 @@ from dray.jobs.job_file import JobDraft, parse_job
 from dray.jobs.launch.preparation import check_entry_points
 from dray.jobs.process import SignalInbox
 
-# The import goes on when there is somebody who writes to the FIFO beside the file.
+# The import continues when the FIFO beside the file has a writer.
 CLASSES = """
 from pathlib import Path
 with (Path(__file__).parent / "gate").open() as gate:
@@ -21,7 +21,7 @@ class Both:
 """
 
 
-def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
+def test_z3_long_import_is_reported_while_it_lasts(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(CLASSES)
     os.mkfifo(tmp_path / "gate")
     config = parse_job(
@@ -31,14 +31,14 @@ def test_z3_long_import_is_told_while_it_lasts(tmp_path: Path) -> None:
             "policy": {"trainer": "slow.py:Both", "batch_size": 8},
         }
     )
-    said: list[str] = []
+    shown: list[str] = []
 
     def show_line(line: str) -> None:
-        said.append(line)
+        shown.append(line)
         (tmp_path / "gate").write_text("")
 
     with SignalInbox() as inbox:
         assert (
             check_entry_points(JobDraft(config), tmp_path / "job.toml", tmp_path, inbox, show_line=show_line) == []
         )
-    assert said[0].startswith("importing slow.py:Both and slow.py:Both (2 s so far, at most 120 s)")
+    assert shown[0].startswith("importing slow.py:Both and slow.py:Both (2 s so far, at most 120 s)")

@@ -104,7 +104,7 @@ def test_attempt_begins_from_the_start_or_from_the_checkpoint_whatever_an_earlie
         assert state.step == 7
 
 
-def test_each_attempt_has_logs_of_its_own_and_a_link_leads_to_the_newest(tmp_path: Path) -> None:
+def test_each_attempt_has_logs_of_its_own_and_a_symbolic_link_leads_to_the_newest(tmp_path: Path) -> None:
     for attempt in ("001.1", "001.2"):
         with open_output(config(str(tmp_path / "out")), resume=None, attempt=attempt) as (folder, _):
             assert attempt_folder(folder) == tmp_path / "out" / "parts" / attempt / "logs"
@@ -158,7 +158,7 @@ def test_folders_are_made_without_rights_of_others_to_write_whatever_the_umask(
         assert [path for path in found if path.stat().st_mode & 0o022] == []
 
 
-def test_link_in_the_place_of_a_folder_of_logs_is_refused(tmp_path: Path) -> None:
+def test_symbolic_link_in_the_place_of_a_folder_of_logs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     with open_output(config(str(tmp_path / "out")), resume=False) as (folder, _):
         folder.logs.symlink_to(tmp_path / "elsewhere")
@@ -236,7 +236,7 @@ def test_folder_of_a_run_that_has_ended_can_be_used_at_once(tmp_path: Path) -> N
     assert [str(error) for error in errors if "no running job uses" not in str(error)] == []
 
 
-def test_run_without_a_checkpoint_is_started_again_by_resuming_it(
+def test_run_without_a_checkpoint_is_restarted_by_resuming_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

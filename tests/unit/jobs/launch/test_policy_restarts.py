@@ -6,7 +6,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.launch.processes import RESTARTED, is_restarted
 
 
-def test_every_exit_code_of_dray_says_whether_its_group_is_restarted() -> None:
+def test_every_exit_code_of_dray_determines_whether_its_group_is_restarted() -> None:
     assert set(RESTARTED) == set(ExitCode)
 
 

@@ -1,4 +1,4 @@
-"""What `dray run` says about the end of a replica is what it knows, not only what the exit code is."""
+"""What `dray run` prints about the end of a replica is what it knows, not only what the exit code is."""
 
 import signal
 
@@ -56,7 +56,7 @@ SILENT = (MemberState.DEAD, "silent for 3.2 s")
         (ExitCode.SIGTERM, None, LEFT, None, "r ended early: interrupted by SIGTERM"),
     ],
 )
-def test_z8_end_is_told_by_what_the_supervisor_did_and_what_the_controller_knows(
+def test_z8_end_is_derived_from_what_the_supervisor_did_and_what_the_controller_knows(
     code: int,
     request_: EndRequest | None,
     member: tuple[MemberState, str] | None,

@@ -75,7 +75,9 @@ def test_summary_has_the_last_value_of_each_metric_whichever_step_it_is_of(tmp_p
     assert summary["metrics"] == {"accuracy": 0.5, "accuracy_before": 0.0, "loss": 1.0}
 
 
-def test_summary_and_last_line_say_how_old_their_figures_are_when_the_controller_was_gone(tmp_path: Path) -> None:
+def test_summary_and_last_line_state_how_old_their_figures_are_when_the_controller_was_gone(
+    tmp_path: Path,
+) -> None:
     folder = JobFolder(tmp_path)
 
     def written(age: float | None) -> tuple[Any, str]:
@@ -211,7 +213,7 @@ def test_plot_that_its_library_cannot_draw_is_a_warning(
     assert list(tmp_path.glob("*.png")) == []
 
 
-def test_plot_replaces_a_link_and_does_not_follow_it(tmp_path: Path) -> None:
+def test_plot_replaces_a_symbolic_link_and_does_not_follow_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "victim").write_text("content")
     (tmp_path / "returns.png").symlink_to(tmp_path / "victim")

@@ -44,10 +44,10 @@ def test_newest_report_about_a_replica_takes_the_place_of_the_one_before() -> No
     controller = Answering()
     reports = Reports(controller)
     for number in range(1000):
-        reports.add(died("policy-0", f"life {number}"))
+        reports.add(died("policy-0", f"attempt {number}"))
     assert len(reports) == 1
     reports.send()
-    assert controller.sent == ["/died policy-0 life 999"]
+    assert controller.sent == ["/died policy-0 attempt 999"]
 
 
 def test_report_that_is_refused_is_not_sent_again() -> None:

@@ -1,4 +1,4 @@
-"""What a run that did not finish says about how it goes on."""
+"""What a run that did not finish prints about how it is resumed."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ def with_checkpoint(root: Path, step: int) -> JobFolder:
     return folder
 
 
-def test_run_with_a_checkpoint_says_the_command_and_the_step(
+def test_run_with_a_checkpoint_prints_the_command_and_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -48,14 +48,14 @@ def test_command_can_be_pasted_into_a_shell_where_the_folder_is_not_utf_8(tmp_pa
     assert shown.stdout == os.fsencode(root)
 
 
-def test_run_without_a_checkpoint_says_how_it_is_started_again(tmp_path: Path) -> None:
+def test_run_without_a_checkpoint_prints_how_it_is_restarted(tmp_path: Path) -> None:
     (tmp_path / "options.json").write_text("")
     line = how_to_resume(JobFolder(tmp_path), tmp_path / "job.toml", 10)
     command = f"dray run --resume {tmp_path}/job.toml --output {tmp_path}"
     assert line == f"restart with: {command} (the run has no checkpoint)"
 
 
-def test_run_that_started_nothing_says_that_nothing_can_be_resumed(tmp_path: Path) -> None:
+def test_run_that_started_nothing_reports_that_nothing_can_be_resumed(tmp_path: Path) -> None:
     assert (
         how_to_resume(JobFolder(tmp_path), tmp_path / "job.toml", 10) == "nothing to resume: the run had not begun"
     )

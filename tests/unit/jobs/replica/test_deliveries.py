@@ -44,7 +44,7 @@ class MemoryQueue:
 
     def check_epoch(self, timeout: float | None) -> None:
         if self.epoch != self.newest_epoch:
-            raise OldEpochError("another life of the group has begun")
+            raise OldEpochError("another epoch of the group has begun")
 
     def receive(self, count: int, timeout: float | None) -> list[Delivery]:
         given, self.waiting = self.waiting[:count], self.waiting[count:]
@@ -110,7 +110,7 @@ class Controller:
         self.reported += [index for index, _, _ in payloads]
 
 
-class Group:
+class QueuedDeliveries:
     """`Deliveries` over a queue in memory, and what it has done."""
 
     def __init__(
@@ -157,7 +157,7 @@ def sequences(deliveries: Iterable[Delivery]) -> list[int]:
 
 
 def test_payload_is_committed_after_its_step_and_then_freed_and_finished(tmp_path: Path) -> None:
-    group = Group(tmp_path)
+    group = QueuedDeliveries(tmp_path)
     group.deliveries.open()
     group.queue.waiting = [entry(0), entry(1)]
     assert sequences(group.step(2)) == [0, 1]
@@ -170,7 +170,7 @@ def test_payload_is_committed_after_its_step_and_then_freed_and_finished(tmp_pat
 
 
 def test_commit_that_waits_for_the_checkpoint_is_in_it_until_then(tmp_path: Path) -> None:
-    group = Group(tmp_path, ack="checkpoint")
+    group = QueuedDeliveries(tmp_path, ack="checkpoint")
     group.deliveries.open()
     group.queue.waiting = [entry(0), entry(1)]
     group.step(2)
@@ -183,7 +183,7 @@ def test_commit_that_waits_for_the_checkpoint_is_in_it_until_then(tmp_path: Path
 
 def test_what_a_checkpoint_has_is_committed_first_and_not_received_again(tmp_path: Path) -> None:
     state = CheckpointState(1, 1, 4, contributed=2, unconfirmed=(entry(3).identity,), unfreed=(entry(2).identity,))
-    group = Group(tmp_path, state=state)
+    group = QueuedDeliveries(tmp_path, state=state)
     group.queue.others = [entry(5)]
     group.deliveries.open()
     assert group.queue.ended == [("trained", 3), ("repeated", 2)]
@@ -192,7 +192,7 @@ def test_what_a_checkpoint_has_is_committed_first_and_not_received_again(tmp_pat
 
 
 def test_payload_that_another_consumer_has_is_left_to_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    group = Group(tmp_path)
+    group = QueuedDeliveries(tmp_path)
     group.deliveries.open()
     group.queue.waiting, group.queue.refused = [entry(0), entry(1)], {1}
     group.step(2)
@@ -202,7 +202,7 @@ def test_payload_that_another_consumer_has_is_left_to_it(tmp_path: Path, caplog:
 
 
 def test_lost_too_old_and_dead_payloads_are_counted_freed_and_finished(tmp_path: Path) -> None:
-    group = Group(tmp_path, max_staleness=1, staleness="drop")
+    group = QueuedDeliveries(tmp_path, max_staleness=1, staleness="drop")
     group.deliveries.open()
     group.queue.waiting = [entry(0, version=5), entry(1, version=3), entry(2, version=5)]
     group.queue.dead = [entry(9)]
@@ -215,8 +215,8 @@ def test_lost_too_old_and_dead_payloads_are_counted_freed_and_finished(tmp_path:
     assert group.queue.ended == [("too_old", 1), ("discarded", 2)]
 
 
-def test_life_that_was_replaced_commits_nothing(tmp_path: Path) -> None:
-    group = Group(tmp_path)
+def test_epoch_that_was_replaced_commits_nothing(tmp_path: Path) -> None:
+    group = QueuedDeliveries(tmp_path)
     group.deliveries.open()
     group.queue.waiting = [entry(0)]
     received = group.deliveries.receive(1, 0, 0.0)
@@ -230,7 +230,7 @@ def test_life_that_was_replaced_commits_nothing(tmp_path: Path) -> None:
 
 
 def test_payloads_of_the_next_step_are_due_while_a_step_is_under_way(tmp_path: Path) -> None:
-    group = Group(tmp_path, max_staleness=1)
+    group = QueuedDeliveries(tmp_path, max_staleness=1)
     group.deliveries.open()
     group.queue.waiting = [entry(1), entry(0), entry(3), entry(2), entry(4, version=1)]
     first = group.deliveries.receive(2, 0, 0.0)
@@ -248,7 +248,7 @@ def test_payloads_of_the_next_step_are_due_while_a_step_is_under_way(tmp_path: P
 
 
 def test_payload_that_does_not_come_is_given_up_after_a_while(tmp_path: Path) -> None:
-    group = Group(tmp_path, max_staleness=0)
+    group = QueuedDeliveries(tmp_path, max_staleness=0)
     group.deliveries.open()
     group.queue.waiting = [entry(4), entry(5), entry(6)]
     assert group.deliveries.receive(2, 0, 0.0) == []
@@ -258,15 +258,15 @@ def test_payload_that_does_not_come_is_given_up_after_a_while(tmp_path: Path) ->
 
 
 def test_work_items_whose_payloads_are_gone_are_finished_at_the_beginning(tmp_path: Path) -> None:
-    group = Group(tmp_path, known=UnfinishedWork(unfinished=[1, 2, 3], published=[1, 2], next=4))
+    group = QueuedDeliveries(tmp_path, known=UnfinishedWork(unfinished=[1, 2, 3], published=[1, 2], next=4))
     group.queue.waiting = [entry(2)]
     group.deliveries.open()
     assert group.controller.reported == [1]
 
 
 def test_epoch_and_commits_are_kept_beside_the_queue(tmp_path: Path) -> None:
-    first = Group(tmp_path)
+    first = QueuedDeliveries(tmp_path)
     first.deliveries.open()
-    second = Group(tmp_path)
+    second = QueuedDeliveries(tmp_path)
     second.deliveries.open()
     assert (first.deliveries.epoch, second.deliveries.epoch) == (1, 2)

@@ -68,7 +68,7 @@ class Trainer:
 
 
 def mistakes(tmp_path: Path, text: str, trainer: str = "job.py:Trainer") -> list[str]:
-    """What is found wrong with the classes of a file that says this."""
+    """What is found wrong with the classes of a file with this text."""
     (tmp_path / "job.py").write_text(text)
     with pytest.raises(ConfigError) as caught:
         check_entry_points("job.py:Worker", trainer, tmp_path)

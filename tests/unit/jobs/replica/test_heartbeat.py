@@ -51,7 +51,7 @@ def register(client: ControllerClient, role: Role) -> dict[str, str]:
     return who
 
 
-def test_replica_that_watches_its_readers_hears_of_the_last_one_before_the_next_beat(spec: JobSpec) -> None:
+def test_replica_that_watches_its_readers_is_notified_of_the_last_one_before_the_next_beat(spec: JobSpec) -> None:
     stop = StopFlag()
     with served(spec) as (_, client):
         rollout, policy = register(client, Role.ROLLOUT), register(client, Role.POLICY)

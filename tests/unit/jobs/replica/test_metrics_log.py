@@ -18,7 +18,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(each)["step"] for each in path.read_text().splitlines()]
 
 
-def test_file_begins_with_the_steps_of_the_checkpoint_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_file_begins_with_the_steps_of_the_checkpoint_and_continues_from_there(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(map(line, range(1, 6))))
     with MetricsLog(path) as log:

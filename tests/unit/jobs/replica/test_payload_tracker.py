@@ -1,4 +1,4 @@
-"""The life of a payload in a job, as the table of it has it."""
+"""The life cycle of a payload in a job, as its table describes it."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def tracker_in(state: PayloadState) -> tuple[PayloadTracker, Delivery]:
 
 @pytest.mark.parametrize("state", WAYS)
 @pytest.mark.parametrize("event", PayloadEvent)
-def test_every_event_in_every_state_does_what_the_table_says(state: PayloadState, event: PayloadEvent) -> None:
+def test_every_event_in_every_state_does_what_the_table_states(state: PayloadState, event: PayloadEvent) -> None:
     tracker, one = tracker_in(state)
     after = TRANSITIONS.get((state, event))
     if after is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_deliveries import Group, entry, sequences
+from test_deliveries import QueuedDeliveries, entry, sequences
 
 from dray.errors import DrayError, OutOfResources, ProducerLostError, StaleSlotError
 from dray.jobs.queue import Delivery
@@ -23,7 +23,7 @@ class Ahead:
     def __init__(
         self, folder: Path, *, parts: int = 1, outcomes: dict[int, DrayError] | None = None, **policy: Any
     ):
-        self.group = Group(folder, **policy)
+        self.group = QueuedDeliveries(folder, **policy)
         self.group.deliveries.open()
         self.stop = threading.Event()
         self.more = threading.Condition()

@@ -36,7 +36,7 @@ def test_mean_return_is_drays_own_figure_where_the_trainer_returns_no_such_metri
     assert condition("mean_return").judge(1, {"loss": 0.1}, 25.0) == "mean_return 25 >= 20 at step 1"
 
 
-def test_mean_return_of_the_trainer_takes_the_place_of_drays_own_for_good() -> None:
+def test_mean_return_of_the_trainer_permanently_replaces_drays_own() -> None:
     stop = condition("mean_return")
     assert stop.judge(1, {"mean_return": 1.0}, 25.0) == ""
     assert stop.judge(2, {}, 25.0) == "", "the trainer's comes now and then"
@@ -93,7 +93,7 @@ def test_metric_that_no_step_returns_is_remarked_once_and_at_the_end() -> None:
     assert stop.never_returned == "no step returned stop.metric = 'quality'"
 
 
-def test_nothing_is_said_at_the_end_of_a_process_that_did_no_step() -> None:
+def test_nothing_is_reported_at_the_end_of_a_process_that_did_no_step() -> None:
     assert condition("quality").never_returned == ""
 
 
@@ -108,7 +108,7 @@ def test_nothing_is_said_at_the_end_of_a_process_that_did_no_step() -> None:
         ("loss", ["train_step_seconds"], ""),
     ],
 )
-def test_misspelling_is_told_from_another_metric(name: str, known: list[str], meant: str) -> None:
+def test_misspelling_is_distinguished_from_another_metric(name: str, known: list[str], meant: str) -> None:
     assert misspelling_of(name, known) == meant
 
 

@@ -128,7 +128,7 @@ def test_agent_starts_what_the_head_asks_for_and_kills_what_is_left_at_the_shutd
     assert node.host.closed
 
 
-def test_replica_is_started_again_when_the_head_asks_for_it(node: Node) -> None:
+def test_replica_is_restarted_when_the_head_asks_for_it(node: Node) -> None:
     def head(head: Head) -> None:
         first, _ = head.until_both_run()
         first.kill_group()
@@ -155,7 +155,7 @@ def test_replicas_whose_head_is_gone_are_asked_to_end_and_killed_in_time(node: N
         assert node.host[name].received == [signal.SIGTERM, DUMP_SIGNAL, signal.SIGKILL]
 
 
-def test_agent_that_receives_a_signal_tells_the_head_that_it_has_ended_its_replicas(node: Node) -> None:
+def test_agent_that_receives_a_signal_reports_to_the_head_that_it_has_ended_its_replicas(node: Node) -> None:
     def head(head: Head) -> None:
         head.until_both_run()
         signal.raise_signal(signal.SIGTERM)

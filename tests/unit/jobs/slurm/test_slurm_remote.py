@@ -94,7 +94,7 @@ class Head:
         self.until(guest.done, "the guest")
         return guest.result()
 
-    def link(self, node: str = "c") -> MessageChannel:
+    def channel(self, node: str = "c") -> MessageChannel:
         return MessageChannel(self.taken(self.guest(node)), "the head")
 
 
@@ -116,64 +116,64 @@ def test_address_is_for_the_owner_only_and_holds_no_secret(tmp_path: Path) -> No
         assert SECRET.hex() not in path.read_text()
 
 
-def started(link: MessageChannel, **pids: int) -> None:
+def started(channel: MessageChannel, **pids: int) -> None:
     for name, pid in pids.items():
-        link.post(ReplicaStarted(name=name.replace("_", "-"), pid=pid))
+        channel.post(ReplicaStarted(name=name.replace("_", "-"), pid=pid))
 
 
-def test_node_is_told_what_to_start_once_it_has_connected_and_afterwards(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
+def test_node_receives_what_to_start_once_it_has_connected_and_afterwards(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
         head.host.start(Role.ROLLOUT, 7)
         received: list[object] = []
-        head.until(lambda: received.extend(link.poll()) or len(received) == 3, "all commands")
+        head.until(lambda: received.extend(channel.poll()) or len(received) == 3, "all commands")
         assert received == [StartReplica(name=f"rollout-{index}") for index in (0, 1, 7)]
 
 
 def test_replicas_of_a_node_run_from_the_report_of_their_start_to_that_of_their_end(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
         assert head.host.processes == []
-        started(link, rollout_0=70, rollout_1=71)
+        started(channel, rollout_0=70, rollout_1=71)
         head.until(lambda: len(head.host.processes) == 2, "the reports of their start")
         first, second = head.host.processes
         assert (first.name, first.pid, first.running, head.ended) == ("rollout-0", 70, True, [])
         second.signal(signal.SIGTERM)
         first.kill_group()
         received: list[object] = []
-        head.until(lambda: received.extend(link.poll()) or len(received) == 4, "all commands")
+        head.until(lambda: received.extend(channel.poll()) or len(received) == 4, "all commands")
         assert received[2:] == [SendSignal(name="rollout-1", number=signal.SIGTERM), KillReplica(name="rollout-0")]
-        link.post(ReplicaEnded(name="rollout-0", code=10))
+        channel.post(ReplicaEnded(name="rollout-0", code=10))
         head.until(lambda: head.ended, "the report of its end")
         assert head.ended == [first]
         assert (first.exit_code, first.ending, second.running) == (10, "the user's class raised", True)
 
 
-def test_replica_that_was_started_again_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
-        started(link, rollout_0=70)
-        link.post(ReplicaEnded(name="rollout-0", code=10))
+def test_replica_that_was_restarted_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
+        started(channel, rollout_0=70)
+        channel.post(ReplicaEnded(name="rollout-0", code=10))
         head.until(lambda: head.ended, "the report of its end")
         head.host.start(Role.ROLLOUT, 0)
-        started(link, rollout_0=72)
+        started(channel, rollout_0=72)
         head.until(lambda: [each.pid for each in head.host.processes] == [72], "the report of the new one")
         assert [each.running for each in head.host.processes] == [True]
 
 
 def test_replica_that_was_not_asked_for_is_none_of_the_job(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
-        started(link, rollout_5=75, rollout_0=70)
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
+        started(channel, rollout_5=75, rollout_0=70)
         head.until(lambda: head.host.processes, "the report of the start")
         assert [each.name for each in head.host.processes] == ["rollout-0"]
 
 
-def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
-        started(link, rollout_0=70, rollout_1=71)
+def test_replica_of_a_node_is_seen_as_long_as_the_node_reports_that_it_runs(tmp_path: Path) -> None:
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
+        started(channel, rollout_0=70, rollout_1=71)
         head.until(lambda: len(head.host.processes) == 2, "the reports of their start")
         first, second = head.host.processes
         head.until(lambda: min(first.seconds_unseen(), second.seconds_unseen()) > 0.1, "some time")
-        link.post(ReplicasRunning(names=["rollout-1", "policy-1"]))
+        channel.post(ReplicasRunning(names=["rollout-1", "policy-1"]))
         head.until(lambda: second.seconds_unseen() < first.seconds_unseen() - 0.05, "the report that one runs")
-        link.post(ReplicasRunning(names=["rollout-0"]))
+        channel.post(ReplicasRunning(names=["rollout-0"]))
         head.until(lambda: first.seconds_unseen() < second.seconds_unseen(), "the report that the other runs")
 
 
@@ -189,18 +189,18 @@ def test_replica_of_a_node_is_seen_as_long_as_the_node_says_that_it_runs(tmp_pat
 def test_z8_replica_that_its_own_node_has_asked_to_end_is_not_called_interrupted(
     tmp_path: Path, code: int, asked: int, ending: str
 ) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
-        started(link, rollout_0=70)
-        link.post(ReplicaEnded(name="rollout-0", code=code, request=asked))
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
+        started(channel, rollout_0=70)
+        channel.post(ReplicaEnded(name="rollout-0", code=code, request=asked))
         head.until(lambda: [each.exit_code for each in head.ended] == [code], "the report of its end")
         assert [each.ending for each in head.host.processes] == [ending]
 
 
 def test_node_that_is_gone_takes_its_replicas_with_it(tmp_path: Path) -> None:
-    with head_of(tmp_path) as head, closing(head.link()) as link:
-        started(link, rollout_0=70, rollout_1=71)
-        link.post(ReplicaEnded(name="rollout-0", code=0))
-        link.close()
+    with head_of(tmp_path) as head, closing(head.channel()) as channel:
+        started(channel, rollout_0=70, rollout_1=71)
+        channel.post(ReplicaEnded(name="rollout-0", code=0))
+        channel.close()
         head.until(lambda: len(head.ended) == 2, "the end of both")
         assert [each.ending for each in head.host.processes] == ["finished", "its node c is gone"]
         with pytest.raises(TransportError, match="rejected the connection"):
@@ -235,14 +235,14 @@ def test_node_with_another_secret_is_refused(tmp_path: Path) -> None:
         head.taken(head.guest("c", secret=b"another" * 5))
 
 
-def test_strangers_that_say_nothing_keep_nobody_out_and_are_dropped(
+def test_strangers_that_send_nothing_keep_no_node_out_and_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "Unproven", partial(Unproven, seconds=0.3))
     with head_of(tmp_path) as head:
         strangers = [socket.create_connection(head.address) for _ in range(3)]
         try:
-            head.link().close()
+            head.channel().close()
             for stranger in strangers:
                 stranger.settimeout(0)
                 assert len(stranger.recv(32)) == 32
@@ -277,7 +277,7 @@ def test_more_strangers_than_are_listened_to_push_out_the_oldest(tmp_path: Path)
         strangers = [
             opened.enter_context(socket.create_connection(head.address)) for _ in range(MAX_UNPROVEN + 10)
         ]
-        head.link().close()  # has come in after all of them, and pushed out one more
+        head.channel().close()  # has come in after all of them, and pushed out one more
         assert [is_open(stranger) for stranger in strangers] == [False] * 11 + [True] * (MAX_UNPROVEN - 1)
 
 
@@ -315,19 +315,19 @@ def test_head_without_descriptors_accepts_later_and_does_not_spin(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         head.until(lambda: select.select([early], [], [], 0)[0], "the nonce")
         assert len(failures()) == 1
-        head.link().close()
+        head.channel().close()
 
 
 def test_shutdown_is_requested_and_its_confirmation_awaited(tmp_path: Path) -> None:
     with head_of(tmp_path) as head:
-        link = head.link()
+        channel = head.channel()
 
         def leave() -> list[object]:
             received: list[object] = []
-            with closing(link), selectors.DefaultSelector() as selector:
-                selector.register(link, selectors.EVENT_READ)
-                while not link.lost and selector.select(10.0):
-                    received += link.poll()
+            with closing(channel), selectors.DefaultSelector() as selector:
+                selector.register(channel, selectors.EVENT_READ)
+                while not channel.lost and selector.select(10.0):
+                    received += channel.poll()
             return received
 
         left = head.pool.submit(leave)
@@ -341,7 +341,7 @@ def test_shutdown_is_requested_and_its_confirmation_awaited(tmp_path: Path) -> N
 def test_node_that_does_not_confirm_its_shutdown_is_left_in_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with head_of(tmp_path) as head, closing(head.link()):
+    with head_of(tmp_path) as head, closing(head.channel()):
         head.host.request_shutdown()
         head.host.close(Deadline.after(0.2))
         head.host.close(Deadline.after(0.2))

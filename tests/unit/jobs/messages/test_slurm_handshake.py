@@ -76,7 +76,7 @@ def test_purpose_that_is_too_long_is_refused_before_it_comes() -> None:
         ServerAuth(SECRET).feed(bytes(32) + b"\xff\xff")
 
 
-def test_head_that_says_nothing_is_given_up_in_time() -> None:
+def test_head_that_sends_nothing_is_given_up_in_time() -> None:
     with closing(listen("127.0.0.1")) as listener:
         deadline = Deadline.after(0.3)
         with pytest.raises(TransportError, match="does not answer"):
