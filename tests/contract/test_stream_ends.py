@@ -16,7 +16,7 @@ from stream_fixtures import SECONDS, Route, consumers_of, in_thread, number, rou
 from waiting import wait_until
 
 from dray import Consumer, Publisher, Subscriber
-from dray.errors import BufferFullError, StreamEnded, StreamTimeout
+from dray.errors import BufferClosedError, BufferFullError, StreamEnded, StreamTimeout
 from dray.identifiers import PayloadId
 from dray.payload.codec import PackPlan
 from dray.streams import DeadLetter
@@ -170,8 +170,20 @@ def test_a_producer_that_gives_up_notifies_its_consumers_of_what_is_lost(
         for each in range(3):
             producer.put(number=each)
         assert number(consumer.get(SECONDS)) == 0
-        with in_thread(lambda: producer.close(drain=False)), pytest.raises(StreamEnded):
-            get_all(consumer)
+
+        def is_closing() -> bool:
+            try:
+                producer.put(number=9, timeout=0)
+            except BufferClosedError:
+                return True
+            except BufferFullError:
+                pass
+            return False
+
+        with in_thread(lambda: producer.close(drain=False)):
+            wait_until(is_closing, "the beginning of the end")
+            with pytest.raises(StreamEnded):
+                get_all(consumer)
         assert consumer.statistics().ended == 1
     assert "payloads are lost" in caplog.text
 
