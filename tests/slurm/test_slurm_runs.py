@@ -52,7 +52,8 @@ def test_cartpole_is_solved_by_a_policy_on_one_node_and_rollouts_on_two_others(
 
 def test_job_writes_a_checkpoint_before_its_time_limit_and_continues_in_another_part(run: SlurmRun) -> None:
     # Slurm sends its signal up to a minute early: after 30 to 90 seconds here.
-    run.submit("--time=00:02:00", "--pre-timeout=30")
+    goal = 2 * GOAL
+    run.submit("--time=00:02:00", "--pre-timeout=30", f"--set=stop.at_least={goal}")
     run.wait_until(lambda: run.record().state is RunState.REQUEUED, "requeueing", 150.0)
     saved = run.checkpoint()["step"]
     assert saved == run.steps()[-1] > 0
@@ -61,8 +62,8 @@ def test_job_writes_a_checkpoint_before_its_time_limit_and_continues_in_another_
     assert run.end()["Restarts"] == "1", run.story()
     assert run.ends() == [(1, 1, ExitCode.TIME_LIMIT), (2, 1, 0)]
     assert run.record().remaining_retries == 2
-    assert run.steps() == list(range(1, GOAL + 1))
-    assert run.summary()["steps_of_this_run"] == GOAL - saved
+    assert run.steps() == list(range(1, goal + 1))
+    assert run.summary()["steps_of_this_run"] == goal - saved
     assert f"resuming from step {saved}" in run.log("policy-0.log")
 
 
