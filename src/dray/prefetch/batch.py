@@ -293,8 +293,8 @@ class DoubleBuffer:
         self._handed_out.add(ref.identity)
         return self.back.result(ref), first
 
-    def collect(self) -> tuple[list[Fetched], list[PayloadRef]]:
-        """End the batch being fetched; its results replace those in front.
+    def collect(self, *, keep: bool = True) -> tuple[list[Fetched], list[PayloadRef]]:
+        """End the batch being fetched; its results replace those in front, where they are kept.
 
         Returns the results, and the references of payloads that are handed out by this for the first time.
         """
@@ -304,10 +304,11 @@ class DoubleBuffer:
             return [], []
         self._end(batch)
         results = batch.results()
-        self._front = {fetched.ref.identity: fetched for fetched in results}
+        found = {fetched.ref.identity: fetched for fetched in results}
+        self._front = found if keep else {}
         return results, [
             fetched.ref
-            for identity, fetched in self._front.items()
+            for identity, fetched in found.items()
             if identity not in before and not isinstance(fetched.outcome, DrayError)
         ]
 

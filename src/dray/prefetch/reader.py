@@ -57,7 +57,8 @@ class BatchReader(Closing):
         attempts: reads of one reference in one round.
         rounds: rounds of a batch.
         read_timeout: seconds that one read of a payload, or of a group of a batch's payloads, may take.
-        consume: free payloads that `collect` and `result` hand out; False leaves that to the caller.
+        consume: free payloads that `collect` and `result` hand out. False leaves that to the caller, and `collect`
+            keeps no results for `result`.
         clock, threading: sources of the time, and of locks and threads.
 
     Raises:
@@ -283,7 +284,7 @@ class BatchReader(Closing):
             self._threads.locked_submit(batch)
 
     def _collect(self) -> list[Fetched]:
-        results, handed_out = self._buffers.collect()
+        results, handed_out = self._buffers.collect(keep=self._consume)
         if self._consume:
             self._freeing.add(handed_out)
         self._advance()

@@ -162,26 +162,40 @@ class ReadThreads:
 
     def _run(self) -> None:
         try:
-            while (task := self._next_task()) is not None:
-                self._read(*task)
+            while self._read_next():
+                pass
         except BaseException as crash:
             logger.critical("a thread that reads payloads ended", exc_info=crash)
             self.crash(crash)
+
+    def _read_next(self) -> bool:
+        task = self._next_task()
+        if task is not None:
+            self._read(*task)
+        return task is not None
 
     def _next_task(self) -> tuple[BatchFetch, Read] | None:
         with self.lock:
             while not self.closing:
                 now = self._clock.now()
-                resume = math.inf
-                for batch in self._active:
-                    action = batch.next(now)
-                    if isinstance(action, Read):
-                        return batch, action
-                    if isinstance(action, Pause):
-                        resume = min(resume, action.until)
+                # A thread that waits refers to no batch: its payloads may lie in slots of their producers.
+                due = self._due(now)
+                if not isinstance(due, float):
+                    return due
                 if not self._retire():
-                    self._work.wait(None if resume == math.inf else resume - now)
+                    self._work.wait(None if due == math.inf else due - now)
             return None
+
+    def _due(self, now: float) -> tuple[BatchFetch, Read] | float:
+        """What can be read now, else the time at which there may be something."""
+        resume = math.inf
+        for batch in self._active:
+            action = batch.next(now)
+            if isinstance(action, Read):
+                return batch, action
+            if isinstance(action, Pause):
+                resume = min(resume, action.until)
+        return resume
 
     def _retire(self) -> bool:
         """Forget batches that are decided and not being read; False if there are none."""

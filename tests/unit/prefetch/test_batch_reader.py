@@ -1,6 +1,7 @@
 """`BatchReader`: the threads that carry out the decisions, with a source whose answers are given."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -376,3 +377,22 @@ def test_an_error_that_is_kept_keeps_nothing_of_those_who_raised_it(
     (fetched,) = reader.fetch_all([ref(0)], timeout=10)
     assert fetched.outcome is error
     assert error.__traceback__ is cause.__traceback__ is None
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["at once", "in the background"])
+def test_reader_that_frees_nothing_keeps_no_payload_that_it_has_handed_out(
+    source: FakeSource, ahead: bool
+) -> None:
+    """They may lie in slots of their producers, which these need before the next batch can be read."""
+    with BatchReader(source, consume=False) as reader:
+        if ahead:
+            assert reader.start(refs(3))
+            assert reader.wait(20)
+            results = reader.collect()
+        else:
+            results = reader.fetch_all(refs(3), consume=False)
+        kept = [weakref.ref(array) for each in results for array in each.outcome.values()]
+        assert len(kept) >= 3
+        del results
+        wait_until(lambda: not any(each() is not None for each in kept), "the end of the last payload")
+        assert source.freed == []
