@@ -66,14 +66,14 @@ class SumTrainer:
     def setup(self, context: ReplicaContext) -> None:
         self.w = np.zeros(2)
         self.sums: set[str] = set()
-        self.most_in_flight = 0
+        self.max_in_flight = 0
 
     def train_step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         rewards: dict[int, list[float]] = {}
         for each in trajectories:
             rewards.setdefault(each.work_item, []).append(float(each.arrays["rewards"][0]))
             self.sums.add(each.metadata["sum"])
-            self.most_in_flight = max(self.most_in_flight, each.metadata["in_flight"])
+            self.max_in_flight = max(self.max_in_flight, each.metadata["in_flight"])
         gradient = np.zeros(2)
         for each in trajectories:
             question, guess = each.arrays["question"], float(each.arrays["guess"])
@@ -81,7 +81,7 @@ class SumTrainer:
             gradient += advantage * (guess - question @ self.w) / NOISE**2 * question
         self.w += 0.01 * gradient / len(trajectories)
         error = -float(np.mean([reward for found in rewards.values() for reward in found]))
-        return {"error": error, "sums": len(self.sums), "in_flight": self.most_in_flight}
+        return {"error": error, "sums": len(self.sums), "in_flight": self.max_in_flight}
 
     def weights(self) -> dict[str, np.ndarray]:
         return {"w": self.w}
@@ -90,11 +90,11 @@ class SumTrainer:
         state: dict[str, Any] = {
             "w": self.w.tolist(),
             "sums": sorted(self.sums),
-            "most_in_flight": self.most_in_flight,
+            "max_in_flight": self.max_in_flight,
         }
         (folder / "trainer.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         state = json.loads((folder / "trainer.json").read_text())
         self.w, self.sums = np.array(state["w"]), set(state["sums"])
-        self.most_in_flight = state["most_in_flight"]
+        self.max_in_flight = state["max_in_flight"]

@@ -14,7 +14,6 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -100,32 +99,23 @@ def diagram() -> str:
     return "\n".join([*lines, "    freed --> [*]", "    taken --> [*]"])
 
 
-@dataclass(slots=True)
-class TrackedPayload:
-    """One payload."""
-
-    delivery: Delivery
-    state: PayloadState = PayloadState.RECEIVED
-
-    @property
-    def work_item(self) -> int:
-        return self.delivery.entry.work_item
-
-
 class PayloadTracker:
     """The payloads of a policy group that are not freed; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tracked: dict[PayloadId, TrackedPayload] = {}
+        self._states: dict[PayloadId, PayloadState] = {}
+        self._within: dict[PayloadState, dict[PayloadId, Delivery]] = {state: {} for state in PayloadState}
 
     def receive(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
         """These were given to this consumer; returns those that were not here yet."""
         fresh = []
         with self._lock:
             for delivery in deliveries:
-                if delivery.entry.id not in self._tracked:
-                    self._tracked[delivery.entry.id] = TrackedPayload(delivery)
+                each = delivery.entry.id
+                if each not in self._states:
+                    self._states[each] = PayloadState.RECEIVED
+                    self._within[PayloadState.RECEIVED][each] = delivery
                     fresh.append(delivery)
         return fresh
 
@@ -137,29 +127,22 @@ class PayloadTracker:
         """
         with self._lock:
             for each in ids:
-                tracked = self._tracked.get(each)
-                after = None if tracked is None else TRANSITIONS.get((tracked.state, event))
-                if tracked is None or after is None:
-                    state = "unknown" if tracked is None else tracked.state.value
+                before = self._states.get(each)
+                after = None if before is None else TRANSITIONS.get((before, event))
+                if before is None or after is None:
+                    state = "unknown" if before is None else before.value
                     raise IllegalPayloadTransition(f"payload {each} is {state}: it cannot {event.value}")
-                tracked.state = after
+                delivery = self._within[before].pop(each)
                 if after in (PayloadState.FREED, PayloadState.TAKEN):
-                    del self._tracked[each]
+                    del self._states[each]
+                else:
+                    self._states[each] = after
+                    self._within[after][each] = delivery
 
     def within(self, *states: PayloadState) -> list[Delivery]:
-        """The payloads in one of these states, in the order of their receipt."""
+        """The payloads in these states, state by state, the first to come to it first."""
         with self._lock:
-            return [tracked.delivery for tracked in self._tracked.values() if tracked.state in states]
-
-    def work_items(self, *states: PayloadState) -> set[int]:
-        """The work items of the payloads in one of these states."""
-        return {delivery.entry.work_item for delivery in self.within(*states)}
-
-    def count(self) -> dict[PayloadState, int]:
-        """How many payloads are in each state."""
-        with self._lock:
-            states = [tracked.state for tracked in self._tracked.values()]
-        return {state: states.count(state) for state in PayloadState}
+            return [delivery for state in states for delivery in self._within[state].values()]
 
 
 # --- acting on it ------------------------------------------------------------------------------------------------

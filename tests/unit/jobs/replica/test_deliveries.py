@@ -198,7 +198,7 @@ def test_payload_that_another_consumer_has_is_left_to_it(tmp_path: Path, caplog:
     group.step(2)
     assert group.freed == [0]
     assert "is another consumer's" in caplog.text
-    assert group.deliveries.payloads.count()[PayloadState.TRAINED] == 0
+    assert group.deliveries.payloads.within(PayloadState.TRAINED) == []
 
 
 def test_lost_too_old_and_dead_payloads_are_counted_freed_and_finished(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from test_deliveries import QueuedDeliveries, entry, sequences
 
 from dray.errors import DrayError, OutOfResources, ProducerLostError, StaleSlotError
 from dray.jobs.queue import Delivery
+from dray.jobs.replica.delivery import PayloadState
 from dray.jobs.replica.read_ahead import ReadAhead
 from dray.jobs.replica.transfer import Arrays
 
@@ -103,7 +104,7 @@ def test_next_batch_is_there_when_the_step_ends(made: Callable[..., Ahead]) -> N
     assert sequences(following.deliveries) == [2, 3]
     assert [sequences(part) for part in ahead.reader.known()] == [[2, 3]]
     ahead.reader.begin()
-    assert ahead.group.deliveries.payloads.work_items("training") == {0, 1, 2, 3}
+    assert set(sequences(ahead.group.deliveries.payloads.within(PayloadState.TRAINING))) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
