@@ -42,7 +42,7 @@ class UcxEnd:
         self.endpoint: Any = None
         self._descriptor = select.poll()
         self._descriptor.register(self.worker.epoll_file_descriptor, select.POLLIN)
-        self._poll: AdaptivePoller[Any] = AdaptivePoller(self._sleep, look=self.worker.progress_once)
+        self._poll: AdaptivePoller[Any] = AdaptivePoller(self._sleep, busy_poll=self.worker.progress_once)
 
     def send(self, memory: Any, tag: int) -> Any:
         return self.endpoint.tag_send(memory, self.ucx.UCXXTag(tag))

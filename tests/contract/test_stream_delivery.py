@@ -16,6 +16,7 @@ from waiting import wait_until
 
 import dray
 from dray import Consumer, Payload, PayloadSchema, Producer, TensorSpec
+from dray.clock import Deadline
 from dray.errors import (
     BufferClosedError,
     BufferFullError,
@@ -289,12 +290,16 @@ def test_producers_that_join_get_their_turns_beside_one_that_never_pauses(route:
         for each in others:
             opened.enter_context(in_thread(lambda each=each: put_on(each)))
             opened.callback(ended.set)
-        found = read_ids(consumer, 200)
-        shares = [found[50:].count(each.id) for each in (first, *others)]
+        producers = (first, *others)
+        deadline = Deadline.after(20)
+        while not {each.id for each in producers} <= set(read_ids(consumer, 50)):
+            assert not deadline.expired, "a producer that has joined gets no turn"
+        found = read_ids(consumer, 150)
+        shares = [found.count(each.id) for each in producers]
         assert min(shares) >= 5, shares
         ended.set()
         consumer.close()
-        for each in (first, *others):
+        for each in producers:
             each.close(drain=False)
 
 

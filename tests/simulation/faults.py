@@ -50,7 +50,7 @@ AT_STEPS = (Fault.CLIENT_KILLED, Fault.CLIENT_STOPPED, Fault.INTERRUPT, Fault.SE
 WORK_ITEM = frozenset(
     {*ON_SEND, *ON_CONNECT, Fault.CLIENT_CLOSED, Fault.CLIENT_KILLED, Fault.CLIENT_FORKED, Fault.SERVER_RESTARTED}
 )
-"""With these faults alone, every wait for consumers ends when it can, and not only with a late look."""
+"""With these faults alone, every wait for consumers ends when it can, and not only with a late scan."""
 
 
 _STEP_FAULTS = 0.003

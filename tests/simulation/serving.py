@@ -16,7 +16,7 @@ from dray.payload.codec import plan as plan_payload
 from dray.protocol import PayloadRef
 from dray.protocol.handshake import ServerIdentity
 from dray.ring import OnFull, Retain, RingStatistics, SharedRingBuffer, SlotInfo
-from dray.ring.direct import RELOOK_SECONDS
+from dray.ring.direct import RESCAN_SECONDS
 from dray.transport.lanes.base import Lane
 from dray.transport.server_loop import ServerLoop
 from dray.transport.server_statistics import LeaseInfo, ServerCounters, ServerStatistics
@@ -312,7 +312,7 @@ class SimulatedServer:
         self._end_loops()
         self._open()
         scheduler = self.kernel.scheduler
-        scheduler.at(scheduler.now() + 2 * RELOOK_SECONDS, self._end_deafness)
+        scheduler.at(scheduler.now() + 2 * RESCAN_SECONDS, self._end_deafness)
 
     def _end_deafness(self) -> None:
         self.deaf = False

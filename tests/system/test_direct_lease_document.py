@@ -238,7 +238,7 @@ def test_with_all_lease_words_in_use_the_server_is_asked() -> None:
 
 
 def test_the_end_of_a_lease_rings_for_a_producer_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots_module, "RELOOK_SECONDS", 60.0)  # only the doorbell can wake it in time
+    monkeypatch.setattr(slots_module, "RESCAN_SECONDS", 60.0)  # only the doorbell can wake it in time
     with serving("shm", slots=1) as server, client_of(server) as client:
         ref = server.put({"a": [1]})
         word = client.attachment.lease(ref.slot, ref.sequence, ref.nbytes)

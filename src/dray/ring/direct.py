@@ -53,7 +53,7 @@ DOORBELL, CLOSED, CONTROL_WORDS = 0, 1, 2
 PAGE_WORDS: Final = 1
 """Words of a lease page after the lease words: the one that ends the attachment."""
 
-RELOOK_SECONDS: Final = 0.1
+RESCAN_SECONDS: Final = 0.1
 """A thread that waits for consumers reads the words this often, in case the doorbell does not come."""
 
 
@@ -243,7 +243,7 @@ class DirectLeases(Closing):
         self._consumed[slot * self._readers + reader] = sequence + 1
 
     def begin_wait(self) -> None:
-        """A thread is about to wait: consumers ring from now on. A barrier must follow, and then a `Look`."""
+        """A thread is about to wait: consumers ring from now on. A barrier must follow, and then a `Scan`."""
         self.waiting += 1
         self._generations[self._slots + DOORBELL] = 1
 

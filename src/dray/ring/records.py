@@ -87,7 +87,7 @@ class Slot:
     consumed_by: int = 0
     leases: int = 0  # over connections
     words: int = 0  # lease words of direct consumers that name the slot, as last read
-    look: weakref.ref[object] | None = None  # that decides whether the payload is dropped
+    scan: weakref.ref[object] | None = None  # that decides whether the payload is dropped
     delivered: bool = False  # a reader has leased or copied the payload
     retired: bool = True
     retirement: threading.Condition | None = None  # of the threads that wait until the payload retires
@@ -96,7 +96,7 @@ class Slot:
     @property
     def undecided(self) -> bool:
         """The payload may be dropped, unless a lease is found."""
-        return self.look is not None and self.look() is not None
+        return self.scan is not None and self.scan() is not None
 
     def info(self) -> SlotInfo:
         """The slot as it is now."""
@@ -134,7 +134,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class Look:
+class Scan:
     """What the table wants to know of direct consumers.
 
     While this object exists, it is undecided whether the victim is dropped. If an exception of a signal handler

@@ -15,7 +15,7 @@ from dray.ring.consumer_events import Descriptor
 from dray.ring.direct import MACHINE, MAX_BOARD_WORDS, Attached, DirectLeases, Machine, WordLease
 from dray.ring.layout import SegmentLayout, checked_int
 from dray.ring.lease import Lease, SlotWriter
-from dray.ring.records import Look, OnFull, Retain, RingStatistics, SlotInfo
+from dray.ring.records import OnFull, Retain, RingStatistics, Scan, SlotInfo
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotState
 from dray.ring.slots import Copied, SlotTable
@@ -336,22 +336,22 @@ class SharedRingBuffer(Closing):
         direct = table.direct
         if direct is None:
             return
-        if new_bell:  # a consumer sees the doorbell, or this look sees what the consumer has written before
+        if new_bell:  # a consumer sees the doorbell, or this scan sees what the consumer has written before
             direct.barriers.pass_one()
-        looks: list[Look] = []
+        scans: list[Scan] = []
         passed = False
         try:
             with table.lock:
                 if table.closed:
                     return
                 table.mend()
-                looks.append(table.begin_look(drop=drop))
-            if looks[0].needs_barrier:
+                scans.append(table.begin_scan(drop=drop))
+            if scans[0].needs_barrier:
                 passed = direct.barriers.pass_one()
         finally:
-            if looks and looks[0].needs_barrier:
+            if scans and scans[0].needs_barrier:
                 with table.lock:
-                    table.end_look(looks[0], passed)
+                    table.end_scan(scans[0], passed)
 
     def direct_leases(self) -> list[WordLease]:
         """The direct leases, as they were found last."""

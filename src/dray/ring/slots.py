@@ -8,8 +8,8 @@ A signal handler may raise an exception between any two bytecodes. Therefore eve
 between `begin_change` and ``changing = False``. An operation that finds `changing` set calls `mend`, which
 completes the interrupted one: everything follows from the states of the slots.
 
-With direct consumers (`dray.ring.direct`) the table learns late what they hold and have consumed: `begin_look` and
-`end_look`, with a barrier in between, bring it up to date. Until then a retired slot is `due`, and stays READING.
+With direct consumers (`dray.ring.direct`) the table learns late what they hold and have consumed: `begin_scan` and
+`end_scan`, with a barrier in between, bring it up to date. Until then a retired slot is `due`, and stays READING.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dray.errors import (
     SlotError,
 )
 from dray.identifiers import Wanted
-from dray.ring.direct import RELOOK_SECONDS, DirectLeases, Machine
+from dray.ring.direct import RESCAN_SECONDS, DirectLeases, Machine
 from dray.ring.layout import (
     CHECKSUM_OFFSET,
     CONSUMED_BY_OFFSET,
@@ -41,7 +41,7 @@ from dray.ring.layout import (
     U64,
     write_slot_header,
 )
-from dray.ring.records import Look, OnFull, Retain, RingStatistics, Slot
+from dray.ring.records import OnFull, Retain, RingStatistics, Scan, Slot
 from dray.ring.segment import Segment
 from dray.ring.slot_state import SlotEvent, SlotState, after
 
@@ -143,7 +143,7 @@ class SlotTable:
 
     @property
     def can_claim(self) -> bool:
-        """A slot is free, and there is no reason to look for more first."""
+        """A slot is free, and there is no reason to search for more first."""
         return len(self.free) >= (1 if self.direct is None else self._enough)
 
     def find_free(self) -> bool:
@@ -180,7 +180,7 @@ class SlotTable:
         self._claim_waits, self._claim_wait_seconds = self._claim_waits + 1, self._claim_wait_seconds + seconds
 
     def notify_claims(self) -> None:
-        """What a claim waits for may have happened: one that waits, or is about to wait, looks again."""
+        """What a claim waits for may have happened: one that waits, or is about to wait, checks again."""
         self.notified += 1
         if self._claimers:
             self._claimable.notify_all()
@@ -193,10 +193,10 @@ class SlotTable:
     def _wait(self, condition: threading.Condition, seconds: float) -> None:
         if not self._attached:
             condition.wait(min(seconds, threading.TIMEOUT_MAX))
-        elif not condition.wait(min(seconds, RELOOK_SECONDS)):
+        elif not condition.wait(min(seconds, RESCAN_SECONDS)):
             # What the doorbell should have reported is found now.
             before = self.notified, self._consumed
-            self.begin_look()
+            self.begin_scan()
             self._late_looks += (self.notified, self._consumed) != before
 
     def claim(self, nbytes: int) -> Slot:
@@ -212,7 +212,7 @@ class SlotTable:
         slot.checksum = None
         slot.consumed_by = 0
         slot.delivered = slot.retired = False
-        slot.look = None
+        slot.scan = None
         self.live[sequence] = slot
         write_slot_header(self._memory, slot.header, _WRITING, 0, sequence, nbytes, 0, 0.0, 0)
         return slot
@@ -485,7 +485,7 @@ class SlotTable:
             for slot in self.live.values():
                 self._publish(slot)
 
-    def begin_look(self, *, drop: bool = False) -> Look:
+    def begin_scan(self, *, drop: bool = False) -> Scan:
         """Learn what direct consumers have consumed and hold, and which slots only a barrier can free.
 
         With `drop`, if no slot is free, the oldest payload on which no lease was found is among them.
@@ -505,22 +505,22 @@ class SlotTable:
                 victim = next(ready, None) if self.ready else None
         if (self._attached, len(self.free)) != before:
             self.notify_claims()
-        look = Look(tuple(self.due.items()), victim, -1 if victim is None else victim.sequence)
+        scan = Scan(tuple(self.due.items()), victim, -1 if victim is None else victim.sequence)
         if direct is not None and victim is not None:
-            victim.look = weakref.ref(look)
+            victim.scan = weakref.ref(scan)
             direct.suspect(victim.index, victim.sequence)
-        return look
+        return scan
 
-    def end_look(self, look: Look, passed: bool) -> None:
-        """Free what `begin_look` has returned and no lease word names, if a barrier has `passed` since then."""
-        direct, victim = self.direct, look.victim
+    def end_scan(self, scan: Scan, passed: bool) -> None:
+        """Free what `begin_scan` has returned and no lease word names, if a barrier has `passed` since then."""
+        direct, victim = self.direct, scan.victim
         if direct is None:
             return
         named = direct.named()
         if passed:
-            self._free_due(look.due, named)
-        if victim is not None and victim.sequence == look.sequence:
-            victim.look = None
+            self._free_due(scan.due, named)
+        if victim is not None and victim.sequence == scan.sequence:
+            victim.scan = None
             self._learn(victim, range(self._readers))
             if not victim.retired:
                 if passed and not self.free and victim.state is _READY and victim.index not in named:

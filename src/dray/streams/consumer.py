@@ -57,7 +57,7 @@ class Consumer(Closing):
     """Takes payloads of the stream `stream`. A context manager, and an iterator over the payloads.
 
     Iteration has no time limit. It ends when every producer that was attached has closed its stream and nothing is
-    left; after the death of a producer it waits for another one. Every 30 s a line in the log says what it waits
+    left; after the death of a producer it waits for another one. Every 30 s a line in the log names what it waits
     for.
 
     The consumer can be pickled. In each process, also in a forked one, it attaches at its first use there, as a
@@ -143,7 +143,7 @@ class Consumer(Closing):
             timeout: seconds; None for no limit.
 
         Raises:
-            StreamTimeout: none came in time; the message says what was waited for.
+            StreamTimeout: none came in time; the message names what was waited for.
             StreamEnded: all producers have closed their streams, and nothing is left.
         """
         return self.batch(1, timeout=timeout)[0]
@@ -213,7 +213,7 @@ class Consumer(Closing):
     def ready(self) -> int:
         """How many payloads are here. Up to `prefetch` of them come while the program asks for this number."""
         with self._exclusively():
-            return self._opened().look() + len(self._held)
+            return self._opened().count_ready() + len(self._held)
 
     # --- their end --------------------------------------------------------------------------------------------
 

@@ -92,8 +92,8 @@ class Credit:
             source.subscription.ring()
         return waited
 
-    def look(self, unbegun: int) -> None:
-        """As `spread`, for a program that only looks: a single producer that has payloads is woken as well."""
+    def spread_and_wake(self, unbegun: int) -> None:
+        """As `spread`, for a program that only counts: a single producer that has payloads is woken as well."""
         self.spread(unbegun)
         if len(self._sources) == 1:
             source = self._sources[0]

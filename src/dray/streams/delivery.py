@@ -5,7 +5,7 @@ Each payload belongs to every group. Within a group it is in one of these states
 | state | meaning |
 |---|---|
 | WAITING | no consumer has it; it waits for credit |
-| GIVEN | one consumer has been told of it |
+| GIVEN | it has been announced to one consumer |
 | BEGUN | that consumer's program has got it |
 | DONE | consumed, dropped by the ring, or given up |
 
@@ -63,7 +63,7 @@ class Event(IntEnum):
     """What happens to a payload in a group."""
 
     GIVE = 0
-    """A consumer with credit is told of it."""
+    """It is announced to a consumer with credit."""
     BEGIN = 1
     """The consumer's program gets it."""
     COME_BACK = 2
@@ -96,23 +96,23 @@ class Connection(Protocol):
     """The connection to a consumer."""
 
     def announce(self, given: Given) -> None:
-        """Tell it of a payload."""
+        """Announce a payload to it."""
         ...
 
     def take_back(self, slot: int, sequence: int, number: int) -> None:
-        """Tell it that it has lost the payload of a hand-out that it has not begun."""
+        """Notify it that it has lost the payload of a hand-out that it has not begun."""
         ...
 
     def drain(self) -> None:
-        """Tell it that nothing more is put, and nothing waits."""
+        """Notify it that nothing more is put, and nothing waits."""
         ...
 
     def end(self, lost: int) -> None:
-        """Tell it that the stream has ended, with the number of payloads that are lost."""
+        """Notify it that the stream has ended, with the number of payloads that are lost."""
         ...
 
     def abort(self) -> None:
-        """Let the connection fail: it is not known what the consumer was told."""
+        """Let the connection fail: it is not known what the consumer has received."""
         ...
 
 
@@ -212,7 +212,7 @@ class Recipient:
     # --- called by its connection, without the lock -----------------------------------------------------------
 
     def start(self) -> None:
-        """It has been told that it has subscribed."""
+        """Its subscription has been confirmed."""
         delivery = self._delivery
         with delivery.lock:
             self.active = True
@@ -246,7 +246,7 @@ class Recipient:
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class ConsumerGroup:
     """The consumers of one group and the payloads that wait for them."""
 
     reader: int
@@ -276,7 +276,7 @@ class Delivery:
     Attributes:
         lock: guards everything here.
         groups: by reader id.
-        dead: payloads that were given up, for the owner to take.
+        dead: payloads that were given up, which the owner fetches.
         lost: once it is closed, how many payloads are lost.
         wake: called with the lock when `serve` is due earlier than before.
     """
@@ -291,7 +291,7 @@ class Delivery:
         lock: threading.Lock | None = None,
     ) -> None:
         self.lock = threading.Lock() if lock is None else lock
-        self.groups = [Group(reader) for reader in range(groups)]
+        self.groups = [ConsumerGroup(reader) for reader in range(groups)]
         self.dead: deque[DeadItem] = deque()
         self._ring = ring
         self._max_deliveries = max_deliveries
@@ -335,13 +335,13 @@ class Delivery:
         return math.inf if self._due == math.inf else max(0.0, self._due - self._clock.now())
 
     def drain(self) -> None:
-        """Nothing more is added: the consumers of a group are told once nothing waits in it."""
+        """Nothing more is added: the consumers of a group are notified once nothing waits in it."""
         with self.lock:
             self._draining = True
         self.serve()
 
     def close(self, lost: int) -> None:
-        """Hand out nothing any more, and tell the consumers, with the number of payloads that are lost."""
+        """Hand out nothing any more, and notify the consumers, with the number of payloads that are lost."""
         with self.lock:
             self.lost = lost
             for group in self.groups:
@@ -405,7 +405,7 @@ class Delivery:
 
     # --- inside, with the lock --------------------------------------------------------------------------------
 
-    def _give(self, group: Group, fresh: Item | None = None) -> None:
+    def _give(self, group: ConsumerGroup, fresh: Item | None = None) -> None:
         """Hand out payloads while a consumer has credit; then let consumers know whether any are left."""
         waiting = group.waiting
         while True:
@@ -431,13 +431,13 @@ class Delivery:
                 self._serve_by(self._clock.now() + RECHECK_SECONDS)
             # Then read the credit once more.
 
-    def _announce_drain(self, group: Group) -> None:
+    def _announce_drain(self, group: ConsumerGroup) -> None:
         for recipient in group.recipients if not group.waiting else ():
             if recipient.active and not recipient.knows_drain:
                 recipient.knows_drain = True
                 recipient.connection.drain()
 
-    def _hand_out(self, group: Group, item: Item, recipient: Recipient) -> None:
+    def _hand_out(self, group: ConsumerGroup, item: Item, recipient: Recipient) -> None:
         if len(recipient.items) > recipient.prune_from:
             self._prune(recipient)
         try:
@@ -473,7 +473,7 @@ class Delivery:
             self._due = due
             self.wake()
 
-    def _is_done(self, group: Group, item: Item) -> bool:
+    def _is_done(self, group: ConsumerGroup, item: Item) -> bool:
         """A payload that has waited may have been dropped, or consumed by reference."""
         if not self._ring.has_finished(item.slot, item.sequence, group.reader):
             return False
@@ -490,7 +490,7 @@ class Delivery:
                 item.apply(Event.FINISH)
         recipient.prune_from = max(_PRUNE_FROM, 2 * len(recipient.items))
 
-    def _come_back(self, group: Group, items: Sequence[Item]) -> None:
+    def _come_back(self, group: ConsumerGroup, items: Sequence[Item]) -> None:
         """Put payloads at the head of the queue, unless they are done or were handed out too often."""
         if self.lost is not None:
             return
@@ -531,7 +531,7 @@ class Delivery:
                 self._due = min(self._due, now + RECHECK_SECONDS)
                 self._take_back_late(group, late)
 
-    def _take_back_late(self, group: Group, late: Sequence[tuple[Recipient, Item]]) -> None:
+    def _take_back_late(self, group: ConsumerGroup, late: Sequence[tuple[Recipient, Item]]) -> None:
         slow = {recipient for recipient, _ in late}
         room = sum(max(0, each.allowance) for each in group.recipients if each not in slow)
         taken = late[:room]
@@ -559,7 +559,7 @@ class Delivery:
         self._come_back(group, back)
 
 
-def _most_credit(group: Group) -> Recipient | None:
+def _most_credit(group: ConsumerGroup) -> Recipient | None:
     best, most = None, 0
     for recipient in group.recipients:
         if (allowance := recipient.allowance) > most:

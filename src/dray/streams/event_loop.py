@@ -29,7 +29,7 @@ class Readable(Closing):
         self._loop.add_reader(self._watched.fileno(), self._wake)
 
     async def wait(self, timeout: float) -> None:
-        """Until the descriptor is readable, `interrupt` was called, or the time is over."""
+        """Until the descriptor is readable, `interrupt` was called, or the time has passed."""
         import asyncio
 
         await asyncio.wait((self._waiter,), timeout=None if timeout == math.inf else timeout)

@@ -1,6 +1,6 @@
 """`Inbox`: what a consumer does in one process. It asks producers for payloads, and waits for them.
 
-Every method needs the consumer's lock, except `interrupt` and `release`. The sockets are looked at when the
+Every method needs the consumer's lock, except `interrupt` and `release`. The sockets are read when the
 program asks for a payload; only `dray.streams.tasks` starts threads.
 
 How many payloads a producer may give is its credit, see `dray.streams.credit`. What comes above `prefetch` goes
@@ -47,10 +47,10 @@ from dray.transport.subscription import Subscription
 logger = logging.getLogger("dray.streams")
 
 FIRST_SECONDS: Final = 2.0
-"""How long a new consumer waits for the first connections to addresses, before the program goes on."""
+"""How long a new consumer waits for the first connections to addresses, before the program continues."""
 
-LOOK_SECONDS: Final = 0.01
-"""A consumer that is never without payloads looks so often at all producers, and for new ones."""
+RECEIVE_SECONDS: Final = 0.01
+"""A consumer that is never without payloads checks all producers this often, and searches for new ones."""
 
 SEND_AGAIN_SECONDS: Final = 0.05
 """Time before another attempt to send what a connection had no room for."""
@@ -105,7 +105,7 @@ class Inbox(Closing):
         self._past = [0, 0]  # copies and gone payloads of sources that have ended
         self._clients: dict[int, PayloadClient] = {}
         self._surroundings = surroundings
-        self._look_at = -math.inf
+        self._receive_at = -math.inf
         self._reading: Tasks[Source, Arrays | None] = Tasks(
             surroundings.start, self._wake_up, max(1, wanted.prefetch)
         )
@@ -150,7 +150,7 @@ class Inbox(Closing):
         """The next payload that has been given to this consumer; None if there is none.
 
         Where its bytes come over a connection, it waits for them alone, but no longer than bytes travel: then a
-        thread goes on, and this call or a later one gets the payload.
+        thread continues, and this call or a later one gets the payload.
         """
         try:
             if self.late and (payload := self._fetched()) is not None:
@@ -160,7 +160,7 @@ class Inbox(Closing):
                 if self._credit.spread(len(self.queue) + len(self.late)):
                     self.take_in()  # several were asked: what is too much goes back
                 try:
-                    payload = source.take(given, deadline, self._warn_of_copies)
+                    payload = source.read_given(given, deadline, self._warn_of_copies)
                 except TransportError:
                     self._reading.begin(source, source.reader(given), given)
                     continue
@@ -178,7 +178,7 @@ class Inbox(Closing):
         """The hand-out to begin next. Those of a producer whose payload is being read have to wait for that."""
         queue = self.queue
         if not self.late:
-            here = queue and self._clock.now() < self._look_at
+            here = queue and self._clock.now() < self._receive_at
             return queue.popleft() if here or self.receive() else None
         entry = self._free_entry()
         if entry is None:
@@ -195,7 +195,7 @@ class Inbox(Closing):
 
     def _fetched(self) -> Payload | None:
         """A payload that a thread has read."""
-        while (found := self._reading.take()) is not None:
+        while (found := self._reading.pop_done()) is not None:
             source, read = found
             given = read.about
             self.in_hand = source, given
@@ -226,21 +226,21 @@ class Inbox(Closing):
     def receive(self) -> bool:
         """Take in what has come; True if a payload was given."""
         now = self._clock.now()
-        if len(self._by_descriptor) == 1 and now < self._look_at:  # cheaper than to ask which one it is
+        if len(self._by_descriptor) == 1 and now < self._receive_at:  # cheaper than to ask which one it is
             (place,) = self._by_descriptor.values()
             self._receive(place)
         else:
-            self._look_at = now + LOOK_SECONDS
+            self._receive_at = now + RECEIVE_SECONDS
             self.take_in()
         if self._places.due != math.inf:
             self._places.connect_due()
         return bool(self.queue)
 
-    def look(self) -> int:
+    def count_ready(self) -> int:
         """Take in what has come, and ask for as much as may lie here; how many payloads are there."""
         self.receive()
         self.take_in()
-        self._credit.look(len(self.queue) + len(self.late))
+        self._credit.spread_and_wake(len(self.queue) + len(self.late))
         return len(self.queue) + self._reading.ready
 
     def wait(self, deadline: Deadline, report: Report, *, ask: bool = True) -> None:
@@ -282,7 +282,7 @@ class Inbox(Closing):
             report.log(self)
 
     def has_news(self) -> bool:
-        """A wait was not in vain."""
+        """There is something to do after a wait."""
         return self._reading.ready > 0 or self._free_entry() is not None
 
     def _attach_again(self) -> None:

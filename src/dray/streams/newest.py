@@ -1,9 +1,9 @@
-"""Which version a subscriber is told of: the decisions of a `Publisher`. No I/O, no waits.
+"""Which version is announced to a subscriber: the decisions of a `Publisher`. No I/O, no waits.
 
-A subscriber has credit for some announcements, so that a slow one does not make them pile up. While it has credit
-it is told of each version. When it has used all of it, it is told nothing until it gives credit again; then it is
-told of the newest version, whether that is new to it or not. So a subscriber that finds its credit used up knows
-that one announcement follows.
+A subscriber has credit for some announcements, so that a slow one does not make them pile up. While it has credit,
+each version is announced to it. When it has used all of it, nothing is announced until it gives credit again; then
+the newest version is, whether that is new to it or not. So a subscriber that finds its credit used up knows that
+one announcement follows.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Follower:
         self.pid = pid
         self.stream_words = words
         self.active = False
-        self.told: Version | None = None
-        self.waits = True  # it has used up its credit, and is told of the newest version once it gives more
+        self.announced: Version | None = None
+        self.waits = True  # it has used up its credit, and gets the newest version once it gives more
         self.given = 0
         self._newest = newest
         self._credit = 0
@@ -58,20 +58,20 @@ class Follower:
 
     @property
     def has_credit(self) -> bool:
-        """It may be told of a version."""
+        """A version may be announced to it."""
         credit = self._credit if self.stream_words is None else self.stream_words.credit
         return self.active and credit > self.given
 
     # --- called by its connection, without the lock -----------------------------------------------------------
 
     def start(self) -> None:
-        """It has been told that it has subscribed."""
+        """Its subscription has been confirmed."""
         with self._newest.lock:
             self.active = True
         self._newest.serve()
 
     def set_credit(self, total: int) -> None:
-        """It may have been told `total` times."""
+        """`total` versions may have been announced to it."""
         with self._newest.lock:
             self._credit = total
         self._newest.serve()
@@ -115,15 +115,15 @@ class NewestDelivery:
         """Announce a version that was committed."""
         with self.lock:
             self.version = version
-            self._tell_all()
+            self._announce_to_all()
 
     def serve(self) -> None:
         """Announce the newest version to those that have credit again."""
         with self.lock:
-            self._tell_all()
+            self._announce_to_all()
 
     def subscribe(self, connection: Connection, *, pid: int | None, words: StreamWords | None) -> Follower:
-        """A new subscriber, which is told of versions from its `start` on."""
+        """A new subscriber, to which versions are announced from its `start` on."""
         follower = Follower(self, connection, pid=pid, words=words)
         with self.lock:
             if words is not None:
@@ -132,7 +132,7 @@ class NewestDelivery:
         return follower
 
     def close(self) -> None:
-        """Announce nothing any more, and tell the subscribers so."""
+        """Announce nothing any more, and notify the subscribers of the end."""
         with self.lock:
             self._closed = True
             for follower in self.followers:
@@ -140,28 +140,28 @@ class NewestDelivery:
 
     # --- inside, with the lock --------------------------------------------------------------------------------
 
-    def _tell_all(self) -> None:
+    def _announce_to_all(self) -> None:
         version = self.version
         if version is None or self._closed:
             return
         marked = False
         for follower in self.followers:
-            self._tell(follower, version)
+            self._announce(follower, version)
             words = follower.stream_words
             if words is not None and words.pending is not follower.waits:
                 words.pending = follower.waits
                 marked = marked or follower.waits
         if marked:
-            self._ring.barrier()  # then look once more at the credit
+            self._ring.barrier()  # then read the credit once more
             for follower in self.followers:
                 if follower.waits:
-                    self._tell(follower, version)
+                    self._announce(follower, version)
 
-    def _tell(self, follower: Follower, version: Version) -> None:
-        if not follower.has_credit or (follower.told is version and not follower.waits):
+    def _announce(self, follower: Follower, version: Version) -> None:
+        if not follower.has_credit or (follower.announced is version and not follower.waits):
             return
         try:
-            follower.told = version
+            follower.announced = version
             follower.given += 1
             follower.waits = not follower.has_credit
             given = Given(version.slot, version.sequence, version.nbytes, next(self._numbers), version.number)

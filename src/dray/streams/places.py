@@ -166,7 +166,7 @@ class Places(Closing):
         if self._unseen:
             self._list()
             self._unseen = False
-        while (attempt := self._attempts.take()) is not None:
+        while (attempt := self._attempts.pop_done()) is not None:
             self._connect(attempt[0], attempt[1].result)
         now, due = self._clock.now(), math.inf
         for place in self._places:
@@ -211,7 +211,7 @@ class Places(Closing):
         try:
             reader = self._wanted.reader_of(entry.groups, peer, entry.schema)
         except (ProtocolError, SchemaError):
-            self._ignored.add(peer.entry)  # said once; others go on
+            self._ignored.add(peer.entry)  # reported once; others continue
             raise
         self._places.append(Place(entry.endpoints, entry.producer, reader, peer))
 
@@ -269,7 +269,7 @@ class Places(Closing):
     def close(self) -> None:
         """Wait for the attempts under way, which the end of the network has ended. Twice is fine."""
         self._attempts.close()
-        while (attempt := self._attempts.take()) is not None:
+        while (attempt := self._attempts.pop_done()) is not None:
             with contextlib.suppress(DrayError):
                 attempt[1].result().close()
 

@@ -25,7 +25,7 @@ from dray.payload.codec import PackPlan, plan
 from dray.resources import Closing
 from dray.ring import OnFull, SharedRingBuffer
 from dray.streams.addresses import ListenOn
-from dray.streams.delivery import Delivery, Group, Recipient
+from dray.streams.delivery import ConsumerGroup, Delivery, Recipient
 from dray.streams.registry import Registry, checked_name, command_line
 from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
 from dray.transport import PayloadServer
@@ -330,7 +330,7 @@ class Producer(Closing):
         return f"the oldest payload has waited {age:.1f} s for {' and '.join(reasons)}"
 
 
-def _reason(group: Group, name: str, sequence: int) -> str:
+def _reason(group: ConsumerGroup, name: str, sequence: int) -> str:
     for recipient in group.recipients:
         item = recipient.items.get(sequence)
         if item is not None:

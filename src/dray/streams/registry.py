@@ -1,6 +1,6 @@
 """Where the two ends of a stream find each other: a name in a scope, in a folder of this user on this host.
 
-Each producer and each consumer has an entry there, as long as it lives. Both sides register first and then list
+Each producer and each consumer has an entry there while its process is alive. Both sides register first, then list
 the others, so that one of two that start at the same time always sees the other. A producer that registers also
 sends an empty datagram to each consumer (`Nudges`), which then lists the producers again.
 
@@ -10,7 +10,7 @@ its children. Any process of the user removes entries without a lock.
 | file | content |
 |---|---|
 | ``p-<random>.json``, ``c-<random>.json`` | what a producer or a consumer states about itself |
-| the same with ``.lock`` | locked while its process lives |
+| the same with ``.lock`` | locked while its process is alive |
 | ``publisher.lock`` | locked by the one `Publisher` of the name |
 """
 
@@ -210,7 +210,7 @@ class Registry(Closing):
         lock = self.folder / f"{entry}.lock"
         partial = lock.with_suffix(".new")
         with self._made():
-            _take(partial, lock)
+            _create_locked(partial, lock)
             self._added.append(entry)
             _write(
                 self.folder / f"{entry}.json",
@@ -360,7 +360,7 @@ class Nudges(Closing):
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def _take(partial: Path, lock: Path) -> None:
+def _create_locked(partial: Path, lock: Path) -> None:
     """Make a lock file that is locked before others can see it."""
     descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:

@@ -63,7 +63,7 @@ class StreamServer(Closing):
 
     Args:
         ring: the ring.
-        about: what consumers are told of the stream.
+        about: what consumers get to know of the stream.
     """
 
     def __init__(self, ring: SharedRingBuffer, about: Mapping[str, Any]) -> None:

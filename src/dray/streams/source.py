@@ -91,10 +91,10 @@ class Source(Closing):
         """The arrays of a payload, and whether they are in place; None if it is gone. Nothing is consumed.
 
         Over a connection one attempt is made, which takes no longer than bytes that travel: meanwhile nothing is
-        heard of other producers, and nothing of the end of this one.
+        received from other producers, and the end of this one is not seen.
 
         Raises:
-            TransportError: it has failed, or its time was over: `reader` goes on with it.
+            TransportError: it has failed, or its time had passed: `reader` continues with it.
             PayloadFormatError: its bytes are not arrays.
         """
         attachment = self._attachment
@@ -126,7 +126,9 @@ class Source(Closing):
 
         return read
 
-    def take(self, given: streams.Given, deadline: Deadline, warn: Callable[[Arrays], None]) -> Payload | None:
+    def read_given(
+        self, given: streams.Given, deadline: Deadline, warn: Callable[[Arrays], None]
+    ) -> Payload | None:
         """The payload of a hand-out; None if it is gone or was taken back.
 
         Args:
@@ -135,7 +137,7 @@ class Source(Closing):
             warn: called when the payload had to be copied.
 
         Raises:
-            TransportError: it could not be read at once. It is begun: `reader` goes on with it.
+            TransportError: it could not be read at once. It is begun: `reader` continues with it.
             PayloadFormatError: its bytes are not arrays; it is given back.
         """
         try:
@@ -238,7 +240,7 @@ class Source(Closing):
         """The result of a request, over new connections, for at most `READ_SECONDS`.
 
         While a process dies, its sockets are closed one after the other: several connections may be accepted and
-        reset before its address refuses them, which tells that it is lost.
+        reset before its address refuses them, which shows that it is lost.
 
         Raises:
             ProducerLostError: the producer is gone.

@@ -49,7 +49,7 @@ class Task(Generic[T]):
         self.done = True
 
     def drop(self) -> None:
-        """Nobody wants the result."""
+        """The result is not needed any more."""
         self._dropped = True
         self._results.clear()
         self._error = None
@@ -107,7 +107,7 @@ class Tasks(Closing, Generic[K, T]):
         self._joins[task] = self._start(run)
         self.by_key[key] = task  # last: what is here will be done
 
-    def take(self) -> tuple[K, Task[T]] | None:
+    def pop_done(self) -> tuple[K, Task[T]] | None:
         """One that is done; it is removed here."""
         for key, task in self.by_key.items():
             if task.done:
@@ -117,7 +117,7 @@ class Tasks(Closing, Generic[K, T]):
         return None
 
     def drop(self, key: K) -> None:
-        """Forget a call, whose thread may go on."""
+        """Forget a call, whose thread may continue."""
         task = self.by_key.pop(key, None)
         if task is not None:
             task.drop()

@@ -89,7 +89,7 @@ class Report:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._began = clock.now()
-        self._said = 0
+        self._reported = 0
 
     def remaining(self, attached: bool) -> float:
         """Seconds until the next line."""
@@ -100,10 +100,10 @@ class Report:
         attached = bool(inbox.producers)
         now = self._clock.now()
         if now >= self._due(attached):
-            self._said = int((now - self._began) // REPORT_SECONDS) + 1
+            self._reported = int((now - self._began) // REPORT_SECONDS) + 1
             logger.warning("waiting for %.0f s: %s", now - self._began, inbox.explain())
 
     def _due(self, attached: bool) -> float:
-        if not self._said and not attached:
+        if not self._reported and not attached:
             return self._began + FIRST_REPORT_SECONDS
-        return self._began + REPORT_SECONDS * max(1, self._said)
+        return self._began + REPORT_SECONDS * max(1, self._reported)

@@ -33,7 +33,7 @@ from dray.transport.service import ConsumerConnection
 VERSION_BYTES: Final = 1 << 36
 GROUP: Final = "subscribers"
 _CREDIT: Final = 16
-"""Announcements that may lie at a subscriber that does not look."""
+"""Announcements that may lie at a subscriber that does not receive."""
 
 
 class Weights(NamedArrays):
@@ -331,13 +331,13 @@ class _NewestInbox(Inbox):
     def read(self, after: int | Weights | None, deadline: Deadline) -> Weights | None:
         """The newest version; None if there is none, if it is not newer than `after`, or if it is on its way.
 
-        Where its bytes come over a connection and take long, a thread goes on, for this call or a later one.
+        Where its bytes come over a connection and take long, a thread continues, for this call or a later one.
 
         Raises:
             TransportError: it could not be read in `READ_SECONDS`.
         """
         newest = None if self._expecting or not self.queue else self.queue[-1]
-        task = self._reading.take()
+        task = self._reading.pop_done()
         if task is not None and (deadline.expired or newest == (task[0], task[1].about)):
             source, given = task[0], task[1].about
             arrays = task[1].result()

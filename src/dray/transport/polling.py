@@ -69,20 +69,20 @@ class AdaptivePoller(Generic[Found]):
         poll: the method to call with a timeout; 0 returns at once.
         now: returns the time in seconds.
         yield_processor: lets other threads run.
-        look: what to call instead of `poll` with a timeout of 0 while the thread does not sleep.
+        busy_poll: what to call instead of `poll` with a timeout of 0 while the thread does not sleep.
     """
 
-    __slots__ = ("_backoff", "_look", "_now", "_poll", "_sleeping_waits", "_spins_next", "_yield_processor")
+    __slots__ = ("_backoff", "_now", "_poll", "_poll_once", "_sleeping_waits", "_spins_next", "_yield_processor")
 
     def __init__(
         self,
         poll: Callable[[Any], Found],
         now: Callable[[], float] = time.monotonic,
         yield_processor: Callable[[], object] | None = None,
-        look: Callable[[], Found] | None = None,
+        busy_poll: Callable[[], Found] | None = None,
     ) -> None:
         self._poll = poll
-        self._look = look or functools.partial(poll, 0)
+        self._poll_once = busy_poll or functools.partial(poll, 0)
         self._now = now
         self._yield_processor = yield_processor or os.sched_yield
         self._spins_next = False
@@ -112,10 +112,10 @@ class AdaptivePoller(Generic[Found]):
             if self._sleeping_waits:
                 self._sleeping_waits -= 1
             return None
-        look, now = self._look, self._now
+        poll_once, now = self._poll_once, self._now
         last, end, slow = began, began + SPIN_SECONDS, False
         for count in itertools.count():
-            found = look()
+            found = poll_once()
             if found and last - began <= SHORT_SECONDS:
                 self._backoff >>= 1
                 break
@@ -153,7 +153,7 @@ class AdaptiveEpoll:
         self.unregister = self._epoll.unregister
         self._workers: list[Worker] = []
         self._worker_found = False
-        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, look=self._poll_awake)
+        self.poll: AdaptivePoller[Events] = AdaptivePoller(self._epoll.poll, busy_poll=self._poll_awake)
 
     def drive(self, worker: Worker) -> None:
         """Report the worker's descriptor, also after progress that the worker has made in `poll`."""
@@ -287,7 +287,7 @@ class PollWaiter:
                 self._poll.register(stream.fileno(), select.POLLIN)
                 # Not a method of this waiter: in a reference cycle the stream would exist until it is collected.
                 poll = functools.partial(_poll_driven, self._poll, stream)
-                self._poller = AdaptivePoller(poll, look=worker.has_progressed)
+                self._poller = AdaptivePoller(poll, busy_poll=worker.has_progressed)
                 self._driven = True
             if deadline.expired:  # each wait may end early, because of work for another stream
                 raise timed_out(deadline, awaited, endpoint)

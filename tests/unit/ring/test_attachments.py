@@ -314,7 +314,7 @@ def test_the_end_of_a_lease_wakes_a_claim_that_waits(ring: SharedRingBuffer) -> 
 def test_a_claim_in_a_ring_that_overwrites_is_woken_when_the_server_learns_of_the_end_of_a_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(slots, "RESCAN_SECONDS", 1000.0)
     with SharedRingBuffer(1, 64, on_full="overwrite") as ring:
         consumer = attach(ring)
         lease = leased(consumer, put(ring))
@@ -330,7 +330,7 @@ def test_a_claim_in_a_ring_that_overwrites_is_woken_when_the_server_learns_of_th
 
 
 def test_a_claim_is_woken_when_the_last_consumer_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(slots, "RESCAN_SECONDS", 1000.0)
     with SharedRingBuffer(1, 64) as ring, subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1) as other:
         consumer = attach(ring, pid=other.pid)
         lease = leased(consumer, put(ring))

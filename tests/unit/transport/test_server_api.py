@@ -61,7 +61,7 @@ def test_the_ring_of_the_caller_stays_open() -> None:
 
 @pytest.mark.skipif(bool(direct_problem()), reason=direct_problem() or "-")
 def test_consumers_that_attached_to_an_earlier_server_wake_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "RELOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(slots, "RESCAN_SECONDS", 1000.0)
     with SharedRingBuffer(1, 64) as ring:
         consumer = attach(ring)
         with ring.claim(7) as writer:
