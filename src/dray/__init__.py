@@ -11,7 +11,7 @@ memory on the same host, over UCX or TCP between hosts. The errors are in `dray.
 from dray import errors
 from dray.errors import DrayError
 from dray.identifiers import PayloadId
-from dray.payload import PayloadSchema, TensorSpec, pack, unpack
+from dray.payload import PayloadSchema, Ragged, RaggedSpec, TensorSpec, TextSpec, pack, unpack
 from dray.protocol import PayloadRef, make_secret
 from dray.ring import SharedRingBuffer
 from dray.streams import Consumer, Payload, Producer, Publisher, Subscriber
@@ -30,10 +30,13 @@ __all__ = [
     "PayloadServer",
     "Producer",
     "Publisher",
+    "Ragged",
+    "RaggedSpec",
     "ReadResult",
     "SharedRingBuffer",
     "Subscriber",
     "TensorSpec",
+    "TextSpec",
     "errors",
     "make_secret",
     "pack",

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from dray.errors import PayloadFormatError, PayloadTooLargeError, SchemaError
-from dray.payload.header import Field, Layout, build_header, parse_header
-from dray.payload.schema import Array, Arrays, FittedField, PayloadSchema, as_array, store
+from dray.errors import PayloadFormatError, PayloadTooLargeError
+from dray.payload import tree
+from dray.payload.header import Header, Layout, build_header, parse_header
+from dray.payload.schema import Array, Arrays, FittedField, PayloadSchema, Values, as_array, store
+from dray.payload.tree import Field, Tensors, Tree
 
 Image: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | npt.NDArray[np.uint8]
 """Memory that holds an image."""
@@ -69,15 +71,16 @@ class PackPlan:
 
 
 def plan(
-    arrays: Mapping[str, npt.ArrayLike],
+    arrays: Mapping[str, Any],
     schema: PayloadSchema | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> PackPlan:
     """Check `arrays` and return the plan of their image. Only tensors on a device are copied, to the host.
 
     Args:
-        arrays: field name → NumPy array, torch tensor, list or number. Arrays need not be contiguous. Big-endian
-            arrays become little-endian.
+        arrays: field name → NumPy array, torch tensor, list or number, which become arrays; or a nested value:
+            text, None, `Ragged`, or a mapping, list or tuple of nested values and arrays. Arrays need not be
+            contiguous. Big-endian arrays become little-endian.
         schema: the fields, dtypes and shapes that are required; see `PayloadSchema`.
         metadata: strings by name, stored in the header.
 
@@ -90,19 +93,33 @@ def plan(
     sources: list[Array] = []
     fields: list[Field] = []
     fitted: list[FittedField] | None = None
+    structure: Tree | None = None
     if schema is None:
         for name, value in arrays.items():
-            array = value if type(value) is np.ndarray else as_array(name, value)
+            if type(value) is np.ndarray:
+                array = value
+            elif tree.is_nested(value):
+                structure, sources = tree.flatten(arrays)
+                named = zip(structure.names, sources, strict=True)
+                fields = [(name, array.dtype, array.shape) for name, array in named]
+                break
+            else:
+                array = as_array(name, value)
             sources.append(array)
             fields.append((name, array.dtype, array.shape))
-    else:
+    elif schema.flat:
         fitted = schema.fit(arrays)
         fields = [(name, dtype, array.shape) for name, array, dtype, _ in fitted]
-    return PackPlan(*build_header(fields, metadata), sources, fitted)
+    else:
+        structure, fitted = tree.fit(schema, arrays)
+        fields = [
+            (name, dtype, array.shape) for name, (_, array, dtype, _) in zip(structure.names, fitted, strict=True)
+        ]
+    return PackPlan(*build_header(fields, metadata, structure), sources, fitted)
 
 
 def pack(
-    arrays: Mapping[str, npt.ArrayLike],
+    arrays: Mapping[str, Any],
     schema: PayloadSchema | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytearray:
@@ -113,8 +130,8 @@ def pack(
     return image
 
 
-def unpack(image: Image, schema: PayloadSchema | None = None) -> Arrays:
-    """Return the tensors of `image` as arrays, in the order of its header.
+def unpack(image: Image, schema: PayloadSchema | None = None) -> Values:
+    """Return the content of `image`: its tensors as arrays, in the order of its header, or its nested values.
 
     The arrays are views on the image, read-only if it is read-only. Misaligned tensors, which other libraries may
     write, are copied. If `image` is a uint8 array whose own base is not an array, such as ``np.frombuffer(…)``, it
@@ -130,15 +147,13 @@ def unpack(image: Image, schema: PayloadSchema | None = None) -> Arrays:
     """
     root = _as_root(image)
     header = parse_header(root)
-    arrays = _views(root, header.layout)
-    if arrays and not (header.aligned and arrays[header.widest].flags.aligned):
-        for name, view in arrays.items():
-            if not view.flags.aligned:
-                arrays[name] = view.copy()
-                arrays[name].flags.writeable = view.flags.writeable
+    if header.build is None:
+        values: Values = _aligned_views(root, header)
+    else:
+        values = header.build(_tensors(root, header))
     if schema is not None:
-        schema.verify(arrays)
-    return arrays
+        schema.verify(values)
+    return values
 
 
 def unpack_metadata(image: Image) -> dict[str, str]:
@@ -154,15 +169,10 @@ def max_nbytes(schema: PayloadSchema) -> int:
     """Return the size in bytes of the largest image without metadata that fits `schema`. A slot needs this size.
 
     Raises:
-        SchemaError: a dimension has no limit; the message names the field.
+        SchemaError: a field has no limit; the message names it.
     """
-    fields: list[Field] = []
-    for name, spec in schema.items():
-        shape = spec.max_shape
-        if shape is None:
-            raise SchemaError(f"field {name!r} has a dimension without a limit: {spec.shape}")
-        fields.append((name, spec.numpy_dtype, shape))
-    return build_header(fields, None)[1].nbytes
+    structure, fields = tree.largest(schema)
+    return build_header(fields, None, None if schema.flat else structure)[1].nbytes
 
 
 def _views(root: npt.NDArray[np.uint8], layout: Layout) -> Arrays:
@@ -172,6 +182,27 @@ def _views(root: npt.NDArray[np.uint8], layout: Layout) -> Arrays:
         return {name: np.ndarray(shape, dtype, root, offset) for (name, _), (shape, dtype, offset) in named}
     image: Array = np.ndarray((), layout.record, root)
     return {name: image[key] for name, key in layout.members}
+
+
+def _aligned_views(root: npt.NDArray[np.uint8], header: Header) -> Arrays:
+    """As `_views`, with copies of the tensors that are misaligned."""
+    arrays = _views(root, header.layout)
+    if arrays and not (header.aligned and arrays[header.widest[0]].flags.aligned):
+        for name, view in arrays.items():
+            if not view.flags.aligned:
+                arrays[name] = view.copy()
+                arrays[name].flags.writeable = view.flags.writeable
+    return arrays
+
+
+def _tensors(root: npt.NDArray[np.uint8], header: Header) -> Tensors:
+    """The tensors by the keys of the members of their layout, without views of those that are not asked for."""
+    if header.layout.record is not None and header.aligned and header.layout.members:
+        image: Array = np.ndarray((), header.layout.record, root)
+        if image[header.widest[1]].flags.aligned:
+            return image
+    arrays = _aligned_views(root, header)
+    return {key: arrays[name] for name, key in header.layout.members}
 
 
 def _as_root(image: Image) -> npt.NDArray[np.uint8]:

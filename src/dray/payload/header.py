@@ -10,13 +10,15 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from dray.errors import PayloadFormatError
+from dray.payload import tree
 from dray.payload.schema import DTYPE_NAMES, DTYPES, MAX_DIMENSIONS, carried_dtype
+from dray.payload.tree import Build, Field, Tree
 from dray.text import printable_value
 
 ALIGNMENT = 64
@@ -43,9 +45,6 @@ _METADATA = "__metadata__"
 _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_BYTES = (1 << 63) - 1
 
-Field: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]
-"""Name, dtype and shape of an array to pack."""
-
 
 class Layout(NamedTuple):
     """Where the tensors of an image lie."""
@@ -63,28 +62,39 @@ class Header(NamedTuple):
     layout: Layout
     metadata: tuple[tuple[str, str], ...]
     aligned: bool  # every tensor lies at a multiple of its alignment from the image's start
-    widest: str  # a tensor of the largest alignment: when `aligned`, its address decides for all
+    widest: tuple[str, str]  # the member of the largest alignment: when `aligned`, its address decides for all
+    build: Build | None  # makes the values of a payload with nested ones of its tensors, by the keys of `members`
 
 
-def build_header(fields: list[Field], metadata: Mapping[str, str] | None) -> tuple[npt.NDArray[np.uint8], Layout]:
+def build_header(
+    fields: list[Field], metadata: Mapping[str, str] | None, structure: Tree | None = None
+) -> tuple[npt.NDArray[np.uint8], Layout]:
     """Return the header of an image with `fields`, preceded by its length, and the layout of the image.
+
+    Args:
+        fields: the tensors.
+        metadata: strings by name.
+        structure: that of nested values.
 
     Raises:
         PayloadFormatError: a name, dtype, shape or the metadata cannot be carried.
     """
+    described = () if structure is None else ((tree.KEY, structure.description),)
     if metadata is None:
-        return (cached_build if len(fields) <= MAX_CACHED_FIELDS else _build)(tuple(fields), ())
+        return (cached_build if len(fields) <= MAX_CACHED_FIELDS else _build)(tuple(fields), described)
     if not isinstance(metadata, Mapping):
         raise PayloadFormatError(f"metadata must be a mapping, not {type(metadata).__name__}")
     strings = tuple(metadata.items())
     for pair in strings:
         if not all(isinstance(text, str) for text in pair):
             raise PayloadFormatError(f"metadata must map strings to strings; found {printable_value(pair)}")
+    if tree.KEY in metadata:
+        raise PayloadFormatError(f"{tree.KEY!r} cannot be a name in the metadata: nested values use it")
     small = (
         len(fields) <= MAX_CACHED_FIELDS
         and sum(len(key) + len(text) for key, text in strings) <= MAX_CACHED_METADATA
     )
-    return (cached_build if small else _build)(tuple(fields), strings)
+    return (cached_build if small else _build)(tuple(fields), (*strings, *described))
 
 
 def parse_header(root: npt.NDArray[np.uint8]) -> Header:
@@ -187,14 +197,14 @@ def _parse(text: bytes) -> Header:
         raise PayloadFormatError(f"{_METADATA} does not map strings to strings")
     _check_count(len(content))
     tensors, spans = [], []
-    aligned, widest, alignment = True, "", 0
-    for name, described in content.items():
+    aligned, widest, alignment = True, 0, 0
+    for index, (name, described) in enumerate(content.items()):
         shape, dtype, start, end = _check_tensor(name, described)
         tensors.append((shape, dtype, base + start))
         spans.append((start, end, name))
         aligned = aligned and (base + start) % dtype.alignment == 0
         if dtype.alignment > alignment:
-            widest, alignment = name, dtype.alignment
+            widest, alignment = index, dtype.alignment
     reached = 0
     for start, end, name in sorted(spans):
         if start != reached:
@@ -202,7 +212,14 @@ def _parse(text: bytes) -> Header:
                 f"tensor {printable_value(name)} starts at {start}, expected {reached}: overlap or hole"
             )
         reached = end
-    return Header(_layout(content, tuple(tensors), base + reached), tuple(metadata.items()), aligned, widest)
+    description = metadata.pop(tree.KEY, None)
+    layout = _layout(content, tuple(tensors), base + reached)
+    build = None
+    if description is not None:
+        shapes = {name: (shape, dtype) for name, (shape, dtype, _) in zip(content, tensors, strict=True)}
+        build = tree.builder(tree.parse(description, shapes), dict(layout.members))
+    member = layout.members[widest] if layout.members else ("", "")
+    return Header(layout, tuple(metadata.items()), aligned, member, build)
 
 
 cached_parse = lru_cache(MAX_CACHED_HEADERS)(_parse)

@@ -1,4 +1,4 @@
-"""The dtypes that a payload can carry, and the schema that arrays are checked against.
+"""The dtypes that a payload can carry, and the schema that its values are checked against.
 
 Dtypes have the names of the safetensors format. bfloat16 and the 8-bit floats are dtypes of `ml_dtypes`.
 """
@@ -16,11 +16,15 @@ import numpy.typing as npt
 
 from dray.errors import PayloadFormatError, SchemaError
 from dray.payload import torch_interop
+from dray.payload.ragged import Ragged
 
 Array: TypeAlias = npt.NDArray[Any]
 
 Arrays: TypeAlias = dict[str, Array]
 """The content of a payload: arrays by name."""
+
+Values: TypeAlias = dict[str, Any]
+"""The content of a payload by name: arrays, `Ragged`, text, numbers, None; mappings, lists and tuples of these."""
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -135,13 +139,139 @@ class TensorSpec:
             return f"has length {shape[0]}, at most {self.max_length} is allowed"
         return None
 
+    def verify(self, path: str, value: Any) -> None:
+        """Check a value that was unpacked.
+
+        Raises:
+            SchemaError: it does not fit; the message has its `path`.
+        """
+        if not isinstance(value, np.ndarray):
+            raise _unlike(path, value, "an array")
+        if value.dtype != DTYPES[self.dtype]:
+            raise SchemaError(f"field {path!r} has dtype {value.dtype}, expected {self.dtype}")
+        if reason := self.mismatch(value.shape):
+            raise SchemaError(f"field {path!r} {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedSpec:
+    """The dtype and shape that a `Ragged` field must have. A list of arrays, one for each row, fits as well.
+
+    Args:
+        dtype: safetensors name of the dtype of the values.
+        shape: the shape of one element of a row; ``()`` for rows of numbers.
+        max_rows: limit on the number of rows.
+        max_values: limit on the elements of all rows together.
+        optional: the field may be absent.
+
+    Raises:
+        PayloadFormatError: a payload cannot carry `dtype`.
+        SchemaError: a limit or `shape` is invalid.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...] = ()
+    max_rows: int | None = None
+    max_values: int | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        self.parts  # noqa: B018  checks the arguments
+
+    @property
+    def parts(self) -> tuple[TensorSpec, TensorSpec]:
+        """The specs of values and offsets."""
+        rows = _limit("max_rows", self.max_rows)
+        values = TensorSpec(self.dtype, (None, *self.shape), self.max_values)
+        return values, TensorSpec("I64", (None,), None if rows is None else rows + 1)
+
+    def ragged(self, path: str, value: Any) -> Ragged:
+        """`value` as a `Ragged` whose number of rows fits; the dtype and shape of its values are not checked.
+
+        Raises:
+            SchemaError: it is not ragged, or has too many rows.
+        """
+        if torch_interop.is_jagged(value):
+            value = Ragged(*torch_interop.jagged_parts(value))
+        elif isinstance(value, list | tuple):
+            value = Ragged.from_rows([as_array(path, row) for row in value])
+        if not isinstance(value, Ragged):
+            raise _unlike(path, value, "ragged")
+        if self.max_rows is not None and len(value) > self.max_rows:
+            raise SchemaError(f"field {path!r} has {len(value)} rows, at most {self.max_rows} are allowed")
+        return value
+
+    def verify(self, path: str, value: Any) -> None:
+        """As `TensorSpec.verify`."""
+        if not isinstance(value, Ragged):
+            raise _unlike(path, value, "ragged")
+        self.parts[0].verify(path, self.ragged(path, value).values)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """A field that holds a text, or a list of texts.
+
+    Args:
+        many: a list of texts, instead of one.
+        max_bytes: limit on the UTF-8 bytes of all texts together.
+        max_rows: limit on the number of texts of a list.
+        optional: the field may be absent.
+
+    Raises:
+        SchemaError: a limit is invalid.
+    """
+
+    many: bool = False
+    max_bytes: int | None = None
+    max_rows: int | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        self.parts  # noqa: B018  checks the arguments
+        if self.max_rows is not None and not self.many:
+            raise SchemaError("max_rows limits a list of texts; give many=True")
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """The specs of the bytes and, for a list, of the offsets."""
+        size, rows = _limit("max_bytes", self.max_bytes), _limit("max_rows", self.max_rows)
+        offsets = (TensorSpec("I64", (None,), None if rows is None else rows + 1),) if self.many else ()
+        return TensorSpec("U8", (None,), size), *offsets
+
+    def verify(self, path: str, value: Any) -> None:
+        """As `TensorSpec.verify`."""
+        texts = [value] if isinstance(value, str) and not self.many else value
+        if not (
+            isinstance(texts, list) and (self.many or texts is not value) and all(type(t) is str for t in texts)
+        ):
+            raise _unlike(path, value, "a list of texts" if self.many else "text")
+        if self.max_rows is not None and len(texts) > self.max_rows:
+            raise SchemaError(f"field {path!r} has {len(texts)} texts, at most {self.max_rows} are allowed")
+        if self.max_bytes is not None and (size := sum(len(text.encode()) for text in texts)) > self.max_bytes:
+            raise SchemaError(f"field {path!r} has {size} bytes of text, at most {self.max_bytes} are allowed")
+
+
+def _limit(name: str, value: int | None) -> int | None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise SchemaError(f"{name} {value!r} is not a non-negative integer")
+    return value
+
+
+def _unlike(path: str, value: object, expected: str) -> SchemaError:
+    return SchemaError(f"field {path!r} is a {type(value).__name__}, expected {expected}")
+
+
+FieldSpec: TypeAlias = "TensorSpec | RaggedSpec | TextSpec | PayloadSchema"
+"""What one field must be; a `PayloadSchema` for a mapping inside the payload."""
 
 FittedField: TypeAlias = tuple[str, Array, np.dtype[Any], Cast]
 """A field's name, an array that fits its spec, the dtype to store it as, and the cast to that dtype."""
 
 
-class PayloadSchema(Mapping[str, TensorSpec]):
-    """The fields that a payload has: a read-only mapping of field name → `TensorSpec`.
+class PayloadSchema(Mapping[str, FieldSpec]):
+    """The fields that a payload has: a read-only mapping of field name → spec.
 
     Arrays are cast to the dtype of their field:
 
@@ -153,24 +283,27 @@ class PayloadSchema(Mapping[str, TensorSpec]):
     * A cast to a poorer kind (float → integer, complex → float, integer → bool) is a `SchemaError`.
 
     Args:
-        fields: field name → spec.
+        fields: field name → `TensorSpec`, `RaggedSpec`, `TextSpec`, or a `PayloadSchema` for a nested mapping.
+        optional: where it is nested, the mapping may be absent.
 
     Raises:
-        SchemaError: a name is not a string, or a value is not a `TensorSpec`.
+        SchemaError: a name is not a string, or a value is not a spec.
     """
 
-    __slots__ = ("_fields", "_warned")
+    __slots__ = ("_fields", "_warned", "flat", "optional")
 
-    def __init__(self, fields: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, fields: Mapping[str, FieldSpec], *, optional: bool = False) -> None:
         self._fields = dict(fields)
         self._warned: dict[str, object] = {}
+        self.optional = optional
         for name, spec in self._fields.items():
             if not isinstance(name, str):
                 raise SchemaError(f"field name {name!r} is not a string")
-            if not isinstance(spec, TensorSpec):
-                raise SchemaError(f"field {name!r} has {spec!r} where a TensorSpec belongs")
+            if not isinstance(spec, TensorSpec | RaggedSpec | TextSpec | PayloadSchema):
+                raise SchemaError(f"field {name!r} has {spec!r} where a TensorSpec or another spec belongs")
+        self.flat = all(isinstance(spec, TensorSpec) for spec in self._fields.values())
 
-    def __getitem__(self, name: str) -> TensorSpec:
+    def __getitem__(self, name: str) -> FieldSpec:
         return self._fields[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -180,13 +313,14 @@ class PayloadSchema(Mapping[str, TensorSpec]):
         return len(self._fields)
 
     def __repr__(self) -> str:
-        return f"PayloadSchema({self._fields!r})"
+        return f"PayloadSchema({self._fields!r}{', optional=True' if self.optional else ''})"
 
     def check(self, arrays: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         """Return `arrays` as NumPy arrays of exactly the schema's dtypes. Arrays that fit already are not copied.
 
         Raises:
-            SchemaError: a field is missing, unknown, or does not fit; the message names it.
+            SchemaError: a field is missing, unknown, does not fit, or is not described as an array; the message
+                names it.
             PayloadFormatError: a value is not an array, or has a dtype that cannot be carried.
         """
         checked = {}
@@ -198,44 +332,57 @@ class PayloadSchema(Mapping[str, TensorSpec]):
 
     def fit(self, arrays: Mapping[str, npt.ArrayLike]) -> list[FittedField]:
         """Like `check`, but leave the casts to `store`, which can write into a slot."""
-        fields = self._fields
         fitted = []
-        for name, value in arrays.items():
-            spec = fields.get(name)
-            if spec is None:
-                raise self._unknown(name)
-            fitted.append(self._fit_field(name, spec, value))
-        self._require_all(arrays)
+        for name, value, spec in self.specified(arrays):
+            if not isinstance(spec, TensorSpec):
+                raise SchemaError(f"field {name!r} is described by {spec!r}, not as an array")
+            fitted.append(self.fit_field(name, spec, value))
         return fitted
 
-    def verify(self, arrays: Mapping[str, Array]) -> None:
-        """Check arrays that were unpacked. Nothing is cast: each array must have the dtype of its field.
+    def specified(self, values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, FieldSpec]]:
+        """Each name, its value and its spec; at the end it is an error if a field is missing.
+
+        Args:
+            values: the values by name.
+            path: what is before a name in a message.
+
+        Raises:
+            SchemaError: a field is unknown or missing.
+        """
+        fields = self._fields
+        for name, value in values.items():
+            spec = fields.get(name)
+            if spec is None:
+                known = ", ".join(fields) or "none"
+                raise SchemaError(f"field {path + name!r} is not in the schema, which has {known}")
+            yield name, value, spec
+        names = values.keys()  # a TensorDict iterates over rows, its keys do not
+        if len(names) < len(fields):
+            for name, spec in fields.items():
+                if not spec.optional and name not in names:
+                    raise SchemaError(f"field {path + name!r} is missing")
+
+    def verify(self, values: Mapping[str, Any], path: str = "") -> None:
+        """Check values that were unpacked. Nothing is cast: each array must have the dtype of its field.
 
         Raises:
             SchemaError: a field is missing, unknown, or does not fit; the message names it.
         """
-        fields = self._fields
-        for name, array in arrays.items():
-            spec = fields.get(name)
-            if spec is None:
-                raise self._unknown(name)
-            if array.dtype != DTYPES[spec.dtype]:
-                raise SchemaError(f"field {name!r} has dtype {array.dtype}, expected {spec.dtype}")
-            if reason := spec.mismatch(array.shape):
-                raise SchemaError(f"field {name!r} {reason}")
-        self._require_all(arrays)
+        for name, value, spec in self.specified(values, path):
+            if not isinstance(spec, PayloadSchema):
+                spec.verify(path + name, value)
+            elif isinstance(value, dict):
+                spec.verify(value, f"{path}{name}.")
+            else:
+                raise _unlike(path + name, value, "a mapping")
 
-    def _unknown(self, name: str) -> SchemaError:
-        return SchemaError(f"field {name!r} is not in the schema, which has {', '.join(self._fields) or 'none'}")
+    def fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> FittedField:
+        """The array of `value`, and how it is cast to the dtype of its field.
 
-    def _require_all(self, arrays: Mapping[str, object]) -> None:
-        names = arrays.keys()  # a TensorDict iterates over rows, its keys do not
-        if len(names) < len(self._fields):
-            for name, spec in self._fields.items():
-                if not spec.optional and name not in names:
-                    raise SchemaError(f"field {name!r} is missing")
-
-    def _fit_field(self, name: str, spec: TensorSpec, value: npt.ArrayLike) -> FittedField:
+        Raises:
+            SchemaError: it does not fit.
+            PayloadFormatError: it is not an array, or has a dtype that cannot be carried.
+        """
         array = as_array(name, value)
         target = DTYPES[spec.dtype]
         cast: Cast = "same"
@@ -325,7 +472,7 @@ def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 _UNMASK = "fill it, as x.filled(0) does, and put the mask into a field of its own"
-_TEXT = "carry text as numbers, such as np.frombuffer(text.encode(), np.uint8)"
+_TEXT = "give text as str, or as a list of str, such as x.tolist()"
 _REMEDIES = {
     "O": "the elements must be numbers, not Python objects",
     "U": _TEXT,

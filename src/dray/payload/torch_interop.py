@@ -10,13 +10,14 @@ import importlib
 import itertools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from dray.errors import MissingDependencyError
+from dray.errors import MissingDependencyError, PayloadFormatError
+from dray.payload.ragged import map_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,36 @@ def is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def is_jagged(value: object) -> bool:
+    """Whether `value` is a nested tensor of torch's jagged layout."""
+    torch = sys.modules.get("torch")
+    return (
+        torch is not None and isinstance(value, torch.Tensor) and value.is_nested and value.layout is torch.jagged
+    )
+
+
+def jagged_parts(tensor: Any) -> tuple[Array, Array]:
+    """The values of a jagged nested tensor, row after row without gaps, and the offsets of its rows.
+
+    Raises:
+        PayloadFormatError: its rows differ in another dimension than the first.
+    """
+    if isinstance(tensor.size(1), int):  # the length of the dimension in which rows differ is no number
+        raise PayloadFormatError(
+            "a jagged tensor whose rows differ in another dimension than the first cannot be carried; transpose it"
+        )
+    rows = [to_numpy(row) for row in tensor.unbind()] if tensor.lengths() is not None else None
+    if rows is None:
+        return to_numpy(tensor.values()), to_numpy(tensor.offsets())
+    return np.concatenate(rows), np.cumsum([0, *map(len, rows)])
+
+
+def to_jagged(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The jagged nested tensor of these values and offsets, which it shares."""
+    nested: torch.Tensor = _torch().nested.nested_tensor_from_jagged(values, offsets)
+    return nested
+
+
 def to_numpy(tensor: torch.Tensor) -> Array:
     """Return the values of `tensor`, which may be on any device and have a gradient, as a NumPy array.
 
@@ -62,15 +93,15 @@ def to_numpy(tensor: torch.Tensor) -> Array:
 
 
 def to_torch(
-    arrays: Mapping[str, Array], device: str | torch.device | None = None, *, pin: bool = False
-) -> dict[str, torch.Tensor]:
-    """Return the arrays as writable torch tensors.
+    values: Mapping[str, Any], device: str | torch.device | None = None, *, pin: bool = False
+) -> dict[str, Any]:
+    """Return the values with writable torch tensors in the place of arrays, and jagged ones in that of `Ragged`.
 
     On the host, a writable contiguous array shares its memory with its tensor. Any other array is copied, so no
-    tensor writes into a leased payload. On another device every tensor is a copy.
+    tensor writes into a leased payload. On another device every tensor is a copy. Text and numbers stay.
 
     Args:
-        arrays: name → array, of any dtype that a payload can carry.
+        values: name → array of any dtype that a payload can carry, or another value of a payload.
         device: device of the tensors; ``None`` is the host.
         pin: copy through page-locked memory. On the host the tensors stay in it; a copy to another device
             overlaps with the host's work. Without page-locked memory, pageable memory is used, with one warning.
@@ -78,19 +109,25 @@ def to_torch(
     Raises:
         MissingDependencyError: torch is not installed.
     """
-    pytorch = _torch()
-    target = pytorch.device("cpu" if device is None else device)
-    tensors = {}
-    for name, array in arrays.items():
+    target = _torch().device("cpu" if device is None else device)
+
+    def convert(array: Array) -> torch.Tensor:
         if pin:
             staged = _pinned_copy(array)
-            tensors[name] = staged if target.type == "cpu" else staged.to(target, non_blocking=True)
-        elif target.type == "cpu":
-            shared = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
-            tensors[name] = _tensor_on(shared)
-        else:
-            tensors[name] = _tensor_on(writable_alias(np.ascontiguousarray(array))).to(target)
+            return staged if target.type == "cpu" else staged.to(target, non_blocking=True)
+        if target.type == "cpu":
+            return _tensor_on(
+                array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+            )
+        return _tensor_on(writable_alias(np.ascontiguousarray(array))).to(target)
+
+    tensors: dict[str, Any] = convert_arrays(values, convert)
     return tensors
+
+
+def convert_arrays(values: Any, convert: Callable[[Array], torch.Tensor]) -> Any:
+    """`values` with the tensor that `convert` makes of each array, and jagged tensors of ragged ones."""
+    return map_arrays(values, convert, lambda rows: to_jagged(convert(rows.values), convert(rows.offsets)))
 
 
 def to_tensordict(

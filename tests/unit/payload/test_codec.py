@@ -216,8 +216,6 @@ class _Opaque: ...
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (None, "is None"),
-        ({"nested": 1}, "is a dict"),
         (_Opaque(), "is a _Opaque"),
         ([[1, 2], [3]], "lists of different lengths"),
         (np.ma.masked_less(np.arange(4.0), 2), "is a masked array, whose mask is not carried"),
@@ -234,7 +232,7 @@ def test_what_is_no_array_is_an_error_that_names_field_and_kind(value, words):
 
 
 def test_a_dtype_that_cannot_be_carried_is_an_error_in_a_schema():
-    with pytest.raises(PayloadFormatError, match="cannot be carried: carry text as numbers"):
+    with pytest.raises(PayloadFormatError, match="cannot be carried: give text as str"):
         TensorSpec.of(STRINGS.dtype)
 
 
@@ -344,7 +342,7 @@ def test_error_about_an_image_is_one_short_line_whatever_the_image_holds(describ
 
 
 @pytest.mark.parametrize(
-    "arrays", [{LONG: "text"}, {LONG: np.array(["text"])}, {LONG: None}, {LONG: [[1], [2, 3]]}]
+    "arrays", [{LONG: {1: 2}}, {LONG: np.array(["text"])}, {LONG: b"bytes"}, {LONG: [[1], [2, 3]]}]
 )
 def test_error_about_an_array_is_one_short_line_whatever_its_name(arrays):
     with pytest.raises(PayloadFormatError) as caught:
