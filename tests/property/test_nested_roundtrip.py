@@ -10,7 +10,8 @@ from dray.payload.tree import is_nested
 
 texts = st.text(max_size=8)
 numbers = st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats()
-pure = st.lists(st.booleans()) | st.lists(st.integers(-(2**63), 2**63 - 1)) | st.lists(st.floats()) | st.lists(texts)
+integers = st.integers(-(2**63), 2**63 - 1)
+pure = st.lists(st.booleans()) | st.lists(integers) | st.lists(st.floats()) | st.lists(texts)
 
 
 @st.composite

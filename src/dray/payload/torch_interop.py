@@ -10,7 +10,7 @@ import importlib
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -121,28 +121,10 @@ def to_torch(
             )
         return _tensor_on(writable_alias(np.ascontiguousarray(array))).to(target)
 
-    tensors: dict[str, Any] = convert_arrays(values, convert)
+    tensors: dict[str, Any] = map_arrays(
+        values, convert, lambda rows: to_jagged(convert(rows.values), convert(rows.offsets))
+    )
     return tensors
-
-
-def convert_arrays(values: Any, convert: Callable[[Array], torch.Tensor]) -> Any:
-    """`values` with the tensor that `convert` makes of each array, and jagged tensors of ragged ones."""
-    return map_arrays(values, convert, lambda rows: to_jagged(convert(rows.values), convert(rows.offsets)))
-
-
-def to_tensordict(
-    arrays: Mapping[str, Array], device: str | torch.device | None = None, *, pin: bool = False
-) -> Any:
-    """Return the arrays as a `tensordict.TensorDict` without batch dimensions; for the rest see `to_torch`.
-
-    Raises:
-        MissingDependencyError: torch or tensordict is not installed.
-    """
-    try:
-        tensordict = importlib.import_module("tensordict")
-    except ImportError as error:
-        raise MissingDependencyError("tensordict", "to_tensordict", "tensordict") from error
-    return tensordict.TensorDict(to_torch(arrays, device, pin=pin), batch_size=[], device=device)
 
 
 def _torch() -> Any:

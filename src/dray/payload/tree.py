@@ -60,7 +60,7 @@ MAX_NODES: Final = 65_536
 OFFSETS: Final = "\\offsets"
 
 Node: TypeAlias = Any
-"""What a description says of a value: None, the letter of a leaf, or ``(kind, keys, nodes)`` of a container."""
+"""The description of a value: None, the letter of a leaf, or ``(kind, keys, nodes)`` of a container."""
 
 Field: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]
 """Name, dtype and shape of a tensor."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from dray.errors import DrayError, ProducerLostError, TransportError, TransportTimeout, Unreachable
-from dray.payload import Arrays
+from dray.payload import Values
 from dray.protocol import PayloadRef
 
 MAX_READS = 2  # layer 2: reads of one reference in one round
@@ -23,7 +23,7 @@ ROUND_PAUSE = 0.1  # seconds between two rounds, in which the cause of a failure
 GROUP = 32  # references of one producer that are read together, pipelined over one connection
 MAX_GROUPS = 2  # groups of one producer that are read at the same time, once it has answered
 
-Outcome = Arrays | DrayError
+Outcome = Values | DrayError
 Identity = tuple[bytes, int]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.counters import Counters
 from dray.errors import BufferClosedError, ConfigError, DrayError
-from dray.payload import Arrays
+from dray.payload import Values
 from dray.prefetch.batch import MAX_READS, MAX_ROUNDS, BatchFetch, DoubleBuffer, Fetched, ReadAttempts
 from dray.prefetch.freeing import CLOSE_SECONDS, FreeingThreads
 from dray.prefetch.threads import ReadThreads, Source, Threading
@@ -110,7 +110,7 @@ class BatchReader(Closing):
         self._numbers = itertools.count(1)
         self._pid = os.getpid()
 
-    def read_one(self, ref: PayloadRef, *, timeout: float | None = BATCH_SECONDS, consume: bool = True) -> Arrays:
+    def read_one(self, ref: PayloadRef, *, timeout: float | None = BATCH_SECONDS, consume: bool = True) -> Values:
         """Layer 2, in the calling thread: `PayloadClient.read`, repeated after a retryable error."""
         with self._lock():
             self._check_open()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from dray.clock import Clock, Deadline
 from dray.counters import Counters
 from dray.errors import DrayError
-from dray.payload import Arrays
+from dray.payload import Values
 from dray.prefetch.batch import BatchFetch, Outcome, Pause, Read, ReadAttempts
 from dray.protocol import PayloadRef
 from dray.transport.pipeline import ReadResult
@@ -21,7 +21,7 @@ logger = logging.getLogger("dray.prefetch")
 class Source(Protocol):
     """Layer 1: the methods of a `PayloadClient` that are used. `close` ends reads that are under way."""
 
-    def read(self, ref: PayloadRef, *, timeout: float | None, consume: bool) -> Arrays: ...
+    def read(self, ref: PayloadRef, *, timeout: float | None, consume: bool) -> Values: ...
     def read_many(
         self, refs: Iterable[PayloadRef], *, timeout: float | None, consume: bool, return_errors: bool
     ) -> Iterator[ReadResult[Any]]: ...
@@ -103,7 +103,7 @@ class ReadThreads:
         self.workers = Workers(threading, "dray-read", self._run)
         self._crash: BaseException | None = None
 
-    def read_one(self, ref: PayloadRef, deadline: float, consume: bool) -> Arrays:
+    def read_one(self, ref: PayloadRef, deadline: float, consume: bool) -> Values:
         """Layer 2, in the calling thread."""
         attempts = self._new_attempts(deadline)
         while True:

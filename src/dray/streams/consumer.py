@@ -283,7 +283,7 @@ class Consumer(Closing):
     def close(self, acknowledge: bool = True) -> None:
         """End the consumer in this process, also while another thread waits in it. Twice is fine.
 
-        What it was given and has not acknowledged goes to other consumers. Arrays of its payloads stay valid.
+        What it was given and has not acknowledged goes to other consumers. Values of its payloads stay valid.
 
         Args:
             acknowledge: with ``ack="next"``, acknowledge the payload that was handed out last.

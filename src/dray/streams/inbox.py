@@ -28,7 +28,7 @@ from dray.errors import (
 )
 from dray.exclusive import Exclusive
 from dray.forking import descriptor_not_inherited
-from dray.payload import Arrays
+from dray.payload import Values
 from dray.protocol import streams
 from dray.resources import Closing, needing
 from dray.ring.consumer_events import Descriptor
@@ -106,7 +106,7 @@ class Inbox(Closing):
         self._clients: dict[int, PayloadClient] = {}
         self._surroundings = surroundings
         self._receive_at = -math.inf
-        self._reading: Tasks[Source, Arrays | None] = Tasks(
+        self._reading: Tasks[Source, Values | None] = Tasks(
             surroundings.start, self._wake_up, max(1, wanted.prefetch)
         )
         self.late = self._reading.by_key
@@ -580,7 +580,7 @@ class Inbox(Closing):
             client = self._clients[reader] = self._surroundings.client(self.wanted.secret, reader)
         return client
 
-    def _warn_of_copies(self, arrays: Arrays) -> None:
+    def _warn_of_copies(self, arrays: Values) -> None:
         if not self._warned:
             self._warned = True
             logger.warning(

@@ -1,14 +1,15 @@
-"""What a program gets of a stream: the `Payload` of a consumer, and its base, `NamedArrays`."""
+"""What a program gets of a stream: the `Payload` of a consumer, and its base, `NamedValues`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dray.identifiers import PayloadId
-from dray.payload import Arrays, torch_interop
+from dray.payload import Ragged, Values, torch_interop
+from dray.payload.ragged import map_arrays
 from dray.payload.schema import Array
 from dray.protocol.streams import Given
 
@@ -17,29 +18,29 @@ if TYPE_CHECKING:
     from dray.streams.source import Source
 
 
-class NamedArrays(Mapping[str, Array]):
-    """The arrays of a payload by name, in the order in which they were put.
+class NamedValues(Mapping[str, Any]):
+    """The values of a payload by name, in the order in which they were put: arrays, and nested values.
 
     On the producer's host the arrays are read-only views of its memory. That memory is not used again before the
     last of them is gone, so arrays that are kept stay valid, and keep a slot from being used. `copy` makes arrays
-    that do not. From another host the arrays are in memory of this process.
+    that do not. From another host the arrays are in memory of this process. Text and numbers are always copies.
 
     Attributes:
         in_place: the arrays are views of the producer's memory.
     """
 
-    __slots__ = ("_arrays", "in_place")
+    __slots__ = ("_values", "in_place")
 
-    def __init__(self, arrays: Arrays, in_place: bool) -> None:
-        self._arrays = arrays
+    def __init__(self, values: Values, in_place: bool) -> None:
+        self._values = values
         self.in_place = in_place
 
-    def copy(self) -> Arrays:
-        """The arrays in memory of their own, writable."""
-        return {name: np.array(array) for name, array in self._arrays.items()}
+    def copy(self) -> Values:
+        """The values with arrays in memory of their own, writable."""
+        return _mapped(self._values, np.array)
 
     def torch(self, *, copy: bool = True) -> dict[str, Any]:
-        """The arrays as tensors on the host.
+        """The values with tensors on the host in the place of arrays, and jagged ones in that of `Ragged`.
 
         Args:
             copy: the tensors have memory of their own. Otherwise they share that of the arrays: torch does not
@@ -49,27 +50,40 @@ class NamedArrays(Mapping[str, Array]):
             MissingDependencyError: torch is not installed.
         """
         if copy:
-            return torch_interop.to_torch(self._arrays if self.in_place else self.copy())
-        return torch_interop.to_torch({name: torch_interop.writable_alias(a) for name, a in self._arrays.items()})
+            return torch_interop.to_torch(self._values if self.in_place else self.copy())
+        return torch_interop.to_torch(_mapped(self._values, torch_interop.writable_alias))
 
-    def __getitem__(self, name: str) -> Array:
-        return self._arrays[name]
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._values)
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in self._arrays.items())
+        fields = ", ".join(f"{name} {_shown(value)}" for name, value in self._values.items())
         return f"<{type(self).__name__} {self._title()}: {fields}>"
 
     def _title(self) -> str:
         return ""
 
 
-class Payload(NamedArrays):
+def _mapped(values: Values, function: Callable[[Array], Array]) -> Values:
+    mapped: Values = map_arrays(
+        values, function, lambda rows: Ragged(function(rows.values), function(rows.offsets))
+    )
+    return mapped
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    return repr(value) if isinstance(value, Ragged) else type(value).__name__
+
+
+class Payload(NamedValues):
     """A payload of a stream. Its memory is used again when it is acknowledged and the last of its arrays is gone.
 
     Attributes:
@@ -80,8 +94,8 @@ class Payload(NamedArrays):
 
     __slots__ = ("_given", "_lease", "_source", "deliveries", "ended", "id")
 
-    def __init__(self, source: Source, given: Given, arrays: Arrays, lease: DirectLease | None) -> None:
-        super().__init__(arrays, lease is not None)
+    def __init__(self, source: Source, given: Given, values: Values, lease: DirectLease | None) -> None:
+        super().__init__(values, lease is not None)
         self._source = source
         self._given = given
         self._lease = lease

@@ -20,7 +20,7 @@ from dray.errors import (
 )
 from dray.forking import here
 from dray.identifiers import PayloadId
-from dray.payload import Arrays, PayloadSchema, unpack
+from dray.payload import PayloadSchema, Values, unpack
 from dray.payload.codec import PackPlan, plan
 from dray.resources import Closing
 from dray.ring import OnFull, SharedRingBuffer
@@ -51,7 +51,7 @@ class DeadLetter(NamedTuple):
     id: PayloadId
     group: str
     deliveries: int
-    arrays: Arrays
+    arrays: Values
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from dray.clock import Clock, Deadline
 from dray.errors import ProducerLostError, SlotError, StaleSlotError, TransportError
 from dray.identifiers import PayloadId
-from dray.payload import Arrays, unpack
+from dray.payload import Values, unpack
 from dray.protocol import PayloadRef, streams
 from dray.resources import Closing
 from dray.ring.attachment import Attachment, DirectLease
@@ -87,7 +87,7 @@ class Source(Closing):
 
     # --- payloads ---------------------------------------------------------------------------------------------
 
-    def read(self, given: streams.Given, deadline: Deadline) -> tuple[Arrays, bool] | None:
+    def read(self, given: streams.Given, deadline: Deadline) -> tuple[Values, bool] | None:
         """The arrays of a payload, and whether they are in place; None if it is gone. Nothing is consumed.
 
         Over a connection one attempt is made, which takes no longer than bytes that travel: meanwhile nothing is
@@ -111,14 +111,14 @@ class Source(Closing):
         except (StaleSlotError, ProducerLostError):
             return None
 
-    def reader(self, given: streams.Given) -> Callable[[], Arrays | None]:
+    def reader(self, given: streams.Given) -> Callable[[], Values | None]:
         """A function, for any thread, that reads a payload over connections in at most `READ_SECONDS`.
 
         It returns None if the payload is gone, and raises TransportError if it could not be read.
         """
         client, ref = self._client(self.subscription.reader), self._ref(given)
 
-        def read() -> Arrays | None:
+        def read() -> Values | None:
             try:
                 return self._persist(lambda timeout: client.read(ref, timeout=timeout, consume=False))
             except (StaleSlotError, ProducerLostError):
@@ -127,7 +127,7 @@ class Source(Closing):
         return read
 
     def read_given(
-        self, given: streams.Given, deadline: Deadline, warn: Callable[[Arrays], None]
+        self, given: streams.Given, deadline: Deadline, warn: Callable[[Values], None]
     ) -> Payload | None:
         """The payload of a hand-out; None if it is gone or was taken back.
 
@@ -162,7 +162,7 @@ class Source(Closing):
             raise
         return self.payload(given, None if found is None else found[0])
 
-    def payload(self, given: streams.Given, arrays: Arrays | None) -> Payload | None:
+    def payload(self, given: streams.Given, arrays: Values | None) -> Payload | None:
         """The payload with arrays in memory of their own; None if it is gone."""
         if arrays is None:
             self.gone += 1
@@ -210,7 +210,7 @@ class Source(Closing):
         self.subscription.give_back(given, begun)
 
     def close(self) -> None:
-        """End the subscription. Arrays of leased payloads stay valid. Twice is fine."""
+        """End the subscription. Values of leased payloads stay valid. Twice is fine."""
         self.subscription.close()
 
     def __repr__(self) -> str:
@@ -219,7 +219,7 @@ class Source(Closing):
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _leased(
-        self, attachment: Attachment, given: streams.Given, lease: DirectLease, warn: Callable[[Arrays], None]
+        self, attachment: Attachment, given: streams.Given, lease: DirectLease, warn: Callable[[Values], None]
     ) -> Payload:
         if attachment.free_leases < MIN_FREE_LEASES - 1:
             arrays = unpack(self._reads.copy(lease))
@@ -229,7 +229,7 @@ class Source(Closing):
             return Payload(self, given, arrays, None)
         return Payload(self, given, self._in_place(attachment, lease), lease)
 
-    def _in_place(self, attachment: Attachment, lease: DirectLease) -> Arrays:
+    def _in_place(self, attachment: Attachment, lease: DirectLease) -> Values:
         """The arrays in their slot; the lease ends with the last of them."""
         array = in_slot(lease)
         end_with(array, lease, self._reads).entered = True

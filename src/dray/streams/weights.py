@@ -13,7 +13,7 @@ from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import BufferClosedError, BufferFullError, ConfigError, TransportError
 from dray.exclusive import Exclusive
 from dray.forking import here
-from dray.payload import Arrays
+from dray.payload import Values
 from dray.payload.codec import plan
 from dray.protocol.handshake import check_secret
 from dray.protocol.streams import Given
@@ -22,7 +22,7 @@ from dray.ring import SharedRingBuffer
 from dray.streams.addresses import ListenOn, find_stream
 from dray.streams.inbox import Inbox
 from dray.streams.newest import Follower, NewestDelivery, Version
-from dray.streams.payload import NamedArrays
+from dray.streams.payload import NamedValues
 from dray.streams.registry import Registry, checked_name, command_line
 from dray.streams.serving import RingOfStream, ServedConsumer, StreamServer
 from dray.streams.source import Source
@@ -36,7 +36,7 @@ _CREDIT: Final = 16
 """Announcements that may lie at a subscriber that does not receive."""
 
 
-class Weights(NamedArrays):
+class Weights(NamedValues):
     """One version of the arrays of a publisher.
 
     Attributes:
@@ -46,7 +46,7 @@ class Weights(NamedArrays):
 
     __slots__ = ("publisher", "version")
 
-    def __init__(self, arrays: Arrays, in_place: bool, *, version: int, publisher: bytes) -> None:
+    def __init__(self, arrays: Values, in_place: bool, *, version: int, publisher: bytes) -> None:
         super().__init__(arrays, in_place)
         self.version = version
         self.publisher = publisher
@@ -175,7 +175,7 @@ class Publisher(Closing):
         return len(self._newest.followers)
 
     def close(self) -> None:
-        """End the stream. Arrays that subscribers hold stay valid. Twice is fine."""
+        """End the stream. Values that subscribers hold stay valid. Twice is fine."""
         if self._closed or here[0] != self._mark:
             return
         self._closed = True
@@ -262,7 +262,7 @@ class Subscriber(Closing):
     def close(self) -> None:
         """End the subscription in this process, also while another thread waits in it. Twice is fine.
 
-        Arrays that it has returned stay valid.
+        Values that it has returned stay valid.
         """
         if here[0] != self._mark:
             return
@@ -310,7 +310,7 @@ def _is_newer(source: Source, given: Given, after: int | Weights | None) -> bool
     return given.deliveries > after
 
 
-def _weights(source: Source, given: Given, arrays: Arrays, in_place: bool) -> Weights:
+def _weights(source: Source, given: Given, arrays: Values, in_place: bool) -> Weights:
     return Weights(arrays, in_place, version=given.deliveries, publisher=source.producer)
 
 

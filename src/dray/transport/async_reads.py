@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dray.clock import Deadline
 from dray.errors import DrayError, TransportTimeout
-from dray.payload import Arrays
+from dray.payload import Values
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -29,7 +29,7 @@ class HeldRead:
         end: consumes or releases it.
     """
 
-    def __init__(self, arrays: Arrays | DrayError, end: Callable[[bool], None]) -> None:
+    def __init__(self, arrays: Values | DrayError, end: Callable[[bool], None]) -> None:
         self.arrays = arrays
         self.end = end
 

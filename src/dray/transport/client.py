@@ -19,7 +19,7 @@ from dray.errors import (
 )
 from dray.forking import here
 from dray.identifiers import MAX_READERS
-from dray.payload import Arrays, unpack
+from dray.payload import Values, unpack
 from dray.protocol import PayloadRef
 from dray.protocol.frames import Status
 from dray.protocol.handshake import check_secret
@@ -133,7 +133,7 @@ class PayloadClient(Closing):
 
     # --- reading ----------------------------------------------------------------------------------------------
 
-    def read(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Arrays:
+    def read(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Values:
         """The payload's arrays, in memory of their own.
 
         Args:
@@ -156,7 +156,7 @@ class PayloadClient(Closing):
         """The payload as uint8 of shape (nbytes,), in memory of its own; otherwise like `read`."""
         return self._read(ref, timeout, consume, _as_bytes)
 
-    async def read_async(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Arrays:
+    async def read_async(self, ref: PayloadRef, *, timeout: float | None = 30.0, consume: bool = True) -> Values:
         """`read` for asyncio, in up to 32 threads of the client's own; further reads wait for a free thread.
 
         The payload is consumed when the awaiting task receives it; that of a cancelled read is released.
@@ -170,7 +170,7 @@ class PayloadClient(Closing):
             raise arrays
         return arrays
 
-    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[Arrays]:
+    def lease(self, ref: PayloadRef, *, timeout: float | None = 30.0) -> InPlaceLease[Values]:
         """A context manager that yields the payload's arrays; on the shm lane in place, without a copy.
 
         A clean exit of the ``with`` block consumes the payload, an exception releases it. At the end the mapping
@@ -199,7 +199,7 @@ class PayloadClient(Closing):
         consume: bool = True,
         return_errors: bool = False,
         in_place: bool = False,
-    ) -> Generator[ReadResult[Arrays], None, None]:
+    ) -> Generator[ReadResult[Values], None, None]:
         """Read a batch, pipelined for each producer; yields a `ReadResult` per reference, in their order.
 
         Each payload is consumed when it is yielded, so that leaving the loop early loses none.
@@ -483,7 +483,7 @@ class PayloadClient(Closing):
             raise BufferClosedError("the client belongs to the process that this one was forked from")
 
 
-def _unpack(payload: Bytes) -> Arrays | DrayError:
+def _unpack(payload: Bytes) -> Values | DrayError:
     try:
         return unpack(payload)
     except PayloadError as error:

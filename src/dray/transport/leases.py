@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
 from dray.errors import BufferClosedError, LeaseInUseError
-from dray.payload import Arrays, unpack
+from dray.payload import Values, unpack
 from dray.protocol.client_session import Request
 from dray.resources import Closing
 from dray.ring.attachment import DirectLease
@@ -66,15 +66,15 @@ class Content(Closing, Generic[T]):
         self._root = None
 
 
-class LeasedArrays(Content[Arrays]):
+class LeasedArrays(Content[Values]):
     """The arrays of a payload, in a mapping that is empty after the block."""
 
     def __init__(self, root: Bytes) -> None:
         super().__init__(root)
-        self._arrays: Arrays = {}
+        self._arrays: Values = {}
 
     @property
-    def value(self) -> Arrays:
+    def value(self) -> Values:
         """The arrays.
 
         Raises:

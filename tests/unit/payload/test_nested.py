@@ -58,9 +58,7 @@ def test_the_official_library_opens_nested_payloads_and_shows_paths_as_names():
     assert bytes(tensors["a.c"]) == b"xy"
 
 
-@pytest.mark.parametrize(
-    "key", ["a.b", "a\\.b", "", ".", "\\offsets", "0", "ключ", "__metadata__", "dray.tree"]
-)
+@pytest.mark.parametrize("key", ["a.b", "a\\.b", "", ".", "\\offsets", "0", "ключ", "__metadata__", "dray.tree"])
 def test_any_key_comes_back(key):
     values = {"a": {"b": np.zeros(1), key: {key: np.ones(2)}, "x": {key: ["t", "u"]}}, "a.b": "text"}
     assert_same(unpack(pack(values)), values)

@@ -10,7 +10,7 @@ import pytest
 from optional import imported_later
 
 from dray.errors import MissingDependencyError, PayloadFormatError
-from dray.payload import PayloadSchema, TensorSpec, pack, torch_interop, unpack
+from dray.payload import PayloadSchema, Ragged, TensorSpec, pack, torch_interop, unpack
 from dray.payload.schema import DTYPES
 
 torch = imported_later("torch", reason="torch is not installed")
@@ -188,17 +188,37 @@ def test_tensors_on_a_cuda_device_go_into_a_payload_and_come_back():
     assert torch_interop.to_torch(arrays, pin=True)["x"].is_pinned()
 
 
-def test_a_tensordict_is_one_call_away():
-    pytest.importorskip("tensordict", reason="tensordict is not installed")
-    made = torch_interop.to_tensordict(unpack(pack({"x": np.arange(3), "n": 2})))
-    assert made["x"].tolist() == [0, 1, 2]
-    assert made.batch_size == torch.Size([])
+def jagged(dtype=torch.float32):
+    return torch.nested.nested_tensor_from_jagged(torch.arange(5).to(dtype), torch.tensor([0, 2, 2, 5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_jagged_tensors_are_ragged_arrays_and_come_back(dtype):
+    values = unpack(pack({"turns": jagged(dtype), "info": {"turns": jagged(dtype), "text": "x", "n": [1, 2]}}))
+    assert isinstance(values["info"]["turns"], Ragged)
+    tensors = torch_interop.to_torch(values)
+    for back in (tensors["turns"], tensors["info"]["turns"]):
+        assert back.is_nested
+        assert back.dtype is dtype
+        assert [row.tolist() for row in back.unbind()] == [[0, 1], [], [2, 3, 4]]
+    assert (tensors["info"]["text"], tensors["info"]["n"]) == ("x", [1, 2])
+
+
+def test_a_jagged_tensor_with_gaps_is_carried_without_them():
+    padded = torch.nested.nested_tensor_from_jagged(
+        torch.arange(6.0), torch.tensor([0, 3, 6]), lengths=torch.tensor([1, 2])
+    )
+    assert [row.tolist() for row in unpack(pack({"x": padded}))["x"]] == [[0], [3, 4]]
+
+
+def test_a_jagged_tensor_that_differs_in_another_dimension_is_refused():
+    with pytest.raises(PayloadFormatError, match="transpose it"):
+        pack(
+            {"x": torch.nested.nested_tensor_from_jagged(torch.zeros(5, 2), torch.tensor([0, 5])).transpose(1, 2)}
+        )
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensordict", None)
-    with pytest.raises(MissingDependencyError, match="pip install tensordict"):
-        torch_interop.to_tensordict({})
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'dray-rl\[torch\]'"):
         torch_interop.to_torch({})
