@@ -183,8 +183,11 @@ def test_data_plane_works_with_three_packages(built: Built, tmp_path: Path) -> N
 
 @pytest.mark.timeout(240)
 def test_import_of_the_data_plane_leaves_asyncio_to_the_first_use(built: Built, tmp_path: Path) -> None:
-    program = "import sys, dray; print('dray.transport.async_reads' in sys.modules, 'asyncio' in sys.modules)"
-    assert ended(tmp_path, built.python, "-I", "-c", program) == (0, "True False\n", "")
+    program = (
+        "import sys, dray; print('numpy' in sys.modules); from dray import *;"
+        "print('dray.transport.async_reads' in sys.modules, 'asyncio' in sys.modules)"
+    )
+    assert ended(tmp_path, built.python, "-I", "-c", program) == (0, "False\nTrue False\n", "")
 
 
 def test_script_reports_how_long_the_import_takes_beside_that_of_numpy(tmp_path: Path) -> None:
