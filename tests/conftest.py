@@ -68,6 +68,9 @@ def _keep_bytecode() -> None:
 SHORT = ("unit", "fuzz", "contract", "mutants", "property", "fault")
 """Folders of tests, those whose tests are the shortest first."""
 
+UNMEASURED = ("property", "fuzz")
+"""Folders of tests during which coverage is off."""
+
 
 def _is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
@@ -84,7 +87,13 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers the longest tests begin first, so that all workers end at about the same time."""
+    """Random inputs are not measured: that doubles their time, and other tests reach the same lines.
+
+    With several workers the longest tests begin first, so that all workers end at about the same time.
+    """
+    for item in items:
+        if _folder(item) in UNMEASURED:
+            item.add_marker("no_cover")
     if _is_worker(config):
         items.sort(key=_length, reverse=True)
 
