@@ -154,7 +154,7 @@ class Supervisor:
         with RedisConnection(self._redis.address) as connection:
             queue = RolloutQueue(connection, JobKeys(JOB))
             limit = time.monotonic() + END_SECONDS
-            while (backlog := queue.backlog()) and time.monotonic() < limit:
+            while (backlog := queue.statistics().backlog) and time.monotonic() < limit:
                 self._tick()
         self.history.backlog = backlog
         self._end_all(producers=False, seconds=END_SECONDS)
