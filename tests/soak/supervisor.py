@@ -97,7 +97,7 @@ class Supervisor:
         self._environment = {
             **os.environ,
             MARK_VARIABLE: str(os.getpid()),
-            REDIS_VARIABLE: redis.url,
+            REDIS_VARIABLE: redis.address.url,
             SECRET_VARIABLE: secrets.token_hex(32),
             "DRAY_RUNTIME_DIR": str(self.sockets),
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, map(os.path.abspath, sys.path)))),

@@ -346,7 +346,13 @@ class RedisConnection(Closing):
         self._polls = RedisClient(address, min(POLL_ANSWER, answer_timeout))
 
     def call(
-        self, what: str, operation: Callable[[RedisClient], T], deadline: Deadline, *, reads_only: bool = False
+        self,
+        what: str,
+        operation: Callable[[RedisClient], T],
+        deadline: Deadline,
+        *,
+        reads_only: bool = False,
+        client: RedisClient | None = None,
     ) -> T:
         """Run `operation`, again after each lost connection and each answer that means "not now", until it
         succeeds, `deadline` has passed or the outage has lasted for `patience`.
@@ -355,41 +361,12 @@ class RedisConnection(Closing):
             what: the operation in words, for messages.
             operation: commands that may be repeated.
             reads_only: the commands change nothing.
+            client: which connections are used; None: those of calls.
 
         Raises:
             RedisUnavailableError: no success until then, or shutdown is set.
             ControlPlaneError: Redis refused the command or the credentials, or the connection is closed.
         """
-        return self._attempt(self._client, what, operation, deadline, reads_only)
-
-    def poll(
-        self,
-        what: str,
-        operation: Callable[[RedisClient], T],
-        deadline: Deadline,
-        nothing: T,
-        *,
-        reads_only: bool = False,
-    ) -> T:
-        """As `call`, for an operation that waits for news: `nothing` in shutdown and in outages shorter than
-        `patience`."""
-        if self.shutdown.is_set():
-            return nothing
-        try:
-            return self._attempt(self._polls, what, operation, deadline, reads_only)
-        except RedisUnavailableError:
-            if self.shutdown.is_set() or self.away_for < self.patience:
-                return nothing
-            raise
-
-    def _attempt(
-        self,
-        through: RedisClient,
-        what: str,
-        operation: Callable[[RedisClient], T],
-        deadline: Deadline,
-        reads_only: bool,
-    ) -> T:
         pauses = retry_pauses()
         while True:
             if self._closed:
@@ -402,7 +379,7 @@ class RedisConnection(Closing):
                     elapsed=deadline.elapsed,
                 )
             try:
-                result = operation(through)
+                result = operation(client or self._client)
             except exceptions.RedisError as error:
                 code, text = _answer(error)
                 answer = self.address.redacted(text)
@@ -427,6 +404,26 @@ class RedisConnection(Closing):
             else:
                 self._note_back(reads_only=reads_only)
                 return result
+
+    def poll(
+        self,
+        what: str,
+        operation: Callable[[RedisClient], T],
+        deadline: Deadline,
+        nothing: T,
+        *,
+        reads_only: bool = False,
+    ) -> T:
+        """As `call`, for an operation that waits for news: `nothing` in shutdown and in outages shorter than
+        `patience`."""
+        if self.shutdown.is_set():
+            return nothing
+        try:
+            return self.call(what, operation, deadline, reads_only=reads_only, client=self._polls)
+        except RedisUnavailableError:
+            if self.shutdown.is_set() or self.away_for < self.patience:
+                return nothing
+            raise
 
     @property
     def away_for(self) -> float:

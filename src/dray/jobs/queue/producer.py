@@ -194,7 +194,6 @@ class QueueStatistics:
     Args:
         backlog: entries that no commit has ended.
         pending: how many of them were given to a consumer.
-        dead_letters: dead letters kept.
         oldest_age: age of the oldest entry in seconds, by the server's clock; None if there is none.
         counters: ``published``; ``duplicates``, refused as published already; ``trained``, committed;
             ``discarded``, lost with their producer; ``too_old``; ``repeated``, published again after they had been
@@ -204,7 +203,6 @@ class QueueStatistics:
 
     backlog: int
     pending: int
-    dead_letters: int
     oldest_age: float | None
     counters: dict[str, int]
 
@@ -246,11 +244,10 @@ class RolloutQueue:
     def statistics(self, timeout: float | None = 30.0) -> QueueStatistics:
         """What the stream holds and has seen, over all producers and consumers."""
         reply = self._run("read statistics", scripts.STATISTICS, [], Deadline.after(timeout))
-        backlog, pending, dead, oldest, now_ms, counters = reply
+        backlog, pending, oldest, now_ms, counters = reply
         return QueueStatistics(
             backlog=backlog,
             pending=pending,
-            dead_letters=dead,
             oldest_age=None if not oldest else max(0.0, (now_ms - int(oldest.split(b"-")[0])) / 1000),
             counters={name.decode(): int(value) for name, value in paired(counters).items()},
         )

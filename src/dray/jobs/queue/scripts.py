@@ -369,13 +369,13 @@ end
 )
 
 STATISTICS = Script(
-    "rollouts counters dead",
+    "rollouts counters",
     """
--- Returns: backlog, pending, dead letters kept, id of the oldest entry or '', server time in ms, counters.
+-- Returns: backlog, pending, id of the oldest entry or '', server time in ms, counters.
 local time = redis.call('TIME')
 local pending = redis.pcall('XPENDING', rollouts, group)[1] or 0  -- none without the group
 local first = redis.call('XRANGE', rollouts, '-', '+', 'COUNT', 1)[1]
-return {redis.call('XLEN', rollouts), pending, redis.call('XLEN', dead), first and first[1] or '',
+return {redis.call('XLEN', rollouts), pending, first and first[1] or '',
         tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000), redis.call('HGETALL', counters)}
 """,
     reads_only=True,

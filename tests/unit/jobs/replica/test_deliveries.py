@@ -88,7 +88,7 @@ class MemoryQueue:
         self.counters |= values
 
     def statistics(self, timeout: float | None) -> QueueStatistics:
-        return QueueStatistics(len(self.waiting), 0, 0, None, dict(self.counters))
+        return QueueStatistics(len(self.waiting), 0, None, dict(self.counters))
 
 
 class Controller:
