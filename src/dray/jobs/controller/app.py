@@ -163,13 +163,15 @@ class Controller:
             separate_input_output_schemas=False,
             strict_content_type=False,
             generate_unique_id_function=lambda route: route.name.lstrip("_"),
+            exception_handlers={
+                MembershipError: _not_a_member,
+                RequestValidationError: _malformed,
+                400: _malformed,  # FastAPI's for a body that is not JSON
+                413: _too_large,
+            },
             telemetry=_NO_TELEMETRY,  # the environment must not decide where the figures of a job are sent
         )
         application.add_middleware(_TokenRequired, token=self._spec.token)
-        application.add_exception_handler(MembershipError, _not_a_member)
-        application.add_exception_handler(RequestValidationError, _malformed)
-        application.add_exception_handler(400, _malformed)  # FastAPI's for a body that is not JSON
-        application.add_exception_handler(413, _too_large)
         get = partial(application.add_api_route, methods=["GET"])
         get(_HEALTH, self._healthz, summary="Whether the controller is alive.", response_class=PlainTextResponse)
         get = partial(get, responses={401: REFUSALS[401]}, openapi_extra=_SECURITY)

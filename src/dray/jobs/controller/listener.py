@@ -231,11 +231,9 @@ def advertise(folder: JobFolder, listener: socket.socket, token: str) -> None:
 
 # --- token -------------------------------------------------------------------------------------------------------
 
-MIN_TOKEN_BYTES = 16
-MAX_TOKEN_BYTES = 512
 _TOKEN_KEY = "controller.token_file"
 # What an Authorization header carries as it is.
-_TOKEN = re.compile(rb"[!-~]+")
+_TOKEN = re.compile(rb"[!-~]{16,512}")
 
 
 def token_from_file(path: Path) -> str:
@@ -273,8 +271,8 @@ def check_token_file(path: Path) -> None:
 
 def _token_in(path: Path) -> str:
     token = read_private_file(path, _TOKEN_KEY).strip()
-    if not MIN_TOKEN_BYTES <= len(token) <= MAX_TOKEN_BYTES or not _TOKEN.fullmatch(token):
-        allowed = f"a file with one token of {MIN_TOKEN_BYTES} to {MAX_TOKEN_BYTES} printable ASCII characters"
+    if not _TOKEN.fullmatch(token):
+        allowed = "a file with one token of 16 to 512 printable ASCII characters"
         raise ConfigError(_TOKEN_KEY, str(path), allowed)
     return token.decode()
 

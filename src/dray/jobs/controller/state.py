@@ -187,8 +187,7 @@ class Membership:
         self._check_name(name, role)
         known = self.members.get(name)
         if known is not None and known.incarnation == incarnation:
-            if known.state is not MemberState.ACTIVE:
-                raise MembershipError(f"{name} is {known.state.value}: {known.reason}")
+            self._require(name, incarnation)
             return
         if not self.phase.gives_work:
             assert self.outcome is not None
@@ -330,25 +329,17 @@ class Membership:
         return sum(member.role is role for member in self.members.values())
 
     def _end(
-        self,
-        member: Member,
-        state: MemberState,
-        reason: str,
-        exit_code: int | None = None,
-        *,
-        final: bool = False,
+        self, member: Member, state: MemberState, reason: str, exit_code: int | None = None, *, final: bool = False
     ) -> None:
-        member.state = state
-        member.reason = reason
-        member.exit_code = exit_code
-        member.ended = self._clock.now()
+        now = self._clock.now()
+        member.state, member.reason, member.exit_code, member.ended = state, reason, exit_code, now
         self.notices.append(f"{member.name} {state.value}: {reason}")
         if member.role is Role.POLICY and self._restartable and self.phase.gives_work:
-            self._restart_bound = self._clock.now() + self._start_timeout
+            self._restart_bound = now + self._start_timeout
         left = self._rollout_restarts.get(member.name, 0)
         if left and not final and self.phase.gives_work and exit_code not in NOT_RESTARTED:
             self._rollout_restarts[member.name] = left - 1
-            self._returning[member.name] = self._clock.now() + self._start_timeout
+            self._returning[member.name] = now + self._start_timeout
         again = self.work_items.release(member.name)
         if again and self.phase.gives_work:
             self.notices.append(f"{len(again)} work items of {member.name} are given out again")

@@ -106,7 +106,6 @@ class RolloutConsumer(RolloutQueue):
     """One member of the policy group; thread-safe.
 
     Args:
-        consumer: the member's name.
         max_deliveries: an entry given to this many consumers is not claimed again but becomes a dead letter;
             0 for no limit.
         remembered: how many ended identities are kept to recognise what is published again; at least the slots
@@ -284,12 +283,12 @@ class RolloutConsumer(RolloutQueue):
                 logger.warning("%s", error)
                 malformed.append(entry_id)
             else:
-                deliveries.append(Delivery(entry, self.consumer, count, entry_id.decode()))
+                deliveries.append(Delivery(entry, count, entry_id.decode()))
         current, repeated = self._ledger.split_ended(deliveries)
         end_malformed = partial(self._claim, source=self.consumer, limit=1, reason="malformed", ids=malformed)
         self._healing(end_malformed)(client)
         if repeated:
-            scripts.FINISH.run(client, self._keys, "", "repeated", *_pairs(repeated))
+            scripts.FINISH.run(client, self._keys, "", "repeated", self.consumer, *_identities(repeated))
         # Held only now: had one of the commands failed, the caller would not have been given them.
         return self._ledger.hold(current, MONOTONIC.now())
 
@@ -338,7 +337,7 @@ class RolloutConsumer(RolloutQueue):
             return []
         what = "look up what was trained on"
         found = self._run(what, scripts.ENTRIES, list(identities), Deadline.after(timeout))
-        self._end_pairs(counter, [part for identity in identities for part in (identity, "")], timeout)
+        self._end(counter, "", list(identities), timeout)
         self._ledger.end(identities)
         return [RolloutEntry.from_fields(paired(fields)) for fields in found]
 
@@ -360,28 +359,28 @@ class RolloutConsumer(RolloutQueue):
     def _finish(self, counter: str, deliveries: list[Delivery], timeout: float | None) -> CommitOutcome:
         if not deliveries:
             return CommitOutcome((), (), ())
-        codes = self._end_pairs(counter, _pairs(deliveries), timeout)
+        codes = self._end(counter, self.consumer, _identities(deliveries), timeout)
         outcome = CommitOutcome(
             ended=tuple(d for d, code in zip(deliveries, codes, strict=True) if code == _ENDED),
             unknown=tuple(d for d, code in zip(deliveries, codes, strict=True) if code == _NOT_THERE),
             refused=tuple(d for d, code in zip(deliveries, codes, strict=True) if code < _NOT_THERE),
         )
-        self._ledger.end(each.entry.identity for each in outcome.ended + outcome.unknown)
-        self._ledger.drop(each.entry.identity for each in outcome.refused)
+        self._ledger.end(_identities(outcome.ended + outcome.unknown))
+        self._ledger.drop(_identities(outcome.refused))
         return outcome
 
-    def _end_pairs(self, counter: str, pairs: list[str], timeout: float | None) -> list[int]:
-        """The answer of the script for each identity, which its consumer follows in `pairs`."""
+    def _end(self, counter: str, consumer: str, identities: list[str], timeout: float | None) -> list[int]:
+        """The answer of the script for each; `consumer` is the only one that may hold them, if it is not empty."""
         epoch: int | str = "" if self.epoch is None else self.epoch
 
         def finish(client: RedisClient) -> Any:
-            reply = scripts.FINISH.run(client, self._keys, epoch, counter, *pairs)
+            reply = scripts.FINISH.run(client, self._keys, epoch, counter, consumer, *identities)
             if reply[0] != b"lost":
                 return reply
             self._attach(client)
-            return scripts.FINISH.run(client, self._keys, epoch, counter, *pairs)
+            return scripts.FINISH.run(client, self._keys, epoch, counter, consumer, *identities)
 
-        what = f"end {len(pairs) // 2} deliveries as {counter}"
+        what = f"end {len(identities)} deliveries as {counter}"
         status, answer = self._connection.call(what, self._healing(finish), Deadline.after(timeout))
         if status == b"old":
             raise OldEpochError(
@@ -412,7 +411,7 @@ class RolloutConsumer(RolloutQueue):
         Raises:
             OldEpochError: it has a newer one.
         """
-        self._end_pairs("trained", [], timeout)
+        self._end("trained", "", [], timeout)
 
     def listed_work_items(self, timeout: float | None = 30.0) -> list[int]:
         """The work item of every entry of the stream."""
@@ -424,10 +423,6 @@ class RolloutConsumer(RolloutQueue):
         arguments = [part for counter in least.items() for part in counter]
         self._run("raise counters", scripts.RAISE_COUNTERS, arguments, Deadline.after(timeout))
 
-    def __repr__(self) -> str:
-        return f"<RolloutConsumer {self.consumer} of {self._keys.job} at {self._connection.address}>"
 
-
-def _pairs(deliveries: Iterable[Delivery]) -> list[str]:
-    """The identity and the consumer of each."""
-    return [part for each in deliveries for part in (each.entry.identity, each.consumer)]
+def _identities(deliveries: Iterable[Delivery]) -> list[str]:
+    return [each.entry.identity for each in deliveries]

@@ -50,18 +50,12 @@ class RolloutEntry:
     """One payload on its way to the policy: a reference to it, its bytes, or both where it is small.
 
     (producer, sequence) is its identity: published twice, it is in the stream once. With a reference they are
-    those of the `PayloadRef`; for bytes alone, a random id of the replica and a counter of its own.
+    those of the `PayloadRef`; for bytes alone, a random id of the replica and a counter of its own. It is payload
+    number `part` of the `parts` of its work item, made with weights of version `weight_version`.
 
     Args:
-        producer: 32 hexadecimal digits, in lower case.
-        sequence: 0 … 2**64 - 1.
-        weight_version: version of the weights that the payload was made with.
-        replica: name of the rollout replica.
-        work_item: index of the work item.
         reference: JSON of the `PayloadRef`.
         payload: the packed payload itself; with a reference, a copy that spares readers the way to the producer.
-        part: which of the payloads of its work item this is, from 0.
-        parts: how many payloads the work item has.
         metadata: a JSON object, for the trainer; empty for none.
 
     Attributes:
@@ -158,16 +152,9 @@ def _checked_metadata(text: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """An entry that was given to a consumer and that a commit or a discard must end.
-
-    Args:
-        consumer: which one it was given to.
-        deliveries: how often it has been given to a consumer, this time included.
-        entry_id: its id in the stream.
-    """
+    """An entry that a consumer was given, for the `deliveries`-th time; a commit or a discard must end it."""
 
     entry: RolloutEntry
-    consumer: str
     deliveries: int
     entry_id: str
 
@@ -176,7 +163,7 @@ class Delivery:
 class CommitOutcome:
     """The ends of the deliveries of one commit or discard.
 
-    Args:
+    Attributes:
         ended: acknowledged and removed by this call, and counted.
         unknown: not in the stream: ended before (also by a call whose answer was lost), or lost with the stream.
         refused: given to another consumer meanwhile; it is that one's to end.
@@ -191,7 +178,7 @@ class CommitOutcome:
 class QueueStatistics:
     """The queue as it was at one moment; counters begin at 0 when Redis is restarted empty.
 
-    Args:
+    Attributes:
         backlog: entries that no commit has ended.
         pending: how many of them were given to a consumer.
         oldest_age: age of the oldest entry in seconds, by the server's clock; None if there is none.

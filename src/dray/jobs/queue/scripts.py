@@ -191,7 +191,7 @@ return {'added'}
 FINISH = Script(
     "rollouts index group_epoch counters room",
     """
--- ARGV: epoch or '', counter, then identity, consumer or '' for any, …
+-- ARGV: epoch or '', counter, consumer or '' for any, then identity, …
 -- Returns: 'done' and per entry 1 ended, 0 not there, -1 pending for another consumer; or 'old', current epoch;
 -- or 'lost' if there is no epoch to compare with.
 if ARGV[1] ~= '' then
@@ -201,12 +201,12 @@ if ARGV[1] ~= '' then
 end
 restore_index()
 local outcome, ended = {}, 0
-for i = 3, #ARGV, 2 do
+for i = 4, #ARGV do
   local id = redis.call('HGET', index, ARGV[i])
   local code = 0
   if id then
     local delivery = delivery_of(id)
-    if delivery and ARGV[i + 1] ~= '' and delivery[2] ~= ARGV[i + 1] then
+    if delivery and ARGV[3] ~= '' and delivery[2] ~= ARGV[3] then
       code = -1
     else
       redis.call('XACK', rollouts, group, id)

@@ -140,6 +140,3 @@ class WeightsChannel:
             raise ControlPlaneError(
                 f"{self._keys.weights} does not hold weights", endpoint=str(self._connection.address)
             ) from error
-
-    def __repr__(self) -> str:
-        return f"<WeightsChannel at {self._connection.address}>"

@@ -3,7 +3,7 @@ from dray.jobs.queue.consumer import DeliveryLedger
 
 
 def delivery(sequence: int, entry_id: str = "1-0") -> Delivery:
-    return Delivery(RolloutEntry("ab" * 16, sequence, 0, "r", 0, reference="{}"), "policy-0", 1, entry_id)
+    return Delivery(RolloutEntry("ab" * 16, sequence, 0, "r", 0, reference="{}"), 1, entry_id)
 
 
 def identities(*sequences: int) -> list[str]:
