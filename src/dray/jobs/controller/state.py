@@ -99,9 +99,8 @@ _NO_REPORT = ProgressReport(doing="starting", seconds=0.0)
 class Member:
     """One process of a replica. A restarted replica has the same name and another incarnation.
 
-    `last_request` is when its last request came, `last_seen` when its supervisor last knew that its process ran.
-    Once it takes part no more, `reason` is the cause, `exit_code` that of its process if it is known, and `ended`
-    the time.
+    `last_seen` is when its supervisor last knew that its process ran. Once it takes part no more, `reason` is the
+    cause, `exit_code` that of its process if it is known, and `ended` the time.
     """
 
     name: str
@@ -123,8 +122,7 @@ class Membership:
     Args:
         expected: how many replicas of each role the job starts.
         dead_after: seconds after which a member counts as dead that is silent and not seen to run.
-        start_timeout: seconds within which every expected replica must have registered, and those of a policy
-            group that is restarted.
+        start_timeout: seconds within which the replicas must have registered, restarted ones as well.
         restartable: whether the supervisor starts the policy group again when one of it has died; then the job
             continues until `died` reports its end, or one has left with what comes again.
         rollout_restarts: how often the supervisor starts each rollout replica of the job again.

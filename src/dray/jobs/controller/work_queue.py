@@ -22,17 +22,12 @@ class WorkQueue:
     """Hands out work item indices, at most `in_flight` of which are unfinished at a time.
 
     A work item is finished when all its trajectories were trained on, or are known to be lost or discarded, and
-    when it was given up. The bound keeps rollouts from running ahead of training: it limits both staleness and
-    what waits in memory.
-
-    Args:
-        max_attempts: failed attempts after which a work item is given up.
+    when it was given up, after `max_attempts` failed attempts. The bound keeps rollouts from running ahead of
+    training: it limits both staleness and what waits in memory.
 
     Attributes:
         given_again: work items of lost replicas that were released.
-        failed_attempts: attempts that failed.
-        given_up: work items that were given up.
-        given_up_in_a_row: those among them since the last one that was published.
+        given_up_in_a_row: work items that were given up since the last one that was published.
     """
 
     def __init__(self, in_flight: int, first: int = 0, *, max_attempts: int = 3) -> None:

@@ -41,11 +41,7 @@ T = TypeVar("T")
 
 
 class RedisUnavailableError(ControlPlaneError):
-    """Redis has not answered until the deadline, or has refused; the message has for how long.
-
-    Args:
-        answer: what the server answered; empty if it did not.
-    """
+    """Redis has not answered until the deadline, or has refused, with `answer`; the message has for how long."""
 
     retryable = True
 

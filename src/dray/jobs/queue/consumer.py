@@ -145,14 +145,9 @@ class RolloutConsumer(RolloutQueue):
     def receive(self, count: int = 1, timeout: float | None = 0.0) -> list[Delivery]:
         """Up to `count` entries for this consumer, as soon as there is one.
 
-        What an earlier process of the same name left unfinished comes first. A missing stream is made.
-
-        Args:
-            timeout: seconds to wait for the first one; None: until shutdown.
-
-        Returns:
-            The deliveries; none when the time has passed, when shutdown has begun, and during an outage that is
-            shorter than the connection's patience.
+        What an earlier process of the same name left unfinished comes first. A missing stream is made. There are
+        none when the time has passed, when shutdown has begun, and during an outage that is shorter than the
+        connection's patience.
         """
         if count < 1:
             raise ConfigError("count", count, "at least 1")
@@ -188,8 +183,7 @@ class RolloutConsumer(RolloutQueue):
         return self._claim_all("claim what others left", others, timeout)
 
     def take_dead_letters(self) -> list[RolloutEntry]:
-        """The entries that became dead letters at this consumer's hands since the last call, so that the caller
-        can free their payloads."""
+        """The entries that this consumer has made dead letters since the last call; their payloads can go."""
         with self._lock:
             found, self._dead_letters = self._dead_letters, []
         return found
@@ -327,7 +321,6 @@ class RolloutConsumer(RolloutQueue):
         What comes of them later, published again, is not handed out.
 
         Args:
-            identities: ``producer:sequence`` of each.
             counter: what they are counted as; ``"repeated"`` for those that had been committed.
 
         Returns:
@@ -393,13 +386,10 @@ class RolloutConsumer(RolloutQueue):
     # --- epochs --------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, after: int = 0, timeout: float | None = 30.0) -> int:
-        """Begin a new epoch of the policy group: commits under an older one are refused from now on.
+        """Begin a new epoch of the policy group, and of this consumer: commits under an older one are refused.
 
         Args:
             after: an epoch known from elsewhere that the new one must exceed.
-
-        Returns:
-            The new epoch, which is this consumer's from now on.
         """
         reply = self._run("begin an epoch", scripts.BEGIN_EPOCH, [after], Deadline.after(timeout))
         self.epoch = int(reply)

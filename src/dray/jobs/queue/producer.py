@@ -204,11 +204,8 @@ T = TypeVar("T")
 class RolloutQueue:
     """What producers, consumers and mere observers of the stream share; thread-safe.
 
-    Every call raises `ControlPlaneError` if Redis refuses, or does not answer within `timeout` seconds.
-
-    Args:
-        connection: shared with others; its shutdown event ends every wait here.
-        keys: the job's names.
+    Every call raises `ControlPlaneError` if Redis refuses, or does not answer within `timeout` seconds. The
+    connection's shutdown event ends every wait.
     """
 
     def __init__(self, connection: RedisConnection, keys: JobKeys) -> None:
@@ -220,9 +217,7 @@ class RolloutQueue:
     def attach(self, timeout: float | None = 30.0) -> bool:
         """Make the stream and its group if they are missing, and take up the stream's epoch.
 
-        Returns:
-            True if this is another stream than before: every payload that is READY or being read must be published
-            again.
+        True if this is another stream than before: payloads that are READY or being read must be published again.
         """
         before = self._stream_epoch
         self._connection.call("attach to the rollout stream", self._attach, Deadline.after(timeout))
@@ -303,7 +298,7 @@ class RolloutProducer(RolloutQueue):
             timeout: seconds to wait for Redis and, with `max_backlog`, for room; None: until shutdown.
 
         Returns:
-            True if it was added, False if it was there.
+            Whether it was added.
 
         Raises:
             StreamLostError: Redis was restarted empty; nothing was published.

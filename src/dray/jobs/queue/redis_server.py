@@ -77,7 +77,6 @@ def job_redis(
     Args:
         place: folder for the log of a server that is started.
         host: an address at which a server that is started listens for other machines; None: at none.
-        show_line: shows a line.
         complain: notes a line for the end of the run.
 
     Raises:
@@ -108,7 +107,6 @@ def answering_server(config: JobConfig, keys: JobKeys, show_line: Callable[[str]
 
     Args:
         keys: what it is tried with; nothing of them is left.
-        show_line: shows a line.
 
     Raises:
         ConfigError: it does not answer within `timeouts.redis`, or is of no use to a job.
@@ -155,11 +153,7 @@ def configured_redis(url: str, keys: JobKeys, timeout: float = 10.0) -> RedisAdd
 
 
 def delete_job(connection: RedisConnection, keys: JobKeys, timeout: float | None = 10.0) -> int:
-    """Delete every key of a job, for a server that outlives it; returns how many there were.
-
-    Raises:
-        ControlPlaneError: as `RedisConnection.call`.
-    """
+    """Delete every key of a job, for a server that outlives it; returns how many there were. Raises as `call`."""
 
     def delete(client: RedisClient) -> int:
         return int(client.do("UNLINK", *keys.every))

@@ -36,23 +36,18 @@ class JobKeys:
     def __init__(self, job: str) -> None:
         self.job = check_name("job.name", job)
         self.prefix = f"dray:{{{job}}}:"
-        # Stream: one entry for each payload that no commit has ended, with the fields of a `RolloutEntry`.
+        # Streams: entries of payloads that no commit has ended; the newest end of entries, which wakes publishers
+        # that wait for room; the last dead letters; the newest weights.
         self.rollouts = f"{self.prefix}rollouts"
-        # Hash: "producer:sequence" → id of the entry, while the entry is there.
-        self.index = f"{self.prefix}rollouts:index"
-        # A random token of the stream; absent or changed: the stream was lost.
-        self.stream_epoch = f"{self.prefix}rollouts:epoch"
-        # An integer that rises when the policy group restarts; it fences commits.
-        self.group_epoch = f"{self.prefix}rollouts:group_epoch"
-        # Hash: see `QueueStatistics`.
-        self.counters = f"{self.prefix}rollouts:counters"
-        # Stream: the newest end of entries; it wakes publishers that wait for room.
         self.room = f"{self.prefix}rollouts:room"
-        # Stream: the last dead letters: an entry with ``payload_bytes``, the length, instead of its payload, and
-        # with ``consumer``, ``deliveries`` and ``reason``.
         self.dead = f"{self.prefix}rollouts:dead"
-        # Stream: the ``reference`` and ``version`` of the newest weights.
         self.weights = f"{self.prefix}weights"
+        # Hashes: "producer:sequence" → id of the entry, while the entry is there; counters of `QueueStatistics`.
+        self.index = f"{self.prefix}rollouts:index"
+        self.counters = f"{self.prefix}rollouts:counters"
+        # A random token, which is absent or changed if the stream was lost; a number that fences commits.
+        self.stream_epoch = f"{self.prefix}rollouts:epoch"
+        self.group_epoch = f"{self.prefix}rollouts:group_epoch"
 
     @property
     def every(self) -> tuple[str, ...]:

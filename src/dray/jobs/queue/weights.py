@@ -14,11 +14,9 @@ from dray.jobs.queue.scripts import JobKeys
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeights:
-    """The newest weights when they were asked for.
+    """The newest weights when they were asked for; `reference` is the JSON of their `PayloadRef`.
 
-    Args:
-        reference: JSON of the `PayloadRef`.
-        publication: grows with each publication, also with one of an older version after a restart.
+    `publication` grows with each publication, also with one of an older version after a restart.
     """
 
     reference: str
@@ -31,11 +29,7 @@ class WeightsChannel:
 
     Newest is what was published last. A policy that restarts from a checkpoint publishes an older version, and it
     is the newest then. Every call raises `ControlPlaneError` if Redis refuses, or does not answer within `timeout`
-    seconds.
-
-    Args:
-        connection: shared with others; its shutdown event ends every wait here.
-        keys: the job's names.
+    seconds; the connection's shutdown event ends every wait.
     """
 
     def __init__(self, connection: RedisConnection, keys: JobKeys) -> None:
@@ -46,13 +40,10 @@ class WeightsChannel:
     def publish(
         self, reference: str, version: int, timeout: float | None = 30.0, *, epoch: int | None = None
     ) -> bool:
-        """Make `reference` the newest weights.
+        """Make `reference` the newest weights; False if it was so already.
 
         Args:
             epoch: epoch of the policy group that publishes; None: whichever it is.
-
-        Returns:
-            False if it was so already.
 
         Raises:
             OldEpochError: the group has a newer epoch; nothing was published.
@@ -63,14 +54,7 @@ class WeightsChannel:
         return self._publish(keep=False, timeout=timeout)
 
     def restore(self, timeout: float | None = 30.0) -> bool:
-        """Publish again what this process published last, if Redis has lost it.
-
-        Returns:
-            True if it was lost.
-
-        Raises:
-            OldEpochError: as `publish`.
-        """
+        """Publish again, as `publish`, what this process published last, if Redis has lost it; true if so."""
         return self._published is not None and self._publish(keep=True, timeout=timeout)
 
     def newest(self, timeout: float | None = 30.0) -> PublishedWeights | None:
@@ -83,15 +67,10 @@ class WeightsChannel:
     def wait_newer(
         self, than: PublishedWeights | None = None, timeout: float | None = 30.0
     ) -> PublishedWeights | None:
-        """The newest weights, as soon as they are others than `than`.
+        """The newest weights, as soon as they are others than `than`, which the caller has.
 
-        Args:
-            than: what the caller has; None: wait for the first ones.
-            timeout: seconds to wait; None: until shutdown.
-
-        Returns:
-            The weights; None when the time has passed or shutdown has begun, and during an outage that is shorter
-            than the connection's patience.
+        None when the time has passed or shutdown has begun, and during an outage that is shorter than the
+        connection's patience.
         """
         deadline = Deadline.after(timeout)
         after = "0-0" if than is None else than.publication

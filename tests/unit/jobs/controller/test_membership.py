@@ -1,6 +1,6 @@
 import pytest
 
-from dray.jobs.controller.state import Membership, final_phase
+from dray.jobs.controller.state import TRANSITIONS, Membership, final_phase
 from dray.jobs.controller.work_queue import WorkQueue
 from dray.jobs.messages.models import (
     FailedAttempt,
@@ -41,6 +41,11 @@ def start(job: Membership) -> None:
     job.register("rollout-0", Role.ROLLOUT, "a", 1)
     job.register("rollout-1", Role.ROLLOUT, "b", 2)
     job.register("policy-0", Role.POLICY, "c", 3)
+
+
+def test_final_phases_have_no_way_out() -> None:
+    assert not any(phase.is_final for phase, _ in TRANSITIONS)
+    assert {phase for phase in Phase if phase.is_final} == {Phase.DONE, Phase.INTERRUPTED, Phase.FAILED}
 
 
 def test_job_runs_once_one_replica_of_each_role_is_there(job: Membership) -> None:
