@@ -29,7 +29,7 @@ SLOTS = 4
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    with start_redis(None, tmp_path / "redis") as started:
+    with start_redis(tmp_path / "redis") as started:
         yield started
 
 

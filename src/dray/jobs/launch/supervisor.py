@@ -139,7 +139,7 @@ def supervise(
         listener = resources.enter_context(bind(placement.address, config.controller.port))
         step = ShutdownStep("end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
         redis = job_redis(config, job_id, folder.run / "redis", placement.redis_host, report, later.append)
-        server = closed_by_step(resources, redis, step)
+        redis_address = closed_by_step(resources, redis, step)
         attempt_folder(folder)
         if placement.options is not None:
             placement.options.write(folder.root)
@@ -151,7 +151,7 @@ def supervise(
             job_file=job_file,
             folder=folder,
             secret=placement.secret,
-            redis_url=(server.tcp_address or server.address).url,
+            redis_url=redis_address.url,
             job_id=job_id,
             resume=state is not None,
             first_work_item=state.next_work_item if state is not None else 0,

@@ -509,7 +509,7 @@ class Deliveries:
         letters = self._queue.take_dead_letters()
         if letters:
             # They were not given to this consumer: they are tracked from here to their end.
-            self.payloads.receive(Delivery(each, "", 0, "") for each in letters)
+            self.payloads.receive(Delivery(each, 0, "") for each in letters)
             self.payloads.apply(PayloadEvent.GIVE_UP, [each.id for each in letters])
             self._end(letters, "dead_letters")
 

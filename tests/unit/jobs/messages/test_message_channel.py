@@ -36,7 +36,7 @@ def pair() -> Iterator[Pair]:
 
 def delivery(sequence: int) -> Delivery:
     entry = RolloutEntry("ab" * 16, sequence, 4, "rollout-0", sequence, reference=f"ref {sequence}")
-    return Delivery(entry, "policy-0", 1, f"{sequence}-0")
+    return Delivery(entry, 1, f"{sequence}-0")
 
 
 # --- framing ------------------------------------------------------------------------------------------------

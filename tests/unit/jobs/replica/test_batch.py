@@ -4,7 +4,7 @@ from dray.jobs.replica.ranks import Batch
 
 def delivery(sequence: int) -> Delivery:
     entry = RolloutEntry("ab" * 16, sequence, 0, "rollout-0", sequence, reference="{}")
-    return Delivery(entry, "policy-0", 1, f"{sequence}-0")
+    return Delivery(entry, 1, f"{sequence}-0")
 
 
 def test_payloads_are_dealt_in_equal_parts_until_each_is_full() -> None:

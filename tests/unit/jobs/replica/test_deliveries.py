@@ -48,11 +48,11 @@ class MemoryQueue:
 
     def receive(self, count: int, timeout: float | None) -> list[Delivery]:
         given, self.waiting = self.waiting[:count], self.waiting[count:]
-        return [Delivery(each, "policy-0", 1, f"{each.sequence}-0") for each in given]
+        return [Delivery(each, 1, f"{each.sequence}-0") for each in given]
 
     def claim_others(self, timeout: float | None) -> list[Delivery]:
         found, self.others = self.others, []
-        return [Delivery(each, "policy-0", 2, f"{each.sequence}-0") for each in found]
+        return [Delivery(each, 2, f"{each.sequence}-0") for each in found]
 
     def commit(self, deliveries: Iterable[Delivery], timeout: float | None) -> CommitOutcome:
         self.check_epoch(timeout)
@@ -88,7 +88,7 @@ class MemoryQueue:
         self.counters |= values
 
     def statistics(self, timeout: float | None) -> QueueStatistics:
-        return QueueStatistics(len(self.waiting), 0, 0, None, dict(self.counters))
+        return QueueStatistics(len(self.waiting), 0, None, dict(self.counters))
 
 
 class Controller:
