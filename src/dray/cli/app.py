@@ -11,7 +11,6 @@ from typing import Annotated, NoReturn
 import typer
 
 from dray import __version__
-from dray.cli.bench import bench
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
 from dray.cli.job_options import LogLevelOption, Settings, read_job
@@ -131,7 +130,6 @@ app.command()(check)
 app.command()(run)
 app.command()(status)
 app.command()(doctor)
-app.command()(bench)
 app.add_typer(slurm, name="slurm")
 
 
