@@ -144,8 +144,7 @@ def submit(
     request = read_job(job, settings, output, log_level, options)
     if resume:
         request = request.resumed(submission.run_folder(request.config, resume=True))
-    table = dict(request.options.slurm)
-    config = submission.with_options(request.config, table, table.pop("nodes", None))
+    config = submission.with_options(request.config, request.options.slurm)
     if not dry_run and (config.slurm is None or config.slurm.container_image is None):
         require_extra("jobs")  # the nodes run this installation
     prepared = submission.prepare(config, job, resume=resume, make=not dry_run)
@@ -155,14 +154,14 @@ def submit(
         raise typer.Exit(ExitCode.OK)
     if dry_run:
         typer.echo(prepared.script, nl=False)
-        for line in prepared.layout_lines():
+        for line in prepared.layout:
             typer.echo(line, err=True)
         return
     number = submission.submit(prepared, job, request.options)
     for line in request.lines:
         typer.echo(printable(line, MAX_LINE))
     typer.echo(f"submitted job {number}")
-    for line in prepared.layout_lines():
+    for line in prepared.layout:
         typer.echo(line)
     typer.echo(f"outputs: {place}")
     typer.echo(f"logs:    {place / 'latest' / 'logs'}, {place / f'slurm-{number}.out'}")

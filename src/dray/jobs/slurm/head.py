@@ -50,8 +50,7 @@ from dray.jobs.messages.models import (
 )
 from dray.jobs.process import LOOPBACK, SignalInbox, adopt_orphans, log_to_stderr
 from dray.jobs.queue import RedisAddress
-from dray.jobs.slurm.network import Interface, boot_id, choose_interface
-from dray.jobs.slurm.placement import Placement, environment, placements
+from dray.jobs.slurm.placement import Interface, Placement, boot_id, choose_interface, environment, placements
 from dray.jobs.slurm.plan import NODE_VARIABLE, Plan, Task, run_task
 from dray.name_resolution import is_loopback
 from dray.resources import Closing
@@ -312,8 +311,8 @@ def run_head(task: Task) -> int:
         raise ConfigError(NODE_VARIABLE, task.node, f"the first of the job's nodes, which is {task.nodes[0]}")
     config = attempt_config(task.plan)
     # A job on one node is reached from that node only.
-    alone = len(task.nodes) == 1 and task.plan.interface is None
-    interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.interface)
+    alone = len(task.nodes) == 1 and task.plan.table.interface is None
+    interface = Interface("lo", LOOPBACK) if alone else choose_interface(task.plan.table.interface)
     if len(task.nodes) > 1:
         check_between_nodes(config, interface)
     with ExitStack() as opened:
@@ -340,7 +339,7 @@ def attempt_config(plan: Plan) -> JobConfig:
     """The configuration of the job in an attempt."""
     config = plan.config
     # A group of several nodes begins again in another attempt.
-    restarts = config.policy.restarts if plan.policy.nodes == 1 else 0
+    restarts = config.policy.restarts if plan.table.policy_nodes == 1 else 0
     return config.model_copy(
         update={
             "job": config.job.model_copy(update={"output": str(plan.run_folder)}),
@@ -370,7 +369,7 @@ def check_between_nodes(config: JobConfig, interface: Interface) -> None:
 def _placement(
     task: Task, config: JobConfig, folder: JobFolder, interface: Interface, opened: ExitStack
 ) -> JobPlacement:
-    placed = placements(task.plan, task.nodes)
+    placed = placements(task.plan.config, task.nodes)
     here = {each.name: each for each in placed if each.node == task.node}
     away = [each for each in placed if each.node != task.node]
     nodes = None

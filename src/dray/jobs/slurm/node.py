@@ -45,8 +45,7 @@ from dray.jobs.messages.models import (
     StartReplica,
 )
 from dray.jobs.process import SignalInbox, log_to_stderr, set_log_level
-from dray.jobs.slurm.network import boot_id, choose_interface
-from dray.jobs.slurm.placement import Placement, environment, placements
+from dray.jobs.slurm.placement import Placement, boot_id, choose_interface, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
 from dray.name_resolution import is_loopback
 
@@ -267,11 +266,11 @@ def run_node(task: Task) -> int:
     """
     log_to_stderr(f"node {task.node}", logging.INFO)
     set_log_level(task.plan.config.job.log_level)
-    placed = [each for each in placements(task.plan, task.nodes) if each.node == task.node]
+    placed = [each for each in placements(task.plan.config, task.nodes) if each.node == task.node]
     if not placed:
         _LOG.info("no replica has its process on node %s", task.node)
         return ExitCode.OK
-    interface = choose_interface(task.plan.interface)
+    interface = choose_interface(task.plan.table.interface)
     _LOG.info("at %s on %s", interface.address, interface.name)
     variables = {each.name: environment(each, interface, os.environ) for each in placed}
     folder = JobFolder(task.plan.run_folder, task.name)
