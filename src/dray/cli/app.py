@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,7 +12,7 @@ import typer
 from dray import __version__
 from dray.cli.doctor import doctor
 from dray.cli.extras import remedy, require_extra
-from dray.cli.job_options import LogLevelOption, Settings, read_job
+from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
 from dray.cli.new import new
 from dray.cli.slurm import slurm
 from dray.cli.status import status
@@ -28,14 +27,7 @@ from dray.text import printable
 # --- check -------------------------------------------------------------------------------------------------------
 
 
-def check(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
-    settings: Settings = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
-    ] = None,
-) -> None:
+def check(job: JobArgument, settings: Settings = None, output: OutputOption = None) -> None:
     """Check a job without starting it, and print one line for each mistake, as `dray run` does.
 
     The command checks the job file, the classes that it names (imported in a separate process, for at most
@@ -91,13 +83,10 @@ def common(
 
 
 def run(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML.", show_default=False)],
+    job: JobArgument,
     settings: Settings = None,
     log_level: LogLevelOption = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
-    ] = None,
+    output: OutputOption = None,
     resume: Annotated[
         bool,
         typer.Option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dray.cli.extras import require_extra
-from dray.cli.job_options import LogLevelOption, Settings, read_job
+from dray.cli.job_options import JobArgument, LogLevelOption, OutputOption, Settings, read_job
 from dray.errors import ConfigError
 from dray.text import MAX_LINE, printable
 
@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 
 
 def submit(
-    job: Annotated[Path, typer.Argument(help="The job file, TOML, as for dray run.", show_default=False)],
+    job: JobArgument,
     settings: Settings = None,
     log_level: LogLevelOption = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="Output folder. Default: a new one under outputs/<job name>/."),
-    ] = None,
+    output: OutputOption = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -42,8 +39,7 @@ def submit(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
     partition: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Partition. Default: slurm.partition, else Slurm's default."),
+        str | None, typer.Option(metavar="NAME", help="Partition. Default: slurm.partition, else Slurm's default.")
     ] = None,
     account: Annotated[
         str | None, typer.Option(metavar="NAME", help="Account. Default: slurm.account, else Slurm's default.")

@@ -13,6 +13,7 @@ import select
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -48,7 +49,8 @@ MARGIN_SECONDS = 30 * 60
 GRACE_SECONDS = 10
 """Seconds between the stack dump of a suite that has exceeded its time limit and SIGKILL."""
 
-_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+_NOT_VARIABLE = re.compile(r'[\\"`]|\$(?!\w|\{\w+\})')
+"""Special characters within double quotes of the shell, but for those of `$NAME` and `${NAME}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,9 @@ def plan(choices: Choices, *, make: bool = False) -> SuitePlan:
     time = choices.time or format_duration(test_seconds + MARGIN_SECONDS)
     if parse_duration("--time", time) <= test_seconds:
         raise ConfigError("--time", time, f"must be more than --test-timeout, which is {choices.test_timeout}")
-    _refuse_line_breaks(choices)
     root = choices.output_root.absolute()
+    _check_values(choices, project, root)
     output = make_run_folder(lambda: _next_folder(root), new=True)[0] if make else _next_folder(root)
-    _check_mounts(choices, project, output)
     script = render(
         "ci.sh.j2",
         choices=choices,
@@ -119,7 +120,7 @@ def plan(choices: Choices, *, make: bool = False) -> SuitePlan:
         time=time,
         test_seconds=test_seconds,
         grace_seconds=GRACE_SECONDS,
-        scratch=_in_double_quotes(choices.scratch) if choices.scratch else "${TMPDIR:-/tmp}",
+        scratch=_NOT_VARIABLE.sub(r"\\\g<0>", choices.scratch) if choices.scratch else "${TMPDIR:-/tmp}",
     )
     return SuitePlan(suites, output, script)
 
@@ -173,40 +174,27 @@ def _next_folder(root: Path) -> Path:
     return root / f"{max(numbers, default=0) + 1:03d}"
 
 
-def _refuse_line_breaks(choices: Choices) -> None:
-    """Raise `ConfigError` for a line break in a `#SBATCH` line, where it would end the comment."""
+def _check_values(choices: Choices, project: Path, root: Path) -> None:
+    """Raise `ConfigError` for what an `#SBATCH` line or a mount cannot have."""
     values = {
         "--partition": choices.partition or "",
         "--account": choices.account or "",
-        "--output-root": str(choices.output_root.absolute()),
+        "--output-root": str(root),
         **{f"--extra-sbatch-arg {argument!r}": argument for argument in choices.extra_arguments},
     }
     for key, value in values.items():
-        if "\n" in value or "\r" in value:
+        if "\n" in value or "\r" in value:  # it would end the comment
             raise ConfigError(key.split()[0], value, "must be text without line breaks")
     for argument in choices.extra_arguments:
         if not argument.startswith("-"):
             allowed = 'must be an option of sbatch with its value, as in "--qos=high"'
             raise ConfigError("--extra-sbatch-arg", argument, allowed)
-
-
-def _in_double_quotes(text: str) -> str:
-    """`text` escaped for double quotes, so that the shell expands only `$NAME` and `${NAME}` in it."""
-    parts, at = [], 0
-    for found in _VARIABLE.finditer(text):
-        parts += [re.sub(r'([\\"`$])', r"\\\1", text[at : found.start()]), found.group()]
-        at = found.end()
-    return "".join([*parts, re.sub(r'([\\"`$])', r"\\\1", text[at:])])
-
-
-def _check_mounts(choices: Choices, project: Path, output: Path) -> None:
-    """Raise `ConfigError` for mounts without a container, and for a path that cannot be mounted."""
     if choices.container is None:
         if choices.container_mounts:
             allowed = "must be used together with --container"
             raise ConfigError("--container-mount", list(choices.container_mounts), allowed)
         return
-    for path in (project, output):
+    for path in (project, root):
         if set(str(path)) & set(",:"):
             allowed = "must be used with mounted paths that contain neither , nor :"
             raise ConfigError("--container", str(path), allowed)
@@ -235,7 +223,7 @@ def follow(
     Raises:
         SlurmError: Slurm has not answered for `UNREACHABLE_SECONDS`, or does not cancel the job.
     """
-    log = _Tail(output / "ci.log")
+    log = _added_lines(output / "ci.log")
     unreachable, given_up, interrupted, state = Deadline.after(UNREACHABLE_SECONDS), Deadline.after(None), None, ""
     while True:
         try:
@@ -252,7 +240,7 @@ def follow(
                 show(f"job {number}: {state}{f', {view.reason}' if state == 'PENDING' else ''}\n")
             if view.ended or given_up.expired:
                 break
-        show(log.read_new())
+        show(next(log))
         select.select([inbox], [], [], POLL_SECONDS)
         for received in inbox.receive():
             if interrupted is not None:
@@ -263,7 +251,7 @@ def follow(
             cancel(number)
     if interrupted is None and view.state in ("COMPLETED", "FAILED"):
         _wait_for_record(output, inbox)
-    show(log.read_new())
+    show(next(log))
     return view, interrupted
 
 
@@ -272,8 +260,7 @@ def _recorded(number: int, output: Path) -> JobView | None:
     end = read_ends(output).get(JOB)
     if end is None:
         return None
-    state = "FAILED" if end.exit_code else "COMPLETED"
-    return JobView(number, state)
+    return JobView(number, "FAILED" if end.exit_code else "COMPLETED")
 
 
 def _wait_for_record(output: Path, inbox: SignalInbox) -> None:
@@ -284,28 +271,20 @@ def _wait_for_record(output: Path, inbox: SignalInbox) -> None:
             return
 
 
-class _Tail:
-    """Reads a growing file, which may not exist yet."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-
-    def read_new(self) -> str:
-        """The lines that were added since the last call."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
-        except FileNotFoundError:
-            return ""
+def _added_lines(path: Path) -> Iterator[str]:
+    """Yields the lines that were added to a growing file, which may not exist yet, since the last time."""
+    offset = 0
+    while True:
+        content = b""
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
         content = content[: content.rfind(b"\n") + 1]  # whole lines, and so whole characters
-        self._offset += len(content)
-        return content.decode("utf-8", errors="replace")
+        offset += len(content)
+        yield content.decode("utf-8", errors="replace")
 
 
 # --- report ------------------------------------------------------------------------------------------------------
-
-# A suite has passed only if at least one test ran and none failed.
 
 OUT_OF_TIME = 124
 """Exit code of the command `timeout` after a timeout."""
@@ -322,26 +301,15 @@ _ENDED_BY_SLURM = {"TIMEOUT": OUT_OF_TIME, "DEADLINE": OUT_OF_TIME, "CANCELLED":
 
 
 class SuiteVerdict(StrEnum):
-    """The result of one suite.
+    """The result of one suite."""
 
-    | verdict | meaning |
-    |---|---|
-    | passed | at least one test ran, and none failed |
-    | skipped | every test was skipped |
-    | empty | the markers select no test of the suite |
-    | failed | tests failed, or pytest could not run them |
-    | out of time | `--test-timeout` expired; the log has the stack traces |
-    | crashed | a signal ended the process, or there is no JUnit file |
-    | not run | the job ended, or the time limit was reached, before or during the suite |
-    """
-
-    PASSED = "passed"
-    SKIPPED = "skipped"
-    EMPTY = "empty"
-    FAILED = "failed"
-    OUT_OF_TIME = "out of time"
-    CRASHED = "crashed"
-    NOT_RUN = "not run"
+    PASSED = "passed"  # at least one test ran, and none failed
+    SKIPPED = "skipped"  # every test was skipped
+    EMPTY = "empty"  # the markers select no test of the suite
+    FAILED = "failed"  # tests failed, or pytest could not run them
+    OUT_OF_TIME = "out of time"  # `--test-timeout` expired; the log has the stack traces
+    CRASHED = "crashed"  # a signal ended the process, or there is no JUnit file
+    NOT_RUN = "not run"  # the job ended, or the time limit was reached, before or during the suite
 
 
 GOOD = frozenset({SuiteVerdict.PASSED, SuiteVerdict.EMPTY})

@@ -59,13 +59,11 @@ def read_head_address(path: Path, attempt: str) -> HeadAddress | None:
     """Where the head of this `attempt` listens, if it has written that.
 
     Raises:
-        ConfigError: another user may have written it, or it is loopback, and that of another machine.
+        ConfigError: another user may have written it, or it is the loopback of another machine.
     """
     try:
         list(path.parent.iterdir())  # NFS may take a file for missing until its folder was listed
         found = HeadAddress.model_validate_json(read_private_file(path, "the head's address"))
-    except ConfigError:
-        raise
     except (OSError, ValidationError):  # not yet, or no more, or of another version
         return None
     if found.attempt != attempt:
@@ -134,9 +132,7 @@ class NodeAgent(ProcessSupervisor):
         """The head's address and a connection to it; None when a signal came.
 
         Raises:
-            ConfigError: the address is one that this node does not reach.
-            AuthenticationError: the listener there does not know the secret.
-            ControlPlaneError: there was no head in time.
+            ControlPlaneError: there was no head in time; see also `read_head_address` and `connect`.
         """
         # The head imports the user's classes before it listens; it has `timeouts.start` for that.
         deadline = Deadline.after(2 * self._timeouts.start)
@@ -164,11 +160,7 @@ class NodeAgent(ProcessSupervisor):
         return connect((address.host, address.port), self._task.plan.secret, purpose, bound, self._silence)
 
     def _check_spec(self) -> None:
-        """Make sure that the description of the job is that of the head's attempt, and make the folder of logs.
-
-        Raises:
-            ControlPlaneError: it is not.
-        """
+        """Raise `ControlPlaneError` unless the description of the job is the head's; make the folder of logs."""
         try:
             spec = JobSpec.read(self._folder.spec)
         except OSError as error:
@@ -178,11 +170,7 @@ class NodeAgent(ProcessSupervisor):
         make_own_folders(self._folder.root, self._folder.logs, KEY)
 
     def _start(self, placed: Placement) -> None:
-        """Start a replica and report its pid.
-
-        Raises:
-            DrayError: a rank of the policy gets no connection.
-        """
+        """Start a replica and report its pid; a rank of the policy gets a connection to the head."""
         if placed.role is Role.ROLLOUT:
             child = self._host.start(placed.role, placed.index)
         else:
@@ -194,7 +182,6 @@ class NodeAgent(ProcessSupervisor):
     # --- watch ------------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        """Carry out the head's commands."""
         running = {each.name: each for each in self._host.processes if each.running}
         for message in self._channel.poll():
             match message:

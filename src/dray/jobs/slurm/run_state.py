@@ -119,13 +119,7 @@ def after(state: RunState, event: RunEvent) -> RunState:
 
 
 def event_of_end(
-    exit_code: int,
-    *,
-    finished: bool,
-    signal: str,
-    nodes_lost: bool,
-    progressed: bool,
-    remaining_retries: int,
+    exit_code: int, *, finished: bool, signal: str, nodes_lost: bool, progressed: bool, remaining_retries: int
 ) -> RunEvent:
     """The event that the end of an attempt is for the run.
 

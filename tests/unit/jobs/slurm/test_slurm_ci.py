@@ -100,8 +100,9 @@ def test_a_project_without_tests_is_refused(tmp_path: Path) -> None:
 )
 def test_error_about_an_option_names_the_option(choices: Choices, key: str, changed: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        plan(replace(choices, **changed))
+        plan(replace(choices, **changed), make=True)
     assert refused.value.key == key
+    assert not choices.output_root.exists()
 
 
 def test_time_limit_of_the_job_is_that_of_the_tests_plus_30_minutes(choices: Choices) -> None:
