@@ -17,7 +17,6 @@ from dray.cli.new import new
 from dray.cli.slurm import slurm
 from dray.cli.status import status
 from dray.errors import ConfigError, DrayError, MissingDependencyError, error_lines
-from dray.jobs.config import JobConfig
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import short_path
 from dray.jobs.process import exit_with_own_code_on_crash, printable_handler
@@ -47,14 +46,11 @@ def check(job: JobArgument, settings: Settings = None, output: OutputOption = No
     if signals:
         raise typer.Exit(stop_checks(request.draft, signals))
     shown = printable(short_path(job.absolute()))
-    typer.echo(f"{shown}: no mistakes found; would start {started(request.config)}")
-
-
-def started(config: JobConfig) -> str:
-    """The processes that a run of the job starts, in one phrase."""
+    config = request.config
     redis = "" if config.redis.url is not None else "1 Redis server, "
-    rollouts, ranks = config.rollout.replicas, config.policy.replicas
-    return f"{redis}1 controller, {rollouts} rollout and {ranks} policy {'replica' if ranks == 1 else 'replicas'}"
+    ranks = f"{config.policy.replicas} policy {'replica' if config.policy.replicas == 1 else 'replicas'}"
+    processes = f"{redis}1 controller, {config.rollout.replicas} rollout and {ranks}"
+    typer.echo(f"{shown}: no mistakes found; would start {processes}")
 
 
 # --- app ---------------------------------------------------------------------------------------------------------

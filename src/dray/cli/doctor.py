@@ -79,7 +79,7 @@ def as_document(reports: Sequence[LaneReport], machine: MachineFacts, works: boo
 
 
 def facts(machine: MachineFacts) -> Iterator[tuple[str, str]]:
-    """The name and value of each fact about the machine."""
+    """The name of each fact about the machine, and its value."""
     yield "system", f"{machine.system}, {machine.cpus} processors"
     yield "python", machine.python
     for name, found in machine.versions.items():

@@ -3,8 +3,8 @@
 Both are children of this process, so that a crash in a transport library is a result and does not end the test:
 ``python -m dray.cli.lane_check serve LANE`` and ``… read LANE``.
 
-Each prints one line of JSON, with the key ``error`` after an error. The reader reads the reference from its standard
-input; the server ends when its own is closed.
+Each prints one line of JSON, with the key ``error`` after an error. The reader reads the reference from its
+standard input; the server ends when its own is closed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -46,7 +46,6 @@ class LaneReport:
     """The result of a lane's test.
 
     Attributes:
-        lane: its name.
         works: a payload arrived complete.
         detail: what was read, or the reason of the failure.
         remedy: what to do; empty if nothing is needed, or no remedy is known.
@@ -78,9 +77,8 @@ def check_lane(lane: str, timeout: float) -> LaneReport:
     except _Failure as failure:
         return LaneReport(lane, False, str(failure), _remedy(lane, failure.about))
     if answer["digest"] != offer["digest"]:
-        return LaneReport(
-            lane, False, f"the {offer['nbytes']} bytes that were read differ from those that were written"
-        )
+        detail = f"the {offer['nbytes']} bytes that were read differ from those that were written"
+        return LaneReport(lane, False, detail)
     nbytes, seconds = int(offer["nbytes"]), float(answer["seconds"])
     detail = f"{nbytes:,} bytes read by another process in {seconds * 1e3:.1f} ms, each compared"
     return LaneReport(lane, True, detail, "", nbytes, seconds)
@@ -133,17 +131,11 @@ class _LaneProcess(Closing):
     def send(self, line: str) -> None:
         """Send a line to the process; if it has ended, `answer` raises with the reason."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(line.encode() + b"\n")
-        except BrokenPipeError:
-            return
 
     def answer(self, deadline: Deadline) -> dict[str, Any]:
-        """The answer of the process.
-
-        Raises:
-            _Failure: the answer is an error, or has not arrived by the deadline.
-        """
+        """The answer of the process; raises `_Failure` if it is an error, or has not arrived by the deadline."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
         poll = select.poll()

@@ -63,6 +63,8 @@ def format_duration(seconds: int) -> str:
 
 # --- commands ----------------------------------------------------------------------------------------------------
 
+# Each raises `SlurmError` if Slurm refuses or does not answer.
+
 COMMAND_SECONDS = 60.0
 """Time limit of a Slurm command; a busy slurmctld answers within seconds."""
 
@@ -103,21 +105,13 @@ class JobView:
 
 
 def submit(script: Path) -> int:
-    """Submit a batch script that contains its options; returns the job's number.
-
-    Raises:
-        SlurmError: Slurm rejected it; the message has the reason.
-    """
+    """Submit a batch script that contains its options; returns the job's number."""
     printed = run_command("sbatch", "--parsable", str(script))
     return int(printed.strip().partition(";")[0])  # "number;cluster" where there are several clusters
 
 
 def query_job(number: int) -> JobView:
-    """The present state of a job.
-
-    Raises:
-        SlurmError: Slurm has no such job, or does not answer.
-    """
+    """The present state of a job; raises `SlurmError` also if Slurm has no such job."""
     return JobView.parse(run_command("scontrol", "--oneliner", "show", "job", str(number)))
 
 
@@ -144,9 +138,6 @@ def known_jobs() -> dict[str, str]:
     """The states of the user's jobs by number, with the reason of a waiting one, e.g. ``"pending (Priority)"``.
 
     They include jobs that ended less than `MinJobAge` (300 s by default) ago.
-
-    Raises:
-        SlurmError: Slurm does not answer.
     """
     columns = ("--noheader", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r")
     found = {}
@@ -156,22 +147,13 @@ def known_jobs() -> dict[str, str]:
     return found
 
 
-def waiting_or_running() -> dict[str, str]:
-    """Those of `known_jobs` that have not ended."""
-    return {number: state for number, state in known_jobs().items() if not has_ended(state)}
-
-
 def has_ended(state: str) -> bool:
     """Whether a state from `known_jobs` is that of a job that has ended."""
     return state.upper() in ENDED_STATES
 
 
 def cancel(number: int) -> None:
-    """Cancel a job: Slurm sends it SIGTERM, later SIGKILL. A job that has ended is left as it is.
-
-    Raises:
-        SlurmError: Slurm refused, or does not answer.
-    """
+    """Cancel a job: Slurm sends it SIGTERM, later SIGKILL. A job that has ended is left as it is."""
     run_command("scancel", str(number))
 
 

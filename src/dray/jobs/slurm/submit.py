@@ -123,11 +123,7 @@ _FORBIDDEN = frozenset("\\\"'")
 
 
 def _batch_script(plan: Plan) -> str:
-    """The complete batch script of a run: ``sbatch FILE`` submits it.
-
-    Raises:
-        ConfigError: the time limit leaves no time to run, or the folder's name contains quotes or backslashes.
-    """
+    """The complete batch script of a run; raises `ConfigError` for times or a folder that cannot be."""
     table, shutdown = plan.table, plan.config.timeouts.shutdown
     limit = scheduler.parse_duration("slurm.time", table.time)
     if not shutdown < table.pre_timeout:
@@ -320,16 +316,14 @@ def _is_used(root: Path) -> bool:
 
 
 def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
-    """The record that the run will have, None if the run has finished.
-
-    Raises:
-        ConfigError: a job of this run is waiting or running.
-    """
+    """The record that the run will have, None if it has finished; `ConfigError` if it has a job in the queue."""
     if not resume or not _was_submitted(root):
         return RunRecord(RunState.SUBMITTED, retries)
     if RunRecord.read(root).state is RunState.FINISHED:
         return None
-    if (number := submitted_job(root)) in scheduler.waiting_or_running():
+    number = submitted_job(root)
+    state = scheduler.known_jobs().get(number)
+    if state is not None and not scheduler.has_ended(state):
         allowed = f"must be a run without a waiting or running job; `scancel {number}` ends job {number}"
         raise ConfigError("--resume", str(root), allowed, f"cannot resume the run in {root}")
     refuse_folder_in_use(root)
