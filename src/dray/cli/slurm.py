@@ -204,7 +204,6 @@ def _show(views: list[RunView], console: Console, live: Live | None) -> None:
     else:
         for line in plain_lines(views):
             typer.echo(line)
-        sys.stdout.flush()
 
 
 def _find_views(places: list[Path]) -> list[RunView]:

@@ -54,14 +54,6 @@ _NOT_VARIABLE = re.compile(r'[\\"`]|\$(?!\w|\{\w+\})')
 
 
 @dataclass(frozen=True, slots=True)
-class Suite:
-    """Tests that run in one pytest process: the name in logs and reports, and the path given to pytest."""
-
-    name: str
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
 class Choices:
     """The options of the command; times as Slurm writes them, None for the default."""
 
@@ -84,9 +76,9 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class SuitePlan:
-    """A job to submit: its suites, its output folder, and its batch script."""
+    """A job to submit: its suites (see `find_suites`), its output folder, and its batch script."""
 
-    suites: Sequence[Suite]
+    suites: Mapping[str, str]
     output: Path
     script: str
 
@@ -139,16 +131,15 @@ def run(plan: SuitePlan, show: Callable[[str], None]) -> int:
     script.write_text(plan.script, encoding="utf-8")
     with SignalInbox() as inbox:
         number = submit(script)
-        names = ", ".join(suite.name for suite in plan.suites)
-        show(f"job {number}: {names}; the output folder is {plan.output}\n")
+        show(f"job {number}: {', '.join(plan.suites)}; the output folder is {plan.output}\n")
         view, interrupted = follow(number, plan.output, inbox, show)
     report = write_report(plan, view)
     show("\n".join(["", *report.lines(), ""]))
     return 128 + interrupted if interrupted else report.exit_code
 
 
-def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
-    """The chosen suites, or each folder in tests/ that contains tests.
+def find_suites(project: Path, chosen: Sequence[str]) -> dict[str, str]:
+    """The chosen suites, or each folder in tests/ that contains tests: the path given to pytest by name.
 
     Raises:
         ConfigError: there are none, one does not exist, or two would have the same name.
@@ -162,11 +153,11 @@ def find_suites(project: Path, chosen: Sequence[str]) -> list[Suite]:
     for path in chosen:
         if not (project / path.partition("::")[0]).exists():
             raise ConfigError("suites", path, f"must be a path in {project}")
-    suites = [Suite(re.sub(r"[^\w.]+", "-", path.removeprefix("tests/")).strip("-"), path) for path in chosen]
-    name, times = Counter([JOB, SETUP, *(suite.name for suite in suites)]).most_common(1)[0]
+    names = [re.sub(r"[^\w.]+", "-", path.removeprefix("tests/")).strip("-") for path in chosen]
+    name, times = Counter([JOB, SETUP, *names]).most_common(1)[0]
     if times > 1:
         raise ConfigError("suites", name, "must have different names, none of them job or setup")
-    return suites
+    return dict(zip(names, chosen, strict=True))
 
 
 def _next_folder(root: Path) -> Path:
@@ -429,16 +420,16 @@ class JobReport:
 def write_report(plan: SuitePlan, view: JobView) -> JobReport:
     """Write `report.txt` and `junit.xml` of an ended job from its output folder; returns the report."""
     ends, results, merged = read_ends(plan.output), [], JUnitXml()
-    for suite in plan.suites:
-        found = read_suite(plan.output / "junit" / f"{suite.name}.xml")
-        result = SuiteResult(suite.name, ends.get(suite.name), None if found is None else count(found))
+    for name in plan.suites:
+        found = read_suite(plan.output / "junit" / f"{name}.xml")
+        result = SuiteResult(name, ends.get(name), None if found is None else count(found))
         results.append(result)
         tests = TestSuite() if found is None else found
         broken_off = result.verdict in INCOMPLETE or (found is None and result.verdict is not SuiteVerdict.EMPTY)
         if broken_off:
-            log = plan.output / "logs" / f"{suite.name}.log"
-            tests.add_testcase(_process_error(suite.name, result.verdict, log))
-        tests.name = suite.name
+            log = plan.output / "logs" / f"{name}.log"
+            tests.add_testcase(_process_error(name, result.verdict, log))
+        tests.name = name
         merged.add_testsuite(tests)
     report = JobReport(view.number, view.state, ends.get(SETUP), results)
     (plan.output / "report.txt").write_text("\n".join([*report.lines(), ""]), encoding="utf-8")

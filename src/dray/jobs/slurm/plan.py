@@ -89,15 +89,14 @@ class Plan:
                 run_folder=Path(document["run_folder"]),
                 secret=bytes.fromhex(document["secret"]),
             )
-        except FileNotFoundError as error:
-            reason = str(error.strerror)
-            raise ConfigError("plan", str(path), reason, problem=f"{path} cannot be read") from error
         except ConfigError:
             raise
+        except FileNotFoundError as error:
+            raise ConfigError("plan", str(path), str(error.strerror), f"{path} cannot be read") from error
         except (KeyError, TypeError, ValueError) as error:
             # Nothing of what was read is shown: it may be the secret.
             allowed = f"must be a plan of this version ({type(error).__name__})"
-            raise ConfigError("plan", str(path), allowed, problem=f"{path} cannot be used") from None
+            raise ConfigError("plan", str(path), allowed, f"{path} cannot be used") from None
 
 
 def plan_path(run_folder: Path) -> Path:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dray.errors import ConfigError
-from dray.jobs.folder import short_path
+from dray.jobs.folder import JobFolder, short_path
 from dray.jobs.replica.metrics import MEAN_RETURN
 from dray.jobs.slurm.plan import Plan, plan_path
 from dray.jobs.slurm.run_state import FILE_NAME, RunRecord, RunState, cancel_marker
@@ -98,7 +98,7 @@ def view_run(folder: Path, jobs: Mapping[str, str]) -> RunView:
     state = shown_state(record.state, in_slurm, cancelled=cancelled)
     running = record.state is RunState.RUNNING
     attempts_before = len(record.ends) if running else max(0, len(record.ends) - 1)
-    progress = read_progress(folder / "metrics.jsonl")
+    progress = read_progress(JobFolder(folder).metrics)
     max_steps = Plan.read(plan_path(folder)).config.job.max_steps
     cells = (
         job_id or "-",

@@ -178,8 +178,7 @@ def with_options(config: JobConfig, options: Mapping[str, Any]) -> JobConfig:
     """`config` with `options` applied to `[slurm]`: lists and tables are extended, other values are replaced.
 
     Args:
-        options: values by key; None leaves a key unchanged. ``"nodes"`` is the total number of nodes; those beyond
-            `policy_nodes` are for rollouts.
+        options: values by key; None leaves a key unchanged. ``"nodes"`` is the number of nodes of both roles.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -307,12 +306,12 @@ def run_folder(config: JobConfig, *, resume: bool) -> Path:
     return root
 
 
-def _was_submitted(root: Path) -> bool:
-    return (root / FILE_NAME).exists()
-
-
 def _is_used(root: Path) -> bool:
     return _was_submitted(root) or has_metrics(root)
+
+
+def _was_submitted(root: Path) -> bool:
+    return (root / FILE_NAME).exists()
 
 
 def _record(root: Path, retries: int, *, resume: bool) -> RunRecord | None:
