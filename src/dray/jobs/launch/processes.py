@@ -6,16 +6,15 @@ import abc
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
 from dray.clock import MONOTONIC
 from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.descendants import is_running
-from dray.jobs.exit_codes import USER_CODES, ExitCode, meaning
+from dray.jobs.exit_codes import NOT_RESTARTED, USER_CODES, ExitCode, meaning
 from dray.jobs.files import open_to_append
 from dray.jobs.messages.models import MemberState, OutcomeKind, Role
 from dray.jobs.process import PARENT_VARIABLE, ChildProcess
@@ -184,50 +183,13 @@ class Child(ChildProcess, JobProcess):
         return super().seconds_unseen()
 
 
-# --- restart -----------------------------------------------------------------------------------------------------
-
-# Whether the policy group is restarted depends on the exit codes of its ranks alone, by the table `RESTARTED`.
-
-
-class Restarted(Enum):
-    """Whether a policy group is restarted when one of its ranks has ended with a certain exit code."""
-
-    YES = "yes"
-    IN_A_GROUP_OF_SEVERAL = "in a group of several"
-    NO = "no"
-
-
-RESTARTED: Mapping[int, Restarted] = MappingProxyType(
-    {
-        ExitCode.OK: Restarted.NO,
-        ExitCode.FAILED: Restarted.YES,
-        ExitCode.CONFIGURATION: Restarted.NO,
-        # Alone, the class raises again. In a larger group it may have raised because another rank was gone.
-        ExitCode.USER_CODE: Restarted.IN_A_GROUP_OF_SEVERAL,
-        ExitCode.CONTROLLER_LOST: Restarted.NO,
-        ExitCode.NOT_A_MEMBER: Restarted.YES,
-        ExitCode.REDIS_LOST: Restarted.NO,
-        ExitCode.INTERNAL: Restarted.YES,
-        ExitCode.OLD_EPOCH: Restarted.YES,
-        ExitCode.GROUP_LOST: Restarted.YES,
-        ExitCode.USER_VALUE: Restarted.NO,
-        # It was asked to end, and has written a checkpoint: that ends the job, too.
-        ExitCode.SIGINT: Restarted.NO,
-        ExitCode.TIME_LIMIT: Restarted.NO,
-        ExitCode.SIGTERM: Restarted.NO,
-    }
-)
-"""Every `ExitCode`. Any other code, and being killed by a signal, is `Restarted.YES`."""
-
-
-def is_restarted(codes: Iterable[int], replicas: int) -> bool:
-    """Whether a group is restarted whose ranks ended with `codes`: no code forbids it, and one asks for it.
+def is_restarted(codes: Collection[int], replicas: int) -> bool:
+    """Whether a policy group is restarted whose ranks ended with `codes`: by any code that does not forbid it.
 
     Args:
         codes: as `subprocess` gives them, of the ranks that have ended.
         replicas: how many ranks the group has.
     """
-    verdicts = {RESTARTED.get(code, Restarted.YES) for code in codes}
-    if replicas == 1 and Restarted.IN_A_GROUP_OF_SEVERAL in verdicts:
-        return False
-    return bool(verdicts) and Restarted.NO not in verdicts
+    # Alone, the class raises again. In a larger group it may have raised because another rank was gone.
+    raises_again = replicas == 1 and ExitCode.USER_CODE in codes
+    return bool(codes) and NOT_RESTARTED.isdisjoint(codes) and not raises_again

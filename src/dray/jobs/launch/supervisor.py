@@ -38,7 +38,7 @@ from dray.jobs.launch.shutdown import (
 from dray.jobs.messages import models
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MemberState, Role
-from dray.jobs.process import ShutdownStep, SignalInbox, closed_by_step
+from dray.jobs.process import SignalInbox, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.queue.redis_server import job_redis
 from dray.jobs.replica.checkpoint import CheckpointState
@@ -137,9 +137,10 @@ def supervise(
     job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
     with selectors.DefaultSelector() as selector, ExitStack() as resources:
         listener = resources.enter_context(bind(placement.address, config.controller.port))
-        step = ShutdownStep("end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
         redis = job_redis(config, job_id, folder.run / "redis", placement.redis_host, report, later.append)
-        server = closed_by_step(resources, redis, step)
+        server = resources.enter_context(
+            closed_by_step(redis, "end the use of Redis", "its answer, or its end", REDIS_STOP_BOUND)
+        )
         attempt_folder(folder)
         if placement.options is not None:
             placement.options.write(folder.root)

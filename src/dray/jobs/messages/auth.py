@@ -273,7 +273,7 @@ class NodeListener(Closing):
             self._listener.close()
             self._listener = None
         for pending in list(self._unproven):
-            self._drop(pending, "the job ends")
+            self._reject(pending, "the job ends")
 
     def _accept_when_readable(self) -> None:
         assert self._selector is not None
@@ -307,38 +307,36 @@ class NodeListener(Closing):
         try:
             connected.send(auth.challenge, socket.MSG_NOSIGNAL)
         except OSError as error:
-            self._drop(connected, str(error))
+            self._reject(connected, str(error))
 
     def _receive_proof(self, connected: socket.socket, auth: ServerAuth) -> None:
         assert self._selector is not None
         try:
             chunk = connected.recv(_CHUNK)
             if not chunk:
-                self._drop(connected, "it was closed")
+                self._reject(connected, "it was closed")
                 return
             answer = auth.feed(chunk)
             if answer is None:
                 return
             purpose, proof = answer
             if reason := self._reason_to_reject(purpose):
-                self._drop(connected, reason)
+                self._reject(connected, reason)
                 return
             end_when_silent(connected, self._silence)
             connected.send(proof, socket.MSG_NOSIGNAL)
         except (OSError, AuthenticationError) as error:
-            self._drop(connected, str(error))
+            self._reject(connected, str(error))
             return
         self._selector.unregister(connected)
         self._unproven.discard(connected)
         self._on_accepted(purpose, connected)
 
-    def _drop(self, connected: socket.socket, why: str) -> None:
-        if connected in self._unproven:
-            self._unproven.discard(connected)
-            self._reject(connected, why)
-
     def _reject(self, connected: socket.socket, why: str) -> None:
+        """Close a connection, unless that has been done."""
         assert self._selector is not None
-        self._lines.warn(_LOG, "rejected a connection: %s", why)
-        self._selector.unregister(connected)
-        connected.close()
+        if connected.fileno() >= 0:
+            self._lines.warn(_LOG, "rejected a connection: %s", why)
+            self._unproven.discard(connected)
+            self._selector.unregister(connected)
+            connected.close()
