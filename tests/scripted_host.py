@@ -50,7 +50,7 @@ class ScriptedProcess(JobProcess):
 
 
 class ScriptedHost:
-    """A `SupervisorHost` that starts nothing, and keeps what it was asked to start."""
+    """In the place of a `LocalHost`: starts nothing, and keeps what it was asked to start."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self.lost = False

@@ -31,6 +31,7 @@ Environment = Callable[[str], Mapping[str, str]]
 HOST_SHUTDOWN_TIMEOUT = 5.0
 """Seconds within which the other hosts must confirm that nothing of the job is left on them."""
 
+_GROUP = "the policy group"
 _KILL_TIMEOUT = 5.0
 _ORPHAN_TIMEOUT = 1.0
 
@@ -70,31 +71,8 @@ class Host(Protocol):
         ...
 
 
-class SupervisorHost(Host, Protocol):
-    """The host of the supervisor itself."""
-
-    def start(
-        self, role: Role, index: int, *, restarts: int = 0, connections: Sequence[socket.socket] = ()
-    ) -> JobProcess:
-        """Start a replica.
-
-        Args:
-            restarts: of a policy rank: how often its group was restarted before.
-            connections: of a policy rank: to all other ranks, in order, for the first one; else the one to it.
-        """
-        ...
-
-    def start_controller(self, listener: socket.socket, token: str) -> JobProcess:
-        """Start the controller on `listener`, which is bound: who connects from now on waits until it accepts."""
-        ...
-
-    def kill(self, processes: Iterable[JobProcess]) -> None:
-        """Kill those that still run, and what is in their process groups, and collect them."""
-        ...
-
-
-class HostListener(Protocol):
-    """Where the other hosts of a job connect."""
+class HostListener:
+    """Where the other hosts of a job connect; this one is for a job that has no others."""
 
     def open(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
         """Accept connections: from here on the other hosts find what they need to start.
@@ -102,19 +80,16 @@ class HostListener(Protocol):
         Args:
             selector: gets keys that have a function to call as their data.
         """
-        ...
 
     def apply_timeouts(self) -> None:
         """Reject connections whose time has passed."""
-        ...
 
     def rank_connections(self) -> list[socket.socket] | None:
         """Connections to the ranks on other hosts, in order, now the caller's; None while one is missing."""
-        ...
+        return []
 
     def stop_accepting(self) -> None:
-        """Accept no connection any more."""
-        ...
+        """The job ends: hosts that are not connected are not needed any more."""
 
 
 class LocalHost:
@@ -155,7 +130,12 @@ class LocalHost:
     def start(
         self, role: Role, index: int, *, restarts: int = 0, connections: Sequence[socket.socket] = ()
     ) -> Child:
-        """Start a replica; see `SupervisorHost` for the arguments."""
+        """Start a replica.
+
+        Args:
+            restarts: of a policy rank: how often its group was restarted before.
+            connections: of a policy rank: to all other ranks, in order, for the first one; else the one to it.
+        """
         name, descriptors = replica_name(role, index), [each.fileno() for each in connections]
         rank = [str(restarts), *map(str, descriptors)] if role is Role.POLICY else []
         return self._add(
@@ -171,7 +151,7 @@ class LocalHost:
         )
 
     def start_controller(self, listener: socket.socket, token: str) -> Child:
-        """Start the controller on `listener`."""
+        """Start the controller on `listener`, which is bound: what connects from now on waits until it accepts."""
         advertise(self._folder, listener, token)
         with listener:
             return self._add(
@@ -229,10 +209,6 @@ class LocalHost:
 # --- placement ---------------------------------------------------------------------------------------------------
 
 
-def _nothing(_: str) -> Mapping[str, str]:
-    return {}
-
-
 @dataclass(frozen=True, slots=True)
 class JobPlacement:
     """Where the processes of a job run, and what they are given.
@@ -256,11 +232,11 @@ class JobPlacement:
     rollouts: range
     redis_host: str | None = None
     remote: Sequence[tuple[Host, Role, int]] = ()
-    listener: HostListener | None = None
+    listener: HostListener = field(default_factory=HostListener)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     token: str | None = field(default=None, repr=False)
     options: RunOptions | None = None
-    environment: Environment = _nothing
+    environment: Environment = lambda _: {}
 
 
 def on_this_machine(config: JobConfig, folder: JobFolder, options: RunOptions | None = None) -> JobPlacement:
@@ -292,93 +268,29 @@ def chosen_token(config: JobConfig) -> str | None:
 # --- job processes -----------------------------------------------------------------------------------------------
 
 
-class PolicyGroup:
-    """The ranks of the policy on this machine: started together, and all of them again when one is lost.
-
-    If a rank dies, the step is discarded, and what the others hold of it with it: so none of them continues. The
-    restarted group begins a new epoch, resumes from the last checkpoint, and is given what was not committed.
-
-    Args:
-        ranks: how many of the ranks, the first ones, are processes of this machine.
-        restarts: how often the group may be restarted; only where all ranks are on this machine.
-
-    Attributes:
-        children: the processes of the group.
-        restarted: how often the group was restarted; -1 before it was started.
-    """
-
-    def __init__(self, host: SupervisorHost, ranks: int, restarts: int) -> None:
-        self._host = host
-        self._ranks = ranks
-        self.restarts = restarts
-        self.children: list[JobProcess] = []
-        self.restarted = -1
-
-    def start(self, remote: Sequence[socket.socket] = ()) -> None:
-        """Start all ranks of this machine, each connected with the first one.
-
-        Args:
-            remote: connections to the ranks of other machines, in order; from here on the first rank has them.
-        """
-        self.restarted += 1
-        with ExitStack() as ends:
-            pairs = [socket.socketpair() for _ in range(1, self._ranks)]
-            for end in (*(end for pair in pairs for end in pair), *remote):
-                ends.enter_context(end)
-            first, *others = ([*(pair[0] for pair in pairs), *remote], *([pair[1]] for pair in pairs))
-            self.children = [
-                self._host.start(Role.POLICY, rank, restarts=self.restarted, connections=connections)
-                for rank, connections in enumerate([first, *others])
-            ]
-
-    def may_restart(self) -> bool:
-        """Whether the group is to be restarted, now that one of its ranks has ended."""
-        codes = [child.exit_code for child in self.children if child.exit_code is not None]
-        return self.restarted < self.restarts and is_restarted(codes, self._ranks)
-
-    def restart(self) -> None:
-        """Kill the ranks that are left, and start all again."""
-        self._host.kill(self.children)
-        self.start()
-
-
 class JobProcesses(Closing):
     """The processes of a job, on all of its hosts. To be used in the main thread.
 
+    If a rank of the policy dies, the step is discarded, and what the others hold of it with it: so none of them
+    continues, and the whole group is restarted. It begins a new epoch, resumes from the last checkpoint, and is
+    given what was not committed. The group may be restarted only where all ranks are on this machine.
+
     Attributes:
+        hosts: where they run; this machine is the last one.
+        listener: where the other hosts connect.
         controller: once it was started.
-        policy: the ranks of this machine.
-        remote: how many replicas other hosts start.
     """
 
-    def __init__(self, config: JobConfig, placement: JobPlacement, local: SupervisorHost) -> None:
+    def __init__(self, config: JobConfig, placement: JobPlacement, local: LocalHost) -> None:
         self._placement = placement
         self._local = local
         self._others = list(dict.fromkeys(host for host, _, _ in placement.remote))
         self.hosts: Sequence[Host] = [*self._others, local]
+        self.listener = placement.listener
         self.controller: JobProcess | None = None
-        self.policy = PolicyGroup(local, placement.ranks, config.policy.restarts)
-        self.remote = len(placement.remote)
-        self._max_restarts = config.rollout.restarts
-        self._restarts: Counter[str] = Counter()  # of each rollout replica
-
-    @property
-    def processes(self) -> Sequence[JobProcess]:
-        """Those that were started, of all hosts."""
-        return [process for host in self.hosts for process in host.processes]
-
-    @property
-    def replicas(self) -> Sequence[JobProcess]:
-        """All processes but the controller."""
-        return [each for each in self.processes if each.role is not None]
-
-    def rollouts(self) -> Sequence[JobProcess]:
-        """The rollout replicas."""
-        return [each for each in self.processes if each.role is Role.ROLLOUT]
-
-    def others(self) -> Sequence[JobProcess]:
-        """All processes but the rollout replicas."""
-        return [each for each in self.processes if each.role is not Role.ROLLOUT]
+        self._ranks: list[Child] = []  # of this machine
+        self._max_restarts = {Role.ROLLOUT: config.rollout.restarts, Role.POLICY: config.policy.restarts}
+        self._restarts: Counter[str] = Counter()  # of each rollout replica, and of the group
 
     def start_controller(self, listener: socket.socket, token: str) -> None:
         """Start the controller on `listener`."""
@@ -390,8 +302,7 @@ class JobProcesses(Closing):
         Args:
             selector: gets keys that have a function to call as their data.
         """
-        if self._placement.listener is not None:
-            self._placement.listener.open(selector, spec)
+        self.listener.open(selector, spec)
         for host, role, index in self._placement.remote:
             host.start(role, index)
         self.start_policy()
@@ -400,42 +311,49 @@ class JobProcesses(Closing):
 
     def start_policy(self) -> None:
         """Start the ranks of this machine, unless they were started or ranks of other hosts are missing."""
-        listener = self._placement.listener
-        remote = [] if self.policy.children or listener is None else listener.rank_connections()
-        if not self.policy.children and remote is not None:
-            self.policy.start(remote)
+        if not self._ranks and (remote := self.listener.rank_connections()) is not None:
+            self._start_ranks(remote)
+
+    def _start_ranks(self, remote: Sequence[socket.socket] = ()) -> None:
+        """Start all ranks of this machine, each connected with the first one; that has the `remote` ones, too."""
+        with ExitStack() as ends:
+            pairs = [socket.socketpair() for _ in range(1, self._placement.ranks)]
+            for end in (*(end for pair in pairs for end in pair), *remote):
+                ends.enter_context(end)
+            first, *others = ([*(pair[0] for pair in pairs), *remote], *([pair[1]] for pair in pairs))
+            self._ranks = [
+                self._local.start(Role.POLICY, rank, restarts=self._restarts[_GROUP], connections=connections)
+                for rank, connections in enumerate([first, *others])
+            ]
 
     def may_restart(self, process: JobProcess) -> bool:
-        """Whether a rollout replica that has ended is to be restarted."""
-        return (
-            process.role is Role.ROLLOUT
-            and process.exit_code not in NOT_RESTARTED
-            and self._restarts[process.name] < self._max_restarts
-            and not self._host_of(process).lost
-        )
+        """Whether a replica that has ended, or the policy group that it belongs to, is to be restarted."""
+        assert process.role is not None
+        if self._restarts[_restarted(process)] >= self._max_restarts[process.role]:
+            return False
+        if process.role is Role.ROLLOUT:
+            return process.exit_code not in NOT_RESTARTED and not self._host_of(process).lost
+        codes = [rank.exit_code for rank in self._ranks if rank.exit_code is not None]
+        return process in self._ranks and is_restarted(codes, self._placement.ranks)
 
     def restart(self, process: JobProcess) -> str:
-        """Restart a rollout replica on its host; returns a line about it."""
-        self._host_of(process).start(Role.ROLLOUT, int(process.name.rpartition("-")[2]))
-        self._restarts[process.name] += 1
-        return f"restarting {process.name} (restart {self._restarts[process.name]} of {self._max_restarts})"
+        """Restart the replica on its host, or the policy group; returns a line about it."""
+        assert process.role is not None
+        name = _restarted(process)
+        self._restarts[name] += 1
+        if process.role is Role.ROLLOUT:
+            self._host_of(process).start(Role.ROLLOUT, int(process.name.rpartition("-")[2]))
+        else:
+            self._local.kill(self._ranks)
+            self._start_ranks()
+        return f"restarting {name} (restart {self._restarts[name]} of {self._max_restarts[process.role]})"
 
     def _host_of(self, process: JobProcess) -> Host:
         return next(host for host in self.hosts if process in host.processes)
 
-    def apply_timeouts(self) -> None:
-        """Reject connections of other hosts whose time has passed."""
-        if self._placement.listener is not None:
-            self._placement.listener.apply_timeouts()
-
-    def stop_accepting(self) -> None:
-        """The job ends: hosts that are not connected are not needed any more."""
-        if self._placement.listener is not None:
-            self._placement.listener.stop_accepting()
-
     def close(self) -> None:
         """Have every host kill what is left there. Twice is fine."""
-        self.stop_accepting()
+        self.listener.stop_accepting()
         deadline = Deadline.after(HOST_SHUTDOWN_TIMEOUT)
         with ExitStack() as closing:
             closing.callback(self._local.close, deadline)
@@ -443,3 +361,8 @@ class JobProcesses(Closing):
                 host.request_shutdown()
             for host in self._others:
                 host.close(deadline)
+
+
+def _restarted(replica: JobProcess) -> str:
+    """The name of what is restarted when a replica has ended."""
+    return _GROUP if replica.role is Role.POLICY else replica.name

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from dray.clock import Deadline, Stopwatch
 from dray.errors import ControlPlaneError
@@ -49,22 +49,10 @@ from dray.text import printable
 Report = models.Died | models.Stop
 
 
-class Controller(Protocol):
-    """What the supervisor asks the controller; see `ControllerClient`."""
-
-    def status(self) -> models.Status:
-        """The status of the job."""
-        ...
-
-    def post(self, path: str, body: models.Message, reply: type[models.Directive]) -> models.Directive:
-        """Send `body` and return the answer."""
-        ...
-
-
 class Reports:
     """The reports that wait. There is at most one of each kind about each replica: the newest."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: ControllerClient) -> None:
         self._controller = controller
         self._waiting: dict[tuple[str, str], Report] = {}
 
@@ -93,9 +81,6 @@ class Reports:
                 raise
             del self._waiting[key]
         return answer
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
 
 # --- supervisor --------------------------------------------------------------------------------------------------
@@ -169,7 +154,7 @@ def supervise(
             config, folder, processes, client, selector=selector, inbox=inbox, report=report, show=display.update
         )
         processes.start_replicas(selector, spec)
-        more = f", {processes.remote} more start on other nodes" if processes.remote else ""
+        more = f", {len(placement.remote)} more start on other nodes" if placement.remote else ""
         count = sum(1 for each in local.processes if each.role is not None)
         report(f"started controller and {count} replicas{more}; output in {short_path(folder.root)}")
         supervisor.watch()
@@ -205,7 +190,7 @@ class JobSupervisor(ProcessSupervisor):
         config: JobConfig,
         folder: JobFolder,
         processes: JobProcesses,
-        controller: Controller,
+        controller: ControllerClient,
         *,
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
@@ -266,7 +251,7 @@ class JobSupervisor(ProcessSupervisor):
         self._show_line(line)
 
     def _react(self) -> None:
-        self._job.apply_timeouts()
+        self._job.listener.apply_timeouts()
         if self.signals and not self._interrupted:
             self._interrupted = True
             name, bound = self.signals[0].name, self._config.timeouts.shutdown
@@ -303,15 +288,7 @@ class JobSupervisor(ProcessSupervisor):
         self._log_end(process, end.reason)
         if request is not None and request.number == signal.SIGTERM and request.explains(code):
             self._asked_members[process.name, process.pid] = end.reason
-        again = (
-            not self._is_ending
-            and not self.signals
-            and outcome is None
-            and (
-                (process in self._job.policy.children and self._job.policy.may_restart())
-                or self._job.may_restart(process)
-            )
-        )
+        again = not self._is_ending and not self.signals and outcome is None and self._job.may_restart(process)
         # A process is named when it is killed.
         reported = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
         if not reported:
@@ -329,11 +306,8 @@ class JobSupervisor(ProcessSupervisor):
                 exit_code=code,
             )
         )
-        again = again and not (answer is not None and answer.stop)
-        if again and process.role is Role.ROLLOUT:
+        if again and not (answer is not None and answer.stop):
             self._show_line(self._job.restart(process))
-        elif again:
-            self._restart_policy()
         elif process.role is Role.POLICY or not self._replicas_run:
             self._end()
 
@@ -341,16 +315,11 @@ class JobSupervisor(ProcessSupervisor):
         since = "" if self._end_began is None else f", {self._end_began.elapsed:.2f} s after the end began"
         _LOG.info("%s ended with code %s (%s)%s", process.name, process.exit_code, reason, since)
 
-    def _restart_policy(self) -> None:
-        policy = self._job.policy
-        policy.restart()
-        self._show_line(f"restarting the policy group (restart {policy.restarted} of {policy.restarts})")
-
     def _kill_silent(self) -> None:
         """A policy replica that counts as dead, but is still there, is killed: the group may be restarted then."""
         members = self._status.members if self._status is not None else []
         dead = {(member.name, member.pid): member for member in members if member.state is MemberState.DEAD}
-        for process in self._job.others():
+        for process in self._others():
             member = dead.get((process.name, process.pid))
             request = self.requests.get(process)
             killed = request is not None and request.number == signal.SIGKILL
@@ -365,12 +334,12 @@ class JobSupervisor(ProcessSupervisor):
             self._asked = at_once
             bound = self._config.timeouts.shutdown
             self._end_began = Stopwatch()
-            self._job.stop_accepting()
+            self._job.listener.stop_accepting()
             self._escalations = [
-                (self._job.rollouts, ShutdownEscalation(bound * ROLLOUT_SHARE, at_once=at_once)),
-                (self._job.others, ShutdownEscalation(bound, at_once=at_once)),
+                (self._rollouts, ShutdownEscalation(bound * ROLLOUT_SHARE, at_once=at_once)),
+                (self._others, ShutdownEscalation(bound, at_once=at_once)),
             ]
-            names = ", ".join(process.name for process in self._job.processes if process.running)
+            names = ", ".join(process.name for process in self.processes if process.running)
             asked = "they are asked by signal" if at_once else "they know it from the controller"
             _LOG.info("shutdown: end the processes (%s), waiting for %s, at most %.1f s", asked, names, bound)
         controller = self._job.controller
@@ -386,8 +355,18 @@ class JobSupervisor(ProcessSupervisor):
         return self._job.controller is not None and self._job.controller.running
 
     @property
+    def _replicas(self) -> Sequence[JobProcess]:
+        return [each for each in self.processes if each is not self._job.controller]
+
+    @property
     def _replicas_run(self) -> bool:
-        return any(each.running for each in self._job.replicas)
+        return any(each.running for each in self._replicas)
+
+    def _rollouts(self) -> Sequence[JobProcess]:
+        return [each for each in self.processes if each.role is Role.ROLLOUT]
+
+    def _others(self) -> Sequence[JobProcess]:
+        return [each for each in self.processes if each.role is not Role.ROLLOUT]
 
     def _why_it_ends(self, stage: KillStage) -> str:
         if stage is KillStage.KILL:
@@ -447,7 +426,7 @@ class JobSupervisor(ProcessSupervisor):
 
     def _report_running(self, status: models.Status) -> None:
         """Report silent replicas whose processes run to the controller."""
-        seen = _seen_alive(status, self._job.replicas, self._config.controller.dead_after)
+        seen = _seen_alive(status, self._replicas, self._config.controller.dead_after)
         if seen:
             self._ask(lambda: self._client.post("/alive", models.Alive(seen=seen), models.Directive))
 

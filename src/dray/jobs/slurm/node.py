@@ -26,7 +26,7 @@ from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
-from dray.jobs.launch.job_processes import LocalHost, SupervisorHost
+from dray.jobs.launch.job_processes import LocalHost
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
 from dray.jobs.launch.processes import JobProcess
@@ -89,7 +89,7 @@ class NodeAgent(ProcessSupervisor):
         self,
         task: Task,
         placed: Sequence[Placement],
-        host: SupervisorHost,
+        host: LocalHost,
         *,
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
