@@ -18,8 +18,8 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
@@ -194,16 +194,19 @@ def reason_of(number: signal.Signals, *, on_slurm: bool) -> str:
     return "the time limit is near" if limit else f"interrupted by {number.name}"
 
 
-def stopped_early(folder: JobFolder | None, job: str, signals: Sequence[signal.Signals]) -> Ending:
-    """How a job ended that a signal stopped before it was started; the reason is one line.
+def stopped_early(
+    folder: JobFolder | None, signals: Sequence[signal.Signals], show_line: Callable[[str], None]
+) -> int:
+    """Show in one line how a job ended that a signal stopped before it was started; returns the exit code.
 
     Args:
         folder: None if there is none yet.
     """
     on_slurm = folder is not None and folder.attempt is not None
     checkpoint = None if folder is None else finished_checkpoint(folder)
-    found = ending(job, None, checkpoint, signals, "", on_slurm=on_slurm)
-    return replace(found, reason=f"stopped: {found.reason} before anything was started")
+    found = ending("", None, checkpoint, signals, "", on_slurm=on_slurm)
+    show_line(f"stopped: {found.reason} before anything was started")
+    return found.exit_code
 
 
 def _interrupted(status: Status) -> bool:

@@ -330,9 +330,7 @@ def run_head(task: Task) -> int:
             draft, file = JobDraft(config), task.plan.job_file
             signals = check_entry_points(draft, file, folder.run, inbox, show_line=display.show_line)
             if signals:
-                ending = stopped_early(folder, config.job.name, signals)
-                display.show_line(ending.reason)
-                return ending.exit_code
+                return stopped_early(folder, signals, display.show_line)
         return supervise(config, task.plan.job_file, placement, state, inbox, display)
 
 
