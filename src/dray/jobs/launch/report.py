@@ -32,7 +32,6 @@ _SECONDS = {
     "train_seconds": "train_seconds",
 }
 """Figure of the policy, and its name in the summary."""
-_NOTHING = ProgressReport(doing="", seconds=0.0)
 
 
 def write_report(
@@ -115,7 +114,7 @@ def _solved(config: JobConfig, status: Status | None) -> bool:
 
 def _counters(status: Status | None) -> dict[str, Any]:
     members = status.members if status is not None else []
-    policy = next((member.progress for member in members if member.name == FIRST_POLICY), _NOTHING)
+    policy = ProgressReport(doing="", seconds=0.0) if status is None else status.progress(FIRST_POLICY)
     rollouts = {member.name: member.progress for member in members if member.role is Role.ROLLOUT}
     own = finite({name: policy.counters[name] for name in (MEAN_RETURN, *_SECONDS) if name in policy.counters})
     return {

@@ -161,7 +161,7 @@ def supervise(
         ending = supervisor.ending()
         if ending.status is not None:
             display.update(ending.status)
-    display.freeze()
+    display.close()
     summary = write_report(
         folder,
         config,

@@ -344,6 +344,11 @@ class Status(Message):
     work_items: dict[str, int]
     stall: Stall | None = None
 
+    def progress(self, name: str) -> ProgressReport:
+        """What the member `name` has reported last; an empty report if there is no such member."""
+        found = (member.progress for member in self.members if member.name == name)
+        return next(found, ProgressReport(doing="", seconds=0.0))
+
 
 class ErrorReply(Message):
     """The body of every answer that is not 200."""

@@ -201,7 +201,7 @@ def picture_of(display: Display) -> None:
     """All that a display is asked to do."""
     display.update(status(3, 12, 1000, warnings=["loss is nan"]))
     display.show_line("a line")
-    display.freeze()
+    display.close()
     display.show_line("another line")
 
 
