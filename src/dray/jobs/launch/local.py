@@ -13,7 +13,7 @@ from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
 from dray.jobs.launch.job_processes import on_this_machine
-from dray.jobs.launch.output import from_the_beginning_line, is_begun, resume_line
+from dray.jobs.launch.output import is_begun, resume_line
 from dray.jobs.launch.preparation import preparation, raise_mistakes
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
@@ -50,8 +50,11 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
             assert folder is not None
             placement = on_this_machine(config, folder, options)
             if not found.finished:
-                first = [from_the_beginning_line(folder)] if resume else []
-                for line in (*(first if state is None else [resume_line(folder, state)]), *draft.notes, *lines):
+                if state is not None:
+                    display.show_line(resume_line(folder, state))
+                elif resume:
+                    display.show_line(f"no checkpoint in {short_path(folder.root)}: starting from the beginning")
+                for line in (*draft.notes, *lines):
                     display.show_line(line)
             code = supervise(config, options.job_file, placement, state, inbox, display)
             if code != ExitCode.OK:

@@ -81,13 +81,8 @@ def resume_line(folder: JobFolder, state: CheckpointState) -> str:
     return f"resuming from checkpoint {short_path(folder.checkpoint)}, step {state.step}"
 
 
-def from_the_beginning_line(folder: JobFolder) -> str:
-    """That a run is started from the beginning in the folder of one that had no checkpoint, in one line."""
-    return f"no checkpoint in {short_path(folder.root)}: starting from the beginning"
-
-
-def attempt_folder(folder: JobFolder) -> Path:
-    """Make the folder of logs of an attempt, and let the symbolic link `latest` lead to it; returns it.
+def attempt_folder(folder: JobFolder) -> None:
+    """Make the folder of logs of an attempt, and let the symbolic link `latest` lead to it.
 
     Raises:
         ConfigError: there is something in its place that another user may have put there.
@@ -98,7 +93,6 @@ def attempt_folder(folder: JobFolder) -> Path:
         newer.unlink(missing_ok=True)
         newer.symlink_to(folder.logs.parent.relative_to(folder.root))
         newer.replace(folder.latest)
-    return folder.logs
 
 
 def lock_folder(descriptor: int, root: Path, patience: float = 0.0) -> None:
@@ -140,7 +134,11 @@ def run_folder(config: JobConfig, *, resume: bool) -> Path:
     Raises:
         ConfigError: the configured folder is an earlier run's, or there is none to resume.
     """
-    return choose_folder(config, resume=resume, used=has_metrics, resumable=(_has_checkpoint, is_begun))
+
+    def has_checkpoint(root: Path) -> bool:
+        return find_checkpoint(JobFolder(root).checkpoint) is not None
+
+    return choose_folder(config, resume=resume, used=has_metrics, resumable=(has_checkpoint, is_begun))
 
 
 def choose_folder(
@@ -210,7 +208,7 @@ def make_run_folder(choose: Callable[[], Path], *, new: bool) -> tuple[Path, lis
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of `folders`, which are innermost first, that are empty."""
+    """Remove those of `folders` that are empty; the innermost come first."""
     for path in folders:
         with suppress(OSError):  # it is not, or another run has removed it
             path.rmdir()
@@ -218,24 +216,12 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 def is_begun(root: Path) -> bool:
     """Whether a run has started its processes in the folder."""
-    return _is_there(root / OPTIONS_NAME) or has_metrics(root)
+    return os.path.lexists(root / OPTIONS_NAME) or has_metrics(root)
 
 
 def has_metrics(root: Path) -> bool:
     """Whether a run has written to the folder."""
-    return _is_there(JobFolder(root).metrics)
-
-
-def _has_checkpoint(root: Path) -> bool:
-    return find_checkpoint(root / "checkpoint") is not None
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except OSError:
-        return False
-    return True
+    return os.path.lexists(JobFolder(root).metrics)
 
 
 @contextmanager

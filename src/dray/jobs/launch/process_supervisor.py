@@ -26,13 +26,21 @@ class ProcessSupervisor(abc.ABC):
     Args:
         inbox: signals that ask for the end. After the second one, what is left is killed.
         selector: its keys have a function to call as their data, or None if `Host.collect` finds the reason.
+        report: logs a line, and shows it where there is a user.
 
     Attributes:
         signals: those that have come.
         requests: the last one to each process.
     """
 
-    def __init__(self, inbox: SignalInbox, selector: selectors.BaseSelector, hosts: Sequence[Host]) -> None:
+    def __init__(
+        self,
+        inbox: SignalInbox,
+        selector: selectors.BaseSelector,
+        hosts: Sequence[Host],
+        report: Callable[[str], None],
+    ) -> None:
+        self._report = report
         self._inbox = inbox
         self._selector = selector
         self._hosts = hosts
@@ -83,10 +91,6 @@ class ProcessSupervisor(abc.ABC):
     @abc.abstractmethod
     def _why_it_ends(self, stage: KillStage) -> str:
         """Why a process gets SIGTERM or SIGKILL; completes "because"."""
-
-    @abc.abstractmethod
-    def _report(self, line: str) -> None:
-        """Log a line, and show it where there is a user."""
 
     # --- what they have in common --------------------------------------------------------------------------------
 

@@ -197,13 +197,12 @@ class JobSupervisor(ProcessSupervisor):
         report: Callable[[str], None],
         show: Callable[[models.Status], None],
     ) -> None:
-        super().__init__(inbox, selector, processes.hosts)
+        super().__init__(inbox, selector, processes.hosts, report)
         self._config = config
         self._folder = folder
         self._job = processes
         self._client = controller
         self._reports = Reports(controller)
-        self._show_line = report
         self._show = show
         self._next_status = Deadline.after(0)
         self._answered_at = Stopwatch()
@@ -247,15 +246,12 @@ class JobSupervisor(ProcessSupervisor):
     def _seconds_to_next(self) -> float:
         return self._next_status.remaining
 
-    def _report(self, line: str) -> None:
-        self._show_line(line)
-
     def _react(self) -> None:
         self._job.listener.apply_timeouts()
         if self.signals and not self._interrupted:
             self._interrupted = True
             name, bound = self.signals[0].name, self._config.timeouts.shutdown
-            self._show_line(f"{name}: ending the job, at most {bound:g} s")
+            self._report(f"{name}: ending the job, at most {bound:g} s")
             reason = reason_of(self.signals[0], on_slurm=self._folder.attempt is not None)
             self._send(models.Stop(reason=reason))
             self._end(at_once=True)
@@ -292,7 +288,7 @@ class JobSupervisor(ProcessSupervisor):
         # A process is named when it is killed.
         reported = self._asked or end.killed or (not end.early and code in (ExitCode.OK, ExitCode.FAILED))
         if not reported:
-            self._show_line(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
+            self._report(end.line(process.name) + (f"; see {short_path(process.log)}" if end.early else ""))
         assert process.role is not None
         # A member that has left in order is not affected by it.
         reason = printable(end.reason, models.MAX_SENTENCE)
@@ -307,7 +303,7 @@ class JobSupervisor(ProcessSupervisor):
             )
         )
         if again and not (answer is not None and answer.stop):
-            self._show_line(self._job.restart(process))
+            self._report(self._job.restart(process))
         elif process.role is Role.POLICY or not self._replicas_run:
             self._end()
 
@@ -324,7 +320,7 @@ class JobSupervisor(ProcessSupervisor):
             request = self.requests.get(process)
             killed = request is not None and request.number == signal.SIGKILL
             if member is not None and process.running and not killed and not self._is_ending:
-                self._show_line(f"{process.name} is {member.reason} and is killed")
+                self._report(f"{process.name} is {member.reason} and is killed")
                 why = f"the controller had declared it dead ({member.reason})"
                 self._request_end(process, signal.SIGKILL, why)
 
@@ -346,7 +342,7 @@ class JobSupervisor(ProcessSupervisor):
         if controller is not None and self._answered and not self._replicas_run:
             # The last replica has unregistered, or is not going to: nothing is left to wait for. A controller that
             # is starting is notified of their ends first.
-            if not self._controller_request and not self._has_outcome():
+            if not self._controller_request and self._last_outcome() is None:
                 self._controller_request = self._failure or "no replica was left"
             controller.signal(signal.SIGTERM)
 
@@ -372,9 +368,9 @@ class JobSupervisor(ProcessSupervisor):
         if stage is KillStage.KILL:
             hurried = len(self.signals) > 1
             return f"another signal came ({self.signals[-1].name})" if hurried else "it did not end in time"
-        status = recorded_status(self._folder) or self._status
-        if status is not None and status.outcome is not None:
-            return f"the job had {THE_JOB_HAS[status.outcome.kind]}"
+        outcome = self._last_outcome()
+        if outcome is not None:
+            return f"the job had {THE_JOB_HAS[outcome.kind]}"
         if self.signals:
             return f"the job had {THE_JOB_HAS['interrupted']}"
         return self._failure or "no policy replica was left"
@@ -385,12 +381,12 @@ class JobSupervisor(ProcessSupervisor):
         super()._apply(stage, process)
         if stage is KillStage.KILL:
             how = "was killed" if len(self.signals) > 1 else "did not end in time and was killed"
-            self._show_line(f"{process.name} (pid {process.pid}) {how}; see {short_path(process.log)}")
+            self._report(f"{process.name} (pid {process.pid}) {how}; see {short_path(process.log)}")
 
-    def _has_outcome(self) -> bool:
-        """Whether the controller is known to have an outcome of the job."""
-        statuses = (recorded_status(self._folder), self._status)
-        return any(status is not None and status.outcome is not None for status in statuses)
+    def _last_outcome(self) -> models.OutcomeReport | None:
+        """What the controller has recorded or answered last as the outcome of the job."""
+        status = recorded_status(self._folder) or self._status
+        return None if status is None else status.outcome
 
     def _newest_status(self) -> models.Status | None:
         """What the controller answers now; else what it has recorded; else its last answer."""
@@ -416,7 +412,7 @@ class JobSupervisor(ProcessSupervisor):
                 return None
             self._controller_silent = True
             self._failure = self._failure or str(error)
-            self._show_line(str(error))
+            self._report(str(error))
             return None
 
     def _has_ended(self) -> bool:
@@ -438,7 +434,7 @@ class JobSupervisor(ProcessSupervisor):
             if self._answered_at.elapsed > stall:
                 self._silences += 1
                 waited = f"{self._answered_at.elapsed:.1f} s"
-                self._show_line(f"stall: dray run waits for the controller, for its status, since {waited}")
+                self._report(f"stall: dray run waits for the controller, for its status, since {waited}")
             return
         self._answered, self._controller_silent = True, False
         self._answered_at, self._silences = Stopwatch(), 0
@@ -452,7 +448,7 @@ class JobSupervisor(ProcessSupervisor):
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
             self._stalls = stalled.reports
-            self._show_line(f"stall: {stalled.line}")
+            self._report(f"stall: {stalled.line}")
         self._show(self._status)
 
 

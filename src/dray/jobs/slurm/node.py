@@ -94,7 +94,7 @@ class NodeAgent(ProcessSupervisor):
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
     ) -> None:
-        super().__init__(inbox, selector, [host])
+        super().__init__(inbox, selector, [host], _LOG.error)
         self._task = task
         self._placed = {each.name: each for each in placed}
         self._host = host
@@ -254,9 +254,6 @@ class NodeAgent(ProcessSupervisor):
         if self.signals:
             return f"the node received {self.signals[0].name}"
         return "the job has ended" if self._dismissed else "the head is gone"
-
-    def _report(self, line: str) -> None:
-        _LOG.error("%s", line)
 
 
 def run_node(task: Task) -> int:
