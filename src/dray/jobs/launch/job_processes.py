@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dray.clock import Deadline
 from dray.jobs.config import JobConfig
-from dray.jobs.controller.listener import advertise, token_from_file
+from dray.jobs.controller.listener import advertise
 from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.exit_codes import NOT_RESTARTED
 from dray.jobs.folder import JobFolder, JobSpec, RunOptions
@@ -21,7 +21,6 @@ from dray.jobs.launch.processes import Child, JobProcess, is_restarted
 from dray.jobs.messages.models import Role
 from dray.jobs.process import adopt_orphans
 from dray.resources import Closing
-from dray.text import path_of
 
 # --- hosts -------------------------------------------------------------------------------------------------------
 
@@ -221,7 +220,6 @@ class JobPlacement:
         remote: the replicas on other hosts.
         listener: where these hosts connect.
         secret: of the job.
-        token: of the controller, if the user has chosen one.
         options: what the run was started with; kept in its folder once it has begun.
         environment: the variables of a replica of this machine, by its name.
     """
@@ -234,35 +232,8 @@ class JobPlacement:
     remote: Sequence[tuple[Host, Role, int]] = ()
     listener: HostListener = field(default_factory=HostListener)
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
-    token: str | None = field(default=None, repr=False)
     options: RunOptions | None = None
     environment: Environment = lambda _: {}
-
-
-def on_this_machine(config: JobConfig, folder: JobFolder, options: RunOptions | None = None) -> JobPlacement:
-    """Everything runs on this machine.
-
-    Raises:
-        ConfigError: the file of the controller's token cannot be used.
-    """
-    return JobPlacement(
-        folder=folder,
-        address=config.controller.host,
-        ranks=config.policy.replicas,
-        rollouts=range(config.rollout.replicas),
-        token=chosen_token(config),
-        options=options,
-    )
-
-
-def chosen_token(config: JobConfig) -> str | None:
-    """The controller's token if the job file names a file for it.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    path = config.controller.token_file
-    return None if path is None else token_from_file(path_of(path))
 
 
 # --- job processes -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import on_this_machine
+from dray.jobs.launch.job_processes import JobPlacement
 from dray.jobs.launch.output import is_begun, resume_line
 from dray.jobs.launch.preparation import preparation, raise_mistakes
 from dray.jobs.launch.shutdown import stopped_early
@@ -48,7 +48,10 @@ def run_job(draft: JobDraft, options: RunOptions, *, resume: bool = False, lines
             if found.mistakes:
                 raise_mistakes(draft, found.mistakes, display.show_line)
             assert folder is not None
-            placement = on_this_machine(config, folder, options)
+            rollouts = range(config.rollout.replicas)
+            placement = JobPlacement(
+                folder, config.controller.host, config.policy.replicas, rollouts, options=options
+            )
             if not found.finished:
                 if state is not None:
                     display.show_line(resume_line(folder, state))

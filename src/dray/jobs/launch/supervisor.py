@@ -14,7 +14,7 @@ from typing import TypeVar
 from dray.clock import Deadline, Stopwatch
 from dray.errors import ControlPlaneError
 from dray.jobs.config import JobConfig
-from dray.jobs.controller.listener import bind
+from dray.jobs.controller.listener import bind, token_from_file
 from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobFolder, JobSpec, short_path
@@ -42,7 +42,7 @@ from dray.jobs.process import SignalInbox, closed_by_step
 from dray.jobs.queue import REDIS_STOP_BOUND
 from dray.jobs.queue.redis_server import job_redis
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.text import printable
+from dray.text import path_of, printable
 
 # --- reports -----------------------------------------------------------------------------------------------------
 
@@ -119,6 +119,8 @@ def supervise(
         _LOG.info("%s", text)
 
     began, later = Stopwatch(), list[str]()
+    token_file = config.controller.token_file
+    chosen_token = None if token_file is None else token_from_file(path_of(token_file))
     job_id = f"{config.job.name[:40]}-{secrets.token_hex(4)}"
     with selectors.DefaultSelector() as selector, ExitStack() as resources:
         listener = resources.enter_context(bind(placement.address, config.controller.port))
@@ -141,7 +143,7 @@ def supervise(
             job_id=job_id,
             resume=state is not None,
             first_work_item=state.next_work_item if state is not None else 0,
-            chosen_token=placement.token,
+            chosen_token=chosen_token,
         )
         spec.write()
         # From here on there are processes; they end before anything above does.

@@ -28,7 +28,7 @@ from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import HostListener, JobPlacement, chosen_token, replica_name
+from dray.jobs.launch.job_processes import HostListener, JobPlacement, replica_name
 from dray.jobs.launch.output import open_output, resume_line
 from dray.jobs.launch.preparation import check_entry_points
 from dray.jobs.launch.processes import EndRequest, JobProcess
@@ -388,7 +388,6 @@ def _placement(
         remote=[] if nodes is None else [(nodes.hosts[each.node], each.role, each.index) for each in away],
         listener=nodes or HostListener(),
         secret=task.plan.secret,
-        token=chosen_token(config),
         environment=variables.__getitem__,
     )
 
