@@ -26,11 +26,6 @@ def child_pids() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-def descendant_pids() -> set[int]:
-    """The pids of this process's children, of theirs and so on, without those that have ended."""
-    return {each.pid for each in _descendants()}
-
-
 def is_running(pid: int) -> bool:
     """Whether the process, a child of this one, has neither ended nor been stopped by a signal or a debugger."""
     try:

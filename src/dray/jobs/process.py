@@ -106,10 +106,6 @@ class StopFlag:
                 return
         callback()
 
-    def wait(self, timeout: float | None) -> bool:
-        """Wait until the flag is set, at most `timeout` seconds; returns whether it is."""
-        return self.event.wait(timeout)
-
 
 def begin_process(name: str) -> None:
     """To be called first in a process that the supervisor started; exits if the supervisor is gone already."""

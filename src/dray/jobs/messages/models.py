@@ -56,54 +56,26 @@ class MembershipError(ControlPlaneError):
 
 # --- messages ----------------------------------------------------------------------------------------------------
 
+# Bounds of what one message holds.
+MAX_SENTENCE = 2000  # characters of a reason
+MAX_WORK_WAIT = 2.0  # seconds that a request for work items may be held open when there are none
+MAX_MEMBERS = 2048  # replicas that it is about
+MAX_REPORTED = 1 << 16  # work items that it reports
+MAX_FAILED = 1024  # failed attempts that it reports
+MAX_ERROR = 1000  # characters of the error of a failed rollout
+MAX_FIGURES = 256  # of dray's own
+MAX_LABELS = 64
+MAX_FIGURE_NAME = 100  # characters of the name of a figure or label
+MAX_WORDS = 200  # characters of a label, of what a replica does, and of what it waits for
+MAX_METRICS = 256  # of the user's trainer
+MAX_METRIC_NAME = 200  # characters
+MAX_WARNINGS = 20
+MAX_WARNING = 500  # characters
+
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Index = Annotated[int, Field(ge=0, lt=2**63)]
 Indices = Annotated[list[Index], Field(max_length=1 << 20)]
-MAX_SENTENCE = 2000
-"""Characters of a reason."""
-
 Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
-
-MAX_WORK_WAIT = 2.0
-"""Seconds a request for work items may be held open when there are none."""
-
-
-MAX_MEMBERS = 2048
-"""Replicas that one message is about."""
-
-MAX_REPORTED = 1 << 16
-"""Work items that one request reports."""
-
-MAX_FIGURES = 256
-"""dray's own figures in one report."""
-
-MAX_LABELS = 64
-"""Labels in one report."""
-
-MAX_FIGURE_NAME = 100
-"""Characters of the name of a figure or label."""
-
-MAX_WORDS = 200
-"""Characters of a label, of what a replica does, and of whom it waits for."""
-
-MAX_METRICS = 256
-"""Metrics of the user's trainer in one report."""
-
-MAX_METRIC_NAME = 200
-"""Characters of the name of one of them."""
-
-MAX_WARNINGS = 20
-"""Warnings in one report."""
-
-MAX_WARNING = 500
-"""Characters of one of them."""
-
-MAX_FAILED = 1024
-"""Failed attempts that one request reports."""
-
-MAX_ERROR = 1000
-"""Characters of the error of a failed rollout."""
-
 Reported = Annotated[list[Index], Field(max_length=MAX_REPORTED)]
 ReportedParts = Annotated[list[tuple[Index, Index, Index]], Field(max_length=MAX_REPORTED)]
 FigureName = Annotated[str, Field(max_length=MAX_FIGURE_NAME)]
@@ -131,22 +103,35 @@ class Register(Caller):
     pid: Annotated[int, Field(gt=0)]
 
 
-def trimmed_report(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `ProgressReport`, without what exceeds its bounds; `trimmed` is increased by that."""
-    trimming = Trimming()
-    fields = {
-        **given,
-        "doing": trimming.text(given.get("doing"), MAX_WORDS),
-        "waits_for": trimming.text(given.get("waits_for", ""), MAX_WORDS),
-        "counters": trimming.table(given.get("counters", {}), MAX_FIGURES, MAX_FIGURE_NAME),
-        "labels": trimming.table(given.get("labels", {}), MAX_LABELS, MAX_FIGURE_NAME, MAX_WORDS),
-        "metrics": trimming.table(given.get("metrics", {}), MAX_METRICS, MAX_METRIC_NAME),
-        "warnings": trimming.texts(given.get("warnings", []), MAX_WARNINGS, MAX_WARNING),
-    }
-    if not trimming.count:
-        return given
-    earlier = given.get("trimmed", 0)
-    return {**fields, "trimmed": earlier + trimming.count if isinstance(earlier, int) else earlier}
+class _Trimming:
+    """Cuts what exceeds a bound, and counts how many texts were cut and how many entries were dropped."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def text(self, given: Any, most: int) -> Any:
+        """`given` with at most so many characters."""
+        if not isinstance(given, str) or len(given) <= most:
+            return given
+        self.count += 1
+        return printable(given, most)
+
+    def texts(self, given: Any, most: int, longest: int) -> Any:
+        """The first texts of the list `given`."""
+        if not isinstance(given, list):
+            return given
+        self.count += max(0, len(given) - most)
+        return [self.text(each, longest) for each in given[:most]]
+
+    def table(self, given: Any, most: int, longest_name: int, longest_text: int | None = None) -> Any:
+        """The first entries of the dictionary `given`, with bounded names, and texts where a bound is given."""
+        if not isinstance(given, dict):
+            return given
+        self.count += max(0, len(given) - most)
+        return {
+            self.text(name, longest_name): value if longest_text is None else self.text(value, longest_text)
+            for name, value in islice(given.items(), most)
+        }
 
 
 class ProgressReport(Message):
@@ -172,7 +157,22 @@ class ProgressReport(Message):
     @model_validator(mode="before")
     @classmethod
     def _trim(cls, given: Any) -> Any:
-        return trimmed_report(given) if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        trimming = _Trimming()
+        fields = {
+            **given,
+            "doing": trimming.text(given.get("doing"), MAX_WORDS),
+            "waits_for": trimming.text(given.get("waits_for", ""), MAX_WORDS),
+            "counters": trimming.table(given.get("counters", {}), MAX_FIGURES, MAX_FIGURE_NAME),
+            "labels": trimming.table(given.get("labels", {}), MAX_LABELS, MAX_FIGURE_NAME, MAX_WORDS),
+            "metrics": trimming.table(given.get("metrics", {}), MAX_METRICS, MAX_METRIC_NAME),
+            "warnings": trimming.texts(given.get("warnings", []), MAX_WARNINGS, MAX_WARNING),
+        }
+        if not trimming.count:
+            return given
+        earlier = given.get("trimmed", 0)
+        return {**fields, "trimmed": earlier + trimming.count if isinstance(earlier, int) else earlier}
 
     def count(self, name: str) -> int:
         """The counter `name` as a whole number; 0 if there is none, or none that is finite."""
@@ -458,44 +458,6 @@ class HeadAddress(Message):
 RankMessage = RankCommand | RankReply
 NodeMessage = StartReplica | ReplicaStarted | ReplicasRunning | ReplicaEnded | SendSignal | KillReplica | Shutdown
 ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what")]
-
-
-# --- models ------------------------------------------------------------------------------------------------------
-
-
-class Trimming:
-    """Cuts, and counts what was cut.
-
-    Attributes:
-        count: how many texts were cut, and how many entries were dropped.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def text(self, given: Any, most: int) -> Any:
-        """`given` with at most so many characters."""
-        if not isinstance(given, str) or len(given) <= most:
-            return given
-        self.count += 1
-        return printable(given, most)
-
-    def texts(self, given: Any, most: int, longest: int) -> Any:
-        """The first texts of the list `given`."""
-        if not isinstance(given, list):
-            return given
-        self.count += max(0, len(given) - most)
-        return [self.text(each, longest) for each in given[:most]]
-
-    def table(self, given: Any, most: int, longest_name: int, longest_text: int | None = None) -> Any:
-        """The first entries of the dictionary `given`, with bounded names, and texts where a bound is given."""
-        if not isinstance(given, dict):
-            return given
-        self.count += max(0, len(given) - most)
-        return {
-            self.text(name, longest_name): value if longest_text is None else self.text(value, longest_text)
-            for name, value in islice(given.items(), most)
-        }
 
 
 # --- work item parts ---------------------------------------------------------------------------------------------
