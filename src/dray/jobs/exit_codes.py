@@ -72,9 +72,6 @@ NOT_RESTARTED: Final = frozenset(
 """A replica that ends with one of these is not restarted, nor is its policy group. Those of signals are among them
 because a policy that is asked to end writes a checkpoint, and ends the job, too."""
 
-JOB_FAILURES: Final = USER_CODES | {ExitCode.FAILED}
-"""Of a job that has ended by itself and did not finish."""
-
 
 def meaning(code: int) -> str:
     """One phrase for the exit status `code`, as `subprocess` gives it: negative for a signal."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.state import FINISHED_OUTCOMES, FIRST_POLICY
-from dray.jobs.exit_codes import JOB_FAILURES
+from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.files import write_json, write_whole
 from dray.jobs.folder import JobFolder, finite, short_path
 from dray.jobs.messages.models import Phase, Role, Status
@@ -85,7 +85,7 @@ def write_report(
     finished = outcome is not None and outcome.kind in FINISHED_OUTCOMES
     if summary["solved"]:
         head = "solved"
-    elif finished or exit_code in JOB_FAILURES:
+    elif finished or exit_code in USER_CODES | {ExitCode.FAILED}:
         head = "finished" if exit_code == 0 else "not solved" if finished else "failed"
     else:
         head = "stopped"

@@ -6,7 +6,7 @@ import logging
 import secrets
 import selectors
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -183,7 +183,6 @@ class JobSupervisor(ProcessSupervisor):
     """Watches the processes of a job, restarts the policy, and ends all in order, the controller last.
 
     Args:
-        report: shows a line to the user, and logs it.
         show: shows a status of the job.
     """
 
@@ -229,7 +228,14 @@ class JobSupervisor(ProcessSupervisor):
         """How the job has ended, once `watch` has returned."""
         status = newest_status(recorded_status(self._folder), self._status)
         if status is not None:
-            status = _with_reasons(status, self._asked_members)
+            # The supervisor knows why the members ended that it has asked to.
+            members = [
+                member.model_copy(
+                    update={"reason": self._asked_members.get((member.name, member.pid), member.reason)}
+                )
+                for member in status.members
+            ]
+            status = status.model_copy(update={"members": members})
         return ending(
             self._config.job.name,
             status,
@@ -271,8 +277,7 @@ class JobSupervisor(ProcessSupervisor):
         assert code is not None
         if process is self._job.controller:
             self._log_end(process, process.ending)
-            recorded = recorded_status(self._folder)
-            early = not self.signals and (recorded is None or not recorded.phase.is_final)
+            early = not self.signals and not self._has_ended()
             if early:
                 self._failure = f"the controller ended early: {process.ending}; see {short_path(process.log)}"
             self._end(at_once=early)
@@ -282,7 +287,9 @@ class JobSupervisor(ProcessSupervisor):
         status = self._newest_status()
         outcome = None if status is None or status.outcome is None else status.outcome.kind
         request = self.requests.get(process)
-        end = replica_end(code, process.ending, request, _member_of(status, process), outcome)
+        member = _members(status).get((process.name, process.pid))
+        counted = None if member is None else (member.state, member.reason)
+        end = replica_end(code, process.ending, request, counted, outcome)
         self._log_end(process, end.reason)
         if request is not None and request.number == signal.SIGTERM and request.explains(code):
             self._asked_members[process.name, process.pid] = end.reason
@@ -294,16 +301,9 @@ class JobSupervisor(ProcessSupervisor):
         assert process.role is not None
         # A member that has left in order is not affected by it.
         reason = printable(end.reason, models.MAX_SENTENCE)
-        answer = self._send(
-            models.Died(
-                name=process.name,
-                role=process.role,
-                pid=process.pid,
-                reason=reason,
-                final=not again,
-                exit_code=code,
-            )
-        )
+        name, role, pid = process.name, process.role, process.pid
+        died = models.Died(name=name, role=role, pid=pid, reason=reason, final=not again, exit_code=code)
+        answer = self._send(died)
         if again and not (answer is not None and answer.stop):
             self._report(self._job.restart(process))
         elif process.role is Role.POLICY or not self._replicas_run:
@@ -315,13 +315,13 @@ class JobSupervisor(ProcessSupervisor):
 
     def _kill_silent(self) -> None:
         """A policy replica that counts as dead, but is still there, is killed: the group may be restarted then."""
-        members = self._status.members if self._status is not None else []
-        dead = {(member.name, member.pid): member for member in members if member.state is MemberState.DEAD}
+        members = _members(self._status)
         for process in self._others():
-            member = dead.get((process.name, process.pid))
+            member = members.get((process.name, process.pid))
+            dead = member is not None and member.state is MemberState.DEAD
             request = self.requests.get(process)
             killed = request is not None and request.number == signal.SIGKILL
-            if member is not None and process.running and not killed and not self._is_ending:
+            if member is not None and dead and process.running and not killed and not self._is_ending:
                 self._report(f"{process.name} is {member.reason} and is killed")
                 why = f"the controller had declared it dead ({member.reason})"
                 self._request_end(process, signal.SIGKILL, why)
@@ -423,8 +423,19 @@ class JobSupervisor(ProcessSupervisor):
         return recorded is not None and recorded.phase.is_final
 
     def _report_running(self, status: models.Status) -> None:
-        """Report silent replicas whose processes run to the controller."""
-        seen = _seen_alive(status, self._replicas, self._config.controller.dead_after)
+        """Report members that are silent, and could soon count as dead, although their processes run."""
+        dead_after = self._config.controller.dead_after
+        silent = {
+            identity
+            for identity, member in _members(status).items()
+            if member.state is MemberState.ACTIVE and member.silence > dead_after / 3
+        }
+        found = [
+            models.Seen(name=process.name, pid=process.pid, seconds=process.seconds_unseen())
+            for process in self._replicas
+            if process.running and (process.name, process.pid) in silent
+        ]
+        seen = [each for each in found if each.seconds < dead_after][: models.MAX_MEMBERS]
         if seen:
             self._ask(lambda: self._client.post("/alive", models.Alive(seen=seen), models.Directive))
 
@@ -442,10 +453,8 @@ class JobSupervisor(ProcessSupervisor):
         self._answered_at, self._silences = Stopwatch(), 0
         self._ask(self._reports.send)
         self._report_running(self._status)
-        if self._is_ending:
-            if not self._replicas_run:
-                self._end()
-        elif not self._status.phase.gives_work:
+        ended = not self._replicas_run if self._is_ending else not self._status.phase.gives_work
+        if ended:
             self._end()
         stalled = self._status.stall
         if stalled is not None and stalled.reports > self._stalls:
@@ -454,33 +463,6 @@ class JobSupervisor(ProcessSupervisor):
         self._show(self._status)
 
 
-def _seen_alive(status: models.Status, processes: Sequence[JobProcess], dead_after: float) -> list[models.Seen]:
-    """The members that are silent, and could soon count as dead, although their processes run."""
-    silent = {
-        (member.name, member.pid)
-        for member in status.members
-        if member.state is MemberState.ACTIVE and member.silence > dead_after / 3
-    }
-    found = [
-        models.Seen(name=process.name, pid=process.pid, seconds=process.seconds_unseen())
-        for process in processes
-        if process.running and (process.name, process.pid) in silent
-    ]
-    return [each for each in found if each.seconds < dead_after][: models.MAX_MEMBERS]
-
-
-def _member_of(status: models.Status | None, process: JobProcess) -> tuple[MemberState, str] | None:
-    """What the controller counts a process as, and why; None if it has not registered."""
-    for member in [] if status is None else status.members:
-        if (member.name, member.pid) == (process.name, process.pid):
-            return member.state, member.reason
-    return None
-
-
-def _with_reasons(status: models.Status, reasons: Mapping[tuple[str, int], str]) -> models.Status:
-    """`status`, in which members have the reasons that the supervisor knows, by name and pid."""
-    members = [
-        member.model_copy(update={"reason": reasons.get((member.name, member.pid), member.reason)})
-        for member in status.members
-    ]
-    return status.model_copy(update={"members": members})
+def _members(status: models.Status | None) -> dict[tuple[str, int], models.MemberStatus]:
+    """The members that have registered, by name and pid."""
+    return {} if status is None else {(member.name, member.pid): member for member in status.members}
