@@ -2,7 +2,7 @@
 
 No process outlives its job. The kernel signals a child whose supervisor has died (`PR_SET_PDEATHSIG`), and a
 thread that watches the supervisor then kills everything below the child, and its process group. The child adopts
-whom its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
+what its own children leave behind (`PR_SET_CHILD_SUBREAPER`), so that a session or a daemon of an environment does
 not get away. When the child itself is killed, the supervisor adopts them.
 
 What user code forks is no process of the job: it handles signals and uncaught exceptions as Python does.
@@ -23,8 +23,8 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from types import MappingProxyType, TracebackType
-from typing import IO, TYPE_CHECKING, Final, NoReturn, TypeVar
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, NoReturn, TypeVar
 
 from dray.clock import MONOTONIC, Stopwatch
 from dray.forking import SignalHandlers, call_in_children, not_inherited
@@ -45,11 +45,6 @@ PARENT_VARIABLE = "DRAY_SUPERVISOR_PID"
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a process of the job write the stacks of all its threads to its log."""
-
-LEVELS: Final[Mapping[LogLevel, int]] = MappingProxyType(
-    {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-)
-"""The number of each level in `logging`."""
 
 _LAST_BOUND = 3.0
 _OTHERS_WRITE = 0o022
@@ -142,9 +137,8 @@ def printable_handler(prefix: str = "", stream: IO[str] | None = None) -> loggin
 
 def set_log_level(level: LogLevel) -> None:
     """Log from `level` on. "debug" adds the messages of dray; other libraries log from "info" on at most."""
-    number = LEVELS[level]
-    logging.getLogger("dray").setLevel(number)
-    logging.getLogger().setLevel(max(number, logging.INFO))
+    logging.getLogger("dray").setLevel(level.upper())
+    logging.getLogger().setLevel("INFO" if level == "debug" else level.upper())
 
 
 def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
@@ -163,17 +157,16 @@ def stop_on_signals(on_stop: Callable[[signal.Signals], None]) -> None:
 
 
 def finish_process() -> None:
-    """The exit code is decided: a signal that comes from here on must not change it; what hangs is killed."""
+    """The exit code is decided: signals from here on do not change it; what hangs is killed."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave(code: int) -> NoReturn:
-    """Exit without tearing the interpreter down.
+    """Exit after the exit handlers, without tearing the interpreter down.
 
-    Everything of dray is closed by now. What is left is to take apart the user's libraries, which takes seconds
-    for some of them and can run into threads of theirs; the process goes as a whole instead, after its exit
-    handlers.
+    Everything of dray is closed by now. To take the user's libraries apart takes seconds for some of them, and can
+    run into threads of theirs.
     """
     atexit._run_exitfuncs()
     flush_streams()
@@ -181,19 +174,13 @@ def leave(code: int) -> NoReturn:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Kill everything below this process and end it, without exit handlers.
-
-    The supervisor would kill what is left, but it may be gone, and its end the reason for this one.
-    """
+    """Kill everything below this process and end it, without exit handlers: the supervisor may be gone."""
     kill_descendants(_LAST_BOUND)
     os._exit(code)
 
 
 def exit_with_own_code_on_crash() -> None:
-    """Let an uncaught exception end the process with `ExitCode.INTERNAL`.
-
-    Python's own code for it is 1, which means that a job was not finished.
-    """
+    """Let an uncaught exception end the process with `ExitCode.INTERNAL`: Python's 1 means "not finished"."""
     sys.excepthook = _crashed
     call_in_children(_forget_crash_code)
 
@@ -353,7 +340,7 @@ class ChildProcess:
 
     def has_ended(self, timeout: float = 0.0) -> bool:
         """Whether the process has ended or does so within `timeout` seconds."""
-        return self.exit_code is not None or ends_within(self.pidfd, timeout)
+        return not self.running or ends_within(self.pidfd, timeout)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, unless it has ended."""
@@ -362,8 +349,8 @@ class ChildProcess:
 
     def kill_group(self) -> None:
         """Kill the process and every other one in its group."""
+        # The group's number stays in use until the dead leader is waited for.
         if self.running:
-            # The group's number stays in use until the dead leader is waited for.
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -372,7 +359,7 @@ class ChildProcess:
 
         What is left of its process group is killed.
         """
-        if self.exit_code is None and self.has_ended(timeout):
+        if self.running and self.has_ended(timeout):
             self.kill_group()
             self.exit_code = self._process.wait()
             os.close(self.pidfd)

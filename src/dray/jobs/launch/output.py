@@ -16,7 +16,7 @@ from dray.errors import ConfigError
 from dray.jobs.config import JobConfig, LogLevel
 from dray.jobs.files import FOLDER_MODE, make_own_folders, open_own_folder, open_to_append
 from dray.jobs.folder import OPTIONS_NAME, JobFolder, short_path
-from dray.jobs.process import LEVELS, printable_handler
+from dray.jobs.process import printable_handler
 from dray.jobs.replica.checkpoint import CheckpointState, check_checkpoint, find_checkpoint, sweep_partial
 from dray.system_calls import needed
 from dray.text import path_of
@@ -276,7 +276,7 @@ def supervisor_log(folder: Path, level: LogLevel = "info") -> Iterator[None]:
     for each, _ in shown:
         each.setLevel(logging.WARNING)
     logger.addHandler(writer)
-    logger.setLevel(LEVELS[level])
+    logger.setLevel(level.upper())
     try:
         yield
     finally:
