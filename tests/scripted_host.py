@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dray.clock import Deadline
-from dray.jobs.launch.job_processes import replica_name
-from dray.jobs.launch.processes import JobProcess
+from dray.jobs.launch.processes import JobProcess, replica_name
 from dray.jobs.messages.models import Role
 
 

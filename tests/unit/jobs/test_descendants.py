@@ -3,13 +3,13 @@ import signal
 import subprocess
 import sys
 
-from dray.jobs.descendants import child_pids, is_running, kill_orphans
+from dray.jobs.process import child_pids, is_running, kill_orphans
 
 # A child in a session of its own, which has a child that becomes an orphan at once, in another session.
 FORKING = """
 import os, sys, time
 import psutil
-from dray.jobs.descendants import kill_descendants
+from dray.jobs.process import kill_descendants
 from dray.jobs.process import adopt_orphans
 
 def running():
@@ -36,7 +36,7 @@ print("left:", len(running()), flush=True)
 # A child that is killed leaves two to this process: one that runs, and one that has ended and was not waited for.
 LEAVING = """
 import os, signal, time
-from dray.jobs.descendants import child_pids, kill_orphans
+from dray.jobs.process import child_pids, kill_orphans
 from dray.jobs.process import adopt_orphans
 
 adopt_orphans()

@@ -12,9 +12,9 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import JobFolder, RunOptions, short_path
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import JobPlacement
 from dray.jobs.launch.output import is_begun, resume_line
 from dray.jobs.launch.preparation import preparation, raise_mistakes
+from dray.jobs.launch.processes import JobPlacement
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.process import SignalInbox, adopt_orphans, dump_stacks_on_signal

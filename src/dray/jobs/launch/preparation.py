@@ -24,13 +24,12 @@ from dray.errors import ConfigError, MissingDependencyError
 from dray.identifiers import PRODUCER_ID_BYTES
 from dray.jobs.config import JobConfig
 from dray.jobs.controller.listener import bind, check_token_file
-from dray.jobs.descendants import child_pids, kill_orphans
 from dray.jobs.exit_codes import meaning
 from dray.jobs.folder import JobFolder
 from dray.jobs.job_file import MAX_MISTAKES, JobDraft
 from dray.jobs.launch.output import open_output
 from dray.jobs.launch.processes import Child
-from dray.jobs.process import SignalInbox
+from dray.jobs.process import SignalInbox, child_pids, kill_orphans
 from dray.jobs.queue import JobKeys, RedisAddress
 from dray.jobs.queue.redis_server import answering_server, find_redis_binary
 from dray.jobs.replica.checkpoint import CheckpointState

@@ -9,8 +9,7 @@ import selectors
 import signal
 from collections.abc import Callable, Sequence
 
-from dray.jobs.launch.job_processes import Host
-from dray.jobs.launch.processes import EndRequest, JobProcess
+from dray.jobs.launch.processes import EndRequest, Host, JobProcess
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.process import DUMP_SIGNAL, SignalInbox
 

@@ -19,10 +19,9 @@ from dray.jobs.controller.state import THE_JOB_HAS
 from dray.jobs.exit_codes import USER_CODES, ExitCode
 from dray.jobs.folder import JobFolder, JobSpec, short_path
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import JobPlacement, JobProcesses, LocalHost
 from dray.jobs.launch.output import attempt_folder, supervisor_log
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
-from dray.jobs.launch.processes import JobProcess, replica_end
+from dray.jobs.launch.processes import JobPlacement, JobProcess, JobProcesses, LocalHost, replica_end
 from dray.jobs.launch.report import write_report
 from dray.jobs.launch.shutdown import (
     ROLLOUT_SHARE,

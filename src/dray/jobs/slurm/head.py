@@ -28,10 +28,9 @@ from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import HostListener, JobPlacement, replica_name
 from dray.jobs.launch.output import open_output, resume_line
 from dray.jobs.launch.preparation import check_entry_points
-from dray.jobs.launch.processes import EndRequest, JobProcess
+from dray.jobs.launch.processes import EndRequest, HostListener, JobPlacement, JobProcess, replica_name
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.messages.auth import ConnectionInfo, NodeListener
@@ -114,7 +113,7 @@ class RemoteReplica(JobProcess):
 
 
 class RemoteHost:
-    """A node beside the head's, behind a message channel: a `dray.jobs.launch.job_processes.Host`.
+    """A node beside the head's, behind a message channel: a `dray.jobs.launch.processes.Host`.
 
     Args:
         logs: folder with the logs of its replicas.

@@ -22,14 +22,12 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline, retry_pauses
 from dray.errors import ConfigError, ControlPlaneError, TransportError
-from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
-from dray.jobs.launch.job_processes import LocalHost
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
-from dray.jobs.launch.processes import JobProcess
+from dray.jobs.launch.processes import JobProcess, LocalHost
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import MessageChannel
@@ -44,7 +42,7 @@ from dray.jobs.messages.models import (
     Shutdown,
     StartReplica,
 )
-from dray.jobs.process import SignalInbox, log_to_stderr, set_log_level
+from dray.jobs.process import SignalInbox, is_running, log_to_stderr, set_log_level
 from dray.jobs.slurm.network import boot_id, choose_interface
 from dray.jobs.slurm.placement import Placement, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
