@@ -216,9 +216,7 @@ def _bind_to_parent(parent: int) -> None:
         sys.exit(f"the supervisor (pid {parent}) is gone")
 
     def watch() -> None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
+        ends_within(descriptor, None)
         kill_descendants(_LAST_BOUND)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
@@ -332,11 +330,11 @@ def kill_orphans(known: Collection[int], timeout: float) -> int:
     return killed
 
 
-def ends_within(pidfd: int, timeout: float) -> bool:
+def ends_within(pidfd: int, timeout: float | None) -> bool:
     """Whether the process of `pidfd` has ended or does so within `timeout` seconds."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def _descendants() -> list[psutil.Process]:

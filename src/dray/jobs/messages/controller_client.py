@@ -47,7 +47,7 @@ class _Network(httpcore.AnyIOBackend):
         try:
             stream = await super().connect_tcp(*args, **options)
         except httpcore.ConnectError as error:
-            if _is_refusal(error):
+            if _is_refusal(error):  # the pool of connections drops the cause
                 raise _ConnectionRefused from error
             raise
         return descriptor_not_inherited(stream, _descriptor)
@@ -76,6 +76,10 @@ class ControllerClient(Closing):
         token: the job's token.
         timeout: seconds that a call may take in all.
         hurried: the same once the process is about to end.
+
+    Attributes:
+        refused: whether the last connection was refused: the controller is gone, as it listens from before it is
+            started until it ends.
     """
 
     def __init__(self, url: str, token: str, timeout: float, *, hurried: float = 1.0) -> None:
@@ -90,19 +94,13 @@ class ControllerClient(Closing):
         self._closed = False
         self._bounds: set[asyncio.Timeout] = set()
         self._hurry = asyncio.Event()
-        self._refused = False
+        self.refused = False
 
     @classmethod
     def of_address_file(cls, path: Path, token: str, timeout: float, *, hurried: float = 1.0) -> Self:
         """A client for the controller that advertised itself in the file at `path`."""
         url = json.loads(read_private_file(path, "the controller's address"))["url"]
         return cls(url, token, timeout, hurried=hurried)
-
-    @property
-    def refused(self) -> bool:
-        """Whether the last connection was refused: the controller is gone, as it listens from before it is started
-        until it ends."""
-        return self._refused
 
     def post(self, path: str, body: models.Message, reply: type[_Reply], timeout: float | None = None) -> _Reply:
         """Send `body` and return the answer; repeated after transport failures.
@@ -157,16 +155,16 @@ class ControllerClient(Closing):
     async def _request(
         self, method: str, path: str, body: bytes | None, reply: type[_Reply], deadline: Deadline
     ) -> _Reply:
-        message = f"the controller did not answer {method} {path}"
         try:
-            return await self._attempts(method, path, body, reply, deadline)
-        except TimeoutError as error:
-            if deadline.now() - deadline.at < _LATE:
-                raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
-        # User code held the interpreter, or the process was stopped: the controller may well have answered.
-        try:
+            try:
+                return await self._attempts(method, path, body, reply, deadline)
+            except TimeoutError:
+                if deadline.now() - deadline.at < _LATE:
+                    raise
+            # User code held the interpreter, or the process was stopped: the controller may well have answered.
             return await self._attempts(method, path, body, reply, Deadline.after(self._hurried))
         except TimeoutError as error:
+            message = f"the controller did not answer {method} {path}"
             raise ControllerLostError(message, endpoint=self.url, elapsed=deadline.elapsed) from error
 
     async def _attempts(
@@ -180,12 +178,12 @@ class ControllerClient(Closing):
                         method, self.url + path, headers=self._headers, content=body
                     )
                 except _TRANSPORT_ERRORS as error:
-                    self._refused = isinstance(error, _ConnectionRefused)
-                    if self._refused and self._hurry.is_set():
+                    self.refused = isinstance(error, _ConnectionRefused)
+                    if self.refused and self._hurry.is_set():
                         message = f"the controller is gone: it refused the connection for {method} {path}"
                         raise ControllerLostError(message, endpoint=self.url) from error
                 else:
-                    self._refused = False
+                    self.refused = False
                     if response.status < 500:
                         return _parsed(response, reply, self.url + path)
                 await self._pause(next(pauses))

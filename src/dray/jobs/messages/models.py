@@ -84,13 +84,13 @@ Words = Annotated[str, Field(max_length=MAX_WORDS)]
 
 
 class Message(BaseModel):
-    """A body: no unknown fields. A metric may be NaN or infinite; strict JSON has only strings for these."""
+    """A body: no unknown fields. NaN and infinite metrics are strings, as strict JSON has no numbers for them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Caller(Message):
-    """The caller: its name, and which process of that name it is."""
+    """A replica that calls the controller: `incarnation` is which process of that name it is."""
 
     name: Name
     incarnation: Annotated[str, Field(min_length=1, max_length=64)]
@@ -196,8 +196,7 @@ class Heartbeat(Caller):
 
 
 class FailedAttempt(Message):
-    """A rollout of work item `index` failed with `error`, one line; `attempt` is the number that it was given
-    with."""
+    """Attempt number `attempt` at work item `index` failed with `error`, one line."""
 
     index: Index
     attempt: Annotated[int, Field(ge=1)]
@@ -228,8 +227,7 @@ class Finish(Caller):
 
 
 class Unregister(Caller):
-    """``POST /unregister``: the last request of a replica, with the work items published and the attempts failed
-    since the one before, and the exit code with which it is about to end."""
+    """``POST /unregister``: the last request of a replica, which is about to end; fields as in `TakeWork`."""
 
     reason: Sentence
     published: Reported = []
@@ -238,11 +236,11 @@ class Unregister(Caller):
 
 
 class Died(Message):
-    """``POST /died``: the supervisor saw a replica's process `pid` end, with `exit_code` as `subprocess` gives it,
-    and `reason` in case that the replica has given none; `final` unless the supervisor starts the replica, or its
-    group, again.
+    """``POST /died``: the supervisor saw a replica's process end, with `exit_code` as `subprocess` gives it.
 
-    It changes nothing for another process of the same name that has registered since."""
+    `reason` counts if the replica has given none; `final` unless the replica, or its group, is restarted. It
+    changes nothing for another process of the same name that has registered since.
+    """
 
     name: Name
     role: Role
@@ -273,8 +271,7 @@ class Stop(Message):
 
 
 class Directive(Message):
-    """The answer to register and heartbeat: whether to stop, how many policy replicas are there to read, and how
-    many work items were given up so far."""
+    """The answer to register and heartbeat; `readers` are policy replicas that are there to read payloads."""
 
     phase: Phase
     stop: bool
@@ -283,20 +280,18 @@ class Directive(Message):
 
 
 class WorkList(Directive):
-    """The answer to work items: pairs of index and seed; empty where there is no work just now.
-
-    `attempts` has the number of the attempt at each, in the same order, from 1.
-    """
+    """The answer to work items: pairs of index and seed, if there is work, and the numbers of the attempts at
+    them, from 1."""
 
     work_items: list[tuple[int, int]] = []
     attempts: list[int] = []
 
 
 class UnfinishedWork(Message):
-    """The answer to ``POST /under-way``, which a policy asks with a `Caller`: work items that are not finished,
-    those among them whose trajectories were published, and the next work item.
+    """The answer to ``POST /under-way``, which a policy asks with a `Caller`.
 
-    `finished_parts` are the finished payloads of unfinished work items, as in `Heartbeat`.
+    `published` are unfinished work items whose trajectories were published, `finished_parts` the finished payloads
+    of unfinished work items, as in `Heartbeat`.
     """
 
     unfinished: Indices
@@ -413,10 +408,7 @@ class ReplicasRunning(Message):
 
 
 class ReplicaEnded(Message):
-    """From a node: how a replica ended, with the exit code as `subprocess` gives it.
-
-    `request` is the number of the signal with which the node itself has had it end, or 0.
-    """
+    """From a node: how a replica ended, and the number of the signal with which the node has had it end, or 0."""
 
     what: Literal["ended"] = "ended"
     name: Name
@@ -463,15 +455,12 @@ ChannelMessage = Annotated[RankMessage | NodeMessage, Field(discriminator="what"
 # --- work item parts ---------------------------------------------------------------------------------------------
 
 PayloadPart = tuple[int, int, int]
-"""A payload by its place: the index of its work item, its number among the payloads of that, and how many these
-are."""
+"""A payload by its place: the index of its work item, its number there, and how many payloads the item has."""
 
 
 class PartlyFinished:
-    """The work items of which some payloads are finished, or whose number of payloads is known.
-
-    A work item that is worked on again may have another number of payloads: the newest one counts.
-    """
+    """The work items of which some payloads are finished, or whose number of payloads is known: the newest one, as
+    another attempt may have another number."""
 
     def __init__(self) -> None:
         self._finished: dict[int, set[int]] = {}
@@ -498,8 +487,7 @@ class PartlyFinished:
         self._parts.pop(index, None)
 
     def remaining(self, index: int, otherwise: int) -> int:
-        """How many payloads of the work item are not finished; `otherwise` if its number of payloads is not
-        known."""
+        """How many payloads of the work item are not finished; `otherwise` if that is not known."""
         if index not in self._parts:
             return otherwise
         return max(1, self._parts[index] - len(self._finished.get(index, ())))
