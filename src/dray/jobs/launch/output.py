@@ -22,9 +22,9 @@ from dray.system_calls import needed
 from dray.text import path_of
 
 KEY = "job.output"
+RESUME_NEEDS = "must be the output folder of an earlier run"
 _LOG = logging.getLogger("dray.jobs.launch.output")
 _NO_LOCKS = frozenset((errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
-RESUME_NEEDS = "must be the output folder of an earlier run"
 MAX_FOLDER_ATTEMPTS = 1000
 """Folders that are tried one after another because other runs that start at the same time have them."""
 
@@ -35,7 +35,7 @@ def open_output(
 ) -> Iterator[tuple[JobFolder, CheckpointState | None]]:
     """The run's folder, locked, with an empty `run` folder that is gone afterwards; and the state to resume from.
 
-    A folder that was made here, and in which nothing was left, is removed again.
+    A folder that was made here is removed again if it is left empty.
 
     Args:
         resume: whether to resume from a checkpoint, or from the beginning if an earlier run of the folder ended
@@ -77,7 +77,7 @@ def _sweep(folder: JobFolder) -> None:
 
 
 def resume_line(folder: JobFolder, state: CheckpointState) -> str:
-    """From which checkpoint, and from which step, a run is resumed, in one line."""
+    """From which checkpoint and step a run is resumed."""
     return f"resuming from checkpoint {short_path(folder.checkpoint)}, step {state.step}"
 
 
@@ -153,9 +153,9 @@ def choose_folder(
 
     Args:
         used: whether a folder is an earlier run's.
-        resumable: whether a run can resume in one of the numbered folders. The newest one that meets the first
+        resumable: whether a run can resume in one of the numbered folders: the newest one that meets the first
             condition is chosen, else the newest one that meets the next.
-        needs: what one must be or have for that, for the error.
+        needs: what a folder must be or have for that, for the error.
 
     Raises:
         ConfigError: the configured folder is an earlier run's, or there is none to resume in.
@@ -268,9 +268,8 @@ LOG_NAME = "supervisor.log"
 def supervisor_log(folder: Path, level: LogLevel = "info") -> Iterator[None]:
     """What `dray` logs from `level` on goes to `LOG_NAME` in `folder`; warnings go to the terminal, too."""
     logger = logging.getLogger("dray")
-    file = os.fdopen(
-        open_to_append(folder / LOG_NAME, "job.output"), "a", encoding="utf-8", errors="backslashreplace"
-    )
+    descriptor = open_to_append(folder / LOG_NAME, KEY)
+    file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
     writer = printable_handler("%(asctime)s supervisor ", file)
     level_before, shown = logger.level, [(each, each.level) for each in logging.getLogger().handlers]
     for each, _ in shown:

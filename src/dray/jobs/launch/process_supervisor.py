@@ -20,7 +20,7 @@ _LOG = logging.getLogger("dray.jobs.launch.process_supervisor")
 class ProcessSupervisor(abc.ABC):
     """Waits for the ends of processes, signals and connections at once, and ends processes with ever firmer means.
 
-    To be used in the main thread, which never polls: everything that may happen wakes up the selector.
+    In the main thread, which never polls: everything that may happen wakes up the selector.
 
     Args:
         inbox: signals that ask for the end. After the second one, what is left is killed.

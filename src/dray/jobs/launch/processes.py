@@ -256,11 +256,8 @@ class HostListener:
     """Where the other hosts of a job connect; this one is for a job that has no others."""
 
     def open(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
-        """Accept connections: from here on the other hosts find what they need to start.
-
-        Args:
-            selector: gets keys that have a function to call as their data.
-        """
+        """Accept connections: from here on the other hosts find what they need to start. The keys of `selector`
+        have a function to call as their data."""
 
     def apply_timeouts(self) -> None:
         """Reject connections whose time has passed."""
@@ -276,8 +273,8 @@ class HostListener:
 class LocalHost:
     """This machine. To be used in the main thread.
 
-    Children that the process has when this object is made are none of the job's. What a replica leaves behind,
-    such as the environments of a killed one, becomes a child of this process, and is killed.
+    What a replica leaves behind, such as the environments of a killed one, becomes a child of this process, and is
+    killed. Children that the process has when this object is made are none of the job's.
 
     Args:
         selector: wakes up when one of the processes has ended.
@@ -302,10 +299,7 @@ class LocalHost:
 
     @property
     def processes(self) -> Sequence[Child]:
-        """Those that were started; the newest of each name. Replicas come before the controller.
-
-        Where several have ended, the ends of replicas are reported first: that of the controller ends the job.
-        """
+        """Those that were started; the newest of each name. The controller comes last: its end ends the job."""
         return sorted(self._processes.values(), key=lambda child: child.role is None)
 
     def start(
@@ -319,31 +313,15 @@ class LocalHost:
         """
         name, descriptors = replica_name(role, index), [each.fileno() for each in connections]
         rank = [str(restarts), *map(str, descriptors)] if role is Role.POLICY else []
-        return self._add(
-            Child(
-                name,
-                f"dray.jobs.replica.{role.value}",
-                [str(self._folder.spec), str(index), *rank],
-                self._folder.logs / f"{name}.log",
-                role=role,
-                pass_fds=descriptors,
-                environment=self._environment(name),
-            )
-        )
+        module, environment = f"dray.jobs.replica.{role.value}", self._environment(name)
+        return self._start(name, module, [str(index), *rank], descriptors, role=role, environment=environment)
 
     def start_controller(self, listener: socket.socket, token: str) -> Child:
         """Start the controller on `listener`, which is bound: what connects from now on waits until it accepts."""
         advertise(self._folder, listener, token)
         with listener:
-            return self._add(
-                Child(
-                    "controller",
-                    "dray.jobs.controller.app",
-                    [str(self._folder.spec), str(listener.fileno())],
-                    self._folder.logs / "controller.log",
-                    pass_fds=[listener.fileno()],
-                )
-            )
+            number = listener.fileno()
+            return self._start("controller", "dray.jobs.controller.app", [str(number)], [number])
 
     def collect(self) -> Iterator[Child]:
         """The processes that have ended since the last call, each with its exit code, one by one."""
@@ -373,8 +351,19 @@ class LocalHost:
         self.kill(self.processes)
         self._kill_orphans()
 
-    def _add(self, child: Child) -> Child:
-        self._processes[child.name] = child
+    def _start(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        pass_fds: Collection[int],
+        *,
+        role: Role | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Child:
+        arguments, log = [str(self._folder.spec), *arguments], self._folder.logs / f"{name}.log"
+        child = Child(name, module, arguments, log, role=role, pass_fds=pass_fds, environment=environment)
+        self._processes[name] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ)
         return child
 
@@ -450,11 +439,7 @@ class JobProcesses(Closing):
         self.controller = self._local.start_controller(listener, token)
 
     def start_replicas(self, selector: selectors.BaseSelector, spec: JobSpec) -> None:
-        """Start the replicas of all hosts, each as soon as its host is connected.
-
-        Args:
-            selector: gets keys that have a function to call as their data.
-        """
+        """Start the replicas of every host, each as soon as that is connected; `selector` as in `HostListener`."""
         self.listener.open(selector, spec)
         for host, role, index in self._placement.remote:
             host.start(role, index)

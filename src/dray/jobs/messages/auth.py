@@ -107,11 +107,7 @@ class ClientAuth:
         return framed(self._nonce + proof + self._text)
 
     def check(self, proof: bytes) -> None:
-        """Check the head's proof.
-
-        Raises:
-            AuthenticationError: the listener there does not know the secret.
-        """
+        """Raise `AuthenticationError` unless this is a proof that the head knows the secret."""
         if not hmac.compare_digest(self._expected, proof):
             raise AuthenticationError(_STRANGER)
 

@@ -130,11 +130,7 @@ class MessageChannel(Closing):
         return self._socket.fileno()
 
     def send(self, message: ChannelMessage) -> None:
-        """Send `message`.
-
-        Raises:
-            GroupLostError: the other end is gone, or does not read.
-        """
+        """Send `message`, or raise `GroupLostError`: the other end is gone, or does not read."""
         try:
             self._send(message, self._grace)
         except OSError as error:
