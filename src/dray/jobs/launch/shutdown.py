@@ -90,15 +90,12 @@ class ShutdownEscalation:
 
 # --- ending ------------------------------------------------------------------------------------------------------
 
-# Put together from what the processes left behind, whichever of them were killed. The work is finished if one of
-# these states it, whatever signal ended a process afterwards: the status that the controller wrote, and the
-# checkpoint, which the policy writes before it notifies the controller.
+# The work is finished if one of these states it, whatever signal ended a process afterwards: the status that the
+# controller wrote, and the checkpoint, which the policy writes before it notifies the controller.
 
 _LOG = logging.getLogger("dray.jobs.launch.shutdown")
 TIME_LIMIT_SIGNAL = signal.SIGUSR2
 """Notifies the supervisor of a job on Slurm that the time limit is near."""
-
-_FINISHED_CHECKPOINTS = {"solved": "solved", "finished": "finished"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +140,7 @@ def finished_checkpoint(folder: JobFolder) -> CheckpointState | None:
     except ConfigError as error:
         _LOG.error("%s", error)
         return None
-    return found[1] if found is not None and found[1].outcome in _FINISHED_CHECKPOINTS else None
+    return found[1] if found is not None and found[1].outcome in ("solved", "finished") else None
 
 
 def ending(
@@ -173,9 +170,8 @@ def ending(
         outcome = OutcomeReport(kind="failed", reason=controller_request)
         status = status.model_copy(update={"outcome": outcome, "phase": Phase.FAILED})
     if checkpoint is not None and (outcome is None or outcome.kind not in FINISHED_OUTCOMES):
-        kind = _FINISHED_CHECKPOINTS[checkpoint.outcome]
-        reason = f"{kind} at step {checkpoint.step} (according to the checkpoint)"
-        outcome = OutcomeReport.model_validate({"kind": kind, "reason": reason})
+        reason = f"{checkpoint.outcome} at step {checkpoint.step} (according to the checkpoint)"
+        outcome = OutcomeReport.model_validate({"kind": checkpoint.outcome, "reason": reason})
         known = status or Status(
             job=job, phase=Phase.DRAINING, seconds=0.0, outcome=None, members=[], work_items={}
         )
