@@ -99,7 +99,7 @@ def check_entry_points(
     finally:
         child.kill_group()
         child.collect(5.0)
-        kill_orphans(frozenset(strangers), 1.0)
+        kill_orphans(strangers, 1.0)
     if signals:
         return signals
     try:

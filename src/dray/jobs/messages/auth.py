@@ -86,30 +86,11 @@ class ServerAuth:
         return purpose, framed(_proof(self._key, b"head", self._nonce, theirs, text))
 
 
-class ClientAuth:
-    """The node's end. No I/O."""
-
-    def __init__(self, secret: bytes, purpose: ConnectionInfo) -> None:
-        self._key = _key(secret)
-        self._text = purpose.model_dump_json().encode()
-        self._nonce = secrets.token_bytes(NONCE)
-
-    def answer(self, nonce: bytes) -> bytes:
-        """What the node sends when it has received the head's `nonce`.
-
-        Raises:
-            AuthenticationError: it is none.
-        """
-        if len(nonce) != NONCE:
-            raise AuthenticationError(_STRANGER)
-        self._expected = _proof(self._key, b"head", nonce, self._nonce, self._text)
-        proof = _proof(self._key, b"node", nonce, self._nonce, self._text)
-        return framed(self._nonce + proof + self._text)
-
-    def check(self, proof: bytes) -> None:
-        """Raise `AuthenticationError` unless this is a proof that the head knows the secret."""
-        if not hmac.compare_digest(self._expected, proof):
-            raise AuthenticationError(_STRANGER)
+def answer(secret: bytes, purpose: ConnectionInfo, challenge: bytes) -> tuple[bytes, bytes]:
+    """What the node sends when it has received the head's nonce, and the proof that the head must send then."""
+    key, text, ours = _key(secret), purpose.model_dump_json().encode(), secrets.token_bytes(NONCE)
+    proof, expected = (_proof(key, whose, challenge, ours, text) for whose in (b"node", b"head"))
+    return framed(ours + proof + text), expected
 
 
 def _key(secret: bytes) -> bytes:
@@ -166,7 +147,7 @@ def connect(
         TransportError: there is no answer in time.
         AuthenticationError: the listener there does not know the secret.
     """
-    client, endpoint = ClientAuth(secret, purpose), f"tcp:{address[0]}:{address[1]}"
+    endpoint = f"tcp:{address[0]}:{address[1]}"
     with ExitStack() as opened:
         try:
             connected = opened.enter_context(
@@ -177,13 +158,17 @@ def connect(
             raise Unreachable(message, endpoint=endpoint, elapsed=deadline.elapsed) from error
         end_when_silent(connected, silence)
         try:
-            answer = client.answer(_receive(connected, deadline, endpoint))
+            nonce = _receive(connected, deadline, endpoint)
+            if len(nonce) != NONCE:
+                raise FramingError(f"a nonce has {NONCE} bytes, not {len(nonce)}")
+            proof, expected = answer(secret, purpose, nonce)
             connected.settimeout(max(0.001, deadline.remaining))
-            connected.sendall(answer, socket.MSG_NOSIGNAL)
-            client.check(_receive(connected, deadline, endpoint))
+            connected.sendall(proof, socket.MSG_NOSIGNAL)
+            if not hmac.compare_digest(_receive(connected, deadline, endpoint), expected):
+                raise AuthenticationError(_STRANGER, endpoint=endpoint)
             connected.setblocking(False)
         except FramingError as error:
-            raise AuthenticationError(_STRANGER, endpoint=endpoint) from error
+            raise AuthenticationError(f"{_STRANGER}: {error}", endpoint=endpoint) from error
         except DrayError:
             raise
         except TimeoutError as error:
@@ -312,10 +297,10 @@ class NodeListener(Closing):
             if not chunk:
                 self._reject(connected, "it was closed")
                 return
-            answer = auth.feed(chunk)
-            if answer is None:
+            found = auth.feed(chunk)
+            if found is None:
                 return
-            purpose, proof = answer
+            purpose, proof = found
             if reason := self._reason_to_reject(purpose):
                 self._reject(connected, reason)
                 return

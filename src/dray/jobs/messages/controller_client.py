@@ -110,16 +110,12 @@ class ControllerClient(Closing):
             MembershipError: the controller does not count the caller as a member.
             ControlPlaneError: any other refusal.
         """
-        content = body.model_dump_json().encode()
-        return self._run(self._request("POST", path, content, reply, self._deadline(timeout)))
+        deadline = Deadline.after(self._timeout if timeout is None else timeout)
+        return self._run(self._request("POST", path, body.model_dump_json().encode(), reply, deadline))
 
-    def status(self, timeout: float | None = None) -> models.Status:
-        """The job's status.
-
-        Raises:
-            ControlPlaneError: as `post`.
-        """
-        return self._run(self._request("GET", "/status", None, models.Status, self._deadline(timeout)))
+    def status(self) -> models.Status:
+        """The job's status; raises as `post` does."""
+        return self._run(self._request("GET", "/status", None, models.Status, Deadline.after(self._timeout)))
 
     def hurry(self) -> None:
         """The process is about to end: from now on, and for calls under way, wait at most the `hurried` seconds,
@@ -141,9 +137,6 @@ class ControllerClient(Closing):
         # Where user code has restored SIGPIPE, a controller that is gone must not end the process.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
         self._loop.run_forever()
-
-    def _deadline(self, timeout: float | None) -> Deadline:
-        return Deadline.after(self._timeout if timeout is None else timeout)
 
     def _run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
