@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
@@ -45,19 +44,31 @@ _STATE_STYLES = {MemberState.ACTIVE: "", MemberState.LEFT: "yellow", MemberState
 _WORD = re.compile(r"[\w./@:-]+")
 
 
-@dataclass(frozen=True, slots=True)
 class Figures:
-    """The numbers of one moment, read off a job's status.
+    """The numbers of a job's newest status.
 
     Attributes:
-        policy: what the first policy replica has reported.
-        rate: MB/s of payloads.
+        status: the newest one.
+        policy: what the first policy replica has reported in it.
+        rate: MB/s of payloads, smoothed over a few seconds.
     """
 
     status: Status
     policy: ProgressReport
-    max_steps: int
-    rate: float
+
+    def __init__(self, max_steps: int) -> None:
+        self.rate = 0.0
+        self._max_steps = max_steps
+        self._last: tuple[float, int] | None = None
+
+    def read(self, status: Status) -> Self:
+        """These figures, of `status` from now on."""
+        self.status, self.policy = status, status.progress(FIRST_POLICY)
+        if "bytes" in self.policy.counters:
+            self._follow(status.seconds, self.policy.count("bytes"))
+        else:
+            self._last = None  # a policy that is restarted begins with the bytes of its checkpoint
+        return self
 
     def line(self) -> str:
         """Everything in one line."""
@@ -71,7 +82,7 @@ class Figures:
         shown = {
             "phase": self.status.phase.value,
             "time": f"{self.status.seconds:.0f} s",
-            "step": f"{policy.count('step')}/{self.max_steps}",
+            "step": f"{policy.count('step')}/{self._max_steps}",
             "mean return": "" if mean_return is None else f"{mean_return:.1f}",
             "payloads": str(policy.count("payloads")),
             "throughput": f"{self.rate:.2f} MB/s",
@@ -89,31 +100,13 @@ class Figures:
         more = len(names) - MAX_METRICS_SHOWN
         return " ".join([*parts, f"and {more} more"] if more > 0 else parts)
 
-
-class FigureReader:
-    """Makes `Figures` of statuses that follow each other; the rate is smoothed over a few seconds."""
-
-    def __init__(self, max_steps: int) -> None:
-        self._max_steps = max_steps
-        self._last: tuple[float, int] | None = None
-        self._rate = 0.0
-
-    def read(self, status: Status) -> Figures:
-        """The figures of `status`, newer than those read before."""
-        policy = status.progress(FIRST_POLICY)
-        if "bytes" in policy.counters:
-            self._follow(status.seconds, policy.count("bytes"))
-        else:
-            self._last = None  # a policy that is restarted begins with the bytes of its checkpoint
-        return Figures(status, policy, self._max_steps, self._rate)
-
     def _follow(self, seconds: float, nbytes: int) -> None:
         if self._last is not None:
             elapsed = seconds - self._last[0]
             if elapsed < 0.1:
                 return
             weight = 1 - math.exp(-elapsed / 3.0)
-            self._rate += weight * ((nbytes - self._last[1]) / elapsed / 1e6 - self._rate)
+            self.rate += weight * ((nbytes - self._last[1]) / elapsed / 1e6 - self.rate)
         self._last = (seconds, nbytes)
 
 
@@ -133,7 +126,7 @@ class Display(Closing):
         if isinstance(self._console.file, io.TextIOWrapper):
             # A character that the terminal's encoding does not have is shown as an escape.
             self._console.file.reconfigure(errors="backslashreplace")
-        self._reader = FigureReader(max_steps)
+        self._figures = Figures(max_steps)
         self._live: Live | None = None
         self._next_line = 0.0
         self._failed = False
@@ -188,7 +181,7 @@ class Display(Closing):
         self._console.file.flush()
 
     def _update(self, status: Status) -> None:
-        figures = self._reader.read(status)
+        figures = self._figures.read(status)
         for member in status.members:
             for warning in member.progress.warnings:
                 if (member.name, warning) not in self._warned:
