@@ -21,7 +21,7 @@ from dray.jobs.controller import state
 from dray.jobs.controller.metrics import FAMILIES
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.launch import shutdown
-from dray.jobs.launch.processes import RESTARTED
+from dray.jobs.launch.processes import is_restarted
 from dray.jobs.process import WATCHED
 from dray.jobs.queue import JobKeys
 from dray.jobs.replica import delivery, heartbeat
@@ -323,10 +323,14 @@ def test_signals_on_the_runtime_page_are_those_that_end_a_run() -> None:
     assert documented == {number.name: 128 + number for number in WATCHED}
 
 
-def test_exit_codes_after_which_a_policy_group_is_restarted_are_those_of_the_table() -> None:
+def test_exit_codes_after_which_a_policy_group_is_restarted_are_those_of_the_code() -> None:
     text = page("runtime.md")
     table = rows(text[text.index("| exit code | of a policy replica |") : text.index("## On several nodes")])[1:]
-    expected = [[f"{code:d}", meaning(code), restarted.value] for code, restarted in RESTARTED.items()]
+    restarted = {(True, True): "yes", (False, True): "in a group of several", (False, False): "no"}
+    expected = [
+        [f"{code:d}", meaning(code), restarted[is_restarted([code], 1), is_restarted([code], 2)]]
+        for code in ExitCode
+    ]
     assert table[: len(expected)] == expected
     assert [row[::2] for row in table[len(expected) :]] == [["any other", "yes"], ["a signal", "yes"]]
 

@@ -37,14 +37,11 @@ def check(job: JobArgument, settings: Settings = None, output: OutputOption = No
     """
     require_extra("jobs")
     # Imported here, so that the other commands start fast.
-    from dray.jobs.launch.local import begin_checks, show_line, stop_checks
-    from dray.jobs.launch.preparation import check_job
+    from dray.jobs.launch.local import check_job
 
-    begin_checks()
     request = read_job(job, settings, output, None)
-    signals = check_job(request.draft, request.options.job_file, show_line)
-    if signals:
-        raise typer.Exit(stop_checks(request.draft, signals))
+    if code := check_job(request.draft, request.options.job_file):
+        raise typer.Exit(code)
     shown = printable(short_path(job.absolute()))
     config = request.config
     redis = "" if config.redis.url is not None else "1 Redis server, "

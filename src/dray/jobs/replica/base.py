@@ -20,7 +20,6 @@ from dray.jobs.messages.channel import GroupLostError
 from dray.jobs.messages.controller_client import ControllerClient, ControllerLostError
 from dray.jobs.messages.models import MAX_SENTENCE, MembershipError, Role
 from dray.jobs.process import (
-    ShutdownStep,
     StopFlag,
     begin_process,
     closed_by_step,
@@ -99,8 +98,9 @@ class Replica:
                 grace=config.timeouts.shutdown,
                 bounds=self.bounds,
             )
-            last_beat = ShutdownStep("send the last heartbeat", "the controller", 2 * self.bounds.answer)
-            self.heartbeat = closed_by_step(starting, heartbeat, last_beat)
+            self.heartbeat = starting.enter_context(
+                closed_by_step(heartbeat, "send the last heartbeat", "the controller", 2 * self.bounds.answer)
+            )
             self.redis = starting.enter_context(
                 RedisConnection(
                     RedisAddress(self.spec.redis_url),

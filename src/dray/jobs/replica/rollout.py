@@ -12,7 +12,7 @@ from dray.clock import MONOTONIC
 from dray.jobs.api import RolloutWorker
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages.models import Role
-from dray.jobs.process import ShutdownStep, closed_by_step, exit_at_once, leave, shutdown_step
+from dray.jobs.process import closed_by_step, exit_at_once, leave, shutdown_step
 from dray.jobs.replica.async_rollouts import AsyncRollouts
 from dray.jobs.replica.base import Replica, run_replica, stop_code
 from dray.jobs.replica.entry_points import load_entry_point
@@ -44,8 +44,9 @@ def work(replica: Replica) -> ExitCode:
     call_user(worker, "setup", replica.context(dict(config.args)))
     with ExitStack() as opened:
         source = opened.enter_context(WorkSource(replica))
-        closing = ShutdownStep("stop serving payloads", "transfers in flight", replica.bounds.close)
-        publisher, weights = closed_by_step(opened, _ends(replica), closing)
+        publisher, weights = opened.enter_context(
+            closed_by_step(_ends(replica), "stop serving payloads", "transfers in flight", replica.bounds.close)
+        )
         replica.stop.disposable = False
         try:
             if is_async(worker, "rollout"):

@@ -28,10 +28,9 @@ from dray.jobs.files import write_json
 from dray.jobs.folder import JobFolder, JobSpec
 from dray.jobs.job_file import JobDraft
 from dray.jobs.launch.display import Display
-from dray.jobs.launch.job_processes import JobPlacement, chosen_token, replica_name
 from dray.jobs.launch.output import open_output, resume_line
 from dray.jobs.launch.preparation import check_entry_points
-from dray.jobs.launch.processes import EndRequest, JobProcess
+from dray.jobs.launch.processes import EndRequest, HostListener, JobPlacement, JobProcess, replica_name
 from dray.jobs.launch.shutdown import stopped_early
 from dray.jobs.launch.supervisor import supervise
 from dray.jobs.messages.auth import ConnectionInfo, NodeListener
@@ -110,7 +109,7 @@ class RemoteReplica(JobProcess):
 
 
 class RemoteHost:
-    """A node beside the head's, behind a message channel: a `dray.jobs.launch.job_processes.Host`.
+    """A node beside the head's, behind a message channel: a `dray.jobs.launch.processes.Host`.
 
     Args:
         logs: folder with the logs of its replicas.
@@ -207,8 +206,8 @@ class RemoteHost:
         self._channel = None
 
 
-class NodeConnections(Closing):
-    """Where the other nodes connect: a `dray.jobs.launch.job_processes.HostListener`.
+class NodeConnections(HostListener, Closing):
+    """Where the other nodes connect.
 
     Args:
         attempt: the name of the attempt, which connections must show.
@@ -317,9 +316,7 @@ def run_head(task: Task) -> int:
             draft, file = JobDraft(config), task.plan.job_file
             signals = check_entry_points(draft, file, folder.run, inbox, show_line=display.show_line)
             if signals:
-                ending = stopped_early(folder, config.job.name, signals)
-                display.show_line(ending.reason)
-                return ending.exit_code
+                return stopped_early(folder, signals, display.show_line)
         return supervise(config, task.plan.job_file, placement, state, inbox, display)
 
 
@@ -365,9 +362,8 @@ def _placement(
         rollouts=range(len(rollouts)),
         redis_host=None if nodes is None else address,
         remote=[] if nodes is None else [(nodes.hosts[each.node], each.role, each.index) for each in away],
-        listener=nodes,
+        listener=nodes or HostListener(),
         secret=secret,
-        token=chosen_token(config),
         environment=variables.__getitem__,
     )
 

@@ -22,14 +22,12 @@ from pydantic import ValidationError
 
 from dray.clock import Deadline, retry_pauses
 from dray.errors import ConfigError, ControlPlaneError, TransportError
-from dray.jobs.descendants import is_running
 from dray.jobs.exit_codes import ExitCode, meaning
 from dray.jobs.files import make_own_folders, read_private_file
 from dray.jobs.folder import JobFolder, JobSpec
-from dray.jobs.launch.job_processes import LocalHost, SupervisorHost
 from dray.jobs.launch.output import KEY
 from dray.jobs.launch.process_supervisor import ProcessSupervisor
-from dray.jobs.launch.processes import JobProcess
+from dray.jobs.launch.processes import JobProcess, LocalHost
 from dray.jobs.launch.shutdown import KillStage, ShutdownEscalation
 from dray.jobs.messages.auth import ConnectionInfo, connect
 from dray.jobs.messages.channel import MessageChannel
@@ -44,7 +42,7 @@ from dray.jobs.messages.models import (
     Shutdown,
     StartReplica,
 )
-from dray.jobs.process import SignalInbox, log_to_stderr, set_log_level
+from dray.jobs.process import SignalInbox, is_running, log_to_stderr, set_log_level
 from dray.jobs.slurm.placement import Placement, boot_id, choose_interface, environment, placements
 from dray.jobs.slurm.plan import Task, run_task
 from dray.name_resolution import is_loopback
@@ -86,12 +84,12 @@ class NodeAgent(ProcessSupervisor):
         self,
         task: Task,
         placed: Sequence[Placement],
-        host: SupervisorHost,
+        host: LocalHost,
         *,
         selector: selectors.BaseSelector,
         inbox: SignalInbox,
     ) -> None:
-        super().__init__(inbox, selector, [host])
+        super().__init__(inbox, selector, [host], _LOG.error)
         self._task = task
         self._placed = {each.name: each for each in placed}
         self._host = host
@@ -240,9 +238,6 @@ class NodeAgent(ProcessSupervisor):
         if self.signals:
             return f"the node received {self.signals[0].name}"
         return "the job has ended" if self._dismissed else "the head is gone"
-
-    def _report(self, line: str) -> None:
-        _LOG.error("%s", line)
 
 
 def run_node(task: Task) -> int:

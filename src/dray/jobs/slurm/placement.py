@@ -12,7 +12,7 @@ import psutil
 
 from dray.errors import ConfigError
 from dray.jobs.config import JobConfig, SlurmTable
-from dray.jobs.launch.job_processes import replica_name
+from dray.jobs.launch.processes import replica_name
 from dray.jobs.messages.models import Role
 from dray.jobs.process import ADDRESS_VARIABLE, REPLICA_NODES_VARIABLE
 from dray.name_resolution import is_loopback

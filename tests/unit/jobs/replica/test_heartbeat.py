@@ -156,6 +156,6 @@ def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSp
             grace=10.0,
             bounds=BOUNDS,
         ) as heartbeat:
-            assert stop.wait(10.0)
+            assert stop.event.wait(10.0)
             assert not heartbeat.job_over.is_set()
     assert stop.exit_code == 11
