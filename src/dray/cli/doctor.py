@@ -12,17 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dray import __version__
-from dray.cli.lane_check import LaneReport, check_lane
 from dray.errors import ConfigError
-from dray.ring.direct import direct_problem
+from dray.identifiers import LANE_NAMES
 from dray.system_calls import ALLOW, refused_calls
 from dray.text import MAX_LINE, printable
-from dray.transport.lanes import LANES
+
+if TYPE_CHECKING:
+    from dray.cli.lane_check import LaneReport
 
 _FEW_OPEN_FILES = 1024
 
@@ -46,7 +47,9 @@ def doctor(
     needed = needed_lanes(require or [])
     if not timeout > 0:
         raise ConfigError("--timeout", timeout, "must be more than 0 seconds")
-    reports = [check_lane(lane, timeout) for lane in LANES]
+    from dray.cli.lane_check import check_lane  # here, so that the other commands start fast
+
+    reports = [check_lane(lane, timeout) for lane in LANE_NAMES]
     machine = inspect_machine()
     works = all(report.works for report in reports if report.lane in needed)
     if as_json:
@@ -63,8 +66,10 @@ def needed_lanes(required: Sequence[str]) -> frozenset[str]:
         ConfigError: `required` names something that is not a lane.
     """
     for lane in required:
-        if lane not in LANES:
-            raise ConfigError("--require", lane, f"must be one of {', '.join(LANES)}")
+        if lane not in LANE_NAMES:
+            raise ConfigError("--require", lane, f"must be one of {', '.join(LANE_NAMES)}")
+    from dray.transport.lanes import LANES
+
     return frozenset(lane.name for lane in LANES.values() if not lane.extra) | frozenset(required)
 
 
@@ -215,6 +220,8 @@ def inspect_machine() -> MachineFacts:
         redis = str(find_redis_binary())
     except ConfigError:
         redis = None
+    from dray.ring.direct import direct_problem
+
     return MachineFacts(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
