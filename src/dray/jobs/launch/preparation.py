@@ -75,7 +75,7 @@ def check_entry_points(
     strangers = child_pids()
     child = Child(
         "check",
-        "dray.jobs.replica.user_check",
+        "dray.jobs.replica.entry_points",
         [str(job_file.parent), worker_text, trainer_text, str(concurrency), items_text, str(report)],
         folder / "check.log",
     )

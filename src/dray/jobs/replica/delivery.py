@@ -13,19 +13,20 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.identifiers import PayloadId
 from dray.jobs.config import PolicyTable
 from dray.jobs.files import read_private_file, write_json
-from dray.jobs.messages.models import PayloadPart, UnfinishedWork
-from dray.jobs.queue import CommitOutcome, Delivery, QueueStatistics, RolloutEntry
+from dray.jobs.messages.models import PartlyFinished, PayloadPart, UnfinishedWork
+from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
 from dray.jobs.replica.checkpoint import CheckpointState
-from dray.jobs.replica.staleness import StalenessWindow
+from dray.jobs.replica.heartbeat import Heartbeat
 
 _LOG = logging.getLogger("dray.jobs.replica.delivery")
 _CLAIM_INTERVAL = 2.0
@@ -145,54 +146,84 @@ class PayloadTracker:
             return [delivery for state in states for delivery in self._within[state].values()]
 
 
-# --- acting on it ------------------------------------------------------------------------------------------------
+# --- staleness ---------------------------------------------------------------------------------------------------
 
 
-class ReferenceQueue(Protocol):
-    """The part of `dray.jobs.queue.RolloutConsumer` that is used."""
+class StalenessWindow:
+    """Which work items' payloads a training step has to use so that none becomes too old. No I/O and no clock.
 
-    @property
-    def epoch(self) -> int | None: ...
-    @property
-    def oldest_held(self) -> float | None: ...
-    def attach(self, timeout: float | None) -> object: ...
-    def begin_epoch(self, after: int, timeout: float | None) -> int: ...
-    def check_epoch(self, timeout: float | None) -> None: ...
-    def receive(self, count: int, timeout: float | None) -> list[Delivery]: ...
-    def claim_others(self, timeout: float | None) -> list[Delivery]: ...
-    def commit(self, deliveries: Iterable[Delivery], timeout: float | None) -> CommitOutcome: ...
-    def commit_trained(
-        self, identities: Collection[str], timeout: float | None, *, counter: Literal["trained", "repeated"]
-    ) -> list[RolloutEntry]: ...
-    def discard(
-        self, deliveries: Iterable[Delivery], timeout: float | None, *, counter: Literal["discarded", "too_old"]
-    ) -> CommitOutcome: ...
-    def take_dead_letters(self) -> list[RolloutEntry]: ...
-    def drop_trimmed(self, timeout: float | None, *, held: bool = False) -> int: ...
-    def listed_work_items(self, timeout: float | None) -> Collection[int]: ...
-    def raise_counters(self, values: Mapping[str, int], timeout: float | None) -> None: ...
-    def statistics(self, timeout: float | None) -> QueueStatistics: ...
+    With at most (s + 1) batches of work items under way, and each step using those with the lowest indices, no
+    payload is trained on by weights more than s versions newer than those it was made with: work item i is given
+    out when all but (s + 1) batches of those before it are finished and the weights trained on them are published,
+    and it is trained on when all before it are.
 
+    Args:
+        unfinished: the work items that were given out and are not finished.
+        following: index of the first one that was not given out.
+        payloads_each: how many payloads a work item has at least.
+    """
 
-class WorkReports(Protocol):
-    """What the controller is asked about work items, and what is reported to it."""
+    def __init__(self, unfinished: Iterable[int], following: int, payloads_each: int = 1) -> None:
+        self._unfinished = set(unfinished)
+        self._following = following
+        self._payloads_each = payloads_each
+        self._parts = PartlyFinished()
+        self._in_use: Counter[int] = Counter()  # payloads of a step that has begun, by work item
 
-    def unfinished(self) -> UnfinishedWork:
-        """The work items that are given out and not finished, by the controller's knowledge."""
-        ...
+    def last_due(self, count: int) -> int:
+        """The index of the last of the lowest unfinished work items that have `count` payloads together which are
+        neither finished nor used by a step that has begun."""
+        for index in sorted(self._unfinished):
+            count -= max(0, self._parts.remaining(index, self._payloads_each) - self._in_use[index])
+            if count <= 0:
+                return index
+        return self._following - (-count // self._payloads_each) - 1
 
-    def finished(self, work_items: Iterable[int]) -> None:
-        """These are trained on, or never will be."""
-        ...
+    def found(self, payloads: Iterable[PayloadPart]) -> None:
+        """These payloads were received: they have the number of payloads of their work items."""
+        for index, _, parts in payloads:
+            if parts > 1 and (index in self._unfinished or index >= self._following):
+                self._parts.found(index, parts)
+
+    def begin(self, payloads: Iterable[PayloadPart]) -> None:
+        """A step on these payloads begins."""
+        for index, _, _ in payloads:
+            self._give_out(index + 1)
+            self._in_use[index] += 1
+
+    def finished(self, indices: Iterable[int]) -> None:
+        """These are trained on, or never will be; those that were not given out as far as known are now."""
+        for index in indices:
+            self._give_out(index + 1)
+            self._unfinished.discard(index)
+            self._parts.forget(index)
+            self._in_use.pop(index, None)
 
     def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
-        """These payloads are trained on, or never will be."""
-        ...
+        """These payloads are trained on, or never will be; a work item is finished with the last of its own."""
+        for payload in payloads:
+            index = payload[0]
+            self._give_out(index + 1)
+            if self._in_use[index] > 1:
+                self._in_use[index] -= 1
+            else:
+                self._in_use.pop(index, None)
+            if index in self._unfinished and self._parts.finish(payload):
+                self.finished([index])
 
-    @property
-    def given_up(self) -> int:
-        """How many work items were given up so far: after failed rollouts, no payload of them comes."""
-        ...
+    def compare(self, unfinished: Iterable[int], following: int) -> None:
+        """The controller knows of no others that are `unfinished`, among those before `following`."""
+        self._give_out(following)
+        known = set(unfinished)
+        self.finished({index for index in self._unfinished if index < following} - known)
+
+    def _give_out(self, following: int) -> None:
+        """All before `following` were given out."""
+        self._unfinished.update(range(self._following, following))
+        self._following = max(self._following, following)
+
+
+# --- acting on it ------------------------------------------------------------------------------------------------
 
 
 class Deliveries:
@@ -201,7 +232,7 @@ class Deliveries:
     Args:
         queue: where references come from; its consumer has this epoch alone.
         free: has payloads freed at their producers, without waiting for it.
-        work: the controller's side of work items.
+        work: reports ends to the controller, and asks it which work items are not finished.
         policy: the table of the job file.
         state: the checkpoint that the weights come from.
         recorded: payloads that were committed before, according to the lines of the metrics.
@@ -221,9 +252,9 @@ class Deliveries:
 
     def __init__(
         self,
-        queue: ReferenceQueue,
+        queue: RolloutConsumer,
         free: Callable[[Sequence[RolloutEntry]], None],
-        work: WorkReports,
+        work: Heartbeat,
         policy: PolicyTable,
         state: CheckpointState,
         *,

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dray.clock import MONOTONIC, Deadline
 from dray.counters import Counters
@@ -48,6 +49,7 @@ class EndBounds:
     """Seconds of each wait.
 
     Attributes:
+        shutdown: all of `timeouts.shutdown`.
         answer: for one answer of the controller.
         serve: for payloads to be consumed, since it is known that the job ends.
         leave: for payloads to be consumed before the job ends.
@@ -55,6 +57,7 @@ class EndBounds:
         threads: for the server's threads after that.
     """
 
+    shutdown: float
     answer: float
     serve: float
     leave: float
@@ -65,6 +68,7 @@ class EndBounds:
     def of(cls, shutdown: float) -> EndBounds:
         """Those for `shutdown` seconds of `timeouts.shutdown`."""
         return cls(
+            shutdown=shutdown,
             answer=min(MAX_ANSWER, ANSWER_PART * shutdown),
             serve=SERVE_PART * shutdown,
             leave=LEAVE_PART * shutdown,
@@ -81,6 +85,32 @@ class EndBounds:
     def ended_rollout(self) -> float:
         """Seconds that all waits of a rollout replica together take once it is ended."""
         return self.serve + self.close + 3 * self.answer
+
+
+# --- member ------------------------------------------------------------------------------------------------------
+
+_Reply = TypeVar("_Reply", bound=models.Message)
+
+
+class Member:
+    """A replica as the controller knows it: its calls carry its name and which process of that name it is."""
+
+    def __init__(self, client: ControllerClient, name: str) -> None:
+        self.client = client
+        self.name = name
+        self.incarnation = secrets.token_hex(8)
+
+    def post(
+        self,
+        path: str,
+        body: Callable[..., models.Caller],
+        reply: type[_Reply],
+        timeout: float | None = None,
+        **fields: object,
+    ) -> _Reply:
+        """The controller's answer to a `body` with these `fields`; errors as of `ControllerClient.post`."""
+        message = body(name=self.name, incarnation=self.incarnation, **fields)
+        return self.client.post(path, message, reply, timeout)
 
 
 # --- heartbeat ---------------------------------------------------------------------------------------------------
@@ -185,9 +215,7 @@ class Heartbeat(Closing):
 
     def __init__(
         self,
-        client: ControllerClient,
-        name: str,
-        incarnation: str,
+        member: Member,
         activity: Activity,
         stop: StopFlag,
         *,
@@ -202,9 +230,7 @@ class Heartbeat(Closing):
         self.unread = threading.Event()
         self._watching_readers = False
         self._silent = False
-        self._client = client
-        self._name = name
-        self._incarnation = incarnation
+        self._member = member
         self._activity = activity
         self._stop = stop
         self._interval = interval
@@ -219,6 +245,18 @@ class Heartbeat(Closing):
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
+    def follow(self, answer: models.Directive) -> None:
+        """Stop the replica if the controller has answered, to this or another request, that the job ends."""
+        if answer.stop:
+            if not self.job_over.is_set():
+                self.over_at = MONOTONIC.now()
+            self.job_over.set()
+            self._stop.set(f"the job is {answer.phase.value}")
+
+    def unfinished(self) -> models.UnfinishedWork:
+        """The work items that are given out and not finished, by the controller's knowledge."""
+        return self._member.post("/under-way", models.Caller, models.UnfinishedWork)
+
     def finished(self, indices: Iterable[int]) -> None:
         """Report, at once, work items whose trajectories are trained on, lost or discarded."""
         with self._lock:
@@ -232,10 +270,6 @@ class Heartbeat(Closing):
         with self._lock:
             self._finished.extend(index for index, _, parts in found if parts == 1)
             self._finished_parts.extend(each for each in found if each[2] > 1)
-        self._wake.set()
-
-    def beat_now(self) -> None:
-        """Do not wait for the end of the interval."""
         self._wake.set()
 
     def watch_readers(self) -> None:
@@ -286,7 +320,7 @@ class Heartbeat(Closing):
     def _note_silence(self) -> None:
         if self._stop.is_set and self.over_at is None:
             self.over_at = MONOTONIC.now() - self._stop.since
-        if self._client.refused:
+        if self._member.client.refused:
             self.unread.set()
 
     @property
@@ -299,36 +333,30 @@ class Heartbeat(Closing):
     def _beat(self) -> None:
         with self._lock:
             # What is more comes with the next one, at once.
-            finished, self._finished = self._finished[: models.MAX_REPORTED], self._finished[models.MAX_REPORTED :]
-            parts, self._finished_parts = (
-                self._finished_parts[: models.MAX_REPORTED],
-                self._finished_parts[models.MAX_REPORTED :],
-            )
+            finished, parts = self._finished[: models.MAX_REPORTED], self._finished_parts[: models.MAX_REPORTED]
+            del self._finished[: len(finished)], self._finished_parts[: len(parts)]
             if self._finished or self._finished_parts:
                 self._wake.set()
-        body = models.Heartbeat(
-            name=self._name,
-            incarnation=self._incarnation,
-            progress=self._activity.report(),
-            finished=finished,
-            finished_parts=parts,
-            until_unread=self._until_unread,
-        )
         try:
-            answer = self._client.post("/heartbeat", body, models.Directive, self._attempt)
+            answer = self._member.post(
+                "/heartbeat",
+                models.Heartbeat,
+                models.Directive,
+                self._attempt,
+                progress=self._activity.report(),
+                finished=finished,
+                finished_parts=parts,
+                until_unread=self._until_unread,
+            )
         except ControllerLostError:
             with self._lock:
                 self._finished[:0] = finished
                 self._finished_parts[:0] = parts
             raise
         self.given_up = answer.given_up
-        if answer.stop:
-            if not self.job_over.is_set():
-                self.over_at = MONOTONIC.now()
-            self.job_over.set()
-            self._stop.set(f"the job is {answer.phase.value}")
-            if not answer.readers:
-                self.unread.set()
+        self.follow(answer)
+        if answer.stop and not answer.readers:
+            self.unread.set()
 
     def _fatal(self, reason: str, exit_code: ExitCode) -> None:
         self._stop.set(reason, exit_code)

@@ -10,7 +10,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from dray.jobs.exit_codes import ExitCode
 from dray.jobs.folder import finite
 from dray.jobs.messages import models
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
-from dray.jobs.messages.models import OutcomeKind, PayloadPart, RankCommand, Role
+from dray.jobs.messages.models import OutcomeKind, RankCommand, Role
 from dray.jobs.process import leave, shutdown_step
 from dray.jobs.queue import RedisUnavailableError, RolloutConsumer
 from dray.jobs.replica.base import Replica, run_replica, stop_code
@@ -96,7 +96,8 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
         if ranks is None:
             reader = opened.enter_context(rank_reader(replica))
             replica.stop.disposable = False
-            return RankWorker(replica, trainer, channels[0], reader).run()
+            timeout = config.timeouts.read
+            return RankWorker(trainer, channels[0], reader, replica.activity, timeout=timeout).run()
         inline = config.job.transfer == "inline"
         ends: PolicyEnds = redis_policy_ends(replica) if inline else ring_policy_ends(replica)
         trajectories, weights = opened.enter_context(ends)
@@ -116,27 +117,6 @@ def _shared_by(channel: MessageChannel, _text: str | None) -> str:
     if order.what != "share":
         raise GroupLostError(f"{channel.peer} sent another command while this rank waited for a shared text")
     return order.text
-
-
-class _Controller:
-    """The controller, as far as work items go."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-
-    def unfinished(self) -> models.UnfinishedWork:
-        caller = models.Caller(name=self._replica.name, incarnation=self._replica.incarnation)
-        return self._replica.client.post("/under-way", caller, models.UnfinishedWork)
-
-    def finished(self, work_items: Iterable[int]) -> None:
-        self._replica.heartbeat.finished(work_items)
-
-    def finished_payloads(self, payloads: Iterable[PayloadPart]) -> None:
-        self._replica.heartbeat.finished_payloads(payloads)
-
-    @property
-    def given_up(self) -> int:
-        return self._replica.heartbeat.given_up
 
 
 class Training:
@@ -244,14 +224,14 @@ class Training:
             replica.redis,
             replica.keys,
             # A name for this epoch alone: an earlier one that wakes is given nothing that would be taken for ours.
-            f"{replica.name}.{replica.incarnation}",
+            f"{replica.name}.{replica.member.incarnation}",
             max_deliveries=config.policy.max_deliveries,
             remembered=max(65536, config.rollout.slots * config.rollout.replicas),
         )
         deliveries = Deliveries(
             queue,
             self._reader.consume,
-            _Controller(replica),
+            replica.heartbeat,
             config.policy,
             state,
             recorded=recorded,
@@ -296,11 +276,11 @@ class Training:
         def show(missing: int) -> None:
             activity.waits(f"{missing} of {size} payloads", "the rollout replicas")
 
-        def restore() -> None:
+        def on_slice() -> None:
             if not self._replica.stop.is_set:
                 self._weights.restore()
 
-        while (batch := self._ahead.wait(show, restore)) is not None:
+        while (batch := self._ahead.wait(show, on_slice)) is not None:
             reading = Stopwatch()
             activity.doing(f"reading {size} payloads")
             self._ranks.read(batch.by_part())
@@ -479,14 +459,14 @@ class Training:
             self._save(str(kind) if code is ExitCode.OK else "")
         self._show_last()
         if kind is not None:
-            body = models.Finish(
-                name=self._replica.name,
-                incarnation=self._replica.incarnation,
-                kind=kind,
-                reason=printable(reason, models.MAX_SENTENCE),
-            )
             with shutdown_step("report the outcome", "the controller", timeouts.http):
-                self._replica.client.post("/finish", body, models.Directive)
+                self._replica.member.post(
+                    "/finish",
+                    models.Finish,
+                    models.Directive,
+                    kind=kind,
+                    reason=printable(reason, models.MAX_SENTENCE),
+                )
         self._replica.leaving_reason = reason
         self._ranks.end()
         return code

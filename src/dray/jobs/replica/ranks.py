@@ -15,8 +15,8 @@ from dray.jobs.files import FOLDER_MODE
 from dray.jobs.messages.channel import GroupLostError, MessageChannel
 from dray.jobs.messages.models import RankCommand, RankReply
 from dray.jobs.queue import Delivery
-from dray.jobs.replica.base import Replica
 from dray.jobs.replica.checkpoint import trainer_folder
+from dray.jobs.replica.heartbeat import Activity
 from dray.jobs.replica.user_code import UserCodeError, call_user, decoded_metadata, save_into
 from dray.payload import Arrays
 from dray.prefetch import BatchReader, Fetched
@@ -194,16 +194,26 @@ class RankWorker:
     """Carries out the commands of the first rank until the command to end.
 
     It does not end by itself when the job does: it would be missing in the first rank's last step.
+
+    Args:
+        channel: to the first rank.
+        timeout: seconds for reading a batch.
     """
 
     def __init__(
-        self, replica: Replica, trainer: PolicyTrainer, channel: MessageChannel, reader: BatchReader
+        self,
+        trainer: PolicyTrainer,
+        channel: MessageChannel,
+        reader: BatchReader,
+        activity: Activity,
+        *,
+        timeout: float,
     ) -> None:
-        self._replica = replica
         self._trainer = trainer
         self._channel = channel
         self._reader = reader
-        self._timeout = replica.spec.config.timeouts.read
+        self._activity = activity
+        self._timeout = timeout
         self._found: dict[str, Arrays | DrayError] = {}  # what was read, by the payload's key
         self._about: dict[str, tuple[int, int, str]] = {}  # version of the weights, work item, metadata
 
@@ -213,13 +223,12 @@ class RankWorker:
         Raises:
             GroupLostError: the first rank is gone.
         """
-        activity = self._replica.activity
         while True:
-            activity.waits("its commands", self._channel.peer)
+            self._activity.waits("its commands", self._channel.peer)
             command = self._channel.receive(RankCommand)
             if command.what == "end":
                 return ExitCode.OK
-            activity.doing(f"{command.what}, commanded by {self._channel.peer}")
+            self._activity.doing(f"{command.what}, commanded by {self._channel.peer}")
             try:
                 reply = self._carry_out(command)
             except UserCodeError as error:
@@ -266,17 +275,19 @@ class RankWorker:
         return RankReply(failed=failed)
 
     def _train(self, command: RankCommand) -> RankReply:
-        trajectories = []
-        for identity in command.identities:
-            version, work_item, metadata = self._about[identity]
-            arrays = cast(Arrays, self._found[identity])
-            trajectories.append(Trajectory(arrays, version, work_item, decoded_metadata(metadata)))
+        trajectories = [self._trajectory(identity) for identity in command.identities]
         self._found.clear()
         self._about.clear()
         self._reader.start(self._references(command), timeout=self._timeout)
         call_user(self._trainer, "train_step", trajectories)
-        self._replica.activity.counters.add_all({"payloads_read": len(trajectories), "steps": 1})
+        trajectories.clear()
+        self._activity.counters.add_all({"payloads_read": len(command.identities), "steps": 1})
         return RankReply()
+
+    def _trajectory(self, identity: str) -> Trajectory:
+        version, work_item, metadata = self._about[identity]
+        arrays = cast(Arrays, self._found[identity])
+        return Trajectory(arrays, version, work_item, decoded_metadata(metadata))
 
     def _references(self, command: RankCommand) -> list[PayloadRef]:
         references = [PayloadRef.from_json(text) for text in command.references]

@@ -1,4 +1,4 @@
-"""How payloads and weights travel, as the replicas see it; `inline` and `by_reference` do it.
+"""How payloads and weights travel, as the replicas see it; `ring_transfer` and `redis_transfer` do it.
 
 Every wait ends when the replica's stop flag is set.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,29 +19,56 @@ from dray.jobs.queue import Delivery, RolloutEntry
 Arrays = Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutPayload:
+    """One payload of a finished rollout.
+
+    Attributes:
+        work_item: index of its work item.
+        weight_version: of the weights with which the rollout began.
+        part: which of the `parts` payloads of the work item it is, from 0.
+        metadata: a JSON object; empty for none.
+    """
+
+    arrays: Mapping[str, Any]
+    work_item: int
+    weight_version: int
+    part: int = 0
+    parts: int = 1
+    metadata: str = ""
+
+    def entry(
+        self,
+        replica: str,
+        producer: str,
+        sequence: int,
+        *,
+        reference: str | None = None,
+        image: bytes | None = None,
+    ) -> RolloutEntry:
+        """Its entry of the rollout stream, with a reference, the packed `image`, or both."""
+        return RolloutEntry(
+            producer=producer,
+            sequence=sequence,
+            weight_version=self.weight_version,
+            replica=replica,
+            work_item=self.work_item,
+            part=self.part,
+            parts=self.parts,
+            metadata=self.metadata,
+            reference=reference,
+            payload=image,
+        )
+
+
 class TrajectoryPublisher(Protocol):
     """The rollout replica's end of the way of trajectories."""
 
-    def put(
-        self,
-        arrays: Arrays,
-        *,
-        work_item: int,
-        weight_version: int,
-        part: int = 0,
-        parts: int = 1,
-        metadata: str = "",
-    ) -> bool:
-        """Hand on one trajectory, waiting while there is no room; False if stopped before it was handed on.
-
-        One call at a time.
-
-        Args:
-            part: which of the `parts` payloads of the work item it is.
-            metadata: a JSON object; empty for none.
+    def put(self, payload: RolloutPayload) -> bool:
+        """Hand it on, waiting while there is no room; False if stopped before. One call at a time.
 
         Raises:
-            PayloadError: `arrays` cannot be carried; where there are too many bytes, the message names the key.
+            PayloadError: its arrays cannot be carried; where there are too many bytes, the message names the key.
         """
         ...
 

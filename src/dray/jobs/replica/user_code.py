@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -25,6 +24,7 @@ from dray.forking import parent_only
 from dray.jobs.api import Rollout
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages.channel import GroupLostError
+from dray.jobs.replica.transfer import RolloutPayload
 from dray.text import printable, printable_value
 
 MAX_REASON: Final = 800
@@ -274,23 +274,14 @@ MAX_PAYLOADS: Final = 1 << 20
 """Payloads of one work item."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReturnedPayload:
-    """One payload.
-
-    Attributes:
-        metadata: a JSON object; empty if there is none.
-    """
-
-    arrays: Mapping[str, Any]
-    metadata: str
-
-
-def returned_payloads(worker: object, found: object, expected: int | None) -> list[ReturnedPayload]:
-    """The payloads that `rollout` of `worker` returned, at least one.
+def returned_payloads(
+    worker: object, found: object, expected: int | None, work_item: int, weight_version: int
+) -> list[RolloutPayload]:
+    """The payloads that `rollout` of `worker` returned for a work item, at least one.
 
     Args:
         expected: `rollout.payloads_per_work_item`.
+        weight_version: of the weights with which the rollout began.
 
     Raises:
         UserValueError: it is neither a mapping nor a list of them, or there are fewer or more than expected.
@@ -315,7 +306,8 @@ def returned_payloads(worker: object, found: object, expected: int | None) -> li
             found_arrays, metadata = returned.arrays, returned.metadata
             where += "a Rollout whose arrays are "
         arrays = returned_arrays(worker, "rollout", found_arrays, where)
-        payloads.append(ReturnedPayload(arrays, _encoded(call, metadata)))
+        encoded = _encoded(call, metadata)
+        payloads.append(RolloutPayload(arrays, work_item, weight_version, index, len(results), encoded))
     return payloads
 
 
