@@ -38,7 +38,7 @@ from dray.jobs.replica.checkpoint import (
 from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
-from dray.jobs.replica.ranks import Batch, Ranks, RankWorker
+from dray.jobs.replica.ranks import Batch, KeptArrays, Ranks, RankWorker
 from dray.jobs.replica.read_ahead import ReadAhead
 from dray.jobs.replica.redis_transfer import redis_policy_ends
 from dray.jobs.replica.ring_transfer import rank_reader, ring_policy_ends
@@ -150,6 +150,7 @@ class Training:
         self._stop_condition = StopCondition(self._config.stop, self._config.policy.checkpoint_every)
         self._mistake = ""
         self._not_finite: set[str] = set()
+        self._kept = KeptArrays(replica.activity.warn)
 
     def run(self, *, may_load: bool) -> ExitCode:
         """Train until the job is solved, `max_steps` are done, or the replica must stop.
@@ -279,6 +280,7 @@ class Training:
         def on_slice() -> None:
             if not self._replica.stop.is_set:
                 self._weights.restore()
+                self._kept.check()
 
         while (batch := self._ahead.wait(show, on_slice)) is not None:
             reading = Stopwatch()
@@ -301,6 +303,7 @@ class Training:
         self._next_work_item = max(self._next_work_item, *(each.entry.work_item + 1 for each in batch.deliveries))
         mean_return = _mean_return(trajectories)
         self._ranks.train(batch, self._ahead.known())
+        self._kept.lend(trajectories)
         metrics = self._train_step(trajectories)
         if self._config.policy.replicas > 1:
             activity.waits("the end of their training step", "the other policy replicas")
@@ -312,6 +315,7 @@ class Training:
         self._version += 1
         # The payloads are freed below, and with them the arrays of the batch.
         trajectories.clear()
+        self._kept.check()
         activity.waits("the commit", "Redis")
         try:
             self._deliveries.trained(batch.deliveries)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+
+from dray.clock import MONOTONIC, Clock, Deadline
 from dray.errors import DrayError, OutOfResources, StaleSlotError
 from dray.identifiers import PayloadId
 from dray.jobs.api import PolicyTrainer, Trajectory
@@ -21,6 +26,11 @@ from dray.jobs.replica.user_code import UserCodeError, call_user, decoded_metada
 from dray.payload import Arrays
 from dray.prefetch import BatchReader, Fetched
 from dray.protocol import PayloadRef
+
+_CHECK_PAUSE = 10.0
+"""Seconds between two checks for arrays that a trainer keeps: each may collect garbage, which takes time."""
+
+_MAX_NAMED = 5
 
 # --- batch -------------------------------------------------------------------------------------------------------
 
@@ -187,6 +197,72 @@ class Ranks:
             channel.send(command(rank))
 
 
+# --- arrays that a trainer keeps ---------------------------------------------------------------------------------
+
+
+class KeptArrays:
+    """Warns of a trainer that keeps arrays of payloads beyond its step: those in place keep their slots leased.
+
+    There is one warning, and another one each time that twice as many payloads are kept.
+
+    Args:
+        warn: called with a line for the user.
+    """
+
+    def __init__(self, warn: Callable[[str], None], clock: Clock = MONOTONIC) -> None:
+        self._warn = warn
+        self._clock = clock
+        self._lent: list[_LentPayload] = []
+        self._reported = 0
+        self._next_check = Deadline.after(0, clock)
+
+    def lend(self, trajectories: Iterable[Trajectory]) -> None:
+        """A step begins that is given these."""
+        for each in trajectories:
+            # All arrays in place of a payload, and views of them, have one base: its bytes in the slot, read-only.
+            arrays = {name: array for name, array in each.arrays.items() if not array.flags.writeable}
+            base = next((array.base for array in arrays.values() if isinstance(array.base, np.ndarray)), None)
+            if base is not None:
+                names = {name: weakref.ref(array) for name, array in arrays.items()}
+                self._lent.append(_LentPayload(weakref.ref(base), each.work_item, names))
+
+    def check(self) -> None:
+        """No step is under way: what it was given should be gone."""
+        if self._is_news() and self._next_check.expired:
+            gc.collect()  # an array in a reference cycle is not kept, and is gone now
+            self._next_check = Deadline.after(_CHECK_PAUSE, self._clock)
+            if self._is_news():
+                self._reported = len(self._lent)
+                self._warn(self._described())
+
+    def _is_news(self) -> bool:
+        self._lent = [each for each in self._lent if each.base() is not None]
+        return len(self._lent) >= max(1, 2 * self._reported)
+
+    def _described(self) -> str:
+        items = sorted({each.work_item for each in self._lent})
+        names = sorted({name for each in self._lent for name, array in each.arrays.items() if array() is not None})
+        what = f"arrays {_some(map(repr, names))}" if names else "views of arrays"
+        payloads = "1 payload" if len(self._lent) == 1 else f"{len(self._lent)} payloads"
+        named = f"work item{'s' if len(items) > 1 else ''} {_some(map(str, items))}"
+        return (
+            f"the trainer keeps {what} of {payloads} ({named}) after train_step: their slots stay leased, and "
+            "rollout replicas wait when no slot is left; copy what is kept, or set policy.in_place = false"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _LentPayload:
+    base: weakref.ref[np.ndarray]
+    work_item: int
+    arrays: Mapping[str, weakref.ref[np.ndarray]]
+
+
+def _some(words: Iterable[str]) -> str:
+    every = list(words)
+    return ", ".join(every[:_MAX_NAMED]) + (" …" if len(every) > _MAX_NAMED else "")
+
+
 # --- rank worker -------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +290,7 @@ class RankWorker:
         self._reader = reader
         self._activity = activity
         self._timeout = timeout
+        self._kept = KeptArrays(activity.warn)
         self._found: dict[str, Arrays | DrayError] = {}  # what was read, by the payload's key
         self._about: dict[str, tuple[int, int, str]] = {}  # version of the weights, work item, metadata
 
@@ -279,8 +356,10 @@ class RankWorker:
         self._found.clear()
         self._about.clear()
         self._reader.start(self._references(command), timeout=self._timeout)
+        self._kept.lend(trajectories)
         call_user(self._trainer, "train_step", trajectories)
         trajectories.clear()
+        self._kept.check()
         self._activity.counters.add_all({"payloads_read": len(command.identities), "steps": 1})
         return RankReply()
 

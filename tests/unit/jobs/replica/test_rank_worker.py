@@ -143,6 +143,15 @@ def test_payload_that_is_gone_is_reported_and_not_trained_on(group: SecondRank) 
     assert group.ranks.failures() == {gone.entry.identity: "stale"}
 
 
+def test_trainer_of_a_rank_that_keeps_arrays_is_warned_of(group: SecondRank) -> None:
+    group.trainer.keeps = True
+    group.ranks.begin(None)
+    train(group, [group.put(0, 1 << 16), group.put(1, 1 << 16)], ahead=[])
+    (warning,) = group.activity.report().warnings
+    assert warning.startswith("the trainer keeps arrays 'x' of 2 payloads (work items 0, 1) after train_step")
+    group.trainer.kept.clear()
+
+
 def test_error_of_the_trainer_ends_the_rank(group: SecondRank) -> None:
     group.ranks.begin(Path("broken"))
     group.thread.join(10)
