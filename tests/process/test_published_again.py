@@ -19,7 +19,7 @@ from dray.jobs.queue import (
 )
 from dray.jobs.replica.heartbeat import Activity, Heartbeat
 from dray.jobs.replica.ring_transfer import RingPublisher
-from dray.jobs.replica.transfer import RolloutPayload
+from dray.jobs.replica.user_code import RolloutPayload
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadServer
 

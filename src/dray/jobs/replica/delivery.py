@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 from dray.clock import MONOTONIC, Clock, Deadline
 from dray.identifiers import PayloadId
-from dray.jobs.config import PolicyTable
+from dray.jobs.config import JobConfig
 from dray.jobs.files import read_private_file, write_json
 from dray.jobs.messages.models import PartlyFinished, PayloadPart, UnfinishedWork
 from dray.jobs.queue import Delivery, RolloutConsumer, RolloutEntry
@@ -233,16 +233,11 @@ class Deliveries:
         queue: where references come from; its consumer has this epoch alone.
         free: has payloads freed at their producers, without waiting for it.
         work: reports ends to the controller, and asks it which work items are not finished.
-        policy: the table of the job file.
         state: the checkpoint that the weights come from.
         recorded: payloads that were committed before, according to the lines of the metrics.
         epoch_file: where the group's epoch is kept beside Redis.
         count: adds to a counter of the replica: `discarded`, `too_old` or `dead_letters`.
         ending: whether the replica must end.
-        in_order: payloads are used in the order of their work items.
-        payloads_each: how many payloads a work item has at least.
-        patience: seconds after which a payload that did not come is not waited for.
-        timeout: seconds for one call of the queue.
 
     Attributes:
         contributed: payloads that the weights are trained on.
@@ -255,38 +250,33 @@ class Deliveries:
         queue: RolloutConsumer,
         free: Callable[[Sequence[RolloutEntry]], None],
         work: Heartbeat,
-        policy: PolicyTable,
+        config: JobConfig,
         state: CheckpointState,
         *,
         recorded: int,
         epoch_file: Path,
         count: Callable[[str, int], None],
         ending: Callable[[], bool],
-        in_order: bool,
-        payloads_each: int,
-        patience: float,
-        timeout: float,
         clock: Clock = MONOTONIC,
     ) -> None:
         self._queue = queue
         self._free = free
         self._work = work
-        self._policy = policy
+        self._config = config
         self._state = state
         self._recorded = recorded
         self._epoch_file = epoch_file
         self._count = count
         self._ending = ending
-        self._in_order = in_order
-        self._payloads_each = payloads_each
         self._given_up = 0
-        self._patience = patience
-        self._timeout = timeout
+        # Seconds for which a payload is waited for: the work item of a dead replica is given out again by then.
+        self._patience = 2 * config.controller.dead_after
+        self._timeout = config.timeouts.redis
         self._clock = clock
         self.payloads = PayloadTracker()
         self._window: StalenessWindow | None = None
         self._window_lock = threading.Lock()
-        self._overdue = self._starving = Deadline.after(patience, clock)
+        self._overdue = self._starving = Deadline.after(self._patience, clock)
         self._next_claim = Deadline.after(_CLAIM_INTERVAL, clock)
         self._next_statistics = Deadline.after(0, clock)
         self.contributed = state.contributed
@@ -357,7 +347,7 @@ class Deliveries:
         known = self._work.unfinished()
         with self._window_lock:
             if self._window is None:
-                self._window = StalenessWindow(known.unfinished, known.next, self._payloads_each)
+                self._window = StalenessWindow(known.unfinished, known.next, self._config.payloads_of_work_item)
                 self._window.finished_payloads(known.finished_parts)
             else:
                 self._window.compare(known.unfinished, known.next)
@@ -376,7 +366,7 @@ class Deliveries:
             # A process of an earlier epoch that was paused in a call may have been given something since.
             self.payloads.receive(self._queue.claim_others(self._timeout))
             self._next_claim = Deadline.after(_CLAIM_INTERVAL, self._clock)
-        if self._in_order and self._given_up != self._work.given_up:
+        if self._config.in_order and self._given_up != self._work.given_up:
             self._compare_window()
         due = self._due(count)
         if not due:
@@ -385,7 +375,7 @@ class Deliveries:
             due = self._due(count)
             self._check_for_lost_entries(received)
         self._end_dead_letters()
-        most = self._policy.max_staleness
+        most = self._config.policy.max_staleness
         if most is None:
             return due
         old = [each for each in due if version - each.entry.weight_version > most]
@@ -395,12 +385,12 @@ class Deliveries:
     def _due(self, count: int) -> list[Delivery]:
         """Up to `count` of the payloads that were received which the next step may use."""
         found = self.payloads.within(PayloadState.RECEIVED)
-        if not self._in_order or self._window is None:
+        if not self._config.in_order or self._window is None:
             return found[:count]
         found.sort(key=lambda each: each.entry.work_item)
         with self._window_lock:
             self._window.found(_parts(found))
-            last = self._window.last_due(self._policy.batch_size)
+            last = self._window.last_due(self._config.policy.batch_size)
         due = [each for each in found if each.entry.work_item <= last][:count]
         if due:
             self._overdue = Deadline.after(self._patience, self._clock)
@@ -450,7 +440,7 @@ class Deliveries:
         """
         self.payloads.apply(PayloadEvent.TRAIN, _ids(deliveries))
         self.contributed += len(deliveries)
-        if self._policy.ack == "step":
+        if self._config.policy.ack == "step":
             self.commit()
 
     def commit(self) -> None:

@@ -40,9 +40,7 @@ from dray.jobs.replica.entry_points import load_entry_point
 from dray.jobs.replica.metrics import MEAN_RETURN, MetricsLog, StopCondition, StopMetricError
 from dray.jobs.replica.ranks import Batch, KeptArrays, Ranks, RankWorker
 from dray.jobs.replica.read_ahead import ReadAhead
-from dray.jobs.replica.redis_transfer import redis_policy_ends
-from dray.jobs.replica.ring_transfer import rank_reader, ring_policy_ends
-from dray.jobs.replica.transfer import PolicyEnds, TrajectoryReader, WeightsPublisher
+from dray.jobs.replica.transfer import TrajectoryReader, WeightsPublisher, policy_ends, rank_reader
 from dray.jobs.replica.user_code import (
     UserCodeError,
     call_user,
@@ -98,9 +96,7 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
             replica.stop.disposable = False
             timeout = config.timeouts.read
             return RankWorker(trainer, channels[0], reader, replica.activity, timeout=timeout).run()
-        inline = config.job.transfer == "inline"
-        ends: PolicyEnds = redis_policy_ends(replica) if inline else ring_policy_ends(replica)
-        trajectories, weights = opened.enter_context(ends)
+        trajectories, weights = opened.enter_context(policy_ends(replica))
         log = opened.enter_context(MetricsLog(replica.spec.folder.metrics))
         return Training(replica, trainer, ranks, trajectories, weights, log).run(
             may_load=replica.spec.resume or restarts > 0
@@ -233,16 +229,12 @@ class Training:
             queue,
             self._reader.consume,
             replica.heartbeat,
-            config.policy,
+            config,
             state,
             recorded=recorded,
             epoch_file=replica.spec.folder.group_epoch,
             count=replica.activity.counters.add,
             ending=lambda: replica.stop.is_set,
-            in_order=config.in_order,
-            payloads_each=config.payloads_of_work_item,
-            patience=2 * config.controller.dead_after,  # a work item whose replica has died is given out by then
-            timeout=config.timeouts.redis,
         )
         replica.stop.disposable = False
         deliveries.open()

@@ -13,8 +13,8 @@ from dray.jobs.api import Trajectory
 from dray.jobs.queue import Delivery
 from dray.jobs.replica.delivery import Deliveries
 from dray.jobs.replica.ranks import Batch, Failure
-from dray.jobs.replica.transfer import Arrays
 from dray.jobs.replica.user_code import decoded_metadata
+from dray.payload import Arrays
 from dray.resources import Closing
 
 _LOG = logging.getLogger("dray.jobs.replica.read_ahead")

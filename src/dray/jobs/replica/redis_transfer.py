@@ -1,4 +1,7 @@
-"""``transfer = "inline"``: payloads and weights lie in Redis itself, for comparison with references."""
+"""``transfer = "inline"``: payloads and weights lie in Redis itself, for comparison with references.
+
+The classes have the methods of those in `ring_transfer`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import base64
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Final
 
 from dray.clock import Deadline
@@ -24,9 +27,8 @@ from dray.jobs.queue import (
     StreamLostError,
     WeightsChannel,
 )
-from dray.jobs.replica.base import Replica
-from dray.jobs.replica.transfer import Arrays, PolicyEnds, RolloutEnds, RolloutPayload
-from dray.payload import plan, unpack
+from dray.jobs.replica.user_code import RolloutPayload
+from dray.payload import Arrays, plan, unpack
 
 _CHECK_INTERVAL = 2.0
 
@@ -34,28 +36,8 @@ MAX_PAYLOAD: Final = 380 << 20
 """Bytes of a payload: Redis takes 512 MiB in one value, and weights are a third longer there."""
 
 
-def redis_rollout_ends(replica: Replica) -> RolloutEnds:
-    """The ends of a rollout replica."""
-    config, counters = replica.spec.config, replica.activity.counters
-    unfinished = config.work_items_in_flight * config.payloads_of_work_item
-    publisher = RedisPublisher(
-        RolloutProducer(replica.redis, replica.keys, max_backlog=unfinished),
-        replica.name,
-        replica.stop,
-        counters,
-        kept=unfinished,
-        timeout=config.timeouts.redis,
-    )
-    return nullcontext((publisher, RedisWeightsSubscriber(WeightsChannel(replica.redis, replica.keys), counters)))
-
-
-def redis_policy_ends(replica: Replica) -> PolicyEnds:
-    """The ends of a policy replica."""
-    return nullcontext((RedisReader(), RedisWeightsPublisher(WeightsChannel(replica.redis, replica.keys))))
-
-
 class RedisPublisher:
-    """A `TrajectoryPublisher`.
+    """As `RingPublisher`.
 
     Args:
         name: of the replica.
@@ -108,7 +90,7 @@ class RedisPublisher:
 
 
 class RedisReader:
-    """A `TrajectoryReader`."""
+    """As `RingReader`."""
 
     transfer = "inline"
     lane = ""
@@ -141,7 +123,7 @@ class RedisReader:
 
 
 class RedisWeightsPublisher:
-    """A `WeightsPublisher`. The reference is the packed image itself, in base64."""
+    """As `RingWeightsPublisher`. The reference is the packed image itself, in base64."""
 
     def __init__(self, channel: WeightsChannel) -> None:
         self._channel = channel
@@ -158,7 +140,7 @@ class RedisWeightsPublisher:
 
 
 class RedisWeightsSubscriber:
-    """A `WeightsSubscriber`."""
+    """As `RingWeightsSubscriber`."""
 
     def __init__(self, channel: WeightsChannel, counters: Counters) -> None:
         self._channel = channel

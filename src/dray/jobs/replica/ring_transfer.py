@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
 from dray.clock import MONOTONIC, Deadline
@@ -22,7 +20,7 @@ from dray.errors import (
 )
 from dray.identifiers import PayloadId
 from dray.jobs.config import TimeoutsTable
-from dray.jobs.process import StopFlag, folder_is_local, own_address
+from dray.jobs.process import StopFlag
 from dray.jobs.queue import (
     Delivery,
     PublishedWeights,
@@ -31,13 +29,11 @@ from dray.jobs.queue import (
     StreamLostError,
     WeightsChannel,
 )
-from dray.jobs.replica.base import Replica
 from dray.jobs.replica.heartbeat import Activity, AgeKind, Heartbeat
-from dray.jobs.replica.transfer import Arrays, RolloutPayload
-from dray.payload import plan, unpack
+from dray.jobs.replica.user_code import RolloutPayload
+from dray.payload import Arrays, plan, unpack
 from dray.prefetch import BatchReader
 from dray.protocol import PayloadRef
-from dray.protocol.ref import has_control
 from dray.resources import Closing
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer, ReadResult
@@ -47,72 +43,7 @@ _LOG = logging.getLogger("dray.jobs.replica.ring_transfer")
 _SLICE = 0.5
 _CHECK_INTERVAL = 2.0
 _ORPHANED_AFTER = 6.0
-_FREE_PAUSE = 2.0
 _PAGE = 4096
-_MAX_SOCKET_FOLDER = 80
-
-
-@contextmanager
-def ring_rollout_ends(replica: Replica) -> Iterator[tuple[RingPublisher, RingWeightsSubscriber]]:
-    """The ends of a rollout replica."""
-    config, channel = replica.spec.config, WeightsChannel(replica.redis, replica.keys)
-    with ExitStack() as opened:
-        ring = opened.enter_context(
-            SharedRingBuffer(config.rollout.slots, config.rollout.slot_bytes, readers=config.policy.readers)
-        )
-        server = opened.enter_context(_server(replica, ring))
-        client = opened.enter_context(_client(replica, 0))
-        yield (
-            RingPublisher(
-                ring,
-                server,
-                RolloutProducer(replica.redis, replica.keys),
-                replica.name,
-                replica.stop,
-                replica.activity,
-                replica.heartbeat,
-                inline_bytes=config.rollout.inline_bytes,
-                serve=replica.bounds.serve,
-                timeout=config.timeouts.redis,
-            ),
-            RingWeightsSubscriber(
-                channel, client, replica.stop, replica.activity.counters, timeout=config.timeouts.read
-            ),
-        )
-
-
-@contextmanager
-def ring_policy_ends(replica: Replica) -> Iterator[tuple[RingReader, RingWeightsPublisher]]:
-    """The ends of a policy replica."""
-    config, channel = replica.spec.config, WeightsChannel(replica.redis, replica.keys)
-    # One slot for each reader that is behind, one for the newest, one to write to.
-    slots = config.rollout.replicas + 2
-    with ExitStack() as opened:
-        clients = [opened.enter_context(_client(replica, reader)) for reader in range(config.policy.readers)]
-        batches = _batch_reader(replica, clients)
-        # The last heartbeat has what is left when every request has ended, not what was under way before.
-        opened.callback(lambda: replica.activity.show("unfreed", float(batches.unfreed)))
-        opened.enter_context(batches)
-        weights = RingWeightsPublisher(channel, partial(_server, replica), slots, config.timeouts)
-        yield RingReader(clients[0], batches, config.timeouts.read), opened.enter_context(weights)
-
-
-def rank_reader(replica: Replica) -> BatchReader:
-    """What a policy replica that is not the first of its group reads with."""
-    return _batch_reader(replica, [_client(replica, replica.index % replica.spec.config.policy.readers)])
-
-
-def _batch_reader(replica: Replica, clients: Sequence[PayloadClient]) -> BatchReader:
-    config = replica.spec.config
-    # A committed payload is freed however long its producer takes to answer. The slots of the rings limit how many
-    # payloads wait.
-    return BatchReader(
-        GroupSource(clients, in_place=config.policy.in_place),
-        read_timeout=config.timeouts.read,
-        consume=False,
-        free_attempts=sys.maxsize,
-        free_pause=_FREE_PAUSE,
-    )
 
 
 class GroupSource:
@@ -145,29 +76,6 @@ class GroupSource:
             client.close()
 
 
-def _server(replica: Replica, ring: SharedRingBuffer) -> PayloadServer:
-    config = replica.spec.config
-    lane = config.job.lane
-    sockets = replica.spec.folder.run / "sockets"
-    # A Unix socket's path is short by law, and has no control characters in a reference: else the default place.
-    fits = folder_is_local() and len(str(sockets)) <= _MAX_SOCKET_FOLDER and not has_control(str(sockets))
-    return PayloadServer(
-        ring,
-        lane=lane,
-        host=own_address(),
-        threads=config.rollout.server_threads,
-        secret=replica.spec.secret,
-        max_leases=max(8, ring.slots),
-        drain_timeout=replica.bounds.transfers,
-        join_timeout=replica.bounds.threads,
-        directory=sockets if fits else None,
-    )
-
-
-def _client(replica: Replica, reader: int) -> PayloadClient:
-    return PayloadClient(lane=replica.spec.config.job.lane, secret=replica.spec.secret, reader=reader)
-
-
 class OrphanWatch:
     """Sequence numbers that were found READY and not listed.
 
@@ -189,7 +97,9 @@ class OrphanWatch:
 
 
 class RingPublisher:
-    """A `TrajectoryPublisher`. It keeps the entries of payloads in the ring, to publish them after a loss.
+    """The rollout replica's end of the way of trajectories. Every wait ends when the stop flag is set.
+
+    It keeps the entries of payloads in the ring, to publish them again after a loss.
 
     Args:
         name: of the replica.
@@ -228,6 +138,11 @@ class RingPublisher:
         activity.show_ages(self._ages)
 
     def put(self, payload: RolloutPayload) -> bool:
+        """Hand it on, waiting while there is no room; False if stopped before. One call at a time.
+
+        Raises:
+            PayloadError: its arrays cannot be carried; where there are too many bytes, the message names the key.
+        """
         reference = self._claim(payload.arrays)
         if reference is None:
             return False
@@ -257,10 +172,12 @@ class RingPublisher:
         return None if isinstance(copied, DrayError) else copied[0]
 
     def refresh(self) -> None:
+        """Publish again what Redis has lost, if it was restarted empty."""
         self._queue.restore(self._again)
         self._reclaim()
 
     def drain(self, timeout: float) -> int:
+        """Wait until everything handed on was consumed; returns how many payloads were not."""
         heartbeat, deadline = self._heartbeat, Deadline.after(timeout)
         for each in self._ring.ready(leased=True):
             while not heartbeat.unread.is_set() and not deadline.expired:
@@ -323,7 +240,7 @@ class RingPublisher:
 
 
 class RingReader:
-    """A `TrajectoryReader`.
+    """The policy replica's end of the way of trajectories.
 
     Args:
         client: what `batches` reads with.
@@ -337,6 +254,7 @@ class RingReader:
         self._carried = 0  # bytes that came in the entries themselves
 
     def read(self, deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, Arrays | DrayError]]:
+        """The arrays of each delivery, or why they cannot be had; nothing is consumed yet."""
         waiting: dict[PayloadId, Delivery] = {}
         references: list[PayloadRef] = []
         for delivery in deliveries:
@@ -356,6 +274,7 @@ class RingReader:
             yield waiting[found.ref.id], found.outcome
 
     def consume(self, entries: Sequence[RolloutEntry]) -> None:
+        """Have payloads freed at their producers, for all their readers; does not wait for it."""
         references = []
         for entry in entries:
             try:
@@ -365,9 +284,12 @@ class RingReader:
         self._batches.discard(references)
 
     def unfreed(self) -> list[PayloadId]:
+        """What `consume` was given and no producer has confirmed."""
         return [each.id for each in self._batches.to_free()]
 
     def statistics(self) -> Mapping[str, float]:
+        """``bytes`` and ``retries`` so far, and ``unfreed``: the number of payloads that are done with and whose
+        producers have not answered yet."""
         statistics = self._client.statistics()
         return {
             "bytes": statistics.bytes + self._carried,
@@ -377,16 +299,19 @@ class RingReader:
 
     @property
     def transfer(self) -> str:
+        """How payloads have come so far: ``"reference"``, read from their producers, or ``"inline"``, in the
+        entries of the stream; both joined by ``+``; empty before the first."""
         return "+".join([*(["reference"] if self.lane else []), *(["inline"] if self._carried else [])])
 
     @property
     def lane(self) -> str:
+        """The lane that payloads were read over, e.g. ``"shm"``; several joined by ``+``; empty if over none."""
         reads = self._client.statistics().reads_by_lane
         return "+".join(lane for lane in LANES if reads.get(lane))
 
 
 class RingWeightsPublisher(Closing):
-    """A `WeightsPublisher`. The ring is made for the first weights, when their size is known.
+    """The policy replica's end of the way of weights. Their ring is made when the size of the first is known.
 
     Args:
         serve: starts a server for the ring.
@@ -410,6 +335,11 @@ class RingWeightsPublisher(Closing):
         self._slot_bytes = 0
 
     def publish(self, weights: Arrays, version: int, epoch: int | None) -> None:
+        """Make `weights`, of a policy group in its `epoch`, the newest.
+
+        Raises:
+            PayloadError: `weights` cannot be carried; where there are too many bytes, the message has the bound.
+        """
         if self._server is None:
             self._first_nbytes = plan(weights).nbytes
             self._server = self._open(self._first_nbytes)
@@ -424,9 +354,11 @@ class RingWeightsPublisher(Closing):
         self._channel.publish(reference.to_json(), version, epoch=epoch)
 
     def restore(self) -> None:
+        """Publish again what Redis has lost, if it was restarted empty."""
         self._channel.restore()
 
     def newest_version(self) -> int | None:
+        """The version that was published last, in whichever epoch of the policy group; None if there is none."""
         newest = self._channel.newest(self._timeouts.redis)
         return None if newest is None else newest.version
 
@@ -441,7 +373,7 @@ class RingWeightsPublisher(Closing):
 
 
 class RingWeightsSubscriber:
-    """A `WeightsSubscriber`; weights are fetched within `timeout` seconds."""
+    """The rollout replica's end of the way of weights, each of which is fetched within `timeout` seconds."""
 
     def __init__(
         self, channel: WeightsChannel, client: PayloadClient, stop: StopFlag, counters: Counters, *, timeout: float
@@ -454,6 +386,7 @@ class RingWeightsSubscriber:
         self._last: PublishedWeights | None = None
 
     def newer(self, timeout: float) -> tuple[int, Arrays] | None:
+        """Version and arrays of the newest weights if they are others than the last time; else None."""
         deadline = Deadline.after(self._timeout)
         found = self._channel.wait_newer(self._last, timeout)
         while found is not None and not self._stop.is_set:

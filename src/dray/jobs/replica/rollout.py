@@ -29,10 +29,9 @@ from dray.jobs.process import ShutdownStep, StopFlag, closed_by_step, exit_at_on
 from dray.jobs.replica.base import Replica, Unreported, run_replica, stop_code
 from dray.jobs.replica.entry_points import WorkItemRows, load_entry_point
 from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat, Member
-from dray.jobs.replica.redis_transfer import redis_rollout_ends
-from dray.jobs.replica.ring_transfer import ring_rollout_ends
-from dray.jobs.replica.transfer import RolloutPayload, TrajectoryPublisher, WeightsSubscriber
+from dray.jobs.replica.transfer import TrajectoryPublisher, WeightsSubscriber, rollout_ends
 from dray.jobs.replica.user_code import (
+    RolloutPayload,
     UserCodeError,
     UserValueError,
     await_user,
@@ -65,8 +64,7 @@ def work(replica: Replica) -> ExitCode:
     with ExitStack() as opened:
         rows = opened.enter_context(WorkItemRows(config.work, folder, config.job.seed))
         closing = ShutdownStep("stop serving payloads", "transfers in flight", replica.bounds.close)
-        ends = redis_rollout_ends if config.job.transfer == "inline" else ring_rollout_ends
-        publisher, weights = closed_by_step(opened, ends(replica), closing)
+        publisher, weights = closed_by_step(opened, rollout_ends(replica), closing)
         source = WorkSource(
             rows,
             replica.member,

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -24,7 +25,7 @@ from dray.forking import parent_only
 from dray.jobs.api import Rollout
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages.channel import GroupLostError
-from dray.jobs.replica.transfer import RolloutPayload
+from dray.jobs.queue import RolloutEntry
 from dray.text import printable, printable_value
 
 MAX_REASON: Final = 800
@@ -272,6 +273,47 @@ MAX_METADATA: Final = 16 << 10
 
 MAX_PAYLOADS: Final = 1 << 20
 """Payloads of one work item."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPayload:
+    """One payload of a finished rollout.
+
+    Attributes:
+        weight_version: of the weights with which the rollout began.
+        part: which of the `parts` payloads of the work item it is, from 0.
+        metadata: a JSON object; empty for none.
+    """
+
+    arrays: dict[str, Any]
+    work_item: int
+    weight_version: int
+    part: int = 0
+    parts: int = 1
+    metadata: str = ""
+
+    def entry(
+        self,
+        replica: str,
+        producer: str,
+        sequence: int,
+        *,
+        reference: str | None = None,
+        image: bytes | None = None,
+    ) -> RolloutEntry:
+        """Its entry of the rollout stream, with a reference, the packed `image`, or both."""
+        return RolloutEntry(
+            producer=producer,
+            sequence=sequence,
+            weight_version=self.weight_version,
+            replica=replica,
+            work_item=self.work_item,
+            part=self.part,
+            parts=self.parts,
+            metadata=self.metadata,
+            reference=reference,
+            payload=image,
+        )
 
 
 def returned_payloads(

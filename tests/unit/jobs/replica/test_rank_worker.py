@@ -17,8 +17,7 @@ from dray.jobs.queue import Delivery
 from dray.jobs.replica.heartbeat import Activity
 from dray.jobs.replica.ranks import Batch, Ranks, RankWorker
 from dray.jobs.replica.ring_transfer import GroupSource
-from dray.jobs.replica.transfer import RolloutPayload
-from dray.jobs.replica.user_code import UserCodeError
+from dray.jobs.replica.user_code import RolloutPayload, UserCodeError
 from dray.prefetch import BatchReader
 from dray.ring import SharedRingBuffer
 from dray.transport import PayloadClient, PayloadServer

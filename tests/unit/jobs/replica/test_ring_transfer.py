@@ -13,7 +13,7 @@ from dray.jobs.config import TimeoutsTable
 from dray.jobs.process import StopFlag
 from dray.jobs.queue import Delivery, PublishedWeights, RolloutEntry
 from dray.jobs.replica.ring_transfer import GroupSource, RingReader, RingWeightsPublisher, RingWeightsSubscriber
-from dray.jobs.replica.transfer import RolloutPayload
+from dray.jobs.replica.user_code import RolloutPayload
 from dray.payload import pack
 from dray.prefetch import BatchReader
 from dray.ring import SharedRingBuffer

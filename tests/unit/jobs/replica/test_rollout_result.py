@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from dray.jobs import Rollout
-from dray.jobs.replica.transfer import RolloutPayload
-from dray.jobs.replica.user_code import MAX_METADATA, UserValueError, decoded_metadata, returned_payloads
+from dray.jobs.replica.user_code import (
+    MAX_METADATA,
+    RolloutPayload,
+    UserValueError,
+    decoded_metadata,
+    returned_payloads,
+)
 
 
 class Worker: ...

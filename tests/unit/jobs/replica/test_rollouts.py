@@ -19,8 +19,7 @@ from dray.jobs.replica.base import Unreported
 from dray.jobs.replica.entry_points import WorkItemRows
 from dray.jobs.replica.heartbeat import Activity, EndBounds, Heartbeat
 from dray.jobs.replica.rollout import Assignment, AsyncRollouts, Rollouts, SyncRollouts, WorkSource
-from dray.jobs.replica.transfer import RolloutPayload
-from dray.jobs.replica.user_code import UserCodeError, UserValueError
+from dray.jobs.replica.user_code import RolloutPayload, UserCodeError, UserValueError
 
 BOUNDS = EndBounds.of(2.0)
 
