@@ -150,7 +150,7 @@ class PayloadTracker:
 
 
 class StalenessWindow:
-    """Which work items' payloads a training step has to use so that none becomes too old. No I/O and no clock.
+    """Which work items' payloads a training step has to use so that none becomes too old.
 
     With at most (s + 1) batches of work items under way, and each step using those with the lowest indices, no
     payload is trained on by weights more than s versions newer than those it was made with: work item i is given
@@ -180,7 +180,7 @@ class StalenessWindow:
         return self._following - (-count // self._payloads_each) - 1
 
     def found(self, payloads: Iterable[PayloadPart]) -> None:
-        """These payloads were received: they have the number of payloads of their work items."""
+        """These were received: they have the numbers of payloads of their work items."""
         for index, _, parts in payloads:
             if parts > 1 and (index in self._unfinished or index >= self._following):
                 self._parts.found(index, parts)
@@ -234,7 +234,7 @@ class Deliveries:
         free: has payloads freed at their producers, without waiting for it.
         work: reports ends to the controller, and asks it which work items are not finished.
         state: the checkpoint that the weights come from.
-        recorded: payloads that were committed before, according to the lines of the metrics.
+        recorded: payloads that were committed before, by the lines of the metrics.
         epoch_file: where the group's epoch is kept beside Redis.
         count: adds to a counter of the replica: `discarded`, `too_old` or `dead_letters`.
         ending: whether the replica must end.
@@ -470,25 +470,6 @@ class Deliveries:
         """Of the payloads that are done with, all but those in `waiting` are freed."""
         ended = _ids(self.payloads.within(*ENDED))
         self.payloads.apply(PayloadEvent.FREE, [each for each in ended if each not in waiting])
-
-    def check_epoch(self) -> None:
-        """Make sure that the group has no newer epoch.
-
-        Raises:
-            OldEpochError: it has one.
-            ControlPlaneError: Redis does not answer, or refuses.
-        """
-        self._queue.check_epoch(self._timeout)
-
-    @property
-    def oldest_held(self) -> float | None:
-        """Seconds since the oldest reference that is not acknowledged was received."""
-        return self._queue.oldest_held
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch of the group."""
-        return self._queue.epoch
 
     @property
     def unconfirmed(self) -> tuple[str, ...]:

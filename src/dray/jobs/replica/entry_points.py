@@ -74,7 +74,11 @@ def _load_module(key: str, text: str, folder: Path, form: str) -> tuple[ModuleTy
     module_name, _, name = text.partition(":")
     if module_name.endswith(".py"):
         return _file(key, text, folder / path_of(module_name), form), name
-    return _module(key, text, module_name), name
+    try:
+        with parent_only():
+            return importlib.import_module(module_name), name
+    except (Exception, SystemExit) as error:
+        raise _unusable(key, text, f"importing it raised {described_error(error, None)}") from error
 
 
 def check_entry_points(worker: str | None, trainer: str | None, folder: Path, *, concurrency: int = 1) -> None:
@@ -146,8 +150,7 @@ def _constructor_misfits(found: type[Any]) -> Iterator[str]:
     name = found.__name__
     if inspect.isabstract(found):
         yield f"{name} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"
-    signature = _signature(found)
-    if signature is not None and (reason := _refusal(signature, 0)):
+    for signature, reason in _refusal(found, 0):
         yield f"{name}{signature} cannot be made without arguments: {reason}"
 
 
@@ -160,28 +163,21 @@ def _method_misfits(found: type[Any], name: str, parameters: list[str]) -> Itera
     if not takes_self and not isinstance(static, staticmethod | classmethod):
         return  # an object or a descriptor: it may be anything
     given = parameters if takes_self else parameters[1:]
-    signature = _signature(method)
-    if signature is not None and (reason := _refusal(signature, len(given))):
+    for signature, reason in _refusal(method, len(given)):
         yield f"{name}{signature} cannot be called with ({', '.join(given)}): {reason}"
 
 
-def _signature(function: Any) -> inspect.Signature | None:
-    """The signature without annotations, if it can be known."""
+def _refusal(function: Any, count: int) -> Iterator[tuple[inspect.Signature, str]]:
+    """The signature, and why it cannot be called with `count` arguments by position; nothing if it may be."""
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):
-        return None
+        return  # it cannot be known
     plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
-    return inspect.Signature(plain)
-
-
-def _refusal(signature: inspect.Signature, count: int) -> str:
-    """Why a function cannot be called with `count` arguments by position; empty if it can."""
     try:
         signature.bind(*[None] * count)
     except TypeError as error:
-        return str(error)
-    return ""
+        yield inspect.Signature(plain), str(error)
 
 
 def _file(key: str, text: str, path: Path, form: str) -> ModuleType:
@@ -206,14 +202,6 @@ def _file(key: str, text: str, path: Path, form: str) -> ModuleType:
         del sys.modules[name]
         raise _unusable(key, text, f"importing it raised {described_error(error, str(path))}") from error
     return module
-
-
-def _module(key: str, text: str, name: str) -> ModuleType:
-    try:
-        with parent_only():
-            return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise _unusable(key, text, f"importing it raised {described_error(error, None)}") from error
 
 
 def _unusable(key: str, text: str, reason: str) -> ConfigError:
@@ -434,11 +422,11 @@ def main() -> int:
         check_entry_points(worker or None, trainer or None, folder, concurrency=concurrency)
     except ConfigError as error:
         mistakes += error.mistakes
-    if items:
-        try:
+    try:
+        if items:
             check_rows(items, folder)
-        except ConfigError as error:
-            mistakes += error.mistakes
+    except ConfigError as error:
+        mistakes += error.mistakes
     parts = [{name: getattr(each, name) for name in ("key", "value", "allowed", "problem")} for each in mistakes]
     write_json(report, {"mistakes": parts})
     return 0

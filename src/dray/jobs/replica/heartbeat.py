@@ -81,11 +81,6 @@ class EndBounds:
         """Seconds that closing the payload server takes."""
         return self.transfers + self.threads
 
-    @property
-    def ended_rollout(self) -> float:
-        """Seconds that all waits of a rollout replica together take once it is ended."""
-        return self.serve + self.close + 3 * self.answer
-
 
 # --- member ------------------------------------------------------------------------------------------------------
 
@@ -157,11 +152,16 @@ class Activity:
 
     def show(self, name: str, value: float | str) -> None:
         """Put the newest `value` of a gauge or a label on the status page; an empty label is left out."""
+        self.show_all({name: value})
+
+    def show_all(self, values: Mapping[str, float | str]) -> None:
+        """As `show`, for several."""
         with self._lock:
-            if not isinstance(value, str):
-                self._values[name] = float(value)
-            elif value:
-                self._labels[name] = value
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    self._values[name] = float(value)
+                elif value:
+                    self._labels[name] = value
 
     def show_metrics(self, metrics: Mapping[str, float]) -> None:
         """Put the newest values of the user's `metrics` on the status page.

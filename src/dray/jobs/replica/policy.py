@@ -1,7 +1,6 @@
 """The policy replica: collects a batch of payloads, runs the user's trainer, commits, publishes new weights.
 
-Of several policy replicas the first does all this, and commands the others to read and to train: see
-`policy_rank`.
+Of several policy replicas the first does all this, and commands the others to read and to train: see `ranks`.
 """
 
 from __future__ import annotations
@@ -88,8 +87,8 @@ def work(restarts: int, descriptors: Sequence[int], replica: Replica) -> ExitCod
             share=partial(_shared_by, channels[0]) if ranks is None else ranks.share,
         )
         replica.activity.doing("importing the trainer")
-        trainer_class = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
-        trainer: PolicyTrainer = make_user_object(trainer_class)
+        found = load_entry_point("policy.trainer", config.policy.trainer, replica.spec.job_file.parent)
+        trainer: PolicyTrainer = make_user_object(found)
         call_user(trainer, "setup", replica.context(dict(config.policy.args), group))
         if ranks is None:
             reader = opened.enter_context(rank_reader(replica))
@@ -109,10 +108,10 @@ def _leave_at_once(replica: Replica, _: object, error: BaseException | None, __:
 
 
 def _shared_by(channel: MessageChannel, _text: str | None) -> str:
-    order = channel.receive(RankCommand)
-    if order.what != "share":
+    command = channel.receive(RankCommand)
+    if command.what != "share":
         raise GroupLostError(f"{channel.peer} sent another command while this rank waited for a shared text")
-    return order.text
+    return command.text
 
 
 class Training:
@@ -162,7 +161,7 @@ class Training:
         if found is not None:
             record_committed(*found, self._deliveries.committed)
         self._log.cut(self._step)
-        self._replica.activity.show_ages(lambda: {"reference": self._deliveries.oldest_held})
+        self._replica.activity.show_ages(lambda: {"reference": self._queue.oldest_held})
         self._publish_weights()
         try:
             solved = self._train_until_stopped()
@@ -200,9 +199,7 @@ class Training:
         activity = self._replica.activity
         activity.counters.add_all({name: self._earlier[name] for name in _COUNTERS if self._earlier[name]})
         activity.counters.add("payloads", state.contributed)
-        shown = {"step": self._step, "staleness_max": self._oldest, **self._read_statistics()}
-        for name, value in shown.items():
-            activity.show(name, float(value))
+        activity.show_all({"step": self._step, "staleness_max": self._oldest, **self._read_statistics()})
 
     def _read_statistics(self) -> dict[str, float]:
         """The reader's statistics, which continue from those of the checkpoint."""
@@ -217,7 +214,7 @@ class Training:
     def _open_deliveries(self, state: CheckpointState, recorded: int) -> Deliveries:
         """Begin an epoch of the group, in which a payload is committed or refused from now on."""
         replica, config = self._replica, self._config
-        queue = RolloutConsumer(
+        self._queue = RolloutConsumer(
             replica.redis,
             replica.keys,
             # A name for this epoch alone: an earlier one that wakes is given nothing that would be taken for ours.
@@ -226,7 +223,7 @@ class Training:
             remembered=max(65536, config.rollout.slots * config.rollout.replicas),
         )
         deliveries = Deliveries(
-            queue,
+            self._queue,
             self._reader.consume,
             replica.heartbeat,
             config,
@@ -317,7 +314,7 @@ class Training:
             raise
         self._record(batch, metrics, mean_return, ages, trained - began)
         self._deliveries.freed(frozenset(self._reader.unfreed()))
-        self._show_stream()
+        activity.show_all(self._deliveries.statistics())
         self._publish_weights()
         self._deliveries.finished(batch.deliveries)
         solved = self._stop_condition.judge(self._step, metrics, mean_return)
@@ -342,7 +339,7 @@ class Training:
         self._ranks.weights()
         arrays = returned_arrays(self._trainer, "weights", call_user(self._trainer, "weights"))
         with carried(self._trainer, "weights"):
-            self._weights.publish(arrays, self._version, self._deliveries.epoch)
+            self._weights.publish(arrays, self._version, self._queue.epoch)
 
     def _record(
         self,
@@ -354,22 +351,13 @@ class Training:
     ) -> None:
         """Write the step's line, and show its figures."""
         activity, statistics = self._replica.activity, self._read_statistics()
-        activity.counters.add_all(
-            {
-                "payloads": len(batch.deliveries),
-                "waited_seconds": batch.waited,
-                "read_seconds": batch.reading,
-                "train_seconds": training,
-            }
-        )
+        seconds = {"waited_seconds": batch.waited, "read_seconds": batch.reading, "train_seconds": training}
+        activity.counters.add_all({"payloads": len(batch.deliveries), **seconds})
         staleness = float(np.mean(ages))
         self._oldest = max(self._oldest, *ages)
-        shown = {"step": self._step, "staleness": staleness, "staleness_max": self._oldest}
         own = {} if mean_return is None else {MEAN_RETURN: mean_return}
-        for name, value in {**shown, **own, **statistics}.items():
-            activity.show(name, float(value))
-        activity.show("transfer", self._reader.transfer)
-        activity.show("lane", self._reader.lane)
+        activity.show_all({"step": self._step, "staleness": staleness, "staleness_max": self._oldest})
+        activity.show_all({**own, **statistics, "transfer": self._reader.transfer, "lane": self._reader.lane})
         activity.show_metrics(metrics)
         self._warn_of_not_finite({f"the metric {name!r} of train_step": value for name, value in metrics.items()})
         self._warn_of_not_finite({f"{name}, the mean sum of rewards,": value for name, value in own.items()})
@@ -381,9 +369,7 @@ class Training:
             "bytes": int(statistics.get("bytes", 0)),
             "staleness_mean": staleness,
             "staleness_max": max(ages),
-            "waited_seconds": round(batch.waited, 4),
-            "read_seconds": round(batch.reading, 4),
-            "train_seconds": round(training, 4),
+            **{name: round(value, 4) for name, value in seconds.items()},
             **finite(own),
             "metrics": finite(metrics),
         }
@@ -405,7 +391,7 @@ class Training:
             return
         self._replica.activity.doing("writing a checkpoint")
         try:
-            self._deliveries.check_epoch()
+            self._queue.check_epoch(self._config.timeouts.redis)
         except RedisUnavailableError as error:
             _LOG.warning(
                 "writing a checkpoint although it is unknown whether the group has a newer epoch: %s", error
@@ -434,15 +420,10 @@ class Training:
         save_into(self._trainer, folder)
         self._ranks.wait()
 
-    def _show_stream(self, *, now: bool = False) -> None:
-        for name, value in self._deliveries.statistics(now=now).items():
-            self._replica.activity.show(name, float(value))
-
     def _show_last(self) -> None:
-        for name, value in self._read_statistics().items():
-            self._replica.activity.show(name, float(value))
+        self._replica.activity.show_all(self._read_statistics())
         try:
-            self._show_stream(now=True)
+            self._replica.activity.show_all(self._deliveries.statistics(now=True))
         except ControlPlaneError as error:
             _LOG.warning("the last figures of the stream are missing: %s", error)
 

@@ -30,10 +30,6 @@ class ReadAhead(Closing):
     The first rank's part of the batch is read there. Other ranks read their parts themselves.
 
     Args:
-        deliveries: where payloads come from.
-        read: reads payloads.
-        batch_size: payloads of a batch.
-        parts: parts of a batch.
         version: of the weights that the first batch trains.
         count: adds to a counter of the replica, by name.
         ending: whether the replica must end.

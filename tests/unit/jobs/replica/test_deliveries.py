@@ -270,4 +270,4 @@ def test_epoch_and_commits_are_kept_beside_the_queue(tmp_path: Path) -> None:
     first.deliveries.open()
     second = QueuedDeliveries(tmp_path)
     second.deliveries.open()
-    assert (first.deliveries.epoch, second.deliveries.epoch) == (1, 2)
+    assert (first.queue.epoch, second.queue.epoch) == (1, 2)
