@@ -106,7 +106,6 @@ class Replica:
                 self.stop,
                 interval=config.controller.heartbeat_interval,
                 lost_after=config.timeouts.controller_lost,
-                grace=config.timeouts.shutdown,
                 bounds=self.bounds,
             )
             last_beat = ShutdownStep("send the last heartbeat", "the controller", 2 * self.bounds.answer)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from dray.clock import MONOTONIC, Deadline
+from dray.clock import MONOTONIC
 from dray.counters import Counters
 from dray.errors import ControlPlaneError
 from dray.jobs.exit_codes import ExitCode
@@ -205,7 +205,7 @@ class Heartbeat(Closing):
     It sets `stop` when the controller answers that the job ends (then `job_over` is set, too, and `unread` once no
     policy replica is left to read payloads), when it no longer counts the replica as a member, and when it has not
     answered for `lost_after` seconds. In the last two cases it ends the process by itself if the main thread does
-    not do so within `grace` seconds.
+    not do so within `timeouts.shutdown`.
 
     Attributes:
         over_at: since when the job ends, on the clock of this process: the controller has answered so, or does not
@@ -221,7 +221,6 @@ class Heartbeat(Closing):
         *,
         interval: float,
         lost_after: float,
-        grace: float,
         bounds: EndBounds,
     ) -> None:
         self.over_at: float | None = None
@@ -235,7 +234,6 @@ class Heartbeat(Closing):
         self._stop = stop
         self._interval = interval
         self._lost_after = lost_after
-        self._grace = grace
         self._bounds = bounds
         self._lock = threading.Lock()
         self._finished: list[int] = []
@@ -360,8 +358,8 @@ class Heartbeat(Closing):
 
     def _fatal(self, reason: str, exit_code: ExitCode) -> None:
         self._stop.set(reason, exit_code)
-        bound = Deadline.after(self._grace)
-        if not self._closed.wait(bound.timeout):
-            _LOG.error("the main thread did not end within %.1f s; stacks follow", self._grace)
+        grace = self._bounds.shutdown
+        if not self._closed.wait(grace):
+            _LOG.error("the main thread did not end within %.1f s; stacks follow", grace)
             faulthandler.dump_traceback(all_threads=True)
             exit_at_once(exit_code)

@@ -61,7 +61,6 @@ def test_replica_that_watches_its_readers_is_notified_of_the_last_one_before_the
             stop,
             interval=INTERVAL,
             lost_after=5.0,
-            grace=5.0,
             bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.watch_readers()
@@ -85,7 +84,6 @@ def test_held_answers_take_the_place_of_the_interval_and_make_no_busy_loop(spec:
             StopFlag(),
             interval=INTERVAL,
             lost_after=5.0,
-            grace=5.0,
             bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.watch_readers()
@@ -105,7 +103,6 @@ def test_work_items_that_do_not_fit_one_heartbeat_come_with_the_next_and_end_no_
             stop,
             interval=600,
             lost_after=600,
-            grace=600,
             bounds=BOUNDS,
         ) as heartbeat:
             heartbeat.finished(several)
@@ -127,7 +124,6 @@ def test_replica_that_is_to_end_does_not_serve_for_a_controller_that_is_gone(spe
             stop,
             interval=600,
             lost_after=600,
-            grace=600,
             bounds=BOUNDS,
         ) as heartbeat:
             stop.set("received SIGTERM", 143)
@@ -150,7 +146,6 @@ def test_controller_that_is_gone_stops_the_replica_with_its_own_code(spec: JobSp
             stop,
             interval=0.1,
             lost_after=0.5,
-            grace=10.0,
             bounds=BOUNDS,
         ) as heartbeat:
             assert stop.wait(10.0)

@@ -214,7 +214,7 @@ def controller() -> Controller:
 
 @pytest.fixture
 def heartbeat(controller: Controller) -> Iterator[Heartbeat]:
-    options: dict[str, Any] = {"interval": 600, "lost_after": 600, "grace": 600, "bounds": BOUNDS}
+    options: dict[str, Any] = {"interval": 600, "lost_after": 600, "bounds": BOUNDS}
     with Heartbeat(controller, Activity(), StopFlag(), **options) as made:  # type: ignore[arg-type]
         yield made
 
