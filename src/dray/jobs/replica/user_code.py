@@ -1,9 +1,8 @@
 """Calls of the user's classes: what such a call raises or returns wrongly is named as the user's own mistake.
 
-Every call goes through `call_user` or `await_user`, and what it returns through `returned_arrays` and `carried`,
-or
-`returned_metrics`. Their errors are one printable line that names the class, the method, the part and what is
-allowed; the process then ends with the error's `exit_code`.
+Every call goes through `call_user` or `await_user`, and what it returns through `returned_payloads` or
+`returned_arrays`, and `carried`, or `returned_metrics`. Their errors are one printable line that names the class,
+the method, the part and what is allowed; the process then ends with the error's `exit_code`.
 """
 
 from __future__ import annotations
