@@ -274,7 +274,7 @@ class Deliveries:
         self._timeout = config.timeouts.redis
         self._clock = clock
         self.payloads = PayloadTracker()
-        self._window: StalenessWindow | None = None
+        self._window: StalenessWindow  # since `open`
         self._window_lock = threading.Lock()
         self._overdue = self._starving = Deadline.after(self._patience, clock)
         self._next_claim = Deadline.after(_CLAIM_INTERVAL, clock)
@@ -299,7 +299,10 @@ class Deliveries:
         self._free([*trained, *repeated])
         claimed = self.payloads.receive(self._queue.claim_others(self._timeout))
         self._count_rolled_back()
-        self._finish_ended()
+        known = self._unfinished()
+        self._window = StalenessWindow(known.unfinished, known.next, self._config.payloads_of_work_item)
+        self._window.finished_payloads(known.finished_parts)
+        self._finish_ended(known)
         self._end_dead_letters()
         if trained or claimed:
             words = "%d payloads that the checkpoint has are committed; %d others are delivered again"
@@ -334,23 +337,21 @@ class Deliveries:
         if self.committed or self.rolled_back:
             self._queue.raise_counters({"trained": self.committed, "rolled_back": self.rolled_back}, self._timeout)
 
-    def _finish_ended(self) -> None:
+    def _unfinished(self) -> UnfinishedWork:
+        """Ask the controller what is unfinished: it alone knows which work items were given up."""
+        self._given_up = self._work.given_up
+        return self._work.unfinished()
+
+    def _finish_ended(self, known: UnfinishedWork) -> None:
         """Finish work items that were published and are not in the stream: those of which no end was reported."""
-        known = self._compare_window()
         if known.published:
             listed = set(self._queue.listed_work_items(self._timeout))
             self._finish(index for index in known.published if index not in listed)
 
     def _compare_window(self) -> UnfinishedWork:
-        """Ask the controller what is unfinished: it alone knows which work items were given up."""
-        self._given_up = self._work.given_up
-        known = self._work.unfinished()
+        known = self._unfinished()
         with self._window_lock:
-            if self._window is None:
-                self._window = StalenessWindow(known.unfinished, known.next, self._config.payloads_of_work_item)
-                self._window.finished_payloads(known.finished_parts)
-            else:
-                self._window.compare(known.unfinished, known.next)
+            self._window.compare(known.unfinished, known.next)
         return known
 
     # --- receiving --------------------------------------------------------------------------------------------
@@ -385,7 +386,7 @@ class Deliveries:
     def _due(self, count: int) -> list[Delivery]:
         """Up to `count` of the payloads that were received which the next step may use."""
         found = self.payloads.within(PayloadState.RECEIVED)
-        if not self._config.in_order or self._window is None:
+        if not self._config.in_order:
             return found[:count]
         found.sort(key=lambda each: each.entry.work_item)
         with self._window_lock:
@@ -409,7 +410,7 @@ class Deliveries:
         elif self._starving.expired and not self._ending():
             self._starving = Deadline.after(self._patience, self._clock)
             self._queue.drop_trimmed(self._timeout)
-            self._finish_ended()
+            self._finish_ended(self._compare_window())
 
     # --- from reading to the end of each payload --------------------------------------------------------------
 
@@ -429,8 +430,7 @@ class Deliveries:
         """A training step on these begins."""
         self.payloads.apply(PayloadEvent.BEGIN, _ids(deliveries))
         with self._window_lock:
-            if self._window is not None:
-                self._window.begin(_parts(deliveries))
+            self._window.begin(_parts(deliveries))
 
     def trained(self, deliveries: Sequence[Delivery]) -> None:
         """The weights are trained on these; commit them now unless that waits for the checkpoint.
@@ -523,15 +523,13 @@ class Deliveries:
     def _finish_payloads(self, entries: Sequence[RolloutEntry]) -> None:
         payloads = [(each.work_item, each.part, each.parts) for each in entries]
         with self._window_lock:
-            if self._window is not None:
-                self._window.finished_payloads(payloads)
+            self._window.finished_payloads(payloads)
         self._work.finished_payloads(payloads)
 
     def _finish(self, work_items: Iterable[int]) -> None:
         indices = list(work_items)
         with self._window_lock:
-            if self._window is not None:
-                self._window.finished(indices)
+            self._window.finished(indices)
         self._work.finished(indices)
 
 

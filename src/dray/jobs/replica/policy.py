@@ -288,7 +288,7 @@ class Training:
         activity = self._replica.activity
         activity.doing(f"training step {self._step + 1}")
         began = MONOTONIC.now()
-        trajectories = [batch.trajectories.pop(each.entry.id) for each in batch.part(0)]
+        trajectories = [batch.trajectories.pop(each.entry.id) for each in batch.by_part()[0]]
         self._next_work_item = max(self._next_work_item, *(each.entry.work_item + 1 for each in batch.deliveries))
         mean_return = _mean_return(trajectories)
         self._ranks.train(batch, self._ahead.known())

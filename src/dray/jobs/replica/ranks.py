@@ -62,7 +62,7 @@ class Batch:
 
     @property
     def missing(self) -> int:
-        """How many payloads are yet to be read."""
+        """How many payloads are not read yet."""
         return self.size - sum(map(len, self._read))
 
     @property
@@ -70,12 +70,8 @@ class Batch:
         """Everything that was read."""
         return [delivery for part in self._read for delivery in part]
 
-    def part(self, index: int) -> list[Delivery]:
-        """What was read of one part, in order."""
-        return self._read[index]
-
     def by_part(self) -> list[list[Delivery]]:
-        """What was read, by part."""
+        """What was read, by part, in order."""
         return [list(part) for part in self._read]
 
     def remove(self, keys: Collection[str]) -> list[Delivery]:
@@ -154,8 +150,10 @@ class Ranks:
     def train(self, batch: Batch, ahead: Sequence[Sequence[Delivery]]) -> None:
         """Let each rank train on its part of `batch`, and meanwhile read what is known of the one after it."""
 
+        parts = batch.by_part()
+
         def command(rank: int) -> RankCommand:
-            identities = [delivery.entry.identity for delivery in batch.part(rank // self._readers)]
+            identities = [delivery.entry.identity for delivery in parts[rank // self._readers]]
             return RankCommand(what="train", identities=identities, **self._references(ahead, rank))
 
         self._send(command)
