@@ -76,7 +76,7 @@ def check_entry_points(
     strangers = child_pids()
     child = Child(
         "check",
-        "dray.jobs.replica.user_check",
+        "dray.jobs.replica.entry_points",
         [str(job_file.parent), worker, trainer, str(concurrency), items, str(report)],
         folder / "check.log",
     )
