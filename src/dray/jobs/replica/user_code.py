@@ -17,15 +17,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from dray.errors import PayloadError
 from dray.forking import parent_only
 from dray.jobs.api import Rollout
 from dray.jobs.exit_codes import ExitCode
 from dray.jobs.messages.channel import GroupLostError
-from dray.jobs.queue import RolloutEntry
 from dray.text import printable, printable_value
+
+if TYPE_CHECKING:
+    from dray.jobs.queue import RolloutEntry
 
 MAX_REASON: Final = 800
 """Characters of the line about a user's mistake."""
@@ -301,6 +303,8 @@ class RolloutPayload:
         image: bytes | None = None,
     ) -> RolloutEntry:
         """Its entry of the rollout stream, with a reference, the packed `image`, or both."""
+        from dray.jobs.queue import RolloutEntry  # here: the check of a job's classes needs no Redis client
+
         return RolloutEntry(
             producer=producer,
             sequence=sequence,
