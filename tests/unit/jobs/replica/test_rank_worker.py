@@ -81,7 +81,7 @@ class SecondRank:
         entry = payload.entry(
             "rollout-0", reference.producer.hex(), reference.sequence, reference=reference.to_json()
         )
-        return Delivery(entry, "policy-0", 1, f"{number}-0")
+        return Delivery(entry, 1, f"{number}-0")
 
     def close(self) -> None:
         self.first.close()

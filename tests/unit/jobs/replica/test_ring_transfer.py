@@ -60,7 +60,7 @@ def put(server: PayloadServer, number: int) -> Delivery:
     reference = server.put({"x": np.full(3, number)}, timeout=0)
     payload = RolloutPayload({}, number, 0)
     entry = payload.entry("rollout-0", reference.producer.hex(), reference.sequence, reference=reference.to_json())
-    return Delivery(entry, "policy-0", 1, f"{number}-0")
+    return Delivery(entry, 1, f"{number}-0")
 
 
 def read(reader: RingReader, deliveries: list[Delivery]) -> dict[int, Any]:
@@ -78,7 +78,7 @@ def test_payloads_are_read_by_reference_and_inline_and_freed_for_all_readers(
     assert (ends.transfer, ends.lane) == ("", "")
     referred = [put(server, 0), put(server, 1)]
     inline = RolloutEntry("0f" * 16, 2, 0, "rollout-0", 2, payload=bytes(pack({"x": np.full(3, 2)})))
-    assert read(ends, [*referred, Delivery(inline, "policy-0", 1, "2-0")]) == {0: 0, 1: 1, 2: 2}
+    assert read(ends, [*referred, Delivery(inline, 1, "2-0")]) == {0: 0, 1: 1, 2: 2}
     assert (ends.transfer, ends.lane) == ("reference+inline", "shm")
     assert ring.get_ready_count() == 2
     ends.consume([each.entry for each in referred])
